@@ -1,0 +1,285 @@
+"""Key names of diffusers and transformers networks, translated to the original single-file layout ("ldm").
+
+One direction is enough: a loader asks for each key of the network it has built under which name the file holds it, a writer renames what
+it has. Pure names and tensors; knows no files, no devices and no families beyond their prefixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+CLIP_L_PREFIX = "cond_stage_model.transformer."
+OPEN_CLIP_PREFIX = "cond_stage_model.model."
+SDXL_CLIP_L_PREFIX = "conditioner.embedders.0.transformer."
+SDXL_OPEN_CLIP_PREFIX = "conditioner.embedders.1.model."
+REFINER_OPEN_CLIP_PREFIX = "conditioner.embedders.0.model."
+
+_RESNET_CHILDREN = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "class_embedding.linear_1": "label_emb.0.0",
+    "class_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_VAE_ATTENTION_CHILDREN = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OLD_VAE_ATTENTION_CHILDREN = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_OPEN_CLIP_ENDS = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+    "text_projection.weight": "text_projection",
+}
+_OPEN_CLIP_LAYER_CHILDREN = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+# --- UNet ---------------------------------------------------------------------------------------------------------------------------
+
+
+def unet_module_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """diffusers module name -> ldm module name for every module that moves, for any number of levels, resnets per level and attentions.
+
+    `config` is a UNet2DConditionModel's config: read are down_block_types, up_block_types and layers_per_block (a number or one per level).
+    """
+    names = dict(_UNET_ENDS)
+    names.update(_down_names(config))
+    for index in range(2):
+        names.update(_resnet_names(f"mid_block.resnets.{index}", f"middle_block.{2 * index}"))
+    names["mid_block.attentions.0"] = "middle_block.1"
+    names.update(_up_names(config))
+    return names
+
+
+def _down_names(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    block_types = config["down_block_types"]
+    position = 1
+    for level, num_layers in enumerate(_layers_per_level(config)):
+        for layer in range(num_layers):
+            yield from _resnet_names(f"down_blocks.{level}.resnets.{layer}", f"input_blocks.{position}.0")
+            yield f"down_blocks.{level}.attentions.{layer}", f"input_blocks.{position}.1"
+            position += 1
+        if level < len(block_types) - 1:
+            yield f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{position}.0.op"
+            position += 1
+
+
+def _up_names(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    block_types = config["up_block_types"]
+    position = 0
+    for level, num_layers in enumerate(reversed(_layers_per_level(config))):
+        for layer in range(num_layers + 1):
+            yield from _resnet_names(f"up_blocks.{level}.resnets.{layer}", f"output_blocks.{position}.0")
+            yield f"up_blocks.{level}.attentions.{layer}", f"output_blocks.{position}.1"
+            position += 1
+        if level < len(block_types) - 1:
+            child = 2 if "CrossAttn" in block_types[level] else 1  # the upsampler follows whatever the block's last entry holds
+            yield f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{position - 1}.{child}.conv"
+
+
+def _layers_per_level(config: Mapping[str, Any]) -> list[int]:
+    layers = config["layers_per_block"]
+    num_levels = len(config["down_block_types"])
+    return [layers] * num_levels if isinstance(layers, int) else list(layers)
+
+
+def _resnet_names(diffusers: str, ldm: str) -> Iterator[tuple[str, str]]:
+    for child, ldm_child in _RESNET_CHILDREN.items():
+        yield f"{diffusers}.{child}", f"{ldm}.{ldm_child}"
+
+
+def rename_by_module(key: str, names: Mapping[str, str]) -> str:
+    """`key` with its longest leading module name found in `names` replaced.
+
+    Raises: KeyError when no leading part of `key` is known.
+    """
+    head = key
+    while head:
+        if head in names:
+            return names[head] + key[len(head) :]
+        head = head.rpartition(".")[0]
+    raise KeyError(f"{key} has no place in the original layout")
+
+
+def unet_to_ldm(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A diffusers UNet state dict under original names, without the `model.diffusion_model.` prefix. Tensors are shared, not copied."""
+    names = unet_module_names(config)
+    return {rename_by_module(key, names): tensor for key, tensor in state_dict.items()}
+
+
+# --- VAE ----------------------------------------------------------------------------------------------------------------------------
+
+
+def vae_key_to_ldm(key: str, num_levels: int) -> str:
+    """The original name of one AutoencoderKL key; decoder levels count the other way round there."""
+    half, _, rest = key.partition(".")
+    if half not in ("encoder", "decoder"):
+        return key  # quant_conv, post_quant_conv
+    return f"{half}.{_vae_half_to_ldm(rest, num_levels)}"
+
+
+def _vae_half_to_ldm(rest: str, num_levels: int) -> str:
+    parts = rest.split(".")
+    tail = ".".join(parts[4:]).replace("conv_shortcut", "nin_shortcut")
+    match parts:
+        case ["down_blocks", level, "resnets", layer, *_]:
+            return f"down.{level}.block.{layer}.{tail}"
+        case ["down_blocks", level, "downsamplers", "0", *_]:
+            return f"down.{level}.downsample.{tail}"
+        case ["up_blocks", level, "resnets", layer, *_]:
+            return f"up.{num_levels - 1 - int(level)}.block.{layer}.{tail}"
+        case ["up_blocks", level, "upsamplers", "0", *_]:
+            return f"up.{num_levels - 1 - int(level)}.upsample.{tail}"
+        case ["mid_block", "resnets", index, *inner]:
+            return f"mid.block_{int(index) + 1}.{'.'.join(inner).replace('conv_shortcut', 'nin_shortcut')}"
+        case ["mid_block", "attentions", "0", *inner]:
+            return f"mid.attn_1.{rename_by_module('.'.join(inner), _VAE_ATTENTION_CHILDREN)}"
+    return rest.replace("conv_norm_out", "norm_out")
+
+
+def vae_to_ldm(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """An AutoencoderKL state dict under original names, without prefix. Attention weights (out, in) become 1x1 convolutions (out, in, 1, 1)."""
+    num_levels = len(config["up_block_types"])
+    renamed = {vae_key_to_ldm(key, num_levels): tensor for key, tensor in state_dict.items()}
+    return {key: _as_conv(tensor) if _is_attention_weight(key) else tensor for key, tensor in renamed.items()}
+
+
+def _is_attention_weight(key: str) -> bool:
+    return ".mid.attn_1." in key and key.endswith(".weight") and ".norm." not in key
+
+
+def _as_conv(tensor: Tensor) -> Tensor:
+    return tensor[:, :, None, None] if tensor.ndim == 2 else tensor
+
+
+# --- text encoders ------------------------------------------------------------------------------------------------------------------
+
+
+def clip_to_text_model(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP text encoder's state dict with the `text_model.` level that original files and older transformers have.
+
+    `text_projection` stays outside that level.
+    """
+    return {_with_text_model(key): tensor for key, tensor in state_dict.items()}
+
+
+def _with_text_model(key: str) -> str:
+    return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
+
+
+def clip_to_open_clip(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP text encoder's state dict in OpenCLIP's layout, without prefix: q, k, v fused (3 * width rows), text_projection (width, projected)."""
+    bare = {key.removeprefix("text_model."): tensor for key, tensor in state_dict.items()}
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in bare.items():
+        name = open_clip_key(key)
+        if ".in_proj_" in name:
+            renamed[name] = torch.cat([bare[part_key] for part_key in qkv_keys(key)])
+        else:
+            renamed[name] = tensor.T.contiguous() if name == "text_projection" else tensor
+    return renamed
+
+
+def qkv_keys(key: str) -> tuple[str, str, str]:
+    """The keys of q, k and v, in the order OpenCLIP fuses them, from any one of the three."""
+    head, _, tail = key.partition(".self_attn.")
+    kind = tail.rpartition(".")[2]
+    query, key_, value = (f"{head}.self_attn.{part}.{kind}" for part in _QKV)
+    return query, key_, value
+
+
+def open_clip_key(key: str) -> str:
+    """The OpenCLIP name of one transformers key (without `text_model.`); the three of q, k and v share one name.
+
+    Raises: KeyError for a key that no CLIP text encoder has.
+    """
+    if key in _OPEN_CLIP_ENDS:
+        return _OPEN_CLIP_ENDS[key]
+    if not key.startswith("encoder.layers."):
+        raise KeyError(f"{key} has no place in OpenCLIP's layout")
+    layer, _, inner = key.removeprefix("encoder.layers.").partition(".")
+    block = f"transformer.resblocks.{layer}"
+    for part in _QKV:
+        if inner.startswith(f"self_attn.{part}."):
+            return f"{block}.attn.in_proj_{inner.rpartition('.')[2]}"
+    return f"{block}.{rename_by_module(inner, _OPEN_CLIP_LAYER_CHILDREN)}"
+
+
+def append_unused_block(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP keys with the last block written once more.
+
+    SD2.x files hold OpenCLIP H's full tower of 24 blocks and use 23 of them; readers expect the unused one to be there.
+    """
+    last = max(int(key.split(".")[2]) for key in state_dict if key.startswith("transformer.resblocks."))
+    old, new = f"transformer.resblocks.{last}.", f"transformer.resblocks.{last + 1}."
+    copies = {new + key.removeprefix(old): tensor.clone() for key, tensor in state_dict.items() if key.startswith(old)}
+    return {**state_dict, **copies}
+
+
+# --- whole files --------------------------------------------------------------------------------------------------------------------
+
+
+def join_checkpoint(family: str, unet: nn.Module, vae: nn.Module, text_encoders: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """One state dict in the original single-file layout of `family`: "sd15", "sd20" (or "sd21_v"), "sdxl" or "sdxl_refiner".
+
+    Text encoders in the family's order: SDXL takes CLIP-L, then OpenCLIP bigG. Tensors are contiguous and share memory with the modules
+    where names alone change. Raises: ValueError for an unknown family or a wrong number of text encoders.
+    """
+    text_writers = _TEXT_WRITERS.get(family)
+    if text_writers is None:
+        raise ValueError(f"family {family!r} has no single-file layout here; known are {', '.join(_TEXT_WRITERS)}")
+    if len(text_writers) != len(text_encoders):
+        raise ValueError(f"family {family!r} has {len(text_writers)} text encoders, {len(text_encoders)} were given")
+    joined = _prefixed(UNET_PREFIX, unet_to_ldm(unet.state_dict(), _config_of(unet)))
+    joined.update(_prefixed(VAE_PREFIX, vae_to_ldm(vae.state_dict(), _config_of(vae))))
+    for (prefix, write), encoder in zip(text_writers, text_encoders, strict=True):
+        joined.update(_prefixed(prefix, write(encoder.state_dict())))
+    return {key: tensor.detach().contiguous() for key, tensor in joined.items()}
+
+
+def _write_sd2_text(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return append_unused_block(clip_to_open_clip(state_dict))
+
+
+_TextWriter = Callable[[Mapping[str, "Tensor"]], "dict[str, Tensor]"]
+_TEXT_WRITERS: dict[str, tuple[tuple[str, _TextWriter], ...]] = {
+    "sd15": ((CLIP_L_PREFIX, clip_to_text_model),),
+    "sd20": ((OPEN_CLIP_PREFIX, _write_sd2_text),),
+    "sd21_v": ((OPEN_CLIP_PREFIX, _write_sd2_text),),
+    "sdxl": ((SDXL_CLIP_L_PREFIX, clip_to_text_model), (SDXL_OPEN_CLIP_PREFIX, clip_to_open_clip)),
+    "sdxl_refiner": ((REFINER_OPEN_CLIP_PREFIX, clip_to_open_clip),),
+}
+
+
+def _prefixed(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: tensor for key, tensor in state_dict.items()}
+
+
+def _config_of(module: nn.Module) -> Mapping[str, Any]:
+    return cast("Mapping[str, Any]", module.config)

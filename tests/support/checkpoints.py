@@ -1,0 +1,232 @@
+"""Checkpoint files for tests: narrow members of each family with random weights, and the very networks they were written from.
+
+The networks come from diffusers and transformers, so a test has an independent reference. Norms and biases are random too: in a freshly made
+network they are all ones and zeros, and a swapped key would go unseen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from backend.key_layout import join_checkpoint
+
+FAMILIES = ("sd15", "sd20", "sd21_v", "sdxl")
+VOCAB_LENGTH = 49408
+EOS_TOKEN_ID = 49407
+SDXL_TIME_IDS_WIDTH = 6 * 256
+SDXL_PROJECTION_DIM = 64
+LATENT_SCALE = {"sd15": 0.18215, "sd20": 0.18215, "sd21_v": 0.18215, "sdxl": 0.13025}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceModels:
+    """What a file was written from: diffusers' and transformers' own modules, in eval mode, fp32, weights rounded to the file's dtype."""
+
+    path: Path
+    family: str
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoders: tuple[nn.Module, ...]
+    prediction: str
+    latent_scale: float
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """Settings for diffusers' schedulers: the noise schedule all these families were trained with."""
+        return {
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "num_train_timesteps": 1000,
+            "prediction_type": self.prediction,
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+        }
+
+
+def write_checkpoint(
+    path: Path,
+    family: str,
+    *,
+    width: int = 32,
+    seed: int = 0,
+    layout: str = "ldm",
+    prediction: str = "epsilon",
+    inpaint: bool = False,
+    dtype: torch.dtype = torch.float32,
+    metadata: dict[str, str] | None = None,
+) -> ReferenceModels:
+    """Write one random checkpoint and return the networks in it.
+
+    `width` is the UNet's narrowest level (a multiple of 32). `layout`: "ldm" (original single file) or "diffusers" (unet., vae., text_encoder.
+    and text_encoder_2. before the libraries' own keys). `prediction`: "epsilon" or "v_prediction"; "sd21_v" always predicts v. A v-prediction
+    SDXL file is marked by the key `v_pred`, the others by metadata, as such files are found in the field. `.ckpt` and `.pt` paths are pickled.
+    """
+    prediction = "v_prediction" if family == "sd21_v" else prediction
+    models = build_models(path, family, width=width, seed=seed, prediction=prediction, inpaint=inpaint)
+    for module in (models.unet, models.vae, *models.text_encoders):
+        _round_weights(module, dtype)
+    state_dict = _state_dict(models, layout, dtype)
+    marks = dict(metadata or {})
+    if prediction == "v_prediction":
+        if family == "sdxl":
+            state_dict["v_pred"] = torch.zeros(1)
+        else:
+            marks["modelspec.prediction_type"] = "v"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(state_dict, path, metadata={"format": "pt", **marks})
+    else:
+        torch.save({"state_dict": state_dict, "global_step": 1}, path)
+    return models
+
+
+def build_models(path: Path, family: str, *, width: int = 32, seed: int = 0, prediction: str = "epsilon", inpaint: bool = False) -> ReferenceModels:
+    """The networks alone, nothing written."""
+    if family not in FAMILIES:
+        raise ValueError(f"family {family!r} is none of {', '.join(FAMILIES)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoders = _build_text_encoders(family)
+        unet = _build_unet(family, width, in_channels=9 if inpaint else 4, context_width=sum(e.config.hidden_size for e in text_encoders))
+        vae = _build_vae(width, LATENT_SCALE[family])
+        for module in (unet, vae, *text_encoders):
+            _shake_norms_and_biases(module)
+            module.eval().requires_grad_(False)
+        _set_output_scales(unet, vae)
+    return ReferenceModels(
+        path=path,
+        family=family,
+        unet=unet,
+        vae=vae,
+        text_encoders=text_encoders,
+        prediction=prediction,
+        latent_scale=LATENT_SCALE[family],
+    )
+
+
+def head_count(channels: int) -> int:
+    """SD2's and SDXL's heads: 64 wide, or in narrow members the widest divisor of the level's width below that."""
+    return channels // max(size for size in range(1, 65) if channels % size == 0)
+
+
+def _build_unet(family: str, width: int, *, in_channels: int, context_width: int) -> UNet2DConditionModel:
+    common: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": in_channels,
+        "layers_per_block": 2,
+        "cross_attention_dim": context_width,
+    }
+    if family == "sdxl":
+        widths = (width, 2 * width, 4 * width)
+        return UNet2DConditionModel(
+            **common,
+            block_out_channels=widths,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 4),
+            attention_head_dim=tuple(head_count(w) for w in widths),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=SDXL_TIME_IDS_WIDTH + SDXL_PROJECTION_DIM,
+        )
+    widths_4 = (width, 2 * width, 4 * width, 4 * width)
+    is_sd1 = family == "sd15"
+    return UNet2DConditionModel(
+        **common,
+        block_out_channels=widths_4,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        attention_head_dim=8 if is_sd1 else tuple(head_count(w) for w in widths_4),
+        use_linear_projection=not is_sd1,
+    )
+
+
+def _build_vae(width: int, latent_scale: float) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(width, 2 * width, 2 * width, 2 * width),
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=32,
+        scaling_factor=latent_scale,
+        sample_size=64,
+    )
+
+
+def _build_text_encoders(family: str) -> tuple[nn.Module, ...]:
+    if family == "sd15":
+        return (CLIPTextModel(_text_config(width=64, num_layers=4, activation="quick_gelu")),)
+    if family == "sdxl":
+        clip_l = CLIPTextModel(_text_config(width=64, num_layers=3, activation="quick_gelu"))
+        clip_g = CLIPTextModelWithProjection(_text_config(width=96, num_layers=4, activation="gelu", projection_dim=SDXL_PROJECTION_DIM))
+        return clip_l, clip_g
+    return (CLIPTextModel(_text_config(width=96, num_layers=3, activation="gelu")),)
+
+
+def _text_config(*, width: int, num_layers: int, activation: str, projection_dim: int | None = None) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=VOCAB_LENGTH,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=head_count(width),
+        max_position_embeddings=77,
+        hidden_act=activation,
+        projection_dim=projection_dim or width,
+        bos_token_id=EOS_TOKEN_ID - 1,
+        eos_token_id=EOS_TOKEN_ID,
+        pad_token_id=EOS_TOKEN_ID if activation == "quick_gelu" else 0,
+    )
+
+
+@torch.no_grad()
+def _shake_norms_and_biases(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+@torch.no_grad()
+def _set_output_scales(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+    """Noise-like outputs of standard deviation 0.5 from the UNet, pictures mostly within -1..1 and latents of about unit size from the VAE."""
+    context_BLC = torch.randn(1, 77, unet.config.cross_attention_dim)
+    sample_BCHW = torch.randn(1, unet.config.in_channels, 8, 8)
+    extra: dict[str, Any] = {}
+    if unet.config.addition_embed_type == "text_time":
+        extra["added_cond_kwargs"] = {"text_embeds": torch.randn(1, SDXL_PROJECTION_DIM), "time_ids": torch.full((1, 6), 64.0)}
+    noise_BCHW = unet(sample_BCHW, 500, context_BLC, **extra).sample
+    unet.conv_out.weight.mul_(0.5 / noise_BCHW.std())
+    picture_BCHW = vae.decode(torch.randn(1, 4, 8, 8) / vae.config.scaling_factor).sample
+    vae.decoder.conv_out.weight.mul_(0.4 / picture_BCHW.std())
+    moments_BCHW = vae.encode(torch.rand(1, 3, 64, 64) * 2 - 1).latent_dist
+    vae.quant_conv.weight[:4].mul_(1 / (vae.config.scaling_factor * moments_BCHW.mean.std()))
+    vae.quant_conv.bias[4:].sub_(8.0)  # logvar: a posterior as narrow as a trained VAE's
+
+
+@torch.no_grad()
+def _round_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in module.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+def _state_dict(models: ReferenceModels, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    if layout == "ldm":
+        joined = join_checkpoint(models.family, models.unet, models.vae, models.text_encoders)
+    elif layout == "diffusers":
+        parts: dict[str, nn.Module] = {"unet": models.unet, "vae": models.vae}
+        parts.update({("text_encoder", "text_encoder_2")[index]: encoder for index, encoder in enumerate(models.text_encoders)})
+        joined = {f"{name}.{key}": tensor for name, module in parts.items() for key, tensor in module.state_dict().items()}
+    else:
+        raise ValueError(f"layout {layout!r} is neither 'ldm' nor 'diffusers'")
+    return {key: tensor.to(dtype).contiguous() for key, tensor in joined.items()}
