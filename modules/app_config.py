@@ -1,0 +1,94 @@
+"""What the application is told at start, as one frozen value.
+
+Imports in milliseconds: no torch, no gradio, no probing.
+`modules.cmd_args` makes it from the command line; this file must not know argv or the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from backend.args import BackendConfig
+
+SCRIPT_DIR = Path(__file__).resolve().parents[1]
+UI_PORT = 7860
+API_PORT = 7861
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AppConfig:
+    """The whole configuration of one run. Folders may not exist yet: `webui.py` makes those it writes to.
+
+    The first entry of each `*_dirs` is the standard folder; folders named by flags follow in the order they were given.
+    `notices` are sentences for the user that came up while the flags were read (a flag without effect, a folder that is not there).
+    `subpath` has no slash at either end. `flags` has every flag by its name with underscores, as `shared.cmd_opts` shows it to extensions.
+    """
+
+    data_dir: Path
+    models_dir: Path
+    ckpt: Path | None = None
+    ckpt_dirs: tuple[Path, ...]
+    vae_dirs: tuple[Path, ...]
+    text_encoder_dirs: tuple[Path, ...]
+    lora_dirs: tuple[Path, ...]
+    controlnet_dirs: tuple[Path, ...]
+    embeddings_dirs: tuple[Path, ...]
+    outputs_dir: Path
+    extensions_dir: Path
+    settings_file: Path
+    ui_config_file: Path
+    styles_files: tuple[Path, ...]
+
+    host: str = "127.0.0.1"
+    port: int | None = None
+    share: bool = False
+    autolaunch: bool = False
+    theme: str | None = None
+    subpath: str | None = None
+    api: bool = False
+    nowebui: bool = False
+    api_auth: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    api_log: bool = False
+    api_server_stop: bool = False
+    gradio_auth: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    gradio_allowed_paths: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    cors_origins_regex: str | None = None
+    tls_keyfile: Path | None = None
+    tls_certfile: Path | None = None
+    timeout_keep_alive_s: int = 30
+
+    no_hashing: bool = False
+    freeze_settings: bool = False
+    hide_ui_dir_config: bool = False
+    disable_extension_access: bool = False
+    filenames_max_length: int = 128
+    disable_console_progressbars: bool = False
+    sdxl: bool = False
+    controlnet: bool = False
+    list_gpus: bool = False
+    log_startup: bool = False
+    loglevel: str = "INFO"
+
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    flags: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), repr=False)
+    notices: tuple[str, ...] = ()
+
+    @property
+    def listen_port(self) -> int:
+        """The port as given, else 7860 for the page and 7861 for the API alone."""
+        return self.port if self.port is not None else (API_PORT if self.nowebui else UI_PORT)
+
+    @classmethod
+    def for_tests(cls, data_dir: Path, **overrides: Any) -> AppConfig:
+        """The configuration of `--data-dir DATA_DIR` without any other flag, with fields replaced; reads neither argv nor the environment."""
+        from modules.cmd_args import parse_config  # it builds on this file
+
+        config = parse_config(["--data-dir", str(data_dir)], {})
+        same_name = {name: value for name, value in overrides.items() if name in config.flags}
+        return dataclasses.replace(config, **{"flags": MappingProxyType({**config.flags, **same_name}), **overrides})
