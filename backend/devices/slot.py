@@ -1,0 +1,44 @@
+"""A slot: one compute place. Knows no memory state and no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A compute place that a plan may name.
+
+    `index` is the position in `--device-id` (or in the list of all devices), `total_bytes` what the slot may hold at most.
+    `relative_speed` is an estimate against the first slot of the fleet (1.0) until something measures it.
+    Two slots may share one torch device.
+    """
+
+    index: int
+    torch_device: torch.device
+    name: str
+    total_bytes: int
+    relative_speed: float = 1.0
+    cpu_threads: int | None = None
+    """Intra-op threads of a CPU slot's worker; None on other devices."""
+
+    def __post_init__(self) -> None:
+        if self.index < 0 or self.total_bytes < 0 or self.relative_speed <= 0:
+            raise ValueError(
+                f"Slot {self.index} ({self.name}): index {self.index} and total_bytes {self.total_bytes} must be 0 or more, "
+                f"relative_speed {self.relative_speed} above 0."
+            )
+
+    def __str__(self) -> str:
+        return f"slot {self.index}: {self.torch_device} {self.name}, {self.total_bytes / 2**30:.1f} GiB"
+
+
+def canonical_device(device: torch.device | str) -> torch.device:
+    """The device as tensors on it report it: "cuda" is cuda:0, "cpu:0" is cpu."""
+    device = torch.device(device)
+    if device.type in ("cpu", "meta"):
+        return torch.device(device.type)
+    index: int | None = device.index
+    return torch.device(device.type, index or 0)

@@ -1,0 +1,93 @@
+"""Bytes of modules and state dicts, and the walk that moves them. Knows no budgets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleBytes:
+    """Bytes of a module's parameters and buffers; `weight_bytes` are those named "weight"."""
+
+    total_bytes: int
+    weight_bytes: int
+
+    @property
+    def other_bytes(self) -> int:
+        return self.total_bytes - self.weight_bytes
+
+
+def count_module_bytes(module: nn.Module, keep: Callable[[torch.Tensor], bool] = lambda tensor: True) -> ModuleBytes:
+    """Bytes of the distinct tensors of `module` for which `keep` holds; a tensor shared by two names counts once."""
+    total_bytes = weight_bytes = 0
+    for name, tensor in iterate_tensors(module):
+        if keep(tensor):
+            total_bytes += tensor.nbytes
+            weight_bytes += tensor.nbytes if name.rpartition(".")[2] == "weight" else 0
+    return ModuleBytes(total_bytes=total_bytes, weight_bytes=weight_bytes)
+
+
+def iterate_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Distinct parameters, then distinct buffers, with their dotted names."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def count_state_dict_bytes(state: Mapping[str, object], exclude_device: torch.device | None = None) -> int:
+    """Bytes of the tensors in a state dict, leaving out those on `exclude_device`."""
+    return sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor) and value.device != exclude_device)
+
+
+def count_state_dict_parameters(state: Mapping[str, object]) -> int:
+    """Elements of the tensors in a state dict."""
+    return sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def most_common_dtype(state: Mapping[str, object]) -> torch.dtype:
+    """The type that most tensors of a state dict have; fp32 for an empty one."""
+    counts = Counter(value.dtype for value in state.values() if isinstance(value, torch.Tensor))
+    return counts.most_common(1)[0][0] if counts else torch.float32
+
+
+@torch.no_grad()
+def move_module(module: nn.Module, device: torch.device, *, recursive: bool = True, excluded_patterns: Sequence[str] = ()) -> None:
+    """Move parameters and buffers to `device`: the whole tree, or only the module's own.
+
+    A tensor whose dotted name, seen from `module`, matches one of the shell-style patterns stays; so does everything under a
+    module whose name matches. A tensor shared by two names is moved once and stays shared.
+    """
+    if recursive and not excluded_patterns:
+        module.to(device)
+        return
+    moved: dict[int, torch.Tensor] = {}
+    for prefix, child in module.named_modules() if recursive else (("", module),):
+        if not _is_excluded(prefix, excluded_patterns):
+            _move_own_tensors(child, device, prefix, excluded_patterns, moved)
+
+
+def _move_own_tensors(module: nn.Module, device: torch.device, prefix: str, patterns: Sequence[str], moved: dict[int, torch.Tensor]) -> None:
+    for registry in (module._parameters, module._buffers):
+        for name, tensor in registry.items():
+            if tensor is None or tensor.device == device or _is_excluded(f"{prefix}.{name}" if prefix else name, patterns):
+                continue
+            if id(tensor) not in moved:
+                moved[id(tensor)] = as_same_kind(tensor.detach().to(device), tensor)
+            registry[name] = moved[id(tensor)]  # type: ignore[assignment]  # one of the two kinds, as it was
+
+
+def as_same_kind(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`tensor` as a Parameter where `like` is one, with its requires_grad."""
+    return nn.Parameter(tensor, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else tensor
+
+
+def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern matches the name or one of the modules above it."""
+    parts = name.split(".") if name else []
+    heads = [".".join(parts[: length + 1]) for length in range(len(parts))]
+    return any(fnmatchcase(head, pattern) for head in heads for pattern in patterns)

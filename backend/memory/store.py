@@ -1,0 +1,209 @@
+"""The store: which models are on which device, and the moves that make room. Decisions are the pure modules beside it.
+
+One lock guards it; a model that loads holds it. It knows no job, no page and no settings beyond BackendConfig.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from backend.devices.device_memory import DeviceBytes, empty_cache, read_device_bytes
+from backend.devices.inventory import DeviceFacts, describe_device
+from backend.devices.slot import Slot
+from backend.memory.budget import load_need_bytes, partial_load_budget_bytes
+from backend.memory.errors import DeviceRow, OutOfMemory
+from backend.memory.eviction import Resident, plan_eviction
+from backend.memory.residents import LoadedModel, Placeable
+from backend.memory.vram_state import VRAMState, choose_vram_state
+
+if TYPE_CHECKING:
+    from backend.args import BackendConfig
+
+logger = logging.getLogger(__name__)
+
+_IDLE_SHARE_WORTH_FREEING = 0.25
+
+
+class MemoryStore:
+    """Residents of all devices, most recently used first."""
+
+    def __init__(self, config: BackendConfig, slots: Sequence[Slot]) -> None:
+        if not slots:
+            raise ValueError("A memory store was asked for without slots; probe_devices gives at least one.")
+        self.config = config
+        self.slots = tuple(slots)
+        self.residents: list[LoadedModel] = []
+        self.wants_empty_cache = False
+        self._lock = threading.RLock()
+        self._states = {slot.torch_device: self._choose_state(slot) for slot in self.slots}
+
+    @property
+    def primary(self) -> Slot:
+        return self.slots[0]
+
+    def facts(self, device: torch.device) -> DeviceFacts:
+        return describe_device(device)
+
+    def state_of(self, device: torch.device) -> VRAMState:
+        """VRAM state of a device; one that is no slot counts as DISABLED (the host) or NORMAL."""
+        fallback = VRAMState.DISABLED if device.type == "cpu" else VRAMState.NORMAL_VRAM
+        return self._states.get(device, fallback)
+
+    def bytes_of(self, device: torch.device) -> DeviceBytes:
+        return read_device_bytes(device)
+
+    # loading
+
+    def load(self, models: Iterable[Placeable], *, memory_required_bytes: int, inference_bytes: int, preserved_bytes: int) -> None:
+        """Make all `models` resident on their load devices, evicting others by least recent use, streaming what does not fit.
+
+        `memory_required_bytes` is the working memory of what runs next, `inference_bytes` the least to keep for that,
+        `preserved_bytes` further room nobody may take. Raises: OutOfMemory.
+        """
+        to_free_bytes = max(inference_bytes, memory_required_bytes) + preserved_bytes
+        with self._lock:
+            self.drop_dead()
+            entries = [self._find_or_enter(model) for model in _unique(models)]
+            for device in dict.fromkeys(entry.device for entry in entries):
+                mine = [entry for entry in entries if entry.device == device]
+                missing_bytes, present_bytes = sum(entry.exclusive_memory for entry in mine), sum(entry.inclusive_memory for entry in mine)
+                need_bytes = to_free_bytes + (load_need_bytes(missing_bytes, present_bytes) if missing_bytes else 0)
+                self.free(need_bytes, device, keep=entries)
+            for entry in entries:
+                self._place(entry, inference_bytes + preserved_bytes)
+
+    def _find_or_enter(self, model: Placeable) -> LoadedModel:
+        """The entry of a model, moved or put to the front of the list; an entry of the same network elsewhere is dropped."""
+        entry = next((one for one in self.residents if one.holds(model)), None)
+        self.forget_network(model, but=entry)
+        if entry is None:
+            entry = LoadedModel(model)
+        else:
+            self.residents.remove(entry)
+            entry.adopt(model)
+        self.residents.insert(0, entry)
+        entry.compute_inclusive_exclusive_memory()
+        return entry
+
+    def _place(self, entry: LoadedModel, keep_free_bytes: int) -> None:
+        budget_bytes = self._choose_budget(entry, keep_free_bytes)
+        if budget_bytes < 0 and entry.exclusive_memory == 0 and not entry.model_accelerated:
+            entry.model_load()
+            return
+        if entry.streamed is not None and budget_bytes >= 0 and abs(budget_bytes - entry.streamed.resident_bytes) < 0.1 * budget_bytes:
+            return
+        try:
+            entry.model_load(budget_bytes, pin=self.config.pin_shared_memory)
+        except torch.OutOfMemoryError as error:
+            entry.model_unload()
+            self.residents.remove(entry)
+            self.empty_cache(entry.device)
+            missing_bytes = entry.exclusive_memory
+            raise self.out_of_memory(f"loading {entry.name}", entry.device, missing_bytes) from error
+        self._log_placed(entry)
+
+    def _choose_budget(self, entry: LoadedModel, keep_free_bytes: int) -> int:
+        """-1: whole; else bytes that may be resident while the rest streams."""
+        state = self.state_of(entry.device)
+        if entry.device == entry.offload_device or entry.device.type == "cpu" or state in (VRAMState.HIGH_VRAM, VRAMState.SHARED):
+            return -1
+        if state == VRAMState.NO_VRAM or self.config.cpu_offload:
+            return 0
+        free_bytes = self.bytes_of(entry.device).free_bytes
+        if free_bytes - entry.exclusive_memory - keep_free_bytes >= 0:
+            return -1
+        return partial_load_budget_bytes(free_bytes + entry.inclusive_memory, keep_free_bytes)
+
+    def _log_placed(self, entry: LoadedModel) -> None:
+        if entry.streamed is None:
+            logger.info("%s on %s: %.0f MiB.", entry.name, entry.device, entry.inclusive_memory / 2**20)
+        else:
+            logger.info(
+                "%s on %s: %.0f MiB resident, %.0f MiB streamed from main memory (it does not fit whole, or a flag asks for it).",
+                entry.name,
+                entry.device,
+                entry.streamed.resident_bytes / 2**20,
+                entry.streamed.streamed_bytes / 2**20,
+            )
+
+    # freeing
+
+    def free(self, need_bytes: int, device: torch.device, *, keep: Sequence[LoadedModel] = (), free_all: bool = False) -> None:
+        """Evict from `device`, least recently used first, until more than `need_bytes` are free or only `keep` is left."""
+        with self._lock:
+            self.drop_dead()
+            before = self.bytes_of(device)
+            evict_all = free_all or self.config.always_offload or self.state_of(device) == VRAMState.NO_VRAM
+            on_device = [entry for entry in self.residents if entry.device == device]
+            victims = plan_eviction(
+                [Resident(key=index, frees_bytes=_bytes_freed(entry), pinned=entry in keep) for index, entry in enumerate(on_device)],
+                need_bytes=need_bytes,
+                free_bytes=before.free_bytes,
+                evict_all=evict_all,
+            )
+            for victim in victims:
+                self._evict(on_device[victim.key])
+            if victims or before.idle_bytes > _IDLE_SHARE_WORTH_FREEING * max(1, before.free_bytes):
+                self.empty_cache(device)
+
+    def _evict(self, entry: LoadedModel) -> None:
+        self.residents.remove(entry)
+        entry.model_unload()
+        logger.debug("%s left %s.", entry.name, entry.device)
+
+    def unload_all(self) -> None:
+        """Take every model off every device."""
+        for device in dict.fromkeys([slot.torch_device for slot in self.slots] + [entry.device for entry in self.residents]):
+            self.free(0, device, free_all=True)
+
+    def forget_network(self, model: Placeable, but: LoadedModel | None = None) -> None:
+        """Drop the entries of a patcher's network without moving a weight."""
+        with self._lock:
+            for entry in [one for one in self.residents if one is not but and one.real_model is model.model]:
+                entry.model_unload(avoid_model_moving=True)
+                self.residents.remove(entry)
+
+    def drop_dead(self) -> None:
+        """Drop the entries whose network nobody holds any more."""
+        with self._lock:
+            self.residents[:] = [entry for entry in self.residents if entry.is_alive]
+
+    def empty_cache(self, device: torch.device) -> None:
+        empty_cache(device)
+        self.wants_empty_cache = False
+
+    # telling
+
+    def describe(self) -> tuple[DeviceRow, ...]:
+        """A line per device: total, free, and who holds what."""
+        rows = []
+        for device in dict.fromkeys(slot.torch_device for slot in self.slots):
+            now, facts = self.bytes_of(device), self.facts(device)
+            holders = tuple((entry.name, entry.inclusive_memory) for entry in self.residents if entry.device == device)
+            rows.append(DeviceRow(device=str(device), name=facts.name, total_bytes=now.total_bytes, free_bytes=now.free_bytes, holders=holders))
+        return tuple(rows)
+
+    def out_of_memory(self, what: str, device: torch.device, need_bytes: int | None) -> OutOfMemory:
+        """The error for `what`, with the table as it is now."""
+        return OutOfMemory(what, device=str(device), need_bytes=need_bytes, table=self.describe())
+
+    def _choose_state(self, slot: Slot) -> VRAMState:
+        return choose_vram_state(self.facts(slot.torch_device).kind, self.config.vram_mode, slot.total_bytes)
+
+
+def _bytes_freed(entry: LoadedModel) -> int:
+    entry.compute_inclusive_exclusive_memory()
+    return entry.inclusive_memory if entry.offload_device != entry.device else 0
+
+
+def _unique(models: Iterable[Placeable]) -> list[Placeable]:
+    """Models without repeats of one network, first kept."""
+    seen: dict[int, Placeable] = {}
+    for model in models:
+        seen.setdefault(id(model.model), model)
+    return list(seen.values())

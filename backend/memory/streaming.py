@@ -1,0 +1,124 @@
+"""Models larger than their budget: part of the layers stays on the device, the others come for their own forward and leave after it.
+
+`choose_resident_layers` is pure. Hooks on the layers do the rest, so the network does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from backend.memory.module_bytes import as_same_kind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerBytes:
+    """Own tensors (not its children's) of one module of a tree."""
+
+    name: str
+    own_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamedModel:
+    """What `start_streaming` did, and what `stop_streaming` takes to undo it."""
+
+    resident_bytes: int
+    streamed_bytes: int
+    largest_layer_bytes: int
+    handles: tuple[RemovableHandle, ...]
+
+
+def list_layers(module: nn.Module) -> tuple[LayerBytes, ...]:
+    """Every module of the tree that has tensors of its own."""
+    sizes = ((name, _own_bytes(child)) for name, child in module.named_modules())
+    return tuple(LayerBytes(name=name, own_bytes=size_bytes) for name, size_bytes in sizes if size_bytes)
+
+
+def choose_resident_layers(layers: Sequence[LayerBytes], budget_bytes: int) -> frozenset[str]:
+    """Names of the layers that stay: from small to large while the budget lasts.
+
+    The large layers stream because few large copies are cheaper than many small ones. The largest of them needs room too while
+    it computes, and the budget leaves it, unless everything fits.
+    """
+    total_bytes = sum(layer.own_bytes for layer in layers)
+    if total_bytes <= budget_bytes:
+        return frozenset(layer.name for layer in layers)
+    largest_bytes = max((layer.own_bytes for layer in layers), default=0)
+    room_bytes = max(0, budget_bytes - largest_bytes)
+    chosen: set[str] = set()
+    for layer in sorted(layers, key=lambda one: (one.own_bytes, one.name)):
+        if layer.own_bytes > room_bytes:
+            break
+        chosen.add(layer.name)
+        room_bytes -= layer.own_bytes
+    return frozenset(chosen)
+
+
+@torch.no_grad()
+def start_streaming(module: nn.Module, device: torch.device, budget_bytes: int, *, pin: bool = False) -> StreamedModel:
+    """Place what the budget allows on `device`, leave the rest on the host and fetch it layer by layer.
+
+    With `pin` the host copies are page-locked, so that a copy may run beside computation (CUDA only).
+    """
+    layers = list_layers(module)
+    resident = choose_resident_layers(layers, budget_bytes)
+    by_name = dict(module.named_modules())
+    handles: list[RemovableHandle] = []
+    for layer in layers:
+        child = by_name[layer.name]
+        _place_own_tensors(child, device if layer.name in resident else torch.device("cpu"), pin=pin and layer.name not in resident)
+        if layer.name not in resident:
+            handles += _install_hooks(child, device)
+    streamed = [layer.own_bytes for layer in layers if layer.name not in resident]
+    return StreamedModel(
+        resident_bytes=sum(layer.own_bytes for layer in layers) - sum(streamed),
+        streamed_bytes=sum(streamed),
+        largest_layer_bytes=max(streamed, default=0),
+        handles=tuple(handles),
+    )
+
+
+def stop_streaming(streamed: StreamedModel) -> None:
+    """Remove the hooks. Weights stay where they are: resident ones on the device, streamed ones on the host."""
+    for handle in streamed.handles:
+        handle.remove()
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]]:
+    registries: tuple[dict[str, torch.Tensor | None], ...] = (module._parameters, module._buffers)  # type: ignore[assignment]
+    return [(registry, name, tensor) for registry in registries for name, tensor in registry.items() if tensor is not None]
+
+
+def _own_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for _, _, tensor in _own_tensors(module))
+
+
+def _place_own_tensors(module: nn.Module, device: torch.device, *, pin: bool) -> None:
+    for registry, name, tensor in _own_tensors(module):
+        placed = tensor.detach().to(device)
+        if pin and torch.cuda.is_available() and not placed.is_pinned():
+            placed = placed.pin_memory()
+        if placed.device != tensor.device or pin:
+            registry[name] = as_same_kind(placed, tensor)
+
+
+def _install_hooks(module: nn.Module, device: torch.device) -> list[RemovableHandle]:
+    """Fetch before the layer's forward, put the host's tensors back after it, also when it raised."""
+    host: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
+
+    def fetch(layer: nn.Module, inputs: object) -> None:
+        host[:] = _own_tensors(layer)
+        for registry, name, tensor in host:
+            registry[name] = as_same_kind(tensor.detach().to(device, non_blocking=tensor.is_pinned()), tensor)
+
+    def release(layer: nn.Module, inputs: object, output: object) -> None:
+        for registry, name, tensor in host:
+            registry[name] = tensor
+        host.clear()
+
+    return [module.register_forward_pre_hook(fetch, prepend=True), module.register_forward_hook(release, always_call=True)]

@@ -1,0 +1,60 @@
+"""States of a device's memory, and the rule that chooses one. Pure."""
+
+from __future__ import annotations
+
+from enum import Enum, IntEnum
+
+
+class VRAMState(IntEnum):
+    """How a device is used for weights; values as users and extensions know them."""
+
+    DISABLED = 0
+    """No GPU: the host computes and weights stay where they are."""
+    NO_VRAM = 1
+    """Weights always stay on the host and stream through the device."""
+    LOW_VRAM = 2
+    """Weights leave the device as soon as a job is done with them; large models stream."""
+    NORMAL_VRAM = 3
+    """Weights stay until something else needs the room; what is too large streams in part."""
+    HIGH_VRAM = 4
+    """Weights are placed whole and stay."""
+    SHARED = 5
+    """Host and device are the same memory: moving gains nothing."""
+
+
+class CPUState(Enum):
+    """Which kind of processor computes."""
+
+    GPU = 0
+    CPU = 1
+    MPS = 2
+
+
+_BY_FLAG = {
+    "always_gpu": VRAMState.HIGH_VRAM,
+    "high": VRAMState.HIGH_VRAM,
+    "normal": VRAMState.NORMAL_VRAM,
+    "low": VRAMState.LOW_VRAM,
+    "no": VRAMState.NO_VRAM,
+}
+_SMALL_CARD_BYTES = 5 * 2**30
+"""At or under this a card holds no SDXL UNet in half precision (5.1 GB), so its weights leave after every job."""
+
+
+def choose_vram_state(kind: str, vram_mode: str, total_bytes: int) -> VRAMState:
+    """State for a device of `kind` ("cpu", "cuda", "rocm", "xpu", "mps", "virtual") under the flag `vram_mode`.
+
+    Without a flag a real card that cannot hold the larger family's network whole starts LOW, others NORMAL.
+    """
+    if kind == "cpu":
+        return VRAMState.DISABLED
+    if kind == "mps":
+        return VRAMState.SHARED
+    if vram_mode in _BY_FLAG:
+        return _BY_FLAG[vram_mode]
+    return VRAMState.LOW_VRAM if total_bytes <= _SMALL_CARD_BYTES and kind != "virtual" else VRAMState.NORMAL_VRAM
+
+
+def choose_cpu_state(kind: str) -> CPUState:
+    """Processor kind of the primary device."""
+    return {"cpu": CPUState.CPU, "mps": CPUState.MPS}.get(kind, CPUState.GPU)
