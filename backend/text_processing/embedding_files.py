@@ -1,0 +1,198 @@
+"""Textual-inversion files to embeddings: `.pt` / `.bin`, `.safetensors`, and pictures that carry one.
+
+Files come from anywhere, so nothing in them is run: pickles are read as plain tensors only, pictures as JSON, and sizes are bounded. Must not know
+which model is loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import pickle
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+
+from backend.text_processing.embedding import PLAIN_KEY, Embedding, EmbeddingError
+
+TENSOR_SUFFIXES = frozenset({".pt", ".bin", ".safetensors"})
+PICTURE_SUFFIXES = frozenset({".png", ".webp", ".jxl", ".avif"})
+ENCODER_KEYS = ("clip_l", "clip_g", "clip_h", "t5xxl")
+PNG_TEXT_KEY = "sd-ti-embedding"
+MAX_JSON_BYTES = 64 * 2**20
+
+_Pixels = npt.NDArray[np.uint8]
+
+_BROKEN_FILE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError, SyntaxError, OverflowError)
+_READ_ERRORS = (*_BROKEN_FILE, pickle.UnpicklingError, SafetensorError, zlib.error, Image.DecompressionBombError)
+
+
+def read_embedding(path: Path) -> Embedding | None:
+    """The embedding in a file, named after its stem or what a picture says; None for a picture that carries none.
+
+    Raises:
+        EmbeddingError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = path.read_bytes()
+        data = _read_picture(path) if path.suffix.lower() in PICTURE_SUFFIXES else _read_tensors(path, content)
+        return None if data is None else _to_embedding(path, data, hashlib.sha256(content).hexdigest())
+    except EmbeddingError:
+        raise
+    except _READ_ERRORS as error:
+        raise EmbeddingError(f"it cannot be read ({type(error).__name__}: {_first_line(error)})") from error
+
+
+def _to_embedding(path: Path, data: Mapping[str, Any], file_hash: str) -> Embedding:
+    is_picture = path.suffix.lower() in PICTURE_SUFFIXES
+    step = data.get("step")
+    return Embedding(
+        name=str(data.get("name") or path.stem) if is_picture else path.stem,
+        vectors_by_encoder={key: _as_table(tensor) for key, tensor in _find_tables(data).items()},
+        filename=path,
+        hash=file_hash,
+        step=step if isinstance(step, int) else None,
+        sd_checkpoint=_text_or_none(data.get("sd_checkpoint")),
+        sd_checkpoint_name=_text_or_none(data.get("sd_checkpoint_name")),
+    )
+
+
+def _find_tables(data: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of the three layouts: A1111's `string_to_param`, tables by text encoder, one tensor under any name (diffusers)."""
+    if "string_to_param" in data:
+        params = dict(data["string_to_param"].items())
+        return {PLAIN_KEY: _only_one(params)}
+    by_encoder = {key: data[key] for key in ENCODER_KEYS if isinstance(data.get(key), torch.Tensor)}
+    if by_encoder:
+        return by_encoder
+    return {PLAIN_KEY: _only_one({key: value for key, value in data.items() if isinstance(value, torch.Tensor)})}
+
+
+def _only_one(tensors: Mapping[Any, Any]) -> torch.Tensor:
+    if len(tensors) != 1:
+        raise EmbeddingError(f"it holds {len(tensors)} tensors where an embedding has one, or one for each text encoder")
+    tensor = next(iter(tensors.values()))
+    if not isinstance(tensor, torch.Tensor):
+        raise EmbeddingError(f"it holds a {type(tensor).__name__} where its vectors should be")
+    return tensor
+
+
+def _as_table(tensor: torch.Tensor) -> torch.Tensor:
+    """A detached float32 table; one vector alone becomes a table of one."""
+    tensor = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+    return tensor.unsqueeze(0) if tensor.ndim == 1 else tensor
+
+
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no details"])[0][:200]
+
+
+# tensor files
+
+
+def _read_tensors(path: Path, content: bytes) -> Mapping[str, Any]:
+    if path.suffix.lower() == ".safetensors":
+        tensors: dict[str, Any] = load_safetensors(content)
+        return tensors
+    data = _load_pickle(path)
+    if not isinstance(data, Mapping):
+        raise EmbeddingError(f"it holds a {type(data).__name__}, not an embedding")
+    return data
+
+
+def _load_pickle(path: Path) -> Any:
+    """Tensors, containers and torch's own `ParameterDict` (in files of the first trainers) are read; anything else is refused, never run."""
+    try:
+        with torch.serialization.safe_globals([torch.nn.ParameterDict, torch.nn.modules.container.ParameterDict]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise EmbeddingError("it is no plain tensor file, or would run code when opened, and was not opened; a .safetensors file is safe") from error
+
+
+# pictures
+
+
+def _read_picture(path: Path) -> Mapping[str, Any] | None:
+    if path.stem.lower().endswith(".preview"):
+        return None
+    with Image.open(path) as image:
+        text = getattr(image, "text", {}).get(PNG_TEXT_KEY)
+        content = base64.b64decode(text) if text else read_hidden_bytes(np.asarray(image.convert("RGB")))
+    return None if content is None else _parse_json(content)
+
+
+def _parse_json(content: bytes) -> Mapping[str, Any]:
+    data = json.loads(content, object_hook=_tensor_or_dict)
+    if not isinstance(data, dict):
+        raise EmbeddingError(f"the picture carries a {type(data).__name__}, not an embedding")
+    return data
+
+
+def _tensor_or_dict(value: dict[str, Any]) -> Any:
+    return torch.tensor(value["TORCHTENSOR"], dtype=torch.float32) if "TORCHTENSOR" in value else value
+
+
+def read_hidden_bytes(pixels_HW3: _Pixels) -> bytes | None:
+    """What A1111's picture embeddings hide in the low four bits of two blocks, left and right of the picture; None if there is nothing.
+
+    Each block is set off by an all-black column. The left one holds the low halves of the bytes, the right one the high halves, both masked with
+    the stream of `_mask_nibbles`; the bytes are a zlib stream, then padding.
+    """
+    nibbles_HW3 = _without_black_border(pixels_HW3) & 0x0F
+    black_columns = np.flatnonzero(nibbles_HW3.max(axis=(0, 2), initial=0) == 0)
+    if len(black_columns) < 2:
+        return None
+    low_HW3, high_HW3 = nibbles_HW3[:, : black_columns[0]], nibbles_HW3[:, black_columns[-1] + 1 :]
+    if low_HW3.shape != high_HW3.shape or low_HW3.size == 0:
+        return None
+    mask = _mask_nibbles(low_HW3.size)
+    packed = ((high_HW3.reshape(-1) ^ mask) << 4) | (low_HW3.reshape(-1) ^ mask)
+    try:
+        return _inflate(packed.tobytes())
+    except zlib.error:
+        return None  # an ordinary picture with black columns
+
+
+def _without_black_border(pixels_HW3: _Pixels) -> _Pixels:
+    """Cut to the box around the pixels that are above zero in all three channels."""
+    lit_HW = pixels_HW3.min(axis=2, initial=255) > 0
+    rows, columns = np.flatnonzero(lit_HW.any(axis=1)), np.flatnonzero(lit_HW.any(axis=0))
+    if len(rows) == 0:
+        return pixels_HW3[:0, :0]
+    return pixels_HW3[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _mask_nibbles(num_nibbles: int) -> _Pixels:
+    """A linear congruential stream (Numerical Recipes' constants, from 0): the low half of each value modulo 255.
+
+    Jumping ahead by doubling: if s -> a·s + c maps k values on, then applying it to the k values known gives the next k.
+    """
+    states = np.array([1013904223], dtype=np.uint64)
+    factor, offset = 1664525, 1013904223
+    while len(states) < num_nibbles:
+        states = np.concatenate([states, (states * np.uint64(factor) + np.uint64(offset)) & np.uint64(0xFFFFFFFF)])
+        factor, offset = (factor * factor) % 2**32, (factor * offset + offset) % 2**32
+    nibbles: _Pixels = ((states[:num_nibbles] % np.uint64(255)) & np.uint64(0x0F)).astype(np.uint8)
+    return nibbles
+
+
+def _inflate(content: bytes) -> bytes:
+    stream = zlib.decompressobj()
+    data = stream.decompress(content, MAX_JSON_BYTES)
+    if stream.unconsumed_tail or not stream.eof:
+        raise EmbeddingError(f"the data in the picture is cut short or larger than {math.ceil(MAX_JSON_BYTES / 2**20)} MiB")
+    return data

@@ -1,0 +1,146 @@
+"""The embeddings a model can use: found in folders, kept by name, recognised in a prompt's tokens.
+
+Must not know file formats (`embedding_files`) or chunks (`chunks`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backend.text_processing.clip_tokenizer import tokenize_plain
+from backend.text_processing.embedding import Embedding, EmbeddingError
+from backend.text_processing.embedding_files import PICTURE_SUFFIXES, TENSOR_SUFFIXES, read_embedding
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadFile:
+    stamp: tuple[int, int]
+    embedding: Embedding | None
+    reason: str | None = None
+
+
+class EmbeddingDatabase:
+    """`widths`: channels of each text encoder of the model, {"clip_l": 768} or {"clip_l": 768, "clip_g": 1280}.
+
+    `word_embeddings` are ready for use; `skipped_embeddings` were made for other models; `skip_reasons` says why, also of files that cannot be read.
+    """
+
+    def __init__(self, tokenizer: Any, widths: Mapping[str, int]) -> None:
+        self.tokenizer = tokenizer
+        self.widths = dict(widths)
+        self.embedding_dirs: list[Path] = []
+        self.word_embeddings: dict[str, Embedding] = {}
+        self.skipped_embeddings: dict[str, Embedding] = {}
+        self.skip_reasons: dict[str, str] = {}
+        self._registered: dict[str, Embedding] = {}
+        self._files: dict[Path, _ReadFile] = {}
+        self._by_first_token: dict[int, list[tuple[list[int], Embedding]]] = {}
+
+    def add_embedding_dir(self, path: str | Path) -> None:
+        """A folder to look in, subfolders too, from the next load on. Of two files with one name the first folder's counts."""
+        if Path(path) not in self.embedding_dirs:
+            self.embedding_dirs.append(Path(path))
+
+    def clear_embedding_dirs(self) -> None:
+        self.embedding_dirs.clear()
+
+    def register_embedding(self, embedding: Embedding) -> None:
+        """Makes an embedding from no file usable, under its name.
+
+        Raises:
+            EmbeddingError: it was made for another kind of model.
+        """
+        self._registered[embedding.name] = embedding.fitted(self.widths)
+        self._rebuild()
+
+    def load_textual_inversion_embeddings(self, force_reload: bool = False) -> None:
+        """Brings the database in line with the folders; files that have not changed are not read again unless `force_reload`."""
+        found = {path: _stamp(path) for folder in self.embedding_dirs for path in _walk_files(folder)}
+        known = {} if force_reload else self._files
+        if found == {path: read.stamp for path, read in known.items()}:
+            return
+        self._files = {path: known[path] if path in known and known[path].stamp == stamp else _read(path, stamp) for path, stamp in found.items()}
+        self._rebuild()
+        log.info("Textual inversion: %d embeddings loaded, %d skipped.", len(self.word_embeddings), len(self.skip_reasons))
+
+    def find_embedding_at_position(self, tokens: Sequence[int], offset: int) -> tuple[Embedding | None, int]:
+        """(embedding, number of tokens its name takes) if a known name begins at `offset`; the longest name wins. Else (None, 0)."""
+        for name_tokens, embedding in self._by_first_token.get(tokens[offset], ()):
+            if list(tokens[offset : offset + len(name_tokens)]) == name_tokens:
+                return embedding, len(name_tokens)
+        return None, 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any usable embedding does: what a condition that was kept depends on."""
+        lines = [f"{name}\0{embedding.hash or id(embedding)}" for name, embedding in sorted(self.word_embeddings.items())]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def _rebuild(self) -> None:
+        self.word_embeddings, self.skipped_embeddings, self.skip_reasons = dict(self._registered), {}, {}
+        for path, read in self._files.items():
+            if read.embedding is None and read.reason:
+                self._skip(path.stem, path, read.reason)
+            elif read.embedding is not None:
+                self._add(path, read.embedding)
+        self._index_names()
+
+    def _add(self, path: Path, embedding: Embedding) -> None:
+        if embedding.name in self.word_embeddings:
+            self._skip(str(path), path, f"the name {embedding.name} is taken by {self.word_embeddings[embedding.name].filename}")
+            return
+        try:
+            self.word_embeddings[embedding.name] = embedding.fitted(self.widths)
+        except EmbeddingError as error:
+            self.skipped_embeddings[embedding.name] = embedding
+            self._skip(embedding.name, path, str(error))
+
+    def _skip(self, name: str, path: Path, reason: str) -> None:
+        self.skip_reasons[name] = reason
+        log.info("Embedding %s was skipped: %s.", path.name, reason)
+
+    def _index_names(self) -> None:
+        self._by_first_token = {}
+        names = list(self.word_embeddings)
+        for name, name_tokens in zip(names, tokenize_plain(self.tokenizer, names) if names else []):
+            if name_tokens:
+                self._by_first_token.setdefault(name_tokens[0], []).append((name_tokens, self.word_embeddings[name]))
+        for entries in self._by_first_token.values():
+            entries.sort(key=lambda entry: len(entry[0]), reverse=True)
+
+
+def _read(path: Path, stamp: tuple[int, int]) -> _ReadFile:
+    try:
+        return _ReadFile(stamp, read_embedding(path))
+    except EmbeddingError as error:
+        return _ReadFile(stamp, None, str(error))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return (0, 0)
+    return (status.st_mtime_ns, status.st_size)
+
+
+def _walk_files(folder: Path) -> Iterator[Path]:
+    """Embedding files below a folder, in order of name; links to folders are followed once. A missing folder holds none."""
+    seen: set[str] = set()
+    for parent, folder_names, file_names in os.walk(folder, followlinks=True):
+        real_parent = os.path.realpath(parent)
+        if real_parent in seen:
+            folder_names.clear()
+            continue
+        seen.add(real_parent)
+        folder_names.sort()
+        paths = (Path(parent, name) for name in sorted(file_names))
+        yield from (path for path in paths if path.suffix.lower() in TENSOR_SUFFIXES | PICTURE_SUFFIXES and _stamp(path)[1] > 0)
