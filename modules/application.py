@@ -1,0 +1,116 @@
+"""The running application as one value: its configuration, settings, state, job line and models.
+
+webui.py builds one and installs it; page, API and guests ask for the installed one. Must not know gradio or HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modules.app_config import AppConfig
+from modules.cache import FileCache
+from modules.call_queue import JobQueue
+from modules.checkpoints import CheckpointRegistry
+from modules.hashes import HashStore
+from modules.options import Options
+from modules.sd_models import LoadEngine, ModelHost, load_engine
+from modules.sd_vae import ModuleRegistry
+from modules.shared_options import build_option_table, restricted_opts
+from modules.shared_state import State
+
+
+@dataclass(kw_only=True)
+class Application:
+    """What one server consists of. `demo` and `fastapi_app` are set when the page is built."""
+
+    config: AppConfig
+    options: Options
+    state: State
+    jobs: JobQueue
+    checkpoints: CheckpointRegistry
+    additional_modules: ModuleRegistry
+    models: ModelHost
+    file_cache: FileCache
+    hashes: HashStore
+    demo: Any = None
+    fastapi_app: Any = None
+    started_at: float = field(default_factory=time.time)
+
+    def save_options(self) -> None:
+        """Write the settings file, unless --freeze-settings. Raises OptionError then."""
+        self.options.save(self.config.settings_file)
+
+    def close(self) -> None:
+        """End the job line; the running job stops within one step."""
+        self.jobs.close()
+
+
+def create_options(config: AppConfig) -> Options:
+    """The settings of this run, read from its settings file."""
+    table = build_option_table(config.flags, outputs_dir=config.outputs_dir, saved_dir=config.data_dir / "log" / "images")
+    restricted = restricted_opts if config.hide_ui_dir_config else ()
+    frozen_keys = frozenset(table) if config.freeze_settings else _keys_frozen_by_name(config, table)
+    options = Options(table, restricted, frozen_keys=frozen_keys)
+    options.load(config.settings_file)
+    return options
+
+
+def _keys_frozen_by_name(config: AppConfig, table: dict[str, Any]) -> frozenset[str]:
+    keys = _split(config.flags.get("freeze_specific_settings"))
+    sections = _split(config.flags.get("freeze_settings_in_sections"))
+    return frozenset(key for key, info in table.items() if key in keys or (info.section and info.section[0] in sections))
+
+
+def _split(value: Any) -> set[str]:
+    return {part.strip() for part in value.split(",")} if isinstance(value, str) else set()
+
+
+def build_application(config: AppConfig, *, load: LoadEngine = load_engine) -> Application:
+    """Everything below the page, wired up. Reads the settings file and looks for models; loads none."""
+    options = create_options(config)
+    file_cache = FileCache(config.data_dir / "cache")
+    hashes = HashStore(file_cache, enabled=not config.no_hashing)
+    checkpoints = CheckpointRegistry(config.ckpt_dirs, hashes, extra_files=_named_checkpoint(config))
+    additional_modules = ModuleRegistry(config.vae_dirs, config.text_encoder_dirs)
+    state = State()
+    checkpoints.refresh()
+    additional_modules.refresh()
+    return Application(
+        config=config,
+        options=options,
+        state=state,
+        jobs=JobQueue(state),
+        checkpoints=checkpoints,
+        additional_modules=additional_modules,
+        models=ModelHost(checkpoints, additional_modules, config.backend, options.snapshot, load=load),
+        file_cache=file_cache,
+        hashes=hashes,
+    )
+
+
+def _named_checkpoint(config: AppConfig) -> tuple[Path, ...]:
+    return (config.ckpt,) if config.ckpt is not None and config.ckpt.is_file() else ()
+
+
+_installed: Application | None = None
+
+
+def install(app: Application | None) -> None:
+    """Make `app` the one that guests and the facades speak to; None removes it."""
+    global _installed  # noqa: PLW0603 - the one place where the running application is known
+    _installed = app
+
+
+def current_application() -> Application:
+    """The installed application. Raises RuntimeError before there is one."""
+    if _installed is None:
+        raise RuntimeError("no application is installed yet; webui.py installs it at start, tests with modules.application.install().")
+    return _installed
+
+
+def application_or_none() -> Application | None:
+    """The installed application, or None before there is one."""
+    return _installed

@@ -1,0 +1,108 @@
+"""Errors that the application answers with, and the reporting helpers extensions call.
+
+A `RequestError` is the caller's mistake: its message is shown as it is, and the API answers with its `status`.
+Must not know models, HTTP or the page.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+MAX_EXCEPTION_RECORDS = 5
+
+exception_records: list[dict[str, Any]] = []
+_shown_once: set[str] = set()
+_records_lock = threading.Lock()
+
+
+class RequestError(Exception):
+    """The request cannot be served as it stands. `status` is the HTTP status that says why (422: a field's value)."""
+
+    status = 422
+
+
+class OptionError(RequestError, ValueError):
+    """A setting was given a value it cannot take, or may not be changed."""
+
+
+class NoCheckpointError(RequestError):
+    """No model file is there to make a picture with."""
+
+    status = 503
+
+
+class UnknownCheckpointError(RequestError):
+    """A checkpoint was asked for by a name that no file answers to."""
+
+
+class UnknownSamplerError(RequestError):
+    """A sampler or schedule was asked for by a name that does not exist."""
+
+
+class JobCancelled(RequestError):
+    """The job was taken out of the queue before it began."""
+
+    status = 409
+
+
+def format_exception(error: BaseException, traceback_: Any) -> list[list[str]]:
+    """[[place, source line], ...] of the traceback, innermost last."""
+    return [[f"{frame.filename}, line {frame.lineno}, {frame.name}", frame.line or ""] for frame in traceback.extract_tb(traceback_)]
+
+
+def get_exceptions() -> list[dict[str, Any]]:
+    """The last recorded exceptions, newest first."""
+    with _records_lock:
+        return list(reversed(exception_records))
+
+
+def record_exception() -> None:
+    """Remember the exception being handled, for the system report."""
+    kind, error, traceback_ = sys.exc_info()
+    if kind is None or error is None:
+        return
+    with _records_lock:
+        if exception_records and exception_records[-1]["exception"] == str(error):
+            return
+        exception_records.append({"exception": str(error), "traceback": format_exception(error, traceback_)})
+        del exception_records[:-MAX_EXCEPTION_RECORDS]
+
+
+def report(message: str, *, exc_info: bool = False) -> None:
+    """Log an error, with the traceback of the exception being handled when `exc_info` is true."""
+    record_exception()
+    log.error("%s", message, exc_info=exc_info)
+
+
+def display(error: BaseException, task: str, *, full_traceback: bool = False) -> None:
+    """Log `error`, which happened while doing `task`."""
+    record_exception()
+    log.error("%s: %s: %s", task or "error", type(error).__name__, error, exc_info=error)
+
+
+def display_once(error: BaseException, task: str) -> None:
+    """Log `error` the first time that `task` fails."""
+    if task in _shown_once:
+        return
+    _shown_once.add(task)
+    display(error, task)
+
+
+def print_error_explanation(message: str) -> None:
+    """Log an explanation for the user."""
+    log.error("%s", message)
+
+
+def run(code: Callable[[], object], task: str) -> None:
+    """Call an extension's `code`; a failure is reported, not raised."""
+    try:
+        code()
+    except Exception as error:  # noqa: BLE001 - wall: third-party code behind the script host
+        display(error, task)

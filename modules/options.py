@@ -1,0 +1,410 @@
+"""Settings: what they are (OptionInfo), the store that is saved to a file (Options) and the frozen view a job works with (OptionsSnapshot).
+
+Must not know any single setting (shared_options.py defines them), nor gradio: a component is a gradio class or the name of one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from modules.errors import OptionError
+
+log = logging.getLogger(__name__)
+
+_TRUE_WORDS = frozenset({"true", "yes", "on", "1"})
+_FALSE_WORDS = frozenset({"false", "no", "off", "0", ""})
+
+
+class OptionInfo:
+    """One setting: default, label, how it is shown. The chainable methods return self."""
+
+    do_not_save = False
+
+    def __init__(
+        self,
+        default: Any = None,
+        label: str = "",
+        component: Any = None,
+        component_args: Any = None,
+        onchange: Callable[[], object] | None = None,
+        section: tuple[Any, ...] | None = None,
+        refresh: Callable[[], object] | None = None,
+        comment_before: str = "",
+        comment_after: str = "",
+        infotext: str | None = None,
+        restrict_api: bool = False,
+        category_id: str | None = None,
+    ) -> None:
+        self.default = default
+        self.label = label
+        self.component = component
+        self.component_args = component_args
+        self.onchange = onchange
+        self.section: tuple[Any, ...] | None = section
+        self.category_id = category_id
+        self.refresh = refresh
+        self.comment_before = comment_before
+        self.comment_after = comment_after
+        self.infotext = infotext
+        self.restrict_api = restrict_api
+        self.limits: tuple[float, float] | None = None  # what the value must lie between, wherever it comes from
+        self.allowed: tuple[str, ...] | None = None  # the only texts it can take
+
+    def link(self, label: str, url: str) -> OptionInfo:
+        self.comment_before += f"[<a href='{url}' target='_blank'>{label}</a>]"
+        return self
+
+    def js(self, label: str, js_func: str) -> OptionInfo:
+        self.comment_before += f"[<a onclick='{js_func}(); return false'>{label}</a>]"
+        return self
+
+    def info(self, info: str) -> OptionInfo:
+        self.comment_after += f"<span class='info'>({info})</span>"
+        return self
+
+    def html(self, html: str) -> OptionInfo:
+        self.comment_after += html
+        return self
+
+    def needs_restart(self) -> OptionInfo:
+        self.comment_after += " <span class='info'>(requires restart)</span>"
+        return self
+
+    def needs_reload_ui(self) -> OptionInfo:
+        self.comment_after += " <span class='info'>(requires Reload UI)</span>"
+        return self
+
+    def cast(self, key: str, value: Any) -> Any:
+        """`value` as the type of the default, checked against the setting's limits. Raises OptionError."""
+        if value is None:
+            return None if self.default is None else self.default
+        return self._check(key, _cast_like(key, value, self.default))
+
+    def _check(self, key: str, value: Any) -> Any:
+        if self.limits is not None and not self.limits[0] <= value <= self.limits[1]:
+            raise OptionError(f"setting {key!r}: {value} is outside {self.limits[0]}..{self.limits[1]}.")
+        if self.allowed is not None and value not in self.allowed:
+            raise OptionError(f"setting {key!r}: {value!r} is not one of {', '.join(map(repr, self.allowed))}.")
+        return value
+
+
+class OptionHTML(OptionInfo):
+    """A text on the settings page; it has no value."""
+
+    do_not_save = True
+
+    def __init__(self, text: str) -> None:
+        super().__init__(str(text).strip(), label="", component="HTML", component_args=lambda: {"elem_classes": "settings-info"})
+
+
+def options_section(section_identifier: tuple[Any, ...], options_dict: dict[str, OptionInfo]) -> dict[str, OptionInfo]:
+    """Put every option of `options_dict` into the section (id, label[, category id]); returns the same dict."""
+    for info in options_dict.values():
+        info.section = tuple(section_identifier[:2])
+        if len(section_identifier) > 2:
+            info.category_id = section_identifier[2]
+    return options_dict
+
+
+def _wrong_type(key: str, value: Any, wanted: str) -> OptionError:
+    return OptionError(f"setting {key!r}: expected {wanted}, got {type(value).__name__} {str(value)[:80]!r}.")
+
+
+def _cast_bool(key: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, (int, float)) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in _TRUE_WORDS | _FALSE_WORDS:
+        return value.strip().lower() in _TRUE_WORDS
+    raise _wrong_type(key, value, "true or false")
+
+
+def _cast_float(key: str, value: Any) -> float:
+    if not isinstance(value, (int, float, str)):
+        raise _wrong_type(key, value, "a number")
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise _wrong_type(key, value, "a number") from None
+    if not math.isfinite(number):
+        raise OptionError(f"setting {key!r}: {value} is not a finite number.")
+    return number
+
+
+def _cast_int(key: str, value: Any) -> int | float:
+    if isinstance(value, int):
+        return int(value)
+    number = _cast_float(key, value)
+    return int(number) if number.is_integer() else number
+
+
+def _cast_list(key: str, value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    raise _wrong_type(key, value, "a list")
+
+
+def _cast_like(key: str, value: Any, default: Any) -> Any:
+    if isinstance(default, bool):
+        return _cast_bool(key, value)
+    if isinstance(default, int):
+        return _cast_int(key, value)
+    if isinstance(default, float):
+        return _cast_float(key, value)
+    if isinstance(default, list):
+        return _cast_list(key, value)
+    if isinstance(default, str):
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        raise _wrong_type(key, value, "a text")
+    return value
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace `path` by a file holding `text`: readers see the old file or the whole new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+class OptionsSnapshot(Mapping[str, Any]):
+    """All settings as they were at one moment. Read by key or by attribute; cannot be written."""
+
+    __slots__ = ("_labels", "_values")
+
+    def __init__(self, labels: Mapping[str, OptionInfo], values: Mapping[str, Any]) -> None:
+        object.__setattr__(self, "_labels", labels)
+        object.__setattr__(self, "_values", dict(values))
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self._values:
+            return self._values[key]
+        info = self._labels.get(key)
+        if info is None or info.do_not_save:
+            raise KeyError(key)
+        return info.default
+
+    def __iter__(self) -> Iterator[str]:
+        seen = dict.fromkeys(key for key, info in self._labels.items() if not info.do_not_save)
+        return iter(seen | dict.fromkeys(self._values))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"there is no setting {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"setting {name!r} cannot be changed in a job's snapshot; use override_settings")
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> OptionsSnapshot:
+        """This snapshot with `overrides` laid over it; unknown keys are ignored with a warning. Raises OptionError for a wrong value."""
+        known = {}
+        for key, value in overrides.items():
+            info = self._labels.get(key)
+            if info is None:
+                log.warning("override_settings: there is no setting %r; it is ignored.", key)
+                continue
+            known[key] = info.cast(key, value)
+        return OptionsSnapshot(self._labels, {**self._values, **known})
+
+
+_OWN_ATTRIBUTES = frozenset({"data", "data_labels", "restricted_opts", "frozen_keys", "_lock"})
+
+
+class Options:
+    """The saved settings. Thread-safe; attributes are settings: `opts.samples_format`."""
+
+    typemap: Mapping[Any, Any] = {int: float}
+
+    def __init__(
+        self,
+        data_labels: dict[str, OptionInfo],
+        restricted_opts: Collection[str] = (),
+        *,
+        frozen_keys: frozenset[str] = frozenset(),
+    ) -> None:
+        fields = {"data_labels": data_labels, "restricted_opts": set(restricted_opts), "frozen_keys": frozen_keys, "_lock": threading.RLock()}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "data", {key: info.default for key, info in data_labels.items() if not info.do_not_save})
+
+    def __getattr__(self, item: str) -> Any:
+        if item.startswith("__"):
+            raise AttributeError(item)
+        data, labels = self.__dict__.get("data", {}), self.__dict__.get("data_labels", {})
+        if item in data:
+            return data[item]
+        if item in labels:
+            return labels[item].default
+        raise AttributeError(f"there is no setting {item!r}")
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key in _OWN_ATTRIBUTES or key not in self.data_labels:
+            object.__setattr__(self, key, value)
+            return
+        self._require_changeable(key)
+        with self._lock:
+            self.data[key] = value
+
+    def _require_changeable(self, key: str) -> None:
+        if key in self.frozen_keys:
+            raise OptionError(f"setting {key!r} is frozen by --freeze-settings; start without the flag to change it.")
+        if key in self.restricted_opts:
+            raise OptionError(f"setting {key!r} may not be changed while --hide-ui-dir-config is on.")
+
+    def set(self, key: str, value: Any, is_api: bool = False, run_callbacks: bool = True) -> bool:
+        """Change a setting; returns whether its value is another now. Raises OptionError for an unknown key or a value of the wrong type.
+
+        A setting that the API may not change is left as it is (returns False)."""
+        info = self.data_labels.get(key)
+        if info is None:
+            raise OptionError(f"there is no setting {key!r}.")
+        if info.do_not_save or (is_api and info.restrict_api):
+            return False
+        value = info.cast(key, value)
+        with self._lock:
+            old_value = self.data.get(key, info.default)
+            if old_value == value:
+                return False
+            self._require_changeable(key)
+            self.data[key] = value
+        if run_callbacks and info.onchange is not None:
+            self._run_onchange(key, info, old_value)
+        return True
+
+    def _run_onchange(self, key: str, info: OptionInfo, old_value: Any) -> None:
+        assert info.onchange is not None
+        try:
+            info.onchange()
+        except Exception:
+            with self._lock:
+                self.data[key] = old_value
+            raise
+
+    def get_default(self, key: str) -> Any:
+        info = self.data_labels.get(key)
+        return None if info is None else info.default
+
+    def onchange(self, key: str, func: Callable[[], object], call: bool = True) -> None:
+        """Have `func` called whenever `key` changes through set(); also now, unless `call` is false."""
+        info = self.data_labels.get(key)
+        if info is None:
+            raise OptionError(f"there is no setting {key!r}.")
+        info.onchange = func
+        if call:
+            func()
+
+    def snapshot(self, overrides: Mapping[str, Any] | None = None) -> OptionsSnapshot:
+        """The settings as they are now, frozen."""
+        with self._lock:
+            frozen = OptionsSnapshot(dict(self.data_labels), self.data)
+        return frozen.with_overrides(overrides) if overrides else frozen
+
+    def save(self, filename: str | os.PathLike[str]) -> None:
+        """Write the settings, whole or not at all. Keys that no option defines are kept as they were read."""
+        if self.frozen_keys and self.frozen_keys >= set(self.data_labels):
+            raise OptionError("settings are frozen by --freeze-settings; start without the flag to save them.")
+        with self._lock:
+            write_text_atomically(Path(filename), json.dumps(self.data, indent=4, ensure_ascii=False))
+
+    def load(self, filename: str | os.PathLike[str]) -> None:
+        """Read the settings file if it is there. A file that cannot be read is kept aside and reported; wrong values fall back to defaults."""
+        path = Path(filename)
+        if not path.is_file():
+            return
+        try:
+            loaded = json.loads(path.read_text(encoding="utf8"))
+            if not isinstance(loaded, dict):
+                raise ValueError("it does not hold a JSON object")
+        except (ValueError, OSError) as error:
+            aside = path.with_name(path.name + ".unreadable")
+            shutil.copyfile(path, aside)
+            log.error("%s cannot be read (%s); defaults apply. A copy is kept as %s.", path, error, aside.name)
+            return
+        with self._lock:
+            self.data.update({key: self._value_from_file(key, value, path) for key, value in loaded.items()})
+
+    def _value_from_file(self, key: str, value: Any, path: Path) -> Any:
+        info = self.data_labels.get(key)
+        if info is None:
+            return value
+        try:
+            return info.cast(key, value)
+        except OptionError as error:
+            log.warning("%s: %s Its default %r is used.", path.name, error, info.default)
+            return info.default
+
+    def dumpjson(self) -> str:
+        """All settings as JSON, with the comments that the page shows beside them."""
+        labels = self.data_labels
+        values: dict[str, Any] = {key: self.data.get(key, info.default) for key, info in labels.items() if not info.do_not_save}
+        values["_comments_before"] = {key: info.comment_before for key, info in labels.items() if info.comment_before}
+        values["_comments_after"] = {key: info.comment_after for key, info in labels.items() if info.comment_after}
+        values["_categories"] = self._categories()
+        return json.dumps(values)
+
+    def _categories(self) -> list[list[str]]:
+        categories: dict[str, str] = {}
+        for info in self.data_labels.values():
+            if info.section and info.category_id and info.section[0]:
+                categories.setdefault(info.category_id, str(info.section[1]))
+        return [[category_id, label] for category_id, label in categories.items()]
+
+    def add_option(self, key: str, info: OptionInfo) -> None:
+        """Define one more setting (extensions do). A value read from the file before keeps its effect."""
+        with self._lock:
+            self.data_labels[key] = info
+            if info.do_not_save:
+                return
+            if key in self.data:
+                self.data[key] = self._value_from_file(key, self.data[key], Path("settings file"))
+            else:
+                self.data[key] = info.default
+
+    def reorder(self) -> None:
+        """Bring settings of one section together, sections in the order of their first setting, nameless sections last."""
+        order: dict[Any, int] = {}
+        for info in self.data_labels.values():
+            order.setdefault(_section_id(info), len(order))
+        with self._lock:
+            ordered = sorted(self.data_labels.items(), key=lambda item: (_section_id(item[1]) is None, order[_section_id(item[1])]))
+            self.data_labels.clear()
+            self.data_labels.update(ordered)
+
+    def cast_value(self, key: str, value: Any) -> Any:
+        """`value` as this setting's type; None stays None. Raises OptionError."""
+        info = self.data_labels.get(key)
+        return value if info is None or value is None else info.cast(key, value)
+
+    def same_type(self, x: Any, y: Any) -> bool:
+        """Whether x may stand where y stands: None with anything, int with float."""
+        if x is None or y is None:
+            return True
+        kinds: list[Any] = [self.typemap.get(kind, kind) for kind in (type(x), type(y))]
+        return kinds[0] is kinds[1]
+
+
+def _section_id(info: OptionInfo) -> Any:
+    return info.section[0] if info.section else None
