@@ -11,6 +11,8 @@ import hashlib
 import json
 import math
 import pickle
+import struct
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +35,9 @@ MAX_JSON_BYTES = 64 * 2**20
 
 _Pixels = npt.NDArray[np.uint8]
 
-_BROKEN_FILE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError, SyntaxError, OverflowError)
-_READ_ERRORS = (*_BROKEN_FILE, pickle.UnpicklingError, SafetensorError, zlib.error, Image.DecompressionBombError)
+# Everything a damaged or hostile file has been seen to raise in the libraries below.
+_PYTHON_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, SyntaxError, ArithmeticError, AssertionError)
+_READ_ERRORS = (*_PYTHON_ERRORS, struct.error, pickle.UnpicklingError, SafetensorError, zlib.error, Image.DecompressionBombError, MemoryError)
 
 
 def read_embedding(path: Path) -> Embedding | None:
@@ -117,7 +120,8 @@ def _read_tensors(path: Path, content: bytes) -> Mapping[str, Any]:
 def _load_pickle(path: Path) -> Any:
     """Tensors, containers and torch's own `ParameterDict` (in files of the first trainers) are read; anything else is refused, never run."""
     try:
-        with torch.serialization.safe_globals([torch.nn.ParameterDict, torch.nn.modules.container.ParameterDict]):
+        with torch.serialization.safe_globals([torch.nn.ParameterDict]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # what follows is read or refused all the same
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise EmbeddingError("it is no plain tensor file, or would run code when opened, and was not opened; a .safetensors file is safe") from error
