@@ -1,0 +1,95 @@
+"""KModel: one denoising step of one batch, from noisy latents and a noise level to the denoised latents.
+
+It joins a UNet (as a program of segments) and its prediction. Must not know guidance, samplers, prompts or where its weights live.
+
+Shapes: B batch, C channels, H W latent rows and columns, L tokens, D width of a token, V width of SDXL's vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from backend.attention import install_attention
+from backend.modules.k_prediction import Prediction
+from backend.nn.unet_program import Program, build_program
+from backend.nn.unet_state import TransformerOptions, UNetState
+
+BYTES_PER_LATENT_POSITION = 16384
+"""Working memory of a forward pass per latent position and byte of a number, times ACTIVATION_FACTOR; measured on the field's UNets."""
+ACTIVATION_FACTOR = 1.28
+
+
+class KModel(nn.Module):
+    """A denoiser. `diffusion_model` is the library's UNet and owns all weights; `program` runs it.
+
+    `storage_dtype` is what the weights are kept in, `computation_dtype` what the layers compute in. Where they differ (fp8 storage),
+    the library's layer-wise casting turns each layer's weights for the time it runs.
+    """
+
+    def __init__(
+        self,
+        model: UNet2DConditionModel,
+        predictor: Prediction,
+        *,
+        storage_dtype: torch.dtype | None = None,
+        computation_dtype: torch.dtype | None = None,
+        config: object = None,
+    ) -> None:
+        super().__init__()
+        self.diffusion_model = model
+        self.predictor = predictor
+        self.config = config
+        self.storage_dtype: torch.dtype = storage_dtype or next(model.parameters()).dtype
+        self.computation_dtype: torch.dtype = computation_dtype or self.storage_dtype
+        self._set_types()
+        install_attention(model)
+        self.program: Program = build_program(model)
+        self.run_program: Callable[[UNetState], Tensor] = self.program.run
+        """Runs a started state to its output. A plan over several slots puts its own runner here."""
+
+    def _set_types(self) -> None:
+        if self.storage_dtype == self.computation_dtype:
+            self.diffusion_model.to(self.storage_dtype)
+        else:
+            self.diffusion_model.enable_layerwise_casting(storage_dtype=self.storage_dtype, compute_dtype=self.computation_dtype)
+
+    @torch.no_grad()
+    def apply_model(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Mapping[str, Sequence[Tensor | None]] | None = None,
+        transformer_options: TransformerOptions | None = None,
+        y: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """x0 (B, C, H, W) in fp32 of noisy latents `x` at noise levels `t` (B,).
+
+        `c_concat` (B, C', H, W): mask and masked picture of an inpainting model. `c_crossattn` (B, L, D): text. `y` (B, V): SDXL's
+        pooled text and sizes. `control`: ControlNet residuals. Other keyword arguments are conditions of other model kinds and unused.
+        """
+        sigma, dtype = t, self.computation_dtype
+        model_input = self.predictor.calculate_input(sigma, x)
+        if c_concat is not None:
+            model_input = torch.cat([model_input, c_concat.to(model_input)], dim=1)
+        state = self.program.start(
+            model_input.to(dtype),
+            self.predictor.timestep(sigma),
+            None if c_crossattn is None else c_crossattn.to(dtype),
+            y_BV=y,
+            control=control,
+            options=transformer_options,
+        )
+        return self.predictor.calculate_denoised(sigma, self.run_program(state).float(), x)
+
+    def memory_required(self, input_shape: Sequence[int]) -> float:
+        """Estimate of the working memory, in bytes, of a forward pass over (B, C, H, W)."""
+        positions = input_shape[0] * input_shape[2] * input_shape[3]
+        return ACTIVATION_FACTOR * positions * self.computation_dtype.itemsize * BYTES_PER_LATENT_POSITION
