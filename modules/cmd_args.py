@@ -485,6 +485,13 @@ def _flags_mapping(ns: Namespace, data_dir: Path, models_dir: Path) -> dict[str,
     return flags
 
 
+def __getattr__(name: str) -> Any:
+    """`parser`, under the name extensions import, made when it is first asked for."""
+    if name != "parser":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault("parser", build_parser())
+
+
 __all__ = [
     "CHECKPOINT_SUFFIXES",
     "EXTRA_FOLDERS",

@@ -1,0 +1,102 @@
+"""The start: checks the Python, makes the virtual environment, installs the packages, reads the command line once, and runs the program.
+
+This file is read by whatever Python the user has, so it keeps to syntax that any Python reads: only then can it say that it is too old.
+Extensions import `is_installed, run_pip, run, git_clone, git_tag, args` from here. argv and the environment are read nowhere else.
+"""
+
+import os
+import sys
+
+OLDEST_PYTHON = (3, 10)
+NEWEST_PYTHON = (3, 13)
+
+
+def python_problem(version, bits, words):
+    """Why this Python cannot run the program, in plain words; None when it can, or when the words ask not to look."""
+    if "--skip-python-version-check" in words and version >= (3, 10):
+        return None
+    name = "%d.%d" % version[:2]
+    get = "Install Python 3.10 to 3.13 (64 bit) from https://www.python.org/downloads/ or your system's packages and start with it, as in: "
+    example = "py -3.11 launch.py" if os.name == "nt" else "python3.11 launch.py"
+    if tuple(version[:2]) < OLDEST_PYTHON:
+        return "Python %s is too old for this program. %s%s" % (name, get, example)
+    if tuple(version[:2]) > NEWEST_PYTHON:
+        return "Python %s is newer than this program knows. %s%s (or try it with --skip-python-version-check)" % (name, get, example)
+    if bits < 64:
+        return "This Python is a 32-bit one, for which there is no torch. %s%s" % (get, example)
+    return None
+
+
+def check_python():
+    """Ends the process with a plain sentence when this Python will not do."""
+    words = sys.argv + os.environ.get("COMMANDLINE_ARGS", "").split()
+    problem = python_problem(tuple(sys.version_info[:3]), 64 if sys.maxsize > 2**32 else 32, words)
+    if problem is not None:
+        print("ERROR: " + problem)
+        sys.exit(1)
+
+
+if __name__ == "__main__" or sys.version_info[:2] < OLDEST_PYTHON:
+    check_python()
+
+# From here on the Python is known to do.
+
+import logging
+import pathlib
+
+from modules import launch_utils
+from modules.launch_utils import git_clone, git_tag, is_installed, prepare, run  # noqa: F401 -- extensions import them from here
+
+log = logging.getLogger("launch")
+
+
+def __getattr__(name):
+    """`args`, the flags as extensions read them: made from this process's argv when first asked for."""
+    if name not in ("args", "skip_install", "index_url"):
+        raise AttributeError("module %r has no attribute %r" % (__name__, name))
+    if name == "index_url":
+        return os.environ.get("INDEX_URL", "")
+    from argparse import Namespace
+
+    from modules.cmd_args import parse_config
+
+    environ = dict(os.environ, IGNORE_CMD_ARGS_ERRORS="1")  # flags of the main process may belong to extensions
+    flags = Namespace(**parse_config(sys.argv[1:], environ).flags)
+    globals().update(args=flags, skip_install=flags.skip_install)
+    return globals()[name]
+
+
+def run_pip(command, desc=None, live=False):
+    """Runs `pip COMMAND` for an extension, unless --skip-install was given."""
+    index_url = os.environ.get("INDEX_URL", "")
+    return launch_utils.run_pip(command, desc, live, index_url=index_url, skip_install=__getattr__("args").skip_install)
+
+
+def run_program(config):
+    """Imports and runs the program; its exit code. A missing package is told from a fault in the program."""
+    os.environ.update(launch_utils.library_environment(config, os.environ))
+    try:
+        import webui
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("webui", "modules", "modules_forge", "backend"):
+            raise
+        log.error("The package %s is missing. Delete %s and start again without --skip-install.", error.name, launch_utils.stamp_path())
+        return 1
+    return webui.main(config)
+
+
+def main():
+    """The whole run; the exit code."""
+    try:
+        result = prepare(sys.argv[1:], os.environ, pathlib.Path(__file__).resolve())
+        return result if isinstance(result, int) else run_program(result)
+    except KeyboardInterrupt:
+        log.info("Stopped.")
+        return 130
+    except Exception:  # one of the four walls
+        log.exception("The program stopped because of a fault in it. `python launch.py --dump-sysinfo` writes a file to send with a report.")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What can go wrong before the program runs, said so that a user knows what to do. Knows only the standard library."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class SetupError(RuntimeError):
+    """The set-up cannot go on; the message is for the user."""
+
+
+# What pip writes when it cannot reach an index, on Linux, macOS and Windows.
+_NO_NETWORK = re.compile(
+    "NewConnectionError|NameResolutionError|Failed to establish a new connection|Temporary failure in name resolution|Name or service not known"
+    "|getaddrinfo failed|nodename nor servname|Network is unreachable|No route to host|ConnectTimeoutError|ReadTimeoutError|ProxyError"
+    "|Connection refused|ConnectionResetError|Max retries exceeded",
+    re.IGNORECASE,
+)
+_NO_SPACE = re.compile(r"No space left on device|\[Errno 28\]|\[WinError 112\]|not enough space on the disk|Disk quota exceeded", re.IGNORECASE)
+_NO_MATCH = re.compile(r"No matching distribution found for (?P<package>\S+)")
+_OTHER_PYTHON = re.compile(r"Package '(?P<package>[^']+)' requires a different Python")
+_CONFLICT = re.compile(r"ResolutionImpossible|conflicting dependencies")
+_NO_BUILD = re.compile(
+    r"Failed (?:building wheel for|to build(?: installable wheels for some pyproject.toml based projects)?) \(?(?P<package>[\w.-]+)"
+)
+
+
+def explain_pip_failure(log_text: str, asked: str, log_path: Path) -> str:
+    """One plain sentence on why pip failed, and what to do, from what it logged. `asked` says what was to be installed.
+
+    A missing connection is looked for before a missing package: without a network every package is missing.
+    """
+    begin = f"Installing {asked} failed: "
+    if _NO_SPACE.search(log_text):
+        return begin + f"there is no space left on the disk. Free some, or start with --data-dir and VENV_DIR on another disk. Details: {log_path}"
+    if _NO_NETWORK.search(log_text) and "Successfully" not in log_text:
+        return begin + (
+            "the package index cannot be reached. Check the network connection; behind a proxy set HTTPS_PROXY, for a mirror set INDEX_URL. "
+            f"With all packages in place, --skip-install starts without a network. Details: {log_path}"
+        )
+    if match := _NO_MATCH.search(log_text) or _OTHER_PYTHON.search(log_text):
+        return begin + f"{match['package']} is not to be had for this Python and system. Use Python 3.10 to 3.13, 64 bit. Details: {log_path}"
+    if match := _NO_BUILD.search(log_text):
+        return begin + f"{match['package']} has no ready-made wheel for this Python and system, and building it failed. Details: {log_path}"
+    if _CONFLICT.search(log_text):
+        return begin + f"the packages ask for versions of each other that exclude each other. Details: {log_path}"
+    return begin + f"pip gave up. Its last words: {_last_error_line(log_text)} Details: {log_path}"
+
+
+def _last_error_line(log_text: str) -> str:
+    lines = [line.strip() for line in log_text.splitlines() if line.strip()]
+    errors = [line for line in lines if "ERROR" in line]
+    return (errors or lines or ["(none)"])[-1][:300]
+
+
+def explain_venv_failure(output: str, venv_dir: Path) -> str:
+    """Why `python -m venv` failed."""
+    begin = f"Making the virtual environment {venv_dir} failed: "
+    if _NO_SPACE.search(output):
+        return begin + "there is no space left on the disk. Free some, or set VENV_DIR to a folder on another disk."
+    if "ensurepip" in output:
+        return begin + "this Python has no ensurepip. On Debian and Ubuntu: apt install python3-venv. Then start again."
+    if "Permission denied" in output or "Read-only file system" in output:
+        return begin + "this folder cannot be written to. Set VENV_DIR to a folder of your own, or change the permissions."
+    return begin + (output.strip().splitlines() or ["no message"])[-1][:300]
+
+
+def explain_os_error(error: OSError, doing: str) -> str:
+    """A full disk and a folder without permission are said as such; anything else in the system's own words."""
+    if error.errno == errno.ENOSPC:
+        return f"{doing}: there is no space left on the disk. Free some and start again."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{doing}: not permitted ({error.filename}). Check the permissions of that folder."
+    return f"{doing}: {error.strerror or error}."
+
+
+def quote_command(command: Sequence[str]) -> str:
+    """A command as a user could type it."""
+    return " ".join(f'"{word}"' if " " in word else word for word in command)

@@ -1,0 +1,83 @@
+"""Installers of extensions: each `install.py` runs once for each of its versions, before the program starts. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from modules.app_config import SCRIPT_DIR, AppConfig
+from modules.launch_setup import Setup
+from modules.launch_stamp import read_stamp, write_stamp
+
+log = logging.getLogger(__name__)
+
+BUILTIN_DIR = SCRIPT_DIR / "extensions-builtin"
+_WATCHED_FILES = ("install.py", "requirements.txt")
+
+
+def list_installers(config: AppConfig) -> list[Path]:
+    """The `install.py` of every extension that is switched on, built-in ones first."""
+    disabled, which = _read_switches(config)
+    folders = [] if which == "all" else [BUILTIN_DIR] if which == "extra" else [BUILTIN_DIR, config.extensions_dir]
+    scripts = [path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*/install.py"))]
+    return [path for path in scripts if path.parent.name not in disabled]
+
+
+def _read_switches(config: AppConfig) -> tuple[Sequence[str], str]:
+    """(names switched off, "none" / "extra" / "all") from the flags and the settings file."""
+    try:
+        settings = json.loads(config.settings_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = {}
+    names, which = settings.get("disabled_extensions", []), settings.get("disable_all_extensions", "none")
+    if config.flags.get("disable_all_extensions"):
+        which = "all"
+    elif config.flags.get("disable_extra_extensions") and which != "all":
+        which = "extra"
+    return [str(name) for name in names] if isinstance(names, list) else [], str(which)
+
+
+def run_installers(config: AppConfig, setup: Setup) -> None:
+    """Runs the installers that are new or changed. One that fails is reported, and the start goes on."""
+    stamp = read_stamp(setup.stamp_path)
+    done = dict(stamp)
+    for script in list_installers(config):
+        key, mark = f"extension:{script.parent}", _mark(script)
+        if done.get(key) != mark and _run_installer(script, setup):
+            done[key] = mark
+    if done != stamp:
+        try:
+            write_stamp(setup.stamp_path, done)
+        except OSError as error:
+            log.warning("Writing %s failed (%s); installers of extensions run again next time", setup.stamp_path, error.strerror)
+
+
+def _mark(script: Path) -> str:
+    digest = hashlib.sha256(f"{sys.version_info[0]}.{sys.version_info[1]}".encode())
+    for name in _WATCHED_FILES:
+        path = script.parent / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
+
+
+def _run_installer(script: Path, setup: Setup) -> bool:
+    log.info("Running the installer of %s", script.parent.name)
+    code = subprocess.run([sys.executable, str(script)], env=installer_environment(setup), cwd=SCRIPT_DIR, check=False).returncode
+    if code != 0:
+        log.warning("The installer of %s failed with code %d; the extension may not work.", script.parent.name, code)
+    return code == 0
+
+
+def installer_environment(setup: Setup) -> dict[str, str]:
+    """What an installer sees: this program on its import path (`import launch`), and torch held at its version for pip."""
+    environ: Mapping[str, str] = setup.environ
+    path = [str(SCRIPT_DIR), *([environ["PYTHONPATH"]] if environ.get("PYTHONPATH") else [])]
+    extra = {"PYTHONPATH": (";" if sys.platform == "win32" else ":").join(path)}
+    if setup.constraints_path.exists():
+        extra["PIP_CONSTRAINT"] = str(setup.constraints_path)
+    return {**environ, **extra}

@@ -1,0 +1,38 @@
+"""The note of what was installed last, so that the next start need not ask pip. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+FILE_NAME = "webui-installed.json"
+
+
+def fingerprint(files: Mapping[str, bytes], torch_command: str) -> str:
+    """Changes when a requirements file, the Python, or the command that installs torch changes."""
+    digest = hashlib.sha256()
+    for part in (f"{sys.version_info[0]}.{sys.version_info[1]}", sys.platform, torch_command):
+        digest.update(part.encode() + b"\0")
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + files[name].replace(b"\r\n", b"\n") + b"\0")
+    return digest.hexdigest()
+
+
+def read_stamp(path: Path) -> dict[str, str]:
+    """The stamp's entries; empty when there is none or it cannot be read."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(key): str(value) for key, value in entries.items()} if isinstance(entries, dict) else {}
+
+
+def write_stamp(path: Path, entries: Mapping[str, str]) -> None:
+    """Replaces the stamp in one step."""
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps(dict(entries), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    draft.replace(path)

@@ -1,0 +1,93 @@
+"""What is known about this machine, for a bug report. Holds no password, no token and no prompt."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modules.app_config import SCRIPT_DIR, AppConfig
+
+_SHOWN_VARIABLES = (
+    *("COMMANDLINE_ARGS", "TORCH_COMMAND", "TORCH_INDEX_URL", "REQS_FILE", "XFORMERS_PACKAGE", "VENV_DIR", "IGNORE_CMD_ARGS_ERRORS"),
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "SD_WEBUI_LOG_LEVEL"),
+    *("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "GRADIO_TEMP_DIR"),
+)
+_SECRET_FLAGS = ("api_auth", "gradio_auth", "ngrok", "ngrok_options")
+_HIDDEN = "(not shown)"
+
+
+def collect_sysinfo(config: AppConfig, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Everything as plain JSON values. Imports torch when it is there."""
+    return {
+        "platform": platform.platform(),
+        "python": sys.version,
+        "executable": sys.executable,
+        "commit": _read_commit(),
+        "script_path": str(SCRIPT_DIR),
+        "data_path": str(config.data_dir),
+        "disk_free_gb": round(shutil.disk_usage(SCRIPT_DIR).free / 2**30, 1),
+        "flags": _shown_flags(config.flags),
+        "environment": _shown_variables(environ, config.flags),
+        "settings": _read_json(config.settings_file),
+        "extensions": sorted(path.name for path in config.extensions_dir.glob("*/")) if config.extensions_dir.is_dir() else [],
+        "packages": sorted({f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}, key=str.lower),
+        "torch": _describe_torch(),
+    }
+
+
+def _shown_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _HIDDEN if name in _SECRET_FLAGS and value else value for name, value in flags.items()}
+
+
+def _shown_variables(environ: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, str]:
+    """Named variables only; COMMANDLINE_ARGS is left out when a password stands in it."""
+    shown = {name: environ[name] for name in _SHOWN_VARIABLES if name in environ}
+    if any(flags.get(name) for name in _SECRET_FLAGS) and "COMMANDLINE_ARGS" in shown:
+        shown["COMMANDLINE_ARGS"] = _HIDDEN
+    return shown
+
+
+def _read_commit() -> str:
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=SCRIPT_DIR, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "(unknown)"
+    return result.stdout.strip() or "(unknown)"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        return f"(cannot be read: {error})"
+
+
+def _describe_torch() -> dict[str, Any] | str:
+    if importlib.util.find_spec("torch") is None:
+        return "(not installed)"
+    import torch  # heavy, and only wanted here
+
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(f"{index}: {properties.name}, {properties.total_memory / 2**30:.1f} GB, compute {properties.major}.{properties.minor}")
+    return {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "devices": devices}
+
+
+def write_sysinfo(config: AppConfig, environ: Mapping[str, str]) -> Path:
+    """Writes `sysinfo-DATE.json` into the data folder and returns its path."""
+    config.data_dir.mkdir(parents=True, exist_ok=True)
+    path = config.data_dir / f"sysinfo-{time.strftime('%Y-%m-%d-%H-%M-%S')}.json"
+    path.write_text(json.dumps(collect_sysinfo(config, environ), indent=2, default=str) + "\n", encoding="utf-8")
+    return path
