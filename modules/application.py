@@ -20,6 +20,7 @@ from modules.sd_models import LoadEngine, ModelHost, load_engine
 from modules.sd_vae import ModuleRegistry
 from modules.shared_options import build_option_table, restricted_opts
 from modules.shared_state import State
+from modules.styles import StyleDatabase
 
 
 @dataclass(kw_only=True)
@@ -35,6 +36,7 @@ class Application:
     models: ModelHost
     file_cache: FileCache
     hashes: HashStore
+    styles: StyleDatabase
     demo: Any = None
     fastapi_app: Any = None
     started_at: float = field(default_factory=time.time)
@@ -88,6 +90,7 @@ def build_application(config: AppConfig, *, load: LoadEngine = load_engine) -> A
         models=ModelHost(checkpoints, additional_modules, config.backend, options.snapshot, load=load),
         file_cache=file_cache,
         hashes=hashes,
+        styles=StyleDatabase(config.styles_files),
     )
 
 
