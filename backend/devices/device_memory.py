@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from backend.devices import virtual_gpu
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -34,6 +36,8 @@ def read_device_bytes(device: torch.device) -> DeviceBytes:
         return _read_xpu(device)
     if device.type == "mps":
         return _read_mps()
+    if device.type == virtual_gpu.DEVICE_TYPE:
+        return _read_virtual(device)
     return _read_host()
 
 
@@ -75,6 +79,13 @@ def _read_mps() -> DeviceBytes:
     reserved_bytes, active_bytes = int(torch.mps.driver_allocated_memory()), int(torch.mps.current_allocated_memory())
     idle_bytes = max(0, reserved_bytes - active_bytes)
     return DeviceBytes(total_bytes=host.total_bytes, free_bytes=host.free_bytes + idle_bytes, reserved_bytes=reserved_bytes, idle_bytes=idle_bytes)
+
+
+def _read_virtual(device: torch.device) -> DeviceBytes:
+    virtual_device = virtual_gpu.get_device(device)
+    live_bytes = virtual_device.live_bytes
+    free_bytes = max(0, virtual_device.cap_bytes - live_bytes)
+    return DeviceBytes(total_bytes=virtual_device.cap_bytes, free_bytes=free_bytes, reserved_bytes=live_bytes, idle_bytes=0)
 
 
 def _read_host() -> DeviceBytes:

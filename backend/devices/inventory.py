@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from backend.devices import virtual_gpu
 from backend.devices.device_memory import read_device_bytes
 
 
@@ -38,19 +39,27 @@ class Inventory:
     torch_build: str
 
 
-def take_inventory() -> Inventory:
-    """Look at the machine."""
-    gpus = _real_gpu_facts()
+def take_inventory(virtual_gpus_bytes: tuple[int, ...] = ()) -> Inventory:
+    """Look at the machine. With virtual GPUs asked for, they are made and are the only GPUs."""
+    gpus = _virtual_facts(virtual_gpus_bytes) if virtual_gpus_bytes else _real_gpu_facts()
     return Inventory(gpus=gpus, cpu=describe_device(torch.device("cpu")), num_cpu_cores=_num_usable_cores(), torch_build=str(torch.__version__))
 
 
-@functools.lru_cache(maxsize=64)
 def describe_device(device: torch.device) -> DeviceFacts:
-    """Facts of one device, cached for the life of the process."""
+    """Facts of one device. Those of real ones are asked for once per process."""
+    return _describe_virtual(device) if device.type == virtual_gpu.DEVICE_TYPE else _describe_real(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _describe_real(device: torch.device) -> DeviceFacts:
     describe = {"cuda": _describe_cuda, "xpu": _describe_xpu, "mps": _describe_mps}.get(device.type)
     if describe is not None:
         return describe(device)
     return DeviceFacts(torch_device=torch.device("cpu"), kind="cpu", name="CPU", total_bytes=read_device_bytes(torch.device("cpu")).total_bytes)
+
+
+def _virtual_facts(caps_bytes: tuple[int, ...]) -> tuple[DeviceFacts, ...]:
+    return tuple(_describe_virtual(device) for device in virtual_gpu.install(caps_bytes))
 
 
 def _real_gpu_facts() -> tuple[DeviceFacts, ...]:
@@ -94,3 +103,8 @@ def _describe_xpu(device: torch.device) -> DeviceFacts:
 
 def _describe_mps(device: torch.device) -> DeviceFacts:
     return DeviceFacts(torch_device=device, kind="mps", name="Apple GPU", total_bytes=read_device_bytes(torch.device("cpu")).total_bytes)
+
+
+def _describe_virtual(device: torch.device) -> DeviceFacts:
+    cap_bytes = virtual_gpu.get_device(device).cap_bytes
+    return DeviceFacts(torch_device=device, kind="virtual", name="virtual GPU", total_bytes=cap_bytes, throughput=1.0)

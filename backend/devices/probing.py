@@ -24,7 +24,7 @@ def probe_devices(config: BackendConfig) -> tuple[Slot, ...]:
 
     Raises: DeviceError.
     """
-    inventory = take_inventory()
+    inventory = take_inventory(config.virtual_gpus_bytes)
     slots = choose_slots(inventory, config)
     logger.info("Devices: %s", "; ".join(str(slot) for slot in slots))
     idle = describe_idle_gpus(inventory, slots, config)

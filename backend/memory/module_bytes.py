@@ -55,12 +55,14 @@ def most_common_dtype(state: Mapping[str, object]) -> torch.dtype:
     return counts.most_common(1)[0][0] if counts else torch.float32
 
 
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def move_module(module: nn.Module, device: torch.device, *, recursive: bool = True, excluded_patterns: Sequence[str] = ()) -> None:
     """Move parameters and buffers to `device`: the whole tree, or only the module's own.
 
     A tensor whose dotted name, seen from `module`, matches one of the shell-style patterns stays; so does everything under a
-    module whose name matches. A tensor shared by two names is moved once and stays shared.
+    module whose name matches. A tensor shared by two names is moved once and stays shared. Called in inference mode, it leaves it
+    for the move: parameters made there could not be used outside.
     """
     if recursive and not excluded_patterns:
         module.to(device)

@@ -59,6 +59,7 @@ def choose_resident_layers(layers: Sequence[LayerBytes], budget_bytes: int) -> f
     return frozenset(chosen)
 
 
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def start_streaming(module: nn.Module, device: torch.device, budget_bytes: int, *, pin: bool = False) -> StreamedModel:
     """Place what the budget allows on `device`, leave the rest on the host and fetch it layer by layer.

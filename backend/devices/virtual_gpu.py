@@ -1,0 +1,140 @@
+"""Virtual GPUs: a torch device type of our own ("vgpu") whose tensors live in CPU memory and compute with the CPU's kernels.
+
+It refuses to mix tensors of two devices, counts every byte of every tensor and every byte that crosses between devices, has a cap per
+device and raises `torch.OutOfMemoryError` at it, and fails on request. For tests, for demonstrations, and for people without GPUs
+who want to see a plan work. Inference only. What it does not count: scratch memory inside a CPU kernel.
+
+Installing is for the whole process: torch knows one such device type at most, and `Module.to` is told to swap parameters in place.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import backend_registration
+
+from backend.devices import virtual_tensor
+from backend.devices.virtual_device import Faults as Faults
+from backend.devices.virtual_device import VirtualDevice
+from backend.devices.virtual_tensor import VirtualTensor as VirtualTensor
+
+DEVICE_TYPE = "vgpu"
+
+_TAKEN_WHOLE = (
+    "linear",
+    "matmul",
+    "einsum",
+    "scaled_dot_product_attention",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose2d.input",
+    "group_norm",
+    "layer_norm",
+    "reshape",
+)
+"""Composite operations that torch takes apart otherwise on a foreign device than on the CPU (the first four), or at a cost here."""
+
+
+@dataclass(slots=True)
+class _Installed:
+    libraries: list[torch.library.Library] = field(default_factory=list)
+    """Registrations live as long as these do."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_installed = _Installed()
+
+
+def install(caps_bytes: Sequence[int]) -> tuple[torch.device, ...]:
+    """Make the virtual GPUs "vgpu:0", "vgpu:1", ... with these caps, in place of those of an earlier call.
+
+    Tensors of an earlier call live on and count on the devices they were made on, which mix with no new one.
+    """
+    with _installed.lock:
+        if not _installed.libraries:
+            _register_device_type()
+        virtual_tensor.devices[:] = [VirtualDevice(name=f"{DEVICE_TYPE}:{index}", cap_bytes=cap) for index, cap in enumerate(caps_bytes)]
+        virtual_tensor.copies.reset()
+    return installed_devices()
+
+
+def installed_devices() -> tuple[torch.device, ...]:
+    """The virtual GPUs there are now."""
+    return tuple(torch.device(DEVICE_TYPE, index) for index in range(len(virtual_tensor.devices)))
+
+
+def get_device(device: torch.device | str | int) -> VirtualDevice:
+    """The bookkeeping of one virtual GPU. Raises: RuntimeError when it does not exist."""
+    index = device if isinstance(device, int) else int(str(device).partition(":")[2] or 0)
+    if index >= len(virtual_tensor.devices):
+        raise RuntimeError(f"{device} does not exist; there are {len(virtual_tensor.devices)} virtual GPUs. Name more with --virtual-gpus.")
+    return virtual_tensor.devices[index]
+
+
+def copied_bytes() -> dict[tuple[str, str], int]:
+    """Bytes that crossed from one device to another, by (source, target), since the last reset."""
+    return virtual_tensor.copies.bytes_by_pair()
+
+
+def reset_copied_bytes() -> None:
+    virtual_tensor.copies.reset()
+
+
+def _register_device_type() -> None:
+    backend_registration._setup_privateuseone_for_python_backend(DEVICE_TYPE, backend_module=_BackendModule())
+    library: Any = torch.library.Library  # untyped in torch
+    factories = library("_", "IMPL")
+    factories.fallback(virtual_tensor.run_factory, "PrivateUse1")
+    whole = library("aten", "IMPL")
+    whole.impl("_copy_from", virtual_tensor.copy_from, "PrivateUse1")
+    for name in _TAKEN_WHOLE:
+        packet, _, overload = name.partition(".")
+        func: Any = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        whole.impl(name, virtual_tensor.make_whole_kernel(func), "AutogradPrivateUse1")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    _installed.libraries += [factories, whole]
+
+
+class _BackendModule:
+    """What torch asks of a device type's module, and shows as `torch.vgpu`."""
+
+    def is_available(self) -> bool:
+        return bool(virtual_tensor.devices)
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return len(virtual_tensor.devices)
+
+    def current_device(self) -> int:
+        return 0
+
+    def synchronize(self, device: object = None) -> None:
+        """Nothing is ever in flight."""
+
+    def empty_cache(self) -> None:
+        """There is no allocator that keeps memory."""
+
+    def memory_allocated(self, device: torch.device | str | int = 0) -> int:
+        return get_device(device).live_bytes
+
+    def max_memory_allocated(self, device: torch.device | str | int = 0) -> int:
+        return get_device(device).peak_bytes
+
+    def mem_get_info(self, device: torch.device | str | int = 0) -> tuple[int, int]:
+        return get_device(device).free_bytes, get_device(device).cap_bytes
+
+    def manual_seed_all(self, seed: int) -> None:
+        """Random numbers come from the CPU's generator, which torch seeds itself."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
