@@ -54,7 +54,7 @@ class KModel(nn.Module):
 
     def _set_types(self) -> None:
         if self.storage_dtype == self.computation_dtype:
-            self.diffusion_model.to(self.storage_dtype)
+            nn.Module.to(self.diffusion_model, self.storage_dtype)  # diffusers' own `to` warns about every change of type
         else:
             self.diffusion_model.enable_layerwise_casting(storage_dtype=self.storage_dtype, compute_dtype=self.computation_dtype)
 

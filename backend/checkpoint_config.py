@@ -1,0 +1,329 @@
+"""From the shapes in a file to the configuration of its networks: widths, depths, heads, context. No tensor is read, no hub is asked.
+
+Heads cannot be read off shapes, so the families' rule stands in: SD1.x has 8 per level; SD2.x and SDXL have heads 64 wide, and where a level's
+width is no multiple of 64 (narrow members), heads as wide as the width's largest divisor below 64. CLIP's heads follow the second rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from backend.checkpoint_file import CheckpointError, TensorFile
+from backend.checkpoint_layout import Layout, Part
+
+SD15, SD20, SDXL, SDXL_REFINER = "sd15", "sd20", "sdxl", "sdxl_refiner"
+FAMILY_TITLES = {SD15: "SD 1.x", SD20: "SD 2.x", SDXL: "SDXL", SDXL_REFINER: "SDXL refiner"}
+LATENT_SCALES = {SD15: 0.18215, SD20: 0.18215, SDXL: 0.13025, SDXL_REFINER: 0.13025}
+TIME_IDS_WIDTH = {SDXL: 6 * 256, SDXL_REFINER: 5 * 256}
+INPAINT_CHANNELS = 9
+_LATENT_CHANNELS = 4
+_NORM_GROUPS = 32
+_UNSUPPORTED_INPUTS = {
+    5: "a depth-to-image model (5 input channels)",
+    7: "the x4 upscaler model (7 input channels)",
+    8: "an InstructPix2Pix model (8 input channels)",
+}
+_UNCLIP_WIDTHS = (1536, 2048)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UNetLevel:
+    """One resolution of a UNet: its width, and transformer blocks per layer on the way down and up (0: no attention)."""
+
+    width: int
+    depths_down: tuple[int, ...]
+    depths_up: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UNetShape:
+    """What the shapes of a UNet say. `vector_width` is the width of SDXL's extra vector, None without one."""
+
+    in_channels: int
+    out_channels: int
+    levels: tuple[UNetLevel, ...]
+    mid_depth: int
+    context_width: int
+    has_linear_projections: bool
+    vector_width: int | None
+
+
+class _Names:
+    """Names and shapes of one part, its prefix taken off."""
+
+    def __init__(self, file: TensorFile, part: Part, what: str) -> None:
+        self._file_name, self._what = file.path.name, what
+        self.prefix = part.prefix
+        self.shapes = {key.removeprefix(part.prefix): info.shape for key, info in file.infos.items() if key.startswith(part.prefix)}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        if key not in self.shapes:
+            raise CheckpointError(
+                f"{self._file_name}: looks like a checkpoint, but its {self._what} misses {self.prefix}{key}. The file is incomplete: "
+                "download it again, or convert it again from its source."
+            )
+        return self.shapes[key]
+
+    def count(self, pattern: str) -> int:
+        """How many of `pattern` with 0, 1, 2 ... for `{}` lead some name, without a gap."""
+        index = 0
+        while self.has(pattern.format(index)):
+            index += 1
+        return index
+
+    def has(self, start: str) -> bool:
+        return any(name.startswith(start) for name in self.shapes)
+
+
+# --- UNet ---------------------------------------------------------------------------------------------------------------------------
+
+
+def read_unet_shape(file: TensorFile, part: Part) -> UNetShape:
+    """Raises: CheckpointError when a tensor that tells the shape is missing, or the shapes fit no U-shaped network."""
+    names = _Names(file, part, "UNet")
+    if part.layout is Layout.LDM:
+        levels, conv_in, conv_out, mid, vector = (
+            _ldm_levels(names),
+            "input_blocks.0.0.weight",
+            "out.2.weight",
+            "middle_block.1.",
+            "label_emb.0.0.weight",
+        )
+    else:
+        levels, conv_in, conv_out, mid = _diffusers_levels(names), "conv_in.weight", "conv_out.weight", "mid_block.attentions.0."
+        vector = "add_embedding.linear_1.weight" if names.has("add_embedding.") else "class_embedding.linear_1.weight"
+    if not levels:
+        raise CheckpointError(f"{file.path.name}: its UNet has no blocks that could be read. The file is incomplete; download it again.")
+    return UNetShape(
+        in_channels=names.shape(conv_in)[1],
+        out_channels=names.shape(conv_out)[0],
+        levels=levels,
+        mid_depth=names.count(mid + "transformer_blocks.{}."),
+        context_width=names.shape(f"{mid}transformer_blocks.0.attn2.to_k.weight")[1],
+        has_linear_projections=len(names.shape(f"{mid}proj_in.weight")) == 2,
+        vector_width=names.shape(vector)[1] if names.has(vector) else None,
+    )
+
+
+def _ldm_levels(names: _Names) -> tuple[UNetLevel, ...]:
+    widths: list[int] = []
+    downs: list[list[int]] = [[]]
+    for position in range(1, names.count("input_blocks.{}.")):
+        block = f"input_blocks.{position}"
+        if names.has(f"{block}.0.op."):
+            downs.append([])
+            continue
+        if not downs[-1]:
+            widths.append(names.shape(f"{block}.0.in_layers.2.weight")[0])
+        downs[-1].append(names.count(block + ".1.transformer_blocks.{}."))
+    ups_outermost_last = [
+        names.count(f"output_blocks.{position}.1.transformer_blocks." + "{}.") for position in range(names.count("output_blocks.{}."))
+    ]
+    return _join_levels(widths, downs, ups_outermost_last)
+
+
+def _diffusers_levels(names: _Names) -> tuple[UNetLevel, ...]:
+    num_levels = names.count("down_blocks.{}.")
+    widths = [names.shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(num_levels)]
+    downs = [
+        [
+            names.count(f"down_blocks.{level}.attentions.{layer}.transformer_blocks." + "{}.")
+            for layer in range(names.count(f"down_blocks.{level}.resnets." + "{}."))
+        ]
+        for level in range(num_levels)
+    ]
+    ups = [
+        names.count(f"up_blocks.{level}.attentions.{layer}.transformer_blocks." + "{}.")
+        for level in range(names.count("up_blocks.{}."))
+        for layer in range(names.count(f"up_blocks.{level}.resnets." + "{}."))
+    ]
+    return _join_levels(widths, downs, ups)
+
+
+def _join_levels(widths: Sequence[int], downs: Sequence[Sequence[int]], ups_outermost_last: Sequence[int]) -> tuple[UNetLevel, ...]:
+    """Deal the flat list of up layers to the levels, innermost first; a level has one up layer more than down layers."""
+    levels: list[UNetLevel] = []
+    taken = 0
+    for width, down in reversed(list(zip(widths, downs, strict=False))):
+        up = tuple(ups_outermost_last[taken : taken + len(down) + 1])
+        taken += len(down) + 1
+        levels.insert(0, UNetLevel(width=width, depths_down=tuple(down), depths_up=up))
+    return tuple(levels)
+
+
+def find_family(file: TensorFile, shape: UNetShape, *, text_prefixes: Sequence[str] = ()) -> str:
+    """The family of a UNet: "sd15", "sd20", "sdxl" or "sdxl_refiner".
+
+    Published widths decide first (context 768, 1024, 1280, 2048); for other widths the extra vector, the text encoders in the file
+    and the kind of projections do.
+    Raises: CheckpointError for relatives that are not supported, by name.
+    """
+    _refuse_relatives(file, shape)
+    if shape.vector_width is not None:
+        is_refiner = shape.vector_width == 2560 or "conditioner.embedders.0.model." in text_prefixes
+        return SDXL_REFINER if is_refiner else SDXL
+    if shape.context_width in (768, 1024):
+        return SD15 if shape.context_width == 768 else SD20
+    if "cond_stage_model.model." in text_prefixes:
+        return SD20
+    return SD20 if shape.has_linear_projections else SD15
+
+
+def _refuse_relatives(file: TensorFile, shape: UNetShape) -> None:
+    what = _UNSUPPORTED_INPUTS.get(shape.in_channels)
+    if shape.vector_width in _UNCLIP_WIDTHS and shape.context_width == 1024:
+        what = "an SD 2.1 unCLIP model"
+    elif "edm_mean" in file.infos:
+        what = "Playground v2.5, which is trained with another noise schedule (EDM)"
+    elif any("encoder_hid_proj" in key for key in file.infos):
+        what = "a Kolors-like model with another text encoder"
+    elif what is None and shape.in_channels not in (_LATENT_CHANNELS, INPAINT_CHANNELS):
+        what = f"a model with {shape.in_channels} input channels"
+    if what is not None:
+        raise CheckpointError(
+            f"{file.path.name}: is {what}. This is not supported; use an SD 1.x, SD 2.x or SDXL checkpoint, or an inpainting version of one."
+        )
+
+
+def unet_config(shape: UNetShape, family: str) -> dict[str, Any]:
+    """Arguments for diffusers' UNet2DConditionModel. Raises: CheckpointError when the shape is one that class cannot have."""
+    widths = [level.width for level in shape.levels]
+    config: dict[str, Any] = {
+        "in_channels": shape.in_channels,
+        "out_channels": shape.out_channels,
+        "block_out_channels": widths,
+        "layers_per_block": _one_if_equal([len(level.depths_down) for level in shape.levels]),
+        "down_block_types": ["CrossAttnDownBlock2D" if any(level.depths_down) else "DownBlock2D" for level in shape.levels],
+        "up_block_types": ["CrossAttnUpBlock2D" if any(level.depths_up) else "UpBlock2D" for level in reversed(shape.levels)],
+        "cross_attention_dim": shape.context_width,
+        "use_linear_projection": shape.has_linear_projections,
+        "attention_head_dim": 8 if family == SD15 else [head_count(width) for width in widths],  # diffusers' name; it means the number of heads
+    }
+    config.update(_depth_config(shape))
+    if shape.vector_width is not None:
+        config.update(addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=shape.vector_width)
+    return config
+
+
+def _depth_config(shape: UNetShape) -> dict[str, Any]:
+    """Transformer blocks per level: plain numbers where a level is even and the same both ways, else layer by layer (distilled SDXL)."""
+    is_even = all(len({*level.depths_down, *level.depths_up}) == 1 for level in shape.levels)
+    last = shape.levels[-1].depths_down
+    if is_even and last[0] in (0, shape.mid_depth):
+        depths = [level.depths_down[0] or 1 for level in shape.levels]
+        return {"transformer_layers_per_block": _one_if_equal([*depths[:-1], shape.mid_depth])}
+    nested: list[Any] = [list(level.depths_down) if any(level.depths_down) else 1 for level in shape.levels]
+    reverse = [list(level.depths_up) if any(level.depths_up) else 1 for level in reversed(shape.levels)]
+    if not any(last):
+        nested[-1] = shape.mid_depth
+    elif last[0] != shape.mid_depth:
+        raise CheckpointError(
+            f"The UNet has {shape.mid_depth} transformer blocks in the middle and {last[0]} beside it; diffusers' UNet can only have the same "
+            "number in both. This variant of the family is not supported; use another checkpoint."
+        )
+    return {"transformer_layers_per_block": nested, "reverse_transformer_layers_per_block": reverse}
+
+
+def head_count(width: int) -> int:
+    """Heads of a layer this wide: 64 channels each, or the width's largest divisor below that."""
+    return width // max(size for size in range(1, min(width, 64) + 1) if width % size == 0)
+
+
+def _one_if_equal(numbers: list[int]) -> int | list[int]:
+    return numbers[0] if len(set(numbers)) == 1 else numbers
+
+
+# --- VAE ----------------------------------------------------------------------------------------------------------------------------
+
+
+def vae_config(file: TensorFile, part: Part, family: str) -> dict[str, Any]:
+    """Arguments for diffusers' AutoencoderKL. Raises: CheckpointError when shapes are missing or are of another family's VAE."""
+    names = _Names(file, part, "VAE")
+    level_name, layer_name = ("encoder.down.", ".block.") if part.layout is Layout.LDM else ("encoder.down_blocks.", ".resnets.")
+    num_levels = names.count(level_name + "{}.")
+    latent_channels = names.shape("decoder.conv_in.weight")[1]
+    if latent_channels != _LATENT_CHANNELS:
+        raise CheckpointError(
+            f"{file.path.name}: is a VAE with {latent_channels} latent channels; {FAMILY_TITLES[family]} needs one with {_LATENT_CHANNELS}. "
+            "16 channels belong to Flux and SD3. Choose another VAE, or None."
+        )
+    return {
+        "in_channels": names.shape("encoder.conv_in.weight")[1],
+        "out_channels": names.shape("decoder.conv_out.weight")[0],
+        "latent_channels": latent_channels,
+        "block_out_channels": [names.shape(f"{level_name}{level}{layer_name}0.conv1.weight")[0] for level in range(num_levels)],
+        "down_block_types": ["DownEncoderBlock2D"] * num_levels,
+        "up_block_types": ["UpDecoderBlock2D"] * num_levels,
+        "layers_per_block": names.count(f"{level_name}0{layer_name}" + "{}."),
+        "norm_num_groups": _NORM_GROUPS,
+        "scaling_factor": LATENT_SCALES[family],
+        "use_quant_conv": names.has("quant_conv."),
+        "use_post_quant_conv": names.has("post_quant_conv."),
+        "mid_block_add_attention": names.has("decoder.mid.attn_1.") or names.has("decoder.mid_block.attentions."),
+    }
+
+
+# --- text encoders ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextShape:
+    """What the shapes of a CLIP text encoder say. `projected_width` is None without a projection."""
+
+    vocab_length: int
+    width: int
+    num_positions: int
+    inner_width: int
+    num_layers: int
+    projected_width: int | None
+
+
+def read_text_shape(file: TensorFile, part: Part) -> TextShape:
+    """Raises: CheckpointError when a tensor that tells the shape is missing."""
+    names = _Names(file, part, "text encoder")
+    if part.layout is Layout.OPEN_CLIP:
+        token, position, layers, inner = (
+            "token_embedding.weight",
+            "positional_embedding",
+            "transformer.resblocks.{}.",
+            "transformer.resblocks.0.mlp.c_fc.weight",
+        )
+    else:
+        level = "text_model." if names.has("text_model.") else ""
+        token, position = f"{level}embeddings.token_embedding.weight", f"{level}embeddings.position_embedding.weight"
+        layers, inner = level + "encoder.layers.{}.", f"{level}encoder.layers.0.mlp.fc1.weight"
+    vocab_length, width = names.shape(token)
+    return TextShape(
+        vocab_length=vocab_length,
+        width=width,
+        num_positions=names.shape(position)[0],
+        inner_width=names.shape(inner)[0],
+        num_layers=names.count(layers),
+        projected_width=_projected_width(names.shapes),
+    )
+
+
+def _projected_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    if "text_projection" in shapes:  # OpenCLIP stores (width, projected)
+        return shapes["text_projection"][1]
+    return shapes["text_projection.weight"][0] if "text_projection.weight" in shapes else None
+
+
+def text_config(shape: TextShape, *, is_open_clip: bool, num_layers: int) -> dict[str, Any]:
+    """Arguments for transformers' CLIPTextConfig. OpenAI's CLIP-L uses its quick GELU and pads with the end token, OpenCLIP the exact GELU and 0."""
+    end_token_id = 49407
+    return {
+        "vocab_size": shape.vocab_length,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.inner_width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": head_count(shape.width),
+        "max_position_embeddings": shape.num_positions,
+        "hidden_act": "gelu" if is_open_clip else "quick_gelu",
+        "projection_dim": shape.projected_width or shape.width,
+        "bos_token_id": end_token_id - 1,
+        "eos_token_id": end_token_id,
+        "pad_token_id": 0 if is_open_clip else end_token_id,
+    }

@@ -1,0 +1,277 @@
+"""Files of tensors, opened without reading them: names, shapes and types at once, each tensor when it is asked for.
+
+What the tensors are for is not known here. A `.safetensors` file is mapped into memory and each tensor goes straight to its target type and
+device; its pages are handed back at once, so that a load never holds the file a second time in memory. The kind of a file is told by its
+first bytes, not by its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from backend import checkpoint_pickle
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MAX_HEADER_BYTES = 100 * 2**20
+_FOREIGN_MAGIC = {
+    b"GGUF": "a GGUF file. GGUF weights are not supported; use the .safetensors version of this model",
+    b"version https://git-lfs": "a Git LFS pointer, not the model itself. Fetch the real file (git lfs pull, or download it from the model's page)",
+    b"7z\xbc\xaf": "a 7z archive. Unpack it and put the model file inside into the folder",
+    b"Rar!": "a RAR archive. Unpack it and put the model file inside into the folder",
+    b"\x1f\x8b": "a gzip archive. Unpack it and put the model file inside into the folder",
+    b"\x89PNG": "a PNG picture, not a model. Open it in the PNG Info tab",
+    b"\xff\xd8\xff": "a JPEG picture, not a model",
+    b"\x89HDF": "a Keras/HDF5 file. Use the .safetensors version of this model",
+    b"%PDF": "a PDF document, not a model",
+}
+_REPEAT_DOWNLOAD = "Download it again and compare its size with the one on the model's page."
+
+
+class CheckpointError(Exception):
+    """A model file cannot be used; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Shape and stored type of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFile(Protocol):
+    """An open file of tensors. `infos` is complete at once; `read` costs what the tensor costs."""
+
+    path: Path
+    infos: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    def read(self, key: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor (or its rows from, to) that shares no memory with the file, in `dtype` (None: as stored) on `device`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def open_tensor_file(path: Path) -> Iterator[TensorFile]:
+    """Open `path`, whatever kind of model file it is.
+
+    Raises: CheckpointError when it is missing, unreadable, truncated, empty, no file of tensors, or names code that is not data.
+    """
+    file = _open(path)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free-text metadata of a `.safetensors` file; empty for other kinds. Reads the header alone.
+
+    Raises: CheckpointError as `open_tensor_file` does for a damaged header.
+    """
+    with _reading(path), path.open("rb") as stream:
+        head = stream.read(9)
+        if not _looks_like_safetensors(head):
+            return {}
+        header, _ = _read_header(path, stream.read, head, path.stat().st_size)
+    return _metadata_of(header)
+
+
+def _open(path: Path) -> TensorFile:
+    with _reading(path):
+        if path.is_dir():
+            raise CheckpointError(
+                f"{path.name}: this is a folder. Choose one model file (.safetensors or .ckpt); "
+                "a folder in diffusers' layout can be saved as a single file first."
+            )
+        with path.open("rb") as stream:
+            head = stream.read(64)
+    if _looks_like_safetensors(head):
+        return SafetensorsFile(path)
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return PickleFile(path)
+    raise CheckpointError(f"{path.name}: {_describe_foreign(head)}.")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.name}: cannot be read from {path.parent}: {error.strerror or error}. Check that it is there and may be read."
+        ) from error
+
+
+def _looks_like_safetensors(head: bytes) -> bool:
+    return len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER_BYTES
+
+
+def _describe_foreign(head: bytes) -> str:
+    if not head:
+        return f"is empty (0 bytes); the download did not finish. {_REPEAT_DOWNLOAD.rstrip('.')}"
+    for magic, what in _FOREIGN_MAGIC.items():
+        if head.startswith(magic):
+            return f"is {what}"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if text[:1] in (b"<", b"{") or (text.isascii() and head.decode("ascii", "replace").isprintable()):
+        return (
+            "is a text or web page, not a model; such a file is left by a download that asked for a login or failed. Download it again in the browser"
+        )
+    return f"is neither a .safetensors file nor a PyTorch .ckpt/.pt file; it may be damaged. {_REPEAT_DOWNLOAD.rstrip('.')}"
+
+
+# --- safetensors --------------------------------------------------------------------------------------------------------------------
+
+
+class SafetensorsFile:
+    """A `.safetensors` file behind a private memory map: nothing is read until a tensor is asked for, nothing of it stays."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _reading(path), path.open("rb") as stream:
+            file_bytes = path.stat().st_size
+            header, self._data_start = _read_header(path, stream.read, stream.read(9), file_bytes)
+            self._map = mmap.mmap(
+                stream.fileno(), 0, access=mmap.ACCESS_COPY
+            )  # a private map: torch wants a writable buffer, the file stays untouched
+        self.metadata: Mapping[str, str] = _metadata_of(header)
+        self.infos: Mapping[str, TensorInfo] = {key: _info_of(path, key, entry) for key, entry in header.items() if key != "__metadata__"}
+        self._starts = {key: int(header[key]["data_offsets"][0]) for key in self.infos}
+        self._check_extent(file_bytes, header)
+
+    def _check_extent(self, file_bytes: int, header: Mapping[str, Any]) -> None:
+        for key, info in self.infos.items():
+            start, end = header[key]["data_offsets"]
+            if start < 0 or end - start != info.stored_bytes:
+                raise CheckpointError(
+                    f"{self.path.name}: the place of {key} in the file does not fit its shape; the file is damaged. {_REPEAT_DOWNLOAD}"
+                )
+        promised = self._data_start + max((int(header[key]["data_offsets"][1]) for key in self.infos), default=0)
+        if promised > file_bytes:
+            raise CheckpointError(
+                f"{self.path.name}: is cut short: {_mb(file_bytes)} are here, its header promises {_mb(promised)}. {_REPEAT_DOWNLOAD}"
+            )
+
+    def read(self, key: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
+        info, start = self.infos[key], self._data_start + self._starts[key]
+        if rows is not None:
+            row_bytes = info.stored_bytes // info.shape[0]
+            info, start = TensorInfo((rows[1] - rows[0], *info.shape[1:]), info.dtype), start + rows[0] * row_bytes
+        if not info.stored_bytes:
+            return torch.empty(info.shape, dtype=dtype or info.dtype, device=device)
+        tensor = self._view(info, start).to(device=device, dtype=dtype or info.dtype, copy=True)
+        self._give_back(start, info.stored_bytes)
+        return tensor
+
+    def _view(self, info: TensorInfo, start: int) -> Tensor:
+        if start % info.dtype.itemsize:  # old writers did not align the data; a tensor has to
+            stored = torch.frombuffer(self._map, dtype=torch.uint8, count=info.stored_bytes, offset=start).clone().view(info.dtype)
+        else:
+            stored = torch.frombuffer(self._map, dtype=info.dtype, count=prod(info.shape), offset=start)
+        return stored.reshape(info.shape)
+
+    def _give_back(self, start: int, stored_bytes: int) -> None:
+        """Drop the tensor's pages from this process; they are clean copies of the file."""
+        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows trims them by itself
+            return
+        page_start = start - start % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_DONTNEED, page_start, start + stored_bytes - page_start)
+
+    def close(self) -> None:
+        self._map.close()
+
+
+def _read_header(path: Path, read: Any, head: bytes, file_bytes: int) -> tuple[dict[str, Any], int]:
+    header_bytes = int.from_bytes(head[:8], "little")
+    if header_bytes + 8 > file_bytes:
+        raise CheckpointError(f"{path.name}: is cut short inside its header ({_mb(file_bytes)} are here). {_REPEAT_DOWNLOAD}")
+    try:
+        header = json.loads(head[8:] + read(header_bytes - 1))
+    except ValueError as error:
+        raise CheckpointError(f"{path.name}: its header cannot be read ({error}); the file is damaged. {_REPEAT_DOWNLOAD}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path.name}: its header is no table of tensors; the file is damaged. {_REPEAT_DOWNLOAD}")
+    return header, 8 + header_bytes
+
+
+def _metadata_of(header: Mapping[str, Any]) -> dict[str, str]:
+    metadata = header.get("__metadata__") or {}
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+
+
+def _info_of(path: Path, key: str, entry: Any) -> TensorInfo:
+    try:
+        dtype_name, shape, (_start, _end) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path.name}: the header's entry of {key} is damaged. {_REPEAT_DOWNLOAD}") from error
+    if dtype_name not in _DTYPES:
+        raise CheckpointError(
+            f"{path.name}: {key} is stored as {dtype_name}, which is not supported. Use an fp32, fp16, bf16 or fp8 version of this model."
+        )
+    return TensorInfo(shape, _DTYPES[dtype_name])
+
+
+# --- pickles ------------------------------------------------------------------------------------------------------------------------
+
+
+class PickleFile:
+    """A `.ckpt`/`.pt` file read through PyTorch's restricted unpickler. Tensors of a zip archive stay on disk until they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        self._tensors = _load_pickle(path)
+        self.infos: Mapping[str, TensorInfo] = {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in self._tensors.items()}
+
+    def read(self, key: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
+        stored = self._tensors[key].detach()
+        return (stored if rows is None else stored[rows[0] : rows[1]]).to(device=device, dtype=dtype or stored.dtype, copy=True)
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        return checkpoint_pickle.load_tensors(path)
+    except checkpoint_pickle.UnsafePickleError as error:
+        raise CheckpointError(f"{path.name}: {error}") from error
+    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path.name}: cannot be read as a PyTorch file; it is damaged or cut short ({_mb(path.stat().st_size)} are here). {_REPEAT_DOWNLOAD}"
+        ) from error
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,91 @@
+"""Where the parts of a checkpoint lie in a file: under which prefix, in which key layout. Tells names only; shapes are read elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from backend import key_layout
+
+
+class Layout(Enum):
+    """How a part's keys are written."""
+
+    LDM = "ldm"
+    """The original single-file names of UNet and VAE."""
+    DIFFUSERS = "diffusers"
+    """diffusers' own names of UNet and VAE."""
+    TRANSFORMERS = "transformers"
+    """transformers' CLIP, with or without a `text_model.` level."""
+    OPEN_CLIP = "open_clip"
+    """OpenCLIP's text tower with fused attention projections."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One network in a file. `prefix` includes `text_model.` nowhere; `slot` is "clip_l" or "clip_g" where the prefix tells, else None."""
+
+    prefix: str
+    layout: Layout
+    slot: str | None = None
+
+
+_UNET_PREFIXES = (key_layout.UNET_PREFIX, "unet.", "diffusion_model.", "")
+_VAE_PREFIXES = (key_layout.VAE_PREFIX, "vae.", "")
+_CLIP_PREFIXES = {
+    key_layout.CLIP_L_PREFIX: "clip_l",
+    key_layout.SDXL_CLIP_L_PREFIX: "clip_l",
+    "text_encoder.": "clip_l",
+    "text_encoder_2.": "clip_g",
+    "text_encoders.clip_l.transformer.": "clip_l",
+    "text_encoders.clip_g.transformer.": "clip_g",
+    "clip_l.transformer.": "clip_l",
+    "clip_g.transformer.": "clip_g",
+    "clip_h.transformer.": None,
+    "transformer.": None,
+    "": None,
+}
+_OPEN_CLIP_PREFIXES = {
+    key_layout.OPEN_CLIP_PREFIX: None,
+    key_layout.SDXL_OPEN_CLIP_PREFIX: "clip_g",
+    key_layout.REFINER_OPEN_CLIP_PREFIX: "clip_g",
+    "model.": None,
+    "": None,
+}
+
+
+def find_unet(keys: Collection[str]) -> Part | None:
+    """The denoiser, or None. A file that has any of its blocks counts: what is missing is reported when it is built."""
+    for prefix in _UNET_PREFIXES:
+        if _any_starts(keys, f"{prefix}input_blocks.", f"{prefix}output_blocks.") and not _any_starts(keys, f"{prefix}input_hint_block."):
+            return Part(prefix, Layout.LDM)
+        if _any_starts(keys, f"{prefix}up_blocks.") and _any_starts(keys, f"{prefix}time_embedding."):
+            return Part(prefix, Layout.DIFFUSERS)
+    return None
+
+
+def find_vae(keys: Collection[str]) -> Part | None:
+    """The VAE, or None."""
+    for prefix in _VAE_PREFIXES:
+        if _any_starts(keys, f"{prefix}decoder.mid_block.", f"{prefix}decoder.up_blocks."):
+            return Part(prefix, Layout.DIFFUSERS)
+        if _any_starts(keys, f"{prefix}decoder.mid.", f"{prefix}decoder.up."):
+            return Part(prefix, Layout.LDM)
+    return None
+
+
+def find_text_encoders(keys: Collection[str]) -> Sequence[Part]:
+    """Every CLIP text encoder in the file."""
+    parts = []
+    for prefix, slot in _CLIP_PREFIXES.items():
+        if _any_starts(keys, f"{prefix}text_model.embeddings.", f"{prefix}text_model.encoder.", f"{prefix}embeddings.token_embedding."):
+            parts.append(Part(prefix, Layout.TRANSFORMERS, slot))
+    for prefix, slot in _OPEN_CLIP_PREFIXES.items():
+        if _any_starts(keys, f"{prefix}transformer.resblocks."):
+            parts.append(Part(prefix, Layout.OPEN_CLIP, slot))
+    return parts
+
+
+def _any_starts(keys: Collection[str], *starts: str) -> bool:
+    return any(key.startswith(starts) for key in keys)

@@ -1,0 +1,189 @@
+"""One loaded model: its networks with their patchers, and what every family does the same way.
+
+A family's class adds its text side. Knows no files but the one it saves, no jobs and no options page.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from backend import key_layout, memory_management
+
+if TYPE_CHECKING:
+    from backend.checkpoint_prediction import PredictionSpec
+    from backend.patcher.clip import CLIP
+    from backend.patcher.unet import UnetPatcher
+    from backend.patcher.vae import VAE
+    from backend.text_processing.classic_engine import ClassicTextProcessingEngine
+    from backend.text_processing.textual_inversion import EmbeddingDatabase
+
+Conditioning = Tensor | dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class ForgeObjects:
+    """The patchers a job works with; extensions put their own clones into it."""
+
+    unet: UnetPatcher
+    clip: CLIP
+    vae: VAE
+    clipvision: Any = None
+
+    def shallow_copy(self) -> ForgeObjects:
+        """Another holder of the same patchers."""
+        return replace(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """What was found in the checkpoint: the family and the arguments its networks were built with."""
+
+    family: str
+    unet_config: Mapping[str, Any]
+    vae_config: Mapping[str, Any]
+    latent_scale: float
+    prediction: PredictionSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineParts:
+    """What an engine is made of. `native_size_px` is the side of the pictures the model was trained on."""
+
+    config: ModelConfig
+    unet: UnetPatcher
+    clip: CLIP
+    vae: VAE
+    embeddings: EmbeddingDatabase
+    filename: Path
+    native_size_px: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class ForgeDiffusionEngine(ABC):
+    """A loaded model under the names extensions know. One job at a time uses it."""
+
+    matched_guesses: Sequence[str] = ()
+    is_sd1 = is_sd2 = is_sdxl = is_sd3 = False
+    use_distilled_cfg_scale = False
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.model_config = parts.config
+        self.family = parts.config.family
+        self.native_size_px = parts.native_size_px
+        self.metadata = dict(parts.metadata)
+        self.filename = str(parts.filename)
+        self.latent_scale = parts.config.latent_scale
+        self.embeddings = parts.embeddings
+        self.is_inpaint = parts.config.unet_config["in_channels"] == 9
+        self.forge_objects = ForgeObjects(unet=parts.unet, clip=parts.clip, vae=parts.vae)
+        self.forge_objects_original = self.forge_objects.shallow_copy()
+        self.forge_objects_after_applying_lora = self.forge_objects.shallow_copy()
+        self.current_lora_hash = str([])
+        self.tiling_enabled = False
+        self.text_engines: tuple[ClassicTextProcessingEngine, ...] = tuple(self._build_text_engines())
+
+    # --- text -----------------------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _build_text_engines(self) -> Sequence[ClassicTextProcessingEngine]:
+        """The family's text encoders in the order their outputs are joined."""
+
+    @abstractmethod
+    def get_learned_conditioning(self, prompt: Sequence[str]) -> Conditioning:
+        """Conditions of a list of prompts: (B, L, C) fp32, or for SDXL {"crossattn": (B, L, C), "vector": (B, V)}.
+
+        A list with attributes `width`, `height` and `is_negative_prompt` (SdConditioning) tells SDXL the picture's size.
+        """
+
+    def set_clip_skip(self, clip_skip: int) -> None:
+        """1 reads the text encoders' last layer, 2 the one before; a family's minimum stays."""
+        for engine in self.text_engines:
+            engine.set_clip_skip(clip_skip)
+
+    def set_emphasis(self, name: str) -> None:
+        """Chooses how (word:1.2) acts: "None", "Ignore", "Original" or "No norm"."""
+        for engine in self.text_engines:
+            engine.set_emphasis(name)
+
+    def get_prompt_lengths_on_ui(self, prompt: str) -> tuple[int, int]:
+        """(tokens used, tokens that fit) of a prompt without schedules."""
+        return self.text_engines[0].get_prompt_lengths(prompt)
+
+    def _load_text_encoders(self) -> None:
+        memory_management.load_model_gpu(self.forge_objects.clip.patcher)
+
+    # --- pictures and latents -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_first_stage(self, x: Tensor) -> Tensor:
+        """Pictures BCHW, -1..1 -> latents BCHW as the UNet sees them (scaled), fp32."""
+        latents_BCHW = self.forge_objects.vae.encode(x.movedim(1, -1) * 0.5 + 0.5)
+        return latents_BCHW * self.latent_scale
+
+    @torch.no_grad()
+    def decode_first_stage(self, x: Tensor) -> Tensor:
+        """Latents BCHW as the UNet sees them -> pictures BCHW, -1..1, fp32."""
+        pixels_BHWC = self.forge_objects.vae.decode(x.to(torch.float32) / self.latent_scale)
+        return pixels_BHWC.movedim(-1, 1) * 2.0 - 1.0
+
+    def get_first_stage_encoding(self, x: Tensor) -> Tensor:
+        """The latents themselves: `encode_first_stage` has drawn from the posterior and scaled already."""
+        return x
+
+    # --- facts ----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def parameterization(self) -> str:
+        """ "v" or "eps"."""
+        return "v" if self.model_config.prediction.kind == "v_prediction" else "eps"
+
+    @property
+    def first_stage_model(self) -> Any:
+        return self.forge_objects.vae.first_stage_model
+
+    @property
+    def cond_stage_model(self) -> Any:
+        return self.forge_objects.clip.cond_stage_model
+
+    def is_webui_legacy_model(self) -> bool:
+        """Whether the model belongs to the families the first WebUI knew."""
+        return self.is_sd1 or self.is_sd2 or self.is_sdxl or self.is_sd3
+
+    # --- saving ---------------------------------------------------------------------------------------------------------------------
+
+    def save_unet(self, filename: str | Path) -> str:
+        """Write the UNet alone in the original layout, without prefix, as `.safetensors`; whole or not at all."""
+        unet = self._unet()
+        return _save(key_layout.unet_to_ldm(unet.state_dict(), unet.config), Path(filename), self.metadata)
+
+    def save_checkpoint(self, filename: str | Path) -> str:
+        """Write the whole model as one `.safetensors` file in the original layout; whole or not at all."""
+        text_encoders = list(self.forge_objects.clip.cond_stage_model.values())
+        joined = key_layout.join_checkpoint(self.family, self._unet(), self.forge_objects.vae.first_stage_model, text_encoders)
+        return _save(joined, Path(filename), self.metadata)
+
+    def _unet(self) -> Any:
+        return cast("Any", self.forge_objects.unet.model).diffusion_model
+
+
+def _save(state_dict: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> str:
+    from safetensors.torch import save_file  # only when something is saved
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    on_host = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state_dict.items()}
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
+        unfinished = Path(stream.name)
+    try:
+        save_file(on_host, unfinished, metadata={**metadata, "format": "pt"})
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return str(path)

@@ -1,0 +1,222 @@
+"""The VAE as the rest of the engine uses it: pictures to latents and back, in batches that fit, in tiles where they do not, and in fp32 where
+half precision overflows.
+
+Shapes: BHWC pictures with values 0..1; BCHW latents as the network has them, not yet scaled for the UNet.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from backend import memory_management
+from backend.memory.errors import OutOfMemory
+from backend.patcher.base import ModelPatcher
+from backend.patcher.vae_tiles import Tiling, run_tiled
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+logger = logging.getLogger(__name__)
+
+_PUBLISHED_WIDTH = 128
+_ENCODE_BYTES_PER_PIXEL = 1767
+_DECODE_BYTES_PER_PIXEL = 2178
+"""Working memory of the published networks per picture pixel and byte of the number type; narrower ones need less in proportion."""
+
+
+class NansError(RuntimeError):
+    """The VAE gave NaN in full precision: the latents or the file are broken."""
+
+
+class VAE:
+    """An AutoencoderKL with its patcher. A clone shares the network and has model options of its own.
+
+    `auto_fp32`: when half precision gives NaN, go over to fp32 for good and do the picture again; without it NaN goes through.
+    """
+
+    def __init__(
+        self, model: AutoencoderKL | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None, no_init: bool = False
+    ) -> None:
+        if no_init:
+            return
+        if model is None:
+            raise ValueError("VAE(model): a network is needed; VAE(no_init=True) makes an empty one.")
+        self.first_stage_model = model
+        self.device = device or memory_management.vae_device()
+        self.output_device = memory_management.intermediate_device()
+        self.auto_fp32 = True
+        self._read_shape(model)
+        _set_dtype(model, dtype or memory_management.vae_dtype(self.device))
+        self.patcher = ModelPatcher(model, load_device=self.device, offload_device=memory_management.vae_offload_device())
+
+    def _read_shape(self, model: Any) -> None:
+        self.latent_channels = int(model.config.latent_channels)
+        self.downscale_ratio = 2 ** (len(model.config.block_out_channels) - 1)
+        self._width_share = model.config.block_out_channels[0] / _PUBLISHED_WIDTH
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """The type the network is in now; clones share it."""
+        return cast("torch.dtype", next(self.first_stage_model.parameters()).dtype)
+
+    def clone(self) -> VAE:
+        copy = VAE(no_init=True)
+        copy.__dict__.update(self.__dict__)
+        copy.patcher = self.patcher.clone()
+        return copy
+
+    # --- working memory -------------------------------------------------------------------------------------------------------------
+
+    def memory_used_encode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Bytes to encode one picture of pixel shape (..., H, W)."""
+        return int(_ENCODE_BYTES_PER_PIXEL * shape[-2] * shape[-1] * dtype.itemsize * self._width_share)
+
+    def memory_used_decode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Bytes to decode one latent of shape (..., h, w)."""
+        return int(_DECODE_BYTES_PER_PIXEL * shape[-2] * shape[-1] * self.downscale_ratio**2 * dtype.itemsize * self._width_share)
+
+    # --- decode ---------------------------------------------------------------------------------------------------------------------
+
+    def decode(self, samples_in: Tensor) -> Tensor:
+        """Latents BCHW -> pictures BHWC, 0..1, fp32 on the output device. A `model_vae_decode_wrapper` in the patcher's options goes around it."""
+        wrapper = self.patcher.model_options.get("model_vae_decode_wrapper")
+        return self.decode_inner(samples_in) if wrapper is None else cast("Tensor", wrapper(self.decode_inner, samples_in))
+
+    def decode_inner(self, samples_in: Tensor) -> Tensor:
+        """Whole pictures, as many at a time as fit; tiles when one picture does not."""
+        if memory_management.VAE_ALWAYS_TILED:
+            return self.decode_tiled(samples_in)
+        need_bytes = self.memory_used_decode(tuple(samples_in.shape), self.vae_dtype)
+        picture_BCHW = self._unless_out_of_memory(lambda: self._in_batches(self._decode_batch, samples_in, need_bytes, "decoding"))
+        if picture_BCHW is not None:
+            return picture_BCHW.movedim(1, -1)
+        logger.warning("Out of memory while decoding %s latents with the VAE; decoding again in tiles.", _size_text(samples_in))
+        return self.decode_tiled(samples_in)
+
+    @torch.no_grad()
+    def decode_tiled(self, samples: Tensor, tile_x: int = 64, tile_y: int = 64, overlap: int = 16) -> Tensor:
+        """Latents BCHW -> pictures BHWC, 0..1, from tiles of `tile_x` by `tile_y` latent pixels; three tilings, averaged."""
+        out_channels = cast("int", cast("Any", self.first_stage_model).config.out_channels)
+        tiling, scale = Tiling(tile_w=tile_x, tile_h=tile_y, overlap=overlap), Fraction(self.downscale_ratio)
+        self._load(self.memory_used_decode((tile_y, tile_x), self.vae_dtype))
+        picture_BCHW = self._checked(lambda: self._average_tilings(self._decode_batch, samples, tiling, scale, out_channels), "decoding")
+        return picture_BCHW.movedim(1, -1)
+
+    def _decode_batch(self, latents_BCHW: Tensor) -> Tensor:
+        decoded = cast("Any", self.first_stage_model).decode(latents_BCHW.to(device=self.device, dtype=self.vae_dtype), return_dict=False)[0]
+        pixels_BCHW: Tensor = decoded.to(device=self.output_device, dtype=torch.float32)
+        return pixels_BCHW.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+
+    # --- encode ---------------------------------------------------------------------------------------------------------------------
+
+    def encode(self, pixel_samples: Tensor) -> Tensor:
+        """Pictures BHWC, 0..1 -> latents BCHW, fp32 on the output device: the mean of the posterior, the same at every call.
+
+        In the patcher's options a `model_vae_encode_wrapper` goes around it and a `model_vae_regulation` draws from the posterior instead.
+        """
+        wrapper = self.patcher.model_options.get("model_vae_encode_wrapper")
+        return self.encode_inner(pixel_samples) if wrapper is None else cast("Tensor", wrapper(self.encode_inner, pixel_samples))
+
+    def encode_inner(self, pixel_samples: Tensor) -> Tensor:
+        """Whole pictures, as many at a time as fit; tiles when one picture does not."""
+        if memory_management.VAE_ALWAYS_TILED:
+            return self.encode_tiled(pixel_samples)
+        pixels_BCHW = pixel_samples.movedim(-1, 1)
+        need_bytes = self.memory_used_encode(tuple(pixels_BCHW.shape), self.vae_dtype)
+        latents_BCHW = self._unless_out_of_memory(lambda: self._in_batches(self._encode_batch, pixels_BCHW, need_bytes, "encoding"))
+        if latents_BCHW is not None:
+            return latents_BCHW
+        logger.warning("Out of memory while encoding a %s picture with the VAE; encoding again in tiles.", _size_text(pixels_BCHW))
+        return self.encode_tiled(pixel_samples)
+
+    @torch.no_grad()
+    def encode_tiled(self, pixel_samples: Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64) -> Tensor:
+        """Pictures BHWC, 0..1 -> latents BCHW, from tiles of `tile_x` by `tile_y` pixels; three tilings, averaged."""
+        pixels_BCHW = pixel_samples.movedim(-1, 1)
+        tiling, scale = Tiling(tile_w=tile_x, tile_h=tile_y, overlap=overlap), Fraction(1, self.downscale_ratio)
+        self._load(self.memory_used_encode((tile_y, tile_x), self.vae_dtype))
+        return self._checked(lambda: self._average_tilings(self._encode_batch, pixels_BCHW, tiling, scale, self.latent_channels), "encoding")
+
+    def _encode_batch(self, pixels_BCHW: Tensor) -> Tensor:
+        posterior = cast("Any", self.first_stage_model).encode((pixels_BCHW.to(self.device) * 2.0 - 1.0).to(self.vae_dtype), return_dict=False)[0]
+        regulation = self.patcher.model_options.get("model_vae_regulation")
+        latents: Tensor = posterior.mode() if regulation is None else regulation(posterior)
+        return latents.to(device=self.output_device, dtype=torch.float32)
+
+    # --- shared ---------------------------------------------------------------------------------------------------------------------
+
+    def _unless_out_of_memory(self, run: Callable[[], Tensor]) -> Tensor | None:
+        """`run()`, or None with the device's idle memory given back. The caller goes on outside the handler, so that the failed try is freed."""
+        try:
+            return run()
+        except (memory_management.OOM_EXCEPTION, OutOfMemory):
+            pass
+        memory_management.soft_empty_cache(force=True)
+        return None
+
+    @torch.no_grad()
+    def _in_batches(self, function: Callable[[Tensor], Tensor], x_BCHW: Tensor, need_bytes: int, doing: str) -> Tensor:
+        self._load(need_bytes)
+        batch = max(1, int(memory_management.get_free_memory(self.device) / max(1, need_bytes)))
+
+        def run() -> Tensor:
+            return torch.cat([function(x_BCHW[start : start + batch]) for start in range(0, x_BCHW.shape[0], batch)])
+
+        return self._checked(run, doing)
+
+    def _load(self, need_bytes: int) -> None:
+        memory_management.load_models_gpu([self.patcher], memory_required=need_bytes)
+
+    def _average_tilings(self, function: Callable[[Tensor], Tensor], x_BCHW: Tensor, tiling: Tiling, scale: Fraction, out_channels: int) -> Tensor:
+        variants = tiling.variants()
+        total: Tensor | None = None
+        for variant in variants:
+            result = run_tiled(function, x_BCHW, variant, scale=scale, out_channels=out_channels, output_device=self.output_device)
+            total = result if total is None else total.add_(result)
+        assert total is not None
+        return total.div_(len(variants))
+
+    def _checked(self, run: Callable[[], Tensor], doing: str) -> Tensor:
+        """`run()`, again in fp32 when it gives NaN in half precision.
+
+        Raises: NansError when fp32 gives NaN too.
+        """
+        result = run()
+        if not bool(result.isnan().any()):
+            return result
+        if self.vae_dtype != torch.float32:
+            if not self.auto_fp32:
+                return result
+            logger.warning(
+                "The VAE produced NaN while %s in %s. It is automatically reverted to 32-bit floats and the picture is done again. "
+                "Start with --no-half-vae to use 32 bit from the start, or switch off the setting 'Automatically revert VAE to 32-bit floats'.",
+                doing,
+                str(self.vae_dtype).removeprefix("torch."),
+            )
+            self._revert_to_fp32()
+            result = run()
+        if bool(result.isnan().any()):
+            raise NansError(
+                f"The VAE produced NaN while {doing}, in 32-bit floats too. The latents are broken, or the VAE file is: try another sampler or seed, "
+                "lower the CFG scale, or choose another VAE."
+            )
+        return result
+
+    def _revert_to_fp32(self) -> None:
+        memory_management.unload_model_clones(self.patcher)
+        _set_dtype(self.first_stage_model, torch.float32)
+        self._load(0)
+
+
+def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    nn.Module.to(model, dtype)  # diffusers' own `to` warns about each change of type
+
+
+def _size_text(x_BCHW: Tensor) -> str:
+    return f"{x_BCHW.shape[-1]}x{x_BCHW.shape[-2]}"

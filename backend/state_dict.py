@@ -1,0 +1,209 @@
+"""From the tensors of a file into a network built without memory: which stored tensor each parameter comes from, checked, then read one by one.
+
+Knows key layouts and shapes; families and configurations are told by others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from backend import key_layout
+from backend.checkpoint_file import CheckpointError, TensorFile, open_tensor_file
+from backend.checkpoint_layout import Layout, Part
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_QKV_THIRDS = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
+_IGNORED_ENDINGS = ("position_ids", "logit_scale", "num_batches_tracked")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSource:
+    """Where one parameter comes from. `third`: which third of the rows (fused q, k, v); `transposed`: rows and columns swapped."""
+
+    key: str
+    third: int | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadPlan:
+    """Every parameter of a network with its source; `missing` and `unexpected` are keys as the file spells them."""
+
+    sources: Mapping[str, TensorSource]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+
+def build_empty(make: Callable[[], ModuleT]) -> ModuleT:
+    """The network `make` builds, its parameters without memory (on the meta device), in eval mode and without gradients."""
+    with torch.device("meta"):
+        module = make()
+    module.eval().requires_grad_(False)
+    return module
+
+
+def plan_unet(unet: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
+    """Sources of a UNet2DConditionModel's parameters."""
+    if part.layout is Layout.DIFFUSERS:
+        return _plan(unet, file, part, lambda key: [TensorSource(key=part.prefix + key)])
+    names = key_layout.unet_module_names(cast("Mapping[str, Any]", unet.config))
+    return _plan(unet, file, part, lambda key: [TensorSource(key=part.prefix + key_layout.rename_by_module(key, names))])
+
+
+def plan_vae(vae: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
+    """Sources of an AutoencoderKL's parameters, in the original layout, diffusers' or diffusers' before its attention was renamed."""
+    num_levels = len(cast("Mapping[str, Any]", vae.config)["up_block_types"])
+
+    def candidates(key: str) -> list[TensorSource]:
+        if part.layout is Layout.LDM:
+            return [TensorSource(key=part.prefix + key_layout.vae_key_to_ldm(key, num_levels))]
+        return [TensorSource(key=part.prefix + key), TensorSource(key=part.prefix + _old_vae_name(key))]
+
+    return _plan(vae, file, part, candidates)
+
+
+def _old_vae_name(key: str) -> str:
+    for new, old in key_layout.OLD_VAE_ATTENTION_CHILDREN.items():
+        key = key.replace(f".attentions.0.{new}.", f".attentions.0.{old}.")
+    return key
+
+
+def plan_text_encoder(encoder: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
+    """Sources of a CLIP text encoder's parameters, in transformers' layout (with or without `text_model.`) or OpenCLIP's."""
+    find = _open_clip_sources if part.layout is Layout.OPEN_CLIP else _transformers_sources
+    return _plan(encoder, file, part, lambda key: find(part.prefix, key.removeprefix("text_model.")))
+
+
+def _transformers_sources(prefix: str, key: str) -> list[TensorSource]:
+    return [TensorSource(key=f"{prefix}text_model.{key}"), TensorSource(key=prefix + key)]
+
+
+def _open_clip_sources(prefix: str, key: str) -> list[TensorSource]:
+    name = key_layout.open_clip_key(key)
+    if ".in_proj_" in name:
+        part = key.split(".")[-2]
+        return [TensorSource(key=prefix + name, third=_QKV_THIRDS[part])]
+    if name == "text_projection":
+        return [TensorSource(key=prefix + name, transposed=True), TensorSource(key=f"{prefix}text_projection.weight")]
+    return [TensorSource(key=prefix + name), TensorSource(key=f"{prefix}{name}.weight")]
+
+
+def _plan(module: nn.Module, file: TensorFile, part: Part, candidates: Callable[[str], list[TensorSource]]) -> LoadPlan:
+    sources: dict[str, TensorSource] = {}
+    missing: list[str] = []
+    misshapen: list[str] = []
+    for name, target in module.state_dict().items():
+        choices = candidates(name)
+        source = next((choice for choice in choices if choice.key in file.infos), None)
+        if source is None:
+            missing.append(choices[0].key)
+            continue
+        sources[name] = source
+        stored_shape = file.infos[source.key].shape
+        if not _fits(stored_shape, tuple(target.shape), source):
+            misshapen.append(f"{source.key} is {_shape_text(stored_shape)}, {_shape_text(tuple(target.shape))} is needed")
+    unexpected = _unexpected(file.infos, part, {source.key for source in sources.values()})
+    return LoadPlan(sources=sources, missing=tuple(missing), unexpected=unexpected, misshapen=tuple(misshapen))
+
+
+def _fits(stored: tuple[int, ...], wanted: tuple[int, ...], source: TensorSource) -> bool:
+    if source.third is not None:
+        return len(stored) == len(wanted) and stored == (3 * wanted[0], *wanted[1:])
+    if source.transposed:
+        return stored == wanted[::-1]
+    return _without_tail_ones(stored) == _without_tail_ones(wanted)  # a 1x1 convolution may be stored as a matrix, and the other way round
+
+
+def _without_tail_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _unexpected(keys: Iterable[str], part: Part, used: Collection[str]) -> tuple[str, ...]:
+    return tuple(key for key in keys if key.startswith(part.prefix) and key not in used and not key.endswith(_IGNORED_ENDINGS))
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return "x".join(str(n) for n in shape) or "a single number"
+
+
+def check_plan(plan: LoadPlan, file: TensorFile, what: str) -> None:
+    """Raises: CheckpointError when a parameter has no source or a source of another shape, with the count and the first of them."""
+    if plan.missing:
+        raise CheckpointError(
+            f"{file.path.name}: its {what} misses {len(plan.missing)} of {len(plan.missing) + len(plan.sources)} tensors (first: {plan.missing[0]}). "
+            "The file is incomplete: download it again, or convert it again from its source."
+        )
+    if plan.misshapen:
+        raise CheckpointError(
+            f"{file.path.name}: {len(plan.misshapen)} tensors of its {what} have shapes that do not fit together (first: {plan.misshapen[0]}). "
+            "It is damaged, or a mixture of two models; use another file."
+        )
+
+
+def assign_tensors(
+    module: nn.Module,
+    plan: LoadPlan,
+    file: TensorFile,
+    *,
+    storage_dtype: torch.dtype,
+    computation_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Give every parameter of an empty network its stored tensor on `device`. One tensor at a time: nothing is held twice.
+
+    Weights of linear, convolution and embedding layers take `storage_dtype`. Norms, which the library's layer-wise casting leaves alone,
+    take `computation_dtype` where that is another.
+    """
+    for name, target in list(module.state_dict().items()):
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        dtype = storage_dtype if is_cast_layer(owner_name, owner) else computation_dtype or storage_dtype
+        tensor = _materialise(file, plan.sources[name], tuple(target.shape), dtype, device)
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    _fill_buffers(module, device)
+
+
+def is_cast_layer(name: str, layer: nn.Module) -> bool:
+    """Whether layer-wise casting (diffusers' hooks, norms skipped) stores this layer's weights in another type than it computes in."""
+    return isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding)) and "norm" not in name
+
+
+def _materialise(file: TensorFile, source: TensorSource, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    rows = None if source.third is None else (source.third * shape[0], (source.third + 1) * shape[0])
+    tensor = file.read(source.key, dtype=dtype, device=device, rows=rows)
+    if source.transposed:
+        tensor = tensor.T.contiguous()
+    return tensor.reshape(shape)
+
+
+def _fill_buffers(module: nn.Module, device: torch.device | str) -> None:
+    """Make the buffers real that no file holds: CLIP's position numbers are the only ones these networks have."""
+    for name, buffer in list(_meta_buffers(module)):
+        owner_name, _, leaf = name.rpartition(".")
+        if leaf != "position_ids":
+            raise RuntimeError(f"buffer {name} of {type(module).__name__} was built without memory and nothing here knows its contents")
+        positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+        module.get_submodule(owner_name).register_buffer(leaf, positions, persistent=False)
+
+
+def _meta_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, buffer) for name, buffer in module.named_buffers() if buffer.is_meta)
+
+
+def read_state_dict(path: Path, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Every tensor of a small file (LoRA, embedding, upscaler) in host memory, read as safely as a checkpoint.
+
+    Raises: CheckpointError for a file that cannot be read.
+    """
+    with open_tensor_file(path) as file:
+        return {key: file.read(key, dtype=dtype) for key in file.infos}
