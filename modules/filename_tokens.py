@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 import zoneinfo
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -90,6 +90,7 @@ class FilenameGenerator:
         options: Any = None,
         now: datetime.datetime | None = None,
         max_part_chars: int = MAX_PART_CHARS,
+        style_prompts: Sequence[str | None] = (),
     ) -> None:
         self.p = p
         self.seed = seed
@@ -100,6 +101,7 @@ class FilenameGenerator:
         self.options = options
         self.now = now
         self.max_part_chars = max_part_chars
+        self.style_prompts = [prompt for prompt in style_prompts if prompt]
 
     def apply(self, x: str) -> str:
         """`x` with its tokens replaced. A token that is unknown, or has no value here, stays as it is written."""
@@ -179,14 +181,10 @@ class FilenameGenerator:
         if self.p is None or self.prompt is None:
             return None
         text = self.prompt
-        for template in self._style_prompts():
+        for template in self.style_prompts:
             for fragment in template.split("{prompt}"):
                 text = text.replace(fragment, "").replace(", ,", ",")
         return self._part(text.strip().strip(",").strip(), replace_spaces=False)
-
-    def _style_prompts(self) -> list[str]:
-        prompts = getattr(self.p, "style_prompts", None)
-        return [prompt for prompt in prompts if prompt] if isinstance(prompts, (list, tuple)) else []
 
     def _prompt_words(self) -> str:
         words = [word for word in _WORDS.split(self.prompt or "") if word] or ["empty"]

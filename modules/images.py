@@ -19,7 +19,6 @@ from typing import Any
 from PIL import Image
 
 from modules.filename_tokens import (
-    MAX_PART_CHARS,
     NOTHING_AND_SKIP_PREVIOUS_TEXT,
     FilenameGenerator,
     fit_filename,
@@ -95,11 +94,16 @@ def _settings(p: Any = None) -> Any:
     return _default_settings() if application is None else application.options
 
 
-def _max_part_chars() -> int:
+def _tokens(p: Any, seed: int | None, prompt: str | None, image: Image.Image, basename: str, settings: Any) -> FilenameGenerator:
+    """The tokens of one picture, with what the application knows about styles and lengths."""
     from modules.application import application_or_none  # the application is built on this file
 
     application = application_or_none()
-    return MAX_PART_CHARS if application is None else application.config.filenames_max_length
+    extra: dict[str, Any] = {}
+    if application is not None:
+        extra["max_part_chars"] = application.config.filenames_max_length
+        extra["style_prompts"] = application.styles.get_style_prompts(getattr(p, "styles", None) or [])
+    return FilenameGenerator(p, seed, prompt, image, basename=basename, options=settings, **extra)
 
 
 # Resizing and grids
@@ -207,7 +211,7 @@ def save_image(
     number does so only where the settings say Replace. Raises ImageSaveError.
     """
     settings = _settings(p)
-    tokens = FilenameGenerator(p, seed, prompt, image, basename=basename, options=settings, max_part_chars=_max_part_chars())
+    tokens = _tokens(p, seed, prompt, image, basename, settings)
     if save_to_dirs is None:
         save_to_dirs = bool(settings.grid_save_to_dirs if grid else settings.save_to_dirs and not no_prompt)
     folder = Path(path)

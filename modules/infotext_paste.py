@@ -175,24 +175,24 @@ def field_updates(fields: Sequence[Any], text: str) -> list[Any]:
         if isinstance(value, dict) and value.get("__type__") == "update":
             updates.append(value)
             continue
-        fitting = None if value is None else _as_type_of(getattr(component, "value", None), value)
+        fitting = None if value is None else _fitting(component, value)
         updates.append(gr.skip() if fitting is None else gr.update(value=fitting))
     return updates
 
 
-def _as_type_of(current: Any, value: Any) -> Any:
-    """`value` in the type of a control's present value; None when it cannot be."""
+def _fitting(component: Any, value: Any) -> Any:
+    """`value` in the type that a control takes; None when it cannot be."""
+    import gradio as gr  # heavy; see the module's docstring
+
+    if isinstance(component, gr.Checkbox):
+        return value if isinstance(value, bool) else str(value).strip().lower() in ("true", "1")
+    if not isinstance(component, (gr.Slider, gr.Number)) or not isinstance(value, str):
+        return value
     try:
-        if isinstance(current, bool):
-            return value if isinstance(value, bool) else str(value).strip().lower() in ("true", "1")
-        if isinstance(current, int) and isinstance(value, str):
-            number = float(value)
-            return int(number) if number.is_integer() else number
-        if isinstance(current, float) and isinstance(value, str):
-            return float(value)
+        number = float(value)
     except ValueError:
         return None
-    return value
+    return int(number) if number.is_integer() else number
 
 
 # Pictures

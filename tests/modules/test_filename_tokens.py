@@ -89,8 +89,8 @@ def test_time_zone() -> None:
 
 
 def test_style_prompts_are_taken_out() -> None:
-    p = processing(style_prompts=["{prompt}, oil painting"])
-    assert generator(p, prompt="a cat, oil painting").apply("[prompt_no_styles]") == "a cat"
+    tokens = generator(prompt="a cat, oil painting", style_prompts=["{prompt}, oil painting", None])
+    assert tokens.apply("[prompt_no_styles]") == "a cat"
 
 
 def test_numbers_without_meaning_take_the_text_before_them_along() -> None:

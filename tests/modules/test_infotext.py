@@ -110,8 +110,8 @@ def test_windows_line_ends() -> None:
 
 
 def test_civitai_lists_are_one_value() -> None:
-    line = 'Steps: 25, Sampler: Euler a, Seed: 5, Civitai resources: [{"type":"checkpoint","modelVersionId":128713,"modelName":"A, B"}], Civitai metadata: {}'
-    pairs = dict(iterate_pairs(line))
+    resources = '[{"type":"checkpoint","modelVersionId":128713,"modelName":"A, B"}]'
+    pairs = dict(iterate_pairs(f"Steps: 25, Sampler: Euler a, Seed: 5, Civitai resources: {resources}, Civitai metadata: {{}}"))
     assert json.loads(pairs["Civitai resources"])[0]["modelName"] == "A, B"
     assert pairs["Civitai metadata"] == "{}"
 

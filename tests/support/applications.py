@@ -1,0 +1,24 @@
+"""A real application over a temporary folder, for tests: settings, checkpoints, jobs; its engine is whatever the test gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modules import application
+from modules.app_config import AppConfig
+
+
+@contextmanager
+def installed_application(data_dir: Path, *, load: Any = None, **config: Any) -> Iterator[application.Application]:
+    """An installed application whose data folder is `data_dir`; `load` replaces the reading of checkpoints. Closed and removed afterwards."""
+    arguments = {} if load is None else {"load": load}
+    app = application.build_application(AppConfig.for_tests(data_dir, **config), **arguments)
+    application.install(app)
+    try:
+        yield app
+    finally:
+        application.install(None)
+        app.close()
