@@ -23,6 +23,15 @@ for name in ("COMMANDLINE_ARGS", "TORCH_COMMAND", "REQS_FILE", "INDEX_URL", "TOR
 
 import pytest
 
+try:
+    from hypothesis import settings as hypothesis_settings
+except ImportError:  # the launcher's own tests run without it
+    pass
+else:
+    # No test asserts time, and every run tries the same cases.
+    hypothesis_settings.register_profile("house", deadline=None, derandomize=True)
+    hypothesis_settings.load_profile("house")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """GPU tests skip with their reason; torch is asked only when there is one."""
