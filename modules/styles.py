@@ -14,12 +14,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from modules.errors import RequestError
 from modules.options import write_text_atomically
 
 log = logging.getLogger(__name__)
 
 COLUMNS = ("name", "prompt", "negative_prompt")
 PLACEHOLDER = "{prompt}"
+
+
+class StylesFileError(RequestError):
+    """A styles file is there but cannot be read, and so is not written over."""
 
 
 class PromptStyle(NamedTuple):
@@ -44,6 +49,13 @@ def merge_prompts(style_prompt: str, prompt: str) -> str:
     return apply_style(prompt, style_prompt)
 
 
+def apply_styles_to_prompt(prompt: str, styles: Iterable[str | None]) -> str:
+    """`prompt` with the texts of several styles, in their order."""
+    for style_text in styles:
+        prompt = apply_style(prompt, style_text)
+    return prompt
+
+
 def remove_style(prompt: str, style_text: str | None) -> str | None:
     """`prompt` as it was before `style_text` was applied; None when the style is not in it. An empty style is in every prompt."""
     text = (style_text or "").strip()
@@ -59,10 +71,14 @@ def remove_style(prompt: str, style_text: str | None) -> str | None:
 
 
 class StyleDatabase:
-    """The styles of some files, by name; a later file's style replaces an earlier one's of the same name. New styles go to the first file. Thread-safe."""
+    """The styles of some files, by name; a later file's style replaces an earlier one's of the same name. Thread-safe.
+
+    A path may have `*` in its last part. New styles go to the first path without one.
+    """
 
     def __init__(self, paths: Iterable[str | Path] | str | Path) -> None:
         self.paths = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
+        self.default_path = next((path for path in self.paths if "*" not in path.name), Path("styles.csv"))
         self.no_style = PromptStyle("None", "", "", None)
         self.styles: dict[str, PromptStyle] = {}
         self._lock = threading.RLock()
@@ -70,9 +86,14 @@ class StyleDatabase:
 
     def reload(self) -> None:
         """Read the files again."""
-        styles = {style.name: style for path in self.paths for style in read_styles(path)}
+        styles = {style.name: style for path in self.get_style_paths() for style in read_styles(path)}
         with self._lock:
             self.styles = styles
+
+    def get_style_paths(self) -> list[Path]:
+        """The files there are now, in the order they are read."""
+        found = [sorted(path.parent.glob(path.name)) if "*" in path.name else [path] for path in self.paths]
+        return list(dict.fromkeys(path for paths in found for path in paths))
 
     def names(self) -> list[str]:
         with self._lock:
@@ -89,14 +110,10 @@ class StyleDatabase:
 
     def apply_styles_to_prompt(self, prompt: str, styles: Sequence[str]) -> str:
         """`prompt` with the styles of these names in their order; unknown names change nothing."""
-        for text in self.get_style_prompts(styles):
-            prompt = apply_style(prompt, text)
-        return prompt
+        return apply_styles_to_prompt(prompt, self.get_style_prompts(styles))
 
     def apply_negative_styles_to_prompt(self, prompt: str, styles: Sequence[str]) -> str:
-        for text in self.get_negative_style_prompts(styles):
-            prompt = apply_style(prompt, text)
-        return prompt
+        return apply_styles_to_prompt(prompt, self.get_negative_style_prompts(styles))
 
     def extract_styles_from_prompt(self, prompt: str, negative_prompt: str) -> tuple[list[str], str, str]:
         """(names, prompt, negative prompt): the styles that are in both texts, and the texts without them."""
@@ -109,34 +126,60 @@ class StyleDatabase:
         return found[::-1], prompt, negative_prompt
 
     def save_style(self, style: PromptStyle) -> None:
-        """Add or replace a style and write its file."""
+        """Add or replace a style and write its file.
+
+        Raises:
+            StylesFileError: the file holds something else; nothing is changed.
+        """
         with self._lock:
             old = self.styles.get(style.name)
-            path = style.path or (old.path if old else None) or str(self.paths[0])
-            self.styles[style.name] = style._replace(path=path)
-            self._write(Path(path))
+            path = style.path or (old.path if old else None) or str(self.default_path)
+            self._write({**self.styles, style.name: style._replace(path=path)}, Path(path))
 
     def delete_style(self, name: str) -> None:
-        """Forget a style and write its file; nothing for an unknown name."""
+        """Forget a style and write its file; nothing for an unknown name. Raises StylesFileError as save_style does."""
         with self._lock:
-            old = self.styles.pop(name, None)
-            if old is not None and old.path:
-                self._write(Path(old.path))
+            old = self.styles.get(name)
+            if old is not None:
+                self._write({key: style for key, style in self.styles.items() if key != name}, Path(old.path) if old.path else None)
 
-    def _write(self, path: Path) -> None:
-        if path.is_file():
-            write_text_atomically(path.with_name(path.name + ".bak"), path.read_text(encoding="utf-8-sig"))
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows((style.name, style.prompt or "", style.negative_prompt or "") for style in self.styles.values() if style.path == str(path))
-        write_text_atomically(path, "\ufeff" + text.getvalue())
+    def save_styles(self, path: str | Path | None = None) -> None:
+        """Write `styles` as it is now, as extensions leave it, each to its file or all without one to `path`."""
+        with self._lock:
+            default = str(path or self.default_path)
+            styles = {name: style if style.path else style._replace(path=default) for name, style in self.styles.items()}
+            for written in dict.fromkeys(style.path for style in styles.values()):
+                self._write(styles, Path(str(written)))
+
+    def _write(self, styles: dict[str, PromptStyle], path: Path | None) -> None:
+        """Make `styles` the known ones and write those of one file, whose last state goes to a .bak beside it."""
+        if path is not None:
+            in_file = _parse_styles(path) if path.is_file() else []
+            if path.is_file():
+                write_text_atomically(path.with_name(path.name + ".bak"), _read_text(path))
+            write_text_atomically(path, "\ufeff" + _to_csv(_updated(in_file, styles, str(path))))
+        self.styles = styles
+
+
+def _updated(in_file: Iterable[PromptStyle], styles: dict[str, PromptStyle], path: str) -> list[PromptStyle]:
+    """The styles of one file after a change, in the file's order. One that a later file's style hides stays as it is."""
+    own = {style.name: style for style in styles.values() if style.path == path}
+    kept = {style.name: own.get(style.name, style) for style in in_file if style.name in styles}
+    return list({**kept, **own}.values())
+
+
+def _to_csv(styles: Iterable[PromptStyle]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows((style.name, style.prompt or "", style.negative_prompt or "") for style in styles)
+    return text.getvalue()
 
 
 def _first_hit(prompt: str, negative_prompt: str, styles: Iterable[PromptStyle]) -> tuple[str, str, str] | None:
     for style in styles:
-        if not (style.prompt or style.negative_prompt):
-            continue
+        if {(style.prompt or "").strip(), (style.negative_prompt or "").strip()} <= {"", PLACEHOLDER}:
+            continue  # it leaves no trace to be found by
         rest, negative_rest = remove_style(prompt, style.prompt), remove_style(negative_prompt, style.negative_prompt)
         if rest is not None and negative_rest is not None:
             return style.name, rest, negative_rest
@@ -148,9 +191,23 @@ def read_styles(path: Path) -> list[PromptStyle]:
     if not path.is_file():
         return []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        log.warning("Styles file %s cannot be read (%s); its styles are left out.", path, error)
+        return _parse_styles(path)
+    except StylesFileError as error:
+        log.warning("%s Its styles are left out.", error)
         return []
-    return [PromptStyle(name, row.get("prompt") or row.get("text") or "", row.get("negative_prompt") or "", str(path)) for row in rows if (name := row.get("name"))]
+
+
+def _parse_styles(path: Path) -> list[PromptStyle]:
+    try:
+        rows = list(csv.DictReader(io.StringIO(_read_text(path), newline="")))
+    except csv.Error as error:
+        raise StylesFileError(f"Styles file {path} is no CSV file ({error}). Repair it or move it away.") from error
+    named = [row for row in rows if row.get("name")]
+    return [PromptStyle(row["name"], row.get("prompt") or row.get("text") or "", row.get("negative_prompt") or "", str(path)) for row in named]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StylesFileError(f"Styles file {path} cannot be read ({error}). Save it as UTF-8 text, or move it away.") from error
