@@ -1,0 +1,270 @@
+"""ModelPatcher: a network with its devices and the hooks of one job, under Forge's names.
+
+Clones share the network and own their hooks. Moving the network is done for the memory store, which decides when.
+Must not know samplers, prompts or files. Changes of weights (LoRA) come through a loader of their own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backend.memory.module_bytes import count_module_bytes
+
+ModelOptions = dict[str, Any]
+
+
+def copy_options(value: Any) -> Any:
+    """Options with their dicts and lists copied and their leaves (functions, tensors, objects) shared."""
+    if isinstance(value, dict):
+        return {key: copy_options(item) for key, item in value.items()}
+    return [copy_options(item) for item in value] if isinstance(value, list) else value
+
+
+def set_model_options_patch_replace(
+    model_options: ModelOptions, patch: object, name: str, block_name: str, number: int, transformer_index: int | None = None
+) -> ModelOptions:
+    """Replace attention `name` of one block; dicts on the way are copied, so other holders of the options keep theirs."""
+    options = dict(model_options["transformer_options"])
+    replacements = options["patches_replace"] = dict(options.get("patches_replace", {}))
+    key = (block_name, number) if transformer_index is None else (block_name, number, transformer_index)
+    replacements[name] = {**replacements.get(name, {}), key: patch}
+    model_options["transformer_options"] = options
+    return model_options
+
+
+def set_model_options_post_cfg_function(
+    model_options: ModelOptions, post_cfg_function: object, disable_cfg1_optimization: bool = False
+) -> ModelOptions:
+    """Append a function to be called after guidance."""
+    return _append_cfg_function(model_options, "sampler_post_cfg_function", post_cfg_function, disable_cfg1_optimization)
+
+
+def set_model_options_pre_cfg_function(
+    model_options: ModelOptions, pre_cfg_function: object, disable_cfg1_optimization: bool = False
+) -> ModelOptions:
+    """Append a function to be called before the conditions are run."""
+    return _append_cfg_function(model_options, "sampler_pre_cfg_function", pre_cfg_function, disable_cfg1_optimization)
+
+
+def _append_cfg_function(model_options: ModelOptions, name: str, function: object, disable_cfg1_optimization: bool) -> ModelOptions:
+    model_options[name] = [*model_options.get(name, []), function]
+    if disable_cfg1_optimization:
+        model_options["disable_cfg1_optimization"] = True
+    return model_options
+
+
+class ModelPatcher:
+    """`model` on `load_device` while in use and on `offload_device` else; `current_device` says where it is now.
+
+    `model_options` holds the hooks. `object_patches` are attributes of the network that are swapped while it is loaded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        load_device: torch.device,
+        offload_device: torch.device,
+        size: int = 0,
+        current_device: torch.device | None = None,
+        **kwargs: object,
+    ) -> None:
+        self.model = model
+        self.load_device = load_device
+        self.offload_device = offload_device
+        self.current_device = offload_device if current_device is None else current_device
+        self.size = size
+        self.object_patches: dict[str, object] = {}
+        self.model_options: ModelOptions = {"transformer_options": {}}
+
+    @property
+    def object_patches_backup(self) -> dict[str, object]:
+        """What the swapped attributes were; kept on the network, so that every clone can put them back."""
+        backup: dict[str, object] = self.model.__dict__.setdefault("_object_patches_backup", {})
+        return backup
+
+    # basics
+
+    def model_size(self) -> int:
+        """Bytes of the network's weights."""
+        if self.size <= 0:
+            self.size = count_module_bytes(self.model).total_bytes
+        return self.size
+
+    def clone(self) -> ModelPatcher:
+        """The same network with hooks of its own."""
+        return self._copy_hooks_to(type(self)(self.model, self.load_device, self.offload_device, self.size, self.current_device))
+
+    def _copy_hooks_to(self, other: ModelPatcher) -> ModelPatcher:
+        other.object_patches = dict(self.object_patches)
+        other.model_options = copy_options(self.model_options)
+        return other
+
+    def is_clone(self, other: object) -> bool:
+        """Whether the other patcher holds the same network."""
+        return getattr(other, "model", None) is self.model
+
+    def memory_required(self, input_shape: Sequence[int]) -> float:
+        """The network's estimate of its working memory, in bytes; 0 for a network that gives none."""
+        estimate: Callable[..., float] | None = getattr(self.model, "memory_required", None)
+        return 0.0 if estimate is None else estimate(input_shape)
+
+    def model_dtype(self) -> torch.dtype | None:
+        """The type the network computes in."""
+        dtype: torch.dtype | None = getattr(self.model, "computation_dtype", None)
+        return dtype or next((parameter.dtype for parameter in self.model.parameters()), None)
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Tensor]:
+        """The network's state dict, or the part of it whose keys start with `filter_prefix`."""
+        return {key: value for key, value in self.model.state_dict().items() if filter_prefix is None or key.startswith(filter_prefix)}
+
+    # attributes of the network
+
+    def add_object_patch(self, name: str, obj: object) -> None:
+        """Swap the attribute at a dotted path while the network is loaded."""
+        self.object_patches[name] = obj
+
+    def get_model_object(self, name: str) -> Any:
+        """The attribute at a dotted path, with this patcher's swaps and without those of others."""
+        if name in self.object_patches:
+            return self.object_patches[name]
+        return self.object_patches_backup.get(name, _get_attribute(self.model, name))
+
+    # moving
+
+    def model_patches_to(self, device: torch.device) -> None:
+        """Move hooks that have a `to` to `device`."""
+        options = self.model_options["transformer_options"]
+        for hooks in [*options.get("patches", {}).values(), *options.get("patches_replace", {}).values()]:
+            for key, hook in list(hooks.items() if isinstance(hooks, dict) else enumerate(hooks)):
+                if hasattr(hook, "to"):
+                    hooks[key] = hook.to(device)
+        wrapper = self.model_options.get("model_function_wrapper")
+        if wrapper is not None and hasattr(wrapper, "to"):
+            self.model_options["model_function_wrapper"] = wrapper.to(device)
+
+    def forge_patch_model(self, target_device: torch.device | None = None) -> nn.Module:
+        """Swap the patched attributes in, and move the network to `target_device` if one is given."""
+        for name, value in self.object_patches.items():
+            self.object_patches_backup.setdefault(name, _get_attribute(self.model, name))
+            _set_attribute(self.model, name, value)
+        self._move(target_device)
+        return self.model
+
+    def forge_unpatch_model(self, target_device: torch.device | None = None) -> None:
+        """Put the swapped attributes back, and move the network to `target_device` if one is given."""
+        for name, value in self.object_patches_backup.items():
+            _set_attribute(self.model, name, value)
+        self.object_patches_backup.clear()
+        self._move(target_device)
+
+    def _move(self, target_device: torch.device | None) -> None:
+        if target_device is not None:
+            self.model.to(target_device)
+            self.current_device = target_device
+
+    # hooks around guidance
+
+    def set_model_sampler_cfg_function(self, sampler_cfg_function: Callable[..., Tensor], disable_cfg1_optimization: bool = False) -> None:
+        """Replace the guidance formula. The function takes a dict of arguments, or (cond, uncond, cond_scale)."""
+        if len(inspect.signature(sampler_cfg_function).parameters) == 3:
+            old_form = sampler_cfg_function
+            self.model_options["sampler_cfg_function"] = lambda args: old_form(args["cond"], args["uncond"], args["cond_scale"])
+        else:
+            self.model_options["sampler_cfg_function"] = sampler_cfg_function
+        if disable_cfg1_optimization:
+            self.model_options["disable_cfg1_optimization"] = True
+
+    def set_model_sampler_pre_cfg_function(self, pre_cfg_function: object, disable_cfg1_optimization: bool = False) -> None:
+        """Append a function (model, cond, uncond, x, timestep, model_options) that returns the same tuple."""
+        self.model_options = set_model_options_pre_cfg_function(self.model_options, pre_cfg_function, disable_cfg1_optimization)
+
+    def set_model_sampler_post_cfg_function(self, post_cfg_function: object, disable_cfg1_optimization: bool = False) -> None:
+        """Append a function that takes a dict of arguments and returns the denoised picture."""
+        self.model_options = set_model_options_post_cfg_function(self.model_options, post_cfg_function, disable_cfg1_optimization)
+
+    def set_model_unet_function_wrapper(self, unet_wrapper_function: object) -> None:
+        """Call this instead of the network: (apply_model, {"input", "timestep", "c", "cond_or_uncond"})."""
+        self.model_options["model_function_wrapper"] = unet_wrapper_function
+
+    def set_model_denoise_mask_function(self, denoise_mask_function: object) -> None:
+        """Kept for extensions that call it."""
+        self.model_options["denoise_mask_function"] = denoise_mask_function
+
+    # hooks around the VAE
+
+    def set_model_vae_encode_wrapper(self, wrapper_function: object) -> None:
+        self.model_options["model_vae_encode_wrapper"] = wrapper_function
+
+    def set_model_vae_decode_wrapper(self, wrapper_function: object) -> None:
+        self.model_options["model_vae_decode_wrapper"] = wrapper_function
+
+    def set_model_vae_regulation(self, vae_regulation: object) -> None:
+        self.model_options["model_vae_regulation"] = vae_regulation
+
+    # hooks inside the network
+
+    def set_model_patch(self, patch: object, name: str) -> None:
+        """Append a hook to those called `name`."""
+        patches = self.model_options["transformer_options"].setdefault("patches", {})
+        patches[name] = [*patches.get(name, []), patch]
+
+    def set_model_patch_replace(self, patch: object, name: str, block_name: str, number: int, transformer_index: int | None = None) -> None:
+        """Replace attention `name` ("attn1" or "attn2") in a block, or in one transformer block of it."""
+        self.model_options = set_model_options_patch_replace(self.model_options, patch, name, block_name, number, transformer_index)
+
+    def set_model_attn1_patch(self, patch: object) -> None:
+        self.set_model_patch(patch, "attn1_patch")
+
+    def set_model_attn2_patch(self, patch: object) -> None:
+        self.set_model_patch(patch, "attn2_patch")
+
+    def set_model_attn1_replace(self, patch: object, block_name: str, number: int, transformer_index: int | None = None) -> None:
+        self.set_model_patch_replace(patch, "attn1", block_name, number, transformer_index)
+
+    def set_model_attn2_replace(self, patch: object, block_name: str, number: int, transformer_index: int | None = None) -> None:
+        self.set_model_patch_replace(patch, "attn2", block_name, number, transformer_index)
+
+    def set_model_attn1_output_patch(self, patch: object) -> None:
+        self.set_model_patch(patch, "attn1_output_patch")
+
+    def set_model_attn2_output_patch(self, patch: object) -> None:
+        self.set_model_patch(patch, "attn2_output_patch")
+
+    def set_model_input_block_patch(self, patch: object) -> None:
+        self.set_model_patch(patch, "input_block_patch")
+
+    def set_model_input_block_patch_after_skip(self, patch: object) -> None:
+        self.set_model_patch(patch, "input_block_patch_after_skip")
+
+    def set_model_output_block_patch(self, patch: object) -> None:
+        self.set_model_patch(patch, "output_block_patch")
+
+
+def _get_attribute(root: object, path: str) -> Any:
+    for name in path.split("."):
+        root = getattr(root, name)
+    return root
+
+
+def _set_attribute(root: nn.Module, path: str, value: object) -> None:
+    """Set the attribute at a dotted path, whether it is a plain attribute, a parameter, a buffer or a child module."""
+    *parents, name = path.split(".")
+    holder = _get_attribute(root, ".".join(parents)) if parents else root
+    for registry in _registries(holder, value):
+        registry.pop(name, None)
+    setattr(holder, name, value)
+
+
+def _registries(holder: object, value: object) -> Iterator[dict[str, Any]]:
+    """Where a module would keep an attribute of another kind than `value`, which would hide or refuse the new one."""
+    if isinstance(holder, nn.Module):
+        yield from (
+            registry
+            for registry, kind in ((holder._parameters, nn.Parameter), (holder._buffers, Tensor), (holder._modules, nn.Module))
+            if not isinstance(value, kind)
+        )  # fmt: skip

@@ -1,0 +1,140 @@
+"""UnetPatcher: the denoiser's patcher, with what a sampling run takes along: ControlNets, extra models, extra memory, extra hooks.
+
+Must not know samplers, prompts or files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backend import memory_management
+from backend.modules.k_model import KModel
+from backend.patcher.base import ModelPatcher
+
+
+class UnetPatcher(ModelPatcher):
+    """`controlnet_linked_list` is the newest ControlNet, each knowing its `previous_controlnet`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.controlnet_linked_list: Any = None
+        self.extra_preserved_memory_during_sampling = 0
+        self.extra_model_patchers_during_sampling: list[ModelPatcher] = []
+        self.extra_concat_condition: Tensor | None = None
+
+    @classmethod
+    def from_model(cls, model: KModel, load_device: torch.device | None = None, offload_device: torch.device | None = None) -> UnetPatcher:
+        """A patcher for a KModel; without devices, those that memory management picks for a UNet."""
+        parameters = next(model.parameters())
+        return cls(
+            model,
+            load_device=load_device or memory_management.get_torch_device(),
+            offload_device=offload_device or memory_management.unet_offload_device(),
+            current_device=parameters.device,
+        )
+
+    def _copy_hooks_to(self, other: ModelPatcher) -> ModelPatcher:
+        super()._copy_hooks_to(other)
+        assert isinstance(other, UnetPatcher)
+        other.controlnet_linked_list = self.controlnet_linked_list
+        other.extra_preserved_memory_during_sampling = self.extra_preserved_memory_during_sampling
+        other.extra_model_patchers_during_sampling = list(self.extra_model_patchers_during_sampling)
+        other.extra_concat_condition = self.extra_concat_condition
+        return other
+
+    def clone(self) -> UnetPatcher:
+        """The same network with hooks, ControlNets and extra models of its own."""
+        clone = super().clone()
+        assert isinstance(clone, UnetPatcher)
+        return clone
+
+    # what a sampling run takes along
+
+    def add_extra_preserved_memory_during_sampling(self, memory_in_bytes: int) -> None:
+        """Keep that much more memory free while sampling."""
+        self.extra_preserved_memory_during_sampling += memory_in_bytes
+
+    def add_extra_model_patcher_during_sampling(self, model_patcher: ModelPatcher) -> None:
+        """Have another model on its device while sampling."""
+        self.extra_model_patchers_during_sampling.append(model_patcher)
+
+    def add_extra_torch_module_during_sampling(self, m: nn.Module, cast_to_unet_dtype: bool = True) -> ModelPatcher:
+        """Have a module on the UNet's device while sampling, in the type the UNet computes in unless told otherwise."""
+        if cast_to_unet_dtype:
+            m.to(self.model_dtype())
+        patcher = ModelPatcher(model=m, load_device=self.load_device, offload_device=self.offload_device)
+        self.add_extra_model_patcher_during_sampling(patcher)
+        return patcher
+
+    def add_patched_controlnet(self, cnet: Any) -> None:
+        """Put a ControlNet at the head of the chain."""
+        cnet.set_previous_controlnet(self.controlnet_linked_list)
+        self.controlnet_linked_list = cnet
+
+    def list_controlnets(self) -> list[Any]:
+        """The chain, newest first."""
+        chain, link = [], self.controlnet_linked_list
+        while link is not None:
+            chain.append(link)
+            link = link.previous_controlnet
+        return chain
+
+    # options
+
+    def append_model_option(self, k: str, v: object, ensure_uniqueness: bool = False) -> None:
+        _append(self.model_options, k, v, ensure_uniqueness)
+
+    def append_transformer_option(self, k: str, v: object, ensure_uniqueness: bool = False) -> None:
+        _append(self.model_options.setdefault("transformer_options", {}), k, v, ensure_uniqueness)
+
+    def set_transformer_option(self, k: str, v: object) -> None:
+        self.model_options.setdefault("transformer_options", {})[k] = v
+
+    def add_conditioning_modifier(self, modifier: object, ensure_uniqueness: bool = False) -> None:
+        """(model, x, timestep, uncond, cond, cond_scale, model_options, seed) in, the same tuple out; called before every step."""
+        self.append_model_option("conditioning_modifiers", modifier, ensure_uniqueness)
+
+    def add_sampler_pre_cfg_function(self, modifier: object, ensure_uniqueness: bool = False) -> None:
+        self.append_model_option("sampler_pre_cfg_function", modifier, ensure_uniqueness)
+
+    def set_memory_peak_estimation_modifier(self, modifier: object) -> None:
+        """A function (input_shape) -> bytes in place of the network's own estimate."""
+        self.model_options["memory_peak_estimation_modifier"] = modifier
+
+    def add_alphas_cumprod_modifier(self, modifier: object, ensure_uniqueness: bool = False) -> None:
+        """Kept for extensions that call it; nothing reads it."""
+        self.append_model_option("alphas_cumprod_modifiers", modifier, ensure_uniqueness)
+
+    def add_block_modifier(self, modifier: object, ensure_uniqueness: bool = False) -> None:
+        """(h, "before" | "after", transformer_options) -> h, around every block."""
+        self.append_transformer_option("block_modifiers", modifier, ensure_uniqueness)
+
+    def add_block_inner_modifier(self, modifier: object, ensure_uniqueness: bool = False) -> None:
+        """(x, "before" | "after", layer, layer_index, layers, transformer_options) -> x, around every layer of a block."""
+        self.append_transformer_option("block_inner_modifiers", modifier, ensure_uniqueness)
+
+    def add_controlnet_conditioning_modifier(self, modifier: object, ensure_uniqueness: bool = False) -> None:
+        self.append_transformer_option("controlnet_conditioning_modifiers", modifier, ensure_uniqueness)
+
+    def set_group_norm_wrapper(self, wrapper: object) -> None:
+        """(norm_layer, h, transformer_options) -> h, in place of the resnets' and the last norm."""
+        self.set_transformer_option("group_norm_wrapper", wrapper)
+
+    def set_controlnet_model_function_wrapper(self, wrapper: object) -> None:
+        self.set_transformer_option("controlnet_model_function_wrapper", wrapper)
+
+    def set_model_replace_all(self, patch: object, target: str = "attn1") -> None:
+        """Replace one kind of attention everywhere."""
+        for block_name in ("input", "middle", "output"):
+            for number in range(16):
+                for transformer_index in range(16):
+                    self.set_model_patch_replace(patch, target, block_name, number, transformer_index)
+
+
+def _append(options: dict[str, Any], key: str, value: object, ensure_uniqueness: bool) -> None:
+    values = options.setdefault(key, [])
+    if not (ensure_uniqueness and value in values):
+        values.append(value)

@@ -1,0 +1,140 @@
+"""The samplers by the names users know, with what a caller must know to run each. Must not know networks, pages or options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from backend.modules.k_prediction import Prediction
+from backend.sampling import samplers
+from backend.sampling.sampler_types import Denoise, NoiseSource, OnStep, SamplerSettings
+from backend.sampling.schedules import ScheduleSettings, compute_sigmas, discard_next_to_last_sigma, find_schedule
+
+UNIPC_SKIP_SCHEDULES = {"time_uniform": "sgm_uniform", "time_quadratic": "quadratic_timesteps", "logSNR": "exponential"}
+"""Schedules for UniPC's skip types; Lu et al. 2022 (DPM-Solver), section 4.3."""
+_CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
+
+
+class SamplerFunction(Protocol):
+    """Samples from `x_BCHW` at the first noise level down the levels (T,)."""
+
+    def __call__(
+        self, denoise: Denoise, x_BCHW: Tensor, sigmas_T: Tensor, *, settings: SamplerSettings, noise: NoiseSource, on_step: OnStep | None = None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerSpec:
+    """A sampler by name.
+
+    `options` are those that Forge's API shows: scheduler (what Automatic means), second_order (two network calls a step), brownian_noise,
+    uses_ensd, discard_next_to_last_sigma, solver_type. `automatic_schedule`: what Automatic means where the options do not say so.
+    `eta_option` is the setting that holds its eta, if it has one, `eta_default` what that is by itself. `extra_params`: the s_ settings it reads.
+    `needs_uncond`: it reads the denoiser's unconditional x0, so guidance may not be cut short at CFG 1. `cfg_multiplier` scales the CFG value.
+    """
+
+    name: str
+    function: SamplerFunction
+    aliases: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    automatic_schedule: str = "automatic"
+    eta_option: str | None = None
+    eta_default: float = 0.0
+    extra_params: tuple[str, ...] = ()
+    needs_uncond: bool = False
+    cfg_multiplier: float = 1.0
+
+    @property
+    def is_second_order(self) -> bool:
+        return bool(self.options.get("second_order"))
+
+    def resolve_schedule(self, name: str | None) -> str:
+        """The schedule's own name for what a user chose; Automatic is this sampler's schedule. Raises: ValueError."""
+        chosen = find_schedule(name or "automatic").name
+        return str(self.options.get("scheduler", self.automatic_schedule)) if chosen == "automatic" else chosen
+
+    def with_unipc_skip_type(self, skip_type: str) -> SamplerSpec:
+        """This sampler with the setting uni_pc_skip_type, which says what Automatic means for UniPC and nothing else. Raises: ValueError."""
+        if skip_type not in UNIPC_SKIP_SCHEDULES:
+            raise ValueError(f"uni_pc_skip_type {skip_type!r} was asked for; there are {', '.join(UNIPC_SKIP_SCHEDULES)}.")
+        return replace(self, automatic_schedule=UNIPC_SKIP_SCHEDULES[skip_type]) if self.name == "UniPC" else self
+
+    def compute_sigmas(
+        self, schedule: str | None, num_steps: int, predictor: Prediction, settings: ScheduleSettings | None = None, *, always_discard: bool = False
+    ) -> Tensor:
+        """Noise levels (num_steps + 1,) for this sampler, the penultimate one discarded where it (or `always_discard`) wants that."""
+        discards = always_discard or bool(self.options.get("discard_next_to_last_sigma"))
+        sigmas_T = compute_sigmas(self.resolve_schedule(schedule), num_steps + int(discards), predictor, settings)
+        return discard_next_to_last_sigma(sigmas_T) if discards else sigmas_T
+
+
+def find_sampler(name: str) -> SamplerSpec:
+    """The sampler of that name or alias, capitals or not. Raises: ValueError."""
+    for spec in SAMPLERS:
+        if name.lower() in (spec.name.lower(), *spec.aliases):
+            return spec
+    raise ValueError(f"sampler {name!r} was asked for; there are {', '.join(spec.name for spec in SAMPLERS)}.")
+
+
+def _spec(name: str, function: SamplerFunction, *aliases: str, options: Mapping[str, Any] | None = None, **fields: Any) -> SamplerSpec:
+    return SamplerSpec(name=name, function=function, aliases=aliases, options=options or {}, **fields)
+
+
+def _ancestral(**fields: Any) -> dict[str, Any]:
+    return {"eta_option": "eta_ancestral", "eta_default": 1.0, "extra_params": ("s_noise",), **fields}
+
+
+SAMPLERS: tuple[SamplerSpec, ...] = (
+    _spec("DPM++ 2M", samplers.sample_dpmpp_2m, "k_dpmpp_2m", options={"scheduler": "karras"}),
+    _spec(
+        "DPM++ SDE", samplers.sample_dpmpp_sde, "k_dpmpp_sde",
+        options={"scheduler": "karras", "second_order": True, "brownian_noise": True}, **_ancestral(),
+    ),
+    _spec(
+        "DPM++ 2M SDE", samplers.sample_dpmpp_2m_sde, "k_dpmpp_2m_sde",
+        options={"scheduler": "exponential", "brownian_noise": True}, **_ancestral(),
+    ),
+    _spec(
+        "DPM++ 2M SDE Heun", samplers.sample_dpmpp_2m_sde_heun, "k_dpmpp_2m_sde_heun",
+        options={"scheduler": "exponential", "brownian_noise": True, "solver_type": "heun"}, **_ancestral(),
+    ),
+    _spec(
+        "DPM++ 2S a", samplers.sample_dpmpp_2s_ancestral, "k_dpmpp_2s_a",
+        options={"scheduler": "karras", "uses_ensd": True, "second_order": True}, **_ancestral(),
+    ),
+    _spec(
+        "DPM++ 3M SDE", samplers.sample_dpmpp_3m_sde, "k_dpmpp_3m_sde",
+        options={"scheduler": "exponential", "discard_next_to_last_sigma": True, "brownian_noise": True}, **_ancestral(),
+    ),
+    _spec("Euler a", samplers.sample_euler_ancestral, "k_euler_a", "k_euler_ancestral", options={"uses_ensd": True}, **_ancestral()),
+    _spec("Euler", samplers.sample_euler, "k_euler", extra_params=_CHURN),
+    _spec("LMS", samplers.sample_lms, "k_lms"),
+    _spec("Heun", samplers.sample_heun, "k_heun", options={"second_order": True}, extra_params=_CHURN),
+    _spec(
+        "DPM2", samplers.sample_dpm_2, "k_dpm_2",
+        options={"scheduler": "karras", "discard_next_to_last_sigma": True, "second_order": True}, extra_params=_CHURN,
+    ),
+    _spec(
+        "DPM2 a", samplers.sample_dpm_2_ancestral, "k_dpm_2_a",
+        options={"scheduler": "karras", "discard_next_to_last_sigma": True, "uses_ensd": True, "second_order": True}, **_ancestral(),
+    ),
+    _spec("DPM fast", samplers.sample_dpm_fast, "k_dpm_fast", options={"uses_ensd": True}, **_ancestral()),
+    _spec("DPM adaptive", samplers.sample_dpm_adaptive, "k_dpm_ad", options={"uses_ensd": True}, **_ancestral(extra_params=())),
+    _spec("Restart", samplers.sample_restart, "restart", options={"scheduler": "karras", "second_order": True}, extra_params=("s_noise",)),
+    _spec("HeunPP2", samplers.sample_heunpp2, "heunpp2", extra_params=_CHURN),
+    _spec("IPNDM", samplers.sample_ipndm, "ipndm"),
+    _spec("IPNDM_V", samplers.sample_ipndm_v, "ipndm_v"),
+    _spec("DEIS", samplers.sample_deis, "deis"),
+    _spec("DDIM", samplers.sample_ddim, "ddim", automatic_schedule="ddim", eta_option="eta_ddim"),
+    _spec(
+        "DDIM CFG++", samplers.sample_ddim_cfgpp, "ddim_cfgpp",
+        automatic_schedule="ddim", eta_option="eta_ddim", needs_uncond=True, cfg_multiplier=1 / 12.5,
+    ),
+    _spec("PLMS", samplers.sample_plms, "plms", automatic_schedule="ddim"),
+    _spec("UniPC", samplers.sample_unipc, "unipc", automatic_schedule="sgm_uniform"),
+    _spec("LCM", samplers.sample_lcm, "k_lcm"),
+    _spec("DDPM", samplers.sample_ddpm, "ddpm"),
+)  # fmt: skip

@@ -1,0 +1,149 @@
+"""What a sampler is given and what it tells: settings, noise, the step report, and the walk that all samplers share.
+
+A sampler is a pure function of (denoise, x, sigmas); everything that varies sits behind `denoise`. Must not know networks, guidance or devices.
+
+Shapes: B batch, C channels, H W latent rows and columns, T noise levels (one more than steps).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+BrownianNoise = Callable[[float, float], Tensor]
+"""(sigma, sigma_next) -> noise of unit variance, consistent with one Brownian path per image."""
+
+
+class Denoise(Protocol):
+    """x0 (B, C, H, W) of noisy latents at noise levels (B,).
+
+    A denoiser used with CFG++ also has `last_uncond_BCHW`: the unconditional x0 of its latest call.
+    """
+
+    def __call__(self, x_BCHW: Tensor, sigma_B: Tensor, /) -> Tensor: ...
+
+
+class NoiseSource(Protocol):
+    """Gaussian noise with one generator per image."""
+
+    def next(self, x_BCHW: Tensor) -> Tensor:
+        """Fresh unit noise like `x_BCHW`."""
+        ...
+
+    def brownian(self, x_BCHW: Tensor, sigma_min: float, sigma_max: float) -> BrownianNoise:
+        """Noise from Brownian paths over the given range of noise levels."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerSettings:
+    """Options of samplers. A sampler reads those it has a use for.
+
+    `eta`: share of fresh noise; None is the sampler's own default. `s_*`: stochastic churn of Karras et al. 2022, algorithm 2.
+    """
+
+    eta: float | None = None
+    s_churn: float = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float = math.inf
+    s_noise: float = 1.0
+    uni_pc_variant: str = "bh1"
+    uni_pc_order: int = 3
+    uni_pc_lower_order_final: bool = True
+
+    def __post_init__(self) -> None:
+        if self.uni_pc_variant not in ("bh1", "bh2"):
+            raise ValueError(f"UniPC variant {self.uni_pc_variant!r} was asked for; there are bh1 and bh2.")
+        if self.uni_pc_order < 1:
+            raise ValueError(f"UniPC order {self.uni_pc_order} was asked for; it is 1 or more.")
+
+    def eta_or(self, default: float) -> float:
+        return default if self.eta is None else self.eta
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What a step saw: its index, its noise level, the noisy latents that went in, and the denoised latents."""
+
+    index: int
+    sigma: float
+    x: Tensor
+    denoised: Tensor
+
+
+OnStep = Callable[[StepInfo], None]
+"""Called once per step after its first denoising. Raising ends the sampling."""
+
+
+class Walk:
+    """The way down the noise levels: host copies of the levels, the denoiser with its batch of levels, and the report of each step."""
+
+    def __init__(self, denoise: Denoise, sigmas_T: Tensor, on_step: OnStep | None) -> None:
+        self.sigmas: list[float] = [float(sigma) for sigma in sigmas_T.tolist()]
+        self.on_step = on_step
+        self._denoise = denoise
+        if len(self.sigmas) < 2:
+            raise ValueError(f"Sampling takes two noise levels or more, and was given {len(self.sigmas)}: {self.sigmas}.")
+        if self.sigmas[0] <= 0 or not all(math.isfinite(sigma) for sigma in self.sigmas):
+            raise ValueError(f"Sampling starts at a noise level above 0 and goes through finite ones; the schedule is {self.sigmas}.")
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def __iter__(self) -> Iterator[tuple[int, float, float]]:
+        """(index, sigma, next sigma) of each step."""
+        return iter((index, self.sigmas[index], self.sigmas[index + 1]) for index in range(self.num_steps))
+
+    def denoise(self, x_BCHW: Tensor, sigma: float) -> Tensor:
+        """x0 at one noise level for the whole batch."""
+        return self._denoise(x_BCHW, x_BCHW.new_full((x_BCHW.shape[0],), sigma))
+
+    def step(self, index: int, x_BCHW: Tensor, sigma: float) -> Tensor:
+        """x0 at the start of a step, reported."""
+        denoised_BCHW = self.denoise(x_BCHW, sigma)
+        self.report(index, sigma, x_BCHW, denoised_BCHW)
+        return denoised_BCHW
+
+    def report(self, index: int, sigma: float, x_BCHW: Tensor, denoised_BCHW: Tensor) -> None:
+        if self.on_step is not None:
+            self.on_step(StepInfo(index, sigma, x_BCHW, denoised_BCHW))
+
+    @property
+    def positive_range(self) -> tuple[float, float]:
+        """Smallest level above 0, and the largest."""
+        return min(sigma for sigma in self.sigmas if sigma > 0), max(self.sigmas)
+
+
+def derivative(x_BCHW: Tensor, denoised_BCHW: Tensor, sigma: float) -> Tensor:
+    """dx/dsigma of the probability flow ODE; also the predicted noise. Karras et al. 2022, eq. 1 and 3."""
+    return (x_BCHW - denoised_BCHW) / sigma
+
+
+def split_ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    """(sigma_down, sigma_up): where to go without noise, and how much noise then leads to `sigma_next`.
+
+    With eta 1 this is the posterior of the diffusion (Ho et al. 2020, eq. 7, in sigmas).
+    """
+    if eta == 0 or sigma_next == 0:
+        return sigma_next, 0.0
+    sigma_up = min(sigma_next, eta * math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2))
+    return math.sqrt(sigma_next**2 - sigma_up**2), sigma_up
+
+
+def churn(x_BCHW: Tensor, sigma: float, num_steps: int, settings: SamplerSettings, noise: NoiseSource) -> tuple[Tensor, float]:
+    """Latents raised to a higher noise level by fresh noise, and that level. Karras et al. 2022, algorithm 2, lines 4 to 6.
+
+    A draw is made in every step once churn is on, so that the range (s_tmin, s_tmax) does not shift later draws.
+    """
+    if settings.s_churn <= 0:
+        return x_BCHW, sigma
+    fresh_BCHW = noise.next(x_BCHW)
+    if not settings.s_tmin <= sigma <= settings.s_tmax:
+        return x_BCHW, sigma
+    raised = sigma * (1 + min(settings.s_churn / num_steps, math.sqrt(2) - 1))
+    return x_BCHW + fresh_BCHW * (settings.s_noise * math.sqrt(raised**2 - sigma**2)), raised
