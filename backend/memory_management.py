@@ -22,10 +22,11 @@ from backend.devices.inventory import DeviceFacts, describe_device
 from backend.devices.probing import probe_devices
 from backend.devices.slot import canonical_device
 from backend.memory import dtype_policy
-from backend.memory.budget import DEFAULT_INFERENCE_BYTES, partial_load_budget_bytes
+from backend.memory.budget import DEFAULT_INFERENCE_BYTES, partial_load_budget_bytes, reserve_bytes
 from backend.memory.dtype_policy import MemoryPressure, dtype_from_flag
 from backend.memory.errors import DeviceRow, OutOfMemory
 from backend.memory.module_bytes import count_module_bytes, count_state_dict_bytes, count_state_dict_parameters, most_common_dtype, move_module
+from backend.memory.placement import ModelNeed, Placement, select_slot
 from backend.memory.residents import LoadedModel as LoadedModel
 from backend.memory.residents import Placeable
 from backend.memory.store import MemoryStore
@@ -94,8 +95,8 @@ def set_inference_memory(inference_bytes: int) -> None:
 
 
 def minimum_inference_memory() -> int:
-    """Bytes kept for activations."""
-    return current_inference_memory
+    """Bytes of the primary device kept for activations."""
+    return reserve_bytes(current_inference_memory, current_store().bytes_of(get_torch_device()).total_bytes)
 
 
 def _state_facts() -> dict[str, Callable[[], Any]]:
@@ -295,7 +296,7 @@ def load_models_gpu(models: Iterable[Placeable], memory_required: int = 0, hard_
     current_store().load(
         models,
         memory_required_bytes=int(memory_required),
-        inference_bytes=minimum_inference_memory(),
+        inference_bytes=current_inference_memory,
         preserved_bytes=int(hard_memory_preservation),
     )
 
@@ -367,16 +368,33 @@ def unet_inital_load_device(parameters: int, dtype: torch.dtype) -> torch.device
     return device if parameters * dtype.itemsize + minimum_inference_memory() < free_bytes else cpu
 
 
-def text_encoder_device() -> torch.device:
-    return get_torch_device()
+def text_encoder_device(model_bytes: int = 0) -> torch.device:
+    """Where text encoders work: on another slot than the UNet's when there is one that holds `model_bytes`."""
+    return _component_device("text encoder", model_bytes)
 
 
 def text_encoder_offload_device() -> torch.device:
     return get_torch_device() if _config().vram_mode == "always_gpu" else cpu
 
 
-def vae_device() -> torch.device:
-    return cpu if _config().vae_in_cpu else get_torch_device()
+def vae_device(model_bytes: int = 0) -> torch.device:
+    """Where the VAE works: on another slot than the UNet's when there is one that holds `model_bytes`."""
+    return cpu if _config().vae_in_cpu else _component_device("VAE", model_bytes)
+
+
+def _component_device(name: str, model_bytes: int) -> torch.device:
+    """The roomiest slot of the primary's kind that is not the primary, so that the UNet need not leave; else the primary."""
+    primary, *others = compute_slots()
+    others = [slot for slot in others if slot.torch_device.type == primary.torch_device.type]
+    placement = select_slot(ModelNeed(name=name, weights_bytes=model_bytes), current_store().rooms(others))
+    return next((slot.torch_device for slot in others if slot.index == placement.slot_index), primary.torch_device)
+
+
+def select_gpu_by_available_memory(model: Placeable | nn.Module, memory_required: int = 0) -> Placement:
+    """The compute slot where a model and its working memory fit best; `slot_index` None, with the numbers in `reason`, where they fit nowhere."""
+    module: nn.Module = model if isinstance(model, nn.Module) else model.model
+    need = ModelNeed(name=type(module).__name__, weights_bytes=count_module_bytes(module).total_bytes, working_bytes=int(memory_required))
+    return select_slot(need, current_store().rooms(compute_slots(), module))
 
 
 def vae_offload_device() -> torch.device:
@@ -416,7 +434,7 @@ def vae_dtype(device: DeviceLike = None, allowed_dtypes: Sequence[torch.dtype] =
     forced = dtype_from_flag(_config().vae_dtype or ("fp32" if _config().all_in == "fp32" else None))
     if forced is not None:
         return forced
-    usable = dtype_policy.choose_vae_dtypes(_facts(device if device is not None else vae_device()))
+    usable = dtype_policy.choose_vae_dtypes(_facts(vae_device() if device is None else device))
     return next((dtype for dtype in usable if not allowed_dtypes or dtype in allowed_dtypes), torch.float32)
 
 

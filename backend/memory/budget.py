@@ -11,6 +11,11 @@ LOAD_MARGIN = 1.3
 """Room asked for per byte loaded: allocators round up, and a block of the right shape is not always free."""
 
 
+def reserve_bytes(wanted_bytes: int, total_bytes: int) -> int:
+    """Bytes of a device kept for activations: what the user wants, or by default 1 GiB and no more than a quarter of the device."""
+    return min(wanted_bytes, total_bytes // 4) if wanted_bytes == DEFAULT_INFERENCE_BYTES else wanted_bytes
+
+
 def partial_load_budget_bytes(free_bytes: int, inference_bytes: int) -> int:
     """Weights that may be resident when a model does not fit whole; the rest streams.
 

@@ -63,8 +63,10 @@ class LoadedModel:
         return self._module() is model.model and self.device == canonical_device(model.load_device)
 
     def adopt(self, model: Placeable) -> None:
-        """Stand for another patcher of the same network from now on."""
-        self._patcher = weakref.ref(model)
+        """Stand for another patcher of the same network from now on. What the former swapped in the network is put back."""
+        if self._patcher() is not model:
+            self._patcher = weakref.ref(model)
+            self._call("forge_unpatch_model", None)
 
     def compute_inclusive_exclusive_memory(self) -> None:
         """Refresh the bytes already on the device and those not on it."""
@@ -80,24 +82,28 @@ class LoadedModel:
             return None
         budget_bytes = model_gpu_memory_when_using_cpu_swap
         self._stop_streaming()
-        self._call("forge_patch_model", self.device if budget_bytes < 0 else self.offload_device)
-        self._call("model_patches_to", self.device)
         if budget_bytes < 0:
             move_module(module, self.device)
         else:
             self.streamed = start_streaming(module, self.device, budget_bytes, pin=pin)
         self.model_accelerated = budget_bytes >= 0
         self._set_current_device(self.device)
+        self.apply_patches()
+        return module
+
+    def apply_patches(self) -> None:
+        """Have the network, where it is, as its patcher wants it: attributes swapped, hooks moved, LoRAs merged."""
+        self._call("forge_patch_model", None)
+        self._call("model_patches_to", self.device)
         self._call("refresh_loras")
         self.compute_inclusive_exclusive_memory()
-        return module
 
     def model_unload(self, avoid_model_moving: bool = False) -> None:
         """Take the network off the device; with `avoid_model_moving` only undo what loading added."""
         module = self._module()
         self._stop_streaming()
         self.model_accelerated = False
-        self._call("forge_unpatch_model", None if avoid_model_moving else self.offload_device)
+        self._call("forge_unpatch_model", None)
         if module is None or avoid_model_moving:
             return
         self._call("model_patches_to", self.offload_device)

@@ -11,13 +11,16 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from backend.devices.device_memory import DeviceBytes, empty_cache, read_device_bytes
 from backend.devices.inventory import DeviceFacts, describe_device
 from backend.devices.slot import Slot
-from backend.memory.budget import load_need_bytes, partial_load_budget_bytes
+from backend.memory.budget import load_need_bytes, partial_load_budget_bytes, reserve_bytes
 from backend.memory.errors import DeviceRow, OutOfMemory
 from backend.memory.eviction import Resident, plan_eviction
+from backend.memory.module_bytes import count_module_bytes
+from backend.memory.placement import SlotRoom
 from backend.memory.residents import LoadedModel, Placeable
 from backend.memory.vram_state import VRAMState, choose_vram_state
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IDLE_SHARE_WORTH_FREEING = 0.25
+_BUDGET_SLACK = 0.1
 
 
 class MemoryStore:
@@ -65,17 +69,20 @@ class MemoryStore:
         `memory_required_bytes` is the working memory of what runs next, `inference_bytes` the least to keep for that,
         `preserved_bytes` further room nobody may take. Raises: OutOfMemory.
         """
-        to_free_bytes = max(inference_bytes, memory_required_bytes) + preserved_bytes
         with self._lock:
             self.drop_dead()
             entries = [self._find_or_enter(model) for model in _unique(models)]
             for device in dict.fromkeys(entry.device for entry in entries):
+                work_bytes = max(reserve_bytes(inference_bytes, self.bytes_of(device).total_bytes), memory_required_bytes) + preserved_bytes
                 mine = [entry for entry in entries if entry.device == device]
-                missing_bytes, present_bytes = sum(entry.exclusive_memory for entry in mine), sum(entry.inclusive_memory for entry in mine)
-                need_bytes = to_free_bytes + (load_need_bytes(missing_bytes, present_bytes) if missing_bytes else 0)
-                self.free(need_bytes, device, keep=entries)
-            for entry in entries:
-                self._place(entry, inference_bytes + preserved_bytes)
+                self._make_room(device, mine, work_bytes)
+                for entry in mine:
+                    self._place(entry, work_bytes)
+
+    def _make_room(self, device: torch.device, entries: Sequence[LoadedModel], work_bytes: int) -> None:
+        missing_bytes, present_bytes = sum(entry.exclusive_memory for entry in entries), sum(entry.inclusive_memory for entry in entries)
+        need_bytes = work_bytes + (load_need_bytes(missing_bytes, present_bytes) if missing_bytes else 0)
+        self.free(need_bytes, device, keep=entries)
 
     def _find_or_enter(self, model: Placeable) -> LoadedModel:
         """The entry of a model, moved or put to the front of the list; an entry of the same network elsewhere is dropped."""
@@ -92,20 +99,21 @@ class MemoryStore:
 
     def _place(self, entry: LoadedModel, keep_free_bytes: int) -> None:
         budget_bytes = self._choose_budget(entry, keep_free_bytes)
-        if budget_bytes < 0 and entry.exclusive_memory == 0 and not entry.model_accelerated:
-            entry.model_load()
-            return
-        if entry.streamed is not None and budget_bytes >= 0 and abs(budget_bytes - entry.streamed.resident_bytes) < 0.1 * budget_bytes:
+        if _is_placed(entry, budget_bytes):
+            entry.apply_patches()
             return
         try:
             entry.model_load(budget_bytes, pin=self.config.pin_shared_memory)
         except torch.OutOfMemoryError as error:
-            entry.model_unload()
-            self.residents.remove(entry)
-            self.empty_cache(entry.device)
-            missing_bytes = entry.exclusive_memory
-            raise self.out_of_memory(f"loading {entry.name}", entry.device, missing_bytes) from error
+            raise self._give_up(entry) from error
         self._log_placed(entry)
+
+    def _give_up(self, entry: LoadedModel) -> OutOfMemory:
+        """Take a model that found no room off its device again, and say so."""
+        self.residents.remove(entry)
+        entry.model_unload()
+        self.empty_cache(entry.device)
+        return self.out_of_memory(f"loading {entry.name}", entry.device, entry.exclusive_memory)
 
     def _choose_budget(self, entry: LoadedModel, keep_free_bytes: int) -> int:
         """-1: whole; else bytes that may be resident while the rest streams."""
@@ -158,7 +166,7 @@ class MemoryStore:
 
     def unload_all(self) -> None:
         """Take every model off every device."""
-        for device in dict.fromkeys([slot.torch_device for slot in self.slots] + [entry.device for entry in self.residents]):
+        for device in dict.fromkeys(entry.device for entry in self.residents):
             self.free(0, device, free_all=True)
 
     def forget_network(self, model: Placeable, but: LoadedModel | None = None) -> None:
@@ -177,6 +185,23 @@ class MemoryStore:
         empty_cache(device)
         self.wants_empty_cache = False
 
+    # choosing
+
+    def rooms(self, slots: Sequence[Slot], model: nn.Module | None = None) -> tuple[SlotRoom, ...]:
+        """What each slot has for `model` now: free, evictable, and what it already holds of it."""
+        return tuple(self._room(slot, model) for slot in slots)
+
+    def _room(self, slot: Slot, model: nn.Module | None) -> SlotRoom:
+        device = slot.torch_device
+        others = [entry for entry in self.residents if entry.device == device and entry.real_model is not model]
+        return SlotRoom(
+            index=slot.index,
+            total_bytes=slot.total_bytes,
+            free_bytes=self.bytes_of(device).free_bytes,
+            evictable_bytes=sum(_bytes_freed(entry) for entry in others),
+            present_bytes=0 if model is None else count_module_bytes(model, lambda tensor: tensor.device == device).total_bytes,
+        )
+
     # telling
 
     def describe(self) -> tuple[DeviceRow, ...]:
@@ -194,6 +219,13 @@ class MemoryStore:
 
     def _choose_state(self, slot: Slot) -> VRAMState:
         return choose_vram_state(self.facts(slot.torch_device).kind, self.config.vram_mode, slot.total_bytes)
+
+
+def _is_placed(entry: LoadedModel, budget_bytes: int) -> bool:
+    """Whether a model is already on its device as the budget says; a streamed one may differ by a tenth, to spare moves."""
+    if budget_bytes < 0 or entry.streamed is None:
+        return budget_bytes < 0 and entry.streamed is None and entry.exclusive_memory == 0
+    return abs(budget_bytes - entry.streamed.resident_bytes) <= _BUDGET_SLACK * budget_bytes
 
 
 def _bytes_freed(entry: LoadedModel) -> int:
