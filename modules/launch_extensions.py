@@ -79,5 +79,5 @@ def installer_environment(setup: Setup) -> dict[str, str]:
     path = [str(SCRIPT_DIR), *([environ["PYTHONPATH"]] if environ.get("PYTHONPATH") else [])]
     extra = {"PYTHONPATH": (";" if sys.platform == "win32" else ":").join(path)}
     if setup.constraints_path.exists():
-        extra["PIP_CONSTRAINT"] = str(setup.constraints_path)
+        extra["PIP_CONSTRAINT"] = setup.constraints_path.absolute().as_uri()  # pip splits this variable at spaces
     return {**environ, **extra}

@@ -74,9 +74,11 @@ def install_packages(setup: Setup) -> bool:
     if setup.skip_install:
         log.warning("--skip-install: packages may differ from those of %s", " and ".join(contents))
         return False
-    _install_torch(setup, stamp, torch_line, command)
+    words = launch_pip.split_pip_command(command) if command else []
+    _save_stamp(setup, {key: mark for key, mark in stamp.items() if key.startswith("extension:")})  # should this be cut short
+    _install_torch(setup, stamp, torch_line, words)
     _install_rest(setup, contents)
-    _save_stamp(setup, {**stamp, **marks, "torch_command": command})
+    _save_stamp(setup, {**read_stamp(setup.stamp_path), **marks, "torch_command": command})
     log.info("Packages installed in %.0f s", time.perf_counter() - began_s)
     return True
 
@@ -99,12 +101,13 @@ def _choose_torch_command(setup: Setup, stamp: Mapping[str, str], torch_line: st
     return launch_pip.torch_command(torch_line or "torch", setup.environ, nvidia=launch_pip.has_nvidia_driver())
 
 
-def _install_torch(setup: Setup, stamp: Mapping[str, str], torch_line: str | None, command: str) -> None:
-    """Runs the command unless the pinned torch is there; another build of the same version takes its place only when it is asked for."""
-    if not command:
+def _install_torch(setup: Setup, stamp: Mapping[str, str], torch_line: str | None, words: list[str]) -> None:
+    """Runs pip with these words unless the pinned torch is there; another build of that version takes its place only when it is asked for."""
+    if not words:
         return
+    command = f"pip {' '.join(words)}"
     installed = launch_pip.installed_version("torch")
-    rebuild = setup.reinstall_torch or ("torch_command" in stamp and stamp["torch_command"] != command)
+    rebuild = setup.reinstall_torch or ("torch_command" in stamp and launch_pip.split_pip_command(stamp["torch_command"]) != words)
     pinned = (torch_line or "").partition("==")[2].split(";")[0].strip()
     if installed and not rebuild and not setup.environ.get("TORCH_COMMAND") and (not pinned or installed.split("+")[0] == pinned):
         return
@@ -117,7 +120,7 @@ def _install_torch(setup: Setup, stamp: Mapping[str, str], torch_line: str | Non
             "No NVIDIA driver found. The default package may bring CUDA along, 2.5 GB more; for the CPU alone set TORCH_INDEX_URL=%s",
             launch_pip.CPU_INDEX_HINT,
         )
-    _pip(setup, launch_pip.split_pip_command(command), "torch")
+    _pip(setup, words, "torch")
 
 
 def _install_rest(setup: Setup, contents: Mapping[str, bytes]) -> None:

@@ -76,13 +76,17 @@ def _read_json(path: Path) -> Any:
 def _describe_torch() -> dict[str, Any] | str:
     if importlib.util.find_spec("torch") is None:
         return "(not installed)"
-    import torch  # heavy, and only wanted here
+    try:
+        import torch  # heavy, and only wanted here
 
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        devices.append(f"{index}: {properties.name}, {properties.total_memory / 2**30:.1f} GB, compute {properties.major}.{properties.minor}")
-    return {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "devices": devices}
+        return {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "devices": _describe_gpus(torch.cuda)}
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:  # a torch that does not load is what such a file is asked for
+        return f"(does not load: {type(error).__name__}: {error})"
+
+
+def _describe_gpus(cuda: Any) -> list[str]:
+    devices = [cuda.get_device_properties(index) for index in range(cuda.device_count())]
+    return [f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GB, compute {gpu.major}.{gpu.minor}" for gpu in devices]
 
 
 def write_sysinfo(config: AppConfig, environ: Mapping[str, str]) -> Path:

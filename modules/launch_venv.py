@@ -82,10 +82,15 @@ def run_inside(venv_dir: Path, script: Path, argv: Sequence[str], environ: Mappi
     command = [str(python_path(venv_dir)), str(script), *argv]
     inside = {**environ, INSIDE_MARK: "1"}
     try:
-        if os.name != "nt":
+        if _can_replace_process():
             sys.stdout.flush()
             sys.stderr.flush()
             os.execve(command[0], command, inside)
-        return subprocess.call(command, env=inside)  # Windows has no exec that keeps the terminal
+        return subprocess.call(command, env=inside)
     except OSError as error:
         raise SetupError(explain_os_error(error, f"Starting {command[0]}")) from error
+
+
+def _can_replace_process() -> bool:
+    """Windows has no exec that keeps the terminal."""
+    return os.name != "nt"

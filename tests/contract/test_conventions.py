@@ -1,0 +1,83 @@
+"""What every file keeps to: no bare except, no print, argv and the environment in launch.py alone, a docstring that says what it is for."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from tests.contract.sources import Source, product_sources
+
+# Where any exception may be caught, because a fault of one job, one request, one script must not end the server.
+WALLS = {
+    "launch.py": "launcher",
+}
+
+
+def calls_of(source: Source, name: str) -> Iterator[int]:
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
+            yield node.lineno
+
+
+def test_no_bare_except() -> None:
+    found = [
+        f"{source.name}:{node.lineno}"
+        for source in product_sources()
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    ]
+    assert found == []
+
+
+def _swallows_everything(handler: ast.ExceptHandler) -> bool:
+    """`except Exception` without raising again."""
+    names = [node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)] if handler.type else []
+    raises = any(isinstance(node, ast.Raise) for statement in handler.body for node in ast.walk(statement))
+    return bool({"Exception", "BaseException"} & set(names)) and not raises
+
+
+def test_everything_is_caught_only_at_the_walls() -> None:
+    found = [
+        f"{source.name}:{node.lineno}"
+        for source in product_sources()
+        if source.name not in WALLS and source.top != "extensions-builtin"
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.ExceptHandler) and _swallows_everything(node)
+    ]
+    assert found == []
+
+
+def test_no_print_outside_the_launcher() -> None:
+    assert [f"{source.name}:{line}" for source in product_sources() if source.name != "launch.py" for line in calls_of(source, "print")] == []
+
+
+def test_argv_and_the_environment_are_read_in_the_launcher_alone() -> None:
+    names = {("sys", "argv"), ("os", "environ"), ("os", "getenv"), ("os", "putenv")}
+    found = [
+        f"{source.name}:{node.lineno} {node.value.id}.{node.attr}"
+        for source in product_sources()
+        if source.name != "launch.py"
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and (node.value.id, node.attr) in names
+    ]
+    assert found == []
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    found = [source.name for source in product_sources() if source.tree.body and not ast.get_docstring(source.tree)]
+    assert found == []
+
+
+def test_syntax_is_that_of_the_oldest_python() -> None:
+    for source in product_sources():
+        ast.parse(source.text, source.name, feature_version=(3, 10))
+
+
+def test_the_launcher_can_be_read_by_older_pythons() -> None:
+    """It must get as far as saying that they are too old: no annotations, no f-strings, no walrus, nothing after 3.4."""
+    source = next(source for source in product_sources() if source.name == "launch.py")
+    ast.parse(source.text, source.name, feature_version=(3, 4))
+    modern = (ast.JoinedStr, ast.AnnAssign, ast.NamedExpr, ast.AsyncFunctionDef, ast.Match, ast.Nonlocal)
+    assert [node.lineno for node in ast.walk(source.tree) if isinstance(node, modern)] == []
+    functions = [node for node in ast.walk(source.tree) if isinstance(node, ast.FunctionDef)]
+    assert [node.name for node in functions if node.returns or node.args.kwonlyargs or any(arg.annotation for arg in node.args.args)] == []

@@ -1,0 +1,74 @@
+"""What `tools/test` and `tools/check` do: the launcher's own set-up with the test extras, then the tools themselves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from modules import launch_utils
+from modules.launch_errors import SetupError
+from modules.launch_setup import TEST_FILE, Setup, install_packages, runtime_file
+
+ROOT_DIR = Path(__file__).resolve().parents[1]
+MAX_WORKERS = 4
+
+CHECKS = (
+    ("format", ("ruff", "format", "--check", ".")),
+    ("lint", ("ruff", "check", ".")),
+    ("types", ("mypy",)),
+    ("contract", ("pytest", "-q", "tests/contract")),
+)
+
+
+def enter_environment(argv: Sequence[str], script: str) -> None:
+    """Goes on inside the virtual environment with everything of both requirements files installed; ends the process when that fails."""
+    launch_utils.setup_logging("INFO")
+    try:
+        code = launch_utils.enter_venv(argv, os.environ, Path(script).resolve(), make=True)
+        if code is None:
+            install_packages(Setup(requirement_files=(runtime_file(ROOT_DIR, os.environ), ROOT_DIR / TEST_FILE), environ=os.environ))
+    except SetupError as error:
+        print(f"ERROR: {error}")
+        sys.exit(1)
+    if code is not None:
+        sys.exit(code)
+
+
+def pytest_arguments(argv: Sequence[str], num_cores: int | None = None) -> list[str]:
+    """The user's own arguments; without any, the whole suite on all cores, each file's tests in one process."""
+    num_workers = min(num_cores or os.cpu_count() or 1, MAX_WORKERS)
+    if argv or num_workers == 1:
+        return list(argv)
+    return ["-n", str(num_workers), "--dist", "loadfile"]
+
+
+def run_tests(argv: Sequence[str], script: str) -> int:
+    """The suite; pytest's exit code."""
+    enter_environment(argv, script)
+    return _run_module("pytest", *pytest_arguments(argv))
+
+
+def run_checks(argv: Sequence[str], script: str) -> int:
+    """Format, lint, types and contract tests, all of them or those named; 1 when one of them found something."""
+    names = [name for name, _ in CHECKS]
+    unknown = [word for word in argv if word not in names]
+    if unknown:
+        print(f"ERROR: {unknown[0]}: there is no such check. There are: {', '.join(names)}.")
+        return 2
+    enter_environment(argv, script)
+    return 1 if [name for name, command in CHECKS if (not argv or name in argv) and not _run_check(name, command)] else 0
+
+
+def _run_check(name: str, command: Sequence[str]) -> bool:
+    began_s = time.perf_counter()
+    passed = _run_module(*command) == 0
+    print(f"{name}: {'ok' if passed else 'FAILED'} ({time.perf_counter() - began_s:.1f} s)", flush=True)
+    return passed
+
+
+def _run_module(*words: str) -> int:
+    return subprocess.call([sys.executable, "-m", *words], cwd=ROOT_DIR)

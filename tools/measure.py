@@ -1,0 +1,115 @@
+"""Measuring two or more ways of doing one thing, in turns, and writing down what came out.
+
+Variants take turns within each round, and every other round goes backwards, so that a machine that warms up or slows down
+favours none. A ratio is taken within each round, then the median over rounds. Pure but for the clock; the files are `tools/bench`'s.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+Metrics = Mapping[str, float]
+Variant = Callable[[], Metrics | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """One question, answered by timing variants against a baseline.
+
+    `make_variants` prepares everything that is not to be timed and returns name -> call; the calls do the same work. What a call
+    returns (peak bytes, steps) is reported beside its time. `baseline` is the variant the others are compared with.
+    `synchronize` waits for a device after each call. With `work_per_call`, a table of `work_unit` per second is written too.
+    """
+
+    question: str
+    make_variants: Callable[[], Mapping[str, Variant]]
+    baseline: str
+    num_rounds: int = 7
+    num_warmups: int = 1
+    work_per_call: float | None = None
+    work_unit: str = "calls"
+    synchronize: Callable[[], None] | None = None
+    packages: Sequence[str] = ("torch",)
+
+
+@dataclass(slots=True)
+class Samples:
+    """What was measured of one variant, one entry per round."""
+
+    times_s: list[float] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+
+def measure(bench: Bench, *, num_rounds: int | None = None, clock: Callable[[], float] = time.perf_counter) -> dict[str, Samples]:
+    """Runs the warm-ups and the rounds.
+
+    Raises:
+        ValueError: the baseline is none of the variants.
+    """
+    variants = bench.make_variants()
+    if bench.baseline not in variants:
+        raise ValueError(f"the baseline {bench.baseline!r} is none of the variants: {', '.join(variants)}")
+    for _ in range(bench.num_warmups):
+        for call in variants.values():
+            _time_call(call, bench.synchronize, clock)
+    samples = {name: Samples() for name in variants}
+    for index in range(num_rounds or bench.num_rounds):
+        gc.collect()  # between rounds, so that no call pays for another's rubbish
+        for name in order_of_round(list(variants), index):
+            time_s, metrics = _time_call(variants[name], bench.synchronize, clock)
+            samples[name].times_s.append(time_s)
+            for key, value in metrics.items():
+                samples[name].metrics.setdefault(key, []).append(value)
+    return samples
+
+
+def order_of_round(names: Sequence[str], index: int) -> list[str]:
+    """Forwards in even rounds, backwards in odd ones."""
+    return list(names) if index % 2 == 0 else list(reversed(names))
+
+
+def _time_call(call: Variant, synchronize: Callable[[], None] | None, clock: Callable[[], float]) -> tuple[float, Metrics]:
+    began_s = clock()
+    metrics = call()
+    if synchronize is not None:
+        synchronize()
+    return clock() - began_s, metrics or {}
+
+
+def paired_ratio(times_s: Sequence[float], baseline_s: Sequence[float]) -> tuple[float, float, float]:
+    """(median, lowest, highest) of time / baseline's time in the same round: above 1 is slower than the baseline."""
+    ratios = [mine / theirs for mine, theirs in zip(times_s, baseline_s)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def report_table(bench: Bench, samples: Mapping[str, Samples]) -> list[str]:
+    """The result as lines of a Markdown table."""
+    rate = f" {bench.work_unit}/s |" if bench.work_per_call else ""
+    names = list(dict.fromkeys(key for one in samples.values() for key in one.metrics))
+    extra = "".join(f" {name} |" for name in names)
+    columns = 5 + bool(bench.work_per_call) + len(names)
+    lines = [f"| variant | median s | min..max s | time / {bench.baseline} | its min..max |{rate}{extra}", "|" + " --- |" * columns]
+    for name, one in samples.items():
+        middle_s = statistics.median(one.times_s)
+        ratio, lowest, highest = paired_ratio(one.times_s, samples[bench.baseline].times_s)
+        row = f"| {name} | {middle_s:.4g} | {min(one.times_s):.4g}..{max(one.times_s):.4g} | {ratio:.3f} | {lowest:.3f}..{highest:.3f} |"
+        row += f" {bench.work_per_call / middle_s:.4g} |" if bench.work_per_call else ""
+        lines.append(row + "".join(f" {_median_or_dash(one.metrics.get(key))} |" for key in names))
+    return lines
+
+
+def _median_or_dash(values: Sequence[float] | None) -> str:
+    return f"{statistics.median(values):.4g}" if values else "-"
+
+
+def raw_lines(samples: Mapping[str, Samples]) -> list[str]:
+    """Every number, in the order of rounds."""
+    lines = []
+    for name, one in samples.items():
+        lines.append(f"{name} s: {' '.join(f'{value:.4g}' for value in one.times_s)}")
+        lines += [f"{name} {key}: {' '.join(f'{value:.6g}' for value in values)}" for key, values in one.metrics.items()]
+    return lines
