@@ -337,7 +337,7 @@ def soft_empty_cache(force: bool = False) -> None:
     for device in dict.fromkeys(slot.torch_device for slot in store.slots):
         state = store.state_of(device)
         if force or store.wants_empty_cache or VRAMState.DISABLED < state < VRAMState.NORMAL_VRAM:
-            store.empty_cache(device)
+            store.empty_cache(device, collect=force)
 
 
 def describe_devices() -> tuple[DeviceRow, ...]:

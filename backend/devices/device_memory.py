@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +42,6 @@ def read_device_bytes(device: torch.device) -> DeviceBytes:
 
 def empty_cache(device: torch.device) -> None:
     """Give torch's idle memory on `device` back to the driver. Nothing to do on a device without an allocator of its own."""
-    gc.collect()
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.empty_cache()

@@ -5,6 +5,7 @@ One lock guards it; a model that loads holds it. It knows no job, no page and no
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Iterable, Sequence
@@ -112,7 +113,7 @@ class MemoryStore:
         """Take a model that found no room off its device again, and say so."""
         self.residents.remove(entry)
         entry.model_unload()
-        self.empty_cache(entry.device)
+        self.empty_cache(entry.device, collect=True)
         return self.out_of_memory(f"loading {entry.name}", entry.device, entry.exclusive_memory)
 
     def _choose_budget(self, entry: LoadedModel, keep_free_bytes: int) -> int:
@@ -168,6 +169,7 @@ class MemoryStore:
         """Take every model off every device."""
         for device in dict.fromkeys(entry.device for entry in self.residents):
             self.free(0, device, free_all=True)
+            self.empty_cache(device, collect=True)
 
     def forget_network(self, model: Placeable, but: LoadedModel | None = None) -> None:
         """Drop the entries of a patcher's network without moving a weight."""
@@ -181,7 +183,10 @@ class MemoryStore:
         with self._lock:
             self.residents[:] = [entry for entry in self.residents if entry.is_alive]
 
-    def empty_cache(self, device: torch.device) -> None:
+    def empty_cache(self, device: torch.device, *, collect: bool = False) -> None:
+        """Give idle memory of a device back; with `collect` also what only reference cycles hold, which takes a walk over the whole heap."""
+        if collect:
+            gc.collect()
         empty_cache(device)
         self.wants_empty_cache = False
 

@@ -48,7 +48,6 @@ def make_store() -> Iterator[object]:
         return MemoryStore(config, slots)
 
     yield make
-    gc.collect()
 
 
 def load(store: MemoryStore, *models: ModelPatcher, work_kib: int = 0, preserved_kib: int = 0) -> None:
@@ -56,7 +55,6 @@ def load(store: MemoryStore, *models: ModelPatcher, work_kib: int = 0, preserved
 
 
 def live_kib(device: torch.device) -> float:
-    gc.collect()
     return virtual_gpu.get_device(device).live_bytes / KIB
 
 
@@ -102,7 +100,6 @@ def test_a_network_that_nobody_holds_is_gone(make_store) -> None:
     store, model = make_store(64), patcher(4)
     load(store, model)
     del model
-    gc.collect()
     assert live_kib(GPU_0) == 0
     store.drop_dead()
     assert store.residents == []
@@ -111,7 +108,6 @@ def test_a_network_that_nobody_holds_is_gone(make_store) -> None:
 def test_a_clone_that_dies_leaves_the_network_known(make_store) -> None:
     store, model = make_store(64), patcher(4)
     load(store, model.clone())
-    gc.collect()
     assert len(store.residents) == 1 and store.residents[0].model is None
     store.unload_all()
     assert live_kib(GPU_0) == 0 and next(model.model.parameters()).device == CPU
