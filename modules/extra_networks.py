@@ -10,8 +10,11 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from modules import errors
 
 log = logging.getLogger(__name__)
 
@@ -140,21 +143,25 @@ def activate(p: Any, extra_network_data: Mapping[str, list[ExtraNetworkParams]])
 
 
 def _activate_one(p: Any, extra_network: ExtraNetwork, params_list: list[ExtraNetworkParams]) -> None:
-    try:
-        extra_network.activate(p, params_list)
-    except Exception as error:  # an extension's code; the picture is made without it
-        named = ", ".join(":".join(params.items) for params in params_list)
-        log.exception("Extra network %s could not be applied.", extra_network.name)
-        _report(p, f"<{extra_network.name}:{named}> could not be applied and was left out: {error}")
+    failures: list[str] = []
+
+    def attempt() -> None:
+        try:
+            extra_network.activate(p, params_list)
+        except Exception as error:
+            failures.append(str(error) or type(error).__name__)
+            raise
+
+    errors.run(attempt, f"activating extra network {extra_network.name}")
+    if failures:
+        named = ", ".join(f"<{extra_network.name}:{':'.join(params.items)}>" for params in params_list) or f"Extra network {extra_network.name}"
+        _report(p, f"{named} could not be applied and was left out: {failures[0]}")
 
 
 def deactivate(p: Any, extra_network_data: Mapping[str, list[ExtraNetworkParams]]) -> None:
     """Tells every registered kind that the job is done. One that fails does not keep the others from it."""
     for extra_network in _all_kinds(lookup_extra_networks(extra_network_data)):
-        try:
-            extra_network.deactivate(p)
-        except Exception:  # an extension's code; the job is done all the same
-            log.exception("Extra network %s could not be taken back.", extra_network.name)
+        errors.run(partial(extra_network.deactivate, p), f"deactivating extra network {extra_network.name}")
 
 
 def _all_kinds(wanted: Iterable[ExtraNetwork]) -> list[ExtraNetwork]:
