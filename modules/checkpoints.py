@@ -98,7 +98,9 @@ class CheckpointInfo:
         """Every text that means exactly this file."""
         stem = Path(self.name).with_suffix("").as_posix()
         names = [self.title, self.short_title, self.name, Path(self.name).name, stem, self.name_for_extra, self.model_name, self.filename]
-        known_hashes = [self.hash, self.sha256, self.shorthash, f"{self.name} [{self.hash}]", f"{self.name_for_extra} [{self.hash}]"]
+        known_hashes = [self.sha256, self.shorthash]
+        if self.hash != hashes.HASH_OF_NOTHING:
+            known_hashes += [self.hash, f"{self.name} [{self.hash}]", f"{self.name_for_extra} [{self.hash}]"]
         return list(dict.fromkeys(text for text in (*names, *known_hashes) if text))
 
     def calculate_shorthash(self) -> str | None:

@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 20
 PARTIAL_OFFSET_BYTES = 0x100000
 PARTIAL_LENGTH_BYTES = 0x10000
+HASH_OF_NOTHING = hashlib.sha256(b"").hexdigest()[:8]
+"""The partial hash of every file that is too short for it."""
 
 
 def _hash_rest(file: BinaryIO) -> str:

@@ -13,12 +13,17 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from modules.errors import OptionError
 
 log = logging.getLogger(__name__)
+
+# the overrides of the job that runs in this context: settings read through the store show them, as extensions expect
+active_overrides: ContextVar[Mapping[str, Any]] = ContextVar("active_overrides", default=MappingProxyType({}))
 
 _TRUE_WORDS = frozenset({"true", "yes", "on", "1"})
 _FALSE_WORDS = frozenset({"false", "no", "off", "0", ""})
@@ -254,6 +259,8 @@ class Options:
         if item.startswith("__"):
             raise AttributeError(item)
         data, labels = self.__dict__.get("data", {}), self.__dict__.get("data_labels", {})
+        if item in labels and item in active_overrides.get():
+            return labels[item].cast(item, active_overrides.get()[item])
         if item in data:
             return data[item]
         if item in labels:
@@ -320,7 +327,8 @@ class Options:
         """The settings as they are now, frozen."""
         with self._lock:
             frozen = OptionsSnapshot(dict(self.data_labels), self.data)
-        return frozen.with_overrides(overrides) if overrides else frozen
+        inherited = active_overrides.get()
+        return frozen.with_overrides({**inherited, **(overrides or {})}) if inherited or overrides else frozen
 
     def save(self, filename: str | os.PathLike[str]) -> None:
         """Write the settings, whole or not at all. Keys that no option defines are kept as they were read."""

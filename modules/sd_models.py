@@ -5,6 +5,7 @@ The engine does the loading (backend/loader.py); this file decides what and when
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ __all__ = [
 LoadEngine = Callable[["ModelRequest", BackendConfig], "ForgeDiffusionEngine"]
 
 # option forge_unet_storage_dtype -> torch dtype name; "(fp16 LoRA)" behind it says how LoRA is applied, not how weights are kept
+_load_numbers = itertools.count(1)
 _STORAGE_DTYPES = {"float8-e4m3fn": "float8_e4m3fn", "float8-e5m2": "float8_e5m2"}
 
 
@@ -69,6 +71,7 @@ def unet_storage_dtype_from_option(value: str) -> str | None:
 def load_engine(request: ModelRequest, config: BackendConfig) -> ForgeDiffusionEngine:
     """Read the files. Raises ModelLoadError."""
     import torch  # heavy; the server answers before it is there
+
     from backend.loader import CheckpointError, load_checkpoint  # imports torch
 
     dtype = getattr(torch, request.unet_storage_dtype) if request.unet_storage_dtype else None
@@ -168,6 +171,7 @@ def _describe(engine: ForgeDiffusionEngine, checkpoint: CheckpointInfo) -> None:
         "sd_model_hash": checkpoint.hash,
         "sd_model_checkpoint": checkpoint.filename,
         "filename": checkpoint.filename,
+        "load_number": next(_load_numbers),  # tells one loading from the next, also of the same file
     }
     for name, value in attributes.items():
         setattr(engine, name, value)

@@ -1,0 +1,253 @@
+"""Making pictures from a request: process_images(p). The names that page, API and extensions import; the work is in processing_*.py.
+
+Importing this file is cheap: what needs torch is imported when a job runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from modules.application import Application, current_application
+from modules.call_queue import queue_lock
+from modules.errors import RequestError
+from modules.options import active_overrides, write_text_atomically
+from modules.processing_request import (
+    LATENT_UPSCALE_MODES,
+    StableDiffusionProcessing,
+    StableDiffusionProcessingImg2Img,
+    StableDiffusionProcessingTxt2Img,
+    opt_C,
+    opt_f,
+)
+from modules.processing_result import Processed, create_infotext
+from modules.version import program_version
+
+if TYPE_CHECKING:
+    from modules.processing_pictures import PictureCollector
+
+log = logging.getLogger(__name__)
+
+__all__ = [
+    "LATENT_UPSCALE_MODES",
+    "Processed",
+    "StableDiffusionProcessing",
+    "StableDiffusionProcessingImg2Img",
+    "StableDiffusionProcessingTxt2Img",
+    "create_infotext",
+    "opt_C",
+    "opt_f",
+    "process_images",
+    "process_images_inner",
+    "program_version",
+]
+
+# names that extensions import from here -> the file that has them
+_ELSEWHERE = {
+    "get_fixed_seed": "processing_validation",
+    "fix_seed": "processing_validation",
+    "decode_latent_batch": "processing_latents",
+    "DecodedSamples": "processing_latents",
+    "apply_overlay": "processing_compositing",
+    "uncrop": "processing_compositing",
+    "apply_color_correction": "processing_compositing",
+    "setup_color_correction": "processing_compositing",
+    "create_binary_mask": "processing_compositing",
+    "old_hires_fix_first_pass_dimensions": "processing_compositing",
+    "txt2img_image_conditioning": "processing_latents",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib  # only when one of these names is used
+
+    return getattr(importlib.import_module(f"modules.{_ELSEWHERE[name]}"), name)
+
+
+def process_images(p: StableDiffusionProcessing) -> Processed:
+    """Carry out the request: load its model, make its pictures, save them. Raises RequestError for what cannot be done.
+
+    Runs on the calling thread, one job at a time; page and API call it from the job worker."""
+    from modules.processing_validation import make_sound  # the sampler list imports torch
+
+    app = current_application()
+    with queue_lock, _as_job(app):
+        p.run_hook("before_process")
+        make_sound(p, app)
+        token = active_overrides.set({**active_overrides.get(), **p.override_settings})
+        try:
+            p.sd_model = app.models.ensure_loaded(p.options)
+            return process_images_inner(p)
+        finally:
+            active_overrides.reset(token)
+            _keep_overrides(p, app)
+
+
+@contextlib.contextmanager
+def _as_job(app: Application) -> Iterator[None]:
+    """Where no job is running (an extension calls from its own thread), this is one."""
+    state = app.state
+    if state.job:
+        yield
+        return
+    state.begin("process_images")
+    try:
+        yield
+    finally:
+        state.end()
+
+
+def _keep_overrides(p: StableDiffusionProcessing, app: Application) -> None:
+    """override_settings_restore_afterwards=False makes the overrides the settings from now on (until they are saved, in memory only)."""
+    if p.override_settings_restore_afterwards:
+        return
+    for key, value in p.override_settings.items():
+        if key in app.options.data_labels:
+            app.options.set(key, value)
+
+
+def process_images_inner(p: StableDiffusionProcessing) -> Processed:
+    """The job itself. The request is sound, its model is loaded."""
+    import torch  # heavy; importing this file must not wait for it
+
+    from modules.processing_conditions import setup_prompts
+    from modules.processing_pictures import PictureCollector
+    from modules.processing_validation import fix_seed, set_all_seeds
+
+    app = current_application()
+    p.seed, p.subseed = _own_seed(p.seed), _own_seed(p.subseed)
+    fix_seed(p)
+    _describe_model(p, app)
+    _set_folders(p)
+    setup_prompts(p)
+    set_all_seeds(p)
+    p.run_hook("process")
+    collector = PictureCollector(p, app.state)
+    with torch.no_grad():
+        p.init(p.all_prompts, p.all_seeds, p.all_subseeds)
+        _run_batches(p, app, collector)
+    processed = collector.finish()
+    p.close()
+    p.run_hook_with("postprocess", processed)
+    return processed
+
+
+def _own_seed(seed: Any) -> Any:
+    return list(seed) if isinstance(seed, (list, tuple)) else seed
+
+
+def _describe_model(p: StableDiffusionProcessing, app: Application) -> None:
+    """Names and hashes for infotexts."""
+    request = app.models.request
+    if request is None:
+        raise RequestError("no model is loaded.")
+    checkpoint = request.checkpoint
+    p.sd_model_name, p.sd_model_hash = checkpoint.name_for_extra, checkpoint.shorthash
+    p.additional_module_names = [path.stem for path in request.additional_modules]
+    vae = next((path for path in request.additional_modules if path in app.additional_modules.vaes.values()), None)
+    p.sd_vae_name = vae.name if vae is not None else None
+    p.sd_vae_hash = (app.hashes.sha256(vae, f"vae/{vae.name}") or "")[:10] or None if vae is not None else None
+
+
+def _set_folders(p: StableDiffusionProcessing) -> None:
+    options, kind = p.options, "img2img" if isinstance(p, StableDiffusionProcessingImg2Img) else "txt2img"
+    p.outpath_samples = p.outpath_samples or options.outdir_samples or options[f"outdir_{kind}_samples"]
+    p.outpath_grids = p.outpath_grids or options.outdir_grids or options[f"outdir_{kind}_grids"]
+
+
+def _run_batches(p: StableDiffusionProcessing, app: Application, collector: PictureCollector) -> None:
+    state = app.state
+    if state.job_count == -1:
+        state.job_count = p.n_iter
+    for iteration in range(p.n_iter):
+        state.skipped = False
+        if state.interrupted or state.stopping_generation:
+            break
+        p.iteration = iteration
+        if p.n_iter > 1:
+            state.job = f"Batch {iteration + 1} out of {p.n_iter}"
+        if not _run_batch(p, app, collector):
+            break
+        state.nextjob()
+
+
+def _run_batch(p: StableDiffusionProcessing, app: Application, collector: PictureCollector) -> bool:
+    """One batch from its prompts to its pictures; False when no prompts are left for it."""
+    from modules.hook_arguments import PostSampleArgs
+    from modules.processing_latents import decode_latent_batch
+
+    p.sd_model = app.models.ensure_loaded(p.options)
+    _set_batch(p)
+    if not p.prompts:
+        return False
+    hook_values = {"batch_number": p.iteration, "prompts": p.prompts, "seeds": p.seeds, "subseeds": p.subseeds}
+    p.run_hook("before_process_batch", **hook_values)
+    _activate_networks(p, app)
+    p.run_hook("process_batch", **hook_values)
+    p.setup_conds()
+    _write_params(p, app, collector)
+    samples = p.sample(
+        conditioning=p.c,
+        unconditional_conditioning=p.uc,
+        seeds=p.seeds,
+        subseeds=p.subseeds,
+        subseed_strength=p.subseed_strength,
+        prompts=p.prompts,
+    )
+    sampled = PostSampleArgs(samples)
+    p.run_hook_with("post_sample", sampled)
+    samples = sampled.samples
+    decoded = samples if getattr(samples, "already_decoded", False) else decode_latent_batch(p.sd_model, samples, check_for_nans=True)
+    collector.add_batch(decoded)
+    return True
+
+
+def _set_batch(p: StableDiffusionProcessing) -> None:
+    """Prompts, seeds and noise of the current batch."""
+    from modules import rng
+    from modules.processing_conditions import rows_of
+
+    for name in ("prompts", "negative_prompts", "seeds", "subseeds"):
+        setattr(p, name, rows_of(getattr(p, f"all_{name}"), p.iteration, p.batch_size))
+    if isinstance(p, StableDiffusionProcessingTxt2Img) and p.enable_hr:
+        from modules.processing_hires import prompts_of_batch
+
+        prompts_of_batch(p)
+    p.rng = rng.ImageRNG(
+        (opt_C, p.height // opt_f, p.width // opt_f),
+        p.seeds,
+        subseeds=p.subseeds,
+        subseed_strength=p.subseed_strength,
+        seed_resize_from_h=p.seed_resize_from_h,
+        seed_resize_from_w=p.seed_resize_from_w,
+        source=p.options.randn_source,
+        eta_noise_seed_delta=int(p.options.eta_noise_seed_delta),
+    )
+
+
+def _activate_networks(p: StableDiffusionProcessing, app: Application) -> None:
+    """Networks named in the prompts, on top of the model as it was loaded; the result is what every pass of the batch starts from."""
+    from modules import extra_networks
+
+    engine = p.sd_model
+    engine.forge_objects = engine.forge_objects_original.shallow_copy()
+    if not p.do_not_reload_embeddings:
+        engine.embeddings.load_textual_inversion_embeddings()
+    p.parse_extra_network_prompts()
+    if not p.disable_extra_networks:
+        extra_networks.activate(p, p.extra_network_data)
+    engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
+
+
+def _write_params(p: StableDiffusionProcessing, app: Application, collector: PictureCollector) -> None:
+    """params.txt: what the paste button brings back when the prompt box is empty."""
+    if p.iteration > 0 or app.config.flags.get("no_prompt_history"):
+        return
+    try:
+        write_text_atomically(app.config.data_dir / "params.txt", collector.infotext(0))
+    except OSError as error:
+        log.warning("params.txt cannot be written (%s).", error)
