@@ -143,8 +143,8 @@ def _describe_foreign(head: bytes) -> str:
     for magic, what in _FOREIGN_MAGIC.items():
         if head.startswith(magic):
             return f"is {what}"
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if text[:1] in (b"<", b"{") or (text.isascii() and head.decode("ascii", "replace").isprintable()):
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text[:1] in (b"<", b"{") or all(32 <= byte < 127 or byte in b"\t\r\n" for byte in text):
         return (
             "is a text or web page, not a model; such a file is left by a download that asked for a login or failed. Download it again in the browser"
         )
@@ -266,7 +266,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         return checkpoint_pickle.load_tensors(path)
     except checkpoint_pickle.UnsafePickleError as error:
-        raise CheckpointError(f"{path.name}: {error}") from error
+        raise CheckpointError(f"{path.name}: {error}.") from error
     except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"{path.name}: cannot be read as a PyTorch file; it is damaged or cut short ({_mb(path.stat().st_size)} are here). {_REPEAT_DOWNLOAD}"

@@ -44,10 +44,17 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([(_stand_in(name), name) for name in names]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about newer pickle protocols: what they hold is read or refused all the same
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            content = _load(path, is_zip)
     except UnpicklingError as error:
         raise UnsafePickleError(_refusal(_named_in(error))) from error
     return _named_tensors(content)
+
+
+def _load(path: Path, is_zip: bool) -> Any:
+    if path.suffix.lower() != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    with path.open("rb") as stream:  # a pickle under a wrong name: given the path, torch would go by the name
+        return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 def _foreign_names(path: Path) -> list[str]:

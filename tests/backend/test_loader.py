@@ -166,7 +166,9 @@ def test_vae_from_another_file_takes_the_place_of_the_files_own(layout, tmp_path
     if layout == "pt":
         torch.save({"state_dict": {**ldm, "loss.logvar": torch.zeros(())}}, path)
     else:
-        tensors = {"bare ldm": ldm, "bare diffusers": other.vae.state_dict(), "prefixed": {f"first_stage_model.{k}": t for k, t in ldm.items()}}[layout]
+        tensors = {"bare ldm": ldm, "bare diffusers": other.vae.state_dict(), "prefixed": {f"first_stage_model.{k}": t for k, t in ldm.items()}}[
+            layout
+        ]
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     engine = load_checkpoint(reference.path, config=CONFIG, additional_modules=[path])
     _assert_same_weights(engine.forge_objects.vae.first_stage_model, other.vae)

@@ -39,15 +39,13 @@ class ReferenceModels:
     latent_scale: float
 
     def scheduler_config(self) -> dict[str, Any]:
-        """Settings for diffusers' schedulers: the noise schedule all these families were trained with."""
+        """Settings any of diffusers' schedulers takes: the noise schedule all these families were trained with."""
         return {
             "beta_schedule": "scaled_linear",
             "beta_start": 0.00085,
             "beta_end": 0.012,
             "num_train_timesteps": 1000,
             "prediction_type": self.prediction,
-            "clip_sample": False,
-            "set_alpha_to_one": False,
             "steps_offset": 1,
         }
 
