@@ -25,7 +25,7 @@ def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_it_denoises_as_the_library_does() -> None:
     models = build_models(Path("none"), "sd15")
     x, sigma, context = _inputs()
-    scheduler = EulerDiscreteScheduler(**models.scheduler_config())
+    scheduler = EulerDiscreteScheduler.from_config(models.scheduler_config())
     scheduler.set_timesteps(sigmas=[SIGMA, 0.0])
     with torch.no_grad():
         output = models.unet(scheduler.scale_model_input(x, scheduler.timesteps[0]), scheduler.timesteps[0], context).sample
