@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from backend.args import BackendConfig
 from backend.devices.inventory import DeviceFacts, describe_device
 from backend.devices.probing import probe_devices
 from backend.devices.slot import canonical_device
-from backend.memory import dtype_policy
+from backend.memory import dtype_policy, recovery
 from backend.memory.budget import DEFAULT_INFERENCE_BYTES, partial_load_budget_bytes, reserve_bytes
 from backend.memory.dtype_policy import MemoryPressure, dtype_from_flag
 from backend.memory.errors import DeviceRow, OutOfMemory
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DeviceLike = torch.device | str | None
+Result = TypeVar("Result")
 
 cpu = torch.device("cpu")
 OOM_EXCEPTION = torch.OutOfMemoryError
@@ -311,9 +312,7 @@ def free_memory(memory_required: int, device: DeviceLike, keep_loaded: Sequence[
 
     `keep_loaded` names residents or patchers that stay.
     """
-    store = current_store()
-    keep = [entry for entry in store.residents if any(entry is kept or (entry.model is not None and entry.model is kept) for kept in keep_loaded)]
-    store.free(int(memory_required), _device(device), keep=keep, free_all=free_all)
+    current_store().free(int(memory_required), _device(device), keep=_entries_of(keep_loaded), free_all=free_all)
 
 
 def unload_model_clones(model: Placeable) -> None:
@@ -348,6 +347,42 @@ def describe_devices() -> tuple[DeviceRow, ...]:
 def out_of_memory(what: str, device: DeviceLike = None, need_bytes: int | None = None) -> OutOfMemory:
     """The error to raise when `what` found no room, with the table of all devices."""
     return current_store().out_of_memory(what, _device(device), need_bytes)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch, of a library below it, or ours means that a device has no room."""
+    return recovery.is_out_of_memory(error)
+
+
+def run_with_recovery(run: Callable[[], Result], *, what: str, device: DeviceLike, keep: Iterable[object]) -> Result:
+    """`run()`; when it finds no room on `device`, again after giving back idle memory, after evicting all but `keep`, and streaming `keep`.
+
+    `keep` names the patchers that `run` uses; `run` must be one that can start anew and give the same. Raises: OutOfMemory with the table.
+    """
+    store = current_store()
+    device = _device(device)
+    try:
+        return recovery.run_with_remedies(run, store.remedies(device, _entries_of(keep)), what)
+    except RuntimeError as error:
+        if isinstance(error, OutOfMemory) or not recovery.is_out_of_memory(error):
+            raise
+        raise store.out_of_memory(what, device, None) from error
+
+
+def _entries_of(models: Iterable[object]) -> list[LoadedModel]:
+    """Residents among `models`, which may be patchers, their clones, or residents themselves."""
+    held = list(models)
+    modules = {id(getattr(model, "model", None)) for model in held}
+    return [entry for entry in current_store().residents if entry in held or id(entry.real_model) in modules]
+
+
+def release_after_job() -> None:
+    """Between jobs: on devices whose state is below NORMAL, and with `--always-offload-from-vram`, models leave and idle memory goes back."""
+    store = current_store()
+    for device in dict.fromkeys(entry.device for entry in store.residents):
+        if store.config.always_offload or VRAMState.DISABLED < store.state_of(device) < VRAMState.NORMAL_VRAM:
+            store.free(0, device, free_all=True)
+    soft_empty_cache()
 
 
 # where parts go and in which type

@@ -22,6 +22,7 @@ devices: list[VirtualDevice] = []
 """The virtual GPUs by index; `virtual_gpu.install` fills it."""
 
 _CPU = torch.device("cpu")
+_MAY_HOLD_TENSORS = (torch.Tensor, list, tuple)
 _charges: dict[int, weakref.ref[_Charge]] = {}
 """What is charged, by the address of the CPU storage."""
 
@@ -130,7 +131,13 @@ class _Unwrapping:
 
     def take(self, value: Any) -> Any:
         if isinstance(value, VirtualTensor):
-            return self._take_virtual(value)
+            if self.virtual_device is None:
+                self.device, self.virtual_device = value.device, value.virtual_device
+            elif self.virtual_device is not value.virtual_device:
+                raise _mixed(self.device, value.device)
+            cpu_tensor = value.cpu_tensor
+            self.by_cpu_tensor[id(cpu_tensor)] = value
+            return cpu_tensor
         if isinstance(value, torch.Tensor):
             if value.dim() > 0:
                 self.cpu_only = value
@@ -138,15 +145,6 @@ class _Unwrapping:
         if type(value) is list or type(value) is tuple:
             return type(value)([self.take(one) for one in value])
         return value
-
-    def _take_virtual(self, value: VirtualTensor) -> torch.Tensor:
-        if self.virtual_device is None:
-            self.device, self.virtual_device = value.device, value.virtual_device
-        elif self.virtual_device is not value.virtual_device:
-            raise _mixed(self.device, value.device)
-        cpu_tensor = value.cpu_tensor
-        self.by_cpu_tensor[id(cpu_tensor)] = value
-        return cpu_tensor
 
 
 def _mixed(one: torch.device | None, other: torch.device | None) -> RuntimeError:
@@ -159,8 +157,9 @@ def _run_on_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     A CPU tensor without dimensions is a number, which torch lets through on any device.
     """
     found = _Unwrapping()
-    cpu_args = [found.take(arg) for arg in args]
-    cpu_kwargs = {name: found.take(value) for name, value in kwargs.items()} if kwargs else kwargs
+    take = found.take
+    cpu_args = [take(arg) if isinstance(arg, _MAY_HOLD_TENSORS) else arg for arg in args]
+    cpu_kwargs = {name: take(value) for name, value in kwargs.items()} if kwargs else kwargs
     device, virtual_device = found.device, found.virtual_device
     if found.cpu_only is not None and virtual_device is not None:
         raise _mixed(device, found.cpu_only.device)

@@ -9,6 +9,7 @@ import gc
 import logging
 import threading
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ from backend.memory.errors import DeviceRow, OutOfMemory
 from backend.memory.eviction import Resident, plan_eviction
 from backend.memory.module_bytes import count_module_bytes
 from backend.memory.placement import SlotRoom
+from backend.memory.recovery import Remedy
 from backend.memory.residents import LoadedModel, Placeable
 from backend.memory.vram_state import VRAMState, choose_vram_state
 
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _IDLE_SHARE_WORTH_FREEING = 0.25
 _BUDGET_SLACK = 0.1
+_STREAM_SHARES = (0.5, 0.0)
 
 
 class MemoryStore:
@@ -189,6 +192,35 @@ class MemoryStore:
             gc.collect()
         empty_cache(device)
         self.wants_empty_cache = False
+
+    # recovering
+
+    def remedies(self, device: torch.device, keep: Sequence[LoadedModel]) -> tuple[Remedy, ...]:
+        """What may be done when work on `device` that uses `keep` finds no room, the mildest first."""
+        streams = [partial(self._stream_more, entry, share) for share in _STREAM_SHARES for entry in keep if entry.device == device]
+        return (partial(self._collect, device), partial(self._evict_others, device, keep), *streams)
+
+    def _collect(self, device: torch.device) -> str:
+        before = self.bytes_of(device)
+        self.empty_cache(device, collect=True)
+        freed_bytes = self.bytes_of(device).free_bytes - before.free_bytes
+        return "idle memory was given back" if before.idle_bytes > 0 or freed_bytes > 0 else ""
+
+    def _evict_others(self, device: torch.device, keep: Sequence[LoadedModel]) -> str:
+        with self._lock:
+            leaving = [entry.name for entry in self.residents if entry.device == device and entry not in keep and _bytes_freed(entry) > 0]
+            self.free(0, device, keep=keep, free_all=True)
+        return f"{', '.join(leaving)} left {device}" if leaving else ""
+
+    def _stream_more(self, entry: LoadedModel, share: float) -> str:
+        """Keep only so large a share of the network's resident weights on the device."""
+        with self._lock:
+            entry.compute_inclusive_exclusive_memory()
+            if not entry.is_alive or entry.offload_device == entry.device or entry.inclusive_memory == 0:
+                return ""
+            entry.model_load(int(entry.inclusive_memory * share), pin=self.config.pin_shared_memory)
+            self.empty_cache(entry.device)
+        return f"{entry.name} streams more of its weights from main memory"
 
     # choosing
 

@@ -1,12 +1,14 @@
 """Models larger than their budget: part of the layers stays on the device, the others come for their own forward and leave after it.
 
-`choose_resident_layers` is pure. Hooks on the layers do the rest, so the network does not know.
+`choose_resident_layers` is pure. Hooks on the layers do the rest, so the network does not know. An embedding table never comes: its few
+rows are looked up on the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +19,11 @@ from backend.memory.module_bytes import as_same_kind
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerBytes:
-    """Own tensors (not its children's) of one module of a tree."""
+    """Own tensors (not its children's) of one module of a tree; `fetch_bytes` of them come to the device when the layer streams."""
 
     name: str
     own_bytes: int
+    fetch_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,14 +32,17 @@ class StreamedModel:
 
     resident_bytes: int
     streamed_bytes: int
-    largest_layer_bytes: int
     handles: tuple[RemovableHandle, ...]
 
 
 def list_layers(module: nn.Module) -> tuple[LayerBytes, ...]:
     """Every module of the tree that has tensors of its own."""
-    sizes = ((name, _own_bytes(child)) for name, child in module.named_modules())
-    return tuple(LayerBytes(name=name, own_bytes=size_bytes) for name, size_bytes in sizes if size_bytes)
+    sizes = ((name, child, _own_bytes(child)) for name, child in module.named_modules())
+    return tuple(
+        LayerBytes(name=name, own_bytes=own_bytes, fetch_bytes=0 if isinstance(child, nn.Embedding) else own_bytes)
+        for name, child, own_bytes in sizes
+        if own_bytes
+    )
 
 
 def choose_resident_layers(layers: Sequence[LayerBytes], budget_bytes: int) -> frozenset[str]:
@@ -48,7 +54,7 @@ def choose_resident_layers(layers: Sequence[LayerBytes], budget_bytes: int) -> f
     total_bytes = sum(layer.own_bytes for layer in layers)
     if total_bytes <= budget_bytes:
         return frozenset(layer.name for layer in layers)
-    largest_bytes = max((layer.own_bytes for layer in layers), default=0)
+    largest_bytes = max((layer.fetch_bytes for layer in layers), default=0)
     room_bytes = max(0, budget_bytes - largest_bytes)
     chosen: set[str] = set()
     for layer in sorted(layers, key=lambda one: (one.own_bytes, one.name)):
@@ -74,13 +80,10 @@ def start_streaming(module: nn.Module, device: torch.device, budget_bytes: int, 
         child = by_name[layer.name]
         _place_own_tensors(child, device if layer.name in resident else torch.device("cpu"), pin=pin and layer.name not in resident)
         if layer.name not in resident:
-            handles += _install_hooks(child, device)
-    streamed = [layer.own_bytes for layer in layers if layer.name not in resident]
+            handles += _look_up_on_host(child, device) if isinstance(child, nn.Embedding) else _fetch_for_forward(child, device)
+    streamed_bytes = sum(layer.own_bytes for layer in layers if layer.name not in resident)
     return StreamedModel(
-        resident_bytes=sum(layer.own_bytes for layer in layers) - sum(streamed),
-        streamed_bytes=sum(streamed),
-        largest_layer_bytes=max(streamed, default=0),
-        handles=tuple(handles),
+        resident_bytes=sum(layer.own_bytes for layer in layers) - streamed_bytes, streamed_bytes=streamed_bytes, handles=tuple(handles)
     )
 
 
@@ -102,24 +105,48 @@ def _own_bytes(module: nn.Module) -> int:
 def _place_own_tensors(module: nn.Module, device: torch.device, *, pin: bool) -> None:
     for registry, name, tensor in _own_tensors(module):
         placed = tensor.detach().to(device)
-        if pin and torch.cuda.is_available() and not placed.is_pinned():
+        if pin and torch.cuda.is_available() and not _is_pinned(placed):
             placed = placed.pin_memory()
         if placed.device != tensor.device or pin:
             registry[name] = as_same_kind(placed, tensor)
 
 
-def _install_hooks(module: nn.Module, device: torch.device) -> list[RemovableHandle]:
-    """Fetch before the layer's forward, put the host's tensors back after it, also when it raised."""
+def _look_up_on_host(module: nn.Embedding, device: torch.device) -> list[RemovableHandle]:
+    """Indices go to the host, rows come to the device."""
+
+    def to_host(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(_follow(arg, torch.device("cpu")) for arg in args)
+
+    def to_device(layer: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return output.to(device)
+
+    return [module.register_forward_pre_hook(to_host, prepend=True), module.register_forward_hook(to_device)]
+
+
+def _fetch_for_forward(module: nn.Module, device: torch.device) -> list[RemovableHandle]:
+    """Fetch before the layer's forward, put the host's tensors back after it, also when it raised.
+
+    Inputs come along: a caller that asked the layer where its weights are was told the host.
+    """
     host: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
 
-    def fetch(layer: nn.Module, inputs: object) -> None:
+    def fetch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         host[:] = _own_tensors(layer)
         for registry, name, tensor in host:
-            registry[name] = as_same_kind(tensor.detach().to(device, non_blocking=tensor.is_pinned()), tensor)
+            registry[name] = as_same_kind(tensor.detach().to(device, non_blocking=_is_pinned(tensor)), tensor)
+        return tuple(_follow(arg, device) for arg in args), {name: _follow(value, device) for name, value in kwargs.items()}
 
-    def release(layer: nn.Module, inputs: object, output: object) -> None:
+    def release(layer: nn.Module, args: object, output: object) -> None:
         for registry, name, tensor in host:
             registry[name] = tensor
         host.clear()
 
-    return [module.register_forward_pre_hook(fetch, prepend=True), module.register_forward_hook(release, always_call=True)]
+    return [module.register_forward_pre_hook(fetch, prepend=True, with_kwargs=True), module.register_forward_hook(release, always_call=True)]
+
+
+def _follow(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) and value.dim() > 0 else value
+
+
+def _is_pinned(tensor: torch.Tensor) -> bool:
+    return torch.cuda.is_available() and tensor.device.type == "cpu" and tensor.is_pinned()

@@ -92,11 +92,15 @@ def test_a_move_in_inference_mode_can_be_undone_outside(gpu: torch.device) -> No
 
 
 def test_small_layers_stay_and_room_for_the_largest_is_left() -> None:
-    layers = [LayerBytes(name=name, own_bytes=size) for name, size in (("a", 10), ("b", 40), ("c", 20), ("d", 30))]
+    layers = [LayerBytes(name=name, own_bytes=size, fetch_bytes=size) for name, size in (("a", 10), ("b", 40), ("c", 20), ("d", 30))]
     assert choose_resident_layers(layers, 100) == frozenset("abcd")
     assert choose_resident_layers(layers, 99) == frozenset("ac")  # 99 - 40 for the largest = 59: 10 + 20, and 30 no more
     assert choose_resident_layers(layers, 40) == frozenset()
     assert choose_resident_layers([], 0) == frozenset()
+    table = LayerBytes(name="table", own_bytes=50, fetch_bytes=0)
+    assert choose_resident_layers([*layers, table], 99) == frozenset("ac")
+    assert choose_resident_layers([layers[0], table], 15) == frozenset()  # 15 - 10 to fetch "a" leaves 5
+    assert choose_resident_layers([table], 49) == frozenset()
 
 
 def test_layers_are_the_modules_with_tensors_of_their_own() -> None:
