@@ -39,6 +39,7 @@ class Application:
     styles: StyleDatabase
     demo: Any = None
     fastapi_app: Any = None
+    restartable: bool = False
     started_at: float = field(default_factory=time.time)
 
     def save_options(self) -> None:

@@ -1,0 +1,47 @@
+"""Listing files under the names that extensions import from `modules.shared`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from modules.app_config import SCRIPT_DIR
+
+
+def natural_sort_key(s: str, regex: Any = re.compile("([0-9]+)")) -> list[int | str]:
+    """Numbers in a text by their value."""
+    return [int(text) if text.isdigit() else text.lower() for text in regex.split(s)]
+
+
+def listfiles(dirname: str | os.PathLike[str]) -> list[str]:
+    """Full paths of the files in a folder, hidden ones left out, in natural order; [] for a folder that is not there."""
+    try:
+        names = sorted((entry.name for entry in os.scandir(dirname) if entry.is_file()), key=natural_sort_key)
+    except FileNotFoundError:
+        return []
+    return [os.path.join(dirname, name) for name in names if not name.startswith(".")]  # noqa: PTH118 - texts in, texts out
+
+
+def walk_files(path: str | os.PathLike[str], allowed_extensions: Iterable[str] | None = None) -> Iterator[str]:
+    """Full paths of the files under a folder, linked folders included, in natural order."""
+    allowed = None if allowed_extensions is None else {extension.lower() for extension in allowed_extensions}
+    found = [
+        str(Path(folder, name))
+        for folder, _, names in os.walk(path, followlinks=True)
+        for name in names
+        if allowed is None or Path(name).suffix.lower() in allowed
+    ]
+    yield from sorted(found, key=natural_sort_key)
+
+
+def html_path(filename: str) -> str:
+    return str(SCRIPT_DIR / "html" / filename)
+
+
+def html(filename: str) -> str:
+    """The text of a file in html/; empty when it is not there."""
+    path = Path(html_path(filename))
+    return path.read_text(encoding="utf8") if path.is_file() else ""

@@ -1,0 +1,178 @@
+"""The composition root: probes devices, builds the application, the API and the page, serves them, and takes them down again. No logic."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from modules import application
+from modules.app_config import AppConfig
+from modules.application import Application, build_application
+from modules.launch_errors import SetupError
+from modules.launch_timer import startup_timer
+from modules.sd_models import select_starting_checkpoint
+
+if TYPE_CHECKING:
+    from modules.server import WebServer
+
+log = logging.getLogger(__name__)
+
+QUIET_LIBRARIES = ("transformers", "diffusers", "accelerate", "torchao", "torch.distributed")
+
+
+def main(config: AppConfig) -> int:
+    """The whole run of the server; the process's exit code."""
+    quiet_libraries()
+    if config.list_gpus:
+        return list_devices(config)
+    try:
+        return run(config)
+    except SetupError as error:
+        log.error("%s", error)
+        return 1
+
+
+def run(config: AppConfig) -> int:
+    """Serve until a command or Ctrl+C ends it. Raises SetupError."""
+    from modules.server import WebServer  # fastapi and uvicorn; --list-gpus does without
+
+    server = WebServer(config)
+    engine = EngineStart(config)
+    app = build_application(config)
+    app.restartable = True
+    application.install(app)
+    select_checkpoint(app)
+    startup_timer.record("application")
+    try:
+        command = serve(app, server, engine)
+        while command == "restart":
+            log.info("Restarting.")
+            server = WebServer(config)
+            command = serve(app, server, engine)
+    finally:
+        app.close()
+        application.install(None)
+    return 0
+
+
+def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
+    """Build the API and the page, answer until a command ends it; the command."""
+    from modules.api.api import create_api, create_internal_api
+    from modules.server import create_fastapi_app
+
+    fastapi_app = create_fastapi_app(app.config)
+    app.fastapi_app = fastapi_app
+    try:
+        (create_api if app.config.api or app.config.nowebui else create_internal_api)(app, fastapi_app)
+        startup_timer.record("API")
+        if not app.config.nowebui:
+            add_page(app, fastapi_app, engine)
+        engine.wait_for_devices()
+        server.start(fastapi_app)
+        startup_timer.record("server")
+        announce(app, server)
+        return wait_for_command(app)
+    finally:
+        server.stop()
+
+
+def add_page(app: Application, fastapi_app: Any, engine: EngineStart) -> None:
+    """The page of gradio on top of the API."""
+    import gradio  # noqa: F401 - heavy: imported while the engine's thread imports torch
+
+    startup_timer.record("import gradio")
+    engine.wait_for_devices()
+    startup_timer.record("import torch")
+    from modules import ui, ui_page
+    from modules.server import mount_page
+
+    app.demo = ui.create_ui(app)
+    mount_page(fastapi_app, app.demo, app.config, ui_page.page_settings(app.config, app.options.gradio_theme))
+    startup_timer.record("page")
+
+
+def announce(app: Application, server: WebServer) -> None:
+    """Say where the server is, and open what the flags ask to open."""
+    from modules.server import open_browser, open_tunnel
+
+    config = app.config
+    log.info("%s: %s", "API" if config.nowebui else "Running on", server.address)
+    if config.log_startup:
+        log.info("Start-up time: %s", startup_timer.summary())
+    if config.share and not config.nowebui and (public := open_tunnel(server)):
+        log.info("Public address: %s", public)
+    local = config.host in ("127.0.0.1", "localhost", "::1")
+    wants_browser = app.options.auto_launch_browser == "Remote" or (app.options.auto_launch_browser == "Local" and local)
+    if not config.nowebui and (config.autolaunch or wants_browser):
+        open_browser(server.address)
+
+
+def wait_for_command(app: Application) -> str:
+    """Sleep until "stop", "kill" or "restart"; Ctrl+C is "stop"."""
+    try:
+        while True:
+            command = app.state.wait_for_server_command(timeout=1.0)
+            if command in ("stop", "kill", "restart"):
+                return command
+    except KeyboardInterrupt:
+        log.info("Stopping.")
+        return "stop"
+
+
+def select_checkpoint(app: Application) -> None:
+    """Select the checkpoint to start with: --ckpt, the saved one, the first one; with --sdxl an SDXL one."""
+    config, options = app.config, app.options
+    info = select_starting_checkpoint(app.checkpoints, named=config.ckpt, saved=options.sd_model_checkpoint, want_sdxl=config.sdxl)
+    if info is not None:
+        options.data["sd_model_checkpoint"] = info.title
+
+
+def list_devices(config: AppConfig) -> int:
+    """Log the devices that --device-id can name."""
+    from backend.devices.probing import DeviceError, probe_devices  # imports torch
+
+    try:
+        for slot in probe_devices(config.backend):
+            log.debug("%s", slot)
+    except DeviceError as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+def quiet_libraries() -> None:
+    """What libraries tell each other is not for the user; their errors are."""
+    for name in QUIET_LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class EngineStart:
+    """Imports the engine and probes the devices on a thread of its own, so that the page need not wait for what only pictures need."""
+
+    def __init__(self, config: AppConfig) -> None:
+        self._config = config
+        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-start")
+        self._devices = worker.submit(self._find_devices)
+        worker.submit(self._import_networks)
+        worker.shutdown(wait=False)
+
+    def wait_for_devices(self) -> None:
+        """Block until the devices are known. Raises SetupError when a flag names one that is not there."""
+        try:
+            self._devices.result()
+        except ValueError as error:  # a DeviceError; its class is in a file that imports torch
+            raise SetupError(str(error)) from error
+
+    def _find_devices(self) -> None:
+        from backend import memory_management  # imports torch
+        from backend.devices.probing import probe_devices
+
+        memory_management.configure(self._config.backend, probe_devices(self._config.backend))
+
+    def _import_networks(self) -> None:
+        """So that the first picture does not wait for it. What fails here fails again in the first job, which reports it."""
+        import importlib
+
+        for name in ("backend.loader", "modules.processing_pictures", "modules.sd_samplers_kdiffusion"):
+            importlib.import_module(name)
