@@ -1,0 +1,56 @@
+"""`python -m tools.demo_model STAGE`: vae, text, latents, decoder, unet, export, evaluate. Each resumes where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model", description=__doc__)
+    parser.add_argument("stage", choices=("vae", "text", "latents", "decoder", "unet", "export", "evaluate"))
+    parser.add_argument("--work-dir", type=Path, default=Path("tmp/demo_model"))
+    parser.add_argument("--steps", type=int, help="training steps of the stage")
+    parser.add_argument("--minutes", type=float, help="end the stage after so much training time, over all its runs")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--out", type=Path, default=Path("models/Stable-diffusion/demo-shapes-64.safetensors"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    given = {"num_steps": args.steps, "limit_s": args.minutes and args.minutes * 60, "batch": args.batch, "rate": args.rate}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.stage == "vae":
+        from tools.demo_model.train_vae import train_vae
+
+        train_vae(args.work_dir, **({"num_steps": 4000} | given))
+    elif args.stage == "decoder":
+        from tools.demo_model.train_vae import train_vae
+
+        train_vae(args.work_dir, decoder_only=True, **({"num_steps": 6000} | given))
+    elif args.stage == "text":
+        from tools.demo_model.train_text import train_text
+
+        train_text(args.work_dir, **({"num_steps": 1000} | given))
+    elif args.stage == "latents":
+        from tools.demo_model.train_unet import encode_dataset
+
+        encode_dataset(args.work_dir)
+    elif args.stage == "unet":
+        from tools.demo_model.train_unet import train_unet
+
+        train_unet(args.work_dir, **({"num_steps": 9000} | given))
+    elif args.stage == "export":
+        from tools.demo_model.export import export_checkpoint
+
+        export_checkpoint(args.work_dir, args.out)
+    else:
+        from tools.demo_model.evaluate import main_evaluate
+
+        main_evaluate(args.out)
+
+
+if __name__ == "__main__":
+    main()
