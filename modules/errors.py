@@ -33,9 +33,9 @@ class OptionError(RequestError, ValueError):
 
 
 class NoCheckpointError(RequestError):
-    """No model file is there to make a picture with."""
+    """No model file is there to make a picture with. Not a 404: clients take that for an API that is switched off."""
 
-    status = 503
+    status = 409
 
 
 class UnknownCheckpointError(RequestError):

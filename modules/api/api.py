@@ -1,0 +1,167 @@
+"""The HTTP API: every route of /sdapi/v1 and /internal, put on a FastAPI application. Also the two functions for pictures that extensions import.
+
+Must not know the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI
+from PIL import Image
+
+from modules.api import models
+from modules.api.extras import ExtrasRoutes
+from modules.api.fetching import FetchError, is_public, resolve
+from modules.api.generation import GenerationRoutes, Process
+from modules.api.internal import InternalRoutes
+from modules.api.jobs import JobRoutes
+from modules.api.listings import ListingRoutes
+from modules.api.pictures import decode_picture, encode_settings, fetch_rules, infotext_of
+from modules.api.routes import RoutePolicy, create_router
+from modules.api.server import ServerRoutes
+from modules.image_writing import EncodeSettings, PictureText, encode_image, known_extensions
+from modules.processing import process_images
+
+if TYPE_CHECKING:
+    from modules.application import Application
+
+log = logging.getLogger(__name__)
+
+__all__ = ["create_api", "create_internal_api", "decode_base64_to_image", "encode_pil_to_base64", "models", "verify_url"]
+
+_PREFIX = "/sdapi/v1"
+_INSTALLED = "internal_api_installed"
+
+
+def create_api(app: Application, fastapi_app: FastAPI, *, process: Process = process_images) -> None:
+    """Put the API's routes on `fastapi_app`: those of the page always, /sdapi/v1 with --api or --nowebui.
+
+    `process` carries out generation requests.
+    """
+    create_internal_api(app, fastapi_app)
+    if not (app.config.api or app.config.nowebui):
+        return
+    router = create_router(RoutePolicy(credentials=app.config.api_auth, log_calls=app.config.api_log))
+    _add_generation(router, GenerationRoutes(app, process), ExtrasRoutes(app))
+    _add_job_control(router, JobRoutes(app))
+    _add_listings(router, ListingRoutes(app))
+    _add_server(router, ServerRoutes(app), stoppable=app.config.api_server_stop)
+    fastapi_app.include_router(router)
+
+
+def create_internal_api(app: Application, fastapi_app: FastAPI) -> None:
+    """Put the routes on `fastapi_app` that the page itself calls. A second call changes nothing."""
+    if getattr(fastapi_app.state, _INSTALLED, False):
+        return
+    setattr(fastapi_app.state, _INSTALLED, True)
+    jobs, internal = JobRoutes(app), InternalRoutes(app)
+    open_router = create_router(RoutePolicy())
+    open_router.add_api_route("/internal/ping", internal.ping, methods=["GET"])
+    open_router.add_api_route("/internal/progress", jobs.task_progress, methods=["POST"], response_model=models.TaskProgressResponse)
+    open_router.add_api_route("/internal/pending-tasks", jobs.pending_tasks, methods=["GET"], response_model=models.PendingTasksResponse)
+    # These tell about the machine: whoever set a password wants it asked for here.
+    closed_router = create_router(RoutePolicy(credentials=app.config.api_auth or app.config.gradio_auth, log_calls=app.config.api_log))
+    for path, handler in (
+        ("quicksettings-hint", internal.quicksettings_hint),
+        ("profile-startup", internal.profile_startup),
+        ("sysinfo", internal.sysinfo),
+        ("sysinfo-download", internal.sysinfo_download),
+    ):
+        closed_router.add_api_route(f"/internal/{path}", handler, methods=["GET"], response_model=None)
+    fastapi_app.include_router(open_router)
+    fastapi_app.include_router(closed_router)
+
+
+def _add(router: APIRouter, method: str, name: str, handler: Callable[..., Any], response_model: Any = None) -> None:
+    router.add_api_route(f"{_PREFIX}/{name}", handler, methods=[method], response_model=response_model)
+
+
+def _add_generation(router: APIRouter, generation: GenerationRoutes, extras: ExtrasRoutes) -> None:
+    _add(router, "POST", "txt2img", generation.txt2img, models.TextToImageResponse)
+    _add(router, "POST", "img2img", generation.img2img, models.ImageToImageResponse)
+    _add(router, "POST", "extra-single-image", extras.single_image, models.ExtrasSingleImageResponse)
+    _add(router, "POST", "extra-batch-images", extras.batch_images, models.ExtrasBatchImagesResponse)
+    _add(router, "POST", "png-info", extras.png_info, models.PNGInfoResponse)
+
+
+def _add_job_control(router: APIRouter, jobs: JobRoutes) -> None:
+    _add(router, "GET", "progress", jobs.progress, models.ProgressResponse)
+    _add(router, "POST", "interrupt", jobs.interrupt)
+    _add(router, "POST", "skip", jobs.skip)
+
+
+def _add_listings(router: APIRouter, listings: ListingRoutes) -> None:
+    for name, handler, response_model in (
+        ("samplers", listings.samplers, list[models.SamplerItem]),
+        ("schedulers", listings.schedulers, list[models.SchedulerItem]),
+        ("upscalers", listings.upscalers, list[models.UpscalerItem]),
+        ("latent-upscale-modes", listings.latent_upscale_modes, list[models.LatentUpscalerModeItem]),
+        ("sd-models", listings.sd_models, list[models.SDModelItem]),
+        ("sd-modules", listings.sd_modules, list[models.SDModuleItem]),
+        ("sd-vae", listings.sd_vae, list[models.SDModuleItem]),
+        ("hypernetworks", listings.hypernetworks, list[models.HypernetworkItem]),
+        ("face-restorers", listings.face_restorers, list[models.FaceRestorerItem]),
+        ("realesrgan-models", listings.realesrgan_models, list[models.RealesrganItem]),
+        ("prompt-styles", listings.prompt_styles, list[models.PromptStyleItem]),
+        ("embeddings", listings.embeddings, models.EmbeddingsResponse),
+        ("scripts", listings.scripts, models.ScriptsList),
+        ("script-info", listings.script_info, list[models.ScriptInfo]),
+        ("extensions", listings.extensions, list[models.ExtensionItem]),
+    ):
+        _add(router, "GET", name, handler, response_model)
+    _add(router, "POST", "refresh-embeddings", listings.refresh_embeddings)
+    _add(router, "POST", "refresh-checkpoints", listings.refresh_checkpoints)
+    _add(router, "POST", "refresh-vae", listings.refresh_vae)
+
+
+def _add_server(router: APIRouter, server: ServerRoutes, *, stoppable: bool) -> None:
+    _add(router, "GET", "options", server.get_options)
+    _add(router, "POST", "options", server.set_options)
+    _add(router, "GET", "cmd-flags", server.cmd_flags)
+    _add(router, "GET", "memory", server.memory, models.MemoryResponse)
+    _add(router, "POST", "unload-checkpoint", server.unload_checkpoint)
+    _add(router, "POST", "reload-checkpoint", server.reload_checkpoint)
+    if stoppable:
+        _add(router, "POST", "server-stop", server.server_stop)
+        _add(router, "POST", "server-restart", server.server_restart)
+        _add(router, "POST", "server-kill", server.server_kill)
+
+
+# The names that extensions import
+
+
+def decode_base64_to_image(encoding: str) -> Image.Image:
+    """The picture in a base64 text, data URL or (as the settings allow) http URL. Raises RequestError."""
+    from modules.application import application_or_none  # the application is built without HTTP
+
+    application = application_or_none()
+    return decode_picture(encoding, "image", rules=None if application is None else fetch_rules(application.options))
+
+
+def encode_pil_to_base64(image: Image.Image) -> bytes:
+    """`image` as base64, in the file kind of the settings, with the infotext it carries."""
+    from modules.application import application_or_none  # the application is built without HTTP
+
+    application = application_or_none()
+    options = None if application is None else application.options
+    settings = EncodeSettings() if options is None else encode_settings(options)
+    extension = "png" if options is None or options.samples_format not in known_extensions() else options.samples_format
+    buffer = io.BytesIO()
+    encode_image(image, buffer, extension, PictureText(infotext=infotext_of(image)), settings)
+    return base64.b64encode(buffer.getvalue())
+
+
+def verify_url(url: str) -> bool:
+    """Whether a URL leads to the public internet."""
+    from urllib.parse import urlsplit
+
+    try:
+        host = urlsplit(url).hostname
+        return host is not None and is_public(resolve(host, 0, allow_local=False))
+    except (FetchError, ValueError):
+        return False

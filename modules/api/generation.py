@@ -1,0 +1,274 @@
+"""POST txt2img and img2img: a client's body into a job, and its pictures into an answer.
+
+Everything a client can get wrong is found before the job is queued where that is possible. Pictures are made by modules.processing;
+this file must not know how.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import HTTPException
+from fastapi.concurrency import run_in_threadpool
+from PIL import Image
+from pydantic import ValidationError
+
+from modules import infotext_utils
+from modules.api import models
+from modules.api.limits import MAX_BATCH_PX, MAX_PICTURE_PX, MAX_PICTURES, SIDE_MULTIPLE_PX
+from modules.api.pictures import decode_picture, encode_picture, encode_settings, fetch_rules, infotext_of
+from modules.api.script_args import build_script_args, find_runner
+from modules.api.settings import check_settings, find_checkpoint
+from modules.errors import RequestError
+from modules.infotext_fields import FIELDS_BY_TAB
+from modules.processing import StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img, process_images
+
+if TYPE_CHECKING:
+    from modules.application import Application
+    from modules.call_queue import Job
+    from modules.processing_request import StableDiffusionProcessing
+    from modules.processing_result import Processed
+
+log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+RequestT = TypeVar("RequestT", bound=models.GenerationRequest)
+Process = Callable[[Any], Any]
+
+_SMALL_MODEL_PX = 512
+_RESOLUTION = re.compile(r"(\d+)(?:x(\d+))?")
+
+# fields of the body that are not fields of the request that is carried out
+_NOT_PASSED_ON = frozenset(
+    {
+        *("sampler_index", "script_name", "script_args", "send_images", "save_images", "alwayson_scripts", "infotext", "include_init_images"),
+        *("comments", "force_task_id"),
+    }
+)
+_PICTURE_FIELDS = ("firstpass_image", "mask", "latent_mask")
+
+
+async def wait_for_job(job: Job[ResultT]) -> ResultT:
+    """The job's result. A thread of its own waits for it, so that many waiting requests take nothing from the others."""
+    loop = asyncio.get_running_loop()
+    over = asyncio.Event()
+
+    def watch() -> None:
+        job.done.wait()
+        try:
+            loop.call_soon_threadsafe(over.set)
+        except RuntimeError:  # the server is gone, and with it who waited
+            log.debug("job %s ended after the server", job.task_id)
+
+    threading.Thread(target=watch, name=f"waits for {job.task_id}", daemon=True).start()
+    await over.wait()
+    return job.wait(0)
+
+
+class GenerationRoutes:
+    """The two handlers. `process` carries a request out; tests put their own there."""
+
+    def __init__(self, app: Application, process: Process = process_images) -> None:
+        self.app = app
+        self.process = process
+
+    async def txt2img(self, body: models.StableDiffusionProcessingTxt2Img) -> models.TextToImageResponse:
+        """Pictures from a prompt."""
+        p, parameters, processed = await self._carry_out("txt2img", body)
+        return models.TextToImageResponse(**await run_in_threadpool(self._answer, p, body, parameters, processed))
+
+    async def img2img(self, body: models.StableDiffusionProcessingImg2Img) -> models.ImageToImageResponse:
+        """Pictures from pictures."""
+        if not body.init_images:
+            raise HTTPException(404, "Init image not found: init_images holds the pictures to start from, as base64.")
+        p, parameters, processed = await self._carry_out("img2img", body)
+        return models.ImageToImageResponse(**await run_in_threadpool(self._answer, p, body, parameters, processed))
+
+    async def _carry_out(self, tab: str, body: models.GenerationRequest) -> tuple[StableDiffusionProcessing, dict[str, Any], Processed]:
+        p, parameters = await run_in_threadpool(self._prepare, tab, body)
+        job = self.app.jobs.submit(body.force_task_id, tab, lambda: self._run(p))
+        return p, parameters, await wait_for_job(job)
+
+    # Before the job
+
+    def _prepare(self, tab: str, body: models.GenerationRequest) -> tuple[StableDiffusionProcessing, dict[str, Any]]:
+        """(the request to carry out, the body as it counts). Raises RequestError."""
+        body = apply_infotext(tab, body)
+        overrides = check_settings(self.app, body.override_settings or {})
+        body = self._with_native_size(body, overrides)
+        check_amount(body)
+        fields = body.model_dump(exclude=set(_NOT_PASSED_ON))
+        fields["width"], fields["height"] = body.width, body.height
+        fields["override_settings"] = overrides
+        fields.update(self._named_choices(body))
+        fields.update(self._pictures(body))
+        fields["do_not_save_samples"] = fields["do_not_save_grid"] = not body.save_images
+        if isinstance(body, models.StableDiffusionProcessingTxt2Img) and "hr_cfg" not in body.model_fields_set:
+            fields["hr_cfg"] = body.cfg_scale
+        runner = find_runner(self.app, tab)
+        selected, script_args = build_script_args(
+            runner, script_name=body.script_name, script_args=body.script_args, alwayson_scripts=body.alwayson_scripts
+        )
+        p = _REQUEST_CLASSES[tab](**fields)
+        p.is_api = True
+        p.scripts, p.script_args = runner, tuple(script_args)
+        p.selected_script = selected
+        return p, self._echo(body)
+
+    def _with_native_size(self, body: RequestT, overrides: Mapping[str, Any]) -> RequestT:
+        """Sides cut to what a latent covers. A request that names no size gets a small model's own instead of 512."""
+        native = self._native_size_px(overrides)
+        sized = bool({"width", "height"} & body.model_fields_set)
+        width, height = (body.width, body.height) if sized or native is None else native
+        cut = {name: side // SIDE_MULTIPLE_PX * SIDE_MULTIPLE_PX for name, side in (("width", width), ("height", height))}
+        return body.model_copy(update=cut)
+
+    def _native_size_px(self, overrides: Mapping[str, Any]) -> tuple[int, int] | None:
+        """The size that the chosen checkpoint's file names, if both sides are below 512. Raises NoCheckpointError."""
+        checkpoint = self.app.models.resolve(self.app.options.snapshot(overrides)).checkpoint
+        match = _RESOLUTION.match(str(checkpoint.metadata.get("modelspec.resolution", "")))
+        if match is None:
+            return None
+        width, height = int(match[1]), int(match[2] or match[1])
+        return (width, height) if SIDE_MULTIPLE_PX <= width < _SMALL_MODEL_PX and SIDE_MULTIPLE_PX <= height < _SMALL_MODEL_PX else None
+
+    def _named_choices(self, body: models.GenerationRequest) -> dict[str, Any]:
+        """Sampler, schedule and upscaler by their proper names. Raises RequestError."""
+        from modules import sd_samplers  # imports torch, for which the server's start does not wait
+
+        sampler, scheduler = sd_samplers.get_sampler_and_scheduler(body.sampler_name or body.sampler_index, body.scheduler)
+        if isinstance(body, models.StableDiffusionProcessingTxt2Img) and body.enable_hr:
+            _check_hires(self.app, body)
+        if body.refiner_checkpoint not in (None, "", "None", "none"):
+            find_checkpoint(self.app, body.refiner_checkpoint)
+        return {"sampler_name": sampler, "scheduler": scheduler}
+
+    def _pictures(self, body: models.GenerationRequest) -> dict[str, Any]:
+        """Every picture of the body, decoded; the mask at the size of the picture it lies on. Raises PictureError, FetchError."""
+        rules = fetch_rules(self.app.options)
+        decoded: dict[str, Any] = {}
+        for name in _PICTURE_FIELDS:
+            text = getattr(body, name, None)
+            if name in type(body).model_fields:
+                decoded[name] = decode_picture(text, name, rules=rules) if text else None
+        if isinstance(body, models.StableDiffusionProcessingImg2Img):
+            texts = body.init_images or []
+            pictures = [decode_picture(text, f"init_images[{index}]", rules=rules) for index, text in enumerate(texts)]
+            decoded["init_images"] = pictures
+            decoded["mask"] = _fit_mask(decoded["mask"], pictures[0])
+        return decoded
+
+    def _echo(self, body: models.GenerationRequest) -> dict[str, Any]:
+        """`parameters` of the answer: the body as it counts, without its pictures unless they are asked for."""
+        echo = body.model_dump()
+        if isinstance(body, models.StableDiffusionProcessingImg2Img) and not body.include_init_images:
+            echo["init_images"] = echo["mask"] = None
+        return echo
+
+    # The job, and after it
+
+    def _run(self, p: Any) -> Any:
+        selected = p.selected_script
+        if selected is not None:
+            processed = p.scripts.run(p, *p.script_args)
+            if processed is not None:
+                return processed
+        return self.process(p)
+
+    def _answer(self, p: Any, body: models.GenerationRequest, parameters: dict[str, Any], processed: Any) -> dict[str, Any]:
+        options = p.options
+        settings = encode_settings(options)
+        pictures = [*processed.images, *processed.extra_images] if body.send_images else []
+        infotexts = [*processed.infotexts]
+        encoded = [
+            encode_picture(
+                picture,
+                extension=options.samples_format,
+                infotext=infotexts[index] if index < len(processed.images) and index < len(infotexts) else infotext_of(picture),
+                settings=settings,
+            )
+            for index, picture in enumerate(pictures)
+            if isinstance(picture, Image.Image)
+        ]
+        return {"images": encoded, "parameters": parameters, "info": processed.js()}
+
+
+_REQUEST_CLASSES: dict[str, Any] = {"txt2img": StableDiffusionProcessingTxt2Img, "img2img": StableDiffusionProcessingImg2Img}
+
+
+def check_amount(body: models.GenerationRequest) -> None:
+    """Raises RequestError for more pictures, or larger ones, than one request may ask for."""
+    if body.width * body.height > MAX_PICTURE_PX:
+        raise RequestError(f"width x height: {body.width}x{body.height} px is too large; the limit is {MAX_PICTURE_PX / 10**6:.1f} megapixels.")
+    if body.width * body.height * body.batch_size > MAX_BATCH_PX:
+        raise RequestError(
+            f"batch_size: {body.batch_size} pictures of {body.width}x{body.height} px at once are too many; the limit is "
+            f"{MAX_BATCH_PX / 10**6:.0f} megapixels a batch. Use n_iter for more batches."
+        )
+    if body.batch_size * body.n_iter > MAX_PICTURES:
+        raise RequestError(
+            f"batch_size x n_iter: {body.batch_size * body.n_iter} pictures are too many for one request; the limit is {MAX_PICTURES}."
+        )
+
+
+def _check_hires(app: Application, body: models.StableDiffusionProcessingTxt2Img) -> None:
+    """Raises RequestError for a second pass that cannot be: no scale, too large, or names that do not exist."""
+    from modules.processing import LATENT_UPSCALE_MODES
+    from modules.upscaler import available_upscalers, find_upscaler
+
+    width, height = (body.hr_resize_x, body.hr_resize_y) if body.hr_resize_x or body.hr_resize_y else (0, 0)
+    if not (width or height):
+        if body.hr_scale <= 0:
+            raise RequestError("hr_scale: enable_hr needs a scale above 0, or hr_resize_x and hr_resize_y.")
+        width, height = int(body.width * body.hr_scale), int(body.height * body.hr_scale)
+    width, height = width or height * body.width // body.height, height or width * body.height // body.width
+    if width * height > MAX_PICTURE_PX:
+        raise RequestError(f"hires pass: {width}x{height} px is too large; the limit is {MAX_PICTURE_PX / 10**6:.1f} megapixels.")
+    if body.hr_upscaler and body.hr_upscaler not in LATENT_UPSCALE_MODES:
+        find_upscaler(body.hr_upscaler, available_upscalers())
+    if body.hr_checkpoint_name not in (None, "", "Use same checkpoint"):
+        find_checkpoint(app, body.hr_checkpoint_name)
+
+
+def _fit_mask(mask: Image.Image | None, picture: Image.Image) -> Image.Image | None:
+    if mask is None or mask.size == picture.size:
+        return mask
+    log.info("img2img: the mask is %dx%d px, the picture %dx%d; the mask is stretched over it.", *mask.size, *picture.size)
+    return mask.resize(picture.size, Image.Resampling.LANCZOS if mask.mode not in ("1", "P") else Image.Resampling.NEAREST)
+
+
+# The field `infotext`
+
+
+def apply_infotext(tab: str, body: RequestT) -> RequestT:
+    """The body with every field that it does not name itself taken from its `infotext`; other keys of that become override_settings.
+
+    Raises RequestError for an infotext whose values a request cannot hold.
+    """
+    if not body.infotext:
+        return body
+    params = infotext_utils.parse_generation_parameters(body.infotext, [])
+    explicit = body.model_dump(include=body.model_fields_set)
+    read = {field.field: value for field in FIELDS_BY_TAB[tab] if (value := _field_value(field.read(params))) is not None}
+    known = {name: value for name, value in read.items() if name in type(body).model_fields}
+    if "sampler_index" in body.model_fields_set and "sampler_name" not in explicit:
+        known.pop("sampler_name", None)
+    overrides = {setting: value for _, setting, value in infotext_utils.get_override_settings(params)}
+    merged = {**known, **explicit, "override_settings": {**overrides, **(body.override_settings or {})}}
+    try:
+        return type(body)(**merged)
+    except ValidationError as error:
+        entries = "; ".join(f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors())
+        raise RequestError(f"infotext: {entries}.") from None
+
+
+_SAME_AS_BEFORE = {"Use same sampler", "Use same scheduler", "Use same checkpoint"}
+
+
+def _field_value(value: Any) -> Any:
+    return None if value in ("", *_SAME_AS_BEFORE) else value

@@ -1,0 +1,55 @@
+"""Routes about the running job: how far it is, and ending it. The same state that the page shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from modules.api import models
+from modules.api.pictures import encode_picture, encode_settings
+from modules.progress import overall_progress, report_task
+
+if TYPE_CHECKING:
+    from modules.application import Application
+
+_PREVIEW_FORMATS = ("png", "jpeg", "webp")
+
+
+class JobRoutes:
+    """One method for each route."""
+
+    def __init__(self, app: Application) -> None:
+        self.app = app
+
+    def progress(self, skip_current_image: bool = False) -> models.ProgressResponse:
+        """Progress of the running job, with its preview unless `skip_current_image`."""
+        image = None if skip_current_image else self.app.state.current_image
+        options = self.app.options
+        current = None if image is None else encode_picture(image, extension=options.samples_format, infotext=None, settings=encode_settings(options))
+        return models.ProgressResponse(**overall_progress(self.app.state), current_image=current)
+
+    def interrupt(self) -> dict[str, Any]:
+        """End the running job within one step; what is finished is answered and saved."""
+        self.app.state.interrupt()
+        return {}
+
+    def skip(self) -> None:
+        """End the running batch within one step."""
+        self.app.state.skip()
+
+    def task_progress(self, body: models.TaskProgressRequest) -> models.TaskProgressResponse:
+        """How one task stands, for the page."""
+        options = self.app.options
+        image_format = options.live_previews_image_format if options.live_previews_image_format in _PREVIEW_FORMATS else _PREVIEW_FORMATS[0]
+        report = report_task(
+            self.app.jobs.tasks,
+            self.app.state,
+            body.id_task or "",
+            known_preview_id=body.id_live_preview,
+            want_preview=body.live_preview and bool(options.live_previews_enable),
+            image_format=image_format,
+        )
+        return models.TaskProgressResponse.model_validate(report, from_attributes=True)
+
+    def pending_tasks(self) -> models.PendingTasksResponse:
+        tasks = list(self.app.jobs.tasks.pending)
+        return models.PendingTasksResponse(size=len(tasks), tasks=tasks)

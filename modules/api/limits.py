@@ -1,0 +1,28 @@
+"""The largest numbers a request may hold. They keep one request from filling a machine; every one is named in the answer that refuses.
+
+Plain numbers. The page has limits of its own in its controls.
+"""
+
+from __future__ import annotations
+
+MAX_STEPS = 1000
+"""As many as the models' training had noise levels: more steps have nothing to do."""
+
+MIN_SIDE_PX = 8
+MAX_SIDE_PX = 8192
+MAX_PICTURE_PX = 4096 * 4096
+MAX_BATCH_PX = 8 * MAX_PICTURE_PX
+SIDE_MULTIPLE_PX = 8
+
+MAX_BATCH_SIZE = 128
+MAX_BATCH_COUNT = 1000
+MAX_PICTURES = 1000
+
+MAX_SEED = 2**63 - 1
+MAX_CFG_SCALE = 100.0
+MAX_PROMPT_CHARS = 100_000
+MAX_MASK_BLUR_PX = 1024
+MAX_INPUT_PICTURE_PX = 200_000_000
+MAX_INPUT_PICTURES = 1000
+MAX_UPSCALE_FACTOR = 16.0
+MAX_DOWNLOAD_BYTES = 64 << 20

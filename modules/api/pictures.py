@@ -1,0 +1,117 @@
+"""Pictures as clients send and get them: base64, data URLs, http URLs.
+
+Must not know requests or jobs.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+from modules.api.fetching import FetchRules, fetch
+from modules.api.limits import MAX_INPUT_PICTURE_PX
+from modules.errors import RequestError
+from modules.image_metadata import read_info_from_image
+from modules.image_resizing import fix_image
+from modules.image_writing import EncodeSettings, PictureText, encode_image, known_extensions
+
+_DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "TGA", "ICO", "JPEG2000")
+_SHOWN_CHARS = 40
+_FALLBACK_FORMAT = "png"
+
+
+class PictureError(RequestError):
+    """What should be a picture is none."""
+
+
+def decode_picture(text: str, name: str, *, rules: FetchRules | None = None) -> Image.Image:
+    """The picture that a client sent in field `name`: base64, a data URL, or (with `rules`) an http URL. Turned upright.
+
+    Raises PictureError or FetchError.
+    """
+    if text.startswith(("http://", "https://")):
+        if rules is None:
+            raise PictureError(f"{name}: pictures by URL are switched off here (setting api_enable_requests); send it as base64.")
+        data = fetch(text, rules)
+    else:
+        data = _decode_base64(text, name)
+    return open_picture(data, name)
+
+
+def _decode_base64(text: str, name: str) -> bytes:
+    if not text.strip():
+        raise PictureError(f"{name}: is empty; send a picture as base64.")
+    prefix = _DATA_URL.match(text)
+    body = "".join(text[prefix.end() :].split() if prefix else text.split())
+    body = body.replace("-", "+").replace("_", "/").rstrip("=")
+    try:
+        return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise PictureError(f"{name}: {text[:_SHOWN_CHARS]!r} is not base64; send a picture as base64.") from None
+
+
+def open_picture(data: bytes, name: str) -> Image.Image:
+    """The picture in a file's bytes, decoded and upright; its texts stay in `.info`. Raises PictureError."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=_readable_formats())
+        if image.width * image.height > MAX_INPUT_PICTURE_PX:
+            limit = f"the limit is {MAX_INPUT_PICTURE_PX // 10**6} megapixels"
+            raise PictureError(f"{name}: a picture of {image.width}x{image.height} px is too large; {limit}.")
+        image.load()
+        fixed = fix_image(image)
+    except PictureError:
+        raise
+    except Image.DecompressionBombError:
+        raise PictureError(f"{name}: the picture is too large; the limit is {MAX_INPUT_PICTURE_PX // 10**6} megapixels.") from None
+    except Exception as error:  # noqa: BLE001 - Pillow's readers raise a dozen kinds of error for files that are no pictures
+        raise PictureError(f"{name}: is not a picture that can be read ({_kind(data)}; {type(error).__name__}).") from None
+    assert fixed is not None
+    return fixed
+
+
+def _readable_formats() -> list[str]:
+    """Kinds of files that are decoded: pictures, and none that Pillow hands to another program."""
+    Image.init()
+    return [kind for kind in _FORMATS if kind in Image.OPEN]
+
+
+def _kind(data: bytes) -> str:
+    return f"{len(data)} bytes that begin with {data[:8]!r}"
+
+
+def fetch_rules(options: Any) -> FetchRules | None:
+    """What the settings say about pictures by URL; None when they are switched off."""
+    if not options.api_enable_requests:
+        return None
+    return FetchRules(allow_local=not options.api_forbid_local_requests, user_agent=str(options.api_useragent or ""))
+
+
+def encode_picture(image: Image.Image, *, extension: str, infotext: str | None, settings: EncodeSettings) -> str:
+    """`image` as base64 of a file of this kind, with its infotext."""
+    kind = extension.lower() if extension.lower() in known_extensions() else _FALLBACK_FORMAT
+    buffer = io.BytesIO()
+    encode_image(image, buffer, kind, PictureText(infotext=infotext), settings)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def encode_settings(options: Any) -> EncodeSettings:
+    """How the settings want pictures encoded. Nothing is hidden in the pixels of an answer."""
+    return EncodeSettings(quality=int(options.jpeg_quality), webp_lossless=bool(options.webp_lossless), write_infotext=bool(options.enable_pnginfo))
+
+
+def plain_items(items: Mapping[str, Any]) -> dict[str, str]:
+    """Texts of a picture file as JSON can hold them."""
+    return {str(key): str(value) for key, value in items.items()}
+
+
+def infotext_of(image: Image.Image) -> str | None:
+    """The infotext that a picture carries in memory."""
+    found = image.info.get("parameters")
+    return found if isinstance(found, str) else read_info_from_image(image)[0]

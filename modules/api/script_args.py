@@ -1,0 +1,81 @@
+"""Scripts in a request: which script runs, and the flat list of arguments that all scripts of a tab share.
+
+Slot 0 is the dropdown of selectable scripts; each script owns the slots `args_from` to `args_to`. Must not know how scripts are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from modules.errors import RequestError
+
+
+def find_runner(app: Any, tab: str) -> Any:
+    """The tab's script runner; None where the application has no script host."""
+    return (getattr(app, "script_runners", None) or {}).get(tab)
+
+
+def build_script_args(
+    runner: Any, *, script_name: str | None, script_args: Sequence[Any], alwayson_scripts: Mapping[str, Any]
+) -> tuple[Any, list[Any]]:
+    """(the selected script or None, the arguments of all scripts). Raises RequestError for unknown scripts and wrong shapes."""
+    selected = _selected_script(runner, script_name)
+    arguments = _default_args(runner)
+    if selected is not None:
+        _put(arguments, selected, script_args, f"script_args of {script_name!r}")
+        arguments[0] = list(runner.selectable_scripts).index(selected) + 1
+    for name, request in alwayson_scripts.items():
+        script = _alwayson_script(runner, name)
+        if not isinstance(request, Mapping) or not isinstance(request.get("args", []), list):
+            raise RequestError(f'alwayson_scripts[{name!r}]: expected {{"args": [...]}}.')
+        _put(arguments, script, request.get("args", []), f"alwayson_scripts[{name!r}].args")
+    return selected, arguments
+
+
+def _titles(scripts: Sequence[Any]) -> str:
+    return ", ".join(str(script.title()) for script in scripts) or "none"
+
+
+def _by_title(scripts: Sequence[Any], title: str) -> Any:
+    return next((script for script in scripts if str(script.title()).lower() == title.lower()), None)
+
+
+def _selected_script(runner: Any, name: str | None) -> Any:
+    if name in (None, "", "None"):
+        return None
+    scripts = [] if runner is None else list(runner.selectable_scripts)
+    found = _by_title(scripts, str(name))
+    if found is None:
+        raise RequestError(f"Script {name!r} not found. Scripts here: {_titles(scripts)}.")
+    return found
+
+
+def _alwayson_script(runner: Any, name: str) -> Any:
+    alwayson = [] if runner is None else list(runner.alwayson_scripts)
+    found = _by_title(alwayson, name)
+    if found is not None:
+        return found
+    if runner is not None and _by_title(list(runner.selectable_scripts), name) is not None:
+        raise RequestError(f"Cannot have a selectable script in the always on scripts params: {name!r}; send it as script_name.")
+    raise RequestError(f"Always on script {name!r} not found. Always on scripts here: {_titles(alwayson)}.")
+
+
+def _default_args(runner: Any) -> list[Any]:
+    """What the controls of all scripts hold at first; slot 0 selects no script."""
+    scripts = [] if runner is None else list(runner.scripts)
+    arguments: list[Any] = [None] * max([1, *(script.args_to for script in scripts if script.args_to)])
+    arguments[0] = 0
+    for script in scripts:
+        if script.args_from is not None:
+            values = [getattr(control, "value", None) for control in script.controls or ()]
+            arguments[script.args_from : script.args_from + len(values)] = values
+    return arguments
+
+
+def _put(arguments: list[Any], script: Any, values: Sequence[Any], where: str) -> None:
+    room = (script.args_to or 0) - (script.args_from or 0)
+    if len(values) > room:
+        raise RequestError(f"{where}: {len(values)} values were sent; the script takes {room}.")
+    if values:
+        arguments[script.args_from : script.args_from + len(values)] = list(values)
