@@ -18,6 +18,8 @@ from backend.patcher.base import ModelPatcher
 class UnetPatcher(ModelPatcher):
     """`controlnet_linked_list` is the newest ControlNet, each knowing its `previous_controlnet`."""
 
+    model: KModel
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.controlnet_linked_list: Any = None

@@ -1,0 +1,401 @@
+"""Guidance: from conditions and a noisy batch to the denoised batch, with Forge's hooks around it, and what brackets a sampling run.
+
+Conditions become units (one condition for the whole batch of images); units that fit together run in one network call as far as memory allows.
+Must not know prompts, samplers, options or pages.
+
+Shapes: B batch, C channels, H W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from backend import memory_management
+from backend.sampling.condition import Area, CompiledCondition, Condition, ConditionNoiseShape, compile_conditions, compile_weighted_conditions
+
+if TYPE_CHECKING:
+    from backend.modules.k_model import KModel
+    from backend.patcher.unet import UnetPatcher
+
+logger = logging.getLogger(__name__)
+
+COND, UNCOND = 0, 1
+FEATHER_ROWS = 8
+LITTLE_FREE_BYTES = 1536 * 2**20
+ModelOptions = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Unit:
+    """One condition to be run. `weight` is a number, (B, 1, 1, 1) or of the area's shape; `area` None is the whole picture."""
+
+    kind: int
+    input_BCHW: Tensor
+    weight: float | Tensor
+    conditions: dict[str, Condition]
+    area: Area | None
+    control: Any
+
+    def fits(self, other: _Unit) -> bool:
+        """Whether both can run in one network call."""
+        return (
+            self.input_BCHW.shape == other.input_BCHW.shape
+            and self.control is other.control
+            and self.conditions.keys() == other.conditions.keys()
+            and all(condition.can_concat(other.conditions[name]) for name, condition in self.conditions.items())
+        )
+
+
+class _Mean:
+    """Weighted mean of the outputs of one branch. `total_weight` is their plain sum of weights."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._weight: float | Tensor = 0.0
+
+    def add(self, unit: _Unit, output_BCHW: Tensor, like_BCHW: Tensor) -> None:
+        if unit.area is None:
+            weighted = output_BCHW if isinstance(unit.weight, float) and unit.weight == 1.0 else output_BCHW * unit.weight
+            self._sum, self._weight = weighted if self._sum is None else self._sum + weighted, self._weight + unit.weight
+            return
+        total = torch.zeros_like(like_BCHW) if self._sum is None else self._sum.clone()
+        weight = self._weight * torch.ones_like(like_BCHW)
+        place = _slices(unit.area)
+        total[place] += output_BCHW * unit.weight
+        weight[place] += unit.weight
+        self._sum, self._weight = total, weight
+
+    def result(self, like_BCHW: Tensor) -> Tensor:
+        """Zeros for a branch that did not run, and where no condition lies."""
+        if self._sum is None:
+            return torch.zeros_like(like_BCHW)
+        if isinstance(self._weight, float):
+            return self._sum if self._weight in (0.0, 1.0) else self._sum / self._weight
+        return torch.where(self._weight == 0, self._sum, self._sum / torch.where(self._weight == 0, 1.0, self._weight))
+
+
+# the step
+
+
+def sampling_function(self: Any, denoiser_params: Any, cond_scale: float, cond_composition: Sequence[Sequence[tuple[int, float]]]) -> Any:
+    """Forge's entry: `self` is the caller's denoiser (with `inner_model` and `p`), `denoiser_params` holds x, sigma, image_cond, text_cond and
+    text_uncond. Returns (denoised, cond_pred, uncond_pred)."""
+    engine = getattr(self.inner_model, "inner_model", self.inner_model)
+    return denoise_guided(
+        engine.forge_objects.unet,
+        denoiser_params.x,
+        denoiser_params.sigma,
+        text_cond=denoiser_params.text_cond,
+        text_uncond=denoiser_params.text_uncond,
+        image_cond=denoiser_params.image_cond,
+        cond_scale=cond_scale,
+        cond_composition=cond_composition,
+        seed=self.p.seeds[0],
+    )
+
+
+def denoise_guided(
+    unet: UnetPatcher,
+    x_BCHW: Tensor,
+    sigma_B: Tensor,
+    *,
+    text_cond: Tensor | Mapping[str, Tensor],
+    text_uncond: Tensor | Mapping[str, Tensor] | None,
+    cond_scale: float,
+    cond_composition: Sequence[Sequence[tuple[int, float]]] | None = None,
+    image_cond: Tensor | None = None,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(denoised, cond_pred, uncond_pred), all x0 (B, C, H, W) in fp32.
+
+    `cond_composition`: per image its parts as (row of `text_cond`, weight); None is one row per image with weight 1. `image_cond` is joined to the
+    latents' channels if it has their rows and columns (inpainting models).
+    """
+    cond = compile_conditions(text_cond) if cond_composition is None else compile_weighted_conditions(text_cond, cond_composition)
+    uncond = compile_conditions(text_uncond)
+    assert cond is not None
+    every = [*cond, *(uncond or [])]
+    concat = unet.extra_concat_condition if unet.extra_concat_condition is not None else image_cond
+    if isinstance(concat, Tensor) and concat.ndim == 4 and concat.shape[0] == x_BCHW.shape[0] and concat.shape[2:] == x_BCHW.shape[2:]:
+        for compiled in every:
+            compiled["model_conds"]["c_concat"] = ConditionNoiseShape(concat)
+    if unet.controlnet_linked_list is not None:
+        for compiled in every:
+            compiled["control"] = unet.controlnet_linked_list
+    model, options = unet.model, unet.model_options
+    for modify in options.get("conditioning_modifiers", ()):
+        model, x_BCHW, sigma_B, uncond, cond, cond_scale, options, seed = modify(model, x_BCHW, sigma_B, uncond, cond, cond_scale, options, seed)
+    guided = sampling_function_inner(model, x_BCHW, sigma_B, uncond, cond, cond_scale, options, seed, return_full=True)
+    assert isinstance(guided, tuple)
+    return guided
+
+
+def sampling_function_inner(
+    model: KModel,
+    x: Tensor,
+    timestep: Tensor,
+    uncond: list[CompiledCondition] | None,
+    cond: list[CompiledCondition],
+    cond_scale: float,
+    model_options: ModelOptions | None = None,
+    seed: int | None = None,
+    return_full: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Classifier-free guidance: uncond + scale * (cond - uncond) on x0. Ho and Salimans 2022, eq. 6.
+
+    At scale 1 the unconditional branch is not run (unless prompt weights do not sum to 1, or an extension asked for it).
+    Hooks: pre-CFG functions may change everything that goes in; a CFG function replaces the formula (it works on x minus prediction); post-CFG
+    functions may change the result.
+    `return_full`: also the predictions of both branches; the unconditional one is zeros if it was not run.
+    """
+    options: ModelOptions = {} if model_options is None else model_options
+    cut_short = math.isclose(cond_scale, 1.0) and _is_one(_total_strength(cond)) and not options.get("disable_cfg1_optimization", False)
+    run_uncond = None if cut_short else uncond
+    for before in options.get("sampler_pre_cfg_function", ()):
+        model, cond, run_uncond, x, timestep, options = before(model, cond, run_uncond, x, timestep, options)
+    cond_pred, uncond_pred = calc_cond_uncond_batch(model, cond, run_uncond, x, timestep, options)
+    if "sampler_cfg_function" in options:
+        result = _run_cfg_function(options, model, x, timestep, cond_scale, cond_pred, uncond_pred)
+    else:
+        result = cond_pred if run_uncond is None else _compose(cond_pred, uncond_pred, cond_scale, _total_strength(cond))
+    for after in options.get("sampler_post_cfg_function", ()):
+        result = after(
+            {
+                "denoised": result,
+                "cond": cond,
+                "uncond": uncond,
+                "model": model,
+                "uncond_denoised": uncond_pred,
+                "cond_denoised": cond_pred,
+                "sigma": timestep,
+                "model_options": options,
+                "input": x,
+            }
+        )
+    return (result, cond_pred, uncond_pred) if return_full else result
+
+
+def _total_strength(cond: Sequence[CompiledCondition]) -> float | Tensor:
+    total: float | Tensor = 0.0
+    for compiled in cond:
+        total = total + compiled.get("strength", 1.0)
+    return total
+
+
+def _is_one(total: float | Tensor) -> bool:
+    return math.isclose(total, 1.0) if isinstance(total, float) else bool((total == 1.0).all())
+
+
+def _compose(cond_pred: Tensor, uncond_pred: Tensor, cond_scale: float, total: float | Tensor) -> Tensor:
+    """uncond + scale * sum of weights * (weighted mean of the parts - uncond). Liu et al. 2022, "Compositional Visual Generation", eq. 11.
+
+    `total` is the sum of weights. Where it is zero, `cond_pred` is the plain weighted sum, and uncond cancels out of it.
+    """
+    if _is_one(total):
+        return uncond_pred + (cond_pred - uncond_pred) * cond_scale
+    if isinstance(total, Tensor):
+        total = total.to(cond_pred)
+        return uncond_pred + torch.where(total == 0, cond_pred, (cond_pred - uncond_pred) * total) * cond_scale
+    return uncond_pred + (cond_pred if total == 0 else (cond_pred - uncond_pred) * total) * cond_scale
+
+
+def _run_cfg_function(
+    options: ModelOptions, model: KModel, x: Tensor, timestep: Tensor, cond_scale: float, cond_pred: Tensor, uncond_pred: Tensor
+) -> Tensor:
+    arguments = {
+        "cond": x - cond_pred,
+        "uncond": x - uncond_pred,
+        "cond_scale": cond_scale,
+        "timestep": timestep,
+        "input": x,
+        "sigma": timestep,
+        "cond_denoised": cond_pred,
+        "uncond_denoised": uncond_pred,
+        "model": model,
+        "model_options": options,
+    }
+    change: Tensor = options["sampler_cfg_function"](arguments)
+    return x - change
+
+
+# units
+
+
+def calc_cond_uncond_batch(
+    model: KModel,
+    cond: Sequence[CompiledCondition],
+    uncond: Sequence[CompiledCondition] | None,
+    x_in: Tensor,
+    timestep: Tensor,
+    model_options: ModelOptions,
+) -> tuple[Tensor, Tensor]:
+    """x0 of both branches, each the weighted mean of its conditions. A branch that is None gives zeros. Raises: OutOfMemory."""
+    waiting = [_make_unit(kind, one, x_in, timestep) for kind, branch in ((COND, cond), (UNCOND, uncond or ())) for one in branch]
+    units = [unit for unit in waiting if unit is not None]
+    means = {COND: _Mean(), UNCOND: _Mean()}
+    while units:
+        batch = _pick_batch(model, units, x_in.device)
+        outputs = _run_batch(model, batch, timestep, model_options)
+        for unit, output_BCHW in zip(batch, outputs):
+            means[unit.kind].add(unit, output_BCHW, x_in)
+        units = [unit for unit in units if unit not in batch]
+    return means[COND].result(x_in), means[UNCOND].result(x_in)
+
+
+def _make_unit(kind: int, compiled: CompiledCondition, x_BCHW: Tensor, sigma_B: Tensor) -> _Unit | None:
+    """None if the condition does not act at this noise level."""
+    sigma = float(sigma_B[0]) if "timestep_start" in compiled or "timestep_end" in compiled else 0.0
+    if sigma > compiled.get("timestep_start", math.inf) or sigma < compiled.get("timestep_end", 0.0):
+        return None
+    area: Area | None = compiled.get("area")
+    part_BCHW = x_BCHW if area is None else x_BCHW[_slices(area)]
+    size_area = area or (x_BCHW.shape[2], x_BCHW.shape[3], 0, 0)
+    conditions = {
+        name: condition.process_cond(batch_size=x_BCHW.shape[0], device=x_BCHW.device, area=size_area)
+        for name, condition in compiled["model_conds"].items()
+    }
+    return _Unit(kind, part_BCHW, _weigh(compiled, x_BCHW, part_BCHW), conditions, area, compiled.get("control"))
+
+
+def _weigh(compiled: CompiledCondition, x_BCHW: Tensor, part_BCHW: Tensor) -> float | Tensor:
+    """Strength, times the mask or, without one, a ramp at the area's edges inside the picture."""
+    strength, area = compiled.get("strength", 1.0), compiled.get("area")
+    strength = strength.to(x_BCHW) if isinstance(strength, Tensor) else float(strength)
+    mask_BHW: Tensor | None = compiled.get("mask")
+    if mask_BHW is not None:
+        if mask_BHW.shape[1:] != x_BCHW.shape[2:]:
+            raise ValueError(
+                f"a condition's mask has {tuple(mask_BHW.shape[1:])} rows and columns, the latents have {tuple(x_BCHW.shape[2:])}; they must agree."
+            )
+        rows = slice(None) if area is None else slice(area[2], area[2] + area[0])
+        columns = slice(None) if area is None else slice(area[3], area[3] + area[1])
+        cut = mask_BHW[:, rows, columns].to(x_BCHW).unsqueeze(1) * compiled.get("mask_strength", 1.0)
+        weighted: Tensor = cut * strength
+        return weighted
+    return strength if area is None else _feather(area, x_BCHW, part_BCHW) * strength
+
+
+def _feather(area: Area, x_BCHW: Tensor, part_BCHW: Tensor) -> Tensor:
+    """Ones that rise from the edges which do not lie on the picture's edge."""
+    ramps = []
+    for dim in (0, 1):
+        length, start, whole = area[dim], area[2 + dim], x_BCHW.shape[2 + dim]
+        places = torch.arange(length, device=x_BCHW.device, dtype=x_BCHW.dtype)
+        from_start = (places + 1) / FEATHER_ROWS if start > 0 else torch.ones_like(places)
+        from_end = (length - places) / FEATHER_ROWS if start + length < whole else torch.ones_like(places)
+        ramps.append(torch.minimum(from_start, from_end).clamp(max=1.0))
+    return (ramps[0].view(-1, 1) * ramps[1]).expand(part_BCHW.shape)
+
+
+def _slices(area: Area) -> tuple[slice, slice, slice, slice]:
+    return slice(None), slice(None), slice(area[2], area[2] + area[0]), slice(area[3], area[3] + area[1])
+
+
+def _pick_batch(model: KModel, units: Sequence[_Unit], device: torch.device) -> list[_Unit]:
+    """As many units that fit the first one as there is memory for, the last conditions first (so uncond goes before cond)."""
+    fitting = [unit for unit in reversed(units) if unit.fits(units[0])]
+    if len(fitting) == 1:
+        return fitting
+    free_bytes = memory_management.get_free_memory(device)
+    shape = fitting[0].input_BCHW.shape
+    for parts in range(1, len(fitting)):
+        count = len(fitting) // parts
+        if model.memory_required([count * shape[0], *shape[1:]]) < free_bytes:
+            return fitting[:count]
+    return fitting[:1]
+
+
+def _run_batch(model: KModel, batch: Sequence[_Unit], sigma_B: Tensor, options: ModelOptions) -> list[Tensor]:
+    """Outputs of the units, run together; one by one if that runs out of memory. Raises: OutOfMemory."""
+    try:
+        return list(_call_model(model, batch, sigma_B, options).chunk(len(batch)))
+    except torch.OutOfMemoryError as error:
+        device = batch[0].input_BCHW.device
+        if len(batch) == 1:
+            raise memory_management.out_of_memory("denoising a step", device) from error
+        logger.info("%s ran out of memory with %d conditions at once; they are run one by one.", device, len(batch))
+        memory_management.soft_empty_cache(force=True)
+    return [output for unit in batch for output in _run_batch(model, [unit], sigma_B, options)]
+
+
+def _call_model(model: KModel, batch: Sequence[_Unit], sigma_B: Tensor, options: ModelOptions) -> Tensor:
+    kinds = [unit.kind for unit in batch]
+    x_BCHW = torch.cat([unit.input_BCHW for unit in batch]) if len(batch) > 1 else batch[0].input_BCHW
+    timestep_B = torch.cat([sigma_B] * len(batch)) if len(batch) > 1 else sigma_B
+    arguments: dict[str, Any] = {
+        name: condition.concat([unit.conditions[name] for unit in batch[1:]]) for name, condition in batch[0].conditions.items()
+    }
+    transformer_options = arguments["transformer_options"] = _describe_batch(options, kinds, sigma_B)
+    control = batch[0].control
+    if control is not None:
+        link = control
+        while link is not None:
+            link.transformer_options = transformer_options
+            link = link.previous_controlnet
+        arguments["control"] = control.get_control(x_BCHW, timestep_B, dict(arguments), len(batch))
+        arguments["control_model"] = control
+    wrapper = options.get("model_function_wrapper")
+    if wrapper is None:
+        return model.apply_model(x_BCHW, timestep_B, **arguments)
+    output: Tensor = wrapper(model.apply_model, {"input": x_BCHW, "timestep": timestep_B, "c": arguments, "cond_or_uncond": kinds})
+    return output
+
+
+def _describe_batch(options: ModelOptions, kinds: list[int], sigma_B: Tensor) -> dict[str, Any]:
+    """Transformer options with what the batch holds: `cond_or_uncond` per unit, the other keys per row."""
+    batch_size = sigma_B.shape[0]
+    row_kinds = [kind for kind in kinds for _ in range(batch_size)]
+    return {
+        **options.get("transformer_options", {}),
+        "cond_or_uncond": kinds,
+        "sigmas": sigma_B,
+        "cond_mark": torch.tensor(row_kinds, device=sigma_B.device, dtype=sigma_B.dtype),
+        "cond_indices": [row for row, kind in enumerate(row_kinds) if kind == COND],
+        "uncond_indices": [row for row, kind in enumerate(row_kinds) if kind == UNCOND],
+    }
+
+
+# a sampling run
+
+
+def sampling_prepare(unet: UnetPatcher, x: Tensor) -> None:
+    """Put the denoiser and what it takes along on its device, with room for cond and uncond at once, and tell ControlNets the noise levels.
+
+    Raises: OutOfMemory.
+    """
+    batch, channels, height, width = x.shape
+    estimate = unet.model_options.get("memory_peak_estimation_modifier", unet.memory_required)
+    need_bytes, kept_bytes = estimate([2 * batch, channels, height, width]), unet.extra_preserved_memory_during_sampling
+    models = [unet, *unet.extra_model_patchers_during_sampling]
+    chain = unet.controlnet_linked_list
+    if chain is not None:
+        kept_bytes += int(chain.inference_memory_requirements(unet.model_dtype()))
+        models += chain.get_models()
+    memory_management.load_models_gpu(models=models, memory_required=int(need_bytes), hard_memory_preservation=kept_bytes)
+    _warn_of_little_memory(unet.load_device)
+    for control in unet.list_controlnets():
+        control.pre_run(unet.model, unet.model.predictor.percent_to_sigma)
+
+
+def _warn_of_little_memory(device: torch.device) -> None:
+    if device.type != "cuda" or memory_management.current_store().config.disable_gpu_warning:
+        return
+    free_bytes = memory_management.get_free_memory(device)
+    if free_bytes < LITTLE_FREE_BYTES:
+        logger.warning(
+            "%s has %.0f MiB free for denoising, which may be slow. Lower GPU Weights, the size or the batch; --disable-gpu-warning silences this.",
+            device, free_bytes / 2**20,
+        )  # fmt: skip
+
+
+def sampling_cleanup(unet: UnetPatcher) -> None:
+    """Let ControlNets drop what they kept for the run."""
+    for control in unet.list_controlnets():
+        control.cleanup()
