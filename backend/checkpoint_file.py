@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import mmap
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -155,16 +156,14 @@ def _describe_foreign(head: bytes) -> str:
 
 
 class SafetensorsFile:
-    """A `.safetensors` file behind a private memory map: nothing is read until a tensor is asked for, nothing of it stays."""
+    """A `.safetensors` file behind a read-only memory map: nothing is read until a tensor is asked for, nothing of it stays."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with _reading(path), path.open("rb") as stream:
             file_bytes = path.stat().st_size
             header, self._data_start = _read_header(path, stream.read, stream.read(9), file_bytes)
-            self._map = mmap.mmap(
-                stream.fileno(), 0, access=mmap.ACCESS_COPY
-            )  # a private map: torch wants a writable buffer, the file stays untouched
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self.metadata: Mapping[str, str] = _metadata_of(header)
         self.infos: Mapping[str, TensorInfo] = {key: _info_of(path, key, entry) for key, entry in header.items() if key != "__metadata__"}
         self._starts = {key: int(header[key]["data_offsets"][0]) for key in self.infos}
@@ -195,10 +194,12 @@ class SafetensorsFile:
         return tensor
 
     def _view(self, info: TensorInfo, start: int) -> Tensor:
-        if start % info.dtype.itemsize:  # old writers did not align the data; a tensor has to
-            stored = torch.frombuffer(self._map, dtype=torch.uint8, count=info.stored_bytes, offset=start).clone().view(info.dtype)
-        else:
-            stored = torch.frombuffer(self._map, dtype=info.dtype, count=prod(info.shape), offset=start)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nothing writes to it
+            if start % info.dtype.itemsize:  # old writers did not align the data; a tensor has to
+                stored = torch.frombuffer(self._map, dtype=torch.uint8, count=info.stored_bytes, offset=start).clone().view(info.dtype)
+            else:
+                stored = torch.frombuffer(self._map, dtype=info.dtype, count=prod(info.shape), offset=start)
         return stored.reshape(info.shape)
 
     def _give_back(self, start: int, stored_bytes: int) -> None:

@@ -1,0 +1,39 @@
+"""Time and peak memory of loading a full-width SDXL checkpoint (6.9 GB in fp16) on a CPU. Needs 7 GB of disk and 16 GB of memory."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks._checkpoint_files import measure_in_child, sdxl_networks, write_random
+from tools.measure import Bench, Variant
+
+
+def _make_variants() -> Mapping[str, Variant]:
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "sdxl.safetensors"
+    with torch.device("meta"):
+        networks = sdxl_networks()
+    write_random(path, "sdxl", networks)
+    return {
+        "load_file + copy": partial(measure_in_child, path, "safetensors"),
+        "loader, stored fp16": partial(measure_in_child, path, "fp16"),
+    }
+
+
+BENCH = Bench(
+    question="Does loading a full-width SDXL file hold it a second time? Each call is a fresh process; its time includes the imports, "
+    "'load s' does not. RSS is counted from after the imports; 'file pages' are clean pages of the mapped file, which the system can take back.",
+    make_variants=_make_variants,
+    baseline="load_file + copy",
+    num_rounds=3,
+    num_warmups=0,
+    packages=("torch", "diffusers", "transformers", "safetensors"),
+)

@@ -1,0 +1,39 @@
+"""Time and peak memory of loading a 300 MB fp16 checkpoint on a CPU, against safetensors' load_file with a copy of every tensor."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks._checkpoint_files import measure_in_child, small_networks, write_random
+from tools.measure import Bench, Variant
+
+
+def _make_variants() -> Mapping[str, Variant]:
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "model.safetensors"
+    with torch.device("meta"):
+        networks = small_networks()
+    write_random(path, "sd15", networks)
+    return {
+        "load_file + copy": partial(measure_in_child, path, "safetensors"),
+        "loader, stored fp16": partial(measure_in_child, path, "fp16"),
+        "loader, stored fp32": partial(measure_in_child, path, "fp32"),
+    }
+
+
+BENCH = Bench(
+    question="Does loading hold the file a second time? Each call is a fresh process; its time includes the imports, "
+    "'load s' does not. RSS is counted from after the imports; 'file pages' are clean pages of the mapped file, which the system can take back.",
+    make_variants=_make_variants,
+    baseline="load_file + copy",
+    num_rounds=5,
+    packages=("torch", "diffusers", "transformers", "safetensors"),
+)
