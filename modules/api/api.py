@@ -66,13 +66,13 @@ def create_internal_api(app: Application, fastapi_app: FastAPI) -> None:
     open_router.add_api_route("/internal/pending-tasks", jobs.pending_tasks, methods=["GET"], response_model=models.PendingTasksResponse)
     # These tell about the machine: whoever set a password wants it asked for here.
     closed_router = create_router(RoutePolicy(credentials=app.config.api_auth or app.config.gradio_auth, log_calls=app.config.api_log))
-    for path, handler in (
-        ("quicksettings-hint", internal.quicksettings_hint),
-        ("profile-startup", internal.profile_startup),
-        ("sysinfo", internal.sysinfo),
-        ("sysinfo-download", internal.sysinfo_download),
+    for path, handler, response_model in (
+        ("quicksettings-hint", internal.quicksettings_hint, list[models.QuicksettingsHint]),
+        ("profile-startup", internal.profile_startup, None),
+        ("sysinfo", internal.sysinfo, None),
+        ("sysinfo-download", internal.sysinfo_download, None),
     ):
-        closed_router.add_api_route(f"/internal/{path}", handler, methods=["GET"], response_model=None)
+        closed_router.add_api_route(f"/internal/{path}", handler, methods=["GET"], response_model=response_model)
     fastapi_app.include_router(open_router)
     fastapi_app.include_router(closed_router)
 

@@ -24,6 +24,7 @@ from modules.api.errors import error_response
 log = logging.getLogger(__name__)
 
 PROCESS_TIME_HEADER = "X-Process-Time"
+_MAX_DIGITS = 400
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -115,7 +116,7 @@ def parse_json(body: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise json.JSONDecodeError("the body is not UTF-8", "", error.start) from None
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float, parse_int=_short_int)
     except RecursionError:
         raise json.JSONDecodeError("the body is nested too deeply", "", 0) from None
     if "\\ud" in text.lower():
@@ -128,6 +129,12 @@ def parse_json(body: bytes) -> Any:
 
 def _refuse_constant(name: str) -> float:
     raise json.JSONDecodeError(f"{name} is not a JSON number", "", 0)
+
+
+def _short_int(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise json.JSONDecodeError(f"a number of {len(text)} digits", "", 0)
+    return int(text)
 
 
 def _finite_float(text: str) -> float:

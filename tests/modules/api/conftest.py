@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +93,23 @@ class Server:
 ServerFactory = Callable[..., AbstractContextManager[Server]]
 
 
+@contextmanager
+def running_server(folder: Path, *, checkpoints: tuple[str, ...] = ("tiny.safetensors",), **config: Any) -> Iterator[Server]:
+    """A server over the data folder `folder`; `checkpoints` are file names in its model folder, `config` fields of AppConfig."""
+    for name in checkpoints:
+        write_checkpoint_header(folder / "models" / "Stable-diffusion" / name)
+    with installed_application(folder, **{"api": True, **config}) as app:
+        maker = PictureMaker(app)
+        fastapi_app = FastAPI()
+        create_api(app, fastapi_app, process=maker)
+        with TestClient(fastapi_app) as client:
+            yield Server(app, client, maker)
+
+
 @pytest.fixture
 def start_server(tmp_path: Path) -> ServerFactory:
-    """Starts a server on request: `with start_server(api_auth=...) as server`. `checkpoints` are file names in its model folder."""
-
-    @contextmanager
-    def start(*, checkpoints: tuple[str, ...] = ("tiny.safetensors",), raise_errors: bool = True, **config: Any) -> Iterator[Server]:
-        for name in checkpoints:
-            write_checkpoint_header(tmp_path / "models" / "Stable-diffusion" / name)
-        with installed_application(tmp_path, **{"api": True, **config}) as app:
-            maker = PictureMaker(app)
-            fastapi_app = FastAPI()
-            create_api(app, fastapi_app, process=maker)
-            with TestClient(fastapi_app, raise_server_exceptions=raise_errors) as client:
-                yield Server(app, client, maker)
-
-    return start
+    """Starts a server on request: `with start_server(api_auth=...) as server`."""
+    return partial(running_server, tmp_path)
 
 
 @pytest.fixture
