@@ -43,6 +43,7 @@ if __name__ == "__main__" or sys.version_info[:2] < OLDEST_PYTHON:
 
 import logging
 import pathlib
+import signal
 
 from modules import launch_utils
 from modules.launch_utils import git_clone, git_tag, is_installed, prepare, run  # noqa: F401 -- extensions import them from here
@@ -85,8 +86,14 @@ def run_program(config):
     return webui.main(config)
 
 
+def interrupt(signum, frame):
+    """A request to end from the system (`kill`, a service manager) ends the program as Ctrl+C does: what is open is closed."""
+    raise KeyboardInterrupt
+
+
 def main():
     """The whole run; the exit code."""
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         result = prepare(sys.argv[1:], os.environ, pathlib.Path(__file__).resolve())
         return result if isinstance(result, int) else run_program(result)

@@ -26,7 +26,8 @@ class AppConfig:
 
     The first entry of each `*_dirs` is the standard folder; folders named by flags follow in the order they were given.
     `notices` are sentences for the user that came up while the flags were read (a flag without effect, a folder that is not there).
-    `subpath` has no slash at either end. `flags` has every flag by its name with underscores, as `shared.cmd_opts` shows it to extensions.
+    `has_screen` says whether a browser could be shown here; `subpath` has no slash at either end.
+    `flags` has every flag by its name with underscores, as `shared.cmd_opts` shows it to extensions.
     """
 
     data_dir: Path
@@ -48,6 +49,7 @@ class AppConfig:
     port: int | None = None
     share: bool = False
     autolaunch: bool = False
+    has_screen: bool = False
     theme: str | None = None
     subpath: str | None = None
     api: bool = False

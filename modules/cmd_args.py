@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import shlex
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,6 +75,44 @@ NO_EFFECT: Mapping[str, tuple[bool | None, str]] = MappingProxyType(
         "--lyco-dir-backcompat": (True, "put the files into models/Lora or use --lora-dir"),
         "--clip-models-path": (True, "text encoders come with the checkpoint or from models/text_encoder"),
         "--controlnet-tracemalloc": (False, "use --profile"),
+        "--test-server": (False, "give --data-dir a folder of its own"),
+        "--ui-debug-mode": (False, "no model is loaded before it is needed"),
+        "--disable-tls-verify": (False, "nothing here looks at the certificate it serves"),
+        "--use-textbox-seed": (False, "there is one kind of seed field"),
+        "--allow-code": (False, "no script here runs code from the page"),
+        "--textual-inversion-templates-dir": (True, "embeddings are not trained here"),
+    }
+)
+
+# Flags whose part of the program is not there yet: flag -> what is true until it is. `tests/contract/test_flags.py` says when one can go.
+NOT_YET: Mapping[str, str] = MappingProxyType(
+    {
+        "--multi-gpu-strategy": "the division of work is chosen by the planner",
+        "--profile": "nothing is written",
+        "--cuda-stream": "weights are brought over on the computing stream",
+        "--controlnet": "there is no ControlNet panel",
+        "--controlnet-dir": "there is no ControlNet",
+        "--controlnet-preprocessor-models-dir": "there is no ControlNet",
+        "--controlnet-loglevel": "there is no ControlNet",
+        "--lora-dir": "LoRA files are not read",
+        "--hypernetwork-dir": "hypernetworks are not read",
+        "--localizations-dir": "the page is in English",
+        "--enable-insecure-extension-access": "extensions cannot be installed from the page",
+        "--unix-filenames-sanitization": "file names are made for all systems",
+        "--ui-config-file": "the first values of the page's fields are its own",
+        "--codeformer-models-path": "faces are not restored",
+        "--gfpgan-models-path": "faces are not restored",
+        **dict.fromkeys(
+            (
+                "--esrgan-models-path",
+                "--bsrgan-models-path",
+                "--realesrgan-models-path",
+                "--dat-models-path",
+                "--scunet-models-path",
+                "--swinir-models-path",
+            ),
+            "upscaler files are not read",
+        ),
     }
 )
 
@@ -147,7 +186,6 @@ def _add_launcher_arguments(parser: ArgumentParser) -> None:
         "--dump-sysinfo": "write what is known about this machine to a file, and stop",
         "--log-startup": "print how long each part of the start took",
         "--list-gpus": "print the devices, and stop",
-        "--test-server": "settings and files of a throw-away run, for tests",
     }
     _add_switches(group, switches)
     group.add_argument("--loglevel", type=str.upper, choices=LOG_LEVELS, help="how much is printed (default: INFO)")
@@ -177,7 +215,6 @@ def _add_server_arguments(parser: ArgumentParser) -> None:
         "--api-server-stop": "let API clients stop or restart the server",
         "--share": "make a public link with gradio",
         "--autolaunch": "open the page in a browser",
-        "--disable-tls-verify": "accept a self-signed certificate",
     }
     _add_switches(group, switches)
 
@@ -193,7 +230,6 @@ def _add_folder_arguments(parser: ArgumentParser) -> None:
         group.add_argument(flag, action="append", default=[], metavar="DIR", help=f"look here too, beside {folder}; may be repeated")
     for flag, folder in MODEL_FOLDERS.items():
         group.add_argument(flag, metavar="DIR", help=f"instead of {folder} in the models folder")
-    group.add_argument("--textual-inversion-templates-dir", metavar="DIR", help="instead of textual_inversion_templates")
     group.add_argument("--localizations-dir", metavar="DIR", help="instead of localizations")
     group.add_argument("--forge-ref-a1111-home", metavar="DIR", help="use the models of this A1111 installation too")
     group.add_argument("--ui-settings-file", metavar="FILE", help="the settings (default: config.json in the data folder)")
@@ -218,12 +254,9 @@ def _add_page_arguments(parser: ArgumentParser) -> None:
         "--hide-ui-dir-config": "do not show folders on the page",
         "--sdxl": "begin with the first SDXL checkpoint and its sizes",
         "--controlnet": "open the ControlNet panel",
-        "--use-textbox-seed": "a text box for the seed",
         "--disable-console-progressbars": "no progress bars in the terminal",
         "--enable-console-prompts": "print prompts in the terminal",
-        "--allow-code": "allow the custom code script",
         "--disable-nan-check": "do not look for invalid numbers in results",
-        "--ui-debug-mode": "show the page without loading models",
     }
     _add_switches(group, switches)
 
@@ -276,6 +309,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> AppConfig:
     notices = _check_unknown(parser, unknown, ignore=bool(environ.get("IGNORE_CMD_ARGS_ERRORS")))
     given = _given_flags(parser, words)
     notices += [f"{flag} has no effect: {NO_EFFECT[flag][1]}." for flag in given if flag in NO_EFFECT]
+    notices += [f"{flag} has no effect yet: {NOT_YET[flag]}." for flag in given if flag in NOT_YET]
     notices += _more_no_effect(ns, given)
     try:
         return _make_config(ns, environ, notices)
@@ -338,6 +372,7 @@ def _make_config(ns: Namespace, environ: Mapping[str, str], notices: list[str]) 
         **_server_fields(ns),
         **{name: getattr(ns, name) for name in _PLAIN_FIELDS},
         filenames_max_length=_check_range("--filenames-max-length", ns.filenames_max_length, 8, 255),
+        has_screen=_has_screen(environ),
         disable_extension_access=bool(flags["disable_extension_access"]),
         loglevel=_log_level(ns, environ),
         backend=backend_config_from_namespace(ns),
@@ -366,6 +401,11 @@ def _server_fields(ns: Namespace) -> dict[str, Any]:
         "tls_certfile": certfile,
         "timeout_keep_alive_s": _check_range("--timeout-keep-alive", ns.timeout_keep_alive, 1, 86400),
     }
+
+
+def _has_screen(environ: Mapping[str, str], platform: str = sys.platform) -> bool:
+    """Linux without a display server has no browser to open."""
+    return not platform.startswith("linux") or bool(environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY"))
 
 
 def _check_range(flag: str, value: int, lowest: int, highest: int) -> int:
@@ -496,6 +536,7 @@ __all__ = [
     "CHECKPOINT_SUFFIXES",
     "EXTRA_FOLDERS",
     "MODEL_FOLDERS",
+    "NOT_YET",
     "NO_EFFECT",
     "FlagError",
     "build_parser",

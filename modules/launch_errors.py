@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,11 @@ def explain_pip_failure(log_text: str, asked: str, log_path: Path) -> str:
             f"With all packages in place, --skip-install starts without a network. Details: {log_path}"
         )
     if match := _NO_MATCH.search(log_text) or _OTHER_PYTHON.search(log_text):
-        return begin + f"{match['package']} is not to be had for this Python and system. Use Python 3.10 to 3.13, 64 bit. Details: {log_path}"
+        python = f"Python {sys.version_info[0]}.{sys.version_info[1]} on this system"
+        return (
+            begin
+            + f"the index has no {match['package']} for {python}. Check the requirements file and INDEX_URL, or use Python 3.11. Details: {log_path}"
+        )
     if match := _NO_BUILD.search(log_text):
         return begin + f"{match['package']} has no ready-made wheel for this Python and system, and building it failed. Details: {log_path}"
     if _CONFLICT.search(log_text):

@@ -110,7 +110,7 @@ def test_a_package_that_is_not_there_is_named(changed: Project) -> None:
     changed.write_requirements("torch==2.13.0", "nowhere==1.0")
     result = changed.run("--exit")
     assert result.code == 1
-    assert "nowhere==1.0 is not to be had for this Python" in result.lines("ERROR: Installing")[-1]
+    assert "the index has no nowhere==1.0 for Python 3." in result.lines("ERROR: Installing")[-1]
     assert "Traceback" not in result.output
 
 

@@ -9,7 +9,12 @@ from tests.contract.sources import Source, product_sources
 
 # Where any exception may be caught, because a fault of one job, one request, one script must not end the server.
 WALLS = {
-    "launch.py": "launcher",
+    "launch.py": "the launcher",
+    "modules/call_queue.py": "the job worker",
+    "modules/api/routes.py": "the API's handlers",
+    "modules/ui_generation.py": "the page's handlers",
+    "modules/errors.py": "code of extensions, behind the script host",
+    "modules/image_metadata.py": "Pillow's reader of damaged EXIF blocks, which raises whatever comes up",
 }
 
 

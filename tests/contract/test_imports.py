@@ -15,13 +15,20 @@ from tests.contract.sources import ROOT_DIR, module_name, product_sources
 IMPORT_ALL = """
 import contextlib, importlib, io, json, logging, os, sys, threading
 report = {}
+def environ():
+    return {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}  # torch sets it for itself
 for name in json.loads(sys.stdin.read()):
     output = io.StringIO()
-    before = (list(sys.argv), dict(os.environ), threading.active_count(), list(logging.getLogger().handlers), os.getcwd())
+    before = (list(sys.argv), environ(), threading.active_count(), list(logging.getLogger().handlers), os.getcwd())
+    error = None
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        importlib.import_module(name)
-    after = (list(sys.argv), dict(os.environ), threading.active_count(), list(logging.getLogger().handlers), os.getcwd())
-    faults = [f"printed {output.getvalue()!r}"] if output.getvalue() else []
+        try:
+            importlib.import_module(name)
+        except Exception as caught:
+            error = caught
+    after = (list(sys.argv), environ(), threading.active_count(), list(logging.getLogger().handlers), os.getcwd())
+    faults = [f"{type(error).__name__}: {error}"] if error else []
+    faults += [f"printed {output.getvalue()!r}"] if output.getvalue() else []
     faults += [what + " changed" for what, a, b in zip(("sys.argv", "os.environ", "threads", "log handlers", "folder"), before, after) if a != b]
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

@@ -36,7 +36,7 @@ CONFLICT = "ERROR: ResolutionImpossible: for help visit https://pip.pypa.io"
         (NO_SPACE, "no space left on the disk"),
         (NO_SPACE_WINDOWS, "no space left on the disk"),
         (NO_SPACE + NO_NETWORK, "no space left on the disk"),
-        (NO_VERSION, "tiny==9 is not to be had for this Python"),
+        (NO_VERSION, "the index has no tiny==9 for Python 3."),
         (NO_BUILD, "basicsr has no ready-made wheel"),
         (NO_BUILD_NEW, "basicsr has no ready-made wheel"),
         (CONFLICT, "exclude each other"),
