@@ -72,6 +72,7 @@ def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
         server.start(fastapi_app)
         startup_timer.record("server")
         announce(app, server)
+        engine.import_networks()
         return wait_for_command(app)
     finally:
         server.stop()
@@ -104,7 +105,7 @@ def announce(app: Application, server: WebServer) -> None:
         log.info("Public address: %s", public)
     local = config.host in ("127.0.0.1", "localhost", "::1")
     wants_browser = app.options.auto_launch_browser == "Remote" or (app.options.auto_launch_browser == "Local" and local)
-    if not config.nowebui and (config.autolaunch or wants_browser):
+    if config.has_screen and not config.nowebui and (config.autolaunch or wants_browser):
         open_browser(server.address)
 
 
@@ -148,14 +149,12 @@ def quiet_libraries() -> None:
 
 
 class EngineStart:
-    """Imports the engine and probes the devices on a thread of its own, so that the page need not wait for what only pictures need."""
+    """Imports the engine and probes the devices on a thread of its own: torch beside gradio, what only pictures need once the page answers."""
 
     def __init__(self, config: AppConfig) -> None:
         self._config = config
-        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-start")
-        self._devices = worker.submit(self._find_devices)
-        worker.submit(self._import_networks)
-        worker.shutdown(wait=False)
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-start")
+        self._devices = self._worker.submit(self._find_devices)
 
     def wait_for_devices(self) -> None:
         """Block until the devices are known. Raises SetupError when a flag names one that is not there."""
@@ -164,6 +163,10 @@ class EngineStart:
         except ValueError as error:  # a DeviceError; its class is in a file that imports torch
             raise SetupError(str(error)) from error
 
+    def import_networks(self) -> None:
+        """Begin to import the rest, so that the first picture does not wait for it. What fails then fails again in that job, which reports it."""
+        self._worker.submit(self._import_networks)
+
     def _find_devices(self) -> None:
         from backend import memory_management  # imports torch
         from backend.devices.probing import probe_devices
@@ -171,7 +174,6 @@ class EngineStart:
         memory_management.configure(self._config.backend, probe_devices(self._config.backend))
 
     def _import_networks(self) -> None:
-        """So that the first picture does not wait for it. What fails here fails again in the first job, which reports it."""
         import importlib
 
         for name in ("backend.loader", "modules.processing_pictures", "modules.sd_samplers_kdiffusion"):

@@ -154,8 +154,9 @@ class JobQueue:
             self._changed.notify_all()
         for job in dropped:
             self._drop(job, "the server is shutting down.")
-        if self._worker is not None and self._worker.is_alive():
+        if self.tasks.current is not None:
             self.state.interrupt()
+        if self._worker is not None and self._worker is not threading.current_thread():
             self._worker.join(timeout_s)
 
     def _drop(self, job: Job[Any], reason: str) -> None:

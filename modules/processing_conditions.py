@@ -90,7 +90,7 @@ def setup_conditions(p: StableDiffusionProcessing) -> None:
     p.step_multiplier = max(p.firstpass_steps // max(p.steps, 1), 1)
     p.c = _cached(p, prompt_parser.get_multicond_learned_conditioning, prompts, p.firstpass_steps, p.cached_c, p.extra_network_data)
     p.uc = None
-    if p.cfg_scale != 1 or needs_uncond(p.sampler_name):
+    if p.cfg_scale != 1 or needs_uncond(p.sampler_name) or _is_weighted(p.c):
         p.uc = _cached(p, prompt_parser.get_learned_conditioning, negative_prompts, p.firstpass_steps, p.cached_uc, p.extra_network_data)
 
 
@@ -107,8 +107,13 @@ def setup_hires_conditions(p: StableDiffusionProcessingTxt2Img) -> None:
     make_c, make_uc = prompt_parser.get_multicond_learned_conditioning, prompt_parser.get_learned_conditioning
     p.hr_c = _cached(p, make_c, prompts, p.firstpass_steps, p.cached_hr_c, p.hr_extra_network_data, hires_steps=steps)
     p.hr_uc = None
-    if p.hr_cfg != 1 or needs_uncond(p.hr_sampler_name or p.sampler_name):
+    if p.hr_cfg != 1 or needs_uncond(p.hr_sampler_name or p.sampler_name) or _is_weighted(p.hr_c):
         p.hr_uc = _cached(p, make_uc, negative_prompts, p.firstpass_steps, p.cached_hr_uc, p.hr_extra_network_data, hires_steps=steps)
+
+
+def _is_weighted(conditions: prompt_parser.MulticondLearnedConditioning) -> bool:
+    """Whether prompts are composed (AND) so that the negative prompt counts at CFG scale 1 too: where weights do not sum to 1."""
+    return any(abs(sum(part.weight for part in parts) - 1) > 1e-6 for parts in conditions.batch)
 
 
 def num_denoiser_calls(sampler_name: str | None, steps: int) -> int:

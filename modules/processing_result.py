@@ -206,7 +206,7 @@ def _main_parameters(p: StableDiffusionProcessing, seed: int, subseed: int) -> d
         "Steps": p.steps,
         "Sampler": p.sampler_name,
         "Schedule type": p.scheduler,
-        "CFG scale": p.cfg_scale,
+        "CFG scale": _short(p.cfg_scale),
         "Image CFG scale": getattr(p, "image_cfg_scale", None),
         "Seed": seed,
         "Face restoration": p.options.face_restoration_model if p.restore_faces else None,
@@ -216,9 +216,14 @@ def _main_parameters(p: StableDiffusionProcessing, seed: int, subseed: int) -> d
         "Variation seed": subseed if varied else None,
         "Variation seed strength": p.subseed_strength if varied else None,
         "Seed resize from": f"{p.seed_resize_from_w}x{p.seed_resize_from_h}" if resized else None,
-        "Denoising strength": p.extra_generation_params.get("Denoising strength", p.denoising_strength),
+        "Denoising strength": p.extra_generation_params.get("Denoising strength"),
         "Conditional mask weight": p.inpainting_mask_weight if p.is_using_inpainting_conditioning else None,
     }
+
+
+def _short(number: float) -> float:
+    """7 for 7.0: as it is shown and pasted."""
+    return int(number) if float(number).is_integer() else number
 
 
 def _option_parameters(p: StableDiffusionProcessing) -> dict[str, Any]:

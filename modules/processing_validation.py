@@ -88,7 +88,6 @@ def _check_numbers(p: StableDiffusionProcessing) -> None:
     for name, limits in _NUMBER_LIMITS.items():
         if (value := getattr(p, name, None)) is not None:
             setattr(p, name, _number(name, value, *limits))
-    p.seed_resize_from_w, p.seed_resize_from_h = (max(value, 0) // opt_f * opt_f for value in (p.seed_resize_from_w, p.seed_resize_from_h))
 
 
 def _check_size(p: StableDiffusionProcessing) -> None:

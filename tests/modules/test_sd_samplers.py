@@ -48,8 +48,8 @@ def test_unknown_names_are_an_error_that_lists_what_there_is(sampler: str, sched
 
 def test_all_names_of_the_contract_are_there() -> None:
     names = (
-        "DPM++ 2M, DPM++ SDE, DPM++ 2M SDE, DPM++ 2M SDE Heun, DPM++ 2S a, DPM++ 3M SDE, Euler a, Euler, LMS, Heun, DPM2, DPM2 a, DPM fast, DPM adaptive, "
-        "Restart, HeunPP2, IPNDM, IPNDM_V, DEIS, DDIM, DDIM CFG++, PLMS, UniPC, LCM, DDPM"
+        "DPM++ 2M, DPM++ SDE, DPM++ 2M SDE, DPM++ 2M SDE Heun, DPM++ 2S a, DPM++ 3M SDE, Euler a, Euler, LMS, Heun, DPM2, DPM2 a, DPM fast, "
+        "DPM adaptive, Restart, HeunPP2, IPNDM, IPNDM_V, DEIS, DDIM, DDIM CFG++, PLMS, UniPC, LCM, DDPM"
     )
     assert [sampler.name for sampler in sd_samplers.all_samplers] == names.split(", ")
 

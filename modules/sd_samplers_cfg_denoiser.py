@@ -1,0 +1,105 @@
+"""What a sampler asks at every step: the denoised picture under guidance. Prompts of the step, masks, skipped guidance, interruption.
+
+The combination of the branches is in backend/sampling/sampling_function.py. Names are those that extensions use.
+
+Shapes: B pictures, C channels, H W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from backend.sampling.sampling_function import denoise_guided
+from modules import prompt_parser
+from modules.application import current_application
+from modules.hook_arguments import MaskBlendArgs
+from modules.sd_samplers_common import InterruptedException
+
+if TYPE_CHECKING:
+    from modules.sd_samplers_kdiffusion import KDiffusionSampler
+
+
+class CFGDenoiser(torch.nn.Module):
+    """`denoise(x_BCHW, sigma_B)` for samplers. One object serves one pass.
+
+    `step` counts the calls, `total_steps` is how many there will be. `mask` is 1 where the original (`init_latent`) stays, `nmask` where it is
+    made anew.
+    `last_uncond_BCHW` is what the negative prompt's branch gave at the latest call, for samplers that read it.
+    """
+
+    def __init__(self, sampler: KDiffusionSampler) -> None:
+        super().__init__()
+        self.sampler = sampler
+        self.p: Any = None
+        self.mask: Tensor | None = None
+        self.nmask: Tensor | None = None
+        self.init_latent: Tensor | None = None
+        self.steps = 0
+        self.total_steps = 0
+        self.step = 0
+        self.image_cfg_scale: float | None = None
+        self.last_uncond_BCHW: Tensor | None = None
+        self._state = current_application().state
+
+    @property
+    def inner_model(self) -> Any:
+        return self.sampler.sd_model
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        uncond: Any = None,
+        cond: Any = None,
+        cond_scale: float | None = None,
+        s_min_uncond: float = 0.0,
+        image_cond: Tensor | None = None,
+    ) -> Tensor:
+        """x0 (B, C, H, W) at noise levels (B,). Without `cond` the sampler's own conditions count. Raises InterruptedException."""
+        if self._state.interrupted or self._state.skipped:
+            raise InterruptedException
+        arguments = self.sampler.sampler_extra_args
+        cond, uncond = (arguments["cond"], arguments["uncond"]) if cond is None else (cond, uncond)
+        scale = float(arguments["cond_scale"] if cond_scale is None else cond_scale)
+        if self._skips_guidance(sigma, s_min_uncond or arguments["s_min_uncond"]):
+            scale = 1.0
+        denoised_BCHW = self._denoise(x, sigma, cond, uncond, scale, arguments["image_cond"] if image_cond is None else image_cond)
+        denoised_BCHW = self._keep_unmasked(denoised_BCHW, sigma)
+        self.step += 1
+        return denoised_BCHW
+
+    def _skips_guidance(self, sigma: Tensor, s_min_uncond: float) -> bool:
+        """Whether the negative prompt is left out of this step, as "Negative Guidance minimum sigma" and "Skip Early CFG" say."""
+        options = self.p.options
+        if s_min_uncond > 0 and float(sigma[0]) < s_min_uncond and (self.step % 2 == 1 or options.s_min_uncond_all):
+            return True
+        return float(options.skip_early_cond) > 0 and self.step / max(self.total_steps, 1) <= float(options.skip_early_cond)
+
+    def _denoise(self, x: Tensor, sigma: Tensor, cond: Any, uncond: Any, scale: float, image_cond: Tensor | None) -> Tensor:
+        composition, cond_rows = prompt_parser.reconstruct_multicond_batch(cond, self.step)
+        uncond_rows = None if uncond is None else prompt_parser.reconstruct_cond_batch(uncond, self.step)
+        denoised_BCHW, _, self.last_uncond_BCHW = denoise_guided(
+            self.sampler.unet,
+            x,
+            sigma,
+            text_cond=cond_rows,
+            text_uncond=uncond_rows,
+            image_cond=None if image_cond is None else image_cond.to(x),
+            cond_scale=scale,
+            cond_composition=composition,
+            seed=self.p.seeds[0],
+        )
+        return denoised_BCHW
+
+    def _keep_unmasked(self, denoised_BCHW: Tensor, sigma: Tensor) -> Tensor:
+        """Lay the original over what is not masked."""
+        if self.mask is None or self.nmask is None or self.init_latent is None:
+            return denoised_BCHW
+        mask, nmask, original = (tensor.to(denoised_BCHW) for tensor in (self.mask, self.nmask, self.init_latent))
+        blend = MaskBlendArgs(denoised_BCHW, nmask, original, mask, denoised_BCHW * nmask + original * mask, self, sigma)
+        self.p.run_hook_with("on_mask_blend", blend)
+        blended: Tensor = blend.blended_latent
+        return blended
