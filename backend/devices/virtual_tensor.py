@@ -254,6 +254,12 @@ def _convert(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return copied if virtual_device is None else VirtualTensor(copied, target, virtual_device)
 
 
+def _detach(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor:
+    """Another tensor of the same storage; works on a lost device too, as it touches nothing there."""
+    source: VirtualTensor = args[0]
+    return VirtualTensor(source.cpu_tensor.detach(), source.device, source.virtual_device)
+
+
 def _decompose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In inference mode composite operations arrive whole; those that end in `_to_copy` are taken apart."""
     return func.decompose(*args, **kwargs)
@@ -298,6 +304,7 @@ _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 _OVERLOADS_BY_HANDLER: dict[_Handler, tuple[Any, ...]] = {
     _copy_into: (_aten.copy_.default,),
     _convert: (_aten._to_copy.default,),
+    _detach: (_aten.detach.default,),
     _decompose: (_aten.to.device, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.other),
     _index: (
         *(_aten.index.Tensor, _aten._unsafe_index.Tensor),

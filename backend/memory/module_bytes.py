@@ -26,17 +26,22 @@ class ModuleBytes:
 def count_module_bytes(module: nn.Module, keep: Callable[[torch.Tensor], bool] = lambda tensor: True) -> ModuleBytes:
     """Bytes of the distinct tensors of `module` for which `keep` holds; a tensor shared by two names counts once."""
     total_bytes = weight_bytes = 0
-    for name, tensor in iterate_tensors(module):
+    for name, tensor in _own_tensors_of_all(module):
         if keep(tensor):
             total_bytes += tensor.nbytes
-            weight_bytes += tensor.nbytes if name.rpartition(".")[2] == "weight" else 0
+            weight_bytes += tensor.nbytes if name == "weight" else 0
     return ModuleBytes(total_bytes=total_bytes, weight_bytes=weight_bytes)
 
 
-def iterate_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Distinct parameters, then distinct buffers, with their dotted names."""
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def _own_tensors_of_all(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Distinct parameters and buffers of the tree, with their names in the module that has them. Faster than torch's own walks."""
+    seen: set[int] = set()
+    for child in module.modules():
+        for registry in (child._parameters, child._buffers):
+            for name, tensor in registry.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield name, tensor
 
 
 def count_state_dict_bytes(state: Mapping[str, object], exclude_device: torch.device | None = None) -> int:
