@@ -99,14 +99,7 @@ def test_unet_options(unet: UnetPatcher) -> None:
     assert (options["group_norm_wrapper"], options["controlnet_model_function_wrapper"]) == ("norm", "control")
     assert options["controlnet_conditioning_modifiers"] == ["hint"]
     clone.set_model_replace_all("replace", "attn2")
-    assert (
-        len(
-            options["patches_replace"]["attn2"]
-            if "patches_replace" in options
-            else clone.model_options["transformer_options"]["patches_replace"]["attn2"]
-        )
-        == 768
-    )
+    assert len(clone.model_options["transformer_options"]["patches_replace"]["attn2"]) == 3 * 16 * 16
 
 
 def test_the_chain_of_controlnets_is_newest_first(unet: UnetPatcher) -> None:
