@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 import threading
 import webbrowser
 from collections.abc import Awaitable, Callable, Mapping
@@ -158,9 +157,7 @@ def _bind(config: AppConfig) -> socket.socket:
 
 
 def open_browser(address: str) -> None:
-    """Show the page, where there is a screen to show it on."""
-    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        return
+    """Show the page."""
     webbrowser.open(address)
 
 
