@@ -1,0 +1,151 @@
+// Small behaviours of controls: accordions with a checkbox, seeds, the unused negative prompt, tool tips, the colour theme.
+"use strict";
+
+// ---- accordion with a checkbox: the feature is on while it is open ----
+
+function inputAccordionParts(accordionId) {
+    const accordion = gradioApp().getElementById(accordionId);
+    return {
+        accordion: accordion,
+        checkbox: gradioApp().querySelector(`#${CSS.escape(accordionId)}-checkbox input`),
+        visible: gradioApp().getElementById(`${accordionId}-visible-checkbox`),
+        header: accordion ? accordion.querySelector(":scope > .label-wrap") : null,
+    };
+}
+
+function accordionIsOpen(header) {
+    return header.classList.contains("open");
+}
+
+/** Bring the accordion `accordionId` to the state `checked`: open and on, or closed and off. */
+function inputAccordionChecked(accordionId, checked) {
+    const {visible, header} = inputAccordionParts(accordionId);
+    if (visible) {
+        visible.checked = checked;
+    }
+    if (header && accordionIsOpen(header) !== Boolean(checked)) {
+        header.click();
+    }
+}
+
+function setupInputAccordion(accordion) {
+    const {checkbox, header} = inputAccordionParts(accordion.id);
+    if (!checkbox || !header) {
+        return;
+    }
+    const visible = document.createElement("input");
+    visible.type = "checkbox";
+    visible.checked = checkbox.checked;
+    visible.id = `${accordion.id}-visible-checkbox`;
+    visible.className = "input-accordion-checkbox";
+    visible.title = "On while it is open";
+    header.insertBefore(visible, header.firstChild);
+    const extra = gradioApp().getElementById(`${accordion.id}-extra`);
+    if (extra) {
+        header.insertBefore(extra, header.lastElementChild);
+    }
+    if (accordionIsOpen(header) !== checkbox.checked) {
+        header.click();
+    }
+    const follow = () => {
+        const open = accordionIsOpen(header);
+        visible.checked = open;
+        const hidden = inputAccordionParts(accordion.id).checkbox;
+        if (hidden && hidden.checked !== open) {
+            hidden.click();
+        }
+    };
+    new MutationObserver(follow).observe(header, {attributes: true, attributeFilter: ["class"]});
+    visible.addEventListener("click", (event) => {
+        event.stopPropagation();
+        if (accordionIsOpen(header) !== visible.checked) {
+            header.click();
+        }
+    });
+    accordion.classList.add("input-accordion-ready");
+}
+
+onUiLoaded(() => {
+    const setup = () => {
+        for (const accordion of gradioApp().querySelectorAll(".input-accordion:not(.input-accordion-ready)")) {
+            setupInputAccordion(accordion);
+        }
+    };
+    setup();
+    onUiUpdate(setup);
+});
+
+// ---- parts that are shown or not, seeds, negative prompt ----
+
+/** Show the container with the id `elementId`, or hide it. */
+function showPart(elementId, shown) {
+    const part = gradioApp().getElementById(elementId);
+    if (part) {
+        part.classList.toggle("hidden-part", !shown);
+    }
+}
+
+/** Set the number field `elementId` to -1: a new seed each time. */
+function setRandomSeed(elementId) {
+    setInputValue(elementId, "-1");
+    return [];
+}
+
+/** Show that the negative prompt of `tab` has no effect (CFG scale 1). */
+function markNegativePromptUnused(tab, unused) {
+    const row = gradioApp().getElementById(`${tab}_neg_prompt_row`);
+    if (row) {
+        row.classList.toggle("unused-prompt", Boolean(unused));
+        row.title = unused ? "The negative prompt has no effect while CFG Scale is 1" : "";
+    }
+}
+
+// ---- tool tips, by id and for both tabs by the id without its tab ----
+
+const CONTROL_TITLES = {
+    paste: "Read generation parameters from the prompt, or those of the last picture if the prompt is empty",
+    clear_prompt: "Clear the prompt",
+    style_apply: "Put the chosen styles into the prompt",
+    restore_progress: "Show the job that was running when the page was left",
+    res_switch_btn: "Swap width and height",
+    random_seed: "Seed -1: another picture each time",
+    reuse_seed: "Take the seed of the selected picture",
+    random_subseed: "Variation seed -1: another one each time",
+    reuse_subseed: "Take the variation seed of the selected picture",
+    subseed_show: "Variation seed and seed resize",
+    open_folder: "Open the folder of the pictures on the machine that runs this server",
+    save: "Save the selected picture to the folder of saved pictures",
+    save_zip: "Save all pictures of the gallery as one zip file",
+    send_to_img2img: "Send the selected picture and its parameters to img2img",
+    send_to_inpaint: "Send the selected picture and its parameters to inpaint",
+    upscale: "Make the selected picture again with hires fix",
+    detect_image_size_btn: "Take width and height from the picture",
+    forge_refresh_checkpoint: "Look for model files again",
+    generate: "Ctrl+Enter",
+    skip: "End this batch and go on with the next (Alt+Enter)",
+    interrupt: "End the job and keep what is finished (Esc)",
+};
+
+function titleOfControl(id) {
+    if (id in CONTROL_TITLES) {
+        return CONTROL_TITLES[id];
+    }
+    const plain = id.replace(/^(txt2img|img2img)_/, "").replace(/_(txt2img|img2img)$/, "");
+    return CONTROL_TITLES[plain] || "";
+}
+
+onUiLoaded(() => {
+    const label = () => {
+        for (const element of gradioApp().querySelectorAll("button[id]:not([title])")) {
+            const title = titleOfControl(element.id);
+            if (title) {
+                element.title = title;
+                if (!element.textContent.trim()) {
+                    element.setAttribute("aria-label", title);
+                }
+            }
+        }
+    };
+    label();
+    onAfterUiUpdate(label);
+});

@@ -1,0 +1,271 @@
+// The names every other script of the page, and every extension, builds on: gradioApp(), the on... registrations, the current tab, options, small helpers.
+// Must not know any single control.
+"use strict";
+
+/** The node under which the page's elements are found. */
+function gradioApp() {
+    return document;
+}
+
+// ---- registrations: each takes a function and calls it at its time; an error in one is logged and does not stop the others ----
+
+const uiUpdateCallbacks = [];
+const uiAfterUpdateCallbacks = [];
+const uiLoadedCallbacks = [];
+const uiTabChangeCallbacks = [];
+const optionsChangedCallbacks = [];
+const optionsAvailableCallbacks = [];
+
+let opts = {};
+let uiCurrentTab = null;
+let uiIsLoaded = false;
+let optionsAreAvailable = false;
+let uiAfterUpdateTimer = null;
+
+/** Call `callback` with the list of DOM changes, after each change. */
+function onUiUpdate(callback) {
+    uiUpdateCallbacks.push(callback);
+}
+
+/** Call `callback` when the DOM has been quiet for 200 ms after a change. */
+function onAfterUiUpdate(callback) {
+    uiAfterUpdateCallbacks.push(callback);
+}
+
+/** Call `callback` once, when the page stands (at once if it does already). */
+function onUiLoaded(callback) {
+    if (uiIsLoaded) {
+        runUiCallbacks([callback]);
+    } else {
+        uiLoadedCallbacks.push(callback);
+    }
+}
+
+/** Call `callback` when another main tab is shown. */
+function onUiTabChange(callback) {
+    uiTabChangeCallbacks.push(callback);
+}
+
+/** Call `callback` when settings have changed. */
+function onOptionsChanged(callback) {
+    optionsChangedCallbacks.push(callback);
+}
+
+/** Call `callback` once, when `opts` is filled (at once if it is already). */
+function onOptionsAvailable(callback) {
+    if (optionsAreAvailable) {
+        runUiCallbacks([callback]);
+    } else {
+        optionsAvailableCallbacks.push(callback);
+    }
+}
+
+function runUiCallbacks(callbacks, argument) {
+    for (const callback of callbacks) {
+        try {
+            callback(argument);
+        } catch (error) {
+            console.error("error in a callback of the page", callback.name || callback, error);
+        }
+    }
+}
+
+// ---- tabs ----
+
+/** The button of the main tab that is shown. */
+function get_uiCurrentTab() {
+    return gradioApp().querySelector("#tabs > .tab-wrapper [role=tab][aria-selected=true]");
+}
+
+/** The content of the main tab that is shown. */
+function get_uiCurrentTabContent() {
+    const contents = gradioApp().querySelectorAll("#tabs > [role=tabpanel]");
+    return Array.from(contents).find((content) => content.style.display !== "none") || null;
+}
+
+/** "txt2img" or "img2img" when that tab is shown, else null. */
+function currentGenerationTab() {
+    const content = get_uiCurrentTabContent();
+    const name = content ? content.id.replace(/^tab_/, "") : "";
+    return ["txt2img", "img2img"].includes(name) ? name : null;
+}
+
+/** Show the main tab `name` ("txt2img", "img2img", "pnginfo", "settings" ...). */
+function switchToTab(name) {
+    clickTab(gradioApp().querySelector("#tabs"), `tab_${name}`);
+}
+
+function tabButton(name) {
+    return gradioApp().querySelector(`#tabs > .tab-wrapper [role=tab][aria-controls="tab_${name}"]`);
+}
+
+/** Press the button of the tab whose content has the id `contentId`, within the tabs element `tabs`. */
+function clickTab(tabs, contentId) {
+    const button = tabs ? tabs.querySelector(`:scope > .tab-wrapper [role=tab][aria-controls="${contentId}"]`) : null;
+    if (button) {
+        button.click();
+    }
+}
+
+// ---- watching the page ----
+
+function notifyUiChange(mutations) {
+    runUiCallbacks(uiUpdateCallbacks, mutations);
+    clearTimeout(uiAfterUpdateTimer);
+    uiAfterUpdateTimer = setTimeout(() => runUiCallbacks(uiAfterUpdateCallbacks), 200);
+    const tab = get_uiCurrentTab();
+    if (tab && tab !== uiCurrentTab) {
+        uiCurrentTab = tab;
+        runUiCallbacks(uiTabChangeCallbacks);
+    }
+}
+
+// The framework makes a tab's content when it is shown first. Scripts expect these to be there from the start.
+const TABS_TO_RENDER = ["img2img", "pnginfo"];
+let hiddenTabsWereShown = false;
+
+function firstTabStands() {
+    return Boolean(get_uiCurrentTab() && gradioApp().querySelector("#txt2img_prompt textarea") && gradioApp().querySelector("#settings_json textarea"));
+}
+
+function hiddenTabsStand() {
+    return TABS_TO_RENDER.every((name) => !tabButton(name) || gradioApp().querySelector(`#tab_${name} .block`));
+}
+
+function showHiddenTabsOnce() {
+    if (hiddenTabsWereShown) {
+        return;
+    }
+    hiddenTabsWereShown = true;
+    const shown = get_uiCurrentTab();
+    for (const button of TABS_TO_RENDER.map(tabButton)) {
+        if (button && button !== shown) {
+            button.click();
+        }
+    }
+    shown.click();
+}
+
+function watchPage() {
+    const observer = new MutationObserver((mutations) => {
+        if (!uiIsLoaded && firstTabStands()) {
+            showHiddenTabsOnce();
+            if (hiddenTabsStand()) {
+                uiIsLoaded = true;
+                watchOptions();
+                runUiCallbacks(uiLoadedCallbacks);
+            }
+        }
+        notifyUiChange(mutations);
+    });
+    observer.observe(document.body, {childList: true, subtree: true});
+}
+
+// The framework puts scripts into the page after the page itself was read.
+if (document.readyState === "loading") {
+    document.addEventListener("DOMContentLoaded", watchPage);
+} else {
+    watchPage();
+}
+
+// ---- options: the server keeps them as JSON in a hidden text box ----
+
+function readOptions(text) {
+    try {
+        opts = JSON.parse(text || "{}");
+    } catch (error) {
+        console.error("settings of the page cannot be read", error);
+        return;
+    }
+    if (!optionsAreAvailable) {
+        optionsAreAvailable = true;
+        runUiCallbacks(optionsAvailableCallbacks);
+    }
+    runUiCallbacks(optionsChangedCallbacks);
+}
+
+function watchOptions() {
+    const box = gradioApp().querySelector("#settings_json textarea");
+    let shown = box.value;
+    readOptions(shown);
+    // The box is filled by the framework, which fires no event; the page changes around it when that happens.
+    onAfterUiUpdate(() => {
+        const now = gradioApp().querySelector("#settings_json textarea");
+        if (now && now.value !== shown) {
+            shown = now.value;
+            readOptions(shown);
+        }
+    });
+}
+
+// ---- helpers ----
+
+/** Tell the framework that the value of the input or text area `target` was set by a script. */
+function updateInput(target) {
+    target.dispatchEvent(new Event("input", {bubbles: true}));
+}
+
+/** Give the input inside the element with the id `elementId` the value `value`. */
+function setInputValue(elementId, value) {
+    const input = gradioApp().querySelector(`#${CSS.escape(elementId)} input, #${CSS.escape(elementId)} textarea`);
+    if (input) {
+        input.value = value;
+        updateInput(input);
+        input.dispatchEvent(new Event("change", {bubbles: true}));
+        input.dispatchEvent(new Event("blur", {bubbles: false}));
+    }
+}
+
+/** Call `callback` when `element` was edited and then left alone for `delay` ms; returns a function that calls it at once. */
+function onEdit(editId, element, delay, callback) {
+    let timer = null;
+    const run = () => {
+        clearTimeout(timer);
+        timer = null;
+        callback();
+    };
+    element.addEventListener("input", () => {
+        clearTimeout(timer);
+        timer = setTimeout(run, delay);
+    });
+    return run;
+}
+
+/** An id for a task: task(<random letters and digits>). */
+function randomId() {
+    const words = crypto.getRandomValues(new Uint32Array(3));
+    return `task(${Array.from(words, (word) => word.toString(36)).join("").slice(0, 15)})`;
+}
+
+/** POST `data` as JSON to `url`; `onSuccess` gets the answer's JSON, `onFailure` is called otherwise. */
+function request(url, data, onSuccess, onFailure) {
+    fetch(url, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(data), credentials: "same-origin"})
+        .then((response) => (response.ok ? response.json() : Promise.reject(new Error(`status ${response.status}`))))
+        .then(onSuccess)
+        .catch((error) => (onFailure || (() => {}))(error));
+}
+
+function localSet(key, value) {
+    try {
+        localStorage.setItem(key, value);
+    } catch (error) {
+        console.warn(`cannot keep ${key} in this browser`, error);
+    }
+}
+
+function localGet(key, fallback) {
+    try {
+        const value = localStorage.getItem(key);
+        return value === null ? fallback : value;
+    } catch (error) {
+        return fallback;
+    }
+}
+
+function localRemove(key) {
+    try {
+        localStorage.removeItem(key);
+    } catch (error) {
+        console.warn(`cannot forget ${key} in this browser`, error);
+    }
+}

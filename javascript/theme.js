@@ -1,0 +1,10 @@
+// Dark or light: what --theme asked for, unless the address says otherwise (?__theme=dark).
+"use strict";
+
+(() => {
+    const wanted = window.webuiTheme;
+    const address = new URL(window.location.href);
+    if ((wanted === "dark" || wanted === "light") && !address.searchParams.has("__theme")) {
+        onUiLoaded(() => document.body.classList.toggle("dark", wanted === "dark"));
+    }
+})();

@@ -1,0 +1,78 @@
+"""What surrounds the page's controls: colours and fonts, style sheet, scripts, and the arguments under which gradio serves it.
+
+Nothing here makes the browser ask another host for anything. Must not know any tab.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from modules.app_config import SCRIPT_DIR, AppConfig
+
+TITLE = "Stable Diffusion"
+SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+SYSTEM_MONO_FONTS = ("ui-monospace", "Consolas", "DejaVu Sans Mono", "monospace")
+THEMES = {
+    "Default": gr.themes.Default,
+    "Base": gr.themes.Base,
+    "Soft": gr.themes.Soft,
+    "Monochrome": gr.themes.Monochrome,
+    "Glass": gr.themes.Glass,
+    "Origin": gr.themes.Origin,
+    "Citrus": gr.themes.Citrus,
+    "Ocean": gr.themes.Ocean,
+}
+FIRST_SCRIPT = "core.js"
+
+
+def create_theme(name: str) -> gr.themes.Base:
+    """gradio's theme `name` (the default for unknown names) with the system's own fonts, so that none is fetched."""
+    theme_class = THEMES.get(name, gr.themes.Default)
+    return theme_class(
+        font=list(SYSTEM_FONTS), font_mono=list(SYSTEM_MONO_FONTS), text_size=gr.themes.sizes.text_md, spacing_size=gr.themes.sizes.spacing_md
+    )
+
+
+def script_files(script_dir: Path) -> list[Path]:
+    """The page's scripts in the order they run: the one that others build on first, then by name."""
+    return sorted(script_dir.glob("*.js"), key=lambda path: (path.name != FIRST_SCRIPT, path.name))
+
+
+def head_html(config: AppConfig, script_dir: Path | None = None) -> str:
+    """The scripts, for the page's head."""
+    start = f"<script>window.webuiTheme = {json.dumps(config.theme)};</script>"
+    folder = script_dir or SCRIPT_DIR / "javascript"
+    return "\n".join([start, *(_inline_script(path) for path in script_files(folder))])
+
+
+def _inline_script(path: Path) -> str:
+    text = path.read_text(encoding="utf8")
+    if "</script" in text.lower():
+        raise ValueError(f"{path.name}: a script of the page may not contain '</script'; split the text in two.")
+    return f'<script data-file="{path.name}">\n{text}\n</script>'
+
+
+def style_text(config: AppConfig) -> str:
+    """The page's style sheet, then the user's own (`user.css` in the data folder)."""
+    sheets = [SCRIPT_DIR / "style.css", config.data_dir / "user.css"]
+    return "\n".join(sheet.read_text(encoding="utf8") for sheet in sheets if sheet.is_file())
+
+
+def page_settings(config: AppConfig, theme_name: str = "Default") -> dict[str, Any]:
+    """Keyword arguments for `gradio.Blocks.launch` and `gradio.mount_gradio_app` alike. Address, login and certificates are the caller's."""
+    return {
+        "theme": create_theme(theme_name),
+        "css": style_text(config),
+        "head": head_html(config),
+        "footer_links": [],
+        "run_history": False,
+        "show_error": True,
+        "ssr_mode": False,
+        "pwa": False,
+        "enable_monitoring": False,
+        "allowed_paths": [str(config.outputs_dir), *config.gradio_allowed_paths],
+    }

@@ -1,0 +1,159 @@
+"""From the values of a tab's controls to the request that is carried out. The only page module that knows the request classes.
+
+Must not know gradio components; `values` maps the names of a tab's inputs to what the user set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageChops, ImageOps
+
+from modules import infotext_utils
+from modules.errors import RequestError
+from modules.processing import StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img
+from modules.ui_common import infotext_of, picture_at
+from modules.ui_sections import USE_SAME_CHOICES
+
+if TYPE_CHECKING:
+    from modules.application import Application
+
+COMMON_NAMES = (
+    "prompt",
+    "negative_prompt",
+    "n_iter",
+    "batch_size",
+    "cfg_scale",
+    "distilled_cfg_scale",
+    "height",
+    "width",
+    "steps",
+    "sampler_name",
+    "scheduler",
+)
+INPAINT_NAMES = ("mask_blur", "inpainting_mask_invert", "inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding")
+MODE_IMG2IMG, MODE_INPAINT, MODE_INPAINT_UPLOAD = 0, 2, 4
+"""Numbers of the img2img tab's inner tabs; 1, 3 and 5 are those of sketch, inpaint sketch and batch."""
+
+
+def build_txt2img(app: Application, values: Mapping[str, Any]) -> StableDiffusionProcessingTxt2Img:
+    """The request of the txt2img tab. With hires fix off its fields keep their defaults."""
+    fields = {**_common_fields(values), "enable_hr": bool(values["enable_hr"])}
+    if fields["enable_hr"]:
+        fields.update({name: value for name, value in values.items() if name.startswith("hr_")}, denoising_strength=values["denoising_strength"])
+        fields["hr_additional_modules"] = values["hr_additional_modules"] or [USE_SAME_CHOICES]
+    options = app.options
+    return StableDiffusionProcessingTxt2Img(
+        outpath_samples=options.outdir_samples or options.outdir_txt2img_samples,
+        outpath_grids=options.outdir_grids or options.outdir_txt2img_grids,
+        **fields,
+    )
+
+
+def build_upscale(app: Application, values: Mapping[str, Any]) -> StableDiffusionProcessingTxt2Img:
+    """The request that makes the selected picture of the gallery again with hires fix: its own prompt and seed, the tab's hires settings.
+
+    `values` are those of the txt2img tab and picture_index, gallery and generation_info. Raises RequestError without a picture."""
+    file = picture_at(values["gallery"], values["picture_index"])
+    if file is None:
+        raise RequestError("There is no picture to upscale yet: make one first, then select it.")
+    params = infotext_utils.parse_generation_parameters(infotext_of(values["generation_info"], int(values["picture_index"])))
+    request = build_txt2img(app, {**values, "enable_hr": True, "n_iter": 1, "batch_size": 1, "styles": []})
+    request.txt2img_upscale = True
+    with Image.open(file) as picture:
+        request.firstpass_image = picture.copy()
+    request.width, request.height = request.firstpass_image.size
+    request.prompt, request.negative_prompt = params.get("Prompt", request.prompt), params.get("Negative prompt", request.negative_prompt)
+    request.seed, request.subseed = int(params.get("Seed", request.seed)), int(params.get("Variation seed", -1))
+    return request
+
+
+def build_img2img(app: Application, values: Mapping[str, Any]) -> StableDiffusionProcessingImg2Img:
+    """The request of the img2img tab. Raises RequestError when the picture or the mask is missing."""
+    image, mask = source_and_mask(values)
+    fields = _common_fields(values)
+    if values["selected_scale_tab"] == 1:
+        fields["width"], fields["height"] = scaled_size(image.size, values["scale_by"])
+    if mask is not None:
+        fields.update({name: values[name] for name in INPAINT_NAMES}, mask=mask)
+    options = app.options
+    return StableDiffusionProcessingImg2Img(
+        outpath_samples=options.outdir_samples or options.outdir_img2img_samples,
+        outpath_grids=options.outdir_grids or options.outdir_img2img_grids,
+        init_images=[image],
+        resize_mode=values["resize_mode"],
+        denoising_strength=values["denoising_strength"],
+        **fields,
+    )
+
+
+def scaled_size(size_px: tuple[int, int], scale: float) -> tuple[int, int]:
+    """`size_px` times `scale`, each side rounded down to a multiple of 8 and at least 8."""
+    width, height = (max(8, int(side * scale) // 8 * 8) for side in size_px)
+    return width, height
+
+
+def source_and_mask(values: Mapping[str, Any]) -> tuple[Image.Image, Image.Image | None]:
+    """The picture to start from and, in the inpaint modes, the mask (white is painted anew). Raises RequestError when one is missing."""
+    mode = int(values["mode"])
+    if mode == MODE_INPAINT:
+        return _painted_picture(values["inpaint_editor"])
+    if mode == MODE_INPAINT_UPLOAD:
+        picture, mask = values["inpaint_upload_image"], values["inpaint_upload_mask"]
+        if picture is None or mask is None:
+            raise RequestError("Inpaint upload needs a picture and a mask of it: put both into the two fields above.")
+        return upright(picture), mask_from_upload(mask)
+    if values["init_image"] is None:
+        raise RequestError("img2img needs a picture to start from: put one into the field above.")
+    return upright(values["init_image"]), None
+
+
+def _painted_picture(editor: Mapping[str, Any] | None) -> tuple[Image.Image, Image.Image]:
+    picture = editor.get("background") if editor else None
+    if editor is None or picture is None:
+        raise RequestError("Inpaint needs a picture to start from: put one into the field above.")
+    mask = mask_from_layers(editor.get("layers") or [], picture.size)
+    if mask.getbbox() is None:
+        raise RequestError("Nothing is masked: paint over the part of the picture that is to be made anew.")
+    return upright(picture), mask
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """`image` turned as its camera data say."""
+    return ImageOps.exif_transpose(image)
+
+
+def mask_from_layers(layers: list[Image.Image], size_px: tuple[int, int]) -> Image.Image:
+    """What was painted, as a mask: white where any layer has paint."""
+    mask = Image.new("L", size_px, 0)
+    for layer in layers:
+        alpha = layer.convert("RGBA").getchannel("A")
+        if alpha.size != size_px:
+            alpha = alpha.resize(size_px, Image.Resampling.NEAREST)
+        mask = ImageChops.lighter(mask, alpha)
+    return mask.point([0] * 128 + [255] * 128)
+
+
+def mask_from_upload(mask: Image.Image) -> Image.Image:
+    """An uploaded mask as grey values: its transparency when it has some, else its brightness."""
+    if mask.mode in ("RGBA", "LA"):
+        alpha = mask.getchannel("A")
+        if alpha.histogram()[255] < alpha.width * alpha.height:
+            return alpha
+    return mask.convert("L")
+
+
+def _common_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: values[name] for name in COMMON_NAMES}
+    fields["styles"] = list(values["styles"] or [])
+    fields["override_settings"] = infotext_utils.create_override_settings_dict(values["override_settings"] or [])
+    fields["seed"] = _seed(values["seed"])
+    if values["seed_enable_extras"]:
+        fields["subseed"] = _seed(values["subseed"])
+        fields.update({name: values[name] for name in ("subseed_strength", "seed_resize_from_w", "seed_resize_from_h")})
+    return fields
+
+
+def _seed(value: float | None) -> int:
+    return -1 if value is None else int(value)

@@ -1,0 +1,124 @@
+"""The buttons under a gallery that keep pictures: save, zip, open folder. Files are copied as they are, so that nothing is lost on the way."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from modules.ui_common import OutputPanel, picture_at, plaintext_to_html, read_generation_info
+
+if TYPE_CHECKING:
+    from modules.application import Application
+
+log = logging.getLogger(__name__)
+
+LOG_COLUMNS = ("prompt", "seed", "width", "height", "sampler", "cfgs", "steps", "filename", "negative_prompt", "sd_model_name", "sd_model_hash")
+QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+
+
+class PictureSaver:
+    """Saves pictures of one tab's gallery to the folder of saved pictures."""
+
+    def __init__(self, app: Application, tab: str) -> None:
+        self.app = app
+        self.tab = tab
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.app.options.outdir_save)
+
+    def save(self, gallery: Sequence[Any] | None, generation_info: str, picture_index: float) -> tuple[Any, str]:
+        """Copy the selected picture, or all of them if the option says so or none is selected. Gives the files and a line for the log."""
+        only_selected = self.app.options.save_selected_only and picture_index >= 0
+        indices = [int(picture_index)] if only_selected else list(range(len(gallery or [])))
+        sources = [source for index in indices if (source := picture_at(gallery, index))]
+        if not sources:
+            return gr.update(visible=False), plaintext_to_html("There is no picture to save yet.")
+        saved = [self._copy(Path(source)) for source in sources]
+        if self.app.options.save_write_log_csv:
+            self._append_to_log(generation_info, saved[0])
+        return gr.update(value=[str(path) for path in saved], visible=True), plaintext_to_html(
+            f"Saved: {', '.join(path.name for path in saved)} in {self.folder}"
+        )
+
+    def save_zip(self, gallery: Sequence[Any] | None, generation_info: str, picture_index: float) -> tuple[Any, str]:
+        """All pictures of the gallery as one zip file in the same folder."""
+        pictures = [Path(file) for index in range(len(gallery or [])) if (file := picture_at(gallery, index))]
+        if not pictures:
+            return gr.update(visible=False), plaintext_to_html("There is no picture to save yet.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        target = free_name(self.folder / f"{datetime.now().strftime('%Y-%m-%d-%H%M%S')}-{self.tab}.zip")
+        partial = target.with_suffix(".zip.tmp")
+        with zipfile.ZipFile(partial, "w") as archive:
+            for number, picture in enumerate(pictures):
+                archive.write(picture, f"{number:02d}-{picture.name}")
+        partial.replace(target)
+        return gr.update(value=[str(target)], visible=True), plaintext_to_html(f"Saved: {target.name} in {self.folder}")
+
+    def _copy(self, source: Path) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        target = free_name(self.folder / source.name)
+        partial = target.with_name(f".{target.name}.tmp")
+        shutil.copyfile(source, partial)
+        partial.replace(target)
+        return target
+
+    def _append_to_log(self, generation_info: str, picture: Path) -> None:
+        info = read_generation_info(generation_info)
+        values = {**info, "sampler": info.get("sampler_name"), "cfgs": info.get("cfg_scale"), "filename": picture.name}
+        file = self.folder / "log.csv"
+        is_new = not file.exists()
+        text = io.StringIO()
+        writer = csv.writer(text)
+        if is_new:
+            writer.writerow(LOG_COLUMNS)
+        writer.writerow([values.get(column, "") for column in LOG_COLUMNS])
+        with file.open("a", encoding="utf8", newline="") as log_file:
+            log_file.write(text.getvalue())
+
+    def open_folder(self) -> None:
+        """Show the folder of this tab's pictures in the file manager of the machine that runs the server."""
+        options = self.app.options
+        folder = Path(options.outdir_samples or getattr(options, f"outdir_{self.tab}_samples"))
+        if not folder.is_dir():
+            gr.Info(f"There is no folder {folder} yet; it is made with the first picture.")
+            return
+        try:
+            subprocess.Popen([file_manager(), str(folder)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        except OSError:
+            gr.Info(f"The folder is {folder}; no file manager could be started on the server.")
+
+
+def file_manager() -> str:
+    """The program that opens folders on this system."""
+    return {"win32": "explorer", "darwin": "open"}.get(sys.platform, "xdg-open")
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or the same with a number behind its stem when it is taken."""
+    number, candidate = 1, path
+    while candidate.exists():
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        number += 1
+    return candidate
+
+
+def connect_saving(saver: PictureSaver, output: OutputPanel) -> None:
+    index = gr.Number(value=-1, visible="hidden", elem_id=f"{saver.tab}_save_index")
+    js = "(gallery, info, index) => [gallery, info, selected_gallery_index()]"
+    for button, function in ((output.buttons["save"], saver.save), (output.buttons["zip"], saver.save_zip)):
+        button.click(
+            function, js=js, inputs=[output.gallery, output.generation_info, index], outputs=[output.download_files, output.html_log], **QUIET
+        )
+    output.buttons["open_folder"].click(saver.open_folder, **QUIET)
