@@ -15,7 +15,7 @@ from fastapi import APIRouter, FastAPI
 from PIL import Image
 
 from modules.api import models
-from modules.api.extras import ExtrasRoutes
+from modules.api.extras import ExtrasRoutes, interrogate
 from modules.api.fetching import FetchError, is_public, resolve
 from modules.api.generation import GenerationRoutes, Process
 from modules.api.internal import InternalRoutes
@@ -87,6 +87,7 @@ def _add_generation(router: APIRouter, generation: GenerationRoutes, extras: Ext
     _add(router, "POST", "extra-single-image", extras.single_image, models.ExtrasSingleImageResponse)
     _add(router, "POST", "extra-batch-images", extras.batch_images, models.ExtrasBatchImagesResponse)
     _add(router, "POST", "png-info", extras.png_info, models.PNGInfoResponse)
+    _add(router, "POST", "interrogate", interrogate)
 
 
 def _add_job_control(router: APIRouter, jobs: JobRoutes) -> None:

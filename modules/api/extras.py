@@ -90,6 +90,17 @@ class ExtrasRoutes:
         return models.PNGInfoResponse(info=geninfo or "", items=plain_items(items), parameters=parameters)
 
 
+class NotAvailableError(RequestError):
+    """A route that clients know, for something this program does not have."""
+
+    status = 501
+
+
+def interrogate(body: models.InterrogateRequest) -> None:
+    """Raises NotAvailableError: there is no model here that describes pictures."""
+    raise NotAvailableError("describing pictures (interrogate) is not available here: no model for it is part of this program.")
+
+
 def extras_settings(body: models.ExtrasBaseRequest) -> ExtrasSettings:
     """The body as the interface behind the Extras tab takes it."""
     return ExtrasSettings(

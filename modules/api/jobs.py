@@ -21,11 +21,11 @@ class JobRoutes:
         self.app = app
 
     def progress(self, skip_current_image: bool = False) -> models.ProgressResponse:
-        """Progress of the running job, with its preview unless `skip_current_image`."""
-        image = None if skip_current_image else self.app.state.current_image
-        options = self.app.options
+        """Progress of the running job, with its preview unless `skip_current_image`. Without a job it is 0."""
+        state, options = self.app.state, self.app.options
+        image = None if skip_current_image or state.job_count == 0 else state.current_image
         current = None if image is None else encode_picture(image, extension=options.samples_format, infotext=None, settings=encode_settings(options))
-        return models.ProgressResponse(**overall_progress(self.app.state), current_image=current)
+        return models.ProgressResponse(**overall_progress(state), current_image=current)
 
     def interrupt(self) -> dict[str, Any]:
         """End the running job within one step; what is finished is answered and saved."""

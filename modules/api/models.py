@@ -225,6 +225,13 @@ class PNGInfoResponse(BaseModel):
     parameters: dict[str, Any]
 
 
+class InterrogateRequest(RequestModel):
+    """A picture to be described; extensions build their own bodies on it."""
+
+    image: str = ""
+    model: Name = "clip"
+
+
 # Jobs
 
 

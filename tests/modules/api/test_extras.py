@@ -65,6 +65,12 @@ def test_batch(server: Server) -> None:
     assert hidden["images"] == []
 
 
+def test_interrogate_says_that_it_is_not_available(server: Server) -> None:
+    answer = server.client.post("/sdapi/v1/interrogate", json={"image": to_base64(PICTURE), "model": "clip"})
+    assert answer.status_code == 501
+    assert "not available" in answer.json()["detail"]
+
+
 def test_png_info(server: Server) -> None:
     answer = server.post("/sdapi/v1/png-info", {"image": f"data:image/png;base64,{with_text()}"})
     assert answer["info"] == TEXT

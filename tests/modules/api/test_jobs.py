@@ -52,6 +52,7 @@ def test_progress_of_a_running_job(server: Server) -> None:
         assert server.post("/internal/progress", {"id_task": "task(mine)", "live_preview": False})["live_preview"] is None
         paused.go_on.set()
         job.result()
+    assert server.get("/sdapi/v1/progress")["current_image"] is None
     done = server.post("/internal/progress", {"id_task": "task(mine)"})
     assert (done["active"], done["completed"]) == (False, True)
 
