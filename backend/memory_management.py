@@ -354,15 +354,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return recovery.is_out_of_memory(error)
 
 
-def run_with_recovery(run: Callable[[], Result], *, what: str, device: DeviceLike, keep: Iterable[object]) -> Result:
+def run_with_recovery(run: Callable[[], Result], *, what: str, device: DeviceLike = None, keep: Iterable[object] | None = None) -> Result:
     """`run()`; when it finds no room on `device`, again after giving back idle memory, after evicting all but `keep`, and streaming `keep`.
 
-    `keep` names the patchers that `run` uses; `run` must be one that can start anew and give the same. Raises: OutOfMemory with the table.
+    `keep` names the patchers that `run` uses, by default those that were loaded last. `run` must be one that can start anew and give the same.
+    Raises: OutOfMemory with the table.
     """
     store = current_store()
     device = _device(device)
     try:
-        return recovery.run_with_remedies(run, store.remedies(device, _entries_of(keep)), what)
+        return recovery.run_with_remedies(run, store.remedies(device, None if keep is None else _entries_of(keep)), what)
     except RuntimeError as error:
         if isinstance(error, OutOfMemory) or not recovery.is_out_of_memory(error):
             raise

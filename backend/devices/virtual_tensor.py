@@ -214,15 +214,16 @@ def make_whole_kernel(func: Any) -> Callable[..., Any]:
 # operations that may see two devices, or change a tensor's shape in place
 
 
-def _record_copy(source: torch.device, target: torch.device, moved_bytes: int) -> None:
+def _record_copy(source: torch.Tensor, target: torch.device, target_virtual: VirtualDevice | None) -> None:
     """Count bytes that cross; wait for a slow link; fail on a lost device."""
-    ends = [virtual_device for virtual_device in (_virtual_device_of(source), _virtual_device_of(target)) if virtual_device is not None]
-    for virtual_device in ends:
+    source_virtual = source.virtual_device if isinstance(source, VirtualTensor) else None
+    crosses = source_virtual is not target_virtual
+    for virtual_device in {id(one): one for one in (source_virtual, target_virtual) if one is not None}.values():
         virtual_device.begin_operation()
-        if source != target:
-            virtual_device.delay_copy(moved_bytes)
-    if source != target:
-        copies.add(str(source), str(target), moved_bytes)
+        if crosses:
+            virtual_device.delay_copy(source.nbytes)
+    if crosses:
+        copies.add(str(source.device), str(target), source.nbytes)
 
 
 def _cpu_tensor_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -233,7 +234,7 @@ def _copy_into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torc
     """`target.copy_(source)`, in every direction."""
     target: torch.Tensor = args[0]
     source: torch.Tensor = args[1]
-    _record_copy(source.device, target.device, source.nbytes)
+    _record_copy(source, target.device, target.virtual_device if isinstance(target, VirtualTensor) else None)
     _cpu_tensor_of(target).copy_(_cpu_tensor_of(source))
     return target
 
@@ -247,10 +248,10 @@ def _convert(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`_to_copy`: a copy of a tensor in another type, on another device, or both."""
     source: VirtualTensor = args[0]
     target = canonical_device(kwargs["device"]) if kwargs.get("device") is not None else source.device
-    _record_copy(source.device, target, source.nbytes)
+    virtual_device = source.virtual_device if target == source.device else _virtual_device_of(target)
+    _record_copy(source, target, virtual_device)
     cpu_kwargs = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory", "non_blocking")}
     copied = func(source.cpu_tensor, **cpu_kwargs)
-    virtual_device = _virtual_device_of(target)
     return copied if virtual_device is None else VirtualTensor(copied, target, virtual_device)
 
 

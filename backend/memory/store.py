@@ -47,6 +47,7 @@ class MemoryStore:
         self.slots = tuple(slots)
         self.residents: list[LoadedModel] = []
         self.wants_empty_cache = False
+        self._in_use: list[LoadedModel] = []
         self._lock = threading.RLock()
         self._states = {slot.torch_device: self._choose_state(slot) for slot in self.slots}
 
@@ -76,6 +77,7 @@ class MemoryStore:
         with self._lock:
             self.drop_dead()
             entries = [self._find_or_enter(model) for model in _unique(models)]
+            self._in_use = entries
             for device in dict.fromkeys(entry.device for entry in entries):
                 work_bytes = max(reserve_bytes(inference_bytes, self.bytes_of(device).total_bytes), memory_required_bytes) + preserved_bytes
                 mine = [entry for entry in entries if entry.device == device]
@@ -170,8 +172,12 @@ class MemoryStore:
 
     def unload_all(self) -> None:
         """Take every model off every device."""
-        for device in dict.fromkeys(entry.device for entry in self.residents):
-            self.free(0, device, free_all=True)
+        with self._lock:
+            self.drop_dead()
+            leaving = list(self.residents)
+            for entry in leaving:
+                self._evict(entry)
+        for device in dict.fromkeys(entry.device for entry in leaving):
             self.empty_cache(device, collect=True)
 
     def forget_network(self, model: Placeable, but: LoadedModel | None = None) -> None:
@@ -184,6 +190,7 @@ class MemoryStore:
     def drop_dead(self) -> None:
         """Drop the entries whose network nobody holds any more."""
         with self._lock:
+            self._in_use = [entry for entry in self._in_use if entry.is_alive]
             self.residents[:] = [entry for entry in self.residents if entry.is_alive]
 
     def empty_cache(self, device: torch.device, *, collect: bool = False) -> None:
@@ -195,8 +202,12 @@ class MemoryStore:
 
     # recovering
 
-    def remedies(self, device: torch.device, keep: Sequence[LoadedModel]) -> tuple[Remedy, ...]:
-        """What may be done when work on `device` that uses `keep` finds no room, the mildest first."""
+    def remedies(self, device: torch.device, keep: Sequence[LoadedModel] | None = None) -> tuple[Remedy, ...]:
+        """What may be done when work on `device` that uses `keep` finds no room, the mildest first.
+
+        Without `keep`, those of the last `load` count as used.
+        """
+        keep = self._in_use if keep is None else keep
         streams = [partial(self._stream_more, entry, share) for share in _STREAM_SHARES for entry in keep if entry.device == device]
         return (partial(self._collect, device), partial(self._evict_others, device, keep), *streams)
 

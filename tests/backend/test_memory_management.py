@@ -272,6 +272,14 @@ def test_configuring_anew_takes_models_off() -> None:
     assert next(model.model.parameters()).device.type == "cpu"
 
 
+def test_models_leave_devices_that_are_no_more() -> None:
+    configure(virtual_gpus_bytes=(4 * MIB, 4 * MIB), multi_gpu=True)
+    model = patcher(device=virtual_gpu.installed_devices()[1])
+    memory_management.load_model_gpu(model)
+    configure(virtual_gpus_bytes=(4 * MIB,))
+    assert next(model.model.parameters()).device.type == "cpu"
+
+
 def test_out_of_memory_names_device_and_holders() -> None:
     configure(virtual_gpus_bytes=(4 * MIB,))
     model = patcher(1024)

@@ -137,7 +137,7 @@ def test_the_model_at_work_streams_in_the_end(gpu: torch.device) -> None:
     used = patcher(64, gpu)
     expected = used.model(torch.arange(32.0))
     memory_management.load_models_gpu([used])
-    result = memory_management.run_with_recovery(work_with(used, gpu, 860), what="a step", device=gpu, keep=[used])
+    result = memory_management.run_with_recovery(work_with(used, gpu, 860), what="a step")
     assert torch.equal(result, expected)
     assert 0 < memory_management.current_loaded_models[0].streamed.resident_bytes <= 128 * KIB
     memory_management.run_with_recovery(work_with(used, gpu, 1010), what="a step", device=gpu, keep=[used])
