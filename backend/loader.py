@@ -100,11 +100,11 @@ def load_checkpoint(
     Raises: CheckpointError for any file that does not make a model; no file is changed, moved or deleted.
     """
     with ExitStack() as stack:
-        main = stack.enter_context(open_tensor_file(path))
-        extras = [stack.enter_context(open_tensor_file(extra)) for extra in additional_modules]
+        main = stack.enter_context(open_tensor_file(Path(path)))
+        extras = [stack.enter_context(open_tensor_file(Path(extra))) for extra in additional_modules]
         sources = _find_sources(main, extras)
         engine = _build_engine(sources, main, config, unet_storage_dtype, embedding_dirs)
-    _log_loaded(engine, path, extras)
+    _log_loaded(engine, main.path, extras)
     return engine
 
 

@@ -48,6 +48,7 @@ class CLIP:
             self.cond_stage_model,
             load_device=memory_management.text_encoder_device(),
             offload_device=memory_management.text_encoder_offload_device(),
+            current_device=next((parameter.device for parameter in self.cond_stage_model.parameters()), None),
         )
 
     def clone(self) -> CLIP:

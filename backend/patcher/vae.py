@@ -53,7 +53,12 @@ class VAE:
         self.auto_fp32 = True
         self._read_shape(model)
         _set_dtype(model, dtype or memory_management.vae_dtype(self.device))
-        self.patcher = ModelPatcher(model, load_device=self.device, offload_device=memory_management.vae_offload_device())
+        self.patcher = ModelPatcher(
+            model,
+            load_device=self.device,
+            offload_device=memory_management.vae_offload_device(),
+            current_device=next(model.parameters()).device,
+        )
 
     def _read_shape(self, model: Any) -> None:
         self.latent_channels = int(model.config.latent_channels)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
+from functools import lru_cache
+from itertools import count
 
 import pytest
 import torch
@@ -24,6 +27,18 @@ CONFIG = BackendConfig()
 @pytest.fixture(autouse=True)
 def _cpu_engine():
     memory_management.configure(CONFIG, probe_devices(BackendConfig(device_ids=("cpu",))))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Writes each kind of checkpoint, the common ones once: `checkpoint("sd15", layout="ldm")`. Nobody may change what is returned."""
+    folder, numbers = tmp_path_factory.mktemp("checkpoints"), count()
+
+    @lru_cache(maxsize=4)  # networks stay in memory as long as they are in here
+    def write(family, suffix=".safetensors", **kwargs):
+        return write_checkpoint(folder / f"{next(numbers)}{suffix}", family, **kwargs)
+
+    return write
 
 
 def _networks(engine):
@@ -66,8 +81,8 @@ def _assert_same_outputs(engine, reference: ReferenceModels) -> None:
 
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loaded_networks_equal_those_the_file_was_written_from(family, layout, tmp_path):
-    reference = write_checkpoint(tmp_path / "model.safetensors", family, layout=layout)
+def test_loaded_networks_equal_those_the_file_was_written_from(checkpoint, family, layout):
+    reference = checkpoint(family, layout=layout)
     engine = load_checkpoint(reference.path, config=CONFIG)
     unet, vae, texts = _networks(engine)
     for mine, theirs in zip((unet, vae, *texts), (reference.unet, reference.vae, *reference.text_encoders), strict=True):
@@ -80,24 +95,24 @@ def test_loaded_networks_equal_those_the_file_was_written_from(family, layout, t
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd20", "sdxl"])
-def test_inpainting_members_have_nine_input_channels(family, tmp_path):
-    reference = write_checkpoint(tmp_path / "inpaint.safetensors", family, inpaint=True)
+def test_inpainting_members_have_nine_input_channels(checkpoint, family):
+    reference = checkpoint(family, inpaint=True)
     engine = load_checkpoint(reference.path, config=CONFIG)
     assert engine.is_inpaint
     assert engine.forge_objects.unet.model.predictor.prediction_type == "epsilon"
     _assert_same_outputs(engine, reference)
 
 
-def test_fp16_file_computes_in_fp32_on_the_cpu_with_the_files_numbers(tmp_path):
-    reference = write_checkpoint(tmp_path / "half.safetensors", "sd15", dtype=torch.float16)
+def test_fp16_file_computes_in_fp32_on_the_cpu_with_the_files_numbers(checkpoint):
+    reference = checkpoint("sd15", dtype=torch.float16)
     engine = load_checkpoint(reference.path, config=CONFIG)
     for network, theirs in zip(_networks(engine)[:2], (reference.unet, reference.vae), strict=True):
         assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
         _assert_same_weights(network, theirs)
 
 
-def test_pickled_checkpoint_loads(tmp_path):
-    reference = write_checkpoint(tmp_path / "old.ckpt", "sd15")
+def test_pickled_checkpoint_loads(checkpoint):
+    reference = checkpoint("sd15", ".ckpt")
     _assert_same_outputs(load_checkpoint(reference.path, config=CONFIG), reference)
 
 
@@ -116,9 +131,9 @@ def test_demo_shape_loads(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
-def test_layer_by_layer_depths_are_derived(layout, tmp_path):
+def test_layer_by_layer_depths_are_derived(checkpoint, layout, tmp_path):
     """A distilled SDXL: the depth differs between layers of a level, and between down and up."""
-    reference = write_checkpoint(tmp_path / "base.safetensors", "sdxl", layout=layout)
+    reference = checkpoint("sdxl", layout=layout)
     torch.manual_seed(3)
     unet = _another_unet(reference, transformer_layers_per_block=[1, [2, 1], [3, 2]], reverse_transformer_layers_per_block=[[3, 1, 1], [2, 1, 1], 1])
     prefix = key_layout.UNET_PREFIX if layout == "ldm" else "unet."
@@ -129,8 +144,8 @@ def test_layer_by_layer_depths_are_derived(layout, tmp_path):
     _assert_same_weights(_networks(engine)[0], unet)
 
 
-def test_refiner_loads_with_bigg_alone(tmp_path):
-    base = write_checkpoint(tmp_path / "base.safetensors", "sdxl")
+def test_refiner_loads_with_bigg_alone(checkpoint, tmp_path):
+    base = checkpoint("sdxl")
     bigg = base.text_encoders[1]
     unet = _another_unet(
         base,
@@ -158,9 +173,9 @@ def _without(path, target, *prefixes):
 
 
 @pytest.mark.parametrize("layout", ["bare ldm", "bare diffusers", "prefixed", "pt"])
-def test_vae_from_another_file_takes_the_place_of_the_files_own(layout, tmp_path):
-    reference = write_checkpoint(tmp_path / "model.safetensors", "sd15")
-    other = write_checkpoint(tmp_path / "other.safetensors", "sd15", seed=5)
+def test_vae_from_another_file_takes_the_place_of_the_files_own(checkpoint, layout, tmp_path):
+    reference = checkpoint("sd15")
+    other = checkpoint("sd15", seed=5)
     ldm = key_layout.vae_to_ldm(other.vae.state_dict(), other.vae.config)
     path = tmp_path / ("vae.pt" if layout == "pt" else "vae.safetensors")
     if layout == "pt":
@@ -175,8 +190,8 @@ def test_vae_from_another_file_takes_the_place_of_the_files_own(layout, tmp_path
     _assert_same_weights(_networks(engine)[0], reference.unet)
 
 
-def test_old_attention_names_of_diffusers_vae_files_are_read(tmp_path):
-    reference = write_checkpoint(tmp_path / "model.safetensors", "sd15")
+def test_old_attention_names_of_diffusers_vae_files_are_read(checkpoint, tmp_path):
+    reference = checkpoint("sd15")
     old = {}
     for key, tensor in reference.vae.state_dict().items():
         for new, name in key_layout.OLD_VAE_ATTENTION_CHILDREN.items():
@@ -191,8 +206,8 @@ def test_old_attention_names_of_diffusers_vae_files_are_read(tmp_path):
 
 @pytest.mark.parametrize("family", ["sd15", "sd20", "sdxl"])
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
-def test_bare_unet_with_parts_from_other_files(family, layout, tmp_path):
-    reference = write_checkpoint(tmp_path / "model.safetensors", family)
+def test_bare_unet_with_parts_from_other_files(checkpoint, family, layout, tmp_path):
+    reference = checkpoint(family)
     unet = reference.unet.state_dict()
     save_file(unet if layout == "diffusers" else key_layout.unet_to_ldm(unet, reference.unet.config), tmp_path / "unet.safetensors")
     save_file(reference.vae.state_dict(), tmp_path / "vae.safetensors")
@@ -205,18 +220,18 @@ def test_bare_unet_with_parts_from_other_files(family, layout, tmp_path):
     _assert_same_outputs(load_checkpoint(tmp_path / "unet.safetensors", config=CONFIG, additional_modules=extras), reference)
 
 
-def test_text_encoder_without_its_text_model_level_is_read(tmp_path):
+def test_text_encoder_without_its_text_model_level_is_read(checkpoint, tmp_path):
     """Some SD1 files of 2023 were saved from a newer transformers and lack that level."""
-    reference = write_checkpoint(tmp_path / "model.safetensors", "sd15")
+    reference = checkpoint("sd15")
     renamed = {key.replace(".transformer.text_model.", ".transformer."): tensor for key, tensor in load_file(reference.path).items()}
     save_file(renamed, tmp_path / "flat.safetensors")
     _assert_same_outputs(load_checkpoint(tmp_path / "flat.safetensors", config=CONFIG), reference)
 
 
-def test_sd2_text_encoder_of_23_blocks_is_used_whole(tmp_path):
+def test_sd2_text_encoder_of_23_blocks_is_used_whole(checkpoint, tmp_path):
     """Files converted back from diffusers hold only the 23 blocks that are used; others hold 24 and the last is left out."""
-    reference = write_checkpoint(tmp_path / "model.safetensors", "sd20")
-    config = reference.text_encoders[0].config
+    reference = checkpoint("sd20")
+    config = copy.deepcopy(reference.text_encoders[0].config)
     config.num_hidden_layers = 23
     encoder = CLIPTextModel(config)
     fused = key_layout.clip_to_open_clip(encoder.state_dict())
@@ -228,8 +243,8 @@ def test_sd2_text_encoder_of_23_blocks_is_used_whole(tmp_path):
         _assert_same_weights(_networks(load_checkpoint(tmp_path / f"{name}.safetensors", config=CONFIG))[2][0], encoder)
 
 
-def test_real_files_carry_extra_tensors_that_do_no_harm(tmp_path):
-    reference = write_checkpoint(tmp_path / "model.safetensors", "sd15")
+def test_real_files_carry_extra_tensors_that_do_no_harm(checkpoint, tmp_path):
+    reference = checkpoint("sd15")
     extra = {
         "alphas_cumprod": torch.ones(1000),
         "model_ema.decay": torch.ones(()),
@@ -253,8 +268,8 @@ def test_real_files_carry_extra_tensors_that_do_no_harm(tmp_path):
         ({"unet_dtype": "fp16"}, torch.float32, torch.float32),
     ],
 )
-def test_unet_storage_type_follows_argument_then_flag(flags, wanted, stored, tmp_path):
-    reference = write_checkpoint(tmp_path / "model.safetensors", "sd15")
+def test_unet_storage_type_follows_argument_then_flag(checkpoint, flags, wanted, stored):
+    reference = checkpoint("sd15")
     engine = load_checkpoint(reference.path, config=BackendConfig(**flags), unet_storage_dtype=wanted)
     model = engine.forge_objects.unet.model
     assert model.storage_dtype == stored and model.computation_dtype == torch.float32
@@ -266,8 +281,8 @@ def test_unet_storage_type_follows_argument_then_flag(flags, wanted, stored, tmp
 
 
 @pytest.mark.parametrize(("flag", "stored"), [("fp16", torch.float16), ("fp8_e4m3fn", torch.float8_e4m3fn)])
-def test_text_encoder_stored_small_computes_in_fp32_on_the_cpu(flag, stored, tmp_path):
-    reference = write_checkpoint(tmp_path / "model.safetensors", "sd15")
+def test_text_encoder_stored_small_computes_in_fp32_on_the_cpu(checkpoint, flag, stored):
+    reference = checkpoint("sd15")
     full = load_checkpoint(reference.path, config=CONFIG).get_learned_conditioning(["a red cat"])
     engine = load_checkpoint(reference.path, config=BackendConfig(clip_dtype=flag))
     encoder = engine.forge_objects.clip.cond_stage_model["clip_l"]
@@ -277,8 +292,8 @@ def test_text_encoder_stored_small_computes_in_fp32_on_the_cpu(flag, stored, tmp
     assert 0 < (small - full).abs().mean() < (0.01 if flag == "fp16" else 0.5)
 
 
-def test_nothing_stays_without_memory_and_position_numbers_are_real(tmp_path):
-    engine = load_checkpoint(write_checkpoint(tmp_path / "m.safetensors", "sdxl").path, config=CONFIG)
+def test_nothing_stays_without_memory_and_position_numbers_are_real(checkpoint):
+    engine = load_checkpoint(checkpoint("sdxl").path, config=CONFIG)
     unet, vae, texts = _networks(engine)
     for network in (unet, vae, *texts):
         assert not network.training
@@ -318,8 +333,32 @@ def test_loading_says_one_line(tmp_path, caplog):
     ]
 
 
-def test_a_failed_load_leaves_the_model_in_use_alone(tmp_path):
-    reference = write_checkpoint(tmp_path / "good.safetensors", "sd15")
+@pytest.mark.parametrize(("vram_mode", "read_to"), [("auto", "vgpu"), ("low", "cpu")])
+def test_model_on_a_virtual_gpu_equals_the_one_on_the_cpu(checkpoint, vram_mode, read_to):
+    """With room the UNet is read straight to the device; with little memory to the host, and moved when it is used."""
+    reference = checkpoint("sd15")
+    prompts = ["a red cat"]
+    x, sigma = torch.randn(1, 4, 8, 8) * 5, torch.tensor([5.0])
+    engine = load_checkpoint(reference.path, config=CONFIG)
+    cond = engine.get_learned_conditioning(prompts)
+    expected = engine.forge_objects.unet.model.apply_model(x, sigma, c_crossattn=cond)
+    config = BackendConfig(virtual_gpus_bytes=(2**30,), vram_mode=vram_mode)
+    memory_management.configure(config, probe_devices(config))
+    engine = load_checkpoint(reference.path, config=config)
+    unet = engine.forge_objects.unet
+    device = memory_management.get_torch_device()
+    assert device.type == "vgpu"
+    assert unet.current_device.type == unet.model.diffusion_model.conv_in.weight.device.type == read_to
+    on_device = engine.get_learned_conditioning(prompts)
+    assert torch.equal(on_device.cpu(), cond)
+    memory_management.load_models_gpu([unet])
+    assert unet.model.diffusion_model.conv_in.weight.device == device
+    result = unet.model.apply_model(x.to(device), sigma.to(device), c_crossattn=on_device.to(device))
+    assert torch.equal(result.cpu(), expected)
+
+
+def test_a_failed_load_leaves_the_model_in_use_alone(checkpoint, tmp_path):
+    reference = checkpoint("sd15")
     engine = load_checkpoint(reference.path, config=CONFIG)
     (tmp_path / "bad.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError):
@@ -327,8 +366,8 @@ def test_a_failed_load_leaves_the_model_in_use_alone(tmp_path):
     _assert_same_outputs(engine, reference)
 
 
-def test_vae_of_another_kind_is_refused_before_weights_are_read(tmp_path):
-    reference = write_checkpoint(tmp_path / "m.safetensors", "sd15")
+def test_vae_of_another_kind_is_refused_before_weights_are_read(checkpoint, tmp_path):
+    reference = checkpoint("sd15")
     flux_like = AutoencoderKL(
         block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=16
     )
