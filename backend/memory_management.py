@@ -349,6 +349,11 @@ def out_of_memory(what: str, device: DeviceLike = None, need_bytes: int | None =
     return current_store().out_of_memory(what, _device(device), need_bytes)
 
 
+def hold_models(models: Iterable[Placeable]) -> None:
+    """Until the next call, nothing evicts these: a job is working with them. An empty list when it has ended."""
+    current_store().hold(models)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch, of a library below it, or ours means that a device has no room."""
     return recovery.is_out_of_memory(error)

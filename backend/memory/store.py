@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -48,6 +49,7 @@ class MemoryStore:
         self.residents: list[LoadedModel] = []
         self.wants_empty_cache = False
         self._in_use: list[LoadedModel] = []
+        self._held: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._states = {slot.torch_device: self._choose_state(slot) for slot in self.slots}
 
@@ -71,19 +73,20 @@ class MemoryStore:
     def load(self, models: Iterable[Placeable], *, memory_required_bytes: int, inference_bytes: int, preserved_bytes: int) -> None:
         """Make all `models` resident on their load devices, evicting others by least recent use, streaming what does not fit.
 
-        `memory_required_bytes` is the working memory of what runs next, `inference_bytes` the least to keep for that,
-        `preserved_bytes` further room nobody may take. Raises: OutOfMemory.
+        Others leave until `memory_required_bytes` of working memory fit beside the models. Only where `inference_bytes`, the least to
+        keep for work, do not fit beside them do the models themselves stream: work can be done in smaller parts, streaming slows it all.
+        `preserved_bytes` are kept from everyone. Raises: OutOfMemory.
         """
         with self._lock:
             self.drop_dead()
             entries = [self._find_or_enter(model) for model in _unique(models)]
             self._in_use = entries
             for device in dict.fromkeys(entry.device for entry in entries):
-                work_bytes = max(reserve_bytes(inference_bytes, self.bytes_of(device).total_bytes), memory_required_bytes) + preserved_bytes
                 mine = [entry for entry in entries if entry.device == device]
-                self._make_room(device, mine, work_bytes)
+                reserved_bytes = reserve_bytes(inference_bytes, self.bytes_of(device).total_bytes)
+                self._make_room(device, mine, max(reserved_bytes, memory_required_bytes) + preserved_bytes)
                 for entry in mine:
-                    self._place(entry, work_bytes)
+                    self._place(entry, reserved_bytes + preserved_bytes)
 
     def _make_room(self, device: torch.device, entries: Sequence[LoadedModel], work_bytes: int) -> None:
         missing_bytes, present_bytes = sum(entry.exclusive_memory for entry in entries), sum(entry.inclusive_memory for entry in entries)
@@ -148,14 +151,17 @@ class MemoryStore:
     # freeing
 
     def free(self, need_bytes: int, device: torch.device, *, keep: Sequence[LoadedModel] = (), free_all: bool = False) -> None:
-        """Evict from `device`, least recently used first, until more than `need_bytes` are free or only `keep` is left."""
+        """Evict from `device`, least recently used first, until more than `need_bytes` are free or only `keep` and what a job holds is left."""
         with self._lock:
             self.drop_dead()
             before = self.bytes_of(device)
             evict_all = free_all or self.config.always_offload or self.state_of(device) == VRAMState.NO_VRAM
             on_device = [entry for entry in self.residents if entry.device == device]
             victims = plan_eviction(
-                [Resident(key=index, frees_bytes=_bytes_freed(entry), pinned=entry in keep) for index, entry in enumerate(on_device)],
+                [
+                    Resident(key=index, frees_bytes=_bytes_freed(entry), pinned=entry in keep or self._is_held(entry))
+                    for index, entry in enumerate(on_device)
+                ],
                 need_bytes=need_bytes,
                 free_bytes=before.free_bytes,
                 evict_all=evict_all,
@@ -169,6 +175,15 @@ class MemoryStore:
         self.residents.remove(entry)
         entry.model_unload()
         logger.debug("%s left %s.", entry.name, entry.device)
+
+    def hold(self, models: Iterable[Placeable]) -> None:
+        """From now on these may not be evicted, in place of those held before; none of them when a job has ended."""
+        with self._lock:
+            self._held = weakref.WeakSet(model.model for model in models)
+
+    def _is_held(self, entry: LoadedModel) -> bool:
+        module = entry.real_model
+        return module is not None and module in self._held
 
     def unload_all(self) -> None:
         """Take every model off every device."""
@@ -205,9 +220,10 @@ class MemoryStore:
     def remedies(self, device: torch.device, keep: Sequence[LoadedModel] | None = None) -> tuple[Remedy, ...]:
         """What may be done when work on `device` that uses `keep` finds no room, the mildest first.
 
-        Without `keep`, those of the last `load` count as used.
+        Without `keep`, those of the last `load` count as used, and those that a job holds.
         """
-        keep = self._in_use if keep is None else keep
+        if keep is None:
+            keep = [entry for entry in self.residents if entry in self._in_use or self._is_held(entry)]
         streams = [partial(self._stream_more, entry, share) for share in _STREAM_SHARES for entry in keep if entry.device == device]
         return (partial(self._collect, device), partial(self._evict_others, device, keep), *streams)
 
@@ -219,9 +235,10 @@ class MemoryStore:
 
     def _evict_others(self, device: torch.device, keep: Sequence[LoadedModel]) -> str:
         with self._lock:
-            leaving = [entry.name for entry in self.residents if entry.device == device and entry not in keep and _bytes_freed(entry) > 0]
+            before = list(self.residents)
             self.free(0, device, keep=keep, free_all=True)
-        return f"{', '.join(leaving)} left {device}" if leaving else ""
+            left = [entry.name for entry in before if entry not in self.residents]
+        return f"{', '.join(left)} left {device}" if left else ""
 
     def _stream_more(self, entry: LoadedModel, share: float) -> str:
         """Keep only so large a share of the network's resident weights on the device."""
@@ -246,7 +263,7 @@ class MemoryStore:
             index=slot.index,
             total_bytes=slot.total_bytes,
             free_bytes=self.bytes_of(device).free_bytes,
-            evictable_bytes=sum(_bytes_freed(entry) for entry in others),
+            evictable_bytes=sum(_bytes_freed(entry) for entry in others if not self._is_held(entry)),
             present_bytes=0 if model is None else count_module_bytes(model, lambda tensor: tensor.device == device).total_bytes,
         )
 

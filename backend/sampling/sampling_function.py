@@ -313,15 +313,15 @@ def _pick_batch(model: KModel, units: Sequence[_Unit], device: torch.device) -> 
 
 
 def _run_batch(model: KModel, batch: Sequence[_Unit], sigma_B: Tensor, options: ModelOptions) -> list[Tensor]:
-    """Outputs of the units, run together; one by one if that runs out of memory. Raises: OutOfMemory."""
+    """Outputs of the units, run together; one by one if that runs out of memory, then with less and less beside them. Raises: OutOfMemory."""
+    device = batch[0].input_BCHW.device
+    if len(batch) == 1:
+        return [memory_management.run_with_recovery(lambda: _call_model(model, batch, sigma_B, options), what="denoising a step", device=device)]
     try:
         return list(_call_model(model, batch, sigma_B, options).chunk(len(batch)))
-    except torch.OutOfMemoryError as error:
-        device = batch[0].input_BCHW.device
-        if len(batch) == 1:
-            raise memory_management.out_of_memory("denoising a step", device) from error
+    except torch.OutOfMemoryError:
         logger.info("%s ran out of memory with %d conditions at once; they are run one by one.", device, len(batch))
-        memory_management.soft_empty_cache(force=True)
+    memory_management.soft_empty_cache(force=True)
     return [output for unit in batch for output in _run_batch(model, [unit], sigma_B, options)]
 
 
@@ -379,6 +379,7 @@ def sampling_prepare(unet: UnetPatcher, x: Tensor) -> None:
         kept_bytes += int(chain.inference_memory_requirements(unet.model_dtype()))
         models += chain.get_models()
     memory_management.load_models_gpu(models=models, memory_required=int(need_bytes), hard_memory_preservation=kept_bytes)
+    memory_management.hold_models(models)
     _warn_of_little_memory(unet.load_device)
     for control in unet.list_controlnets():
         control.pre_run(unet.model, unet.model.predictor.percent_to_sigma)
@@ -396,6 +397,7 @@ def _warn_of_little_memory(device: torch.device) -> None:
 
 
 def sampling_cleanup(unet: UnetPatcher) -> None:
-    """Let ControlNets drop what they kept for the run."""
+    """Let ControlNets drop what they kept for the run, and models leave their devices again."""
+    memory_management.hold_models([])
     for control in unet.list_controlnets():
         control.cleanup()

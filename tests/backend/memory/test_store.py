@@ -254,3 +254,25 @@ def test_many_loads_leave_bytes_where_they_were(make_store) -> None:
     assert levels[3:6] == levels[6:9] == levels[9:12]
     store.unload_all()
     assert live_kib(GPU_0) == 0
+
+
+def test_what_a_job_holds_is_never_evicted(make_store) -> None:
+    store = make_store(64)
+    held, other = patcher(8), patcher(4)
+    load(store, held)
+    store.hold([held.clone()])
+    load(store, other, work_kib=60)
+    store.free(0, GPU_0, free_all=True)
+    assert [entry.real_model for entry in store.residents] == [held.model]
+    assert store.rooms(store.slots)[0].evictable_bytes == 0
+    store.hold([])
+    store.free(0, GPU_0, free_all=True)
+    assert store.residents == []
+
+
+def test_large_work_evicts_others_but_does_not_make_the_model_stream(make_store) -> None:
+    store = make_store(64)
+    other, model = patcher(4), patcher(8)
+    load(store, other)
+    load(store, model, work_kib=60)
+    assert [entry.real_model for entry in store.residents] == [model.model] and store.residents[0].streamed is None
