@@ -21,6 +21,7 @@ _NO_NETWORK = re.compile(
     re.IGNORECASE,
 )
 _NO_SPACE = re.compile(r"No space left on device|\[Errno 28\]|\[WinError 112\]|not enough space on the disk|Disk quota exceeded", re.IGNORECASE)
+_VENV_BYTES = 50 * 2**20  # what an empty environment takes, with room to unpack pip
 _NO_MATCH = re.compile(r"No matching distribution found for (?P<package>\S+)")
 _OTHER_PYTHON = re.compile(r"Package '(?P<package>[^']+)' requires a different Python")
 _CONFLICT = re.compile(r"ResolutionImpossible|conflicting dependencies")
@@ -36,7 +37,10 @@ def explain_pip_failure(log_text: str, asked: str, log_path: Path) -> str:
     """
     begin = f"Installing {asked} failed: "
     if _NO_SPACE.search(log_text):
-        return begin + f"there is no space left on the disk. Free some, or start with --data-dir and VENV_DIR on another disk. Details: {log_path}"
+        return (
+            begin
+            + f"there is no space left on the disk. Free some, or set VENV_DIR (and TMPDIR, where pip unpacks) to another disk. Details: {log_path}"
+        )
     if _NO_NETWORK.search(log_text) and "Successfully" not in log_text:
         return begin + (
             "the package index cannot be reached. Check the network connection; behind a proxy set HTTPS_PROXY, for a mirror set INDEX_URL. "
@@ -61,12 +65,12 @@ def _last_error_line(log_text: str) -> str:
     return (errors or lines or ["(none)"])[-1][:300]
 
 
-def explain_venv_failure(output: str, venv_dir: Path) -> str:
-    """Why `python -m venv` failed."""
+def explain_venv_failure(output: str, venv_dir: Path, free_bytes: int) -> str:
+    """Why `python -m venv` failed. It hides what pip's installer said inside, so the free space at that moment tells whether that was the reason."""
     begin = f"Making the virtual environment {venv_dir} failed: "
-    if _NO_SPACE.search(output):
+    if _NO_SPACE.search(output) or free_bytes < _VENV_BYTES:
         return begin + "there is no space left on the disk. Free some, or set VENV_DIR to a folder on another disk."
-    if "ensurepip" in output:
+    if "ensurepip is not available" in output or "No module named ensurepip" in output:
         return begin + "this Python has no ensurepip. On Debian and Ubuntu: apt install python3-venv. Then start again."
     if "Permission denied" in output or "Read-only file system" in output:
         return begin + "this folder cannot be written to. Set VENV_DIR to a folder of your own, or change the permissions."

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from modules.app_config import SCRIPT_DIR
 from modules.launch_errors import SetupError, explain_os_error, explain_venv_failure
 
 log = logging.getLogger(__name__)
@@ -52,9 +53,10 @@ def make_venv(venv_dir: Path, python: str = sys.executable) -> None:
     made_here = not venv_dir.exists()
     result = subprocess.run([python, "-m", "venv", str(venv_dir)], capture_output=True, text=True, check=False)
     if result.returncode != 0:
+        free_bytes = shutil.disk_usage(venv_dir if venv_dir.exists() else SCRIPT_DIR).free
         if made_here:
             shutil.rmtree(venv_dir, ignore_errors=True)
-        raise SetupError(explain_venv_failure(result.stdout + result.stderr, venv_dir))
+        raise SetupError(explain_venv_failure(result.stdout + result.stderr, venv_dir, free_bytes))
 
 
 def _check_runs(venv_dir: Path) -> None:

@@ -55,6 +55,7 @@ def test_pip(text: str, says: str) -> None:
     ("text", "says"),
     [
         ("The virtual environment was not created successfully because ensurepip is not available.", "apt install python3-venv"),
+        ("No module named ensurepip", "apt install python3-venv"),
         ("OSError: [Errno 28] No space left on device", "no space left"),
         ("PermissionError: [Errno 13] Permission denied: '/x/venv'", "cannot be written to"),
         ("a\nb", "failed: b"),
@@ -62,7 +63,14 @@ def test_pip(text: str, says: str) -> None:
     ],
 )
 def test_venv(text: str, says: str) -> None:
-    assert says in explain_venv_failure(text, Path("venv"))
+    assert says in explain_venv_failure(text, Path("venv"), 2**40)
+
+
+def test_a_venv_on_a_full_disk() -> None:
+    """What Python prints when pip's installer inside ended for want of space names no reason."""
+    text = "Error: Command '['/small/venv/bin/python', '-m', 'ensurepip', '--upgrade', '--default-pip']' returned non-zero exit status 2."
+    assert "no space left" in explain_venv_failure(text, Path("venv"), 10 * 2**20)
+    assert "returned non-zero exit status 2" in explain_venv_failure(text, Path("venv"), 2**40)
 
 
 @pytest.mark.parametrize(
