@@ -21,7 +21,7 @@ from modules.image_resizing import flatten, with_alpha_channel
 from modules.stealth_infotext import add_stealth_infotext
 
 PARAMETERS = "parameters"
-_LARGEST_SIDE_PX = {"jpg": 65535, "jpeg": 65535, "webp": 16383, "avif": 65535}
+_LARGEST_SIDE_PX = {"jpg": 65535, "jpeg": 65535, "webp": 16383, "avif": 65535, "gif": 65535}
 _FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF", "gif": "GIF"}
 _MODES = {"PNG": ("1", "L", "LA", "P", "RGB", "RGBA"), "WEBP": ("RGB", "RGBA"), "AVIF": ("RGB", "RGBA"), "GIF": ("L", "P", "RGB")}
 
@@ -52,6 +52,12 @@ class PictureText:
 def known_extensions() -> tuple[str, ...]:
     """File kinds that can be written, without the dot."""
     return tuple(_FORMATS)
+
+
+def kind_that_holds(image: Image.Image, extension: str) -> str:
+    """`extension`, or "png" for a picture with more pixels a side than files of that kind can have."""
+    kind = extension.lower().lstrip(".")
+    return "png" if max(image.size) > _LARGEST_SIDE_PX.get(kind, max(image.size)) else kind
 
 
 def encode_image(image: Image.Image, target: BinaryIO, extension: str, text: PictureText, settings: EncodeSettings) -> None:

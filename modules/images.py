@@ -39,7 +39,7 @@ from modules.image_grids import (
 )
 from modules.image_metadata import IGNORED_INFO_KEYS, image_data, read_info_from_image
 from modules.image_resizing import fix_image, flatten, resize_by_mode
-from modules.image_writing import EncodeSettings, ImageSaveError, PictureText, numbered_names, write_image, write_whole
+from modules.image_writing import EncodeSettings, ImageSaveError, PictureText, kind_that_holds, numbered_names, write_image, write_whole
 from modules.options import Options, OptionsSnapshot
 from modules.shared_options import build_option_table
 from modules.upscaler import LANCZOS, NEAREST, available_upscalers, find_upscaler
@@ -53,6 +53,7 @@ __all__ = [
     "Grid",
     "GridAnnotation",
     "ImageSaveError",
+    "check_grid_size",
     "combine_grid",
     "draw_grid_annotations",
     "draw_prompt_matrix",
@@ -128,6 +129,11 @@ def image_grid(imgs: Sequence[Image.Image], batch_size: int = 1, rows: int | Non
     wanted = settings.n_rows if rows is None else rows
     count = choose_num_rows(len(imgs), wanted_rows=wanted, batch_size=batch_size, prevent_empty_spots=settings.grid_prevent_empty_spots)
     return lay_grid(imgs, count, math.ceil(len(imgs) / count), settings.grid_background_color)
+
+
+def check_grid_size(imgs: Sequence[Image.Image]) -> bool:
+    """Whether a grid of these pictures is within the size that the settings allow (img_max_size_mp)."""
+    return sum(image.width * image.height for image in imgs) <= _settings().img_max_size_mp * 1_000_000
 
 
 def draw_grid_annotations(
@@ -217,7 +223,9 @@ def save_image(
     folder = Path(path)
     if save_to_dirs:
         folder /= sanitize_folder(tokens.apply(settings.directories_filename_pattern or "[prompt_words]"))
-    extension = extension.lower().lstrip(".")
+    wanted, extension = extension, kind_that_holds(image, extension)
+    if extension != wanted.lower().lstrip("."):
+        log.warning("A picture of %dx%d px does not fit a .%s file; it is saved as .%s.", *image.size, wanted, extension)
     if forced_filename is not None:
         place = _named_place(folder, Path(forced_filename).name, extension, settings)
     else:

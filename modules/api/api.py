@@ -5,8 +5,6 @@ Must not know the page.
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -21,10 +19,10 @@ from modules.api.generation import GenerationRoutes, Process
 from modules.api.internal import InternalRoutes
 from modules.api.jobs import JobRoutes
 from modules.api.listings import ListingRoutes
-from modules.api.pictures import decode_picture, encode_settings, fetch_rules, infotext_of
+from modules.api.pictures import decode_picture, encode_picture, encode_settings, fetch_rules, infotext_of
 from modules.api.routes import RoutePolicy, create_router
 from modules.api.server import ServerRoutes
-from modules.image_writing import EncodeSettings, PictureText, encode_image, known_extensions
+from modules.image_writing import EncodeSettings
 from modules.processing import process_images
 
 if TYPE_CHECKING:
@@ -151,10 +149,8 @@ def encode_pil_to_base64(image: Image.Image) -> bytes:
     application = application_or_none()
     options = None if application is None else application.options
     settings = EncodeSettings() if options is None else encode_settings(options)
-    extension = "png" if options is None or options.samples_format not in known_extensions() else options.samples_format
-    buffer = io.BytesIO()
-    encode_image(image, buffer, extension, PictureText(infotext=infotext_of(image)), settings)
-    return base64.b64encode(buffer.getvalue())
+    extension = "png" if options is None else str(options.samples_format)
+    return encode_picture(image, extension=extension, infotext=infotext_of(image), settings=settings).encode("ascii")
 
 
 def verify_url(url: str) -> bool:

@@ -36,6 +36,8 @@ def error_response(error: Exception) -> JSONResponse:
     """The answer to a request that raised `error`. What is not the client's mistake is logged with its traceback."""
     if isinstance(error, RequestValidationError):
         entries = [_plain_entry(entry) for entry in error.errors()]
+        if isinstance(error.body, bytes):  # the body was not read as JSON, since its header does not say that it is
+            entries[0]["msg"] += " (send the header Content-Type: application/json)"
         return JSONResponse(error_body("RequestValidationError", entries, errors=_as_sentence(entries)), status_code=422)
     if isinstance(error, HTTPException):
         headers = dict(error.headers or {})

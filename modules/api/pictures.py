@@ -19,7 +19,7 @@ from modules.api.limits import MAX_INPUT_PICTURE_PX
 from modules.errors import RequestError
 from modules.image_metadata import read_info_from_image
 from modules.image_resizing import fix_image
-from modules.image_writing import EncodeSettings, PictureText, encode_image, known_extensions
+from modules.image_writing import EncodeSettings, PictureText, encode_image, kind_that_holds, known_extensions
 
 _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "TGA", "ICO", "JPEG2000")
@@ -95,7 +95,7 @@ def fetch_rules(options: Any) -> FetchRules | None:
 
 def encode_picture(image: Image.Image, *, extension: str, infotext: str | None, settings: EncodeSettings) -> str:
     """`image` as base64 of a file of this kind, with its infotext."""
-    kind = extension.lower() if extension.lower() in known_extensions() else _FALLBACK_FORMAT
+    kind = kind_that_holds(image, extension if extension.lower() in known_extensions() else _FALLBACK_FORMAT)
     buffer = io.BytesIO()
     encode_image(image, buffer, kind, PictureText(infotext=infotext), settings)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

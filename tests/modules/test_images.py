@@ -164,6 +164,12 @@ def test_large_pictures_get_a_smaller_jpg_beside_them_if_wanted(tmp_path: Path) 
     assert list(jpg.parent.iterdir()) == [jpg]
 
 
+def test_a_picture_too_long_for_its_kind_is_saved_as_png(tmp_path: Path) -> None:
+    path, _ = images.save_image(Image.new("L", (17000, 4)), tmp_path, "grid", extension="webp", p=settings(export_for_4chan=False))
+    assert path.endswith("grid-0000.png")
+    assert read(Path(path))[0].size == (17000, 4)
+
+
 def test_where_it_was_saved_is_on_the_picture(tmp_path: Path) -> None:
     image = PICTURE.copy()
     path, _ = images.save_image(image, tmp_path, "", 7, "a", p=settings())
@@ -202,6 +208,12 @@ def test_grid_follows_the_settings(app: Application) -> None:
     app.options.set("n_rows", 0)
     assert images.image_grid(pictures, batch_size=3).size == (32, 48)
     assert images.image_grid(pictures, rows=1).size == (96, 16)
+
+
+def test_size_of_a_grid(app: Application) -> None:
+    app.options.set("img_max_size_mp", 1)
+    assert images.check_grid_size([Image.new("L", (500, 500))] * 4)
+    assert not images.check_grid_size([Image.new("L", (500, 500))] * 5)
 
 
 def test_annotations_and_prompt_matrix(app: Application) -> None:

@@ -198,6 +198,7 @@ def test_other_methods_and_paths_are_refused(server: Server) -> None:
 def test_a_body_that_is_no_json_by_its_header_is_refused(server: Server) -> None:
     answer = server.client.post(TXT2IMG, content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
     assert answer.status_code == 422
+    assert "send the header Content-Type: application/json" in answer.json()["errors"]
 
 
 def test_a_picture_bomb_is_refused(server: Server) -> None:
