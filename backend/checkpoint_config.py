@@ -39,7 +39,10 @@ class UNetLevel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UNetShape:
-    """What the shapes of a UNet say. `vector_width` is the width of SDXL's extra vector, None without one."""
+    """What the shapes of a UNet say.
+
+    `mid_depth` is 0 where the middle is a lone resnet (SSD-1B). `vector_width` is the width of SDXL's extra vector, None without one.
+    """
 
     in_channels: int
     out_channels: int
@@ -73,6 +76,16 @@ class _Names:
             index += 1
         return index
 
+    def first_ending(self, ending: str) -> str:
+        """The first name that ends so, without the ending."""
+        found = next((name.removesuffix(ending) for name in self.shapes if name.endswith(ending)), None)
+        if found is None:
+            raise CheckpointError(
+                f"{self._file_name}: its {self._what} has no tensor {self.prefix}*{ending}, so it reads no text. "
+                "The file is incomplete, or a model without prompts, which is not supported."
+            )
+        return found
+
     def has(self, start: str) -> bool:
         return any(name.startswith(start) for name in self.shapes)
 
@@ -96,13 +109,15 @@ def read_unet_shape(file: TensorFile, part: Part) -> UNetShape:
         vector = "add_embedding.linear_1.weight" if names.has("add_embedding.") else "class_embedding.linear_1.weight"
     if not levels:
         raise CheckpointError(f"{file.path.name}: its UNet has no blocks that could be read. The file is incomplete; download it again.")
+    mid_depth = names.count(mid + "transformer_blocks.{}.")
+    attention = mid if mid_depth else names.first_ending(".transformer_blocks.0.attn2.to_k.weight") + "."
     return UNetShape(
         in_channels=names.shape(conv_in)[1],
         out_channels=names.shape(conv_out)[0],
         levels=levels,
-        mid_depth=names.count(mid + "transformer_blocks.{}."),
-        context_width=names.shape(f"{mid}transformer_blocks.0.attn2.to_k.weight")[1],
-        has_linear_projections=len(names.shape(f"{mid}proj_in.weight")) == 2,
+        mid_depth=mid_depth,
+        context_width=names.shape(f"{attention}transformer_blocks.0.attn2.to_k.weight")[1],
+        has_linear_projections=len(names.shape(f"{attention}proj_in.weight")) == 2,
         vector_width=names.shape(vector)[1] if names.has(vector) else None,
     )
 
@@ -198,6 +213,7 @@ def unet_config(shape: UNetShape, family: str) -> dict[str, Any]:
         "down_block_types": ["CrossAttnDownBlock2D" if any(level.depths_down) else "DownBlock2D" for level in shape.levels],
         "up_block_types": ["CrossAttnUpBlock2D" if any(level.depths_up) else "UpBlock2D" for level in reversed(shape.levels)],
         "cross_attention_dim": shape.context_width,
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if shape.mid_depth else "UNetMidBlock2D",
         "use_linear_projection": shape.has_linear_projections,
         "attention_head_dim": 8 if family == SD15 else [head_count(width) for width in widths],  # diffusers' name; it means the number of heads
     }
@@ -211,14 +227,15 @@ def _depth_config(shape: UNetShape) -> dict[str, Any]:
     """Transformer blocks per level: plain numbers where a level is even and the same both ways, else layer by layer (distilled SDXL)."""
     is_even = all(len({*level.depths_down, *level.depths_up}) == 1 for level in shape.levels)
     last = shape.levels[-1].depths_down
-    if is_even and last[0] in (0, shape.mid_depth):
+    mid_depth = shape.mid_depth or last[0] or 1  # the class takes the middle's number from the last level's
+    if is_even and last[0] in (0, mid_depth):
         depths = [level.depths_down[0] or 1 for level in shape.levels]
-        return {"transformer_layers_per_block": _one_if_equal([*depths[:-1], shape.mid_depth])}
+        return {"transformer_layers_per_block": _one_if_equal([*depths[:-1], mid_depth])}
     nested: list[Any] = [list(level.depths_down) if any(level.depths_down) else 1 for level in shape.levels]
     reverse = [list(level.depths_up) if any(level.depths_up) else 1 for level in reversed(shape.levels)]
     if not any(last):
-        nested[-1] = shape.mid_depth
-    elif last[0] != shape.mid_depth:
+        nested[-1] = mid_depth
+    elif last[0] != mid_depth:
         raise CheckpointError(
             f"The UNet has {shape.mid_depth} transformer blocks in the middle and {last[0]} beside it; diffusers' UNet can only have the same "
             "number in both. This variant of the family is not supported; use another checkpoint."

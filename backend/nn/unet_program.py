@@ -18,7 +18,14 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D
+from diffusers.models.unets.unet_2d_blocks import (
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    UNetMidBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+)
 from torch import Tensor, nn
 
 from backend.nn.unet_layers import find_norm_wrapper, run_layers
@@ -245,7 +252,7 @@ def _resnet_runs(block: Any, prefix: str) -> list[list[str]]:
 
 
 def _refuse_unknown_parts(unet: Any) -> None:
-    known = (DownBlock2D, CrossAttnDownBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D, CrossAttnUpBlock2D)
+    known = (DownBlock2D, CrossAttnDownBlock2D, UNetMidBlock2DCrossAttn, UNetMidBlock2D, UpBlock2D, CrossAttnUpBlock2D)
     config = unet.config
     unknown = sorted({type(block).__name__ for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) if not isinstance(block, known)})
     unknown += [name for name in ("encoder_hid_dim_type", "class_embed_type", "time_embedding_act_fn", "num_class_embeds") if config.get(name)]

@@ -144,6 +144,30 @@ def test_layer_by_layer_depths_are_derived(checkpoint, layout, tmp_path):
     _assert_same_weights(_networks(engine)[0], unet)
 
 
+@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+def test_distilled_sdxl_with_a_lone_resnet_in_the_middle(checkpoint, layout, tmp_path):
+    """SSD-1B's shape, and that its program gives what the library's forward gives."""
+    reference = checkpoint("sdxl", layout=layout)
+    unet = _another_unet(
+        reference,
+        mid_block_type="UNetMidBlock2D",
+        transformer_layers_per_block=[1, [2, 2], [4, 4]],
+        reverse_transformer_layers_per_block=[[4, 4, 5], [2, 1, 1], 1],
+    )
+    prefix = key_layout.UNET_PREFIX if layout == "ldm" else "unet."
+    state_dict = {key: tensor for key, tensor in load_file(reference.path).items() if not key.startswith(prefix)}
+    parts = key_layout.unet_to_ldm(unet.state_dict(), unet.config) if layout == "ldm" else unet.state_dict()
+    save_file(state_dict | {prefix + key: tensor for key, tensor in parts.items()}, tmp_path / "ssd.safetensors")
+    engine = load_checkpoint(tmp_path / "ssd.safetensors", config=CONFIG)
+    _assert_same_weights(_networks(engine)[0], unet)
+    cond, x, sigma = engine.get_learned_conditioning(["a cat"]), torch.randn(1, 4, 8, 8), torch.tensor([1.0])
+    model = engine.forge_objects.unet.model
+    extra = {"text_embeds": cond["vector"][:, :64], "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]])}
+    with torch.no_grad():
+        eps = unet.eval()(x / 2**0.5, model.predictor.timestep(sigma), cond["crossattn"], added_cond_kwargs=extra).sample
+    torch.testing.assert_close(model.apply_model(x, sigma, c_crossattn=cond["crossattn"], y=cond["vector"]), x - eps, rtol=0, atol=1e-4)
+
+
 def test_refiner_loads_with_bigg_alone(checkpoint, tmp_path):
     base = checkpoint("sdxl")
     bigg = base.text_encoders[1]

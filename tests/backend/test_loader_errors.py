@@ -188,6 +188,12 @@ def test_shapes_that_do_not_fit_together(good, tmp_path):
     assert f"1 tensors of its VAE have shapes that do not fit together (first: {key} is 7x7x3x3, 32x64x3x3 is needed" in message
 
 
+def test_a_unet_without_text_is_refused(good, tmp_path):
+    path = tmp_path / "unconditional.safetensors"
+    save_file({key: tensor for key, tensor in load_file(good).items() if ".transformer_blocks." not in key}, path)
+    assert "so it reads no text" in _refusal(path)
+
+
 @pytest.mark.parametrize(
     ("prefix", "words"),
     [
