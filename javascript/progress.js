@@ -51,7 +51,7 @@ function progressText(answer) {
     if (!text && answer.textinfo && !answer.textinfo.includes("\n")) {
         text = answer.textinfo;
     }
-    return text;
+    return text || (answer.active ? "Starting…" : "");
 }
 
 /**

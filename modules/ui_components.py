@@ -12,6 +12,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.component_meta import ComponentMeta, updateable
+from gradio.context import get_blocks_context
 
 
 class _ComponentMetaWithoutStub(ComponentMeta):
@@ -140,10 +141,15 @@ class InputAccordion(gr.Checkbox, metaclass=_ComponentMetaWithoutStub):
 
     def __init__(self, value: bool | None = None, *, accordion: gr.Accordion | None = None, **kwargs: Any) -> None:
         self.accordion_id = kwargs.pop("elem_id", None) or self._new_id()
-        label = kwargs.pop("label", "Accordion")
+        label, visible = kwargs.pop("label", "Accordion"), kwargs.pop("visible", True)
         super().__init__(value=bool(value), elem_id=f"{self.accordion_id}-checkbox", visible="hidden", label=label, **kwargs)
+        if get_blocks_context() is None:  # gradio makes a second one whenever an event changes this one's properties; it is never shown
+            self.accordion = accordion
+            return
         # open at first, so that its parts are made; the page's script closes it
-        self.accordion = accordion or gr.Accordion(label, open=True, elem_id=self.accordion_id, elem_classes=["input-accordion"])
+        self.accordion: gr.Accordion | None = accordion or gr.Accordion(
+            label, open=True, visible=visible, elem_id=self.accordion_id, elem_classes=["input-accordion"]
+        )
         self.change(
             fn=None, js=f"function(checked){{ inputAccordionChecked('{self.accordion_id}', checked); }}", inputs=[self], show_progress="hidden"
         )
@@ -158,11 +164,18 @@ class InputAccordion(gr.Checkbox, metaclass=_ComponentMetaWithoutStub):
         return gr.Row(elem_id=f"{self.accordion_id}-extra", elem_classes=["input-accordion-extra"])
 
     def __enter__(self) -> InputAccordion:
-        self.accordion.__enter__()
+        self._shown_accordion().__enter__()
         return self
 
     def __exit__(self, exc_type: Any = None, exc_value: Any = None, traceback: Any = None) -> None:
-        self.accordion.__exit__(exc_type, exc_value, traceback)
+        self._shown_accordion().__exit__(exc_type, exc_value, traceback)
+
+    def _shown_accordion(self) -> gr.Accordion:
+        if self.accordion is None:
+            raise RuntimeError(
+                f"accordion {self.accordion_id}: it was made outside of a page and cannot hold parts; make it inside `with gr.Blocks()`."
+            )
+        return self.accordion
 
     def get_block_name(self) -> str:
         return "checkbox"

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import gradio as gr
+import pytest
 
 from modules import ui_components
 from modules.ui_components import DropdownMulti, FormRow, InputAccordion, ToolButton
@@ -46,3 +47,12 @@ def test_input_accordions_without_id_get_different_ones() -> None:
         one, two = InputAccordion(True, label="a"), InputAccordion(True, label="b")
     assert one.accordion_id != two.accordion_id
     assert one.value is True
+
+
+def test_input_accordion_can_be_changed_by_an_event() -> None:
+    with gr.Blocks(analytics_enabled=False):
+        accordion = InputAccordion(False, label="Hires. fix", elem_id="txt2img_hr")
+    changed = InputAccordion(**{**accordion.constructor_args, "value": True, "render": False})  # what gradio does for gr.update()
+    assert (changed.value, changed.elem_id) == (True, "txt2img_hr-checkbox")
+    with pytest.raises(RuntimeError, match="outside of a page"):
+        changed.__enter__()

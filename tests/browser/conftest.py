@@ -1,0 +1,129 @@
+"""A server with a small real model, and Chromium looking at it. Everything skips, with the reason, where there is no Chromium."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from modules import ui, ui_page
+from modules.api.api import create_internal_api
+from modules.application import Application
+from modules.server import WebServer, create_fastapi_app, mount_page
+from tests.support.applications import installed_application
+from tests.support.checkpoints import write_checkpoint
+
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run")
+TIMEOUT_MS = 120_000  # a machine that is busy with something else is slow, not broken
+KNOWN_MESSAGES = ("Method not implemented",)  # of gradio's own picture component
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.browser)
+            item.add_marker(pytest.mark.slow)
+            # what libraries say on the server's threads is not the page's doing; sockets are left to the garbage collector by gradio and the browser
+            for kind in ("DeprecationWarning", "FutureWarning", "ResourceWarning", "pytest.PytestUnraisableExceptionWarning"):
+                item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}"))
+
+
+@dataclass
+class Site:
+    """A running server, and the application behind it."""
+
+    app: Application
+    address: str
+
+
+@contextmanager
+def serve(data_dir: Path) -> Iterator[Site]:
+    with installed_application(data_dir, port=0) as app:
+        app.options.show_progress_every_n_steps = 1
+        app.options.live_preview_refresh_period = 100
+        fastapi_app = create_fastapi_app(app.config)
+        create_internal_api(app, fastapi_app)
+        mount_page(fastapi_app, ui.create_ui(app), app.config, ui_page.page_settings(app.config))
+        server = WebServer(app.config)
+        server.start(fastapi_app)
+        try:
+            yield Site(app=app, address=server.address)
+        finally:
+            server.stop()
+
+
+def put_checkpoint(data_dir: Path) -> Path:
+    """A narrow SD 1.x file with random weights whose pictures are 64x64."""
+    path = data_dir / "models" / "Stable-diffusion" / "narrow.safetensors"
+    write_checkpoint(path, "sd15", metadata={"modelspec.resolution": "64x64"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    data_dir = Path(tmp_path_factory.mktemp("site"))
+    put_checkpoint(data_dir)
+    with serve(data_dir) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def empty_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with serve(Path(tmp_path_factory.mktemp("empty"))) as site:
+        yield site
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+    program = next((path for name in CHROMIUM_NAMES if (path := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=list(CHROMIUM_FLAGS))
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Observed:
+    """What must not happen while a page is looked at."""
+
+    foreign_requests: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def watch(self, page: Any) -> None:
+        page.on("request", lambda request: self._note_request(request.url))
+        page.on("pageerror", lambda error: self.errors.append(f"script error: {error}"))
+        page.on("console", lambda message: self._note_message(message.type, message.text))
+        page.on("response", lambda response: self.errors.append(f"{response.status} {response.url}") if response.status >= 400 else None)
+
+    def _note_request(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("data", "blob") and parts.hostname != "127.0.0.1":
+            self.foreign_requests.append(url)
+
+    def _note_message(self, kind: str, text: str) -> None:
+        if kind == "error" and not any(known in text for known in KNOWN_MESSAGES):
+            self.errors.append(f"console: {text}")
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A new window; the test fails when the page asked another host for anything or reported an error."""
+    context = browser.new_context(viewport={"width": 1440, "height": 900}, accept_downloads=True)
+    context.set_default_timeout(TIMEOUT_MS)
+    page = context.new_page()
+    observed = Observed()
+    observed.watch(page)
+    yield page
+    context.close()
+    assert observed.foreign_requests == []
+    assert observed.errors == []
