@@ -69,7 +69,7 @@ def make_variants() -> Mapping[str, Variant]:
 
 
 BENCH = Bench(
-    question="How long from the command to the answer, on a start that installs nothing? The floor is importing torch and gradio one after the other.",
+    question="How long from the command to the answer, on a start that installs nothing? The floor: importing torch and gradio in turn.",
     make_variants=make_variants,
     baseline="import torch, gradio",
     num_rounds=5,

@@ -86,7 +86,7 @@ class Project:
         }
         environ = {name: value for name, value in environ.items() if value}
         result = subprocess.run(
-            [self.python, *words], cwd=self.root, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120
+            [self.python, *words], cwd=self.root, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=600
         )
         return Result(result.returncode, result.stdout + result.stderr)
 
