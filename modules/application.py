@@ -88,7 +88,7 @@ def build_application(config: AppConfig, *, load: LoadEngine = load_engine) -> A
         jobs=JobQueue(state),
         checkpoints=checkpoints,
         additional_modules=additional_modules,
-        models=ModelHost(checkpoints, additional_modules, config.backend, options.snapshot, load=load),
+        models=ModelHost(checkpoints, additional_modules, config.backend, options.snapshot, embedding_dirs=config.embeddings_dirs, load=load),
         file_cache=file_cache,
         hashes=hashes,
         styles=StyleDatabase(config.styles_files),

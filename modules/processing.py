@@ -44,6 +44,8 @@ __all__ = [
     "program_version",
 ]
 
+MIB = 2**20
+
 # names that extensions import from here -> the file that has them
 _ELSEWHERE = {
     "get_fixed_seed": "processing_validation",
@@ -72,7 +74,8 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
     """Carry out the request: load its model, make its pictures, save them. Raises RequestError for what cannot be done.
 
     Runs on the calling thread, one job at a time; page and API call it from the job worker."""
-    from modules.processing_validation import make_sound  # the sampler list imports torch
+    from backend import memory_management  # imports torch, as the sampler list does
+    from modules.processing_validation import make_sound
 
     app = current_application()
     with queue_lock, _as_job(app):
@@ -80,6 +83,7 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
         make_sound(p, app)
         token = active_overrides.set({**active_overrides.get(), **p.override_settings})
         try:
+            memory_management.set_inference_memory(int(p.options.forge_inference_memory) * MIB)
             p.sd_model = app.models.ensure_loaded(p.options)
             return process_images_inner(p)
         finally:
@@ -235,6 +239,7 @@ def _activate_networks(p: StableDiffusionProcessing, app: Application) -> None:
 
     engine = p.sd_model
     engine.forge_objects = engine.forge_objects_original.shallow_copy()
+    engine.forge_objects.vae.auto_fp32 = bool(p.options.auto_vae_precision)
     if not p.do_not_reload_embeddings:
         engine.embeddings.load_textual_inversion_embeddings()
     p.parse_extra_network_prompts()

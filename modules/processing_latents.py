@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from backend.patcher.vae import NansError
 from modules import devices
 from modules.processing_request import opt_f
 
@@ -30,8 +31,12 @@ def decode_latent_batch(model: Any, batch: Tensor, target_device: torch.device |
     samples = DecodedSamples()
     if check_for_nans:
         devices.test_for_nans(batch, "unet")
+        batch = torch.nan_to_num(batch)
     for latent_CHW in batch:
-        sample_CHW = model.decode_first_stage(latent_CHW[None])[0]
+        try:
+            sample_CHW = model.decode_first_stage(latent_CHW[None])[0]
+        except NansError as error:
+            raise devices.NansException(str(error)) from error
         if check_for_nans:
             devices.test_for_nans(sample_CHW, "vae")
         samples.append(sample_CHW if target_device is None else sample_CHW.to(target_device))

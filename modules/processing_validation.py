@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules import sd_samplers
 from modules.errors import RequestError
+from modules.inert_settings import find_inert, warn_once
 from modules.processing_request import opt_f
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def make_sound(p: StableDiffusionProcessing, app: Application) -> None:
     _check_size(p)
     _resolve_sampler(p)
     _name_what_is_missing(p)
+    _name_inert_settings(p, app)
 
 
 def _drop_unknown_checkpoint(p: StableDiffusionProcessing, app: Application) -> None:
@@ -154,6 +156,14 @@ def _name_what_is_missing(p: StableDiffusionProcessing) -> None:
         p.comment("refiner_checkpoint: switching to a refiner is not available; the whole picture is made with one checkpoint.")
     if p.token_merging_ratio or p.token_merging_ratio_hr or p.options.token_merging_ratio:
         p.comment("token_merging_ratio: token merging is not available; nothing is merged.")
+
+
+def _name_inert_settings(p: StableDiffusionProcessing, app: Application) -> None:
+    """Settings without effect: those of the request are said beside its pictures, the others once in the log."""
+    defaults = {key: info.default for key, info in app.options.data_labels.items()}
+    for sentence in find_inert(p.options, defaults, p.override_settings.keys()):
+        p.comment(f"override_settings: {sentence}")
+    warn_once(find_inert(p.options, defaults))
 
 
 # Seeds

@@ -5,6 +5,7 @@ The engine does the loading (backend/loader.py); this file decides what and when
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backend.args import BackendConfig
+from backend.memory.recent_models import RecentModels, recent_models_budget_bytes
 from modules.checkpoints import CheckpointInfo, CheckpointRegistry, read_safetensors_header, read_safetensors_metadata
 from modules.errors import RequestError
 from modules.sd_vae import ModuleRegistry
@@ -47,6 +49,7 @@ class ModelRequest:
     checkpoint: CheckpointInfo
     additional_modules: tuple[Path, ...] = ()
     unet_storage_dtype: str | None = None
+    embedding_dirs: tuple[Path, ...] = ()
 
     def identity(self) -> tuple[object, ...]:
         files = (self.checkpoint.path, *self.additional_modules)
@@ -76,7 +79,13 @@ def load_engine(request: ModelRequest, config: BackendConfig) -> ForgeDiffusionE
 
     dtype = getattr(torch, request.unet_storage_dtype) if request.unet_storage_dtype else None
     try:
-        return load_checkpoint(request.checkpoint.path, config=config, additional_modules=request.additional_modules, unet_storage_dtype=dtype)
+        return load_checkpoint(
+            request.checkpoint.path,
+            config=config,
+            additional_modules=request.additional_modules,
+            unet_storage_dtype=dtype,
+            embedding_dirs=request.embedding_dirs,
+        )
     except CheckpointError as error:
         raise ModelLoadError(str(error)) from error
 
@@ -86,7 +95,7 @@ class ModelLoadError(RequestError):
 
 
 class ModelHost:
-    """Owns the loaded engine. Only the job worker calls the methods that change it."""
+    """Owns the loaded engine, and those used before it that wait in main memory. Only the job worker calls the methods that change it."""
 
     def __init__(
         self,
@@ -95,6 +104,7 @@ class ModelHost:
         config: BackendConfig,
         current_options: Callable[[], Mapping[str, Any]],
         *,
+        embedding_dirs: Sequence[Path] = (),
         load: LoadEngine = load_engine,
     ) -> None:
         self.checkpoints = checkpoints
@@ -104,7 +114,9 @@ class ModelHost:
         self.request: ModelRequest | None = None
         self._current_options = current_options
         self._load = load
+        self._embedding_dirs = tuple(embedding_dirs)
         self._identity: tuple[object, ...] | None = None
+        self._recent: RecentModels[tuple[ForgeDiffusionEngine, ModelRequest]] = RecentModels()
         self.on_loaded: list[Callable[[ForgeDiffusionEngine], object]] = []
 
     @property
@@ -120,6 +132,7 @@ class ModelHost:
             checkpoint=self._checkpoint_named(chosen.get("sd_model_checkpoint")),
             additional_modules=self.additional_modules.chosen_by(chosen),
             unet_storage_dtype=unet_storage_dtype_from_option(chosen.get("forge_unet_storage_dtype") or "Automatic"),
+            embedding_dirs=self._embedding_dirs,
         )
 
     def _checkpoint_named(self, wanted: str | None) -> CheckpointInfo:
@@ -141,27 +154,59 @@ class ModelHost:
         identity = request.identity()
         if self.engine is not None and identity == self._identity:
             return self.engine
+        waiting = self._recent.take(identity)
+        if waiting is not None:
+            log.info("%s was still in memory.", request.checkpoint.title)
+            return self._use(waiting[0], request, identity)
         request.checkpoint.calculate_shorthash()
         started = time.perf_counter()
+        self._recent.shrink(budget_bytes=self._waiting_budget_bytes(), max_models=self._max_waiting())
         engine = self._load(request, self.config)
         _describe(engine, request.checkpoint)
-        self._take(engine, request, identity)
         log.info("Loaded %s in %.1f s.", request.checkpoint.title, time.perf_counter() - started)
-        return engine
+        return self._use(engine, request, identity)
 
-    def _take(self, engine: ForgeDiffusionEngine, request: ModelRequest, identity: tuple[object, ...]) -> None:
-        had_one = self.engine is not None
+    def _use(self, engine: ForgeDiffusionEngine, request: ModelRequest, identity: tuple[object, ...]) -> ForgeDiffusionEngine:
+        """Put `engine` in the place of the one in use, which waits in main memory where there is room."""
+        before = (self.engine, self.request, self._identity)
         self.engine, self.request, self._identity = None, None, None
-        if had_one:
+        if before[0] is not None and before[1] is not None:
             _free_devices()
+            self._let_wait(before[0], before[1], before[2])
         self.engine, self.request, self._identity = engine, request, identity
         for callback in self.on_loaded:
             callback(engine)
+        return engine
+
+    def _let_wait(self, engine: ForgeDiffusionEngine, request: ModelRequest, identity: tuple[object, ...] | None) -> None:
+        limits = {"budget_bytes": self._waiting_budget_bytes(), "max_models": self._max_waiting()}
+        self._recent.put(identity, (engine, request), held_bytes(engine), **limits)
+
+    def _max_waiting(self) -> int:
+        """As many as the settings "Checkpoints kept in RAM" and "Checkpoints loaded at the same time" say; one at least."""
+        options = self._current_options()
+        return max(int(options.get("sd_checkpoint_cache") or 0), int(options.get("sd_checkpoints_limit") or 1) - 1, 1)
+
+    def _waiting_budget_bytes(self) -> int:
+        from backend import memory_management  # imports torch
+
+        total_bytes, free_bytes = memory_management.get_total_memory(memory_management.cpu), memory_management.get_free_memory(memory_management.cpu)
+        return recent_models_budget_bytes(total_bytes, free_bytes)
 
     def unload(self) -> None:
-        """Drop the engine and give its memory back; the next job loads it again."""
+        """Drop all engines and give their memory back; the next job loads again."""
         self.engine, self.request, self._identity = None, None, None
+        self._recent.clear()
         _free_devices()
+
+
+def held_bytes(engine: Any) -> int:
+    """Bytes of an engine's networks."""
+    from backend import memory_management  # imports torch
+
+    objects = engine.forge_objects_original
+    networks = (objects.unet.model, objects.clip.cond_stage_model, objects.vae.first_stage_model)
+    return sum(memory_management.module_size(network) for network in networks)
 
 
 def _describe(engine: ForgeDiffusionEngine, checkpoint: CheckpointInfo) -> None:
@@ -297,7 +342,7 @@ def reload_model_weights(sd_model: Any = None, info: CheckpointInfo | None = Non
         host.unload()
     if info is None:
         return host.ensure_loaded()
-    return host.serve(ModelRequest(checkpoint=info, additional_modules=host.resolve().additional_modules))
+    return host.serve(dataclasses.replace(host.resolve(), checkpoint=info))
 
 
 def __getattr__(name: str) -> Any:

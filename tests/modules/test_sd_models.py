@@ -48,6 +48,7 @@ class Loader:
 @pytest.fixture
 def loader(monkeypatch: pytest.MonkeyPatch) -> Loader:
     monkeypatch.setattr(sd_models, "_free_devices", lambda: None)
+    monkeypatch.setattr(sd_models, "held_bytes", lambda _engine: 1000)
     return Loader()
 
 
@@ -72,8 +73,28 @@ def test_override_settings_choose_another_model_without_changing_the_settings(ap
     app.options.sd_model_checkpoint = "one"
     app.models.ensure_loaded(app.options.snapshot({"sd_model_checkpoint": "two"}))
     assert app.options.sd_model_checkpoint == "one"
-    app.models.ensure_loaded()
+    one = app.models.ensure_loaded()
     assert loader.names == ["two", "one"]
+    assert app.models.engine is one
+
+
+def test_the_model_before_waits_and_is_not_read_again(app: Application, loader: Loader) -> None:
+    one, two = (app.options.snapshot({"sd_model_checkpoint": name}) for name in ("one", "two"))
+    first = app.models.ensure_loaded(one)
+    app.models.ensure_loaded(two)
+    assert app.models.ensure_loaded(one) is first
+    assert app.models.loaded_checkpoint is not None
+    assert app.models.loaded_checkpoint.name_for_extra == "one"
+    app.models.ensure_loaded(two)
+    assert loader.names == ["one", "two"]
+
+
+def test_without_room_nothing_waits(app: Application, loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.models, "_waiting_budget_bytes", lambda: 999)
+    one, two = (app.options.snapshot({"sd_model_checkpoint": name}) for name in ("one", "two"))
+    for wanted in (one, two, one):
+        app.models.ensure_loaded(wanted)
+    assert loader.names == ["one", "two", "one"]
 
 
 def test_a_model_that_does_not_load_leaves_the_one_before_usable(app: Application, loader: Loader) -> None:
