@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from backend import memory_management
 from backend.memory.errors import OutOfMemory
+from backend.memory.module_bytes import count_module_bytes
 from backend.patcher.base import ModelPatcher
 from backend.patcher.vae_tiles import Tiling, run_tiled
 
@@ -28,6 +30,9 @@ _PUBLISHED_WIDTH = 128
 _ENCODE_BYTES_PER_PIXEL = 1767
 _DECODE_BYTES_PER_PIXEL = 2178
 """Working memory of the published networks per picture pixel and byte of the number type; narrower ones need less in proportion."""
+_DECODE_TILES = (64, 32, 16)
+_ENCODE_TILES = (512, 256, 128)
+"""Sides of tiles, in latent and in picture pixels, from what is tried first when memory runs out to what is tried last."""
 
 
 class NansError(RuntimeError):
@@ -48,7 +53,7 @@ class VAE:
         if model is None:
             raise ValueError("VAE(model): a network is needed; VAE(no_init=True) makes an empty one.")
         self.first_stage_model = model
-        self.device = device or memory_management.vae_device()
+        self.device = device or memory_management.vae_device(count_module_bytes(model).total_bytes)
         self.output_device = memory_management.intermediate_device()
         self.auto_fp32 = True
         self._read_shape(model)
@@ -102,7 +107,7 @@ class VAE:
         if picture_BCHW is not None:
             return picture_BCHW.movedim(1, -1)
         logger.warning("Out of memory while decoding %s latents with the VAE; decoding again in tiles.", _size_text(samples_in))
-        return self.decode_tiled(samples_in)
+        return self._in_smaller_tiles(lambda tile: self.decode_tiled(samples_in, tile, tile, tile // 4), _DECODE_TILES)
 
     @torch.no_grad()
     def decode_tiled(self, samples: Tensor, tile_x: int = 64, tile_y: int = 64, overlap: int = 16) -> Tensor:
@@ -110,7 +115,7 @@ class VAE:
         out_channels = cast("int", cast("Any", self.first_stage_model).config.out_channels)
         tiling, scale = Tiling(tile_w=tile_x, tile_h=tile_y, overlap=overlap), Fraction(self.downscale_ratio)
         self._load(self.memory_used_decode((tile_y, tile_x), self.vae_dtype))
-        picture_BCHW = self._checked(lambda: self._average_tilings(self._decode_batch, samples, tiling, scale, out_channels), "decoding")
+        picture_BCHW = self._with_recovery(lambda: self._average_tilings(self._decode_batch, samples, tiling, scale, out_channels), "decoding")
         return picture_BCHW.movedim(1, -1)
 
     def _decode_batch(self, latents_BCHW: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ class VAE:
         if latents_BCHW is not None:
             return latents_BCHW
         logger.warning("Out of memory while encoding a %s picture with the VAE; encoding again in tiles.", _size_text(pixels_BCHW))
-        return self.encode_tiled(pixel_samples)
+        return self._in_smaller_tiles(lambda tile: self.encode_tiled(pixel_samples, tile, tile, tile // 8), _ENCODE_TILES)
 
     @torch.no_grad()
     def encode_tiled(self, pixel_samples: Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64) -> Tensor:
@@ -146,7 +151,7 @@ class VAE:
         pixels_BCHW = pixel_samples.movedim(-1, 1)
         tiling, scale = Tiling(tile_w=tile_x, tile_h=tile_y, overlap=overlap), Fraction(1, self.downscale_ratio)
         self._load(self.memory_used_encode((tile_y, tile_x), self.vae_dtype))
-        return self._checked(lambda: self._average_tilings(self._encode_batch, pixels_BCHW, tiling, scale, self.latent_channels), "encoding")
+        return self._with_recovery(lambda: self._average_tilings(self._encode_batch, pixels_BCHW, tiling, scale, self.latent_channels), "encoding")
 
     def _encode_batch(self, pixels_BCHW: Tensor) -> Tensor:
         posterior = cast("Any", self.first_stage_model).encode((pixels_BCHW.to(self.device) * 2.0 - 1.0).to(self.vae_dtype), return_dict=False)[0]
@@ -164,6 +169,21 @@ class VAE:
             pass
         memory_management.soft_empty_cache(force=True)
         return None
+
+    def _in_smaller_tiles(self, run: Callable[[int], Tensor], tiles: tuple[int, ...]) -> Tensor:
+        """`run(tile)` with the largest tile side that there is memory for. Raises: OutOfMemory when the smallest is too large."""
+        for tile in tiles[:-1]:
+            result = self._unless_out_of_memory(partial(run, tile))
+            if result is not None:
+                return result
+            logger.warning("Out of memory with tiles of %d; trying smaller ones.", tile)
+        return run(tiles[-1])
+
+    def _with_recovery(self, run: Callable[[], Tensor], doing: str) -> Tensor:
+        """`run()` checked for NaN; again with less and less else on the device when memory runs out. Raises: OutOfMemory, NansError."""
+        return memory_management.run_with_recovery(
+            lambda: self._checked(run, doing), what=f"{doing} tiles with the VAE", device=self.device, keep=[self.patcher]
+        )
 
     @torch.no_grad()
     def _in_batches(self, function: Callable[[Tensor], Tensor], x_BCHW: Tensor, need_bytes: int, doing: str) -> Tensor:
@@ -200,7 +220,7 @@ class VAE:
                 return result
             logger.warning(
                 "The VAE produced NaN while %s in %s. It is automatically reverted to 32-bit floats and the picture is done again. "
-                "Start with --no-half-vae to use 32 bit from the start, or switch off the setting 'Automatically revert VAE to 32-bit floats'.",
+                "Start with --no-half-vae to use 32 bit from the start, or switch off 'Repeat a failed VAE pass in 32 bits' (auto_vae_precision).",
                 doing,
                 str(self.vae_dtype).removeprefix("torch."),
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from fractions import Fraction
-from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -14,6 +13,7 @@ from torch.nn import functional
 from backend import memory_management
 from backend.args import BackendConfig
 from backend.devices.probing import probe_devices
+from backend.patcher import vae as vae_module
 from backend.patcher.vae import VAE, NansError
 from backend.patcher.vae_tiles import Tiling, run_tiled, spans
 from tests.support.checkpoints import build_models
@@ -83,17 +83,17 @@ def _fails_above(network, monkeypatch, name, max_pixels):
     return seen
 
 
-def _with_small_tiles(vae, monkeypatch):
-    monkeypatch.setattr(vae, "decode_tiled", partial(vae.decode_tiled, tile_x=16, tile_y=16, overlap=4))
-    monkeypatch.setattr(vae, "encode_tiled", partial(vae.encode_tiled, tile_x=128, tile_y=128, overlap=32))
-    return vae
+def _with_small_tiles(monkeypatch):
+    monkeypatch.setattr(vae_module, "_DECODE_TILES", (16,))
+    monkeypatch.setattr(vae_module, "_ENCODE_TILES", (128,))
 
 
 def test_out_of_memory_falls_back_to_tiles_with_a_message(network, monkeypatch, caplog):
     latents = functional.interpolate(torch.randn(1, 4, 3, 4), (18, 20), mode="bicubic")
     whole = _reference_decode(network, latents)
     seen = _fails_above(network, monkeypatch, "decode", 16 * 16)
-    vae = _with_small_tiles(VAE(network), monkeypatch)
+    _with_small_tiles(monkeypatch)
+    vae = VAE(network)
     with caplog.at_level(logging.WARNING):
         decoded = vae.decode(latents)
     assert "Out of memory while decoding 20x18 latents" in caplog.text
@@ -104,7 +104,8 @@ def test_out_of_memory_falls_back_to_tiles_with_a_message(network, monkeypatch, 
 
 def test_encoding_falls_back_to_tiles_too(network, monkeypatch, caplog):
     _fails_above(network, monkeypatch, "encode", 128 * 128)
-    vae = _with_small_tiles(VAE(network), monkeypatch)
+    _with_small_tiles(monkeypatch)
+    vae = VAE(network)
     with caplog.at_level(logging.WARNING):
         latents = vae.encode(torch.rand(1, 136, 160, 3))
     assert "Out of memory while encoding a 160x136 picture" in caplog.text
@@ -228,7 +229,8 @@ def test_decode_on_a_virtual_gpu_that_is_too_small_for_whole_pictures(network, c
     config = BackendConfig(virtual_gpus_bytes=(48 * 2**20,))
     memory_management.configure(config, probe_devices(config))
     monkeypatch.setattr(memory_management, "current_inference_memory", 0)
-    vae = _with_small_tiles(VAE(network), monkeypatch)
+    _with_small_tiles(monkeypatch)
+    vae = VAE(network)
     with caplog.at_level(logging.WARNING):
         decoded = vae.decode(latents)
     assert vae.device.type == "vgpu" and decoded.device.type == "cpu"
