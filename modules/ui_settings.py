@@ -102,9 +102,10 @@ def create_setting(key: str, info: OptionInfo, value: Any, choices: Mapping[str,
     """The control of one setting, with its comment under it."""
     kind = COMPONENTS[info.component] if isinstance(info.component, str) else info.component or default_component(info.default)
     args = _component_arguments(info)
-    if kind in (gr.Dropdown, DropdownMulti) and "choices" not in args:
+    if kind in (gr.Dropdown, DropdownMulti, gr.Radio, gr.CheckboxGroup) and "choices" not in args:
         args["choices"] = _choices_for(key, value, info.default, choices)
-        args.setdefault("allow_custom_value", True)
+        if kind in (gr.Dropdown, DropdownMulti):
+            args.setdefault("allow_custom_value", True)
     if kind is gr.HTML:
         component = gr.HTML(info.default, elem_id=f"setting_{key}", **args)
     elif info.refresh is not None:

@@ -116,12 +116,16 @@ class Observed:
 
 
 @pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
+def observed() -> Observed:
+    return Observed()
+
+
+@pytest.fixture
+def page(browser: Any, observed: Observed) -> Iterator[Any]:
     """A new window; the test fails when the page asked another host for anything or reported an error."""
     context = browser.new_context(viewport={"width": 1440, "height": 900}, accept_downloads=True)
     context.set_default_timeout(TIMEOUT_MS)
     page = context.new_page()
-    observed = Observed()
     observed.watch(page)
     yield page
     context.close()

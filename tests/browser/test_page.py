@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from modules.image_metadata import read_info_from_image
-from tests.browser.conftest import Site, put_checkpoint
+from tests.browser.conftest import Observed, Site, put_checkpoint
 
 GALLERY_IMAGE = "#{tab}_gallery .preview img[data-testid=detailed-image]"
 
@@ -364,7 +364,7 @@ def test_changed_setting_is_kept_and_found_by_search(page: Any, site: Site) -> N
     site.app.options.jpeg_quality = 80
 
 
-def test_running_job_is_found_again_after_a_reload(page: Any, site: Site) -> None:
+def test_running_job_is_found_again_after_a_reload(page: Any, site: Site, observed: Observed) -> None:
     open_page(page, site)
     page.fill("#txt2img_prompt textarea", "reloaded meanwhile")
     set_number(page, "txt2img_steps", 100)
@@ -372,6 +372,7 @@ def test_running_job_is_found_again_after_a_reload(page: Any, site: Site) -> Non
     page.wait_for_selector("#txt2img_gallery_container .livePreview img")
     page.reload()
     wait_until_loaded(page)
+    observed.errors.clear()  # the old page's connection was cut
     page.click("#txt2img_restore_progress")
     wait_for_answer(page)
     assert infotexts(page)[0].startswith("reloaded meanwhile")

@@ -40,6 +40,12 @@ def test_every_option_with_a_page_has_a_control_with_its_id_and_value(app: Appli
     assert "sd_model_checkpoint" not in tab.components
 
 
+def test_every_control_takes_its_own_value(app: Application) -> None:
+    for key, control in build(app).components.items():
+        control.preprocess(control.postprocess(control.value))
+        assert control.label == app.options.data_labels[key].label
+
+
 def test_controls_follow_the_table(app: Application) -> None:
     tab = build(app)
     assert isinstance(tab.components["samples_save"], gr.Checkbox)
