@@ -16,7 +16,7 @@ from backend.nn.unet_program import build_program
 from tests.support.checkpoints import SDXL_PROJECTION_DIM, build_models
 from tools.demo_model import networks
 
-CASES = ("sd15", "sd15-inpaint", "sd21_v", "sdxl", "sdxl-inpaint", "demo")
+CASES = ("sd15", "sd15-inpaint", "sd21_v", "sdxl", "sdxl-inpaint", "refiner", "no_middle_attention", "demo")
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -24,8 +24,30 @@ def unet(request: pytest.FixtureRequest) -> UNet2DConditionModel:
     if request.param == "demo":
         torch.manual_seed(1)
         return networks.build_unet().eval().requires_grad_(False)
+    if request.param in ("refiner", "no_middle_attention"):
+        return _build_relative(request.param)
     family, _, inpaint = request.param.partition("-")
     return build_models(Path("none"), family, inpaint=bool(inpaint)).unet
+
+
+def _build_relative(name: str) -> UNet2DConditionModel:
+    """The SDXL refiner's shape (four levels, transformers in the two middle ones), and a slimmed SDXL's (no attention in the middle)."""
+    torch.manual_seed(1)
+    is_refiner = name == "refiner"
+    network = UNet2DConditionModel(
+        block_out_channels=(32, 64, 128, 128) if is_refiner else (32, 64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")[: 4 if is_refiner else 3],
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")[0 if is_refiner else 1 :],
+        mid_block_type="UNetMidBlock2DCrossAttn" if is_refiner else "UNetMidBlock2D",
+        transformer_layers_per_block=2,
+        attention_head_dim=4,
+        cross_attention_dim=48,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=6 * 256 + SDXL_PROJECTION_DIM,
+    )
+    return network.eval().requires_grad_(False)
 
 
 def _inputs(unet: UNet2DConditionModel, *, height: int = 16, width: int = 16, batch: int = 2) -> dict[str, Any]:
