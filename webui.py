@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -153,8 +155,9 @@ class EngineStart:
 
     def __init__(self, config: AppConfig) -> None:
         self._config = config
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-start")
-        self._devices = self._worker.submit(self._find_devices)
+        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-start")
+        self._devices = worker.submit(self._find_devices)
+        worker.shutdown(wait=False)
 
     def wait_for_devices(self) -> None:
         """Block until the devices are known. Raises SetupError when a flag names one that is not there."""
@@ -165,7 +168,7 @@ class EngineStart:
 
     def import_networks(self) -> None:
         """Begin to import the rest, so that the first picture does not wait for it. What fails then fails again in that job, which reports it."""
-        self._worker.submit(self._import_networks)
+        threading.Thread(target=self._import_networks, name="engine-import", daemon=True).start()
 
     def _find_devices(self) -> None:
         from backend import memory_management  # imports torch
@@ -176,5 +179,6 @@ class EngineStart:
     def _import_networks(self) -> None:
         import importlib
 
-        for name in ("backend.loader", "modules.processing_pictures", "modules.sd_samplers_kdiffusion"):
-            importlib.import_module(name)
+        with contextlib.suppress(Exception):  # the first job meets it again
+            for name in ("backend.loader", "modules.processing_pictures", "modules.sd_samplers_kdiffusion"):
+                importlib.import_module(name)

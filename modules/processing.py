@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     from modules.processing_pictures import PictureCollector
     from modules.processing_validation import fix_seed, set_all_seeds
 
-    app = current_application()
+    app, started = current_application(), time.perf_counter()
     p.seed, p.subseed = _own_seed(p.seed), _own_seed(p.subseed)
     fix_seed(p)
     _describe_model(p, app)
@@ -137,7 +138,14 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     processed = collector.finish()
     p.close()
     p.run_hook_with("postprocess", processed)
+    _log_job(p, len(collector.images) - processed.index_of_first_image, time.perf_counter() - started)
     return processed
+
+
+def _log_job(p: StableDiffusionProcessing, num_pictures: int, seconds: float) -> None:
+    kind = "img2img" if isinstance(p, StableDiffusionProcessingImg2Img) else "txt2img"
+    pictures = "1 picture" if num_pictures == 1 else f"{num_pictures} pictures"
+    log.info("%s: %s, %dx%d, %s, %d steps, in %.1f s.", kind, pictures, p.width, p.height, p.sampler_name, p.steps, seconds)
 
 
 def _own_seed(seed: Any) -> Any:

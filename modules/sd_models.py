@@ -163,7 +163,7 @@ class ModelHost:
         self._recent.shrink(budget_bytes=self._waiting_budget_bytes(), max_models=self._max_waiting())
         engine = self._load(request, self.config)
         _describe(engine, request.checkpoint)
-        log.info("Loaded %s in %.1f s.", request.checkpoint.title, time.perf_counter() - started)
+        log.debug("Loaded %s in %.1f s.", request.checkpoint.title, time.perf_counter() - started)
         return self._use(engine, request, identity)
 
     def _use(self, engine: ForgeDiffusionEngine, request: ModelRequest, identity: tuple[object, ...]) -> ForgeDiffusionEngine:

@@ -10,13 +10,16 @@ from modules.application import Application
 from tests.support.applications import installed_application
 
 # the names of forge_surface 2.4 and those that counted extensions import; nothing may leave this list unnoticed
-NAMES = """
-cmd_opts parser opts state sd_model demo device xformers_available hypernetworks loaded_hypernetworks prompt_styles interrogator face_restorers
-sd_upscalers options_templates restricted_opts settings_components tab_names latent_upscale_modes latent_upscale_default_mode clip_model
-progress_print_out gradio_theme total_tqdm mem_mon hide_dirs styles_filename config_filename batch_cond_uncond parallel_processing_allowed
-weight_load_location hf_endpoint options_section OptionInfo OptionHTML natural_sort_key listfiles html_path html walk_files ldm_print
-reload_gradio_theme list_checkpoint_tiles refresh_checkpoints list_samplers reload_hypernetworks data_path models_path
-""".split()
+NAMES = [
+    "cmd_opts", "parser", "opts", "state", "sd_model", "demo",
+    "device", "xformers_available", "hypernetworks", "loaded_hypernetworks", "prompt_styles", "interrogator",
+    "face_restorers", "sd_upscalers", "options_templates", "restricted_opts", "settings_components", "tab_names",
+    "latent_upscale_modes", "latent_upscale_default_mode", "clip_model", "progress_print_out", "gradio_theme", "total_tqdm",
+    "mem_mon", "hide_dirs", "styles_filename", "config_filename", "batch_cond_uncond", "parallel_processing_allowed",
+    "weight_load_location", "hf_endpoint", "options_section", "OptionInfo", "OptionHTML", "natural_sort_key",
+    "listfiles", "html_path", "html", "walk_files", "ldm_print", "reload_gradio_theme",
+    "list_checkpoint_tiles", "refresh_checkpoints", "list_samplers", "reload_hypernetworks", "data_path", "models_path",
+]  # fmt: skip
 
 
 @pytest.fixture
