@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from backend import memory_management
+from backend.memory.module_bytes import count_module_bytes
 from backend.patcher.base import ModelPatcher
 
 
@@ -46,7 +47,7 @@ class CLIP:
         self.tokenizer = ObjectDict(tokenizer_dict or {})
         self.patcher = ModelPatcher(
             self.cond_stage_model,
-            load_device=memory_management.text_encoder_device(),
+            load_device=memory_management.text_encoder_device(count_module_bytes(self.cond_stage_model).total_bytes),
             offload_device=memory_management.text_encoder_offload_device(),
             current_device=next((parameter.device for parameter in self.cond_stage_model.parameters()), None),
         )
