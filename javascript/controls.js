@@ -136,6 +136,9 @@ function titleOfControl(id) {
 
 onUiLoaded(() => {
     const label = () => {
+        for (const input of gradioApp().querySelectorAll(".styles-row input:not([placeholder])")) {
+            input.placeholder = "Styles";
+        }
         for (const element of gradioApp().querySelectorAll("button[id]:not([title])")) {
             const title = titleOfControl(element.id);
             if (title) {

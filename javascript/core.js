@@ -237,6 +237,12 @@ function randomId() {
     return `task(${Array.from(words, (word) => word.toString(36)).join("").slice(0, 15)})`;
 }
 
+/** The address of the server's `path`, wherever the page is mounted. */
+function serverUrl(path) {
+    const root = (window.gradio_config || {}).root || document.baseURI;
+    return new URL(path, root.endsWith("/") ? root : `${root}/`).href;
+}
+
 /** POST `data` as JSON to `url`; `onSuccess` gets the answer's JSON, `onFailure` is called otherwise. */
 function request(url, data, onSuccess, onFailure) {
     fetch(url, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(data), credentials: "same-origin"})

@@ -98,7 +98,7 @@ function offerToRestore(tab) {
         return;
     }
     request(
-        "./internal/progress",
+        serverUrl("internal/progress"),
         {id_task: taskId, live_preview: false},
         (answer) => {
             const known = answer.active || answer.queued || answer.completed;

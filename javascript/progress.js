@@ -126,7 +126,7 @@ function requestProgress(id_task, progressbarContainer, gallery, atEnd, onProgre
         const wantPreview = opts.live_previews_enable !== false && Boolean(gallery);
         const question = {id_task: id_task, id_live_preview: knownPreview, live_preview: wantPreview};
         request(
-            "./internal/progress",
+            serverUrl("internal/progress"),
             question,
             (answer) => {
                 if (ended) {

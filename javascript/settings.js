@@ -30,7 +30,7 @@ function restart_reload() {
     note.textContent = "Reloading…";
     document.body.append(note);
     const waitFor = (isUp, then) => {
-        fetch("./internal/ping", {cache: "no-store"})
+        fetch(serverUrl("internal/ping"), {cache: "no-store"})
             .then((response) => response.ok, () => false)
             .then((up) => (up === isUp ? then() : setTimeout(() => waitFor(isUp, then), RESTART_POLL_MS)));
     };
