@@ -143,13 +143,11 @@ class InputAccordion(gr.Checkbox, metaclass=_ComponentMetaWithoutStub):
         self.accordion_id = kwargs.pop("elem_id", None) or self._new_id()
         label, visible = kwargs.pop("label", "Accordion"), kwargs.pop("visible", True)
         super().__init__(value=bool(value), elem_id=f"{self.accordion_id}-checkbox", visible="hidden", label=label, **kwargs)
+        self.accordion: gr.Accordion | None = accordion
         if get_blocks_context() is None:  # gradio makes a second one whenever an event changes this one's properties; it is never shown
-            self.accordion = accordion
             return
-        # open at first, so that its parts are made; the page's script closes it
-        self.accordion: gr.Accordion | None = accordion or gr.Accordion(
-            label, open=True, visible=visible, elem_id=self.accordion_id, elem_classes=["input-accordion"]
-        )
+        if accordion is None:  # open at first, so that its parts are made; the page's script closes it
+            self.accordion = gr.Accordion(label, open=True, visible=visible, elem_id=self.accordion_id, elem_classes=["input-accordion"])
         self.change(
             fn=None, js=f"function(checked){{ inputAccordionChecked('{self.accordion_id}', checked); }}", inputs=[self], show_progress="hidden"
         )
