@@ -47,9 +47,11 @@ def main() -> None:
 
         export_checkpoint(args.work_dir, args.out)
     else:
-        from tools.demo_model.evaluate import main_evaluate
+        from tools.demo_model.evaluate import evaluate_checkpoint
 
-        main_evaluate(args.out)
+        table, sheet = evaluate_checkpoint(args.out)
+        sheet.save(args.work_dir / "evaluation.png")
+        print(table)
 
 
 if __name__ == "__main__":

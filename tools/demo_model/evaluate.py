@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from tools.demo_model.judge import Verdict, judge_picture
-from tools.demo_model.scenes import CELLS, PREFIXES, Scene, Thing, describe_scene, sample_scene
+from tools.demo_model.networks import SIDE_PX
+from tools.demo_model.scenes import CELLS, Scene, Thing, describe_scene, sample_scene
 
 PictureMaker = Callable[[Sequence[str]], Sequence[Image.Image]]
 
@@ -89,6 +93,59 @@ def tabulate(cases: Sequence[Case], scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def product_pictures(
+    checkpoint: Path, *, num_steps: int = 20, cfg_scale: float = 5.0, sampler: str = "Euler a", first_seed: int = 1
+) -> Iterator[PictureMaker]:
+    """A maker of pictures that is the product itself: its loader, samplers and decoder, in a data folder of its own.
+
+    Prompt k gets seed `first_seed` + k, so that no two prompts share their noise.
+    """
+    from modules import application  # the application's own imports are heavy
+    from modules.app_config import AppConfig
+    from modules.processing import StableDiffusionProcessingTxt2Img, process_images
+
+    with tempfile.TemporaryDirectory() as data_dir:
+        folder = Path(data_dir) / "models" / "Stable-diffusion"
+        folder.mkdir(parents=True)
+        shutil.copy(checkpoint, folder / checkpoint.name)
+        app = application.build_application(AppConfig.for_tests(Path(data_dir)))
+        before = application.application_or_none()
+        application.install(app)
+
+        def make(prompts: Sequence[str]) -> list[Image.Image]:
+            pictures = []
+            for index, prompt in enumerate(prompts):
+                request = StableDiffusionProcessingTxt2Img(
+                    prompt=prompt,
+                    seed=first_seed + index,
+                    steps=num_steps,
+                    cfg_scale=cfg_scale,
+                    sampler_name=sampler,
+                    width=SIDE_PX,
+                    height=SIDE_PX,
+                    do_not_save_samples=True,
+                    do_not_save_grid=True,
+                )
+                pictures.append(process_images(request).images[0])
+            return pictures
+
+        try:
+            yield make
+        finally:
+            app.close()
+            application.install(before)
+
+
+def evaluate_checkpoint(checkpoint: Path, *, num_cases: int = 200) -> tuple[str, Image.Image]:
+    """The table of `num_cases` prompts and a sheet of the first hundred pictures."""
+    cases = draw_cases(num_cases)
+    with product_pictures(checkpoint) as make_pictures:
+        pictures = list(make_pictures([case.prompt for case in cases]))
+    scores = [score_verdict(case.scene, judge_picture(picture)) for case, picture in zip(cases, pictures, strict=True)]
+    return tabulate(cases, scores), make_contact_sheet(pictures[:100])
+
+
 def make_contact_sheet(pictures: Sequence[Image.Image], *, columns: int = 10) -> Image.Image:
     width_px, height_px = pictures[0].size
     rows = -(-len(pictures) // columns)
@@ -96,6 +153,3 @@ def make_contact_sheet(pictures: Sequence[Image.Image], *, columns: int = 10) ->
     for index, picture in enumerate(pictures):
         sheet.paste(picture, (index % columns * width_px, index // columns * height_px))
     return sheet
-
-
-__all__ = ["CELLS", "PREFIXES", "Case", "Path", "Score", "draw_cases", "make_contact_sheet", "score_cases", "tabulate"]

@@ -57,4 +57,5 @@ def export_checkpoint(work_dir: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_suffix(".tmp")
     save_file(tensors, temporary, metadata=METADATA)
+    temporary.chmod(0o644)  # a plain file, readable as the rest of the checkout
     temporary.replace(out)

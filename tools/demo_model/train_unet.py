@@ -34,7 +34,7 @@ def whitening(latents_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def encode_dataset(work_dir: Path, *, num_scenes: int = 30_000, batch: int = 100) -> None:
+def encode_dataset(work_dir: Path, *, num_scenes: int = 20_000, batch: int = 100) -> None:
     """Draw scenes and keep their latents; the scenes are drawn again from their seed by `dataset_scenes`."""
     vae = load_vae(work_dir).to(memory_format=torch.channels_last)
     scenes, parts = dataset_scenes(num_scenes), []
