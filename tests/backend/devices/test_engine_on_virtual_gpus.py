@@ -178,3 +178,27 @@ def test_a_cap_below_what_the_largest_layer_needs_fails_with_numbers(checkpoint:
     engine = load(checkpoint, virtual_gpus_bytes=(MIB,))
     with pytest.raises((OutOfMemory, torch.OutOfMemoryError), match="out of memory"):
         picture(engine)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@torch.no_grad()
+def test_estimates_of_working_memory_are_above_what_is_counted_but_not_far(tmp_path: Path, family: str) -> None:
+    path = tmp_path / "narrow.safetensors"
+    write_checkpoint(path, family)
+    engine = load(path, virtual_gpus_bytes=(512 * MIB,))
+    device, unet, vae = virtual_gpu.get_device(0), engine.forge_objects.unet, engine.forge_objects.vae
+    conds = [conditions(engine, prompt) for prompt in ("a red cube", "")]
+    context = {name: torch.cat([one[name] for one in conds]) for name in conds[0]}
+    memory_management.load_models_gpu([unet, vae.patcher])
+    x_BCHW = torch.randn(2, 4, 16, 16).to(unet.load_device)
+
+    def counted(run: Any) -> int:
+        device.reset_peak()
+        live_bytes = device.live_bytes
+        run()
+        return device.peak_bytes - live_bytes
+
+    step_bytes = counted(lambda: unet.model.apply_model(x_BCHW, torch.ones(2, device=x_BCHW.device), **context))
+    assert 2.0 < unet.memory_required([2, 4, 16, 16]) / step_bytes < 5.0
+    decode_bytes = counted(lambda: vae.decode(x_BCHW[:1]))
+    assert 2.0 < vae.memory_used_decode((16, 16), torch.float32) / decode_bytes < 5.0
