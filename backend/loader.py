@@ -163,7 +163,8 @@ def _unet_part(file: TensorFile) -> Part:
     if part is not None and (kind is None or not kind.never_holds_unet):
         return part
     if kind is not None:
-        raise CheckpointError(f"{file.path.name}: is {kind.name}, not a checkpoint. {kind.remedy}.")
+        what = kind.name if kind.name.endswith("checkpoint") else f"{kind.name}, not a checkpoint"
+        raise CheckpointError(f"{file.path.name}: is {what}. {kind.remedy}.")
     if not file.infos:
         raise CheckpointError(f"{file.path.name}: holds no tensors at all. Download it again, and compare its size with the one on the model's page.")
     raise CheckpointError(

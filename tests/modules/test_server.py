@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fastapi
@@ -102,7 +104,6 @@ def test_the_wrapper_leaves_other_messages_alone() -> None:
     async def app(scope: dict[str, object], receive: object, send: object) -> None:
         seen.append(scope)
 
-    import asyncio
-
-    asyncio.run(SubpathApp(app, "/x/")({"type": "lifespan"}, None, None))
+    with ThreadPoolExecutor(1) as pool:  # a browser test in this process leaves a loop running in this thread
+        pool.submit(lambda: asyncio.run(SubpathApp(app, "/x/")({"type": "lifespan"}, None, None))).result()
     assert seen == [{"type": "lifespan"}]

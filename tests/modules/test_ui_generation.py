@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,8 @@ def handler(app: Application, process: Any, build: Any = None) -> GenerateHandle
 
 
 def run(coroutine: Any) -> Any:
-    return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as pool:  # a browser test in this process leaves a loop running in this thread
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 def test_values_reach_the_request_by_name_and_pictures_come_back(app: Application) -> None:
