@@ -9,6 +9,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -116,6 +117,12 @@ class ForgeDiffusionEngine(ABC):
     def get_prompt_lengths_on_ui(self, prompt: str) -> tuple[int, int]:
         """(tokens used, tokens that fit) of a prompt without schedules."""
         return self.text_engines[0].get_prompt_lengths(prompt)
+
+    def _run_text_engine(self, index: int, prompt: Sequence[str]) -> Any:
+        """What one of the text engines makes of a prompt; with less and less else on its device when memory runs out. Raises: OutOfMemory."""
+        patcher = self.forge_objects.clip.patcher
+        run = partial(self.text_engines[index], prompt)
+        return memory_management.run_with_recovery(run, what="encoding the prompt", device=patcher.load_device, keep=[patcher])
 
     def _load_text_encoders(self) -> None:
         memory_management.load_model_gpu(self.forge_objects.clip.patcher)

@@ -26,6 +26,6 @@ class StableDiffusion(ForgeDiffusionEngine):
     @torch.no_grad()
     def get_learned_conditioning(self, prompt: Sequence[str]) -> Tensor:
         self._load_text_encoders()
-        cond_BLC = self.text_engines[0](prompt)
+        cond_BLC = self._run_text_engine(0, prompt)
         assert isinstance(cond_BLC, Tensor)
         return cond_BLC

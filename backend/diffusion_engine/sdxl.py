@@ -49,8 +49,8 @@ class StableDiffusionXL(ForgeDiffusionEngine):
     @torch.no_grad()
     def get_learned_conditioning(self, prompt: Sequence[str]) -> dict[str, Tensor]:
         self._load_text_encoders()
-        l_BLC = self.text_engines[0](prompt)
-        g_BLC, pooled_BP = self.text_engines[1](prompt)
+        l_BLC = self._run_text_engine(0, prompt)
+        g_BLC, pooled_BP = self._run_text_engine(1, prompt)
         assert isinstance(l_BLC, Tensor)
         crossattn_BLC, pooled_BP = blank_empty_negative(prompt, torch.cat([l_BLC, g_BLC.to(l_BLC)], dim=-1), pooled_BP)
         width_px, height_px = picture_size_px(prompt, self.native_size_px)
@@ -77,7 +77,7 @@ class StableDiffusionXLRefiner(ForgeDiffusionEngine):
     @torch.no_grad()
     def get_learned_conditioning(self, prompt: Sequence[str]) -> dict[str, Tensor]:
         self._load_text_encoders()
-        crossattn_BLC, pooled_BP = self.text_engines[0](prompt)
+        crossattn_BLC, pooled_BP = self._run_text_engine(0, prompt)
         crossattn_BLC, pooled_BP = blank_empty_negative(prompt, crossattn_BLC, pooled_BP)
         width_px, height_px = picture_size_px(prompt, self.native_size_px)
         is_negative = getattr(prompt, "is_negative_prompt", False)

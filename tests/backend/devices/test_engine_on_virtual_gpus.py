@@ -121,6 +121,15 @@ def test_with_two_gpus_the_unet_is_alone_on_the_first(checkpoint: Path) -> None:
     assert crossing["vgpu:1", "vgpu:0"] < MIB  # the conditions
 
 
+@pytest.mark.parametrize("cap_mib", [512, 24], ids=["whole", "streamed"])
+def test_weights_stored_in_8_bits(checkpoint: Path, cap_mib: int) -> None:
+    flags = {"unet_dtype": "fp8_e4m3fn", "vae_dtype": "bf16", "clip_dtype": "fp16"}
+    on_cpu = picture(load(checkpoint, device_ids=("cpu",), **flags))
+    engine = load(checkpoint, virtual_gpus_bytes=(cap_mib * MIB,), **flags)
+    assert memory_management.module_size(engine.forge_objects.unet.model) < 12 * MIB
+    assert torch.equal(picture(engine), on_cpu)
+
+
 def test_sdxl_on_two_gpus(tmp_path: Path) -> None:
     path = tmp_path / "narrow_xl.safetensors"
     write_checkpoint(path, "sdxl")
