@@ -34,6 +34,7 @@ BENCH = Bench(
     "'load s' does not. RSS is counted from after the imports; 'file pages' are clean pages of the mapped file, which the system can take back.",
     make_variants=_make_variants,
     baseline="load_file + copy",
-    num_rounds=5,
+    num_rounds=3,
+    num_warmups=0,
     packages=("torch", "diffusers", "transformers", "safetensors"),
 )
