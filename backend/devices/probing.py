@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from backend.devices.inventory import DeviceFacts, Inventory, take_inventory
-from backend.devices.slot import Slot
+from backend.devices.slot import Slot, format_bytes
 
 if TYPE_CHECKING:
     from backend.args import BackendConfig
@@ -83,8 +83,8 @@ def _find_device(name: str, inventory: Inventory) -> DeviceFacts:
 
 
 def _list_devices(inventory: Inventory) -> str:
-    gpus = [f"{index} = {facts.torch_device} ({facts.name}, {facts.total_bytes / 2**30:.1f} GiB)" for index, facts in enumerate(inventory.gpus)]
-    return ", ".join([*gpus, f"cpu ({inventory.num_cpu_cores} cores, {inventory.cpu.total_bytes / 2**30:.1f} GiB)"])
+    gpus = [f"{index} = {facts.torch_device} ({facts.name}, {format_bytes(facts.total_bytes)})" for index, facts in enumerate(inventory.gpus)]
+    return ", ".join([*gpus, f"cpu ({inventory.num_cpu_cores} cores, {format_bytes(inventory.cpu.total_bytes)})"])
 
 
 def _device_remedy(inventory: Inventory) -> str:

@@ -32,7 +32,12 @@ class Slot:
             )
 
     def __str__(self) -> str:
-        return f"slot {self.index}: {self.torch_device} {self.name}, {self.total_bytes / 2**30:.1f} GiB"
+        return f"slot {self.index}: {self.torch_device} {self.name}, {format_bytes(self.total_bytes)}"
+
+
+def format_bytes(size_bytes: int) -> str:
+    """ "23.7 GiB", or "512 MiB" below one GiB."""
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
 
 
 def canonical_device(device: torch.device | str) -> torch.device:
