@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from modules import application
 from modules.app_config import AppConfig
 from modules.application import Application, build_application
+from modules.import_lock import network_imports
 from modules.launch_errors import SetupError
 from modules.launch_timer import startup_timer
 from modules.sd_models import select_starting_checkpoint
@@ -179,6 +180,6 @@ class EngineStart:
     def _import_networks(self) -> None:
         import importlib
 
-        with contextlib.suppress(Exception):  # the first job meets it again
+        with contextlib.suppress(Exception), network_imports:  # the first job meets what fails again
             for name in ("backend.loader", "modules.processing_pictures", "modules.sd_samplers_kdiffusion"):
                 importlib.import_module(name)

@@ -18,6 +18,7 @@ from backend.args import BackendConfig
 from backend.memory.recent_models import RecentModels, recent_models_budget_bytes
 from modules.checkpoints import CheckpointInfo, CheckpointRegistry, read_safetensors_header, read_safetensors_metadata
 from modules.errors import RequestError
+from modules.import_lock import network_imports
 from modules.sd_vae import ModuleRegistry
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def load_engine(request: ModelRequest, config: BackendConfig) -> ForgeDiffusionE
     """Read the files. Raises ModelLoadError."""
     import torch  # heavy; the server answers before it is there
 
-    from backend.loader import CheckpointError, load_checkpoint  # imports torch
+    with network_imports:
+        from backend.loader import CheckpointError, load_checkpoint  # imports torch
 
     dtype = getattr(torch, request.unet_storage_dtype) if request.unet_storage_dtype else None
     try:

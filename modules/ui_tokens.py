@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from modules.import_lock import network_imports
 from modules.ui_toprow import Toprow
 
 if TYPE_CHECKING:
@@ -31,12 +32,13 @@ class TokenCounter:
 
     @cached_property
     def _text_engine(self) -> ClassicTextProcessingEngine:
-        from torch import nn  # heavy: only when text is first counted
+        with network_imports:
+            from torch import nn  # heavy: only when text is first counted
 
-        from backend.text_processing.classic_engine import ClassicTextProcessingEngine  # imports torch
-        from backend.text_processing.clip_tokenizer import build_clip_tokenizer  # imports transformers
+            from backend.text_processing.classic_engine import ClassicTextProcessingEngine  # imports torch
+            from backend.text_processing.clip_tokenizer import build_clip_tokenizer  # imports transformers
 
-        return ClassicTextProcessingEngine(nn.Identity(), build_clip_tokenizer())
+            return ClassicTextProcessingEngine(nn.Identity(), build_clip_tokenizer())
 
     def lengths(self, prompt: str, num_steps: int) -> tuple[int, int]:
         """(tokens, tokens that fit) of the longest text that any step reads: a part between ANDs, with its schedule at that step."""
