@@ -21,7 +21,7 @@ from tests.support.checkpoints import write_checkpoint
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run")
-TIMEOUT_MS = 120_000  # a machine that is busy with something else is slow, not broken
+TIMEOUT_MS = 300_000  # a machine that is busy with something else is slow, not broken
 KNOWN_MESSAGES = ("Method not implemented",)  # of gradio's own picture component
 
 
