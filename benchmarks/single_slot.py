@@ -88,7 +88,7 @@ BENCH = Bench(
     ),
     make_variants=make_variants,
     baseline="diffusers pipeline",
-    num_rounds=7,
+    num_rounds=25,
     work_per_call=NUM_STEPS,
     work_unit="steps",
     packages=("torch", "diffusers"),
