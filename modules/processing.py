@@ -90,6 +90,7 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
         finally:
             active_overrides.reset(token)
             _keep_overrides(p, app)
+            memory_management.release_after_job()
 
 
 @contextlib.contextmanager
