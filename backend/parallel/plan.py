@@ -1,0 +1,105 @@
+"""What runs where: the frozen decision that the planner makes and the executor carries out. Holds no tensors and knows no devices.
+
+A plan names slots by their index and pieces of the network by their place in its program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Literal
+
+Strategy = Literal["single", "replicas", "layers", "hybrid"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Piece:
+    """What is placed as one: a segment of the program, or a run of its transformer's blocks.
+
+    `segment` is the position in `Program.segments`. A piece that begins at block 0 also has what runs before the blocks (the resnet, the
+    transformer's projection in), one that ends at None also what runs after them (projection out, further layers).
+    """
+
+    segment: int
+    first_block: int = 0
+    end_block: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.first_block == 0 and self.end_block is None
+
+    def __str__(self) -> str:
+        return str(self.segment) if self.is_whole else f"{self.segment}[{self.first_block}:{'' if self.end_block is None else self.end_block}]"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """Consecutive pieces on one slot."""
+
+    slot: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaPlan:
+    """One whole copy of the network: its pieces in the order they run, and the slot of each.
+
+    A slot may come more than once: in a U-cut it has the first and the last pieces.
+    """
+
+    pieces: tuple[Piece, ...]
+    slots: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.pieces or len(self.pieces) != len(self.slots):
+            raise ValueError(
+                f"A replica of {len(self.pieces)} pieces was given {len(self.slots)} slots; each piece needs one, and there is at least one piece."
+            )
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Runs of pieces between two changes of slot, in order."""
+        runs = groupby(zip(self.pieces, self.slots), key=lambda placed: placed[1])
+        return tuple(Stage(slot=slot, pieces=tuple(piece for piece, _ in run)) for slot, run in runs)
+
+    @property
+    def used_slots(self) -> tuple[int, ...]:
+        """Each slot once, in the order of first use."""
+        return tuple(dict.fromkeys(self.slots))
+
+    def pieces_on(self, slot: int) -> tuple[Piece, ...]:
+        return tuple(piece for piece, where in zip(self.pieces, self.slots) if where == slot)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The decision for one sampling run.
+
+    `predicted_ms` is the time of one step of all the images, `single_ms` the same on the fastest single slot that holds the network (inf
+    where none does). `predicted_bytes` is the peak per slot, `crossing_bytes` what goes from slot to slot in a step. `lanes` is how many
+    sampler loops run side by side. `reason` is one sentence for the user.
+    """
+
+    strategy: Strategy
+    replicas: tuple[ReplicaPlan, ...]
+    reason: str
+    predicted_ms: float = 0.0
+    single_ms: float = 0.0
+    predicted_bytes: Mapping[int, int] = field(default_factory=dict)
+    crossing_bytes: int = 0
+    lanes: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.replicas:
+            raise ValueError(f"A plan ({self.strategy}) was made without a replica; there must be at least one copy of the network.")
+
+    @property
+    def used_slots(self) -> tuple[int, ...]:
+        """Slots that compute the network, each once, in the order of first use."""
+        return tuple(dict.fromkeys(slot for replica in self.replicas for slot in replica.used_slots))
+
+    @property
+    def predicted_speedup(self) -> float:
+        """Against one slot; 1.0 where nothing is predicted."""
+        return self.single_ms / self.predicted_ms if self.predicted_ms > 0 and self.single_ms > 0 else 1.0
