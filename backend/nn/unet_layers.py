@@ -7,6 +7,7 @@ Must not know segments, devices or samplers. Shapes as in unet_state.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock
@@ -24,16 +25,51 @@ NormWrapper = Callable[[nn.Module, Tensor, TransformerOptions], Tensor]
 _BLOCK_PATCHES = ("attn1_patch", "attn2_patch", "attn1_output_patch", "attn2_output_patch", "middle_patch")
 
 
-def run_layers(layers: Sequence[nn.Module], hidden_BCHW: Tensor, state: UNetState, upsample_size: tuple[int, int] | None = None) -> Tensor:
-    """The layers of one segment in order, with `block_inner_modifiers` around each."""
+@dataclass(frozen=True, slots=True)
+class LayerRange:
+    """A part of a segment's layers: from one transformer block to before another. The whole segment is from 0 to None."""
+
+    first_block: int = 0
+    end_block: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.first_block == 0 and self.end_block is None
+
+
+WHOLE = LayerRange()
+
+
+def run_layers(
+    layers: Sequence[nn.Module],
+    hidden_BCHW: Tensor,
+    state: UNetState,
+    upsample_size: tuple[int, int] | None = None,
+    part: LayerRange = WHOLE,
+) -> Tensor:
+    """The layers of one segment in order, with `block_inner_modifiers` around each; or the part of them that `part` says.
+
+    A part that ends inside a transformer returns its tokens (B, L, D) and leaves the transformer's input in the state.
+    """
     modifiers = state.options.get("block_inner_modifiers", ())
-    for index, layer in enumerate(layers):
-        for modify in modifiers:
+    first, end = _layers_of_part(layers, part)
+    for index in range(first, end):
+        layer = layers[index]
+        is_cut = not part.is_whole and isinstance(layer, Transformer2DModel)
+        for modify in modifiers if not (is_cut and part.first_block > 0) else ():
             hidden_BCHW = modify(hidden_BCHW, "before", layer, index, layers, state.options)
-        hidden_BCHW = _run_layer(layer, hidden_BCHW, state, upsample_size)
-        for modify in modifiers:
+        hidden_BCHW = _run_transformer_part(layer, hidden_BCHW, state, part) if is_cut else _run_layer(layer, hidden_BCHW, state, upsample_size)
+        for modify in modifiers if not (is_cut and part.end_block is not None) else ():
             hidden_BCHW = modify(hidden_BCHW, "after", layer, index, layers, state.options)
     return hidden_BCHW
+
+
+def _layers_of_part(layers: Sequence[nn.Module], part: LayerRange) -> tuple[int, int]:
+    """Positions of the first layer of a part and behind its last."""
+    if part.is_whole:
+        return 0, len(layers)
+    at = next(index for index, layer in enumerate(layers) if isinstance(layer, Transformer2DModel))
+    return at if part.first_block > 0 else 0, at + 1 if part.end_block is not None else len(layers)
 
 
 def find_norm_wrapper(options: TransformerOptions) -> NormWrapper | None:
@@ -81,13 +117,41 @@ def has_block_hooks(options: TransformerOptions) -> bool:
 
 def _run_hooked_transformer(layer: Any, hidden_BCHW: Tensor, state: UNetState) -> Tensor:
     """Transformer2DModel's arithmetic for continuous inputs, block by block."""
-    batch, _, height, width = hidden_BCHW.shape
-    tokens_BLD, inner_dim = layer._operate_on_continuous_inputs(hidden_BCHW)
-    for index, block in enumerate(layer.transformer_blocks):
-        state.options["block_index"] = index
-        tokens_BLD = _run_hooked_block(block, tokens_BLD, state)
+    return _run_blocks(layer, hidden_BCHW, state, WHOLE)
+
+
+def _run_transformer_part(layer: Any, hidden: Tensor, state: UNetState, part: LayerRange) -> Tensor:
+    """Part of a transformer: takes BCHW when it has the first block and tokens else, gives BCHW when it has the last block and tokens else."""
+    result = _run_blocks(layer, hidden, state, part)
+    if part.end_block is None:
+        state.options["transformer_index"] = state.options.get("transformer_index", 0) + 1
+    return result
+
+
+def _run_blocks(layer: Any, hidden: Tensor, state: UNetState, part: LayerRange) -> Tensor:
+    tokens_BLD = hidden
+    if part.first_block == 0:
+        state.transformer_input_BCHW = hidden
+        tokens_BLD, _ = layer._operate_on_continuous_inputs(hidden)
+    hooked = has_block_hooks(state.options)
+    end = len(layer.transformer_blocks) if part.end_block is None else part.end_block
+    for index in range(part.first_block, end):
+        block = layer.transformer_blocks[index]
+        if hooked:
+            state.options["block_index"] = index
+            tokens_BLD = _run_hooked_block(block, tokens_BLD, state)
+        else:
+            tokens_BLD = block(tokens_BLD, encoder_hidden_states=state.context_BLD)
+    return tokens_BLD if part.end_block is not None else _leave_transformer(layer, tokens_BLD, state)
+
+
+def _leave_transformer(layer: Any, tokens_BLD: Tensor, state: UNetState) -> Tensor:
+    residual_BCHW = state.transformer_input_BCHW
+    assert residual_BCHW is not None
+    state.transformer_input_BCHW = None
+    batch, _, height, width = residual_BCHW.shape
     output_BCHW: Tensor = layer._get_output_for_continuous_inputs(
-        hidden_states=tokens_BLD, residual=hidden_BCHW, batch_size=batch, height=height, width=width, inner_dim=inner_dim
+        hidden_states=tokens_BLD, residual=residual_BCHW, batch_size=batch, height=height, width=width, inner_dim=tokens_BLD.shape[-1]
     )
     return output_BCHW
 

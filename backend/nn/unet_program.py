@@ -11,13 +11,13 @@ are the network's. It must not know devices, samplers or how a plan places the s
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import (
     CrossAttnDownBlock2D,
     CrossAttnUpBlock2D,
@@ -28,14 +28,15 @@ from diffusers.models.unets.unet_2d_blocks import (
 )
 from torch import Tensor, nn
 
-from backend.nn.unet_layers import find_norm_wrapper, run_layers
+from backend.nn.piece import Piece
+from backend.nn.unet_layers import LayerRange, find_norm_wrapper, run_layers
 from backend.nn.unet_state import TransformerOptions, UNetState, concat_skip, copy_control
 
 NamedLayers = tuple[tuple[str, nn.Module], ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Segment(ABC):
+class Segment:
     """The smallest placeable run of layers. `named_layers` are its modules under their names in the network."""
 
     kind: str
@@ -59,32 +60,56 @@ class Segment(ABC):
     def parameter_bytes(self) -> int:
         return sum(parameter.nbytes for _, parameter in self.named_parameters())
 
-    def __call__(self, state: UNetState) -> None:
-        """Move the state past this segment."""
+    @property
+    def num_blocks(self) -> int:
+        """Transformer blocks between which the segment may be cut; 0 where it has no transformer, or more than one."""
+        transformers = [layer for layer in self.layers if isinstance(layer, Transformer2DModel)]
+        return len(transformers[0].transformer_blocks) if len(transformers) == 1 else 0
+
+    def part_layers(self, first_block: int = 0, end_block: int | None = None) -> NamedLayers:
+        """The modules with the weights of a part: all before the blocks when it begins at 0, all behind them when it ends at None."""
+        if first_block == 0 and end_block is None:
+            return self.named_layers
+        at = next(index for index, layer in enumerate(self.layers) if isinstance(layer, Transformer2DModel))
+        name, transformer = self.named_layers[at]
+        blocks = list(transformer.get_submodule("transformer_blocks").children())
+        end = len(blocks) if end_block is None else end_block
+        inner = [f"transformer_blocks.{index}" for index in range(first_block, end)]
+        inner = [*(("norm", "proj_in") if first_block == 0 else ()), *inner, *(("proj_out",) if end_block is None else ())]
+        own = tuple((f"{name}.{child}", transformer.get_submodule(child)) for child in inner)
+        return (*(self.named_layers[:at] if first_block == 0 else ()), *own, *(self.named_layers[at + 1 :] if end_block is None else ()))
+
+    def __call__(self, state: UNetState, first_block: int = 0, end_block: int | None = None) -> None:
+        """Move the state past this segment, or past the part of it from one transformer block to before another."""
         state.options["block"] = self.key
-        self._advance(state)
+        if first_block == 0:
+            self._enter(state)
+            self._modify(state, "before")
+        self._run_layers(state, LayerRange(first_block, end_block))
+        if end_block is None:
+            self._leave(state)
 
-    @abstractmethod
-    def _advance(self, state: UNetState) -> None: ...
+    def _enter(self, state: UNetState) -> None:
+        """What comes before the block modifiers."""
+        return
 
-    def _run_modified(self, state: UNetState, upsample_size: tuple[int, int] | None = None, control: str | None = None) -> None:
-        """The layers between the two calls of every block modifier; a residual of kind `control` is added before the second."""
-        hidden_BCHW, modifiers = state.hidden_BCHW, state.options.get("block_modifiers", ())
-        for modify in modifiers:
-            hidden_BCHW = modify(hidden_BCHW, "before", state.options)
-        hidden_BCHW = run_layers(self.layers, hidden_BCHW, state, upsample_size)
-        if control is not None:
-            hidden_BCHW = state.add_control(hidden_BCHW, control)
-        for modify in modifiers:
-            hidden_BCHW = modify(hidden_BCHW, "after", state.options)
-        state.hidden_BCHW = hidden_BCHW
+    def _run_layers(self, state: UNetState, part: LayerRange) -> None:
+        state.hidden_BCHW = run_layers(self.layers, state.hidden_BCHW, state, part=part)
+
+    def _leave(self, state: UNetState) -> None:
+        self._modify(state, "after")
+
+    def _modify(self, state: UNetState, when: str) -> None:
+        for modify in state.options.get("block_modifiers", ()):
+            state.hidden_BCHW = modify(state.hidden_BCHW, when, state.options)
 
 
 class InputSegment(Segment):
     """Runs its layers and pushes the result as a skip."""
 
-    def _advance(self, state: UNetState) -> None:
-        self._run_modified(state, control="input")
+    def _leave(self, state: UNetState) -> None:
+        state.hidden_BCHW = state.add_control(state.hidden_BCHW, "input")
+        self._modify(state, "after")
         for patch in state.patches("input_block_patch"):
             state.hidden_BCHW = patch(state.hidden_BCHW, state.options)
         state.skips.append(state.hidden_BCHW)
@@ -95,36 +120,34 @@ class InputSegment(Segment):
 class MiddleSegment(Segment):
     """Runs its layers."""
 
-    def _advance(self, state: UNetState) -> None:
-        self._run_modified(state, control="middle")
+    def _leave(self, state: UNetState) -> None:
+        state.hidden_BCHW = state.add_control(state.hidden_BCHW, "middle")
+        self._modify(state, "after")
 
 
 class OutputSegment(Segment):
     """Pops a skip, joins it to the hidden state and runs its layers. An upsampler meets the size of the next skip."""
 
-    def _advance(self, state: UNetState) -> None:
+    def _enter(self, state: UNetState) -> None:
         skip_BCHW = state.add_control(state.skips.pop(), "output")
         for patch in state.patches("output_block_patch"):
             state.hidden_BCHW, skip_BCHW = patch(state.hidden_BCHW, skip_BCHW, state.options)
         state.hidden_BCHW = concat_skip(state.hidden_BCHW, skip_BCHW)
-        self._run_modified(state, upsample_size=_odd_upsample_size(state))
+
+    def _run_layers(self, state: UNetState, part: LayerRange) -> None:
+        state.hidden_BCHW = run_layers(self.layers, state.hidden_BCHW, state, _odd_upsample_size(state), part=part)
 
 
 class LastSegment(Segment):
     """Norm, activation and the convolution to the output channels."""
 
-    def _advance(self, state: UNetState) -> None:
+    def _run_layers(self, state: UNetState, part: LayerRange) -> None:
         wrapper = find_norm_wrapper(state.options)
         if wrapper is None:
-            self._run_modified(state)
+            super()._run_layers(state, part)
             return
-        modifiers = state.options.get("block_modifiers", ())
-        for modify in modifiers:
-            state.hidden_BCHW = modify(state.hidden_BCHW, "before", state.options)
         norm, activation, convolution = self.layers
         state.hidden_BCHW = convolution(activation(wrapper(norm, state.hidden_BCHW, state.options)))
-        for modify in modifiers:
-            state.hidden_BCHW = modify(state.hidden_BCHW, "after", state.options)
 
 
 def _odd_upsample_size(state: UNetState) -> tuple[int, int] | None:
@@ -132,7 +155,7 @@ def _odd_upsample_size(state: UNetState) -> tuple[int, int] | None:
     if not state.skips:
         return None
     height, width = state.skips[-1].shape[-2:]
-    hidden_height, hidden_width = state.hidden_BCHW.shape[-2:]
+    hidden_height, hidden_width = (state.hidden_BCHW if state.transformer_input_BCHW is None else state.transformer_input_BCHW).shape[-2:]
     return None if (height, width) in ((2 * hidden_height, 2 * hidden_width), (hidden_height, hidden_width)) else (height, width)
 
 
@@ -189,6 +212,26 @@ class Program:
         for segment in self.segments:
             segment(state)
         return state.hidden_BCHW
+
+    def run_piece(self, piece: Piece, state: UNetState) -> None:
+        """Move the state past one piece; its tensors are on the piece's device."""
+        self.segments[piece.segment](state, piece.first_block, piece.end_block)
+
+    def piece_layers(self, piece: Piece) -> NamedLayers:
+        """The modules with the weights of a piece, under their names in the network."""
+        return self.segments[piece.segment].part_layers(piece.first_block, piece.end_block)
+
+    def finest_pieces(self) -> tuple[Piece, ...]:
+        """Every transformer block a piece of its own, where a segment can be cut; in the order they run."""
+        pieces: list[Piece] = []
+        for number, segment in enumerate(self.segments):
+            count = max(1, segment.num_blocks)
+            pieces += [Piece(number, index, None if index == count - 1 else index + 1) for index in range(count)]
+        return tuple(pieces)
+
+    def whole_pieces(self) -> tuple[Piece, ...]:
+        """Every segment a piece."""
+        return tuple(Piece(number) for number in range(len(self.segments)))
 
     def segment(self, kind: str, number: int = 0) -> Segment:
         """The segment of that name. Raises: KeyError."""

@@ -29,7 +29,8 @@ class UNetState:
     """The state between two segments. One unit owns one state; a segment changes it in place.
 
     `skips` is a stack: every input segment pushes one tensor, every output segment pops one. `control` holds the ControlNet
-    residuals still to be added, per kind of segment; the last of a list is taken first.
+    residuals still to be added, per kind of segment; the last of a list is taken first. Between two parts of one transformer
+    `hidden_BCHW` holds its tokens (B, L, D), and `transformer_input_BCHW` what will be added to its output.
     """
 
     hidden_BCHW: Tensor
@@ -38,6 +39,7 @@ class UNetState:
     skips: list[Tensor] = field(default_factory=list)
     control: dict[str, list[Tensor | None]] = field(default_factory=dict)
     options: TransformerOptions = field(default_factory=dict)
+    transformer_input_BCHW: Tensor | None = None
 
     def patches(self, name: str) -> Sequence[Callable[..., Any]]:
         """Hooks set with `set_model_patch(patch, name)`."""

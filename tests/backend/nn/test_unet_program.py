@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +282,58 @@ def test_a_network_of_another_kind_is_refused_with_its_parts_named() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="AttnDownBlock2D, AttnUpBlock2D"):
         build_program(unet)
+
+
+# pieces
+
+
+def _run_pieces(unet: UNet2DConditionModel, inputs: dict[str, Any], options: dict[str, Any] | None = None) -> Tensor:
+    program = build_program(unet)
+    state = program.start(inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"], y_BV=_vector(unet, inputs), options=options)
+    for piece in program.finest_pieces():
+        program.run_piece(piece, state)
+    return state.hidden_BCHW
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 19)])
+def test_pieces_at_every_transformer_block_give_the_whole_bit_for_bit(unet: UNet2DConditionModel, height: int, width: int) -> None:
+    inputs = _inputs(unet, height=height, width=width)
+    assert torch.equal(_run_pieces(unet, inputs), _library(unet, inputs))
+
+
+@torch.no_grad()
+def test_pieces_call_hooks_as_often_as_the_whole(unet: UNet2DConditionModel) -> None:
+    inputs = _inputs(unet)
+
+    def count(run: Callable[[dict[str, Any]], object]) -> list[tuple[object, ...]]:
+        seen: list[tuple[object, ...]] = []
+
+        def block_hook(h: Tensor, when: str, options: dict[str, Any]) -> Tensor:
+            seen.append((when, options["block"], tuple(h.shape)))
+            return h
+
+        def inner_hook(h: Tensor, when: str, layer: object, index: int, layers: object, options: dict[str, Any]) -> Tensor:
+            seen.append((when, options["block"], index))
+            return h
+
+        def attention_hook(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+            seen.append((extra["block"], extra["block_index"], extra["transformer_index"]))
+            return q, k, v
+
+        run({"block_modifiers": [block_hook], "block_inner_modifiers": [inner_hook], "patches": {"attn1_patch": [attention_hook]}})
+        return seen
+
+    whole = count(lambda options: _run(unet, inputs, options=options))
+    assert whole
+    assert count(lambda options: _run_pieces(unet, inputs, options)) == whole
+
+
+def test_pieces_hold_every_weight_once(unet: UNet2DConditionModel) -> None:
+    program = build_program(unet)
+    held = [
+        f"{name}.{key}" for piece in program.finest_pieces() for name, layer in program.piece_layers(piece) for key, _ in layer.named_parameters()
+    ]
+    embedding = [name for name, _ in program.embedding.named_parameters()]
+    assert sorted(held + embedding) == sorted(name for name, _ in unet.named_parameters())
+    assert len(held) == len(set(held))
