@@ -186,8 +186,8 @@ def _wrap(result: Any, device: torch.device, virtual_device: VirtualDevice, know
 
 
 def _virtual_device_of(device: torch.device) -> VirtualDevice | None:
-    """The virtual GPU that a device names; None for the CPU. Raises: RuntimeError for one that does not exist."""
-    if device.type == "cpu":
+    """The virtual GPU that a device names; None for another kind. Raises: RuntimeError for one that does not exist."""
+    if device.type in ("cpu", "meta"):
         return None
     index = device.index or 0
     if index >= len(devices):
@@ -251,6 +251,8 @@ def _convert(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     virtual_device = source.virtual_device if target == source.device else _virtual_device_of(target)
     _record_copy(source, target, virtual_device)
     cpu_kwargs = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory", "non_blocking")}
+    if target.type == "meta":
+        return func(source.cpu_tensor, **cpu_kwargs, device=target)
     copied = func(source.cpu_tensor, **cpu_kwargs)
     return copied if virtual_device is None else VirtualTensor(copied, target, virtual_device)
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from backend.attention import install_attention
 from backend.modules.k_prediction import Prediction
+from backend.nn.network_call import NetworkCall
 from backend.nn.unet_program import Program, build_program
-from backend.nn.unet_state import TransformerOptions, UNetState
+from backend.nn.unet_state import TransformerOptions
 
 BYTES_PER_LATENT_POSITION = 16384
 """Working memory of a forward pass of the field's UNets per latent position and byte of a number, times ACTIVATION_FACTOR.
@@ -55,8 +56,8 @@ class KModel(nn.Module):
         self._set_types()
         install_attention(model)
         self.program: Program = build_program(model)
-        self.run_program: Callable[[UNetState], Tensor] = self.program.run
-        """Runs a started state to its output. A plan over several slots puts its own runner here."""
+        self.runner: Callable[[NetworkCall], Tensor] | None = None
+        """Runs the network on all rows of a call while a plan over several slots is in force."""
 
     def _set_types(self) -> None:
         if self.storage_dtype == self.computation_dtype:
@@ -85,15 +86,23 @@ class KModel(nn.Module):
         model_input = self.predictor.calculate_input(sigma, x)
         if c_concat is not None:
             model_input = torch.cat([model_input, c_concat.to(model_input)], dim=1)
-        state = self.program.start(
-            model_input.to(dtype),
-            self.predictor.timestep(sigma),
-            None if c_crossattn is None else c_crossattn.to(dtype),
+        call = NetworkCall(
+            x_BCHW=model_input.to(dtype),
+            timesteps_B=self.predictor.timestep(sigma),
+            context_BLD=None if c_crossattn is None else c_crossattn.to(dtype),
             y_BV=y,
             control=control,
-            options=transformer_options,
+            options=transformer_options or {},
         )
-        return self.predictor.calculate_denoised(sigma, self.run_program(state).float(), x)
+        return self.predictor.calculate_denoised(sigma, self.run_network(call).float(), x)
+
+    def run_network(self, call: NetworkCall) -> Tensor:
+        """All rows of a call, as the plan says; the result is on the call's device."""
+        return self.run_here(call) if self.runner is None else self.runner(call)
+
+    def run_here(self, call: NetworkCall) -> Tensor:
+        """All rows in one pass, on the device that the call and the weights are on."""
+        return self.program.run(call.start(self.program))
 
     def memory_required(self, input_shape: Sequence[int]) -> float:
         """Estimate of the working memory, in bytes, of a forward pass over (B, C, H, W)."""
