@@ -1,21 +1,25 @@
 """ModelPatcher: a network with its devices and the hooks of one job, under Forge's names.
 
-Clones share the network and own their hooks. Moving the network is done for the memory store, which decides when.
-Must not know samplers, prompts or files. Changes of weights (LoRA) come through a loader of their own.
+Clones share the network and own their hooks and weight patches. Moving the network is done for the memory store, which decides when; it has
+the patches of whichever clone is in use put in. Must not know samplers, prompts or files. `weight_patches` changes the weights.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from backend.memory.module_bytes import count_module_bytes
+from backend.patcher.lora_math import as_weight_patch
+from backend.patcher.weight_patches import LoraLoader, LoraPatches, Step, WeightPatchError, loader_of
 
 ModelOptions = dict[str, Any]
+PatchKey = str | tuple[Any, ...]
+"""A weight's name, or (name, (dimension, start, length)) for a part of it, or that and a function for what is added."""
 
 
 def copy_options(value: Any) -> Any:
@@ -79,6 +83,7 @@ class ModelPatcher:
         self.current_device = offload_device if current_device is None else current_device
         self.size = size
         self.object_patches: dict[str, object] = {}
+        self.lora_patches: LoraPatches = {}
         self.model_options: ModelOptions = {"transformer_options": {}}
 
     @property
@@ -101,6 +106,7 @@ class ModelPatcher:
 
     def _copy_hooks_to(self, other: ModelPatcher) -> ModelPatcher:
         other.object_patches = dict(self.object_patches)
+        other.lora_patches = dict(self.lora_patches)
         other.model_options = copy_options(self.model_options)
         return other
 
@@ -121,6 +127,62 @@ class ModelPatcher:
     def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Tensor]:
         """The network's state dict, or the part of it whose keys start with `filter_prefix`."""
         return {key: value for key, value in self.model.state_dict().items() if filter_prefix is None or key.startswith(filter_prefix)}
+
+    # weights
+
+    @property
+    def lora_loader(self) -> LoraLoader:
+        """What is changed in the network's weights now; one for all clones."""
+        return loader_of(self.model)
+
+    def add_patches(
+        self,
+        *,
+        filename: str,
+        patches: Mapping[Any, object],
+        strength_patch: float = 1.0,
+        strength_model: float = 1.0,
+        online_mode: bool = False,
+    ) -> set[PatchKey]:
+        """Ask for changes of weights, by name: a WeightPatch each, or a Forge tuple such as ("lora", (up, down, alpha, mid, dora_scale)).
+
+        Returns the keys that name a weight of this network; the others are left out. The weights change when the network is loaded next, or
+        with `refresh_loras`. Nothing is added when one does not fit. Raises: WeightPatchError.
+        """
+        identifier = (filename, float(strength_patch), float(strength_model), online_mode)
+        steps = {name: list(old) for name, old in self.lora_patches.get(identifier, {}).items()}
+        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters(remove_duplicate=False)}
+        used: set[PatchKey] = set()
+        for key, value in patches.items():
+            name, offset, function = _split_patch_key(key)
+            name = name if name in shapes else self._translate_weight_name(name)
+            if name in shapes:
+                step = Step(float(strength_patch), as_weight_patch(value), float(strength_model), offset, function)
+                _check_fit(name, shapes[name], step, filename)
+                steps.setdefault(name, []).append(step)
+                used.add(key)
+        if used:
+            self.lora_patches = {**self.lora_patches, identifier: steps}
+        return used
+
+    def _translate_weight_name(self, name: str) -> str:
+        """Our name of a weight from another naming; the same name where there is none."""
+        return name
+
+    def copy_patches_from(self, other: ModelPatcher) -> None:
+        """Ask for the same changes of weights as another patcher, of this network or of one with the same names."""
+        self.lora_patches = dict(other.lora_patches)
+
+    def has_online_lora(self) -> bool:
+        """Whether a change is to be added while layers run, not merged into the stored weights."""
+        return any(online_mode for _, _, _, online_mode in self.lora_patches)
+
+    def refresh_loras(self) -> None:
+        """Have the network's weights as this patcher wants them, each on its device. Nothing to do: nothing is touched.
+
+        Raises: WeightPatchError, torch.OutOfMemoryError; then the network has no patches at all.
+        """
+        self.lora_loader.refresh(self.lora_patches, self.offload_device, compute_device=self.load_device)
 
     # attributes of the network
 
@@ -243,6 +305,22 @@ class ModelPatcher:
 
     def set_model_output_block_patch(self, patch: object) -> None:
         self.set_model_patch(patch, "output_block_patch")
+
+
+def _split_patch_key(key: Any) -> tuple[str, tuple[int, int, int] | None, Callable[[Tensor], Tensor] | None]:
+    if isinstance(key, str):
+        return key, None, None
+    name, offset, function = (*key, None, None)[:3]
+    return name, None if offset is None else tuple(offset), function
+
+
+def _check_fit(name: str, shape: torch.Size, step: Step, filename: str) -> None:
+    part = shape
+    if step.offset is not None:
+        dimension, _, length = step.offset
+        part = torch.Size([*shape[:dimension], length, *shape[dimension + 1 :]])
+    if (misfit := step.patch.explain_misfit(part)) is not None:
+        raise WeightPatchError(f"{filename} does not fit this model: {name} is {tuple(part)}, {misfit}. Nothing of it was applied.")
 
 
 def _get_attribute(root: object, path: str) -> Any:

@@ -58,3 +58,7 @@ class CLIP:
         copy.cond_stage_model = self.cond_stage_model
         copy.tokenizer = self.tokenizer
         return copy
+
+    def add_patches(self, *args: Any, **kwargs: Any) -> set[Any]:
+        """Changes of the encoders' weights; names start with the slot's: "clip_l.encoder...". As `ModelPatcher.add_patches`."""
+        return self.patcher.add_patches(*args, **kwargs)

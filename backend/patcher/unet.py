@@ -5,12 +5,13 @@ Must not know samplers, prompts or files.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from backend import memory_management
+from backend import key_layout, memory_management
 from backend.modules.k_model import KModel
 from backend.patcher.base import ModelPatcher
 
@@ -52,6 +53,30 @@ class UnetPatcher(ModelPatcher):
         clone = super().clone()
         assert isinstance(clone, UnetPatcher)
         return clone
+
+    # weights
+
+    def _translate_weight_name(self, name: str) -> str:
+        """Names of the original layout ("diffusion_model.input_blocks...") are understood too: extensions use them."""
+        prefix = "diffusion_model."
+        if not name.startswith(prefix):
+            return name
+        ours = {original: module for module, original in key_layout.unet_module_names(self.model.diffusion_model.config).items()}
+        try:
+            return prefix + key_layout.rename_by_module(name.removeprefix(prefix), ours)
+        except KeyError:
+            return name
+
+    def load_frozen_patcher(self, filename: str, state_dict: Mapping[str, Tensor], strength: float) -> None:
+        """Weight patches written as `weight name::kind::index`."""
+        found: dict[str, dict[str, dict[int, Tensor]]] = {}
+        for key, tensor in state_dict.items():
+            name, kind, index = key.split("::")
+            found.setdefault(name, {}).setdefault(kind, {})[int(index)] = tensor
+        for kind in {kind for kinds in found.values() for kind in kinds}:
+            values = {name: kinds[kind] for name, kinds in found.items() if kind in kinds}
+            patches = {name: (kind, tuple(parts[index] for index in sorted(parts))) for name, parts in values.items()}
+            self.add_patches(filename=filename, patches=patches, strength_patch=strength)
 
     # what a sampling run takes along
 

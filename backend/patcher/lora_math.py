@@ -1,0 +1,346 @@
+"""Formulas of weight patches: low-rank sums and products, full differences, replaced weights, rescaled and rotated ones. Knows no files and no names.
+
+Sources: LoRA, Hu et al. 2021, section 4.1; its convolutions, LoHa and LoKr, Yeh et al. 2023 ("Navigating Text-To-Image Customization: From LyCORIS
+Fine-Tuning to Model Evaluation", section 3 and appendix); DoRA, Liu et al. 2024, equation 5; (IA)3, Liu et al. 2022, section 3.3; OFT, Qiu et al.
+2023, section 3.
+
+Shapes: O output and I input channels of a weight (O, I) or (O, I, kernel), R rank of the decomposition. All tensors of a formula are fp32 on the
+weight's device while it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from backend.patcher.weight_patches import WeightPatch, WeightPatchError
+
+_Patch = TypeVar("_Patch", bound="TensorPatch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TensorPatch(WeightPatch):
+    """A patch whose fields are tensors and numbers."""
+
+    def on(self: _Patch, device: torch.device) -> _Patch:
+        return self._converted(lambda tensor: tensor.to(device))
+
+    def _read(self: _Patch, weight: Tensor) -> _Patch:
+        """The patch in fp32 on the weight's device."""
+        return self._converted(lambda tensor: tensor.to(weight.device, torch.float32))
+
+    def _converted(self: _Patch, convert: Callable[[Tensor], Tensor]) -> _Patch:
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return replace(self, **{name: convert(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class AddedPatch(TensorPatch):
+    """What adds a difference to the weight; with `dora_scale` the sum keeps its direction and gets the trained length."""
+
+    dora_scale: Tensor | None = None
+
+    def difference(self, shape: torch.Size) -> Tensor:
+        """What is added at strength 1, fp32 of `shape`; the patch has been read."""
+        raise NotImplementedError
+
+    def merge(self, weight: Tensor, strength: float) -> Tensor:
+        patch = self._read(weight)
+        difference = patch.difference(weight.shape)
+        if patch.dora_scale is None:
+            return weight.add_(difference, alpha=strength)
+        return decompose_weight(patch.dora_scale, weight, difference, strength)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LoraPatch(AddedPatch):
+    """up (O, R, ...) @ down (R, I, ...) * alpha / R; `mid` (R, R, kernel) stands between them. Without alpha the product is taken as it is."""
+
+    up: Tensor
+    down: Tensor
+    alpha: float | None = None
+    mid: Tensor | None = None
+
+    def difference(self, shape: torch.Size) -> Tensor:
+        rank = self.down.shape[0]
+        scale = 1.0 if self.alpha is None else self.alpha / rank
+        if self.mid is not None:
+            product = torch.einsum("or,rs...,si->oi...", self.up.flatten(1), self.mid, self.down.flatten(1))
+        else:
+            product = self.up.flatten(1) @ self.down.flatten(1)
+        return product.reshape(shape).mul_(scale)
+
+    def explain_misfit(self, shape: torch.Size) -> str | None:
+        kernel = math.prod(self.mid.shape[2:]) if self.mid is not None else 1
+        fits = self.up.shape[0] == shape[0] and self.up.shape[0] * math.prod(self.down.shape[1:]) * kernel == shape.numel()
+        fits = fits and math.prod(self.up.shape[1:]) == self.down.shape[0]
+        return None if fits else f"the LoRA was made for {(self.up.shape[0], *self.down.shape[1:])}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LohaPatch(AddedPatch):
+    """(w1_a @ w1_b) * (w2_a @ w2_b), elementwise, * alpha / R; with `t1`, `t2` (R, R, kernel) each factor is built around its core."""
+
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    alpha: float | None = None
+    t1: Tensor | None = None
+    t2: Tensor | None = None
+
+    def difference(self, shape: torch.Size) -> Tensor:
+        scale = 1.0 if self.alpha is None else self.alpha / self.w1_b.shape[0]
+        product = _expand(self.w1_a, self.w1_b, self.t1) * _expand(self.w2_a, self.w2_b, self.t2)
+        return product.reshape(shape).mul_(scale)
+
+    def explain_misfit(self, shape: torch.Size) -> str | None:
+        rows, columns = (self.w1_a.shape[1], self.w1_b.shape[1]) if self.t1 is not None else (self.w1_a.shape[0], self.w1_b.shape[1])
+        kernel = math.prod(self.t1.shape[2:]) if self.t1 is not None else 1
+        return None if rows == shape[0] and rows * columns * kernel == shape.numel() else f"the LoHa was made for {(rows, columns * kernel)}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LokrPatch(AddedPatch):
+    """The Kronecker product of two matrices, each whole (`w1`, `w2`) or as a product; * alpha / R where one of them is a product."""
+
+    w1: Tensor | None = None
+    w1_a: Tensor | None = None
+    w1_b: Tensor | None = None
+    w2: Tensor | None = None
+    w2_a: Tensor | None = None
+    w2_b: Tensor | None = None
+    t2: Tensor | None = None
+    alpha: float | None = None
+
+    def difference(self, shape: torch.Size) -> Tensor:
+        first, second = self._factors()
+        first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim))
+        return torch.kron(first, second.contiguous()).reshape(shape).mul_(self._scale())
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return _whole_or_product(self.w1, self.w1_a, self.w1_b, None), _whole_or_product(self.w2, self.w2_a, self.w2_b, self.t2)
+
+    def _scale(self) -> float:
+        ranked = self.w1_b if self.w1_b is not None else self.w2_b
+        return 1.0 if self.alpha is None or ranked is None else self.alpha / ranked.shape[0]
+
+    def explain_misfit(self, shape: torch.Size) -> str | None:
+        one = _shape_of_factor(self.w1, self.w1_a, self.w1_b, None)
+        two = _shape_of_factor(self.w2, self.w2_a, self.w2_b, self.t2)
+        if one is None or two is None:
+            return "the LoKr lacks a factor"
+        made_for = (one[0] * two[0], one[1] * two[1])
+        return None if made_for[0] == shape[0] and math.prod(made_for) == shape.numel() else f"the LoKr was made for {made_for}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GloraPatch(TensorPatch):
+    """W @ A + B, A of the inputs and B of the weight, both low-rank, * alpha / R. Files of either order of the factors are read."""
+
+    a1: Tensor
+    a2: Tensor
+    b1: Tensor
+    b2: Tensor
+    alpha: float | None = None
+
+    def merge(self, weight: Tensor, strength: float) -> Tensor:
+        patch = self._read(weight)
+        (left_a, right_a), (left_b, right_b) = patch._ordered(weight.shape)
+        turned = torch.einsum("oi...,ir,rj->oj...", weight, left_a, right_a)
+        scale = 1.0 if self.alpha is None else self.alpha / right_b.shape[0]
+        return weight + (turned + (left_b @ right_b).reshape(weight.shape)) * (scale * strength)
+
+    def _ordered(self, shape: torch.Size) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        a1, a2, b1, b2 = (one.flatten(1) for one in (self.a1, self.a2, self.b1, self.b2))
+        return ((a1, a2), (b1, b2)) if a1.shape[0] == shape[1] and b1.shape[0] == shape[0] else ((a2, a1), (b2, b1))
+
+    def explain_misfit(self, shape: torch.Size) -> str | None:
+        (left_a, right_a), (left_b, right_b) = self._ordered(shape)
+        fits = left_a.shape[0] == right_a.shape[1] == shape[1] and left_b.shape[0] * right_b.shape[1] == shape.numel() and left_b.shape[0] == shape[0]
+        return None if fits else f"the GLoRA was made for {(left_b.shape[0], right_b.shape[1])}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DiffPatch(AddedPatch):
+    """The difference itself, of the weight's shape."""
+
+    diff: Tensor
+
+    def difference(self, shape: torch.Size) -> Tensor:
+        return self.diff.reshape(shape)
+
+    def explain_misfit(self, shape: torch.Size) -> str | None:
+        return None if self.diff.numel() == shape.numel() else f"the difference is {tuple(self.diff.shape)}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SetPatch(TensorPatch):
+    """The weight's new values, taken in proportion to the strength."""
+
+    value: Tensor
+
+    def merge(self, weight: Tensor, strength: float) -> Tensor:
+        return torch.lerp(weight, self._read(weight).value.reshape(weight.shape), strength)
+
+    def explain_misfit(self, shape: torch.Size) -> str | None:
+        return None if self.value.numel() == shape.numel() else f"the new weight is {tuple(self.value.shape)}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Ia3Patch(TensorPatch):
+    """Each output's (or input's) weights times 1 + its trained number."""
+
+    scale: Tensor
+    on_input: bool = False
+
+    def merge(self, weight: Tensor, strength: float) -> Tensor:
+        factors = self._read(weight).scale.flatten()
+        side = (1, -1) if self.on_input else (-1, 1)
+        return weight + weight * factors.reshape(*side, *[1] * (weight.ndim - 2)) * strength
+
+    def explain_misfit(self, shape: torch.Size) -> str | None:
+        side = shape[1 if self.on_input else 0]
+        return None if self.scale.numel() == side else f"the (IA)3 has {self.scale.numel()} numbers"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class OftPatch(TensorPatch):
+    """The outputs rotated in groups: `blocks` (groups, size, size) are made skew and turned into rotations by Cayley's transform.
+
+    `constraint` (from alpha) limits the blocks' common norm to `constraint * O`; `rescale` multiplies outputs afterwards.
+    """
+
+    blocks: Tensor
+    constraint: float = 0.0
+    rescale: Tensor | None = None
+
+    def merge(self, weight: Tensor, strength: float) -> Tensor:
+        patch = self._read(weight)
+        rotations = patch._rotations(weight.shape[0])
+        groups = weight.reshape(*rotations.shape[:2], -1)
+        turned = torch.einsum("gnm,gn...->gm...", rotations, groups).reshape(weight.shape)
+        if patch.rescale is not None:
+            turned = turned * patch.rescale.reshape(-1, *[1] * (weight.ndim - 1))
+        return torch.lerp(weight, turned, strength)
+
+    def _rotations(self, num_outputs: int) -> Tensor:
+        skew = self.blocks - self.blocks.transpose(1, 2)
+        if self.constraint > 0:
+            norm = torch.linalg.vector_norm(skew) + 1e-8
+            skew = skew * (norm.clamp(max=self.constraint * num_outputs) / norm)
+        identity = torch.eye(skew.shape[-1], device=skew.device)
+        inverse: Tensor = torch.linalg.inv(identity - skew)
+        return (identity + skew) @ inverse
+
+    def explain_misfit(self, shape: torch.Size) -> str | None:
+        fits = self.blocks.ndim == 3 and self.blocks.shape[1] == self.blocks.shape[2] and self.blocks.shape[0] * self.blocks.shape[1] == shape[0]
+        return None if fits else f"the OFT blocks are {tuple(self.blocks.shape)}"
+
+
+def decompose_weight(dora_scale: Tensor, weight: Tensor, difference: Tensor, strength: float) -> Tensor:
+    """DoRA: the sum of weight and difference with the lengths `dora_scale`, in proportion to the strength.
+
+    Lengths of a shape (O,) or (O, 1, ...) belong to outputs, those of a shape (1, I, ...) to inputs.
+    """
+    total = weight + difference
+    per_output = dora_scale.ndim == 1 or dora_scale.numel() == dora_scale.shape[0] == weight.shape[0]
+    kept = 0 if per_output else 1
+    lengths = torch.linalg.vector_norm(total, dim=[axis for axis in range(weight.ndim) if axis != kept], keepdim=True)
+    scaled = total * (dora_scale.reshape(lengths.shape) / lengths.clamp_min(torch.finfo(torch.float32).eps))
+    return scaled if strength == 1.0 else torch.lerp(weight, scaled, strength)
+
+
+def _expand(left: Tensor, right: Tensor, core: Tensor | None) -> Tensor:
+    """left (O, R) @ right (R, I); around a core (R, R, kernel) left is (R, O) and right (R, I)."""
+    return left @ right if core is None else torch.einsum("rs...,ro,si->oi...", core, left, right)
+
+
+def _whole_or_product(whole: Tensor | None, left: Tensor | None, right: Tensor | None, core: Tensor | None) -> Tensor:
+    if whole is not None:
+        return whole
+    assert left is not None and right is not None  # explain_misfit has looked
+    return _expand(left, right, core)
+
+
+def _shape_of_factor(whole: Tensor | None, left: Tensor | None, right: Tensor | None, core: Tensor | None) -> tuple[int, int] | None:
+    """(outputs, inputs times kernel)."""
+    if whole is not None:
+        return whole.shape[0], math.prod(whole.shape[1:])
+    if left is None or right is None:
+        return None
+    return (left.shape[1], right.shape[1] * math.prod(core.shape[2:])) if core is not None else (left.shape[0], right.shape[1])
+
+
+# what extensions hand over
+
+
+ExtraWeightCalculator = Callable[[Tensor, float, Any], Tensor]
+extra_weight_calculators: dict[str, ExtraWeightCalculator] = {}
+"""Kinds of patches that extensions add: (fp32 weight, strength, values) -> changed weight."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ExtraPatch(WeightPatch):
+    """A patch of an extension's own kind."""
+
+    kind: str
+    values: Any
+
+    def merge(self, weight: Tensor, strength: float) -> Tensor:
+        return extra_weight_calculators[self.kind](weight, strength, self.values)
+
+
+def as_weight_patch(value: object) -> WeightPatch:
+    """A patch from what Forge's extensions write: ("lora", (up, down, alpha, mid, dora_scale)), ("diff", (tensor,)), (tensor,) and so on.
+
+    Raises: WeightPatchError for a kind that nobody knows.
+    """
+    if isinstance(value, WeightPatch):
+        return value
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise WeightPatchError(f"A weight patch was given as {type(value).__name__}; it must be a WeightPatch or a tuple (kind, values).")
+    if isinstance(value[0], Tensor):
+        return DiffPatch(diff=value[0])
+    kind, values = value[0], value[1] if len(value) > 1 else ()
+    if kind in extra_weight_calculators:
+        return ExtraPatch(kind=kind, values=values)
+    build = _FORGE_KINDS.get(kind)
+    if build is None:
+        known = ", ".join([*_FORGE_KINDS, *extra_weight_calculators])
+        raise WeightPatchError(f"A weight patch of kind {kind!r} was given; known are {known}. Register others in extra_weight_calculators.")
+    return build(values)
+
+
+def _from_lora(values: Sequence[Any]) -> WeightPatch:
+    up, down, alpha, mid, dora_scale = (*values, None, None, None)[:5]
+    return LoraPatch(up=up, down=down, alpha=_number(alpha), mid=mid, dora_scale=dora_scale)
+
+
+def _from_loha(values: Sequence[Any]) -> WeightPatch:
+    w1_a, w1_b, alpha, w2_a, w2_b, t1, t2, dora_scale = (*values, None, None, None)[:8]
+    return LohaPatch(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b, alpha=_number(alpha), t1=t1, t2=t2, dora_scale=dora_scale)
+
+
+def _from_lokr(values: Sequence[Any]) -> WeightPatch:
+    w1, w2, alpha, w1_a, w1_b, w2_a, w2_b, t2, dora_scale = (*values, *[None] * 7)[:9]
+    return LokrPatch(w1=w1, w2=w2, alpha=_number(alpha), w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b, t2=t2, dora_scale=dora_scale)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+_FORGE_KINDS: dict[str, Callable[[Sequence[Any]], WeightPatch]] = {
+    "diff": lambda values: DiffPatch(diff=values[0]),
+    "set": lambda values: SetPatch(value=values[0]),
+    "lora": _from_lora,
+    "loha": _from_loha,
+    "lokr": _from_lokr,
+    "glora": lambda values: GloraPatch(a1=values[0], a2=values[1], b1=values[2], b2=values[3], alpha=_number(values[4])),
+}

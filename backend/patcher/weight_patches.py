@@ -1,0 +1,337 @@
+"""Weight patches: changes of a network's weights (LoRA and its kin), put in and taken out exactly, each weight on the device where it lies.
+
+A `ModelPatcher` lists the changes it wants. The `LoraLoader` of its network brings the weights there from whatever they are now: it keeps the
+original of each changed weight on the host, always changes from the original, and restores by copying it back. Must not know file formats,
+prompts, or where a network ought to be.
+
+Streamed layers: their host copy is changed, so what is fetched is changed already. Layers stored in fp8: the sum is rounded to one of the two
+neighbours at random (seeded by the weight's name, the same everywhere), since rounding to the nearest would drop nearly every small change.
+In online mode the stored weight stays as it is and the change is added each time its layer runs, in the type the layer computes in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from backend.memory.module_bytes import as_same_kind
+
+LOADER_ATTRIBUTE = "lora_loader"
+"""Where a network keeps its loader, so that all patchers of the network share it."""
+
+
+class WeightPatchError(ValueError):
+    """A change that does not fit the weight it names."""
+
+
+class WeightPatch(ABC):
+    """One change of one weight. Equal only to itself."""
+
+    @abstractmethod
+    def merge(self, weight: Tensor, strength: float) -> Tensor:
+        """The changed weight. `weight` is fp32, may be overwritten, and says the device; tensors of the patch are brought there."""
+
+    def explain_misfit(self, shape: torch.Size) -> str | None:
+        """Why the change cannot be made on a weight of that shape, if it cannot."""
+        return None
+
+    def on(self, device: torch.device) -> WeightPatch:
+        """The same change with its tensors on `device`, for use again and again."""
+        return self
+
+
+class Step(NamedTuple):
+    """One entry of a weight's recipe: the weight times `strength_model`, then changed with `strength_patch`.
+
+    `offset` (dimension, start, length) narrows the change to a part of the weight; `function` is applied to what the change adds.
+    """
+
+    strength_patch: float
+    patch: WeightPatch
+    strength_model: float = 1.0
+    offset: tuple[int, int, int] | None = None
+    function: Callable[[Tensor], Tensor] | None = None
+
+
+Recipe = tuple[Step, ...]
+LoraIdentifier = tuple[str, float, float, bool]
+"""(filename, strength_patch, strength_model, online_mode)"""
+LoraPatches = dict[LoraIdentifier, dict[str, list[Step]]]
+
+
+def merge_recipe(weight: Tensor, recipe: Iterable[Step]) -> Tensor:
+    """`weight` (fp32, not kept intact) after all steps."""
+    for step in recipe:
+        if step.strength_model != 1.0:
+            weight = weight * step.strength_model
+        weight = _merge_step(weight, step)
+    return weight
+
+
+def _merge_step(weight: Tensor, step: Step) -> Tensor:
+    if step.strength_patch == 0.0:
+        return weight
+    part = weight if step.offset is None else weight.narrow(*step.offset)
+    merged = step.patch.merge(part.clone() if step.function is not None or step.offset is not None else part, step.strength_patch)
+    if step.function is not None:
+        merged = part + step.function(merged - part)
+    if step.offset is None:
+        return merged
+    part.copy_(merged)
+    return weight
+
+
+class LoraLoader:
+    """What is changed in one network's weights now, and how to bring it elsewhere. Kept on the network itself.
+
+    `backup` maps names to the originals of merged weights, on the host. A deep copy of the network gets a loader that shares them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.backup: dict[str, Tensor] = {}
+        self.loaded_hash: str = str([])
+        self._merged: dict[str, Recipe] = {}
+        self._online: dict[str, Recipe] = {}
+        self._loaded: tuple[tuple[LoraIdentifier, dict[str, list[Step]]], ...] = ()
+
+    @property
+    def online_backup(self) -> list[str]:
+        """Names of weights that are changed while their layer runs."""
+        return list(self._online)
+
+    def refresh(
+        self,
+        lora_patches: Mapping[LoraIdentifier, dict[str, list[Step]]],
+        offload_device: torch.device | None = None,
+        force_refresh: bool = False,
+        *,
+        compute_device: torch.device | None = None,
+    ) -> None:
+        """Have the weights as `lora_patches` says. Weights whose recipe is the same as before are not touched.
+
+        A weight on the host is merged on `compute_device` and comes back. When a merge fails all weights are as they were made, without any patch.
+        Raises: WeightPatchError; torch.OutOfMemoryError.
+        """
+        wanted = tuple(lora_patches.items())
+        if not force_refresh and _are_same(wanted, self._loaded):
+            return
+        merged, online = _collect_recipes(wanted)
+        try:
+            self._refresh_merged(merged, compute_device, force=force_refresh)
+            self._refresh_online(online)
+        except BaseException:
+            self.restore()
+            raise
+        self._loaded = wanted
+        self.loaded_hash = str(list(lora_patches))
+
+    def restore(self) -> None:
+        """Every weight as it was made."""
+        self._loaded, self.loaded_hash = (), str([])
+        self._refresh_online({})
+        self._refresh_merged({}, None)
+
+    def originals(self) -> dict[str, Tensor]:
+        """Every parameter and saved buffer by name, without changes."""
+        return {**self.model.state_dict(), **self.backup}
+
+    # merged into the stored weight
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def _refresh_merged(self, recipes: Mapping[str, Recipe], compute_device: torch.device | None, *, force: bool = False) -> None:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name in [name for name in self.backup if name not in recipes]:
+            _overwrite(parameters[name], self.backup[name])
+            self._merged.pop(name, None)
+            del self.backup[name]
+        for name, recipe in recipes.items():
+            if force or self._merged.get(name) != recipe:
+                self._merge(name, parameters[name], recipe, compute_device)
+
+    def _merge(self, name: str, parameter: Tensor, recipe: Recipe, compute_device: torch.device | None) -> None:
+        original = self.backup.get(name)
+        if original is None:
+            original = self.backup[name] = _copy_to_host(parameter)
+        device = parameter.device if compute_device is None or parameter.device.type != "cpu" else compute_device
+        weight = original.to(device, torch.float32, copy=True)
+        try:
+            merged = merge_recipe(weight, recipe)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise WeightPatchError(f"A weight patch cannot be put on {name} {tuple(original.shape)}: {error}") from error
+        _overwrite(parameter, round_to(merged, parameter.dtype, seed=zlib.crc32(name.encode())))
+        self._merged[name] = recipe
+
+    # added while the layer runs
+
+    def _refresh_online(self, recipes: Mapping[str, Recipe]) -> None:
+        if not recipes and not self._online:
+            return
+        by_layer: dict[str, dict[str, Recipe]] = {}
+        for name, recipe in recipes.items():
+            layer_name, _, attribute = name.rpartition(".")
+            by_layer.setdefault(layer_name, {})[attribute] = recipe
+        for layer_name, layer in self.model.named_modules():
+            prefix = f"{layer_name}." if layer_name else ""
+            if any(f"{prefix}{attribute}" in self._online for attribute in layer._parameters) or layer_name in by_layer:
+                _set_online_merge(layer, by_layer.get(layer_name))
+        self._online = dict(recipes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoraLoader:
+        """The loader of a deep copy of the network: patches and originals are shared, since nobody writes to them."""
+        twin = LoraLoader.__new__(LoraLoader)
+        memo[id(self)] = twin
+        twin.model = memo.get(id(self.model), self.model)
+        twin.backup, twin._merged, twin._online = dict(self.backup), dict(self._merged), dict(self._online)
+        twin.loaded_hash, twin._loaded = self.loaded_hash, self._loaded
+        return twin
+
+
+def loader_of(model: nn.Module) -> LoraLoader:
+    """The network's loader; made when first asked for."""
+    loader: LoraLoader | None = model.__dict__.get(LOADER_ATTRIBUTE)
+    if loader is None or loader.model is not model:
+        loader = model.__dict__[LOADER_ATTRIBUTE] = _adopt(loader, model)
+    return loader
+
+
+def _adopt(loader: LoraLoader | None, model: nn.Module) -> LoraLoader:
+    """A loader for `model`, which may be a shallow copy that brought its source's loader along."""
+    if loader is None:
+        return LoraLoader(model)
+    twin = loader.__deepcopy__({})
+    twin.model = model
+    return twin
+
+
+def unpatched_tensors(module: nn.Module) -> Mapping[str, Tensor]:
+    """Every parameter and saved buffer of a patcher's network (`patcher.model`, not a part of it) by name, without weight patches.
+
+    Unchanged ones are the network's own tensors, originals of changed ones lie on the host: `twin.load_state_dict` takes them as they are.
+    """
+    return loader_of(module).originals() if LOADER_ATTRIBUTE in module.__dict__ else module.state_dict()
+
+
+def _are_same(one: tuple[tuple[LoraIdentifier, Any], ...], other: tuple[tuple[LoraIdentifier, Any], ...]) -> bool:
+    return len(one) == len(other) and all(a[0] == b[0] and a[1] is b[1] for a, b in zip(one, other, strict=True))
+
+
+def _collect_recipes(wanted: Iterable[tuple[LoraIdentifier, dict[str, list[Step]]]]) -> tuple[dict[str, Recipe], dict[str, Recipe]]:
+    """(merged, online): name -> its steps in the order they were asked for."""
+    merged: dict[str, Recipe] = {}
+    online: dict[str, Recipe] = {}
+    for (_, _, _, is_online), patches in wanted:
+        recipes = online if is_online else merged
+        for name, steps in patches.items():
+            recipes[name] = (*recipes.get(name, ()), *steps)
+    return merged, online
+
+
+def _overwrite(parameter: Tensor, value: Tensor) -> None:
+    """In place, so that pinned memory, shared tensors and whoever holds the parameter stay as they are."""
+    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+        parameter.copy_(value)
+
+
+def _copy_to_host(parameter: Tensor) -> Tensor:
+    """A copy of its own on the host, page-locked for a weight on a CUDA device."""
+    if parameter.device.type == "cuda":
+        return torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=True).copy_(parameter)
+    host = parameter.detach().to("cpu")
+    return host.clone() if parameter.device.type == "cpu" else host
+
+
+# rounding
+
+
+_FP8_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
+
+
+def round_to(value: Tensor, dtype: torch.dtype, *, seed: int) -> Tensor:
+    """fp32 in `dtype`: the nearest number, except in fp8, where one of the two neighbours is drawn so that the mean is kept.
+
+    Stochastic rounding as in Gupta et al. 2015, "Deep Learning with Limited Numerical Precision", section 3; drawn on the host.
+    """
+    if dtype not in _FP8_MANTISSA_BITS:
+        return value.to(dtype)
+    facts = torch.finfo(dtype)
+    _, exponents = torch.frexp(value)  # value = mantissa * 2 ** exponent with 0.5 <= mantissa < 1
+    least_exponent = int(torch.frexp(torch.tensor(facts.smallest_normal)).exponent)
+    steps = torch.ldexp(torch.ones_like(value), exponents.clamp(min=least_exponent) - 1 - _FP8_MANTISSA_BITS[dtype])
+    noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed)).to(value.device)
+    floor = torch.floor(value / steps + noise) * steps
+    return floor.clamp(facts.min, facts.max).to(dtype)
+
+
+# online
+
+
+def _set_online_merge(layer: nn.Module, recipes: dict[str, Recipe] | None) -> None:
+    """Put the changes of one layer in place of those it has; None takes them away."""
+    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+        for hook_id in [hook_id for hook_id, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _OnlineMerge)]:
+            del hooks[hook_id]
+            layer._forward_hooks_always_called.pop(hook_id, None)
+    if recipes:
+        merge = _OnlineMerge(recipes)
+        layer.register_forward_pre_hook(merge.enter)  # after those that fetch the weight
+        layer.register_forward_hook(merge.leave, prepend=True, always_call=True)  # before those that let it go
+
+
+class _OnlineMerge:
+    """Hooks of one layer: its changed weights for the time it runs. Patches stay on the device where they were used last."""
+
+    def __init__(self, recipes: Mapping[str, Recipe]) -> None:
+        self._recipes = dict(recipes)
+        self._device: torch.device | None = None
+        self._stored: dict[str, nn.Parameter] = {}
+
+    def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        for name, recipe in self._recipes.items():
+            parameter = layer._parameters[name]
+            assert parameter is not None
+            self._recipes[name] = recipe = self._on_device(recipe, parameter.device)
+            computation_dtype = args[0].dtype if args and isinstance(args[0], Tensor) and args[0].is_floating_point() else torch.float32
+            dtype = computation_dtype if parameter.dtype in _FP8_MANTISSA_BITS else parameter.dtype
+            merged = merge_recipe(parameter.detach().to(torch.float32, copy=True), recipe).to(dtype)
+            self._stored[name] = parameter
+            layer._parameters[name] = _as_parameter(merged, parameter)
+
+    def leave(self, layer: nn.Module, args: object, output: object) -> None:
+        for name, parameter in self._stored.items():
+            layer._parameters[name] = parameter
+        self._stored.clear()
+
+    def _on_device(self, recipe: Recipe, device: torch.device) -> Recipe:
+        return tuple(step._replace(patch=step.patch.on(device)) for step in recipe)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OnlineMerge:
+        twin = memo[id(self)] = _OnlineMerge(self._recipes)
+        return twin
+
+
+def _as_parameter(tensor: Tensor, like: nn.Parameter) -> nn.Parameter:
+    parameter = as_same_kind(tensor, like)
+    assert isinstance(parameter, nn.Parameter)
+    return parameter
+
+
+@contextlib.contextmanager
+def without_weight_patches(model: nn.Module) -> Iterator[None]:
+    """The network as it was made, for the time of a `with`: for saving it."""
+    loader = loader_of(model)
+    loaded = dict(loader._loaded)
+    loader.refresh({})
+    try:
+        yield
+    finally:
+        loader.refresh(loaded)
