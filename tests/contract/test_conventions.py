@@ -11,6 +11,7 @@ from tests.contract.sources import Source, product_sources
 WALLS = {
     "launch.py": "the launcher",
     "modules/call_queue.py": "the job worker",
+    "backend/parallel/worker.py": "the slots' workers, whose futures carry what was raised to those who wait",
     "modules/api/routes.py": "the API's handlers",
     "modules/ui_generation.py": "the page's handlers",
     "modules/errors.py": "code of extensions, behind the script host",

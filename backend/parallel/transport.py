@@ -1,0 +1,212 @@
+"""The way of a tensor from one slot's device to another's. Knows no plan, no network and no worker.
+
+CUDA in short: a copy waits for what the producing stream did, runs on streams of its own so that neither card stops computing, and the
+consuming stream waits for it. Tensors are kept for the streams that use them (`record_stream`), so nobody has to hold them. A pair of cards
+copies from card to card only where the link test trusts that (`Verdict`), else through page-locked main memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from backend.devices.links import Route, Verdict, Verdicts
+from backend.devices.slot import Slot, canonical_device
+from backend.devices.virtual_device import CopyCounter
+
+DevicePair = tuple[torch.device, torch.device]
+
+_HOST_LIKE = ("cpu", "vgpu")
+_STAGE_CHUNK_BYTES = 4 * 2**20
+"""A staged copy goes in pieces of this, so that the second half of the way begins before the first has ended."""
+
+
+class TransportStats(CopyCounter):
+    """Bytes and number of copies per ordered pair of devices. What stays on its device is not counted."""
+
+
+class Parcel(Protocol):
+    """A tensor on its way, made by `Transport.ship`."""
+
+    def receive(self) -> torch.Tensor:
+        """The tensor on its target, ready for the work that the calling thread enqueues next. May be called by many threads, each for itself."""
+        ...
+
+
+class Transport(Protocol):
+    """Brings tensors from device to device."""
+
+    stats: TransportStats
+
+    def ship(self, tensor: torch.Tensor, target: torch.device) -> Parcel:
+        """Start the way of `tensor`. To be called in the thread that produced it, as its current stream is the one the copy waits for."""
+        ...
+
+    def send(self, tensor: torch.Tensor, target: torch.device) -> torch.Tensor:
+        """`ship` and `receive` in one thread: `tensor` on `target`, the same object where it is there already."""
+        ...
+
+
+def make_transport(verdicts: Verdicts | None = None, slots: Sequence[Slot] = ()) -> Transport:
+    """A transport that copies from card to card where `verdicts` (by the indices of `slots`) trust it. Without them nothing is trusted."""
+    device_of = {slot.index: slot.torch_device for slot in slots}
+    trusted = {
+        (device_of[source], device_of[target]): verdict
+        for (source, target), verdict in (verdicts or {}).items()
+        if source in device_of and target in device_of
+    }
+    return DeviceTransport(trusted)
+
+
+def choose_route(source: torch.device, target: torch.device, verdicts: Mapping[DevicePair, Verdict]) -> Route:
+    """The kind of copy between two devices. Card to card only where a verdict says so. Pure."""
+    if source == target:
+        return "same"
+    if source.type == "cpu" or target.type == "cpu" or (source.type in _HOST_LIKE and target.type in _HOST_LIKE):
+        return "direct"
+    verdict = verdicts.get((source, target))
+    return "peer" if verdict is not None and verdict.route == "peer" else "staged"
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """A tensor that needs no waiting for."""
+
+    tensor: torch.Tensor
+
+    def receive(self) -> torch.Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _OnStream:
+    """A tensor on a CUDA device that is there once `event` has passed."""
+
+    tensor: torch.Tensor
+    event: Any
+    cuda: Any
+
+    def receive(self) -> torch.Tensor:
+        stream = self.cuda.current_stream(self.tensor.device)
+        stream.wait_event(self.event)
+        self.tensor.record_stream(stream)
+        return self.tensor
+
+
+class DeviceTransport:
+    """A transport over all kinds of devices that torch has. Safe to use from many threads."""
+
+    def __init__(self, verdicts: Mapping[DevicePair, Verdict], cuda: Any = torch.cuda) -> None:
+        self.stats = TransportStats()
+        self._verdicts = dict(verdicts)
+        self._cuda = CudaCopies(cuda)
+
+    def send(self, tensor: torch.Tensor, target: torch.device) -> torch.Tensor:
+        return tensor if tensor.device == target else self.ship(tensor, target).receive()
+
+    def ship(self, tensor: torch.Tensor, target: torch.device) -> Parcel:
+        source, target = tensor.device, canonical_device(target)
+        route = choose_route(source, target, self._verdicts)
+        if route == "same":
+            return self._cuda.share(tensor) if source.type == "cuda" else _Arrived(tensor)
+        self.stats.add(str(source), str(target), tensor.nbytes)
+        if route == "direct":
+            return self._ship_direct(tensor, target)
+        if source.type == target.type == "cuda":
+            return self._cuda.copy(tensor, target, staged=route == "staged")
+        return _Arrived(tensor.to("cpu").to(target))
+
+    def _ship_direct(self, tensor: torch.Tensor, target: torch.device) -> Parcel:
+        """To the host a copy is awaited, as the host reads without asking a stream; from pinned main memory it need not be."""
+        if target.type != "cuda":
+            return _Arrived(tensor.to(target))
+        return self._cuda.bring(tensor, target)
+
+
+@dataclass(slots=True)
+class CudaCopies:
+    """Copies between CUDA devices on streams of their own, one per device and ordered pair. `cuda` is `torch.cuda`."""
+
+    cuda: Any
+    _streams: dict[tuple[torch.device, DevicePair], Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def share(self, tensor: torch.Tensor) -> Parcel:
+        """A tensor for another stream of its own device: nothing moves, the stream only waits for what was enqueued so far."""
+        return _OnStream(tensor, self._mark(self.cuda.current_stream(tensor.device)), self.cuda)
+
+    def bring(self, tensor: torch.Tensor, target: torch.device) -> Parcel:
+        """From main memory. The caller waits for this copy unless the tensor is page-locked, but never for what the card computes."""
+        in_stream = self._stream(target, (tensor.device, target))
+        with self.cuda.stream(in_stream):
+            arrived = tensor.to(target, non_blocking=tensor.is_pinned())
+        return _OnStream(arrived, self._mark(in_stream), self.cuda)
+
+    def copy(self, tensor: torch.Tensor, target: torch.device, *, staged: bool) -> Parcel:
+        """From card to card, or through main memory. Returns at once; the copy waits for the tensor's producer by itself."""
+        source = tensor.device
+        out_stream, in_stream = self._stream(source, (source, target)), self._stream(target, (source, target))
+        with self.cuda.device(source):
+            dense = _make_dense(tensor)
+            out_stream.wait_event(self._mark(self.cuda.current_stream(source)))
+        with self.cuda.stream(in_stream):
+            arriving = _new_like(dense, target)
+        if staged:
+            self._copy_staged(dense, arriving, out_stream, in_stream)
+        else:
+            self._copy_peer(dense, arriving, out_stream, in_stream)
+        dense.record_stream(out_stream)
+        return _OnStream(arriving, self._mark(in_stream), self.cuda)
+
+    def _copy_peer(self, source: torch.Tensor, target: torch.Tensor, out_stream: Any, in_stream: Any) -> None:
+        """torch enqueues such a copy on the source's current stream, and orders it with the target's current stream on both sides.
+
+        Both are ours here, so the copy waits for no computation on the target and holds up none.
+        """
+        with self.cuda.stream(in_stream), self.cuda.stream(out_stream):
+            target.copy_(source, non_blocking=True)
+
+    def _copy_staged(self, source: torch.Tensor, target: torch.Tensor, out_stream: Any, in_stream: Any) -> None:
+        """Piece by piece to page-locked memory and on. torch's host allocator keeps a piece until the copies that use it are done."""
+        for out_piece, in_piece in zip(_split_flat(source), _split_flat(target)):
+            host = _new_pinned(out_piece)
+            with self.cuda.stream(out_stream):
+                host.copy_(out_piece, non_blocking=True)
+            in_stream.wait_event(self._mark(out_stream))
+            with self.cuda.stream(in_stream):
+                in_piece.copy_(host, non_blocking=True)
+
+    def _mark(self, stream: Any) -> Any:
+        event = self.cuda.Event()
+        event.record(stream)
+        return event
+
+    def _stream(self, device: torch.device, pair: DevicePair) -> Any:
+        with self._lock:
+            if (device, pair) not in self._streams:
+                self._streams[device, pair] = self.cuda.Stream(device=device)
+            return self._streams[device, pair]
+
+
+def _make_dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where its elements lie without gaps in an order that `empty_like` keeps, else a copy."""
+    formats = [torch.contiguous_format] + ([torch.channels_last] if tensor.dim() == 4 else [])
+    return tensor if any(tensor.is_contiguous(memory_format=one) for one in formats) else tensor.contiguous()
+
+
+def _new_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_like(tensor, device=device)
+
+
+def _new_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+def _split_flat(dense: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of a tensor's elements in the order of memory, no longer than a piece of a staged copy."""
+    flat = dense.as_strided((dense.numel(),), (1,))
+    return torch.split(flat, max(1, _STAGE_CHUNK_BYTES // dense.element_size())) if dense.numel() else ()
