@@ -155,6 +155,8 @@ def _own_seed(seed: Any) -> Any:
 
 def _describe_model(p: StableDiffusionProcessing, app: Application) -> None:
     """Names and hashes for infotexts."""
+    from modules.processing_refiner import note_refiner  # imports torch
+
     request = app.models.request
     if request is None:
         raise RequestError("no model is loaded.")
@@ -162,6 +164,7 @@ def _describe_model(p: StableDiffusionProcessing, app: Application) -> None:
     p.sd_model_name, p.sd_model_hash = checkpoint.name_for_extra, checkpoint.shorthash
     p.additional_module_names = [path.stem for path in request.additional_modules]
     vae = next((path for path in request.additional_modules if path in app.additional_modules.vaes.values()), None)
+    note_refiner(p)
     p.sd_vae_name = vae.name if vae is not None else None
     p.sd_vae_hash = (app.hashes.sha256(vae, f"vae/{vae.name}") or "")[:10] or None if vae is not None else None
 
@@ -192,6 +195,7 @@ def _run_batch(p: StableDiffusionProcessing, app: Application, collector: Pictur
     """One batch from its prompts to its pictures; False when no prompts are left for it."""
     from modules.hook_arguments import PostSampleArgs
     from modules.processing_latents import decode_latent_batch
+    from modules.processing_networks import activate_networks
 
     p.sd_model = app.models.ensure_loaded(p.options)
     _set_batch(p)
@@ -199,7 +203,8 @@ def _run_batch(p: StableDiffusionProcessing, app: Application, collector: Pictur
         return False
     hook_values = {"batch_number": p.iteration, "prompts": p.prompts, "seeds": p.seeds, "subseeds": p.subseeds}
     p.run_hook("before_process_batch", **hook_values)
-    _activate_networks(p, app)
+    p.parse_extra_network_prompts()
+    activate_networks(p, p.extra_network_data)
     p.run_hook("process_batch", **hook_values)
     p.setup_conds()
     _write_params(p, app, collector)
@@ -240,21 +245,6 @@ def _set_batch(p: StableDiffusionProcessing) -> None:
         source=p.options.randn_source,
         eta_noise_seed_delta=int(p.options.eta_noise_seed_delta),
     )
-
-
-def _activate_networks(p: StableDiffusionProcessing, app: Application) -> None:
-    """Networks named in the prompts, on top of the model as it was loaded; the result is what every pass of the batch starts from."""
-    from modules import extra_networks
-
-    engine = p.sd_model
-    engine.forge_objects = engine.forge_objects_original.shallow_copy()
-    engine.forge_objects.vae.auto_fp32 = bool(p.options.auto_vae_precision)
-    if not p.do_not_reload_embeddings:
-        engine.embeddings.load_textual_inversion_embeddings()
-    p.parse_extra_network_prompts()
-    if not p.disable_extra_networks:
-        extra_networks.activate(p, p.extra_network_data)
-    engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
 
 
 def _write_params(p: StableDiffusionProcessing, app: Application, collector: PictureCollector) -> None:

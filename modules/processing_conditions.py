@@ -5,10 +5,10 @@ Must not know sampling or pictures. Functions take the request (`p`) and fill it
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from backend.text_processing.composition import strip_comments
 from modules import extra_networks, prompt_parser
 from modules.errors import RequestError
 from modules.prompt_parser import SdConditioning
@@ -17,16 +17,11 @@ from modules.sd_samplers import find_sampler_config, needs_uncond
 if TYPE_CHECKING:
     from modules.processing_request import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img
 
-_COMMENT = re.compile(r"[^\S\n]*#[^\n]*")
-
 # settings that change what a prompt is encoded to
-_ENCODING_OPTIONS = ("CLIP_stop_at_last_layers", "sdxl_clip_l_skip", "emphasis", "comma_padding_backtrack", "sdxl_crop_left", "sdxl_crop_top")
-
-
-def strip_comments(text: str) -> str:
-    """`text` without what stands between # and the end of a line; lines that held nothing else go too."""
-    kept = [(_COMMENT.sub("", line), line) for line in text.split("\n")]
-    return "\n".join(new for new, old in kept if new.strip() or not old.strip())
+_ENCODING_OPTIONS = (
+    *("CLIP_stop_at_last_layers", "sdxl_clip_l_skip", "emphasis", "comma_padding_backtrack", "sdxl_crop_left", "sdxl_crop_top"),
+    *("sdxl_refiner_low_aesthetic_score", "sdxl_refiner_high_aesthetic_score"),
+)
 
 
 def setup_prompts(p: StableDiffusionProcessing) -> None:
@@ -109,6 +104,33 @@ def setup_hires_conditions(p: StableDiffusionProcessingTxt2Img) -> None:
     p.hr_uc = None
     if p.hr_cfg != 1 or needs_uncond(p.hr_sampler_name or p.sampler_name) or _is_weighted(p.hr_c):
         p.hr_uc = _cached(p, make_uc, negative_prompts, p.firstpass_steps, p.cached_hr_uc, p.hr_extra_network_data, hires_steps=steps)
+
+
+def refiner_conditions(p: StableDiffusionProcessing) -> tuple[Any, Any]:
+    """(conditions, those of the negative prompt or None) of the pass that runs, for `p.sd_model`, which has taken its place in the middle of it.
+
+    They are kept apart from those of the first model, so that the next batch finds both."""
+    apply_prompt_options(p)
+    hires: Any = p if p.is_hr_pass else None
+    sampler_name = (hires and hires.hr_sampler_name) or p.sampler_name
+    prompts, negative_prompts, data, hires_steps = _prompts_of_pass(p, sampler_name)
+    make_c, make_uc = prompt_parser.get_multicond_learned_conditioning, prompt_parser.get_learned_conditioning
+    c = _cached(p, make_c, prompts, p.firstpass_steps, p.cached_refiner_c, data, hires_steps)
+    if (hires.hr_cfg if hires else p.cfg_scale) == 1 and not needs_uncond(sampler_name) and not _is_weighted(c):
+        return c, None
+    return c, _cached(p, make_uc, negative_prompts, p.firstpass_steps, p.cached_refiner_uc, data, hires_steps)
+
+
+def _prompts_of_pass(p: Any, sampler_name: str | None) -> tuple[SdConditioning, SdConditioning, Any, int | None]:
+    """(prompts, negative prompts, networks they name, steps of the second pass) of the pass that runs."""
+    if p.is_hr_pass and not p.options.hires_fix_use_firstpass_conds:
+        texts, negative_texts, data = p.hr_prompts, p.hr_negative_prompts, p.hr_extra_network_data
+        size = {"width": p.hr_upscale_to_x, "height": p.hr_upscale_to_y}
+        hires_steps: int | None = num_denoiser_calls(sampler_name, p.hr_second_pass_steps or p.steps)
+    else:
+        texts, negative_texts, data, hires_steps = p.prompts, p.negative_prompts, p.extra_network_data, None
+        size = {"width": p.width, "height": p.height}
+    return SdConditioning(texts, **size), SdConditioning(negative_texts, **size, is_negative_prompt=True), data, hires_steps
 
 
 def _is_weighted(conditions: prompt_parser.MulticondLearnedConditioning) -> bool:

@@ -17,9 +17,11 @@ from modules.image_resizing import resize_to
 from modules.processing_compositing import old_hires_fix_first_pass_dimensions
 from modules.processing_conditions import finish_prompt, rows_of, setup_hires_conditions
 from modules.processing_latents import DecodedSamples, decode_latent_batch, encode_pixels, pil_to_pixels, pixels_to_pil, upscale_latent
+from modules.processing_networks import activate_networks, prepare_networks
+from modules.processing_refiner import refining
 from modules.processing_request import LATENT_UPSCALE_MODES, opt_C, opt_f
 from modules.processing_result import create_infotext
-from modules.processing_txt2img import prepare_networks, run_sampling_hook
+from modules.processing_txt2img import run_sampling_hook
 from modules.processing_validation import check_area
 from modules.upscaler import available_upscalers, find_upscaler
 
@@ -168,15 +170,15 @@ def _second_pass(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, deco
         eta_noise_seed_delta=int(p.options.eta_noise_seed_delta),
     )
     noise_BCHW = p.rng.first()
-    if not p.disable_extra_networks:
-        extra_networks.activate(p, p.hr_extra_network_data)
+    activate_networks(p, p.hr_extra_network_data)
     setup_hires_conditions(p)
     p.run_hook("before_hr")
     prepare_networks(p)
     noise_BCHW = run_sampling_hook(p, latents_BCHW, noise_BCHW, p.hr_c, p.hr_uc)
-    samples: Tensor = p.sampler.sample_img2img(
-        p, latents_BCHW, noise_BCHW, p.hr_c, p.hr_uc, steps=p.hr_second_pass_steps or p.steps, image_conditioning=conditioning
-    )
+    with refining(p):
+        samples: Tensor = p.sampler.sample_img2img(
+            p, latents_BCHW, noise_BCHW, p.hr_c, p.hr_uc, steps=p.hr_second_pass_steps or p.steps, image_conditioning=conditioning
+        )
     p.sampler = None
     return samples
 
@@ -236,13 +238,15 @@ def _save_first_pass(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, 
 
 
 def _use_model_of_second_pass(p: StableDiffusionProcessingTxt2Img) -> None:
-    """Another checkpoint or other modules, if they were asked for. Each batch begins by asking for the model of the first pass again."""
+    """The model that is set, or another checkpoint or other modules if they were asked for; not the refiner that the first pass may have ended with.
+
+    Each batch begins by asking for the model of the first pass again."""
     overrides: dict[str, Any] = {}
     if p.hr_checkpoint_info is not None:
         overrides["sd_model_checkpoint"] = p.hr_checkpoint_info.title
     if p.hr_additional_modules is not None and SAME_CHOICES not in p.hr_additional_modules:
         overrides["forge_additional_modules"] = list(p.hr_additional_modules)
-    if overrides:
+    if overrides or p.refiner_checkpoint_info is not None:
         p.sd_model = current_application().models.ensure_loaded(p.options.with_overrides(overrides))
 
 

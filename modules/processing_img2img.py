@@ -19,8 +19,10 @@ from modules.hook_arguments import MaskBlendArgs
 from modules.image_resizing import flatten
 from modules.processing_compositing import blur_mask, create_binary_mask, overlay_of, paste_box, setup_color_correction
 from modules.processing_latents import encode_pixels, mask_to_latent, pil_to_pixels, upscale_latent
+from modules.processing_networks import prepare_networks
+from modules.processing_refiner import refining
 from modules.processing_request import opt_f
-from modules.processing_txt2img import prepare_networks, run_sampling_hook
+from modules.processing_txt2img import run_sampling_hook
 
 if TYPE_CHECKING:
     from modules.processing_request import StableDiffusionProcessingImg2Img
@@ -192,6 +194,8 @@ def _noise_of_seed(p: StableDiffusionProcessingImg2Img, seed: int) -> Tensor:
 
 def sample_img2img(p: StableDiffusionProcessingImg2Img, c: Any, uc: Any) -> Tensor:
     """Latents of the batch."""
+    if p.sampler.sd_model is not p.sd_model:  # an earlier batch ended with the refiner
+        p.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
     noise_BCHW = p.rng.first()
     multiplier = p.options.initial_noise_multiplier if p.initial_noise_multiplier is None else p.initial_noise_multiplier
     if multiplier != 1.0:
@@ -199,7 +203,8 @@ def sample_img2img(p: StableDiffusionProcessingImg2Img, c: Any, uc: Any) -> Tens
         noise_BCHW = noise_BCHW * multiplier
     prepare_networks(p)
     noise_BCHW = run_sampling_hook(p, p.init_latent, noise_BCHW, c, uc)
-    samples_BCHW: Tensor = p.sampler.sample_img2img(p, p.init_latent, noise_BCHW, c, uc, image_conditioning=p.image_conditioning)
+    with refining(p):
+        samples_BCHW: Tensor = p.sampler.sample_img2img(p, p.init_latent, noise_BCHW, c, uc, image_conditioning=p.image_conditioning)
     if p.mask is None:
         return samples_BCHW
     blended = samples_BCHW * p.nmask.to(samples_BCHW) + p.init_latent.to(samples_BCHW) * p.mask.to(samples_BCHW)

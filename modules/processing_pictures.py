@@ -140,6 +140,9 @@ class PictureCollector:
         too_few = len(self.images) < 2 and options.grid_only_if_multiple
         if not self.images or too_few or p.do_not_save_grid or not (options.return_grid or options.grid_save):
             return
+        if not images.check_grid_size(self.images):
+            p.comment(f"No grid was made: it would be larger than {options.img_max_size_mp} megapixels (setting img_max_size_mp).")
+            return
         grid = images.image_grid(self.images, p.batch_size)
         text = self.infotext(0, use_main_prompt=True)
         if options.enable_pnginfo:

@@ -141,10 +141,15 @@ class StableDiffusionProcessing:
     modified_noise: Any = field(default=None, init=False)
     sampler: Any = field(default=None, init=False)
     job_timestamp: str = field(default="", init=False)
+    refiner_checkpoint_info: Any = field(default=None, init=False)
+    refiner: Any = field(default=None, init=False)
+    image_conditioning_source: Any = field(default=None, init=False)
 
     # the last conditions, kept from job to job; clear_prompt_cache() empties them
     cached_c = [None, None]
     cached_uc = [None, None]
+    cached_refiner_c = [None, None]
+    cached_refiner_uc = [None, None]
 
     def __post_init__(self, sd_model: Any) -> None:  # type: ignore[override]  # see the field
         self._engine = sd_model
@@ -154,6 +159,8 @@ class StableDiffusionProcessing:
         self.comments = {} if self.comments is None else self.comments
         self.cached_c = StableDiffusionProcessing.cached_c
         self.cached_uc = StableDiffusionProcessing.cached_uc
+        self.cached_refiner_c = StableDiffusionProcessing.cached_refiner_c
+        self.cached_refiner_uc = StableDiffusionProcessing.cached_refiner_uc
         self._options_when_made = snapshot_of_current_options()
         self._options_in_force: OptionsSnapshot | None = None
 
@@ -232,10 +239,9 @@ class StableDiffusionProcessing:
         self.comments[text] = 1
 
     def clear_prompt_cache(self) -> None:
-        self.cached_c = [None, None]
-        self.cached_uc = [None, None]
-        StableDiffusionProcessing.cached_c = [None, None]
-        StableDiffusionProcessing.cached_uc = [None, None]
+        for name in ("cached_c", "cached_uc", "cached_refiner_c", "cached_refiner_uc"):
+            setattr(self, name, [None, None])
+            setattr(StableDiffusionProcessing, name, [None, None])
 
     def setup_prompts(self) -> None:
         from modules.processing_conditions import setup_prompts  # it is written against this class
@@ -267,6 +273,7 @@ class StableDiffusionProcessing:
         from modules.processing_latents import inpainting_image_conditioning  # imports torch
 
         self.is_using_inpainting_conditioning = self.sd_model.is_inpaint
+        self.image_conditioning_source = (source_image, latent_image, image_mask, round_image_mask)
         self.inpainting_mask_weight = float(self.options.inpainting_mask_weight)
         return inpainting_image_conditioning(
             self.sd_model, source_image, latent_image, image_mask, round_mask=round_image_mask, mask_weight=self.inpainting_mask_weight
@@ -303,6 +310,7 @@ class StableDiffusionProcessing:
     def close(self) -> None:
         """The job is over: let go of conditions and the sampler."""
         self.sampler = None
+        self.image_conditioning_source = None
         self.c = None
         self.uc = None
         if not self.options.persistent_cond_cache:

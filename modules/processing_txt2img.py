@@ -13,7 +13,8 @@ from torch import Tensor
 from modules import sd_samplers
 from modules.image_resizing import CROP_AND_RESIZE, flatten, resize_by_mode
 from modules.processing_latents import DecodedSamples, decode_latent_batch, encode_pixels, pil_to_pixels
-from modules.processing_tiling import apply_tiling
+from modules.processing_networks import prepare_networks
+from modules.processing_refiner import refining
 
 if TYPE_CHECKING:
     from modules.processing_request import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img
@@ -33,7 +34,8 @@ def _first_pass(p: StableDiffusionProcessingTxt2Img, c: Any, uc: Any) -> Tensor:
     noise_BCHW = p.rng.first()
     prepare_networks(p)
     noise_BCHW = run_sampling_hook(p, noise_BCHW, noise_BCHW, c, uc)
-    samples: Tensor = p.sampler.sample(p, noise_BCHW, c, uc, image_conditioning=p.txt2img_image_conditioning(noise_BCHW))
+    with refining(p):
+        samples: Tensor = p.sampler.sample(p, noise_BCHW, c, uc, image_conditioning=p.txt2img_image_conditioning(noise_BCHW))
     return samples
 
 
@@ -43,13 +45,6 @@ def _first_pass_from_image(p: StableDiffusionProcessingTxt2Img) -> Tensor:
     image = flatten(p.firstpass_image, p.options.img2img_background_color)
     image = resize_by_mode(CROP_AND_RESIZE, image, p.width, p.height)
     return encode_pixels(p.sd_model, pil_to_pixels([image])).repeat(p.batch_size, 1, 1, 1)
-
-
-def prepare_networks(p: StableDiffusionProcessing) -> None:
-    """Before every pass: the networks as extra networks left them, with tiling on or off. What an earlier pass patched is gone."""
-    engine = p.sd_model
-    engine.forge_objects = engine.forge_objects_after_applying_lora.shallow_copy()
-    apply_tiling(engine, bool(p.tiling))
 
 
 def run_sampling_hook(p: StableDiffusionProcessing, x_BCHW: Tensor, noise_BCHW: Tensor, c: Any, uc: Any) -> Tensor:

@@ -10,7 +10,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from modules import sd_samplers
-from modules.errors import RequestError
+from modules.errors import RequestError, UnknownCheckpointError
 from modules.inert_settings import find_inert, warn_once
 from modules.processing_request import opt_f
 
@@ -25,6 +25,8 @@ MAX_BATCH_SIZE = 512
 MAX_BATCH_COUNT = 10_000
 MAX_SEED = 2**64 - 1
 SEED_RANGE = 4294967294
+DEFAULT_REFINER_SWITCH = 0.8
+"""As on the page; for requests that name a refiner and no point for it."""
 
 _SAME_AS_FIRST = (None, "", "Use same sampler", "Use same scheduler")
 _COUNT_LIMITS = {"steps": (1, MAX_STEPS), "batch_size": (1, MAX_BATCH_SIZE), "n_iter": (1, MAX_BATCH_COUNT)}
@@ -43,6 +45,7 @@ _NUMBER_LIMITS: dict[str, tuple[float, float]] = {
     "image_cfg_scale": (-1000, 1000),
     "hr_cfg": (-1000, 1000),
     "hr_scale": (0.01, 64),
+    "refiner_switch_at": (0, 1),
 }
 _INT_LIMITS: dict[str, tuple[int, int]] = {
     "seed_resize_from_w": (-1, MAX_SIDE_PX),
@@ -68,6 +71,7 @@ def make_sound(p: StableDiffusionProcessing, app: Application) -> None:
     _check_numbers(p)
     _check_size(p)
     _resolve_sampler(p)
+    _choose_refiner(p, app)
     _name_what_is_missing(p)
     _name_inert_settings(p, app)
 
@@ -147,13 +151,28 @@ def _resolve_hires_sampler(p: Any, sampler: str, scheduler: str) -> None:
     p.hr_sampler_name, p.hr_scheduler = sd_samplers.get_sampler_and_scheduler(own["hr_sampler_name"] or sampler, own["hr_scheduler"] or scheduler)
 
 
+def _choose_refiner(p: StableDiffusionProcessing, app: Application) -> None:
+    """Raises UnknownCheckpointError for one that is not there."""
+    p.refiner_checkpoint_info = None
+    if p.refiner_checkpoint in (None, "", "None", "none"):
+        return
+    if p.refiner_switch_at is None:
+        p.refiner_switch_at = DEFAULT_REFINER_SWITCH
+    if p.refiner_switch_at >= 1:
+        return
+    app.checkpoints.refresh()
+    p.refiner_checkpoint_info = app.checkpoints.find(p.refiner_checkpoint)
+    if p.refiner_checkpoint_info is None:
+        raise UnknownCheckpointError(
+            f"refiner_checkpoint: there is no checkpoint {p.refiner_checkpoint!r} in {app.checkpoints.roots[0]}; leave it empty to use none."
+        )
+
+
 def _name_what_is_missing(p: StableDiffusionProcessing) -> None:
     """Requests for what this program does not have are answered without it, and said so."""
     if p.restore_faces:
         p.restore_faces = False
         p.comment("restore_faces: there is no face restoration model here; faces are left as they are.")
-    if p.refiner_checkpoint not in (None, "", "None", "none") and (p.refiner_switch_at or 0) < 1:
-        p.comment("refiner_checkpoint: switching to a refiner is not available; the whole picture is made with one checkpoint.")
     if p.token_merging_ratio or p.token_merging_ratio_hr or p.options.token_merging_ratio:
         p.comment("token_merging_ratio: token merging is not available; nothing is merged.")
 

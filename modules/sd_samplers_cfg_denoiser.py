@@ -16,7 +16,7 @@ from backend.sampling.sampling_function import denoise_guided
 from modules import prompt_parser
 from modules.application import current_application
 from modules.hook_arguments import MaskBlendArgs
-from modules.sd_samplers_common import InterruptedException
+from modules.sd_samplers_common import InterruptedException, apply_refiner
 
 if TYPE_CHECKING:
     from modules.sd_samplers_kdiffusion import KDiffusionSampler
@@ -61,6 +61,7 @@ class CFGDenoiser(torch.nn.Module):
         """x0 (B, C, H, W) at noise levels (B,). Without `cond` the sampler's own conditions count. Raises InterruptedException."""
         if self._state.interrupted or self._state.skipped:
             raise InterruptedException
+        apply_refiner(self, x, sigma)
         arguments = self.sampler.sampler_extra_args
         cond, uncond = (arguments["cond"], arguments["uncond"]) if cond is None else (cond, uncond)
         scale = float(arguments["cond_scale"] if cond_scale is None else cond_scale)

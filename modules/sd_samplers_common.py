@@ -20,6 +20,7 @@ from modules.sd_samplers import SamplerData
 __all__ = [
     "InterruptedException",
     "SamplerData",
+    "apply_refiner",
     "approximation_indexes",
     "decode_first_stage",
     "images_tensor_to_samples",
@@ -50,6 +51,12 @@ def setup_img2img_steps(p: Any, steps: int | None = None) -> tuple[int, int]:
         return max(int(requested / strength), requested), requested - 1
     total = steps or p.steps
     return total, int(strength * total)
+
+
+def apply_refiner(cfg_denoiser: Any, x: Tensor, sigma: Tensor | None = None) -> bool:
+    """Let the refiner take over if this call of the denoiser is its first; whether it did. `sigma`: the call's noise levels (B,), if known."""
+    refiner = getattr(cfg_denoiser.p, "refiner", None)
+    return refiner is not None and bool(refiner.switch_when_due(cfg_denoiser, x, sigma))
 
 
 def is_sampler_using_eta_noise_seed_delta(p: Any) -> bool:

@@ -217,6 +217,12 @@ def test_files_are_saved_with_their_parameters(app: Application, tmp_path: Path)
     assert result.images[0].size == (128, 64)
 
 
+def test_a_grid_beyond_the_limit_is_left_out_and_said(app: Application) -> None:
+    result = run(txt2img(batch_size=2, override_settings={"return_grid": True, "img_max_size_mp": 0.001}))
+    assert len(result.images) == 2
+    assert "img_max_size_mp" in result.comments
+
+
 def test_saving_can_be_turned_off(app: Application, tmp_path: Path) -> None:
     folders = {"outdir_txt2img_samples": str(tmp_path / "samples"), "outdir_txt2img_grids": str(tmp_path / "grids")}
     result = run(txt2img(batch_size=2, do_not_save_samples=True, do_not_save_grid=True, override_settings=folders))

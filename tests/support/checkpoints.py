@@ -19,11 +19,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from backend.key_layout import join_checkpoint
 
 FAMILIES = ("sd15", "sd20", "sd21_v", "sdxl")
+REFINER = "sdxl_refiner"
 VOCAB_LENGTH = 49408
 EOS_TOKEN_ID = 49407
 SDXL_TIME_IDS_WIDTH = 6 * 256
 SDXL_PROJECTION_DIM = 64
-LATENT_SCALE = {"sd15": 0.18215, "sd20": 0.18215, "sd21_v": 0.18215, "sdxl": 0.13025}
+LATENT_SCALE = {"sd15": 0.18215, "sd20": 0.18215, "sd21_v": 0.18215, "sdxl": 0.13025, REFINER: 0.13025}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +90,8 @@ def write_checkpoint(
 
 def build_models(path: Path, family: str, *, width: int = 32, seed: int = 0, prediction: str = "epsilon", inpaint: bool = False) -> ReferenceModels:
     """The networks alone, nothing written."""
-    if family not in FAMILIES:
-        raise ValueError(f"family {family!r} is none of {', '.join(FAMILIES)}")
+    if family not in (*FAMILIES, REFINER):
+        raise ValueError(f"family {family!r} is none of {', '.join((*FAMILIES, REFINER))}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoders = _build_text_encoders(family)
@@ -138,6 +139,19 @@ def _build_unet(family: str, width: int, *, in_channels: int, context_width: int
             projection_class_embeddings_input_dim=SDXL_TIME_IDS_WIDTH + SDXL_PROJECTION_DIM,
         )
     widths_4 = (width, 2 * width, 4 * width, 4 * width)
+    if family == REFINER:
+        return UNet2DConditionModel(
+            **common,
+            block_out_channels=widths_4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=4,
+            attention_head_dim=tuple(head_count(w) for w in widths_4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=5 * 256 + SDXL_PROJECTION_DIM,
+        )
     is_sd1 = family == "sd15"
     return UNet2DConditionModel(
         **common,
@@ -165,10 +179,10 @@ def _build_vae(width: int, latent_scale: float) -> AutoencoderKL:
 def _build_text_encoders(family: str) -> tuple[nn.Module, ...]:
     if family == "sd15":
         return (CLIPTextModel(_text_config(width=64, num_layers=4, activation="quick_gelu")),)
-    if family == "sdxl":
+    if family in ("sdxl", REFINER):
         clip_l = CLIPTextModel(_text_config(width=64, num_layers=3, activation="quick_gelu"))
         clip_g = CLIPTextModelWithProjection(_text_config(width=96, num_layers=4, activation="gelu", projection_dim=SDXL_PROJECTION_DIM))
-        return clip_l, clip_g
+        return (clip_l, clip_g) if family == "sdxl" else (clip_g,)
     return (CLIPTextModel(_text_config(width=96, num_layers=3, activation="gelu")),)
 
 
@@ -202,7 +216,7 @@ def _set_output_scales(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
     sample_BCHW = torch.randn(1, unet.config.in_channels, 8, 8)
     extra: dict[str, Any] = {}
     if unet.config.addition_embed_type == "text_time":
-        extra["added_cond_kwargs"] = {"text_embeds": torch.randn(1, SDXL_PROJECTION_DIM), "time_ids": torch.full((1, 6), 64.0)}
+        extra["added_cond_kwargs"] = {"text_embeds": torch.randn(1, SDXL_PROJECTION_DIM), "time_ids": torch.full((1, _num_measures(unet)), 64.0)}
     noise_BCHW = unet(sample_BCHW, 500, context_BLC, **extra).sample
     unet.conv_out.weight.mul_(0.5 / noise_BCHW.std())
     picture_BCHW = vae.decode(torch.randn(1, 4, 8, 8) / vae.config.scaling_factor).sample
@@ -210,6 +224,10 @@ def _set_output_scales(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
     moments_BCHW = vae.encode(torch.rand(1, 3, 64, 64) * 2 - 1).latent_dist
     vae.quant_conv.weight[:4].mul_(1 / (vae.config.scaling_factor * moments_BCHW.mean.std()))
     vae.quant_conv.bias[4:].sub_(8.0)  # logvar: a posterior as narrow as a trained VAE's
+
+
+def _num_measures(unet: UNet2DConditionModel) -> int:
+    return int((unet.config.projection_class_embeddings_input_dim - SDXL_PROJECTION_DIM) // unet.config.addition_time_embed_dim)
 
 
 @torch.no_grad()
