@@ -52,7 +52,22 @@ function switch_to_img2img(...args) {
     return args;
 }
 
+function switch_to_sketch(...args) {
+    switchToImg2imgTab("img2img_sketch");
+    return args;
+}
+
 function switch_to_inpaint(...args) {
     switchToImg2imgTab("inpaint");
+    return args;
+}
+
+function switch_to_inpaint_sketch(...args) {
+    switchToImg2imgTab("inpaint_sketch");
+    return args;
+}
+
+function switch_to_extras(...args) {
+    switchToTab("extras");
     return args;
 }

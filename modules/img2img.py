@@ -32,6 +32,8 @@ _FIELDS_FROM_INFOTEXT = {
     "Sampler": "sampler_name",
     "Steps": "steps",
 }
+BATCH_PARAMETERS = (*_FIELDS_FROM_INFOTEXT, "Model hash")
+"""What can be taken from each picture's parameters."""
 _TYPES = {"seed": int, "steps": int, "cfg_scale": float}
 
 
@@ -128,6 +130,8 @@ def _take_parameters(p: StableDiffusionProcessingImg2Img, path: Path, keys: Iter
         log.warning("img2img batch: %s has no parameters (%s).", path, error)
         return
     params = parse_generation_parameters(text) if text else {}
+    if "Model hash" in keys and params.get("Model hash"):
+        p.override_settings["sd_model_checkpoint"] = params["Model hash"]
     for key in keys:
         field = _FIELDS_FROM_INFOTEXT.get(key)
         if field is not None and params.get(key) not in (None, ""):

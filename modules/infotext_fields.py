@@ -55,6 +55,7 @@ COMMON_FIELDS = _fields(
     ("height", "Size-2"),
     ("batch_size", "Batch size"),
     ("denoising_strength", "Denoising strength"),
+    ("enable_refiner", lambda params: True if params.get("Refiner") else None),
     ("refiner_checkpoint", "Refiner"),
     ("refiner_switch_at", "Refiner switch at"),
 )

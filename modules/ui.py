@@ -15,7 +15,6 @@ import gradio as gr
 
 from modules import infotext_utils, ui_choices, ui_page, ui_requests
 from modules.infotext_fields import FIELDS_BY_TAB
-from modules.processing import process_images
 from modules.ui_common import OutputPanel, create_output_panel, create_refresh_button, plaintext_to_html
 from modules.ui_generation import GenerateHandler, JobControl
 from modules.ui_img2img import Img2imgTab, create_img2img_tab
@@ -86,7 +85,7 @@ def footer_html() -> str:
 
 
 def _handler(app: Application, name: str, tab: GenerationTab, build: Callable[[Application, Mapping[str, Any]], Any]) -> GenerateHandler:
-    return GenerateHandler(app, name, tuple(tab.inputs), lambda values: build(app, values), process_images)
+    return GenerateHandler(app, name, tuple(tab.inputs), lambda values: build(app, values), ui_requests.carry_out)
 
 
 def _connect_upscale(tab: Txt2imgTab, handler: GenerateHandler) -> None:

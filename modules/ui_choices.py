@@ -30,9 +30,19 @@ def generation_choices(app: Application) -> Choices:
         samplers=sampler_names(),
         schedulers=schedule_labels(),
         upscalers=upscaler_names(),
-        checkpoints=app.checkpoints.titles(use_short=app.options.sd_checkpoint_dropdown_use_short),
+        checkpoints=_titles(app),
         modules=list(app.additional_modules.files),
     )
+
+
+def _titles(app: Application) -> list[str]:
+    return app.checkpoints.titles(use_short=app.options.sd_checkpoint_dropdown_use_short)
+
+
+def checkpoint_titles(app: Application) -> list[str]:
+    """The checkpoints that are in the folders now."""
+    app.checkpoints.refresh()
+    return _titles(app)
 
 
 def upscaler_names() -> list[str]:

@@ -8,24 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from gradio.components import Component
-from PIL import Image
 
+from modules import ui_choices
 from modules.ui_common import OutputPanel, create_output_panel
 from modules.ui_components import FormRow, ResizeHandleRow, ToolButton
+from modules.ui_img2img_pictures import PictureSection, connect_mask_controls, create_pictures, scale_text, size_updates
 from modules.ui_paste import PasteTarget
 from modules.ui_sections import (
     HIDDEN_PART,
-    SIDE_STEP_PX,
     BatchSection,
     CfgSection,
     Choices,
     Defaults,
+    RefinerSection,
     SamplerSection,
     SeedSection,
     SizeSection,
     create_batch_section,
     create_cfg_section,
     create_override_settings,
+    create_refiner_section,
     create_sampler_section,
     create_seed_section,
     create_size_section,
@@ -37,19 +39,8 @@ if TYPE_CHECKING:
     from modules.application import Application
 
 TAB = "img2img"
+QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 RESIZE_MODES = ("Just resize", "Crop and resize", "Resize and fill", "Just resize (latent upscale)")
-PICTURE_HEIGHT_PX = 420
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureSection:
-    """Where the picture comes from. `mode` holds the number of the inner tab that is shown."""
-
-    mode: gr.Number
-    init_image: gr.Image
-    inpaint_editor: gr.ImageEditor
-    inpaint_upload_image: gr.Image
-    inpaint_upload_mask: gr.Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +75,7 @@ class Img2imgTab:
     cfg: CfgSection
     denoising_strength: gr.Slider
     seed: SeedSection
+    refiner: RefinerSection
     override_settings: gr.Dropdown
     output: OutputPanel
     task_id: gr.Textbox
@@ -96,15 +88,18 @@ def create_img2img_tab(app: Application, choices: Choices, defaults: Defaults, s
     toprow = create_toprow(TAB, style_names)
     with ResizeHandleRow(elem_classes=["generation-columns"]):
         with gr.Column(elem_id=f"{TAB}_settings", elem_classes=["settings-column"]):
-            pictures, inpaint_tabs = _create_pictures()
-            inpaint = _create_inpaint(inpaint_tabs, pictures)
+            pictures = create_pictures(app)
+            inpaint = _create_inpaint()
+            connect_mask_controls(pictures)
             resize_mode = gr.Radio(label="Resize mode", choices=list(RESIZE_MODES), value=RESIZE_MODES[0], type="index", elem_id="resize_mode")
             sampler = create_sampler_section(TAB, choices, defaults)
             with gr.Row(elem_id=f"{TAB}_dimensions", elem_classes=["size-and-batch"]):
-                resize = _create_resize(defaults, pictures, resize_mode)
+                resize = _create_resize(app, defaults, pictures, resize_mode)
                 batch = create_batch_section(TAB)
             cfg = create_cfg_section(TAB, defaults)
             denoising = slider(minimum=0.0, maximum=1.0, step=0.01, label="Denoising strength", value=0.75, elem_id="img2img_denoising_strength")
+            with gr.Column(elem_id=f"{TAB}_accordions", elem_classes=["accordions"]):
+                refiner = create_refiner_section(TAB, choices, lambda: ui_choices.checkpoint_titles(app))
             seed_slot = gr.Column(elem_id=f"{TAB}_seed_column", elem_classes=["tight-column"])
             override_settings = create_override_settings(TAB)
         output = create_output_panel(TAB, show_folder_button=not app.config.hide_ui_dir_config, gallery_height=app.options.gallery_height)
@@ -114,6 +109,7 @@ def create_img2img_tab(app: Application, choices: Choices, defaults: Defaults, s
     inputs = {
         **_main_inputs(toprow, sampler, resize, batch, cfg, denoising, override_settings),
         **_picture_inputs(pictures, inpaint),
+        **refiner.inputs(),
         **seed.inputs(),
     }
     return Img2imgTab(
@@ -126,6 +122,7 @@ def create_img2img_tab(app: Application, choices: Choices, defaults: Defaults, s
         cfg=cfg,
         denoising_strength=denoising,
         seed=seed,
+        refiner=refiner,
         override_settings=override_settings,
         output=output,
         task_id=task_id,
@@ -134,45 +131,7 @@ def create_img2img_tab(app: Application, choices: Choices, defaults: Defaults, s
     )
 
 
-def _create_pictures() -> tuple[PictureSection, tuple[gr.Tab, gr.Tab, gr.Tab]]:
-    picture: dict[str, Any] = {
-        "type": "pil",
-        "image_mode": "RGBA",
-        "format": "png",
-        "sources": ["upload", "clipboard"],
-        "show_label": False,
-        "height": PICTURE_HEIGHT_PX,
-    }
-    mode = gr.Number(value=0, precision=0, visible="hidden", elem_id="img2img_selected_tab")
-    with gr.Tabs(elem_id="mode_img2img"):
-        with gr.Tab("img2img", elem_id="img2img_img2img_tab") as plain_tab:
-            init_image = gr.Image(label="Image for img2img", elem_id="img2img_image", **picture)
-        with gr.Tab("Inpaint", elem_id="img2img_inpaint_tab") as inpaint_tab:
-            editor = gr.ImageEditor(
-                label="Image for inpainting with mask",
-                show_label=False,
-                elem_id="img2maskimg",
-                type="pil",
-                image_mode="RGBA",
-                format="png",
-                sources=["upload", "clipboard"],
-                transforms=(),
-                layers=False,
-                height=PICTURE_HEIGHT_PX + 80,
-                brush=gr.Brush(colors=["#ffffff", "#000000"], default_color="#ffffff", color_mode="fixed"),
-                canvas_size=(512, 512),
-                buttons=["fullscreen"],
-            )
-        with gr.Tab("Inpaint upload", elem_id="img2img_inpaint_upload_tab") as upload_tab, gr.Row():
-            upload_image = gr.Image(label="Image", elem_id="img_inpaint_base", **{**picture, "show_label": True, "height": PICTURE_HEIGHT_PX - 80})
-            upload_mask = gr.Image(label="Mask", elem_id="img_inpaint_mask", **{**picture, "show_label": True, "height": PICTURE_HEIGHT_PX - 80})
-    section = PictureSection(
-        mode=mode, init_image=init_image, inpaint_editor=editor, inpaint_upload_image=upload_image, inpaint_upload_mask=upload_mask
-    )
-    return section, (plain_tab, inpaint_tab, upload_tab)
-
-
-def _create_inpaint(tabs: tuple[gr.Tab, gr.Tab, gr.Tab], pictures: PictureSection) -> InpaintSection:
+def _create_inpaint() -> InpaintSection:
     with gr.Column(elem_id="inpaint_controls", elem_classes=["inpaint-controls", HIDDEN_PART]):
         with FormRow():
             mask_blur = slider(label="Mask blur", minimum=0, maximum=64, step=1, precision=0, value=4, elem_id="img2img_mask_blur")
@@ -197,16 +156,11 @@ def _create_inpaint(tabs: tuple[gr.Tab, gr.Tab, gr.Tab], pictures: PictureSectio
             type="index",
             elem_id="img2img_inpainting_fill",
         )
-    for number, tab in zip((0, 2, 4), tabs):
-        shown = "false" if number == 0 else "true"
-        tab.select(
-            fn=None, js=f"() => {{ showPart('inpaint_controls', {shown}); return {number}; }}", outputs=[pictures.mode], show_progress="hidden"
-        )
     return InpaintSection(mask_blur=mask_blur, mask_mode=mask_mode, fill=fill, full_res=full_res, padding=padding)
 
 
-def _create_resize(defaults: Defaults, pictures: PictureSection, mode: gr.Radio) -> ResizeSection:
-    quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+def _create_resize(app: Application, defaults: Defaults, pictures: PictureSection, mode: gr.Radio) -> ResizeSection:
+    quiet = QUIET
     with gr.Column(elem_id="img2img_column_resize", scale=4, elem_classes=["tight-column"]):
         scale_tab = gr.Number(value=0, precision=0, visible="hidden", elem_id="img2img_selected_scale_tab")
         with gr.Tabs(elem_id="img2img_tabs_resize"):
@@ -219,37 +173,21 @@ def _create_resize(defaults: Defaults, pictures: PictureSection, mode: gr.Radio)
                 preview = gr.HTML("", elem_id="img2img_scale_resolution_preview", elem_classes=["scale-preview"])
     to_tab.select(lambda: 0, outputs=[scale_tab], **quiet)
     by_tab.select(lambda: 1, outputs=[scale_tab], **quiet)
-    detect.click(size_updates, inputs=_picture_sources(pictures), outputs=[size.width, size.height], **quiet)
+    detect.click(size_updates, inputs=pictures.sources(), outputs=[size.width, size.height], **quiet)
+    _connect_autosize(app, pictures, size)
     for event in (scale_by.change, by_tab.select):
-        event(_scale_text, inputs=[scale_by, *_picture_sources(pictures)], outputs=[preview], trigger_mode="always_last", **quiet)
+        event(scale_text, inputs=[scale_by, *pictures.sources()], outputs=[preview], trigger_mode="always_last", **quiet)
     return ResizeSection(mode=mode, scale_tab=scale_tab, size=size, scale_by=scale_by)
 
 
-def _picture_sources(pictures: PictureSection) -> list[Component]:
-    return [pictures.mode, pictures.init_image, pictures.inpaint_editor, pictures.inpaint_upload_image]
+def _connect_autosize(app: Application, pictures: PictureSection, size: SizeSection) -> None:
+    """A loaded picture gives its size, where the settings say so."""
 
+    def on_load(*sources: Any) -> list[Any]:
+        return size_updates(*sources) if app.options.img2img_autosize else [gr.skip(), gr.skip()]
 
-def shown_picture(mode: float, init_image: Image.Image | None, editor: Mapping[str, Any] | None, upload: Image.Image | None) -> Image.Image | None:
-    """The picture of the inner tab that is shown; None when it is empty."""
-    if int(mode) == 0:
-        return init_image
-    return (editor.get("background") if editor else None) if int(mode) == 2 else upload
-
-
-def size_updates(mode: float, init_image: Image.Image | None, editor: Mapping[str, Any] | None, upload: Image.Image | None) -> list[Any]:
-    """Width and height of the picture that is shown, rounded to what the sliders take; no change without one."""
-    picture = shown_picture(mode, init_image, editor, upload)
-    if picture is None:
-        return [gr.skip(), gr.skip()]
-    return [gr.update(value=max(64, min(2048, round(side / SIDE_STEP_PX) * SIDE_STEP_PX))) for side in picture.size]
-
-
-def _scale_text(scale: float, *sources: Any) -> str:
-    picture = shown_picture(*sources)
-    if picture is None:
-        return "The size follows from the picture."
-    width, height = (max(8, int(side * scale) // 8 * 8) for side in picture.size)
-    return f"resize: from <b>{picture.width}x{picture.height}</b> to <b>{width}x{height}</b>"
+    for picture in (pictures.init_image, pictures.sketch, pictures.inpaint_editor, pictures.inpaint_sketch, pictures.inpaint_upload_image):
+        picture.upload(on_load, inputs=pictures.sources(), outputs=[size.width, size.height], **QUIET)
 
 
 def _main_inputs(
@@ -284,11 +222,7 @@ def _main_inputs(
 
 def _picture_inputs(pictures: PictureSection, inpaint: InpaintSection) -> dict[str, Component]:
     return {
-        "mode": pictures.mode,
-        "init_image": pictures.init_image,
-        "inpaint_editor": pictures.inpaint_editor,
-        "inpaint_upload_image": pictures.inpaint_upload_image,
-        "inpaint_upload_mask": pictures.inpaint_upload_mask,
+        **pictures.inputs(),
         "mask_blur": inpaint.mask_blur,
         "inpainting_mask_invert": inpaint.mask_mode,
         "inpainting_fill": inpaint.fill,
@@ -314,7 +248,8 @@ PASTED = (
 
 def _paste_target(inputs: Mapping[str, Component], override_settings: gr.Dropdown) -> PasteTarget:
     seeds = ("seed", "subseed", "subseed_strength", "seed_resize_from_w", "seed_resize_from_h")
-    names = (*PASTED, "mask_blur", "inpaint_full_res_padding", *seeds)
+    refiner = ("enable_refiner", "refiner_checkpoint", "refiner_switch_at")
+    names = (*PASTED, "mask_blur", "inpaint_full_res_padding", *refiner, *seeds)
     return PasteTarget(
         tab=TAB, controls={name: inputs[name] for name in names}, override_settings=override_settings, extra_seeds=inputs["seed_enable_extras"]
     )

@@ -6,13 +6,15 @@ Must not know gradio components; `values` maps the names of a tab's inputs to wh
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageChops, ImageOps
 
 from modules import infotext_utils
 from modules.errors import RequestError
-from modules.processing import StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img
+from modules.img2img import process_batch
+from modules.processing import Processed, StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img, process_images
 from modules.ui_common import infotext_of, picture_at
 from modules.ui_sections import USE_SAME_CHOICES
 
@@ -33,8 +35,9 @@ COMMON_NAMES = (
     "scheduler",
 )
 INPAINT_NAMES = ("mask_blur", "inpainting_mask_invert", "inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding")
-MODE_IMG2IMG, MODE_INPAINT, MODE_INPAINT_UPLOAD = 0, 2, 4
-"""Numbers of the img2img tab's inner tabs; 1, 3 and 5 are those of sketch, inpaint sketch and batch."""
+MODE_IMG2IMG, MODE_SKETCH, MODE_INPAINT, MODE_INPAINT_SKETCH, MODE_INPAINT_UPLOAD, MODE_BATCH = range(6)
+"""Numbers of the img2img tab's inner tabs."""
+MODES_WITH_MASK = frozenset({MODE_INPAINT, MODE_INPAINT_SKETCH, MODE_INPAINT_UPLOAD})
 
 
 def build_txt2img(app: Application, values: Mapping[str, Any]) -> StableDiffusionProcessingTxt2Img:
@@ -69,23 +72,69 @@ def build_upscale(app: Application, values: Mapping[str, Any]) -> StableDiffusio
     return request
 
 
-def build_img2img(app: Application, values: Mapping[str, Any]) -> StableDiffusionProcessingImg2Img:
+def build_img2img(app: Application, values: Mapping[str, Any]) -> StableDiffusionProcessingImg2Img | Img2imgBatch:
     """The request of the img2img tab. Raises RequestError when the picture or the mask is missing."""
+    if int(values["mode"]) == MODE_BATCH:
+        return _build_batch(app, values)
     image, mask = source_and_mask(values)
     fields = _common_fields(values)
     if values["selected_scale_tab"] == 1:
         fields["width"], fields["height"] = scaled_size(image.size, values["scale_by"])
     if mask is not None:
         fields.update({name: values[name] for name in INPAINT_NAMES}, mask=mask)
+    return _img2img_request(app, values, init_images=[image], **fields)
+
+
+def _img2img_request(app: Application, values: Mapping[str, Any], **fields: Any) -> StableDiffusionProcessingImg2Img:
     options = app.options
     return StableDiffusionProcessingImg2Img(
         outpath_samples=options.outdir_samples or options.outdir_img2img_samples,
         outpath_grids=options.outdir_grids or options.outdir_img2img_grids,
-        init_images=[image],
         resize_mode=values["resize_mode"],
         denoising_strength=values["denoising_strength"],
         **fields,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Img2imgBatch:
+    """A request that is carried out for each of several pictures; `arguments` are those of process_batch."""
+
+    request: StableDiffusionProcessingImg2Img
+    arguments: Mapping[str, Any]
+
+    def run(self) -> Processed:
+        """On the job's thread. Without a picture when it was interrupted before the first."""
+        processed = process_batch(self.request, **self.arguments)
+        return Processed(self.request, [], self.request.seed) if processed is None else processed
+
+
+def _build_batch(app: Application, values: Mapping[str, Any]) -> Img2imgBatch:
+    """Raises RequestError when no picture was named."""
+    is_folder = int(values["batch_kind"]) == 1
+    if is_folder and app.config.hide_ui_dir_config:
+        raise RequestError("Folders of the server cannot be named: it was started with --hide-ui-dir-config. Upload the pictures instead.")
+    source = (values["batch_input_dir"] or "").strip() if is_folder else list(values["batch_files"] or [])
+    if not source:
+        raise RequestError("Batch needs pictures: name an input directory." if is_folder else "Batch needs pictures: upload some.")
+    request = _img2img_request(app, values, **_common_fields(values), **{name: values[name] for name in INPAINT_NAMES})
+    folders = {name: (values[f"batch_{name}"] or "").strip() if is_folder else "" for name in ("output_dir", "mask_dir", "png_info_dir")}
+    arguments = {
+        "input": source,
+        "output_dir": folders["output_dir"],
+        "inpaint_mask_dir": folders["mask_dir"],
+        "to_scale": values["selected_scale_tab"] == 1,
+        "scale_by": values["scale_by"],
+        "use_png_info": bool(values["batch_use_png_info"]),
+        "png_info_props": list(values["batch_png_info_props"] or []),
+        "png_info_dir": folders["png_info_dir"] or None,
+    }
+    return Img2imgBatch(request=request, arguments=arguments)
+
+
+def carry_out(request: Any) -> Processed:
+    """Make the pictures of a request that one of these functions built. On the job's thread."""
+    return request.run() if isinstance(request, Img2imgBatch) else process_images(request)
 
 
 def scaled_size(size_px: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -97,8 +146,15 @@ def scaled_size(size_px: tuple[int, int], scale: float) -> tuple[int, int]:
 def source_and_mask(values: Mapping[str, Any]) -> tuple[Image.Image, Image.Image | None]:
     """The picture to start from and, in the inpaint modes, the mask (white is painted anew). Raises RequestError when one is missing."""
     mode = int(values["mode"])
-    if mode == MODE_INPAINT:
-        return _painted_picture(values["inpaint_editor"])
+    if mode == MODE_SKETCH:
+        sketch = flat_sketch(values["sketch"])
+        if sketch is None:
+            raise RequestError("Sketch needs a picture to start from: put one into the field above, or paint one.")
+        return sketch, None
+    if mode in (MODE_INPAINT, MODE_INPAINT_SKETCH):
+        editor = values["inpaint_editor" if mode == MODE_INPAINT else "inpaint_sketch"]
+        picture, mask = _painted_picture(editor)
+        return (picture if mode == MODE_INPAINT else flat_sketch(editor) or picture), mask
     if mode == MODE_INPAINT_UPLOAD:
         picture, mask = values["inpaint_upload_image"], values["inpaint_upload_mask"]
         if picture is None or mask is None:
@@ -117,6 +173,19 @@ def _painted_picture(editor: Mapping[str, Any] | None) -> tuple[Image.Image, Ima
     if mask.getbbox() is None:
         raise RequestError("Nothing is masked: paint over the part of the picture that is to be made anew.")
     return upright(picture), mask
+
+
+def flat_sketch(editor: Mapping[str, Any] | None) -> Image.Image | None:
+    """The picture of an editor with what was painted on it; paint alone lies on white. None when there is neither."""
+    background = editor.get("background") if editor else None
+    layers = [layer.convert("RGBA") for layer in (editor.get("layers") or [] if editor else [])]
+    painted = [layer for layer in layers if layer.getchannel("A").getbbox() is not None]
+    if background is None and not painted:
+        return None
+    flat = Image.new("RGBA", painted[0].size, "#ffffff") if background is None else background.convert("RGBA")
+    for layer in painted:
+        flat = Image.alpha_composite(flat, layer if layer.size == flat.size else layer.resize(flat.size, Image.Resampling.LANCZOS))
+    return flat
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -149,6 +218,8 @@ def _common_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     fields["styles"] = list(values["styles"] or [])
     fields["override_settings"] = infotext_utils.create_override_settings_dict(values["override_settings"] or [])
     fields["seed"] = _seed(values["seed"])
+    if values["enable_refiner"]:
+        fields.update(refiner_checkpoint=values["refiner_checkpoint"], refiner_switch_at=values["refiner_switch_at"])
     if values["seed_enable_extras"]:
         fields["subseed"] = _seed(values["subseed"])
         fields.update({name: values[name] for name in ("subseed_strength", "seed_resize_from_w", "seed_resize_from_h")})

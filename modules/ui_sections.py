@@ -5,14 +5,14 @@ Labels, ranges and ids are those that users and extensions know. Must not know t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
-from modules.ui_common import read_generation_info
+from modules.ui_common import create_refresh_button, read_generation_info
 from modules.ui_components import DropdownMulti, FormRow, InputAccordion, ToolButton
 
 MIN_SIDE_PX = 64
@@ -119,6 +119,17 @@ class HiresSection:
     scheduler: gr.Dropdown
     prompt: gr.Textbox
     negative_prompt: gr.Textbox
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerSection:
+    enable: InputAccordion
+    checkpoint: gr.Dropdown
+    switch_at: gr.Slider
+
+    def inputs(self) -> dict[str, Component]:
+        """The controls by the names under which they go to the server."""
+        return {"enable_refiner": self.enable, "refiner_checkpoint": self.checkpoint, "refiner_switch_at": self.switch_at}
 
 
 def slider(**kwargs: Any) -> gr.Slider:
@@ -346,6 +357,17 @@ def _hires_prompt_row(shown: bool) -> dict[str, Any]:
                 label="Hires negative prompt", elem_id="hires_neg_prompt", lines=3, placeholder="Empty: the negative prompt of the first pass"
             ),
         }
+
+
+def create_refiner_section(tab: str, choices: Choices, look_again: Callable[[], Sequence[str]]) -> RefinerSection:
+    """The "Refiner" accordion: another checkpoint for the last part of the way. `look_again` gives the checkpoints there are now."""
+    with InputAccordion(False, label="Refiner", elem_id=f"{tab}_enable") as enable, FormRow():
+        checkpoint = gr.Dropdown(
+            label="Checkpoint", elem_id=f"{tab}_checkpoint", choices=list(choices.checkpoints), value=None, allow_custom_value=True, min_width=160
+        )
+        create_refresh_button(checkpoint, lambda: None, lambda: {"choices": list(look_again())}, f"{tab}_checkpoint_refresh")
+        switch_at = slider(minimum=0.01, maximum=1.0, step=0.01, label="Switch at", value=0.8, elem_id=f"{tab}_switch_at", min_width=160)
+    return RefinerSection(enable=enable, checkpoint=checkpoint, switch_at=switch_at)
 
 
 def create_override_settings(tab: str) -> gr.Dropdown:

@@ -6,11 +6,13 @@ Counts as the text encoder will, without loading a model. Must not know how prom
 from __future__ import annotations
 
 import threading
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from modules import extra_networks
 from modules.import_lock import network_imports
 from modules.ui_toprow import Toprow
 
@@ -47,15 +49,19 @@ class TokenCounter:
 
         if self.app.options.enable_prompt_comments:
             prompt = strip_comments(prompt)
+        prompt, _ = extra_networks.parse_prompt(prompt)
         steps = PassSteps(num_base_steps=max(1, num_steps))
         with self._lock:
             texts = {text for part in split_composition(prompt) for _, text in schedule_prompt(part.text, steps)}
             counts = [self._text_engine.get_prompt_lengths(text) for text in texts]
         return max(counts, default=(0, CHUNK_TOKENS))
 
-    def count_html(self, prompt: str | None, num_steps: float) -> str:
-        """The counter's text."""
+    def count_html(self, prompt: str | None, num_steps: float, styles: Sequence[str] | None = None, *, negative: bool = False) -> str:
+        """The counter's text. The chosen styles count where the settings say so."""
         text = prompt or ""
+        if styles and self.app.options.include_styles_into_token_counters:
+            apply = self.app.styles.apply_negative_styles_to_prompt if negative else self.app.styles.apply_styles_to_prompt
+            text = apply(text, styles)
         if self.app.options.disable_token_counters or len(text) > MAX_COUNTED_CHARACTERS:
             return ""
         if not text.strip():
@@ -67,6 +73,7 @@ class TokenCounter:
 def connect_token_counters(counter: TokenCounter, toprow: Toprow, steps: gr.Slider) -> None:
     """Count when a prompt changes, and when a script presses the hidden button."""
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private", "trigger_mode": "always_last"}
-    for prompt, label, button in toprow.token_counters:
-        for event in (prompt.change, button.click):
-            event(counter.count_html, inputs=[prompt, steps], outputs=[label], **quiet)
+    for number, (prompt, label, button) in enumerate(toprow.token_counters):
+        count = partial(counter.count_html, negative=number == 1)
+        for event in (prompt.change, toprow.styles.change, button.click):
+            event(count, inputs=[prompt, steps, toprow.styles], outputs=[label], **quiet)

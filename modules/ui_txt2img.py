@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 from gradio.components import Component
 
+from modules import ui_choices
 from modules.ui_common import OutputPanel, create_output_panel
 from modules.ui_components import ResizeHandleRow
 from modules.ui_paste import PasteTarget
@@ -18,6 +19,7 @@ from modules.ui_sections import (
     Choices,
     Defaults,
     HiresSection,
+    RefinerSection,
     SamplerSection,
     SeedSection,
     SizeSection,
@@ -25,6 +27,7 @@ from modules.ui_sections import (
     create_cfg_section,
     create_hires_section,
     create_override_settings,
+    create_refiner_section,
     create_sampler_section,
     create_seed_section,
     create_size_section,
@@ -48,6 +51,7 @@ class Txt2imgTab:
     cfg: CfgSection
     seed: SeedSection
     hires: HiresSection
+    refiner: RefinerSection
     override_settings: gr.Dropdown
     output: OutputPanel
     task_id: gr.Textbox
@@ -75,9 +79,10 @@ def create_txt2img_tab(app: Application, choices: Choices, defaults: Defaults, s
         hires = create_hires_section(
             choices, defaults, size, show_sampler=options.hires_fix_show_sampler, show_prompts=options.hires_fix_show_prompts
         )
+        refiner = create_refiner_section(TAB, choices, lambda: ui_choices.checkpoint_titles(app))
     with seed_slot:
         seed = create_seed_section(TAB, output.generation_info)
-    inputs = _inputs(toprow, sampler, size, batch, cfg, seed, hires, override_settings)
+    inputs = _inputs(toprow, sampler, size, batch, cfg, seed, hires, refiner, override_settings)
     return Txt2imgTab(
         toprow=toprow,
         sampler=sampler,
@@ -86,6 +91,7 @@ def create_txt2img_tab(app: Application, choices: Choices, defaults: Defaults, s
         cfg=cfg,
         seed=seed,
         hires=hires,
+        refiner=refiner,
         override_settings=override_settings,
         output=output,
         task_id=task_id,
@@ -102,6 +108,7 @@ def _inputs(
     cfg: CfgSection,
     seed: SeedSection,
     hires: HiresSection,
+    refiner: RefinerSection,
     override_settings: gr.Dropdown,
 ) -> dict[str, Component]:
     return {
@@ -133,6 +140,7 @@ def _inputs(
         "steps": sampler.steps,
         "sampler_name": sampler.sampler,
         "scheduler": sampler.scheduler,
+        **refiner.inputs(),
         **seed.inputs(),
     }
 

@@ -10,6 +10,7 @@ from modules.application import Application
 from modules.errors import RequestError
 from modules.img2img import process_batch
 from modules.txt2img import txt2img, txt2img_create_processing
+from modules.ui_requests import Img2imgBatch, carry_out
 from tests.support.narrow_application import gradient, img2img, narrow_application
 
 
@@ -54,6 +55,42 @@ def test_parameters_can_come_from_each_picture(app: Application, tmp_path: Path)
     result = process_batch(request, str(tmp_path), "", "", use_png_info=True, png_info_props=["Prompt", "Seed", "Steps", "Sampler"])
     assert result is not None
     assert result.infotexts[0].startswith("big a house\nSteps: 3, Sampler: Heun, Schedule type: Automatic, CFG scale: 4, Seed: 77")
+
+
+def test_the_page_carries_a_batch_out_through_the_queue(app: Application, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        gradient(64, 64).save(folder / name)
+    arguments = {"input": str(folder), "output_dir": str(tmp_path / "out"), "inpaint_mask_dir": ""}
+    batch = Img2imgBatch(request=img2img(steps=2), arguments=arguments)
+    processed = app.jobs.submit("task(x)", "img2img", lambda: carry_out(batch)).wait(120)
+    assert len(processed.images) == 2
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 2
+
+
+def test_a_batch_interrupted_before_its_first_picture_is_empty(app: Application, tmp_path: Path) -> None:
+    gradient(64, 64).save(tmp_path / "a.png")
+    app.state.begin("test")
+    try:
+        app.state.interrupt()
+        batch = Img2imgBatch(request=img2img(steps=2), arguments={"input": str(tmp_path), "output_dir": "", "inpaint_mask_dir": ""})
+        assert carry_out(batch).images == []
+    finally:
+        app.state.end()
+        app.state.interrupted = False
+
+
+def test_the_model_of_each_picture_can_be_taken(app: Application, tmp_path: Path) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("parameters", "a house\nSteps: 3, Sampler: Heun, CFG scale: 2.5, Seed: 77, Size: 64x64, Model hash: 0123456789")
+    gradient(64, 64).save(tmp_path / "a.png", pnginfo=info)
+    request = img2img(steps=2, do_not_save_samples=True)
+    result = process_batch(request, str(tmp_path), "", "", use_png_info=True, png_info_props=["Model hash"])
+    assert result is not None
+    assert "checkpoint '0123456789' is not in" in result.comments
 
 
 def test_an_empty_folder_says_so(app: Application, tmp_path: Path) -> None:

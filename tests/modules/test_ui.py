@@ -43,19 +43,23 @@ SHARED_IDS = """
 {t}_distilled_cfg_scale {t}_seed {t}_random_seed {t}_reuse_seed {t}_subseed_show {t}_subseed {t}_random_subseed {t}_reuse_subseed
 {t}_subseed_strength {t}_seed_resize_from_w {t}_seed_resize_from_h {t}_seed_row {t}_seed_extras {t}_override_settings
 {t}_override_settings_row {t}_results {t}_gallery {t}_gallery_container image_buttons_{t} {t}_open_folder save_{t} save_zip_{t}
+{t}_enable {t}_enable-checkbox {t}_checkpoint {t}_checkpoint_refresh {t}_switch_at {t}_accordions
 {t}_send_to_img2img {t}_send_to_inpaint download_files_{t} html_info_{t} html_log_{t} generation_info_{t} {t}_generation_info_button tab_{t}
 """
 TXT2IMG_IDS = """
 txt2img_hr txt2img_hr-checkbox txtimg_hr_finalres txt2img_hr_upscaler txt2img_hires_steps txt2img_denoising_strength txt2img_hr_scale
 txt2img_hr_resize_x txt2img_hr_resize_y txt2img_hr_distilled_cfg txt2img_hr_cfg hr_checkpoint hr_vae_te hr_sampler hr_scheduler hires_prompt
 hires_neg_prompt txt2img_hires_fix_row1 txt2img_hires_fix_row2 txt2img_hires_fix_row3 txt2img_hires_fix_row3b txt2img_hires_fix_row4
-txt2img_hires_fix_row_cfg txt2img_upscale txt2img_accordions
+txt2img_hires_fix_row_cfg txt2img_upscale
 """
 IMG2IMG_IDS = """
 mode_img2img img2img_img2img_tab img2img_inpaint_tab img2img_inpaint_upload_tab img2img_image img2maskimg img_inpaint_base img_inpaint_mask
 resize_mode img2img_tabs_resize img2img_tab_resize_to img2img_tab_resize_by img2img_scale img2img_scale_resolution_preview
 img2img_detect_image_size_btn img2img_denoising_strength inpaint_controls img2img_mask_blur img2img_mask_mode img2img_inpainting_fill
-img2img_inpaint_full_res img2img_inpaint_full_res_padding
+img2img_inpaint_full_res img2img_inpaint_full_res_padding img2img_img2img_sketch_tab img2img_inpaint_sketch_tab img2img_batch_tab img2img_sketch
+inpaint_sketch img2img_copy_to_img2img img2img_copy_to_sketch img2img_copy_to_inpaint img2img_copy_to_inpaint_sketch img2img_batch_source
+img2img_batch_upload_tab img2img_batch_upload img2img_batch_from_dir_tab img2img_batch_input_dir img2img_batch_output_dir
+img2img_batch_inpaint_mask_dir img2img_batch_use_png_info img2img_batch_png_info_dir img2img_batch_png_info_props
 """
 OTHER_IDS = """
 tabs quicksettings footer forge_ui_preset forge_refresh_checkpoint pnginfo_image pnginfo_generation_info txt2img_tab img2img_tab inpaint_tab

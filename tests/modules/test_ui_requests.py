@@ -95,7 +95,14 @@ def test_resize_by_takes_the_size_of_the_picture(app: Application) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "words"),
-    [(0, "img2img needs a picture"), (2, "Inpaint needs a picture"), (4, "a picture and a mask")],
+    [
+        (0, "img2img needs a picture"),
+        (1, "Sketch needs a picture"),
+        (2, "Inpaint needs a picture"),
+        (3, "Inpaint needs a picture"),
+        (4, "a picture and a mask"),
+        (5, "upload some"),
+    ],
 )
 def test_missing_pictures_are_asked_for_in_words(app: Application, mode: int, words: str) -> None:
     with pytest.raises(RequestError, match=words):
@@ -122,6 +129,74 @@ def test_paint_of_all_layers_is_the_mask(app: Application) -> None:
 def test_unpainted_picture_is_told_in_words(app: Application) -> None:
     with pytest.raises(RequestError, match="Nothing is masked"):
         img2img(app, mode=2, inpaint_editor=editor(painted(0, alpha=0)))
+
+
+def red(left: int, alpha: int = 255) -> Image.Image:
+    layer = Image.new("RGBA", (40, 24), (0, 0, 0, 0))
+    layer.paste((255, 0, 0, alpha), (left, 0, left + 4, 24))
+    return layer
+
+
+def test_a_sketch_starts_from_the_picture_with_its_paint(app: Application) -> None:
+    p = img2img(app, mode=1, sketch=editor(red(8)), denoising_strength=0.6)
+    (start,) = p.init_images
+    assert (start.getpixel((9, 3)), start.getpixel((0, 0)), p.image_mask) == ((255, 0, 0, 255), picture().getpixel((0, 0)), None)
+
+
+def test_paint_alone_is_a_sketch_on_white(app: Application) -> None:
+    p = img2img(app, mode=1, sketch={"background": None, "layers": [red(8)], "composite": None})
+    assert (p.init_images[0].getpixel((9, 3)), p.init_images[0].getpixel((0, 0))) == ((255, 0, 0, 255), (255, 255, 255, 255))
+
+
+def test_inpaint_sketch_makes_anew_what_was_painted_over_from_the_paint(app: Application) -> None:
+    p = img2img(app, mode=3, inpaint_sketch=editor(red(8)))
+    assert p.init_images[0].getpixel((9, 3)) == (255, 0, 0, 255)
+    assert (p.image_mask.getpixel((9, 3)), p.image_mask.getpixel((0, 0))) == (255, 0)
+
+
+def test_refiner_counts_only_while_it_is_on(app: Application) -> None:
+    assert txt2img(app, refiner_checkpoint="r", refiner_switch_at=0.7).refiner_checkpoint is None
+    p = txt2img(app, enable_refiner=True, refiner_checkpoint="r", refiner_switch_at=0.7)
+    assert (p.refiner_checkpoint, p.refiner_switch_at) == ("r", 0.7)
+
+
+def test_a_batch_of_uploads_has_no_folders(app: Application, tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    batch = img2img(app, mode=5, batch_files=[str(tmp_path / "a.png")], batch_output_dir="elsewhere", mask_blur=7)
+    assert isinstance(batch, ui_requests.Img2imgBatch)
+    assert (batch.arguments["input"], batch.arguments["output_dir"], batch.request.mask_blur) == ([str(tmp_path / "a.png")], "", 7)
+
+
+def test_a_batch_from_a_folder(app: Application) -> None:
+    with pytest.raises(RequestError, match="name an input directory"):
+        img2img(app, mode=5, batch_kind=1)
+    batch = img2img(
+        app,
+        mode=5,
+        batch_kind=1,
+        batch_input_dir=" in ",
+        batch_output_dir="out",
+        batch_mask_dir="masks",
+        batch_use_png_info=True,
+        batch_png_info_props=["Seed"],
+        selected_scale_tab=1,
+        scale_by=1.5,
+    )
+    assert batch.arguments == {
+        "input": "in",
+        "output_dir": "out",
+        "inpaint_mask_dir": "masks",
+        "to_scale": True,
+        "scale_by": 1.5,
+        "use_png_info": True,
+        "png_info_props": ["Seed"],
+        "png_info_dir": None,
+    }
+
+
+def test_folders_of_the_server_can_be_forbidden(tmp_path: Path) -> None:
+    with installed_application(tmp_path / "data", hide_ui_dir_config=True) as app, pytest.raises(RequestError, match="--hide-ui-dir-config"):
+        img2img(app, mode=5, batch_kind=1, batch_input_dir="/etc")
 
 
 def test_uploaded_mask_is_its_transparency_or_its_brightness(app: Application) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from modules.application import Application
+from modules.styles import PromptStyle
 from modules.ui_tokens import TokenCounter
 from tests.support.applications import installed_application
 
@@ -50,3 +51,16 @@ def test_counters_can_be_switched_off_and_do_not_count_books(app: Application, c
     app.options.set("disable_token_counters", True)
     assert counter.count_html("a cat", 20) == ""
     app.options.set("disable_token_counters", False)
+
+
+def test_networks_that_a_prompt_names_are_no_text(counter: TokenCounter) -> None:
+    assert counter.lengths("cat <lora:a long name of a file:0.8>", 20)[0] == 1
+
+
+def test_chosen_styles_count_while_the_setting_says_so(app: Application, counter: TokenCounter) -> None:
+    app.styles.save_style(PromptStyle("photo", "a photo of {prompt}", "blurry"))
+    assert counter.count_html("cat", 20, ["photo"]) == "<span>4/75</span>"
+    assert counter.count_html("cat", 20, ["photo"], negative=True) == "<span>3/75</span>"
+    app.options.set("include_styles_into_token_counters", False)
+    assert counter.count_html("cat", 20, ["photo"]) == "<span>1/75</span>"
+    app.options.set("include_styles_into_token_counters", True)
