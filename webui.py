@@ -173,8 +173,10 @@ class EngineStart:
 
     def _find_devices(self) -> None:
         from backend import memory_management  # imports torch
+        from backend.devices import link_test
         from backend.devices.probing import probe_devices
 
+        link_test.keep_verdicts_in(self._config.data_dir / "cache")
         memory_management.configure(self._config.backend, probe_devices(self._config.backend))
 
     def _import_networks(self) -> None:
