@@ -1,0 +1,237 @@
+"""LoRA files: read, understood, and turned into weight patches for the networks at hand, whole or not at all.
+
+Knows no prompts and no folders. `lora_keys` has the names, `lora_math` the formulas.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backend.checkpoint_file import CheckpointError, open_tensor_file
+from backend.patcher.clip import CLIP
+from backend.patcher.lora_keys import family_in_metadata, family_of_layers, model_lora_keys_clip, model_lora_keys_unet, split_key
+from backend.patcher.lora_math import DiffPatch, GloraPatch, Ia3Patch, LohaPatch, LokrPatch, LoraPatch, OftPatch, SetPatch
+from backend.patcher.unet import UnetPatcher
+from backend.patcher.weight_patches import WeightPatch
+
+logger = logging.getLogger(__name__)
+
+LORA_SUFFIXES = (".safetensors", ".pt", ".ckpt")
+_BUNDLED_EMBEDDING_PREFIX = "bundle_emb."
+_SHARE_THAT_MUST_FIT = 0.5
+Parts = dict[str, Tensor]
+
+
+class LoraError(ValueError):
+    """A file that cannot be used as a LoRA with the loaded model; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraFile:
+    """What a file holds: the parts of each layer's change, by the name the file gives the layer. `strange_keys` are no part of anything."""
+
+    name: str
+    layers: Mapping[str, Parts]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    strange_keys: Sequence[str] = ()
+
+    @property
+    def family(self) -> str | None:
+        """The model family it was made for, as far as it can be told."""
+        return family_in_metadata(self.metadata) or family_of_layers({name: _inputs_of(parts) for name, parts in self.layers.items()})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraPatchSet:
+    """Patches by weight name for the UNet and the text encoders, and the layers that have no place in them."""
+
+    unet: Mapping[str, WeightPatch]
+    clip: Mapping[str, WeightPatch]
+    unmatched: Sequence[str] = ()
+
+
+def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
+    """Read a `.safetensors`, `.pt` or `.ckpt` file of tensors. Raises: LoraError."""
+    try:
+        with open_tensor_file(path) as file:
+            tensors = {key: file.read(key) for key in file.infos}
+            return parse_lora(name or path.stem, tensors, dict(file.metadata))
+    except CheckpointError as error:
+        raise LoraError(str(error)) from error
+
+
+def parse_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoraFile:
+    """The parts of each layer's change. Raises: LoraError when there are none."""
+    layers: dict[str, Parts] = {}
+    strange: list[str] = []
+    for key, tensor in tensors.items():
+        split = split_key(key)
+        if split is None:
+            strange += [] if key.startswith(_BUNDLED_EMBEDDING_PREFIX) else [key]
+        else:
+            layers.setdefault(split[0], {})[split[1]] = tensor
+    plain = [layer for layer, parts in layers.items() if parts.keys() == {"ia3"}]  # a mere weight: a checkpoint's, not a LoRA's
+    for layer in plain:
+        strange.append(f"{layer}.weight")
+        del layers[layer]
+    if not layers:
+        first = ", ".join(list(tensors)[:3])
+        raise LoraError(
+            f"{name}: this is no LoRA; none of its {len(tensors)} tensors is part of one (first: {first}). Put it where its kind belongs."
+        )
+    _add_peft_alphas(layers, metadata or {})
+    return LoraFile(name=name, layers=layers, metadata=metadata or {}, strange_keys=tuple(strange))
+
+
+def _add_peft_alphas(layers: Mapping[str, Parts], metadata: Mapping[str, str]) -> None:
+    """What diffusers writes about its adapters, {"unet.r": 8, "unet.lora_alpha": 4, "unet.alpha_pattern": {...}, ...}, as alphas of the layers."""
+    try:
+        facts: Any = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        return
+    for layer, parts in layers.items():
+        component, _, inner = layer.partition(".")
+        alpha = facts.get(f"{component}.lora_alpha") if isinstance(facts, dict) else None
+        if alpha is None or "down" not in parts or "alpha" in parts:
+            continue
+        patterns = facts.get(f"{component}.alpha_pattern") or {}
+        alpha = next((value for pattern, value in patterns.items() if inner == pattern or inner.endswith(f".{pattern}")), alpha)
+        rank = parts["down"].shape[0]
+        parts["alpha"] = torch.tensor(float(alpha) * (rank**0.5 if facts.get(f"{component}.use_rslora") else 1.0))
+
+
+# matching
+
+
+def match_lora(file: LoraFile, unet: UnetPatcher, clip: CLIP | None, *, model_family: str = "the loaded model") -> LoraPatchSet:
+    """The file's changes for these networks. Layers without a place are listed, and logged in one line.
+
+    Raises: LoraError when half of the layers or more have no place, or one does not fit in shape; nothing of the file is to be applied then.
+    """
+    unet_names = model_lora_keys_unet(unet.model)
+    clip_names = model_lora_keys_clip(clip.cond_stage_model) if clip is not None else {}
+    unet_patches, unmatched = load_lora(file.layers, unet_names)
+    clip_patches, unmatched = load_lora({layer: file.layers[layer] for layer in unmatched}, clip_names)
+    if len(unmatched) > _SHARE_THAT_MUST_FIT * len(file.layers):
+        raise LoraError(_explain_foreign(file, model_family, f"{len(unmatched)} of its {len(file.layers)} layers have no place in it", unmatched))
+    models = [(unet.model, unet_patches)] + ([(clip.cond_stage_model, clip_patches)] if clip is not None else [])
+    misfits = [misfit for model, patches in models for misfit in _find_misfits(dict(model.named_parameters(remove_duplicate=False)), patches)]
+    if misfits:
+        raise LoraError(_explain_foreign(file, model_family, f"{len(misfits)} of its {len(file.layers)} layers do not fit", misfits))
+    left_over = [*unmatched, *file.strange_keys]
+    if left_over:
+        logger.warning("LoRA %s: %d layers or keys have no place in the model and are left out (%s).", file.name, len(left_over), _first(left_over))
+    return LoraPatchSet(unet=unet_patches, clip=clip_patches, unmatched=tuple(left_over))
+
+
+def load_lora(lora: Mapping[str, Any], to_load: Mapping[str, str]) -> tuple[dict[str, WeightPatch], dict[str, Any]]:
+    """(patches by weight name, what has no place): `to_load` has a weight's name for every name a file may give its layer.
+
+    `lora` is a state dict as a file has it, or layers with their parts.
+    """
+    is_parsed = all(isinstance(value, Mapping) for value in lora.values())
+    layers: Mapping[str, Parts] = lora if is_parsed else parse_lora("LoRA", lora).layers
+    patches: dict[str, WeightPatch] = {}
+    unmatched: dict[str, Any] = {}
+    for layer, parts in layers.items():
+        target, built = to_load.get(layer), build_patches(parts)
+        if target is None or not built:
+            unmatched[layer] = parts
+            continue
+        for attribute, patch in built.items():
+            patches[f"{target.removesuffix('weight')}{attribute}"] = patch
+    return patches, unmatched
+
+
+def _find_misfits(parameters: Mapping[str, Tensor], patches: Mapping[str, WeightPatch]) -> list[str]:
+    misfits = []
+    for name, patch in patches.items():
+        if name not in parameters:
+            misfits.append(f"{name}: the model has none")
+        elif (misfit := patch.explain_misfit(parameters[name].shape)) is not None:
+            misfits.append(f"{name} is {tuple(parameters[name].shape)}, {misfit}")
+    return misfits
+
+
+def _explain_foreign(file: LoraFile, model_family: str, what: str, names: Sequence[str] | Mapping[str, Any]) -> str:
+    family = file.family
+    made_for = f" It looks made for {family}; choose a checkpoint of that family" if family and family != model_family else ""
+    remedy = made_for or " It may be made for another model family or damaged; choose another checkpoint"
+    return (
+        f"LoRA {file.name} does not fit {model_family}: {what} ({_first(names)}).{remedy}, or take it out of the prompt. Nothing of it was applied."
+    )
+
+
+def _first(names: Sequence[str] | Mapping[str, Any]) -> str:
+    listed = list(names)
+    return "first: " + ", ".join(listed[:3]) if len(listed) > 3 else ", ".join(listed)
+
+
+# building
+
+
+def build_patches(parts: Parts) -> dict[str, WeightPatch]:
+    """The changes of one layer: of its "weight", its "bias", or both. None where parts are missing."""
+    patches: dict[str, WeightPatch] = {}
+    build = next((build for needed, build in _BUILDERS if needed <= parts.keys()), None)
+    if build is not None:
+        patches["weight"] = build(parts)
+    if "diff_b" in parts:
+        patches["bias"] = DiffPatch(diff=parts["diff_b"])
+    return patches
+
+
+def _alpha(parts: Parts) -> float | None:
+    return float(parts["alpha"].float().reshape(-1)[0]) if "alpha" in parts else None
+
+
+def _build_lora(parts: Parts) -> WeightPatch:
+    return LoraPatch(up=parts["up"], down=parts["down"], mid=parts.get("mid"), alpha=_alpha(parts), dora_scale=parts.get("dora_scale"))
+
+
+def _build_loha(parts: Parts) -> WeightPatch:
+    factors = {name: parts.get(name) for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2", "dora_scale")}
+    return LohaPatch(alpha=_alpha(parts), **factors)  # type: ignore[arg-type]  # the four that must be there are
+
+
+def _build_lokr(parts: Parts) -> WeightPatch:
+    factors = {name: parts.get(f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
+    return LokrPatch(alpha=_alpha(parts), dora_scale=parts.get("dora_scale"), **factors)
+
+
+def _build_glora(parts: Parts) -> WeightPatch:
+    return GloraPatch(a1=parts["a1"], a2=parts["a2"], b1=parts["b1"], b2=parts["b2"], alpha=_alpha(parts))
+
+
+def _build_oft(parts: Parts) -> WeightPatch:
+    return OftPatch(blocks=parts["oft_blocks"], constraint=_alpha(parts) or 0.0, rescale=parts.get("rescale"))
+
+
+def _build_ia3(parts: Parts) -> WeightPatch:
+    return Ia3Patch(scale=parts["ia3"], on_input=bool(parts["on_input"].reshape(-1)[0]))
+
+
+_BUILDERS: tuple[tuple[frozenset[str], Callable[[Parts], WeightPatch]], ...] = (
+    (frozenset({"up", "down"}), _build_lora),
+    (frozenset({"w1_a", "w1_b", "w2_a", "w2_b"}), _build_loha),
+    *((frozenset({f"lokr_{one}", f"lokr_{two}"}), _build_lokr) for one in ("w1", "w1_a") for two in ("w2", "w2_a")),
+    (frozenset({"a1", "a2", "b1", "b2"}), _build_glora),
+    (frozenset({"oft_blocks"}), _build_oft),
+    (frozenset({"ia3", "on_input"}), _build_ia3),
+    (frozenset({"diff"}), lambda parts: DiffPatch(diff=parts["diff"], dora_scale=parts.get("dora_scale"))),
+    (frozenset({"set"}), lambda parts: SetPatch(value=parts["set"])),
+)
+
+
+def _inputs_of(parts: Parts) -> int:
+    """Inputs of the layer that a change was made for; 0 where that cannot be told from one part."""
+    factor = parts.get("down", parts.get("diff"))
+    return factor.shape[1] if factor is not None and factor.ndim >= 2 else 0

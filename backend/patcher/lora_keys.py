@@ -1,0 +1,182 @@
+"""Names in LoRA files: which layer of the loaded networks a name means, and which part of its change a tensor is.
+
+A key is a layer's name and the name of a part: "lora_unet_mid_block_attentions_0_proj_in" + ".lora_up.weight". The layer names that trainers write
+are listed for every layer of the networks at hand, so nothing has to be guessed. Knows no formulas and no files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from backend import key_layout
+
+UNET_PREFIX = "diffusion_model."
+
+_PARTS: dict[str, str] = {
+    ".lora_up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_mid.weight": "mid",
+    "_lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_A.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B": "up",
+    ".lora_A": "down",
+    ".alpha": "alpha",
+    ".dora_scale": "dora_scale",
+    ".lora_magnitude_vector.weight": "dora_scale",
+    ".lora_magnitude_vector.default.weight": "dora_scale",
+    ".lora_magnitude_vector": "dora_scale",
+    **{f".hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{f".{name}.weight": name for name in ("a1", "a2", "b1", "b2")},
+    ".oft_blocks": "oft_blocks",
+    ".oft_diag": "oft_blocks",
+    ".rescale": "rescale",
+    ".diff": "diff",
+    ".diff_b": "diff_b",
+    ".w_norm": "diff",
+    ".b_norm": "diff_b",
+    ".set_weight": "set",
+    ".on_input": "on_input",
+    ".weight": "ia3",
+}
+"""How a part's name ends a key -> the part. Longer endings are looked for first."""
+_ENDINGS = sorted(_PARTS, key=len, reverse=True)
+
+PEFT_PREFIX = "base_model.model."
+
+Families = Mapping[str, str]
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """(layer name as the file writes it, part); None for a key that is none of a LoRA's."""
+    for ending in _ENDINGS:
+        if key.endswith(ending):
+            return key.removesuffix(ending).removeprefix(PEFT_PREFIX), _PARTS[ending]
+    return None
+
+
+def model_lora_keys_unet(model: nn.Module, key_map: dict[str, str] | None = None) -> dict[str, str]:
+    """Adds to `key_map`: every name of every layer of a KModel's UNet -> the name of its weight in the KModel."""
+    key_map = {} if key_map is None else key_map
+    unet: Any = model.diffusion_model
+    originals = key_layout.unet_module_names(unet.config)
+    for layer in _layer_names(unet):
+        target = f"{UNET_PREFIX}{layer}.weight"
+        for alias in _unet_aliases(layer, _original_name(layer, originals)):
+            key_map.setdefault(alias, target)
+    return key_map
+
+
+def _unet_aliases(layer: str, original: str | None) -> Iterator[str]:
+    for name in (layer, original):
+        if name is not None:
+            yield f"lora_unet_{_flat(name)}"
+            yield f"lycoris_{_flat(name)}"
+            yield f"{UNET_PREFIX}{name}"
+    processor = re.sub(r"\.to_([qkv]|out)(\.0)?$", r".processor.to_\1", layer)  # diffusers before 0.22
+    for name in dict.fromkeys((layer, processor, layer.removesuffix(".0") if layer.endswith(".to_out.0") else layer)):
+        yield name
+        yield f"unet.{name}"
+    yield f"lycoris_unet_{_flat(layer)}"
+
+
+def model_lora_keys_clip(model: nn.Module, key_map: dict[str, str] | None = None) -> dict[str, str]:
+    """Adds to `key_map`: every name of every layer of the text encoders (a JointTextEncoder) -> the name of its weight there."""
+    key_map = {} if key_map is None else key_map
+    assert isinstance(model, nn.ModuleDict)
+    is_second = False
+    for slot, encoder in model.items():
+        for layer in _layer_names(encoder):
+            for alias in _text_aliases(layer.removeprefix("text_model."), slot, is_second=is_second):
+                key_map.setdefault(alias, f"{slot}.{layer}.weight")
+        is_second = True
+    return key_map
+
+
+def _text_aliases(layer: str, slot: str, *, is_second: bool) -> Iterator[str]:
+    """`layer` without "text_model."; text_projection is written without that level too."""
+    full = layer if layer.startswith("text_projection") else f"text_model.{layer}"
+    kohya, diffusers = (("lora_te2",), "text_encoder_2") if is_second else (("lora_te", "lora_te1"), "text_encoder")
+    if slot == "clip_g" and not is_second:  # the SDXL refiner's only one is the base's second
+        kohya = (*kohya, "lora_te2")
+    for prefix in kohya:
+        yield f"{prefix}_{_flat(full)}"
+    for name in dict.fromkeys((full, layer)):
+        yield f"{diffusers}.{name}"
+        yield f"{slot}.{name}"
+        yield f"{slot}.transformer.{name}"
+        yield f"lycoris_{diffusers}_{_flat(name)}"
+    if not is_second:
+        yield full
+        yield f"lycoris_{_flat(full)}"
+
+
+def _layer_names(model: nn.Module) -> list[str]:
+    return [name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith(".weight")]
+
+
+def _original_name(layer: str, originals: Mapping[str, str]) -> str | None:
+    try:
+        return key_layout.rename_by_module(layer, originals)
+    except KeyError:
+        return None
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+# families
+
+
+_FAMILY_BY_VERSION = (
+    (("sdxl", "stable-diffusion-xl"), "SDXL"),
+    (("sd_v1", "stable-diffusion-v1", "sd1"), "SD 1.x"),
+    (("sd_v2", "stable-diffusion-v2", "sd2"), "SD 2.x"),
+    (("flux",), "Flux"),
+    (("sd3", "stable-diffusion-3"), "SD 3"),
+    (("hunyuan",), "Hunyuan"),
+    (("wan",), "Wan"),
+    (("qwen",), "Qwen-Image"),
+    (("lumina",), "Lumina"),
+    (("auraflow",), "AuraFlow"),
+    (("chroma",), "Chroma"),
+)
+_FAMILY_BY_LAYER = (
+    (("double_blocks", "single_blocks", "single_transformer_blocks"), "Flux"),
+    (("joint_blocks", "attn_add_k_proj", "attn.add_k_proj"), "SD 3"),
+    (("lora_te2_", "text_encoder_2.", "input_blocks_8_1_transformer_blocks_1", "down_blocks_2_attentions_1_transformer_blocks_9"), "SDXL"),
+)
+_FAMILY_BY_CONTEXT_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "SDXL refiner"}
+ENGINE_FAMILIES: Families = {"sd15": "SD 1.x", "sd20": "SD 2.x", "sd21_v": "SD 2.x", "sdxl": "SDXL", "sdxl_refiner": "SDXL refiner"}
+
+
+def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
+    """The family that a trainer wrote into the file, or None."""
+    for key in ("ss_base_model_version", "modelspec.architecture"):
+        version = metadata.get(key, "").lower()
+        for starts, family in _FAMILY_BY_VERSION:
+            if version.startswith(starts):
+                return family
+    return None
+
+
+def family_of_layers(context_widths: Mapping[str, int]) -> str | None:
+    """The family that layer names speak of; `context_widths` has each name with the number of inputs its change takes, 0 for unknown."""
+    for marks, family in _FAMILY_BY_LAYER:
+        if any(mark in name for name in context_widths for mark in marks):
+            return family
+    widths = [width for name, width in context_widths.items() if re.search(r"attn2[._](processor[._])?to_[kv]$", name)]
+    return next((_FAMILY_BY_CONTEXT_WIDTH[width] for width in widths if width in _FAMILY_BY_CONTEXT_WIDTH), None)
