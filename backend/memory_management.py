@@ -158,6 +158,16 @@ def compute_slots() -> tuple[Slot, ...]:
     return store.slots if store.config.multi_gpu else store.slots[:1]
 
 
+def lose_device(device: DeviceLike) -> None:
+    """A device has stopped working: its slots take no more work, and what was on it is gone. The next device becomes the primary."""
+    current_store().lose(_device(device))
+
+
+def lost_devices() -> frozenset[torch.device]:
+    """Devices that have stopped working since the program started."""
+    return current_store().lost_devices
+
+
 def get_torch_device_name(device: DeviceLike) -> str:
     """ "cuda:0 NAME : allocator" for CUDA, "device NAME" for others."""
     device, facts = _device(device), _facts(device)

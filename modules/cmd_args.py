@@ -87,7 +87,6 @@ NO_EFFECT: Mapping[str, tuple[bool | None, str]] = MappingProxyType(
 # Flags whose part of the program is not there yet: flag -> what is true until it is. `tests/contract/test_flags.py` says when one can go.
 NOT_YET: Mapping[str, str] = MappingProxyType(
     {
-        "--multi-gpu-strategy": "one GPU computes the UNet; text encoder and VAE go to the GPU with most room",
         "--profile": "nothing is written",
         "--cuda-stream": "weights are brought over on the computing stream",
         "--controlnet": "there is no ControlNet panel",

@@ -81,6 +81,7 @@ class StableDiffusionProcessing:
     overlay_images: list[Any] | None = None
     eta: float | None = None
     do_not_reload_embeddings: bool = False
+    enable_async_gpu: bool = True
     denoising_strength: float | None = None
     ddim_discretize: str | None = None
     s_min_uncond: float | None = None

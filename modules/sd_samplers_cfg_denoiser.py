@@ -42,6 +42,9 @@ class CFGDenoiser(torch.nn.Module):
         self.step = 0
         self.image_cfg_scale: float | None = None
         self.last_uncond_BCHW: Tensor | None = None
+        self.own_arguments: dict[str, Any] | None = None
+        """Conditions of this denoiser where it is not for the sampler's whole batch."""
+        self.picture = 0
         self._state = current_application().state
 
     @property
@@ -62,7 +65,7 @@ class CFGDenoiser(torch.nn.Module):
         if self._state.interrupted or self._state.skipped:
             raise InterruptedException
         apply_refiner(self, x, sigma)
-        arguments = self.sampler.sampler_extra_args
+        arguments = self.sampler.sampler_extra_args if self.own_arguments is None else self.own_arguments
         cond, uncond = (arguments["cond"], arguments["uncond"]) if cond is None else (cond, uncond)
         scale = float(arguments["cond_scale"] if cond_scale is None else cond_scale)
         if self._skips_guidance(sigma, s_min_uncond or arguments["s_min_uncond"]):
@@ -91,7 +94,7 @@ class CFGDenoiser(torch.nn.Module):
             image_cond=None if image_cond is None else image_cond.to(x),
             cond_scale=scale,
             cond_composition=composition,
-            seed=self.p.seeds[0],
+            seed=self.p.seeds[self.picture],
         )
         return denoised_BCHW
 

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from backend.modules.k_prediction import rescale_zero_terminal_snr_sigmas
+from backend.parallel.executor import Cancelled
+from backend.parallel.session import SamplingRequest, SamplingSession
 from backend.sampling.registry import SamplerSpec, find_sampler
-from backend.sampling.sampler_types import SamplerSettings, StepInfo
+from backend.sampling.sampler_types import OnStep, SamplerSettings, StepInfo
 from backend.sampling.sampling_function import sampling_cleanup, sampling_prepare
 from backend.sampling.schedules import OLD_KARRAS_RANGE, ScheduleSettings, discard_next_to_last_sigma
 from modules import sd_schedulers
@@ -28,6 +31,7 @@ from modules.application import Application, current_application
 from modules.live_preview import PreviewMaker
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser
 from modules.sd_samplers_common import InterruptedException, setup_img2img_steps
+from modules.sd_samplers_lanes import may_use_lanes, run_in_lanes
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +63,7 @@ class KDiffusionSampler:
         self.stop_at: int | None = None
         self._app: Application = current_application()
         self._preview: PreviewMaker | None = None
+        self._session: SamplingSession | None = None
 
     @property
     def unet(self) -> Any:
@@ -231,11 +236,36 @@ class KDiffusionSampler:
             unet.model_options["disable_cfg1_optimization"] = True
             self.sd_model.forge_objects.unet = unet
         with _noise_table(self.predictor, p):
-            sampling_prepare(self.unet, x=x)
+            self._session = sampling_prepare(self.unet, x=x, request=self._request(p, x.shape[0]))
             try:
                 yield
             finally:
+                self._session = None
                 sampling_cleanup(self.unet)
+
+    def _request(self, p: Any, num_pictures: int) -> SamplingRequest:
+        """What the plan has to know of the pass."""
+        state = self._app.state
+        return SamplingRequest(
+            images=num_pictures,
+            branches=self._num_branches(p),
+            steps=p.steps,
+            strategy=self._strategy(p),
+            asynchronous=bool(p.enable_async_gpu and p.options.enable_async_gpu),
+            may_use_lanes=may_use_lanes(self, p, num_pictures),
+            is_cancelled=lambda: bool(state.interrupted or state.skipped),
+        )
+
+    def _strategy(self, p: Any) -> Any:
+        """The setting's, or where it leaves the choice open, the flag's."""
+        chosen = str(p.options.multi_gpu_strategy)
+        return self._app.config.backend.multi_gpu_strategy if chosen == "auto" else chosen
+
+    def _num_branches(self, p: Any) -> int:
+        """Conditions per picture and step: the parts of its prompt, and the negative prompt where it counts."""
+        cond, uncond = (p.hr_c, p.hr_uc) if p.is_hr_pass else (p.c, p.uc)
+        parts = max((len(parts) for parts in getattr(cond, "batch", ())), default=1)
+        return parts + (1 if uncond is not None else 0)
 
     def _set_brownian_range(self, p: Any, sigmas_T: Tensor) -> None:
         """The Brownian paths span the whole schedule, whatever part of it is sampled."""
@@ -258,11 +288,21 @@ class KDiffusionSampler:
             "cond_scale": float(cfg_scale) * self.spec.cfg_multiplier,
             "s_min_uncond": float(p.s_min_uncond or 0),
         }
-        samples_BCHW = self.launch_sampling(
-            num_steps, lambda: self.func(denoiser, start_BCHW, sigmas_T, settings=settings, noise=p.rng, on_step=self._after_step)
-        )
+        samples_BCHW = self.launch_sampling(num_steps, lambda: self._walk(start_BCHW, sigmas_T, settings))
         samples_BCHW = self.predictor.inverse_noise_scaling(sigmas_T[-1:].to(samples_BCHW), samples_BCHW)
         return samples_BCHW.float().cpu()
+
+    def _walk(self, start_BCHW: Tensor, sigmas_T: Tensor, settings: SamplerSettings) -> Tensor:
+        """The formula from the first to the last noise level, for the batch or for each of its pictures."""
+        if self._session is None or self._session.plan.lanes < 2:
+            return self._formula(self.model_wrap_cfg, start_BCHW, self.p.rng, self._after_step, sigmas_T, settings)
+        return run_in_lanes(self, start_BCHW, partial(self._formula, sigmas_T=sigmas_T, settings=settings), self._after_step)
+
+    def _formula(
+        self, denoiser: CFGDenoiser, x_BCHW: Tensor, noise: Any, on_step: OnStep, sigmas_T: Tensor, settings: SamplerSettings
+    ) -> Tensor:  # fmt: skip
+        samples_BCHW: Tensor = self.func(denoiser, x_BCHW, sigmas_T, settings=settings, noise=noise, on_step=on_step)
+        return samples_BCHW
 
     def launch_sampling(self, steps: int, func: Callable[[], Tensor]) -> Tensor:
         """func()'s latents; the last ones seen when the job was interrupted or the batch skipped."""
@@ -275,7 +315,7 @@ class KDiffusionSampler:
         try:
             with tqdm(total=steps, disable=hidden, leave=False) as self._bar:
                 return func()
-        except InterruptedException:
+        except (InterruptedException, Cancelled):
             assert self.last_latent is not None
             return self.last_latent
 

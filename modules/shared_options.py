@@ -347,6 +347,14 @@ def _postprocessing() -> OptionTable:
     }
 
 
+def _multi_gpu() -> OptionTable:
+    info = "auto takes what is predicted fastest (or what --multi-gpu-strategy says); it matters with --multi-gpu"
+    return {
+        "multi_gpu_strategy": choice("auto", "How a picture is divided over GPUs", "auto", "replicas", "layers", "single", info=info),
+        "enable_async_gpu": option(True, "Copy between GPUs while they compute", info="off gives the same picture, slower"),
+    }
+
+
 def _hidden() -> OptionTable:
     return {
         "disabled_extensions": option([], "Disabled extensions"),
@@ -384,6 +392,7 @@ def build_option_table(flags: Mapping[str, object], *, outputs_dir: Path | str =
             (("saving-to-dirs", "Saving to a directory", "saving"), _saving_to_dirs()),
             (("upscaling", "Upscaling", "postprocessing"), _upscaling()),
             (("face-restoration", "Face restoration", "postprocessing"), _face_restoration()),
+            (("multi_gpu", "Several GPUs", "system"), _multi_gpu()),
             (("system", "System", "system"), _system(bool(flags.get("enable_console_prompts", False)))),
             (("profiler", "Profiler", "system"), _profiler()),
             (("API", "API", "system"), _api()),

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 class Placeable(Protocol):
     """What the store asks of a model patcher.
 
-    It may also have `forge_patch_model(device)`, `forge_unpatch_model(device)`, `model_patches_to(device)` and `refresh_loras()`.
+    It may also have `prepare_load(device)`, which gives weights to a network that has none, `must_be_whole`, which says that it cannot stream,
+    `forge_patch_model(device)`, `forge_unpatch_model(device)`, `model_patches_to(device)` and `refresh_loras()`.
     """
 
     model: Any
@@ -82,6 +83,7 @@ class LoadedModel:
             return None
         budget_bytes = model_gpu_memory_when_using_cpu_swap
         self._stop_streaming()
+        self._call("prepare_load", self.device)
         if budget_bytes < 0:
             move_module(module, self.device)
         else:

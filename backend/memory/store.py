@@ -48,6 +48,7 @@ class MemoryStore:
         self.slots = tuple(slots)
         self.residents: list[LoadedModel] = []
         self.wants_empty_cache = False
+        self.lost_devices: frozenset[torch.device] = frozenset()
         self._in_use: list[LoadedModel] = []
         self._held: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._lock = threading.RLock()
@@ -67,6 +68,13 @@ class MemoryStore:
 
     def bytes_of(self, device: torch.device) -> DeviceBytes:
         return read_device_bytes(device)
+
+    def lose(self, device: torch.device) -> None:
+        """Forget a device that has stopped working, with all that was on it; the last one stays, as there must be one."""
+        with self._lock:
+            self.lost_devices |= {device}
+            self.residents[:] = [entry for entry in self.residents if entry.device != device]
+            self.slots = tuple(slot for slot in self.slots if slot.torch_device != device) or self.slots
 
     # loading
 
@@ -127,7 +135,12 @@ class MemoryStore:
     def _choose_budget(self, entry: LoadedModel, keep_free_bytes: int) -> int:
         """-1: whole; else bytes that may be resident while the rest streams."""
         state = self.state_of(entry.device)
-        if entry.device == entry.offload_device or entry.device.type == "cpu" or state in (VRAMState.HIGH_VRAM, VRAMState.SHARED):
+        if (
+            getattr(entry.model, "must_be_whole", False)
+            or entry.device == entry.offload_device
+            or entry.device.type == "cpu"
+            or state in (VRAMState.HIGH_VRAM, VRAMState.SHARED)
+        ):
             return -1
         if state == VRAMState.NO_VRAM or self.config.cpu_offload:
             return 0

@@ -7,6 +7,7 @@ Shapes: B batch, C channels, H W latent rows and columns.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -109,6 +110,13 @@ class ImageNoise:
             return change_BCHW * (sign / math.sqrt(stop - start))
 
         return between
+
+    def of_image(self, index: int) -> ImageNoise:
+        """The noise of one image of the batch. It draws from that image's generators, so that the batch's noise goes on where it stopped."""
+        one = copy.copy(self)
+        one.seeds, one._generators = self.seeds[index : index + 1], self._generators[index : index + 1]
+        one.subseeds = self.subseeds[index : index + 1]
+        return one
 
     def _check_shape(self, x_BCHW: Tensor) -> None:
         if tuple(x_BCHW.shape) != (len(self.seeds), *self.shape):

@@ -201,8 +201,9 @@ def sample_restart(
     From 20 steps on, part of the steps is spent on restarts between noise levels 0.1 and 2: 9 steps once, from 36 a quarter of them twice.
     """
     walk = Walk(denoise, sigmas_T, on_step)
-    reached = walk.sigmas[0]
-    for index, (sigma, sigma_next) in enumerate(restart_steps(walk.sigmas)):
+    steps = restart_steps(walk.sigmas)
+    reached = steps[0][0]  # the first level, but for rounding, which must not draw noise
+    for index, (sigma, sigma_next) in enumerate(steps):
         if sigma > reached:
             x_BCHW = x_BCHW + noise.next(x_BCHW) * (settings.s_noise * math.sqrt(sigma**2 - reached**2))
         x_BCHW = _heun_step(walk, x_BCHW, walk.step(index, x_BCHW, sigma), sigma, sigma_next)

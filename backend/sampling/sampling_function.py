@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from backend import memory_management
+from backend.parallel.session import SamplingRequest, SamplingSession, begin_session, end_session
 from backend.sampling.condition import Area, CompiledCondition, Condition, ConditionNoiseShape, compile_conditions, compile_weighted_conditions
 
 if TYPE_CHECKING:
@@ -301,8 +302,8 @@ def _slices(area: Area) -> tuple[slice, slice, slice, slice]:
 def _pick_batch(model: KModel, units: Sequence[_Unit], device: torch.device) -> list[_Unit]:
     """As many units that fit the first one as there is memory for, the last conditions first (so uncond goes before cond)."""
     fitting = [unit for unit in reversed(units) if unit.fits(units[0])]
-    if len(fitting) == 1:
-        return fitting
+    if len(fitting) == 1 or model.runner is not None:
+        return fitting  # a plan deals rows to slots itself
     free_bytes = memory_management.get_free_memory(device)
     shape = fitting[0].input_BCHW.shape
     for parts in range(1, len(fitting)):
@@ -365,24 +366,29 @@ def _describe_batch(options: ModelOptions, kinds: list[int], sigma_B: Tensor) ->
 # a sampling run
 
 
-def sampling_prepare(unet: UnetPatcher, x: Tensor) -> None:
-    """Put the denoiser and what it takes along on its device, with room for cond and uncond at once, and tell ControlNets the noise levels.
+def sampling_prepare(unet: UnetPatcher, x: Tensor, request: SamplingRequest | None = None) -> SamplingSession | None:
+    """Put the denoiser and what it takes along in place, with room for cond and uncond at once, and tell ControlNets the noise levels.
 
-    Raises: OutOfMemory.
+    With several slots a plan says where; `request` tells it what the run will be like. Returns the session that carries the plan out, None
+    with one slot. Raises: OutOfMemory.
     """
     batch, channels, height, width = x.shape
-    estimate = unet.model_options.get("memory_peak_estimation_modifier", unet.memory_required)
-    need_bytes, kept_bytes = estimate([2 * batch, channels, height, width]), unet.extra_preserved_memory_during_sampling
-    models = [unet, *unet.extra_model_patchers_during_sampling]
+    request = request or SamplingRequest(images=batch)
+    kept_bytes, beside = unet.extra_preserved_memory_during_sampling, list(unet.extra_model_patchers_during_sampling)
     chain = unet.controlnet_linked_list
     if chain is not None:
         kept_bytes += int(chain.inference_memory_requirements(unet.model_dtype()))
-        models += chain.get_models()
-    memory_management.load_models_gpu(models=models, memory_required=int(need_bytes), hard_memory_preservation=kept_bytes)
-    memory_management.hold_models(models)
+        beside += chain.get_models()
+    session = begin_session(unet, x.shape, request, beside=beside, preserved_bytes=kept_bytes)
+    if session is None:
+        estimate = unet.model_options.get("memory_peak_estimation_modifier", unet.memory_required)
+        need_bytes = estimate([2 * batch, channels, height, width])
+        memory_management.load_models_gpu(models=[unet, *beside], memory_required=int(need_bytes), hard_memory_preservation=kept_bytes)
+        memory_management.hold_models([unet, *beside])
     _warn_of_little_memory(unet.load_device)
     for control in unet.list_controlnets():
         control.pre_run(unet.model, unet.model.predictor.percent_to_sigma)
+    return session
 
 
 def _warn_of_little_memory(device: torch.device) -> None:
@@ -397,7 +403,8 @@ def _warn_of_little_memory(device: torch.device) -> None:
 
 
 def sampling_cleanup(unet: UnetPatcher) -> None:
-    """Let ControlNets drop what they kept for the run, and models leave their devices again."""
+    """Let ControlNets drop what they kept for the run, end the plan, and let models leave their devices again."""
+    end_session(unet)
     memory_management.hold_models([])
     for control in unet.list_controlnets():
         control.cleanup()

@@ -1,0 +1,415 @@
+"""Carries out a plan for calls of the network: rows go to replicas, units go through stages, results come back in order.
+
+Each slot's worker runs the stages of its slot; a unit that has finished a stage goes to the next slot's worker. A skip connection is sent
+as soon as it exists to the slot that will use it. Nothing here waits inside a worker for another worker, so nothing can block for good.
+Must not know guidance, samplers, memory policy or how the plan was made.
+
+Shapes: B rows, C channels, H W latent rows and columns, E width of the time embedding, L tokens, D width of a token.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backend.nn.network_call import NetworkCall
+from backend.nn.unet_program import Program
+from backend.nn.unet_state import UNetState
+from backend.parallel.fleet import Fleet
+from backend.parallel.plan import Piece, ReplicaPlan, Stage
+from backend.parallel.transport import Parcel
+
+_HOOK_OPTIONS = ("patches", "patches_replace", "block_modifiers", "block_inner_modifiers", "group_norm_wrapper", "groupnorm_wrapper")
+_TENSOR_OPTIONS = ("sigmas", "cond_mark")
+
+
+class Cancelled(Exception):
+    """The run was called off between two pieces of a unit."""
+
+
+class SlotFailure(RuntimeError):
+    """A unit failed on a slot. `cause` is what the work raised there, without its frames, which would keep tensors alive."""
+
+    def __init__(self, slot: int, cause: BaseException) -> None:
+        self.slot, self.cause = slot, cause.with_traceback(None)
+        super().__init__(f"slot {slot}: {type(cause).__name__}: {cause}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replica:
+    """One copy of the network in place: its program, whose weights are where `plan` says."""
+
+    program: Program
+    plan: ReplicaPlan
+    flops_per_row: Mapping[Piece, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """The way of a unit through one replica: its stages, the devices of their slots, and the slots that use each skip and ControlNet residual."""
+
+    replica: Replica
+    stages: tuple[Stage, ...]
+    devices: Mapping[int, torch.device]
+    skip_targets: Mapping[int, int]
+    control_targets: Mapping[str, tuple[int, ...]]
+
+    def device(self, stage: int) -> torch.device:
+        return self.devices[self.stages[stage].slot]
+
+
+def _make_route(replica: Replica, fleet: Fleet) -> _Route:
+    segments, plan = replica.program.segments, replica.plan
+    first_part = {piece.segment: slot for piece, slot in zip(plan.pieces, plan.slots) if piece.first_block == 0}
+    last_part = {piece.segment: slot for piece, slot in zip(plan.pieces, plan.slots) if piece.end_block is None}
+    inputs = [index for index, segment in enumerate(segments) if segment.kind == "input"]
+    outputs = [index for index, segment in enumerate(segments) if segment.kind == "output"]
+    middles = [index for index, segment in enumerate(segments) if segment.kind == "middle"]
+    return _Route(
+        replica,
+        plan.stages,
+        {slot: fleet.device(slot) for slot in plan.used_slots},
+        {source: first_part[target] for source, target in zip(reversed(inputs), outputs)},
+        {
+            "input": tuple(last_part[index] for index in inputs),
+            "middle": tuple(last_part[index] for index in middles),
+            "output": tuple(first_part[index] for index in outputs),
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _OnItsWay:
+    """A skip connection that was sent to another slot. Has its shape, which an upsampler may ask for."""
+
+    shape: torch.Size
+    parcel: Parcel
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the units of one call share: their place in the queue, and whether one of them has failed, which makes the others vain."""
+
+    number: int
+    has_failed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Unit:
+    """Rows of a call on their way through a route."""
+
+    call: NetworkCall
+    route: _Route
+    run: _Run
+    result: Future[Parcel] = field(default_factory=Future)
+    stage: int = 0
+    state: UNetState | None = None
+    hidden: Parcel | None = None
+    transformer_input: Parcel | None = None
+    shared: dict[int, tuple[Parcel, Parcel | None]] = field(default_factory=dict)
+    """Time embedding and context, per slot."""
+
+
+class Executor:
+    """Runs calls over the replicas of a plan. `run` may be called from many threads at once: their units share the slots."""
+
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        fleet: Fleet,
+        *,
+        deal: Callable[[int], Sequence[int]],
+        work: str = "",
+        asynchronous: bool = True,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`deal` says how many of n rows each replica gets. `work` names the model and size that measured speeds are kept for.
+
+        `asynchronous`: copies between slots run beside computation; without it each is awaited where it starts. The result is the same.
+        """
+        self._fleet = fleet
+        self._routes = tuple(_make_route(replica, fleet) for replica in replicas)
+        self._deal = deal
+        self._work = work
+        self._asynchronous = asynchronous
+        self._is_cancelled = is_cancelled
+        self._numbers = count()
+        self._copiers = _Copiers()
+
+    def close(self) -> None:
+        self._copiers.close()
+
+    def run(self, call: NetworkCall) -> Tensor:
+        """The network's output for all rows, on the call's device. Raises: Cancelled, SlotFailure."""
+        run = _Run(next(self._numbers))
+        units = [_Unit(call.rows(first, end), route, run) for route, first, end in self._deal_rows(call.num_rows)]
+        for unit in units:
+            self._start(unit)
+        return self._gather(units, call.device)
+
+    def _deal_rows(self, num_rows: int) -> list[tuple[_Route, int, int]]:
+        """Rows to routes. A replica on one GPU takes its rows at once, one over several stages or on a CPU takes them one by one."""
+        dealt, first = [], 0
+        for route, share in zip(self._routes, self._deal(num_rows)):
+            step = max(1, share) if len(route.stages) == 1 and route.device(0).type not in ("cpu", "vgpu") else 1
+            dealt += [(route, start, min(start + step, first + share)) for start in range(first, first + share, step)]
+            first += share
+        return dealt
+
+    def _gather(self, units: Sequence[_Unit], device: torch.device) -> Tensor:
+        """Results in the order of rows. All units have ended when this returns or raises, so that nothing runs behind the caller's back."""
+        failures = [failure for failure in (unit.result.exception() for unit in units) if failure is not None]
+        if failures:
+            raise _worst(failures)
+        outputs = [unit.result.result().receive() for unit in units]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    # a unit's way
+
+    def _start(self, unit: _Unit) -> None:
+        """Send the inputs to the first stage's device and the residuals to where they are added."""
+        try:
+            target, send = unit.route.device(0), self._fleet.transport.send
+            arriving = unit.call.on(target, send)
+            control = self._send_control(unit)
+            self._submit(unit, lambda: self._enter(unit, arriving, control))
+        except RuntimeError as error:  # no room there, or the slot is lost
+            _fail(unit, unit.route.stages[0].slot, error)
+
+    def _send_control(self, unit: _Unit) -> dict[str, list[Tensor | None]]:
+        """The residuals, each on its way to the slot that adds it. The last of a list is used first."""
+        sent: dict[str, list[Tensor | None]] = {}
+        for kind, residuals in (unit.call.control or {}).items():
+            targets = unit.route.control_targets.get(kind)
+            if targets is None:
+                continue
+            on_way: list[Tensor | None] = []
+            for place, residual in enumerate(reversed(residuals)):
+                target = unit.route.devices[targets[place]] if place < len(targets) else unit.call.device
+                on_way.append(None if residual is None else self._fleet.transport.send(residual, target))
+            sent[kind] = on_way[::-1]
+        return sent
+
+    def _submit(self, unit: _Unit, task: Callable[[], None]) -> None:
+        slot = unit.route.stages[unit.stage].slot
+        future = self._fleet.worker(slot).submit(task, priority=(unit.run.number,))
+        future.add_done_callback(lambda done: _fail_if_unfinished(unit, slot, done))
+
+    def _enter(self, unit: _Unit, call: NetworkCall, control: dict[str, list[Tensor | None]]) -> None:
+        """On the first stage's worker: the state before the first segment."""
+        call = _with_control(call, control)
+        unit.state = state = call.start(unit.route.replica.program)
+        for slot, device in unit.route.devices.items():
+            context = None if state.context_BLD is None else self._ship(state.context_BLD, device)
+            unit.shared[slot] = (self._ship(state.emb_BE, device), context)
+        self._run_stage(unit)
+
+    def _resume(self, unit: _Unit) -> None:
+        """On a later stage's worker: take in what arrived."""
+        state, stage = unit.state, unit.route.stages[unit.stage]
+        assert state is not None
+        assert unit.hidden is not None
+        state.hidden_BCHW = unit.hidden.receive()
+        state.transformer_input_BCHW = None if unit.transformer_input is None else unit.transformer_input.receive()
+        emb, context = unit.shared[stage.slot]
+        state.emb_BE = emb.receive()
+        state.context_BLD = None if context is None else context.receive()
+        self._receive_skips(unit, stage)
+        if any(state.options.get(name) for name in _HOOK_OPTIONS):
+            for name in _TENSOR_OPTIONS:
+                if isinstance(state.options.get(name), Tensor):
+                    state.options[name] = self._fleet.transport.send(state.options[name], state.hidden_BCHW.device)
+        self._run_stage(unit)
+
+    def _receive_skips(self, unit: _Unit, stage: Stage) -> None:
+        """Put those skips in place that this stage pops."""
+        segments, state = unit.route.replica.program.segments, unit.state
+        assert state is not None
+        num_popped = sum(segments[piece.segment].kind == "output" and piece.first_block == 0 for piece in stage.pieces)
+        skips: list[Any] = state.skips
+        for place in range(max(0, len(skips) - num_popped), len(skips)):
+            if isinstance(skips[place], _OnItsWay):
+                skips[place] = skips[place].parcel.receive()
+
+    def _run_stage(self, unit: _Unit) -> None:
+        state, route, stage = unit.state, unit.route, unit.route.stages[unit.stage]
+        assert state is not None
+        program, here = route.replica.program, route.device(unit.stage)
+        watch = _Stopwatch(here)
+        for piece in stage.pieces:
+            if unit.run.has_failed or self._is_cancelled():
+                raise Cancelled
+            program.run_piece(piece, state)
+            if piece.end_block is None and program.segments[piece.segment].kind == "input":
+                self._send_skip(unit, piece.segment, stage.slot)
+        watch.stop(lambda busy_ms: self._record(unit, stage, busy_ms))
+        self._leave(unit)
+
+    def _send_skip(self, unit: _Unit, segment: int, here: int) -> None:
+        """The skip just pushed leaves at once if another slot will use it."""
+        target = unit.route.skip_targets[segment]
+        assert unit.state is not None
+        skips: list[Any] = unit.state.skips
+        if target != here:
+            skips[-1] = _OnItsWay(skips[-1].shape, self._ship(skips[-1], unit.route.devices[target]))
+
+    def _leave(self, unit: _Unit) -> None:
+        """Send the hidden state to the next stage, or home."""
+        state, route = unit.state, unit.route
+        assert state is not None
+        if unit.stage + 1 == len(route.stages):
+            unit.result.set_result(self._fleet.transport.ship(state.hidden_BCHW, unit.call.device))
+            unit.state = None
+            return
+        target = route.device(unit.stage + 1)
+        unit.hidden = self._ship(state.hidden_BCHW, target)
+        residual_BCHW = state.transformer_input_BCHW
+        unit.transformer_input = None if residual_BCHW is None else self._ship(residual_BCHW, target)
+        slot = route.stages[unit.stage].slot
+        unit.stage += 1
+        last = unit.transformer_input or unit.hidden
+        if isinstance(last, _Copying):
+            last.when_done(lambda failure: self._go_on(unit, slot, failure))
+        else:
+            self._go_on(unit, slot, None)
+
+    def _go_on(self, unit: _Unit, slot: int, failure: BaseException | None) -> None:
+        if failure is not None:
+            _fail(unit, slot, failure)
+            return
+        try:
+            self._submit(unit, lambda: self._resume(unit))
+        except RuntimeError as error:
+            _fail(unit, unit.route.stages[unit.stage].slot, error)
+
+    def _ship(self, tensor: Tensor, target: torch.device) -> Parcel:
+        """Start a copy. CUDA copies run beside computation by themselves; for other devices a thread of the source's waits for them."""
+        transport = self._fleet.transport
+        if tensor.device == target or not self._asynchronous or "cuda" in (tensor.device.type, target.type):
+            return transport.ship(tensor, target)
+        return self._copiers.copy(tensor.device, lambda: transport.send(tensor, target))
+
+    def _record(self, unit: _Unit, stage: Stage, busy_ms: float) -> None:
+        flops = unit.route.replica.flops_per_row
+        done = unit.call.num_rows * sum(flops.get(piece, 0.0) for piece in stage.pieces)
+        self._fleet.speeds.record(stage.slot, self._work, done, busy_ms)
+
+
+# parcels
+
+
+@dataclass(frozen=True, slots=True)
+class _Copying:
+    """A tensor that a copier is bringing."""
+
+    future: Future[Tensor]
+
+    def receive(self) -> Tensor:
+        return self.future.result()
+
+    def when_done(self, then: Callable[[BaseException | None], None]) -> None:
+        self.future.add_done_callback(lambda future: then(future.exception()))
+
+
+class _Copiers:
+    """A thread per source device that copies, so that a slow link does not hold up computation."""
+
+    def __init__(self) -> None:
+        self._by_device: dict[torch.device, ThreadPoolExecutor] = {}
+        self._lock = threading.Lock()
+
+    def copy(self, source: torch.device, run: Callable[[], Tensor]) -> _Copying:
+        with self._lock:
+            pool = self._by_device.get(source)
+            if pool is None:
+                pool = self._by_device[source] = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"copy-{source}")
+        return _Copying(pool.submit(_without_gradients, run))
+
+    def close(self) -> None:
+        with self._lock:
+            for pool in self._by_device.values():
+                pool.shutdown(wait=False)
+            self._by_device.clear()
+
+
+def _without_gradients(run: Callable[[], Tensor]) -> Tensor:
+    with torch.no_grad():
+        return run()
+
+
+# failures
+
+
+def _fail(unit: _Unit, slot: int, error: BaseException) -> None:
+    unit.run.has_failed = True
+    unit.state = None
+    with suppress(InvalidStateError):  # two threads may see the same failure
+        unit.result.set_exception(error if isinstance(error, Cancelled) else SlotFailure(slot, error))
+
+
+def _fail_if_unfinished(unit: _Unit, slot: int, done: Future[None]) -> None:
+    """A task that never ran (its worker was lost or closed) ends its unit too."""
+    if done.cancelled():
+        _fail(unit, slot, Cancelled())
+    elif (error := done.exception()) is not None:
+        _fail(unit, slot, error)
+
+
+def _worst(failures: Iterable[BaseException]) -> BaseException:
+    """What the caller should hear of: a failure before a cancellation."""
+    ordered = sorted(failures, key=lambda failure: isinstance(failure, Cancelled))
+    return ordered[0]
+
+
+def _with_control(call: NetworkCall, control: dict[str, list[Tensor | None]]) -> NetworkCall:
+    return replace(call, control=control) if call.control is not None else call
+
+
+# time
+
+
+class _Stopwatch:
+    """Time that a slot was busy with a stage: on CUDA by events that are read later, without waiting; elsewhere by the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event: Any = None
+        event_type: Any = torch.cuda.Event
+        if device.type == "cuda":
+            self._event = event_type(enable_timing=True)
+            self._event.record(torch.cuda.current_stream(device))
+        self._started = time.perf_counter()
+
+    def stop(self, tell: Callable[[float], None]) -> None:
+        if self._event is None:
+            tell((time.perf_counter() - self._started) * 1000.0)
+            return
+        event_type: Any = torch.cuda.Event
+        end = event_type(enable_timing=True)
+        end.record(torch.cuda.current_stream(self._device))
+        _EventReader.add(self._event, end, tell)
+
+
+class _EventReader:
+    """Pairs of CUDA events that have not passed yet; each new pair looks whether older ones have."""
+
+    _waiting: list[tuple[Any, Any, Callable[[float], None]]] = []
+    _lock = threading.Lock()
+
+    @classmethod
+    def add(cls, start: Any, end: Any, tell: Callable[[float], None]) -> None:
+        with cls._lock:
+            cls._waiting.append((start, end, tell))
+            passed = [one for one in cls._waiting if one[1].query()]
+            cls._waiting[:] = [one for one in cls._waiting if one not in passed]
+        for first, last, report in passed:
+            report(first.elapsed_time(last))

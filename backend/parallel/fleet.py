@@ -1,0 +1,132 @@
+"""The slots of this process at work: a worker each, the transport between them, how fast each was seen to be, and which are lost.
+
+Knows no network and no plan. One fleet belongs to one configuration of memory management.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from backend import memory_management
+from backend.devices.links import Verdicts
+from backend.devices.slot import Slot
+from backend.memory.store import MemoryStore
+from backend.parallel.transport import Transport, make_transport
+from backend.parallel.worker import SlotLost, SlotWorker
+
+logger = logging.getLogger(__name__)
+
+SMOOTHING = 0.3
+"""Weight of the newest measurement of a slot's speed."""
+
+
+@dataclass(slots=True)
+class SpeedBook:
+    """Measured speeds, smoothed: floating-point operations per ms, by slot and kind of work (a model at a size). Safe to use from many threads."""
+
+    _flops_per_ms: dict[tuple[int, str], float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def record(self, slot: int, work: str, flops: float, busy_ms: float) -> None:
+        """A slot did so much in so long. What took no time says nothing."""
+        if flops <= 0 or busy_ms <= 0:
+            return
+        with self._lock:
+            before = self._flops_per_ms.get((slot, work))
+            now = flops / busy_ms
+            self._flops_per_ms[slot, work] = now if before is None else before + SMOOTHING * (now - before)
+
+    def speed_of(self, slot: int, work: str) -> float | None:
+        """Operations per ms; None before the first measurement."""
+        with self._lock:
+            return self._flops_per_ms.get((slot, work))
+
+
+class Fleet:
+    """The compute slots with their workers. `primary` holds the latents and combines what the others compute."""
+
+    def __init__(self, slots: tuple[Slot, ...]) -> None:
+        self.slots = slots
+        self.speeds = SpeedBook()
+        self._lost: set[int] = set()
+        self._workers: dict[int, SlotWorker] = {}
+        self._transport: Transport | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def primary(self) -> Slot:
+        return self.slots[0]
+
+    def slot(self, index: int) -> Slot:
+        return next(slot for slot in self.slots if slot.index == index)
+
+    def device(self, index: int) -> torch.device:
+        return self.slot(index).torch_device
+
+    @property
+    def working_slots(self) -> tuple[Slot, ...]:
+        """Slots that are not lost."""
+        return tuple(slot for slot in self.slots if slot.index not in self._lost)
+
+    def lose(self, index: int) -> None:
+        """Give no more work to a slot until the program starts again."""
+        with self._lock:
+            self._lost.add(index)
+
+    def worker(self, index: int) -> SlotWorker:
+        """The slot's worker; its thread starts with the first question. Raises: SlotLost."""
+        with self._lock:
+            worker = self._workers.get(index)
+            if worker is None:
+                slot = self.slot(index)
+                shared = Counter(one.torch_device for one in self.slots)[slot.torch_device] > 1
+                worker = self._workers[index] = SlotWorker(slot, own_stream=shared)
+        if worker.lost is not None:
+            raise SlotLost(worker.slot, worker.lost.cause)
+        return worker
+
+    @property
+    def transport(self) -> Transport:
+        """Links between CUDA devices are tested at the first question, in a process of their own."""
+        with self._lock:
+            if self._transport is None:
+                self._transport = make_transport(_test_links(self.slots), self.slots)
+            return self._transport
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+
+
+def _test_links(slots: tuple[Slot, ...]) -> Verdicts | None:
+    if sum(slot.torch_device.type == "cuda" for slot in slots) < 2:
+        return None
+    from backend.devices.link_test import link_verdicts  # starts processes; only machines with two cards need it
+
+    return link_verdicts(slots)
+
+
+@dataclass(slots=True)
+class _Current:
+    fleet: Fleet | None = None
+    store: MemoryStore | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_current = _Current()
+
+
+def current_fleet() -> Fleet:
+    """The fleet of the slots that memory management is configured with now; workers of a former configuration are closed."""
+    store = memory_management.current_store()
+    with _current.lock:
+        if _current.fleet is None or _current.store is not store:
+            if _current.fleet is not None:
+                _current.fleet.close()
+            _current.fleet, _current.store = Fleet(memory_management.compute_slots()), store
+        return _current.fleet

@@ -1,0 +1,265 @@
+"""Puts a plan's networks where it says: copies of the UNet on other slots (twins), and the stages of one network over several devices.
+
+The bytes are moved by memory management, which counts and evicts them like any other model. Names of parameters are the same in every copy.
+Must not know guidance or samplers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from backend import memory_management
+from backend.memory.module_bytes import as_same_kind
+from backend.modules.k_model import KModel
+from backend.parallel.executor import Replica
+from backend.parallel.fleet import Fleet
+from backend.parallel.plan import Piece, Plan, ReplicaPlan
+from backend.patcher.base import ModelPatcher
+from backend.patcher.unet import UnetPatcher
+from backend.patcher.weight_patches import unpatched_tensors
+
+META = torch.device("meta")
+
+
+class UNetStage(nn.Module):
+    """The layers of one device, as one thing that moves. It shares the modules with the network and owns none."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
+@dataclass(eq=False)
+class StagePatcher:
+    """A stage as memory management places it. It may stream when its device is too small."""
+
+    model: UNetStage
+    load_device: torch.device
+    offload_device: torch.device
+    current_device: torch.device
+    twin: TwinPatcher | None = None
+    must_be_whole: bool = False
+
+    def prepare_load(self, device: torch.device) -> None:
+        """A stage of a twin that holds no weights gets them."""
+        if self.twin is not None:
+            self.twin.fill(self.model, device)
+
+
+class TwinPatcher(ModelPatcher):
+    """A copy of a denoiser for another slot. It holds weights only while it is on a device: it leaves by forgetting them.
+
+    Changes of weights are asked for with `copy_patches_from` and made by `refresh_twin`, which the slot's worker runs.
+    """
+
+    must_be_whole = True
+    source: UnetPatcher
+
+    @classmethod
+    def make(cls, source: UnetPatcher, device: torch.device) -> TwinPatcher:
+        """A twin without weights."""
+        network = source.model
+        twin = cls(make_empty_twin(network), load_device=device, offload_device=META, current_device=META)
+        twin.size = source.model_size()
+        twin.source = source
+        return twin
+
+    def prepare_load(self, device: torch.device) -> None:
+        self.fill(self.model, device)
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def fill(self, part: nn.Module, device: torch.device) -> None:
+        """Copy the source's weights, as they were made, for those tensors of `part` that have none. Raises: torch.OutOfMemoryError."""
+        empty = {id(tensor) for tensor in (*part.parameters(), *part.buffers()) if tensor.device == META}
+        if not empty:
+            return
+        self.lora_loader.restore()
+        originals = unpatched_tensors(self.source.model)
+        placed: dict[int, torch.Tensor] = {}
+        for prefix, module in self.model.named_modules(remove_duplicate=False):
+            for registry in (module._parameters, module._buffers):
+                for name, tensor in registry.items():
+                    if tensor is None or id(tensor) not in empty:
+                        continue
+                    if id(tensor) not in placed:
+                        original = originals[f"{prefix}.{name}" if prefix else name]
+                        placed[id(tensor)] = as_same_kind(original.detach().to(device, copy=True), tensor)
+                    registry[name] = placed[id(tensor)]
+
+    def refresh_loras(self) -> None:
+        """Left to `refresh_twin`, so that all devices change their weights at once."""
+
+    def refresh_twin(self) -> None:
+        """Have the weights as the source's patcher wants them."""
+        self.copy_patches_from(self.source)
+        super().refresh_loras()
+
+
+def make_empty_twin(network: KModel) -> KModel:
+    """A denoiser of the same kind with the same names and types, on the meta device."""
+    with META:
+        unet = UNet2DConditionModel.from_config(network.diffusion_model.config)
+    twin = KModel(
+        unet.requires_grad_(False).train(network.diffusion_model.training),
+        copy.deepcopy(network.predictor).to(META),
+        storage_dtype=network.storage_dtype,
+        computation_dtype=network.computation_dtype,
+        config=network.config,
+    )
+    return twin.train(network.training)
+
+
+@dataclass(eq=False)
+class PlacedPlan:
+    """A plan whose networks are in place, and what memory management holds for it."""
+
+    plan: Plan
+    replicas: tuple[Replica, ...]
+    patchers: tuple[UnetPatcher | TwinPatcher | StagePatcher, ...]
+
+
+@dataclass(eq=False)
+class Copies:
+    """What plans have made of one network so far; kept on the network, used again by later plans."""
+
+    twins: dict[tuple[int, ...], TwinPatcher] = field(default_factory=dict)
+    stages: dict[tuple[int, torch.device], tuple[frozenset[int], StagePatcher]] = field(default_factory=dict)
+
+    def release_stages(self, network: nn.Module) -> None:
+        """Forget the stages of a network; its weights stay where they are."""
+        for key in [key for key in self.stages if key[0] == id(network)]:
+            _, stage = self.stages.pop(key)
+            memory_management.unload_model_clones(stage)
+
+
+def copies_of(network: KModel) -> Copies:
+    copies: Copies | None = network.__dict__.get("copies")
+    if copies is None:
+        copies = network.__dict__["copies"] = Copies()
+    return copies
+
+
+def place_plan(
+    unet: UnetPatcher, plan: Plan, fleet: Fleet, *, working_bytes: int, preserved_bytes: int = 0,
+    beside: Sequence[ModelPatcher] = (), flops_per_row: Mapping[Piece, float] | None = None,
+) -> PlacedPlan:  # fmt: skip
+    """Make the plan's networks resident, with room for `working_bytes` on each device, and hold them. `beside` comes along (ControlNets).
+
+    Raises: OutOfMemory, SlotLost.
+    """
+    placer = _Placer(unet, fleet)
+    replicas = tuple(placer.add(replica, flops_per_row or {}) for replica in plan.replicas)
+    patchers = tuple(placer.patchers)
+    placer.leave_former_places()
+    memory_management.load_models_gpu([*patchers, *beside], memory_required=working_bytes, hard_memory_preservation=preserved_bytes)
+    memory_management.hold_models([*patchers, *beside])
+    placer.finish()
+    return PlacedPlan(plan, replicas, patchers)
+
+
+def place_whole(unet: UnetPatcher) -> None:
+    """Let the network be one thing again, for memory management to place; weights move when it does."""
+    copies_of(unet.model).release_stages(unet.model)
+
+
+class _Placer:
+    """Gives each replica of a plan a network, and lists what has to be loaded."""
+
+    def __init__(self, unet: UnetPatcher, fleet: Fleet) -> None:
+        self.unet, self.fleet = unet, fleet
+        self.copies = copies_of(unet.model)
+        self.patchers: list[UnetPatcher | TwinPatcher | StagePatcher] = []
+        self._whole_on: dict[torch.device, KModel] = {}
+        self._own_is_given = False
+        self._twins: list[tuple[int, TwinPatcher]] = []
+        self._is_split = False
+
+    def add(self, replica: ReplicaPlan, flops_per_row: Mapping[Piece, float]) -> Replica:
+        network = self._network_for(replica)
+        return Replica(program=network.program, plan=replica, flops_per_row=flops_per_row)
+
+    def _network_for(self, replica: ReplicaPlan) -> KModel:
+        devices = {self.fleet.device(slot) for slot in replica.used_slots}
+        device = next(iter(devices)) if len(devices) == 1 else None
+        if device is not None and device in self._whole_on and self._can_be_shared():
+            return self._whole_on[device]
+        if not self._own_is_given:
+            self._own_is_given = True
+            twin, network = None, self.unet.model
+        else:
+            twin = self._twin_for(replica)
+            network = cast("KModel", twin.model)
+        if device is None or (twin is None and device != self.unet.load_device):
+            self._add_stages(network, replica, twin)
+        else:
+            self.copies.release_stages(network)
+            self.patchers.append(twin or self.unet)
+            self._whole_on[device] = network
+        return network
+
+    def _can_be_shared(self) -> bool:
+        """Whether two workers may run one network at once: not where layers are changed for the time they run."""
+        network = self.unet.model
+        return network.storage_dtype == network.computation_dtype and not self.unet.has_online_lora()
+
+    def _twin_for(self, replica: ReplicaPlan) -> TwinPatcher:
+        key = tuple(sorted(replica.used_slots))
+        device = self.fleet.device(replica.slots[0])
+        twin = self.copies.twins.get(key)
+        if twin is None or twin.load_device != device:
+            twin = self.copies.twins[key] = TwinPatcher.make(self.unet, device)
+        twin.source = self.unet
+        self._twins.append((replica.slots[0], twin))
+        return twin
+
+    def _add_stages(self, network: KModel, replica: ReplicaPlan, twin: TwinPatcher | None) -> None:
+        """One patcher per device with all layers that run there; the time embedding belongs to the first."""
+        self._is_split = True
+        by_device: dict[torch.device, list[nn.Module]] = {
+            self.fleet.device(replica.slots[0]): [layer for _, layer in network.program.embedding.named_layers]
+        }
+        for piece, slot in zip(replica.pieces, replica.slots):
+            by_device.setdefault(self.fleet.device(slot), []).extend(layer for _, layer in network.program.piece_layers(piece))
+        for key in [key for key in self.copies.stages if key[0] == id(network) and key[1] not in by_device]:
+            memory_management.unload_model_clones(self.copies.stages.pop(key)[1])
+        for device, layers in by_device.items():
+            self.patchers.append(self._stage(network, device, layers, twin))
+
+    def _stage(self, network: KModel, device: torch.device, layers: Sequence[nn.Module], twin: TwinPatcher | None) -> StagePatcher:
+        key, held = (id(network), device), frozenset(id(layer) for layer in layers)
+        known = self.copies.stages.get(key)
+        if known is not None and known[0] == held:
+            return known[1]
+        if known is not None:
+            memory_management.unload_model_clones(known[1])
+        offload = META if twin is not None else self.unet.offload_device
+        stage = StagePatcher(UNetStage(layers), device, offload, offload, twin=twin, must_be_whole=twin is not None)
+        self.copies.stages[key] = (held, stage)
+        return stage
+
+    def leave_former_places(self) -> None:
+        """What stood for a network as a whole stands for it no more where it is split now."""
+        if id(self.unet.model) in {key[0] for key in self.copies.stages}:
+            memory_management.unload_model_clones(self.unet)
+        for twin in self.copies.twins.values():
+            if id(twin.model) in {key[0] for key in self.copies.stages}:
+                memory_management.unload_model_clones(twin)
+
+    def finish(self) -> None:
+        """Attributes and weights as the job's patcher wants them, on all devices at once."""
+        if id(self.unet.model) in {key[0] for key in self.copies.stages}:
+            self.unet.model.predictor.to(self.unet.load_device)
+            self.unet.forge_patch_model(None)
+            self.unet.refresh_loras()
+        changes: list[Future[None]] = [self.fleet.worker(slot).submit(twin.refresh_twin) for slot, twin in self._twins]
+        for change in changes:
+            change.result()

@@ -1,0 +1,393 @@
+"""A sampling run over several slots: the plan is made, its networks are placed, calls are run, and when a slot fails the plan shrinks.
+
+One session serves one run. Knows no samplers, prompts or options; what the run is like comes in a `SamplingRequest`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from backend import memory_management
+from backend.devices.inventory import describe_device
+from backend.devices.slot import Slot
+from backend.modules.k_model import KModel
+from backend.nn.network_call import NetworkCall
+from backend.parallel.costs import ModelProfile, contains, profile_unet
+from backend.parallel.executor import Executor, SlotFailure
+from backend.parallel.fleet import Fleet, current_fleet
+from backend.parallel.placement import PlacedPlan, place_plan, place_whole
+from backend.parallel.plan import Piece, Plan
+from backend.parallel.planner import JobShape, WantedStrategy, deal_units, make_plan
+from backend.parallel.slot_facts import Link, SlotFacts
+from backend.parallel.worker import SlotLost
+from backend.patcher.base import ModelPatcher
+from backend.patcher.unet import UnetPatcher
+
+logger = logging.getLogger(__name__)
+
+FLOPS_PER_MS_OF_CPU_THREAD = 3e7
+FLOPS_PER_MS_OF_VIRTUAL_GPU = 1e7
+FLOPS_PER_MS_OF_UNKNOWN_GPU = 1e10
+FLOPS_PER_MS_OF_CUDA_THROUGHPUT = 4e5
+"""Half-precision work per ms for each unit of `DeviceFacts.throughput` (multiprocessors times MHz), from published SDXL step times of the
+RTX 4090 and the A100. First guesses all of them: measured speeds take their place with the first units."""
+HOST_BYTES_PER_MS = 4e6
+_RETRY_SHARE = 0.75
+"""What is left of a slot's budget, for the planner, after work on it ran out of memory a second time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingRequest:
+    """What a run asks of the plan. `branches`: conditions per picture and step. `strategy`: auto, replicas, layers or single."""
+
+    images: int = 1
+    branches: int = 2
+    steps: int = 20
+    strategy: WantedStrategy = "auto"
+    asynchronous: bool = True
+    may_use_lanes: bool = False
+    is_cancelled: Callable[[], bool] = field(default=lambda: False)
+
+
+@dataclass(slots=True)
+class _Gate:
+    """Many runs at a time, or one change of the plan."""
+
+    _running: int = 0
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with self._changed:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Holds new runs back and waits for those under way."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._running == 0)
+            yield
+
+
+class SamplingSession:
+    """The plan in force for one run. `plan` may change while it lasts."""
+
+    plan: Plan
+
+    def __init__(
+        self,
+        unet: UnetPatcher,
+        shape: Sequence[int],
+        request: SamplingRequest,
+        fleet: Fleet,
+        *,
+        beside: Sequence[ModelPatcher] = (),
+        preserved_bytes: int = 0,
+    ) -> None:
+        self.unet, self.fleet, self.request = unet, fleet, request
+        self._shape = tuple(shape)
+        self._beside, self._preserved_bytes = tuple(beside), preserved_bytes
+        self._profile = profile_of(unet.model, self._shape)
+        self._work = f"{id(unet.model)} {self._shape[2]}x{self._shape[3]}"
+        self._budget_shares: dict[int, float] = {}
+        self._shortages: Counter[int] = Counter()
+        self._gate, self._generation = _Gate(), 0
+        self._placed: PlacedPlan | None = None
+        self._executor: Executor | None = None
+        self._adopt(self._make_plan())
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the network runs elsewhere than in the calling thread."""
+        return self._executor is not None
+
+    def close(self) -> None:
+        """Let the network run as it does without a plan. Copies stay on their slots until something else needs the room."""
+        self.unet.model.runner = None
+        if self._executor is not None:
+            self._executor.close()
+
+    # planning
+
+    def _make_plan(self) -> Plan:
+        job = JobShape(
+            images=self.request.images,
+            branches=self.request.branches,
+            steps=self.request.steps,
+            may_use_lanes=self.request.may_use_lanes,
+            rows_per_forward=1 if self.unet.load_device.type in ("cpu", "vgpu") else 2,
+            is_async=self.request.asynchronous,
+        )
+        links = guess_links(self.fleet.working_slots)
+        rooms = [slot_facts(slot, self.unet.model, self.fleet, self._work, self._budget_shares.get(slot.index, 1.0)) for slot in self._usable_slots()]
+        plans = [make_plan(self._profile, rooms, links, job, strategy=self.request.strategy)]
+        if any(room.fixed_bytes for room in rooms) and plans[0].strategy == "single":
+            emptied = [_without_others(room) for room in rooms]
+            plans.append(make_plan(self._profile, emptied, links, job, strategy=self.request.strategy))
+        return min(plans, key=lambda plan: plan.predicted_ms or float("inf"))
+
+    def _usable_slots(self) -> tuple[Slot, ...]:
+        bound = find_bound_hook(self.unet.model_options.get("transformer_options", {}))
+        slots = tuple(slot for slot in self.fleet.working_slots if self._budget_shares.get(slot.index, 1.0) > 0)
+        if bound is None:
+            return slots
+        home = [slot for slot in slots if slot.torch_device == self.unet.load_device]
+        if len(home) < len(slots):
+            logger.info("%s holds tensors of %s, so the UNet stays there.", bound, self.unet.load_device)
+        return tuple(home) or slots
+
+    def _adopt(self, plan: Plan) -> None:
+        """Place what the plan needs and run by it from now on. Raises: OutOfMemory, SlotLost."""
+        self.plan = plan
+        home = {slot.index for slot in self.fleet.working_slots if slot.torch_device == self.unet.load_device}
+        if plan.strategy == "single" and set(plan.used_slots) <= home:
+            self._run_at_home()
+            return
+        self._placed = place_plan(
+            self.unet,
+            plan,
+            self.fleet,
+            working_bytes=self._working_bytes(plan),
+            preserved_bytes=self._preserved_bytes,
+            beside=self._beside,
+            flops_per_row=flops_of_pieces(plan, self._profile),
+        )
+        self._executor = Executor(
+            self._placed.replicas,
+            self.fleet,
+            deal=self._deal,
+            work=self._work,
+            asynchronous=self.request.asynchronous,
+            is_cancelled=self.request.is_cancelled,
+        )
+        self.unet.model.runner = self.run
+
+    def _run_at_home(self) -> None:
+        place_whole(self.unet)
+        self._placed = self._executor = None
+        self.unet.model.runner = None
+        models = [self.unet, *self._beside]
+        memory_management.load_models_gpu(models, memory_required=self._working_bytes(self.plan), hard_memory_preservation=self._preserved_bytes)
+        memory_management.hold_models(models)
+
+    def _working_bytes(self, plan: Plan) -> int:
+        """Estimate for one slot: its share of the rows at once, or one row where rows go one by one."""
+        num_rows = self.request.images * self.request.branches
+        if plan.strategy == "replicas" and self.unet.load_device.type not in ("cpu", "vgpu"):
+            num_rows = max(self._deal_rows(plan, num_rows))
+        elif plan.strategy != "single":
+            num_rows = 1
+        estimate = self.unet.model_options.get("memory_peak_estimation_modifier", self.unet.memory_required)
+        return int(estimate([num_rows, *self._shape[1:]]))
+
+    def _deal(self, num_rows: int) -> Sequence[int]:
+        return self._deal_rows(self.plan, num_rows)
+
+    def _deal_rows(self, plan: Plan, num_rows: int) -> Sequence[int]:
+        """Rows by the speed of each replica: that of its slot, or of its slowest where it has several."""
+        speeds = [min(self._speed(slot) for slot in replica.used_slots) * len(replica.used_slots) for replica in plan.replicas]
+        return deal_units(num_rows, speeds)
+
+    def _speed(self, slot: int) -> float:
+        return speed_of(self.fleet.slot(slot), self.fleet, self._work)
+
+    # running
+
+    def run(self, call: NetworkCall) -> Tensor:
+        """The network's output for all rows. A step that a slot could not do is done again with less on that slot.
+
+        Raises: Cancelled; OutOfMemory where one slot is too small too; SlotLost where the weights went with the slot; SlotFailure.
+        """
+        while True:
+            generation = self._generation
+            try:
+                with self._gate.running():
+                    executor = self._executor
+                    return self.unet.model.run_here(call) if executor is None else executor.run(call)
+            except SlotFailure as error:
+                failure = error
+            self._recover(failure, generation)
+
+    def _recover(self, failure: SlotFailure, generation: int) -> None:
+        with self._gate.alone():
+            if generation != self._generation:
+                return  # another lane has seen to it
+            self._generation += 1
+            lost = self._find_lost(failure)
+            if lost:
+                self._go_on_without(lost)
+            elif memory_management.is_out_of_memory(failure.cause):
+                self._make_room(failure.slot)
+            else:
+                raise failure from failure.cause
+
+    def _find_lost(self, failure: SlotFailure) -> list[SlotLost]:
+        """Slots that do not answer any more. Only asked for when a device reported an error of its own."""
+        if not isinstance(failure.cause, (SlotLost, torch.AcceleratorError)) or memory_management.is_out_of_memory(failure.cause):
+            return []
+        return [lost for lost in map(_probe, self.fleet.working_slots) if lost is not None]
+
+    def _go_on_without(self, lost: Sequence[SlotLost]) -> None:
+        """Plan without these slots, where the network itself is not on one of them."""
+        for one in lost:
+            self.fleet.lose(one.slot.index)
+            memory_management.lose_device(one.slot.torch_device)
+        gone = {one.slot.torch_device for one in lost}
+        own = {tensor.device for tensor in self.unet.model.parameters()}
+        if gone & own or not self.fleet.working_slots:
+            raise lost[0]
+        logger.warning("%s The step is done again without it.", lost[0])
+        self._adopt_anew()
+
+    def _make_room(self, slot: int) -> None:
+        """First what is idle leaves the slot, then the slot gets less of the network, then none."""
+        self._shortages[slot] += 1
+        device = self.fleet.device(slot)
+        if self._shortages[slot] == 1:
+            logger.warning("Out of memory on slot %d (%s) in a step: what is idle leaves it, and the step is done again.", slot, device)
+            memory_management.soft_empty_cache(force=True)
+            memory_management.free_memory(0, device, free_all=True)
+            return
+        share = _RETRY_SHARE * self._budget_shares.get(slot, 1.0) if self._shortages[slot] < 4 else 0.0
+        self._budget_shares[slot] = share
+        logger.warning("Out of memory on slot %d (%s) again: the plan is made anew with %.0f %% of its memory.", slot, device, 100 * share)
+        self._adopt_anew()
+
+    def _adopt_anew(self) -> None:
+        if self._executor is not None:
+            self._executor.close()
+        memory_management.hold_models([])
+        memory_management.soft_empty_cache(force=True)
+        self._adopt(self._make_plan())
+        logger.info("%s", self.plan.reason)
+
+
+def begin_session(
+    unet: UnetPatcher, shape: Sequence[int], request: SamplingRequest, *, beside: Sequence[ModelPatcher] = (), preserved_bytes: int = 0
+) -> SamplingSession | None:
+    """A session for a run over latents of `shape` (B, C, H, W); None where there is one slot only. Raises: OutOfMemory."""
+    fleet = current_fleet()
+    if len(fleet.working_slots) < 2:
+        return None
+    session = SamplingSession(unet, shape, request, fleet, beside=beside, preserved_bytes=preserved_bytes)
+    unet.model.__dict__["session"] = session
+    logger.info("%s", session.plan.reason)
+    return session
+
+
+def end_session(unet: UnetPatcher) -> None:
+    """End the session of a run over this network, if there is one."""
+    session: SamplingSession | None = unet.model.__dict__.pop("session", None)
+    if session is not None:
+        session.close()
+
+
+# facts
+
+
+def profile_of(network: KModel, shape: Sequence[int]) -> ModelProfile:
+    """Costs of a denoiser's network for one row of latents (B, C, H, W)."""
+    return profile_unet(network.diffusion_model.config, latent_height=int(shape[2]), latent_width=int(shape[3]), dtype=network.computation_dtype)
+
+
+def slot_facts(slot: Slot, network: KModel, fleet: Fleet, work: str, budget_share: float) -> SlotFacts:
+    """A slot as the planner sees it now: what is free or could be, and how fast it was seen to be at this work."""
+    store = memory_management.current_store()
+    (room,) = store.rooms([slot], network)
+    others_bytes = room.evictable_bytes
+    budget_bytes = room.free_bytes + room.evictable_bytes + room.present_bytes
+    return SlotFacts(
+        index=slot.index,
+        name=slot.name,
+        kind=slot.torch_device.type,
+        speed=speed_of(slot, fleet, work),
+        budget_bytes=int(budget_bytes * budget_share),
+        fixed_bytes=min(others_bytes, int(budget_bytes * budget_share)),
+        total_bytes=slot.total_bytes,
+        device_key=str(slot.torch_device),
+    )
+
+
+def _without_others(room: SlotFacts) -> SlotFacts:
+    """The slot as it would be when all that no job holds has left."""
+    return replace(room, fixed_bytes=0)
+
+
+def speed_of(slot: Slot, fleet: Fleet, work: str) -> float:
+    """Operations per ms: measured, else a guess from what the device says of itself."""
+    return fleet.speeds.speed_of(slot.index, work) or guess_speed(slot)
+
+
+def guess_speed(slot: Slot) -> float:
+    kind = slot.torch_device.type
+    if kind == "cpu":
+        return FLOPS_PER_MS_OF_CPU_THREAD * (slot.cpu_threads or 1)
+    if kind == "vgpu":
+        return FLOPS_PER_MS_OF_VIRTUAL_GPU
+    throughput = describe_device(slot.torch_device).throughput
+    return FLOPS_PER_MS_OF_CUDA_THROUGHPUT * throughput if throughput > 0 else FLOPS_PER_MS_OF_UNKNOWN_GPU
+
+
+def guess_links(slots: Sequence[Slot]) -> tuple[Link, ...]:
+    """Links between slots whose devices are all in main memory; others are left to the planner's own assumption."""
+    hosts = [slot for slot in slots if slot.torch_device.type in ("cpu", "vgpu")]
+    return tuple(Link(source=one.index, target=other.index, bytes_per_ms=HOST_BYTES_PER_MS) for one in hosts for other in hosts if one is not other)
+
+
+def flops_of_pieces(plan: Plan, profile: ModelProfile) -> dict[Piece, float]:
+    """FLOPs of the plan's pieces, which may be made of several of the profile's."""
+    wanted = {piece for replica in plan.replicas for piece in replica.pieces}
+    return {piece: sum(cost.flops_per_row for cost in profile.pieces if contains(piece, cost.piece)) for piece in wanted}
+
+
+def find_bound_hook(options: dict[str, object]) -> str | None:
+    """The first hook inside the network that holds tensors or modules of its own, by its name; such a hook binds the network to their device."""
+    for hook in _hooks_of(options):
+        cells = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or () if _is_filled(cell)]
+        held = [hook, *cells, *getattr(getattr(hook, "__self__", None), "__dict__", {}).values(), *getattr(hook, "__dict__", {}).values()]
+        if any(isinstance(one, (Tensor, torch.nn.Module)) for one in held) or hasattr(hook, "to"):
+            return str(getattr(hook, "__qualname__", type(hook).__name__))
+    return None
+
+
+def _is_filled(cell: object) -> bool:
+    try:
+        return cell.cell_contents is not None  # type: ignore[attr-defined]
+    except ValueError:
+        return False
+
+
+def _hooks_of(options: dict[str, object]) -> Iterator[object]:
+    for name in ("patches", "patches_replace"):
+        for hooks in (options.get(name) or {}).values():  # type: ignore[attr-defined]
+            yield from hooks.values() if isinstance(hooks, dict) else hooks
+    for name in ("block_modifiers", "block_inner_modifiers"):
+        yield from options.get(name) or ()  # type: ignore[misc]
+    for name in ("group_norm_wrapper", "groupnorm_wrapper"):
+        if options.get(name) is not None:
+            yield options[name]
+
+
+def _probe(slot: Slot) -> SlotLost | None:
+    """Why a slot's device does not even do the least work; None where it does."""
+    try:
+        torch.ones(1, device=slot.torch_device).add(1).cpu()
+    except torch.AcceleratorError as error:
+        return SlotLost(slot, error)
+    except RuntimeError:  # no room, or anything else that a living device says
+        return None
+    return None
