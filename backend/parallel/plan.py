@@ -60,7 +60,8 @@ class Plan:
 
     `predicted_ms` is the time of one step of all the images, `single_ms` the same on the fastest single slot that holds the network (inf
     where none does). `predicted_bytes` is the peak per slot, `crossing_bytes` what goes from slot to slot in a step. `lanes` is how many
-    sampler loops run side by side. `reason` is one sentence for the user.
+    sampler loops run side by side. `component_slots` says where the planner put networks whose slot was open. `reason` is one sentence for
+    the user.
     """
 
     strategy: Strategy
@@ -71,6 +72,7 @@ class Plan:
     predicted_bytes: Mapping[int, int] = field(default_factory=dict)
     crossing_bytes: int = 0
     lanes: int = 1
+    component_slots: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.replicas:
@@ -83,5 +85,7 @@ class Plan:
 
     @property
     def predicted_speedup(self) -> float:
-        """Against one slot; 1.0 where nothing is predicted."""
+        """Against one slot; 1.0 where nothing is predicted, inf for a plan over several slots of a network that fits none of them."""
+        if self.strategy == "single":
+            return 1.0
         return self.single_ms / self.predicted_ms if self.predicted_ms > 0 and self.single_ms > 0 else 1.0

@@ -1,0 +1,175 @@
+"""What a network costs, piece by piece: bytes, work, and what crosses where it is cut. Numbers only; knows no slots, no plans and no tensors.
+
+Everything "per row" is for one row of a batch (one image, one branch) at the profile's picture size, and grows linearly with the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from backend.nn.piece import Piece
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PieceCost:
+    """One piece at its finest: a segment, or one block of its transformer.
+
+    `work_per_row` is what times are computed from: the FLOPs (two per multiply-add), or, once times were measured, the piece's share of
+    them in the same unit. `num_kernels` is how many operations a forward launches. `hidden_bytes_per_row` is the state behind the piece,
+    `residual_bytes_per_row` what must go along with it where a transformer is cut. `skip_bytes_per_row` is the skip it leaves, `pops_skip_of`
+    the index of the piece whose skip it takes. `control_bytes_per_row` is the ControlNet residual that is added in it.
+    `working_bytes_per_row` is the most that lives while it runs, without weights and without the skips that wait for others.
+    """
+
+    piece: Piece
+    weight_bytes: int
+    flops_per_row: float
+    work_per_row: float
+    num_kernels: int
+    hidden_bytes_per_row: int
+    residual_bytes_per_row: int = 0
+    skip_bytes_per_row: int = 0
+    pops_skip_of: int | None = None
+    control_bytes_per_row: int = 0
+    working_bytes_per_row: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelProfile:
+    """A network at one picture size and number type.
+
+    `embedding_bytes` are the weights of the time embedding, which stay with the first piece; its result (`emb_bytes_per_row`) goes wherever
+    a piece runs. Context is sent once per picture, latents and results every step.
+    """
+
+    name: str
+    pieces: tuple[PieceCost, ...]
+    embedding_bytes: int
+    emb_bytes_per_row: int
+    context_bytes_per_row: int
+    latent_bytes_per_row: int
+    output_bytes_per_row: int
+
+    def __post_init__(self) -> None:
+        if not self.pieces:
+            raise ValueError(f"The profile of {self.name} has no pieces; there must be at least one.")
+        for index, cost in enumerate(self.pieces):
+            if cost.pops_skip_of is not None and not 0 <= cost.pops_skip_of < index:
+                raise ValueError(f"Piece {index} of {self.name} takes the skip of piece {cost.pops_skip_of}, which does not run before it.")
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.embedding_bytes + sum(cost.weight_bytes for cost in self.pieces)
+
+    @property
+    def work_per_row(self) -> float:
+        return sum(cost.work_per_row for cost in self.pieces)
+
+    @property
+    def flops_per_row(self) -> float:
+        return sum(cost.flops_per_row for cost in self.pieces)
+
+    @property
+    def num_kernels(self) -> int:
+        return sum(cost.num_kernels for cost in self.pieces)
+
+    @property
+    def skip_bytes_per_row(self) -> int:
+        return sum(cost.skip_bytes_per_row for cost in self.pieces)
+
+    def working_bytes_per_row(self) -> int:
+        """Peak of one row's activations with the whole network in one place, skips included."""
+        held_bytes, peak_bytes = 0, 0
+        for cost in self.pieces:
+            if cost.pops_skip_of is not None:
+                held_bytes -= self.pieces[cost.pops_skip_of].skip_bytes_per_row
+            peak_bytes = max(peak_bytes, held_bytes + cost.working_bytes_per_row)
+            held_bytes += cost.skip_bytes_per_row
+        return peak_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComponentCost:
+    """A network beside the UNet. One that `runs_per_unit` (a ControlNet) runs before the UNet for every unit, the others once per picture."""
+
+    name: str
+    weight_bytes: int
+    flops_per_row: float = 0.0
+    working_bytes_per_row: int = 0
+    num_kernels: int = 0
+    runs_per_unit: bool = False
+
+
+def profile_unet(
+    config: Mapping[str, Any],
+    *,
+    latent_height: int,
+    latent_width: int,
+    context_length: int = 77,
+    dtype: torch.dtype | None = None,
+    name: str = "UNet",
+    measured_ms: Mapping[Piece, float] | None = None,
+) -> ModelProfile:
+    """Costs of a diffusers UNet of this config, counted on the meta device: no weights are made. `dtype`: float16 where none is given.
+
+    Kept per config, shape and dtype. `measured_ms` replaces the shares of work (see `with_measured_ms`).
+    Raises: ValueError for a UNet that cannot be cut into segments.
+    """
+    from backend.parallel.profiling import count_unet  # imports the network libraries
+
+    profile = count_unet(
+        config, latent_height=latent_height, latent_width=latent_width, context_length=context_length, dtype=dtype, name=name
+    )  # fmt: skip
+    return with_measured_ms(profile, measured_ms) if measured_ms else profile
+
+
+def with_measured_ms(profile: ModelProfile, measured_ms: Mapping[Piece, float]) -> ModelProfile:
+    """The profile with work shared out as the measured times say; the sum of the work stays what it was.
+
+    Times may be of finer or coarser pieces than the profile's. One measured as a whole is shared among its parts by FLOPs; what was not
+    measured keeps its FLOPs and the measured rest is scaled to the FLOPs of what was.
+    """
+    shares = [_measured_share(cost, profile.pieces, measured_ms) for cost in profile.pieces]
+    known_flops = sum(cost.flops_per_row for cost, share in zip(profile.pieces, shares) if share is not None)
+    known_ms = sum(share for share in shares if share is not None)
+    if known_ms <= 0 or known_flops <= 0:
+        return profile
+    scale = known_flops / known_ms
+    pieces = tuple(
+        cost if share is None else replace(cost, work_per_row=share * scale) for cost, share in zip(profile.pieces, shares)
+    )  # fmt: skip
+    return replace(profile, pieces=pieces)
+
+
+def _measured_share(cost: PieceCost, pieces: Sequence[PieceCost], measured_ms: Mapping[Piece, float]) -> float | None:
+    """The piece's own time, or its part by FLOPs of the smallest measured piece around it; None where none was measured."""
+    around = [piece for piece in measured_ms if contains(piece, cost.piece)]
+    if not around:
+        return None
+    whole = min(around, key=lambda piece: sum(contains(piece, other.piece) for other in pieces))
+    flops = sum(other.flops_per_row for other in pieces if contains(whole, other.piece))
+    return measured_ms[whole] * cost.flops_per_row / flops if flops > 0 else measured_ms[whole]
+
+
+def contains(outer: Piece, inner: Piece) -> bool:
+    """Whether all of `inner` is in `outer`."""
+    if outer.segment != inner.segment or inner.first_block < outer.first_block:
+        return False
+    return outer.end_block is None or (inner.end_block is not None and inner.end_block <= outer.end_block)
+
+
+def merge_pieces(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """Neighbouring parts of one segment joined: 4[0:1], 4[1:2], 4[2:] -> 4."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        last = merged[-1] if merged else None
+        if last is not None and last.segment == piece.segment and last.end_block == piece.first_block:
+            merged[-1] = Piece(piece.segment, last.first_block, piece.end_block)
+        else:
+            merged.append(piece)
+    return tuple(merged)

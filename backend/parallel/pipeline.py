@@ -1,0 +1,176 @@
+"""Predicts how long units take that flow through stages on several slots: a discrete event simulation. Numbers only.
+
+The rules it shares with the executor:
+- A slot runs one stage of one unit at a time. Of the units that could start first, the one ready longest goes; then the one of the earlier
+  step; then the lower image and branch.
+- A unit moves on when its stage and the transfer behind it are done. With asynchronous transfers the slot goes on at once.
+- A step of an image ends when all its branches are through and back. Images with lanes of their own then go on alone; without lanes every
+  image waits for the last.
+
+Arrays: C candidates (ways to cut), U units, S stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+WARM_UP_STEPS = 4
+"""Steps until the pipe has its rhythm."""
+MEASURED_STEPS = 6
+"""Steps the time of a step is averaged over; even, as rhythms of two steps are common."""
+MOST_IMAGES = 6
+"""More images than this only lengthen the same rhythm: the time is scaled up from this many."""
+_SAME_TIME = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageTime:
+    """One run on a slot and the way from it to the next stage (from the last: to where the steps are combined)."""
+
+    slot: int
+    run_ms: float
+    send_ms: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Units:
+    """What a step has to do: every image once for every branch."""
+
+    images: int = 1
+    branches: int = 1
+    has_lanes: bool = True
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.branches < 1:
+            raise ValueError(f"A step of {self.images} images and {self.branches} branches was asked for; there is at least one of each.")
+
+    @property
+    def count(self) -> int:
+        return self.images * self.branches
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineTime:
+    """Time of one step of all images in the pipe's rhythm, and the share of it that each slot is busy."""
+
+    step_ms: float
+    busy_share: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class StageArrays:
+    """Many candidates with the same number of stages. `slot_CS` counts slots from 0; -1 is no stage (it takes no time and no slot)."""
+
+    slot_CS: Ints
+    run_ms_CS: Floats
+    send_ms_CS: Floats
+
+    def take(self, chosen: Ints) -> StageArrays:
+        return StageArrays(self.slot_CS[chosen], self.run_ms_CS[chosen], self.send_ms_CS[chosen])
+
+
+def simulate_pipeline(stages: Sequence[StageTime], units: Units, *, is_async: bool = True) -> PipelineTime:
+    """The time of one way to place stages. Slots may be numbered anyhow."""
+    names = list(dict.fromkeys(stage.slot for stage in stages))
+    arrays = StageArrays(
+        np.array([[names.index(stage.slot) for stage in stages]], dtype=np.int64),
+        np.array([[stage.run_ms for stage in stages]], dtype=np.float64),
+        np.array([[stage.send_ms for stage in stages]], dtype=np.float64),
+    )
+    step_ms = float(simulate_many(arrays, units, is_async=is_async)[0])
+    busy_ms = {slot: units.count * sum(stage.run_ms for stage in stages if stage.slot == slot) for slot in names}
+    return PipelineTime(step_ms=step_ms, busy_share={slot: busy / step_ms if step_ms > 0 else 0.0 for slot, busy in busy_ms.items()})
+
+
+def simulate_many(arrays: StageArrays, units: Units, *, is_async: bool = True) -> Floats:
+    """ms per step of every candidate."""
+    images = min(units.images, MOST_IMAGES)
+    simulation = _Simulation(arrays, Units(images=images, branches=units.branches, has_lanes=units.has_lanes), is_async)
+    started_C = simulation.run_until(WARM_UP_STEPS)
+    ended_C = simulation.run_until(WARM_UP_STEPS + MEASURED_STEPS)
+    step_ms_C: Floats = (ended_C - started_C) / MEASURED_STEPS * (units.images / images)
+    return step_ms_C
+
+
+def lower_bounds(arrays: StageArrays, units: Units) -> Floats:
+    """What no schedule can beat: the busiest slot's work, and one unit's way through all stages."""
+    num_slots = int(arrays.slot_CS.max(initial=0)) + 1
+    busy_CS = [np.where(arrays.slot_CS == slot, arrays.run_ms_CS, 0.0).sum(axis=1) for slot in range(num_slots)]
+    path_C = (arrays.run_ms_CS + arrays.send_ms_CS).sum(axis=1)
+    bounds_C: Floats = np.maximum(np.max(busy_CS, axis=0) * units.count, path_C)
+    return bounds_C
+
+
+class _Simulation:
+    """All candidates side by side: every turn starts one stage of one unit in each of them."""
+
+    def __init__(self, arrays: StageArrays, units: Units, is_async: bool) -> None:
+        self._units, self._is_async = units, is_async
+        num_candidates, self._num_stages = arrays.slot_CS.shape
+        self._rows_C: Ints = np.arange(num_candidates)
+        self._slot_CS, self._run_ms_CS, self._send_ms_CS = arrays.slot_CS, arrays.run_ms_CS, arrays.send_ms_CS
+        # The last column is the place of "no stage": always free.
+        self._free_ms: Floats = np.zeros((num_candidates, int(arrays.slot_CS.max(initial=0)) + 2))
+        self._ready_ms_CU: Floats = np.zeros((num_candidates, units.count))
+        self._stage_CU: Ints = np.zeros((num_candidates, units.count), dtype=np.int64)
+        self._step_CU: Ints = np.zeros((num_candidates, units.count), dtype=np.int64)
+        self._done_ms_CU: Floats = np.full((num_candidates, units.count), np.inf)
+        self._goal = 0
+
+    def run_until(self, num_steps: int) -> Floats:
+        """When each candidate has ended that many steps of every image. A unit that is there waits, so all candidates take as many turns."""
+        self._goal = num_steps
+        remaining_CU = np.maximum(0, (num_steps - self._step_CU) * self._num_stages - self._stage_CU)
+        waiting_CU = np.isfinite(self._done_ms_CU)
+        remaining_CU = np.where(waiting_CU, (num_steps - self._step_CU - 1) * self._num_stages, remaining_CU)
+        for _ in range(int(remaining_CU.sum(axis=1).max(initial=0))):
+            self._start_one()
+        ended_ms_C: Floats = self._ready_ms_CU.max(axis=1)
+        return ended_ms_C
+
+    def _start_one(self) -> None:
+        rows_C = self._rows_C
+        slot_CU = self._slot_CS[rows_C[:, None], np.minimum(self._stage_CU, self._num_stages - 1)]
+        ready_CU = np.where(self._step_CU < self._goal, self._ready_ms_CU, np.inf)
+        start_CU = np.maximum(ready_CU, np.where(slot_CU < 0, 0.0, self._free_ms[rows_C[:, None], slot_CU]))
+        unit_C = self._choose(start_CU, ready_CU)
+        start_C = start_CU[rows_C, unit_C]
+        stage_C, slot_C = self._stage_CU[rows_C, unit_C], slot_CU[rows_C, unit_C]
+        end_C = start_C + self._run_ms_CS[rows_C, stage_C]
+        arrive_C = end_C + self._send_ms_CS[rows_C, stage_C]
+        used_C = slot_C >= 0
+        self._free_ms[rows_C[used_C], slot_C[used_C]] = (end_C if self._is_async else arrive_C)[used_C]
+        self._stage_CU[rows_C, unit_C] = stage_C + 1
+        self._ready_ms_CU[rows_C, unit_C] = arrive_C
+        is_through_C = stage_C + 1 == self._num_stages
+        if is_through_C.any():
+            self._end_unit(rows_C[is_through_C], unit_C[is_through_C], arrive_C[is_through_C])
+
+    def _choose(self, start_CU: Floats, ready_CU: Floats) -> Ints:
+        """First by start, then by how long it is ready, then by step, then by number."""
+        best_CU = start_CU <= start_CU.min(axis=1, keepdims=True) * (1 + _SAME_TIME) + _SAME_TIME
+        ready_CU = np.where(best_CU, ready_CU, np.inf)
+        best_CU = ready_CU <= ready_CU.min(axis=1, keepdims=True) * (1 + _SAME_TIME) + _SAME_TIME
+        chosen_C: Ints = np.where(best_CU, self._step_CU, np.iinfo(np.int64).max).argmin(axis=1)
+        return chosen_C
+
+    def _end_unit(self, rows: Ints, unit: Ints, arrive_ms: Floats) -> None:
+        """A unit is back. The step of its group (an image, or without lanes all images) ends with the last of them."""
+        self._done_ms_CU[rows, unit] = arrive_ms
+        self._ready_ms_CU[rows, unit] = np.inf
+        size = self._units.branches if self._units.has_lanes else self._units.count
+        members = (unit // size * size)[:, None] + np.arange(size)[None, :]
+        done_ms = self._done_ms_CU[rows[:, None], members].max(axis=1)
+        is_over = np.isfinite(done_ms)
+        over_rows, over_members = rows[is_over][:, None], members[is_over]
+        self._ready_ms_CU[over_rows, over_members] = done_ms[is_over][:, None]
+        self._stage_CU[over_rows, over_members] = 0
+        self._step_CU[over_rows, over_members] += 1
+        self._done_ms_CU[over_rows, over_members] = np.inf
