@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from tools.demo_model.judge import Verdict, judge_picture
-from tools.demo_model.networks import SIDE_PX
+from tools.demo_model.product import installed_product, make_text_picture
 from tools.demo_model.scenes import CELLS, Scene, Thing, describe_scene, sample_scene
 
 PictureMaker = Callable[[Sequence[str]], Sequence[Image.Image]]
@@ -101,40 +99,9 @@ def product_pictures(
 
     Prompt k gets seed `first_seed` + k, so that no two prompts share their noise.
     """
-    from modules import application  # the application's own imports are heavy
-    from modules.app_config import AppConfig
-    from modules.processing import StableDiffusionProcessingTxt2Img, process_images
-
-    with tempfile.TemporaryDirectory() as data_dir:
-        folder = Path(data_dir) / "models" / "Stable-diffusion"
-        folder.mkdir(parents=True)
-        shutil.copy(checkpoint, folder / checkpoint.name)
-        app = application.build_application(AppConfig.for_tests(Path(data_dir)))
-        before = application.application_or_none()
-        application.install(app)
-
-        def make(prompts: Sequence[str]) -> list[Image.Image]:
-            pictures = []
-            for index, prompt in enumerate(prompts):
-                request = StableDiffusionProcessingTxt2Img(
-                    prompt=prompt,
-                    seed=first_seed + index,
-                    steps=num_steps,
-                    cfg_scale=cfg_scale,
-                    sampler_name=sampler,
-                    width=SIDE_PX,
-                    height=SIDE_PX,
-                    do_not_save_samples=True,
-                    do_not_save_grid=True,
-                )
-                pictures.append(process_images(request).images[0])
-            return pictures
-
-        try:
-            yield make
-        finally:
-            app.close()
-            application.install(before)
+    fields = {"steps": num_steps, "cfg_scale": cfg_scale, "sampler_name": sampler}
+    with installed_product(checkpoint):
+        yield lambda prompts: [make_text_picture(prompt, seed=first_seed + index, **fields) for index, prompt in enumerate(prompts)]
 
 
 def evaluate_checkpoint(checkpoint: Path, *, num_cases: int = 200) -> tuple[str, Image.Image]:

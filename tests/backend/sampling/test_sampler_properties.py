@@ -21,7 +21,7 @@ from backend.sampling.samplers_dpm import fast_orders
 from backend.sampling.samplers_multistep import integrate_lagrange, variance_preserving_time
 from backend.sampling.samplers_one_step import restart_steps
 from backend.sampling.schedules import SCHEDULES, compute_sigmas, karras_sigmas
-from tests.backend.sampling.toys import MEAN, SPREAD, denoise_gaussian, denoise_two_peaks, flow_gaussian, one_stream
+from tests.backend.sampling.toys import MEAN, SPREAD, OneStream, denoise_gaussian, denoise_two_peaks, flow_gaussian, one_stream
 
 NAMES = [spec.name for spec in SAMPLERS]
 STOCHASTIC = {spec.name for spec in SAMPLERS if spec.eta_default > 0} | {"DDPM", "LCM"}
@@ -141,6 +141,18 @@ def test_restart_adds_noise_from_twenty_steps_on() -> None:
     assert torch.equal(_run(spec, x, few), _run(find_sampler("Heun"), x, few))
     again = spec.function(denoise_gaussian, x, many, settings=SamplerSettings(), noise=one_stream(1))
     assert not torch.equal(_run(spec, x, many), again)
+
+
+@pytest.mark.parametrize("schedule", [spec.name for spec in SCHEDULES])
+def test_restart_draws_noise_once_for_each_way_back_up(schedule: str) -> None:
+    """The first level may differ from the schedule's by rounding, which is no way up."""
+    noise, draws = one_stream(), []
+    sigmas = compute_sigmas(schedule, 20, Prediction()).double()
+    counting = OneStream(noise.generator)
+    counting.next = lambda x: draws.append(1) or noise.next(x)  # type: ignore[method-assign, func-returns-value]
+    find_sampler("Restart").function(denoise_gaussian, _start(), sigmas, settings=SamplerSettings(), noise=counting)
+    pairs = restart_steps(sigmas.tolist())
+    assert len(draws) == sum(later[0] > earlier[1] for earlier, later in pairwise(pairs)) <= 1
 
 
 @pytest.mark.parametrize(("num_steps", "num_restarts", "restart_steps_each"), [(20, 1, 9), (35, 1, 9), (36, 2, 9), (60, 2, 15)])
