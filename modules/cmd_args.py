@@ -101,17 +101,6 @@ NOT_YET: Mapping[str, str] = MappingProxyType(
         "--ui-config-file": "the first values of the page's fields are its own",
         "--codeformer-models-path": "faces are not restored",
         "--gfpgan-models-path": "faces are not restored",
-        **dict.fromkeys(
-            (
-                "--esrgan-models-path",
-                "--bsrgan-models-path",
-                "--realesrgan-models-path",
-                "--dat-models-path",
-                "--scunet-models-path",
-                "--swinir-models-path",
-            ),
-            "upscaler files are not read",
-        ),
     }
 )
 

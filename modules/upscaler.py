@@ -1,6 +1,7 @@
 """Making pictures larger: the class an upscaler extends, and the two that need no model file, Lanczos and Nearest.
 
-Names are those that extensions import. An upscaler takes and gives RGB pictures; must not know settings, the page or jobs.
+Names are those that extensions import. An upscaler takes and gives RGB pictures; must not know settings, the page or jobs. Model files are run
+by upscaler_models.py.
 """
 
 from __future__ import annotations
@@ -162,9 +163,20 @@ def builtin_upscalers() -> list[UpscalerData]:
 
 
 @functools.lru_cache(maxsize=1)
-def available_upscalers() -> list[UpscalerData]:
-    """The list that page, API and extensions share (`shared.sd_upscalers`); an extension adds its own to it."""
+def _shared_list() -> list[UpscalerData]:
     return builtin_upscalers()
+
+
+def available_upscalers() -> list[UpscalerData]:
+    """The list that page, API and extensions share (`shared.sd_upscalers`): what is built in, the model files there are now, and what extensions
+    have added to it."""
+    from modules.application import application_or_none  # the application is built on this file
+    from modules.upscaler_models import replace_entries  # it extends this file's class
+
+    app = application_or_none()
+    entries = _shared_list()
+    replace_entries(entries, None if app is None else app.upscaler_models)
+    return entries
 
 
 def find_upscaler(name: str | None, entries: Iterable[UpscalerData]) -> UpscalerData:

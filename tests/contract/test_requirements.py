@@ -8,7 +8,7 @@ import sys
 from tests.contract.sources import LAYERS, ROOT_DIR, imported_names, product_sources
 
 IMPORT_NAMES = {"pillow": "PIL", "nvidia-ml-py": "pynvml", "pyyaml": "yaml"}
-OPTIONAL = {"xformers"}  # installed only with its flag
+OPTIONAL = {"xformers", "spandrel"}  # installed with a flag, and by users who want upscaler files
 USED_BY_OTHERS = {"accelerate": "diffusers places and offloads weights with it"}
 DECISION = ROOT_DIR / "docs" / "decisions" / "003-dependencies.md"
 
