@@ -6,6 +6,8 @@ A file is written under a temporary name in its own folder, flushed to disk and 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import itertools
 import os
 import secrets
@@ -147,12 +149,18 @@ def publish_new(temporary: Path, final: Path) -> None:
 
 
 def _publish_without_links(temporary: Path, final: Path) -> None:
-    """For file systems without hard links: claim the name first, then rename over the empty claim."""
+    """For file systems without hard links: claim the name by a file beside it, then rename if it is free. A claim whose owner died stays."""
     if os.name == "nt":
         temporary.rename(final)  # fails on Windows when the name is taken
         return
-    os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    temporary.replace(final)
+    claim = final.with_name(f".{hashlib.sha256(os.fsencode(final.name)).hexdigest()[:16]}.claim")
+    os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        if final.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
+        temporary.replace(final)
+    finally:
+        claim.unlink()
 
 
 def write_whole(write: Callable[[BinaryIO], object], names: Iterable[Path], *, replace: bool = False) -> Path:
