@@ -93,7 +93,6 @@ NOT_YET: Mapping[str, str] = MappingProxyType(
         "--controlnet-dir": "there is no ControlNet",
         "--controlnet-preprocessor-models-dir": "there is no ControlNet",
         "--controlnet-loglevel": "there is no ControlNet",
-        "--lora-dir": "LoRA files are not read",
         "--hypernetwork-dir": "hypernetworks are not read",
         "--localizations-dir": "the page is in English",
         "--enable-insecure-extension-access": "extensions cannot be installed from the page",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from backend import key_layout, memory_management
+from backend.patcher.weight_patches import without_weight_patches
 
 if TYPE_CHECKING:
     from backend.checkpoint_prediction import PredictionSpec
@@ -141,6 +142,15 @@ class ForgeDiffusionEngine(ABC):
         pixels_BHWC = self.forge_objects.vae.decode(x.to(torch.float32) / self.latent_scale)
         return pixels_BHWC.movedim(-1, 1) * 2.0 - 1.0
 
+    @torch.no_grad()
+    def decode_first_stage_on_all_slots(self, x: Tensor) -> Tensor | None:
+        """As `decode_first_stage`, each picture alone and several at a time. None with one slot, and where an extension wraps decoding."""
+        vae = self.forge_objects.vae
+        if vae.patcher.model_options.get("model_vae_decode_wrapper") is not None:
+            return None
+        pixels_BHWC = vae.decode_on_all_slots(x.to(torch.float32) / self.latent_scale)
+        return None if pixels_BHWC is None else pixels_BHWC.movedim(-1, 1) * 2.0 - 1.0
+
     def get_first_stage_encoding(self, x: Tensor) -> Tensor:
         """The latents themselves: `encode_first_stage` has drawn from the posterior and scaled already."""
         return x
@@ -167,15 +177,17 @@ class ForgeDiffusionEngine(ABC):
     # --- saving ---------------------------------------------------------------------------------------------------------------------
 
     def save_unet(self, filename: str | Path) -> str:
-        """Write the UNet alone in the original layout, without prefix, as `.safetensors`; whole or not at all."""
+        """Write the UNet alone in the original layout, without prefix, as `.safetensors`; whole or not at all. LoRA is left out."""
         unet = self._unet()
-        return _save(key_layout.unet_to_ldm(unet.state_dict(), unet.config), Path(filename), self.metadata)
+        with without_weight_patches(self.forge_objects.unet.model):
+            return _save(key_layout.unet_to_ldm(unet.state_dict(), unet.config), Path(filename), self.metadata)
 
     def save_checkpoint(self, filename: str | Path) -> str:
         """Write the whole model as one `.safetensors` file in the original layout; whole or not at all."""
         text_encoders = list(self.forge_objects.clip.cond_stage_model.values())
-        joined = key_layout.join_checkpoint(self.family, self._unet(), self.forge_objects.vae.first_stage_model, text_encoders)
-        return _save(joined, Path(filename), self.metadata)
+        with without_weight_patches(self.forge_objects.unet.model), without_weight_patches(self.forge_objects.clip.cond_stage_model):
+            joined = key_layout.join_checkpoint(self.family, self._unet(), self.forge_objects.vae.first_stage_model, text_encoders)
+            return _save(joined, Path(filename), self.metadata)
 
     def _unet(self) -> Any:
         return cast("Any", self.forge_objects.unet.model).diffusion_model

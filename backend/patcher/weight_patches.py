@@ -100,6 +100,7 @@ class LoraLoader:
         self._merged: dict[str, Recipe] = {}
         self._online: dict[str, Recipe] = {}
         self._loaded: tuple[tuple[LoraIdentifier, dict[str, list[Step]]], ...] = ()
+        self._compute_device: torch.device | None = None
 
     @property
     def online_backup(self) -> list[str]:
@@ -122,6 +123,7 @@ class LoraLoader:
         wanted = tuple(lora_patches.items())
         if not force_refresh and _are_same(wanted, self._loaded):
             return
+        self._compute_device = compute_device
         merged, online = _collect_recipes(wanted)
         try:
             self._refresh_merged(merged, compute_device, force=force_refresh)
@@ -192,7 +194,7 @@ class LoraLoader:
         memo[id(self)] = twin
         twin.model = memo.get(id(self.model), self.model)
         twin.backup, twin._merged, twin._online = dict(self.backup), dict(self._merged), dict(self._online)
-        twin.loaded_hash, twin._loaded = self.loaded_hash, self._loaded
+        twin.loaded_hash, twin._loaded, twin._compute_device = self.loaded_hash, self._loaded, self._compute_device
         return twin
 
 
@@ -330,8 +332,8 @@ def without_weight_patches(model: nn.Module) -> Iterator[None]:
     """The network as it was made, for the time of a `with`: for saving it."""
     loader = loader_of(model)
     loaded = dict(loader._loaded)
-    loader.refresh({})
+    loader.refresh({}, compute_device=loader._compute_device)
     try:
         yield
     finally:
-        loader.refresh(loaded)
+        loader.refresh(loaded, compute_device=loader._compute_device)

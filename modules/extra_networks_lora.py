@@ -1,0 +1,167 @@
+"""`<lora:name:te:unet>` in prompts: the named files are put on the job's own clones of the model, and leave with them.
+
+The weights follow when the model is loaded onto its device, on every slot. What cannot be used is said beside the pictures, which are made
+without it. Importing this file is cheap; what needs torch is imported when a prompt names a LoRA.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from modules.extra_networks import ExtraNetwork, ExtraNetworkParams
+from modules.loras import LoraOnDisk, LoraRegistry
+
+if TYPE_CHECKING:
+    from backend.patcher.lora_files import LoraPatchSet
+
+log = logging.getLogger(__name__)
+
+NAME = "lora"
+ALIAS = "lyco"
+HASHES_KEY = "Lora hashes"
+_NO_LORA = str([])
+_ONLINE_MARK = "(fp16 LoRA)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraMention:
+    """One mention in a prompt: the name as written and how much of it goes to the text encoders and to the UNet."""
+
+    name: str
+    te_multiplier: float
+    unet_multiplier: float
+    notices: tuple[str, ...] = ()
+
+
+def parse_mention(params: ExtraNetworkParams) -> LoraMention:
+    """`name[:te[:unet[:dyn]]]` with te=, unet=, dyn= by name as well; te is 1 unless given, unet is te."""
+    notices: list[str] = []
+    name = params.positional[0] if params.positional else params.named.get("name", "")
+    written = [*params.positional[1:], None, None, None]
+    te = _number(params.named.get("te", written[0]), 1.0, name, notices)
+    unet = _number(params.named.get("unet", written[1]), te, name, notices)
+    if params.named.get("dyn", written[2]) not in (None, ""):
+        notices.append(f"<lora:{name}>: dyn has no effect; the whole LoRA is applied.")
+    return LoraMention(name=name, te_multiplier=te, unet_multiplier=unet, notices=tuple(notices))
+
+
+def _number(text: str | None, default: float, name: str, notices: list[str]) -> float:
+    if text is None or not text.strip():
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if value - value != 0:  # neither infinite nor no number
+        notices.append(f"<lora:{name}>: {text!r} is no multiplier; {default:g} is taken.")
+        return default
+    return value
+
+
+class ExtraNetworkLora(ExtraNetwork):
+    """The kind "lora". Keeps the files in use, and of those used before as many as the setting `lora_in_memory_limit` says."""
+
+    def __init__(self, registry: LoraRegistry) -> None:
+        super().__init__(NAME)
+        self.registry = registry
+        self._engine_key: Any = None
+        self._patch_sets: dict[tuple[str, tuple[int, int]], LoraPatchSet] = {}
+
+    def activate(self, p: Any, params_list: list[ExtraNetworkParams]) -> None:
+        mentions = [parse_mention(params) for params in [*params_list, *self._chosen_in_settings(p, params_list)]]
+        for notice in (notice for mention in mentions for notice in mention.notices):
+            p.comment(notice)
+        found = [(mention, self.registry.find(mention.name)) for mention in mentions]
+        missing = [mention.name for mention, entry in found if entry is None]
+        if missing:
+            p.comment(f"Networks not found: {', '.join(missing)}")
+        self._forget_other_models(p.sd_model)
+        applied = [(mention, entry) for mention, entry in found if entry is not None and self._apply(p, mention, entry)]
+        self._forget_unused(applied, int(p.options.lora_in_memory_limit))
+        p.sd_model.current_lora_hash = _describe(applied)
+        _write_hashes(p, applied)
+
+    def deactivate(self, p: Any) -> None:
+        """Nothing to undo: the next job starts from the model as it was loaded."""
+
+    def _chosen_in_settings(self, p: Any, params_list: Sequence[ExtraNetworkParams]) -> list[ExtraNetworkParams]:
+        """The network that the setting `sd_lora` adds to every prompt, unless the prompt names it already."""
+        name = p.options.sd_lora
+        if not name or name == "None" or any(params.positional[:1] == [name] for params in params_list):
+            return []
+        return [ExtraNetworkParams([name, str(p.options.extra_networks_default_multiplier)])]
+
+    def _apply(self, p: Any, mention: LoraMention, entry: LoraOnDisk) -> bool:
+        """Put one file on the job's clones; False, with a comment, where it cannot be used."""
+        from backend.patcher.lora_files import LoraError  # torch
+
+        try:
+            patch_set = self._read(p.sd_model, entry)
+        except LoraError as error:
+            p.comment(str(error))
+            return False
+        objects = p.sd_model.forge_objects
+        online = _wants_online(p)
+        if patch_set.unet and mention.unet_multiplier:
+            objects.unet = objects.unet.clone()
+            objects.unet.add_patches(filename=entry.filename, patches=patch_set.unet, strength_patch=mention.unet_multiplier, online_mode=online)
+        if patch_set.clip and mention.te_multiplier:
+            objects.clip = objects.clip.clone()
+            objects.clip.add_patches(filename=entry.filename, patches=patch_set.clip, strength_patch=mention.te_multiplier)
+        return True
+
+    def _read(self, engine: Any, entry: LoraOnDisk) -> LoraPatchSet:
+        from backend.patcher.lora_files import match_lora, read_lora_file  # torch
+        from backend.patcher.lora_keys import ENGINE_FAMILIES
+
+        key = (entry.filename, entry.stamp)
+        if key not in self._patch_sets:
+            objects = engine.forge_objects_original
+            family = ENGINE_FAMILIES.get(engine.family, engine.family)
+            self._patch_sets[key] = match_lora(read_lora_file(entry.path, entry.name), objects.unet, objects.clip, model_family=family)
+            log.info("LoRA %s: %d weights.", entry.name, len(self._patch_sets[key].unet) + len(self._patch_sets[key].clip))
+        else:
+            self._patch_sets[key] = self._patch_sets.pop(key)  # used last
+        return self._patch_sets[key]
+
+    def _forget_other_models(self, engine: Any) -> None:
+        key = getattr(engine, "load_number", id(engine))
+        if key != self._engine_key:
+            self._engine_key = key
+            self._patch_sets.clear()
+
+    def _forget_unused(self, applied: Sequence[tuple[LoraMention, LoraOnDisk]], num_kept: int) -> None:
+        in_use = {(entry.filename, entry.stamp) for _, entry in applied}
+        unused = [key for key in self._patch_sets if key not in in_use]
+        for key in unused[: max(0, len(unused) - max(0, num_kept))]:
+            del self._patch_sets[key]
+
+
+def _wants_online(p: Any) -> bool:
+    """Whether the UNet's stored weights stay as they are: they are kept in fewer bits than it computes in, and the setting says "(fp16 LoRA)"."""
+    network = p.sd_model.forge_objects.unet.model
+    return str(p.options.forge_unet_storage_dtype).endswith(_ONLINE_MARK) and network.storage_dtype != network.computation_dtype
+
+
+def _describe(applied: Sequence[tuple[LoraMention, LoraOnDisk]]) -> str:
+    """What text conditions depend on beside the prompt."""
+    if not applied:
+        return _NO_LORA
+    return str([(entry.filename, *entry.stamp, mention.te_multiplier, mention.unet_multiplier) for mention, entry in applied])
+
+
+def _write_hashes(p: Any, applied: Sequence[tuple[LoraMention, LoraOnDisk]]) -> None:
+    """`Lora hashes: "name: 0123456789ab, ..."` for the infotext, of both passes where there are two."""
+    hashes = {}
+    if p.options.lora_add_hashes_to_infotext:
+        hashes = {mention.name.replace(":", "").replace(",", ""): entry.shorthash for mention, entry in applied if entry.shorthash}
+    entries = [f"{name}: {digest}" for name, digest in hashes.items()]
+    if getattr(p, "is_hr_pass", False) and (earlier := p.extra_generation_params.get(HASHES_KEY)):
+        entries = list(dict.fromkeys([*earlier.split(", "), *entries]))
+    if entries:
+        p.extra_generation_params[HASHES_KEY] = ", ".join(entries)
+    else:
+        p.extra_generation_params.pop(HASHES_KEY, None)

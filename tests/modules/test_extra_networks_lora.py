@@ -1,0 +1,280 @@
+"""LoRA in prompts: found by name, changes the picture, leaves without a trace, on one CPU and on virtual GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from backend import memory_management
+from backend.args import BackendConfig
+from backend.devices.probing import probe_devices
+from backend.patcher.weight_patches import unpatched_tensors
+from modules import extra_networks
+from modules.application import Application
+from modules.extra_networks import ExtraNetworkParams
+from modules.extra_networks_lora import LoraMention, parse_mention
+from modules.hashes import HashStore
+from modules.loras import LoraRegistry
+from modules.processing import Processed
+from tests.support.checkpoints import ReferenceModels
+from tests.support.narrow_application import narrow_application, pixels, run, txt2img
+
+MIB = 2**20
+
+
+def write_lora(
+    path: Path, models: ReferenceModels, *, te: bool = True, unet: bool = True, scale: float = 0.3, metadata: Mapping[str, str] | None = None
+) -> None:
+    """A LoRA in kohya's naming over all linear layers."""
+    generator = torch.Generator().manual_seed(len(path.stem))
+    tensors: dict[str, Tensor] = {}
+    parts = [("lora_unet_", models.unet, unet), ("lora_te_text_model_", models.text_encoders[0], te)]
+    for prefix, model, wanted in parts:
+        for name, weight in model.named_parameters() if wanted else ():
+            if name.endswith(".weight") and weight.ndim == 2 and "embedding" not in name:
+                layer = prefix + name.removesuffix(".weight").replace(".", "_")
+                tensors[f"{layer}.lora_up.weight"] = torch.randn(weight.shape[0], 2, generator=generator) * scale
+                tensors[f"{layer}.lora_down.weight"] = torch.randn(2, weight.shape[1], generator=generator) * scale
+                tensors[f"{layer}.alpha"] = torch.tensor(2.0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"ss_base_model_version": "sd_v1", **(metadata or {})})
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
+    folder = tmp_path_factory.mktemp("lora")
+    with narrow_application(folder) as (app, models):
+        loras = folder / "models" / "Lora"
+        write_lora(loras / "style.safetensors", models["sd15"], metadata={"ss_output_name": "My style"})
+        write_lora(loras / "sub" / "text.safetensors", models["sd15"], unet=False)
+        write_lora(loras / "drawing.safetensors", models["sd15"], te=False)
+        save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 2)}, loras / "foreign.safetensors")
+        (loras / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{" + b" " * 50)
+        yield app
+    memory_management._configured.store = None
+
+
+def picture(result: Processed) -> np.ndarray:
+    return pixels(result.images[result.index_of_first_image])
+
+
+def make(prompt: str = "a red cat", **fields: Any) -> np.ndarray:
+    return picture(run(txt2img(prompt=prompt, **fields)))
+
+
+def weights(app: Application) -> dict[str, Tensor]:
+    engine = app.models.ensure_loaded()
+    models = {"unet": engine.forge_objects.unet.model, "clip": engine.forge_objects.clip.cond_stage_model}
+    return {f"{name}.{key}": tensor.to("cpu").clone() for name, model in models.items() for key, tensor in model.state_dict().items()}
+
+
+def use_devices(app: Application, **flags: Any) -> None:
+    app.models.unload()
+    config = BackendConfig(**flags)
+    memory_management.configure(config, probe_devices(config))
+
+
+VIRTUAL = {"virtual_gpus_bytes": (256 * MIB,)}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "virtual": VIRTUAL,
+    "streamed": {**VIRTUAL, "vram_mode": "no"},
+    "two": {"virtual_gpus_bytes": (256 * MIB, 256 * MIB)},
+}
+
+
+@pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
+def test_a_lora_changes_the_picture_and_leaves_without_a_trace(app: Application, flags: dict[str, Any]) -> None:
+    use_devices(app, **flags)
+    before, at_first = make(), weights(app)
+    both, again = make("a red cat<lora:style:0.8>"), make("a red cat <lora:style:0.8>")
+    assert not np.array_equal(before, both) and np.array_equal(both, again)
+    half = make("a red cat<lora:style:0.4>")
+    assert not np.array_equal(half, both) and not np.array_equal(half, before)
+    assert np.array_equal(make("a red cat<lora:style:0.8>"), both)  # from the original, not from what was there
+    assert np.array_equal(make(), before)
+    now = weights(app)
+    assert [name for name in at_first if not torch.equal(at_first[name], now[name])] == []
+
+
+def test_the_same_picture_on_every_device(app: Application) -> None:
+    pictures = []
+    for flags in CASES.values():
+        use_devices(app, **flags)
+        pictures.append(make("a red cat<lora:style:0.8>"))
+    assert all(np.array_equal(pictures[0], one) for one in pictures[1:])
+
+
+def test_text_encoders_and_unet_have_multipliers_of_their_own(app: Application) -> None:
+    plain, both = make(), make("a red cat<lora:style:0.8>")
+    assert np.array_equal(make("a red cat<lora:style:0>"), plain)
+    text, unet = make("a red cat<lora:style:0.8:0>"), make("a red cat<lora:style:0:0.8>")
+    assert len({array.tobytes() for array in (plain, both, text, unet)}) == 4
+    assert np.array_equal(make("a red cat<lora:style:te=0.8:unet=0>"), text)
+    assert np.array_equal(make("a red cat<lora:drawing:0:0.8>"), make("a red cat<lora:drawing:0.8>"))
+    assert not np.array_equal(make("a red cat<lora:text:0.8>"), plain)
+
+
+def test_several_loras_add_up_in_any_order(app: Application) -> None:
+    one = make("a red cat<lora:style:0.5><lora:drawing:0.5>")
+    two = make("a red cat<lora:drawing:0.5><lora:style:0.5>")
+    assert np.abs(one - two).max() <= 1
+    assert np.abs(one - make("a red cat<lora:style:0.5>")).max() > 1
+
+
+@pytest.mark.parametrize("name", ["style", "My style", "my STYLE", "STYLE"])
+def test_names_that_mean_a_file(app: Application, name: str) -> None:
+    result = run(txt2img(prompt=f"a red cat<lora:{name}:0.8>"))
+    assert np.array_equal(picture(result), make("a red cat<lora:style:0.8>"))
+    assert f'Lora hashes: "{name}: {app.loras.find("style").shorthash}"' in result.infotexts[0]  # type: ignore[union-attr]
+    assert len(app.loras.find("style").shorthash) == 12  # type: ignore[union-attr]
+
+
+def test_the_old_kind_means_the_same(app: Application) -> None:
+    assert np.array_equal(make("a red cat<lyco:style:0.8>"), make("a red cat<lora:style:0.8>"))
+
+
+def test_an_unknown_name_is_said_and_the_picture_is_made(app: Application) -> None:
+    result = run(txt2img(prompt="a red cat<lora:gone:1><lora:away:1>"))
+    assert "Networks not found: gone, away" in result.comments
+    assert np.array_equal(picture(result), make())
+    assert "Lora hashes" not in result.infotexts[0]
+
+
+@pytest.mark.parametrize(("name", "words"), [("foreign", "does not fit SD 1.x"), ("foreign", "made for Flux"), ("broken", "broken.safetensors")])
+def test_a_file_that_cannot_be_used_is_said_and_the_others_are_used(app: Application, name: str, words: str) -> None:
+    result = run(txt2img(prompt=f"a red cat<lora:{name}:1><lora:style:0.8>"))
+    assert words in result.comments
+    assert np.array_equal(picture(result), make("a red cat<lora:style:0.8>"))
+
+
+def test_every_batch_may_name_others_and_the_infotext_says_which(app: Application) -> None:
+    result = run(txt2img(prompt=["a red cat<lora:style:0.8>", "a red cat"], seed=[1, 1], n_iter=2))
+    first, second = (pixels(image) for image in result.images[result.index_of_first_image :])
+    assert np.array_equal(first, make("a red cat<lora:style:0.8>")) and np.array_equal(second, make())
+    infotexts = result.infotexts[result.index_of_first_image :]
+    assert ["Lora hashes" in text for text in infotexts] == [True, False]
+
+
+def test_the_second_pass_may_have_its_own(app: Application) -> None:
+    hires = {"enable_hr": True, "hr_scale": 2.0, "hr_upscaler": "Latent", "denoising_strength": 0.7, "hr_second_pass_steps": 2}
+    plain = make(**hires)
+    assert not np.array_equal(make(hr_prompt="a red cat<lora:style:0.8>", **hires), plain)
+    assert np.array_equal(make(**hires), plain)
+
+
+def test_settings(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = make("a red cat<lora:style:0.8>")
+    monkeypatch.setitem(app.options.data, "sd_lora", "style")
+    monkeypatch.setitem(app.options.data, "extra_networks_default_multiplier", 0.8)
+    assert np.array_equal(make(), named)
+    assert np.array_equal(make("a red cat<lora:style:0.8>"), named)
+    monkeypatch.setitem(app.options.data, "lora_add_hashes_to_infotext", False)
+    assert "Lora hashes" not in run(txt2img(prompt="a red cat<lora:style:0.8>")).infotexts[0]
+
+
+def test_a_replaced_file_is_read_again(app: Application, tmp_path: Path) -> None:
+    path = app.loras.roots[0] / "replaced.safetensors"
+    tensors = load_file(app.loras.roots[0] / "drawing.safetensors")
+    save_file(tensors, path)
+    first = make("a red cat<lora:replaced:0.8>")
+    save_file({key: tensor * 0.5 for key, tensor in tensors.items()}, path, metadata={"changed": "yes"})
+    assert not np.array_equal(make("a red cat<lora:replaced:0.8>"), first)
+
+
+def test_files_are_kept_as_the_setting_says(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = extra_networks.extra_network_registry["lora"]
+    make("a red cat<lora:style:0.8>")
+    make("a red cat<lora:drawing:0.8>")
+    assert [Path(filename).stem for filename, _ in network._patch_sets] == ["drawing"]  # type: ignore[attr-defined]
+    monkeypatch.setitem(app.options.data, "lora_in_memory_limit", 1)
+    make("a red cat<lora:style:0.8>")
+    assert [Path(filename).stem for filename, _ in network._patch_sets] == ["drawing", "style"]  # type: ignore[attr-defined]
+
+
+def test_fp8_storage_merged_and_added_while_layers_run(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = {}
+    for choice in ("float8-e4m3fn", "float8-e4m3fn (fp16 LoRA)"):
+        monkeypatch.setitem(app.options.data, "forge_unet_storage_dtype", choice)
+        use_devices(app, **VIRTUAL)
+        plain = make()
+        pictures[choice] = make("a red cat<lora:style:0.8>")
+        unet = app.models.ensure_loaded().forge_objects.unet
+        assert unet.has_online_lora() is choice.endswith("(fp16 LoRA)")
+        assert not np.array_equal(pictures[choice], plain) and np.array_equal(make(), plain)
+    one, two = pictures.values()
+    assert not np.array_equal(one, two)
+
+
+def test_a_saved_model_has_no_lora_in_it(app: Application, tmp_path: Path) -> None:
+    make()
+    engine = app.models.ensure_loaded()
+    engine.save_checkpoint(tmp_path / "plain.safetensors")
+    make("a red cat<lora:style:0.8>")
+    patched = weights(app)
+    engine.save_checkpoint(tmp_path / "with.safetensors")
+    one, two = load_file(tmp_path / "plain.safetensors"), load_file(tmp_path / "with.safetensors")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    now = weights(app)
+    assert all(torch.equal(patched[key], now[key]) for key in patched)
+    assert unpatched_tensors(engine.forge_objects.unet.model).keys() == engine.forge_objects.unet.model.state_dict().keys()
+
+
+# prompts and files
+
+
+@pytest.mark.parametrize(
+    ("text", "te", "unet"),
+    [
+        ("x", 1.0, 1.0),
+        ("x:0.5", 0.5, 0.5),
+        ("x:0.5:0.2", 0.5, 0.2),
+        ("x:te=0.3", 0.3, 0.3),
+        ("x:0.5:unet=2", 0.5, 2.0),
+        ("x:te=0.1:unet=-1", 0.1, -1.0),
+        ("x::0.4", 1.0, 0.4),
+        ("x: 0.5 ", 0.5, 0.5),
+    ],
+)
+def test_multipliers(text: str, te: float, unet: float) -> None:
+    assert parse_mention(ExtraNetworkParams(text.split(":"))) == LoraMention(name="x", te_multiplier=te, unet_multiplier=unet)
+
+
+@pytest.mark.parametrize("text", ["x:strong", "x:nan", "x:1:inf", "x:1:1:8", "x:dyn=8"])
+def test_what_has_no_effect_is_said(text: str) -> None:
+    mention = parse_mention(ExtraNetworkParams(text.split(":")))
+    assert (mention.te_multiplier, mention.unet_multiplier, len(mention.notices)) == (1.0, 1.0, 1)
+
+
+def test_files_of_one_name_and_of_one_alias(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from modules.cache import FileCache
+
+    for below, alias in (("a.safetensors", "same"), ("b.safetensors", "same"), ("deep/a.safetensors", "own"), ("c.pt", ""), ("d.txt", "")):
+        path = tmp_path / "Lora" / below
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            save_file({"x": torch.ones(1)}, path, metadata={"ss_output_name": alias, "sshs_model_hash": "f" * 64, "ssmd_cover_images": "[1]"})
+        else:
+            path.write_bytes(b"data")
+    registry = LoraRegistry([tmp_path / "Lora", tmp_path / "missing"], HashStore(FileCache(tmp_path / "cache")))
+    assert sorted(entry.name for entry in registry) == ["a", "b", "c"]
+    assert "Two LoRA files are called a" in caplog.text
+    found = {
+        name: entry.path.relative_to(tmp_path / "Lora").as_posix() for name in ("a", "b", "deep/a", "own", "c") if (entry := registry.find(name))
+    }
+    assert found == {"a": "a.safetensors", "b": "b.safetensors", "deep/a": "deep/a.safetensors", "own": "deep/a.safetensors", "c": "c.pt"}
+    assert registry.find("same") is None and registry.find("none") is None and registry.find("") is None
+    entry = registry.find("a")
+    assert entry is not None and entry.shorthash == "f" * 12 and "ssmd_cover_images" not in entry.metadata
+    (tmp_path / "Lora" / "a.safetensors").unlink()
+    later = registry.find("a")
+    assert later is not None and later.path.parent.name == "deep"
