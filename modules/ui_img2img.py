@@ -12,6 +12,7 @@ from gradio.components import Component
 from modules import ui_choices
 from modules.ui_common import OutputPanel, create_output_panel
 from modules.ui_components import FormRow, ResizeHandleRow, ToolButton
+from modules.ui_gpus import create_gpu_panel
 from modules.ui_img2img_pictures import PictureSection, connect_mask_controls, create_pictures, scale_text, size_updates
 from modules.ui_paste import PasteTarget
 from modules.ui_sections import (
@@ -102,6 +103,7 @@ def create_img2img_tab(app: Application, choices: Choices, defaults: Defaults, s
                 refiner = create_refiner_section(TAB, choices, lambda: ui_choices.checkpoint_titles(app))
             seed_slot = gr.Column(elem_id=f"{TAB}_seed_column", elem_classes=["tight-column"])
             override_settings = create_override_settings(TAB)
+            create_gpu_panel(app, TAB)
         output = create_output_panel(TAB, show_folder_button=not app.config.hide_ui_dir_config, gallery_height=app.options.gallery_height)
     task_id = gr.Textbox(visible="hidden", elem_id=f"{TAB}_task_id", label="Task")
     with seed_slot:

@@ -12,6 +12,7 @@ from gradio.components import Component
 from modules import ui_choices
 from modules.ui_common import OutputPanel, create_output_panel
 from modules.ui_components import ResizeHandleRow
+from modules.ui_gpus import create_gpu_panel
 from modules.ui_paste import PasteTarget
 from modules.ui_sections import (
     BatchSection,
@@ -73,6 +74,7 @@ def create_txt2img_tab(app: Application, choices: Choices, defaults: Defaults, s
             cfg = create_cfg_section(TAB, defaults)
             seed_slot = gr.Column(elem_id=f"{TAB}_seed_column", elem_classes=["tight-column"])
             override_settings = create_override_settings(TAB)
+            create_gpu_panel(app, TAB)
         output = create_output_panel(TAB, show_folder_button=not app.config.hide_ui_dir_config, gallery_height=options.gallery_height)
     task_id = gr.Textbox(visible="hidden", elem_id=f"{TAB}_task_id", label="Task")
     with hires_slot:

@@ -125,6 +125,7 @@ def _add_server(router: APIRouter, server: ServerRoutes, *, stoppable: bool) -> 
     _add(router, "POST", "options", server.set_options)
     _add(router, "GET", "cmd-flags", server.cmd_flags)
     _add(router, "GET", "memory", server.memory, models.MemoryResponse)
+    _add(router, "GET", "multi-gpu", server.multi_gpu, models.MultiGpuResponse)
     _add(router, "POST", "unload-checkpoint", server.unload_checkpoint)
     _add(router, "POST", "reload-checkpoint", server.reload_checkpoint)
     if stoppable:

@@ -395,3 +395,58 @@ class MemoryResponse(BaseModel):
     ram: dict[str, Any]
     cuda: dict[str, Any]
     devices: list[dict[str, Any]] = []
+
+
+class SlotItem(BaseModel):
+    """A compute place now. `speed` is relative to the first. Null: nobody tells. `utilization` in percent, `temperature` in °C, `power` in W."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    index: int
+    name: str
+    torch_device: str
+    vram_state: str
+    total_bytes: int
+    free_bytes: int
+    resident_bytes: int
+    peak_bytes: int | None
+    speed: float
+    utilization: int | None = None
+    temperature: int | None = None
+    power: float | None = None
+
+
+class PlanItem(BaseModel):
+    """What runs where. `stages` has a list of slots for each replica, `units` the forwards of a step for each replica. Times are of one step."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    strategy: str
+    reason: str
+    replicas: int
+    stages: list[list[int]]
+    units: list[int]
+    predicted_ms: float | None
+    measured_ms: float | None
+    predicted_bytes: dict[int, int]
+
+
+class LinkItem(BaseModel):
+    """The way from one slot to another, by their indices."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    source: int
+    target: int
+    route: str
+    reason: str
+    bytes_per_ms: float
+    latency_ms: float
+
+
+class MultiGpuResponse(BaseModel):
+    """The compute places, the plan of the newest job (null before the first that has one), and the ways between the places."""
+
+    slots: list[SlotItem]
+    plan: PlanItem | None
+    links: list[LinkItem]

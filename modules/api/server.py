@@ -10,7 +10,7 @@ from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
 
 from modules.api.generation import wait_for_job
-from modules.api.models import MemoryResponse
+from modules.api.models import LinkItem, MemoryResponse, MultiGpuResponse, PlanItem, SlotItem
 from modules.api.settings import check_settings
 
 if TYPE_CHECKING:
@@ -57,6 +57,17 @@ class ServerRoutes:
     def memory(self) -> MemoryResponse:
         """Bytes of RAM and of every device."""
         return MemoryResponse(ram=describe_ram(), cuda=describe_cuda(), devices=describe_devices())
+
+    def multi_gpu(self) -> MultiGpuResponse:
+        """The compute places, the plan in force and the links. Waits for no job."""
+        from backend.parallel import status  # imports torch; only for this report
+
+        plan = status.current_plan()
+        return MultiGpuResponse(
+            slots=[SlotItem.model_validate(slot) for slot in status.describe_slots()],
+            plan=None if plan is None else PlanItem.model_validate(plan),
+            links=[LinkItem.model_validate(link) for link in status.current_links()],
+        )
 
     async def unload_checkpoint(self) -> dict[str, Any]:
         """Take the model out of memory; the next job loads it again. Waits for the jobs before it."""

@@ -119,3 +119,27 @@ def test_a_server_that_nobody_starts_again_says_so(start_server: ServerFactory) 
     with start_server(api_server_stop=True) as server:
         assert server.client.post("/sdapi/v1/server-restart").status_code == 501
         assert server.app.state.wait_for_server_command(0) is None
+
+
+def test_multi_gpu_tells_of_slots_plan_and_links(server: Server) -> None:
+    from backend.parallel import status  # imports torch
+    from backend.parallel.plan import Piece, Plan, ReplicaPlan
+    from backend.parallel.slot_facts import Link
+
+    status.set_current_plan(None)
+    answer = server.get("/sdapi/v1/multi-gpu")
+    assert answer["plan"] is None
+    assert answer["links"] == []
+    slot_fields = "index name torch_device vram_state total_bytes free_bytes resident_bytes peak_bytes speed utilization temperature power"
+    assert [list(slot) for slot in answer["slots"]] == [slot_fields.split()]
+    plan = Plan(strategy="replicas", replicas=(ReplicaPlan(pieces=(Piece(0),), slots=(0,)),) * 2, reason="why", predicted_bytes={0: 7})
+    status.set_current_plan(plan, units=(1, 1), measured_ms=3.5)
+    status.set_links([Link(source=0, target=1)], {})
+    answer = server.get("/sdapi/v1/multi-gpu")
+    status.set_current_plan(None)
+    status.set_links((), {})
+    assert answer["plan"] == {
+        "strategy": "replicas", "reason": "why", "replicas": 2, "stages": [[0], [0]], "units": [1, 1],
+        "predicted_ms": None, "measured_ms": 3.5, "predicted_bytes": {"0": 7},
+    }  # fmt: skip
+    assert list(answer["links"][0]) == ["source", "target", "route", "reason", "bytes_per_ms", "latency_ms"]
