@@ -6,7 +6,7 @@ otherwise. Must not know requests or settings.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,15 +32,21 @@ def decode_latent_batch(model: Any, batch: Tensor, target_device: torch.device |
     if check_for_nans:
         devices.test_for_nans(batch, "unet")
         batch = torch.nan_to_num(batch)
-    for latent_CHW in batch:
-        try:
-            sample_CHW = model.decode_first_stage(latent_CHW[None])[0]
-        except NansError as error:
-            raise devices.NansException(str(error)) from error
+    for sample_CHW in _decode_each(model, batch):
         if check_for_nans:
             devices.test_for_nans(sample_CHW, "vae")
         samples.append(sample_CHW if target_device is None else sample_CHW.to(target_device))
     return samples
+
+
+def _decode_each(model: Any, batch: Tensor) -> Iterator[Tensor]:
+    """Each picture alone, CHW; on several slots at once where there are several."""
+    try:
+        together = model.decode_first_stage_on_all_slots(batch) if len(batch) > 1 and hasattr(model, "decode_first_stage_on_all_slots") else None
+        for index, latent_CHW in enumerate(batch):
+            yield model.decode_first_stage(latent_CHW[None])[0] if together is None else together[index]
+    except NansError as error:
+        raise devices.NansException(str(error)) from error
 
 
 def encode_pixels(model: Any, pixels_BCHW: Tensor) -> Tensor:

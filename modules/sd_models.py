@@ -154,6 +154,7 @@ class ModelHost:
     def serve(self, request: ModelRequest) -> ForgeDiffusionEngine:
         """The engine for `request`; see ensure_loaded."""
         identity = request.identity()
+        self._drop_stranded()
         if self.engine is not None and identity == self._identity:
             return self.engine
         waiting = self._recent.take(identity)
@@ -167,6 +168,14 @@ class ModelHost:
         _describe(engine, request.checkpoint)
         log.debug("Loaded %s in %.1f s.", request.checkpoint.title, time.perf_counter() - started)
         return self._use(engine, request, identity)
+
+    def _drop_stranded(self) -> None:
+        """Forget engines that are, or would be, on a device that has stopped working; they are read from their files again."""
+        if self.engine is None or not is_stranded(self.engine):
+            return
+        log.warning("The model was on a device that has stopped working; it is loaded again.")
+        self.engine, self.request, self._identity = None, None, None
+        self._recent.clear()
 
     def _use(self, engine: ForgeDiffusionEngine, request: ModelRequest, identity: tuple[object, ...]) -> ForgeDiffusionEngine:
         """Put `engine` in the place of the one in use, which waits in main memory where there is room."""
@@ -200,6 +209,18 @@ class ModelHost:
         self.engine, self.request, self._identity = None, None, None
         self._recent.clear()
         _free_devices()
+
+
+def is_stranded(engine: Any) -> bool:
+    """Whether one of an engine's networks belongs to a device that has stopped working."""
+    from backend import memory_management  # imports torch
+
+    lost = memory_management.lost_devices()
+    if not lost:
+        return False
+    objects = engine.forge_objects_original
+    patchers = (objects.unet, objects.clip.patcher, objects.vae.patcher)
+    return any(patcher.load_device in lost or any(tensor.device in lost for tensor in patcher.model.parameters()) for patcher in patchers)
 
 
 def held_bytes(engine: Any) -> int:

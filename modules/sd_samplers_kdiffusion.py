@@ -361,8 +361,8 @@ def _noise_table(predictor: Any, p: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, buffer in buffers.items():
-            setattr(predictor, name, buffer)
+        for name, buffer in buffers.items():  # the network may have moved to its device meanwhile
+            setattr(predictor, name, buffer.to(getattr(predictor, name).device))
         predictor.quantize_timesteps = quantized
 
 

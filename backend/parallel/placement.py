@@ -17,16 +17,13 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from backend import memory_management
-from backend.memory.module_bytes import as_same_kind
 from backend.modules.k_model import KModel
 from backend.parallel.executor import Replica
 from backend.parallel.fleet import Fleet
 from backend.parallel.plan import Piece, Plan, ReplicaPlan
+from backend.parallel.twins import META, TwinPatcher
 from backend.patcher.base import ModelPatcher
 from backend.patcher.unet import UnetPatcher
-from backend.patcher.weight_patches import unpatched_tensors
-
-META = torch.device("meta")
 
 
 class UNetStage(nn.Module):
@@ -52,56 +49,6 @@ class StagePatcher:
         """A stage of a twin that holds no weights gets them."""
         if self.twin is not None:
             self.twin.fill(self.model, device)
-
-
-class TwinPatcher(ModelPatcher):
-    """A copy of a denoiser for another slot. It holds weights only while it is on a device: it leaves by forgetting them.
-
-    Changes of weights are asked for with `copy_patches_from` and made by `refresh_twin`, which the slot's worker runs.
-    """
-
-    must_be_whole = True
-    source: UnetPatcher
-
-    @classmethod
-    def make(cls, source: UnetPatcher, device: torch.device) -> TwinPatcher:
-        """A twin without weights."""
-        network = source.model
-        twin = cls(make_empty_twin(network), load_device=device, offload_device=META, current_device=META)
-        twin.size = source.model_size()
-        twin.source = source
-        return twin
-
-    def prepare_load(self, device: torch.device) -> None:
-        self.fill(self.model, device)
-
-    @torch.inference_mode(mode=False)
-    @torch.no_grad()
-    def fill(self, part: nn.Module, device: torch.device) -> None:
-        """Copy the source's weights, as they were made, for those tensors of `part` that have none. Raises: torch.OutOfMemoryError."""
-        empty = {id(tensor) for tensor in (*part.parameters(), *part.buffers()) if tensor.device == META}
-        if not empty:
-            return
-        self.lora_loader.restore()
-        originals = unpatched_tensors(self.source.model)
-        placed: dict[int, torch.Tensor] = {}
-        for prefix, module in self.model.named_modules(remove_duplicate=False):
-            for registry in (module._parameters, module._buffers):
-                for name, tensor in registry.items():
-                    if tensor is None or id(tensor) not in empty:
-                        continue
-                    if id(tensor) not in placed:
-                        original = originals[f"{prefix}.{name}" if prefix else name]
-                        placed[id(tensor)] = as_same_kind(original.detach().to(device, copy=True), tensor)
-                    registry[name] = placed[id(tensor)]
-
-    def refresh_loras(self) -> None:
-        """Left to `refresh_twin`, so that all devices change their weights at once."""
-
-    def refresh_twin(self) -> None:
-        """Have the weights as the source's patcher wants them."""
-        self.copy_patches_from(self.source)
-        super().refresh_loras()
 
 
 def make_empty_twin(network: KModel) -> KModel:
@@ -216,7 +163,7 @@ class _Placer:
         device = self.fleet.device(replica.slots[0])
         twin = self.copies.twins.get(key)
         if twin is None or twin.load_device != device:
-            twin = self.copies.twins[key] = TwinPatcher.make(self.unet, device)
+            twin = self.copies.twins[key] = TwinPatcher.make(self.unet, make_empty_twin(self.unet.model), device)
         twin.source = self.unet
         self._twins.append((replica.slots[0], twin))
         return twin

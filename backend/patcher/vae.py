@@ -102,12 +102,28 @@ class VAE:
         """Whole pictures, as many at a time as fit; tiles when one picture does not."""
         if memory_management.VAE_ALWAYS_TILED:
             return self.decode_tiled(samples_in)
+        if samples_in.shape[0] == 1 and (shared_BHWC := self.decode_on_all_slots(samples_in)) is not None:
+            return shared_BHWC
         need_bytes = self.memory_used_decode(tuple(samples_in.shape), self.vae_dtype)
         picture_BCHW = self._unless_out_of_memory(lambda: self._in_batches(self._decode_batch, samples_in, need_bytes, "decoding"))
         if picture_BCHW is not None:
             return picture_BCHW.movedim(1, -1)
         logger.warning("Out of memory while decoding %s latents with the VAE; decoding again in tiles.", _size_text(samples_in))
         return self._in_smaller_tiles(lambda tile: self.decode_tiled(samples_in, tile, tile, tile // 4), _DECODE_TILES)
+
+    @torch.no_grad()
+    def decode_on_all_slots(self, samples_in: Tensor) -> Tensor | None:
+        """Latents BCHW -> pictures BHWC, 0..1, each decoded alone: dealt to the slots, or split over them. None where one slot has to do it."""
+        if len(memory_management.compute_slots()) < 2 or memory_management.VAE_ALWAYS_TILED:
+            return None
+        from backend.parallel.vae_decoding import decode_on_all_slots  # it places copies of this class's network
+
+        def run() -> Tensor:
+            decoded = decode_on_all_slots(self, samples_in)
+            return samples_in.new_empty(0) if decoded is None else decoded.add(1.0).div_(2.0).clamp_(0.0, 1.0)
+
+        pixels_BCHW = self._checked(run, "decoding")
+        return pixels_BCHW.movedim(1, -1) if pixels_BCHW.numel() else None
 
     @torch.no_grad()
     def decode_tiled(self, samples: Tensor, tile_x: int = 64, tile_y: int = 64, overlap: int = 16) -> Tensor:

@@ -1,0 +1,64 @@
+"""Twins: copies of a network on other slots, with the same names of parameters and the same changes of weights.
+
+Must not know what the network is for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from backend.memory.module_bytes import as_same_kind
+from backend.patcher.base import ModelPatcher
+from backend.patcher.weight_patches import unpatched_tensors
+
+META = torch.device("meta")
+
+
+class TwinPatcher(ModelPatcher):
+    """A copy of a network for another slot. It holds weights only while it is on a device: it leaves by forgetting them.
+
+    Changes of weights are asked for with `copy_patches_from` and made by `refresh_twin`, which the slot's worker runs.
+    """
+
+    must_be_whole = True
+    source: ModelPatcher
+
+    @classmethod
+    def make(cls, source: ModelPatcher, empty: nn.Module, device: torch.device) -> TwinPatcher:
+        """A twin without weights. `empty` is a network like the source's with the same names, on the meta device."""
+        twin = cls(empty, load_device=device, offload_device=META, current_device=META)
+        twin.size = source.model_size()
+        twin.source = source
+        return twin
+
+    def prepare_load(self, device: torch.device) -> None:
+        self.fill(self.model, device)
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def fill(self, part: nn.Module, device: torch.device) -> None:
+        """Copy the source's weights, as they were made, for those tensors of `part` that have none. Raises: torch.OutOfMemoryError."""
+        empty = {id(tensor) for tensor in (*part.parameters(), *part.buffers()) if tensor.device == META}
+        if not empty:
+            return
+        self.lora_loader.restore()
+        originals = unpatched_tensors(self.source.model)
+        placed: dict[int, torch.Tensor] = {}
+        for prefix, module in self.model.named_modules(remove_duplicate=False):
+            for registry in (module._parameters, module._buffers):
+                for name, tensor in registry.items():
+                    if tensor is None or id(tensor) not in empty:
+                        continue
+                    if id(tensor) not in placed:
+                        original = originals[f"{prefix}.{name}" if prefix else name]
+                        placed[id(tensor)] = as_same_kind(original.detach().to(device, copy=True), tensor)
+                    registry[name] = placed[id(tensor)]
+
+    def refresh_loras(self) -> None:
+        """Left to `refresh_twin`, so that all devices change their weights at once."""
+
+    def refresh_twin(self) -> None:
+        """Have the weights as the source's patcher wants them."""
+        self.copy_patches_from(self.source)
+        super().refresh_loras()

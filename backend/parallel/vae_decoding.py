@@ -1,0 +1,162 @@
+"""VAE decoding with every slot: several pictures are dealt to the slots, one picture is split over them row by row.
+
+The numbers are those of decoding each picture whole and alone (a split one up to rounding). Knows no samplers, options or pages.
+
+Shapes: BCHW latents as the network has them, and pictures -1..1.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from backend import memory_management
+from backend.devices.slot import Slot
+from backend.memory.errors import OutOfMemory
+from backend.parallel.fleet import Fleet, current_fleet
+from backend.parallel.planner import deal_units
+from backend.parallel.session import guess_speed
+from backend.parallel.split_vae import CannotSplit, DecoderShard, SplitDecoder
+from backend.parallel.split_vae_cost import DecoderSize, LinkCost, decode_macs, worth_splitting
+from backend.parallel.twins import META, TwinPatcher
+from backend.parallel.worker import SlotLost
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+    from backend.patcher.vae import VAE
+
+logger = logging.getLogger(__name__)
+
+_SHARED_LINK = LinkCost(exchange_s=1e-4, bytes_per_s=4e9)
+"""Slots in one memory: only threads to wake."""
+
+
+def decode_on_all_slots(vae: VAE, latents_BCHW: Tensor) -> Tensor | None:
+    """Pictures on the VAE's output device in fp32, -1..1; None where one slot has to do it, or a failure leaves it to one.
+
+    Raises: Cancelled.
+    """
+    fleet = current_fleet()
+    slots = fleet.working_slots
+    if len(slots) < 2 or vae.device not in {slot.torch_device for slot in slots}:
+        return None
+    work = f"{id(vae.first_stage_model)} decode"
+    try:
+        return _decode(vae, latents_BCHW, fleet, slots, work)
+    except (CannotSplit, OutOfMemory, torch.OutOfMemoryError, SlotLost) as error:
+        logger.info("The VAE decodes on one slot: %s", error)
+    memory_management.soft_empty_cache(force=True)
+    return None
+
+
+def _decode(vae: VAE, latents_BCHW: Tensor, fleet: Fleet, slots: Sequence[Slot], work: str) -> Tensor | None:
+    num_images, _, height, width = latents_BCHW.shape
+    speeds = [fleet.speeds.speed_of(slot.index, work) or guess_speed(slot) for slot in slots]
+    size = DecoderSize.from_config(cast("Any", vae.first_stage_model).config)
+    num_dealt = num_images - num_images % len(slots)
+    macs = decode_macs(height, width, size)
+    split_pays = worth_splitting(
+        height,
+        width,
+        len(slots),
+        speeds=[speed / max(speeds) for speed in speeds],
+        macs_per_s=max(speeds) * 1000 / 2,
+        link=_link_of(slots),
+        bytes_per_number=vae.vae_dtype.itemsize,
+        size=size,
+    )
+    if not split_pays and num_dealt < num_images:
+        num_dealt = num_images if num_images > 1 else 0
+    if num_dealt == 0 and not split_pays:
+        return None
+    networks = _place(vae, slots, tuple(latents_BCHW.shape))
+    parts = []
+    if num_dealt:
+        parts.append(_deal(vae, latents_BCHW[:num_dealt], fleet, slots, networks, deal_units(num_dealt, speeds), work, macs))
+    if num_dealt < num_images:
+        shards = [
+            DecoderShard(network=networks[slot.index], device=slot.torch_device, run=fleet.worker(slot.index).submit, speed=speed / max(speeds))
+            for slot, speed in zip(slots, speeds)
+        ]
+        parts.append(SplitDecoder(shards, output_device=vae.output_device).decode(latents_BCHW[num_dealt:]).float())
+    return torch.cat(parts)
+
+
+def _link_of(slots: Sequence[Slot]) -> LinkCost:
+    return _SHARED_LINK if all(slot.torch_device.type in ("cpu", "vgpu") for slot in slots) else LinkCost()
+
+
+def _place(vae: VAE, slots: Sequence[Slot], shape: tuple[int, ...]) -> dict[int, AutoencoderKL]:
+    """The VAE on every slot's device: its own network where it is, twins elsewhere. Raises: OutOfMemory."""
+    devices = dict.fromkeys(slot.torch_device for slot in slots)
+    twins = {device: _twin_of(vae, device) for device in devices if device != vae.device}
+    need_bytes = vae.memory_used_decode(shape, vae.vae_dtype)
+    memory_management.load_models_gpu([vae.patcher, *twins.values()], memory_required=need_bytes)
+    for twin in twins.values():
+        twin.refresh_twin()
+    return {slot.index: twins[slot.torch_device].model if slot.torch_device in twins else vae.first_stage_model for slot in slots}
+
+
+def _twin_of(vae: VAE, device: torch.device) -> TwinPatcher:
+    """Made once per device and number type, and kept on the network."""
+    network: Any = vae.first_stage_model
+    twins: dict[tuple[torch.device, torch.dtype], TwinPatcher] = network.__dict__.setdefault("twins", {})
+    key = (device, vae.vae_dtype)
+    if key not in twins:
+        twins[key] = TwinPatcher.make(vae.patcher, make_empty_vae(network), device)
+    twins[key].source = vae.patcher
+    return twins[key]
+
+
+def make_empty_vae(network: nn.Module) -> nn.Module:
+    """A VAE of the same kind with the same names and types, on the meta device."""
+    memo: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        empty = torch.empty_like(tensor, device=META)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    for name in ("twins", "lora_loader"):
+        if name in network.__dict__:
+            memo[id(network.__dict__[name])] = {} if name == "twins" else None
+    return copy.deepcopy(network, memo)
+
+
+def _deal(
+    vae: VAE,
+    latents_BCHW: Tensor,
+    fleet: Fleet,
+    slots: Sequence[Slot],
+    networks: dict[int, AutoencoderKL],
+    shares: Sequence[int],
+    work: str,
+    macs: int,
+) -> Tensor:
+    """Whole pictures, one at a time on each slot; in the order of the latents."""
+    done: list[Future[Tensor]] = []
+    for slot, share in zip(slots, shares):
+        record = partial(fleet.speeds.record, slot.index, work, 2.0 * macs)
+        for _ in range(share):
+            latent_1CHW = latents_BCHW[len(done) : len(done) + 1]
+            run = partial(_decode_one, networks[slot.index], latent_1CHW, slot, vae, record)
+            done.append(fleet.worker(slot.index).submit(run))
+    failures = [failure for failure in (future.exception() for future in done) if failure is not None]
+    if failures:
+        raise failures[0]
+    return torch.cat([future.result() for future in done])
+
+
+def _decode_one(network: Any, latent_1CHW: Tensor, slot: Slot, vae: VAE, record_ms: Callable[[float], None]) -> Tensor:
+    """On the slot's worker."""
+    started = time.perf_counter()
+    picture_1CHW: Tensor = network.decode(latent_1CHW.to(device=slot.torch_device, dtype=vae.vae_dtype), return_dict=False)[0]
+    arrived_1CHW = picture_1CHW.to(device=vae.output_device, dtype=torch.float32)
+    record_ms((time.perf_counter() - started) * 1000.0)
+    return arrived_1CHW
