@@ -1,0 +1,158 @@
+"""Where strips of one picture meet: tensors handed from worker to worker, and the way out for all when one of them fails.
+
+Knows no network. A `Board` lives for one decode; every strip has `StripLinks` to it. Strips run the same program, so the n-th swap of one
+meets the n-th swap of the others; nothing depends on which thread comes first.
+
+CUDA: a worker copies with `.to(device)` in its own thread, which torch orders between the two devices' current streams, and records an
+event behind the copy; the receiver's stream waits for it and is written down as a user of the memory. No host synchronisation.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WITH_STREAMS = ("cuda", "xpu")
+
+Key = tuple[int, int, int]
+"""(number of the swap, rank of the sender, rank of the receiver)."""
+
+
+class ReleasedError(RuntimeError):
+    """Another strip ended the decode. Never the cause, so never what the caller sees while there is one."""
+
+
+class SplitStalledError(RuntimeError):
+    """A strip waited for another one longer than allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Tensors on the receiver's device; on devices with streams, the event after which they may be read."""
+
+    tensors: tuple[Tensor, ...]
+    ready: Any = None
+
+
+def pack(tensors: Sequence[Tensor], device: torch.device) -> Parcel:
+    """Copies on `device`, made by the calling thread; what is there already is handed over itself, so nobody may change it any more."""
+    moved = tuple(tensor.to(device) for tensor in tensors)
+    if device.type not in _WITH_STREAMS:
+        return Parcel(moved)
+    module: Any = torch.get_device_module(device)
+    ready = module.Event()
+    ready.record(module.current_stream(device))
+    return Parcel(moved, ready)
+
+
+def unpack(parcel: Parcel) -> tuple[Tensor, ...]:
+    """The tensors, safe to use on the calling thread's stream."""
+    if parcel.ready is not None and parcel.tensors:
+        device = parcel.tensors[0].device
+        stream: Any = torch.get_device_module(device).current_stream(device)
+        stream.wait_event(parcel.ready)
+        for tensor in parcel.tensors:
+            tensor.record_stream(stream)
+    return parcel.tensors
+
+
+class Board:
+    """Letter boxes of one decode. Every wait ends: by the letter, by `abort`, or after `stall_s` seconds."""
+
+    def __init__(self, *, stall_s: float) -> None:
+        self._stall_s = stall_s
+        self._changed = threading.Condition()
+        self._parcels: dict[Key, Parcel] = {}
+        self._is_aborted = False
+        self._accused: dict[int, str] = {}
+
+    def post(self, key: Key, parcel: Parcel) -> None:
+        """Raises: ReleasedError after an abort."""
+        with self._changed:
+            self._raise_if_aborted(key[1])
+            self._parcels[key] = parcel
+            self._changed.notify_all()
+
+    def take(self, key: Key) -> Parcel:
+        """The parcel, once: it is gone from the board. Raises: ReleasedError, SplitStalledError."""
+        deadline_s = time.monotonic() + self._stall_s
+        with self._changed:
+            while key not in self._parcels:
+                self._raise_if_aborted(key[2])
+                if not self._changed.wait(deadline_s - time.monotonic()) and key not in self._parcels:
+                    raise SplitStalledError(self._describe_stall(key))
+            self._raise_if_aborted(key[2])
+            return self._parcels.pop(key)
+
+    def abort(self, *, accused: int | None = None, because: BaseException | None = None) -> None:
+        """End every wait, now and later; what was posted is let go.
+
+        A copy to another device fails in the sender's thread when either device is lost. The receiver, `accused`, then raises the device's error
+        as well, so that its own worker looks whether it is the one.
+        """
+        with self._changed:
+            self._is_aborted = True
+            if accused is not None:
+                self._accused[accused] = f"Copying to this device failed: {because}"
+            self._parcels.clear()
+            self._changed.notify_all()
+
+    def raise_if_aborted(self, rank: int) -> None:
+        """For the strip of this rank. Raises: ReleasedError; torch.AcceleratorError when a copy to its device failed."""
+        with self._changed:
+            self._raise_if_aborted(rank)
+
+    def _raise_if_aborted(self, rank: int) -> None:
+        if rank in self._accused:
+            raise torch.AcceleratorError(self._accused[rank])
+        if self._is_aborted:
+            raise ReleasedError("Another strip of the picture stopped, so this one did too; the other one's error says why.")
+
+    def _describe_stall(self, key: Key) -> str:
+        step, sender, receiver = key
+        return (
+            f"Strip {receiver} of a split VAE decode waited {self._stall_s:g} s for strip {sender} at exchange {step}. "
+            "Its worker is stuck, or both strips were given to one worker thread. Give every strip a worker of its own, or decode whole."
+        )
+
+
+@dataclass(slots=True)
+class StripLinks:
+    """One strip's side of the board. `devices` by rank; used by the strip's own thread only."""
+
+    board: Board
+    rank: int
+    devices: tuple[torch.device, ...]
+    before_exchange: Callable[[], None] | None = None
+    num_exchanges: int = 0
+
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """Ranks of all the other strips."""
+        return tuple(rank for rank in range(len(self.devices)) if rank != self.rank)
+
+    def swap(self, letters: Mapping[int, Sequence[Tensor]]) -> dict[int, tuple[Tensor, ...]]:
+        """Give each rank in `letters` its tensors and wait for what these ranks give in the same swap. Both sides must name each other.
+
+        The tensors may be read by others from now on: never change them in place.
+        """
+        if self.before_exchange is not None:
+            self.before_exchange()
+        self.board.raise_if_aborted(self.rank)
+        self.num_exchanges += 1
+        for peer, tensors in letters.items():
+            self.board.post((self.num_exchanges, self.rank, peer), self._pack_for(peer, tensors))
+        return {peer: unpack(self.board.take((self.num_exchanges, peer, self.rank))) for peer in letters}
+
+    def _pack_for(self, peer: int, tensors: Sequence[Tensor]) -> Parcel:
+        try:
+            return pack(tensors, self.devices[peer])
+        except torch.AcceleratorError as error:
+            self.board.abort(accused=peer, because=error)
+            raise

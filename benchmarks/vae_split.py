@@ -1,0 +1,76 @@
+"""How much sooner is one large picture decoded when two slots share it?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from backend.parallel.split_vae import DecoderShard, SplitDecoder
+from backend.parallel.split_vae_exchange import Board, StripLinks
+from backend.parallel.split_vae_layers import read_strip_network
+from backend.parallel.split_vae_strip import DecoderStrip
+from tools.measure import Bench, Metrics, Variant
+
+SIDE = 96
+CPU = torch.device("cpu")
+
+
+def _one_strip(vae: Any, latents_BCHW: Tensor) -> Tensor:
+    """The split's own layers on one core with nobody to meet: what part of the gain is not the second core's."""
+    with torch.no_grad():
+        links = StripLinks(board=Board(stall_s=1.0), rank=0, devices=(CPU,))
+        return DecoderStrip(read_strip_network(vae, CPU), (1.0,), links).decode(latents_BCHW)
+
+
+@torch.no_grad()
+def _whole(vae: Any, latents_BCHW: Tensor) -> Tensor:
+    picture_BCHW: Tensor = vae.decode(latents_BCHW, return_dict=False)[0]
+    return picture_BCHW
+
+
+def _compare(decode: Callable[[Tensor], Tensor], latents_BCHW: Tensor, expected_BCHW: Tensor) -> Metrics:
+    began_s = time.process_time()
+    picture_BCHW = decode(latents_BCHW)
+    cpu_s = time.process_time() - began_s
+    return {"CPU s": cpu_s, "largest difference / std": float((picture_BCHW - expected_BCHW).abs().max() / expected_BCHW.std())}
+
+
+def make_variants(side: int = SIDE) -> Mapping[str, Variant]:
+    """The decoder of SD 1.x and SDXL at its published width, random weights, fp32; each slot is a thread with one torch thread of its own."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    vae.eval().requires_grad_(False)
+    latents_BCHW = torch.randn(1, 4, side, side)
+    workers = [ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) for _ in range(2)]
+    split = SplitDecoder([DecoderShard(network=vae, device=CPU, run=worker.submit) for worker in workers])
+    expected_BCHW = _whole(vae, latents_BCHW)
+    ways = {"whole, one core": partial(_whole, vae), "one strip, one core": partial(_one_strip, vae), "split, two cores": split.decode}
+    return {name: partial(_compare, way, latents_BCHW, expected_BCHW) for name, way in ways.items()}
+
+
+BENCH = Bench(
+    question=(
+        f"How much sooner is one large picture decoded when two slots share it? Published width, {8 * SIDE}x{8 * SIDE} pixels, fp32; slots are CPU "
+        "cores, one torch thread each. 'Whole' is diffusers' own decode; 'one strip' is the split's code on one core, so the second core's part of "
+        "the gain can be told from that of fewer copies."
+    ),
+    make_variants=make_variants,
+    baseline="whole, one core",
+    num_rounds=5,
+    work_per_call=1,
+    work_unit="pictures",
+    packages=("torch", "diffusers"),
+)
