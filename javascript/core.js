@@ -121,7 +121,7 @@ function notifyUiChange(mutations) {
 }
 
 // The framework makes a tab's content when it is shown first. Scripts expect these to be there from the start.
-const TABS_TO_RENDER = ["img2img", "pnginfo"];
+const TABS_TO_RENDER = ["img2img", "extras", "pnginfo"];
 let hiddenTabsWereShown = false;
 
 function firstTabStands() {

@@ -60,6 +60,10 @@ function submit_img2img(...args) {
     return submitTask("img2img", args);
 }
 
+function submit_extras(...args) {
+    return submitTask("extras", args);
+}
+
 /** As submit(); the second argument is the number of the selected picture. */
 function submit_txt2img_upscale(...args) {
     const result = submitTask("txt2img", args);

@@ -5,6 +5,7 @@ Takes and gives pictures; must not know the page, HTTP or files.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,33 +49,51 @@ class ExtrasResult:
 def check_extras(settings: ExtrasSettings, upscalers: Sequence[UpscalerData]) -> tuple[UpscalerData, UpscalerData]:
     """Both upscalers. Raises RequestError for names and wishes that nothing here answers to."""
     if settings.face_restoration_visibility > 0:
-        raise RequestError("face restoration was asked for (gfpgan_visibility or codeformer_visibility); it is not available here. Send 0.")
+        raise RequestError(
+            "face restoration was asked for (gfpgan_visibility or codeformer_visibility); it is not available here, because the packages of GFPGAN "
+            "and CodeFormer need another torch than this program's and fetch their models while they run. Send 0."
+        )
     return find_upscaler(settings.first, upscalers), find_upscaler(settings.second, upscalers)
 
 
 def run_extras(image: Image.Image, settings: ExtrasSettings, upscalers: Sequence[UpscalerData]) -> ExtrasResult:
     """`image` as `settings` want it. Transparency is kept. Raises RequestError."""
     first, second = check_extras(settings, upscalers)
+    named = dataclasses.replace(settings, first=first.name, second=second.name)
+    return ExtrasResult(image=enlarge(image, settings, upscalers), infotext=build_parameters_line(parameters_of(named)))
+
+
+def enlarge(image: Image.Image, settings: ExtrasSettings, upscalers: Sequence[UpscalerData]) -> Image.Image:
+    """`image` at the size that `settings` ask for; the very picture where no upscaler is named. Raises RequestError."""
+    first, second = check_extras(settings, upscalers)
     goal_px = goal_size_px(image, settings)
     if goal_px[0] * goal_px[1] > MAX_RESULT_PX:
         limit = f"the limit is {MAX_RESULT_PX // 10**6} megapixels"
         raise RequestError(f"a picture of {goal_px[0]}x{goal_px[1]} px was asked for; {limit}. Use a smaller factor.")
     if first.name == "None" and (second.name == "None" or settings.second_visibility == 0):
-        return ExtrasResult(image=image, infotext="")
-    params: dict[str, object] = _size_params(settings)
+        return image
     result = _upscaled(image, first, goal_px, settings)
-    params["Postprocess upscaler"] = first.name
     if second.name != "None" and settings.second_visibility > 0:
         other = _upscaled(image, second, goal_px, settings)
         result = Image.blend(result, other, settings.second_visibility)
-        params["Postprocess upscaler 2"] = second.name
-        params["Postprocess upscaler 2 visibility"] = settings.second_visibility
-    return ExtrasResult(image=result, infotext=build_parameters_line(params))
+    return result
+
+
+def parameters_of(settings: ExtrasSettings) -> dict[str, object]:
+    """What the infotext says about `settings`; nothing where they change nothing."""
+    uses_second = settings.second != "None" and settings.second_visibility > 0
+    if settings.first == "None" and not uses_second:
+        return {}
+    params = {**_size_params(settings), "Postprocess upscaler": settings.first}
+    if uses_second:
+        params |= {"Postprocess upscaler 2": settings.second, "Postprocess upscaler 2 visibility": settings.second_visibility}
+    return params
 
 
 def _size_params(settings: ExtrasSettings) -> dict[str, object]:
     if settings.mode == BY_FACTOR:
-        return {"Postprocess upscale by": settings.factor}
+        factor = round(settings.factor, 4)
+        return {"Postprocess upscale by": int(factor) if factor == int(factor) else factor}
     width_px, height_px = settings.size_px
     return {"Postprocess upscale to": f"{width_px}x{height_px}", "Postprocess crop to": f"{width_px}x{height_px}" if settings.crop else None}
 

@@ -16,6 +16,7 @@ import gradio as gr
 from modules import infotext_utils, ui_choices, ui_page, ui_requests
 from modules.infotext_fields import FIELDS_BY_TAB
 from modules.ui_common import OutputPanel, create_output_panel, create_refresh_button, plaintext_to_html
+from modules.ui_extras import ExtrasTab, build_extras, carry_out, connect_gallery_to_extras, connect_picture_to_extras, create_extras_tab
 from modules.ui_generation import GenerateHandler, JobControl
 from modules.ui_img2img import Img2imgTab, create_img2img_tab
 from modules.ui_paste import Paster, connect_gallery_button, connect_paste_button, connect_text_button
@@ -56,6 +57,8 @@ def create_ui(app: Application) -> gr.Blocks:
                 txt2img = create_txt2img_tab(app, choices, start_defaults(app, "txt2img"), styles)
             with gr.Tab("Img2img", id="img2img", elem_id="tab_img2img"):
                 img2img = create_img2img_tab(app, choices, start_defaults(app, "img2img"), styles)
+            with gr.Tab("Extras", id="extras", elem_id="tab_extras"):
+                extras = create_extras_tab(app)
             with gr.Tab("PNG Info", id="pnginfo", elem_id="tab_pnginfo"):
                 pnginfo = create_pnginfo_tab()
             with gr.Tab("Settings", id="settings", elem_id="tab_settings") as settings_item:
@@ -64,7 +67,8 @@ def create_ui(app: Application) -> gr.Blocks:
         _connect_generation(app, txt2img, _handler(app, "txt2img", txt2img, ui_requests.build_txt2img))
         _connect_generation(app, img2img, _handler(app, "img2img", img2img, ui_requests.build_img2img))
         _connect_upscale(txt2img, _handler(app, "txt2img", txt2img, ui_requests.build_upscale))
-        _connect_sending(app, txt2img, img2img, pnginfo)
+        _connect_extras(app, extras)
+        _connect_sending(app, txt2img, img2img, extras, pnginfo)
         _connect_quicksettings(app, quicksettings, txt2img, img2img)
         _connect_loading(demo, app, quicksettings, settings_json, [txt2img, img2img])
         _register_paste_fields(txt2img, img2img)
@@ -138,18 +142,41 @@ def _connect_generation(app: Application, tab: GenerationTab, handler: GenerateH
     connect_saving(PictureSaver(app, name), output)
 
 
-def _connect_sending(app: Application, txt2img: Txt2imgTab, img2img: Img2imgTab, pnginfo: PngInfoTab) -> None:
+def _connect_extras(app: Application, tab: ExtrasTab) -> None:
+    handler = GenerateHandler(app, "extras", tuple(tab.inputs), lambda values: build_extras(app, tab.runner, values), carry_out)
+    output = tab.output
+    event = tab.buttons["submit"].click(
+        handler.generate,
+        js="submit_extras",
+        inputs=[tab.task_id, *tab.inputs.values()],
+        outputs=[output.gallery, output.generation_info, output.infotext, output.html_log],
+        show_progress="hidden",
+        concurrency_limit=None,
+        api_visibility="private",
+    )
+    event.then(fn=None, js="() => { taskAnswered('extras'); }", show_progress="hidden")
+    control = JobControl(app)
+    tab.buttons["interrupt"].click(control.interrupt, js="() => interruptPressed('extras')", inputs=[tab.task_id], **QUIET)
+    tab.buttons["interrupting"].click(control.interrupt_now, **QUIET)
+    tab.buttons["skip"].click(control.skip, **QUIET)
+    connect_saving(PictureSaver(app, "extras"), output)
+
+
+def _connect_sending(app: Application, txt2img: Txt2imgTab, img2img: Img2imgTab, extras: ExtrasTab, pnginfo: PngInfoTab) -> None:
     to_txt2img, to_img2img = Paster(app, txt2img.paste_target), Paster(app, img2img.paste_target)
     connect_paste_button(to_txt2img, txt2img.toprow.paste, txt2img.toprow.prompt)
     connect_paste_button(to_img2img, img2img.toprow.paste, img2img.toprow.prompt)
     pictures = img2img.pictures
-    for output in (txt2img.output, img2img.output):
+    for output in (txt2img.output, img2img.output, extras.output):
+        if "extras" in output.buttons:
+            connect_gallery_to_extras(output.buttons["extras"], extras, output.gallery)
         connect_gallery_button(
             output.buttons["img2img"], to_img2img, pictures.init_image, output.gallery, output.generation_info, "switch_to_img2img"
         )
         connect_gallery_button(
             output.buttons["inpaint"], to_img2img, pictures.inpaint_editor, output.gallery, output.generation_info, "switch_to_inpaint"
         )
+    connect_picture_to_extras(pnginfo.to_extras, extras, pnginfo.image)
     connect_text_button(pnginfo.to_txt2img, to_txt2img, pnginfo.text, "switch_to_txt2img")
     connect_text_button(pnginfo.to_img2img, to_img2img, pnginfo.text, "switch_to_img2img", image=pictures.init_image, source=pnginfo.image)
     connect_text_button(pnginfo.to_inpaint, to_img2img, pnginfo.text, "switch_to_inpaint", image=pictures.inpaint_editor, source=pnginfo.image)

@@ -81,7 +81,7 @@ def update_generation_info(generation_info: str, html_info: str, img_index: floa
 
 @dataclass(frozen=True, kw_only=True)
 class OutputPanel:
-    """The right-hand side of a tab. `buttons` has those under the gallery: open_folder, save, zip, img2img, inpaint, and in txt2img upscale."""
+    """The right-hand side of a tab. `buttons` are those under the gallery: open_folder, save, zip, img2img, inpaint, extras, in txt2img upscale."""
 
     gallery: gr.Gallery
     generation_info: gr.Textbox
@@ -100,6 +100,8 @@ def _panel_buttons(tab: str, *, show_folder_button: bool) -> dict[str, ToolButto
             "img2img": ToolButton(icon_name="picture", elem_id=f"{tab}_send_to_img2img"),
             "inpaint": ToolButton(icon_name="brush", elem_id=f"{tab}_send_to_inpaint"),
         }
+        if tab != "extras":
+            buttons["extras"] = ToolButton(icon_name="extras", elem_id=f"{tab}_send_to_extras")
         if tab == "txt2img":
             buttons["upscale"] = ToolButton(icon_name="upscale", elem_id="txt2img_upscale")
     return buttons

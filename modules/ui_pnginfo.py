@@ -25,6 +25,7 @@ class PngInfoTab:
     to_txt2img: gr.Button
     to_img2img: gr.Button
     to_inpaint: gr.Button
+    to_extras: gr.Button
 
 
 def create_pnginfo_tab() -> PngInfoTab:
@@ -41,9 +42,11 @@ def create_pnginfo_tab() -> PngInfoTab:
                 to_txt2img = gr.Button("Send to txt2img", elem_id="txt2img_tab")
                 to_img2img = gr.Button("Send to img2img", elem_id="img2img_tab")
                 to_inpaint = gr.Button("Send to inpaint", elem_id="inpaint_tab")
+                to_extras = gr.Button("Send to extras", elem_id="extras_tab")
             details = gr.HTML(elem_id="pnginfo_html_info")
     image.change(read_picture, inputs=[image], outputs=[text, details], show_progress="hidden", api_visibility="private")
-    return PngInfoTab(image=image, text=text, details=details, to_txt2img=to_txt2img, to_img2img=to_img2img, to_inpaint=to_inpaint)
+    buttons = {"to_txt2img": to_txt2img, "to_img2img": to_img2img, "to_inpaint": to_inpaint, "to_extras": to_extras}
+    return PngInfoTab(image=image, text=text, details=details, **buttons)
 
 
 def read_picture(path: str | None) -> tuple[str, str]:

@@ -67,7 +67,8 @@ def _prompts(tab: str) -> tuple[gr.Textbox, gr.Textbox, tuple[tuple[gr.Textbox, 
     return prompt, negative, ((prompt, *counter), (negative, *negative_counter))
 
 
-def _generate_box(tab: str) -> dict[str, gr.Button]:
+def create_generate_box(tab: str) -> dict[str, gr.Button]:
+    """Generate, and what takes its place while a task of the tab runs."""
     with gr.Row(elem_id=f"{tab}_generate_box", elem_classes=["generate-box"]):
         return {
             "interrupt": gr.Button("Interrupt", elem_id=f"{tab}_interrupt", elem_classes=["generate-box-interrupt"]),
@@ -92,7 +93,7 @@ def create_toprow(tab: str, style_names: Sequence[str]) -> Toprow:
     with gr.Row(elem_id=f"{tab}_toprow", elem_classes=["toprow"], equal_height=False):
         prompt, negative_prompt, token_counters = _prompts(tab)
         with gr.Column(elem_id=f"{tab}_actions_column", elem_classes=["actions-column"], scale=1, min_width=220):
-            buttons: dict[str, Any] = {**_generate_box(tab), **_tools(tab)}
+            buttons: dict[str, Any] = {**create_generate_box(tab), **_tools(tab)}
             with gr.Row(elem_id=f"{tab}_styles_row", elem_classes=["styles-row"]):
                 styles = DropdownMulti(
                     label="Styles", show_label=False, elem_id=f"{tab}_styles", choices=list(style_names), value=[], container=False

@@ -44,7 +44,7 @@ SHARED_IDS = """
 {t}_subseed_strength {t}_seed_resize_from_w {t}_seed_resize_from_h {t}_seed_row {t}_seed_extras {t}_override_settings
 {t}_override_settings_row {t}_results {t}_gallery {t}_gallery_container image_buttons_{t} {t}_open_folder save_{t} save_zip_{t}
 {t}_enable {t}_enable-checkbox {t}_checkpoint {t}_checkpoint_refresh {t}_switch_at {t}_accordions
-{t}_send_to_img2img {t}_send_to_inpaint download_files_{t} html_info_{t} html_log_{t} generation_info_{t} {t}_generation_info_button tab_{t}
+{t}_send_to_extras {t}_send_to_img2img {t}_send_to_inpaint download_files_{t} html_info_{t} html_log_{t} generation_info_{t} {t}_generation_info_button tab_{t}
 """
 TXT2IMG_IDS = """
 txt2img_hr txt2img_hr-checkbox txtimg_hr_finalres txt2img_hr_upscaler txt2img_hires_steps txt2img_denoising_strength txt2img_hr_scale
@@ -61,8 +61,15 @@ inpaint_sketch img2img_copy_to_img2img img2img_copy_to_sketch img2img_copy_to_in
 img2img_batch_upload_tab img2img_batch_upload img2img_batch_from_dir_tab img2img_batch_input_dir img2img_batch_output_dir
 img2img_batch_inpaint_mask_dir img2img_batch_use_png_info img2img_batch_png_info_dir img2img_batch_png_info_props
 """
+EXTRAS_IDS = """
+tab_extras extras_single_tab extras_batch_process_tab extras_batch_directory_tab extras_image extras_image_batch extras_batch_input_dir
+extras_batch_output_dir extras_show_extras_results extras_upscale extras_upscale-checkbox extras_upscaler_1 extras_upscaler_2
+extras_upscaler_2_visibility extras_resize_mode extras_upscaling_resize extras_upscale_max_side_length extras_upscaling_resize_w
+extras_upscaling_resize_h extras_upscaling_crop extras_upscaling_res_switch_btn extras_gallery html_info_x_extras html_info_extras html_log_extras
+extras_generate extras_generate_box extras_interrupt extras_skip extras_interrupting extras_send_to_img2img extras_send_to_inpaint save_extras
+"""
 OTHER_IDS = """
-tabs quicksettings footer forge_ui_preset forge_refresh_checkpoint pnginfo_image pnginfo_generation_info txt2img_tab img2img_tab inpaint_tab
+extras_tab tabs quicksettings footer forge_ui_preset forge_refresh_checkpoint pnginfo_image pnginfo_generation_info txt2img_tab img2img_tab inpaint_tab
 tab_pnginfo tab_settings settings settings_submit settings_result settings_json settings_search settings_restart_gradio
 """
 
@@ -71,13 +78,13 @@ def test_ids_that_extensions_and_scripts_know_are_there_once(page: gr.Blocks) ->
     for tab in ("txt2img", "img2img"):
         for elem_id in SHARED_IDS.format(t=tab).split():
             by_id(page, elem_id)
-    for elem_id in f"{TXT2IMG_IDS} {IMG2IMG_IDS} {OTHER_IDS}".split():
+    for elem_id in f"{TXT2IMG_IDS} {IMG2IMG_IDS} {EXTRAS_IDS} {OTHER_IDS}".split():
         by_id(page, elem_id)
     assert len([block for block in page.blocks.values() if block.elem_id == "paste"]) == 2
 
 
 def test_tabs_are_those_users_know_in_their_order(page: gr.Blocks) -> None:
-    assert [item.label for item in by_id(page, "tabs").children] == ["Txt2img", "Img2img", "PNG Info", "Settings"]
+    assert [item.label for item in by_id(page, "tabs").children] == ["Txt2img", "Img2img", "Extras", "PNG Info", "Settings"]
 
 
 def click_of(page: gr.Blocks, elem_id: str) -> Any:
