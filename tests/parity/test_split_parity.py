@@ -1,0 +1,142 @@
+"""Jobs over several slots against the same jobs on one: split == whole.
+
+Layers and replicas run each unit (one picture, one branch) alone. Compared with one slot that also runs units alone, the pictures are the
+same bit for bit: the same kernels see the same shapes. One slot usually runs cond and uncond in one batch; kernels for other batch sizes sum in
+another order, so against that a tolerance holds: 2 of 255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from backend.parallel import vae_decoding
+from backend.sampling import sampling_function
+from modules.application import Application
+from tests.support.fleets import configured_slots, cpu_fleet, virtual_fleet
+from tests.support.narrow_application import img2img, narrow_application, pixels, run, txt2img
+
+SAMPLERS = ["Euler a", "DPM++ 2M", "DPM++ SDE", "Heun", "UniPC", "LCM", "DPM fast", "DPM++ 2M SDE", "Restart", "DDIM CFG++"]
+
+
+def _mask() -> Image.Image:
+    values = np.zeros((64, 64), dtype=np.uint8)
+    values[16:48, 16:48] = 255
+    return Image.fromarray(values)
+
+
+JOBS: dict[str, Any] = {
+    "txt2img": lambda: txt2img(sampler_name="Euler a", batch_size=2),
+    "AND": lambda: txt2img(prompt="a cat AND a red dog :0.7"),
+    "without negative": lambda: txt2img(cfg_scale=1.0, batch_size=2),
+    "img2img": lambda: img2img(denoising_strength=0.6),
+    "inpaint": lambda: img2img(denoising_strength=0.8, mask=_mask(), inpainting_fill=1, batch_size=2),
+    "hires": lambda: txt2img(enable_hr=True, hr_scale=2.0, hr_upscaler="Latent", denoising_strength=0.7),
+    **{sampler: (lambda sampler=sampler: txt2img(sampler_name=sampler, batch_size=2, steps=4)) for sampler in SAMPLERS},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("split")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, list[np.ndarray]]:
+    """Pictures of one slot that runs every unit alone; hires with the VAE of one slot as well."""
+    with pytest.MonkeyPatch.context() as patch, configured_slots("cpu"), narrow_application(folder / "one", "sd15") as (app, _):
+        patch.setattr(sampling_function, "_pick_batch", lambda model, units, device: [units[-1]])
+        patch.setattr(sampling_function, "_call_model", _each_row_alone(sampling_function._call_model))
+        return {name: _pictures(app, job) for name, job in JOBS.items()}
+
+
+def _each_row_alone(call_model: Any) -> Any:
+    """The network run for one row at a time."""
+
+    def call(model: Any, *args: Any) -> Any:
+        model.runner = lambda whole: torch.cat([model.run_here(whole.rows(row, row + 1)) for row in range(whole.num_rows)])
+        try:
+            return call_model(model, *args)
+        finally:
+            model.runner = None
+
+    return call
+
+
+def _pictures(app: Application, job: Any) -> list[np.ndarray]:
+    request = job()
+    request.do_not_save_grid = True
+    done = run(request)
+    return [pixels(image) for image in done.images[done.index_of_first_image :]]
+
+
+FLEETS: dict[str, tuple[str, Any]] = {
+    "layers on 2": ("layers", lambda: virtual_fleet(2)),
+    "layers on 3": ("layers", lambda: virtual_fleet(3)),
+    "layers on 4": ("layers", lambda: virtual_fleet(4)),
+    "replicas on 2": ("replicas", lambda: virtual_fleet(2)),
+    "replicas on 3": ("replicas", lambda: virtual_fleet(3)),
+    "layers on CPU slots": ("layers", lambda: cpu_fleet(2)),
+    "replicas on CPU slots": ("replicas", lambda: cpu_fleet(2)),
+}
+
+
+EVERY_JOB_ON = ("layers on 3", "replicas on CPU slots")
+FEW_JOBS = ("txt2img", "inpaint", "hires", "DPM++ SDE")
+CASES = [(fleet, job) for fleet in FLEETS for job in JOBS if fleet in EVERY_JOB_ON or job in FEW_JOBS]
+
+
+@pytest.fixture(scope="module", params=FLEETS)
+def split(request: pytest.FixtureRequest, folder: Path, alone: object) -> Iterator[Application]:
+    strategy, make_fleet = FLEETS[request.param]
+    fleet: AbstractContextManager[Any] = make_fleet()
+    with fleet, narrow_application(folder / request.param.replace(" ", "-"), "sd15") as (app, _):
+        app.options.set("multi_gpu_strategy", strategy)
+        yield app
+
+
+@pytest.fixture
+def whole_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are dealt to slots but not cut: rows that are decoded apart are rounded otherwise, which has tests of its own."""
+    monkeypatch.setattr(vae_decoding, "worth_splitting", lambda *args, **kwargs: False)
+
+
+@pytest.mark.usefixtures("whole_decodes")
+@pytest.mark.parametrize(("split", "job"), CASES, indirect=["split"], scope="module")
+def test_a_split_job_makes_the_whole_jobs_picture(split: Application, alone: dict[str, list[np.ndarray]], job: str) -> None:
+    pictures = _pictures(split, JOBS[job])
+    assert len(pictures) == len(alone[job])
+    for picture, expected in zip(pictures, alone[job]):
+        assert np.array_equal(picture, expected)
+
+
+@pytest.mark.usefixtures("whole_decodes")
+def test_copies_in_the_foreground_give_the_same_picture(split: Application, alone: dict[str, list[np.ndarray]]) -> None:
+    def job() -> Any:
+        return txt2img(sampler_name="Euler a", batch_size=2, enable_async_gpu=False)
+
+    for picture, expected in zip(_pictures(split, job), alone["txt2img"]):
+        assert np.array_equal(picture, expected)
+
+
+def test_a_picture_decoded_in_strips_differs_by_rounding_alone(
+    split: Application, alone: dict[str, list[np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vae_decoding, "worth_splitting", lambda *args, **kwargs: True)
+    for picture, expected in zip(_pictures(split, JOBS["AND"]), alone["AND"]):
+        assert np.abs(picture - expected).max() <= 1
+
+
+@pytest.mark.parametrize("job", ["txt2img", "inpaint", "DPM++ SDE"])
+def test_one_slot_with_both_branches_in_a_batch_differs_by_rounding_alone(folder: Path, alone: dict[str, list[np.ndarray]], job: str) -> None:
+    with configured_slots("cpu"), narrow_application(folder / f"batched-{job}", "sd15") as (app, _):
+        pictures = _pictures(app, JOBS[job])
+    for picture, expected in zip(pictures, alone[job]):
+        assert np.abs(picture - expected).max() <= 2
