@@ -69,6 +69,10 @@ class HashStore:
             log.info("Calculating SHA256 of %s.", path.name)
         return known or self.cache.for_file("hashes", title, path, lambda: calculate_sha256(path))
 
+    def known_addnet_sha256(self, path: Path, title: str) -> str | None:
+        """The remembered hash of a file's tensors, if the file is still the same."""
+        return self.cache.peek("hashes-addnet", title, path) if self.enabled and path.is_file() else None
+
     def addnet_sha256(self, path: Path, title: str) -> str | None:
         if not self.enabled:
             return None

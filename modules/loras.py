@@ -42,11 +42,22 @@ class LoraOnDisk:
     @property
     def hash(self) -> str:
         """The hash of its tensors that trainers write and infotexts carry; made when first asked for, "" with --no-hashing."""
+        make = self._store.addnet_sha256 if self.is_safetensors else self._store.sha256
+        return self._written_hash() or make(self.path, self._hash_title) or ""
+
+    @property
+    def known_hash(self) -> str | None:
+        """The same where it need not be made."""
+        known = self._store.known_addnet_sha256 if self.is_safetensors else self._store.known_sha256
+        return self._written_hash() or known(self.path, self._hash_title)
+
+    def _written_hash(self) -> str | None:
         written = self.metadata.get("sshs_model_hash")
-        if isinstance(written, str) and written:
-            return written
-        title = f"lora/{self.name}"
-        return (self._store.addnet_sha256(self.path, title) if self.is_safetensors else self._store.sha256(self.path, title)) or ""
+        return written if isinstance(written, str) and written else None
+
+    @property
+    def _hash_title(self) -> str:
+        return f"lora/{self.name}"
 
     @property
     def shorthash(self) -> str:
@@ -109,6 +120,10 @@ class LoraRegistry:
                 self.refresh()
                 found = self._look_up(name)
         return found
+
+    def find_by_hash(self, shorthash: str) -> LoraOnDisk | None:
+        """The file whose hash begins so, of those whose hash is known without reading them."""
+        return next((entry for entry in self if len(shorthash) >= SHORT_HASH_DIGITS and (entry.known_hash or "").startswith(shorthash)), None)
 
     def _look_up(self, name: str) -> LoraOnDisk | None:
         names = self._names()

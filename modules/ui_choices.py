@@ -53,7 +53,8 @@ def upscaler_names() -> list[str]:
 def setting_choices(app: Application) -> dict[str, list[str]]:
     """For settings whose choices are only known while the server runs."""
     vaes = ["Automatic", "None", *app.additional_modules.vaes]
-    return {"samplers": sampler_names(), "schedulers": schedule_labels(), "themes": list(THEMES), "vaes": vaes}
+    loras = ["None", *(entry.name for entry in app.loras)]
+    return {"samplers": sampler_names(), "schedulers": schedule_labels(), "themes": list(THEMES), "vaes": vaes, "loras": loras}
 
 
 def style_names(app: Application) -> list[str]:

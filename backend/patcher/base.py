@@ -170,8 +170,12 @@ class ModelPatcher:
         return name
 
     def copy_patches_from(self, other: ModelPatcher) -> None:
-        """Ask for the same changes of weights as another patcher, of this network or of one with the same names."""
+        """Ask for the same changes of weights as another patcher, of this network or of one with the same names.
+
+        Where the originals are equal too, the host keeps them once for both.
+        """
         self.lora_patches = dict(other.lora_patches)
+        self.lora_loader.pool = other.lora_loader.pool
 
     def has_online_lora(self) -> bool:
         """Whether a change is to be added while layers run, not merged into the stored weights."""

@@ -12,6 +12,8 @@ In online mode the stored weight stays as it is and the change is added each tim
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -87,14 +89,33 @@ def _merge_step(weight: Tensor, step: Step) -> Tensor:
     return weight
 
 
+class OriginalPool:
+    """Originals that networks of the same weights share, so that each is kept once on the host, as long as one of them needs it."""
+
+    def __init__(self) -> None:
+        self._tensors: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def share(self, name: str, original: Tensor) -> Tensor:
+        """The tensor kept under that name if it is equal to `original`, bit for bit; else `original`, which is kept from now on."""
+        with self._lock:
+            kept = self._tensors.get(name)
+        if kept is not None and kept.dtype == original.dtype and torch.equal(_bits(kept), _bits(original)):
+            return kept
+        with self._lock:
+            self._tensors[name] = original
+        return original
+
+
 class LoraLoader:
     """What is changed in one network's weights now, and how to bring it elsewhere. Kept on the network itself.
 
-    `backup` maps names to the originals of merged weights, on the host. A deep copy of the network gets a loader that shares them.
+    `backup` maps names to the originals of merged weights, on the host; nobody writes to them, and twins share them through `pool`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.pool = OriginalPool()
         self.backup: dict[str, Tensor] = {}
         self.loaded_hash: str = str([])
         self._merged: dict[str, Recipe] = {}
@@ -161,7 +182,7 @@ class LoraLoader:
     def _merge(self, name: str, parameter: Tensor, recipe: Recipe, compute_device: torch.device | None) -> None:
         original = self.backup.get(name)
         if original is None:
-            original = self.backup[name] = _copy_to_host(parameter)
+            original = self.backup[name] = self.pool.share(name, _copy_to_host(parameter))
         device = parameter.device if compute_device is None or parameter.device.type != "cpu" else compute_device
         weight = original.to(device, torch.float32, copy=True)
         try:
@@ -192,7 +213,7 @@ class LoraLoader:
         """The loader of a deep copy of the network: patches and originals are shared, since nobody writes to them."""
         twin = LoraLoader.__new__(LoraLoader)
         memo[id(self)] = twin
-        twin.model = memo.get(id(self.model), self.model)
+        twin.model, twin.pool = memo.get(id(self.model), self.model), self.pool
         twin.backup, twin._merged, twin._online = dict(self.backup), dict(self._merged), dict(self._online)
         twin.loaded_hash, twin._loaded, twin._compute_device = self.loaded_hash, self._loaded, self._compute_device
         return twin
@@ -221,6 +242,10 @@ def unpatched_tensors(module: nn.Module) -> Mapping[str, Tensor]:
     Unchanged ones are the network's own tensors, originals of changed ones lie on the host: `twin.load_state_dict` takes them as they are.
     """
     return loader_of(module).originals() if LOADER_ATTRIBUTE in module.__dict__ else module.state_dict()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _are_same(one: tuple[tuple[LoraIdentifier, Any], ...], other: tuple[tuple[LoraIdentifier, Any], ...]) -> bool:

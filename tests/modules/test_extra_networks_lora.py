@@ -21,6 +21,7 @@ from modules.application import Application
 from modules.extra_networks import ExtraNetworkParams
 from modules.extra_networks_lora import LoraMention, parse_mention
 from modules.hashes import HashStore
+from modules.infotext_utils import parse_generation_parameters
 from modules.loras import LoraRegistry
 from modules.processing import Processed
 from tests.support.checkpoints import ReferenceModels
@@ -227,6 +228,16 @@ def test_a_saved_model_has_no_lora_in_it(app: Application, tmp_path: Path) -> No
     now = weights(app)
     assert all(torch.equal(patched[key], now[key]) for key in patched)
     assert unpatched_tensors(engine.forge_objects.unet.model).keys() == engine.forge_objects.unet.model.state_dict().keys()
+
+
+def test_a_pasted_infotext_finds_a_file_that_has_another_name_here(app: Application) -> None:
+    entry = app.loras.find("style")
+    assert entry is not None
+    prompt = "a cat <lora:their style:0.8> <lora:their style 2:1> <lora:gone:1>"
+    text = f'{prompt}\nSteps: 3, Sampler: Euler, Seed: 1, Lora hashes: "their style: {entry.shorthash}, gone: 123456789abc"'
+    assert parse_generation_parameters(text)["Prompt"] == "a cat <lora:style:0.8> <lora:their style 2:1> <lora:gone:1>"
+    kept = f'a cat <lora:drawing:0.8>\nSteps: 3, Sampler: Euler, Seed: 1, Lora hashes: "drawing: {entry.shorthash}"'
+    assert parse_generation_parameters(kept)["Prompt"] == "a cat <lora:drawing:0.8>"
 
 
 # prompts and files

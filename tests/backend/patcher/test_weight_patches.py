@@ -236,6 +236,19 @@ def test_a_network_built_from_the_originals_becomes_a_twin(devices: tuple[torch.
     twin.copy_patches_from(one)
     twin.refresh_loras()
     assert_same(weights(built), weights(model))
+    assert all(twin.lora_loader.backup[name] is original for name, original in one.lora_loader.backup.items())  # kept once on the host
+
+
+def test_networks_of_other_weights_share_no_originals() -> None:
+    model, other = network(), network(seed=5)
+    before, one, two = weights(other), patcher(model), patcher(other)
+    one.add_patches(filename="a", patches=patches())
+    one.refresh_loras()
+    two.copy_patches_from(one)
+    two.refresh_loras()
+    two.lora_patches = {}
+    two.refresh_loras()
+    assert_same(weights(other), before)
 
 
 @pytest.mark.parametrize("online", [False, True])
