@@ -69,7 +69,7 @@ BENCH = Bench(
     ),
     make_variants=make_variants,
     baseline="whole, one core",
-    num_rounds=5,
+    num_rounds=4,
     work_per_call=1,
     work_unit="pictures",
     packages=("torch", "diffusers"),

@@ -61,6 +61,8 @@ def read_strip_network(vae: Any, device: torch.device) -> StripNetwork:
     Raises: CannotSplit for tiling, other kinds of layers, hooks on layers, or weights that are elsewhere.
     """
     _require(not vae.use_tiling, "the VAE is set to decode in tiles (use_tiling), which gives another picture than decoding whole")
+    replaced = [name for name in ("decode", "_decode") if name in vae.__dict__]
+    _require(not replaced, f"its {', '.join(replaced)} has been replaced by an extension")
     _require(type(vae.decoder) is Decoder, f"its decoder is a {type(vae.decoder).__name__}")
     decoder: Any = vae.decoder
     for name, module in (*_named(decoder, "decoder"), *_named(vae.post_quant_conv, "post_quant_conv")):

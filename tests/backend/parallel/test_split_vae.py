@@ -141,6 +141,13 @@ def test_other_ways_of_attention(workers: Workers, processor: type, atol: float)
     torch.testing.assert_close(make_decoder(vae, workers).decode(latents_BCHW), vae.decode(latents_BCHW).sample, rtol=0, atol=atol)
 
 
+def test_weights_in_channels_last_order(workers: Workers) -> None:
+    vae, latents_BCHW = make_vae(dtype=torch.float32), make_latents(6, 5, dtype=torch.float32)
+    expected_BCHW = vae.decode(latents_BCHW).sample
+    nn.Module.to(vae, memory_format=torch.channels_last)
+    torch.testing.assert_close(make_decoder(vae, workers).decode(latents_BCHW), expected_BCHW, rtol=0, atol=1e-4)
+
+
 def test_a_batch_goes_image_by_image(workers: Workers) -> None:
     decoder, latents_BCHW = make_decoder(NARROW, workers), make_latents(5, 4, batch=3)
     split_BCHW = decoder.decode(latents_BCHW)
@@ -412,6 +419,10 @@ def _replace_forward(vae: Any) -> None:
     vae.decoder.conv_in.forward = vae.decoder.conv_in.forward
 
 
+def _replace_decode(vae: Any) -> None:
+    vae.decode = vae.decode
+
+
 def _hook(vae: Any) -> None:
     vae.decoder.conv_out.register_forward_pre_hook(lambda module, args: None)
 
@@ -446,6 +457,7 @@ def _mix_types(vae: Any) -> None:
         (_tile, "tiles"),
         (_wrap_around, r"up_blocks.0.resnets.0.conv1.*zeros around"),
         (_replace_forward, "decoder.conv_in has had its forward replaced"),
+        (_replace_decode, "its decode has been replaced"),
         (_hook, "decoder.conv_out has forward hooks"),
         (_put_spatial_norm, "conv_norm_out"),
         (_put_other_resnet, "mid_block.resnets.1 is a Identity"),
