@@ -44,7 +44,7 @@ class Units:
     """What a step has to do: every image once for every branch."""
 
     images: int = 1
-    branches: int = 1
+    branches: int = 2
     has_lanes: bool = True
 
     def __post_init__(self) -> None:

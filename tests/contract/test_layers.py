@@ -9,6 +9,8 @@ import pytest
 from tests.contract.sources import LAYERS, PACKAGES, ROOT_DIR, Source, imported_names, product_sources, runtime_nodes
 
 NOT_IN_BACKEND = {"gradio", "fastapi", "starlette", "uvicorn", "argparse", "gradio_client"}
+# A command of its own, `python -m backend.parallel.simulate`, that nothing imports: it predicts plans for cards without starting the WebUI.
+COMMANDS = {"backend/parallel/simulate.py": "argparse"}
 # What the page and the API are made of; neither may know the other.
 PAGE, API = "modules.ui", "modules.api"
 
@@ -51,9 +53,14 @@ def test_the_engine_knows_no_page_no_server_and_no_command_line() -> None:
         f"{s.name}:{line} imports {name}"
         for s in product_sources()
         for name, line in imported_names(s)
-        if s.top == "backend" and name.split(".")[0] in NOT_IN_BACKEND
+        if s.top == "backend" and name.split(".")[0] in NOT_IN_BACKEND and name != COMMANDS.get(s.name)
     ]
     assert found == []
+
+
+def test_commands_are_imported_by_nobody() -> None:
+    modules = {name.removesuffix(".py").replace("/", ".") for name in COMMANDS}
+    assert [f"{source.name}:{line}" for source in product_sources() for name, line in imported_names(source) if name in modules] == []
 
 
 def test_page_and_api_do_not_import_each_other() -> None:
