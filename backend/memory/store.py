@@ -45,7 +45,8 @@ class MemoryStore:
         if not slots:
             raise ValueError("A memory store was asked for without slots; probe_devices gives at least one.")
         self.config = config
-        self.slots = tuple(slots)
+        self.all_slots = self.slots = tuple(slots)
+        """All that were there at first, and those that work."""
         self.residents: list[LoadedModel] = []
         self.wants_empty_cache = False
         self.lost_devices: frozenset[torch.device] = frozenset()

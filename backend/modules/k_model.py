@@ -20,15 +20,11 @@ from backend.nn.network_call import NetworkCall
 from backend.nn.unet_program import Program, build_program
 from backend.nn.unet_state import TransformerOptions
 
-BYTES_PER_LATENT_POSITION = 16384
-"""Working memory of a forward pass of the field's UNets per latent position and byte of a number, times ACTIVATION_FACTOR.
-
-Tensors alive at the peak, counted on virtual GPUs, are 26 numbers per position and outer channel for SD1.x and 16 for SDXL: the estimate is 2.5
-and 4.2 times that, which leaves room for the scratch memory of kernels and for what an allocator rounds up.
-"""
-ACTIVATION_FACTOR = 1.28
-PUBLISHED_WIDTH = 320
-"""Channels of those UNets' outer level; a narrower one needs less in proportion."""
+PEAK_NUMBERS = {True: 26, False: 16}
+"""Numbers alive at the peak of a forward pass, per latent position and channel of the outer level, with transformers on that level (SD1.x, SD2.x)
+and without (SDXL and its refiner). Counted with fused attention; the same at every size and batch (benchmarks/memory_estimates.md)."""
+SAFETY = 2.0
+"""The estimate over what tensors take: room for the scratch memory of kernels and for what an allocator rounds up."""
 
 
 class KModel(nn.Module):
@@ -106,6 +102,7 @@ class KModel(nn.Module):
 
     def memory_required(self, input_shape: Sequence[int]) -> float:
         """Estimate of the working memory, in bytes, of a forward pass over (B, C, H, W)."""
+        config: Any = self.diffusion_model.config
+        numbers: int = PEAK_NUMBERS["CrossAttn" in config.down_block_types[0]] * config.block_out_channels[0]
         positions = input_shape[0] * input_shape[2] * input_shape[3]
-        width_share: float = self.diffusion_model.config.block_out_channels[0] / PUBLISHED_WIDTH
-        return ACTIVATION_FACTOR * positions * self.computation_dtype.itemsize * BYTES_PER_LATENT_POSITION * width_share
+        return SAFETY * numbers * positions * self.computation_dtype.itemsize

@@ -5,7 +5,6 @@ Whoever makes plans tells this module the plan in force. It must not know pages 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -78,8 +77,6 @@ class _Now:
     plan: PlanStatus | None = None
     links: tuple[LinkStatus, ...] = ()
     speeds: Mapping[int, float] = field(default_factory=dict)
-    lost: frozenset[int] = frozenset()
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 _now = _Now()
@@ -93,10 +90,9 @@ def set_current_plan(plan: Plan | None, *, units: Sequence[int] = (), measured_m
     _now.plan = None if plan is None else _describe_plan(plan, tuple(units), measured_ms)
 
 
-def set_speeds(speeds: Mapping[int, float], lost: Sequence[int] = ()) -> None:
-    """Speeds of slots as measured, in any unit, by index; and the slots that are lost."""
-    with _now.lock:
-        _now.speeds, _now.lost = dict(speeds), frozenset(lost)
+def set_speeds(speeds: Mapping[int, float]) -> None:
+    """Speeds of slots as measured, in any unit, by index."""
+    _now.speeds = dict(speeds)
 
 
 def set_links(links: Sequence[Link], verdicts: Verdicts) -> None:
@@ -134,15 +130,14 @@ def current_links() -> tuple[LinkStatus, ...]:
 
 
 def describe_slots() -> tuple[SlotStatus, ...]:
-    """Every slot that the flags name, whether it computes or stands idle."""
-    slots = memory_management.current_store().slots
+    """Every slot that the flags name, whether it computes or stands idle; lost ones too."""
+    slots = memory_management.current_store().all_slots
     cards = read_telemetry() if any(slot.torch_device.type == "cuda" for slot in slots) else ()
     holders = {row.device: row.holders for row in memory_management.describe_devices()}
-    with _now.lock:
-        speeds, lost = _now.speeds, _now.lost
+    lost, speeds = memory_management.lost_devices(), _now.speeds
     return tuple(
         _describe_lost(slot)
-        if slot.index in lost
+        if slot.torch_device in lost
         else _describe_slot(slot, find_telemetry(slot.torch_device, cards), holders, _relative_speed(slot, slots[0], speeds))
         for slot in slots
     )

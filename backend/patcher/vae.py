@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PUBLISHED_WIDTH = 128
-_ENCODE_BYTES_PER_PIXEL = 1767
-_DECODE_BYTES_PER_PIXEL = 2178
-"""Working memory of the published networks per picture pixel and byte of the number type; narrower ones need less in proportion."""
+_SAFETY = 2.0
+_ENCODE_BYTES_PER_PIXEL = _SAFETY * 643
+_DECODE_BYTES_PER_PIXEL = _SAFETY * 768
+"""Working memory of the published networks per picture pixel and byte of the number type; narrower ones need less in proportion. The second
+factor is what tensors take at the peak (benchmarks/memory_estimates.md), the first leaves room for the scratch memory of kernels."""
 _DECODE_TILES = (64, 32, 16)
 _ENCODE_TILES = (512, 256, 128)
 """Sides of tiles, in latent and in picture pixels, from what is tried first when memory runs out to what is tried last."""

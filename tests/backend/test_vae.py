@@ -52,8 +52,8 @@ def test_facts_are_derived_from_the_network(network):
     vae = VAE(network)
     assert (vae.latent_channels, vae.downscale_ratio) == (4, 8)
     full_width_share = 32 / 128
-    assert vae.memory_used_decode((1, 4, 64, 64), torch.float32) == int(2178 * 64 * 64 * 64 * 4 * full_width_share)
-    assert vae.memory_used_encode((1, 3, 512, 512), torch.float16) == int(1767 * 512 * 512 * 2 * full_width_share)
+    assert vae.memory_used_decode((1, 4, 64, 64), torch.float32) == int(2.0 * 768 * 64 * 64 * 64 * 4 * full_width_share)
+    assert vae.memory_used_encode((1, 3, 512, 512), torch.float16) == int(2.0 * 643 * 512 * 512 * 2 * full_width_share)
 
 
 def test_batches_are_as_large_as_free_memory_allows(network, monkeypatch):

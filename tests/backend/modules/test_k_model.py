@@ -94,4 +94,6 @@ def test_working_memory_grows_with_the_batch_and_the_type() -> None:
     unet = build_models(Path("none"), "sd15").unet
     model = KModel(unet, Prediction())
     assert model.memory_required([2, 4, 64, 64]) == 2 * model.memory_required([1, 4, 64, 64])
-    assert model.memory_required([1, 4, 64, 64]) == pytest.approx(1.28 * 64 * 64 * 4 * 16384 * 32 / 320)
+    assert model.memory_required([1, 4, 64, 64]) == 2.0 * 26 * 32 * 64 * 64 * 4
+    without_outer_transformers = KModel(build_models(Path("none"), "sdxl").unet, Prediction(), computation_dtype=torch.bfloat16)
+    assert without_outer_transformers.memory_required([1, 4, 64, 64]) == 2.0 * 16 * 32 * 64 * 64 * 2

@@ -79,7 +79,7 @@ def test_a_lost_slot_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert device == torch.device("vgpu:0")
         return DeviceBytes(total_bytes=1, free_bytes=1, reserved_bytes=0, idle_bytes=0)
 
-    status.set_speeds({}, lost=[1])
+    memory_management.lose_device("vgpu:1")
     rows = memory_management.describe_devices()
     monkeypatch.setattr(memory_management, "describe_devices", lambda: rows)
     monkeypatch.setattr(status, "read_device_bytes", refuse)
@@ -92,7 +92,8 @@ def test_a_card_that_does_nothing_yet_is_asked_through_its_driver(monkeypatch: p
         uuid="GPU-1", name="Card", driver="1", total_bytes=24 * MIB, used_bytes=6 * MIB, utilization_percent=30, temperature_celsius=60,
         power_watts=200.5, power_limit_watts=450.0, pcie_generation=4, pcie_lanes=16,
     )  # fmt: skip
-    store = SimpleNamespace(slots=(Slot(0, torch.device("cuda:0"), "Card", 24 * MIB),))
+    monkeypatch.setattr(memory_management, "lost_devices", frozenset)
+    store = SimpleNamespace(all_slots=(Slot(0, torch.device("cuda:0"), "Card", 24 * MIB),))
     monkeypatch.setattr(memory_management, "current_store", lambda: store)
     monkeypatch.setattr(memory_management, "describe_devices", lambda: ())
     monkeypatch.setattr(memory_management, "vram_state_of", lambda device: VRAMState.NORMAL_VRAM)

@@ -32,6 +32,8 @@ SIGMA = torch.tensor([2.0, 2.0])
 class FakeModel:
     """x0 = the condition's number everywhere; remembers every call."""
 
+    runner = None
+
     def __init__(self, *, bytes_per_row: float = 1.0, fails_above: int | None = None) -> None:
         self.calls: list[dict[str, Any]] = []
         self.bytes_per_row, self.fails_above = bytes_per_row, fails_above
