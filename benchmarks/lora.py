@@ -25,7 +25,7 @@ def _network(name: str) -> tuple[nn.Module, dict[str, WeightPatch]]:
     """A UNet of random fp16 weights and a LoRA over all its layers but norms and biases."""
     with torch.device("meta"):
         unet = sdxl_networks()[0] if name == "SDXL" else UNet2DConditionModel(cross_attention_dim=768)  # the library's default is SD1.x
-    unet = unet.to(torch.float16).to_empty(device="cpu").requires_grad_(False)
+    nn.Module.to(unet, torch.float16).to_empty(device="cpu").requires_grad_(False)
     patches: dict[str, WeightPatch] = {}
     for key, weight in unet.named_parameters():
         weight.copy_(torch.rand(()).half())

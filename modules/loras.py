@@ -110,6 +110,10 @@ class LoraRegistry:
                 self.refresh()
             return iter(list(self._by_name.values()))
 
+    def list_names(self) -> list[str]:
+        """Stems of the files that are there now; opens none."""
+        return list(dict.fromkeys(path.stem for root in self.roots for path in find_files(root, LORA_SUFFIXES)))
+
     def find(self, name: str) -> LoraOnDisk | None:
         """The file that a name in a prompt means: a stem, an alias that one file alone has, a path below the folder; letter case counts only
         where two differ by it. A file that is new, changed or gone is noticed without a refresh.

@@ -66,14 +66,23 @@ class LoraPatch(AddedPatch):
     alpha: float | None = None
     mid: Tensor | None = None
 
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.down.shape[0]
+
+    def merge(self, weight: Tensor, strength: float) -> Tensor:
+        if self.mid is not None or self.dora_scale is not None or not weight.is_contiguous():
+            return AddedPatch.merge(self, weight, strength)
+        patch = self._read(weight)  # the usual kind, in one pass over the weight
+        weight.view(weight.shape[0], -1).addmm_(patch.up.flatten(1), patch.down.flatten(1), alpha=self._scale * strength)
+        return weight
+
     def difference(self, shape: torch.Size) -> Tensor:
-        rank = self.down.shape[0]
-        scale = 1.0 if self.alpha is None else self.alpha / rank
         if self.mid is not None:
             product = torch.einsum("or,rs...,si->oi...", self.up.flatten(1), self.mid, self.down.flatten(1))
         else:
             product = self.up.flatten(1) @ self.down.flatten(1)
-        return product.reshape(shape).mul_(scale)
+        return product.reshape(shape).mul_(self._scale)
 
     def explain_misfit(self, shape: torch.Size) -> str | None:
         kernel = math.prod(self.mid.shape[2:]) if self.mid is not None else 1

@@ -191,7 +191,9 @@ class LoraLoader:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise WeightPatchError(f"A weight patch cannot be put on {name} {tuple(original.shape)}: {error}") from error
-        _overwrite(parameter, round_to(merged, parameter.dtype, seed=zlib.crc32(name.encode())))
+        if merged.device != parameter.device or parameter.dtype in _FP8_MANTISSA_BITS:
+            merged = round_to(merged, parameter.dtype, seed=zlib.crc32(name.encode()))
+        _overwrite(parameter, merged)  # rounds to nearest on the way
         self._merged[name] = recipe
 
     # added while the layer runs
