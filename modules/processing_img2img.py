@@ -6,6 +6,7 @@ Shapes: B pictures, C channels, H W rows and columns. The request (`p`) is fille
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -178,11 +179,16 @@ def _prepare_latent_mask(p: StableDiffusionProcessingImg2Img) -> None:
     new = mask_to_latent(latent_mask, p.init_latent.shape[2], p.init_latent.shape[3], hard=p.mask_round).to(p.init_latent)
     p.mask, p.nmask = (1 - new).expand_as(p.init_latent), new.expand_as(p.init_latent)
     if p.inpainting_fill == LATENT_NOISE:
-        seeds = p.all_seeds[: p.init_latent.shape[0]]
-        noise = torch.stack([_noise_of_seed(p, seed) for seed in seeds]).to(p.init_latent)
-        p.init_latent = p.init_latent * p.mask + noise * p.nmask
+        p.latent_before_noise = p.init_latent
+        _fill_with_noise(p, p.all_seeds[: p.init_latent.shape[0]])
     elif p.inpainting_fill == LATENT_NOTHING:
         p.init_latent = p.init_latent * p.mask
+
+
+def _fill_with_noise(p: StableDiffusionProcessingImg2Img, seeds: Sequence[int]) -> None:
+    """Each picture's masked part becomes the noise of its own seed, whichever batch it is in."""
+    noise = torch.stack([_noise_of_seed(p, seed) for seed in seeds]).to(p.latent_before_noise)
+    p.init_latent = p.latent_before_noise * p.mask + noise * p.nmask
 
 
 def _noise_of_seed(p: StableDiffusionProcessingImg2Img, seed: int) -> Tensor:
@@ -196,6 +202,8 @@ def sample_img2img(p: StableDiffusionProcessingImg2Img, c: Any, uc: Any) -> Tens
     """Latents of the batch."""
     if p.sampler.sd_model is not p.sd_model:  # an earlier batch ended with the refiner
         p.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
+    if p.latent_before_noise is not None and p.iteration > 0:
+        _fill_with_noise(p, p.seeds)
     noise_BCHW = p.rng.first()
     multiplier = p.options.initial_noise_multiplier if p.initial_noise_multiplier is None else p.initial_noise_multiplier
     if multiplier != 1.0:

@@ -458,6 +458,7 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
     init_img_hash: str | None = field(default=None, init=False)
     mask_for_overlay: Any = field(default=None, init=False)
     init_latent: Any = field(default=None, init=False)
+    latent_before_noise: Any = field(default=None, init=False)
 
     def __post_init__(self, sd_model: Any) -> None:  # type: ignore[override]  # see the field
         super().__post_init__(sd_model)
