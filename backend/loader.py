@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,9 +298,15 @@ def _empty_text_encoder(located: _LocatedText, slot: str, family: str) -> nn.Mod
     return build_empty(lambda: cast("nn.Module", CLIPTextModel(CLIPTextConfig(**arguments))))
 
 
+def _count_bytes(networks: Iterable[nn.Module], dtype: torch.dtype) -> int:
+    """What their weights will take in this type."""
+    return sum(parameter.numel() for network in networks for parameter in network.parameters()) * dtype.itemsize
+
+
 def _load_clip(encoders: dict[str, nn.Module], plans: dict[str, LoadPlan], sources: _Sources, config: BackendConfig) -> CLIP:
-    device = memory_management.text_encoder_device()
-    storage_dtype = dtype_from_flag(config.clip_dtype or config.all_in) or memory_management.text_encoder_dtype(device)
+    flag_dtype = dtype_from_flag(config.clip_dtype or config.all_in)
+    device = memory_management.text_encoder_device(_count_bytes(encoders.values(), flag_dtype or memory_management.text_encoder_dtype()))
+    storage_dtype = flag_dtype or memory_management.text_encoder_dtype(device)
     computes_directly = storage_dtype not in _FP8 and memory_management.supports_dtype(device, storage_dtype)
     computation_dtype = storage_dtype if computes_directly else memory_management.get_computation_dtype(device)
     for slot, encoder in encoders.items():
@@ -312,8 +318,9 @@ def _load_clip(encoders: dict[str, nn.Module], plans: dict[str, LoadPlan], sourc
 
 
 def _load_vae(vae: AutoencoderKL, plan: LoadPlan, sources: _Sources, config: BackendConfig) -> VAE:
-    device = memory_management.vae_device()
-    dtype = dtype_from_flag(config.vae_dtype) or memory_management.vae_dtype(device)
+    flag_dtype = dtype_from_flag(config.vae_dtype)
+    device = memory_management.vae_device(_count_bytes([vae], flag_dtype or memory_management.vae_dtype(memory_management.get_torch_device())))
+    dtype = flag_dtype or memory_management.vae_dtype(device)
     assign_tensors(vae, plan, sources.vae.file, storage_dtype=dtype)
     return VAE(vae, device=device, dtype=dtype)
 

@@ -381,6 +381,15 @@ def test_model_on_a_virtual_gpu_equals_the_one_on_the_cpu(checkpoint, vram_mode,
     assert torch.equal(result.cpu(), expected)
 
 
+@pytest.mark.parametrize(("second_mib", "expected"), [(1024, "vgpu:1"), (4, "vgpu:0")])
+def test_parts_go_to_a_second_slot_only_where_they_fit(checkpoint, second_mib, expected):
+    config = BackendConfig(virtual_gpus_bytes=(2**30, second_mib * 2**20), multi_gpu=True)
+    memory_management.configure(config, probe_devices(config))
+    objects = load_checkpoint(checkpoint("sd15").path, config=config).forge_objects
+    assert str(objects.vae.device) == str(objects.vae.patcher.load_device) == expected
+    assert str(objects.clip.patcher.load_device) == expected
+
+
 def test_a_failed_load_leaves_the_model_in_use_alone(checkpoint, tmp_path):
     reference = checkpoint("sd15")
     engine = load_checkpoint(reference.path, config=CONFIG)
