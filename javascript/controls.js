@@ -47,13 +47,19 @@ function setupInputAccordion(accordion) {
     if (accordionIsOpen(header) !== checkbox.checked) {
         header.click();
     }
+    // The framework opens it once more when its tab is drawn late; only a press on the header says what the user wants.
+    let wasPressed = false;
+    header.addEventListener("click", () => {
+        wasPressed = true;
+    });
     const follow = () => {
         const open = accordionIsOpen(header);
-        visible.checked = open;
         const hidden = inputAccordionParts(accordion.id).checkbox;
         if (hidden && hidden.checked !== open) {
-            hidden.click();
+            (wasPressed ? hidden : header).click();
         }
+        wasPressed = false;
+        visible.checked = hidden ? hidden.checked : open;
     };
     new MutationObserver(follow).observe(header, {attributes: true, attributeFilter: ["class"]});
     visible.addEventListener("click", (event) => {

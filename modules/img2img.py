@@ -110,6 +110,8 @@ def _request_for(
         one.image_mask = _read(_mask_for(path, masks))
     if output_dir:
         one.outpath_samples = output_dir
+        one.override_settings.setdefault("save_to_dirs", False)
+        one.override_settings.setdefault("save_images_replace_action", "Add number suffix")
         if p.options.img2img_batch_use_original_name:
             several = p.n_iter > 1 or p.batch_size > 1
             one.override_settings["samples_filename_pattern"] = f"{path.stem}-[generation_number]" if several else path.stem

@@ -64,6 +64,7 @@ def note_refiner(p: StableDiffusionProcessing) -> None:
     info = p.refiner_checkpoint_info
     if info is None or p.sd_model.filename == info.filename:
         return
+    info.calculate_shorthash()  # its title has it from here on
     p.extra_generation_params["Refiner"] = info.short_title
     p.extra_generation_params["Refiner switch at"] = p.refiner_switch_at
     if p.options.refiner_switch_by_sample_steps:

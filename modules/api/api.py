@@ -13,6 +13,7 @@ from fastapi import APIRouter, FastAPI
 from PIL import Image
 
 from modules.api import models
+from modules.api.embeddings import EmbeddingRoutes
 from modules.api.extras import ExtrasRoutes, interrogate
 from modules.api.fetching import FetchError, is_public, resolve
 from modules.api.generation import GenerationRoutes, Process
@@ -46,6 +47,7 @@ def create_api(app: Application, fastapi_app: FastAPI, *, process: Process = pro
         return
     router = create_router(RoutePolicy(credentials=app.config.api_auth, log_calls=app.config.api_log))
     _add_generation(router, GenerationRoutes(app, process), ExtrasRoutes(app))
+    _add(router, "POST", "create/embedding", EmbeddingRoutes(app).create, models.CreateResponse)
     _add_job_control(router, JobRoutes(app))
     _add_listings(router, ListingRoutes(app))
     _add_server(router, ServerRoutes(app), stoppable=app.config.api_server_stop)

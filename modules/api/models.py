@@ -232,6 +232,19 @@ class InterrogateRequest(RequestModel):
     model: Name = "clip"
 
 
+class CreateEmbeddingRequest(RequestModel):
+    """A new embedding of that many vectors, which begin as those of init_text."""
+
+    name: Name
+    num_vectors_per_token: Annotated[int, Field(ge=1, le=75)] = 1
+    overwrite_old: bool = False
+    init_text: str = "*"
+
+
+class CreateResponse(BaseModel):
+    info: str
+
+
 # Jobs
 
 

@@ -26,11 +26,11 @@ def test_every_picture_of_a_folder_is_made_and_saved(app: Application, tmp_path:
     for name in ("a.png", "b.png"):
         gradient(64, 64).save(source / name)
     (source / "broken.png").write_text("no picture", encoding="utf8")
-    overrides = {"img2img_batch_use_original_name": True, "save_to_dirs": False}
+    overrides = {"img2img_batch_use_original_name": True}
     result = process_batch(img2img(steps=2, override_settings=overrides), str(source), str(output), "")
     assert result is not None
     assert len(result.images) == len(result.infotexts) == 2
-    assert len(list(output.rglob("*.png"))) == 2
+    assert len(list(output.glob("*.png"))) == 2
     assert sorted(path.stem.split("-")[-1] for path in output.rglob("*.png")) == ["a", "b"]
 
 

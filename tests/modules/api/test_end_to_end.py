@@ -103,3 +103,21 @@ def test_embeddings_and_memory_of_the_loaded_model(server: Server) -> None:
     assert server.app.models.engine is None
     assert server.post("/sdapi/v1/reload-checkpoint") == {}
     assert server.app.models.engine is not None
+
+
+def test_a_new_embedding_is_made_of_words_and_means_them(server: Server) -> None:
+    body = {"name": "my cat!", "num_vectors_per_token": 2, "init_text": "red cat"}
+    answer = server.post("/sdapi/v1/create/embedding", body)
+    folder = server.app.config.embeddings_dirs[0]
+    assert answer["info"] == f"create embedding filename: {folder / 'my cat.pt'}"
+    assert server.get("/sdapi/v1/embeddings")["loaded"]["my cat"]["vectors"] == 2
+    pictures = [server.txt2img(prompt=prompt, steps=2, seed=1)["images"][0] for prompt in ("my cat", "red cat", "blue dog")]
+    assert pictures[0] != pictures[2]
+    assert np.abs(np.asarray(from_base64(pictures[0])).astype(int) - np.asarray(from_base64(pictures[1])).astype(int)).max() == 0
+    refused = server.client.post("/sdapi/v1/create/embedding", json=body)
+    assert refused.status_code == 422
+    assert "already" in refused.json()["detail"]
+    server.post("/sdapi/v1/create/embedding", {**body, "overwrite_old": True, "init_text": ""})
+    (folder / "my cat.pt").unlink()
+    nameless = server.client.post("/sdapi/v1/create/embedding", json={"name": "../"})
+    assert "no name for an embedding" in nameless.json()["detail"]

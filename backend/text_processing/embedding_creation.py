@@ -1,0 +1,78 @@
+"""A new textual-inversion embedding: vectors that start from the words of a text, written for training programs to go on from.
+
+Shapes: L vectors, C channels of a text encoder. Must not know requests or pages.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from backend.text_processing.clip_tokenizer import tokenize_plain
+from backend.text_processing.embedding import EmbeddingError
+
+if TYPE_CHECKING:
+    from backend.text_processing.classic_engine import ClassicTextProcessingEngine
+
+MAX_VECTORS = 75
+_KEPT_SIGNS = "._- "
+
+
+def clean_name(name: str) -> str:
+    """`name` as a file can have it: letters, digits and `._- `. Raises: EmbeddingError when nothing is left."""
+    kept = "".join(char for char in name if char.isalnum() or char in _KEPT_SIGNS).strip()
+    if not kept.strip("._- "):
+        raise EmbeddingError(f"{name!r} is no name for an embedding; use letters and digits")
+    return kept
+
+
+def first_vectors(text_engines: Sequence[ClassicTextProcessingEngine], num_vectors: int, init_text: str) -> dict[str, Tensor]:
+    """(L, C) by text encoder: the token vectors of `init_text`, spread over `num_vectors`; zeros for an empty text."""
+    return {engine.embedding_key: _spread(_token_vectors(engine, init_text or "*"), num_vectors, fill=bool(init_text)) for engine in text_engines}
+
+
+def _token_vectors(engine: ClassicTextProcessingEngine, text: str) -> Tensor:
+    tokens = tokenize_plain(engine.tokenizer, [text])[0][: engine.chunk_length] or [engine.id_end]
+    encoder: Any = engine.text_encoder
+    weight_VC: Tensor = encoder.get_input_embeddings().weight
+    return weight_VC.detach()[torch.tensor(tokens, device=weight_VC.device)].to("cpu", torch.float32)
+
+
+def _spread(words_LC: Tensor, num_vectors: int, *, fill: bool) -> Tensor:
+    if not fill:
+        return torch.zeros(num_vectors, words_LC.shape[1])
+    return words_LC[torch.arange(num_vectors) * len(words_LC) // num_vectors].clone()
+
+
+def write_embedding(
+    folder: Path, name: str, tables: Mapping[str, Tensor], *, overwrite: bool, sd_checkpoint: str | None, sd_checkpoint_name: str | None
+) -> Path:
+    """Write a new file, whole or not at all: `.pt` in A1111's form for one text encoder, `.safetensors` for a pair (SDXL).
+
+    Raises: EmbeddingError when there is one of that name already and `overwrite` is not set.
+    """
+    name = clean_name(name)
+    path = folder / f"{name}{'.pt' if len(tables) == 1 else '.safetensors'}"
+    if path.exists() and not overwrite:
+        raise EmbeddingError(f"there is an embedding {path.name} already; choose another name, or ask for the old one to be overwritten")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
+    os.close(handle)
+    try:
+        if len(tables) == 1:
+            facts = {"name": name, "step": 0, "sd_checkpoint": sd_checkpoint, "sd_checkpoint_name": sd_checkpoint_name}
+            torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": next(iter(tables.values()))}, **facts}, unfinished)
+        else:
+            from safetensors.torch import save_file  # only when something is saved
+
+            save_file({key: table.contiguous() for key, table in tables.items()}, unfinished)
+        Path(unfinished).replace(path)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+    return path
