@@ -8,7 +8,79 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-WHAT_IS_TRUE: Mapping[str, str] = {
+# Settings that nothing reads yet: what is true until something does -> their keys. `tests/contract/test_settings.py` says when one can go.
+_NOT_YET: Mapping[str, str] = {
+    "pictures are not described in words here": """
+        interrogate_keep_models_in_memory interrogate_return_ranks interrogate_clip_num_beams interrogate_clip_min_length
+        interrogate_clip_max_length interrogate_clip_dict_limit interrogate_clip_skip_categories interrogate_deepbooru_score_threshold
+        deepbooru_sort_alpha deepbooru_use_spaces deepbooru_escape deepbooru_filter_tags
+    """,
+    "nothing is trained here": """
+        unload_models_when_training save_optimizer_state save_training_settings_to_txt dataset_filename_word_regex dataset_filename_join_string
+        training_image_repeats_per_epoch training_write_csv_every training_xattention_optimizations training_enable_tensorboard
+        training_tensorboard_save_images training_tensorboard_flush_every
+    """,
+    "no profile is written": "profiling_activities profiling_record_shapes profiling_profile_memory profiling_with_stack profiling_filename",
+    "there is no ControlNet": """
+        control_net_detectedmap_dir control_net_unit_count control_net_model_cache_size control_net_no_detectmap control_net_detectmap_autosaving
+        control_net_allow_script_control control_net_sync_field_args controlnet_show_batch_images_in_ui controlnet_increment_seed_during_batch
+        controlnet_disable_openpose_edit controlnet_disable_photopea_edit controlnet_photopea_warning controlnet_input_thumbnail
+    """,
+    "faces are not restored": "save_images_before_face_restoration code_former_weight face_restoration_unload",
+    "the page has no cards of extra networks": """
+        extra_networks_show_hidden_directories extra_networks_dir_button_function extra_networks_hidden_models extra_networks_card_text_scale
+        extra_networks_card_show_desc extra_networks_card_description_is_html extra_networks_card_order_field extra_networks_card_order
+        extra_networks_tree_view_style extra_networks_tree_view_default_enabled extra_networks_add_text_separator ui_extra_networks_tab_reorder
+        lora_preferred_name lora_filter_disabled
+    """,
+    "no key changes weights in a prompt": """
+        keyedit_precision_attention keyedit_precision_extra keyedit_delimiters keyedit_delimiters_whitespace keyedit_move
+    """,
+    "the page's own viewer shows pictures": """
+        js_modal_lightbox js_modal_lightbox_initially_zoomed js_modal_lightbox_gamepad js_modal_lightbox_gamepad_repeat
+        sd_webui_modal_lightbox_icon_opacity sd_webui_modal_lightbox_toolbar_opacity js_live_preview_in_modal_lightbox
+    """,
+    "no sound is played": "notification_audio notification_volume",
+    "the page has one layout": """
+        img2img_inpaint_mask_high_contrast img2img_inpaint_mask_scribble_alpha open_dir_button_choice compact_prompt_box samplers_in_dropdown
+        dimensions_and_batch_together txt2img_settings_accordion img2img_settings_accordion forge_canvas_plain forge_canvas_toolbar_always
+        quick_setting_list ui_tab_order hidden_tabs tabs_without_quick_settings_bar ui_reorder_list extra_options_txt2img extra_options_img2img
+        extra_options_cols extra_options_accordion
+    """,
+    "the page is in English": "localization",
+    "presets set size, CFG scale, sampler and schedule of the choices sd and xl": """
+        xl_GPU_MB flux_t2i_cfg flux_i2i_cfg flux_GPU_MB flux_t2i_d_cfg flux_t2i_hr_d_cfg flux_i2i_d_cfg
+    """,
+    "the console shows one line for each job and each load, as --loglevel says": """
+        enable_console_prompts show_warnings show_gradio_deprecation_warnings memmon_poll_rate samples_log_stdout multiple_tqdm
+        enable_upscale_progressbar print_hypernet_extra hide_ldm_prints dump_stacks_on_signal textual_inversion_print_at_load
+    """,
+    "temporary pictures live in the system's folder and go when the program ends": "temp_dir clean_temp_dir_at_start",
+    "zip files are named by date and tab": "grid_zip_filename_pattern",
+    "files of Extras are named after their source": "use_upscaler_name_as_suffix",
+    "the Save button saves into one folder": "use_save_to_dirs_for_ui",
+    "every file in models/RealESRGAN is offered": "realesrgan_enabled_models",
+    "every file in models/DAT is offered": "dat_enabled_models",
+    "all upscaler files share the tile size of ESRGAN": "DAT_tile",
+    "all upscaler files share the tile overlap of ESRGAN": "DAT_tile_overlap",
+    "the scale stays as it is set": "set_scale_by_when_changing_upscaler",
+    "hidden folders are looked through like others": "list_hidden_files",
+    "checkpoints are mapped from disk": "disable_mmap_load_safetensors",
+    "models share each device by what fits": "sd_checkpoints_keep_in_cpu",
+    "Stable Diffusion 3 is not supported": "sd3_enable_t5",
+    "the chosen VAE always counts": "sd_vae_overrides_per_model_preferences",
+    "hashes of embeddings are always written": "textual_inversion_add_hashes_to_infotext",
+    "themes come with gradio": "gradio_themes_cache",
+    "the page is built once, at start": "enable_reloading_ui_scripts",
+    "VAE files are written by name, as Module 1": "add_vae_hash_to_info",
+    "Full previews are made wherever they are asked for": "live_preview_allow_lowvram_full",
+    "previews show the picture as far as it is": "live_preview_content",
+    "postprocessing is in the Extras tab only": "postprocessing_enable_in_main_ui",
+    "states of extensions are not kept": "restore_config_state_file",
+    "checkpoints are found by name": "sd_checkpoint_hash",
+}
+
+_BY_DESIGN: Mapping[str, str] = {
     "upcast_attn": "start with --force-upcast-attention",
     "cross_attention_optimization": "attention is chosen at start, with --attention-pytorch, --attention-split, --attention-quad or --xformers",
     "fp8_storage": "weights are kept in 8 bits by the setting forge_unet_storage_dtype, or with --unet-in-fp8-e4m3fn",
@@ -35,6 +107,8 @@ WHAT_IS_TRUE: Mapping[str, str] = {
     "auto_vae_precision_bfloat16": "a failed VAE pass is repeated in 32 bits",
     "ddim_discretize": "the chosen schedule type counts",
 }
+
+WHAT_IS_TRUE: Mapping[str, str] = {**_BY_DESIGN, **{key: truth for truth, keys in _NOT_YET.items() for key in keys.split()}}
 
 _said: set[str] = set()
 

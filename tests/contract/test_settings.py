@@ -1,0 +1,49 @@
+"""No setting is kept and ignored in silence: some code reads it, or modules/inert_settings.py says what is true instead."""
+
+from __future__ import annotations
+
+import pytest
+
+from modules import inert_settings
+from modules.inert_settings import WHAT_IS_TRUE, find_inert
+from modules.shared_options import build_option_table
+from tools.unread_settings import find_unread, unread_settings
+
+
+def test_every_setting_is_read_or_says_that_it_has_no_effect() -> None:
+    silent = [key for key in unread_settings() if key not in WHAT_IS_TRUE]
+    assert silent == [], "read these settings, or say in inert_settings.py what is true instead"
+
+
+def test_what_is_said_to_have_no_effect_has_none() -> None:
+    """An entry goes when a reader comes."""
+    waiting = {key for keys in inert_settings._NOT_YET.values() for key in keys.split()}
+    assert sorted(waiting - set(unread_settings())) == [], "these are read now: take them out of _NOT_YET in inert_settings.py"
+
+
+def test_only_real_settings_are_named_each_once() -> None:
+    waiting = [key for keys in inert_settings._NOT_YET.values() for key in keys.split()]
+    assert len(waiting) == len(set(waiting))
+    assert not set(waiting) & set(inert_settings._BY_DESIGN)
+    assert set(WHAT_IS_TRUE) <= set(build_option_table({}))
+
+
+def test_a_changed_setting_without_effect_is_said_with_the_truth() -> None:
+    defaults = {key: info.default for key, info in build_option_table({}).items()}
+    said = find_inert({**defaults, "keyedit_move": False, "eta_ddim": 0.5}, defaults)
+    assert said == ["keyedit_move: False has no effect; no key changes weights in a prompt."]
+    assert find_inert({**defaults, "keyedit_move": False}, defaults, keys=["eta_ddim"]) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "unread"),
+    [
+        ("options.alpha_one", ["beta_two", "xl_t2i_other"]),
+        ("options['beta_two']", ["alpha_one", "xl_t2i_other"]),
+        ('options[f"alpha_{name}"]', ["beta_two", "xl_t2i_other"]),
+        ('f"{a}_{b}"', ["alpha_one", "beta_two", "xl_t2i_other"]),
+        ("", ["alpha_one", "beta_two", "xl_t2i_other"]),
+    ],
+)
+def test_readers_are_found(source: str, unread: list[str]) -> None:
+    assert find_unread(["alpha_one", "beta_two", "xl_t2i_other", "xl_t2i_width"], [source]) == unread

@@ -1,0 +1,60 @@
+"""`python -m tools.unread_settings`: settings that no code reads, with what modules/inert_settings.py says of them when one is changed.
+
+A setting counts as read when its name stands in the sources somewhere beside its own entry, whole or as a pattern with parts filled in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("modules", "modules_forge", "backend", "extensions-builtin", "javascript", "scripts")
+OWN_FILES = {"shared_options.py", "shared_options_ui.py", "inert_settings.py"}
+READ_BY_PRESET = re.compile(r"(sd|xl)_(t2i|i2i)_(width|height|cfg|sampler|scheduler)")
+"""Settings whose names a preset puts together from three parts."""
+_PATTERN = re.compile(r"""f["']((?:[a-z0-9_]|\{[^{}"']+\})+)["']""")
+
+
+def source_files(root: Path = ROOT) -> list[Path]:
+    """Python and JavaScript files that may read settings."""
+    found = [path for folder in FOLDERS for suffix in ("*.py", "*.js") for path in (root / folder).rglob(suffix)]
+    return sorted({*found, *root.glob("*.py")} - {path for path in found if path.name in OWN_FILES})
+
+
+def find_unread(keys: Iterable[str], sources: Iterable[str]) -> list[str]:
+    """The keys that stand in none of the sources."""
+    texts = list(sources)
+    words = {word for text in texts for word in re.findall(r"\w+", text)}
+    patterns = [_as_regex(found) for text in texts for found in _PATTERN.findall(text) if "{" in found and _says_enough(found)]
+    patterns.append(READ_BY_PRESET)
+    return [key for key in keys if key not in words and not any(pattern.fullmatch(key) for pattern in patterns)]
+
+
+def _says_enough(pattern: str) -> bool:
+    """A pattern that is little but parts to fill in names no setting."""
+    return len(re.sub(r"\{[^{}]*\}|_", "", pattern)) >= 5
+
+
+def _as_regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(r"\w+".join(re.escape(part) for part in re.split(r"\{[^{}]+\}", pattern)))
+
+
+def unread_settings(root: Path = ROOT) -> list[str]:
+    """Settings of the built-in table that nothing reads."""
+    from modules.shared_options import build_option_table
+
+    keys = [key for key, info in build_option_table({}).items() if not getattr(info, "do_not_save", False)]
+    return find_unread(keys, (path.read_text(encoding="utf-8") for path in source_files(root)))
+
+
+def main() -> None:
+    from modules.inert_settings import WHAT_IS_TRUE
+
+    for key in unread_settings():
+        print(f"{key}: {WHAT_IS_TRUE.get(key, 'NOT SAID ANYWHERE')}")
+
+
+if __name__ == "__main__":
+    main()
