@@ -427,3 +427,54 @@ def test_page_without_a_checkpoint_says_what_to_do_and_goes_on_when_one_is_there
     set_number(page, "txt2img_steps", 2)
     generate(page)
     shown_picture(page)
+
+
+def test_accordions_of_tabs_that_were_not_shown_yet_stay_as_they_were_made(page: Any, site: Site) -> None:
+    open_page(page, site)
+    show_tab(page, "extras")
+    page.wait_for_timeout(2000)
+    states = {name: page.is_checked(f"#{name}-visible-checkbox") for name in ("extras_upscale", "extras_autosized_crop", "txt2img_enable")}
+    assert states == {"extras_upscale": True, "extras_autosized_crop": False, "txt2img_enable": False}
+    assert not page.is_checked("#img2img_enable-checkbox input")
+
+
+def test_a_picture_is_sent_to_extras_and_enlarged(page: Any, site: Site) -> None:
+    open_page(page, site)
+    page.fill("#txt2img_prompt textarea", "to be enlarged")
+    set_number(page, "txt2img_steps", 2)
+    generate(page)
+    shown_picture(page)
+    page.click("#txt2img_send_to_extras")
+    page.wait_for_selector("#extras_image img")
+    page.click("#extras_upscaler_1 input")
+    page.get_by_role("option", name="Nearest").click()
+    generate(page, "extras")
+    shown_picture(page, "extras")
+    assert "Postprocess upscale by: 4, Postprocess upscaler: Nearest" in page.inner_text("#html_info_extras")
+    with Image.open(newest_picture(site, "extras-images")) as image:
+        assert image.size == (256, 256)
+        assert (read_info_from_image(image)[0] or "").startswith("to be enlarged")
+
+
+def test_a_sketch_is_painted_on_a_copied_picture(page: Any, site: Site) -> None:
+    open_page(page, site)
+    page.fill("#txt2img_prompt textarea", "to be sketched on")
+    set_number(page, "txt2img_steps", 2)
+    generate(page)
+    shown_picture(page)
+    page.click("#txt2img_send_to_img2img")
+    page.wait_for_selector("#img2img_image img")
+    page.click("#img2img_copy_to_img2img button:has-text('sketch') >> nth=0")
+    page.wait_for_selector("#img2img_sketch canvas")
+    page.wait_for_timeout(2000)
+    box = page.locator("#img2img_sketch canvas").first.bounding_box()
+    middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 20, middle[1] + 20, steps=10)
+    page.mouse.up()
+    page.wait_for_timeout(1000)
+    set_number(page, "img2img_steps", 2)
+    generate(page, "img2img")
+    shown_picture(page, "img2img")
+    assert "Time taken" in page.inner_text("#html_log_img2img")
