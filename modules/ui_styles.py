@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from modules.ui_style_dialog import connect_style_dialog
 from modules.ui_toprow import Toprow
 
 if TYPE_CHECKING:
@@ -29,4 +30,5 @@ def connect_styles(app: Application, toprow: Toprow) -> None:
         app.styles.reload()
         return gr.update(choices=app.styles.names())
 
+    connect_style_dialog(app, toprow.style_dialog, prompt=toprow.prompt, negative_prompt=toprow.negative_prompt, styles=toprow.styles)
     toprow.styles.focus(look_again, outputs=[toprow.styles], **quiet)

@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from modules.ui_components import DropdownMulti, ToolButton
+from modules.ui_style_dialog import StyleDialog, create_style_dialog
 
 PROMPT_HINTS = {
     "prompt": "Prompt\n(Ctrl+Enter generates, Alt+Enter skips to the next picture, Esc interrupts)",
@@ -34,6 +35,7 @@ class Toprow:
     apply_styles: gr.Button
     restore_progress: gr.Button
     styles: gr.Dropdown
+    style_dialog: StyleDialog
     token_counters: tuple[tuple[gr.Textbox, gr.HTML, gr.Button], ...]
 
 
@@ -98,4 +100,6 @@ def create_toprow(tab: str, style_names: Sequence[str]) -> Toprow:
                 styles = DropdownMulti(
                     label="Styles", show_label=False, elem_id=f"{tab}_styles", choices=list(style_names), value=[], container=False
                 )
-    return Toprow(prompt=prompt, negative_prompt=negative_prompt, styles=styles, token_counters=token_counters, **buttons)
+                edit_styles = ToolButton(icon_name="edit", elem_id=f"{tab}_styles_edit_button")
+    dialog = create_style_dialog(tab, style_names, edit_styles)
+    return Toprow(prompt=prompt, negative_prompt=negative_prompt, styles=styles, style_dialog=dialog, token_counters=token_counters, **buttons)

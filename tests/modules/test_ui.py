@@ -38,6 +38,8 @@ def by_id(page: gr.Blocks, elem_id: str) -> Any:
 SHARED_IDS = """
 {t}_toprow {t}_prompt_container {t}_prompt_row {t}_neg_prompt_row {t}_prompt {t}_neg_prompt {t}_actions_column {t}_generate_box {t}_generate
 {t}_interrupt {t}_skip {t}_interrupting {t}_tools {t}_clear_prompt {t}_style_apply {t}_restore_progress {t}_token_counter {t}_token_button
+{t}_styles_edit_button {t}_styles_dialog {t}_styles_edit_select
+{t}_edit_style_prompt {t}_edit_style_neg_prompt {t}_edit_style_save {t}_edit_style_delete {t}_edit_style_close {t}_style_copy {t}_style_apply_dialog
 {t}_negative_token_counter {t}_negative_token_button {t}_styles_row {t}_styles {t}_sampling {t}_scheduler {t}_steps sampler_selection_{t}
 {t}_width {t}_height {t}_res_switch_btn {t}_column_size {t}_dimensions_row {t}_batch_count {t}_batch_size {t}_column_batch {t}_cfg_scale
 {t}_distilled_cfg_scale {t}_seed {t}_random_seed {t}_reuse_seed {t}_subseed_show {t}_subseed {t}_random_subseed {t}_reuse_subseed
