@@ -18,7 +18,9 @@ from modules.application import Application, install
 from modules.errors import RequestError, UnknownCheckpointError
 from modules.processing import Processed
 from modules.sd_samplers_common import apply_refiner
+from tests.support.applications import installed_application
 from tests.support.checkpoints import ReferenceModels, write_checkpoint
+from tests.support.fleets import virtual_fleet
 from tests.support.narrow_application import SIDE_PX, gradient, img2img, narrow_application, pixels, run, txt2img
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")  # diffusers' own
@@ -263,3 +265,20 @@ def test_extensions_may_ask_for_the_exchange_themselves(app: Application) -> Non
         p = txt2img(**fields())
 
     assert apply_refiner(Denoiser(), torch.zeros(1, 4, 8, 8)) is False
+
+
+@pytest.mark.parametrize("strategy", ["layers", "replicas"])
+def test_both_models_work_on_several_slots(loaded: Loaded, tmp_path: Path, strategy: str) -> None:
+    """The plan is made anew for the second model. One slot's picture to within the rounding of another batch shape."""
+    request = {"batch_size": 2, "override_settings": {"return_grid": False, "multi_gpu_strategy": strategy}}
+    alone = run(txt2img(**fields(**request)))
+    folder = tmp_path / "models" / "Stable-diffusion"
+    folder.mkdir(parents=True)
+    for name in ("sd15", "second"):
+        (folder / f"{name}.safetensors").write_bytes((loaded[0].checkpoints.roots[0] / f"{name}.safetensors").read_bytes())
+    with virtual_fleet(2), installed_application(tmp_path) as app:
+        app.options.samples_save = app.options.grid_save = app.options.live_previews_enable = False
+        split = run(txt2img(**fields(**request)))
+    assert "Refiner: second" in split.infotexts[0]
+    for one, other in zip(alone.images, split.images):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
