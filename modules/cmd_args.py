@@ -88,7 +88,6 @@ NO_EFFECT: Mapping[str, tuple[bool | None, str]] = MappingProxyType(
 NOT_YET: Mapping[str, str] = MappingProxyType(
     {
         "--profile": "nothing is written",
-        "--cuda-stream": "weights are brought over on the computing stream",
         "--controlnet": "there is no ControlNet panel",
         "--controlnet-dir": "there is no ControlNet",
         "--controlnet-preprocessor-models-dir": "there is no ControlNet",

@@ -76,8 +76,8 @@ class LoadedModel:
         self.inclusive_memory = count_module_bytes(module, lambda tensor: tensor.device == self.device).total_bytes if module is not None else 0
         self.exclusive_memory = total_bytes - self.inclusive_memory
 
-    def model_load(self, model_gpu_memory_when_using_cpu_swap: int = -1, *, pin: bool = False) -> nn.Module | None:
-        """Put the network on the device: whole with -1, else so much of it, and stream the rest."""
+    def model_load(self, model_gpu_memory_when_using_cpu_swap: int = -1, *, pin: bool = False, ahead: bool = False) -> nn.Module | None:
+        """Put the network on the device: whole with -1, else so much of it, and stream the rest, from page-locked memory or ahead of use."""
         module = self._module()
         if module is None:
             return None
@@ -87,7 +87,7 @@ class LoadedModel:
         if budget_bytes < 0:
             move_module(module, self.device)
         else:
-            self.streamed = start_streaming(module, self.device, budget_bytes, pin=pin)
+            self.streamed = start_streaming(module, self.device, budget_bytes, pin=pin, ahead=ahead)
         self.model_accelerated = budget_bytes >= 0
         self._set_current_device(self.device)
         self.apply_patches()

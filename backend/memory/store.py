@@ -54,6 +54,8 @@ class MemoryStore:
         self._held: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._states = {slot.torch_device: self._choose_state(slot) for slot in self.slots}
+        if config.cuda_stream and all(slot.torch_device.type != "cuda" for slot in self.slots):
+            logger.warning("--cuda-stream has no effect: no CUDA device is in use, and weights come when their layer is due.")
 
     @property
     def primary(self) -> Slot:
@@ -121,7 +123,7 @@ class MemoryStore:
             entry.apply_patches()
             return
         try:
-            entry.model_load(budget_bytes, pin=self.config.pin_shared_memory)
+            entry.model_load(budget_bytes, pin=self.config.pin_shared_memory, ahead=self.config.cuda_stream)
         except torch.OutOfMemoryError as error:
             raise self._give_up(entry) from error
         self._log_placed(entry)
@@ -260,7 +262,7 @@ class MemoryStore:
             entry.compute_inclusive_exclusive_memory()
             if not entry.is_alive or entry.offload_device == entry.device or entry.inclusive_memory == 0:
                 return ""
-            entry.model_load(int(entry.inclusive_memory * share), pin=self.config.pin_shared_memory)
+            entry.model_load(int(entry.inclusive_memory * share), pin=self.config.pin_shared_memory, ahead=self.config.cuda_stream)
             self.empty_cache(entry.device)
         return f"{entry.name} streams more of its weights from main memory"
 

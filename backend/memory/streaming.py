@@ -6,7 +6,7 @@ rows are looked up on the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from backend.memory.fetching import AheadFetcher, CudaAheadCopies, DirectFetcher, Fetcher, is_pinned
 from backend.memory.module_bytes import as_same_kind
 
 
@@ -45,17 +46,17 @@ def list_layers(module: nn.Module) -> tuple[LayerBytes, ...]:
     )
 
 
-def choose_resident_layers(layers: Sequence[LayerBytes], budget_bytes: int) -> frozenset[str]:
+def choose_resident_layers(layers: Sequence[LayerBytes], budget_bytes: int, layers_in_flight: int = 1) -> frozenset[str]:
     """Names of the layers that stay: from small to large while the budget lasts.
 
     The large layers stream because few large copies are cheaper than many small ones. The largest of them needs room too while
-    it computes, and the budget leaves it, unless everything fits.
+    it computes (with `layers_in_flight` above 1 so many do, as others come meanwhile), and the budget leaves it, unless everything fits.
     """
     total_bytes = sum(layer.own_bytes for layer in layers)
     if total_bytes <= budget_bytes:
         return frozenset(layer.name for layer in layers)
-    largest_bytes = max((layer.fetch_bytes for layer in layers), default=0)
-    room_bytes = max(0, budget_bytes - largest_bytes)
+    largest_bytes = sorted((layer.fetch_bytes for layer in layers), reverse=True)[:layers_in_flight]
+    room_bytes = max(0, budget_bytes - sum(largest_bytes))
     chosen: set[str] = set()
     for layer in sorted(layers, key=lambda one: (one.own_bytes, one.name)):
         if layer.own_bytes > room_bytes:
@@ -67,24 +68,31 @@ def choose_resident_layers(layers: Sequence[LayerBytes], budget_bytes: int) -> f
 
 @torch.inference_mode(mode=False)
 @torch.no_grad()
-def start_streaming(module: nn.Module, device: torch.device, budget_bytes: int, *, pin: bool = False) -> StreamedModel:
+def start_streaming(module: nn.Module, device: torch.device, budget_bytes: int, *, pin: bool = False, ahead: bool = False) -> StreamedModel:
     """Place what the budget allows on `device`, leave the rest on the host and fetch it layer by layer.
 
-    With `pin` the host copies are page-locked, so that a copy may run beside computation (CUDA only).
+    With `pin` the host copies are page-locked, so that a copy may run beside computation (CUDA only); with `ahead` it does, one layer ahead,
+    which needs room for one layer more.
     """
-    layers = list_layers(module)
-    resident = choose_resident_layers(layers, budget_bytes)
-    by_name = dict(module.named_modules())
+    layers, by_name = list_layers(module), dict(module.named_modules())
+    fetcher = _choose_fetcher(by_name, device, ahead=ahead)
+    resident = choose_resident_layers(layers, budget_bytes, fetcher.layers_in_flight)
     handles: list[RemovableHandle] = []
     for layer in layers:
         child = by_name[layer.name]
-        _place_own_tensors(child, device if layer.name in resident else torch.device("cpu"), pin=pin and layer.name not in resident)
+        _place_own_tensors(child, device if layer.name in resident else torch.device("cpu"), pin=(pin or ahead) and layer.name not in resident)
         if layer.name not in resident:
-            handles += _look_up_on_host(child, device) if isinstance(child, nn.Embedding) else _fetch_for_forward(child, device)
+            handles += _look_up_on_host(child, device) if isinstance(child, nn.Embedding) else _fetch_for_forward(layer.name, child, device, fetcher)
     streamed_bytes = sum(layer.own_bytes for layer in layers if layer.name not in resident)
     return StreamedModel(
         resident_bytes=sum(layer.own_bytes for layer in layers) - streamed_bytes, streamed_bytes=streamed_bytes, handles=tuple(handles)
     )
+
+
+def _choose_fetcher(by_name: Mapping[str, nn.Module], device: torch.device, *, ahead: bool) -> Fetcher:
+    if not ahead or device.type != "cuda":
+        return DirectFetcher(device)
+    return AheadFetcher(lambda name: [tensor for _, _, tensor in _own_tensors(by_name[name])], CudaAheadCopies(device))
 
 
 def stop_streaming(streamed: StreamedModel) -> None:
@@ -105,7 +113,7 @@ def _own_bytes(module: nn.Module) -> int:
 def _place_own_tensors(module: nn.Module, device: torch.device, *, pin: bool) -> None:
     for registry, name, tensor in _own_tensors(module):
         placed = tensor.detach().to(device)
-        if pin and torch.cuda.is_available() and not _is_pinned(placed):
+        if pin and torch.cuda.is_available() and not is_pinned(placed):
             placed = placed.pin_memory()
         if placed.device != tensor.device or pin:
             registry[name] = as_same_kind(placed, tensor)
@@ -123,7 +131,7 @@ def _look_up_on_host(module: nn.Embedding, device: torch.device) -> list[Removab
     return [module.register_forward_pre_hook(to_host, prepend=True), module.register_forward_hook(to_device)]
 
 
-def _fetch_for_forward(module: nn.Module, device: torch.device) -> list[RemovableHandle]:
+def _fetch_for_forward(name: str, module: nn.Module, device: torch.device, fetcher: Fetcher) -> list[RemovableHandle]:
     """Fetch before the layer's forward, put the host's tensors back after it, also when it raised.
 
     Inputs come along: a caller that asked the layer where its weights are was told the host.
@@ -132,21 +140,19 @@ def _fetch_for_forward(module: nn.Module, device: torch.device) -> list[Removabl
 
     def fetch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         host[:] = _own_tensors(layer)
-        for registry, name, tensor in host:
-            registry[name] = as_same_kind(tensor.detach().to(device, non_blocking=_is_pinned(tensor)), tensor)
-        return tuple(_follow(arg, device) for arg in args), {name: _follow(value, device) for name, value in kwargs.items()}
+        arrived = fetcher.fetch(name, [tensor for _, _, tensor in host])
+        for (registry, key, tensor), there in zip(host, arrived):
+            registry[key] = as_same_kind(there, tensor)
+        return tuple(_follow(arg, device) for arg in args), {key: _follow(value, device) for key, value in kwargs.items()}
 
     def release(layer: nn.Module, args: object, output: object) -> None:
-        for registry, name, tensor in host:
-            registry[name] = tensor
+        for registry, key, tensor in host:
+            registry[key] = tensor
         host.clear()
+        fetcher.release(name, has_failed=output is None)
 
     return [module.register_forward_pre_hook(fetch, prepend=True, with_kwargs=True), module.register_forward_hook(release, always_call=True)]
 
 
 def _follow(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) and value.dim() > 0 else value
-
-
-def _is_pinned(tensor: torch.Tensor) -> bool:
-    return torch.cuda.is_available() and tensor.device.type == "cpu" and tensor.is_pinned()
