@@ -9,7 +9,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 # Settings that nothing reads yet: what is true until something does -> their keys. `tests/contract/test_settings.py` says when one can go.
-_NOT_YET: Mapping[str, str] = {
+NOT_READ: Mapping[str, str] = {
     "pictures are not described in words here": """
         interrogate_keep_models_in_memory interrogate_return_ranks interrogate_clip_num_beams interrogate_clip_min_length
         interrogate_clip_max_length interrogate_clip_dict_limit interrogate_clip_skip_categories interrogate_deepbooru_score_threshold
@@ -80,7 +80,7 @@ _NOT_YET: Mapping[str, str] = {
     "checkpoints are found by name": "sd_checkpoint_hash",
 }
 
-_BY_DESIGN: Mapping[str, str] = {
+BY_DESIGN: Mapping[str, str] = {
     "upcast_attn": "start with --force-upcast-attention",
     "cross_attention_optimization": "attention is chosen at start, with --attention-pytorch, --attention-split, --attention-quad or --xformers",
     "fp8_storage": "weights are kept in 8 bits by the setting forge_unet_storage_dtype, or with --unet-in-fp8-e4m3fn",
@@ -108,7 +108,7 @@ _BY_DESIGN: Mapping[str, str] = {
     "ddim_discretize": "the chosen schedule type counts",
 }
 
-WHAT_IS_TRUE: Mapping[str, str] = {**_BY_DESIGN, **{key: truth for truth, keys in _NOT_YET.items() for key in keys.split()}}
+WHAT_IS_TRUE: Mapping[str, str] = {**BY_DESIGN, **{key: truth for truth, keys in NOT_READ.items() for key in keys.split()}}
 
 _said: set[str] = set()
 

@@ -23,7 +23,7 @@ from modules.processing_request import (
     opt_C,
     opt_f,
 )
-from modules.processing_result import Processed, create_infotext
+from modules.processing_result import Processed, create_infotext, process_extra_images
 from modules.version import program_version
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ __all__ = [
     "create_infotext",
     "opt_C",
     "opt_f",
+    "process_extra_images",
     "process_images",
     "process_images_inner",
     "program_version",

@@ -173,6 +173,7 @@ def _encode(p: StableDiffusionProcessingImg2Img, pixels_BCHW: Tensor) -> Tensor:
 
 def _prepare_latent_mask(p: StableDiffusionProcessingImg2Img) -> None:
     """p.mask is 1 where the original stays, p.nmask 1 where it is made anew; masked latents are filled as asked."""
+    p.latent_before_noise = None
     if p.image_mask is None:
         return
     latent_mask = p.latent_mask if p.latent_mask is not None else p.image_mask

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 from modules.infotext import build_infotext
@@ -169,6 +170,12 @@ def _first(value: Any) -> Any:
 def _json_fallback(value: Any) -> Any:
     """Values that extensions put into extra_generation_params: a function counts as its text, anything else as its name."""
     return str(value)
+
+
+def process_extra_images(processed: Processed) -> None:
+    """Leave only pictures among the extra images of a job: arrays that extensions put there become pictures, anything else goes."""
+    found = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in processed.extra_images]
+    processed.extra_images = [image for image in found if isinstance(image, Image.Image)]
 
 
 def create_infotext(

@@ -84,7 +84,7 @@ class KDiffusionSampler:
         scheduler = sd_schedulers.find_scheduler(name)
         if scheduler.name not in sd_schedulers.BUILT_IN_NAMES:
             return self._sigmas_of_extension(scheduler, p, steps)
-        resolved = self.spec.resolve_schedule(scheduler.name)
+        resolved = self.spec.with_unipc_skip_type(str(p.options.uni_pc_skip_type)).resolve_schedule(scheduler.name)
         settings = self._schedule_settings(p, resolved)
         return self.spec.compute_sigmas(resolved, steps, self.predictor, settings, always_discard=bool(p.options.always_discard_next_to_last_sigma))
 
@@ -166,10 +166,9 @@ class KDiffusionSampler:
                 "UniPC variant": (variant, "bh1"),
                 "UniPC order": (options.uni_pc_order, 3),
                 "UniPC lower order final": (options.uni_pc_lower_order_final, True),
+                "UniPC skip type": (options.uni_pc_skip_type, "time_uniform"),
             }
             p.extra_generation_params.update({key: value for key, (value, default) in noted.items() if value != default})
-            if options.uni_pc_skip_type != "time_uniform":
-                p.comment(f"uni_pc_skip_type: {options.uni_pc_skip_type} is not available; the chosen schedule type counts.")
         if variant not in ("bh1", "bh2"):
             p.comment(f"uni_pc_variant: {variant} is not available; bh1 is used.")
             variant = "bh1"

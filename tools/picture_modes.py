@@ -21,7 +21,7 @@ from tools.demo_model.judge import judge_picture
 from tools.demo_model.networks import SIDE_PX
 from tools.demo_model.product import DEMO_CHECKPOINT, installed_product, make_picture_from, make_text_picture
 from tools.demo_model.scenes import COLOURS, SHAPES, Scene, Thing, describe_scene, draw_scene, sample_scene, thing_box
-from tools.sampler_report import write_measured
+from tools.documents import write_measured
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 REPORT_FILE, SHEET_FILE = DOCS / "picture_modes.md", DOCS / "images" / "picture_modes.png"

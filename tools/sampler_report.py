@@ -21,10 +21,10 @@ from backend.modules.k_prediction import Prediction
 from backend.sampling.registry import SAMPLERS, SamplerSpec
 from backend.sampling.sampler_types import BrownianNoise, SamplerSettings
 from backend.sampling.schedules import SCHEDULES, ScheduleSettings, compute_sigmas
+from tools.documents import write_measured
 from tools.sampler_references import LIBRARY_REFERENCES, Reference, load_k_diffusion
 
 REPORT_FILE = Path(__file__).resolve().parents[1] / "docs" / "samplers.md"
-END = "<!-- end of what is measured -->"
 STEP_COUNTS = (6, 20, 36)
 SCHEDULE_STEP_COUNTS = (2, 7, 11, 20, 32, 50)
 MEAN, SPREAD = 0.7, 0.5
@@ -289,14 +289,6 @@ def closed_form_table(pictures: dict[str, int]) -> list[str]:
     return lines
 
 
-def write_measured(path: Path, lines: Sequence[str], *, command: str = "tools.sampler_report") -> None:
-    """Replace what stands between the mark of `command` and the end mark."""
-    begin = f"<!-- measured by python -m {command} -->"
-    before, rest = path.read_text(encoding="utf-8").split(begin, 1)
-    after = rest.split(END, 1)[1]
-    path.write_text(before + "\n".join([begin, "", *lines, "", END]) + after, encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.sampler_report", description=__doc__)
     parser.add_argument("--k-diffusion", type=Path, help="an unpacked download of k-diffusion")
@@ -310,7 +302,7 @@ def main() -> None:
     if args.k_diffusion:
         lines += ["", f"### Samplers against {args.k_diffusion.name}", "", *difference_table(load_k_diffusion(args.k_diffusion))]
     lines += ["", "### Samplers against closed forms, and on the demo checkpoint", "", *closed_form_table(measure_pictures())]
-    write_measured(args.out, lines)
+    write_measured(args.out, lines, command="tools.sampler_report")
 
 
 if __name__ == "__main__":

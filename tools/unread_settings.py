@@ -5,9 +5,12 @@ A setting counts as read when its name stands in the sources somewhere beside it
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterable
 from pathlib import Path
+
+from tools.documents import write_measured
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("modules", "modules_forge", "backend", "extensions-builtin", "javascript", "scripts")
@@ -49,11 +52,32 @@ def unread_settings(root: Path = ROOT) -> list[str]:
     return find_unread(keys, (path.read_text(encoding="utf-8") for path in source_files(root)))
 
 
+def effectless_tables() -> list[str]:
+    """Every flag and setting that is accepted without effect, with what is true instead, as Markdown."""
+    from modules.cmd_args import NO_EFFECT, NOT_YET
+    from modules.inert_settings import BY_DESIGN, NOT_READ
+
+    parts = {
+        "Flags whose part is not there yet": [(f"`{flag}`", truth) for flag, truth in NOT_YET.items()],
+        "Flags that have no effect by design": [(f"`{flag}`", truth) for flag, (_, truth) in NO_EFFECT.items()],
+        "Settings that nothing reads yet": [(", ".join(f"`{key}`" for key in keys.split()), truth) for truth, keys in NOT_READ.items()],
+        "Settings that have no effect by design": [(f"`{key}`", truth) for key, truth in BY_DESIGN.items()],
+    }
+    lines: list[str] = []
+    for title, rows in parts.items():
+        lines += ["", f"### {title}", "", "| name | what is true |", "|---|---|", *(f"| {names} | {truth} |" for names, truth in rows)]
+    return lines[1:]
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.unread_settings", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="also write the tables of docs/compatibility.md anew")
     from modules.inert_settings import WHAT_IS_TRUE
 
     for key in unread_settings():
         print(f"{key}: {WHAT_IS_TRUE.get(key, 'NOT SAID ANYWHERE')}")
+    if parser.parse_args().write:
+        write_measured(ROOT / "docs" / "compatibility.md", effectless_tables(), command="tools.unread_settings --write")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ def test_every_setting_is_read_or_says_that_it_has_no_effect() -> None:
 
 def test_what_is_said_to_have_no_effect_has_none() -> None:
     """An entry goes when a reader comes."""
-    waiting = {key for keys in inert_settings._NOT_YET.values() for key in keys.split()}
-    assert sorted(waiting - set(unread_settings())) == [], "these are read now: take them out of _NOT_YET in inert_settings.py"
+    waiting = {key for keys in inert_settings.NOT_READ.values() for key in keys.split()}
+    assert sorted(waiting - set(unread_settings())) == [], "these are read now: take them out of NOT_READ in inert_settings.py"
 
 
 def test_only_real_settings_are_named_each_once() -> None:
-    waiting = [key for keys in inert_settings._NOT_YET.values() for key in keys.split()]
+    waiting = [key for keys in inert_settings.NOT_READ.values() for key in keys.split()]
     assert len(waiting) == len(set(waiting))
-    assert not set(waiting) & set(inert_settings._BY_DESIGN)
+    assert not set(waiting) & set(inert_settings.BY_DESIGN)
     assert set(WHAT_IS_TRUE) <= set(build_option_table({}))
 
 

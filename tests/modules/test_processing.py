@@ -15,7 +15,7 @@ from modules import sd_samplers_cfg_denoiser
 from modules.application import Application, install
 from modules.devices import NansException
 from modules.errors import NoCheckpointError
-from modules.processing import Processed
+from modules.processing import Processed, process_extra_images
 from modules.sd_models import ModelLoadError
 from tests.support.applications import installed_application
 from tests.support.checkpoints import write_checkpoint
@@ -377,3 +377,11 @@ def test_a_broken_checkpoint_is_an_error_and_the_model_before_stays(app: Applica
         assert np.array_equal(picture(run(txt2img(override_settings={"sd_model_checkpoint": "sd15"}))), expected)
     finally:
         broken.unlink()
+
+
+def test_extra_images_are_pictures(app: Application) -> None:
+    """Extensions leave arrays and other things there."""
+    processed = run(txt2img(steps=1))
+    processed.extra_images = [np.zeros((4, 6, 3), dtype=np.uint8), Image.new("RGB", (2, 2)), "not a picture", None]
+    process_extra_images(processed)
+    assert [image.size for image in processed.extra_images] == [(6, 4), (2, 2)]

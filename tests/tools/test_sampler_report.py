@@ -12,8 +12,9 @@ from PIL import Image
 from backend.sampling.registry import SAMPLERS
 from backend.sampling.schedules import SCHEDULES
 from tools import sampler_grid, sampler_report
+from tools.documents import END, write_measured
 from tools.sampler_references import LIBRARY_REFERENCES, load_k_diffusion
-from tools.sampler_report import END, measure_difference, measure_schedule, schedule_references, write_measured
+from tools.sampler_report import measure_difference, measure_schedule, schedule_references
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore:Should have:UserWarning")
 
