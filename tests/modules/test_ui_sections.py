@@ -6,6 +6,7 @@ import gradio as gr
 import pytest
 
 from modules import ui_sections
+from modules.ui_paste import PasteTarget, control_updates
 from modules.ui_sections import Choices, Defaults
 
 CHOICES = Choices(
@@ -77,3 +78,12 @@ def test_ranges_and_labels_are_those_users_know() -> None:
     assert hires.upscaler.value == "Latent"
     assert hires.checkpoint.value == "Use same checkpoint"
     assert hires.modules.value == ["Use same choices"]
+
+
+def test_a_pasted_refiner_opens_its_accordion_and_fills_it() -> None:
+    with gr.Blocks(analytics_enabled=False):
+        refiner = ui_sections.create_refiner_section("txt2img", CHOICES, lambda: ["m", "n"])
+        target = PasteTarget(tab="txt2img", controls=refiner.inputs(), extra_seeds=gr.Checkbox(), override_settings=gr.Dropdown())
+    params = {"Refiner": "other [0123456789]", "Refiner switch at": "0.7"}
+    assert [update["value"] for update in control_updates(target, params)] == [True, "other [0123456789]", 0.7]
+    assert all(update.get("value") is None for update in control_updates(target, {"Steps": "3"}))
