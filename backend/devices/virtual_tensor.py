@@ -166,7 +166,7 @@ def _run_on_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if kwargs.get("device") is not None:
         device = canonical_device(kwargs["device"])
         virtual_device = _virtual_device_of(device)
-        cpu_kwargs["device"] = _CPU
+        cpu_kwargs["device"] = device if device.type == "meta" else _CPU
     if kwargs.get("pin_memory"):
         cpu_kwargs["pin_memory"] = False
     if device is None or virtual_device is None:

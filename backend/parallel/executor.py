@@ -16,7 +16,7 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from backend.nn.unet_state import UNetState
 from backend.parallel.fleet import Fleet
 from backend.parallel.plan import Piece, ReplicaPlan, Stage
 from backend.parallel.transport import Parcel
+
+Result = TypeVar("Result")
 
 _HOOK_OPTIONS = ("patches", "patches_replace", "block_modifiers", "block_inner_modifiers", "group_norm_wrapper", "groupnorm_wrapper")
 _TENSOR_OPTIONS = ("sigmas", "cond_mark")
@@ -115,6 +117,8 @@ class _Unit:
     state: UNetState | None = None
     hidden: Parcel | None = None
     transformer_input: Parcel | None = None
+    sent_skip: tuple[Tensor, int, Parcel] | None = None
+    """The last skip that left the running stage: what, where to, and on its way."""
     shared: dict[int, tuple[Parcel, Parcel | None]] = field(default_factory=dict)
     """Time embedding and context, per slot."""
 
@@ -128,17 +132,19 @@ class Executor:
         fleet: Fleet,
         *,
         deal: Callable[[int], Sequence[int]],
+        rows_per_unit: Callable[[ReplicaPlan, int], int] = lambda replica, share: 1,
         work: str = "",
         asynchronous: bool = True,
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`deal` says how many of n rows each replica gets. `work` names the model and size that measured speeds are kept for.
+        """`deal` says how many of n rows each replica gets, `rows_per_unit` how many of its share go through it at once. `work` names the model
+        and size that measured speeds are kept for.
 
         `asynchronous`: copies between slots run beside computation; without it each is awaited where it starts. The result is the same.
         """
         self._fleet = fleet
         self._routes = tuple(_make_route(replica, fleet) for replica in replicas)
-        self._deal = deal
+        self._deal, self._rows_per_unit = deal, rows_per_unit
         self._work = work
         self._asynchronous = asynchronous
         self._is_cancelled = is_cancelled
@@ -157,10 +163,10 @@ class Executor:
         return self._gather(units, call.device)
 
     def _deal_rows(self, num_rows: int) -> list[tuple[_Route, int, int]]:
-        """Rows to routes. A replica on one GPU takes its rows at once, one over several stages or on a CPU takes them one by one."""
+        """Rows to routes, in order, so many at once as `rows_per_unit` says."""
         dealt, first = [], 0
         for route, share in zip(self._routes, self._deal(num_rows)):
-            step = max(1, share) if len(route.stages) == 1 and route.device(0).type not in ("cpu", "vgpu") else 1
+            step = max(1, self._rows_per_unit(route.replica.plan, share))
             dealt += [(route, start, min(start + step, first + share)) for start in range(first, first + share, step)]
             first += share
         return dealt
@@ -208,9 +214,9 @@ class Executor:
         """On the first stage's worker: the state before the first segment."""
         call = _with_control(call, control)
         unit.state = state = call.start(unit.route.replica.program)
-        for slot, device in unit.route.devices.items():
-            context = None if state.context_BLD is None else self._ship(state.context_BLD, device)
-            unit.shared[slot] = (self._ship(state.emb_BE, device), context)
+        for slot in unit.route.devices:
+            context = None if state.context_BLD is None else self._ship(state.context_BLD, unit, slot)
+            unit.shared[slot] = (self._ship(state.emb_BE, unit, slot), context)
         self._run_stage(unit)
 
     def _resume(self, unit: _Unit) -> None:
@@ -260,7 +266,9 @@ class Executor:
         assert unit.state is not None
         skips: list[Any] = unit.state.skips
         if target != here:
-            skips[-1] = _OnItsWay(skips[-1].shape, self._ship(skips[-1], unit.route.devices[target]))
+            skip_BCHW = skips[-1]
+            unit.sent_skip = skip_BCHW, target, self._ship(skip_BCHW, unit, target)
+            skips[-1] = _OnItsWay(skip_BCHW.shape, unit.sent_skip[2])
 
     def _leave(self, unit: _Unit) -> None:
         """Send the hidden state to the next stage, or home."""
@@ -270,10 +278,10 @@ class Executor:
             unit.result.set_result(self._fleet.transport.ship(state.hidden_BCHW, unit.call.device))
             unit.state = None
             return
-        target = route.device(unit.stage + 1)
-        unit.hidden = self._ship(state.hidden_BCHW, target)
+        target = route.stages[unit.stage + 1].slot
+        unit.hidden = self._ship_hidden(unit, state.hidden_BCHW, target)
         residual_BCHW = state.transformer_input_BCHW
-        unit.transformer_input = None if residual_BCHW is None else self._ship(residual_BCHW, target)
+        unit.transformer_input = None if residual_BCHW is None else self._ship(residual_BCHW, unit, target)
         slot = route.stages[unit.stage].slot
         unit.stage += 1
         last = unit.transformer_input or unit.hidden
@@ -291,12 +299,19 @@ class Executor:
         except RuntimeError as error:
             _fail(unit, unit.route.stages[unit.stage].slot, error)
 
-    def _ship(self, tensor: Tensor, target: torch.device) -> Parcel:
-        """Start a copy. CUDA copies run beside computation by themselves; for other devices a thread of the source's waits for them."""
-        transport = self._fleet.transport
+    def _ship_hidden(self, unit: _Unit, hidden_BCHW: Tensor, target: int) -> Parcel:
+        """The state behind an input segment is the skip it left: where that went to the same place already, it is not sent again."""
+        sent, unit.sent_skip = unit.sent_skip, None
+        if sent is not None and sent[0] is hidden_BCHW and sent[1] == target:
+            return sent[2]
+        return self._ship(hidden_BCHW, unit, target)
+
+    def _ship(self, tensor: Tensor, unit: _Unit, slot: int) -> Parcel:
+        """Start a copy to a slot. CUDA copies run beside computation by themselves; for other devices a thread of the source's waits for them."""
+        target = unit.route.devices[slot]
         if tensor.device == target or not self._asynchronous or "cuda" in (tensor.device.type, target.type):
-            return transport.ship(tensor, target)
-        return self._copiers.copy(tensor.device, lambda: transport.send(tensor, target))
+            return _blaming(slot, lambda: self._fleet.transport.ship(tensor, target))
+        return self._copiers.copy(tensor.device, lambda: _blaming(slot, lambda: self._fleet.transport.send(tensor, target)))
 
     def _record(self, unit: _Unit, stage: Stage, busy_ms: float) -> None:
         flops = unit.route.replica.flops_per_row
@@ -349,11 +364,19 @@ def _without_gradients(run: Callable[[], Tensor]) -> Tensor:
 # failures
 
 
+def _blaming(slot: int, run: Callable[[], Result]) -> Result:
+    """`run()`, a copy to a slot: where there is no room, it is that slot's, whoever waits for the copy. Raises: SlotFailure."""
+    try:
+        return run()
+    except torch.OutOfMemoryError as error:
+        raise SlotFailure(slot, error) from None
+
+
 def _fail(unit: _Unit, slot: int, error: BaseException) -> None:
     unit.run.has_failed = True
     unit.state = None
     with suppress(InvalidStateError):  # two threads may see the same failure
-        unit.result.set_exception(error if isinstance(error, Cancelled) else SlotFailure(slot, error))
+        unit.result.set_exception(error if isinstance(error, (Cancelled, SlotFailure)) else SlotFailure(slot, error))
 
 
 def _fail_if_unfinished(unit: _Unit, slot: int, done: Future[None]) -> None:

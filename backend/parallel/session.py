@@ -18,13 +18,14 @@ from torch import Tensor
 from backend import memory_management
 from backend.devices.inventory import describe_device
 from backend.devices.slot import Slot
+from backend.memory.errors import OutOfMemory
 from backend.modules.k_model import KModel
 from backend.nn.network_call import NetworkCall
 from backend.parallel.costs import ModelProfile, contains, profile_unet
 from backend.parallel.executor import Executor, SlotFailure
 from backend.parallel.fleet import Fleet, current_fleet
 from backend.parallel.placement import PlacedPlan, place_plan, place_whole
-from backend.parallel.plan import Piece, Plan
+from backend.parallel.plan import Piece, Plan, ReplicaPlan
 from backend.parallel.planner import JobShape, WantedStrategy, deal_units, make_plan
 from backend.parallel.slot_facts import Link, SlotFacts
 from backend.parallel.worker import SlotLost
@@ -42,6 +43,7 @@ RTX 4090 and the A100. First guesses all of them: measured speeds take their pla
 HOST_BYTES_PER_MS = 4e6
 _RETRY_SHARE = 0.75
 """What is left of a slot's budget, for the planner, after work on it ran out of memory a second time."""
+_LAST_SHORTAGE = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +110,7 @@ class SamplingSession:
         self._gate, self._generation = _Gate(), 0
         self._placed: PlacedPlan | None = None
         self._executor: Executor | None = None
-        self._adopt(self._make_plan())
+        self._adopt_fitting()
 
     @property
     def is_parallel(self) -> bool:
@@ -129,7 +131,6 @@ class SamplingSession:
             branches=self.request.branches,
             steps=self.request.steps,
             may_use_lanes=self.request.may_use_lanes,
-            rows_per_forward=1 if self.unet.load_device.type in ("cpu", "vgpu") else 2,
             is_async=self.request.asynchronous,
         )
         links = guess_links(self.fleet.working_slots)
@@ -141,20 +142,48 @@ class SamplingSession:
         return min(plans, key=lambda plan: plan.predicted_ms or float("inf"))
 
     def _usable_slots(self) -> tuple[Slot, ...]:
+        """Slots the plan may use; the first at home where no other has room left."""
         bound = find_bound_hook(self.unet.model_options.get("transformer_options", {}))
+        home = [slot for slot in self.fleet.working_slots if slot.index in self._home_slots()]
         slots = tuple(slot for slot in self.fleet.working_slots if self._budget_shares.get(slot.index, 1.0) > 0)
         if bound is None:
-            return slots
-        home = [slot for slot in slots if slot.torch_device == self.unet.load_device]
+            return slots or tuple(home[:1])
         if len(home) < len(slots):
             logger.info("%s holds tensors of %s, so the UNet stays there.", bound, self.unet.load_device)
         return tuple(home) or slots
 
+    def _adopt_fitting(self) -> None:
+        """Adopt the best plan whose networks find room; a slot where they do not gets less. Raises: OutOfMemory where one slot is too small too."""
+        while True:
+            plan = self._make_plan()
+            try:
+                self._adopt(plan)
+                return
+            except OutOfMemory as error:
+                short = [slot.index for slot in self._usable_slots() if str(slot.torch_device) == error.device]
+                if not short or plan.used_slots == self._home_slots()[:1]:
+                    raise
+            memory_management.hold_models([])
+            for slot in short:
+                self._give_less(slot)
+
+    def _give_less(self, slot: int) -> None:
+        """The planner sees a smaller slot from now on, and after the third shortage none."""
+        self._shortages[slot] = max(2, self._shortages[slot] + 1)
+        share = _RETRY_SHARE * self._budget_shares.get(slot, 1.0) if self._shortages[slot] < _LAST_SHORTAGE else 0.0
+        self._budget_shares[slot] = share
+        logger.warning(
+            "Out of memory on slot %d (%s): the plan is made anew with %.0f %% of its memory.", slot, self.fleet.device(slot), 100 * share
+        )  # fmt: skip
+
+    def _home_slots(self) -> tuple[int, ...]:
+        """Slots of the device that the UNet's patcher calls home, where the latents are."""
+        return tuple(slot.index for slot in self.fleet.working_slots if slot.torch_device == self.unet.load_device)
+
     def _adopt(self, plan: Plan) -> None:
         """Place what the plan needs and run by it from now on. Raises: OutOfMemory, SlotLost."""
         self.plan = plan
-        home = {slot.index for slot in self.fleet.working_slots if slot.torch_device == self.unet.load_device}
-        if plan.strategy == "single" and set(plan.used_slots) <= home:
+        if plan.strategy == "single" and set(plan.used_slots) <= set(self._home_slots()):
             self._run_at_home()
             return
         self._placed = place_plan(
@@ -170,6 +199,7 @@ class SamplingSession:
             self._placed.replicas,
             self.fleet,
             deal=self._deal,
+            rows_per_unit=self._rows_per_unit,
             work=self._work,
             asynchronous=self.request.asynchronous,
             is_cancelled=self.request.is_cancelled,
@@ -185,14 +215,13 @@ class SamplingSession:
         memory_management.hold_models(models)
 
     def _working_bytes(self, plan: Plan) -> int:
-        """Estimate for one slot: its share of the rows at once, or one row where rows go one by one."""
+        """Estimate for one slot: its share of the rows at once on one slot or in replicas, a row or two where units flow through stages."""
         num_rows = self.request.images * self.request.branches
-        if plan.strategy == "replicas" and self.unet.load_device.type not in ("cpu", "vgpu"):
+        if plan.strategy == "replicas":
             num_rows = max(self._deal_rows(plan, num_rows))
         elif plan.strategy != "single":
-            num_rows = 1
-        estimate = self.unet.model_options.get("memory_peak_estimation_modifier", self.unet.memory_required)
-        return int(estimate([num_rows, *self._shape[1:]]))
+            num_rows = 1 if plan.lanes < 2 else self.request.branches
+        return self._estimate_bytes(num_rows)
 
     def _deal(self, num_rows: int) -> Sequence[int]:
         return self._deal_rows(self.plan, num_rows)
@@ -201,6 +230,24 @@ class SamplingSession:
         """Rows by the speed of each replica: that of its slot, or of its slowest where it has several."""
         speeds = [min(self._speed(slot) for slot in replica.used_slots) * len(replica.used_slots) for replica in plan.replicas]
         return deal_units(num_rows, speeds)
+
+    def _rows_per_unit(self, replica: ReplicaPlan, share: int) -> int:
+        """All rows of a share at once on one slot, and where lanes keep all slots busy, as larger batches take less per row; else row by row.
+
+        Fewer where a device has no room for so many.
+        """
+        if len(replica.used_slots) > 1 and self.plan.lanes < len(replica.used_slots):
+            return 1
+        free_bytes = min(memory_management.get_free_memory(self.fleet.device(slot)) for slot in replica.used_slots)
+        num_rows = share
+        while num_rows > 1 and self._estimate_bytes(num_rows) > free_bytes:
+            num_rows = (num_rows + 1) // 2
+        return num_rows
+
+    def _estimate_bytes(self, num_rows: int) -> int:
+        """Working memory of so many rows at once."""
+        estimate = self.unet.model_options.get("memory_peak_estimation_modifier", self.unet.memory_required)
+        return int(estimate([num_rows, *self._shape[1:]]))
 
     def _speed(self, slot: int) -> float:
         return speed_of(self.fleet.slot(slot), self.fleet, self._work)
@@ -255,16 +302,14 @@ class SamplingSession:
 
     def _make_room(self, slot: int) -> None:
         """First what is idle leaves the slot, then the slot gets less of the network, then none."""
-        self._shortages[slot] += 1
         device = self.fleet.device(slot)
-        if self._shortages[slot] == 1:
+        if self._shortages[slot] == 0:
+            self._shortages[slot] = 1
             logger.warning("Out of memory on slot %d (%s) in a step: what is idle leaves it, and the step is done again.", slot, device)
             memory_management.soft_empty_cache(force=True)
             memory_management.free_memory(0, device, free_all=True)
             return
-        share = _RETRY_SHARE * self._budget_shares.get(slot, 1.0) if self._shortages[slot] < 4 else 0.0
-        self._budget_shares[slot] = share
-        logger.warning("Out of memory on slot %d (%s) again: the plan is made anew with %.0f %% of its memory.", slot, device, 100 * share)
+        self._give_less(slot)
         self._adopt_anew()
 
     def _adopt_anew(self) -> None:
@@ -272,7 +317,7 @@ class SamplingSession:
             self._executor.close()
         memory_management.hold_models([])
         memory_management.soft_empty_cache(force=True)
-        self._adopt(self._make_plan())
+        self._adopt_fitting()
         logger.info("%s", self.plan.reason)
 
 

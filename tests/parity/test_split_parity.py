@@ -1,8 +1,8 @@
 """Jobs over several slots against the same jobs on one: split == whole.
 
-Layers and replicas run each unit (one picture, one branch) alone. Compared with one slot that also runs units alone, the pictures are the
-same bit for bit: the same kernels see the same shapes. One slot usually runs cond and uncond in one batch; kernels for other batch sizes sum in
-another order, so against that a tolerance holds: 2 of 255.
+Where each unit (one picture, one branch) runs alone, the pictures are the same bit for bit as those of one slot that also runs units alone:
+the same kernels see the same shapes. Usually several rows go at once; kernels for other batch sizes sum in another order, so there a tolerance
+holds: 2 of 255.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from backend.parallel import vae_decoding
+from backend.parallel.session import SamplingSession
 from backend.sampling import sampling_function
 from modules.application import Application
 from tests.support.fleets import configured_slots, cpu_fleet, virtual_fleet
@@ -103,12 +104,13 @@ def split(request: pytest.FixtureRequest, folder: Path, alone: object) -> Iterat
 
 
 @pytest.fixture
-def whole_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are dealt to slots but not cut: rows that are decoded apart are rounded otherwise, which has tests of its own."""
+def equal_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of one row, as in the reference. Pictures are dealt to slots but not cut: strips are rounded otherwise, which has tests of its own."""
+    monkeypatch.setattr(SamplingSession, "_rows_per_unit", lambda self, replica, share: 1)
     monkeypatch.setattr(vae_decoding, "worth_splitting", lambda *args, **kwargs: False)
 
 
-@pytest.mark.usefixtures("whole_decodes")
+@pytest.mark.usefixtures("equal_shapes")
 @pytest.mark.parametrize(("split", "job"), CASES, indirect=["split"], scope="module")
 def test_a_split_job_makes_the_whole_jobs_picture(split: Application, alone: dict[str, list[np.ndarray]], job: str) -> None:
     pictures = _pictures(split, JOBS[job])
@@ -117,13 +119,19 @@ def test_a_split_job_makes_the_whole_jobs_picture(split: Application, alone: dic
         assert np.array_equal(picture, expected)
 
 
-@pytest.mark.usefixtures("whole_decodes")
+@pytest.mark.usefixtures("equal_shapes")
 def test_copies_in_the_foreground_give_the_same_picture(split: Application, alone: dict[str, list[np.ndarray]]) -> None:
     def job() -> Any:
         return txt2img(sampler_name="Euler a", batch_size=2, enable_async_gpu=False)
 
     for picture, expected in zip(_pictures(split, job), alone["txt2img"]):
         assert np.array_equal(picture, expected)
+
+
+@pytest.mark.parametrize("job", FEW_JOBS)
+def test_units_of_several_rows_differ_by_rounding_alone(split: Application, alone: dict[str, list[np.ndarray]], job: str) -> None:
+    for picture, expected in zip(_pictures(split, JOBS[job]), alone[job]):
+        assert np.abs(picture - expected).max() <= 2
 
 
 def test_a_picture_decoded_in_strips_differs_by_rounding_alone(

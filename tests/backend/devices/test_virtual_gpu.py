@@ -380,3 +380,10 @@ def test_a_deep_copied_module_is_on_the_device_and_counted(gpus: tuple[torch.dev
     twin = copy.deepcopy(module)
     assert twin.weight is not module.weight and twin.weight.device == gpus[0] and isinstance(twin.weight, nn.Parameter)
     assert first.live_bytes == 2 * (16 + 4) * 4
+
+
+def test_an_empty_likeness_on_the_meta_device_holds_nothing(gpus: tuple[torch.device, ...]) -> None:
+    """Copies of a network begin as such; numbers that happen to lie in memory must not pass for weights."""
+    tensor = torch.ones(3, device=gpus[0])
+    assert torch.empty_like(tensor, device="meta").device.type == "meta"
+    assert tensor.to("meta").device.type == "meta"

@@ -1,0 +1,101 @@
+"""Jobs of the product on one CPU slot and on two, for the benches of plans: the same narrow SD1.x checkpoint, one core per slot, fp32."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from backend import memory_management
+from backend.args import BackendConfig
+from backend.devices.probing import probe_devices
+from modules.app_config import AppConfig
+from modules.application import Application, build_application, install
+from modules.processing import StableDiffusionProcessingTxt2Img, process_images
+from tests.support.checkpoints import write_checkpoint
+from tools.measure import Bench, Metrics, Variant
+
+WIDTH, SIDE_PX, CFG = 64, 384, 7.0
+ONE_SLOT, TWO_SLOTS = ("cpu",), ("cpu", "cpu")
+UNET_PHASE = "UNet phase s"
+TOLERANCE = 2
+"""Of 255: one slot runs both branches in one batch, whose sums are rounded otherwise."""
+
+
+class _TimedRequest(StableDiffusionProcessingTxt2Img):
+    """Notes how long sampling took, from noise to latents."""
+
+    sampling_s = 0.0
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        began_s = time.perf_counter()
+        latents = super().sample(*args, **kwargs)
+        self.sampling_s += time.perf_counter() - began_s
+        return latents
+
+
+def use_slots(device_ids: tuple[str, ...]) -> None:
+    """From now on these slots compute, each with one thread."""
+    torch.set_num_threads(1)
+    config = BackendConfig(multi_gpu=True, device_ids=device_ids, cpu_threads_per_slot=1)
+    memory_management.configure(config, probe_devices(config))
+
+
+def make_application() -> Application:
+    """An application with a narrow checkpoint in a temporary folder, kept until the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    write_checkpoint(folder / "models" / "Stable-diffusion" / "narrow.safetensors", "sd15", width=WIDTH)
+    app = build_application(AppConfig.for_tests(folder))
+    install(app)
+    app.options.live_previews_enable = False
+    app.options.samples_save = app.options.grid_save = False
+    return app
+
+
+def run_job(app: Application, device_ids: tuple[str, ...], strategy: str, *, num_images: int, num_steps: int) -> tuple[Metrics, list[np.ndarray]]:
+    """Seconds of sampling, and the pictures."""
+    use_slots(device_ids)
+    app.options.set("multi_gpu_strategy", strategy)
+    request = _TimedRequest(
+        prompt="a red cat", negative_prompt="a dog", seed=1, steps=num_steps, width=SIDE_PX, height=SIDE_PX, sampler_name="Euler", cfg_scale=CFG,
+        batch_size=num_images, do_not_save_grid=True, do_not_save_samples=True,
+    )  # fmt: skip
+    done = process_images(request)
+    return {UNET_PHASE: request.sampling_s}, [np.asarray(image.convert("RGB")).astype(int) for image in done.images]
+
+
+def make_job_bench(strategy: str, *, num_images: int, num_steps: int, whole_request: bool, at_least: float, num_rounds: int = 7) -> Bench:
+    """One slot against two. The pictures of both are compared first."""
+
+    def make_variants() -> Mapping[str, Variant]:
+        app = make_application()
+
+        def variant(device_ids: tuple[str, ...]) -> Variant:
+            return lambda: run_job(app, device_ids, strategy, num_images=num_images, num_steps=num_steps)[0]
+
+        pictures = [run_job(app, ids, strategy, num_images=num_images, num_steps=2)[1] for ids in (ONE_SLOT, TWO_SLOTS)]
+        worst = max(int(np.abs(one - other).max()) for one, other in zip(*pictures))
+        if worst > TOLERANCE:
+            raise AssertionError(f"the pictures of one slot and of two differ by {worst} of 255; {TOLERANCE} are rounding.")
+        return {"one slot": variant(ONE_SLOT), "two slots": variant(TWO_SLOTS)}
+
+    images = "1 image" if num_images == 1 else f"{num_images} images"
+    timed = "The whole request: prompt, sampling, decoding, infotext." if whole_request else "Timed: the UNet phase, from noise to latents."
+    return Bench(
+        question=(
+            f"How much faster are two CPU slots of one core each than one, {images} with CFG, strategy {strategy}, {num_steps} Euler steps? {timed} "
+            f"A narrow SD1.x network ({WIDTH} to {4 * WIDTH} channels), {SIDE_PX} pixels, fp32. Asked for: at least {at_least:.2f}x."
+        ),
+        make_variants=make_variants,
+        baseline="one slot",
+        num_rounds=num_rounds,
+        work_per_call=num_images * num_steps,
+        work_unit="image steps",
+        packages=("torch", "diffusers", "transformers"),
+        time_metric=None if whole_request else UNET_PHASE,
+    )
