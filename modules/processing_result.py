@@ -174,7 +174,8 @@ def _json_fallback(value: Any) -> Any:
 
 def process_extra_images(processed: Processed) -> None:
     """Leave only pictures among the extra images of a job: arrays that extensions put there become pictures, anything else goes."""
-    found = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in processed.extra_images]
+    given: list[Any] = list(processed.extra_images)
+    found = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in given]
     processed.extra_images = [image for image in found if isinstance(image, Image.Image)]
 
 

@@ -137,7 +137,7 @@ def draw_replacements(num_cases: int, *, seed: int = 6) -> list[Change]:
 def mask_of_first(scene: Scene) -> Image.Image:
     """White over the half of the picture where the first object is, to four pixels beyond its edges."""
     thing = scene.things[0]
-    x, _, half = thing_box(thing, scene.jitter[:2], SIDE_PX)
+    x, _, half = thing_box(thing, (scene.jitter[0], scene.jitter[1]), SIDE_PX)
     left, right = (0, min(SIDE_PX // 2, round(x + half) + 4)) if x < SIDE_PX / 2 else (max(SIDE_PX // 2, round(x - half) - 4), SIDE_PX)
     mask = Image.new("L", (SIDE_PX, SIDE_PX), 0)
     mask.paste(255, (left, 0, right, SIDE_PX))
@@ -149,7 +149,8 @@ def must_stay(mask: Image.Image, blur_px: int) -> np.ndarray:
     reach = int(BLUR_REACH * blur_px + 0.5)
     near = np.asarray(mask) > 0
     for axis in (0, 1):
-        near = np.stack([np.roll(near, shift, axis) & _not_wrapped(near.shape, shift, axis) for shift in range(-reach, reach + 1)]).any(axis=0)
+        shifted = [np.roll(near, shift, axis) & _not_wrapped(near.shape, shift, axis) for shift in range(-reach, reach + 1)]
+        near = np.logical_or.reduce(shifted)
     return ~near
 
 

@@ -345,7 +345,7 @@ LIBRARY_REFERENCES: dict[str, Reference] = {
 # k-diffusion's published module, where the caller has unpacked it
 
 
-_K_DIFFUSION_NAMES = {
+_K_DIFFUSION_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM++ 2M": ("sample_dpmpp_2m", {}),
     "DPM++ SDE": ("sample_dpmpp_sde", {}),
     "DPM++ 2M SDE": ("sample_dpmpp_2m_sde", {}),

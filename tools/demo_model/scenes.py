@@ -148,7 +148,7 @@ def draw_scene(scene: Scene, side_px: int = 64, *, oversample: int = 4, outline_
     image = Image.new("RGB", (big_px, big_px), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
     for index, thing in enumerate(scene.things):
-        x, y, half = thing_box(thing, scene.jitter[2 * index : 2 * index + 2], big_px)
+        x, y, half = thing_box(thing, (scene.jitter[2 * index], scene.jitter[2 * index + 1]), big_px)
         points = outline_points(thing.shape, x, y, half)
         if outline_only:
             draw.line([*points, *points[:2]], fill=COLOURS[thing.colour], width=round(big_px * 0.045), joint="curve")
