@@ -44,7 +44,7 @@ class ModelProfile:
     """A network at one picture size and number type.
 
     `embedding_bytes` are the weights of the time embedding, which stay with the first piece; its result (`emb_bytes_per_row`) goes wherever
-    a piece runs. Context is sent once per picture, latents and results every step.
+    a piece runs, and so does the context; latents come and results go every step.
     """
 
     name: str
@@ -61,6 +61,11 @@ class ModelProfile:
         for index, cost in enumerate(self.pieces):
             if cost.pops_skip_of is not None and not 0 <= cost.pops_skip_of < index:
                 raise ValueError(f"Piece {index} of {self.name} takes the skip of piece {cost.pops_skip_of}, which does not run before it.")
+
+    @property
+    def copy_bytes_per_row(self) -> int:
+        """What goes to a whole copy on another device and comes back, per row and step."""
+        return self.latent_bytes_per_row + self.context_bytes_per_row + self.output_bytes_per_row
 
     @property
     def weight_bytes(self) -> int:

@@ -16,7 +16,7 @@ below EXHAUSTIVE_LIMIT the search is exact at block granularity for any number o
 from cuts in proportion to speed instead of from all cuts between segments, and is local.
 
 Peak bytes of a slot: what is fixed there, the weights of its pieces, the time embedding's (first slot), the largest working memory of its
-pieces, and for every unit that may be on its way the skips that it keeps and the state at its boundaries.
+pieces, and for every unit that may be on its way the skips that it keeps, the state at its boundaries and residuals of a ControlNet.
 """
 
 from __future__ import annotations
@@ -59,13 +59,14 @@ class PartitionJob:
     """What the copy is for.
 
     `movable` are components whose slot is still open: they are put where most room is left, largest first; one that runs per unit (a
-    ControlNet) on the copy's slot where the objective is best, before the UNet, and its work counts. `least_slots` is how many slots must
-    get pieces, where there are as many pieces. `rows_per_forward` is how many rows run at once.
+    ControlNet) before the UNet on the copy's slot where the objective is best, or on `rider_slot`, and its work counts. `least_slots` is
+    how many slots must get pieces, where there are as many pieces. `rows_per_forward` is how many rows run at once.
     """
 
     units: Units = field(default_factory=Units)
     rows_per_forward: int = 1
     movable: tuple[ComponentCost, ...] = ()
+    rider_slot: int | None = None
     max_crossing_bytes: int | None = None
     least_slots: int = 1
     is_async: bool = True
@@ -99,9 +100,7 @@ def _partition(profile: ModelProfile, slots: tuple[SlotFacts, ...], links: tuple
     if not slots:
         raise ValueError("A network is to be cut over no slots; give at least one.")
     table = LinkTable(links)
-    evaluators = [
-        _Evaluator(profile, slots, order, table, job, rider) for order in _orders(slots, table) for rider in _rider_positions(job, len(slots))
-    ]
+    evaluators = [_Evaluator(profile, slots, order, table, job, rider) for order in _orders(slots, table) for rider in _rider_positions(job, slots)]
     finalists = search(evaluators)
     if not finalists:
         return None
@@ -129,8 +128,10 @@ def _long_orders(slots: tuple[SlotFacts, ...]) -> list[tuple[int, ...]]:
     return [tuple(range(len(slots))), tuple(by_room), tuple(reversed(by_room))]
 
 
-def _rider_positions(job: PartitionJob, num_slots: int) -> list[int | None]:
-    return list(range(num_slots)) if any(component.runs_per_unit for component in job.movable) else [None]
+def _rider_positions(job: PartitionJob, slots: tuple[SlotFacts, ...]) -> list[int | None]:
+    if not any(component.runs_per_unit for component in job.movable):
+        return [None]
+    return [position for position, slot in enumerate(slots) if job.rider_slot in (None, slot.index)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +223,11 @@ class _Evaluator:
         skip_crossing, skip_kept, skip_ms = self._follow_skips(edges)
         self._delay_by_skips(stages, skip_ms)
         crossing, kept = crossing + skip_crossing, kept + skip_kept
-        crossing = crossing + self._control_crossing(edges)
         is_used = weight > 0
+        control, control_ms = self._control_crossing(edges)
+        if self.rider is not None:
+            stages.send_ms_CS[:, 0] += control_ms
+        crossing = crossing + control + self._shared_crossing(edges, is_used)
         peak += weight + working * self.job.rows_per_forward + kept * self.job.units.count
         places = self._add_components(peak, edges)
         budgets = np.array([slot.budget_bytes for slot in self.slots], dtype=np.float64)
@@ -257,7 +261,7 @@ class _Evaluator:
             first, end = edges[:, run], edges[:, run + 1]
             is_run = end > first
             is_new = is_run & ((at < 0) | (slot_CS[rows, np.maximum(at, 0)] != slot))
-            state = np.where(first > 0, self._state[first], float(self.profile.latent_bytes_per_row)) + self.profile.emb_bytes_per_row
+            state = np.where(first > 0, self._state[first], float(self.profile.latent_bytes_per_row))
             moves = is_run & (previous != slot)
             self._send(send_ms, rows, at, previous, slot, state, moves)
             crosses = moves & self._crosses[previous, slot]
@@ -284,7 +288,7 @@ class _Evaluator:
     def _follow_skips(self, edges: Ints) -> tuple[Floats, Floats, Floats]:
         """Bytes of skips that cross, bytes that wait on each slot, ms of sending per slot that sends.
 
-        A skip that is the state at a boundary, and goes with it, is sent once.
+        A skip that is the state at a boundary, and goes to the same slot, is sent once.
         """
         crossing, kept, send_ms = np.zeros(len(edges)), np.zeros((len(edges), len(self.slots))), np.zeros((len(edges), len(self.slots)))
         rows = np.arange(len(edges))
@@ -295,8 +299,7 @@ class _Evaluator:
             num_bytes = self.profile.pieces[pushed].skip_bytes_per_row
             source, target = self._slot_of(edges, pushed), self._slot_of(edges, index)
             following = self._slot_of(edges, min(pushed + 1, self.num_pieces - 1))
-            goes_along = (following == target) & (following != source)
-            is_sent = self._crosses[source, target] & ~goes_along
+            is_sent = self._crosses[source, target] & (following != target)
             crossing += np.where(is_sent, num_bytes, 0)
             send_ms[rows, source] += np.where(is_sent, num_bytes * self._ms_per_byte[source, target], 0.0)
             kept[rows, target] += num_bytes
@@ -309,23 +312,31 @@ class _Evaluator:
             first = (stages.slot_CS == slot).argmax(axis=1)
             stages.send_ms_CS[rows, first] += np.maximum(0.0, skip_ms[:, slot] - stages.run_ms_CS[rows, first])
 
-    def _control_crossing(self, edges: Ints) -> Floats:
-        crossing = np.zeros(len(edges))
+    def _shared_crossing(self, edges: Ints, is_used: Bools) -> Floats:
+        """The context to the first slot, from there context and time embedding to every other."""
+        first = self._slot_of(edges, 0)
+        crossing: Floats = np.where(self._crosses[0, first], self.profile.context_bytes_per_row, 0.0)
+        for slot in range(len(self.slots)):
+            goes = is_used[:, slot] & self._crosses[first, slot]
+            crossing = crossing + np.where(goes, self.profile.context_bytes_per_row + self.profile.emb_bytes_per_row, 0.0)
+        return crossing
+
+    def _control_crossing(self, edges: Ints) -> tuple[Floats, Floats]:
+        """Bytes of residuals that cross, and the time of sending them, which is taken to hide behind nothing."""
+        crossing, send_ms = np.zeros(len(edges)), np.zeros(len(edges))
         if self.rider is None:
-            return crossing
+            return crossing, send_ms
         for index, cost in enumerate(self.profile.pieces):
             if cost.control_bytes_per_row:
-                crossing += np.where(self._crosses[self.rider, self._slot_of(edges, index)], cost.control_bytes_per_row, 0)
-        return crossing
+                target = self._slot_of(edges, index)
+                crossing += np.where(self._crosses[self.rider, target], cost.control_bytes_per_row, 0)
+                send_ms += cost.control_bytes_per_row * self._ms_per_byte[self.rider, target]
+        return crossing, send_ms
 
     def _add_components(self, peak: Floats, edges: Ints) -> tuple[Ints, ...]:
         """Charge movable components; returns the slot of each of the others per cut."""
         if self.rider is not None:
-            for component in self._riders:
-                peak[:, self.rider] += component.weight_bytes + component.working_bytes_per_row * self.job.rows_per_forward
-            for index, cost in enumerate(self.profile.pieces):
-                if cost.control_bytes_per_row:
-                    peak[np.arange(len(edges)), self._slot_of(edges, index)] += cost.control_bytes_per_row * self.job.units.count
+            self._add_riders(peak, edges, self.rider)
         budgets = np.array([slot.budget_bytes for slot in self.slots], dtype=np.float64)
         places = []
         for component in self._others:
@@ -333,6 +344,16 @@ class _Evaluator:
             peak[np.arange(len(edges)), place_C] += component.weight_bytes
             places.append(place_C)
         return tuple(places)
+
+    def _add_riders(self, peak: Floats, edges: Ints, rider: int) -> None:
+        """A ControlNet's weights and work, all its residuals where they were made, and copies of those that are added elsewhere."""
+        for component in self._riders:
+            peak[:, rider] += component.weight_bytes + component.working_bytes_per_row * self.job.rows_per_forward
+        for index, cost in enumerate(self.profile.pieces):
+            if cost.control_bytes_per_row:
+                num_bytes, target = cost.control_bytes_per_row * self.job.units.count, self._slot_of(edges, index)
+                peak[:, rider] += num_bytes
+                peak[np.arange(len(edges)), target] += np.where(target == rider, 0.0, num_bytes)
 
     def _rules(self, peak: Floats, weight: Floats, is_used: Bools, crossing: Floats) -> tuple[Floats, Floats]:
         """How many rules each cut breaks, and by how much in all."""
@@ -388,7 +409,7 @@ class _Evaluator:
             peak_bytes={slot.index: int(numbers.peak_CK[0, position]) for position, slot in enumerate(self.slots)},
             weight_bytes={slot.index: int(numbers.weight_CK[0, position]) for position, slot in enumerate(self.slots)},
             crossing_bytes=int(numbers.crossing_C[0]),
-            control_bytes=int(self._control_crossing(edges)[0]) * self.job.units.count,
+            control_bytes=int(self._control_crossing(edges)[0][0]) * self.job.units.count,
             component_slots=components,
             rules_kept=bool(numbers.broken_C[0] == 0),
         )

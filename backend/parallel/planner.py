@@ -37,8 +37,9 @@ class JobShape:
 
     `branches` per image: 2 with CFG, 1 without. `may_use_lanes`: images may have sampler loops of their own. `components` are networks whose
     slot the planner chooses; one that was placed already is in the `fixed_bytes` of its slot instead. A ControlNet among them
-    (`runs_per_unit`) is needed with every whole copy. `rows_per_forward`: rows that a whole copy takes at once; stages take one.
-    `max_crossing_bytes` per step is kept by cuts where the other rules can be kept as well.
+    (`runs_per_unit`) is needed with every whole copy; where a copy is cut it runs on `rider_slot`, or, where that is open, where it is best.
+    `rows_per_forward`: rows that a whole copy takes at once; stages take one. `max_crossing_bytes` per step is kept by cuts where the other
+    rules can be kept as well.
     """
 
     images: int = 1
@@ -48,6 +49,7 @@ class JobShape:
     components: tuple[ComponentCost, ...] = ()
     rows_per_forward: int = 2
     max_crossing_bytes: int | None = None
+    rider_slot: int | None = None
     is_async: bool = True
 
     @property
@@ -280,7 +282,7 @@ class _Planner:
             replicas=tuple(ReplicaPlan(pieces=pieces, slots=(slot.index,) * len(pieces)) for slot in slots),
             step_ms=max(*times, floor_ms),
             peak_bytes=peak_bytes,
-            crossing_bytes=away * (self._profile.latent_bytes_per_row + self._profile.output_bytes_per_row),
+            crossing_bytes=away * self._profile.copy_bytes_per_row,
             component_slots=component_slots,
             dealt=dealt,
         )
@@ -292,7 +294,7 @@ class _Planner:
             total_ms += slot.forward_ms(rows * self._profile.work_per_row, self._profile.weight_bytes, self._profile.num_kernels)
             for component in self._job.riders:
                 total_ms += slot.forward_ms(rows * component.flops_per_row, component.weight_bytes, component.num_kernels)
-        num_bytes = units * (self._profile.latent_bytes_per_row + self._profile.output_bytes_per_row)
+        num_bytes = units * self._profile.copy_bytes_per_row
         way_ms = self._table.latency_ms(self._primary, slot) + self._table.latency_ms(slot, self._primary)
         return total_ms + way_ms + num_bytes * self._table.ms_per_byte(self._primary, slot)
 
@@ -371,6 +373,7 @@ class _Planner:
             self._profile, group, self._links,
             PartitionJob(
                 units=self._share_of_units(num_units), movable=movable, max_crossing_bytes=self._job.max_crossing_bytes, least_slots=len(group),
+                rider_slot=self._rider_slot(group),
                 is_async=self._job.is_async,
             ),
         )  # fmt: skip
@@ -389,11 +392,14 @@ class _Planner:
             dealt=(num_units,),
         )
 
+    def _rider_slot(self, group: tuple[SlotFacts, ...]) -> int | None:
+        return self._job.rider_slot if any(slot.index == self._job.rider_slot for slot in group) else None
+
     def _way_to(self, slot: SlotFacts, num_units: int) -> tuple[float, int]:
         """Latents and results between the primary and a group's first slot."""
         if not self._table.crosses(self._primary, slot):
             return 0.0, 0
-        num_bytes = self._profile.latent_bytes_per_row + self._profile.output_bytes_per_row
+        num_bytes = self._profile.copy_bytes_per_row
         return 2 * self._table.latency_ms(self._primary, slot) + num_bytes * self._table.ms_per_byte(self._primary, slot), num_units * num_bytes
 
     def _share_of_units(self, num_units: int) -> Units:

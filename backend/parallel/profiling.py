@@ -35,7 +35,7 @@ _CACHE_LENGTH = 32
 _lock = threading.Lock()
 
 
-class _CountFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CountFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """FLOPs, launched operations and live bytes of what runs inside."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -72,10 +72,10 @@ class _CountFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes -= num_bytes
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """Counts attention as two matrix products and makes only its output, not its scores."""
 
-    def __init__(self, count: _CountFlops) -> None:
+    def __init__(self, count: CountFlops) -> None:
         super().__init__()
         self._count = count
 
@@ -114,8 +114,8 @@ def _count_unet(config_text: str, latent_height: int, latent_width: int, context
     program = build_program(unet)
     x_BCHW = torch.empty(1, unet.config.in_channels, latent_height, latent_width, device="meta", dtype=dtype)
     context_BLD = torch.empty(1, context_length, _widest(unet.config.cross_attention_dim), device="meta", dtype=dtype)
-    count = _CountFlops(unet)
-    with torch.no_grad(), count, _FusedAttention(count):
+    count = CountFlops(unet)
+    with torch.no_grad(), count, FusedAttention(count):
         state = program.start(x_BCHW, torch.empty(1, device="meta"), context_BLD, y_BV=_make_vector(unet, dtype))
         pieces = _count_pieces(program, state, count)
     return ModelProfile(
@@ -140,7 +140,7 @@ def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return nn.Module.to(network, dtype=dtype).eval()
 
 
-def _count_pieces(program: Program, state: UNetState, count: _CountFlops) -> tuple[PieceCost, ...]:
+def _count_pieces(program: Program, state: UNetState, count: CountFlops) -> tuple[PieceCost, ...]:
     costs: list[PieceCost] = []
     pushed: list[int] = []
     kinds = [segment.kind for segment in program.segments]
@@ -195,6 +195,11 @@ def _as_text(config: Mapping[str, Any]) -> str:
     return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True, default=str)
 
 
+def controlnet_config(unet: Any) -> dict[str, Any]:
+    """Arguments of the ControlNetModel that belongs to a UNet."""
+    return {name: unet.config[name] for name in _SHARED_WITH_UNET}
+
+
 def profile_controlnet(
     unet_config: Mapping[str, Any], *, latent_height: int, latent_width: int, context_length: int = 77, dtype: torch.dtype | None = None
 ) -> ComponentCost:
@@ -206,9 +211,8 @@ def profile_controlnet(
 @lru_cache(maxsize=_CACHE_LENGTH)
 def _count_controlnet(config_text: str, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> ComponentCost:
     unet = _make_unet(config_text, dtype)
-    shared = {name: unet.config[name] for name in _SHARED_WITH_UNET}
     with torch.device("meta"):
-        controlnet = _cast(ControlNetModel(**shared), dtype)
+        controlnet = _cast(ControlNetModel(**controlnet_config(unet)), dtype)
     x_BCHW = torch.empty(1, unet.config.in_channels, latent_height, latent_width, device="meta", dtype=dtype)
     hint_BCHW = torch.empty(1, 3, 8 * latent_height, 8 * latent_width, device="meta", dtype=dtype)
     context_BLD = torch.empty(1, context_length, _widest(unet.config.cross_attention_dim), device="meta", dtype=dtype)
@@ -240,8 +244,8 @@ def _count_vae_decoder(config_text: str, latent_height: int, latent_width: int, 
 
 
 def _count_component(name: str, network: nn.Module, forward: Callable[[], object], *, runs_per_unit: bool = False) -> ComponentCost:
-    count = _CountFlops(network)
-    with torch.no_grad(), count, _FusedAttention(count):
+    count = CountFlops(network)
+    with torch.no_grad(), count, FusedAttention(count):
         forward()
     return ComponentCost(
         name=name,

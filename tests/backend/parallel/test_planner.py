@@ -92,7 +92,7 @@ def test_two_cards_and_cfg_take_a_branch_each() -> None:
     assert plan.predicted_speedup == pytest.approx(2.0, rel=0.01)
     assert plan.reason == "2 replicas on slots 0 and 1, cond and uncond side by side: 2.00x predicted of slot 0 alone"
     assert plan.lanes == 1
-    assert plan.crossing_bytes == 20  # latents to slot 1 and its result back
+    assert plan.crossing_bytes == 120  # latents and context to slot 1, its result back
 
 
 def test_one_unit_stays_on_one_slot() -> None:
