@@ -44,16 +44,17 @@ def make_text_picture(prompt: str, *, seed: int, **fields: Any) -> Image.Image:
     """One txt2img picture of the installed product: Euler a, 20 steps, CFG 5, the checkpoint's own size, unless `fields` say otherwise."""
     from modules.processing import StableDiffusionProcessingTxt2Img, process_images
 
-    return process_images(StableDiffusionProcessingTxt2Img(**_fields(prompt, seed, fields))).images[0]
+    return process_images(StableDiffusionProcessingTxt2Img(**usual_fields(prompt, seed, fields))).images[0]
 
 
 def make_picture_from(start: Image.Image, prompt: str, *, seed: int, **fields: Any) -> Image.Image:
     """One img2img picture of the installed product that starts from `start`; with a `mask` among the fields, inpainting."""
     from modules.processing import StableDiffusionProcessingImg2Img, process_images
 
-    return process_images(StableDiffusionProcessingImg2Img(init_images=[start], **_fields(prompt, seed, fields))).images[0]
+    return process_images(StableDiffusionProcessingImg2Img(init_images=[start], **usual_fields(prompt, seed, fields))).images[0]
 
 
-def _fields(prompt: str, seed: int, fields: dict[str, Any]) -> dict[str, Any]:
+def usual_fields(prompt: str, seed: int, fields: dict[str, Any]) -> dict[str, Any]:
+    """A request's arguments: what these tools mean where `fields` do not say otherwise."""
     usual = {"steps": 20, "cfg_scale": 5.0, "sampler_name": "Euler a", "width": SIDE_PX, "height": SIDE_PX}
     return {**usual, "do_not_save_samples": True, "do_not_save_grid": True, **fields, "prompt": prompt, "seed": seed}
