@@ -16,6 +16,8 @@ from backend import memory_management
 from backend.devices.links import Verdicts
 from backend.devices.slot import Slot
 from backend.memory.store import MemoryStore
+from backend.parallel.link_speeds import measure_links
+from backend.parallel.slot_facts import Link
 from backend.parallel.transport import Transport, make_transport
 from backend.parallel.worker import SlotLost, SlotWorker
 
@@ -56,6 +58,8 @@ class Fleet:
         self._lost: set[int] = set()
         self._workers: dict[int, SlotWorker] = {}
         self._transport: Transport | None = None
+        self._verdicts: Verdicts | None = None
+        self._links_tested = False
         self._lock = threading.Lock()
 
     @property
@@ -95,8 +99,27 @@ class Fleet:
         """Links between CUDA devices are tested at the first question, in a process of their own."""
         with self._lock:
             if self._transport is None:
-                self._transport = make_transport(_test_links(self.slots), self.slots)
+                self._transport = make_transport(self._find_verdicts(), self.slots)
             return self._transport
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """How fast tensors go between the working slots."""
+        with self._lock:
+            verdicts = self._find_verdicts()
+        return measure_links(self.working_slots, verdicts)
+
+    @property
+    def verdicts(self) -> Verdicts:
+        """Which pairs of cards may copy directly; empty where there are no two cards."""
+        with self._lock:
+            return self._find_verdicts() or {}
+
+    def _find_verdicts(self) -> Verdicts | None:
+        """The caller holds the lock."""
+        if not self._links_tested:
+            self._verdicts, self._links_tested = _test_links(self.slots), True
+        return self._verdicts
 
     def close(self) -> None:
         for worker in self._workers.values():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +22,14 @@ from backend.devices.slot import Slot
 from backend.memory.errors import OutOfMemory
 from backend.modules.k_model import KModel
 from backend.nn.network_call import NetworkCall
+from backend.parallel import status
 from backend.parallel.costs import ModelProfile, contains, profile_unet
 from backend.parallel.executor import Executor, SlotFailure
 from backend.parallel.fleet import Fleet, current_fleet
 from backend.parallel.placement import PlacedPlan, place_plan, place_whole
 from backend.parallel.plan import Piece, Plan, ReplicaPlan
 from backend.parallel.planner import JobShape, WantedStrategy, deal_units, make_plan
-from backend.parallel.slot_facts import Link, SlotFacts
+from backend.parallel.slot_facts import SlotFacts
 from backend.parallel.worker import SlotLost
 from backend.patcher.base import ModelPatcher
 from backend.patcher.unet import UnetPatcher
@@ -40,7 +42,6 @@ FLOPS_PER_MS_OF_UNKNOWN_GPU = 1e10
 FLOPS_PER_MS_OF_CUDA_THROUGHPUT = 4e5
 """Half-precision work per ms for each unit of `DeviceFacts.throughput` (multiprocessors times MHz), from published SDXL step times of the
 RTX 4090 and the A100. First guesses all of them: measured speeds take their place with the first units."""
-HOST_BYTES_PER_MS = 4e6
 _RETRY_SHARE = 0.75
 """What is left of a slot's budget, for the planner, after work on it ran out of memory a second time."""
 _LAST_SHORTAGE = 5
@@ -108,6 +109,7 @@ class SamplingSession:
         self._budget_shares: dict[int, float] = {}
         self._shortages: Counter[int] = Counter()
         self._gate, self._generation = _Gate(), 0
+        self._num_calls, self._first_s, self._last_s = 0, 0.0, 0.0
         self._placed: PlacedPlan | None = None
         self._executor: Executor | None = None
         self._adopt_fitting()
@@ -119,9 +121,27 @@ class SamplingSession:
 
     def close(self) -> None:
         """Let the network run as it does without a plan. Copies stay on their slots until something else needs the room."""
+        self._tell_status(self.measured_ms)
         self.unet.model.runner = None
         if self._executor is not None:
             self._executor.close()
+
+    @property
+    def measured_ms(self) -> float | None:
+        """Time of a step of all the pictures so far; None before the second step, and where the network runs as without a plan."""
+        if self._num_calls < 2 * max(1, self.plan.lanes):
+            return None
+        num_steps = self._num_calls / max(1, self.plan.lanes)
+        return (self._last_s - self._first_s) * 1000.0 / num_steps
+
+    def _tell_status(self, measured_ms: float | None = None) -> None:
+        """What the page and the API show of the plan."""
+        slots = self.fleet.working_slots
+        units = (
+            self._deal(self.request.images * self.request.branches) if len(self.plan.replicas) > 1 else (self.request.images * self.request.branches,)
+        )
+        status.set_current_plan(self.plan, units=units, measured_ms=measured_ms)
+        status.set_speeds({slot.index: self._speed(slot.index) for slot in slots})
 
     # planning
 
@@ -133,7 +153,8 @@ class SamplingSession:
             may_use_lanes=self.request.may_use_lanes,
             is_async=self.request.asynchronous,
         )
-        links = guess_links(self.fleet.working_slots)
+        links = self.fleet.links
+        status.set_links(links, self.fleet.verdicts)
         rooms = [slot_facts(slot, self.unet.model, self.fleet, self._work, self._budget_shares.get(slot.index, 1.0)) for slot in self._usable_slots()]
         plans = [make_plan(self._profile, rooms, links, job, strategy=self.request.strategy)]
         if any(room.fixed_bytes for room in rooms) and plans[0].strategy == "single":
@@ -158,6 +179,7 @@ class SamplingSession:
             plan = self._make_plan()
             try:
                 self._adopt(plan)
+                self._tell_status()
                 return
             except OutOfMemory as error:
                 short = [slot.index for slot in self._usable_slots() if str(slot.torch_device) == error.device]
@@ -263,11 +285,17 @@ class SamplingSession:
             generation = self._generation
             try:
                 with self._gate.running():
-                    executor = self._executor
-                    return self.unet.model.run_here(call) if executor is None else executor.run(call)
+                    return self._run_once(call)
             except SlotFailure as error:
                 failure = error
             self._recover(failure, generation)
+
+    def _run_once(self, call: NetworkCall) -> Tensor:
+        began_s, executor = time.perf_counter(), self._executor
+        output = self.unet.model.run_here(call) if executor is None else executor.run(call)
+        self._first_s, self._last_s = self._first_s or began_s, time.perf_counter()
+        self._num_calls += 1
+        return output
 
     def _recover(self, failure: SlotFailure, generation: int) -> None:
         with self._gate.alone():
@@ -327,6 +355,7 @@ def begin_session(
     """A session for a run over latents of `shape` (B, C, H, W); None where there is one slot only. Raises: OutOfMemory."""
     fleet = current_fleet()
     if len(fleet.working_slots) < 2:
+        status.set_current_plan(None)
         return None
     session = SamplingSession(unet, shape, request, fleet, beside=beside, preserved_bytes=preserved_bytes)
     unet.model.__dict__["session"] = session
@@ -385,12 +414,6 @@ def guess_speed(slot: Slot) -> float:
         return FLOPS_PER_MS_OF_VIRTUAL_GPU
     throughput = describe_device(slot.torch_device).throughput
     return FLOPS_PER_MS_OF_CUDA_THROUGHPUT * throughput if throughput > 0 else FLOPS_PER_MS_OF_UNKNOWN_GPU
-
-
-def guess_links(slots: Sequence[Slot]) -> tuple[Link, ...]:
-    """Links between slots whose devices are all in main memory; others are left to the planner's own assumption."""
-    hosts = [slot for slot in slots if slot.torch_device.type in ("cpu", "vgpu")]
-    return tuple(Link(source=one.index, target=other.index, bytes_per_ms=HOST_BYTES_PER_MS) for one in hosts for other in hosts if one is not other)
 
 
 def flops_of_pieces(plan: Plan, profile: ModelProfile) -> dict[Piece, float]:

@@ -5,6 +5,8 @@ Must not know what the network is for.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import nn
 
@@ -22,7 +24,19 @@ class TwinPatcher(ModelPatcher):
     """
 
     must_be_whole = True
-    source: ModelPatcher
+    _source: weakref.ref[ModelPatcher]
+
+    @property
+    def source(self) -> ModelPatcher:
+        """The patcher whose network this copies. Held weakly: the network keeps its twins, not the other way round."""
+        source = self._source()
+        if source is None:
+            raise RuntimeError(f"The network that a copy on {self.load_device} belongs to is gone. Copies are placed anew for every run.")
+        return source
+
+    @source.setter
+    def source(self, patcher: ModelPatcher) -> None:
+        self._source = weakref.ref(patcher)
 
     @classmethod
     def make(cls, source: ModelPatcher, empty: nn.Module, device: torch.device) -> TwinPatcher:

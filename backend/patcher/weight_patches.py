@@ -114,7 +114,7 @@ class LoraLoader:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self._model = weakref.ref(model)
         self.pool = OriginalPool()
         self.backup: dict[str, Tensor] = {}
         self.loaded_hash: str = str([])
@@ -122,6 +122,18 @@ class LoraLoader:
         self._online: dict[str, Recipe] = {}
         self._loaded: tuple[tuple[LoraIdentifier, dict[str, list[Step]]], ...] = ()
         self._compute_device: torch.device | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The network. Held weakly: it keeps its loader, so that a network that nobody else holds goes at once."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("The network whose weights were to be changed is gone; its patcher must hold it.")
+        return model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
 
     @property
     def online_backup(self) -> list[str]:
