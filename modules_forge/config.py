@@ -1,0 +1,17 @@
+"""Extensions that must not be loaded because this program does what they do: loading both would do it twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+INSTEAD: Mapping[str, str] = MappingProxyType(
+    {
+        "sd-webui-controlnet": "ControlNet is built in; use its panel in the txt2img and img2img tabs",
+        "multidiffusion-upscaler-for-automatic1111": "large pictures are decoded in tiles without it; for upscaling use hires fix or the Extras tab",
+        "forge_space_example": "spaces are not part of this program",
+    }
+)
+"""Folder name -> what to use instead."""
+
+always_disabled_extensions = list(INSTEAD)
