@@ -25,7 +25,7 @@ WARM_UP_STEPS = 4
 """Steps until the pipe has its rhythm."""
 MEASURED_STEPS = 6
 """Steps the time of a step is averaged over; even, as rhythms of two steps are common."""
-MOST_IMAGES = 6
+MOST_IMAGES = 4
 """More images than this only lengthen the same rhythm: the time is scaled up from this many."""
 _SAME_TIME = 1e-9
 

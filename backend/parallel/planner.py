@@ -28,6 +28,9 @@ LEAST_GAIN = 1.05
 SAME_TIME = 0.01
 _ALL_SUBSETS_UP_TO = 6
 _ALL_GROUPINGS_UP_TO = 4
+_SPEED_STEP = 1.03
+_BYTES_STEP = 2**26
+"""Cuts over more than two slots take seconds to search: speeds in steps of 3 % and bytes in steps of 64 MiB make them be found again."""
 _GB = 1e9
 
 
@@ -370,7 +373,7 @@ class _Planner:
             planner = _Planner(self._profile, group, self._links, job)
             return planner._whole_copies(group, "single")
         found = partition(
-            self._profile, group, self._links,
+            self._profile, group if len(group) == 2 else tuple(map(_rounded, group)), self._links,
             PartitionJob(
                 units=self._share_of_units(num_units), movable=movable, max_crossing_bytes=self._job.max_crossing_bytes, least_slots=len(group),
                 rider_slot=self._rider_slot(group),
@@ -488,6 +491,16 @@ class _Planner:
         need_bytes = self._profile.weight_bytes + self._profile.working_bytes_per_row()
         rooms = ", ".join(f"slot {slot.index}: {_gb(max(0, slot.free_bytes))}" for slot in self._slots)
         return f"does not fit ({self._profile.name} {_gb(need_bytes)}; {rooms})"
+
+
+def _rounded(slot: SlotFacts) -> SlotFacts:
+    """The facts with less detail, on the safe side for bytes, so that small changes from run to run find the cut that was searched before."""
+    return replace(
+        slot,
+        speed=_SPEED_STEP ** round(math.log(slot.speed, _SPEED_STEP)),
+        budget_bytes=slot.budget_bytes // _BYTES_STEP * _BYTES_STEP,
+        fixed_bytes=-(-slot.fixed_bytes // _BYTES_STEP) * _BYTES_STEP,
+    )
 
 
 def _set_partitions(slots: tuple[SlotFacts, ...]) -> Iterator[tuple[tuple[SlotFacts, ...], ...]]:

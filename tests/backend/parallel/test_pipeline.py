@@ -86,7 +86,7 @@ def test_busy_shares() -> None:
 
 def test_many_images_are_scaled_from_fewer() -> None:
     stages = [StageTime(slot=0, run_ms=50), StageTime(slot=1, run_ms=50)]
-    assert simulate_pipeline(stages, Units(images=60)).step_ms == pytest.approx(10 * simulate_pipeline(stages, Units(images=6)).step_ms)
+    assert simulate_pipeline(stages, Units(images=60)).step_ms == pytest.approx(15 * simulate_pipeline(stages, Units(images=4)).step_ms)
 
 
 def test_no_units_are_refused() -> None:
