@@ -221,13 +221,15 @@ class Program:
         """The modules with the weights of a piece, under their names in the network."""
         return self.segments[piece.segment].part_layers(piece.first_block, piece.end_block)
 
+    def finest_parts(self, piece: Piece) -> tuple[Piece, ...]:
+        """A piece as its transformer blocks, where it has some; in the order they run."""
+        count = max(1, self.segments[piece.segment].num_blocks)
+        end = count if piece.end_block is None else piece.end_block
+        return tuple(Piece(piece.segment, index, None if index == count - 1 else index + 1) for index in range(piece.first_block, end))
+
     def finest_pieces(self) -> tuple[Piece, ...]:
         """Every transformer block a piece of its own, where a segment can be cut; in the order they run."""
-        pieces: list[Piece] = []
-        for number, segment in enumerate(self.segments):
-            count = max(1, segment.num_blocks)
-            pieces += [Piece(number, index, None if index == count - 1 else index + 1) for index in range(count)]
-        return tuple(pieces)
+        return tuple(part for whole in self.whole_pieces() for part in self.finest_parts(whole))
 
     def whole_pieces(self) -> tuple[Piece, ...]:
         """Every segment a piece."""

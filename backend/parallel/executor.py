@@ -10,25 +10,29 @@ Shapes: B rows, C channels, H W latent rows and columns, E width of the time emb
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from backend import profiler
 from backend.nn.network_call import NetworkCall
 from backend.nn.unet_program import Program
 from backend.nn.unet_state import UNetState
 from backend.parallel.fleet import Fleet
 from backend.parallel.plan import Piece, ReplicaPlan, Stage
 from backend.parallel.transport import Parcel
+from backend.profiler import Mark
 
 Result = TypeVar("Result")
+PieceTold = Callable[[int, Piece, float], None]
+"""Slot, piece, ms per row."""
 
 _HOOK_OPTIONS = ("patches", "patches_replace", "block_modifiers", "block_inner_modifiers", "group_norm_wrapper", "groupnorm_wrapper")
 _TENSOR_OPTIONS = ("sigmas", "cond_mark")
@@ -52,7 +56,7 @@ class Replica:
 
     program: Program
     plan: ReplicaPlan
-    flops_per_row: Mapping[Piece, float] = field(default_factory=dict)
+    work_per_row: Mapping[Piece, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,7 @@ class _Run:
     """What the units of one call share: their place in the queue, and whether one of them has failed, which makes the others vain."""
 
     number: int
+    step: int = -1
     has_failed: bool = False
 
 
@@ -119,6 +124,7 @@ class _Unit:
     transformer_input: Parcel | None = None
     sent_skip: tuple[Tensor, int, Parcel] | None = None
     """The last skip that left the running stage: what, where to, and on its way."""
+    profile_number: int = -1
     shared: dict[int, tuple[Parcel, Parcel | None]] = field(default_factory=dict)
     """Time embedding and context, per slot."""
 
@@ -136,10 +142,13 @@ class Executor:
         work: str = "",
         asynchronous: bool = True,
         is_cancelled: Callable[[], bool] = lambda: False,
+        on_piece: PieceTold | None = None,
+        measured_run: int = 1,
     ) -> None:
         """`deal` says how many of n rows each replica gets, `rows_per_unit` how many of its share go through it at once. `work` names the model
         and size that measured speeds are kept for.
 
+        `on_piece` is told the ms per row of each piece at its finest in one run, number `measured_run` (the first warms the machine up).
         `asynchronous`: copies between slots run beside computation; without it each is awaited where it starts. The result is the same.
         """
         self._fleet = fleet
@@ -148,6 +157,7 @@ class Executor:
         self._work = work
         self._asynchronous = asynchronous
         self._is_cancelled = is_cancelled
+        self._on_piece, self._measured_run = on_piece, measured_run
         self._numbers = count()
         self._copiers = _Copiers()
 
@@ -156,8 +166,11 @@ class Executor:
 
     def run(self, call: NetworkCall) -> Tensor:
         """The network's output for all rows, on the call's device. Raises: Cancelled, SlotFailure."""
-        run = _Run(next(self._numbers))
-        units = [_Unit(call.rows(first, end), route, run) for route, first, end in self._deal_rows(call.num_rows)]
+        recorder = profiler.recorder()
+        run = _Run(next(self._numbers), recorder.step)
+        units = [
+            _Unit(call.rows(first, end), route, run, profile_number=recorder.next_unit()) for route, first, end in self._deal_rows(call.num_rows)
+        ]
         for unit in units:
             self._start(unit)
         return self._gather(units, call.device)
@@ -213,7 +226,8 @@ class Executor:
     def _enter(self, unit: _Unit, call: NetworkCall, control: dict[str, list[Tensor | None]]) -> None:
         """On the first stage's worker: the state before the first segment."""
         call = _with_control(call, control)
-        unit.state = state = call.start(unit.route.replica.program)
+        with profiler.recorder().measure("stage", "time embedding", slot=unit.route.stages[0].slot, device=unit.route.device(0), **_facts(unit)):
+            unit.state = state = call.start(unit.route.replica.program)
         for slot in unit.route.devices:
             context = None if state.context_BLD is None else self._ship(state.context_BLD, unit, slot)
             unit.shared[slot] = (self._ship(state.emb_BE, unit, slot), context)
@@ -254,11 +268,26 @@ class Executor:
         for piece in stage.pieces:
             if unit.run.has_failed or self._is_cancelled():
                 raise Cancelled
-            program.run_piece(piece, state)
+            self._run_piece(unit, piece, stage.slot)
             if piece.end_block is None and program.segments[piece.segment].kind == "input":
                 self._send_skip(unit, piece.segment, stage.slot)
-        watch.stop(lambda busy_ms: self._record(unit, stage, busy_ms))
+        ended = watch.stop(lambda busy_ms: self._record(unit, stage, busy_ms))
+        _note_stage(unit, stage, here, watch.started, ended)
         self._leave(unit)
+
+    def _run_piece(self, unit: _Unit, piece: Piece, slot: int) -> None:
+        """One piece; while pieces are measured, block by block with the time of each."""
+        state, route = unit.state, unit.route
+        assert state is not None
+        program = route.replica.program
+        if self._on_piece is None or unit.run.number != self._measured_run:
+            program.run_piece(piece, state)
+            return
+        tell, num_rows = self._on_piece, unit.call.num_rows
+        for part in program.finest_parts(piece):
+            watch = _Stopwatch(route.devices[slot])
+            program.run_piece(part, state)
+            watch.stop(partial(_tell_piece, tell, slot, part, num_rows))
 
     def _send_skip(self, unit: _Unit, segment: int, here: int) -> None:
         """The skip just pushed leaves at once if another slot will use it."""
@@ -314,8 +343,8 @@ class Executor:
         return self._copiers.copy(tensor.device, lambda: _blaming(slot, lambda: self._fleet.transport.send(tensor, target)))
 
     def _record(self, unit: _Unit, stage: Stage, busy_ms: float) -> None:
-        flops = unit.route.replica.flops_per_row
-        done = unit.call.num_rows * sum(flops.get(piece, 0.0) for piece in stage.pieces)
+        work = unit.route.replica.work_per_row
+        done = unit.call.num_rows * sum(work.get(piece, 0.0) for piece in stage.pieces)
         self._fleet.speeds.record(stage.slot, self._work, done, busy_ms)
 
 
@@ -359,6 +388,10 @@ class _Copiers:
 def _without_gradients(run: Callable[[], Tensor]) -> Tensor:
     with torch.no_grad():
         return run()
+
+
+def _tell_piece(tell: PieceTold, slot: int, piece: Piece, num_rows: int, busy_ms: float) -> None:
+    tell(slot, piece, busy_ms / num_rows)
 
 
 # failures
@@ -405,21 +438,31 @@ class _Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._event: Any = None
-        event_type: Any = torch.cuda.Event
-        if device.type == "cuda":
-            self._event = event_type(enable_timing=True)
-            self._event.record(torch.cuda.current_stream(device))
-        self._started = time.perf_counter()
+        self.started: Mark = profiler.recorder().mark(device)
 
-    def stop(self, tell: Callable[[float], None]) -> None:
-        if self._event is None:
-            tell((time.perf_counter() - self._started) * 1000.0)
-            return
-        event_type: Any = torch.cuda.Event
-        end = event_type(enable_timing=True)
-        end.record(torch.cuda.current_stream(self._device))
-        _EventReader.add(self._event, end, tell)
+    def stop(self, tell: Callable[[float], None]) -> Mark:
+        """The moment; the milliseconds since the start are told now or, on CUDA, when they are known."""
+        ended = profiler.mark_now(self._device)
+        if isinstance(ended, int):
+            tell((ended - self.started) / 1e6)
+        else:
+            _EventReader.add(self.started, ended, tell)
+        return ended
+
+
+def _facts(unit: _Unit) -> dict[str, int]:
+    """What a span of the unit is marked with."""
+    return {"unit": unit.profile_number, "stage": unit.stage, "step": unit.run.step, "rows": unit.call.num_rows}
+
+
+def _note_stage(unit: _Unit, stage: Stage, device: torch.device, started: Mark, ended: Mark) -> None:
+    """Count a stage that is done, and record it where a recorder runs."""
+    profiler.meter().count_unit(stage.slot)
+    recorder = profiler.recorder()
+    if recorder.is_on:
+        stages = unit.route.stages
+        kind, name = ("unit", "whole network") if len(stages) == 1 else ("stage", f"stage {unit.stage + 1} of {len(stages)}")
+        recorder.add(started, ended, devices=(device, device), kind=kind, name=name, slot=stage.slot, **_facts(unit))
 
 
 class _EventReader:

@@ -16,6 +16,7 @@ from backend import memory_management
 from backend.devices.links import Verdicts
 from backend.devices.slot import Slot
 from backend.memory.store import MemoryStore
+from backend.nn.piece import Piece
 from backend.parallel.link_speeds import measure_links
 from backend.parallel.slot_facts import Link
 from backend.parallel.transport import Transport, make_transport
@@ -48,6 +49,30 @@ class SpeedBook:
         with self._lock:
             return self._flops_per_ms.get((slot, work))
 
+    def forget(self, work: str) -> None:
+        """Begin anew with a kind of work whose amount is counted otherwise from now on."""
+        with self._lock:
+            for key in [key for key in self._flops_per_ms if key[1] == work]:
+                del self._flops_per_ms[key]
+
+
+@dataclass(slots=True)
+class PieceBook:
+    """Measured times of a network's pieces, by kind of work, as on a slot of speed 1. Safe to use from many threads."""
+
+    _by_work: dict[str, dict[Piece, float]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def record(self, work: str, piece: Piece, busy_ms: float) -> None:
+        """The first measurement counts; others of the same piece are averaged with it."""
+        with self._lock:
+            known = self._by_work.setdefault(work, {})
+            known[piece] = busy_ms if piece not in known else (known[piece] + busy_ms) / 2
+
+    def times_of(self, work: str) -> dict[Piece, float]:
+        with self._lock:
+            return dict(self._by_work.get(work, {}))
+
 
 class Fleet:
     """The compute slots with their workers. `primary` holds the latents and combines what the others compute."""
@@ -55,6 +80,7 @@ class Fleet:
     def __init__(self, slots: tuple[Slot, ...]) -> None:
         self.slots = slots
         self.speeds = SpeedBook()
+        self.pieces = PieceBook()
         self._lost: set[int] = set()
         self._workers: dict[int, SlotWorker] = {}
         self._transport: Transport | None = None

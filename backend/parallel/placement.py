@@ -97,14 +97,14 @@ def copies_of(network: KModel) -> Copies:
 
 def place_plan(
     unet: UnetPatcher, plan: Plan, fleet: Fleet, *, working_bytes: int, preserved_bytes: int = 0,
-    beside: Sequence[ModelPatcher] = (), flops_per_row: Mapping[Piece, float] | None = None,
+    beside: Sequence[ModelPatcher] = (), work_per_row: Mapping[Piece, float] | None = None,
 ) -> PlacedPlan:  # fmt: skip
     """Make the plan's networks resident, with room for `working_bytes` on each device, and hold them. `beside` comes along (ControlNets).
 
     Raises: OutOfMemory, SlotLost.
     """
     placer = _Placer(unet, fleet)
-    replicas = tuple(placer.add(replica, flops_per_row or {}) for replica in plan.replicas)
+    replicas = tuple(placer.add(replica, work_per_row or {}) for replica in plan.replicas)
     patchers = tuple(placer.patchers)
     placer.leave_former_places()
     memory_management.load_models_gpu([*patchers, *beside], memory_required=working_bytes, hard_memory_preservation=preserved_bytes)
@@ -130,9 +130,9 @@ class _Placer:
         self._twins: list[tuple[int, TwinPatcher]] = []
         self._is_split = False
 
-    def add(self, replica: ReplicaPlan, flops_per_row: Mapping[Piece, float]) -> Replica:
+    def add(self, replica: ReplicaPlan, work_per_row: Mapping[Piece, float]) -> Replica:
         network = self._network_for(replica)
-        return Replica(program=network.program, plan=replica, flops_per_row=flops_per_row)
+        return Replica(program=network.program, plan=replica, work_per_row=work_per_row)
 
     def _network_for(self, replica: ReplicaPlan) -> KModel:
         devices = {self.fleet.device(slot) for slot in replica.used_slots}

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from backend import memory_management
+from backend import memory_management, profiler
 from backend.devices.inventory import describe_device
 from backend.devices.slot import Slot
 from backend.memory.errors import OutOfMemory
 from backend.modules.k_model import KModel
 from backend.nn.network_call import NetworkCall
 from backend.parallel import status
-from backend.parallel.costs import ModelProfile, contains, profile_unet
+from backend.parallel.costs import ModelProfile, contains, profile_unet, with_measured_ms
 from backend.parallel.executor import Executor, SlotFailure
 from backend.parallel.fleet import Fleet, current_fleet
 from backend.parallel.placement import PlacedPlan, place_plan, place_whole
@@ -104,8 +104,8 @@ class SamplingSession:
         self.unet, self.fleet, self.request = unet, fleet, request
         self._shape = tuple(shape)
         self._beside, self._preserved_bytes = tuple(beside), preserved_bytes
-        self._profile = profile_of(unet.model, self._shape)
         self._work = f"{id(unet.model)} {self._shape[2]}x{self._shape[3]}"
+        self._profile = self._make_profile()
         self._budget_shares: dict[int, float] = {}
         self._shortages: Counter[int] = Counter()
         self._gate, self._generation = _Gate(), 0
@@ -145,6 +145,12 @@ class SamplingSession:
 
     # planning
 
+    def _make_profile(self) -> ModelProfile:
+        """Costs of the network's pieces: by FLOPs before the first run, by measured time after."""
+        profile, times = profile_of(self.unet.model, self._shape), self.fleet.pieces.times_of(self._work)
+        self._is_measured = {cost.piece for cost in profile.pieces} <= times.keys()
+        return with_measured_ms(profile, times) if self._is_measured else profile
+
     def _make_plan(self) -> Plan:
         job = JobShape(
             images=self.request.images,
@@ -180,6 +186,7 @@ class SamplingSession:
             try:
                 self._adopt(plan)
                 self._tell_status()
+                profiler.recorder().note_plan(plan)
                 return
             except OutOfMemory as error:
                 short = [slot.index for slot in self._usable_slots() if str(slot.torch_device) == error.device]
@@ -215,7 +222,7 @@ class SamplingSession:
             working_bytes=self._working_bytes(plan),
             preserved_bytes=self._preserved_bytes,
             beside=self._beside,
-            flops_per_row=flops_of_pieces(plan, self._profile),
+            work_per_row=work_of_pieces(plan, self._profile),
         )
         self._executor = Executor(
             self._placed.replicas,
@@ -225,6 +232,8 @@ class SamplingSession:
             work=self._work,
             asynchronous=self.request.asynchronous,
             is_cancelled=self.request.is_cancelled,
+            on_piece=None if self._is_measured or plan.strategy != "layers" else self._note_piece,
+            measured_run=max(1, plan.lanes),
         )
         self.unet.model.runner = self.run
 
@@ -285,7 +294,9 @@ class SamplingSession:
             generation = self._generation
             try:
                 with self._gate.running():
-                    return self._run_once(call)
+                    output = self._run_once(call)
+                self._reconsider(generation)
+                return output
             except SlotFailure as error:
                 failure = error
             self._recover(failure, generation)
@@ -296,6 +307,27 @@ class SamplingSession:
         self._first_s, self._last_s = self._first_s or began_s, time.perf_counter()
         self._num_calls += 1
         return output
+
+    def _note_piece(self, slot: int, piece: Piece, busy_ms: float) -> None:
+        """Times of slots of unlike speed are made alike by what is guessed of the slots."""
+        self.fleet.pieces.record(self._work, piece, busy_ms * guess_speed(self.fleet.slot(slot)) / guess_speed(self.fleet.primary))
+
+    def _reconsider(self, generation: int) -> None:
+        """When all pieces have been measured: cut again where the times say so."""
+        if self._is_measured or self.plan.strategy != "layers" or not self._all_measured():
+            return
+        with self._gate.alone():
+            if generation != self._generation or self._is_measured:
+                return
+            self._generation += 1
+            self._profile = self._make_profile()
+            self.fleet.speeds.forget(self._work)
+            before = self.plan.replicas
+            if self._make_plan().replicas != before:
+                self._adopt_anew()
+
+    def _all_measured(self) -> bool:
+        return {cost.piece for cost in self._profile.pieces} <= self.fleet.pieces.times_of(self._work).keys()
 
     def _recover(self, failure: SlotFailure, generation: int) -> None:
         with self._gate.alone():
@@ -356,6 +388,7 @@ def begin_session(
     fleet = current_fleet()
     if len(fleet.working_slots) < 2:
         status.set_current_plan(None)
+        profiler.recorder().note_plan(None)
         return None
     session = SamplingSession(unet, shape, request, fleet, beside=beside, preserved_bytes=preserved_bytes)
     unet.model.__dict__["session"] = session
@@ -416,10 +449,10 @@ def guess_speed(slot: Slot) -> float:
     return FLOPS_PER_MS_OF_CUDA_THROUGHPUT * throughput if throughput > 0 else FLOPS_PER_MS_OF_UNKNOWN_GPU
 
 
-def flops_of_pieces(plan: Plan, profile: ModelProfile) -> dict[Piece, float]:
-    """FLOPs of the plan's pieces, which may be made of several of the profile's."""
+def work_of_pieces(plan: Plan, profile: ModelProfile) -> dict[Piece, float]:
+    """Work of the plan's pieces, which may be made of several of the profile's."""
     wanted = {piece for replica in plan.replicas for piece in replica.pieces}
-    return {piece: sum(cost.flops_per_row for cost in profile.pieces if contains(piece, cost.piece)) for piece in wanted}
+    return {piece: sum(cost.work_per_row for cost in profile.pieces if contains(piece, cost.piece)) for piece in wanted}
 
 
 def find_bound_hook(options: dict[str, object]) -> str | None:

@@ -255,7 +255,7 @@ def test_speeds_are_learned_from_the_runs(program: Program) -> None:
         pieces = program.whole_pieces()
         flops = dict.fromkeys(pieces, 1000000.0)
         plan = ReplicaPlan(pieces=pieces, slots=_straight(pieces, 0, 1))
-        executor = Executor([Replica(program=program, plan=plan, flops_per_row=flops)], fleet, deal=lambda rows: (rows,), work="a model")
+        executor = Executor([Replica(program=program, plan=plan, work_per_row=flops)], fleet, deal=lambda rows: (rows,), work="a model")
         executor.run(_call(program))
         speeds = [fleet.speeds.speed_of(slot, "a model") for slot in (0, 1)]
     assert all(speed is not None and speed > 0 for speed in speeds)
