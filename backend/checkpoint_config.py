@@ -6,6 +6,7 @@ width is no multiple of 64 (narrow members), heads as wide as the width's larges
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ TIME_IDS_WIDTH = {SDXL: 6 * 256, SDXL_REFINER: 5 * 256}
 INPAINT_CHANNELS = 9
 _LATENT_CHANNELS = 4
 _NORM_GROUPS = 32
+_UNREAD_CONTEXT_WIDTH = 32
+"""What a network without attention is told of the text's width."""
 _UNSUPPORTED_INPUTS = {
     5: "a depth-to-image model (5 input channels)",
     7: "the x4 upscaler model (7 input channels)",
@@ -118,6 +121,32 @@ def read_unet_shape(file: TensorFile, part: Part) -> UNetShape:
         mid_depth=mid_depth,
         context_width=names.shape(f"{attention}transformer_blocks.0.attn2.to_k.weight")[1],
         has_linear_projections=len(names.shape(f"{attention}proj_in.weight")) == 2,
+        vector_width=names.shape(vector)[1] if names.has(vector) else None,
+    )
+
+
+def read_controlnet_shape(file: TensorFile, part: Part) -> UNetShape:
+    """A ControlNet as a UNet that ends with its middle: no output channels, no depths on the way up. `context_width` is 0 without attention.
+
+    Raises: CheckpointError when a tensor that tells the shape is missing.
+    """
+    names = _Names(file, part, "ControlNet")
+    if part.layout is Layout.LDM:
+        levels, conv_in, mid, vector = _ldm_levels(names), "input_blocks.0.0.weight", "middle_block.1.", "label_emb.0.0.weight"
+    else:
+        levels, conv_in, mid, vector = _diffusers_levels(names), "conv_in.weight", "mid_block.attentions.0.", "add_embedding.linear_1.weight"
+    if not levels:
+        raise CheckpointError(f"{file.path.name}: its ControlNet has no blocks that could be read. The file is incomplete; download it again.")
+    has_attention = any(".transformer_blocks.0.attn2.to_k.weight" in name for name in names.shapes)
+    mid_depth = names.count(mid + "transformer_blocks.{}.")
+    attention = mid if mid_depth or not has_attention else names.first_ending(".transformer_blocks.0.attn2.to_k.weight") + "."
+    return UNetShape(
+        in_channels=names.shape(conv_in)[1],
+        out_channels=0,
+        levels=levels,
+        mid_depth=mid_depth,
+        context_width=names.shape(f"{attention}transformer_blocks.0.attn2.to_k.weight")[1] if has_attention else 0,
+        has_linear_projections=has_attention and len(names.shape(f"{attention}proj_in.weight")) == 2,
         vector_width=names.shape(vector)[1] if names.has(vector) else None,
     )
 
@@ -221,6 +250,38 @@ def unet_config(shape: UNetShape, family: str) -> dict[str, Any]:
     if shape.vector_width is not None:
         config.update(addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=shape.vector_width)
     return config
+
+
+_CONTROLNET_FIELDS = (
+    "in_channels", "block_out_channels", "layers_per_block", "down_block_types", "mid_block_type", "cross_attention_dim", "use_linear_projection",
+    "attention_head_dim", "transformer_layers_per_block", "addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim",
+)  # fmt: skip
+
+
+def controlnet_config(file: TensorFile, part: Part, shape: UNetShape, family: str) -> dict[str, Any]:
+    """Arguments for diffusers' ControlNetModel. Raises: CheckpointError when the shape is one that class cannot have."""
+    config = {name: value for name, value in unet_config(shape, family).items() if name in _CONTROLNET_FIELDS}
+    if not isinstance(config["layers_per_block"], int):
+        raise CheckpointError(
+            f"{file.path.name}: is a ControlNet with {config['layers_per_block']} resnets per level; diffusers' ControlNet has the same number on "
+            "every level. This variant is not supported; use another ControlNet."
+        )
+    names = _Names(file, part, "ControlNet")
+    if part.layout is Layout.LDM:
+        stored = [name for name in names.shapes if re.fullmatch(r"input_hint_block\.\d+\.weight", name)]
+        convolutions = sorted(stored, key=lambda name: int(name.split(".")[1]))[:-1]
+    else:
+        head = "controlnet_cond_embedding"
+        convolutions = [f"{head}.conv_in.weight", *(f"{head}.blocks.{index}.weight" for index in range(names.count(head + ".blocks.{}.")))]
+    shapes = [names.shape(name) for name in convolutions]
+    if not shapes:
+        raise CheckpointError(f"{file.path.name}: its ControlNet has no layers that read the hint. The file is incomplete; download it again.")
+    return {
+        **config,
+        "cross_attention_dim": shape.context_width or _UNREAD_CONTEXT_WIDTH,
+        "conditioning_channels": shapes[0][1],
+        "conditioning_embedding_out_channels": [shapes[0][0], *(shape_[0] for shape_ in shapes[2::2])],
+    }
 
 
 def _depth_config(shape: UNetShape) -> dict[str, Any]:

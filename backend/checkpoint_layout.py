@@ -32,6 +32,7 @@ class Part:
 
 
 _UNET_PREFIXES = (key_layout.UNET_PREFIX, "unet.", "diffusion_model.", "")
+_CONTROLNET_PREFIXES = ("control_model.", "controlnet.", "")
 _VAE_PREFIXES = (key_layout.VAE_PREFIX, "vae.", "")
 _CLIP_PREFIXES = {
     key_layout.CLIP_L_PREFIX: "clip_l",
@@ -61,6 +62,16 @@ def find_unet(keys: Collection[str]) -> Part | None:
         if _any_starts(keys, f"{prefix}input_blocks.", f"{prefix}output_blocks.") and not _any_starts(keys, f"{prefix}input_hint_block."):
             return Part(prefix, Layout.LDM)
         if _any_starts(keys, f"{prefix}up_blocks.") and _any_starts(keys, f"{prefix}time_embedding."):
+            return Part(prefix, Layout.DIFFUSERS)
+    return None
+
+
+def find_controlnet(keys: Collection[str]) -> Part | None:
+    """A ControlNet that belongs to a UNet, or None."""
+    for prefix in _CONTROLNET_PREFIXES:
+        if _any_starts(keys, f"{prefix}zero_convs.") and _any_starts(keys, f"{prefix}input_blocks."):
+            return Part(prefix, Layout.LDM)
+        if _any_starts(keys, f"{prefix}controlnet_cond_embedding.") and _any_starts(keys, f"{prefix}controlnet_down_blocks."):
             return Part(prefix, Layout.DIFFUSERS)
     return None
 

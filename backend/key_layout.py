@@ -70,11 +70,15 @@ def unet_module_names(config: Mapping[str, Any]) -> dict[str, str]:
     """
     names = dict(_UNET_ENDS)
     names.update(_down_names(config))
-    for index in range(2):
-        names.update(_resnet_names(f"mid_block.resnets.{index}", f"middle_block.{2 * index}"))
-    names["mid_block.attentions.0"] = "middle_block.1"
+    names.update(_mid_names())
     names.update(_up_names(config))
     return names
+
+
+def _mid_names() -> Iterator[tuple[str, str]]:
+    for index in range(2):
+        yield from _resnet_names(f"mid_block.resnets.{index}", f"middle_block.{2 * index}")
+    yield "mid_block.attentions.0", "middle_block.1"
 
 
 def _down_names(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -131,6 +135,25 @@ def unet_to_ldm(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     """A diffusers UNet state dict under original names, without the `model.diffusion_model.` prefix. Tensors are shared, not copied."""
     names = unet_module_names(config)
     return {rename_by_module(key, names): tensor for key, tensor in state_dict.items()}
+
+
+# --- ControlNet ---------------------------------------------------------------------------------------------------------------------
+
+
+def controlnet_module_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """diffusers module name -> ldm module name for every module of a ControlNetModel of this config: a UNet's way in, and what it adds."""
+    hint_convolutions = 2 * (len(config["conditioning_embedding_out_channels"]) - 1)
+    names = {name: _UNET_ENDS[name] for name in _UNET_ENDS if not name.startswith("conv_norm_out") and name != "conv_out"}
+    names.update(_down_names(config))
+    names.update(_mid_names())
+    names["controlnet_cond_embedding.conv_in"] = "input_hint_block.0"
+    for index in range(hint_convolutions):
+        names[f"controlnet_cond_embedding.blocks.{index}"] = f"input_hint_block.{2 * (index + 1)}"
+    names["controlnet_cond_embedding.conv_out"] = f"input_hint_block.{2 * (hint_convolutions + 1)}"
+    for index in range(1 + sum(_layers_per_level(config)) + len(config["down_block_types"]) - 1):
+        names[f"controlnet_down_blocks.{index}"] = f"zero_convs.{index}.0"
+    names["controlnet_mid_block"] = "middle_block_out.0"
+    return names
 
 
 # --- VAE ----------------------------------------------------------------------------------------------------------------------------

@@ -58,6 +58,19 @@ def plan_unet(unet: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
     return _plan(unet, file, part, lambda key: [TensorSource(key=part.prefix + key_layout.rename_by_module(key, names))])
 
 
+def plan_controlnet(controlnet: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
+    """Sources of a ControlNetModel's parameters."""
+    if part.layout is Layout.DIFFUSERS:
+        return _plan(controlnet, file, part, lambda key: [TensorSource(key=part.prefix + key)])
+    names = key_layout.controlnet_module_names(cast("Mapping[str, Any]", controlnet.config))
+    return _plan(controlnet, file, part, lambda key: [TensorSource(key=part.prefix + key_layout.rename_by_module(key, names))])
+
+
+def plan_as_named(network: nn.Module, file: TensorFile, rename: Callable[[str], str]) -> LoadPlan:
+    """Sources of a network's parameters where one function gives the stored name of each."""
+    return _plan(network, file, Part("", Layout.DIFFUSERS), lambda key: [TensorSource(key=rename(key))])
+
+
 def plan_vae(vae: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
     """Sources of an AutoencoderKL's parameters, in the original layout, diffusers' or diffusers' before its attention was renamed."""
     num_levels = len(cast("Mapping[str, Any]", vae.config)["up_block_types"])

@@ -1,0 +1,96 @@
+"""ControlNets as callables that give residuals: diffusers' modules, run as the original networks are called.
+
+The library's own `forward` wants SDXL's pooled text and sizes apart and embeds the hint anew in every step; here they come as one vector, as
+checkpoints take it, and an embedded hint may be handed in. Must not know samplers, conditions, devices or files.
+
+Shapes: B rows, C channels, H W latent rows and columns, E width of the time embedding, L tokens, D width of a token, V width of SDXL's vector.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from torch import Tensor, nn
+
+from backend.attention import install_attention
+
+HINT_STEP_PX = 8
+"""Pixels of a hint per latent row or column."""
+
+
+class ControlNetwork(nn.Module):
+    """A ControlNet (Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models") over diffusers' module."""
+
+    def __init__(self, model: ControlNetModel) -> None:
+        super().__init__()
+        self.model: Any = model
+        install_attention(model)
+
+    @property
+    def config(self) -> Any:
+        """The library's configuration of the network."""
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in, which is what the network computes in."""
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    def embed_hint(self, hint: Tensor) -> Tensor:
+        """A hint (B, 3, 8 H, 8 W) from 0 to 1 in the latents' size, as wide as the first level. The same in every step."""
+        embedded: Tensor = self.model.controlnet_cond_embedding(hint)
+        return embedded
+
+    def forward(
+        self,
+        x: Tensor,
+        hint: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        hint_embedding: Tensor | None = None,
+        **kwargs: object,
+    ) -> list[Tensor]:
+        """Residuals of the skips, outermost first, and last that of the middle.
+
+        `x` (B, C, H, W) scaled latents, `timesteps` (B,), `context` (B, L, D), `y` (B, V). The hint, or its embedding, may have fewer rows than
+        `x` where the number divides that of `x`: they are repeated.
+        """
+        embedding = self.embed_hint(hint) if hint_embedding is None else hint_embedding
+        emb_BE = self._embed_time(x, timesteps, y)
+        hidden_BCHW = self._join_hint(self.model.conv_in(x), _repeat_rows(embedding, x.shape[0]))
+        return self._run_blocks(hidden_BCHW, emb_BE, context)
+
+    def _embed_time(self, x_BCHW: Tensor, timesteps_B: Tensor, y_BV: Tensor | None) -> Tensor:
+        emb_BE: Tensor = self.model.time_embedding(self.model.time_proj(timesteps_B).to(x_BCHW.dtype))
+        if self.config.addition_embed_type is None:
+            return emb_BE
+        if y_BV is None:
+            raise ValueError("This ControlNet is made for SDXL and takes its vector of pooled text and sizes, which the model in use does not give.")
+        aug_BE: Tensor = self.model.add_embedding(y_BV.to(emb_BE.dtype))
+        return emb_BE + aug_BE
+
+    def _join_hint(self, hidden_BCHW: Tensor, embedding_BCHW: Tensor) -> Tensor:
+        return hidden_BCHW + embedding_BCHW
+
+    def _run_blocks(self, hidden_BCHW: Tensor, emb_BE: Tensor, context_BLD: Tensor | None) -> list[Tensor]:
+        states = [hidden_BCHW]
+        for block in self.model.down_blocks:
+            hidden_BCHW, new = block(hidden_BCHW, emb_BE, **_context_of(block, context_BLD))
+            states += new
+        middle = self.model.mid_block
+        hidden_BCHW = middle(hidden_BCHW, emb_BE, **_context_of(middle, context_BLD))
+        residuals = [convolution(state) for state, convolution in zip(states, self.model.controlnet_down_blocks, strict=True)]
+        return [*residuals, self.model.controlnet_mid_block(hidden_BCHW)]
+
+
+def _context_of(block: Any, context_BLD: Tensor | None) -> dict[str, Tensor | None]:
+    return {"encoder_hidden_states": context_BLD} if getattr(block, "has_cross_attention", False) else {}
+
+
+def _repeat_rows(rows: Tensor, count: int) -> Tensor:
+    """Rows repeated as a whole until there are `count`."""
+    return rows if rows.shape[0] in (1, count) else rows.repeat(count // rows.shape[0], *[1] * (rows.ndim - 1))

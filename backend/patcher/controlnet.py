@@ -1,0 +1,419 @@
+"""What a sampling run asks for residuals: a chain of ControlNets, each with its hint, strength, range of steps and weights, under Forge's names.
+
+A link is made for one job; copies share the network. Must not know prompts, files, preprocessors or pages.
+
+Shapes: B rows (a row is one picture for one branch), C channels, H W rows and columns, I pictures.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from backend import memory_management
+from backend.modules.k_model import KModel
+from backend.nn.controlnet import HINT_STEP_PX, ControlNetwork
+from backend.patcher.base import ModelPatcher
+from backend.patcher.unet import UnetPatcher
+
+logger = logging.getLogger(__name__)
+
+Residuals = dict[str, list[Tensor | None]]
+"""Per kind of segment ("input", "middle", "output") what is added there; the last of a list is taken first."""
+Weighting = Mapping[str, Sequence[float]]
+"""Per kind of segment a factor for each residual."""
+
+NUM_SOFT_WEIGHTS = 12
+SOFT_STEP = 0.825
+_HINT_PEAK_NUMBERS = 48
+"""Numbers alive per pixel while a hint is embedded: input, output and scratch of a convolution of 16 channels at full size."""
+
+
+class ControlNetError(ValueError):
+    """A ControlNet cannot be used here; the message says which, why, and what to do."""
+
+
+def soft_weights(*, is_sdxl: bool) -> dict[str, list[float]]:
+    """The weights of the modes that lean to one side: from 0.825 ** 12 at the outermost skip upwards, so that the outer levels follow the prompt.
+
+    SDXL has nine skips, so its middle goes on with the series.
+    """
+    series = [SOFT_STEP ** (NUM_SOFT_WEIGHTS - index) for index in range(NUM_SOFT_WEIGHTS)]
+    return {"input": series, "middle": [SOFT_STEP**3 if is_sdxl else 1.0], "output": list(series)}
+
+
+def zero_weights() -> dict[str, list[float]]:
+    """Weights that switch a branch off."""
+    return {"input": [0.0] * NUM_SOFT_WEIGHTS, "middle": [0.0], "output": [0.0] * NUM_SOFT_WEIGHTS}
+
+
+def apply_controlnet_advanced(
+    unet: UnetPatcher,
+    controlnet: ControlBase,
+    image_bchw: Tensor,
+    strength: float,
+    start_percent: float,
+    end_percent: float,
+    positive_advanced_weighting: Weighting | None = None,
+    negative_advanced_weighting: Weighting | None = None,
+    advanced_frame_weighting: Sequence[float] | None = None,
+    advanced_sigma_weighting: Callable[[Tensor], float] | None = None,
+    advanced_mask_weighting: Tensor | None = None,
+) -> UnetPatcher:
+    """A clone of `unet` with one more link, which acts between two shares of the timesteps (0..1).
+
+    `image_bchw`: the hint, from 0 to 1, a row for all pictures or one each. Weights: per residual for the positive and the negative branch, per
+    picture, by noise level, and by place (a mask (I or 1, 1, H, W)). Raises: ControlNetError for a ControlNet of another family.
+    """
+    link = controlnet.copy().set_cond_hint(image_bchw, strength, (start_percent, end_percent))
+    link.positive_advanced_weighting = positive_advanced_weighting
+    link.negative_advanced_weighting = negative_advanced_weighting
+    link.advanced_frame_weighting = advanced_frame_weighting
+    link.advanced_sigma_weighting = advanced_sigma_weighting
+    link.advanced_mask_weighting = advanced_mask_weighting
+    link.check_fits(unet.model)
+    patched = unet.clone()
+    patched.add_patched_controlnet(link)
+    return patched
+
+
+# weights
+
+
+def compute_controlnet_weighting(control: Residuals, cnet: ControlBase) -> Residuals:
+    """The residuals times all weights of a link; the dict is changed in place."""
+    rows = _row_weights(cnet)
+    for kind, residuals in control.items():
+        for index, residual in enumerate(residuals):
+            if residual is not None:
+                residuals[index] = _weigh(residual, cnet, kind, index, rows)
+    return control
+
+
+def _row_weights(cnet: ControlBase) -> Tensor | float:
+    """Frame and sigma weights together: one number, or (B, 1, 1, 1)."""
+    options = cnet.transformer_options
+    weight: Tensor | float = 1.0
+    if cnet.advanced_sigma_weighting is not None:
+        weight = float(cnet.advanced_sigma_weighting(options["sigmas"]))
+    if cnet.advanced_frame_weighting is not None:
+        frames_I = torch.as_tensor(cnet.advanced_frame_weighting, dtype=torch.float32)
+        branches = len(options["cond_or_uncond"])
+        if frames_I.shape[0] * branches != options["cond_mark"].shape[0]:
+            raise ControlNetError(
+                f"A ControlNet has weights for {frames_I.shape[0]} pictures, and {options['cond_mark'].shape[0] // branches} are made at once; give "
+                "one weight for each picture of a batch."
+            )
+        weight = frames_I.repeat(branches).view(-1, 1, 1, 1).to(options["cond_mark"].device) * weight
+    return weight
+
+
+def _weigh(residual_BCHW: Tensor, cnet: ControlBase, kind: str, index: int, rows: Tensor | float) -> Tensor:
+    mark_B: Tensor | None = cnet.transformer_options.get("cond_mark")
+    weight: Tensor | float = rows
+    if cnet.positive_advanced_weighting is not None or cnet.negative_advanced_weighting is not None:
+        positive = _weight_of(cnet.positive_advanced_weighting, kind, index)
+        negative = _weight_of(cnet.negative_advanced_weighting, kind, index)
+        if mark_B is None:
+            raise ControlNetError("A ControlNet weighs the branches differently, but was not told which row belongs to which branch.")
+        weight = (positive * (1.0 - mark_B) + negative * mark_B).view(-1, 1, 1, 1) * weight
+    if cnet.advanced_mask_weighting is not None:
+        mask_B1HW = interpolate(cnet.advanced_mask_weighting.to(residual_BCHW.device, torch.float32), size=residual_BCHW.shape[-2:], mode="bilinear")
+        if mask_B1HW.shape[0] not in (1, residual_BCHW.shape[0]):
+            mask_B1HW = mask_B1HW.repeat(residual_BCHW.shape[0] // mask_B1HW.shape[0], 1, 1, 1)
+        weight = mask_B1HW * weight
+    if isinstance(weight, float):
+        return residual_BCHW if weight == 1.0 else residual_BCHW * weight
+    return residual_BCHW * weight.to(residual_BCHW)
+
+
+def _weight_of(weighting: Weighting | None, kind: str, index: int) -> float:
+    if weighting is None:
+        return 1.0
+    weights = weighting.get(kind, ())
+    if index >= len(weights):
+        raise ControlNetError(f"A ControlNet's weights have {len(weights)} numbers for its {kind} residuals, and there are more of those.")
+    return weights[index]
+
+
+# links
+
+_SETTINGS = (
+    "cond_hint_original", "strength", "timestep_percent_range", "name", "global_average_pooling", "positive_advanced_weighting",
+    "negative_advanced_weighting", "advanced_frame_weighting", "advanced_sigma_weighting", "advanced_mask_weighting",
+)  # fmt: skip
+_WIDTHS = (("levels", "block_out_channels"), ("text features", "cross_attention_dim"), ("extra vectors", "projection_class_embeddings_input_dim"))
+
+
+class ControlBase:
+    """One link of the chain. `cond_hint_original` is the hint as given, `cond_hint` that of the size and place it is used in."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.cond_hint_original: Tensor | None = None
+        self.cond_hint: Tensor | None = None
+        self.strength = 1.0
+        self.timestep_percent_range = (0.0, 1.0)
+        self.timestep_range: tuple[float, float] | None = None
+        self.device = device or memory_management.get_torch_device()
+        self.previous_controlnet: ControlBase | None = None
+        self.transformer_options: dict[str, Any] = {}
+        self.name = "a ControlNet"
+        self.global_average_pooling = False
+        self.positive_advanced_weighting: Weighting | None = None
+        self.negative_advanced_weighting: Weighting | None = None
+        self.advanced_frame_weighting: Sequence[float] | None = None
+        self.advanced_sigma_weighting: Callable[[Tensor], float] | None = None
+        self.advanced_mask_weighting: Tensor | None = None
+
+    # what a job sets
+
+    def set_cond_hint(self, cond_hint: Tensor, strength: float = 1.0, timestep_percent_range: tuple[float, float] = (0.0, 1.0)) -> ControlBase:
+        """Give the hint (I or 1, 3, height, width) from 0 to 1, its strength, and the shares of the timesteps between which it acts."""
+        self.cond_hint_original, self.cond_hint = cond_hint, None
+        self.strength, self.timestep_percent_range = strength, timestep_percent_range
+        return self
+
+    def set_previous_controlnet(self, controlnet: ControlBase | None) -> ControlBase:
+        """Have the residuals of another link added to one's own."""
+        self.previous_controlnet = controlnet
+        return self
+
+    def copy(self) -> ControlBase:
+        """The same network with the same settings, in no chain."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is copied.")
+
+    def copy_to(self, other: ControlBase) -> None:
+        """Give another link of the same network one's settings."""
+        for name in _SETTINGS:
+            setattr(other, name, getattr(self, name))
+
+    def check_fits(self, model: KModel) -> None:
+        """Raises: ControlNetError where the network cannot give residuals for this denoiser."""
+        return
+
+    # what a run calls
+
+    def pre_run(self, model: KModel, percent_to_timestep_function: Callable[[float], float]) -> None:
+        """Before the first step: the noise levels between which this link acts."""
+        start, end = self.timestep_percent_range
+        self.timestep_range = (percent_to_timestep_function(start), percent_to_timestep_function(end))
+
+    def cleanup(self) -> None:
+        """After the last step: forget what was kept for the run."""
+        self.cond_hint, self.timestep_range, self.transformer_options = None, None, {}
+
+    def get_models(self) -> list[ModelPatcher]:
+        """Networks that have to be on their devices while sampling, of the whole chain, each once."""
+        return [] if self.previous_controlnet is None else self.previous_controlnet.get_models()
+
+    def inference_memory_requirements(self, dtype: torch.dtype | None) -> int:
+        """Bytes that stay taken beside the denoiser's own working memory, for the whole chain."""
+        return 0 if self.previous_controlnet is None else self.previous_controlnet.inference_memory_requirements(dtype)
+
+    def get_control(self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int) -> Residuals | None:
+        """Residuals of the chain for noisy latents `x_noisy` (B, C, H, W) at noise levels `t` (B,); None where no link acts.
+
+        `cond`: the network's arguments. `batched_number`: branches in the batch, each with a row per picture.
+        """
+        before = None if self.previous_controlnet is None else self.previous_controlnet.get_control(x_noisy, t, cond, batched_number)
+        if not self._acts_at(float(t[0])):
+            return before
+        for modify in self.transformer_options.get("controlnet_conditioning_modifiers", ()):
+            x_noisy, t, cond, batched_number = modify(self, x_noisy, t, cond, batched_number)
+        return self.control_merge(self._find_residuals(x_noisy, t, cond, batched_number), before)
+
+    def _acts_at(self, sigma: float) -> bool:
+        return self.timestep_range is None or self.timestep_range[1] <= sigma <= self.timestep_range[0]
+
+    def _find_residuals(self, x_BCHW: Tensor, sigma_B: Tensor, cond: dict[str, Any], batched_number: int) -> Residuals:
+        raise NotImplementedError(f"{type(self).__name__} gives no residuals.")
+
+    def control_merge(self, own: Residuals, before: Residuals | None) -> Residuals:
+        """One's own residuals times strength and weights, plus those of the links before."""
+        for residuals in own.values():
+            residuals[:] = [None if residual is None else self._scale(residual) for residual in residuals]
+        return _add(compute_controlnet_weighting(own, self), before or {})
+
+    def _scale(self, residual_BCHW: Tensor) -> Tensor:
+        if self.global_average_pooling:
+            residual_BCHW = residual_BCHW.mean(dim=(2, 3), keepdim=True).expand(residual_BCHW.shape).contiguous()
+        return residual_BCHW if self.strength == 1.0 else residual_BCHW * self.strength
+
+    # hints
+
+    def _fit_hint(self, x_BCHW: Tensor, batched_number: int, dtype: torch.dtype, channels: int = 3) -> Tensor:
+        """The hint in the size of the latents, a row for all pictures or one for each, on this link's device."""
+        height, width = x_BCHW.shape[2] * HINT_STEP_PX, x_BCHW.shape[3] * HINT_STEP_PX
+        if self.cond_hint is None or self.cond_hint.shape[-2:] != (height, width) or self.cond_hint.dtype != dtype:
+            if self.cond_hint_original is None:
+                raise ControlNetError(f"{self.name} was added to a run without a hint; call set_cond_hint first.")
+            hint = _with_channels(self.cond_hint_original, channels, self.name)
+            self.cond_hint = _crop_and_resize(hint, height, width).to(self.device, dtype)
+            self._forget_embedding()
+        pictures = x_BCHW.shape[0] // batched_number
+        if self.cond_hint.shape[0] not in (1, pictures):
+            raise ControlNetError(
+                f"{self.name} was given {self.cond_hint.shape[0]} hints for a batch of {pictures} pictures; give one, or one for each picture."
+            )
+        return self.cond_hint
+
+    def _forget_embedding(self) -> None:
+        return
+
+
+def _add(own: Residuals, before: Residuals) -> Residuals:
+    """Sums where both have a residual. Lists are filled from the front, so equal indices are equal places."""
+    for kind, residuals in before.items():
+        mine = own.setdefault(kind, [])
+        mine += [None] * (len(residuals) - len(mine))
+        for index, residual in enumerate(residuals):
+            if residual is not None:
+                present = mine[index]
+                mine[index] = residual if present is None else present + residual.to(present)
+    return own
+
+
+def _with_channels(hint: Tensor, channels: int, name: str) -> Tensor:
+    if hint.shape[1] == channels:
+        return hint
+    if channels == 1:
+        return hint.mean(dim=1, keepdim=True)
+    if hint.shape[1] == 1:
+        return hint.expand(-1, channels, -1, -1)
+    raise ControlNetError(f"{name} takes hints of {channels} channels and was given one of {hint.shape[1]}.")
+
+
+def _crop_and_resize(hint_BCHW: Tensor, height: int, width: int) -> Tensor:
+    """The hint's middle part of the wanted proportions, resized by taking the nearest pixel."""
+    old_height, old_width = hint_BCHW.shape[-2:]
+    if (old_height, old_width) == (height, width):
+        return hint_BCHW
+    cut_width = max(1, min(old_width, round(old_height * width / height)))
+    cut_height = max(1, min(old_height, round(old_width * height / width)))
+    top, left = (old_height - cut_height) // 2, (old_width - cut_width) // 2
+    cut = hint_BCHW[..., top : top + cut_height, left : left + cut_width]
+    return interpolate(cut.float(), size=(height, width), mode="nearest-exact")
+
+
+class ControlNet(ControlBase):
+    """A ControlNet over a network that is shared by all copies."""
+
+    def __init__(
+        self,
+        control_model: ControlNetwork,
+        global_average_pooling: bool = False,
+        device: torch.device | None = None,
+        load_device: torch.device | None = None,
+        manual_cast_dtype: torch.dtype | None = None,
+        *,
+        patcher: ModelPatcher | None = None,
+    ) -> None:
+        self.control_model_wrapped = patcher or ModelPatcher(
+            control_model,
+            load_device=load_device or device or memory_management.get_torch_device(),
+            offload_device=memory_management.unet_offload_device(),
+            current_device=next(control_model.parameters()).device,
+        )
+        super().__init__(self.control_model_wrapped.load_device)
+        self.control_model = control_model
+        self.load_device = self.control_model_wrapped.load_device
+        self.manual_cast_dtype = manual_cast_dtype
+        self.global_average_pooling = global_average_pooling
+        self._predictor: Any = None
+        self._embedding: Tensor | None = None
+
+    def copy(self) -> ControlNet:
+        """The same network with the same settings, in no chain."""
+        other = type(self)(self.control_model, manual_cast_dtype=self.manual_cast_dtype, patcher=self.control_model_wrapped)
+        self.copy_to(other)
+        return other
+
+    def check_fits(self, model: KModel) -> None:
+        """Raises: ControlNetError where widths or the extra vector differ from the denoiser's."""
+        own, theirs = self.control_model.config, model.diffusion_model.config
+        has_attention = "Cross" in "".join(own.down_block_types) or "Cross" in (own.mid_block_type or "")
+        for what, name in _WIDTHS:
+            is_read = name != "cross_attention_dim" or has_attention
+            if is_read and _plain(own[name]) != _plain(theirs[name]):
+                raise ControlNetError(
+                    f"{self.name} does not fit the checkpoint in use: {what} are {own[name]} wide, the checkpoint's {theirs[name]}. It is made for "
+                    f"{_family_of(own)}, the checkpoint is {_family_of(theirs)}; choose a ControlNet of the checkpoint's family."
+                )
+
+    def pre_run(self, model: KModel, percent_to_timestep_function: Callable[[float], float]) -> None:
+        """Before the first step: noise levels, and the predictor that scales latents. Raises: ControlNetError."""
+        super().pre_run(model, percent_to_timestep_function)
+        self.check_fits(model)
+        self._predictor = model.predictor
+
+    def cleanup(self) -> None:
+        """After the last step: forget what was kept for the run."""
+        super().cleanup()
+        self._predictor = self._embedding = None
+
+    def get_models(self) -> list[ModelPatcher]:
+        """Networks of the whole chain, each once."""
+        found = super().get_models()
+        return found if any(self.control_model_wrapped.is_clone(one) for one in found) else [*found, self.control_model_wrapped]
+
+    def inference_memory_requirements(self, dtype: torch.dtype | None) -> int:
+        """Residuals of a positive and a negative row per hint, and the hint's embedding; the pass itself takes turns with the denoiser's."""
+        hint = self.cond_hint_original
+        own = 0
+        if hint is not None:
+            pixels = hint.shape[-1] * hint.shape[-2]
+            numbers = 2 * hint.shape[0] * _residual_numbers(self.control_model.config, pixels) + _HINT_PEAK_NUMBERS * pixels
+            own = numbers * self.control_model.dtype.itemsize
+        return own + super().inference_memory_requirements(dtype)
+
+    def _forget_embedding(self) -> None:
+        self._embedding = None
+
+    def _find_residuals(self, x_BCHW: Tensor, sigma_B: Tensor, cond: dict[str, Any], batched_number: int) -> Residuals:
+        if self._predictor is None:
+            raise ControlNetError(f"{self.name} was asked for residuals outside a run; call pre_run first.")
+        dtype, device = self.manual_cast_dtype or self.control_model.dtype, self.load_device
+        hint = self._fit_hint(x_BCHW, batched_number, dtype)
+        arguments = {
+            "x": self._predictor.calculate_input(sigma_B, x_BCHW).to(device, dtype),
+            "hint": hint,
+            "timesteps": self._predictor.timestep(sigma_B).to(device),
+            "context": None if cond.get("c_crossattn") is None else cond["c_crossattn"].to(device, dtype),
+            "y": None if cond.get("y") is None else cond["y"].to(device, dtype),
+        }
+        found = self._run(arguments, hint)
+        residuals: list[Tensor | None] = [residual.to(x_BCHW.device) for residual in found]
+        return {"input": [], "middle": residuals[-1:], "output": residuals[:-1]}
+
+    @torch.no_grad()
+    def _run(self, arguments: dict[str, Any], hint: Tensor) -> Sequence[Tensor]:
+        wrapper = self.transformer_options.get("controlnet_model_function_wrapper")
+        if wrapper is not None:
+            wrapped: Sequence[Tensor] = wrapper(**arguments, model=self, inner_model=self.control_model)
+            return wrapped
+        if self._embedding is None:
+            self._embedding = self.control_model.embed_hint(hint)
+        residuals: Sequence[Tensor] = self.control_model(**arguments, hint_embedding=self._embedding)
+        return residuals
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _family_of(config: Any) -> str:
+    if config["projection_class_embeddings_input_dim"] is not None:
+        return "SDXL"
+    return {768: "SD 1.x", 1024: "SD 2.x"}.get(config["cross_attention_dim"], f"a model with text features {config['cross_attention_dim']} wide")
+
+
+def _residual_numbers(config: Any, pixels: int) -> int:
+    """Numbers in all residuals of one row."""
+    positions, widths = pixels // HINT_STEP_PX**2, list(config.block_out_channels)
+    levels = sum((config.layers_per_block + 1) * width * positions // 4**level for level, width in enumerate(widths))
+    return int(levels + widths[0] * positions)

@@ -1,0 +1,55 @@
+"""ControlNet files for tests: diffusers' own networks with random weights, made for the narrow checkpoints, written in either layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from backend.key_layout import controlnet_module_names, rename_by_module
+from tests.support.checkpoints import ReferenceModels
+
+
+def build_controlnet(models: ReferenceModels, *, seed: int = 1, residual_scale: float = 0.1) -> ControlNetModel:
+    """A ControlNet for a narrow checkpoint. Its last convolutions, zero in a fresh one, are random too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        controlnet = ControlNetModel.from_unet(models.unet).eval().requires_grad_(False)
+        _randomise(controlnet, residual_scale)
+    return controlnet
+
+
+@torch.no_grad()
+def _randomise(controlnet: Any, residual_scale: float) -> None:
+    controlnet.controlnet_cond_embedding.conv_out.weight.normal_(std=0.2)
+    controlnet.controlnet_cond_embedding.conv_out.bias.normal_(std=0.2)
+    for convolution in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+        convolution.weight.normal_(std=residual_scale)
+        convolution.bias.normal_(std=residual_scale)
+
+
+def ldm_state_dict(controlnet: Any) -> dict[str, Tensor]:
+    """The original layout, without prefix."""
+    names = controlnet_module_names(controlnet.config)
+    return {rename_by_module(key, names): tensor for key, tensor in controlnet.state_dict().items()}
+
+
+def write_controlnet(path: Path, controlnet: Any, *, layout: str = "ldm", prefix: str = "control_model.") -> Path:
+    """`layout`: "ldm" with `prefix` before the keys, or "diffusers". A `.pth` path is pickled."""
+    named = {prefix + key: tensor for key, tensor in ldm_state_dict(controlnet).items()} if layout == "ldm" else controlnet.state_dict()
+    state_dict = {key: tensor.contiguous() for key, tensor in named.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(state_dict, path)
+    else:
+        torch.save(state_dict, path)
+    return path
+
+
+def hint(side_px: int = 64, *, seed: int = 5, batch: int = 1) -> Tensor:
+    """A random hint (B, 3, side, side) from 0 to 1."""
+    return torch.rand(batch, 3, side_px, side_px, generator=torch.Generator().manual_seed(seed))
