@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-QUIET_LIBRARIES = ("transformers", "diffusers", "accelerate", "torchao", "torch.distributed")
+QUIET_LIBRARIES = ("matplotlib", "transformers", "diffusers", "accelerate", "torchao", "torch.distributed")
 
 
 def main(config: AppConfig) -> int:

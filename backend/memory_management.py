@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import torch
 from torch import nn
 
+from backend import profiler
 from backend.args import BackendConfig
 from backend.devices.inventory import DeviceFacts, describe_device
 from backend.devices.probing import probe_devices
@@ -304,12 +305,13 @@ def load_models_gpu(models: Iterable[Placeable], memory_required: int = 0, hard_
 
     Others leave by least recent use; what does not fit whole streams. Raises: OutOfMemory.
     """
-    current_store().load(
-        models,
-        memory_required_bytes=int(memory_required),
-        inference_bytes=current_inference_memory,
-        preserved_bytes=int(hard_memory_preservation),
-    )
+    with profiler.recorder().measure("load", "move models"):
+        current_store().load(
+            models,
+            memory_required_bytes=int(memory_required),
+            inference_bytes=current_inference_memory,
+            preserved_bytes=int(hard_memory_preservation),
+        )
 
 
 def load_model_gpu(model: Placeable) -> None:

@@ -17,6 +17,7 @@ from modules.call_queue import JobQueue
 from modules.checkpoints import CheckpointRegistry
 from modules.extra_networks_lora import ALIAS, NAME, ExtraNetworkLora
 from modules.hashes import HashStore
+from modules.job_bar import JobBar
 from modules.loras import LoraRegistry
 from modules.options import Options
 from modules.sd_models import LoadEngine, ModelHost, load_engine
@@ -43,6 +44,7 @@ class Application:
     hashes: HashStore
     styles: StyleDatabase
     upscaler_models: UpscalerModels | None = None
+    job_bar: JobBar = field(default_factory=JobBar)
     demo: Any = None
     fastapi_app: Any = None
     restartable: bool = False

@@ -87,7 +87,6 @@ NO_EFFECT: Mapping[str, tuple[bool | None, str]] = MappingProxyType(
 # Flags whose part of the program is not there yet: flag -> what is true until it is. `tests/contract/test_flags.py` says when one can go.
 NOT_YET: Mapping[str, str] = MappingProxyType(
     {
-        "--profile": "nothing is written",
         "--controlnet": "there is no ControlNet panel",
         "--controlnet-dir": "there is no ControlNet",
         "--controlnet-preprocessor-models-dir": "there is no ControlNet",

@@ -20,7 +20,6 @@ NOT_READ: Mapping[str, str] = {
         training_image_repeats_per_epoch training_write_csv_every training_xattention_optimizations training_enable_tensorboard
         training_tensorboard_save_images training_tensorboard_flush_every
     """,
-    "no profile is written": "profiling_activities profiling_record_shapes profiling_profile_memory profiling_with_stack profiling_filename",
     "there is no ControlNet": """
         control_net_detectedmap_dir control_net_unit_count control_net_model_cache_size control_net_no_detectmap control_net_detectmap_autosaving
         control_net_allow_script_control control_net_sync_field_args controlnet_show_batch_images_in_ui controlnet_increment_seed_during_batch

@@ -76,17 +76,19 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
     """Carry out the request: load its model, make its pictures, save them. Raises RequestError for what cannot be done.
 
     Runs on the calling thread, one job at a time; page and API call it from the job worker."""
-    from backend import memory_management  # imports torch, as the sampler list does
+    from backend import memory_management, profiler  # import torch, as the sampler list does
+    from modules.job_observer import JobObserver
     from modules.processing_validation import make_sound
 
     app = current_application()
-    with queue_lock, _as_job(app):
+    with queue_lock, _as_job(app), JobObserver(p, app):
         p.run_hook("before_process")
         make_sound(p, app)
         token = active_overrides.set({**active_overrides.get(), **p.override_settings})
         try:
             memory_management.set_inference_memory(int(p.options.forge_inference_memory) * MIB)
-            p.sd_model = app.models.ensure_loaded(p.options)
+            with profiler.recorder().measure("load", "load the model"):
+                p.sd_model = app.models.ensure_loaded(p.options)
             return process_images_inner(p)
         finally:
             active_overrides.reset(token)
@@ -145,9 +147,12 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
 
 
 def _log_job(p: StableDiffusionProcessing, num_pictures: int, seconds: float) -> None:
+    from modules.job_observer import describe_cost  # imports torch
+
     kind = "img2img" if isinstance(p, StableDiffusionProcessingImg2Img) else "txt2img"
     pictures = "1 picture" if num_pictures == 1 else f"{num_pictures} pictures"
-    log.info("%s: %s, %dx%d, %s, %d steps, in %.1f s.", kind, pictures, p.width, p.height, p.sampler_name, p.steps, seconds)
+    cost = describe_cost(seconds)
+    log.info("%s: %s, %dx%d, %s, %d steps, in %s.", kind, pictures, p.width, p.height, p.sampler_name, p.steps, cost)
 
 
 def _own_seed(seed: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from backend import profiler
 from modules import images
 from modules.hook_arguments import PostprocessBatchListArgs, PostprocessImageArgs, PostProcessMaskOverlayArgs
 from modules.processing_compositing import apply_color_correction, apply_overlay, uncrop
@@ -117,7 +118,9 @@ class PictureCollector:
     def _save(self, image: Image.Image, folder: str | None, place: int, text: str, *, suffix: str = "") -> None:
         p = self.p
         place = min(place, len(p.all_seeds) - 1)
-        images.save_image(image, folder or "", "", p.all_seeds[place], p.all_prompts[place], p.options.samples_format, info=text, p=p, suffix=suffix)
+        seed, prompt = p.all_seeds[place], p.all_prompts[place]
+        with profiler.recorder().measure("save", "save a picture"):
+            images.save_image(image, folder or "", "", seed, prompt, p.options.samples_format, info=text, p=p, suffix=suffix)
 
     def finish(self) -> Processed:
         """The grid, and everything together."""

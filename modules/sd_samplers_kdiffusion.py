@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from backend import profiler
 from backend.modules.k_prediction import rescale_zero_terminal_snr_sigmas
 from backend.parallel.executor import Cancelled
 from backend.parallel.session import SamplingRequest, SamplingSession
@@ -310,13 +310,18 @@ class KDiffusionSampler:
         state.sampling_steps, state.sampling_step = steps, 0
         self._preview = PreviewMaker(self.sd_model, self.p.options)
         state.preview_maker = self._preview
-        hidden = self._app.config.disable_console_progressbars or not sys.stderr.isatty()
+        bar, recorder, began_s = self._app.job_bar, profiler.recorder(), time.perf_counter()
+        bar.begin_pass(steps, passes_left=state.job_count - state.job_no)
+        recorder.begin_steps()
         try:
-            with tqdm(total=steps, disable=hidden, leave=False) as self._bar:
-                return func()
+            return func()
         except (InterruptedException, Cancelled):
             assert self.last_latent is not None
+            recorder.note_step()
             return self.last_latent
+        finally:
+            recorder.end_steps()
+            profiler.meter().sampling_s += time.perf_counter() - began_s
 
     def _after_step(self, info: StepInfo) -> None:
         """Called by the formula once for each step, on the job's thread."""
@@ -326,7 +331,9 @@ class KDiffusionSampler:
         self.last_latent = info.denoised
         state.current_latent = info.denoised
         state.sampling_step = info.index + 1
-        self._bar.update(1)
+        self._app.job_bar.note_step()
+        profiler.meter().num_steps += 1
+        profiler.recorder().note_step()
         if self._preview is not None and self._preview.due(info.index + 1):
             state.do_set_current_image()
 

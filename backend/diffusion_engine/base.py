@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from backend import key_layout, memory_management
+from backend import key_layout, memory_management, profiler
 from backend.patcher.weight_patches import without_weight_patches
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ class ForgeDiffusionEngine(ABC):
         """What one of the text engines makes of a prompt; with less and less else on its device when memory runs out. Raises: OutOfMemory."""
         patcher = self.forge_objects.clip.patcher
         run = partial(self.text_engines[index], prompt)
-        return memory_management.run_with_recovery(run, what="encoding the prompt", device=patcher.load_device, keep=[patcher])
+        with profiler.recorder().measure("text encoder", f"text encoder {index + 1}", device=patcher.load_device):
+            return memory_management.run_with_recovery(run, what="encoding the prompt", device=patcher.load_device, keep=[patcher])
 
     def _load_text_encoders(self) -> None:
         memory_management.load_model_gpu(self.forge_objects.clip.patcher)

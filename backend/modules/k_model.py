@@ -14,6 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from backend import profiler
 from backend.attention import install_attention
 from backend.modules.k_prediction import Prediction
 from backend.nn.network_call import NetworkCall
@@ -98,7 +99,11 @@ class KModel(nn.Module):
 
     def run_here(self, call: NetworkCall) -> Tensor:
         """All rows in one pass, on the device that the call and the weights are on."""
-        return self.program.run(call.start(self.program))
+        recorder = profiler.recorder()
+        with recorder.measure("unit", "whole network", device=call.device, unit=recorder.next_unit(), rows=call.num_rows):
+            output = self.program.run(call.start(self.program))
+        profiler.meter().count_unit_on(call.device)
+        return output
 
     def memory_required(self, input_shape: Sequence[int]) -> float:
         """Estimate of the working memory, in bytes, of a forward pass over (B, C, H, W)."""

@@ -182,7 +182,8 @@ class SamplingSession:
     def _adopt_fitting(self) -> None:
         """Adopt the best plan whose networks find room; a slot where they do not gets less. Raises: OutOfMemory where one slot is too small too."""
         while True:
-            plan = self._make_plan()
+            with profiler.recorder().measure("plan", "make a plan"):
+                plan = self._make_plan()
             try:
                 self._adopt(plan)
                 self._tell_status()

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 
 import torch
 
+from backend import profiler
 from backend.devices.links import Route, Verdict, Verdicts
 from backend.devices.slot import Slot, canonical_device
 from backend.devices.virtual_device import CopyCounter
+from backend.profiler import NO_TIMER, NoTimer
 
 DevicePair = tuple[torch.device, torch.device]
 
@@ -114,17 +116,19 @@ class DeviceTransport:
         if route == "same":
             return self._cuda.share(tensor) if source.type == "cuda" else _Arrived(tensor)
         self.stats.add(str(source), str(target), tensor.nbytes)
-        if route == "direct":
-            return self._ship_direct(tensor, target)
-        if source.type == target.type == "cuda":
-            return self._cuda.copy(tensor, target, staged=route == "staged")
-        return _Arrived(tensor.to("cpu").to(target))
+        timer = profiler.recorder().time_copy(source, target, tensor.nbytes)
+        if target.type == "cuda":
+            return self._to_cuda(tensor, target, route, timer)
+        # To the host a copy is awaited, as the host reads without asking a stream.
+        timer.start()
+        arrived = tensor.to(target) if route == "direct" else tensor.to("cpu").to(target)
+        timer.stop()
+        return _Arrived(arrived)
 
-    def _ship_direct(self, tensor: torch.Tensor, target: torch.device) -> Parcel:
-        """To the host a copy is awaited, as the host reads without asking a stream; from pinned main memory it need not be."""
-        if target.type != "cuda":
-            return _Arrived(tensor.to(target))
-        return self._cuda.bring(tensor, target)
+    def _to_cuda(self, tensor: torch.Tensor, target: torch.device, route: Route, timer: NoTimer) -> Parcel:
+        if tensor.device.type == "cuda":
+            return self._cuda.copy(tensor, target, staged=route == "staged", timer=timer)
+        return self._cuda.bring(tensor if route == "direct" else tensor.to("cpu"), target, timer)
 
 
 @dataclass(slots=True)
@@ -139,14 +143,16 @@ class CudaCopies:
         """A tensor for another stream of its own device: nothing moves, the stream only waits for what was enqueued so far."""
         return _OnStream(tensor, self._mark(self.cuda.current_stream(tensor.device)), self.cuda)
 
-    def bring(self, tensor: torch.Tensor, target: torch.device) -> Parcel:
+    def bring(self, tensor: torch.Tensor, target: torch.device, timer: NoTimer = NO_TIMER) -> Parcel:
         """From main memory. The caller waits for this copy unless the tensor is page-locked, but never for what the card computes."""
         in_stream = self._stream(target, (tensor.device, target))
+        timer.start(in_stream)
         with self.cuda.stream(in_stream):
             arrived = tensor.to(target, non_blocking=tensor.is_pinned())
+        timer.stop(in_stream)
         return _OnStream(arrived, self._mark(in_stream), self.cuda)
 
-    def copy(self, tensor: torch.Tensor, target: torch.device, *, staged: bool) -> Parcel:
+    def copy(self, tensor: torch.Tensor, target: torch.device, *, staged: bool, timer: NoTimer = NO_TIMER) -> Parcel:
         """From card to card, or through main memory. Returns at once; the copy waits for the tensor's producer by itself."""
         source = tensor.device
         out_stream, in_stream = self._stream(source, (source, target)), self._stream(target, (source, target))
@@ -155,10 +161,12 @@ class CudaCopies:
             out_stream.wait_event(self._mark(self.cuda.current_stream(source)))
         with self.cuda.stream(in_stream):
             arriving = _new_like(dense, target)
+        timer.start(out_stream)
         if staged:
             self._copy_staged(dense, arriving, out_stream, in_stream)
         else:
             self._copy_peer(dense, arriving, out_stream, in_stream)
+        timer.stop(in_stream)
         dense.record_stream(out_stream)
         return _OnStream(arriving, self._mark(in_stream), self.cuda)
 

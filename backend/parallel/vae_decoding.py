@@ -13,21 +13,21 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from backend import memory_management
+from backend import memory_management, profiler
 from backend.devices.slot import Slot
 from backend.memory.errors import OutOfMemory
 from backend.parallel.fleet import Fleet, current_fleet
 from backend.parallel.planner import deal_units
 from backend.parallel.session import guess_speed
-from backend.parallel.split_vae import CannotSplit, DecoderShard, SplitDecoder
+from backend.parallel.split_vae import CannotSplit, DecoderShard, SplitDecoder, Submit
 from backend.parallel.split_vae_cost import DecoderSize, LinkCost, decode_macs, worth_splitting
 from backend.parallel.twins import META, TwinPatcher
-from backend.parallel.worker import SlotLost
+from backend.parallel.worker import SlotLost, SlotWorker
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from backend.patcher.vae import VAE
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 _SHARED_LINK = LinkCost(exchange_s=1e-4, bytes_per_s=4e9)
 """Slots in one memory: only threads to wake."""
@@ -84,11 +85,26 @@ def _decode(vae: VAE, latents_BCHW: Tensor, fleet: Fleet, slots: Sequence[Slot],
         parts.append(_deal(vae, latents_BCHW[:num_dealt], fleet, slots, networks, deal_units(num_dealt, speeds), work, macs))
     if num_dealt < num_images:
         shards = [
-            DecoderShard(network=networks[slot.index], device=slot.torch_device, run=fleet.worker(slot.index).submit, speed=speed / max(speeds))
+            DecoderShard(
+                network=networks[slot.index], device=slot.torch_device, run=_timed(fleet.worker(slot.index), slot), speed=speed / max(speeds)
+            )
             for slot, speed in zip(slots, speeds)
         ]
         parts.append(SplitDecoder(shards, output_device=vae.output_device).decode(latents_BCHW[num_dealt:]).float())
     return torch.cat(parts)
+
+
+def _timed(worker: SlotWorker, slot: Slot) -> Submit:
+    """The worker's `submit`, with a span around what it is given. A strip's waits for its neighbours are inside."""
+
+    def submit(function: Callable[[], Result], /) -> Future[Result]:
+        def run() -> Result:
+            with profiler.recorder().measure("VAE", "decode a strip", device=slot.torch_device, slot=slot.index):
+                return function()
+
+        return worker.submit(run)
+
+    return submit
 
 
 def _link_of(slots: Sequence[Slot]) -> LinkCost:
@@ -156,7 +172,8 @@ def _deal(
 def _decode_one(network: Any, latent_1CHW: Tensor, slot: Slot, vae: VAE, record_ms: Callable[[float], None]) -> Tensor:
     """On the slot's worker."""
     started = time.perf_counter()
-    picture_1CHW: Tensor = network.decode(latent_1CHW.to(device=slot.torch_device, dtype=vae.vae_dtype), return_dict=False)[0]
-    arrived_1CHW = picture_1CHW.to(device=vae.output_device, dtype=torch.float32)
+    with profiler.recorder().measure("VAE", "decode", device=slot.torch_device, slot=slot.index, rows=1):
+        picture_1CHW: Tensor = network.decode(latent_1CHW.to(device=slot.torch_device, dtype=vae.vae_dtype), return_dict=False)[0]
+        arrived_1CHW = picture_1CHW.to(device=vae.output_device, dtype=torch.float32)
     record_ms((time.perf_counter() - started) * 1000.0)
     return arrived_1CHW

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from backend import memory_management
+from backend import memory_management, profiler
 from backend.memory.errors import OutOfMemory
 from backend.memory.module_bytes import count_module_bytes
 from backend.patcher.base import ModelPatcher
@@ -137,8 +137,9 @@ class VAE:
         return picture_BCHW.movedim(1, -1)
 
     def _decode_batch(self, latents_BCHW: Tensor) -> Tensor:
-        decoded = cast("Any", self.first_stage_model).decode(latents_BCHW.to(device=self.device, dtype=self.vae_dtype), return_dict=False)[0]
-        pixels_BCHW: Tensor = decoded.to(device=self.output_device, dtype=torch.float32)
+        with profiler.recorder().measure("VAE", "decode", device=self.device, rows=len(latents_BCHW)):
+            decoded = cast("Any", self.first_stage_model).decode(latents_BCHW.to(device=self.device, dtype=self.vae_dtype), return_dict=False)[0]
+            pixels_BCHW: Tensor = decoded.to(device=self.output_device, dtype=torch.float32)
         return pixels_BCHW.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
 
     # --- encode ---------------------------------------------------------------------------------------------------------------------
@@ -172,10 +173,11 @@ class VAE:
         return self._with_recovery(lambda: self._average_tilings(self._encode_batch, pixels_BCHW, tiling, scale, self.latent_channels), "encoding")
 
     def _encode_batch(self, pixels_BCHW: Tensor) -> Tensor:
-        posterior = cast("Any", self.first_stage_model).encode((pixels_BCHW.to(self.device) * 2.0 - 1.0).to(self.vae_dtype), return_dict=False)[0]
-        regulation = self.patcher.model_options.get("model_vae_regulation")
-        latents: Tensor = posterior.mode() if regulation is None else regulation(posterior)
-        return latents.to(device=self.output_device, dtype=torch.float32)
+        with profiler.recorder().measure("VAE", "encode", device=self.device, rows=len(pixels_BCHW)):
+            posterior = cast("Any", self.first_stage_model).encode((pixels_BCHW.to(self.device) * 2.0 - 1.0).to(self.vae_dtype), return_dict=False)[0]
+            regulation = self.patcher.model_options.get("model_vae_regulation")
+            latents: Tensor = posterior.mode() if regulation is None else regulation(posterior)
+            return latents.to(device=self.output_device, dtype=torch.float32)
 
     # --- shared ---------------------------------------------------------------------------------------------------------------------
 

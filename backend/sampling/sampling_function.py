@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from backend import memory_management
+from backend import memory_management, profiler
 from backend.parallel.session import SamplingRequest, SamplingSession, begin_session, end_session
 from backend.sampling.condition import Area, CompiledCondition, Condition, ConditionNoiseShape, compile_conditions, compile_weighted_conditions
 
@@ -340,7 +340,8 @@ def _call_model(model: KModel, batch: Sequence[_Unit], sigma_B: Tensor, options:
         while link is not None:
             link.transformer_options = transformer_options
             link = link.previous_controlnet
-        arguments["control"] = control.get_control(x_BCHW, timestep_B, dict(arguments), len(batch))
+        with profiler.recorder().measure("ControlNet", "ControlNet", device=x_BCHW.device):
+            arguments["control"] = control.get_control(x_BCHW, timestep_B, dict(arguments), len(batch))
         arguments["control_model"] = control
     wrapper = options.get("model_function_wrapper")
     if wrapper is None:
