@@ -1,6 +1,7 @@
 """KModel: one denoising step of one batch, from noisy latents and a noise level to the denoised latents.
 
-It joins a UNet (as a program of segments) and its prediction. Must not know guidance, samplers, prompts or where its weights live.
+A KModel joins a UNet (as a program of segments) and its prediction; it does not know where its weights live. `split_unet_across_gpus` cuts
+one over slots from outside. Must not know guidance, samplers or prompts.
 
 Shapes: B batch, C channels, H W latent rows and columns, L tokens, D width of a token, V width of SDXL's vector.
 """
@@ -8,18 +9,25 @@ Shapes: B batch, C channels, H W latent rows and columns, L tokens, D width of a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from backend import profiler
+from backend import memory_management, profiler
 from backend.attention import install_attention
 from backend.modules.k_prediction import Prediction
 from backend.nn.network_call import NetworkCall
 from backend.nn.unet_program import Program, build_program
 from backend.nn.unet_state import TransformerOptions
+from backend.parallel.executor import Executor, Replica
+from backend.parallel.fleet import current_fleet
+from backend.parallel.plan import Plan, ReplicaPlan
+
+if TYPE_CHECKING:
+    from backend.patcher.base import ModelPatcher
 
 PEAK_NUMBERS = {True: 26, False: 16}
 """Numbers alive at the peak of a forward pass, per latent position and channel of the outer level, with transformers on that level (SD1.x, SD2.x)
@@ -111,3 +119,70 @@ class KModel(nn.Module):
         numbers: int = PEAK_NUMBERS["CrossAttn" in config.down_block_types[0]] * config.block_out_channels[0]
         positions = input_shape[0] * input_shape[2] * input_shape[3]
         return SAFETY * numbers * positions * self.computation_dtype.itemsize
+
+
+@dataclass(eq=False)
+class SplitUNet:
+    """A denoiser whose pieces are on several slots. `undo` brings everything back; used in a `with`, leaving it does."""
+
+    model: KModel
+    plan: ReplicaPlan
+    _devices: Mapping[nn.Module, torch.device]
+    _runner_before: Callable[[NetworkCall], Tensor] | None
+    _executor: Executor
+
+    def undo(self) -> None:
+        """Every tensor where it was before the split, and the network run as before it."""
+        self.model.runner = self._runner_before
+        self._executor.close()
+        for module, device in self._devices.items():
+            memory_management.module_move(module, device, recursive=False)
+
+    def __enter__(self) -> SplitUNet:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+
+def split_unet_across_gpus(unet: KModel | ModelPatcher, plan: Plan | ReplicaPlan) -> SplitUNet:
+    """Move the UNet's pieces to their slots, as the first copy of `plan` says, and run it there until `undo`.
+
+    The time embedding goes with the first piece; the prediction's tables stay, as the latents do. Names of parameters do not change. Nothing
+    is counted or evicted here: a job's sampling run places plans through memory management. Raises: torch.OutOfMemoryError with the network
+    back where it was; ValueError for a plan of other pieces.
+    """
+    model = unet if isinstance(unet, KModel) else cast("KModel", unet.model)
+    replica = plan if isinstance(plan, ReplicaPlan) else plan.replicas[0]
+    _check_pieces(model.program, replica)
+    fleet = current_fleet()
+    before = {module: device for module in model.diffusion_model.modules() if (device := _own_device(module)) is not None}
+    executor = Executor([Replica(program=model.program, plan=replica)], fleet, deal=lambda num_rows: (num_rows,))
+    split = SplitUNet(model, replica, before, model.runner, executor)
+    try:
+        for _, layer in model.program.embedding.named_layers:
+            memory_management.module_move(layer, fleet.device(replica.slots[0]))
+        for piece, slot in zip(replica.pieces, replica.slots):
+            for _, layer in model.program.piece_layers(piece):
+                memory_management.module_move(layer, fleet.device(slot))
+    except RuntimeError:
+        split.undo()
+        raise
+    model.runner = executor.run
+    return split
+
+
+def _check_pieces(program: Program, replica: ReplicaPlan) -> None:
+    """Raises: ValueError when the plan's pieces are not the network's, each once and in order."""
+    parts = [part for piece in replica.pieces if piece.segment < len(program.segments) for part in program.finest_parts(piece)]
+    if parts != list(program.finest_pieces()):
+        raise ValueError(
+            f"A plan of the pieces {', '.join(map(str, replica.pieces))} was given for a UNet of {len(program.segments)} segments. "
+            "A plan names every segment once, in order; make it from this network's profile."
+        )
+
+
+def _own_device(module: nn.Module) -> torch.device | None:
+    """Where a module's own tensors are; None for a module without."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return next((tensor.device for tensor in tensors if tensor is not None), None)

@@ -7,7 +7,7 @@ Must not know guidance or samplers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import cast
@@ -80,6 +80,11 @@ class Copies:
 
     twins: dict[tuple[int, ...], TwinPatcher] = field(default_factory=dict)
     stages: dict[tuple[int, torch.device], tuple[frozenset[int], StagePatcher]] = field(default_factory=dict)
+
+    @property
+    def networks(self) -> set[nn.Module]:
+        """All that memory management knows of them by."""
+        return {twin.model for twin in self.twins.values()} | {stage.model for _, stage in self.stages.values()}
 
     def release_stages(self, network: nn.Module) -> None:
         """Forget the stages of a network; its weights stay where they are."""
@@ -206,7 +211,15 @@ class _Placer:
         if id(self.unet.model) in {key[0] for key in self.copies.stages}:
             self.unet.model.predictor.to(self.unet.load_device)
             self.unet.forge_patch_model(None)
-            self.unet.refresh_loras()
-        changes: list[Future[None]] = [self.fleet.worker(slot).submit(twin.refresh_twin) for slot, twin in self._twins]
-        for change in changes:
-            change.result()
+            _changing_weights(self.unet.load_device, self.unet.refresh_loras)
+        changes: list[tuple[TwinPatcher, Future[None]]] = [(twin, self.fleet.worker(slot).submit(twin.refresh_twin)) for slot, twin in self._twins]
+        for twin, change in changes:
+            _changing_weights(twin.load_device, change.result)
+
+
+def _changing_weights(device: torch.device, run: Callable[[], object]) -> None:
+    """Raises: OutOfMemory of that device."""
+    try:
+        run()
+    except torch.OutOfMemoryError as error:
+        raise memory_management.out_of_memory("changing weights (LoRA)", device) from error

@@ -26,7 +26,7 @@ from backend.parallel import status
 from backend.parallel.costs import ModelProfile, contains, profile_unet, with_measured_ms
 from backend.parallel.executor import Executor, SlotFailure
 from backend.parallel.fleet import Fleet, current_fleet
-from backend.parallel.placement import PlacedPlan, place_plan, place_whole
+from backend.parallel.placement import PlacedPlan, copies_of, place_plan, place_whole
 from backend.parallel.plan import Piece, Plan, ReplicaPlan
 from backend.parallel.planner import JobShape, WantedStrategy, deal_units, make_plan
 from backend.parallel.slot_facts import SlotFacts
@@ -161,7 +161,7 @@ class SamplingSession:
         )
         links = self.fleet.links
         status.set_links(links, self.fleet.verdicts)
-        rooms = [slot_facts(slot, self.unet.model, self.fleet, self._work, self._budget_shares.get(slot.index, 1.0)) for slot in self._usable_slots()]
+        rooms = [slot_facts(slot, self.unet, self.fleet, self._work, self._budget_shares.get(slot.index, 1.0)) for slot in self._usable_slots()]
         plans = [make_plan(self._profile, rooms, links, job, strategy=self.request.strategy)]
         if any(room.fixed_bytes for room in rooms) and plans[0].strategy == "single":
             emptied = [_without_others(room) for room in rooms]
@@ -412,22 +412,34 @@ def profile_of(network: KModel, shape: Sequence[int]) -> ModelProfile:
     return profile_unet(network.diffusion_model.config, latent_height=int(shape[2]), latent_width=int(shape[3]), dtype=network.computation_dtype)
 
 
-def slot_facts(slot: Slot, network: KModel, fleet: Fleet, work: str, budget_share: float) -> SlotFacts:
-    """A slot as the planner sees it now: what is free or could be, and how fast it was seen to be at this work."""
-    store = memory_management.current_store()
-    (room,) = store.rooms([slot], network)
-    others_bytes = room.evictable_bytes
-    budget_bytes = room.free_bytes + room.evictable_bytes + room.present_bytes
+def slot_facts(slot: Slot, unet: UnetPatcher, fleet: Fleet, work: str, budget_share: float) -> SlotFacts:
+    """A slot as the planner sees it now: what is free or could be, and how fast it was seen to be at this work.
+
+    What earlier plans made of this network counts as the network's own, not as something else that holds the slot.
+    """
+    store, device = memory_management.current_store(), slot.torch_device
+    (room,) = store.rooms([slot], unet.model)
+    own = copies_of(unet.model).networks
+    copies_bytes = sum(entry.inclusive_memory for entry in store.residents if entry.device == device and entry.real_model in own)
+    budget_bytes = room.free_bytes + room.evictable_bytes + room.present_bytes - _merge_bytes(unet)
+    budget_bytes = max(0, int(budget_bytes * budget_share))
     return SlotFacts(
         index=slot.index,
         name=slot.name,
-        kind=slot.torch_device.type,
+        kind=device.type,
         speed=speed_of(slot, fleet, work),
-        budget_bytes=int(budget_bytes * budget_share),
-        fixed_bytes=min(others_bytes, int(budget_bytes * budget_share)),
+        budget_bytes=budget_bytes,
+        fixed_bytes=min(max(0, room.evictable_bytes - copies_bytes), budget_bytes),
         total_bytes=slot.total_bytes,
-        device_key=str(slot.torch_device),
+        device_key=str(device),
     )
+
+
+def _merge_bytes(unet: UnetPatcher) -> int:
+    """Room that changing weights takes: the largest weight in fp32, its change, and their sum."""
+    if not unet.lora_patches:
+        return 0
+    return 3 * 4 * max(parameter.numel() for parameter in unet.model.parameters())
 
 
 def _without_others(room: SlotFacts) -> SlotFacts:

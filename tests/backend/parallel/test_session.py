@@ -144,6 +144,24 @@ def test_a_network_that_fits_no_card_runs_over_two(caplog: pytest.LogCaptureFixt
     assert "layers of one copy over slots 0 and 1" in caplog.text
 
 
+def test_four_small_cards_hold_two_copies_of_two_stages() -> None:
+    with virtual_fleet(4, cap_bytes=30 * 2**20) as fleet:
+        unet = _unet(fleet)
+        session = begin_session(unet, SHAPE, _request("hybrid"))
+        assert session is not None
+        assert session.plan.strategy == "hybrid"
+        assert [len(replica.used_slots) for replica in session.plan.replicas] == [2, 2]
+        first = unet.model.apply_model(**_inputs(unet)).cpu()
+        end_session(unet)
+        patched = unet.clone()
+        _add_lora(patched)
+        begin_session(patched, SHAPE, _request("hybrid"))
+        with_lora = patched.model.apply_model(**_inputs(unet)).cpu()
+        end_session(patched)
+    assert torch.allclose(first, _whole(), atol=1e-5)
+    assert torch.allclose(with_lora, _whole(lora=True), atol=1e-5)
+
+
 # failure
 
 
