@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from modules import application
+from modules import application, script_callbacks
 from modules.app_config import AppConfig
 from modules.application import Application, build_application
 from modules.import_lock import network_imports
@@ -51,6 +51,7 @@ def run(config: AppConfig) -> int:
         command = serve(app, server, engine)
         while command == "restart":
             log.info("Restarting.")
+            script_callbacks.app_reload_callback()
             server = WebServer(config)
             command = serve(app, server, engine)
     finally:
@@ -62,7 +63,7 @@ def run(config: AppConfig) -> int:
 def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
     """Build the API and the page, answer until a command ends it; the command."""
     from modules.api.api import create_api, create_internal_api
-    from modules.server import create_fastapi_app
+    from modules.server import create_fastapi_app, keep_page_last
 
     fastapi_app = create_fastapi_app(app.config)
     app.fastapi_app = fastapi_app
@@ -71,7 +72,11 @@ def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
         startup_timer.record("API")
         if not app.config.nowebui:
             add_page(app, fastapi_app, engine)
-        engine.wait_for_devices()
+        else:
+            engine.wait_for_devices()
+            load_extensions(app)
+        script_callbacks.app_started_callback(app.demo, fastapi_app)
+        keep_page_last(fastapi_app)
         server.start(fastapi_app)
         startup_timer.record("server")
         announce(app, server)
@@ -81,6 +86,18 @@ def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
         server.stop()
 
 
+def load_extensions(app: Application) -> None:
+    """Extensions, their settings, and without a page their controls, which tell the API what a request may leave out."""
+    from modules import scripts
+
+    scripts.load_scripts(app)
+    if app.config.nowebui and scripts.scripts_data:
+        from modules.scripts_without_page import build_controls  # imports gradio
+
+        build_controls(app)
+    startup_timer.record("extensions")
+
+
 def add_page(app: Application, fastapi_app: Any, engine: EngineStart) -> None:
     """The page of gradio on top of the API."""
     import gradio  # noqa: F401 - heavy: imported while the engine's thread imports torch
@@ -88,6 +105,7 @@ def add_page(app: Application, fastapi_app: Any, engine: EngineStart) -> None:
     startup_timer.record("import gradio")
     engine.wait_for_devices()
     startup_timer.record("import torch")
+    load_extensions(app)
     from modules import ui, ui_page
     from modules.server import mount_page
 

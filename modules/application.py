@@ -44,6 +44,9 @@ class Application:
     hashes: HashStore
     styles: StyleDatabase
     upscaler_models: UpscalerModels | None = None
+    extensions: list[Any] = field(default_factory=list)
+    """Extensions that were found, and the script runners of the tabs by name; modules.scripts.load_scripts fills both."""
+    script_runners: dict[str, Any] = field(default_factory=dict)
     job_bar: JobBar = field(default_factory=JobBar)
     demo: Any = None
     fastapi_app: Any = None

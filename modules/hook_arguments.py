@@ -52,3 +52,94 @@ class PostprocessBatchListArgs:
     """postprocess_batch_list: the pictures of a batch, CHW 0..1; the list may grow or shrink."""
 
     images: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class OnComponent:
+    """on_before_component and on_after_component of a script: the control that was asked for."""
+
+    component: Any
+
+
+# What script_callbacks hands over
+
+
+@dataclass
+class ImageSaveParams:
+    """before_image_saved, image_saved: `p` is the request or None; `pnginfo` holds the infotext under "parameters"."""
+
+    image: Any
+    p: Any
+    filename: str
+    pnginfo: dict[str, Any]
+
+
+@dataclass
+class ExtraNoiseParams:
+    """extra_noise: `noise`, the latents `x` it was added to and the result `xi`."""
+
+    noise: Any
+    x: Any
+    xi: Any
+
+
+@dataclass
+class CFGDenoiserParams:
+    """cfg_denoiser: what the network is about to be asked; all may be changed.
+
+    `text_cond` and `text_uncond` are rows as the network takes them, a tensor (B, L, D) or for SDXL a dict of them.
+    """
+
+    x: Any
+    image_cond: Any
+    sigma: Any
+    sampling_step: int
+    total_sampling_steps: int
+    text_cond: Any
+    text_uncond: Any
+    denoiser: Any = None
+
+
+@dataclass
+class CFGDenoisedParams:
+    """cfg_denoised: what the network answered, rows of the prompt's parts and then of the negative prompt."""
+
+    x: Any
+    sampling_step: int
+    total_sampling_steps: int
+    inner_model: Any = None
+
+
+@dataclass
+class AfterCFGCallbackParams:
+    """cfg_after_cfg: the guided answer; change `x` to change the picture."""
+
+    x: Any
+    sampling_step: int
+    total_sampling_steps: int
+
+
+@dataclass
+class UiTrainTabParams:
+    """Kept for extensions that name it; there is no Train tab."""
+
+    txt2img_preview_params: Any
+
+
+@dataclass
+class ImageGridLoopParams:
+    """image_grid: pictures with the columns and rows they are laid in."""
+
+    imgs: Any
+    cols: int
+    rows: int
+
+
+@dataclass
+class BeforeTokenCounterParams:
+    """before_token_counter: the text about to be counted."""
+
+    prompt: str
+    steps: int
+    styles: list[str]
+    is_positive: bool = True

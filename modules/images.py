@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from modules import script_callbacks
 from modules.filename_tokens import (
     NOTHING_AND_SKIP_PREVIOUS_TEXT,
     FilenameGenerator,
@@ -25,6 +26,7 @@ from modules.filename_tokens import (
     sanitize_filename_part,
     sanitize_folder,
 )
+from modules.hook_arguments import ImageGridLoopParams, ImageSaveParams
 from modules.image_grids import (
     Grid,
     GridAnnotation,
@@ -128,7 +130,9 @@ def image_grid(imgs: Sequence[Image.Image], batch_size: int = 1, rows: int | Non
     settings = _settings()
     wanted = settings.n_rows if rows is None else rows
     count = choose_num_rows(len(imgs), wanted_rows=wanted, batch_size=batch_size, prevent_empty_spots=settings.grid_prevent_empty_spots)
-    return lay_grid(imgs, count, math.ceil(len(imgs) / count), settings.grid_background_color)
+    grid = ImageGridLoopParams(imgs, math.ceil(len(imgs) / count), count)
+    script_callbacks.image_grid_callback(grid)
+    return lay_grid(grid.imgs, grid.rows, grid.cols, settings.grid_background_color)
 
 
 def check_grid_size(imgs: Sequence[Image.Image]) -> bool:
@@ -233,12 +237,29 @@ def save_image(
         pattern = "" if plain else settings.samples_filename_pattern or ("[seed]" if save_to_dirs else "[seed]-[prompt_spaces]")
         place = _patterned_place(folder, basename, tokens.apply(pattern) + suffix, extension, settings, plain=not pattern)
 
-    text = PictureText(infotext=info, section=pnginfo_section_name, chunks=_chunks(existing_info))
+    saving = ImageSaveParams(image, p, "", {} if info is None else {pnginfo_section_name: info})
+    place = _ask_before_saving(saving, place)
+    image, info = saving.image, saving.pnginfo.pop(pnginfo_section_name, None)
+    text = PictureText(infotext=info, section=pnginfo_section_name, chunks=_chunks({**(existing_info or {}), **saving.pnginfo}))
     written = write_image(image, place.names, text, _encode_settings(settings), extension=extension, replace=place.replace)
     image.already_saved_as = str(written)  # type: ignore[attr-defined]  # extensions and the page look for it
+    saving.filename, saving.pnginfo = str(written), {**saving.pnginfo, **({} if info is None else {pnginfo_section_name: info})}
+    script_callbacks.image_saved_callback(saving)
     _save_large_copy(image, written, text, settings)
     text_path = _save_text(written, info, place.replace) if settings.save_txt and info is not None else None
     return str(written), None if text_path is None else str(text_path)
+
+
+def _ask_before_saving(saving: ImageSaveParams, place: _Place) -> _Place:
+    """Let those who listen change the picture, its infotext and its name; where it goes then."""
+    if not script_callbacks.is_listened_to("before_image_saved"):
+        return place
+    names, peeked = itertools.tee(place.names)
+    wanted = next(name for name in peeked if place.replace or not name.exists())
+    saving.filename = str(wanted)
+    script_callbacks.before_image_saved_callback(saving)
+    chosen = Path(saving.filename)
+    return _Place(names=names if chosen == wanted else numbered_names(chosen), replace=place.replace)
 
 
 def _named_place(folder: Path, stem: str, extension: str, settings: Any) -> _Place:

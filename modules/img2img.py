@@ -16,8 +16,9 @@ from modules.errors import RequestError
 from modules.image_metadata import read_info_from_image
 from modules.image_resizing import fix_image
 from modules.infotext_utils import parse_generation_parameters
-from modules.processing import Processed, StableDiffusionProcessingImg2Img, process_images
+from modules.processing import Processed, StableDiffusionProcessingImg2Img
 from modules.processing_request import opt_f
+from modules.processing_scripts import process_with_scripts
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def process_batch(
             continue
         if use_png_info:
             _take_parameters(one, Path(png_info_dir) / path.name if png_info_dir else path, png_info_props or ())
-        result = _joined(result, process_images(one), limit)
+        result = _joined(result, process_with_scripts(one), limit)
     return result
 
 

@@ -36,6 +36,7 @@ def prepare_img2img(p: StableDiffusionProcessingImg2Img) -> None:
     """Fill everything that all batches share. Raises RequestError."""
     p.extra_generation_params["Denoising strength"] = p.denoising_strength
     crop = _prepare_mask(p)
+    p.run_hook_with("before_process_init_images", {"crop_region": crop, "image_mask": p.image_mask})
     prepared = _prepare_pictures(p, crop)
     p.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
     pixels_BCHW = pil_to_pixels(_one_for_each(p, prepared))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from backend.sampling.sampling_function import denoise_guided
-from modules import prompt_parser
+from modules import prompt_parser, script_callbacks
 from modules.application import current_application
-from modules.hook_arguments import MaskBlendArgs
+from modules.hook_arguments import AfterCFGCallbackParams, CFGDenoiserParams, MaskBlendArgs
 from modules.sd_samplers_common import InterruptedException, apply_refiner
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class CFGDenoiser(torch.nn.Module):
         if self._skips_guidance(sigma, s_min_uncond or arguments["s_min_uncond"]):
             scale = 1.0
         denoised_BCHW = self._denoise(x, sigma, cond, uncond, scale, arguments["image_cond"] if image_cond is None else image_cond)
-        denoised_BCHW = self._keep_unmasked(denoised_BCHW, sigma)
+        denoised_BCHW = self._tell_guided(self._keep_unmasked(denoised_BCHW, sigma))
         self.step += 1
         return denoised_BCHW
 
@@ -85,18 +85,31 @@ class CFGDenoiser(torch.nn.Module):
     def _denoise(self, x: Tensor, sigma: Tensor, cond: Any, uncond: Any, scale: float, image_cond: Tensor | None) -> Tensor:
         composition, cond_rows = prompt_parser.reconstruct_multicond_batch(cond, self.step)
         uncond_rows = None if uncond is None else prompt_parser.reconstruct_cond_batch(uncond, self.step)
+        asked = CFGDenoiserParams(x, image_cond, sigma, self.step, self.total_steps, cond_rows, uncond_rows, self)
+        if script_callbacks.is_listened_to("cfg_denoiser"):
+            asked.sampling_step, asked.total_sampling_steps = self._state.sampling_step, self._state.sampling_steps
+            script_callbacks.cfg_denoiser_callback(asked)
         denoised_BCHW, _, self.last_uncond_BCHW = denoise_guided(
             self.sampler.unet,
-            x,
-            sigma,
-            text_cond=cond_rows,
-            text_uncond=uncond_rows,
-            image_cond=None if image_cond is None else image_cond.to(x),
+            asked.x,
+            asked.sigma,
+            text_cond=asked.text_cond,
+            text_uncond=asked.text_uncond,
+            image_cond=None if asked.image_cond is None else asked.image_cond.to(x),
             cond_scale=scale,
             cond_composition=composition,
             seed=self.p.seeds[self.picture],
         )
         return denoised_BCHW
+
+    def _tell_guided(self, denoised_BCHW: Tensor) -> Tensor:
+        """The result of the step, as those who listen leave it."""
+        if not script_callbacks.is_listened_to("cfg_after_cfg"):
+            return denoised_BCHW
+        guided = AfterCFGCallbackParams(denoised_BCHW, self._state.sampling_step, self._state.sampling_steps)
+        script_callbacks.cfg_after_cfg_callback(guided)
+        result: Tensor = guided.x
+        return result
 
     def _keep_unmasked(self, denoised_BCHW: Tensor, sigma: Tensor) -> Tensor:
         """Lay the original over what is not masked."""

@@ -26,8 +26,9 @@ from backend.sampling.registry import SamplerSpec, find_sampler
 from backend.sampling.sampler_types import OnStep, SamplerSettings, StepInfo
 from backend.sampling.sampling_function import sampling_cleanup, sampling_prepare
 from backend.sampling.schedules import OLD_KARRAS_RANGE, ScheduleSettings, discard_next_to_last_sigma
-from modules import sd_schedulers
+from modules import script_callbacks, sd_schedulers
 from modules.application import Application, current_application
+from modules.hook_arguments import ExtraNoiseParams
 from modules.live_preview import PreviewMaker
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser
 from modules.sd_samplers_common import InterruptedException, setup_img2img_steps
@@ -223,7 +224,7 @@ class KDiffusionSampler:
             extra_noise = float(p.options.img2img_extra_noise)
             if extra_noise > 0:
                 p.extra_generation_params["Extra noise"] = extra_noise
-                start_BCHW = start_BCHW + noise_BCHW * extra_noise
+                start_BCHW = _with_extra_noise(start_BCHW, noise_BCHW * extra_noise)
             self._set_brownian_range(p, sigmas_T)
             return self._run(p, start_BCHW, part_T, conditioning, unconditional_conditioning, image_conditioning, init_latent=x_BCHW)
 
@@ -349,6 +350,14 @@ def _spec_of(function: str | Callable[..., Any]) -> SamplerSpec:
         except ValueError:
             continue
     return find_sampler(function)
+
+
+def _with_extra_noise(x_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
+    """`x` with more noise than the schedule asks for, as those who listen leave it."""
+    added = ExtraNoiseParams(noise_BCHW, x_BCHW, x_BCHW + noise_BCHW)
+    script_callbacks.extra_noise_callback(added)
+    result: Tensor = added.xi
+    return result
 
 
 @contextmanager

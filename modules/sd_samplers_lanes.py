@@ -18,6 +18,7 @@ from torch import Tensor
 
 from backend.parallel.executor import Cancelled
 from backend.sampling.sampler_types import StepInfo
+from modules import script_callbacks
 from modules.prompt_parser import MulticondLearnedConditioning
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser
 from modules.sd_samplers_common import InterruptedException
@@ -38,9 +39,16 @@ def may_use_lanes(sampler: Any, p: Any, num_pictures: int) -> bool:
     """Whether every picture may go its own way: nobody asks to see the whole batch, and nothing changes for all at once on the way."""
     unet = sampler.unet
     watched = any(unet.model_options.get(name) for name in WHOLE_BATCH_OPTIONS) or unet.controlnet_linked_list is not None
-    scripted = getattr(p, "scripts", None) is not None and getattr(p, "mask", None) is not None
+    listened = script_callbacks.is_listened_to("cfg_denoiser", "cfg_after_cfg")
+    scripted = listened or (getattr(p, "mask", None) is not None and _scripts_see_whole_batches(p))
     changes = getattr(p, "refiner", None) is not None or sampler.stop_at is not None
     return num_pictures > 1 and not (watched or scripted or changes) and sampler.funcname not in BATCH_STEPPED and hasattr(p.rng, "of_image")
+
+
+def _scripts_see_whole_batches(p: Any) -> bool:
+    """Whether a script blends masks itself; a host that does not say counts as one that does."""
+    scripts = getattr(p, "scripts", None)
+    return scripts is not None and bool(getattr(scripts, "sees_whole_batches", lambda: True)())
 
 
 def run_in_lanes(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from modules import infotext_utils, ui_choices, ui_page, ui_requests
+from modules import infotext_utils, ui_choices, ui_page, ui_requests, ui_scripts
 from modules.infotext_fields import FIELDS_BY_TAB
 from modules.ui_common import OutputPanel, create_output_panel, create_refresh_button, plaintext_to_html
 from modules.ui_extras import ExtrasTab, build_extras, carry_out, connect_gallery_to_extras, connect_picture_to_extras, create_extras_tab
@@ -49,18 +49,20 @@ def create_ui(app: Application) -> gr.Blocks:
     styles = ui_choices.style_names(app)
     infotext_utils.reset()
     gr.set_static_paths([str(app.config.outputs_dir)])  # shown from where they were saved, not copied first
-    with gr.Blocks(analytics_enabled=False, title=ui_page.TITLE, fill_width=True, delete_cache=CACHE_CLEANING_S) as demo:
+    blocks = gr.Blocks(analytics_enabled=False, title=ui_page.TITLE, fill_width=True, delete_cache=CACHE_CLEANING_S)
+    with ui_scripts.page_build(), blocks as demo:
         quicksettings = create_quicksettings(app)
         settings_json = gr.Textbox(value=app.options.dumpjson(), visible="hidden", elem_id="settings_json", label="settings")
         with gr.Tabs(elem_id="tabs"):
-            with gr.Tab("Txt2img", id="txt2img", elem_id="tab_txt2img"):
-                txt2img = create_txt2img_tab(app, choices, start_defaults(app, "txt2img"), styles)
-            with gr.Tab("Img2img", id="img2img", elem_id="tab_img2img"):
-                img2img = create_img2img_tab(app, choices, start_defaults(app, "img2img"), styles)
+            with gr.Tab("Txt2img", id="txt2img", elem_id="tab_txt2img"), ui_scripts.tab_scripts(app, "txt2img") as scripts:
+                txt2img = create_txt2img_tab(app, choices, start_defaults(app, "txt2img"), styles, scripts)
+            with gr.Tab("Img2img", id="img2img", elem_id="tab_img2img"), ui_scripts.tab_scripts(app, "img2img") as scripts:
+                img2img = create_img2img_tab(app, choices, start_defaults(app, "img2img"), styles, scripts)
             with gr.Tab("Extras", id="extras", elem_id="tab_extras"):
                 extras = create_extras_tab(app)
             with gr.Tab("PNG Info", id="pnginfo", elem_id="tab_pnginfo"):
                 pnginfo = create_pnginfo_tab()
+            ui_scripts.create_extension_tabs()
             with gr.Tab("Settings", id="settings", elem_id="tab_settings") as settings_item:
                 create_settings_tab(app, ui_choices.setting_choices(app), settings_json, settings_item)
         gr.HTML(footer_html(), elem_id="footer")
@@ -266,5 +268,6 @@ def _register_paste_fields(txt2img: Txt2imgTab, img2img: Img2imgTab) -> None:
             for field in FIELDS_BY_TAB["txt2img" if name == "txt2img" else "img2img"]
             if field.field in controls
         ]
+        fields += tab.paste_target.script_fields
         infotext_utils.add_paste_fields(name, image, fields, tab.override_settings)
     infotext_utils.connect_paste_params_buttons()

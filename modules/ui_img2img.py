@@ -15,6 +15,7 @@ from modules.ui_components import FormRow, ResizeHandleRow, ToolButton
 from modules.ui_gpus import create_gpu_panel
 from modules.ui_img2img_pictures import PictureSection, connect_mask_controls, create_pictures, scale_text, size_updates
 from modules.ui_paste import PasteTarget
+from modules.ui_scripts import TabScripts, no_scripts
 from modules.ui_sections import (
     HIDDEN_PART,
     BatchSection,
@@ -84,35 +85,53 @@ class Img2imgTab:
     paste_target: PasteTarget
 
 
-def create_img2img_tab(app: Application, choices: Choices, defaults: Defaults, style_names: Sequence[str]) -> Img2imgTab:
+def create_img2img_tab(
+    app: Application, choices: Choices, defaults: Defaults, style_names: Sequence[str], scripts: TabScripts | None = None
+) -> Img2imgTab:
     """Build the tab inside the current gradio context."""
     toprow = create_toprow(TAB, style_names)
+    scripts = scripts or no_scripts(TAB)
+    scripts.section("prompt")
     with ResizeHandleRow(elem_classes=["generation-columns"]):
         with gr.Column(elem_id=f"{TAB}_settings", elem_classes=["settings-column"]):
             pictures = create_pictures(app)
+            scripts.section("image")
             inpaint = _create_inpaint()
+            scripts.section("inpaint")
             connect_mask_controls(pictures)
             resize_mode = gr.Radio(label="Resize mode", choices=list(RESIZE_MODES), value=RESIZE_MODES[0], type="index", elem_id="resize_mode")
             sampler = create_sampler_section(TAB, choices, defaults)
+            scripts.section("sampler")
             with gr.Row(elem_id=f"{TAB}_dimensions", elem_classes=["size-and-batch"]):
                 resize = _create_resize(app, defaults, pictures, resize_mode)
                 batch = create_batch_section(TAB)
+            for section in ("dimensions", "batch"):
+                scripts.section(section)
             cfg = create_cfg_section(TAB, defaults)
+            scripts.section("cfg")
             denoising = slider(minimum=0.0, maximum=1.0, step=0.01, label="Denoising strength", value=0.75, elem_id="img2img_denoising_strength")
+            scripts.section("denoising")
             with gr.Column(elem_id=f"{TAB}_accordions", elem_classes=["accordions"]):
                 refiner = create_refiner_section(TAB, choices, lambda: ui_choices.checkpoint_titles(app))
+                scripts.section("accordions")
             seed_slot = gr.Column(elem_id=f"{TAB}_seed_column", elem_classes=["tight-column"])
             override_settings = create_override_settings(TAB)
+            scripts.section("override_settings")
+            script_slot = gr.Column(elem_classes=["tight-column"])
             create_gpu_panel(app, TAB)
         output = create_output_panel(TAB, show_folder_button=not app.config.hide_ui_dir_config, gallery_height=app.options.gallery_height)
     task_id = gr.Textbox(visible="hidden", elem_id=f"{TAB}_task_id", label="Task")
     with seed_slot:
         seed = create_seed_section(TAB, output.generation_info)
+        scripts.section("seed")
+    with script_slot:
+        scripts.rest()
     inputs = {
         **_main_inputs(toprow, sampler, resize, batch, cfg, denoising, override_settings),
         **_picture_inputs(pictures, inpaint),
         **refiner.inputs(),
         **seed.inputs(),
+        **scripts.inputs(),
     }
     return Img2imgTab(
         toprow=toprow,
@@ -129,7 +148,7 @@ def create_img2img_tab(app: Application, choices: Choices, defaults: Defaults, s
         output=output,
         task_id=task_id,
         inputs=inputs,
-        paste_target=_paste_target(inputs, override_settings),
+        paste_target=_paste_target(inputs, override_settings, scripts),
     )
 
 
@@ -248,10 +267,15 @@ PASTED = (
 )
 
 
-def _paste_target(inputs: Mapping[str, Component], override_settings: gr.Dropdown) -> PasteTarget:
+def _paste_target(inputs: Mapping[str, Component], override_settings: gr.Dropdown, scripts: TabScripts) -> PasteTarget:
     seeds = ("seed", "subseed", "subseed_strength", "seed_resize_from_w", "seed_resize_from_h")
     refiner = ("enable_refiner", "refiner_checkpoint", "refiner_switch_at")
     names = (*PASTED, "mask_blur", "inpaint_full_res_padding", *refiner, *seeds)
     return PasteTarget(
-        tab=TAB, controls={name: inputs[name] for name in names}, override_settings=override_settings, extra_seeds=inputs["seed_enable_extras"]
+        tab=TAB,
+        controls={name: inputs[name] for name in names},
+        override_settings=override_settings,
+        extra_seeds=inputs["seed_enable_extras"],
+        script_fields=tuple(scripts.runner.infotext_fields),
+        script_keys=frozenset(scripts.runner.paste_field_names),
     )

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from gradio.components import Component
 
-from modules import infotext_utils
+from modules import infotext_utils, script_callbacks
+from modules.guest_calls import call_guest
 from modules.infotext_fields import FIELDS_BY_TAB
 from modules.ui_common import infotext_of, picture_at
 
@@ -37,6 +39,10 @@ class PasteTarget:
     controls: Mapping[str, Component]
     extra_seeds: Component
     override_settings: gr.Dropdown
+    script_fields: Sequence[Any] = ()
+    """(control, key or function of the parameters) of scripts."""
+    script_keys: frozenset[str] = frozenset()
+    """Keys that scripts take care of, so that they become no overrides of settings."""
 
 
 def value_for(control: Component, value: Any) -> Any:
@@ -91,6 +97,10 @@ def subseed_is_used(params: Mapping[str, Any]) -> bool:
     return any(key in params for key in ("Variation seed", "Variation seed strength", "Seed resize from-1", "Seed resize from-2"))
 
 
+def _read(params: Mapping[str, Any], key: Any) -> Any:
+    return key(params) if callable(key) else params.get(key)
+
+
 class Paster:
     """Reads parameters and fills the controls of one target."""
 
@@ -100,23 +110,35 @@ class Paster:
 
     def outputs(self) -> list[Component]:
         """The controls that `updates` answers for, in its order."""
-        return [*self.target.controls.values(), self.target.extra_seeds, self.target.override_settings]
+        controls = [*self.target.controls.values(), self.target.extra_seeds, self.target.override_settings]
+        return [*controls, *(field[0] for field in self.target.script_fields)]
 
     def updates(self, text: str, *, sent: bool = False) -> list[Any]:
         """Updates from the parameters in `text`. `sent`: along with a picture; then the options say whether size and seed come too."""
         if not text.strip():
             return [gr.skip() for _ in self.outputs()]
         params = dict(infotext_utils.parse_generation_parameters(text))
+        script_callbacks.infotext_pasted_callback(text, params)
         skipped = self._not_sent() if sent else frozenset()
         extra = gr.update(value=True) if subseed_is_used(params) and "subseed" not in skipped else gr.skip()
-        return [*control_updates(self.target, params, skipped_fields=skipped), extra, self._override_update(params)]
+        return [*control_updates(self.target, params, skipped_fields=skipped), extra, self._override_update(params), *self._script_updates(params)]
 
     def _not_sent(self) -> frozenset[str]:
         options = self.app.options
         return (frozenset() if options.send_seed else SEED_FIELDS) | (frozenset() if options.send_size else SIZE_FIELDS)
 
+    def _script_updates(self, params: Mapping[str, Any]) -> list[Any]:
+        """Updates of the controls of scripts; one whose function fails stays as it is."""
+        updates = []
+        for control, key in ((field[0], field[1]) for field in self.target.script_fields):
+            task = f"an extension could not read {getattr(control, 'label', None)!r} from the parameters; its control stays as it is"
+            well, value = call_guest(partial(_read, params, key), task)
+            is_update = isinstance(value, dict) and value.get("__type__") == "update"
+            updates.append(gr.skip() if not well else value if is_update else _update(control, value))
+        return updates
+
     def _override_update(self, params: Mapping[str, Any]) -> Any:
-        pairs = [f"{name}: {value}" for name, _, value in infotext_utils.get_override_settings(dict(params))]
+        pairs = [f"{name}: {value}" for name, _, value in infotext_utils.get_override_settings(dict(params), skip_fields=self.target.script_keys)]
         return gr.update(value=pairs, choices=pairs, visible=True if pairs else "hidden")
 
     def paste(self, prompt: str) -> list[Any]:

@@ -14,8 +14,10 @@ from PIL import Image, ImageChops, ImageOps
 from modules import infotext_utils
 from modules.errors import RequestError
 from modules.img2img import process_batch
-from modules.processing import Processed, StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img, process_images
+from modules.processing import Processed, StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img
+from modules.processing_scripts import process_with_scripts
 from modules.ui_common import infotext_of, picture_at
+from modules.ui_scripts import arguments_from
 from modules.ui_sections import USE_SAME_CHOICES
 
 if TYPE_CHECKING:
@@ -47,11 +49,20 @@ def build_txt2img(app: Application, values: Mapping[str, Any]) -> StableDiffusio
         fields.update({name: value for name, value in values.items() if name.startswith("hr_")}, denoising_strength=values["denoising_strength"])
         fields["hr_additional_modules"] = values["hr_additional_modules"] or [USE_SAME_CHOICES]
     options = app.options
-    return StableDiffusionProcessingTxt2Img(
+    request = StableDiffusionProcessingTxt2Img(
         outpath_samples=options.outdir_samples or options.outdir_txt2img_samples,
         outpath_grids=options.outdir_grids or options.outdir_txt2img_grids,
         **fields,
     )
+    _give_scripts(app, request, "txt2img", values)
+    return request
+
+
+def _give_scripts(app: Application, request: Any, tab: str, values: Mapping[str, Any]) -> None:
+    """The tab's scripts with the values of their controls."""
+    arguments = arguments_from(values)
+    if arguments and tab in app.script_runners:
+        request.scripts, request.script_args = app.script_runners[tab], arguments
 
 
 def build_upscale(app: Application, values: Mapping[str, Any]) -> StableDiffusionProcessingTxt2Img:
@@ -87,13 +98,15 @@ def build_img2img(app: Application, values: Mapping[str, Any]) -> StableDiffusio
 
 def _img2img_request(app: Application, values: Mapping[str, Any], **fields: Any) -> StableDiffusionProcessingImg2Img:
     options = app.options
-    return StableDiffusionProcessingImg2Img(
+    request = StableDiffusionProcessingImg2Img(
         outpath_samples=options.outdir_samples or options.outdir_img2img_samples,
         outpath_grids=options.outdir_grids or options.outdir_img2img_grids,
         resize_mode=values["resize_mode"],
         denoising_strength=values["denoising_strength"],
         **fields,
     )
+    _give_scripts(app, request, "img2img", values)
+    return request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +147,7 @@ def _build_batch(app: Application, values: Mapping[str, Any]) -> Img2imgBatch:
 
 def carry_out(request: Any) -> Processed:
     """Make the pictures of a request that one of these functions built. On the job's thread."""
-    return request.run() if isinstance(request, Img2imgBatch) else process_images(request)
+    return request.run() if isinstance(request, Img2imgBatch) else process_with_scripts(request)
 
 
 def scaled_size(size_px: tuple[int, int], scale: float) -> tuple[int, int]:

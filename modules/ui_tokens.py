@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from modules import extra_networks
+from modules import extra_networks, script_callbacks
+from modules.hook_arguments import BeforeTokenCounterParams
 from modules.import_lock import network_imports
 from modules.ui_toprow import Toprow
 
@@ -58,7 +59,9 @@ class TokenCounter:
 
     def count_html(self, prompt: str | None, num_steps: float, styles: Sequence[str] | None = None, *, negative: bool = False) -> str:
         """The counter's text. The chosen styles count where the settings say so."""
-        text = prompt or ""
+        asked = BeforeTokenCounterParams(prompt or "", int(num_steps or 1), list(styles or []), is_positive=not negative)
+        script_callbacks.before_token_counter_callback(asked)
+        text, num_steps, styles = asked.prompt, asked.steps, asked.styles
         if styles and self.app.options.include_styles_into_token_counters:
             apply = self.app.styles.apply_negative_styles_to_prompt if negative else self.app.styles.apply_styles_to_prompt
             text = apply(text, styles)

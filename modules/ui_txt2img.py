@@ -14,6 +14,7 @@ from modules.ui_common import OutputPanel, create_output_panel
 from modules.ui_components import ResizeHandleRow
 from modules.ui_gpus import create_gpu_panel
 from modules.ui_paste import PasteTarget
+from modules.ui_scripts import TabScripts, no_scripts
 from modules.ui_sections import (
     BatchSection,
     CfgSection,
@@ -60,20 +61,30 @@ class Txt2imgTab:
     paste_target: PasteTarget
 
 
-def create_txt2img_tab(app: Application, choices: Choices, defaults: Defaults, style_names: Sequence[str]) -> Txt2imgTab:
+def create_txt2img_tab(
+    app: Application, choices: Choices, defaults: Defaults, style_names: Sequence[str], scripts: TabScripts | None = None
+) -> Txt2imgTab:
     """Build the tab inside the current gradio context."""
     options = app.options
     toprow = create_toprow(TAB, style_names)
+    scripts = scripts or no_scripts(TAB)
+    scripts.section("prompt")
     with ResizeHandleRow(elem_classes=["generation-columns"]):
         with gr.Column(elem_id=f"{TAB}_settings", elem_classes=["settings-column"]):
             sampler = create_sampler_section(TAB, choices, defaults)
+            scripts.section("sampler")
             hires_slot = gr.Column(elem_id=f"{TAB}_accordions", elem_classes=["accordions"])
             with gr.Row(elem_id=f"{TAB}_dimensions", elem_classes=["size-and-batch"]):
                 size = create_size_section(TAB, defaults)
                 batch = create_batch_section(TAB)
+            for section in ("dimensions", "batch"):
+                scripts.section(section)
             cfg = create_cfg_section(TAB, defaults)
+            scripts.section("cfg")
             seed_slot = gr.Column(elem_id=f"{TAB}_seed_column", elem_classes=["tight-column"])
             override_settings = create_override_settings(TAB)
+            scripts.section("override_settings")
+            script_slot = gr.Column(elem_classes=["tight-column"])
             create_gpu_panel(app, TAB)
         output = create_output_panel(TAB, show_folder_button=not app.config.hide_ui_dir_config, gallery_height=options.gallery_height)
     task_id = gr.Textbox(visible="hidden", elem_id=f"{TAB}_task_id", label="Task")
@@ -82,9 +93,13 @@ def create_txt2img_tab(app: Application, choices: Choices, defaults: Defaults, s
             choices, defaults, size, show_sampler=options.hires_fix_show_sampler, show_prompts=options.hires_fix_show_prompts
         )
         refiner = create_refiner_section(TAB, choices, lambda: ui_choices.checkpoint_titles(app))
+        scripts.section("accordions")
     with seed_slot:
         seed = create_seed_section(TAB, output.generation_info)
-    inputs = _inputs(toprow, sampler, size, batch, cfg, seed, hires, refiner, override_settings)
+        scripts.section("seed")
+    with script_slot:
+        scripts.rest()
+    inputs = {**_inputs(toprow, sampler, size, batch, cfg, seed, hires, refiner, override_settings), **scripts.inputs()}
     return Txt2imgTab(
         toprow=toprow,
         sampler=sampler,
@@ -98,7 +113,7 @@ def create_txt2img_tab(app: Application, choices: Choices, defaults: Defaults, s
         output=output,
         task_id=task_id,
         inputs=inputs,
-        paste_target=_paste_target(inputs, override_settings),
+        paste_target=_paste_target(inputs, override_settings, scripts),
     )
 
 
@@ -147,7 +162,14 @@ def _inputs(
     }
 
 
-def _paste_target(inputs: Mapping[str, Component], override_settings: gr.Dropdown) -> PasteTarget:
+def _paste_target(inputs: Mapping[str, Component], override_settings: gr.Dropdown, scripts: TabScripts) -> PasteTarget:
     not_pasted = ("override_settings", "n_iter", "batch_size", "seed_enable_extras", "hr_additional_modules")
-    controls = {name: control for name, control in inputs.items() if name not in not_pasted}
-    return PasteTarget(tab=TAB, controls=controls, override_settings=override_settings, extra_seeds=inputs["seed_enable_extras"])
+    controls = {name: control for name, control in inputs.items() if name not in not_pasted and name not in scripts.inputs()}
+    return PasteTarget(
+        tab=TAB,
+        controls=controls,
+        override_settings=override_settings,
+        extra_seeds=inputs["seed_enable_extras"],
+        script_fields=tuple(scripts.runner.infotext_fields),
+        script_keys=frozenset(scripts.runner.paste_field_names),
+    )

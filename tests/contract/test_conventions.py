@@ -15,6 +15,7 @@ WALLS = {
     "modules/api/routes.py": "the API's handlers",
     "modules/ui_generation.py": "the page's handlers",
     "modules/errors.py": "code of extensions, behind the script host",
+    "modules/guest_calls.py": "code of extensions: scripts, callbacks, files that are imported",
     "modules/image_metadata.py": "Pillow's reader of damaged EXIF blocks, which raises whatever comes up",
 }
 

@@ -1,0 +1,44 @@
+"""The order in which extensions, their scripts and their callbacks come: as found, except where a metadata.ini asks for before and after.
+
+Must not know what is ordered: names in, names out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrderRule:
+    """`first` comes before `then`; names in lower case. A name that is not among those to be ordered has no effect."""
+
+    first: str
+    then: str
+
+
+def order_by_rules(names: Sequence[str], rules: Sequence[OrderRule]) -> list[str]:
+    """`names`, each as early as the rules let it. Rules that contradict each other are reported and those in the circle left out."""
+    known = {name.lower(): name for name in names}
+    waits_for: dict[str, set[str]] = {name: set() for name in names}
+    for rule in rules:
+        first, then = known.get(rule.first), known.get(rule.then)
+        if first is not None and then is not None and first != then:
+            waits_for[then].add(first)
+    return _sorted(list(names), waits_for)
+
+
+def _sorted(waiting: list[str], waits_for: dict[str, set[str]]) -> list[str]:
+    done: list[str] = []
+    while waiting:
+        ready = next((name for name in waiting if not waits_for[name] - set(done)), None)
+        if ready is None:
+            ready = waiting[0]
+            others = ", ".join(sorted(waits_for[ready] - set(done)))
+            log.warning("metadata.ini: %s and %s each want to come after the other, perhaps through others; the first comes first.", ready, others)
+        waiting.remove(ready)
+        done.append(ready)
+    return done
