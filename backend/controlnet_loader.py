@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from diffusers import ControlNetModel
@@ -64,8 +65,14 @@ def build_control(file: TensorFile) -> ControlBase:
     _refuse_unsupported(file)
     part = find_controlnet(file.infos)
     if part is None:
-        raise CheckpointError(_unknown_message(file))
+        refuse_other_files(file)
     return _build_controlnet(file, part)
+
+
+def refuse_other_files(file: TensorFile) -> NoReturn:
+    """Say what a file is that no kind of control model took. Raises: CheckpointError."""
+    _refuse_unsupported(file)
+    raise CheckpointError(_unknown_message(file))
 
 
 def _refuse_unsupported(file: TensorFile) -> None:

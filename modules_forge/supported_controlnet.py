@@ -1,0 +1,82 @@
+"""Kinds of control model as extensions derive and register them, and the one for ControlNets.
+
+Must not know the page or where files are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from backend.checkpoint_file import CheckpointError
+from backend.checkpoint_layout import find_controlnet
+from backend.controlnet_loader import HeldTensors, build_control
+from backend.patcher.controlnet import ControlBase, apply_controlnet_advanced
+
+
+class ControlModelPatcher:
+    """A control model with what one unit asks of it. Derive and register the class with add_supported_control_model."""
+
+    def __init__(self, model_patcher: Any = None) -> None:
+        self.model_patcher = model_patcher
+        self.strength = 1.0
+        self.start_percent = 0.0
+        self.end_percent = 1.0
+        self.positive_advanced_weighting: Mapping[str, Sequence[float]] | None = None
+        self.negative_advanced_weighting: Mapping[str, Sequence[float]] | None = None
+        self.advanced_frame_weighting: Sequence[float] | None = None
+        self.advanced_sigma_weighting: Callable[[Tensor], float] | None = None
+        self.advanced_mask_weighting: Tensor | None = None
+
+    @staticmethod
+    def try_build_from_state_dict(state_dict: Mapping[str, Tensor], ckpt_path: str) -> ControlModelPatcher | None:
+        """The model in a state dict; None when it is of another kind."""
+        return None
+
+    def process_after_running_preprocessors(self, process: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Once a job, when all hints are made."""
+        return
+
+    def process_before_every_sampling(self, process: Any, cond: Any, mask: Any, *args: Any, **kwargs: Any) -> None:
+        """Before each pass: patch process.sd_model.forge_objects."""
+        return
+
+    def process_after_every_sampling(self, process: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        """After each pass."""
+        return
+
+
+class ControlNetPatcher(ControlModelPatcher):
+    """A ControlNet for SD 1.x, SD 2.x or SDXL, in the original layout or diffusers'."""
+
+    model_patcher: ControlBase
+
+    @staticmethod
+    def try_build_from_state_dict(state_dict: Mapping[str, Tensor], ckpt_path: str) -> ControlNetPatcher | None:
+        """Raises: CheckpointError for a ControlNet that is damaged or not supported."""
+        if find_controlnet(state_dict) is None:
+            return None
+        return ControlNetPatcher(build_control(HeldTensors(Path(ckpt_path), state_dict)))
+
+    def process_before_every_sampling(self, process: Any, cond: Any, mask: Any, *args: Any, **kwargs: Any) -> None:
+        """Put the ControlNet at the head of the pass's chain."""
+        objects = process.sd_model.forge_objects
+        objects.unet = apply_controlnet_advanced(
+            unet=objects.unet,
+            controlnet=self.model_patcher,
+            image_bchw=cond,
+            strength=self.strength,
+            start_percent=self.start_percent,
+            end_percent=self.end_percent,
+            positive_advanced_weighting=self.positive_advanced_weighting,
+            negative_advanced_weighting=self.negative_advanced_weighting,
+            advanced_frame_weighting=self.advanced_frame_weighting,
+            advanced_sigma_weighting=self.advanced_sigma_weighting,
+            advanced_mask_weighting=self.advanced_mask_weighting if mask is None else mask,
+        )
+
+
+__all__ = ["CheckpointError", "ControlModelPatcher", "ControlNetPatcher"]
