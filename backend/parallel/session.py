@@ -347,13 +347,11 @@ class SamplingSession:
         """Slots that do not answer any more. Only asked for when a device reported an error of its own."""
         if not isinstance(failure.cause, (SlotLost, torch.AcceleratorError)) or memory_management.is_out_of_memory(failure.cause):
             return []
-        return [lost for lost in map(_probe, self.fleet.working_slots) if lost is not None]
+        return find_silent_slots(self.fleet)
 
     def _go_on_without(self, lost: Sequence[SlotLost]) -> None:
         """Plan without these slots, where the network itself is not on one of them."""
-        for one in lost:
-            self.fleet.lose(one.slot.index)
-            memory_management.lose_device(one.slot.torch_device)
+        _lose(self.fleet, lost)
         gone = {one.slot.torch_device for one in lost}
         own = {tensor.device for tensor in self.unet.model.parameters()}
         if gone & own or not self.fleet.working_slots:
@@ -494,6 +492,22 @@ def _hooks_of(options: dict[str, object]) -> Iterator[object]:
     for name in ("group_norm_wrapper", "groupnorm_wrapper"):
         if options.get(name) is not None:
             yield options[name]
+
+
+def find_silent_slots(fleet: Fleet) -> list[SlotLost]:
+    """Working slots whose devices do not even do the least work."""
+    return [lost for lost in map(_probe, fleet.working_slots) if lost is not None]
+
+
+def lose_silent_slots(fleet: Fleet) -> None:
+    """Give no more work to slots that do not answer."""
+    _lose(fleet, find_silent_slots(fleet))
+
+
+def _lose(fleet: Fleet, lost: Sequence[SlotLost]) -> None:
+    for one in lost:
+        fleet.lose(one.slot.index)
+        memory_management.lose_device(one.slot.torch_device)
 
 
 def _probe(slot: Slot) -> SlotLost | None:

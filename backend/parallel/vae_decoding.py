@@ -23,9 +23,9 @@ from backend.devices.slot import Slot
 from backend.memory.errors import OutOfMemory
 from backend.parallel.fleet import Fleet, current_fleet
 from backend.parallel.planner import deal_units
-from backend.parallel.session import guess_speed
+from backend.parallel.session import guess_speed, lose_silent_slots
 from backend.parallel.split_vae import CannotSplit, DecoderShard, SplitDecoder, Submit
-from backend.parallel.split_vae_cost import DecoderSize, LinkCost, decode_macs, worth_splitting
+from backend.parallel.split_vae_cost import DecoderSize, LinkCost, decode_macs, divide_rows, worth_splitting
 from backend.parallel.twins import META, TwinPatcher
 from backend.parallel.worker import SlotLost, SlotWorker
 
@@ -39,6 +39,8 @@ Result = TypeVar("Result")
 
 _SHARED_LINK = LinkCost(exchange_s=1e-4, bytes_per_s=4e9)
 """Slots in one memory: only threads to wake."""
+_HALO_MARGIN = 1.25
+"""A strip holds its neighbours' boundary rows too, and all keys and values of the attention."""
 
 
 def decode_on_all_slots(vae: VAE, latents_BCHW: Tensor) -> Tensor | None:
@@ -53,8 +55,11 @@ def decode_on_all_slots(vae: VAE, latents_BCHW: Tensor) -> Tensor | None:
     work = f"{id(vae.first_stage_model)} decode"
     try:
         return _decode(vae, latents_BCHW, fleet, slots, work)
-    except (CannotSplit, OutOfMemory, torch.OutOfMemoryError, SlotLost) as error:
+    except (CannotSplit, OutOfMemory, torch.OutOfMemoryError) as error:
         logger.info("The VAE decodes on one slot: %s", error)
+    except (SlotLost, torch.AcceleratorError) as error:
+        lose_silent_slots(fleet)
+        logger.warning("The VAE decodes on one slot: %s", error)
     memory_management.soft_empty_cache(force=True)
     return None
 
@@ -79,7 +84,8 @@ def _decode(vae: VAE, latents_BCHW: Tensor, fleet: Fleet, slots: Sequence[Slot],
         num_dealt = num_images if num_images > 1 else 0
     if num_dealt == 0 and not split_pays:
         return None
-    networks = _place(vae, slots, tuple(latents_BCHW.shape))
+    rows_share = 1.0 if num_dealt else max(divide_rows(height, speeds)) / height
+    networks = _place(vae, slots, tuple(latents_BCHW.shape), min(1.0, rows_share * _HALO_MARGIN))
     parts = []
     if num_dealt:
         parts.append(_deal(vae, latents_BCHW[:num_dealt], fleet, slots, networks, deal_units(num_dealt, speeds), work, macs))
@@ -111,11 +117,11 @@ def _link_of(slots: Sequence[Slot]) -> LinkCost:
     return _SHARED_LINK if all(slot.torch_device.type in ("cpu", "vgpu") for slot in slots) else LinkCost()
 
 
-def _place(vae: VAE, slots: Sequence[Slot], shape: tuple[int, ...]) -> dict[int, AutoencoderKL]:
-    """The VAE on every slot's device: its own network where it is, twins elsewhere. Raises: OutOfMemory."""
+def _place(vae: VAE, slots: Sequence[Slot], shape: tuple[int, ...], share: float) -> dict[int, AutoencoderKL]:
+    """The VAE on every slot's device, with room for a share of the decode: its own network where it is, twins elsewhere. Raises: OutOfMemory."""
     devices = dict.fromkeys(slot.torch_device for slot in slots)
     twins = {device: _twin_of(vae, device) for device in devices if device != vae.device}
-    need_bytes = vae.memory_used_decode(shape, vae.vae_dtype)
+    need_bytes = int(share * vae.memory_used_decode(shape, vae.vae_dtype))
     memory_management.load_models_gpu([vae.patcher, *twins.values()], memory_required=need_bytes)
     for twin in twins.values():
         twin.refresh_twin()
