@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules import application, script_callbacks
@@ -98,6 +99,15 @@ def load_extensions(app: Application) -> None:
     startup_timer.record("extensions")
 
 
+def files_of_extensions() -> dict[str, Any]:
+    """Scripts and style sheets for the page."""
+    from modules import scripts
+
+    found = [*scripts.list_scripts("javascript", ".js"), *scripts.list_scripts("javascript", ".mjs")]
+    sheets = scripts.list_files_with_name("style.css", include_own=False)
+    return {"more_scripts": [Path(file.path) for file in found], "more_sheets": [Path(sheet) for sheet in sheets]}
+
+
 def add_page(app: Application, fastapi_app: Any, engine: EngineStart) -> None:
     """The page of gradio on top of the API."""
     import gradio  # noqa: F401 - heavy: imported while the engine's thread imports torch
@@ -110,7 +120,7 @@ def add_page(app: Application, fastapi_app: Any, engine: EngineStart) -> None:
     from modules.server import mount_page
 
     app.demo = ui.create_ui(app)
-    mount_page(fastapi_app, app.demo, app.config, ui_page.page_settings(app.config, app.options.gradio_theme))
+    mount_page(fastapi_app, app.demo, app.config, ui_page.page_settings(app.config, app.options.gradio_theme, **files_of_extensions()))
     startup_timer.record("page")
 
 

@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 from backend.args import ConfigError, add_backend_arguments, backend_config_from_namespace, flag_name
 from modules.app_config import SCRIPT_DIR, AppConfig
+from modules.extension_folders import active_folders
+from modules.script_loading import preload_extensions
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
@@ -87,10 +89,8 @@ NO_EFFECT: Mapping[str, tuple[bool | None, str]] = MappingProxyType(
 # Flags whose part of the program is not there yet: flag -> what is true until it is. `tests/contract/test_flags.py` says when one can go.
 NOT_YET: Mapping[str, str] = MappingProxyType(
     {
-        "--controlnet": "there is no ControlNet panel",
-        "--controlnet-dir": "there is no ControlNet",
-        "--controlnet-preprocessor-models-dir": "there is no ControlNet",
-        "--controlnet-loglevel": "there is no ControlNet",
+        "--controlnet-preprocessor-models-dir": "no preprocessor here needs a model",
+        "--controlnet-loglevel": "ControlNet says as much as --loglevel says",
         "--hypernetwork-dir": "hypernetworks are not read",
         "--localizations-dir": "the page is in English",
         "--enable-insecure-extension-access": "extensions cannot be installed from the page",
@@ -290,6 +290,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> AppConfig:
     """
     parser = build_parser()
     words = [*split_command_line(environ.get("COMMANDLINE_ARGS", "")), *argv]
+    _add_flags_of_extensions(parser, parser.parse_known_args(words)[0])
     ns, unknown = parser.parse_known_args(words)
     notices = _check_unknown(parser, unknown, ignore=bool(environ.get("IGNORE_CMD_ARGS_ERRORS")))
     given = _given_flags(parser, words)
@@ -300,6 +301,14 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> AppConfig:
         return _make_config(ns, environ, notices)
     except ConfigError as error:
         raise FlagError(str(error)) from error
+
+
+def _add_flags_of_extensions(parser: ArgumentParser, ns: Namespace) -> None:
+    """What every `preload.py` of the extensions that will be loaded adds. One that fails is reported and the start goes on."""
+    data_dir = Path(ns.data_dir).expanduser().absolute()
+    settings_file = Path(ns.ui_settings_file).expanduser() if ns.ui_settings_file else data_dir / "config.json"
+    for folder in active_folders(data_dir / "extensions", settings_file, vars(ns)):
+        preload_extensions(str(folder.parent), parser, [folder.name])
 
 
 def _check_unknown(parser: ArgumentParser, unknown: Sequence[str], *, ignore: bool) -> list[str]:

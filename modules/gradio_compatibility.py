@@ -21,7 +21,7 @@ import gradio.events
 from gradio.blocks import Block, BlockContext
 from gradio.blocks_events import BlocksEvents
 from gradio.component_meta import ComponentMeta
-from gradio.context import get_blocks_context
+from gradio.context import Context, get_blocks_context
 
 from modules.guest_calls import as_host, guest_is_calling
 
@@ -232,6 +232,17 @@ def _meet_in_blocks() -> None:
 
 
 # Every control that is made
+
+
+@contextlib.contextmanager
+def outside_of_page() -> Iterator[None]:
+    """Inside of a page that is being built: what is made here belongs to no page yet, as extensions make their tabs."""
+    kept = Context.root_block, Context.block
+    Context.root_block = Context.block = None
+    try:
+        yield
+    finally:
+        Context.root_block, Context.block = kept
 
 
 @contextlib.contextmanager

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from modules.app_config import SCRIPT_DIR, AppConfig
+from modules.extension_folders import active_folders
 from modules.launch_setup import Setup
 from modules.launch_stamp import read_stamp, write_stamp
 
@@ -22,24 +22,8 @@ _WATCHED_FILES = ("install.py", "requirements.txt")
 
 def list_installers(config: AppConfig) -> list[Path]:
     """The `install.py` of every extension that is switched on, built-in ones first."""
-    disabled, which = _read_switches(config)
-    folders = [] if which == "all" else [BUILTIN_DIR] if which == "extra" else [BUILTIN_DIR, config.extensions_dir]
-    scripts = [path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*/install.py"))]
-    return [path for path in scripts if path.parent.name not in disabled]
-
-
-def _read_switches(config: AppConfig) -> tuple[Sequence[str], str]:
-    """(names switched off, "none" / "extra" / "all") from the flags and the settings file."""
-    try:
-        settings = json.loads(config.settings_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        settings = {}
-    names, which = settings.get("disabled_extensions", []), settings.get("disable_all_extensions", "none")
-    if config.flags.get("disable_all_extensions"):
-        which = "all"
-    elif config.flags.get("disable_extra_extensions") and which != "all":
-        which = "extra"
-    return [str(name) for name in names] if isinstance(names, list) else [], str(which)
+    folders = active_folders(config.extensions_dir, config.settings_file, config.flags, builtin_dir=BUILTIN_DIR)
+    return [folder / "install.py" for folder in folders if (folder / "install.py").is_file()]
 
 
 def run_installers(config: AppConfig, setup: Setup) -> None:

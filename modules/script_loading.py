@@ -17,10 +17,11 @@ loaded_scripts: dict[str, ModuleType] = {}
 
 def load_module(path: str) -> ModuleType:
     """Import the file `path`, anew if it was imported before. Raises what it raises."""
-    spec = importlib.util.spec_from_file_location(Path(path).name, path)
+    spec = importlib.util.spec_from_file_location(end_of_path(path), path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by its name
     spec.loader.exec_module(module)
     loaded_scripts[path] = module
     return module

@@ -112,6 +112,11 @@ def reload_scripts() -> None:
     load_scripts()
 
 
+def set_postprocessing(runner: ScriptPostprocessingRunner) -> None:
+    """Say which operations the Extras tab has."""
+    sys.modules[__name__].scripts_postproc = runner  # type: ignore[attr-defined]  # a name that extensions read here
+
+
 def set_current(runner: ScriptRunner | None) -> None:
     """Say which tab is being built."""
     sys.modules[__name__].scripts_current = runner  # type: ignore[attr-defined]  # a name that extensions read here

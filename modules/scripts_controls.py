@@ -6,7 +6,6 @@ Must not know tabs: whoever builds one calls this in its place.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from gradio.components import Component
 
 from modules.guest_calls import call_guest, end_of_path
 from modules.infotext_utils import PasteField
+from modules.scripts_arguments import start_value
 from modules.scripts_base import Script
 
 if TYPE_CHECKING:
@@ -112,30 +112,9 @@ def _describe(control: Component) -> ArgInfo:
     choices = getattr(control, "choices", None)
     return ArgInfo(
         label=str(control.label or ""),
-        value=getattr(control, "value", None),
+        value=start_value(control),
         minimum=getattr(control, "minimum", None),
         maximum=getattr(control, "maximum", None),
         step=getattr(control, "step", None),
         choices=None if choices is None else [str(choice[0] if isinstance(choice, (tuple, list)) else choice) for choice in choices],
     )
-
-
-def start_value(control: Any) -> Any:
-    """What a script gets from a control that nobody touched."""
-    value = getattr(control, "value", None)
-    if getattr(control, "type", None) == "index" and isinstance(getattr(control, "choices", None), list):
-        values = [choice[1] if isinstance(choice, (tuple, list)) else choice for choice in control.choices]
-        if isinstance(value, list):
-            return [values.index(item) for item in value if item in values]
-        return values.index(value) if value in values else None
-    return value
-
-
-def start_values(runner: ScriptRunner) -> Mapping[int, Any]:
-    """Slot -> value that a script gets when nobody touched its control."""
-    return {
-        script.args_from + index: start_value(control)
-        for script in runner.scripts
-        if script.args_from is not None
-        for index, control in enumerate(script.controls or ())
-    }

@@ -63,9 +63,9 @@ def _own_files(folder: str, extension: str) -> list[ScriptFile]:
     return [ScriptFile(str(SCRIPT_DIR), file.name, str(file)) for file in found if file.suffix == extension and file.is_file()]
 
 
-def list_files_with_name(filename: str) -> list[str]:
-    """The paths of `filename` in this program's folder and in each active extension's."""
-    folders = [SCRIPT_DIR, *(Path(owner.path) for owner in extensions.active())]
+def list_files_with_name(filename: str, *, include_own: bool = True) -> list[str]:
+    """The paths of `filename` in this program's folder (with `include_own`) and in each active extension's."""
+    folders = [*([SCRIPT_DIR] if include_own else []), *(Path(owner.path) for owner in extensions.active())]
     return [str(folder / filename) for folder in folders if (folder / filename).is_file()]
 
 

@@ -59,7 +59,7 @@ def create_ui(app: Application) -> gr.Blocks:
             with gr.Tab("Img2img", id="img2img", elem_id="tab_img2img"), ui_scripts.tab_scripts(app, "img2img") as scripts:
                 img2img = create_img2img_tab(app, choices, start_defaults(app, "img2img"), styles, scripts)
             with gr.Tab("Extras", id="extras", elem_id="tab_extras"):
-                extras = create_extras_tab(app)
+                extras = create_extras_tab(app, ui_scripts.postprocessing_runner())
             with gr.Tab("PNG Info", id="pnginfo", elem_id="tab_pnginfo"):
                 pnginfo = create_pnginfo_tab()
             ui_scripts.create_extension_tabs()

@@ -5,7 +5,11 @@ Nothing here makes the browser ask another host for anything. Must not know any 
 
 from __future__ import annotations
 
+import html
 import json
+import logging
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,10 @@ import gradio as gr
 
 from modules.app_config import SCRIPT_DIR, AppConfig
 
+log = logging.getLogger(__name__)
+
 TITLE = "Stable Diffusion"
+_END_OF_SCRIPT = re.compile("</(script)", re.IGNORECASE)
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 SYSTEM_MONO_FONTS = ("ui-monospace", "Consolas", "DejaVu Sans Mono", "monospace")
 THEMES = {
@@ -42,11 +49,11 @@ def script_files(script_dir: Path) -> list[Path]:
     return sorted(script_dir.glob("*.js"), key=lambda path: (path.name != FIRST_SCRIPT, path.name))
 
 
-def head_html(config: AppConfig, script_dir: Path | None = None) -> str:
-    """The scripts, for the page's head."""
+def head_html(config: AppConfig, script_dir: Path | None = None, *, more_scripts: Sequence[Path] = ()) -> str:
+    """The scripts, for the page's head; `more_scripts` (of extensions) come after the page's own."""
     start = f"<script>window.webuiTheme = {json.dumps(config.theme)};</script>"
     folder = script_dir or SCRIPT_DIR / "javascript"
-    return "\n".join([start, *(_inline_script(path) for path in script_files(folder))])
+    return "\n".join([start, *(_inline_script(path) for path in script_files(folder)), *(_inline_script_of_guest(path) for path in more_scripts)])
 
 
 def _inline_script(path: Path) -> str:
@@ -56,18 +63,34 @@ def _inline_script(path: Path) -> str:
     return f'<script data-file="{path.name}">\n{text}\n</script>'
 
 
-def style_text(config: AppConfig) -> str:
-    """The page's style sheet, then the user's own (`user.css` in the data folder)."""
-    sheets = [SCRIPT_DIR / "style.css", config.data_dir / "user.css"]
+def _inline_script_of_guest(path: Path) -> str:
+    """A script of an extension; one that cannot be read is reported and left out."""
+    try:
+        text = path.read_text(encoding="utf8")
+    except (OSError, UnicodeDecodeError) as error:
+        log.error("%s cannot be read (%s); the page is built without it.", path, error)
+        return ""
+    kind = ' type="module"' if path.suffix == ".mjs" else ""
+    text = _END_OF_SCRIPT.sub(r"<\\/\1", text)
+    return f'<script data-file="{html.escape(path.name)}"{kind}>\n{text}\n</script>'
+
+
+def style_text(config: AppConfig, *, more_sheets: Sequence[Path] = ()) -> str:
+    """The page's style sheet, those of extensions, then the user's own (`user.css` in the data folder)."""
+    sheets = [SCRIPT_DIR / "style.css", *more_sheets, config.data_dir / "user.css"]
     return "\n".join(sheet.read_text(encoding="utf8") for sheet in sheets if sheet.is_file())
 
 
-def page_settings(config: AppConfig, theme_name: str = "Default") -> dict[str, Any]:
-    """Keyword arguments for `gradio.Blocks.launch` and `gradio.mount_gradio_app` alike. Address, login and certificates are the caller's."""
+def page_settings(
+    config: AppConfig, theme_name: str = "Default", *, more_scripts: Sequence[Path] = (), more_sheets: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Keyword arguments for `gradio.Blocks.launch` and `gradio.mount_gradio_app` alike. Address, login and certificates are the caller's.
+
+    `more_scripts` and `more_sheets` are those of extensions."""
     return {
         "theme": create_theme(theme_name),
-        "css": style_text(config),
-        "head": head_html(config),
+        "css": style_text(config, more_sheets=more_sheets),
+        "head": head_html(config, more_scripts=more_scripts),
         "footer_links": [],
         "run_history": False,
         "show_error": True,

@@ -15,6 +15,8 @@ from gradio.components import Component
 
 from modules import gradio_compatibility, script_callbacks, scripts
 from modules.guest_calls import call_guest
+from modules.postprocessing_operations import build_runner
+from modules.scripts_postprocessing import ScriptPostprocessingRunner
 from modules.scripts_runner import ScriptRunner
 
 if TYPE_CHECKING:
@@ -78,6 +80,14 @@ def tab_scripts(app: Application, tab: str) -> Iterator[TabScripts]:
         scripts.set_current(None)
 
 
+def postprocessing_runner() -> ScriptPostprocessingRunner:
+    """The operations of the Extras tab: those that are built in, and those of extensions."""
+    runner = build_runner()
+    runner.initialize_scripts(scripts.postprocessing_scripts_data)
+    scripts.set_postprocessing(runner)
+    return runner
+
+
 @contextlib.contextmanager
 def page_build() -> Iterator[None]:
     """While a page is built: old habits are met, and whoever listens is told of every control."""
@@ -108,7 +118,9 @@ def create_extension_tabs() -> None:
 
 def _tabs() -> Iterator[tuple[Any, str, str]]:
     seen: set[str] = set()
-    for entry in script_callbacks.ui_tabs_callback():
+    with gradio_compatibility.outside_of_page():
+        entries = script_callbacks.ui_tabs_callback()
+    for entry in entries:
         try:
             interface, title, elem_id = entry
         except (TypeError, ValueError):

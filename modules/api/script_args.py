@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modules.errors import RequestError
+from modules.scripts_arguments import start_values
 
 
 def find_runner(app: Any, tab: str) -> Any:
@@ -27,9 +28,13 @@ def build_script_args(
         arguments[0] = list(runner.selectable_scripts).index(selected) + 1
     for name, request in alwayson_scripts.items():
         script = _alwayson_script(runner, name)
-        if not isinstance(request, Mapping) or not isinstance(request.get("args", []), list):
-            raise RequestError(f'alwayson_scripts[{name!r}]: expected {{"args": [...]}}.')
-        _put(arguments, script, request.get("args", []), f"alwayson_scripts[{name!r}].args")
+        if not isinstance(request, Mapping) or not isinstance(request.get("args", []), (list, Mapping)):
+            raise RequestError(f'alwayson_scripts[{name!r}]: expected {{"args": [...]}}, or {{"args": {{LABEL: VALUE}}}}.')
+        values, where = request.get("args", []), f"alwayson_scripts[{name!r}].args"
+        if isinstance(values, Mapping):
+            _put_named(arguments, script, values, where)
+        else:
+            _put(arguments, script, values, where)
     return selected, arguments
 
 
@@ -66,10 +71,8 @@ def _default_args(runner: Any) -> list[Any]:
     scripts = [] if runner is None else list(runner.scripts)
     arguments: list[Any] = [None] * max([1, *(script.args_to for script in scripts if script.args_to)])
     arguments[0] = 0
-    for script in scripts:
-        if script.args_from is not None:
-            values = [getattr(control, "value", None) for control in script.controls or ()]
-            arguments[script.args_from : script.args_from + len(values)] = values
+    for slot, value in (start_values(runner) if runner is not None else {}).items():
+        arguments[slot] = value
     return arguments
 
 
@@ -79,3 +82,17 @@ def _put(arguments: list[Any], script: Any, values: Sequence[Any], where: str) -
         raise RequestError(f"{where}: {len(values)} values were sent; the script takes {room}.")
     if values:
         arguments[script.args_from : script.args_from + len(values)] = list(values)
+
+
+def _put_named(arguments: list[Any], script: Any, values: Mapping[str, Any], where: str) -> None:
+    """Values by the labels of the controls (any letter case) or their DOM ids."""
+    slots: dict[str, int] = {}
+    for slot, control in enumerate(script.controls or (), start=script.args_from or 0):
+        for name in (getattr(control, "label", None), getattr(control, "elem_id", None)):
+            slots.setdefault(str(name or "").lower(), slot)
+    slots.pop("", None)
+    for name, value in values.items():
+        if name.lower() not in slots:
+            labels = ", ".join(str(getattr(control, "label", None)) for control in script.controls or ()) or "none"
+            raise RequestError(f"{where}: there is no control {name!r}. Controls of this script: {labels}.")
+        arguments[slots[name.lower()]] = value

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from modules import scripts
 from modules.application import Application
+from modules.extension_folders import BUILTIN_DIR
 
 
 def write_extension(app_or_dir: Application | Path, name: str, files: dict[str, str]) -> Path:
@@ -23,7 +24,8 @@ def write_extension(app_or_dir: Application | Path, name: str, files: dict[str, 
 
 @contextmanager
 def loaded_extensions(app: Application) -> Iterator[None]:
-    """The extensions of `app`, loaded; forgotten afterwards."""
+    """The extensions of `app`'s own folder, loaded; forgotten afterwards."""
+    app.options.data["disabled_extensions"] = [path.name for path in BUILTIN_DIR.glob("*")]
     scripts.load_scripts(app)
     try:
         yield
@@ -85,25 +87,11 @@ SELECTABLE = {
                 return processing.Processed(p, images, first.seed, first.info, infotexts=first.infotexts + second.infotexts)
     """
 }
-ALL_HOOKS = [
-    "setup",
-    "before_process",
-    "process",
-    "before_process_init_images",
-    "before_process_batch",
-    "after_extra_networks_activate",
-    "process_batch",
-    "process_before_every_sampling",
-    "on_mask_blend",
-    "before_hr",
-    "post_sample",
-    "postprocess_batch",
-    "postprocess_batch_list",
-    "postprocess_image",
-    "postprocess_maskoverlay",
-    "postprocess_image_after_composite",
-    "postprocess",
-]
+ALL_HOOKS = (
+    *("setup", "before_process", "process", "before_process_init_images", "before_process_batch", "after_extra_networks_activate"),
+    *("process_batch", "process_before_every_sampling", "on_mask_blend", "before_hr", "post_sample", "postprocess_batch"),
+    *("postprocess_batch_list", "postprocess_image", "postprocess_maskoverlay", "postprocess_image_after_composite", "postprocess"),
+)
 TABS_AND_ROUTES = {
     "scripts/tab.py": """
         import gradio as gr
@@ -146,11 +134,12 @@ TABS_AND_ROUTES = {
 }
 
 
-def failing_in(hook: str) -> dict[str, str]:
+def failing_in(hook: str, raises: str = "ValueError('it broke')") -> dict[str, str]:
     """A script that is part of the tab and raises in one hook."""
     return {
         "scripts/failing.py": f"""
             from modules import scripts
+            from modules.errors import RequestError
 
 
             class Failing(scripts.Script):
@@ -161,7 +150,7 @@ def failing_in(hook: str) -> dict[str, str]:
                     return scripts.AlwaysVisible
 
                 def {hook}(self, *args, **kwargs):
-                    raise ValueError("it broke")
+                    raise {raises}
         """
     }
 

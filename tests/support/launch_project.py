@@ -104,6 +104,10 @@ def make_project(folder: Path) -> Project:
     wheels.mkdir(parents=True)
     for name in ("launch.py", "backend/__init__.py", "backend/args.py", "modules/__init__.py", "modules/app_config.py", "modules/cmd_args.py"):
         _copy(name, root)
+    for name in ("extension_folders", "script_loading", "guest_calls", "errors"):
+        _copy(f"modules/{name}.py", root)
+    for name in ("__init__", "config"):
+        _copy(f"modules_forge/{name}.py", root)
     for path in sorted((ROOT_DIR / "modules").glob("launch_*.py")):
         _copy(path.relative_to(ROOT_DIR).as_posix(), root)
     (root / "webui.py").write_text(WEBUI)

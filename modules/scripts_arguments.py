@@ -1,0 +1,27 @@
+"""What a script gets from controls that nobody touched. Knows controls by their attributes alone; imports no gradio."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def start_value(control: Any) -> Any:
+    """The value of a control as a script is handed it: a choice of `type="index"` by its number."""
+    value, choices = getattr(control, "value", None), getattr(control, "choices", None)
+    if getattr(control, "type", None) != "index" or not isinstance(choices, list):
+        return value
+    values = [choice[1] if isinstance(choice, (tuple, list)) else choice for choice in choices]
+    if isinstance(value, list):
+        return [values.index(item) for item in value if item in values]
+    return values.index(value) if value in values else None
+
+
+def start_values(runner: Any) -> Mapping[int, Any]:
+    """Slot -> what its script gets."""
+    return {
+        script.args_from + index: start_value(control)
+        for script in runner.scripts
+        if script.args_from is not None
+        for index, control in enumerate(script.controls or ())
+    }
