@@ -20,11 +20,13 @@ NOT_READ: Mapping[str, str] = {
         training_image_repeats_per_epoch training_write_csv_every training_xattention_optimizations training_enable_tensorboard
         training_tensorboard_save_images training_tensorboard_flush_every
     """,
-    "there is no ControlNet": """
-        control_net_detectedmap_dir control_net_unit_count control_net_model_cache_size control_net_no_detectmap control_net_detectmap_autosaving
-        control_net_allow_script_control control_net_sync_field_args controlnet_show_batch_images_in_ui controlnet_increment_seed_during_batch
+    "detected maps are shown with the pictures and saved with the Save button": "control_net_detectedmap_dir control_net_detectmap_autosaving",
+    "other extensions may always change ControlNet's units": "control_net_allow_script_control",
+    "ControlNet's units take one picture each": "controlnet_show_batch_images_in_ui controlnet_increment_seed_during_batch",
+    "ControlNet's panel has no editors and no thumbnails": """
         controlnet_disable_openpose_edit controlnet_disable_photopea_edit controlnet_photopea_warning controlnet_input_thumbnail
     """,
+    "pasted parameters always fill in ControlNet's units": "control_net_sync_field_args",
     "faces are not restored": "save_images_before_face_restoration code_former_weight face_restoration_unload",
     "the page has no cards of extra networks": """
         extra_networks_show_hidden_directories extra_networks_dir_button_function extra_networks_hidden_models extra_networks_card_text_scale

@@ -1,0 +1,169 @@
+"""Which preprocessors and control models there are, under the names that pages and clients see."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from modules import sd_models, shared
+from modules.application import current_application
+from modules.errors import RequestError
+from modules_forge.shared import supported_preprocessors, try_load_supported_control_model
+
+log = logging.getLogger(__name__)
+
+NONE = "None"
+CN_MODEL_EXTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".patch")
+CONTROL_TYPES = (
+    "Blur", "Canny", "Depth", "Inpaint", "Lineart", "MLSD", "NormalMap", "OpenPose", "Recolor", "Scribble", "Segmentation", "Shuffle", "Sketch",
+    "SoftEdge", "Tile",
+)  # fmt: skip
+_MORE_FILTERS = {
+    "Canny": ("edge",),
+    "Lineart": ("line",),
+    "Sketch": ("scribble",),
+    "SoftEdge": ("hed", "pidi", "teed"),
+    "Segmentation": ("seg",),
+    "NormalMap": ("normal",),
+    "OpenPose": ("pose",),
+}
+
+controlnet_filename_dict: dict[str, str] = {NONE: ""}
+"""Title -> path, as last listed."""
+controlnet_names: list[str] = [NONE]
+_loaded: dict[tuple[str, int, int, str], Any] = {}
+
+
+def model_folders() -> list[Path]:
+    """Where control models are looked for."""
+    extra = str(shared.opts.control_net_models_path or "").strip()
+    return [*current_application().config.controlnet_dirs, *([Path(extra)] if extra else [])]
+
+
+def update_controlnet_filenames() -> None:
+    """List the files anew."""
+    found: dict[str, str] = {}
+    for folder in model_folders():
+        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            if path.suffix.lower() in CN_MODEL_EXTS and path.is_file():
+                found.setdefault(f"{path.stem} [{sd_models.model_hash(str(path))}]", str(path))
+    controlnet_filename_dict.clear()
+    controlnet_filename_dict.update({NONE: "", **found})
+    controlnet_names[:] = list(controlnet_filename_dict)
+
+
+def get_all_controlnet_names() -> list[str]:
+    """Titles of all control models, "None" first."""
+    return list(controlnet_names)
+
+
+def get_controlnet_filename(name: str) -> str | None:
+    """The path of a model, by its title, its stem, its file name or the hash in its title, in any letter case."""
+    for _ in range(2):
+        wanted = name.strip().lower()
+        for title, path in controlnet_filename_dict.items():
+            stem, _, short_hash = title.lower().rpartition(" [")
+            if path and wanted in (title.lower(), stem, Path(path).name.lower(), short_hash.rstrip("]"), f"[{short_hash}"):
+                return path
+        update_controlnet_filenames()  # the file may have come since
+    return None
+
+
+def get_all_preprocessor_names() -> list[str]:
+    """Names of all preprocessors in the order of the page."""
+    return list(get_sorted_preprocessors())
+
+
+def get_sorted_preprocessors() -> dict[str, Any]:
+    """ "None" first, then by name."""
+    rest = sorted((name for name in supported_preprocessors if name != NONE), key=str.lower)
+    return {name: supported_preprocessors[name] for name in ([NONE] if NONE in supported_preprocessors else []) + rest}
+
+
+def get_preprocessor(name: str) -> Any:
+    """The preprocessor of that name, in any letter case, with or without what stands in brackets; None when there is none."""
+    wanted = name.strip().lower()
+    for known, preprocessor in supported_preprocessors.items():
+        if wanted in (known.lower(), known.lower().split(" (")[0]):
+            return preprocessor
+    return None
+
+
+def get_all_preprocessor_tags() -> list[str]:
+    """The types of control, "All" first."""
+    tags = {tag for preprocessor in supported_preprocessors.values() for tag in preprocessor.tags}
+    return ["All", *sorted(tags | set(CONTROL_TYPES))]
+
+
+def get_filtered_preprocessor_names(tag: str) -> list[str]:
+    """Preprocessors of a type, the one that suits it best behind "None"."""
+    if tag == "All":
+        return get_all_preprocessor_names()
+    fitting = [(-preprocessor.sorting_priority, name) for name, preprocessor in supported_preprocessors.items() if tag in preprocessor.tags]
+    return [NONE, *(name for _, name in sorted(fitting) if name != NONE)]
+
+
+def get_filtered_controlnet_names(tag: str) -> list[str]:
+    """Models whose names say that they are of a type."""
+    if tag == "All":
+        return get_all_controlnet_names()
+    filters = [tag.lower(), *_MORE_FILTERS.get(tag, ())]
+    for preprocessor in supported_preprocessors.values():
+        if list(preprocessor.tags) == [tag]:
+            filters += [one.lower() for one in preprocessor.model_filename_filters]
+    return [NONE, *(name for name in controlnet_names if name != NONE and any(one in name.lower() for one in filters))]
+
+
+def select_control_type(control_type: str) -> tuple[list[str], list[str], str, str]:
+    """(preprocessors, models, the preprocessor to choose, the model to choose) of a type."""
+    modules, models = get_filtered_preprocessor_names(control_type), get_filtered_controlnet_names(control_type)
+    is_all = control_type == "All"
+    return modules, models, modules[1] if len(modules) > 1 and not is_all else NONE, models[1] if len(models) > 1 and not is_all else NONE
+
+
+def load_model(name: str, *, keep: int) -> Any:
+    """The control model of that name; the last `keep` stay in memory. Raises RequestError for one that is not there or cannot be used."""
+    path = get_controlnet_filename(name)
+    if path is None:
+        known = ", ".join(controlnet_names[1:]) or "none"
+        raise RequestError(f"ControlNet model {name!r} is not there. Put its file into {model_folders()[0]} and refresh the list. Known: {known}.")
+    stat = Path(path).stat()
+    key = (path, stat.st_mtime_ns, stat.st_size, str(_device()))
+    model = _loaded.pop(key, None)
+    if model is None:
+        model = _read(path)
+    _loaded[key] = model
+    for old in list(_loaded)[: max(0, len(_loaded) - max(1, keep))]:
+        del _loaded[old]
+    return model
+
+
+def _read(path: str) -> Any:
+    from backend.checkpoint_file import CheckpointError, open_tensor_file
+    from backend.checkpoint_layout import find_controlnet
+    from backend.controlnet_loader import build_control, refuse_other_files
+    from modules_forge.supported_controlnet import ControlNetPatcher
+
+    try:
+        with open_tensor_file(Path(path)) as file:
+            if find_controlnet(file.infos) is not None:  # tensor by tensor, so that it is never in memory twice
+                return ControlNetPatcher(build_control(file))
+        model = try_load_supported_control_model(path)
+        if model is None:
+            with open_tensor_file(Path(path)) as file:
+                refuse_other_files(file)
+    except CheckpointError as error:
+        raise RequestError(str(error)) from error
+    return model
+
+
+def _device() -> Any:
+    from backend import memory_management
+
+    return memory_management.get_torch_device()
+
+
+def forget_models() -> None:
+    """Let all loaded control models go."""
+    _loaded.clear()

@@ -1,0 +1,157 @@
+"""From a unit's picture to the hint of a pass: reading, cutting to the inpainted part, preprocessing, and bringing to size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lib_controlnet.enums import ResizeMode
+from lib_controlnet.external_code import ControlNetUnit, pixel_perfect_resolution, to_base64_nparray
+from modules import masking
+from modules.errors import RequestError
+from modules_forge.utils import HWC3
+
+_RESIZE_NUMBERS = {ResizeMode.RESIZE: 0, ResizeMode.INNER_FIT: 1, ResizeMode.OUTER_FIT: 2}
+
+
+@dataclass
+class Hint:
+    """A preprocessed picture (H, W, 3) and, where there is one, its mask (H, W), 0..1. `shown` is what the gallery gets."""
+
+    picture: np.ndarray
+    mask: np.ndarray | None
+    resize_mode: ResizeMode
+    preprocessor: Any
+
+    def tensors(self, width_px: int, height_px: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(hint (1, 3, height, width), mask (1, 1, height, width) or None), 0..1, in the size of a pass."""
+        cond = torch.from_numpy(fit(self.picture, self.resize_mode, width_px, height_px).astype(np.float32) / 255.0).permute(2, 0, 1)[None]
+        if self.mask is None:
+            return cond.contiguous(), None
+        fills = self.resize_mode is ResizeMode.OUTER_FIT and self.preprocessor.fill_mask_with_one_when_resize_and_fill
+        mask = fit_mask(self.mask, self.resize_mode, width_px, height_px, outside=1.0 if fills else 0.0)
+        return cond.contiguous(), torch.from_numpy(mask)[None, None]
+
+
+def make_hint(p: Any, unit: ControlNetUnit, preprocessor: Any, number: int) -> Hint:
+    """The hint of a unit. Raises RequestError where there is no picture or it cannot be read."""
+    picture, mask = read_pictures(p, unit, number)
+    if preprocessor.corp_image_with_a1111_mask_when_in_img2img_inpaint_tab:
+        picture, mask = crop_to_inpainted_part(p, picture, mask)
+    resolution = choose_resolution(p, unit, preprocessor, picture)
+    found = preprocessor(
+        input_image=picture, resolution=resolution, input_mask=None if mask is None else mask[..., None],
+        slider_1=_own_or(unit.threshold_a), slider_2=_own_or(unit.threshold_b), slider_3=None,
+    )  # fmt: skip
+    if not isinstance(found, np.ndarray):
+        raise RequestError(f"ControlNet unit {number}: the preprocessor {preprocessor.name!r} gives no picture; it needs a model of another kind.")
+    return Hint(HWC3(found), mask, unit.resize_mode, preprocessor)
+
+
+def _own_or(value: float) -> float | None:
+    return None if value < 0 else value
+
+
+def choose_resolution(p: Any, unit: ControlNetUnit, preprocessor: Any, picture: np.ndarray) -> int:
+    """Pixel perfect, as asked, or the preprocessor's own."""
+    if unit.pixel_perfect:
+        return pixel_perfect_resolution(picture, int(p.height), int(p.width), unit.resize_mode)
+    own = preprocessor.slider_resolution.gradio_update_kwargs
+    return int(own["value"]) if unit.processor_res <= 0 else int(min(max(unit.processor_res, 64), 4096))
+
+
+def read_pictures(p: Any, unit: ControlNetUnit, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """(picture (H, W, 3), mask (H, W) 0..1 or None): the unit's own, else img2img's."""
+    given = unit.generated_image if unit.use_preview_as_input and unit.generated_image is not None else unit.image
+    picture = as_array(given)
+    mask = _as_mask(unit.mask_image)
+    if picture is None:
+        initial = getattr(p, "init_images", None)
+        if not initial:
+            raise RequestError(f"ControlNet unit {number} is enabled but has no image. Give it one, or disable the unit.")
+        picture = np.asarray(initial[0].convert("RGB"))
+        own_mask = getattr(p, "image_mask", None)
+        if mask is None and own_mask is not None:
+            mask = _as_mask(np.asarray(own_mask.convert("L")))
+    if mask is not None and mask.shape != picture.shape[:2]:
+        mask = _as_mask(np.asarray(Image.fromarray((mask * 255).astype(np.uint8)).resize(picture.shape[1::-1], Image.Resampling.NEAREST)))
+    return HWC3(picture), mask
+
+
+def as_array(given: Any) -> np.ndarray | None:
+    """A picture as the page, a client or another extension gives it."""
+    if given is None or (isinstance(given, str) and not given):
+        return None
+    if isinstance(given, str):
+        return to_base64_nparray(given)
+    if isinstance(given, dict):
+        return as_array(given.get("image") or given.get("composite") or given.get("background"))
+    if isinstance(given, Image.Image):
+        return np.asarray(given.convert("RGBA" if "A" in given.getbands() else "RGB"))
+    array = np.asarray(given)
+    if array.dtype != np.uint8:
+        array = (array * (255.0 if array.max(initial=0.0) <= 1.0 else 1.0)).clip(0, 255).astype(np.uint8)
+    return array
+
+
+def _as_mask(given: Any) -> np.ndarray | None:
+    """A mask from 0 to 1; one that is empty counts as none."""
+    array = as_array(given)
+    if array is None:
+        return None
+    grey = array.astype(np.float32) if array.ndim == 2 else array[..., :3].astype(np.float32).max(axis=2)
+    return grey / 255.0 if grey.max(initial=0.0) > 0 else None
+
+
+def crop_to_inpainted_part(p: Any, picture: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """img2img's "only masked": the part of the picture that will be made anew, where the picture has the initial picture's shape."""
+    inpaint_mask = getattr(p, "image_mask", None)
+    if inpaint_mask is None or not getattr(p, "inpaint_full_res", False):
+        return picture, mask
+    grey = inpaint_mask.convert("L")
+    if getattr(p, "inpainting_mask_invert", 0):
+        grey = Image.eval(grey, lambda value: 255 - value)
+    grey = grey.resize(picture.shape[1::-1], Image.Resampling.NEAREST)
+    region = masking.get_crop_region_v2(grey, int(getattr(p, "inpaint_full_res_padding", 0) or 0))
+    if region is None:
+        return picture, mask
+    left, top, right, bottom = masking.expand_crop_region(region, int(p.width), int(p.height), grey.width, grey.height)
+    return picture[top:bottom, left:right], None if mask is None else mask[top:bottom, left:right]
+
+
+def fit(picture: np.ndarray, mode: ResizeMode, width_px: int, height_px: int) -> np.ndarray:
+    """A hint in another size. Maps of two colours keep those two; what "Resize and Fill" adds has the colour of the edges."""
+    if picture.shape[:2] == (height_px, width_px):
+        return picture
+    image = Image.fromarray(picture)
+    result = np.array(_resized(image, mode, width_px, height_px, fill=tuple(int(value) for value in _edge_color(picture))))
+    if np.isin(picture, (0, 255)).all():
+        result = np.where(result > 127, 255, 0).astype(np.uint8)
+    return result
+
+
+def fit_mask(mask: np.ndarray, mode: ResizeMode, width_px: int, height_px: int, *, outside: float) -> np.ndarray:
+    """A mask in another size; `outside` is what lies beside it with "Resize and Fill"."""
+    image = Image.fromarray((mask * 255).astype(np.uint8))
+    return np.asarray(_resized(image, mode, width_px, height_px, fill=int(outside * 255)), dtype=np.float32) / 255.0
+
+
+def _edge_color(picture: np.ndarray) -> np.ndarray:
+    edges = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    return np.median(edges, axis=0)
+
+
+def _resized(image: Image.Image, mode: ResizeMode, width_px: int, height_px: int, *, fill: Any) -> Image.Image:
+    if mode is ResizeMode.RESIZE:
+        return image.resize((width_px, height_px), Image.Resampling.LANCZOS)
+    scales = width_px / image.width, height_px / image.height
+    scale = min(scales) if mode is ResizeMode.OUTER_FIT else max(scales)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    scaled = image.resize(size, Image.Resampling.LANCZOS)
+    result = Image.new(image.mode, (width_px, height_px), fill)
+    result.paste(scaled, ((width_px - size[0]) // 2, (height_px - size[1]) // 2))
+    return result

@@ -1,0 +1,96 @@
+"""Units in a job: read from the script's arguments, prepared once, put into the chain before each pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from backend.patcher.controlnet import ControlNetError, soft_weights, zero_weights
+from lib_controlnet import api, global_state
+from lib_controlnet.enums import ControlMode, HiResFixOption
+from lib_controlnet.external_code import ControlNetUnit
+from lib_controlnet.hints import Hint, make_hint
+from modules import shared
+from modules.errors import RequestError
+
+
+@dataclass
+class ActiveUnit:
+    """An enabled unit of a job, with its model and hint."""
+
+    number: int
+    unit: ControlNetUnit
+    preprocessor: Any
+    model: Any
+    hint: Hint
+
+
+def read_units(args: Any) -> list[ControlNetUnit]:
+    """Units of the script's arguments: objects of the page, of the API, or of other extensions. Raises RequestError."""
+    units = []
+    for number, value in enumerate(args):
+        if isinstance(value, Mapping):
+            units.append(ControlNetUnit.from_dict(value))
+        elif hasattr(value, "module") and hasattr(value, "model"):
+            unit = ControlNetUnit.from_dict(vars(value))
+            units.append(unit)
+        elif value is not None:
+            raise RequestError(f"ControlNet unit {number} is {value!r}; send an object with the unit's fields.")
+    return units
+
+
+def prepare_unit(p: Any, unit: ControlNetUnit, number: int) -> ActiveUnit:
+    """The unit's preprocessor, model and hint. Raises RequestError."""
+    preprocessor = global_state.get_preprocessor(unit.module)
+    if preprocessor is None:
+        raise RequestError(api.unknown_module(unit.module))
+    unit.module = preprocessor.name
+    needs_model = not preprocessor.do_not_need_model
+    if needs_model and unit.model.lower() == "none":
+        raise RequestError(f"ControlNet unit {number} is enabled but has no model. Choose one, or disable the unit.")
+    model = global_state.load_model(unit.model, keep=int(shared.opts.control_net_model_cache_size)) if needs_model else None
+    if model is not None:
+        path = global_state.get_controlnet_filename(unit.model)
+        unit.model = next((title for title, known in global_state.controlnet_filename_dict.items() if known == path), unit.model)
+    return ActiveUnit(number, unit, preprocessor, model, make_hint(p, unit, preprocessor, number))
+
+
+def add_detected_map(p: Any, one: ActiveUnit) -> None:
+    """The map behind the job's pictures, unless the settings say no."""
+    if one.unit.save_detected_map and not shared.opts.control_net_no_detectmap:
+        p.extra_result_images.append(Image.fromarray(one.hint.picture))
+
+
+def acts_in_pass(unit: ControlNetUnit, p: Any) -> bool:
+    """Whether a unit acts in this pass of hires fix."""
+    if not getattr(p, "enable_hr", False):
+        return True
+    return unit.hr_option is not (HiResFixOption.LOW_RES_ONLY if p.is_hr_pass else HiResFixOption.HIGH_RES_ONLY)
+
+
+def patch_pass(p: Any, one: ActiveUnit, x: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Hint and weights in the size of the pass, and the model at the head of the chain."""
+    cond, mask = one.hint.tensors(int(x.shape[3]) * 8, int(x.shape[2]) * 8)
+    cond, mask = one.preprocessor.process_before_every_sampling(p, cond, mask, *args, **kwargs)
+    model = one.model
+    if model is None:
+        return
+    model.strength, model.start_percent, model.end_percent = one.unit.weight, one.unit.guidance_start, one.unit.guidance_end
+    model.positive_advanced_weighting, model.negative_advanced_weighting = weights_of(one, p)
+    try:
+        model.process_before_every_sampling(p, cond, mask, *args, **kwargs)
+    except ControlNetError as error:
+        raise RequestError(str(error)) from error
+
+
+def weights_of(one: ActiveUnit, p: Any) -> tuple[Any, Any]:
+    """Weights of the positive and the negative branch for the unit's control mode."""
+    soft = soft_weights(is_sdxl=bool(getattr(p.sd_model, "is_sdxl", False)))
+    if one.preprocessor.use_soft_projection_in_hr_fix and p.is_hr_pass:
+        return soft, soft
+    if one.unit.control_mode is ControlMode.PROMPT:
+        return soft, soft
+    return (soft, zero_weights()) if one.unit.control_mode is ControlMode.CONTROL else (None, None)

@@ -1,0 +1,250 @@
+"""The ControlNet extension in a real application: requests as clients send them, answers, pictures, infotext, and the page's controls."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from backend import memory_management
+from backend.args import BackendConfig
+from backend.devices.probing import probe_devices
+from modules import script_callbacks, scripts
+from modules.api.api import create_api
+from modules.application import Application
+from modules.scripts_without_page import build_controls
+from tests.support.applications import installed_application
+from tests.support.checkpoints import write_checkpoint
+from tests.support.controlnets import build_controlnet, write_controlnet
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+SIDE_PX = 64
+
+
+@dataclass
+class Site:
+    """The application's API, and the titles of its control models."""
+
+    app: Application
+    client: TestClient
+    titles: dict[str, str]
+
+    def post(self, path: str, body: Any) -> Any:
+        answer = self.client.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def txt2img(self, *units: Any, **fields: Any) -> Any:
+        body = {"prompt": "a cat", "seed": 1, "steps": 3, "width": SIDE_PX, "height": SIDE_PX, "sampler_name": "Euler", "cfg_scale": 4, **fields}
+        return self.post("/sdapi/v1/txt2img", {**body, "alwayson_scripts": {"controlnet": {"args": list(units)}}})
+
+    def refused(self, *units: Any, **fields: Any) -> str:
+        body = {"prompt": "x", "seed": 1, "steps": 2, "width": SIDE_PX, "height": SIDE_PX, **fields}
+        answer = self.client.post("/sdapi/v1/txt2img", json={**body, "alwayson_scripts": {"ControlNet": {"args": list(units)}}})
+        assert answer.status_code == 422, answer.text
+        return str(answer.json())
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("controlnet")
+    memory_management.configure(BackendConfig(), probe_devices(BackendConfig(device_ids=("cpu",))))
+    checkpoints = folder / "models" / "Stable-diffusion"
+    models = {family: write_checkpoint(checkpoints / f"{family}.safetensors", family) for family in ("sd15", "sdxl")}
+    with installed_application(folder, api=True) as app:
+        app.options.live_previews_enable = False
+        models_dir = folder / "models" / "ControlNet"
+        for seed in (1, 2):
+            write_controlnet(models_dir / "sub" / f"canny_{seed}.safetensors", build_controlnet(models["sd15"], seed=seed, residual_scale=0.5))
+        write_controlnet(models_dir / "big.safetensors", build_controlnet(models["sdxl"]), layout="diffusers")
+        (models_dir / "broken.pth").write_bytes(b"no model")
+        app.options.set("sd_model_checkpoint", "sd15.safetensors")
+        scripts.load_scripts(app)
+        build_controls(app)
+        fastapi_app = FastAPI()
+        create_api(app, fastapi_app)
+        script_callbacks.app_started_callback(None, fastapi_app)
+        with TestClient(fastapi_app) as client:
+            listed = client.get("/controlnet/model_list").json()["model_list"]
+            yield Site(app, client, {title.split(" [")[0]: title for title in listed})
+    scripts.unload_scripts()
+
+
+def _picture(seed: int = 1, side_px: int = SIDE_PX) -> str:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _pixels(text: str) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def _first(answer: Any) -> np.ndarray:
+    return _pixels(answer["images"][0])
+
+
+def _unit(site: Site, **fields: Any) -> dict[str, Any]:
+    return {"image": _picture(), "model": site.titles["canny_1"], "module": "canny", **fields}
+
+
+def test_a_unit_changes_the_picture_and_its_map_comes_behind(site: Site) -> None:
+    plain, guided = site.txt2img(), site.txt2img(_unit(site))
+    assert len(plain["images"]) == 1 and len(guided["images"]) == 2
+    assert np.abs(_first(plain) - _first(guided)).max() > 2
+    detected = _pixels(guided["images"][1])
+    assert set(np.unique(detected)) <= {0, 255} and detected.max() == 255
+    info = json.loads(guided["info"])
+    text = info["extra_generation_params"]["ControlNet 0"]
+    assert text.startswith(f"Module: canny, Model: {site.titles['canny_1']}, Weight: 1, Resize Mode: Crop and Resize")
+    assert text.endswith("Guidance Start: 0, Guidance End: 1, Pixel Perfect: False, Control Mode: Balanced, Hr Option: Both")
+    assert '"Module: canny' in info["infotexts"][0]
+
+
+def test_what_is_off_or_weighs_nothing_changes_nothing(site: Site) -> None:
+    plain = _first(site.txt2img())
+    for unit in (_unit(site, enabled=False), _unit(site, weight=0.0), {"enabled": False}):
+        assert np.array_equal(plain, _first(site.txt2img(unit)))
+
+
+@pytest.mark.parametrize("mode", [1, "my prompt is more important", "MY PROMPT IS MORE IMPORTANT", "Prompt"])
+def test_control_modes_by_number_and_in_any_case(site: Site, mode: Any) -> None:
+    balanced, soft = _first(site.txt2img(_unit(site))), _first(site.txt2img(_unit(site, control_mode=mode)))
+    assert not np.array_equal(balanced, soft)
+    assert np.array_equal(soft, _first(site.txt2img(_unit(site, control_mode="My prompt is more important"))))
+
+
+def test_every_mode_makes_another_picture(site: Site) -> None:
+    pictures = [_first(site.txt2img(_unit(site, control_mode=mode))) for mode in (0, 1, 2)]
+    assert not any(np.array_equal(one, other) for one, other in [pictures[:2], pictures[1:], pictures[::2]])
+
+
+def test_two_units_and_old_names_of_fields(site: Site) -> None:
+    second = {"input_image": _picture(2), "model": "CANNY_2", "module": "NONE", "resize_mode": "Inner Fit (Scale to Fit)", "lowvram": False}
+    one, two = site.txt2img(_unit(site)), site.txt2img(_unit(site), second)
+    assert len(two["images"]) == 3 and not np.array_equal(_first(one), _first(two))
+    assert np.array_equal(_pixels(two["images"][2]), _pixels(_picture(2)))
+    assert f"Model: {site.titles['canny_2']}" in json.loads(two["info"])["extra_generation_params"]["ControlNet 1"]
+
+
+def test_guidance_range_and_saved_maps(site: Site) -> None:
+    whole, never = site.txt2img(_unit(site)), site.txt2img(_unit(site, guidance_start=1.0, guidance_end=1.0, save_detected_map=False))
+    assert len(never["images"]) == 1
+    assert np.array_equal(_first(never), _first(site.txt2img())) and not np.array_equal(_first(never), _first(whole))
+
+
+def test_hires_passes_are_chosen(site: Site) -> None:
+    hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.7, "hr_second_pass_steps": 2, "hr_cfg": 4.0}
+    pictures = [_first(site.txt2img(_unit(site, hr_option=option), **hires)) for option in ("Both", "Low res only", "High res only", 2)]
+    assert pictures[0].shape == (128, 128, 3)
+    assert np.array_equal(pictures[2], pictures[3])
+    assert not any(np.array_equal(one, other) for one, other in zip(pictures[:3], [pictures[1], pictures[2], pictures[0]]))
+
+
+def test_img2img_takes_its_own_picture_and_masks_act(site: Site) -> None:
+    body = {"init_images": [_picture(3)], "prompt": "x", "seed": 1, "steps": 4, "width": SIDE_PX, "height": SIDE_PX, "denoising_strength": 0.8}
+
+    def run(**unit: Any) -> Any:
+        units = [{"model": "canny_1", "module": "None", **unit}]
+        return site.post("/sdapi/v1/img2img", {**body, "alwayson_scripts": {"ControlNet": {"args": units}}})
+
+    own = run()
+    assert np.array_equal(_pixels(own["images"][1]), _pixels(_picture(3)))
+    half = np.zeros((SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
+    half[:, :32] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(half).save(buffer, format="PNG")
+    masked = run(mask_image=base64.b64encode(buffer.getvalue()).decode())
+    assert not np.array_equal(_first(masked), _first(own))
+
+
+def test_wrong_requests_are_refused_in_words(site: Site) -> None:
+    assert "no image" in site.refused({"model": "canny_1"})
+    assert "no model" in site.refused({"image": _picture()})
+    assert "'nothing' is not there" in site.refused({"image": _picture(), "model": "nothing"})
+    assert "no preprocessor 'openpose_full'" in site.refused({"image": _picture(), "model": "canny_1", "module": "openpose_full"})
+    assert "cannot be decoded" in site.refused({"image": "@@@", "model": "canny_1"})
+    assert "control_mode" in site.refused(_unit(site, control_mode="sideways"))
+    assert "weight" in site.refused(_unit(site, weight="much"))
+    assert "guidance_start" in site.refused(_unit(site, guidance_start=0.9, guidance_end=0.1))
+    assert "send an object" in site.refused("a text")
+    assert "broken.pth" in site.refused(_unit(site, model="broken"))
+
+
+def test_a_model_of_another_family_is_refused_with_both_names(site: Site) -> None:
+    message = site.refused(_unit(site, model="big"))
+    assert "big.safetensors does not fit the checkpoint" in message and "SDXL" in message
+    guided = site.txt2img(_unit(site, model="big"), override_settings={"sd_model_checkpoint": "sdxl.safetensors"})
+    assert len(guided["images"]) == 2
+
+
+def test_lists(site: Site) -> None:
+    assert set(site.titles) == {"canny_1", "canny_2", "big", "broken"}
+    modules = site.client.get("/controlnet/module_list").json()
+    assert modules["module_list"][0] == "None" and {"canny", "shuffle", "inpaint_only"} <= set(modules["module_list"])
+    assert modules["module_detail"]["canny"]["sliders"][1] == {"name": "Low Threshold", "value": 100, "min": 0, "max": 256, "step": 1}
+    types = site.client.get("/controlnet/control_types").json()["control_types"]
+    assert types["Canny"]["default_option"] == "canny" and types["Canny"]["default_model"] == site.titles["canny_1"]
+    assert types["All"]["default_option"] == "None" and len(types["All"]["model_list"]) == 5
+    assert site.client.get("/controlnet/version").json() == {"version": 2}
+    assert site.client.get("/controlnet/settings").json() == {"control_net_unit_count": 3}
+
+
+def test_clients_are_told_of_the_scripts_arguments(site: Site) -> None:
+    info = site.client.get("/sdapi/v1/script-info").json()
+    found = [one for one in info if one["name"] == "controlnet"]
+    assert [len(one["args"]) for one in found] == [3, 3] and all(one["is_alwayson"] for one in found)
+    assert found[0]["args"][0]["value"]["enabled"] is False
+
+
+def test_detect(site: Site) -> None:
+    done = site.post(
+        "/controlnet/detect", {"controlnet_module": "Canny", "controlnet_input_images": [_picture()] * 2, "controlnet_processor_res": 128}
+    )
+    assert done["info"] == "Success" and [_pixels(text).shape for text in done["images"]] == [(128, 128, 3)] * 2
+    assert site.post("/controlnet/detect", {"controlnet_input_images": [_picture()]})["info"] == "Success"
+    for body in ({"controlnet_module": "canny"}, {"controlnet_module": "zoom", "controlnet_input_images": [_picture()]}):
+        assert site.client.post("/controlnet/detect", json=body).status_code == 422
+
+
+def test_the_page_has_three_units_in_both_tabs(site: Site) -> None:
+    for tab, runner in site.app.script_runners.items():
+        with gr.Blocks(analytics_enabled=False) as blocks:
+            runner.initialize_scripts(is_img2img=tab == "img2img")
+            runner.prepare_ui()
+            runner.setup_ui()
+        ids = {getattr(block, "elem_id", None) for block in blocks.blocks.values()}
+        for number in range(3):
+            names = ("enable_checkbox", "preprocessor_dropdown", "model_dropdown", "control_weight_slider", "control_mode_radio", "resize_mode_radio")
+            assert {f"{tab}_controlnet_ControlNet-{number}_controlnet_{name}" for name in names} <= ids
+        assert {f"{tab}_controlnet", f"{tab}_controlnet_ControlNet-0_input_image"} <= ids
+    build_controls(site.app)
+
+
+def test_controls_make_units_and_parameters_fill_controls(site: Site) -> None:
+    from lib_controlnet.infotext import pasted, read_unit, write_unit  # on sys.modules since the extension was loaded
+    from lib_controlnet.ui import make_unit
+
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    unit = make_unit(True, image, None, "canny", "a, b [12345678]", 0.5, 0.1, 0.9, 512, 50, 60, True, "Balanced", "Just Resize", "Both")
+    assert (unit.enabled, unit.module, unit.weight, unit.image is image) == (True, "canny", 0.5, True)
+    unit.normalise()
+    text = write_unit(unit)
+    assert read_unit(text)["Model"] == "a, b [12345678]"
+    params = {"ControlNet 1": text}
+    assert pasted(1, "model", "None")(params) == "a, b [12345678]"
+    assert (pasted(1, "weight", 1.0)(params), pasted(1, "pixel_perfect", False)(params)) == (0.5, True)
+    assert (pasted(1, "enabled", True)(params), pasted(0, "enabled", True)(params), pasted(0, "weight", 1.0)(params)) == (True, False, None)
