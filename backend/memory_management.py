@@ -159,6 +159,13 @@ def compute_slots() -> tuple[Slot, ...]:
     return store.slots if store.config.multi_gpu else store.slots[:1]
 
 
+def synchronize(device: DeviceLike) -> None:
+    """Wait until a device has done all it was given. Others than accelerators do at once what they are told."""
+    device = _device(device)
+    if device.type in ("cuda", "xpu", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
 def lose_device(device: DeviceLike) -> None:
     """A device has stopped working: its slots take no more work, and what was on it is gone. The next device becomes the primary."""
     current_store().lose(_device(device))

@@ -21,7 +21,7 @@ from tests.support.checkpoints import write_checkpoint
 from tools.measure import Bench, Metrics, Variant
 
 WIDTH, CFG = 64, 7.0
-ONE_SLOT, TWO_SLOTS = ("cpu",), ("cpu", "cpu")
+TWO_SLOTS = ("cpu", "cpu")
 UNET_PHASE = "UNet phase s"
 TOLERANCE = 2
 """Of 255: one slot runs both branches in one batch, whose sums are rounded otherwise."""
@@ -81,8 +81,6 @@ def make_job_bench(
         use_slots(TWO_SLOTS)
 
         def job(chosen: str, steps: int) -> tuple[Metrics, list[np.ndarray]]:
-            if whole_request:  # with strategy single, the other slot would still decode
-                use_slots(ONE_SLOT if chosen == "single" else TWO_SLOTS)
             return run_job(app, chosen, num_images=num_images, num_steps=steps, side_px=side_px)
 
         pictures = [job(chosen, 4)[1] for chosen in ("single", strategy)]

@@ -74,6 +74,18 @@ class PieceBook:
             return dict(self._by_work.get(work, {}))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """Measured ms of one step of one kind of work: divided as planned, and on the first slot alone."""
+
+    divided_ms: float
+    alone_ms: float
+
+    @property
+    def speedup(self) -> float:
+        return self.alone_ms / self.divided_ms
+
+
 class Fleet:
     """The compute slots with their workers. `primary` holds the latents and combines what the others compute."""
 
@@ -81,6 +93,9 @@ class Fleet:
         self.slots = slots
         self.speeds = SpeedBook()
         self.pieces = PieceBook()
+        self.trials: dict[str, Trial] = {}
+        self.is_divided = True
+        """Whether work is to be divided at all; what the latest run asked for counts for what comes with it (decoding)."""
         self._lost: set[int] = set()
         self._workers: dict[int, SlotWorker] = {}
         self._transport: Transport | None = None

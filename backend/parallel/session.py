@@ -25,10 +25,10 @@ from backend.nn.network_call import NetworkCall
 from backend.parallel import status
 from backend.parallel.costs import ModelProfile, contains, profile_unet, with_measured_ms
 from backend.parallel.executor import Executor, SlotFailure
-from backend.parallel.fleet import Fleet, current_fleet
+from backend.parallel.fleet import Fleet, Trial, current_fleet
 from backend.parallel.placement import PlacedPlan, copies_of, place_plan, place_whole
 from backend.parallel.plan import Piece, Plan, ReplicaPlan
-from backend.parallel.planner import JobShape, WantedStrategy, deal_units, make_plan
+from backend.parallel.planner import LEAST_GAIN, JobShape, WantedStrategy, deal_units, make_plan
 from backend.parallel.slot_facts import SlotFacts
 from backend.parallel.worker import SlotLost
 from backend.patcher.base import ModelPatcher
@@ -45,6 +45,8 @@ RTX 4090 and the A100. First guesses all of them: measured speeds take their pla
 _RETRY_SHARE = 0.75
 """What is left of a slot's budget, for the planner, after work on it ran out of memory a second time."""
 _LAST_SHORTAGE = 5
+_TRIAL_CALL = 2
+"""The step, counted from 0, that is done alone; the first warms the machine up, the second is compared with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +112,8 @@ class SamplingSession:
         self._shortages: Counter[int] = Counter()
         self._gate, self._generation = _Gate(), 0
         self._num_calls, self._first_s, self._last_s = 0, 0.0, 0.0
+        self._trial_ms: list[float] = []
+        fleet.is_divided = request.strategy != "single"
         self._placed: PlacedPlan | None = None
         self._executor: Executor | None = None
         self._adopt_fitting()
@@ -166,7 +170,17 @@ class SamplingSession:
         if any(room.fixed_bytes for room in rooms) and plans[0].strategy == "single":
             emptied = [_without_others(room) for room in rooms]
             plans.append(make_plan(self._profile, emptied, links, job, strategy=self.request.strategy))
-        return min(plans, key=lambda plan: plan.predicted_ms or float("inf"))
+        plan = min(plans, key=lambda plan: plan.predicted_ms or float("inf"))
+        trial = self.fleet.trials.get(self._trial_key)
+        if self.request.strategy == "auto" and plan.strategy == "replicas" and trial is not None and trial.speedup < LEAST_GAIN:
+            alone = make_plan(self._profile, rooms, links, job, strategy="single")
+            reason = f"slot {alone.used_slots[0]} alone: a step took {trial.alone_ms:.0f} ms there and {trial.divided_ms:.0f} ms as {plan.reason}"
+            return replace(alone, reason=reason)
+        return plan
+
+    @property
+    def _trial_key(self) -> str:
+        return f"{self._work} {self.request.images}x{self.request.branches}"
 
     def _usable_slots(self) -> tuple[Slot, ...]:
         """Slots the plan may use; the first at home where no other has room left."""
@@ -297,6 +311,7 @@ class SamplingSession:
                 with self._gate.running():
                     output = self._run_once(call)
                 self._reconsider(generation)
+                self._judge_trial(generation)
                 return output
             except SlotFailure as error:
                 failure = error
@@ -304,10 +319,54 @@ class SamplingSession:
 
     def _run_once(self, call: NetworkCall) -> Tensor:
         began_s, executor = time.perf_counter(), self._executor
-        output = self.unet.model.run_here(call) if executor is None else executor.run(call)
+        is_trial = self._num_calls == _TRIAL_CALL and self._is_tried
+        if executor is None:
+            output = self.unet.model.run_here(call)
+        else:
+            output = self._run_alone(call, executor) if is_trial else executor.run(call)
+        if self._is_tried and self._num_calls <= _TRIAL_CALL + 1:
+            memory_management.synchronize(call.device)
+            self._trial_ms.append((time.perf_counter() - began_s) * 1000.0)
         self._first_s, self._last_s = self._first_s or began_s, time.perf_counter()
         self._num_calls += 1
         return output
+
+    def _run_alone(self, call: NetworkCall, executor: Executor) -> Tensor:
+        """The step on this slot; as planned where it has no room for all rows, which ends the trial."""
+        try:
+            return self.unet.model.run_here(call)
+        except torch.OutOfMemoryError:
+            self.fleet.trials[self._trial_key] = Trial(divided_ms=1.0, alone_ms=float("inf"))
+        memory_management.soft_empty_cache(force=True)
+        return executor.run(call)
+
+    @property
+    def _is_tried(self) -> bool:
+        """Whether one early step is to be done on one slot alone, to see that dividing it pays: predictions know no cost of small kernels.
+
+        Only where whole copies were chosen freely and this slot holds one; once per model, size and number of rows.
+        """
+        return (
+            self.request.strategy == "auto"
+            and self.plan.strategy == "replicas"
+            and self._trial_key not in self.fleet.trials
+            and self._placed is not None
+            and self.unet in self._placed.patchers
+            and self._estimate_bytes(self.request.images * self.request.branches) < memory_management.get_free_memory(self.unet.load_device)
+        )
+
+    def _judge_trial(self, generation: int) -> None:
+        """After the trial and a step on either side of it: keep what was measured, and divide no more where that did not pay."""
+        if len(self._trial_ms) < _TRIAL_CALL + 2 or self._trial_key in self.fleet.trials:
+            return
+        before, alone, after = self._trial_ms[_TRIAL_CALL - 1 :][:3]
+        trial = self.fleet.trials[self._trial_key] = Trial(divided_ms=min(before, after), alone_ms=alone)
+        if trial.speedup >= LEAST_GAIN:
+            return
+        with self._gate.alone():
+            if generation == self._generation:
+                self._generation += 1
+                self._adopt_anew()
 
     def _note_piece(self, slot: int, piece: Piece, busy_ms: float) -> None:
         """Times of slots of unlike speed are made alike by what is guessed of the slots."""

@@ -50,7 +50,7 @@ def decode_on_all_slots(vae: VAE, latents_BCHW: Tensor) -> Tensor | None:
     """
     fleet = current_fleet()
     slots = fleet.working_slots
-    if len(slots) < 2 or vae.device not in {slot.torch_device for slot in slots}:
+    if len(slots) < 2 or not fleet.is_divided or vae.device not in {slot.torch_device for slot in slots}:
         return None
     work = f"{id(vae.first_stage_model)} decode"
     try:

@@ -17,7 +17,8 @@ from backend.devices.virtual_gpu import Faults
 from backend.modules.k_model import KModel
 from backend.modules.k_prediction import Prediction
 from backend.parallel.executor import Cancelled, SlotFailure
-from backend.parallel.fleet import Fleet
+from backend.parallel.fleet import Fleet, Trial
+from backend.parallel.planner import LEAST_GAIN
 from backend.parallel.session import SamplingRequest, begin_session, end_session, find_bound_hook
 from backend.parallel.worker import SlotLost
 from backend.patcher.unet import UnetPatcher
@@ -160,6 +161,53 @@ def test_four_small_cards_hold_two_copies_of_two_stages() -> None:
         end_session(patched)
     assert torch.allclose(first, _whole(), atol=1e-5)
     assert torch.allclose(with_lora, _whole(lora=True), atol=1e-5)
+
+
+# a step alone
+
+
+def _auto(unet: UnetPatcher) -> Any:
+    session = begin_session(unet, SHAPE, _request("auto"))
+    assert session is not None
+    return session
+
+
+@pytest.mark.parametrize(("alone_ms", "strategy"), [(10.4, "single"), (20.0, "replicas")])
+def test_dividing_that_was_seen_not_to_pay_is_not_done_again(two_gpus: Fleet, alone_ms: float, strategy: str) -> None:
+    unet = _unet(two_gpus)
+    session = _auto(unet)
+    end_session(unet)
+    two_gpus.trials[session._trial_key] = Trial(divided_ms=10.0, alone_ms=alone_ms)
+    session = _auto(unet)
+    assert session.plan.strategy == strategy
+    assert ("a step took 10 ms there" in session.plan.reason) == (strategy == "single")
+    end_session(unet)
+
+
+def test_the_third_step_is_done_alone_and_the_measured_better_is_kept(two_gpus: Fleet) -> None:
+    unet = _unet(two_gpus)
+    session = _auto(unet)
+    results = [unet.model.apply_model(**_inputs(unet)) for _ in range(5)]
+    trial = two_gpus.trials[session._trial_key]
+    assert trial.alone_ms > 0
+    assert trial.divided_ms > 0
+    assert session.plan.strategy == ("replicas" if trial.speedup >= LEAST_GAIN else "single")
+    end_session(unet)
+    assert all(torch.allclose(result, results[0], atol=1e-5) for result in results)
+
+
+def test_a_trial_without_room_leaves_the_plan_as_it_is(two_gpus: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = _unet(two_gpus)
+    session = _auto(unet)
+
+    def no_room(call: object) -> Tensor:
+        raise torch.OutOfMemoryError("no room for all rows")
+
+    monkeypatch.setattr(unet.model, "run_here", no_room)
+    results = [unet.model.apply_model(**_inputs(unet)) for _ in range(5)]
+    assert session.plan.strategy == "replicas"
+    assert all(torch.equal(result, results[0]) for result in results)
+    end_session(unet)
 
 
 # failure
