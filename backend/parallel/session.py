@@ -282,7 +282,7 @@ class SamplingSession:
 
         Fewer where a device has no room for so many.
         """
-        if len(replica.used_slots) > 1 and self.plan.lanes < len(replica.used_slots):
+        if share < 2 or (len(replica.used_slots) > 1 and self.plan.lanes < len(replica.used_slots)):
             return 1
         free_bytes = min(memory_management.get_free_memory(self.fleet.device(slot)) for slot in replica.used_slots)
         num_rows = share
