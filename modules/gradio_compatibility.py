@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
+import gradio.component_meta
 import gradio.components
 import gradio.events
 from gradio.blocks import Block, BlockContext
-from gradio.blocks_events import BlocksEvents
 from gradio.component_meta import ComponentMeta
 from gradio.context import Context, get_blocks_context
+from gradio.layouts import Form
 
 from modules.guest_calls import as_host, guest_is_calling
 
@@ -123,11 +124,12 @@ def install() -> None:
             return
         _installed = True
     _add_missing_names()
-    for cls in [*_all_classes(Block), BlocksEvents]:
+    for cls in _all_classes(Block):
         _meet_in_class(cls)
     gr.on = gr.events.on = _meeting_event(gr.on)
     _meet_in_listeners()
     _meet_in_blocks()
+    _write_no_stubs_for_guests()
 
 
 def _all_classes(base: Any) -> list[type]:
@@ -178,9 +180,8 @@ def _meet_in_class(cls: type) -> None:
     own = vars(cls).get("__init__")
     if own is not None and cls not in (Block, BlockContext, gradio.components.Component, gr.Blocks) and not hasattr(own, _MARK):
         cls.__init__ = _meeting_constructor(cls, own)  # type: ignore[misc]
-    for name in (str(event) for event in vars(cls).get("EVENTS", ())):
-        listener = vars(cls).get(name)
-        if callable(listener) and not hasattr(listener, _MARK):
+    for name, listener in list(vars(cls).items()):
+        if callable(listener) and hasattr(listener, "has_trigger") and not hasattr(listener, _MARK):
             setattr(cls, name, _meeting_event(listener))
 
 
@@ -231,6 +232,17 @@ def _meet_in_blocks() -> None:
     gr.Blocks.__init__ = construct  # type: ignore[method-assign]
 
 
+def _write_no_stubs_for_guests() -> None:
+    """gradio writes a .pyi file beside the source of every class of components; not into the folders of extensions."""
+    original = gradio.component_meta.create_or_modify_pyi
+
+    def write_stub(*args: Any, **kwargs: Any) -> None:
+        if not guest_is_calling():
+            original(*args, **kwargs)
+
+    gradio.component_meta.create_or_modify_pyi = write_stub
+
+
 # Every control that is made
 
 
@@ -249,12 +261,12 @@ def outside_of_page() -> Iterator[None]:
 def watching_components(before: Listener, after: Listener) -> Iterator[None]:
     """Call `before(component, **kwargs)` and `after(component, **kwargs)` around each control that this thread makes inside.
 
-    `kwargs` are the arguments by name, with `elem_id` as the control has it."""
+    `kwargs` are the arguments by name, with `elem_id` as the control has it. Forms, which gradio puts around controls itself, are not told of."""
     thread = threading.get_ident()
     original = type.__call__
 
     def make(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread or get_blocks_context() is None:
+        if threading.get_ident() != thread or get_blocks_context() is None or issubclass(cls, Form):
             return original(cls, *args, **kwargs)
         component = cls.__new__(cls)
         before(component, **kwargs)

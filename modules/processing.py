@@ -61,6 +61,7 @@ _ELSEWHERE = {
     "create_binary_mask": "processing_compositing",
     "old_hires_fix_first_pass_dimensions": "processing_compositing",
     "txt2img_image_conditioning": "processing_latents",
+    "create_random_tensors": "rng",
 }
 
 

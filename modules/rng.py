@@ -73,3 +73,24 @@ def randn_local(seed: int, shape: Sequence[int]) -> Tensor:
 def randn_without_seed(shape: Sequence[int], generator: NoiseGenerator | None = None) -> Tensor:
     """Normal numbers of `generator`, or of torch's global one."""
     return torch.randn(tuple(shape)) if generator is None else generator.randn(shape)
+
+
+def create_random_tensors(
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    subseeds: Sequence[int] | None = None,
+    subseed_strength: float = 0.0,
+    seed_resize_from_h: int = 0,
+    seed_resize_from_w: int = 0,
+    p: object = None,
+) -> Tensor:
+    """The first noise of each seed; the name that extensions of old programs import."""
+    first: Tensor = ImageRNG(
+        tuple(shape),
+        list(seeds),
+        subseeds=subseeds,
+        subseed_strength=subseed_strength,
+        seed_resize_from_h=seed_resize_from_h,
+        seed_resize_from_w=seed_resize_from_w,
+    ).first()
+    return first

@@ -84,11 +84,19 @@ def load_scripts(app: Application | None = None) -> None:
     unload_scripts()
     app.extensions = extensions.list_extensions(app.config, app.options)
     script_callbacks.order_rules[:] = [rule for owner in extensions.active() for rule in owner.metadata.list_callback_order_instructions()]
+    if extensions.active():
+        _meet_old_habits()
     for data in import_scripts(_basedir):
         (scripts_data if issubclass(data.script_class, Script) else postprocessing_scripts_data).append(data)
     app.script_runners = {"txt2img": scripts_txt2img, "img2img": scripts_img2img}
     script_callbacks.ui_settings_callback()
     app.models.on_loaded[:] = [*(known for known in app.models.on_loaded if known is not _model_loaded), _model_loaded]
+
+
+def _meet_old_habits() -> None:
+    from modules import gradio_compatibility  # imports gradio
+
+    gradio_compatibility.install()
 
 
 def _model_loaded(engine: Any) -> None:

@@ -350,6 +350,13 @@ def forge_model_reload() -> tuple[Any, bool]:
     return engine, engine is not before
 
 
+def read_state_dict(checkpoint_file: str, print_global_state: bool = False, map_location: Any = None) -> dict[str, Any]:
+    """Every tensor of the file in host memory; for extensions."""
+    from backend.state_dict import read_state_dict as read  # imports torch
+
+    return dict(read(Path(checkpoint_file)))
+
+
 def unload_model_weights(sd_model: Any = None, info: Any = None) -> None:
     _app().models.unload()
 

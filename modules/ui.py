@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from modules import infotext_utils, ui_choices, ui_page, ui_requests, ui_scripts
+from modules import infotext_utils, ui_choices, ui_page, ui_requests, ui_scripts, ui_symbols
+from modules.call_queue import wrap_gradio_call, wrap_gradio_gpu_call
 from modules.infotext_fields import FIELDS_BY_TAB
 from modules.ui_common import OutputPanel, create_output_panel, create_refresh_button, plaintext_to_html
 from modules.ui_extras import ExtrasTab, build_extras, carry_out, connect_gallery_to_extras, connect_picture_to_extras, create_extras_tab
@@ -33,7 +34,25 @@ from modules.version import program_version
 if TYPE_CHECKING:
     from modules.application import Application
 
-__all__ = ["OutputPanel", "create_output_panel", "create_refresh_button", "create_ui", "plaintext_to_html"]
+__all__ = [
+    "OutputPanel",
+    "create_output_panel",
+    "create_refresh_button",
+    "create_ui",
+    "gr_show",
+    "plaintext_to_html",
+    "versions_html",
+    "wrap_gradio_call",
+    "wrap_gradio_gpu_call",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The faces of tool buttons that extensions import from here."""
+    if name.endswith("_symbol") and hasattr(ui_symbols, name):
+        return getattr(ui_symbols, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +101,16 @@ def start_defaults(app: Application, tab: str) -> Defaults:
     options = app.options
     defaults = preset_defaults(options, start_preset(app), tab) or Defaults(sampler=options.sd_t2i_sampler, scheduler=options.sd_t2i_scheduler)
     return ui_choices.existing(defaults, native_size(app))
+
+
+def gr_show(visible: bool = True) -> dict[str, Any]:
+    """An update that shows or hides a control; for extensions."""
+    return gr.update(visible=visible)
+
+
+def versions_html() -> str:
+    """The footer's versions; for extensions."""
+    return footer_html()
 
 
 def footer_html() -> str:

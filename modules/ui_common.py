@@ -16,6 +16,15 @@ import gradio as gr
 from modules.ui_components import ToolButton
 
 
+def __getattr__(name: str) -> Any:
+    """`save_files`, which extensions import from here."""
+    if name != "save_files":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from modules.ui_saving import save_files  # it is built on this file
+
+    return save_files
+
+
 def plaintext_to_html(text: str, classname: str | None = None) -> str:
     """`text` as one HTML paragraph: special characters escaped, line breaks kept."""
     lines = "<br>\n".join(html.escape(line) for line in text.split("\n"))

@@ -122,3 +122,11 @@ def connect_saving(saver: PictureSaver, output: OutputPanel) -> None:
             function, js=js, inputs=[output.gallery, output.generation_info, index], outputs=[output.download_files, output.html_log], **QUIET
         )
     output.buttons["open_folder"].click(saver.open_folder, **QUIET)
+
+
+def save_files(js_data: str, images: Sequence[Any] | None, do_make_zip: bool, index: float) -> tuple[Any, str]:
+    """As the buttons below a gallery do; for extensions with a gallery of their own. Gives the files and a line for the log."""
+    from modules.application import current_application  # the page is built for an application
+
+    saver = PictureSaver(current_application(), "txt2img")
+    return saver.save_zip(images, js_data, index) if do_make_zip else saver.save(images, js_data, index)

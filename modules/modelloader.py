@@ -1,0 +1,53 @@
+"""Model files that extensions fetch and look for, under the names that they import."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+log = logging.getLogger(__name__)
+
+
+def load_file_from_url(
+    url: str, *, model_dir: str, progress: bool = True, file_name: str | None = None, hash_prefix: str | None = None, re_download: bool = False
+) -> str:
+    """The file from `url` in `model_dir`, fetched if it is not there; its absolute path. It appears whole or not at all.
+
+    `hash_prefix`: how its SHA-256 must begin. Raises URLError, and RuntimeError for another hash.
+    """
+    import torch  # heavy; importing this file must not wait for it
+
+    folder = Path(model_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = (folder / (file_name or Path(unquote(urlparse(url).path)).name)).absolute()
+    if re_download or not target.is_file():
+        log.info("Downloading %s to %s.", url, target)
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=hash_prefix, progress=progress)
+    return str(target)
+
+
+def load_models(
+    model_path: str,
+    model_url: str | None = None,
+    command_path: str | None = None,
+    ext_filter: Sequence[str] | None = None,
+    download_name: str | None = None,
+    ext_blacklist: Sequence[str] | None = None,
+    hash_prefix: str | None = None,
+) -> list[str]:
+    """Model files below `command_path` and `model_path`; where there are none and a URL is given, the file from there."""
+    folders = [Path(folder) for folder in (command_path, model_path) if folder]
+    found = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("*")) if path.is_file()]
+    wanted = [
+        str(path) for path in found if (not ext_filter or path.suffix.lower() in ext_filter) and not path.name.endswith(tuple(ext_blacklist or ()))
+    ]
+    if wanted or model_url is None:
+        return list(dict.fromkeys(wanted))
+    return [load_file_from_url(model_url, model_dir=model_path, file_name=download_name, hash_prefix=hash_prefix)]
+
+
+def friendly_name(file: str) -> str:
+    """A file's name without its ending, for lists."""
+    return Path(urlparse(file).path if "http" in file else file).stem

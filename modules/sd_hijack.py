@@ -1,0 +1,51 @@
+"""`model_hijack`, which extensions of old programs ask about the model: nothing is hijacked here, so most of it is kept for them to call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modules.application import application_or_none
+
+
+class StableDiffusionModelHijack:
+    """What can be answered is; the rest has no effect."""
+
+    def __init__(self) -> None:
+        self.comments: list[str] = []
+        self.extra_generation_params: dict[str, Any] = {}
+        self.circular_enabled = False
+        self.clip = None
+
+    @property
+    def embedding_db(self) -> Any:
+        """Textual inversion embeddings of the model in use; None before one is loaded."""
+        app = application_or_none()
+        return None if app is None else getattr(app.models.engine, "embeddings", None)
+
+    def get_prompt_lengths(self, text: str, cond_stage_model: Any = None) -> tuple[int, int]:
+        """(tokens, tokens that fit). Before a model is loaded, words are counted."""
+        app = application_or_none()
+        engine = None if app is None else app.models.engine
+        if engine is None:
+            num_words = len(text.split())
+            return num_words, max(75, -(-num_words // 75) * 75)
+        return engine.get_prompt_lengths_on_ui(text)
+
+    def apply_optimizations(self, option: Any = None) -> None: ...
+
+    def convert_sdxl_to_ssd(self, m: Any) -> None: ...
+
+    def hijack(self, m: Any) -> None: ...
+
+    def undo_hijack(self, m: Any) -> None: ...
+
+    def apply_circular(self, enable: bool) -> None: ...
+
+    def clear_comments(self) -> None:
+        self.comments.clear()
+        self.extra_generation_params.clear()
+
+    def redo_hijack(self, m: Any) -> None: ...
+
+
+model_hijack = StableDiffusionModelHijack()
