@@ -27,8 +27,8 @@ def make_variants() -> Mapping[str, Variant]:
 
 BENCH = Bench(
     question=(
-        f"What does planning cost where one slot computes anyway: the UNet phase of one image with CFG, {NUM_STEPS} Euler steps, 384 pixels, a narrow "
-        "SD1.x network, one core? Asked for: within 1 %."
+        f"What does planning cost where one slot computes anyway: the UNet phase of one image with CFG, {NUM_STEPS} Euler steps, 384 pixels, a "
+        "narrow SD1.x network, one core? Asked for: within 1 %."
     ),
     make_variants=make_variants,
     baseline="plain path",

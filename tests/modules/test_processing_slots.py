@@ -1,0 +1,75 @@
+"""Whole jobs over two virtual GPUs when one of them fails in the middle. Reference: the same job undisturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backend import memory_management
+from backend.devices import virtual_gpu
+from backend.devices.virtual_gpu import Faults
+from backend.parallel.worker import SlotLost
+from modules.application import Application
+from tests.support.fleets import virtual_fleet
+from tests.support.narrow_application import narrow_application, pixels, run, txt2img
+
+JOB = {"sampler_name": "Euler a", "steps": 4, "batch_size": 2, "do_not_save_grid": True}
+
+
+@pytest.fixture(params=["replicas", "layers"])
+def app(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Application]:
+    with virtual_fleet(2), narrow_application(tmp_path, "sd15") as (application, _):
+        application.options.set("multi_gpu_strategy", request.param)
+        yield application
+        for index in (0, 1):
+            virtual_gpu.get_device(index).set_faults(None)
+
+
+def _picture() -> np.ndarray:
+    return np.concatenate([pixels(image) for image in run(txt2img(**JOB)).images])
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+@pytest.mark.parametrize("at", [40, 400])
+def test_out_of_memory_in_the_middle_of_a_job_changes_no_picture(app: Application, slot: int, at: int) -> None:
+    expected = _picture()
+    virtual_gpu.get_device(slot).set_faults(Faults(out_of_memory_at=frozenset({at})))
+    assert np.abs(_picture() - expected).max() <= 1
+    virtual_gpu.get_device(slot).set_faults(None)
+    assert np.abs(_picture() - expected).max() <= 1
+
+
+def test_a_lost_slot_ends_or_shrinks_the_job_and_the_next_uses_the_rest(app: Application) -> None:
+    """Copies go on without it; a cut network went with it, and is read again for the next job."""
+    expected = _picture()
+    virtual_gpu.get_device(1).set_faults(Faults(lost_at_operation=500))
+    try:
+        assert np.abs(_picture() - expected).max() <= 1
+    except (SlotLost, RuntimeError) as error:
+        assert "slot 1" in str(error) or "vgpu:1" in str(error)
+    assert memory_management.lost_devices()
+    assert [slot.index for slot in memory_management.compute_slots()] == [0]
+    assert np.abs(_picture() - expected).max() <= 1
+
+
+def test_a_slow_link_changes_no_picture(app: Application) -> None:
+    expected = _picture()
+    virtual_gpu.get_device(1).set_faults(Faults(link_bytes_per_s=2e8, link_latency_s=1e-4))
+    assert np.abs(_picture() - expected).max() <= 1
+
+
+def test_an_interruption_ends_the_job_with_what_was_made_so_far(app: Application) -> None:
+    request = txt2img(**{**JOB, "steps": 8})
+    set_up = request.setup_conds
+
+    def interrupt() -> None:
+        set_up()
+        app.state.interrupted = True
+
+    request.setup_conds = interrupt  # type: ignore[method-assign]
+    assert len(run(request).images) == JOB["batch_size"]
+    app.state.interrupted = False
+    assert _picture().any(), "the next job is whole"
