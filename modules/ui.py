@@ -17,6 +17,7 @@ from modules import infotext_utils, ui_choices, ui_page, ui_requests, ui_scripts
 from modules.call_queue import wrap_gradio_call, wrap_gradio_gpu_call
 from modules.infotext_fields import FIELDS_BY_TAB
 from modules.ui_common import OutputPanel, create_output_panel, create_refresh_button, plaintext_to_html
+from modules.ui_extensions import create_extensions_tab
 from modules.ui_extras import ExtrasTab, build_extras, carry_out, connect_gallery_to_extras, connect_picture_to_extras, create_extras_tab
 from modules.ui_generation import GenerateHandler, JobControl
 from modules.ui_img2img import Img2imgTab, create_img2img_tab
@@ -84,6 +85,8 @@ def create_ui(app: Application) -> gr.Blocks:
             ui_scripts.create_extension_tabs()
             with gr.Tab("Settings", id="settings", elem_id="tab_settings") as settings_item:
                 create_settings_tab(app, ui_choices.setting_choices(app), settings_json, settings_item)
+            with gr.Tab("Extensions", id="extensions", elem_id="tab_extensions") as extensions_item:
+                create_extensions_tab(app, extensions_item)
         gr.HTML(footer_html(), elem_id="footer")
         _connect_generation(app, txt2img, _handler(app, "txt2img", txt2img, ui_requests.build_txt2img))
         _connect_generation(app, img2img, _handler(app, "img2img", img2img, ui_requests.build_img2img))

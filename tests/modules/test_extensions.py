@@ -14,6 +14,8 @@ from modules.cmd_args import parse_config
 from modules.extension_folders import active_folders
 from modules.extension_order import OrderRule, order_by_rules
 from modules.launch_extensions import list_installers
+from modules.script_callbacks import EVENTS
+from modules.scripts_hooks import IN_ORDER
 from tests.support.applications import installed_application
 from tests.support.extensions import write_extension
 
@@ -158,3 +160,12 @@ def test_a_clone_tells_where_it_came_from(app: Application, tmp_path: Path) -> N
     assert len(extension.commit_hash) == 40
     assert extension.version == extension.commit_hash[:8]
     assert extension.commit_date is not None
+
+
+def test_the_page_about_extensions_has_every_hook_and_event() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "extensions.md").read_text(encoding="utf-8")
+    for hook in IN_ORDER:
+        assert f"| `{hook.name}` |" in text
+        assert hook.sentence in text
+    for name, event in EVENTS.items():
+        assert f"| `on_{name}` | {event.sentence}" in text
