@@ -6,24 +6,30 @@ Must not know pages, jobs or where files are listed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from diffusers import ControlNetModel
+from diffusers import T2IAdapter as LibraryAdapter
 from torch import Tensor
 
 from backend import checkpoint_config, checkpoint_identity, memory_management
 from backend.checkpoint_file import CheckpointError, TensorFile, TensorInfo, open_tensor_file
 from backend.checkpoint_layout import Part, find_controlnet
 from backend.nn.controlnet import ControlNetwork
-from backend.patcher.controlnet import ControlBase, ControlNet
-from backend.state_dict import assign_tensors, build_empty, check_plan, plan_controlnet
+from backend.nn.t2i_adapter import AdapterNetwork
+from backend.patcher.controlnet import ControlBase, ControlNet, T2IAdapter
+from backend.state_dict import assign_tensors, build_empty, check_plan, plan_as_named, plan_controlnet
 
 logger = logging.getLogger(__name__)
 
 _LATENT_CHANNELS = 4
+_ADAPTER_STEPS_PX = (8, 16)
+"""Pixels that a T2I-Adapter for SD 1.x, for SDXL folds into channels."""
+_RESNETS_PER_LEVEL = 2
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a ControlLLLite", ("lllite_",)),
@@ -63,6 +69,8 @@ def load_controlnet(path: Path) -> ControlBase:
 def build_control(file: TensorFile) -> ControlBase:
     """The link for a file of tensors. Raises: CheckpointError."""
     _refuse_unsupported(file)
+    if find_adapter(file.infos) is not None:
+        return _build_adapter(file)
     part = find_controlnet(file.infos)
     if part is None:
         refuse_other_files(file)
@@ -110,6 +118,70 @@ def _build_controlnet(file: TensorFile, part: Part) -> ControlNet:
     link.name = file.path.name
     logger.info("Loaded %s: a ControlNet for %s, in %s.", file.path.name, checkpoint_config.FAMILY_TITLES[family], str(link.control_model.dtype)[6:])
     return link
+
+
+# --- T2I-Adapters -------------------------------------------------------------------------------------------------------------------
+
+
+def find_adapter(keys: Collection[str]) -> str | None:
+    """What stands before the names of a T2I-Adapter's layers, or None for another kind of file."""
+    for prefix in ("adapter.", ""):
+        if any(re.match(rf"{re.escape(prefix)}body\.\d+\.(block1|in_conv|resnets\.\d+\.block1|body\.\d+\.block1)\.weight$", key) for key in keys):
+            return prefix
+    return None
+
+
+def _build_adapter(file: TensorFile) -> T2IAdapter:
+    prefix = find_adapter(file.infos) or ""
+    shapes = {key.removeprefix(prefix): info.shape for key, info in file.infos.items()}
+    config, rename = _read_adapter(shapes, file.path.name)
+    model = build_empty(lambda: LibraryAdapter(**config))
+    plan = plan_as_named(model, file, lambda key: prefix + rename(key.removeprefix("adapter.")))
+    check_plan(plan, file, "T2I-Adapter")
+    assign_tensors(model, plan, file, storage_dtype=pick_dtype(model))
+    link = T2IAdapter(AdapterNetwork(model))
+    link.name = file.path.name
+    logger.info("Loaded %s: a T2I-Adapter for %s.", file.path.name, "SDXL" if link.t2i_model.is_for_sdxl else "SD 1.x")
+    return link
+
+
+def _read_adapter(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """(arguments of the library's class, its names -> stored names). Raises: CheckpointError."""
+    is_light = "body.0.out_conv.weight" in shapes
+    has_library_names = any(".resnets." in key for key in shapes)
+    first = "body.0.in_conv.weight" if is_light else "conv_in.weight"
+    if first not in shapes:
+        raise CheckpointError(f"{name}: its T2I-Adapter misses {first}. The file is incomplete; download it again.")
+    read = shapes[first][1]
+    factor = next((step for step in _ADAPTER_STEPS_PX for channels in (1, 3) if read == channels * step**2), None)
+    if factor is None:
+        raise CheckpointError(
+            f"{name}: is a T2I-Adapter that reads {read} channels; those for SD 1.x and SDXL read hints in squares of 8 or 16 pixels."
+        )
+    blocks = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("body."))
+    inner = "resnets" if has_library_names else "body"
+    if is_light:
+        per_level = sum(f"body.0.{inner}.{index}.block1.weight" in shapes for index in range(16))
+        widths = [shapes[f"body.{index}.out_conv.weight"][0] for index in range(blocks)]
+        config: dict[str, Any] = {"channels": widths[:-1], "adapter_type": "light_adapter"}
+    else:
+        per_level = sum(f"body.0.resnets.{index}.block1.weight" in shapes for index in range(16)) if has_library_names else _RESNETS_PER_LEVEL
+        first_of = "body.{}.resnets.0.block1.weight" if has_library_names else "body.{}.block1.weight"
+        step = 1 if has_library_names else per_level
+        widths = [shapes[first_of.format(index)][0] for index in range(0, blocks, step)]
+        config = {"channels": widths, "adapter_type": "full_adapter_xl" if factor == _ADAPTER_STEPS_PX[1] else "full_adapter"}
+    config |= {"in_channels": read // factor**2, "num_res_blocks": per_level, "downscale_factor": factor}
+
+    def rename(key: str) -> str:
+        parts = key.split(".")
+        if has_library_names or parts[0] != "body":
+            return key
+        if is_light:
+            return key.replace(".resnets.", ".body.")
+        level = int(parts[1]) * per_level
+        return f"body.{level}.{'.'.join(parts[2:])}" if parts[2] != "resnets" else f"body.{level + int(parts[3])}.{'.'.join(parts[4:])}"
+
+    return config, rename
 
 
 def pick_dtype(model: torch.nn.Module) -> torch.dtype:

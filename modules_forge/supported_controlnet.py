@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backend.checkpoint_file import CheckpointError
 from backend.checkpoint_layout import find_controlnet
-from backend.controlnet_loader import HeldTensors, build_control
+from backend.controlnet_loader import HeldTensors, build_control, find_adapter
 from backend.patcher.controlnet import ControlBase, apply_controlnet_advanced
 
 
@@ -50,14 +50,14 @@ class ControlModelPatcher:
 
 
 class ControlNetPatcher(ControlModelPatcher):
-    """A ControlNet for SD 1.x, SD 2.x or SDXL, in the original layout or diffusers'."""
+    """A ControlNet for SD 1.x, SD 2.x or SDXL, or a T2I-Adapter, in the original layout or diffusers'."""
 
     model_patcher: ControlBase
 
     @staticmethod
     def try_build_from_state_dict(state_dict: Mapping[str, Tensor], ckpt_path: str) -> ControlNetPatcher | None:
         """Raises: CheckpointError for a ControlNet that is damaged or not supported."""
-        if find_controlnet(state_dict) is None:
+        if find_controlnet(state_dict) is None and find_adapter(state_dict) is None:
             return None
         return ControlNetPatcher(build_control(HeldTensors(Path(ckpt_path), state_dict)))
 

@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from backend import memory_management
 from backend.modules.k_model import KModel
 from backend.nn.controlnet import HINT_STEP_PX, ControlNetwork
+from backend.nn.t2i_adapter import AdapterNetwork, place_features
 from backend.patcher.base import ModelPatcher
 from backend.patcher.unet import UnetPatcher
 
@@ -246,9 +247,9 @@ class ControlBase:
 
     # hints
 
-    def _fit_hint(self, x_BCHW: Tensor, batched_number: int, dtype: torch.dtype, channels: int = 3) -> Tensor:
-        """The hint in the size of the latents, a row for all pictures or one for each, on this link's device."""
-        height, width = x_BCHW.shape[2] * HINT_STEP_PX, x_BCHW.shape[3] * HINT_STEP_PX
+    def _fit_hint(self, x_BCHW: Tensor, batched_number: int, dtype: torch.dtype, channels: int = 3, step_px: int = HINT_STEP_PX) -> Tensor:
+        """The hint in the size of the latents, or up to `step_px` more, a row for all pictures or one for each, on this link's device."""
+        height, width = (-(-side * HINT_STEP_PX // step_px) * step_px for side in x_BCHW.shape[-2:])
         if self.cond_hint is None or self.cond_hint.shape[-2:] != (height, width) or self.cond_hint.dtype != dtype:
             if self.cond_hint_original is None:
                 raise ControlNetError(f"{self.name} was added to a run without a hint; call set_cond_hint first.")
@@ -400,6 +401,80 @@ class ControlNet(ControlBase):
             self._embedding = self.control_model.embed_hint(hint)
         residuals: Sequence[Tensor] = self.control_model(**arguments, hint_embedding=self._embedding)
         return residuals
+
+
+class T2IAdapter(ControlBase):
+    """A T2I-Adapter over a network that is shared by all copies. Its features are added on the UNet's way in and are made once a run."""
+
+    def __init__(self, t2i_model: AdapterNetwork, device: torch.device | None = None, *, patcher: ModelPatcher | None = None) -> None:
+        self.control_model_wrapped = patcher or ModelPatcher(
+            t2i_model,
+            load_device=device or memory_management.get_torch_device(),
+            offload_device=memory_management.unet_offload_device(),
+            current_device=next(t2i_model.parameters()).device,
+        )
+        super().__init__(self.control_model_wrapped.load_device)
+        self.t2i_model = t2i_model
+        self._unet_config: Any = None
+        self._features: list[Tensor] | None = None
+
+    def copy(self) -> T2IAdapter:
+        """The same network with the same settings, in no chain."""
+        other = type(self)(self.t2i_model, patcher=self.control_model_wrapped)
+        self.copy_to(other)
+        return other
+
+    def check_fits(self, model: KModel) -> None:
+        """Raises: ControlNetError where the features' widths are not those of the denoiser's levels."""
+        theirs = model.diffusion_model.config
+        widths = list(theirs.block_out_channels)
+        is_sdxl = theirs.projection_class_embeddings_input_dim is not None
+        if self.t2i_model.is_for_sdxl is not is_sdxl or self.t2i_model.widths[: len(widths)] != widths[: len(self.t2i_model.widths)]:
+            own = "SDXL" if self.t2i_model.is_for_sdxl else "SD 1.x"
+            raise ControlNetError(
+                f"{self.name} does not fit the checkpoint in use: it is a T2I-Adapter for {own} with levels "
+                f"{self.t2i_model.widths} wide, the checkpoint is {_family_of(theirs)} with {widths}. Choose one of the checkpoint's family."
+            )
+
+    def pre_run(self, model: KModel, percent_to_timestep_function: Callable[[float], float]) -> None:
+        """Before the first step: noise levels, and where features are added. Raises: ControlNetError."""
+        super().pre_run(model, percent_to_timestep_function)
+        self.check_fits(model)
+        self._unet_config = model.diffusion_model.config
+
+    def cleanup(self) -> None:
+        """After the last step: forget what was kept for the run."""
+        super().cleanup()
+        self._unet_config = self._features = None
+
+    def get_models(self) -> list[ModelPatcher]:
+        """Networks of the whole chain, each once."""
+        found = super().get_models()
+        return found if any(self.control_model_wrapped.is_clone(one) for one in found) else [*found, self.control_model_wrapped]
+
+    def inference_memory_requirements(self, dtype: torch.dtype | None) -> int:
+        """Features of a row per hint, doubled for the pass that makes them."""
+        hint, own = self.cond_hint_original, 0
+        if hint is not None:
+            positions = hint.shape[0] * hint.shape[-1] * hint.shape[-2] // HINT_STEP_PX**2
+            own = 2 * positions * sum(self.t2i_model.widths) * self.t2i_model.dtype.itemsize
+        return own + super().inference_memory_requirements(dtype)
+
+    def _forget_embedding(self) -> None:
+        self._features = None
+
+    def _find_residuals(self, x_BCHW: Tensor, sigma_B: Tensor, cond: dict[str, Any], batched_number: int) -> Residuals:
+        if self._unet_config is None:
+            raise ControlNetError(f"{self.name} was asked for residuals outside a run; call pre_run first.")
+        network = self.t2i_model
+        hint = self._fit_hint(x_BCHW, batched_number, network.dtype, network.hint_channels, network.hint_step_px)
+        if self._features is None:
+            with torch.no_grad():
+                self._features = network(hint)
+        rows = x_BCHW.shape[0]
+        features = [one.repeat(rows // one.shape[0], 1, 1, 1).to(x_BCHW.device) for one in self._features]
+        inputs, middle = place_features(features, self._unet_config)
+        return {"input": inputs, "middle": middle, "output": []}
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
 from torch import Tensor
 
 from backend import memory_management
@@ -28,14 +34,15 @@ from backend.sampling.sampling_function import denoise_guided, sampling_cleanup,
 from backend.text_processing.clip_tokenizer import EOS_TOKEN_ID, build_clip_tokenizer
 from tests.backend.sampling.toys import one_stream
 from tests.parity.test_pipeline_parity import NEGATIVE, PROMPT, _Prompts
-from tests.support.checkpoints import ReferenceModels, write_checkpoint
-from tests.support.controlnets import build_controlnet, hint, write_controlnet
+from tests.support.checkpoints import ReferenceModels, build_models, write_checkpoint
+from tests.support.controlnets import build_adapter, build_controlnet, hint, write_adapter, write_controlnet
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")
 
 CONFIG = BackendConfig()
 NUM_STEPS, CFG, SIDE_PX = 6, 5.0, 64
 ONE_PIXEL_STEP = 1 / 255
+ADAPTERS = [("full_adapter", "diffusers", 3), ("full_adapter", "ldm", 1), ("light_adapter", "diffusers", 3), ("light_adapter", "ldm", 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -62,17 +69,19 @@ class Loaded:
         scheduler.set_timesteps(NUM_STEPS)
         return scheduler
 
-    def library_picture(self, noise: Tensor, hints: Any, controlnets: Any, cfg: float = CFG, **arguments: Any) -> Tensor:
+    def library_picture(self, noise: Tensor, hints: Any, controlnets: Any, cfg: float = CFG, is_adapter: bool = False, **arguments: Any) -> Tensor:
         models = self.models
         parts: dict[str, Any] = {"unet": models.unet, "vae": models.vae, "scheduler": self.scheduler(), "text_encoder": models.text_encoders[0]}
         pad = EOS_TOKEN_ID if models.family != "sd20" else 0
-        parts |= {"tokenizer": build_clip_tokenizer(pad_token_id=pad), "controlnet": controlnets}
+        parts |= {"tokenizer": build_clip_tokenizer(pad_token_id=pad), "adapter" if is_adapter else "controlnet": controlnets}
         if models.family == "sdxl":
-            parts |= {"tokenizer_2": build_clip_tokenizer(pad_token_id=0), "text_encoder_2": models.text_encoders[1], "add_watermarker": False}
-            kind: Any = StableDiffusionXLControlNetPipeline
+            parts |= {"tokenizer_2": build_clip_tokenizer(pad_token_id=0), "text_encoder_2": models.text_encoders[1]} | (
+                {} if is_adapter else {"add_watermarker": False}
+            )
+            kind: Any = StableDiffusionXLAdapterPipeline if is_adapter else StableDiffusionXLControlNetPipeline
         else:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            kind = StableDiffusionControlNetPipeline
+            kind = StableDiffusionAdapterPipeline if is_adapter else StableDiffusionControlNetPipeline
         pipeline = kind(**parts)
         pipeline.set_progress_bar_config(disable=True)
         batch = noise.shape[0]
@@ -80,7 +89,8 @@ class Loaded:
             prompt=[PROMPT] * batch, negative_prompt=[NEGATIVE] * batch, image=hints, height=SIDE_PX, width=SIDE_PX, guidance_scale=cfg,
             num_inference_steps=NUM_STEPS, latents=noise, output_type="pt", **arguments,
         )  # fmt: skip
-        return result.images
+        images = result.images  # the adapters' pipelines give arrays (B, H, W, C) for any type
+        return images if isinstance(images, Tensor) else torch.from_numpy(images).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
     def our_picture(self, unet: UnetPatcher, noise: Tensor, cfg: float = CFG) -> Tensor:
@@ -187,6 +197,30 @@ def test_without_guidance(loaded: Loaded) -> None:
     library = loaded.library_picture(noise, hint(), loaded.controlnets[0], cfg=1.0)
     unet = apply_controlnet_advanced(loaded.unet, loaded.links[0], hint(), 1.0, 0.0, 1.0)
     _assert_same(loaded.our_picture(unet, noise, cfg=1.0), library, loaded.our_picture(loaded.unet, noise, cfg=1.0))
+
+
+@pytest.mark.parametrize(("kind", "layout", "channels"), ADAPTERS)
+def test_a_t2i_adapter(loaded: Loaded, tmp_path: Path, kind: str, layout: str, channels: int) -> None:
+    is_sdxl = loaded.models.family == "sdxl"
+    if loaded.models.family == "sd20" or (is_sdxl and kind == "light_adapter"):
+        pytest.skip("there are no such adapters")
+    kind = "full_adapter_xl" if is_sdxl else kind
+    adapter = build_adapter(loaded.models, kind, channels=channels)
+    link = load_controlnet(write_adapter(tmp_path / "adapter.safetensors", adapter, layout=layout))
+    noise, picture = _noise(2), hint()[:, :channels]
+    library = loaded.library_picture(noise, picture.expand(2, -1, -1, -1), adapter, is_adapter=True, adapter_conditioning_scale=0.8)
+    unet = apply_controlnet_advanced(loaded.unet, link, picture, 0.8, 0.0, 1.0)
+    _assert_same(loaded.our_picture(unet, noise), library, loaded.our_picture(loaded.unet, noise))
+    both = apply_controlnet_advanced(unet, loaded.links[0], hint(), 1.0, 0.0, 1.0)
+    assert (loaded.our_picture(both, noise) - library).abs().mean() > 0.5 * ONE_PIXEL_STEP, "beside a ControlNet"
+
+
+def test_a_t2i_adapter_of_another_family_is_refused(loaded: Loaded, tmp_path: Path) -> None:
+    other = build_models(Path("none"), "sdxl" if loaded.models.family != "sdxl" else "sd15")
+    kind = "full_adapter_xl" if other.family == "sdxl" else "full_adapter"
+    link = load_controlnet(write_adapter(tmp_path / "wrong.safetensors", build_adapter(other, kind), layout="ldm"))
+    with pytest.raises(ControlNetError, match=r"wrong\.safetensors does not fit"):
+        apply_controlnet_advanced(loaded.unet, link, hint(), 1.0, 0.0, 1.0)
 
 
 def test_a_controlnet_of_another_family_is_refused_with_both_families(loaded: Loaded, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, T2IAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -53,3 +53,34 @@ def write_controlnet(path: Path, controlnet: Any, *, layout: str = "ldm", prefix
 def hint(side_px: int = 64, *, seed: int = 5, batch: int = 1) -> Tensor:
     """A random hint (B, 3, side, side) from 0 to 1."""
     return torch.rand(batch, 3, side_px, side_px, generator=torch.Generator().manual_seed(seed))
+
+
+def build_adapter(models: ReferenceModels, kind: str, *, channels: int = 3, seed: int = 4) -> T2IAdapter:
+    """A random T2I-Adapter for a narrow checkpoint. `kind` as the library names them."""
+    widths = list(models.unet.config.block_out_channels)
+    widths = [*widths, widths[-1]] if kind == "full_adapter_xl" else widths[:-1] if kind == "light_adapter" else widths
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return T2IAdapter(
+            in_channels=channels, channels=widths, num_res_blocks=4 if kind == "light_adapter" else 2,
+            downscale_factor=16 if kind == "full_adapter_xl" else 8, adapter_type=kind,
+        ).eval().requires_grad_(False)  # fmt: skip
+
+
+def write_adapter(path: Path, adapter: Any, *, layout: str) -> Path:
+    """`layout`: "diffusers", or "ldm" for the names of the files that came first (one flat list of resnets; light ones nest them in `body`)."""
+    is_light = adapter.config.adapter_type == "light_adapter"
+
+    def rename(key: str) -> str:
+        bare = key.removeprefix("adapter.")
+        if is_light:
+            return bare.replace(".resnets.", ".body.")
+        parts = bare.split(".")
+        if parts[0] != "body":
+            return bare
+        at = 2 * int(parts[1]) + (int(parts[3]) if parts[2] == "resnets" else 0)
+        return ".".join(["body", str(at), *parts[4 if parts[2] == "resnets" else 2 :]])
+
+    named = {key if layout == "diffusers" else rename(key): tensor.contiguous() for key, tensor in adapter.state_dict().items()}
+    save_file(named, path)
+    return path
