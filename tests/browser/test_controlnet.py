@@ -1,0 +1,70 @@
+"""The ControlNet panel in a browser: a unit is filled in, its map is looked at, and the picture that Generate makes follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modules import scripts
+from modules.api.api import create_internal_api
+from modules.server import WebServer, create_fastapi_app, mount_page
+from modules.ui import create_ui
+from modules.ui_page import page_settings
+from tests.browser.conftest import Site
+from tests.browser.test_page import generate, infotexts, open_page
+from tests.support.applications import installed_application
+from tests.support.checkpoints import write_checkpoint
+from tests.support.controlnets import build_controlnet, write_controlnet
+
+UNIT = "#txt2img_controlnet_ControlNet-0_"
+
+
+@pytest.fixture(scope="module")
+def panel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = Path(tmp_path_factory.mktemp("panel"))
+    models = write_checkpoint(folder / "models/Stable-diffusion/narrow.safetensors", "sd15", metadata={"modelspec.resolution": "64x64"})
+    write_controlnet(folder / "models/ControlNet/edges.safetensors", build_controlnet(models))
+    pixels = np.zeros((64, 64, 3), dtype=np.uint8)
+    pixels[16:48, 16:48] = 255
+    Image.fromarray(pixels).save(folder / "square.png")
+    with installed_application(folder, port=0, controlnet=True) as app:
+        scripts.load_scripts(app)
+        fastapi_app = create_fastapi_app(app.config)
+        create_internal_api(app, fastapi_app)
+        mount_page(fastapi_app, create_ui(app), app.config, page_settings(app.config))
+        server = WebServer(app.config)
+        server.start(fastapi_app)
+        try:
+            yield Site(app=app, address=server.address)
+        finally:
+            server.stop()
+            scripts.unload_scripts()
+
+
+def _choose(page: Any, elem_id: str, text: str) -> None:
+    box = page.locator(f"{elem_id} input").first
+    box.click()
+    box.fill(text)
+    page.locator(f"{elem_id} [role=option]", has_text=text).first.click()
+
+
+def test_a_unit_of_the_panel_guides_the_picture(page: Any, panel: Site) -> None:
+    open_page(page, panel)
+    page.get_by_text("ControlNet Unit 0").first.click()
+    page.set_input_files(f"{UNIT}input_image input[type=file]", str(panel.app.config.data_dir / "square.png"))
+    page.wait_for_selector(f"{UNIT}input_image img")
+    page.check(f"{UNIT}controlnet_enable_checkbox input")
+    _choose(page, f"{UNIT}controlnet_preprocessor_dropdown", "canny")
+    page.wait_for_selector(f"{UNIT}controlnet_threshold_A_slider", state="visible")
+    _choose(page, f"{UNIT}controlnet_model_dropdown", "edges")
+    page.click(f"{UNIT}controlnet_trigger_preprocessor")
+    page.wait_for_selector(f"{UNIT}generated_image img")  # asked for after the unit was filled in, so that is on the server too
+    generate(page)
+    text = infotexts(page)[0]
+    assert 'ControlNet 0: "Module: canny, Model: edges [' in text and "Threshold A: 100, Threshold B: 200" in text
+    page.wait_for_function("document.querySelectorAll('#txt2img_gallery button.thumbnail-item, #txt2img_gallery .thumbnails button').length >= 2")
