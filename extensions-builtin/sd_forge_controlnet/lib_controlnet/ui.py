@@ -33,7 +33,7 @@ class UnitControls:
     def build(self) -> None:
         """Make the controls in the current gradio context."""
         modules, models, _, _ = global_state.select_control_type("All")
-        with gr.Accordion(f"ControlNet Unit {self.number}", open=False, elem_id=f"{self.prefix}accordion"):
+        with gr.Accordion(f"ControlNet Unit {self.number}", open=False, elem_id=self.prefix + "accordion"):
             with gr.Row():
                 self.image = self._picture("Image", "input_image")
                 with gr.Group(visible=False) as self.preview_group:
