@@ -161,15 +161,24 @@ def select_checkpoint(app: Application) -> None:
 
 
 def list_devices(config: AppConfig) -> int:
-    """Log the devices that --device-id can name."""
-    from backend.devices.probing import DeviceError, probe_devices  # imports torch
+    """Log the devices that --device-id can name, what is on them, and with --ckpt the plan for that checkpoint."""
+    from backend import memory_management  # import torch
+    from backend.checkpoint_file import CheckpointError
+    from backend.devices.probing import DeviceError, probe_devices
+    from backend.parallel import status
+    from backend.parallel.preview import preview_plan
+    from modules.gpu_report import preview_text, slots_text
 
     try:
-        for slot in probe_devices(config.backend):
-            log.debug("%s", slot)
-    except DeviceError as error:
+        memory_management.configure(config.backend, probe_devices(config.backend))
+        lines = slots_text(status.describe_slots())
+        if config.ckpt is not None:
+            lines += preview_text(preview_plan(config.ckpt, strategy=config.backend.multi_gpu_strategy), config.ckpt.name)
+    except (DeviceError, CheckpointError) as error:
         log.error("%s", error)
         return 1
+    for line in lines:
+        log.info("%s", line)
     return 0
 
 

@@ -48,6 +48,7 @@ class Application:
     """Extensions that were found, and the script runners of the tabs by name; modules.scripts.load_scripts fills both."""
     script_runners: dict[str, Any] = field(default_factory=dict)
     job_bar: JobBar = field(default_factory=JobBar)
+    last_profile: Any = None
     demo: Any = None
     fastapi_app: Any = None
     restartable: bool = False

@@ -93,7 +93,6 @@ NOT_YET: Mapping[str, str] = MappingProxyType(
         "--controlnet-loglevel": "ControlNet says as much as --loglevel says",
         "--hypernetwork-dir": "hypernetworks are not read",
         "--localizations-dir": "the page is in English",
-        "--enable-insecure-extension-access": "extensions cannot be installed from the page",
         "--unix-filenames-sanitization": "file names are made for all systems",
         "--ui-config-file": "the first values of the page's fields are its own",
         "--codeformer-models-path": "faces are not restored",
@@ -249,7 +248,7 @@ def _add_page_arguments(parser: ArgumentParser) -> None:
 def _add_extension_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("extensions")
     switches = {
-        "--enable-insecure-extension-access": "allow installing extensions from other computers",
+        "--enable-insecure-extension-access": "allow switching extensions from other computers",
         "--disable-all-extensions": "load no extension",
         "--disable-extra-extensions": "load built-in extensions only",
     }

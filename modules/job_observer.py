@@ -72,6 +72,7 @@ class JobObserver:
         if recording is None:
             return
         job = build_job(recording, self._facts(error, samples))
+        self.app.last_profile = job
         write_job(self.app.config.data_dir / LOG_FOLDER, job)
 
     def _facts(self, error: BaseException | None, samples: list[SampleRecord]) -> JobFacts:
@@ -218,12 +219,20 @@ def _start_torch_profiler(options: Any) -> Any:
         return None
     started = torch.profiler.profile(
         activities=sorted(activities, key=str),
-        record_shapes=bool(options.profiling_record_shapes),
+        record_shapes=_may_record_shapes(bool(options.profiling_record_shapes)),
         profile_memory=bool(options.profiling_profile_memory),
         with_stack=bool(options.profiling_with_stack),
     )
     started.start()
     return started
+
+
+def _may_record_shapes(is_wanted: bool) -> bool:
+    """With shapes the profiler holds on to tensors, which then cannot be moved in place as virtual GPUs move them."""
+    if is_wanted and torch.__future__.get_swap_module_params_on_conversion():
+        log.warning("profiling_record_shapes has no effect with virtual GPUs, whose weights could not be moved then.")
+        return False
+    return is_wanted
 
 
 def _finish_torch_profiler(running: Any, app: Application) -> None:

@@ -59,7 +59,9 @@ def build_script(runner: ScriptRunner, script: Script) -> None:
         group.unrender()
         runner.drop(script)
         return
-    script.group = group if script.create_group else None
+    if not group.children:
+        group.unrender()  # an empty frame would be seen as a line
+    script.group = group if script.create_group and group.children else None
     script.name = re.sub(r"[^a-z_0-9 ]+", "", str(script.title()).lower())
     script.controls = controls
     for control in controls:
@@ -100,8 +102,9 @@ def build_dropdown(runner: ScriptRunner) -> None:
     dropdown.choices = [(title, title) for title in (NO_SCRIPT, *runner.titles)]
     groups = [(number, script.group) for number, script in enumerate(shown, start=1) if script.group is not None]
 
-    def show_selected(index: int | None) -> list[Any]:
-        return [gr.update(visible=number == index) for number, _ in groups]
+    def show_selected(index: int | None) -> Any:
+        updates = [gr.update(visible=number == index) for number, _ in groups]
+        return updates if len(updates) > 1 else updates[0]
 
     if groups:
         dropdown.change(show_selected, inputs=[dropdown], outputs=[group for _, group in groups], **QUIET)

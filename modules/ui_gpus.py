@@ -5,11 +5,14 @@ It is filled when it is opened and, while it is open, every other second of a ru
 
 from __future__ import annotations
 
+import base64
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+
+from modules.gpu_report import STATES, describe_idleness
 
 if TYPE_CHECKING:
     from backend.parallel.status import PlanStatus, SlotStatus
@@ -18,15 +21,9 @@ if TYPE_CHECKING:
 REFRESH_S = 2
 _NOTHING_RUNS = "<div hidden class='idle'></div>"
 _UNKNOWN = "–"
-_STATES = {
-    "DISABLED": "main memory",
-    "NO_VRAM": "no VRAM to spare",
-    "LOW_VRAM": "low VRAM",
-    "NORMAL_VRAM": "normal",
-    "HIGH_VRAM": "all stays",
-    "SHARED": "shared memory",
-    "LOST": "lost",
-}
+_DONE = "Units done"
+_OPTIONAL = ("Use", "Temp.", _DONE)
+LOG_FOLDER, TIMELINE = "logs", "timeline.png"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
 
@@ -37,13 +34,13 @@ def create_gpu_panel(app: Application, tab: str) -> gr.Accordion:
     clock = gr.Timer(REFRESH_S, active=False)
 
     def open_panel() -> list[Any]:
-        return [status_html(is_busy=is_busy(app)), gr.Timer(active=True)]
+        return [status_html(app, is_busy=is_busy(app)), gr.Timer(active=True)]
 
     def refresh(shown: str | None) -> Any:
         busy = is_busy(app)
         if not busy and _NOTHING_RUNS in (shown or ""):
             return gr.skip()
-        return status_html(is_busy=busy)
+        return status_html(app, is_busy=busy)
 
     panel.expand(open_panel, outputs=[table, clock], **QUIET)
     panel.collapse(lambda: gr.Timer(active=False), outputs=[clock], **QUIET)
@@ -56,12 +53,29 @@ def is_busy(app: Application) -> bool:
     return bool(app.state.job)
 
 
-def status_html(*, is_busy: bool) -> str:
-    """The panel's content now."""
-    from backend.parallel import status  # imports torch, which the page does without until somebody looks
+def status_html(app: Application, *, is_busy: bool) -> str:
+    """The panel's content now: the plan, the slots, and when nothing runs what would keep an idle slot busy and the last job's timeline."""
+    from backend import profiler  # import torch, which the page does without until somebody looks
+    from backend.parallel import status
 
-    text = f"{plan_html(status.current_plan())}{slots_html(status.describe_slots())}"
-    return text if is_busy else text + _NOTHING_RUNS
+    plan, slots = status.current_plan(), status.describe_slots()
+    text = f"{plan_html(plan)}{slots_html(slots, profiler.meter().units)}"
+    if is_busy:
+        return text
+    advice = describe_idleness(plan, slots, uses_many=app.config.backend.multi_gpu, job=app.last_profile)
+    return "".join([text, f"<p class='advice'>{html.escape(advice)}</p>" if advice else "", timeline_html(app), _NOTHING_RUNS])
+
+
+def timeline_html(app: Application) -> str:
+    """The picture of the last job; empty without --profile."""
+    if not app.config.backend.profile:
+        return ""
+    try:
+        picture = (app.config.data_dir / LOG_FOLDER / TIMELINE).read_bytes()
+    except OSError:  # no job yet, or it was deleted
+        return ""
+    coded = base64.b64encode(picture).decode()
+    return f"<img class='timeline' alt='What each slot did in the last job' src='data:image/png;base64,{coded}'>"
 
 
 def plan_html(plan: PlanStatus | None) -> str:
@@ -72,16 +86,18 @@ def plan_html(plan: PlanStatus | None) -> str:
     return f"<p class='plan'>{html.escape('; '.join([plan.reason.rstrip('.'), *times]))}.</p>"
 
 
-def slots_html(slots: Sequence[SlotStatus]) -> str:
-    """A row for every slot; what no slot tells has no column."""
-    columns = [column for column in _COLUMNS if column[0] not in ("Use", "Temp.") or any(column[1](slot) != _UNKNOWN for slot in slots)]
+def slots_html(slots: Sequence[SlotStatus], units: Mapping[int, int] | None = None) -> str:
+    """A row for every slot; what no slot tells has no column. `units`: what each did of the running or the last job."""
+    done = units or {}
+    all_columns = (*_COLUMNS, (_DONE, lambda slot: _units_bar(done.get(slot.index, 0), done)))
+    columns = [column for column in all_columns if column[0] not in _OPTIONAL or any(column[1](slot) != _UNKNOWN for slot in slots)]
     head = "".join(f"<th>{name}</th>" for name, _ in columns)
     rows = "".join("<tr>" + "".join(f"<td>{show(slot)}</td>" for _, show in columns) + "</tr>" for slot in slots)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _device(slot: SlotStatus) -> str:
-    return f"{html.escape(slot.name)}<small>{html.escape(slot.torch_device)}, {_STATES.get(slot.vram_state, slot.vram_state)}</small>"
+    return f"{html.escape(slot.name)}<small>{html.escape(slot.torch_device)}, {STATES.get(slot.vram_state, slot.vram_state)}</small>"
 
 
 def _memory_bar(slot: SlotStatus) -> str:
@@ -97,6 +113,14 @@ def _memory_bar(slot: SlotStatus) -> str:
 
 def _holders(slot: SlotStatus) -> str:
     return "".join(f"<div class='held'>{html.escape(name)} {held_bytes / 2**20:.0f} MiB</div>" for name, held_bytes in slot.holders) or _UNKNOWN
+
+
+def _units_bar(num_units: int, units: Mapping[int, int]) -> str:
+    """How often the slot carried rows through its part of the network, against the busiest slot."""
+    most = max(units.values(), default=0)
+    if most == 0:
+        return _UNKNOWN
+    return f"<div class='bar'><b style='width:{100 * num_units / most:.1f}%'></b></div><small>{num_units}</small>"
 
 
 def _number(value: float | None, unit: str) -> str:

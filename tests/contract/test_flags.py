@@ -17,7 +17,12 @@ from tests.contract.sources import product_sources
 # Where flags are made and turned into fields: being named there is not being read.
 MAKERS = {"backend/args.py", "modules/cmd_args.py", "modules/app_config.py"}
 COMMANDS = {"backend/parallel/simulate.py"}  # has options of its own, some of the same name
-NEED = {"--multi-gpu-strategy": ["--multi-gpu"], "--tls-keyfile": ["--tls-certfile", __file__], "--tls-certfile": ["--tls-keyfile", __file__]}
+NEED = {
+    "--multi-gpu-strategy": ["--multi-gpu"],
+    "--tls-keyfile": ["--tls-certfile", __file__],
+    "--tls-certfile": ["--tls-keyfile", __file__],
+    "--enable-insecure-extension-access": ["--listen"],
+}
 VALUES = {"--device-id": "1", "--virtual-gpus": "1GB", "--use-cpu": "all", "--api-auth": "a:b", "--gradio-auth": "a:b", "--loglevel": "DEBUG"}
 FILES = ("--tls-keyfile", "--tls-certfile", "--ckpt", "--gradio-auth-path")
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import logging
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from gradio.state_holder import SessionState
 from PIL import Image
 
 from modules import images, script_callbacks, scripts, ui, ui_requests, ui_scripts
@@ -272,6 +274,17 @@ def test_the_page_has_controls_tabs_and_settings_of_extensions(app: Application,
     assert scripts.scripts_data[0].module is not None
 
 
+def test_the_selected_script_is_shown(app: Application, with_extensions: Any) -> None:
+    second = {"scripts/thrice.py": extensions.SELECTABLE["scripts/twice.py"].replace("Make it twice", "Make it thrice")}
+    for named in ({"twice": extensions.SELECTABLE}, {"thrice": second}):
+        with_extensions(**named)
+        page = ui.create_ui(app)
+        show = next(fn for fn in page.fns.values() if fn.inputs and fn.inputs[0].elem_id == "script_list")
+        answer = asyncio.run(page.process_api(show, ["Make it twice"], state=SessionState(page)))
+        shown = [update["visible"] for update in answer["data"]]
+        assert shown == [title == "Make it twice" for title in app.script_runners["txt2img"].titles]
+
+
 def test_values_of_the_page_reach_the_scripts(app: Application, with_extensions: Any) -> None:
     with_extensions(changer=extensions.PROMPT_CHANGER)
     with gr.Blocks(analytics_enabled=False), ui_scripts.page_build(), ui_scripts.tab_scripts(app, "txt2img") as tab:
@@ -324,6 +337,7 @@ def test_scripts_see_the_controls_of_the_page(app: Application, with_extensions:
     assert {"txt2img_generate", "img2img_generate", "settings_json"} <= set(module.seen)
     assert "txt2img_generate" in module.before
     assert "settings_json" not in module.before  # scripts see their tabs alone
+    assert not [block for block in page.blocks.values() if "script-group" in block.elem_classes]  # no frame around nothing
     ids = [block.elem_id for block in depth_first(page) if block.elem_id]
     assert ids.index("mine_behind_the_prompt") == ids.index("txt2img_prompt") + 1
     assert gr.Button.__class__.__call__ is type.__call__  # nothing is watched any more

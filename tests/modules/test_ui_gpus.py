@@ -47,7 +47,7 @@ def test_the_plan_is_a_sentence() -> None:
 def test_a_panel_refreshes_while_a_job_runs_and_once_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 
-    def status_html(*, is_busy: bool) -> str:
+    def status_html(app: object, *, is_busy: bool) -> str:
         asked.append(is_busy)
         return "shown" if is_busy else f"shown{ui_gpus._NOTHING_RUNS}"
 
@@ -66,5 +66,6 @@ def test_a_panel_refreshes_while_a_job_runs_and_once_after(tmp_path: Path, monke
     assert asked == [False, True, True, False]
 
 
-def test_the_real_status_can_be_shown() -> None:
-    assert "<table>" in ui_gpus.status_html(is_busy=False)
+def test_the_real_status_can_be_shown(tmp_path: Path) -> None:
+    with installed_application(tmp_path) as app:
+        assert "<table>" in ui_gpus.status_html(app, is_busy=False)
