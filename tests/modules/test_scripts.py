@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -280,7 +281,8 @@ def test_the_selected_script_is_shown(app: Application, with_extensions: Any) ->
         with_extensions(**named)
         page = ui.create_ui(app)
         show = next(fn for fn in page.fns.values() if fn.inputs and fn.inputs[0].elem_id == "script_list")
-        answer = asyncio.run(page.process_api(show, ["Make it twice"], state=SessionState(page)))
+        with ThreadPoolExecutor(max_workers=1) as pool:  # a browser test may have left its loop on this thread
+            answer = pool.submit(lambda: asyncio.run(page.process_api(show, ["Make it twice"], state=SessionState(page)))).result()
         shown = [update["visible"] for update in answer["data"]]
         assert shown == [title == "Make it twice" for title in app.script_runners["txt2img"].titles]
 

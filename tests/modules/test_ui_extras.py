@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,20 @@ def test_one_picture_with_what_its_file_said(app: Application, tab: ExtrasTab, t
     assert items["postprocessing"] == "Postprocess upscale by: 4, Postprocess upscaler: Lanczos"
 
 
+def _run(coroutine: Any) -> Any:
+    """On a thread of its own, as a browser test may have left its loop on this one."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
 def test_the_handler_of_the_page_answers_with_a_gallery(app: Application, tab: ExtrasTab, tmp_path: Path) -> None:
     handler = GenerateHandler(app, "extras", tuple(tab.inputs), lambda values: build_extras(app, tab.runner, values), carry_out)
     values = values_of(tab, image=put_picture(tmp_path / "a.png"), upscaler_1_name="Nearest")
-    gallery, _, infotext, log = asyncio.run(handler.generate("task(y)", *values.values()))
+    gallery, _, infotext, log = _run(handler.generate("task(y)", *values.values()))
     assert len(gallery["value"]) == 1
     assert "Postprocess upscaler: Nearest" in infotext
     assert "Time taken" in log
-    _, _, _, log = asyncio.run(handler.generate("task(z)", *values_of(tab).values()))
+    _, _, _, log = _run(handler.generate("task(z)", *values_of(tab).values()))
     assert "Extras needs a picture" in log
 
 

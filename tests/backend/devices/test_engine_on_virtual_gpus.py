@@ -105,20 +105,22 @@ def expected(checkpoint: Path) -> torch.Tensor:
 )
 def test_the_picture_is_the_cpus(checkpoint: Path, expected: torch.Tensor, flags: dict[str, Any]) -> None:
     engine = load(checkpoint, **flags)
-    assert torch.equal(picture(engine), expected)
+    assert torch.allclose(picture(engine), expected, atol=1e-4), "a picture decoded in strips is rounded otherwise"
     for device, cap_bytes in zip(virtual_gpu.installed_devices(), flags["virtual_gpus_bytes"]):
         assert 0 < virtual_gpu.get_device(device).peak_bytes <= cap_bytes
 
 
-def test_with_two_gpus_the_unet_is_alone_on_the_first(checkpoint: Path) -> None:
+def test_with_two_gpus_the_unet_is_on_the_first_and_decoding_on_both(checkpoint: Path) -> None:
     engine = load(checkpoint, virtual_gpus_bytes=(512 * MIB, 512 * MIB), multi_gpu=True)
     picture(engine)
     first, second = (virtual_gpu.get_device(device) for device in virtual_gpu.installed_devices())
-    assert memory_management.module_size(engine.forge_objects.unet.model) == pytest.approx(first.live_bytes, rel=0.01)
+    held_bytes = memory_management.module_size(engine.forge_objects.unet.model) + memory_management.module_size(engine.first_stage_model)
+    assert held_bytes == pytest.approx(first.live_bytes, rel=0.01)
     assert second.live_bytes > 15 * MIB
     crossing = virtual_gpu.copied_bytes()
-    assert crossing["vgpu:0", "vgpu:1"] == 4 * SIDE * SIDE * 4  # the latents, to the VAE
-    assert crossing["vgpu:1", "vgpu:0"] < MIB  # the conditions
+    vae_bytes = memory_management.module_size(engine.first_stage_model)
+    assert 4 * SIDE * SIDE * 4 <= crossing["vgpu:0", "vgpu:1"] < MIB  # the latents, to the VAE, and what strips tell each other
+    assert crossing["vgpu:1", "vgpu:0"] < MIB + vae_bytes  # the conditions, and the copy of the VAE
 
 
 @pytest.mark.parametrize("cap_mib", [512, 24], ids=["whole", "streamed"])
@@ -134,7 +136,7 @@ def test_sdxl_on_two_gpus(tmp_path: Path) -> None:
     path = tmp_path / "narrow_xl.safetensors"
     write_checkpoint(path, "sdxl")
     on_cpu = picture(load(path, device_ids=("cpu",)))
-    assert torch.equal(picture(load(path, virtual_gpus_bytes=(512 * MIB, 512 * MIB), multi_gpu=True)), on_cpu)
+    assert torch.allclose(picture(load(path, virtual_gpus_bytes=(512 * MIB, 512 * MIB), multi_gpu=True)), on_cpu, atol=1e-4)
 
 
 def test_more_pictures_leave_bytes_where_they_were(checkpoint: Path) -> None:

@@ -127,6 +127,7 @@ def test_multi_gpu_tells_of_slots_plan_and_links(server: Server) -> None:
     from backend.parallel.slot_facts import Link
 
     status.set_current_plan(None)
+    status.set_links((), {})
     answer = server.get("/sdapi/v1/multi-gpu")
     assert answer["plan"] is None
     assert answer["links"] == []
