@@ -282,7 +282,7 @@ def test_the_selected_script_is_shown(app: Application, with_extensions: Any) ->
         page = ui.create_ui(app)
         show = next(fn for fn in page.fns.values() if fn.inputs and fn.inputs[0].elem_id == "script_list")
         with ThreadPoolExecutor(max_workers=1) as pool:  # a browser test may have left its loop on this thread
-            answer = pool.submit(lambda: asyncio.run(page.process_api(show, ["Make it twice"], state=SessionState(page)))).result()
+            answer = pool.submit(asyncio.run, page.process_api(show, ["Make it twice"], state=SessionState(page))).result()
         shown = [update["visible"] for update in answer["data"]]
         assert shown == [title == "Make it twice" for title in app.script_runners["txt2img"].titles]
 
