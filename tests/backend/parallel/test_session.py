@@ -123,8 +123,9 @@ def test_going_from_plan_to_plan_and_back_moves_no_number(two_gpus: Fleet) -> No
     memory_management.unload_all_models()
     after = unet.model.state_dict()
     assert list(after) == names
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert {tensor.device.type for tensor in after.values()} == {"cpu"}
+    assert all(torch.equal(after[name].cpu(), before[name]) for name in before)
+    weights = [tensor for name, tensor in after.items() if name.startswith("diffusion_model.")]
+    assert {tensor.device.type for tensor in weights} == {"cpu"}, "the prediction's tables, some KB, stay where the latents are"
     assert virtual_gpu.get_device(1).live_bytes == 0
 
 
