@@ -18,7 +18,7 @@ from backend.parallel.session import guess_speed
 from backend.parallel.slot_facts import Link, SlotFacts
 
 _LATENT_PX = 8
-_SIDES_PX = {"sdxl": 1024, "sdxl_refiner": 1024, "sd2": 768}
+_SIDES_PX = {"sdxl": 1024, "sdxl_refiner": 1024, "sd20": 768}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
