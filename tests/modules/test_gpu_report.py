@@ -43,7 +43,10 @@ def test_the_table_has_a_line_per_slot_in_columns_that_somebody_fills() -> None:
         (SINGLE, BOTH[:1], True, ""),
         (None, BOTH, False, "Only slot 0 computes: start with --multi-gpu to use the others."),
         (SINGLE, BOTH, True, "Slot 1 is idle: slot 0 alone: the link is slow. Larger pictures, or more of them at once (Batch size), give it work."),
-        (replace(REPLICAS, units=(1, 0)), BOTH, True, "Slot 1 is idle: 2 replicas on slots 0 and 1. More pictures at once (Batch size) give it work."),
+        (
+            replace(REPLICAS, units=(1, 0)), BOTH, True,
+            "Slot 1 is idle: 2 replicas on slots 0 and 1. More pictures at once (Batch size) give it work.",
+        ),
         (
             replace(SINGLE, reason="slot 0 alone; single was asked for"), (*BOTH, _slot(2)), True,
             "Slots 1 and 2 are idle: slot 0 alone; single was asked for. "

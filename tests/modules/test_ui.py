@@ -46,7 +46,8 @@ SHARED_IDS = """
 {t}_subseed_strength {t}_seed_resize_from_w {t}_seed_resize_from_h {t}_seed_row {t}_seed_extras {t}_override_settings
 {t}_override_settings_row {t}_results {t}_gallery {t}_gallery_container image_buttons_{t} {t}_open_folder save_{t} save_zip_{t}
 {t}_enable {t}_enable-checkbox {t}_checkpoint {t}_checkpoint_refresh {t}_switch_at {t}_accordions
-{t}_send_to_extras {t}_send_to_img2img {t}_send_to_inpaint download_files_{t} html_info_{t} html_log_{t} generation_info_{t} {t}_generation_info_button tab_{t}
+{t}_send_to_extras {t}_send_to_img2img {t}_send_to_inpaint download_files_{t} html_info_{t} html_log_{t}
+generation_info_{t} {t}_generation_info_button tab_{t}
 """
 TXT2IMG_IDS = """
 txt2img_hr txt2img_hr-checkbox txtimg_hr_finalres txt2img_hr_upscaler txt2img_hires_steps txt2img_denoising_strength txt2img_hr_scale
@@ -71,8 +72,8 @@ extras_upscaling_resize_h extras_upscaling_crop extras_upscaling_res_switch_btn 
 extras_generate extras_generate_box extras_interrupt extras_skip extras_interrupting extras_send_to_img2img extras_send_to_inpaint save_extras
 """
 OTHER_IDS = """
-extras_tab tabs quicksettings footer forge_ui_preset forge_refresh_checkpoint pnginfo_image pnginfo_generation_info txt2img_tab img2img_tab inpaint_tab
-tab_pnginfo tab_settings settings settings_submit settings_result settings_json settings_search settings_restart_gradio
+extras_tab tabs quicksettings footer forge_ui_preset forge_refresh_checkpoint pnginfo_image pnginfo_generation_info txt2img_tab img2img_tab
+inpaint_tab tab_pnginfo tab_settings settings settings_submit settings_result settings_json settings_search settings_restart_gradio
 """
 
 
