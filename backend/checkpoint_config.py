@@ -258,14 +258,30 @@ _CONTROLNET_FIELDS = (
 )  # fmt: skip
 
 
+def controlnet_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ControlNet's configuration shares with its UNet's."""
+    return {name: config[name] for name in _CONTROLNET_FIELDS if name in config}
+
+
 def controlnet_config(file: TensorFile, part: Part, shape: UNetShape, family: str) -> dict[str, Any]:
     """Arguments for diffusers' ControlNetModel. Raises: CheckpointError when the shape is one that class cannot have."""
-    config = {name: value for name, value in unet_config(shape, family).items() if name in _CONTROLNET_FIELDS}
+    config = controlnet_fields(unet_config(shape, family))
     if not isinstance(config["layers_per_block"], int):
         raise CheckpointError(
             f"{file.path.name}: is a ControlNet with {config['layers_per_block']} resnets per level; diffusers' ControlNet has the same number on "
             "every level. This variant is not supported; use another ControlNet."
         )
+    channels, *widths = hint_widths(file, part)
+    return {
+        **config,
+        "cross_attention_dim": shape.context_width or _UNREAD_CONTEXT_WIDTH,
+        "conditioning_channels": channels,
+        "conditioning_embedding_out_channels": widths,
+    }
+
+
+def hint_widths(file: TensorFile, part: Part) -> tuple[int, ...]:
+    """Channels of a hint, then the widths of the layers that read it, outermost first. Raises: CheckpointError where there are none."""
     names = _Names(file, part, "ControlNet")
     if part.layout is Layout.LDM:
         stored = [name for name in names.shapes if re.fullmatch(r"input_hint_block\.\d+\.weight", name)]
@@ -276,12 +292,7 @@ def controlnet_config(file: TensorFile, part: Part, shape: UNetShape, family: st
     shapes = [names.shape(name) for name in convolutions]
     if not shapes:
         raise CheckpointError(f"{file.path.name}: its ControlNet has no layers that read the hint. The file is incomplete; download it again.")
-    return {
-        **config,
-        "cross_attention_dim": shape.context_width or _UNREAD_CONTEXT_WIDTH,
-        "conditioning_channels": shapes[0][1],
-        "conditioning_embedding_out_channels": [shapes[0][0], *(shape_[0] for shape_ in shapes[2::2])],
-    }
+    return shapes[0][1], shapes[0][0], *(shape[0] for shape in shapes[2::2])
 
 
 def _depth_config(shape: UNetShape) -> dict[str, Any]:

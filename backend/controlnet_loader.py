@@ -16,9 +16,11 @@ from diffusers import ControlNetModel
 from diffusers import T2IAdapter as LibraryAdapter
 from torch import Tensor
 
-from backend import checkpoint_config, checkpoint_identity, memory_management
+from backend import checkpoint_config, checkpoint_identity
 from backend.checkpoint_file import CheckpointError, TensorFile, TensorInfo, open_tensor_file
 from backend.checkpoint_layout import Part, find_controlnet
+from backend.control_dtype import pick_dtype
+from backend.control_lora import is_control_lora, read_control_lora
 from backend.nn.controlnet import ControlNetwork
 from backend.nn.t2i_adapter import AdapterNetwork
 from backend.patcher.controlnet import ControlBase, ControlNet, T2IAdapter
@@ -30,13 +32,11 @@ _LATENT_CHANNELS = 4
 _ADAPTER_STEPS_PX = (8, 16)
 """Pixels that a T2I-Adapter for SD 1.x, for SDXL folds into channels."""
 _RESNETS_PER_LEVEL = 2
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a ControlLLLite", ("lllite_",)),
     ("an IP-Adapter", ("ip_adapter.", "image_proj.")),
     ("a ControlNet for Flux or SD3", ("controlnet_blocks.", "controlnet_x_embedder.", "transformer_blocks.", "double_blocks.", "joint_blocks.")),
     ("a ControlNet stored as differences from SD 1.5", ("difference",)),
-    ("a Control-LoRA", ("lora_controlnet",)),
     ("a ControlNet Union", ("task_embedding", "control_add_embedding.")),
 )
 
@@ -69,6 +69,8 @@ def load_controlnet(path: Path) -> ControlBase:
 def build_control(file: TensorFile) -> ControlBase:
     """The link for a file of tensors. Raises: CheckpointError."""
     _refuse_unsupported(file)
+    if is_control_lora(file.infos):
+        return read_control_lora(file)
     if find_adapter(file.infos) is not None:
         return _build_adapter(file)
     part = find_controlnet(file.infos)
@@ -182,9 +184,3 @@ def _read_adapter(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[dic
         return f"body.{level}.{'.'.join(parts[2:])}" if parts[2] != "resnets" else f"body.{level + int(parts[3])}.{'.'.join(parts[4:])}"
 
     return config, rename
-
-
-def pick_dtype(model: torch.nn.Module) -> torch.dtype:
-    """What the network is stored and computed in: what a UNet of its size is computed in on the device in use."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return memory_management.get_computation_dtype(memory_management.get_torch_device(), parameters, _DTYPES)

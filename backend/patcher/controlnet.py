@@ -71,7 +71,7 @@ def apply_controlnet_advanced(
     `image_bchw`: the hint, from 0 to 1, a row for all pictures or one each. Weights: per residual for the positive and the negative branch, per
     picture, by noise level, and by place (a mask (I or 1, 1, H, W)). Raises: ControlNetError for a ControlNet of another family.
     """
-    link = controlnet.copy().set_cond_hint(image_bchw, strength, (start_percent, end_percent))
+    link = controlnet.copy_for(unet.model).set_cond_hint(image_bchw, strength, (start_percent, end_percent))
     link.positive_advanced_weighting = positive_advanced_weighting
     link.negative_advanced_weighting = negative_advanced_weighting
     link.advanced_frame_weighting = advanced_frame_weighting
@@ -187,6 +187,10 @@ class ControlBase:
     def copy(self) -> ControlBase:
         """The same network with the same settings, in no chain."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is copied.")
+
+    def copy_for(self, model: KModel) -> ControlBase:
+        """A copy that gives residuals for this denoiser. Raises: ControlNetError where it cannot be made."""
+        return self.copy()
 
     def copy_to(self, other: ControlBase) -> None:
         """Give another link of the same network one's settings."""
@@ -343,7 +347,7 @@ class ControlNet(ControlBase):
             if is_read and _plain(own[name]) != _plain(theirs[name]):
                 raise ControlNetError(
                     f"{self.name} does not fit the checkpoint in use: {what} are {own[name]} wide, the checkpoint's {theirs[name]}. It is made for "
-                    f"{_family_of(own)}, the checkpoint is {_family_of(theirs)}; choose a ControlNet of the checkpoint's family."
+                    f"{family_of(own)}, the checkpoint is {family_of(theirs)}; choose a ControlNet of the checkpoint's family."
                 )
 
     def pre_run(self, model: KModel, percent_to_timestep_function: Callable[[float], float]) -> None:
@@ -433,7 +437,7 @@ class T2IAdapter(ControlBase):
             own = "SDXL" if self.t2i_model.is_for_sdxl else "SD 1.x"
             raise ControlNetError(
                 f"{self.name} does not fit the checkpoint in use: it is a T2I-Adapter for {own} with levels "
-                f"{self.t2i_model.widths} wide, the checkpoint is {_family_of(theirs)} with {widths}. Choose one of the checkpoint's family."
+                f"{self.t2i_model.widths} wide, the checkpoint is {family_of(theirs)} with {widths}. Choose one of the checkpoint's family."
             )
 
     def pre_run(self, model: KModel, percent_to_timestep_function: Callable[[float], float]) -> None:
@@ -481,7 +485,8 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-def _family_of(config: Any) -> str:
+def family_of(config: Any) -> str:
+    """What people call the family of a network of this config."""
     if config["projection_class_embeddings_input_dim"] is not None:
         return "SDXL"
     return {768: "SD 1.x", 1024: "SD 2.x"}.get(config["cross_attention_dim"], f"a model with text features {config['cross_attention_dim']} wide")

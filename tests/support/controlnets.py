@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, T2IAdapter
+from diffusers.utils.state_dict_utils import convert_sai_sd_control_lora_state_dict_to_peft
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -84,3 +85,47 @@ def write_adapter(path: Path, adapter: Any, *, layout: str) -> Path:
     named = {key if layout == "diffusers" else rename(key): tensor.contiguous() for key, tensor in adapter.state_dict().items()}
     save_file(named, path)
     return path
+
+
+def write_control_lora(path: Path, models: ReferenceModels, *, rank: int = 3, seed: int = 8) -> dict[str, Tensor]:
+    """A random Control-LoRA in its publisher's names: low-rank halves of the weights of the UNet's way in, whole tensors of the rest."""
+    controlnet = build_controlnet(models, seed=seed)
+    unet_names = set(models.unet.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    stored: dict[str, Tensor] = {"lora_controlnet": torch.zeros(0)}
+    names = controlnet_module_names(controlnet.config)
+    for key, tensor in controlnet.state_dict().items():
+        name = rename_by_module(key, names)
+        if key not in unet_names:
+            stored[name] = tensor.contiguous()
+        elif tensor.ndim > 1:
+            layer, (rows, columns, *kernel) = name.removesuffix(".weight"), tensor.shape
+            size = tensor[0].numel() ** -0.5
+            stored[f"{layer}.up"] = torch.randn(rows, rank, *[1] * len(kernel), generator=generator)
+            stored[f"{layer}.down"] = torch.randn(rank, columns, *kernel, generator=generator) * size
+        else:
+            stored[name] = tensor + 0.2 * torch.randn(tensor.shape, generator=generator)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(stored, path)
+    return stored
+
+
+@torch.no_grad()
+def apply_control_lora(models: ReferenceModels, stored: dict[str, Tensor]) -> ControlNetModel:
+    """The library's ControlNet of the UNet's own encoder with the file's tensors put in by hand, under the names that the library gives them."""
+    stored = {key: tensor for key, tensor in stored.items() if key != "lora_controlnet"}
+    controlnet = ControlNetModel.from_unet(models.unet).eval().requires_grad_(False)
+    own = controlnet.state_dict()
+    for key, tensor in convert_sai_sd_control_lora_state_dict_to_peft(stored).items():
+        if key.endswith(".lora_A.weight"):
+            continue
+        if not key.endswith(".lora_B.weight"):
+            own[key].copy_(tensor)
+            continue
+        layer = key.removesuffix(".lora_B.weight")
+        down = convert_sai_sd_control_lora_state_dict_to_peft(stored)[f"{layer}.lora_A.weight"]
+        if tensor.ndim == 4:
+            own[f"{layer}.weight"] += torch.einsum("orxy,rikl->oikl", tensor, down)
+        else:
+            own[f"{layer}.weight"] += tensor @ down
+    return controlnet

@@ -1,0 +1,81 @@
+"""Jobs with each kind of control model over two slots against the same jobs on one: split == whole, bit for bit (see the ControlNets' own test)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backend.controlnet_loader import load_controlnet
+from backend.parallel import vae_decoding
+from backend.parallel.session import SamplingSession
+from backend.patcher.controlnet import apply_controlnet_advanced
+from backend.patcher.unet import UnetPatcher
+from backend.sampling import sampling_function
+from modules.application import Application
+from tests.parity.test_split_parity import _each_row_alone
+from tests.support.checkpoints import ReferenceModels
+from tests.support.controlnets import hint, write_control_lora
+from tests.support.fleets import configured_slots, virtual_fleet
+from tests.support.narrow_application import narrow_application, pixels, run, txt2img
+
+Apply = Callable[[UnetPatcher, ReferenceModels, Path], UnetPatcher]
+
+
+def _control_lora(unet: UnetPatcher, models: ReferenceModels, folder: Path) -> UnetPatcher:
+    write_control_lora(folder / "lora.safetensors", models)
+    return apply_controlnet_advanced(unet, load_controlnet(folder / "lora.safetensors"), hint(), 1.0, 0.0, 1.0)
+
+
+KINDS: dict[str, tuple[str, Apply | None]] = {"Control-LoRA": ("sd15", _control_lora)}
+
+
+def _picture(app: Application, models: ReferenceModels, folder: Path, apply: Apply | None) -> np.ndarray:
+    engine = app.models.ensure_loaded()
+    original = engine.forge_objects_original
+    patched = original.shallow_copy()
+    if apply is not None:
+        patched.unet = apply(patched.unet, models, folder)
+    engine.forge_objects_original = patched
+    try:
+        return pixels(run(txt2img(sampler_name="Euler a", steps=2)).images[0])
+    finally:
+        engine.forge_objects_original = original
+
+
+def _pictures(folder: Path, strategy: str) -> dict[str, np.ndarray]:
+    """By kind, and "" and the family without one."""
+    pictures = {}
+    with narrow_application(folder, "sd15", "sdxl") as (app, models):
+        app.options.set("multi_gpu_strategy", strategy)
+        for family in ("sd15", "sdxl"):
+            app.options.set("sd_model_checkpoint", f"{family}.safetensors")
+            for kind, (own, apply) in {**KINDS, f"nothing, {family}": (family, None)}.items():
+                if own == family:
+                    pictures[kind] = _picture(app, models[family], folder, apply)
+    return pictures
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kinds")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, np.ndarray]:
+    with pytest.MonkeyPatch.context() as patch, configured_slots("cpu"):
+        patch.setattr(sampling_function, "_call_model", _each_row_alone(sampling_function._call_model))
+        return _pictures(folder, "single")
+
+
+@pytest.mark.parametrize("strategy", ["replicas", "layers"])
+def test_a_split_job_makes_the_whole_jobs_picture(strategy: str, folder: Path, alone: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vae_decoding, "worth_splitting", lambda *args, **kwargs: False)
+    monkeypatch.setattr(SamplingSession, "_rows_per_unit", lambda self, replica, share: 1)
+    with virtual_fleet(2):
+        divided = _pictures(folder, strategy)
+    for kind, (family, _) in KINDS.items():
+        assert np.abs(alone[kind] - alone[f"nothing, {family}"]).max() > 2, f"{kind} acts"
+        assert np.array_equal(divided[kind], alone[kind]), kind
