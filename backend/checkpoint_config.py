@@ -280,6 +280,20 @@ def controlnet_config(file: TensorFile, part: Part, shape: UNetShape, family: st
     }
 
 
+def union_config(file: TensorFile, part: Part, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ControlNet's arguments with what diffusers' ControlNetUnionModel takes beside them. Raises: CheckpointError when a tensor is missing."""
+    names = _Names(file, part, "ControlNet Union")
+    num_types, width = names.shape("task_embedding")
+    return {
+        **{name: value for name, value in config.items() if name != "mid_block_type"},
+        "num_control_type": num_types,
+        "num_trans_channel": width,
+        "num_trans_head": 8 if width % 8 == 0 else 1,
+        "num_trans_layer": names.count("transformer_layes.{}."),
+        "num_proj_channel": names.shape("spatial_ch_projs.weight")[0],
+    }
+
+
 def hint_widths(file: TensorFile, part: Part) -> tuple[int, ...]:
     """Channels of a hint, then the widths of the layers that read it, outermost first. Raises: CheckpointError where there are none."""
     names = _Names(file, part, "ControlNet")

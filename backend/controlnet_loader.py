@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, ControlNetUnionModel
 from diffusers import T2IAdapter as LibraryAdapter
 from torch import Tensor
 
@@ -22,8 +22,10 @@ from backend.checkpoint_layout import Part, find_controlnet
 from backend.control_dtype import pick_dtype
 from backend.control_lora import is_control_lora, read_control_lora
 from backend.nn.controlnet import ControlNetwork
+from backend.nn.controlnet_union import UnionNetwork
 from backend.nn.t2i_adapter import AdapterNetwork
 from backend.patcher.controlnet import ControlBase, ControlNet, T2IAdapter
+from backend.patcher.controlnet_union import UnionControlNet
 from backend.state_dict import assign_tensors, build_empty, check_plan, plan_as_named, plan_controlnet
 
 logger = logging.getLogger(__name__)
@@ -32,12 +34,12 @@ _LATENT_CHANNELS = 4
 _ADAPTER_STEPS_PX = (8, 16)
 """Pixels that a T2I-Adapter for SD 1.x, for SDXL folds into channels."""
 _RESNETS_PER_LEVEL = 2
+_UNION_MARK = "task_embedding"
 _UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a ControlLLLite", ("lllite_",)),
     ("an IP-Adapter", ("ip_adapter.", "image_proj.")),
     ("a ControlNet for Flux or SD3", ("controlnet_blocks.", "controlnet_x_embedder.", "transformer_blocks.", "double_blocks.", "joint_blocks.")),
     ("a ControlNet stored as differences from SD 1.5", ("difference",)),
-    ("a ControlNet Union", ("task_embedding", "control_add_embedding.")),
 )
 
 
@@ -112,13 +114,16 @@ def _build_controlnet(file: TensorFile, part: Part) -> ControlNet:
         )
     family = checkpoint_config.find_family(file, shape)
     config = checkpoint_config.controlnet_config(file, part, shape, family)
-    model = build_empty(lambda: ControlNetModel(**config))
+    is_union = f"{part.prefix}{_UNION_MARK}" in file.infos
+    config = checkpoint_config.union_config(file, part, config) if is_union else config
+    model = build_empty(lambda: ControlNetUnionModel(**config) if is_union else ControlNetModel(**config))
     plan = plan_controlnet(model, file, part)
     check_plan(plan, file, "ControlNet")
     assign_tensors(model, plan, file, storage_dtype=pick_dtype(model))
-    link = ControlNet(ControlNetwork(model), global_average_pooling="shuffle" in file.path.stem.lower())
+    link = UnionControlNet(UnionNetwork(model)) if is_union else ControlNet(ControlNetwork(model), "shuffle" in file.path.stem.lower())
     link.name = file.path.name
-    logger.info("Loaded %s: a ControlNet for %s, in %s.", file.path.name, checkpoint_config.FAMILY_TITLES[family], str(link.control_model.dtype)[6:])
+    what = f"a ControlNet Union of {link.num_types} kinds" if isinstance(link, UnionControlNet) else "a ControlNet"
+    logger.info("Loaded %s: %s for %s, in %s.", file.path.name, what, checkpoint_config.FAMILY_TITLES[family], str(link.control_model.dtype)[6:])
     return link
 
 

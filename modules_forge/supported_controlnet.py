@@ -15,6 +15,7 @@ from backend.checkpoint_file import CheckpointError
 from backend.checkpoint_layout import find_controlnet
 from backend.controlnet_loader import HeldTensors, build_control, find_adapter
 from backend.patcher.controlnet import ControlBase, apply_controlnet_advanced
+from backend.patcher.controlnet_union import UnionControlNet
 
 
 class ControlModelPatcher:
@@ -50,9 +51,18 @@ class ControlModelPatcher:
 
 
 class ControlNetPatcher(ControlModelPatcher):
-    """A ControlNet for SD 1.x, SD 2.x or SDXL, or a T2I-Adapter, in the original layout or diffusers'."""
+    """A ControlNet for SD 1.x, SD 2.x or SDXL (also a Control-LoRA or a Union), or a T2I-Adapter, in the original layout or diffusers'."""
 
     model_patcher: ControlBase
+
+    def __init__(self, model_patcher: ControlBase) -> None:
+        super().__init__(model_patcher)
+        self.union_control_type = 0
+
+    @property
+    def needs_control_type(self) -> bool:
+        """Whether the network has to be told what kind of hint it reads (`union_control_type`, see UNION_TYPES)."""
+        return isinstance(self.model_patcher, UnionControlNet)
 
     @staticmethod
     def try_build_from_state_dict(state_dict: Mapping[str, Tensor], ckpt_path: str) -> ControlNetPatcher | None:
@@ -63,10 +73,12 @@ class ControlNetPatcher(ControlModelPatcher):
 
     def process_before_every_sampling(self, process: Any, cond: Any, mask: Any, *args: Any, **kwargs: Any) -> None:
         """Put the ControlNet at the head of the pass's chain."""
-        objects = process.sd_model.forge_objects
+        objects, link = process.sd_model.forge_objects, self.model_patcher
+        if isinstance(link, UnionControlNet):
+            link = link.of_type(self.union_control_type)
         objects.unet = apply_controlnet_advanced(
             unet=objects.unet,
-            controlnet=self.model_patcher,
+            controlnet=link,
             image_bchw=cond,
             strength=self.strength,
             start_percent=self.start_percent,

@@ -52,7 +52,7 @@ class ControlNetwork(nn.Module):
         context: Tensor | None = None,
         y: Tensor | None = None,
         hint_embedding: Tensor | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> list[Tensor]:
         """Residuals of the skips, outermost first, and last that of the middle.
 
@@ -61,7 +61,7 @@ class ControlNetwork(nn.Module):
         """
         embedding = self.embed_hint(hint) if hint_embedding is None else hint_embedding
         emb_BE = self._embed_time(x, timesteps, y)
-        hidden_BCHW = self._join_hint(self.model.conv_in(x), _repeat_rows(embedding, x.shape[0]))
+        hidden_BCHW = self._join_hint(self.model.conv_in(x), repeat_rows(embedding, x.shape[0]))
         return self._run_blocks(hidden_BCHW, emb_BE, context)
 
     def _embed_time(self, x_BCHW: Tensor, timesteps_B: Tensor, y_BV: Tensor | None) -> Tensor:
@@ -91,6 +91,6 @@ def _context_of(block: Any, context_BLD: Tensor | None) -> dict[str, Tensor | No
     return {"encoder_hidden_states": context_BLD} if getattr(block, "has_cross_attention", False) else {}
 
 
-def _repeat_rows(rows: Tensor, count: int) -> Tensor:
+def repeat_rows(rows: Tensor, count: int) -> Tensor:
     """Rows repeated as a whole until there are `count`."""
     return rows if rows.shape[0] in (1, count) else rows.repeat(count // rows.shape[0], *[1] * (rows.ndim - 1))

@@ -115,7 +115,6 @@ def test_a_shuffle_controlnet_pools_its_residuals(tmp_path: Path) -> None:
         (("control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight", "difference"), "differences"),
         (("first_stage_model.decoder.conv_in.weight",), "a VAE, not a ControlNet"),
         (("zero_convs.0.0.weight", "input_blocks.0.0.weight", "lora_controlnet"), "no layers that read the hint"),
-        (("controlnet_cond_embedding.x", "controlnet_down_blocks.x", "task_embedding"), "ControlNet Union"),
         (("body.0.block1.weight",), "T2I-Adapter misses conv_in.weight"),
         (("what.weight",), "no ControlNet that is known"),
     ],

@@ -25,7 +25,7 @@ from modules.application import Application
 from modules.scripts_without_page import build_controls
 from tests.support.applications import installed_application
 from tests.support.checkpoints import write_checkpoint
-from tests.support.controlnets import build_controlnet, write_controlnet
+from tests.support.controlnets import build_controlnet, build_union, write_control_lora, write_controlnet
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -67,6 +67,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         models_dir = folder / "models" / "ControlNet"
         for seed in (1, 2):
             write_controlnet(models_dir / "sub" / f"canny_{seed}.safetensors", build_controlnet(models["sd15"], seed=seed, residual_scale=0.5))
+        write_controlnet(models_dir / "union.safetensors", build_union(models["sdxl"]), layout="diffusers")
+        write_control_lora(models_dir / "control-lora.safetensors", models["sd15"])
         write_controlnet(models_dir / "big.safetensors", build_controlnet(models["sdxl"]), layout="diffusers")
         (models_dir / "broken.pth").write_bytes(b"no model")
         app.options.set("sd_model_checkpoint", "sd15.safetensors")
@@ -191,14 +193,35 @@ def test_a_model_of_another_family_is_refused_with_both_names(site: Site) -> Non
     assert len(guided["images"]) == 2
 
 
+def test_a_union_is_told_the_kind_of_hint(site: Site) -> None:
+    sdxl = {"override_settings": {"sd_model_checkpoint": "sdxl.safetensors"}, "steps": 2}
+    by_name = [site.txt2img(_unit(site, model="union", union_control_type=kind), **sdxl) for kind in ("Depth", "openpose")]
+    by_module = site.txt2img(_unit(site, model="union"), **sdxl)
+    by_number = site.txt2img(_unit(site, model="union", union_control_type=3), **sdxl)
+    assert np.array_equal(_first(by_module), _first(by_number))
+    assert not np.array_equal(_first(by_name[0]), _first(by_name[1])) and not np.array_equal(_first(by_name[0]), _first(by_module))
+    assert "Union Control Type: Hard Edge" in json.loads(by_module["info"])["extra_generation_params"]["ControlNet 0"]
+    assert "Send union_control_type" in site.refused(_unit(site, model="union", module="None"), **sdxl)
+    assert "union_control_type" in site.refused(_unit(site, model="union", union_control_type="sideways"), **sdxl)
+
+
+def test_a_control_lora_is_a_model_like_others(site: Site) -> None:
+    plain, guided = site.txt2img(steps=2), site.txt2img(_unit(site, model="control-lora"), steps=2)
+    assert not np.array_equal(_first(plain), _first(guided))
+    assert "Union" not in json.loads(guided["info"])["extra_generation_params"]["ControlNet 0"]
+    assert "control-lora.safetensors does not fit" in site.refused(
+        _unit(site, model="control-lora"), override_settings={"sd_model_checkpoint": "sdxl.safetensors"}
+    )
+
+
 def test_lists(site: Site) -> None:
-    assert set(site.titles) == {"canny_1", "canny_2", "big", "broken"}
+    assert set(site.titles) == {"canny_1", "canny_2", "big", "broken", "union", "control-lora"}
     modules = site.client.get("/controlnet/module_list").json()
     assert modules["module_list"][0] == "None" and {"canny", "shuffle", "inpaint_only"} <= set(modules["module_list"])
     assert modules["module_detail"]["canny"]["sliders"][1] == {"name": "Low Threshold", "value": 100, "min": 0, "max": 256, "step": 1}
     types = site.client.get("/controlnet/control_types").json()["control_types"]
     assert types["Canny"]["default_option"] == "canny" and types["Canny"]["default_model"] == site.titles["canny_1"]
-    assert types["All"]["default_option"] == "None" and len(types["All"]["model_list"]) == 5
+    assert types["All"]["default_option"] == "None" and len(types["All"]["model_list"]) == 7
     assert site.client.get("/controlnet/version").json() == {"version": 2}
     assert site.client.get("/controlnet/settings").json() == {"control_net_unit_count": 3}
 
@@ -239,8 +262,9 @@ def test_controls_make_units_and_parameters_fill_controls(site: Site) -> None:
     from lib_controlnet.ui import make_unit
 
     image = np.zeros((8, 8, 3), dtype=np.uint8)
-    unit = make_unit(True, image, None, "canny", "a, b [12345678]", 0.5, 0.1, 0.9, 512, 50, 60, True, "Balanced", "Just Resize", "Both")
+    unit = make_unit(True, image, None, "canny", "a, b [12345678]", 0.5, 0.1, 0.9, 512, 50, 60, True, "Balanced", "Just Resize", "Both", "Lineart")
     assert (unit.enabled, unit.module, unit.weight, unit.image is image) == (True, "canny", 0.5, True)
+    assert unit.union_control_type.value == "Hard Edge"
     unit.normalise()
     text = write_unit(unit)
     assert read_unit(text)["Model"] == "a, b [12345678]"

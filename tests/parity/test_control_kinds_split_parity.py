@@ -12,12 +12,13 @@ from backend.controlnet_loader import load_controlnet
 from backend.parallel import vae_decoding
 from backend.parallel.session import SamplingSession
 from backend.patcher.controlnet import apply_controlnet_advanced
+from backend.patcher.controlnet_union import UnionControlNet
 from backend.patcher.unet import UnetPatcher
 from backend.sampling import sampling_function
 from modules.application import Application
 from tests.parity.test_split_parity import _each_row_alone
 from tests.support.checkpoints import ReferenceModels
-from tests.support.controlnets import hint, write_control_lora
+from tests.support.controlnets import build_union, hint, write_control_lora, write_controlnet
 from tests.support.fleets import configured_slots, virtual_fleet
 from tests.support.narrow_application import narrow_application, pixels, run, txt2img
 
@@ -29,7 +30,13 @@ def _control_lora(unet: UnetPatcher, models: ReferenceModels, folder: Path) -> U
     return apply_controlnet_advanced(unet, load_controlnet(folder / "lora.safetensors"), hint(), 1.0, 0.0, 1.0)
 
 
-KINDS: dict[str, tuple[str, Apply | None]] = {"Control-LoRA": ("sd15", _control_lora)}
+def _union(unet: UnetPatcher, models: ReferenceModels, folder: Path) -> UnetPatcher:
+    link = load_controlnet(write_controlnet(folder / "union.safetensors", build_union(models), layout="diffusers"))
+    assert isinstance(link, UnionControlNet)
+    return apply_controlnet_advanced(unet, link.of_type(3), hint(), 1.0, 0.0, 1.0)
+
+
+KINDS: dict[str, tuple[str, Apply | None]] = {"Control-LoRA": ("sd15", _control_lora), "ControlNet Union": ("sdxl", _union)}
 
 
 def _picture(app: Application, models: ReferenceModels, folder: Path, apply: Apply | None) -> np.ndarray:

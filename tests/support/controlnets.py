@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, T2IAdapter
+from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter
 from diffusers.utils.state_dict_utils import convert_sai_sd_control_lora_state_dict_to_peft
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,6 +22,22 @@ def build_controlnet(models: ReferenceModels, *, seed: int = 1, residual_scale: 
         controlnet = ControlNetModel.from_unet(models.unet).eval().requires_grad_(False)
         _randomise(controlnet, residual_scale)
     return controlnet
+
+
+def build_union(models: ReferenceModels, *, num_types: int = 8, seed: int = 6) -> ControlNetUnionModel:
+    """A random ControlNet Union for a narrow SDXL checkpoint."""
+    width = models.unet.config.block_out_channels[0]
+    fields = {name: value for name, value in build_controlnet(models).config.items() if name[0] != "_" and name != "mid_block_type"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        union = ControlNetUnionModel.from_config(
+            {**fields, "num_control_type": num_types, "num_trans_channel": width, "num_proj_channel": width, "num_trans_layer": 2}
+        )
+        union.eval().requires_grad_(False)
+        _randomise(union, 0.1)
+        with torch.no_grad():
+            union.spatial_ch_projs.weight.normal_(std=0.3)
+    return union
 
 
 @torch.no_grad()

@@ -82,6 +82,35 @@ class HiResFixOption(Choice):
     HIGH_RES_ONLY = "High res only"
 
 
+class ControlNetUnionControlType(Choice):
+    """The kinds of hints that ControlNet Unions read, in the order of their numbers."""
+
+    OPENPOSE = "OpenPose"
+    DEPTH = "Depth"
+    SOFTEDGE = "Soft Edge"
+    HARDEDGE = "Hard Edge"
+    NORMAL_MAP = "Normal Map"
+    SEGMENTATION = "Segmentation"
+    TILE = "Tile"
+    INPAINT = "Inpaint"
+
+    @classmethod
+    def _old_names(cls) -> dict[str, tuple[str, ...]]:
+        return {
+            "SOFTEDGE": ("Scribble", "Sketch", "hed", "pidi", "ted", "hed/pidi/scribble/ted"),
+            "HARDEDGE": ("Canny", "Lineart", "MLSD", "anime_lineart", "canny/lineart/anime_lineart/mlsd"),
+            "NORMAL_MAP": ("Normal",),
+            "SEGMENTATION": ("Segment", "Seg"),
+            "TILE": ("Blur",),
+            "INPAINT": ("Repaint",),
+        }
+
+    @property
+    def number(self) -> int:
+        """What the network is told."""
+        return list(type(self)).index(self)
+
+
 class InputMode(Choice):
     """Where a unit's pictures come from."""
 

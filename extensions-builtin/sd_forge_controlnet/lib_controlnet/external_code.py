@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lib_controlnet.enums import BatchOption, ControlMode, HiResFixOption, InputMode, ResizeMode
+from lib_controlnet.enums import BatchOption, ControlMode, ControlNetUnionControlType, HiResFixOption, InputMode, ResizeMode
 from modules.errors import RequestError
 
 __all__ = [
-    "BatchOption", "ControlMode", "ControlNetUnit", "HiResFixOption", "InputMode", "ResizeMode", "UiControlNetUnit", "control_mode_from_value",
+    "BatchOption", "ControlMode", "ControlNetUnionControlType", "ControlNetUnit", "HiResFixOption", "InputMode", "ResizeMode", "UiControlNetUnit",
+    "control_mode_from_value",
     "get_api_version", "get_max_models_num", "pixel_perfect_resolution", "resize_mode_from_value", "to_base64_nparray",
 ]  # fmt: skip
 
 _OLD_KEYS = {"input_image": "image", "mask": "mask_image", "preprocessor": "module"}
 _CHOICES: dict[str, Any] = {"resize_mode": ResizeMode, "control_mode": ControlMode, "hr_option": HiResFixOption, "input_mode": InputMode}
+_NO_UNION_TYPES = ("", "all", "none", "unknown")
 _NUMBERS = ("weight", "processor_res", "threshold_a", "threshold_b", "guidance_start", "guidance_end")
 
 
@@ -54,6 +56,7 @@ class ControlNetUnit:
     pixel_perfect: bool = False
     control_mode: ControlMode = ControlMode.BALANCED
     save_detected_map: bool = True
+    union_control_type: ControlNetUnionControlType | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ControlNetUnit:
@@ -75,6 +78,7 @@ class ControlNetUnit:
                 setattr(self, name, choice.read(getattr(self, name)))
             except ValueError as error:
                 raise RequestError(f"ControlNet's {name}: {error}") from error
+        self.union_control_type = _read_union_type(self.union_control_type)
         for name in _NUMBERS:
             value = getattr(self, name)
             try:
@@ -90,6 +94,17 @@ class ControlNetUnit:
                 f"ControlNet's guidance_start is {self.guidance_start:g} and guidance_end {self.guidance_end:g}; "
                 "they lie between 0 and 1, the start not after the end."
             )
+
+
+def _read_union_type(value: Any) -> ControlNetUnionControlType | None:
+    """None where it is left to the preprocessor. Raises RequestError."""
+    text = getattr(value, "value", value)
+    if text is None or (isinstance(text, str) and text.strip().lower() in _NO_UNION_TYPES):
+        return None
+    try:
+        return ControlNetUnionControlType.read(value)
+    except ValueError as error:
+        raise RequestError(f"ControlNet's union_control_type: {error}") from error
 
 
 UiControlNetUnit = ControlNetUnit

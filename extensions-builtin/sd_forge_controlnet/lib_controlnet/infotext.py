@@ -12,6 +12,7 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("Module", "module"), ("Model", "model"), ("Weight", "weight"), ("Resize Mode", "resize_mode"), ("Processor Res", "processor_res"),
     ("Threshold A", "threshold_a"), ("Threshold B", "threshold_b"), ("Guidance Start", "guidance_start"), ("Guidance End", "guidance_end"),
     ("Pixel Perfect", "pixel_perfect"), ("Control Mode", "control_mode"), ("Hr Option", "hr_option"),
+    ("Union Control Type", "union_control_type"),
 )  # fmt: skip
 
 
@@ -23,7 +24,9 @@ def key_of(number: int) -> str:
 def write_unit(unit: ControlNetUnit) -> str:
     """Name: value pairs; numbers that were left to the preprocessor are left out."""
     pairs = ((label, getattr(unit, name)) for label, name in FIELDS)
-    return ", ".join(f"{label}: {_text(value)}" for label, value in pairs if not (isinstance(value, (int, float)) and value < 0))
+    return ", ".join(
+        f"{label}: {_text(value)}" for label, value in pairs if value is not None and not (isinstance(value, (int, float)) and value < 0)
+    )
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from backend.patcher.controlnet import ControlNetError, soft_weights, zero_weights
 from lib_controlnet import api, global_state
-from lib_controlnet.enums import ControlMode, HiResFixOption
+from lib_controlnet.enums import ControlMode, ControlNetUnionControlType, HiResFixOption
 from lib_controlnet.external_code import ControlNetUnit
 from lib_controlnet.hints import Hint, make_hint
 from modules import shared
@@ -55,7 +55,25 @@ def prepare_unit(p: Any, unit: ControlNetUnit, number: int) -> ActiveUnit:
     if model is not None:
         path = global_state.get_controlnet_filename(unit.model)
         unit.model = next((title for title, known in global_state.controlnet_filename_dict.items() if known == path), unit.model)
+    if not getattr(model, "needs_control_type", False):
+        unit.union_control_type = None
+    elif unit.union_control_type is None:
+        unit.union_control_type = find_union_type(preprocessor, unit, number)
     return ActiveUnit(number, unit, preprocessor, model, make_hint(p, unit, preprocessor, number))
+
+
+def find_union_type(preprocessor: Any, unit: ControlNetUnit, number: int) -> ControlNetUnionControlType:
+    """The kind of hint that the preprocessor makes. Raises RequestError where it does not tell."""
+    for tag in preprocessor.tags:
+        try:
+            return ControlNetUnionControlType.read(tag)
+        except ValueError:
+            continue
+    known = ", ".join(repr(one.value) for one in ControlNetUnionControlType)
+    raise RequestError(
+        f"ControlNet unit {number}: {unit.model} reads several kinds of hints, and the preprocessor {preprocessor.name!r} does not tell which. "
+        f"Send union_control_type, or choose a control type: {known}."
+    )
 
 
 def add_detected_map(p: Any, one: ActiveUnit) -> None:
@@ -80,6 +98,8 @@ def patch_pass(p: Any, one: ActiveUnit, x: Any, args: Any, kwargs: Mapping[str, 
         return
     model.strength, model.start_percent, model.end_percent = one.unit.weight, one.unit.guidance_start, one.unit.guidance_end
     model.positive_advanced_weighting, model.negative_advanced_weighting = weights_of(one, p)
+    if one.unit.union_control_type is not None:
+        model.union_control_type = one.unit.union_control_type.number
     try:
         model.process_before_every_sampling(p, cond, mask, *args, **kwargs)
     except ControlNetError as error:

@@ -8,7 +8,7 @@ import gradio as gr
 import numpy as np
 
 from lib_controlnet import global_state
-from lib_controlnet.enums import ControlMode, HiResFixOption, ResizeMode
+from lib_controlnet.enums import ControlMode, ControlNetUnionControlType, HiResFixOption, ResizeMode
 from lib_controlnet.external_code import ControlNetUnit
 from lib_controlnet.infotext import pasted
 from modules.infotext_utils import PasteField
@@ -18,7 +18,7 @@ from modules_forge.utils import HWC3
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 _FIELDS = (
     "enabled", "image", "mask_image", "module", "model", "weight", "guidance_start", "guidance_end", "processor_res", "threshold_a", "threshold_b",
-    "pixel_perfect", "control_mode", "resize_mode", "hr_option",
+    "pixel_perfect", "control_mode", "resize_mode", "hr_option", "union_control_type",
 )  # fmt: skip
 
 
@@ -85,13 +85,13 @@ class UnitControls:
         """The controls whose values make the unit, in the order of _FIELDS."""
         return [
             self.enabled, self.image, self.mask, self.module, self.model, self.weight, self.start, self.end, self.resolution, self.threshold_a,
-            self.threshold_b, self.pixel_perfect, self.control_mode, self.resize_mode, self.hr_option,
+            self.threshold_b, self.pixel_perfect, self.control_mode, self.resize_mode, self.hr_option, self.type_filter,
         ]  # fmt: skip
 
     def paste_fields(self) -> list[PasteField]:
         """What pasted parameters fill in."""
         default = ControlNetUnit()
-        skipped = ("image", "mask_image")
+        skipped = ("image", "mask_image", "union_control_type")
         fields = []
         for name, control in zip(_FIELDS, self.inputs):
             if name not in skipped:
@@ -116,7 +116,16 @@ def make_unit(*values: Any) -> ControlNetUnit:
     named = dict(zip(_FIELDS, values))
     unit = ControlNetUnit(**{name: value for name, value in named.items() if value is not None})
     unit.enabled = bool(named["enabled"])
+    unit.union_control_type = _known_union_type(named.get("union_control_type"))
     return unit
+
+
+def _known_union_type(control_type: Any) -> ControlNetUnionControlType | None:
+    """The kind of hint for a Union where the chosen control type is one; the preprocessor tells it else."""
+    try:
+        return ControlNetUnionControlType.read(control_type)
+    except ValueError:
+        return None
 
 
 def _show_type(control_type: str) -> tuple[Any, Any]:

@@ -1,0 +1,41 @@
+"""The link for a ControlNet Union: a ControlNet that is told what kind of hint it reads. Must not know prompts, files, preprocessors or pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from backend.nn.controlnet_union import UNION_TYPES, UnionNetwork
+from backend.patcher.controlnet import ControlBase, ControlNet, ControlNetError
+
+
+class UnionControlNet(ControlNet):
+    """`control_type` is the number of the hint's kind; see UNION_TYPES."""
+
+    control_model: UnionNetwork
+    control_type = 0
+
+    @property
+    def num_types(self) -> int:
+        return self.control_model.num_types
+
+    def copy_to(self, other: ControlBase) -> None:
+        """Give another link of the same network one's settings."""
+        super().copy_to(other)
+        if isinstance(other, UnionControlNet):
+            other.control_type = self.control_type
+
+    def of_type(self, control_type: int) -> UnionControlNet:
+        """A copy for hints of this kind. Raises: ControlNetError for one that the network does not know."""
+        if not 0 <= control_type < self.num_types:
+            kind = UNION_TYPES[control_type] if 0 <= control_type < len(UNION_TYPES) else str(control_type)
+            raise ControlNetError(f"{self.name} does not know hints of the kind {kind}; it knows {', '.join(UNION_TYPES[: self.num_types])}.")
+        link = self.copy()
+        assert isinstance(link, UnionControlNet)
+        link.control_type = control_type
+        return link
+
+    def _run(self, arguments: dict[str, Any], hint: Tensor) -> Sequence[Tensor]:
+        return super()._run({**arguments, "control_type": self.control_type}, hint)
