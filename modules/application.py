@@ -10,15 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules import extra_networks
 from modules.app_config import AppConfig
 from modules.cache import FileCache
 from modules.call_queue import JobQueue
 from modules.checkpoints import CheckpointRegistry
-from modules.extra_networks_lora import ALIAS, NAME, ExtraNetworkLora
 from modules.hashes import HashStore
 from modules.job_bar import JobBar
-from modules.loras import LoraRegistry
 from modules.options import Options
 from modules.sd_models import LoadEngine, ModelHost, load_engine
 from modules.sd_vae import ModuleRegistry
@@ -38,7 +35,6 @@ class Application:
     jobs: JobQueue
     checkpoints: CheckpointRegistry
     additional_modules: ModuleRegistry
-    loras: LoraRegistry
     models: ModelHost
     file_cache: FileCache
     hashes: HashStore
@@ -100,7 +96,6 @@ def build_application(config: AppConfig, *, load: LoadEngine = load_engine) -> A
         jobs=JobQueue(state),
         checkpoints=checkpoints,
         additional_modules=additional_modules,
-        loras=LoraRegistry(config.lora_dirs, hashes),
         models=ModelHost(checkpoints, additional_modules, config.backend, options.snapshot, embedding_dirs=config.embeddings_dirs, load=load),
         file_cache=file_cache,
         hashes=hashes,
@@ -117,15 +112,9 @@ _installed: Application | None = None
 
 
 def install(app: Application | None) -> None:
-    """Make `app` the one that guests and the facades speak to, and its LoRA files those that prompts name; None removes it."""
+    """Make `app` the one that guests and the facades speak to; None removes it."""
     global _installed  # noqa: PLW0603 - the one place where the running application is known
     _installed = app
-    extra_networks.extra_network_registry.pop(NAME, None)
-    extra_networks.extra_network_aliases.pop(ALIAS, None)
-    if app is not None:
-        network = ExtraNetworkLora(app.loras)
-        extra_networks.register_extra_network(network)
-        extra_networks.register_extra_network_alias(network, ALIAS)
 
 
 def current_application() -> Application:

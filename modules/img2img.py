@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from modules import script_callbacks
 from modules.application import current_application
 from modules.checkpoints import find_files
 from modules.errors import RequestError
@@ -133,6 +134,8 @@ def _take_parameters(p: StableDiffusionProcessingImg2Img, path: Path, keys: Iter
         log.warning("img2img batch: %s has no parameters (%s).", path, error)
         return
     params = parse_generation_parameters(text) if text else {}
+    if text:
+        script_callbacks.infotext_pasted_callback(text, params)
     if "Model hash" in keys and params.get("Model hash"):
         p.override_settings["sd_model_checkpoint"] = params["Model hash"]
     for key in keys:

@@ -105,7 +105,6 @@ def parse_generation_parameters(x: str, skip_fields: Sequence[str] | None = None
     _use_our_names(params)
     _restore_old_hires_sizes(params, bool(options and options.use_old_hires_fix_width_height))
     if application is not None:
-        _use_names_of_own_loras(params, application)
         _take_out_styles(params, application)
     for key, value in DEFAULTS.items():
         params.setdefault(key, value)
@@ -134,20 +133,6 @@ def _use_our_names(params: MutableMapping[str, Any]) -> None:
     written = params.get("Schedule type")
     if written is not None:
         params["Schedule type"] = COMFY_SCHEDULES.get(written, written)
-
-
-def _use_names_of_own_loras(params: MutableMapping[str, Any], application: Any) -> None:
-    """`<lora:name:1>` of a file that is called otherwise here: by the name that the file of the same hash has here."""
-    loras = getattr(application, "loras", None)
-    if loras is None:
-        return
-    for pair in str(params.get("Lora hashes", "")).split(","):
-        name, _, shorthash = (part.strip() for part in pair.partition(":"))
-        if not name or loras.find(name) is not None or (own := loras.find_by_hash(shorthash)) is None:
-            continue
-        for key in ("Prompt", "Hires prompt"):
-            if key in params:
-                params[key] = re.sub(rf"<lora:{re.escape(name)}(?=[:>])", lambda _: f"<lora:{own.name}", params[key])
 
 
 def _comfy_names(sampler: str) -> tuple[str | None, str | None]:

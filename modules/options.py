@@ -383,6 +383,8 @@ class Options:
     def add_option(self, key: str, info: OptionInfo) -> None:
         """Define one more setting (extensions do). A value read from the file before keeps its effect."""
         with self._lock:
+            if self.frozen_keys and self.frozen_keys >= set(self.data_labels):  # --freeze-settings means what comes later too
+                object.__setattr__(self, "frozen_keys", self.frozen_keys | {key})
             self.data_labels[key] = info
             if info.do_not_save:
                 return

@@ -28,12 +28,7 @@ def extra_networks_options() -> OptionTable:
         "textual_inversion_print_at_load": option(False, "List embeddings in the console when they are loaded"),
         "textual_inversion_add_hashes_to_infotext": option(True, "Add hashes of embeddings to the parameters"),
         "sd_hypernetwork": option("None", "Hypernetwork to add to prompts", "Dropdown"),
-        "sd_lora": option("None", "Network to add to prompts", "Dropdown"),
-        "lora_preferred_name": choice("Alias from file", "Name of a LoRA in prompts", "Alias from file", "Filename"),
-        "lora_add_hashes_to_infotext": option(True, "Add hashes of LoRA files to the parameters"),
         "lora_bundled_ti_to_infotext": option(True, "Add embeddings bundled with a LoRA to the parameters"),
-        "lora_filter_disabled": option(True, "Show LoRA files of other model families too"),
-        "lora_in_memory_limit": option(0, "LoRA files kept in memory", "Number"),
         "lora_not_found_warning_console": option(False, "Warn in the console when a LoRA is not found"),
         "lora_not_found_gradio_warning": option(False, "Warn on the page when a LoRA is not found"),
     }

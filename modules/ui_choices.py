@@ -53,8 +53,7 @@ def upscaler_names() -> list[str]:
 def setting_choices(app: Application) -> dict[str, list[str]]:
     """For settings whose choices are only known while the server runs."""
     vaes = ["Automatic", "None", *app.additional_modules.vaes]
-    loras = ["None", *app.loras.list_names()]
-    return {"samplers": sampler_names(), "schedulers": schedule_labels(), "themes": list(THEMES), "vaes": vaes, "loras": loras}
+    return {"samplers": sampler_names(), "schedulers": schedule_labels(), "themes": list(THEMES), "vaes": vaes}
 
 
 def style_names(app: Application) -> list[str]:

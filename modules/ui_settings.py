@@ -58,7 +58,6 @@ LIVE_CHOICES: Mapping[str, str] = {
     "flux_i2i_scheduler": "schedulers",
     "gradio_theme": "themes",
     "sd_vae": "vaes",
-    "sd_lora": "loras",
 }
 
 

@@ -115,8 +115,6 @@ def _add_listings(router: APIRouter, listings: ListingRoutes) -> None:
         ("extensions", listings.extensions, list[models.ExtensionItem]),
     ):
         _add(router, "GET", name, handler, response_model)
-    _add(router, "GET", "loras", listings.loras)
-    _add(router, "POST", "refresh-loras", listings.refresh_loras)
     _add(router, "POST", "refresh-embeddings", listings.refresh_embeddings)
     _add(router, "POST", "refresh-checkpoints", listings.refresh_checkpoints)
     _add(router, "POST", "refresh-vae", listings.refresh_vae)

@@ -18,7 +18,7 @@ from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 from pydantic import ValidationError
 
-from modules import infotext_utils
+from modules import infotext_utils, script_callbacks
 from modules.api import models
 from modules.api.limits import MAX_BATCH_PX, MAX_PICTURE_PX, MAX_PICTURES, SIDE_MULTIPLE_PX
 from modules.api.pictures import decode_picture, encode_picture, encode_settings, fetch_rules, infotext_of
@@ -253,6 +253,7 @@ def apply_infotext(tab: str, body: RequestT) -> RequestT:
     if not body.infotext:
         return body
     params = infotext_utils.parse_generation_parameters(body.infotext, [])
+    script_callbacks.infotext_pasted_callback(body.infotext, params)
     explicit = body.model_dump(include=body.model_fields_set)
     read = {field.field: value for field in FIELDS_BY_TAB[tab] if (value := _field_value(field.read(params))) is not None}
     known = {name: value for name, value in read.items() if name in type(body).model_fields}

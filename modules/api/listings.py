@@ -102,13 +102,6 @@ class ListingRoutes:
         if database is not None:
             database.load_textual_inversion_embeddings(force_reload=True)
 
-    def loras(self) -> list[dict[str, Any]]:
-        """LoRA files; `name` and `alias` both work in prompts."""
-        return [{"name": entry.name, "alias": entry.alias, "path": entry.filename, "metadata": entry.metadata} for entry in self.app.loras]
-
-    def refresh_loras(self) -> None:
-        self.app.loras.refresh()
-
     def refresh_checkpoints(self) -> None:
         self.app.checkpoints.refresh()
 

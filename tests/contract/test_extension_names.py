@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from modules import scripts
+from tests.support.extensions import loaded_builtin
 from tests.support.narrow_application import narrow_application
 
 LIST = Path(__file__).parent / "data" / "extension_names.txt"
 
+_NO_SUCH_NAME = "an attribute of a loaded LoRA (a loop variable called lora), no name of the module; networks.Network has it"
 LEFT_OUT = {
     "modules.api.models.*": "a star import, which is no name",
     "modules.img2img.__controlnet_original_process_batch": "set by the extension that looks for it",
@@ -21,15 +22,18 @@ LEFT_OUT = {
     "modules.sd_samplers_compvis.VanillaStableDiffusionSampler": "gone from Forge and A1111 too",
     "modules.shared.sd_model.conditioner": "a part of A1111's SDXL class; extensions ask for it after is_sdxl, Forge's text engines are in its place",
     "modules.shared.sd_model.model": "A1111's wrapper around the UNet; here it is sd_model.forge_objects.unet.model",
+    "lora.modules": _NO_SUCH_NAME,
+    "lora.modules.keys": _NO_SUCH_NAME,
+    "lora.name": _NO_SUCH_NAME,
+    "lora.te_multiplier": _NO_SUCH_NAME,
+    "lora.unet_multiplier": _NO_SUCH_NAME,
+    "networks.network_Linear_forward": "A1111's replaced forward of linear layers, put back by those who replace it; weights are merged here",
     "modules_forge.forge_canvas.canvas": "Forge's canvas may not be used in other programs; gr.ImageEditor takes its place",
     "webui.wrap_gradio_gpu_call": "the old place of modules.call_queue.wrap_gradio_gpu_call, tried last by those who use it",
 }
 LEFT_OUT_PACKAGES = {
     "ldm": "the reference code of Stable Diffusion is not part of this program",
     "sgm": "the reference code of SDXL is not part of this program",
-    "lora": "A1111's built-in extension; LoRA is in modules/extra_networks_lora.py here",
-    "networks": "A1111's built-in extension; LoRA is in modules/extra_networks_lora.py here",
-    "lib_controlnet": "there when the built-in ControlNet is loaded (tests/extensions)",
 }
 
 
@@ -42,8 +46,8 @@ def names() -> list[str]:
 def a_model_in_use(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with narrow_application(Path(tmp_path_factory.mktemp("data"))) as (app, _):
         app.models.ensure_loaded()
-        yield
-        scripts.unload_scripts()
+        with loaded_builtin(app, "sd_forge_controlnet", "sd_forge_lora"):
+            yield
 
 
 def find(name: str) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from modules import scripts
 from modules.application import Application
@@ -22,16 +24,28 @@ def write_extension(app_or_dir: Application | Path, name: str, files: dict[str, 
     return folder
 
 
+def builtin_module(name: str) -> Any:
+    """A module of a built-in extension that is loaded, or was in this process: other extensions find it among the imported ones too."""
+    return sys.modules[name]
+
+
 @contextmanager
-def loaded_extensions(app: Application) -> Iterator[None]:
-    """The extensions of `app`'s own folder, loaded; forgotten afterwards."""
-    app.options.data["disabled_extensions"] = [path.name for path in BUILTIN_DIR.glob("*")]
+def loaded_builtin(app: Application, *names: str) -> Iterator[None]:
+    """These built-in extensions and those of `app`'s own folder, loaded; forgotten afterwards."""
+    app.options.data["disabled_extensions"] = [path.name for path in BUILTIN_DIR.glob("*") if path.name not in names]
     scripts.load_scripts(app)
     try:
         yield
     finally:
         scripts.unload_scripts()
         app.script_runners, app.extensions = {}, []
+
+
+@contextmanager
+def loaded_extensions(app: Application) -> Iterator[None]:
+    """The extensions of `app`'s own folder, loaded; forgotten afterwards."""
+    with loaded_builtin(app):
+        yield
 
 
 PROMPT_CHANGER = {

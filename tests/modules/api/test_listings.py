@@ -4,7 +4,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors.torch import save_file
 
 from backend.text_processing.embedding import Embedding
 from modules.styles import PromptStyle
@@ -84,14 +83,3 @@ def test_what_there_is_none_of_is_an_empty_list(server: Server) -> None:
     for route in ("hypernetworks", "face-restorers", "realesrgan-models", "script-info", "extensions"):
         assert server.get(f"/sdapi/v1/{route}") == []
     assert server.get("/sdapi/v1/scripts") == {"txt2img": [], "img2img": []}
-
-
-def test_loras_are_listed_with_what_they_say_of_themselves(server: Server, tmp_path: Path) -> None:
-    assert server.get("/sdapi/v1/loras") == []
-    path = tmp_path / "models" / "Lora" / "people" / "cat.safetensors"
-    path.parent.mkdir(parents=True)
-    save_file({"x": torch.ones(1)}, path, metadata={"ss_output_name": "My cat", "ss_tag_frequency": '{"a": 1}'})
-    assert server.get("/sdapi/v1/loras") == []
-    assert server.post("/sdapi/v1/refresh-loras") is None
-    expected = {"name": "cat", "alias": "My cat", "path": str(path), "metadata": {"ss_output_name": "My cat", "ss_tag_frequency": {"a": 1}}}
-    assert server.get("/sdapi/v1/loras") == [expected]

@@ -9,20 +9,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import networks
+from network import Network, NetworkOnDisk
 
 from modules.extra_networks import ExtraNetwork, ExtraNetworkParams
-from modules.loras import LoraOnDisk, LoraRegistry
-
-if TYPE_CHECKING:
-    from backend.patcher.lora_files import LoraPatchSet
 
 log = logging.getLogger(__name__)
 
 NAME = "lora"
 ALIAS = "lyco"
 HASHES_KEY = "Lora hashes"
-_NO_LORA = str([])
 _ONLINE_MARK = "(fp16 LoRA)"
 
 
@@ -64,25 +62,22 @@ def _number(text: str | None, default: float, name: str, notices: list[str]) -> 
 class ExtraNetworkLora(ExtraNetwork):
     """The kind "lora". Keeps the files in use, and of those used before as many as the setting `lora_in_memory_limit` says."""
 
-    def __init__(self, registry: LoraRegistry) -> None:
+    def __init__(self) -> None:
         super().__init__(NAME)
-        self.registry = registry
-        self._engine_key: Any = None
-        self._patch_sets: dict[tuple[str, tuple[int, int]], LoraPatchSet] = {}
 
     def activate(self, p: Any, params_list: list[ExtraNetworkParams]) -> None:
         mentions = [parse_mention(params) for params in [*params_list, *self._chosen_in_settings(p, params_list)]]
         for notice in (notice for mention in mentions for notice in mention.notices):
             p.comment(notice)
-        found = [(mention, self.registry.find(mention.name)) for mention in mentions]
+        found = [(mention, networks.registry().find(mention.name)) for mention in mentions]
         missing = [mention.name for mention, entry in found if entry is None]
         if missing:
             p.comment(f"Networks not found: {', '.join(missing)}")
-        self._forget_other_models(p.sd_model)
-        applied = [(mention, entry) for mention, entry in found if entry is not None and self._apply(p, mention, entry)]
-        self._forget_unused(applied, int(p.options.lora_in_memory_limit))
-        p.sd_model.current_lora_hash = _describe(applied)
-        _write_hashes(p, applied)
+        networks.patch_sets.forget_other_models(p.sd_model)
+        used = [network for mention, entry in found if entry is not None and (network := self._apply(p, mention, entry)) is not None]
+        networks.patch_sets.forget_unused(used, int(p.options.lora_in_memory_limit))
+        networks.remember(p.sd_model, used)
+        _write_hashes(p, used)
 
     def deactivate(self, p: Any) -> None:
         """Nothing to undo: the next job starts from the model as it was loaded."""
@@ -94,70 +89,32 @@ class ExtraNetworkLora(ExtraNetwork):
             return []
         return [ExtraNetworkParams([name, str(p.options.extra_networks_default_multiplier)])]
 
-    def _apply(self, p: Any, mention: LoraMention, entry: LoraOnDisk) -> bool:
-        """Put one file on the job's clones; False, with a comment, where it cannot be used."""
+    def _apply(self, p: Any, mention: LoraMention, entry: NetworkOnDisk) -> Network | None:
+        """Put one file on the job's clones; None, with a comment, where it cannot be used."""
         from backend.patcher.lora_files import LoraError  # torch
 
+        network = Network(entry.name, entry, mention.te_multiplier, mention.unet_multiplier, mentioned_name=mention.name)
         try:
-            patch_set = self._read(p.sd_model, entry)
+            patch_set = networks.keep_modules(network, networks.patch_sets.read(p.sd_model, entry))
         except LoraError as error:
             p.comment(str(error))
-            return False
-        objects = p.sd_model.forge_objects
-        online = _wants_online(p)
-        if patch_set.unet and mention.unet_multiplier:
-            objects.unet = objects.unet.clone()
-            objects.unet.add_patches(filename=entry.filename, patches=patch_set.unet, strength_patch=mention.unet_multiplier, online_mode=online)
-        if patch_set.clip and mention.te_multiplier:
-            objects.clip = objects.clip.clone()
-            objects.clip.add_patches(filename=entry.filename, patches=patch_set.clip, strength_patch=mention.te_multiplier)
-        return True
-
-    def _read(self, engine: Any, entry: LoraOnDisk) -> LoraPatchSet:
-        from backend.patcher.lora_files import match_lora, read_lora_file  # torch
-        from backend.patcher.lora_keys import ENGINE_FAMILIES
-
-        key = (entry.filename, entry.stamp)
-        if key not in self._patch_sets:
-            objects = engine.forge_objects_original
-            family = ENGINE_FAMILIES.get(engine.family, engine.family)
-            self._patch_sets[key] = match_lora(read_lora_file(entry.path, entry.name), objects.unet, objects.clip, model_family=family)
-            log.info("LoRA %s: %d weights.", entry.name, len(self._patch_sets[key].unet) + len(self._patch_sets[key].clip))
-        else:
-            self._patch_sets[key] = self._patch_sets.pop(key)  # used last
-        return self._patch_sets[key]
-
-    def _forget_other_models(self, engine: Any) -> None:
-        key = getattr(engine, "load_number", id(engine))
-        if key != self._engine_key:
-            self._engine_key = key
-            self._patch_sets.clear()
-
-    def _forget_unused(self, applied: Sequence[tuple[LoraMention, LoraOnDisk]], num_kept: int) -> None:
-        in_use = {(entry.filename, entry.stamp) for _, entry in applied}
-        unused = [key for key in self._patch_sets if key not in in_use]
-        for key in unused[: max(0, len(unused) - max(0, num_kept))]:
-            del self._patch_sets[key]
+            return None
+        networks.add_network(p.sd_model, network, patch_set, online=_wants_online(p))
+        return network
 
 
 def _wants_online(p: Any) -> bool:
     """Whether the UNet's stored weights stay as they are: they are kept in fewer bits than it computes in, and the setting says "(fp16 LoRA)"."""
-    network = p.sd_model.forge_objects.unet.model
-    return str(p.options.forge_unet_storage_dtype).endswith(_ONLINE_MARK) and network.storage_dtype != network.computation_dtype
+    model = p.sd_model.forge_objects.unet.model
+    return str(p.options.forge_unet_storage_dtype).endswith(_ONLINE_MARK) and model.storage_dtype != model.computation_dtype
 
 
-def _describe(applied: Sequence[tuple[LoraMention, LoraOnDisk]]) -> str:
-    """What text conditions depend on beside the prompt."""
-    if not applied:
-        return _NO_LORA
-    return str([(entry.filename, *entry.stamp, mention.te_multiplier, mention.unet_multiplier) for mention, entry in applied])
-
-
-def _write_hashes(p: Any, applied: Sequence[tuple[LoraMention, LoraOnDisk]]) -> None:
+def _write_hashes(p: Any, used: Sequence[Network]) -> None:
     """`Lora hashes: "name: 0123456789ab, ..."` for the infotext, of both passes where there are two."""
     hashes = {}
     if p.options.lora_add_hashes_to_infotext:
-        hashes = {mention.name.replace(":", "").replace(",", ""): entry.shorthash for mention, entry in applied if entry.shorthash}
+        names = [(str(one.mentioned_name).replace(":", "").replace(",", ""), one.network_on_disk.shorthash) for one in used]
+        hashes = {name: shorthash for name, shorthash in names if shorthash}
     entries = [f"{name}: {digest}" for name, digest in hashes.items()]
     if getattr(p, "is_hr_pass", False) and (earlier := p.extra_generation_params.get(HASHES_KEY)):
         entries = list(dict.fromkeys([*earlier.split(", "), *entries]))

@@ -1,7 +1,8 @@
-"""LoRA in prompts: found by name, changes the picture, leaves without a trace, on one CPU and on virtual GPUs."""
+"""The LoRA extension: files found by name change the picture and leave without a trace, on one CPU and virtual GPUs; routes, settings, names."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,15 +19,16 @@ from backend import memory_management
 from backend.args import BackendConfig
 from backend.devices.probing import probe_devices
 from backend.patcher.weight_patches import unpatched_tensors
-from modules import extra_networks
+from modules import script_callbacks
 from modules.application import Application
+from modules.errors import OptionError
 from modules.extra_networks import ExtraNetworkParams
-from modules.extra_networks_lora import LoraMention, parse_mention
 from modules.hashes import HashStore
 from modules.infotext_utils import parse_generation_parameters
-from modules.loras import LoraRegistry
 from modules.processing import Processed
+from tests.support.applications import installed_application
 from tests.support.checkpoints import ReferenceModels
+from tests.support.extensions import builtin_module, loaded_builtin
 from tests.support.narrow_application import narrow_application, pixels, run, txt2img
 
 MIB = 2**20
@@ -58,8 +62,14 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
         write_lora(loras / "drawing.safetensors", models["sd15"], te=False)
         save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 2)}, loras / "foreign.safetensors")
         (loras / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{" + b" " * 50)
-        yield app
+        with loaded_builtin(app, "sd_forge_lora"):
+            yield app
     memory_management._configured.store = None
+
+
+def files() -> Any:
+    """The registry of the extension."""
+    return builtin_module("networks").registry()
 
 
 def picture(result: Processed) -> np.ndarray:
@@ -136,8 +146,8 @@ def test_several_loras_add_up_in_any_order(app: Application) -> None:
 def test_names_that_mean_a_file(app: Application, name: str) -> None:
     result = run(txt2img(prompt=f"a red cat<lora:{name}:0.8>"))
     assert np.array_equal(picture(result), make("a red cat<lora:style:0.8>"))
-    assert f'Lora hashes: "{name}: {app.loras.find("style").shorthash}"' in result.infotexts[0]  # type: ignore[union-attr]
-    assert len(app.loras.find("style").shorthash) == 12  # type: ignore[union-attr]
+    assert f'Lora hashes: "{name}: {files().find("style").shorthash}"' in result.infotexts[0]
+    assert len(files().find("style").shorthash) == 12
 
 
 def test_the_old_kind_means_the_same(app: Application) -> None:
@@ -184,8 +194,8 @@ def test_settings(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_replaced_file_is_read_again(app: Application, tmp_path: Path) -> None:
-    path = app.loras.roots[0] / "replaced.safetensors"
-    tensors = load_file(app.loras.roots[0] / "drawing.safetensors")
+    path = files().roots[0] / "replaced.safetensors"
+    tensors = load_file(files().roots[0] / "drawing.safetensors")
     save_file(tensors, path)
     first = make("a red cat<lora:replaced:0.8>")
     save_file({key: tensor * 0.5 for key, tensor in tensors.items()}, path, metadata={"changed": "yes"})
@@ -193,13 +203,12 @@ def test_a_replaced_file_is_read_again(app: Application, tmp_path: Path) -> None
 
 
 def test_files_are_kept_as_the_setting_says(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = extra_networks.extra_network_registry["lora"]
     make("a red cat<lora:style:0.8>")
     make("a red cat<lora:drawing:0.8>")
-    assert [Path(filename).stem for filename, _ in network._patch_sets] == ["drawing"]  # type: ignore[attr-defined]
+    assert builtin_module("networks").patch_sets.names() == ["drawing"]
     monkeypatch.setitem(app.options.data, "lora_in_memory_limit", 1)
     make("a red cat<lora:style:0.8>")
-    assert [Path(filename).stem for filename, _ in network._patch_sets] == ["drawing", "style"]  # type: ignore[attr-defined]
+    assert builtin_module("networks").patch_sets.names() == ["drawing", "style"]
 
 
 def test_fp8_storage_merged_and_added_while_layers_run(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,14 +239,68 @@ def test_a_saved_model_has_no_lora_in_it(app: Application, tmp_path: Path) -> No
     assert unpatched_tensors(engine.forge_objects.unet.model).keys() == engine.forge_objects.unet.model.state_dict().keys()
 
 
+def pasted(text: str) -> dict[str, Any]:
+    params = parse_generation_parameters(text)
+    script_callbacks.infotext_pasted_callback(text, params)
+    return params
+
+
 def test_a_pasted_infotext_finds_a_file_that_has_another_name_here(app: Application) -> None:
-    entry = app.loras.find("style")
+    entry = files().find("style")
     assert entry is not None
     prompt = "a cat <lora:their style:0.8> <lora:their style 2:1> <lora:gone:1>"
     text = f'{prompt}\nSteps: 3, Sampler: Euler, Seed: 1, Lora hashes: "their style: {entry.shorthash}, gone: 123456789abc"'
-    assert parse_generation_parameters(text)["Prompt"] == "a cat <lora:style:0.8> <lora:their style 2:1> <lora:gone:1>"
+    assert pasted(text)["Prompt"] == "a cat <lora:style:0.8> <lora:their style 2:1> <lora:gone:1>"
     kept = f'a cat <lora:drawing:0.8>\nSteps: 3, Sampler: Euler, Seed: 1, Lora hashes: "drawing: {entry.shorthash}"'
-    assert parse_generation_parameters(kept)["Prompt"] == "a cat <lora:drawing:0.8>"
+    assert pasted(kept)["Prompt"] == "a cat <lora:drawing:0.8>"
+
+
+# what other extensions and clients find
+
+
+def client_of(app: Application) -> TestClient:
+    server = FastAPI()
+    script_callbacks.app_started_callback(None, server)
+    return TestClient(server)
+
+
+def test_clients_are_told_which_files_there_are(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert client_of(app).get("/sdapi/v1/loras").status_code == 404  # no --api
+    monkeypatch.setattr(app, "config", dataclasses.replace(app.config, api=True, api_auth=(("me", "secret"),)))
+    client = client_of(app)
+    assert client.get("/sdapi/v1/loras").status_code == 401
+    client.auth = ("me", "secret")
+    path = files().roots[0] / "people" / "late.safetensors"
+    path.parent.mkdir()
+    save_file({"x": torch.ones(1)}, path, metadata={"ss_output_name": "My cat", "ss_tag_frequency": '{"a": 1}'})
+    assert "late" not in [entry["name"] for entry in client.get("/sdapi/v1/loras").json()]
+    answer = client.post("/sdapi/v1/refresh-loras")
+    assert (answer.status_code, answer.json()) == (200, None)
+    expected = {"name": "late", "alias": "My cat", "path": str(path), "metadata": {"ss_output_name": "My cat", "ss_tag_frequency": {"a": 1}}}
+    assert [entry for entry in client.get("/sdapi/v1/loras").json() if entry["name"] == "late"] == [expected]
+    path.unlink()
+    client.post("/sdapi/v1/refresh-loras")
+
+
+def test_other_extensions_find_the_names_they_know(app: Application) -> None:
+    networks, lora = builtin_module("networks"), builtin_module("lora")
+    make("a red cat<lora:My style:0.8:0.4>")
+    (used,) = lora.loaded_loras
+    assert (used.name, used.mentioned_name, used.te_multiplier, used.unet_multiplier) == ("style", "My style", 0.8, 0.4)
+    assert lora.loaded_loras is networks.loaded_networks and used.modules
+    assert networks.available_networks["style"].alias == "My style" and lora.available_loras.keys() == networks.available_networks.keys()
+    assert networks.available_network_aliases["My style"] is networks.available_networks["style"]
+    assert used.network_on_disk.sd_version.name == "SD1" and used.network_on_disk.shorthash in networks.available_network_hash_lookup
+    engine = app.models.ensure_loaded()
+    networks.load_networks(["drawing", "gone"], [0.5, 1.0])
+    assert [one.name for one in networks.loaded_networks] == ["drawing"] and engine.current_lora_hash != "[]"
+    (identifier,) = engine.forge_objects.unet.lora_patches
+    assert identifier[:2] == (used.network_on_disk.filename.replace("style", "drawing"), 0.5)
+    tensors = networks.load_lora_state_dict(used.network_on_disk.filename)
+    original = engine.forge_objects_original
+    unet, clip = networks.load_lora_for_models(original.unet, original.clip, tensors, 0.5, 0.0)
+    assert len(unet.lora_patches) == 1 and clip is original.clip and not original.unet.lora_patches
+    assert np.array_equal(make(), make("a red cat<lora:style:0>"))
 
 
 # prompts and files
@@ -256,16 +319,20 @@ def test_a_pasted_infotext_finds_a_file_that_has_another_name_here(app: Applicat
         ("x: 0.5 ", 0.5, 0.5),
     ],
 )
+@pytest.mark.usefixtures("app")
 def test_multipliers(text: str, te: float, unet: float) -> None:
-    assert parse_mention(ExtraNetworkParams(text.split(":"))) == LoraMention(name="x", te_multiplier=te, unet_multiplier=unet)
+    extra = builtin_module("extra_networks_lora")
+    assert extra.parse_mention(ExtraNetworkParams(text.split(":"))) == extra.LoraMention(name="x", te_multiplier=te, unet_multiplier=unet)
 
 
 @pytest.mark.parametrize("text", ["x:strong", "x:nan", "x:1:inf", "x:1:1:8", "x:dyn=8"])
+@pytest.mark.usefixtures("app")
 def test_what_has_no_effect_is_said(text: str) -> None:
-    mention = parse_mention(ExtraNetworkParams(text.split(":")))
+    mention = builtin_module("extra_networks_lora").parse_mention(ExtraNetworkParams(text.split(":")))
     assert (mention.te_multiplier, mention.unet_multiplier, len(mention.notices)) == (1.0, 1.0, 1)
 
 
+@pytest.mark.usefixtures("app")
 def test_files_of_one_name_and_of_one_alias(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from modules.cache import FileCache
 
@@ -276,7 +343,7 @@ def test_files_of_one_name_and_of_one_alias(tmp_path: Path, caplog: pytest.LogCa
             save_file({"x": torch.ones(1)}, path, metadata={"ss_output_name": alias, "sshs_model_hash": "f" * 64, "ssmd_cover_images": "[1]"})
         else:
             path.write_bytes(b"data")
-    registry = LoraRegistry([tmp_path / "Lora", tmp_path / "missing"], HashStore(FileCache(tmp_path / "cache")))
+    registry = builtin_module("networks").LoraRegistry([tmp_path / "Lora", tmp_path / "missing"], HashStore(FileCache(tmp_path / "cache")))
     assert sorted(entry.name for entry in registry) == sorted(registry.list_names()) == ["a", "b", "c"]
     assert "Two LoRA files are called a" in caplog.text
     found = {
@@ -289,3 +356,21 @@ def test_files_of_one_name_and_of_one_alias(tmp_path: Path, caplog: pytest.LogCa
     (tmp_path / "Lora" / "a.safetensors").unlink()
     later = registry.find("a")
     assert later is not None and later.path.parent.name == "deep"
+
+
+# other applications, in the end: a process has one set of extensions
+
+
+def test_frozen_settings_freeze_those_of_extensions_too(tmp_path: Path) -> None:
+    with installed_application(tmp_path, freeze_settings=True) as frozen, loaded_builtin(frozen, "sd_forge_lora"):
+        with pytest.raises(OptionError, match="frozen"):
+            frozen.options.set("sd_lora", "style")
+        with pytest.raises(OptionError, match="frozen"):
+            frozen.save_options()
+
+
+def test_without_the_extension_the_tag_is_named_as_unknown(tmp_path: Path) -> None:
+    with narrow_application(tmp_path) as (plain, _), loaded_builtin(plain):
+        result = run(txt2img(prompt="a red cat<lora:style:1>"))
+        assert "extra network of kind <lora:...>, which is unknown" in result.comments
+        assert "sd_lora" not in plain.options.data_labels

@@ -1,0 +1,273 @@
+"""The LoRA files in the folders, and those in use: which there are, which one a name means, and putting them on the networks.
+
+Under the names that extensions import. `set_up` says whose folders they are; the script of this extension calls it when it is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from network import SHORT_HASH_DIGITS, Network, NetworkOnDisk, stamp_of
+
+from modules.checkpoints import find_files
+from modules.hashes import HashStore
+
+if TYPE_CHECKING:
+    from backend.patcher.lora_files import LoraPatchSet
+
+log = logging.getLogger(__name__)
+
+LORA_SUFFIXES = (".safetensors", ".pt", ".ckpt")
+forbidden_network_aliases = {"none": 1, "addams": 1}
+"""What is never an alias: the first means no network in settings, the second many trainers leave in their files."""
+loaded_networks: list[Network] = []
+"""What the last job uses or used."""
+
+
+class LoraRegistry:
+    """The LoRA files in the folders, by stem, in the order of their names. The folders are looked at when somebody asks first. Thread-safe."""
+
+    def __init__(self, roots: Sequence[Path], store: HashStore) -> None:
+        self.roots = tuple(roots)
+        self._store = store
+        self._lock = threading.RLock()
+        self._was_read = False
+        self._by_path: dict[Path, NetworkOnDisk] = {}
+        self._by_name: dict[str, NetworkOnDisk] = {}
+
+    def refresh(self) -> None:
+        """Look at the folders again; what did not change keeps its entry. Of files with one stem the first counts under it."""
+        with self._lock:
+            self._was_read = True
+            old, self._by_path, self._by_name = self._by_path, {}, {}
+            for root in self.roots:
+                for path in find_files(root, LORA_SUFFIXES):
+                    self._enter(path.absolute(), root, old)
+
+    def _enter(self, path: Path, root: Path, old: Mapping[Path, NetworkOnDisk]) -> None:
+        try:
+            known = old.get(path)
+            entry = known if known is not None and known.stamp == stamp_of(path) else NetworkOnDisk(path, self._store)
+        except OSError as error:
+            log.warning("LoRA %s cannot be read (%s); it is left out.", path, error)
+            return
+        self._by_path[path] = entry
+        if (first := self._by_name.setdefault(entry.name, entry)) is not entry:
+            below = path.relative_to(Path(root).absolute()).with_suffix("").as_posix()
+            log.warning("Two LoRA files are called %s: %s is meant by it, %s by %s.", entry.name, first.path, path, below)
+
+    def by_name(self) -> dict[str, NetworkOnDisk]:
+        """Every file under its stem."""
+        with self._lock:
+            if not self._was_read:
+                self.refresh()
+            return dict(self._by_name)
+
+    def __iter__(self) -> Iterator[NetworkOnDisk]:
+        return iter(self.by_name().values())
+
+    def list_names(self) -> list[str]:
+        """Stems of the files that are there now; opens none."""
+        return list(dict.fromkeys(path.stem for root in self.roots for path in find_files(root, LORA_SUFFIXES)))
+
+    def find(self, name: str) -> NetworkOnDisk | None:
+        """The file that a name in a prompt means: a stem, an alias that one file alone has, a path below the folder; letter case counts only
+        where two differ by it. A file that is new, changed or gone is noticed without a refresh.
+        """
+        with self._lock:
+            found = self._look_up(name)
+            if found is None or not found.path.is_file() or found.stamp != stamp_of(found.path):
+                self.refresh()
+                found = self._look_up(name)
+        return found
+
+    def find_by_hash(self, shorthash: str) -> NetworkOnDisk | None:
+        """The file whose hash begins so, of those whose hash is known without reading them."""
+        return next((entry for entry in self if len(shorthash) >= SHORT_HASH_DIGITS and (entry.known_hash or "").startswith(shorthash)), None)
+
+    def _look_up(self, name: str) -> NetworkOnDisk | None:
+        names = self.names()
+        wanted = name.strip()
+        return names.get(wanted) or {key.lower(): entry for key, entry in reversed(names.items())}.get(wanted.lower())
+
+    def names(self) -> dict[str, NetworkOnDisk]:
+        """Every text that means a file; stems come before aliases, aliases before paths."""
+        entries = list(self._by_path.values())
+        counts = Counter(entry.alias for entry in entries)
+        names = dict(self._by_name)
+        for entry in entries:
+            if counts[entry.alias] == 1 and entry.alias.lower() not in forbidden_network_aliases:
+                names.setdefault(entry.alias, entry)
+        for entry in entries:
+            for below in self._paths_below(entry):
+                names.setdefault(below, entry)
+        return names
+
+    def _paths_below(self, entry: NetworkOnDisk) -> list[str]:
+        roots = [Path(root).absolute() for root in self.roots]
+        return [entry.path.relative_to(root).with_suffix("").as_posix() for root in roots if entry.path.is_relative_to(root)]
+
+
+# the folders of the running application
+
+_registry: LoraRegistry | None = None
+
+
+def set_up(roots: Sequence[Path], store: HashStore) -> LoraRegistry:
+    """Begin anew with these folders."""
+    global _registry  # noqa: PLW0603 - extensions ask this module, not an object
+    _registry = LoraRegistry(roots, store)
+    loaded_networks.clear()
+    return _registry
+
+
+def registry() -> LoraRegistry:
+    """The files of the running application. Raises RuntimeError before this extension is loaded."""
+    if _registry is None:
+        raise RuntimeError("LoRA is not set up: its extension is not loaded. Switch sd_forge_lora on in the Extensions tab and start again.")
+    return _registry
+
+
+def list_available_networks() -> None:
+    """Look at the folders again."""
+    registry().refresh()
+
+
+def __getattr__(name: str) -> Any:
+    """`available_networks`, `available_network_aliases` and `available_network_hash_lookup`, as they are now."""
+    if name == "available_networks":
+        return registry().by_name()
+    if name == "available_network_aliases":
+        registry().by_name()
+        return registry().names()
+    if name == "available_network_hash_lookup":
+        return {entry.known_hash[:SHORT_HASH_DIGITS]: entry for entry in registry() if entry.known_hash}
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# putting them on networks
+
+
+class PatchSets:
+    """What was read of files for the model in use, as long as it is wanted."""
+
+    def __init__(self) -> None:
+        self._engine_key: Any = None
+        self._sets: dict[tuple[str, tuple[int, int]], LoraPatchSet] = {}
+
+    def read(self, engine: Any, entry: NetworkOnDisk) -> LoraPatchSet:
+        """The file's patches for that model. Raises LoraError."""
+        from backend.patcher.lora_files import match_lora, read_lora_file  # torch
+        from backend.patcher.lora_keys import ENGINE_FAMILIES
+
+        key = (entry.filename, entry.stamp)
+        if key not in self._sets:
+            objects = engine.forge_objects_original
+            family = ENGINE_FAMILIES.get(engine.family, engine.family)
+            self._sets[key] = match_lora(read_lora_file(entry.path, entry.name), objects.unet, objects.clip, model_family=family)
+            log.info("LoRA %s: %d weights.", entry.name, len(self._sets[key].unet) + len(self._sets[key].clip))
+        else:
+            self._sets[key] = self._sets.pop(key)  # used last
+        return self._sets[key]
+
+    def forget_other_models(self, engine: Any) -> None:
+        key = getattr(engine, "load_number", id(engine))
+        if key != self._engine_key:
+            self._engine_key = key
+            self._sets.clear()
+
+    def forget_unused(self, applied: Sequence[Network], num_kept: int) -> None:
+        in_use = {(one.network_on_disk.filename, one.network_on_disk.stamp) for one in applied}
+        unused = [key for key in self._sets if key not in in_use]
+        for key in unused[: max(0, len(unused) - max(0, num_kept))]:
+            del self._sets[key]
+
+    def names(self) -> list[str]:
+        """Stems of the files, the one used last at the end."""
+        return [Path(filename).stem for filename, _ in self._sets]
+
+
+patch_sets = PatchSets()
+
+
+def add_network(engine: Any, network: Network, patch_set: LoraPatchSet, *, online: bool = False) -> None:
+    """Put one file on clones of the model's networks."""
+    objects, filename = engine.forge_objects, network.network_on_disk.filename
+    objects.unet, objects.clip = _patched(
+        objects.unet, objects.clip, patch_set, network.unet_multiplier, network.te_multiplier, filename, online=online
+    )
+
+
+def _patched(unet: Any, clip: Any, patch_set: LoraPatchSet, unet_strength: float, clip_strength: float, filename: str, *, online: bool) -> Any:
+    if patch_set.unet and unet_strength:
+        unet = unet.clone()
+        unet.add_patches(filename=filename, patches=patch_set.unet, strength_patch=unet_strength, online_mode=online)
+    if patch_set.clip and clip_strength:
+        clip = clip.clone()
+        clip.add_patches(filename=filename, patches=patch_set.clip, strength_patch=clip_strength)
+    return unet, clip
+
+
+def load_networks(
+    names: Sequence[str],
+    te_multipliers: Sequence[float] | None = None,
+    unet_multipliers: Sequence[float] | None = None,
+    dyn_dims: Sequence[int | None] | None = None,
+) -> None:
+    """The model in use with these LoRA files and no others. Names that no file has are logged. Raises LoraError."""
+    from modules import shared
+
+    engine = shared.sd_model
+    if engine is None:
+        raise RuntimeError("LoRA: no model is loaded yet, so nothing can be put on it. Make a picture first, or call sd_models.load_model().")
+    patch_sets.forget_other_models(engine)
+    engine.forge_objects.unet, engine.forge_objects.clip = engine.forge_objects_original.unet, engine.forge_objects_original.clip
+    used = []
+    for number, name in enumerate(names):
+        if (entry := registry().find(name)) is None:
+            log.warning("LoRA %s: there is no such file in %s.", name, ", ".join(map(str, registry().roots)))
+            continue
+        te = te_multipliers[number] if te_multipliers else 1.0
+        unet = unet_multipliers[number] if unet_multipliers else te
+        network = Network(entry.name, entry, te, unet, mentioned_name=name)
+        add_network(engine, network, keep_modules(network, patch_sets.read(engine, entry)))
+        used.append(network)
+    remember(engine, used)
+    engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
+
+
+def keep_modules(network: Network, patch_set: LoraPatchSet) -> LoraPatchSet:
+    """Tell extensions which weights a network changes; the same set."""
+    network.modules = {**patch_set.unet, **patch_set.clip}
+    return patch_set
+
+
+def remember(engine: Any, used: Sequence[Network]) -> None:
+    """Keep what is in use, and say it where text conditions look whether they still hold."""
+    loaded_networks[:] = used
+    facts = [(one.network_on_disk.filename, *one.network_on_disk.stamp, one.te_multiplier, one.unet_multiplier) for one in used]
+    engine.current_lora_hash = str(facts)
+
+
+def load_lora_state_dict(filename: str) -> dict[str, Any]:
+    """The tensors of a LoRA file by name. Raises CheckpointError."""
+    from backend.checkpoint_file import open_tensor_file  # torch
+
+    with open_tensor_file(Path(filename)) as file:
+        return {key: file.read(key) for key in file.infos}
+
+
+def load_lora_for_models(
+    model: Any, clip: Any, lora: Mapping[str, Any], strength_model: float, strength_clip: float, filename: str = "default", online_mode: bool = False
+) -> tuple[Any, Any]:
+    """(UNet patcher, CLIP) with a LoRA's state dict on clones of them. Raises LoraError."""
+    from backend.patcher.lora_files import match_lora, parse_lora  # torch
+
+    patch_set = match_lora(parse_lora(Path(filename).stem, lora), model, clip)
+    unet, clip = _patched(model, clip, patch_set, strength_model, strength_clip, filename, online=online_mode)
+    return unet, clip

@@ -1,0 +1,69 @@
+"""LoRA as an extension: its kind of extra network, its settings, its routes, its cards, and what pasting does about names of files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import MutableMapping
+from typing import Any
+
+import gradio as gr
+import lora  # noqa: F401 - other extensions look for it among the imported modules
+import networks
+from extra_networks_lora import ALIAS, HASHES_KEY, NAME, ExtraNetworkLora
+from lora_api import add_routes
+
+from modules import extra_networks, script_callbacks, shared
+from modules.application import application_or_none, current_application
+from modules.shared import OptionInfo
+
+SECTION = ("extra_networks", "Extra Networks", "sd")
+
+
+def register() -> None:
+    """Make `<lora:...>` and `<lyco:...>` known, over the running application's folders."""
+    app = current_application()
+    networks.set_up(app.config.lora_dirs, app.hashes)
+    network = ExtraNetworkLora()
+    extra_networks.register_extra_network(network)
+    extra_networks.register_extra_network_alias(network, ALIAS)
+
+
+def unregister() -> None:
+    """Take them away: prompts that name them are told so from now on."""
+    extra_networks.extra_network_registry.pop(NAME, None)
+    extra_networks.extra_network_aliases.pop(ALIAS, None)
+    app = application_or_none()
+    if app is not None and app.models.engine is not None:
+        networks.remember(app.models.engine, [])
+
+
+def add_settings() -> None:
+    settings = {
+        "sd_lora": OptionInfo("None", "Network to add to prompts", gr.Dropdown, lambda: {"choices": ["None", *networks.registry().list_names()]}),
+        "lora_preferred_name": OptionInfo("Alias from file", "Name of a LoRA in prompts", gr.Radio, {"choices": ["Alias from file", "Filename"]}),
+        "lora_add_hashes_to_infotext": OptionInfo(True, "Add hashes of LoRA files to the parameters"),
+        "lora_filter_disabled": OptionInfo(True, "Show LoRA files of other model families too"),
+        "lora_in_memory_limit": OptionInfo(0, "LoRA files kept in memory", gr.Number),
+    }
+    for key, info in settings.items():
+        info.section, info.category_id = SECTION[:2], SECTION[2]
+        shared.opts.add_option(key, info)
+
+
+def use_names_of_own_files(_: str, params: MutableMapping[str, Any]) -> None:
+    """`<lora:name:1>` of a file that is called otherwise here: by the name that the file of the same hash has here."""
+    files = networks.registry()
+    for pair in str(params.get(HASHES_KEY, "")).split(","):
+        name, _, shorthash = (part.strip() for part in pair.partition(":"))
+        if not name or files.find(name) is not None or (own := files.find_by_hash(shorthash)) is None:
+            continue
+        for key in ("Prompt", "Hires prompt"):
+            if key in params:
+                params[key] = re.sub(rf"<lora:{re.escape(name)}(?=[:>])", lambda _, own=own: f"<lora:{own.name}", params[key])
+
+
+register()
+script_callbacks.on_ui_settings(add_settings)
+script_callbacks.on_app_started(add_routes)
+script_callbacks.on_infotext_pasted(use_names_of_own_files)
+script_callbacks.on_script_unloaded(unregister)
