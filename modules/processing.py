@@ -78,6 +78,7 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
 
     Runs on the calling thread, one job at a time; page and API call it from the job worker."""
     from backend import memory_management, profiler  # import torch, as the sampler list does
+    from backend.parallel.lost_slots import losing_silent_slots
     from modules.job_observer import JobObserver
     from modules.processing_validation import make_sound
 
@@ -88,9 +89,10 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
         token = active_overrides.set({**active_overrides.get(), **p.override_settings})
         try:
             memory_management.set_inference_memory(int(p.options.forge_inference_memory) * MIB)
-            with profiler.recorder().measure("load", "load the model"):
-                p.sd_model = app.models.ensure_loaded(p.options)
-            return process_images_inner(p)
+            with losing_silent_slots():
+                with profiler.recorder().measure("load", "load the model"):
+                    p.sd_model = app.models.ensure_loaded(p.options)
+                return process_images_inner(p)
         finally:
             active_overrides.reset(token)
             _keep_overrides(p, app)

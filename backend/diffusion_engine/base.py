@@ -120,11 +120,15 @@ class ForgeDiffusionEngine(ABC):
         return self.text_engines[0].get_prompt_lengths(prompt)
 
     def _run_text_engine(self, index: int, prompt: Sequence[str]) -> Any:
-        """What one of the text engines makes of a prompt; with less and less else on its device when memory runs out. Raises: OutOfMemory."""
+        """What one of the text engines makes of a prompt, on the UNet's device: a lost slot of the text encoder takes no conditions along.
+
+        With less and less else on the text encoder's device when memory runs out. Raises: OutOfMemory."""
         patcher = self.forge_objects.clip.patcher
         run = partial(self.text_engines[index], prompt)
         with profiler.recorder().measure("text encoder", f"text encoder {index + 1}", device=patcher.load_device):
-            return memory_management.run_with_recovery(run, what="encoding the prompt", device=patcher.load_device, keep=[patcher])
+            encoded = memory_management.run_with_recovery(run, what="encoding the prompt", device=patcher.load_device, keep=[patcher])
+        device = self.forge_objects.unet.load_device
+        return encoded.to(device) if isinstance(encoded, Tensor) else tuple(tensor.to(device) for tensor in encoded)
 
     def _load_text_encoders(self) -> None:
         memory_management.load_model_gpu(self.forge_objects.clip.patcher)

@@ -18,7 +18,7 @@ from torch import nn
 
 from backend.devices.device_memory import DeviceBytes, empty_cache, read_device_bytes
 from backend.devices.inventory import DeviceFacts, describe_device
-from backend.devices.slot import Slot
+from backend.devices.slot import Slot, canonical_device
 from backend.memory.budget import load_need_bytes, partial_load_budget_bytes, reserve_bytes
 from backend.memory.errors import DeviceRow, OutOfMemory
 from backend.memory.eviction import Resident, plan_eviction
@@ -86,11 +86,13 @@ class MemoryStore:
 
         Others leave until `memory_required_bytes` of working memory fit beside the models. Only where `inference_bytes`, the least to
         keep for work, do not fit beside them do the models themselves stream: work can be done in smaller parts, streaming slows it all.
-        `preserved_bytes` are kept from everyone. Raises: OutOfMemory.
+        `preserved_bytes` are kept from everyone. Raises: OutOfMemory; RuntimeError for a device that is lost.
         """
         with self._lock:
             self.drop_dead()
-            entries = [self._find_or_enter(model) for model in _unique(models)]
+            models = _unique(models)
+            self._refuse_lost_devices(models)
+            entries = [self._find_or_enter(model) for model in models]
             self._in_use = entries
             for device in dict.fromkeys(entry.device for entry in entries):
                 mine = [entry for entry in entries if entry.device == device]
@@ -98,6 +100,14 @@ class MemoryStore:
                 self._make_room(device, mine, max(reserved_bytes, memory_required_bytes) + preserved_bytes)
                 for entry in mine:
                     self._place(entry, reserved_bytes + preserved_bytes)
+
+    def _refuse_lost_devices(self, models: Iterable[Placeable]) -> None:
+        for model in models:
+            if canonical_device(model.load_device) in self.lost_devices:
+                raise RuntimeError(
+                    f"{type(model.model).__name__} was to be loaded on {model.load_device}, which has stopped working. Read the model anew: "
+                    "its parts are then given to the devices that are left."
+                )
 
     def _make_room(self, device: torch.device, entries: Sequence[LoadedModel], work_bytes: int) -> None:
         missing_bytes, present_bytes = sum(entry.exclusive_memory for entry in entries), sum(entry.inclusive_memory for entry in entries)

@@ -26,6 +26,7 @@ from backend.parallel import status
 from backend.parallel.costs import ModelProfile, contains, profile_unet, with_measured_ms
 from backend.parallel.executor import Executor, SlotFailure
 from backend.parallel.fleet import Fleet, Trial, current_fleet
+from backend.parallel.lost_slots import find_silent_slots, lose_slots
 from backend.parallel.placement import PlacedPlan, copies_of, place_plan, place_whole
 from backend.parallel.plan import Piece, Plan, ReplicaPlan
 from backend.parallel.planner import LEAST_GAIN, JobShape, WantedStrategy, deal_units, make_plan
@@ -410,7 +411,7 @@ class SamplingSession:
 
     def _go_on_without(self, lost: Sequence[SlotLost]) -> None:
         """Plan without these slots, where the network itself is not on one of them."""
-        _lose(self.fleet, lost)
+        lose_slots(self.fleet, lost)
         gone = {one.slot.torch_device for one in lost}
         own = {tensor.device for tensor in self.unet.model.parameters()}
         if gone & own or not self.fleet.working_slots:
@@ -551,30 +552,3 @@ def _hooks_of(options: dict[str, object]) -> Iterator[object]:
     for name in ("group_norm_wrapper", "groupnorm_wrapper"):
         if options.get(name) is not None:
             yield options[name]
-
-
-def find_silent_slots(fleet: Fleet) -> list[SlotLost]:
-    """Working slots whose devices do not even do the least work."""
-    return [lost for lost in map(_probe, fleet.working_slots) if lost is not None]
-
-
-def lose_silent_slots(fleet: Fleet) -> None:
-    """Give no more work to slots that do not answer."""
-    _lose(fleet, find_silent_slots(fleet))
-
-
-def _lose(fleet: Fleet, lost: Sequence[SlotLost]) -> None:
-    for one in lost:
-        fleet.lose(one.slot.index)
-        memory_management.lose_device(one.slot.torch_device)
-
-
-def _probe(slot: Slot) -> SlotLost | None:
-    """Why a slot's device does not even do the least work; None where it does."""
-    try:
-        torch.ones(1, device=slot.torch_device).add(1).cpu()
-    except torch.AcceleratorError as error:
-        return SlotLost(slot, error)
-    except RuntimeError:  # no room, or anything else that a living device says
-        return None
-    return None

@@ -22,8 +22,9 @@ from backend import memory_management, profiler
 from backend.devices.slot import Slot
 from backend.memory.errors import OutOfMemory
 from backend.parallel.fleet import Fleet, current_fleet
+from backend.parallel.lost_slots import lose_silent_slots
 from backend.parallel.planner import deal_units
-from backend.parallel.session import guess_speed, lose_silent_slots
+from backend.parallel.session import guess_speed
 from backend.parallel.split_vae import CannotSplit, DecoderShard, SplitDecoder, Submit
 from backend.parallel.split_vae_cost import DecoderSize, LinkCost, decode_macs, divide_rows, worth_splitting
 from backend.parallel.twins import META, TwinPatcher
@@ -46,7 +47,7 @@ _HALO_MARGIN = 1.25
 def decode_on_all_slots(vae: VAE, latents_BCHW: Tensor) -> Tensor | None:
     """Pictures on the VAE's output device in fp32, -1..1; None where one slot has to do it, or a failure leaves it to one.
 
-    Raises: Cancelled.
+    Raises: Cancelled; SlotLost or torch.AcceleratorError where the VAE's own weights went with a slot.
     """
     fleet = current_fleet()
     slots = fleet.working_slots
@@ -59,6 +60,8 @@ def decode_on_all_slots(vae: VAE, latents_BCHW: Tensor) -> Tensor | None:
         logger.info("The VAE decodes on one slot: %s", error)
     except (SlotLost, torch.AcceleratorError) as error:
         lose_silent_slots(fleet)
+        if vae.device in memory_management.lost_devices():
+            raise
         logger.warning("The VAE decodes on one slot: %s", error)
     memory_management.soft_empty_cache(force=True)
     return None
