@@ -116,9 +116,10 @@ def add_page(app: Application, fastapi_app: Any, engine: EngineStart) -> None:
     engine.wait_for_devices()
     startup_timer.record("import torch")
     load_extensions(app)
-    from modules import ui, ui_page
+    from modules import ui, ui_extra_networks_routes, ui_page
     from modules.server import mount_page
 
+    ui_extra_networks_routes.add_routes(app, fastapi_app)
     app.demo = ui.create_ui(app)
     mount_page(fastapi_app, app.demo, app.config, ui_page.page_settings(app.config, app.options.gradio_theme, **files_of_extensions()))
     startup_timer.record("page")

@@ -275,3 +275,34 @@ function localRemove(key) {
         console.warn(`cannot forget ${key} in this browser`, error);
     }
 }
+
+// ---- a window over the page ----
+
+/** Show the element `content` in a window over the page; a press beside it, or Escape, closes it. */
+function popup(content) {
+    closePopup();
+    const around = document.createElement("div");
+    around.className = "global-popup";
+    const inner = document.createElement("div");
+    inner.className = "global-popup-inner";
+    inner.append(content);
+    around.append(inner);
+    around.addEventListener("click", (event) => {
+        if (event.target === around) {
+            closePopup();
+        }
+    });
+    document.body.append(around);
+}
+
+function closePopup() {
+    for (const shown of gradioApp().querySelectorAll(".global-popup")) {
+        shown.remove();
+    }
+}
+
+document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") {
+        closePopup();
+    }
+});

@@ -28,11 +28,6 @@ NOT_READ: Mapping[str, str] = {
     """,
     "pasted parameters always fill in ControlNet's units": "control_net_sync_field_args",
     "faces are not restored": "save_images_before_face_restoration code_former_weight face_restoration_unload",
-    "the page has no cards of extra networks": """
-        extra_networks_show_hidden_directories extra_networks_dir_button_function extra_networks_hidden_models extra_networks_card_text_scale
-        extra_networks_card_show_desc extra_networks_card_description_is_html extra_networks_card_order_field extra_networks_card_order
-        extra_networks_tree_view_style extra_networks_tree_view_default_enabled extra_networks_add_text_separator ui_extra_networks_tab_reorder
-    """,
     "no key changes weights in a prompt": """
         keyedit_precision_attention keyedit_precision_extra keyedit_delimiters keyedit_delimiters_whitespace keyedit_move
     """,

@@ -18,12 +18,21 @@ from modules.call_queue import wrap_gradio_call, wrap_gradio_gpu_call
 from modules.infotext_fields import FIELDS_BY_TAB
 from modules.ui_common import OutputPanel, create_output_panel, create_refresh_button, plaintext_to_html
 from modules.ui_extensions import create_extensions_tab
+from modules.ui_extra_networks_tabs import register_default_pages
 from modules.ui_extras import ExtrasTab, build_extras, carry_out, connect_gallery_to_extras, connect_picture_to_extras, create_extras_tab
 from modules.ui_generation import GenerateHandler, JobControl
 from modules.ui_img2img import Img2imgTab, create_img2img_tab
 from modules.ui_paste import Paster, connect_gallery_button, connect_paste_button, connect_text_button
 from modules.ui_pnginfo import PngInfoTab, create_pnginfo_tab
-from modules.ui_quicksettings import QuickSettings, QuickSettingsHandlers, create_quicksettings, native_size, preset_defaults, start_preset
+from modules.ui_quicksettings import (
+    QuickSettings,
+    QuickSettingsHandlers,
+    checkpoint_dropdown,
+    create_quicksettings,
+    native_size,
+    preset_defaults,
+    start_preset,
+)
 from modules.ui_saving import PictureSaver, connect_saving
 from modules.ui_sections import Defaults
 from modules.ui_settings import create_settings_tab
@@ -68,6 +77,7 @@ def create_ui(app: Application) -> gr.Blocks:
     choices = ui_choices.generation_choices(app)
     styles = ui_choices.style_names(app)
     infotext_utils.reset()
+    register_default_pages(app)
     gr.set_static_paths([str(app.config.outputs_dir)])  # shown from where they were saved, not copied first
     blocks = gr.Blocks(analytics_enabled=False, title=ui_page.TITLE, fill_width=True, delete_cache=CACHE_CLEANING_S)
     with ui_scripts.page_build(), blocks as demo:
@@ -257,6 +267,11 @@ def _connect_quicksettings(app: Application, quicksettings: QuickSettings, txt2i
     def choose_checkpoint(title: str | None) -> list[Any]:
         return [handlers.choose_checkpoint(title), *_native_size_updates(app)]
 
+    def choose_card(name: str) -> list[Any]:
+        info = app.checkpoints.find(name)
+        chosen = choose_checkpoint(None if info is None else info.title)
+        return [gr.update(**checkpoint_dropdown(app)), *chosen[1:]]
+
     def choose_preset(preset: str) -> list[Any]:
         return [*handlers.choose_preset(preset), *_preset_updates(app, preset)]
 
@@ -264,6 +279,9 @@ def _connect_quicksettings(app: Application, quicksettings: QuickSettings, txt2i
         return [*handlers.look_again(), *_native_size_updates(app)]
 
     quicksettings.checkpoint.input(choose_checkpoint, inputs=[quicksettings.checkpoint], outputs=[quicksettings.checkpoint, *sizes], **QUIET)
+    card = gr.Textbox(visible="hidden", elem_id="selected_checkpoint_name", label="Checkpoint")
+    change = gr.Button(visible="hidden", elem_id="change_checkpoint")
+    change.click(choose_card, js="() => [desiredCheckpointName]", inputs=[card], outputs=[quicksettings.checkpoint, *sizes], **QUIET)
     quicksettings.modules.input(handlers.choose_modules, inputs=[quicksettings.modules], outputs=[quicksettings.modules], **QUIET)
     quicksettings.low_bits.input(handlers.choose_low_bits, inputs=[quicksettings.low_bits], **QUIET)
     quicksettings.clip_skip.change(handlers.choose_clip_skip, inputs=[quicksettings.clip_skip], trigger_mode="always_last", **QUIET)

@@ -12,6 +12,7 @@ from gradio.components import Component
 from modules import ui_choices
 from modules.ui_common import OutputPanel, create_output_panel
 from modules.ui_components import ResizeHandleRow
+from modules.ui_extra_networks_tabs import create_card_tabs
 from modules.ui_gpus import create_gpu_panel
 from modules.ui_paste import PasteTarget
 from modules.ui_scripts import TabScripts, no_scripts
@@ -69,24 +70,26 @@ def create_txt2img_tab(
     toprow = create_toprow(TAB, style_names)
     scripts = scripts or no_scripts(TAB)
     scripts.section("prompt")
-    with ResizeHandleRow(elem_classes=["generation-columns"]):
-        with gr.Column(elem_id=f"{TAB}_settings", elem_classes=["settings-column"]):
-            sampler = create_sampler_section(TAB, choices, defaults)
-            scripts.section("sampler")
-            hires_slot = gr.Column(elem_id=f"{TAB}_accordions", elem_classes=["accordions"])
-            with gr.Row(elem_id=f"{TAB}_dimensions", elem_classes=["size-and-batch"]):
-                size = create_size_section(TAB, defaults)
-                batch = create_batch_section(TAB)
-            for section in ("dimensions", "batch"):
-                scripts.section(section)
-            cfg = create_cfg_section(TAB, defaults)
-            scripts.section("cfg")
-            seed_slot = gr.Column(elem_id=f"{TAB}_seed_column", elem_classes=["tight-column"])
-            override_settings = create_override_settings(TAB)
-            scripts.section("override_settings")
-            script_slot = gr.Column(elem_classes=["tight-column"])
-            create_gpu_panel(app, TAB)
-        output = create_output_panel(TAB, show_folder_button=not app.config.hide_ui_dir_config, gallery_height=options.gallery_height)
+    with gr.Tabs(elem_id=f"{TAB}_extra_tabs", elem_classes=["extra-networks"]):
+        with gr.Tab("Generation", id=f"{TAB}_generation", elem_id=f"{TAB}_generation_tab"), ResizeHandleRow(elem_classes=["generation-columns"]):
+            with gr.Column(elem_id=f"{TAB}_settings", elem_classes=["settings-column"]):
+                sampler = create_sampler_section(TAB, choices, defaults)
+                scripts.section("sampler")
+                hires_slot = gr.Column(elem_id=f"{TAB}_accordions", elem_classes=["accordions"])
+                with gr.Row(elem_id=f"{TAB}_dimensions", elem_classes=["size-and-batch"]):
+                    size = create_size_section(TAB, defaults)
+                    batch = create_batch_section(TAB)
+                for section in ("dimensions", "batch"):
+                    scripts.section(section)
+                cfg = create_cfg_section(TAB, defaults)
+                scripts.section("cfg")
+                seed_slot = gr.Column(elem_id=f"{TAB}_seed_column", elem_classes=["tight-column"])
+                override_settings = create_override_settings(TAB)
+                scripts.section("override_settings")
+                script_slot = gr.Column(elem_classes=["tight-column"])
+                create_gpu_panel(app, TAB)
+            output = create_output_panel(TAB, show_folder_button=not app.config.hide_ui_dir_config, gallery_height=options.gallery_height)
+        create_card_tabs(TAB, output.gallery)
     task_id = gr.Textbox(visible="hidden", elem_id=f"{TAB}_task_id", label="Task")
     with hires_slot:
         hires = create_hires_section(

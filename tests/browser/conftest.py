@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from modules import ui, ui_page
+from modules import ui, ui_extra_networks_routes, ui_page
 from modules.api.api import create_internal_api
 from modules.application import Application
 from modules.server import WebServer, create_fastapi_app, mount_page
 from tests.support.applications import installed_application
 from tests.support.checkpoints import write_checkpoint
+from tests.support.extensions import loaded_builtin
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run")
@@ -44,12 +45,14 @@ class Site:
 
 
 @contextmanager
-def serve(data_dir: Path) -> Iterator[Site]:
-    with installed_application(data_dir, port=0) as app:
+def serve(data_dir: Path, *extensions: str) -> Iterator[Site]:
+    """The page of an application over `data_dir`, with these built-in extensions and those in its own folder."""
+    with installed_application(data_dir, port=0) as app, loaded_builtin(app, *extensions) if extensions else nullcontext():
         app.options.show_progress_every_n_steps = 1
         app.options.live_preview_refresh_period = 100
         fastapi_app = create_fastapi_app(app.config)
         create_internal_api(app, fastapi_app)
+        ui_extra_networks_routes.add_routes(app, fastapi_app)
         mount_page(fastapi_app, ui.create_ui(app), app.config, ui_page.page_settings(app.config))
         server = WebServer(app.config)
         server.start(fastapi_app)

@@ -11,8 +11,9 @@ import lora  # noqa: F401 - other extensions look for it among the imported modu
 import networks
 from extra_networks_lora import ALIAS, HASHES_KEY, NAME, ExtraNetworkLora
 from lora_api import add_routes
+from ui_extra_networks_lora import ExtraNetworksPageLora
 
-from modules import extra_networks, script_callbacks, shared
+from modules import extra_networks, script_callbacks, shared, ui_extra_networks
 from modules.application import application_or_none, current_application
 from modules.shared import OptionInfo
 
@@ -64,6 +65,7 @@ def use_names_of_own_files(_: str, params: MutableMapping[str, Any]) -> None:
 
 register()
 script_callbacks.on_ui_settings(add_settings)
+script_callbacks.on_before_ui(lambda: ui_extra_networks.register_page(ExtraNetworksPageLora()))
 script_callbacks.on_app_started(add_routes)
 script_callbacks.on_infotext_pasted(use_names_of_own_files)
 script_callbacks.on_script_unloaded(unregister)
