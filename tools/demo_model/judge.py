@@ -26,6 +26,7 @@ UPSCALE = 4
 NUM_ANGLES = 120
 MIN_AREA_PART = 0.008  # of the picture
 FOREGROUND_DISTANCE = 24.0  # CIELAB, from the background
+MIN_HOLLOW = 0.15  # of an outlined object
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,11 @@ class Finding:
     x: float  # centre, part of the width
     y: float
     area: float  # part of the picture
-    outlined: bool  # hollow inside
+    hollow: float  # part of what the outline encloses that is not of the object's colour
+
+    @property
+    def outlined(self) -> bool:
+        return self.hollow > MIN_HOLLOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ def _measure(mask_HW: np.ndarray, colour: str) -> Finding:
     height_px, width_px = mask_HW.shape
     hollow = 1 - mask_HW.sum() / area
     shape = _name_shape(_radial_profile(filled, float(rows.mean()), float(columns.mean())))
-    return Finding(colour, shape, float(columns.mean() / width_px), float(rows.mean() / height_px), area / mask_HW.size, bool(hollow > 0.15))
+    return Finding(colour, shape, float(columns.mean() / width_px), float(rows.mean() / height_px), area / mask_HW.size, float(hollow))
 
 
 def _radial_profile(mask_HW: np.ndarray, y: float, x: float) -> np.ndarray:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-SIDE_PX = 64
+from tools.demo_model.scenes import SIDE_PX as SIDE_PX
+
 LATENT_FACTOR = 8
 LATENT_SCALE = 0.18215
 CONTEXT_CHANNELS = 128

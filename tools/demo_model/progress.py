@@ -75,3 +75,23 @@ def iterate_steps(
                 save(clock)
                 saved_at = time.monotonic()
     save(clock)
+
+
+class LossLog:
+    """A stage's loss as a file of lines "seconds,step,mean loss of the last hundred steps", counted from this run's start."""
+
+    def __init__(self, path: Path, *, every: int = 100) -> None:
+        self.path, self.every, self.num_steps, self.mean = path, every, 0, 0.0
+        self._began_s, self._losses = time.monotonic(), []
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, loss: torch.Tensor) -> float:
+        """Take one step's loss, a tensor that is read on the device's own time; returns the last mean that was written."""
+        self._losses.append(loss)
+        self.num_steps += 1
+        if self.num_steps in (10, self.every) or self.num_steps % self.every == 0:
+            self.mean = float(torch.stack(self._losses).mean())
+            self._losses.clear()
+            with self.path.open("a", encoding="utf-8") as lines:
+                lines.write(f"{time.monotonic() - self._began_s:.1f},{self.num_steps},{self.mean:.5f}\n")
+        return self.mean

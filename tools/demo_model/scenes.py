@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
+SIDE_PX = 64
 COLOURS = {
     "red": (220, 30, 35),
     "green": (30, 160, 50),
