@@ -7,7 +7,7 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from modules import application, script_callbacks
 from modules.app_config import AppConfig
@@ -167,6 +167,7 @@ def list_devices(config: AppConfig) -> int:
     from backend.checkpoint_file import CheckpointError
     from backend.devices.probing import DeviceError, probe_devices
     from backend.parallel import status
+    from backend.parallel.planner import WantedStrategy
     from backend.parallel.preview import preview_plan
     from modules.gpu_report import preview_text, slots_text
 
@@ -174,7 +175,7 @@ def list_devices(config: AppConfig) -> int:
         memory_management.configure(config.backend, probe_devices(config.backend))
         lines = slots_text(status.describe_slots())
         if config.ckpt is not None:
-            lines += preview_text(preview_plan(config.ckpt, strategy=config.backend.multi_gpu_strategy), config.ckpt.name)
+            lines += preview_text(preview_plan(config.ckpt, strategy=cast("WantedStrategy", config.backend.multi_gpu_strategy)), config.ckpt.name)
     except (DeviceError, CheckpointError) as error:
         log.error("%s", error)
         return 1

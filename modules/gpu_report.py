@@ -35,7 +35,7 @@ _WHAT_WOULD_HELP = {
 
 def slots_text(slots: Sequence[SlotStatus]) -> list[str]:
     """A line for every slot under a line of titles, in columns."""
-    rows = [("slot", "device", "name", "state", "used", "of", "models on it", "use", "temp.")]
+    rows: list[tuple[str, ...]] = [("slot", "device", "name", "state", "used", "of", "models on it", "use", "temp.")]
     rows += [_row(slot) for slot in slots]
     columns = [column for column in zip(*rows) if any(cell for cell in column[1:])]
     widths = [max(map(len, column)) for column in columns]

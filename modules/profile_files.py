@@ -87,7 +87,7 @@ def chrome_trace(job: JobRecord) -> dict[str, Any]:
 
 
 def _trace_events(job: JobRecord) -> Iterator[dict[str, Any]]:
-    lanes = {None: "host", **{slot.slot: f"slot {slot.slot}: {slot.name}" for slot in job.slots}}
+    lanes: dict[int | None, str] = {None: "host", **{slot.slot: f"slot {slot.slot}: {slot.name}" for slot in job.slots}}
     for slot, name in lanes.items():
         yield {"ph": "M", "pid": 1, "tid": _thread_of(slot), "name": "thread_name", "args": {"name": name}}
         yield {"ph": "M", "pid": 1, "tid": _thread_of(slot, copies=True), "name": "thread_name", "args": {"name": f"copies to {name}"}}

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from backend.parallel.timeline import Lane
     from backend.profiler import Recording, Span
 
-VERSION = 1
+VERSION: Final = 1
 Outcome = Literal["finished", "interrupted", "failed"]
 
 

@@ -176,7 +176,7 @@ def _build_vae(width: int, latent_scale: float) -> AutoencoderKL:
     )
 
 
-def _build_text_encoders(family: str) -> tuple[nn.Module, ...]:
+def _build_text_encoders(family: str) -> tuple[Any, ...]:
     if family == "sd15":
         return (CLIPTextModel(_text_config(width=64, num_layers=4, activation="quick_gelu")),)
     if family in ("sdxl", REFINER):
