@@ -13,7 +13,7 @@ from backend.patcher.controlnet import ControlNet, apply_controlnet_advanced
 from backend.patcher.lora_math import LoraPatch
 from backend.sampling.sampling_function import denoise_guided, sampling_cleanup, sampling_prepare
 from tools.cuda_checks.machine import GB, Machine, difference
-from tools.cuda_checks.networks import build_control_network, build_patcher, side_px
+from tools.cuda_checks.networks import build_control_network, build_networks, build_patcher, side_px
 from tools.cuda_checks.runner import Report
 
 RANK = 16
@@ -49,41 +49,44 @@ def check_lora(machine: Machine, report: Report) -> None:
 
 
 def check_controlnet(machine: Machine, report: Report) -> None:
-    """A guided step of SDXL with none, one and two ControlNets, on one slot and on two of one card, against diffusers' own modules."""
+    """A guided step of SDXL with none, one and two ControlNets, on one slot and on two of one card, beside diffusers' own modules."""
     family = machine.pick("sdxl", "sd15")
-    side = side_px(machine, family)
-    unet = build_patcher(machine, family)
-    networks = [build_control_network(machine, family, seed) for seed in (1, 2)]
+    outputs = {num_slots: _control_steps(machine, report, family, num_slots) for num_slots in (1, 2)}
+    for num_controls in (1, 2):
+        report.expect(f"{num_controls} ControlNet(s) act", not torch.equal(outputs[1][num_controls], outputs[1][0]))
+        apart = difference(outputs[2][num_controls], outputs[1][num_controls])
+        report.expect(f"{num_controls} ControlNet(s): two slots as one", apart["max_of_spread"] < 0.05, **apart)
+    _library_steps(machine, report, family)
+
+
+def _control_steps(machine: Machine, report: Report, family: str, num_slots: int) -> list[Tensor]:
+    """Denoised latents of a step with none, one and two ControlNets; the same weights and inputs at every call."""
+    machine.use(num_slots)
+    machine.settle()
+    torch.manual_seed(7)
+    side, unet = side_px(machine, family), build_patcher(machine, family)
+    controls = [ControlNet(ControlNetwork(build_control_network(machine, family, seed)), load_device=machine.device) for seed in (1, 2)]
     generator = torch.Generator().manual_seed(7)
     hint_BCHW = torch.rand(1, 3, side, side, generator=generator)
-    conditions = _conditions(machine, unet, generator)
+    cond, uncond = _conditions(machine, unet, generator)
     x_BCHW = (torch.randn(1, 4, side // 8, side // 8, generator=generator) * 5).to(machine.device)
-    outputs: dict[tuple[int, int], Tensor] = {}
-    for num_slots in (1, 2):
-        machine.use(num_slots)
-        for num_controls in (0, 1, 2):
-            patched = unet
-            for network in networks[:num_controls]:
-                patched = apply_controlnet_advanced(patched, ControlNet(ControlNetwork(network), load_device=machine.device), hint_BCHW, 0.7, 0.0, 1.0)
-            session = sampling_prepare(patched, x_BCHW, SamplingRequest(images=1, branches=2, strategy="auto"))
+    sigma_B, outputs = torch.full((1,), 5.0).to(machine.device), []
+    for num_controls in (0, 1, 2):
+        patched = unet
+        for control in controls[:num_controls]:
+            patched = apply_controlnet_advanced(patched, control, hint_BCHW, 0.7, 0.0, 1.0)
+        session = sampling_prepare(patched, x_BCHW, SamplingRequest(images=1, branches=2, strategy="auto"))
 
-            def step(patched: Any = patched) -> Tensor:
-                sigma_B = torch.full((1,), 5.0, device=machine.device)
-                text = {"text_cond": conditions[0], "text_uncond": conditions[1]}
-                return denoise_guided(patched, x_BCHW, sigma_B, cond_scale=CFG, **text)[0]
+        def step(patched: Any = patched) -> Tensor:
+            return denoise_guided(patched, x_BCHW, sigma_B, text_cond=cond, text_uncond=uncond, cond_scale=CFG)[0]
 
-            outputs[num_slots, num_controls] = step().clone()
-            machine.settle()
-            step_ms = machine.median_ms(step, times=machine.pick(7, 2))
-            plan = session.plan.strategy if session is not None else "one slot"
-            report.value(f"{num_slots} slot(s), {num_controls} ControlNet(s)", step_ms=round(step_ms, 2), plan=plan, **machine.peak_gb())
-            sampling_cleanup(patched)
-    for num_controls in (1, 2):
-        report.expect(f"{num_controls} ControlNet(s) act", not torch.equal(outputs[1, num_controls], outputs[1, 0]))
-        apart = difference(outputs[2, num_controls], outputs[1, num_controls])
-        report.expect(f"{num_controls} ControlNet(s): two slots as one", apart["max_of_spread"] < 0.05, **apart)
-    machine.use()
-    _library_steps(machine, report, unet, networks, hint_BCHW, side)
+        outputs.append(step().cpu().clone())
+        machine.settle()
+        step_ms = machine.median_ms(step, times=machine.pick(7, 2))
+        plan = session.plan.strategy if session is not None else "one slot"
+        report.value(f"{num_slots} slot(s), {num_controls} ControlNet(s)", step_ms=round(step_ms, 2), plan=plan, **machine.peak_gb())
+        sampling_cleanup(patched)
+    return outputs
 
 
 def _conditions(machine: Machine, unet: Any, generator: torch.Generator) -> list[Any]:
@@ -98,22 +101,24 @@ def _conditions(machine: Machine, unet: Any, generator: torch.Generator) -> list
     return found
 
 
-def _library_steps(machine: Machine, report: Report, unet: Any, networks: list[Any], hint_BCHW: Tensor, side: int) -> None:
-    """diffusers' UNet with its own ControlNets over the same weights: two rows."""
-    network, dtype = unet.model.diffusion_model, machine.dtype
-    config = network.config
+def _library_steps(machine: Machine, report: Report, family: str) -> None:
+    """diffusers' UNet with its own ControlNets and attention, as large as ours: two rows."""
+    machine.use()
+    machine.settle()
+    network, side, dtype = build_networks(machine, family)[0], side_px(machine, family), machine.dtype
+    networks = [build_control_network(machine, family, seed) for seed in (1, 2)]
+    config: Any = network.config
     x_BCHW = torch.randn(2, 4, side // 8, side // 8, device="cpu").to(machine.device, dtype)
     text_BLD = torch.randn(2, 77, config.cross_attention_dim, device="cpu").to(machine.device, dtype)
     extra: dict[str, Any] = {}
     if config.projection_class_embeddings_input_dim is not None:
         pooled = torch.randn(2, config.projection_class_embeddings_input_dim - 6 * 256, device="cpu").to(machine.device, dtype)
-        extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.full((2, 6), float(side), device=machine.device, dtype=dtype)}
-    hints_BCHW = hint_BCHW.repeat(2, 1, 1, 1).to(machine.device, dtype)
+        extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.full((2, 6), float(side)).to(machine.device, dtype)}
+    hints_BCHW = torch.rand(2, 3, side, side, device="cpu").to(machine.device, dtype)
 
     def step(num_controls: int) -> Tensor:
         residuals: list[Any] = []
         for control in networks[:num_controls]:
-            control = control.to(machine.device)
             down, mid = control(x_BCHW, 500, text_BLD, hints_BCHW, 0.7, return_dict=False, **extra)
             residuals.append((down, mid))
         down_sum = [sum(parts) for parts in zip(*(down for down, _ in residuals))] if residuals else None

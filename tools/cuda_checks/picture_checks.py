@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from backend import memory_management
 from backend.args import BackendConfig
@@ -46,7 +47,10 @@ def check_machine(machine: Machine, report: Report) -> None:
 
 
 def check_demo_picture(machine: Machine, report: Report) -> None:
-    """The tracked demo checkpoint: fp32 on the CPU is the reference; the device in fp32, fp16 and as it chooses by itself."""
+    """The tracked demo checkpoint: fp32 on the CPU is the reference; the device in fp32, as it chooses by itself, and in fp16.
+
+    demo.png has a row for each.
+    """
     found: dict[str, np.ndarray] = {}
     kinds: dict[str, dict[str, Any]] = {
         "CPU, fp32": {}, "device, fp32": {"all_in": "fp32", "vae_dtype": "fp32"},
@@ -70,12 +74,12 @@ def check_demo_picture(machine: Machine, report: Report) -> None:
             size = {"width": DEMO_SIDE_PX, "height": DEMO_SIDE_PX, "prompt": PROMPT, "negative_prompt": "", "batch_size": 4, "cfg_scale": 4.0}
             seconds = machine.seconds(lambda size=size, done=done: done.append(process_images(txt2img(machine, "sd15", **{**size, "steps": 20}))))  # type: ignore[misc]
             found[name] = pixels(done[0])
-            for index, image in enumerate(done[0].images[:1]):
-                image.resize((256, 256)).save(machine.out_dir / f"demo_{name.replace(', ', '_').replace(' ', '_')}_{index}.png")
             app.models.unload()
         apart = np.abs(found[name] - found["CPU, fp32"])
         limit = {"CPU, fp32": 0, "device, fp32": 4}.get(name, 255)
         report.expect(f"{name}: near the CPU's", apart.max() <= limit, max=int(apart.max()), mean=float(apart.mean()), seconds=round(seconds, 2))
+    rows = [np.concatenate(list(pictures), axis=1) for pictures in found.values()]
+    Image.fromarray(np.concatenate(rows).astype(np.uint8)).save(machine.out_dir / "demo.png")
     machine.use()
 
 

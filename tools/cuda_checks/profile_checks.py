@@ -21,6 +21,8 @@ def check_profile(machine: Machine, report: Report) -> None:
     family = machine.pick("sdxl", "sd15")
     with application(machine, family) as app:
         for num_slots, strategy in ((1, "single"), (2, "replicas"), (2, "layers")):
+            if machine.kind == "virtual":  # each `use` makes new ones
+                app.models.unload()
             machine.use(num_slots)
             app.options.set("multi_gpu_strategy", strategy)
             process_images(txt2img(machine, family, steps=2))
@@ -31,11 +33,8 @@ def check_profile(machine: Machine, report: Report) -> None:
             peak = machine.peak_gb()
             _set_profile(app, False)
             _compare(machine, report, app.last_profile, f"{num_slots} slot(s), {strategy}", seconds, peak, driver.used_bytes)
-            for name in ("timeline.png", "profile.json"):
-                if strategy in ("single", "layers"):
-                    source = app.config.data_dir / "logs" / name
-                    stem, _, ending = name.partition(".")
-                    shutil.copyfile(source, machine.out_dir / (f"{stem}_{strategy}.{ending}" if ending == "png" else name))
+        for name in ("timeline.png", "profile.json"):  # of the last job, and of all
+            shutil.copyfile(app.config.data_dir / "logs" / name, machine.out_dir / name)
     machine.use()
 
 

@@ -6,6 +6,7 @@ A check that raises, hangs or dies is recorded and the next one starts. Knows no
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -110,6 +111,7 @@ def _do_in_child(check: Check, machine: Any, report: Report) -> None:
     with (report.folder / CONSOLE).open("a", encoding="utf-8") as console:
         print(f"=== {check.name}", file=console, flush=True)
         os.dup2(console.fileno(), sys.stderr.fileno())
+        logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8d ms %(levelname)s %(message)s")
         _do(check, machine, report)
     sys.stdout.flush()
     os._exit(0)  # neither threads nor a device's teardown may hold up the next check
