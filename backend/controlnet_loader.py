@@ -37,7 +37,7 @@ _RESNETS_PER_LEVEL = 2
 _UNION_MARK = "task_embedding"
 _UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a ControlLLLite", ("lllite_",)),
-    ("an IP-Adapter", ("ip_adapter.", "image_proj.")),
+    ("half an IP-Adapter", ("ip_adapter.", "image_proj.")),
     ("a ControlNet for Flux or SD3", ("controlnet_blocks.", "controlnet_x_embedder.", "transformer_blocks.", "double_blocks.", "joint_blocks.")),
     ("a ControlNet stored as differences from SD 1.5", ("difference",)),
 )

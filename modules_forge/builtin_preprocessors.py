@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from modules_forge import image_maps
+from modules_forge.reference_preprocessor import PreprocessorReference
 from modules_forge.supported_preprocessor import Preprocessor, PreprocessorParameter
 from modules_forge.utils import HWC3, resize_image_with_pad
 
@@ -115,6 +116,15 @@ class PreprocessorInpaintOnly(PreprocessorInpaint):
         engine.forge_objects.unet = unet
 
 
+class PicturePreprocessor(PixelPreprocessor):
+    """For IP-Adapters: the whole picture as it is. Its features are the adapter's matter, which knows its image encoder."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, ("IP-Adapter",), lambda image, *_: image, filters=("ip-adapter", "ip_adapter"), has_resolution=False, priority=100)
+        self.corp_image_with_a1111_mask_when_in_img2img_inpaint_tab = False
+        self.show_control_mode = False
+
+
 def builtin_preprocessors() -> list[Preprocessor]:
     """A new object of each, in the order they are listed."""
     maps = image_maps
@@ -153,6 +163,8 @@ def builtin_preprocessors() -> list[Preprocessor]:
         ),
         PixelPreprocessor("recolor_intensity", ("Recolor",), lambda image, power, _: maps.take_intensity(image, power), sliders=(gamma,)),
         PixelPreprocessor("t2ia_color_grid", ("T2I-Adapter",), lambda image, *_: maps.make_color_grid(image), filters=("t2i", "color")),
+        *(PicturePreprocessor(f"{tower} (IPAdapter)") for tower in ("CLIP-ViT-H", "CLIP-ViT-bigG")),
         PreprocessorInpaintOnly(),
         PreprocessorInpaint(),
+        PreprocessorReference(),
     ]  # fmt: skip

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -23,9 +24,11 @@ from modules import script_callbacks, scripts
 from modules.api.api import create_api
 from modules.application import Application
 from modules.scripts_without_page import build_controls
+from modules_forge import shared
 from tests.support.applications import installed_application
 from tests.support.checkpoints import write_checkpoint
 from tests.support.controlnets import build_controlnet, build_union, write_control_lora, write_controlnet
+from tests.support.ip_adapters import adapter_tables, build_tower, write_adapter_file, write_tower
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -69,6 +72,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             write_controlnet(models_dir / "sub" / f"canny_{seed}.safetensors", build_controlnet(models["sd15"], seed=seed, residual_scale=0.5))
         write_controlnet(models_dir / "union.safetensors", build_union(models["sdxl"]), layout="diffusers")
         write_control_lora(models_dir / "control-lora.safetensors", models["sd15"])
+        write_adapter_file(models_dir / "ip-adapter.safetensors", adapter_tables(models["sd15"], "plain"))
         write_controlnet(models_dir / "big.safetensors", build_controlnet(models["sdxl"]), layout="diffusers")
         (models_dir / "broken.pth").write_bytes(b"no model")
         app.options.set("sd_model_checkpoint", "sd15.safetensors")
@@ -177,7 +181,10 @@ def test_wrong_requests_are_refused_in_words(site: Site) -> None:
     assert "no image" in site.refused({"model": "canny_1"})
     assert "no model" in site.refused({"image": _picture()})
     assert "'nothing' is not there" in site.refused({"image": _picture(), "model": "nothing"})
-    assert "no preprocessor 'openpose_full'" in site.refused({"image": _picture(), "model": "canny_1", "module": "openpose_full"})
+    assert "no preprocessor 'sideways'" in site.refused({"image": _picture(), "model": "canny_1", "module": "sideways"})
+    for name, words in (("openpose_full", "body_pose_model.pth"), ("HED", "ControlNetHED.pth"), ("Tile_ColorFix", "tile_resample is")):
+        message = site.refused({"image": _picture(), "model": "canny_1", "module": name})
+        assert words in message and (words.startswith("tile") or shared.preprocessor_dir in message)
     assert "cannot be decoded" in site.refused({"image": "@@@", "model": "canny_1"})
     assert "control_mode" in site.refused(_unit(site, control_mode="sideways"))
     assert "weight" in site.refused(_unit(site, weight="much"))
@@ -205,6 +212,32 @@ def test_a_union_is_told_the_kind_of_hint(site: Site) -> None:
     assert "union_control_type" in site.refused(_unit(site, model="union", union_control_type="sideways"), **sdxl)
 
 
+def test_reference_only_needs_no_model_and_leaves_nothing_behind(site: Site) -> None:
+    plain = _first(site.txt2img(steps=2))
+    unit = {"module": "Reference_Only", "image": _picture(3), "weight": 30.0}  # a random network looks at little
+    guided = site.txt2img(unit, steps=2)
+    assert np.abs(_first(guided) - plain).max() > 2 and len(guided["images"]) == 2
+    assert not np.array_equal(_first(guided), _first(site.txt2img({**unit, "threshold_a": 1.0}, steps=2)))
+    never = site.txt2img({**unit, "guidance_start": 1.0, "guidance_end": 1.0}, steps=2)
+    assert np.abs(_first(never) - plain).max() <= 1  # the same arithmetic, layer by layer
+    assert np.array_equal(_first(site.txt2img(steps=2)), plain)
+    assert len(site.txt2img(unit, _unit(site), steps=2)["images"]) == 3
+
+
+def test_an_ip_adapter_asks_for_its_image_encoder_and_then_sees_the_picture(site: Site) -> None:
+    unit = {"module": "CLIP-ViT-H", "model": "ip-adapter", "image": _picture(3)}
+    message = site.refused(unit)
+    folder = Path(shared.preprocessor_dir)
+    assert "ip-adapter.safetensors needs the image encoder" in message and str(folder) in message
+    write_tower(folder / "clip_vision" / "any.safetensors", build_tower())
+    plain, guided = _first(site.txt2img(steps=2)), site.txt2img(unit, steps=2)
+    assert np.abs(_first(guided) - plain).max() > 2 and len(guided["images"]) == 2
+    assert not np.array_equal(_first(guided), _first(site.txt2img({**unit, "image": _picture(4)}, steps=2)))
+    assert not np.array_equal(_first(guided), _first(site.txt2img({**unit, "weight": 0.5, "module": "none"}, steps=2)))
+    assert np.array_equal(_first(site.txt2img(steps=2)), plain)
+    assert "does not fit the checkpoint" in site.refused(unit, override_settings={"sd_model_checkpoint": "sdxl.safetensors"})
+
+
 def test_a_control_lora_is_a_model_like_others(site: Site) -> None:
     plain, guided = site.txt2img(steps=2), site.txt2img(_unit(site, model="control-lora"), steps=2)
     assert not np.array_equal(_first(plain), _first(guided))
@@ -215,13 +248,14 @@ def test_a_control_lora_is_a_model_like_others(site: Site) -> None:
 
 
 def test_lists(site: Site) -> None:
-    assert set(site.titles) == {"canny_1", "canny_2", "big", "broken", "union", "control-lora"}
+    assert set(site.titles) == {"canny_1", "canny_2", "big", "broken", "union", "control-lora", "ip-adapter"}
     modules = site.client.get("/controlnet/module_list").json()
     assert modules["module_list"][0] == "None" and {"canny", "shuffle", "inpaint_only"} <= set(modules["module_list"])
     assert modules["module_detail"]["canny"]["sliders"][1] == {"name": "Low Threshold", "value": 100, "min": 0, "max": 256, "step": 1}
     types = site.client.get("/controlnet/control_types").json()["control_types"]
     assert types["Canny"]["default_option"] == "canny" and types["Canny"]["default_model"] == site.titles["canny_1"]
-    assert types["All"]["default_option"] == "None" and len(types["All"]["model_list"]) == 7
+    assert types["IP-Adapter"]["default_model"] == site.titles["ip-adapter"] and types["Reference"]["default_option"] == "reference_only"
+    assert types["All"]["default_option"] == "None" and len(types["All"]["model_list"]) == 8
     assert site.client.get("/controlnet/version").json() == {"version": 2}
     assert site.client.get("/controlnet/settings").json() == {"control_net_unit_count": 3}
 

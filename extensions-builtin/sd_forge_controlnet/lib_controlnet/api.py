@@ -13,6 +13,8 @@ from pydantic import BaseModel
 
 from lib_controlnet import external_code, global_state
 from modules.errors import RequestError
+from modules_forge import shared
+from modules_forge.network_preprocessors import explain_missing
 from modules_forge.utils import HWC3
 
 
@@ -88,11 +90,11 @@ def run_detect(request: DetectRequest) -> dict[str, Any]:
 
 def unknown_module(name: str) -> str:
     """What is said of a preprocessor that is not there."""
+    missing = explain_missing(name, shared.preprocessor_dir)
+    if missing is not None:
+        return missing
     known = ", ".join(global_state.get_all_preprocessor_names())
-    return (
-        f"ControlNet has no preprocessor {name!r}; it has {known}. Others need a network of their own, which an extension brings: make the map "
-        "elsewhere and choose None."
-    )
+    return f"ControlNet has no preprocessor {name!r}; it has {known}. Others come from extensions, or make the map elsewhere and choose None."
 
 
 def _encode(picture: np.ndarray) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from modules import sd_models, shared
 from modules.application import current_application
 from modules.errors import RequestError
+from modules_forge.network_preprocessors import OLD_NAMES
 from modules_forge.shared import supported_preprocessors, try_load_supported_control_model
 
 log = logging.getLogger(__name__)
@@ -82,11 +83,12 @@ def get_sorted_preprocessors() -> dict[str, Any]:
 
 
 def get_preprocessor(name: str) -> Any:
-    """The preprocessor of that name, in any letter case, with or without what stands in brackets; None when there is none."""
-    wanted = name.strip().lower()
-    for known, preprocessor in supported_preprocessors.items():
-        if wanted in (known.lower(), known.lower().split(" (")[0]):
-            return preprocessor
+    """The preprocessor of that name, in any letter case, with or without what stands in brackets, or of older versions; None when there is none."""
+    asked = name.strip().lower()
+    for wanted in (asked, OLD_NAMES.get(asked, asked).lower()):
+        for known, preprocessor in supported_preprocessors.items():
+            if wanted in (known.lower(), known.lower().split(" (")[0]):
+                return preprocessor
     return None
 
 

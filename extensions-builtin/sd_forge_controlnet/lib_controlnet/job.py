@@ -19,13 +19,14 @@ from modules.errors import RequestError
 
 @dataclass
 class ActiveUnit:
-    """An enabled unit of a job, with its model and hint."""
+    """An enabled unit of a job, with its model and hint. `features`: what the model keeps of the hint for the passes."""
 
     number: int
     unit: ControlNetUnit
     preprocessor: Any
     model: Any
     hint: Hint
+    features: Any = None
 
 
 def read_units(args: Any) -> list[ControlNetUnit]:
@@ -76,6 +77,16 @@ def find_union_type(preprocessor: Any, unit: ControlNetUnit, number: int) -> Con
     )
 
 
+def see_hint(p: Any, one: ActiveUnit) -> None:
+    """Let the unit's model see its hint before the first pass. Raises RequestError."""
+    if one.model is None:
+        return
+    try:
+        one.model.process_after_running_preprocessors(process=p, params=one)
+    except ControlNetError as error:
+        raise RequestError(str(error)) from error
+
+
 def add_detected_map(p: Any, one: ActiveUnit) -> None:
     """The map behind the job's pictures, unless the settings say no."""
     if one.unit.save_detected_map and not shared.opts.control_net_no_detectmap:
@@ -92,6 +103,7 @@ def acts_in_pass(unit: ControlNetUnit, p: Any) -> bool:
 def patch_pass(p: Any, one: ActiveUnit, x: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     """Hint and weights in the size of the pass, and the model at the head of the chain."""
     cond, mask = one.hint.tensors(int(x.shape[3]) * 8, int(x.shape[2]) * 8)
+    kwargs = {**kwargs, "unit": one.unit, "params": one, "cond_original": cond, "mask_original": mask}
     cond, mask = one.preprocessor.process_before_every_sampling(p, cond, mask, *args, **kwargs)
     model = one.model
     if model is None:

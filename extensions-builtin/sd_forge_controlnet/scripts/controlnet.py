@@ -6,13 +6,14 @@ from typing import Any
 
 import gradio as gr
 from lib_controlnet import api, external_code, global_state, infotext
-from lib_controlnet.job import acts_in_pass, add_detected_map, patch_pass, prepare_unit, read_units
+from lib_controlnet.job import acts_in_pass, add_detected_map, patch_pass, prepare_unit, read_units, see_hint
 from lib_controlnet.ui import UnitControls
 
 from modules import script_callbacks, scripts, shared
 from modules_forge.builtin_preprocessors import builtin_preprocessors
 from modules_forge.shared import add_supported_control_model, add_supported_preprocessor, supported_preprocessors
 from modules_forge.supported_controlnet import ControlNetPatcher
+from modules_forge.supported_ip_adapter import IPAdapterPatcher
 
 
 class ControlNetForForgeOfficial(scripts.Script):
@@ -50,8 +51,7 @@ class ControlNetForForgeOfficial(scripts.Script):
         for place, one in enumerate(active):
             p.extra_generation_params[infotext.key_of(place)] = infotext.write_unit(one.unit)
             one.preprocessor.process_after_running_preprocessors(process=p, params=one)
-            if one.model is not None:
-                one.model.process_after_running_preprocessors(process=p, params=one)
+            see_hint(p, one)
             add_detected_map(p, one)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
@@ -81,6 +81,7 @@ def register() -> None:
         if preprocessor.name not in supported_preprocessors:
             add_supported_preprocessor(preprocessor)
     add_supported_control_model(ControlNetPatcher)
+    add_supported_control_model(IPAdapterPatcher)
 
 
 register()

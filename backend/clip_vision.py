@@ -1,0 +1,119 @@
+"""CLIP's picture tower from a file, as IP-Adapters need it: transformers' network, and the preparation of a picture.
+
+Must not know adapters, units or folders. Shapes: N pictures, L tokens (one per patch and one more), D width of a token, P width of the projection.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from backend import memory_management
+from backend.checkpoint_config import head_count
+from backend.checkpoint_file import CheckpointError, TensorFile, open_tensor_file
+from backend.control_dtype import pick_dtype
+from backend.patcher.base import ModelPatcher
+from backend.state_dict import assign_tensors, build_empty, check_plan, plan_as_named
+
+logger = logging.getLogger(__name__)
+
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_HEADS = {768: 12, 1024: 16, 1280: 16, 1664: 16}
+"""By width, of the published towers: B, L, H and bigG."""
+_QUICK_GELU_WIDTHS = ((768, 512), (1024, 768))
+"""(width, projected width) of OpenAI's own towers; those of OpenCLIP have the exact GELU."""
+_HEAD = "vision_model."
+
+
+def is_clip_vision(keys: Collection[str]) -> bool:
+    """Whether these are the names of a picture tower in transformers' layout."""
+    return f"{_HEAD}embeddings.patch_embedding.weight" in keys
+
+
+def tower_widths(file: TensorFile) -> tuple[int, int]:
+    """(width of a token, width of the projection) of a picture tower's file."""
+    projection = file.infos.get("visual_projection.weight")
+    return file.infos[f"{_HEAD}embeddings.patch_embedding.weight"].shape[0], 0 if projection is None else projection.shape[0]
+
+
+class ClipVision:
+    """A picture tower with its place in memory management."""
+
+    def __init__(self, model: CLIPVisionModelWithProjection, path: Path) -> None:
+        self.path = path
+        self.patcher = ModelPatcher(
+            model, load_device=memory_management.get_torch_device(), offload_device=torch.device("cpu"), current_device=torch.device("cpu")
+        )
+
+    def encode_image(self, picture: np.ndarray, *, hidden_states: bool) -> Tensor:
+        """Of a picture (H, W, 3), uint8, and of none: the last layer's input (2, L, D) or the projection (2, P), none first."""
+        memory_management.load_models_gpu([self.patcher])
+        model: Any = self.patcher.model
+        device, dtype = self.patcher.load_device, next(model.parameters()).dtype
+        pixels = prepare_picture(picture, int(model.config.image_size)).to(device, dtype)
+        with torch.inference_mode():
+            if hidden_states:
+                both = model(torch.cat([torch.zeros_like(pixels), pixels]), output_hidden_states=True)
+                found: Tensor = both.hidden_states[-2]
+                return found
+            embeds: Tensor = model(pixels).image_embeds
+            return torch.cat([torch.zeros_like(embeds), embeds])
+
+
+def prepare_picture(picture: np.ndarray, side_px: int) -> Tensor:
+    """The middle square as (1, 3, side, side), normalised as CLIP was trained."""
+    image = Image.fromarray(picture).convert("RGB")
+    scale = side_px / min(image.size)
+    width, height = (side_px if side == min(image.size) else int(side * scale) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side_px) // 2, (height - side_px) // 2
+    values = np.asarray(image.crop((left, top, left + side_px, top + side_px)), dtype=np.float32) / 255.0
+    normal = (values - np.array(_MEAN, dtype=np.float32)) / np.array(_STD, dtype=np.float32)
+    return torch.from_numpy(normal.transpose(2, 0, 1)[None].copy())
+
+
+def load_clip_vision(path: Path) -> ClipVision:
+    """The picture tower in a file. Raises: CheckpointError for a file that is none, or is damaged."""
+    with open_tensor_file(path) as file:
+        if not is_clip_vision(file.infos):
+            raise CheckpointError(f"{path.name}: is no CLIP vision model in transformers' layout (it lacks {_HEAD}embeddings.*).")
+        config = _read_config(file)
+        model = build_empty(lambda: CLIPVisionModelWithProjection(config))
+        plan = plan_as_named(model, file, _stored_name)
+        check_plan(plan, file, "CLIP vision model")
+        assign_tensors(model, plan, file, storage_dtype=pick_dtype(model))
+    logger.info("Loaded %s: a CLIP vision model of width %d.", path.name, config.hidden_size)
+    return ClipVision(model, path)
+
+
+def _stored_name(key: str) -> str:
+    return key if key.startswith((_HEAD, "visual_projection.")) else _HEAD + key
+
+
+def _read_config(file: TensorFile) -> CLIPVisionConfig:
+    shapes = {key: info.shape for key, info in file.infos.items()}
+    needed = [f"{_HEAD}embeddings.position_embedding.weight", f"{_HEAD}encoder.layers.0.mlp.fc1.weight", "visual_projection.weight"]
+    missing = next((key for key in needed if key not in shapes), None)
+    if missing is not None:
+        raise CheckpointError(f"{file.path.name}: its CLIP vision model misses {missing}. Take a file with the projection, or download it again.")
+    width, _, patch_px, _ = shapes[f"{_HEAD}embeddings.patch_embedding.weight"]
+    projected = shapes["visual_projection.weight"][0]
+    num_layers = 1 + max(int(key.split(".")[3]) for key in shapes if key.startswith(f"{_HEAD}encoder.layers."))
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=shapes[f"{_HEAD}encoder.layers.0.mlp.fc1.weight"][0],
+        projection_dim=projected,
+        num_hidden_layers=num_layers,
+        num_attention_heads=_HEADS.get(width, head_count(width)),
+        image_size=round((shapes[f"{_HEAD}embeddings.position_embedding.weight"][0] - 1) ** 0.5) * patch_px,
+        patch_size=patch_px,
+        hidden_act="quick_gelu" if (width, projected) in _QUICK_GELU_WIDTHS else "gelu",
+    )

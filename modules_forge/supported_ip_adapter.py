@@ -1,0 +1,102 @@
+"""The kind of control model for IP-Adapters, and where their picture towers (CLIP vision models) are looked for. Must not know the page."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from backend.checkpoint_file import CheckpointError, open_tensor_file
+from backend.clip_vision import ClipVision, is_clip_vision, load_clip_vision, tower_widths
+from backend.controlnet_loader import HeldTensors
+from backend.ip_adapter import IPAdapter, apply_ip_adapter, is_ip_adapter, read_ip_adapter
+from backend.patcher.controlnet import ControlNetError
+from modules_forge import shared
+from modules_forge.supported_controlnet import ControlModelPatcher
+
+logger = logging.getLogger(__name__)
+
+_ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
+_PICKLE_WORDS = ("clip", "vit", "encoder")
+"""Words in the names of pickled files that are looked into; opening one takes long."""
+_widths: dict[tuple[str, int, int], tuple[int, int] | None] = {}
+_towers: dict[str, ClipVision] = {}
+
+
+class IPAdapterPatcher(ControlModelPatcher):
+    """An IP-Adapter for SD 1.x or SDXL: plain, light, plus, plus-face or full-face."""
+
+    model_patcher: IPAdapter
+
+    @staticmethod
+    def try_build_from_state_dict(state_dict: Mapping[str, Tensor], ckpt_path: str) -> IPAdapterPatcher | None:
+        """Raises: CheckpointError for an adapter that is damaged or for faces."""
+        if not is_ip_adapter(state_dict):
+            return None
+        return IPAdapterPatcher(read_ip_adapter(HeldTensors(Path(ckpt_path), state_dict)))
+
+    def process_after_running_preprocessors(self, process: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        """See the unit's picture, once a job. Raises: ControlNetError where the picture tower is missing."""
+        tower = find_tower(self.model_patcher)
+        params.features = tower.encode_image(params.hint.picture, hidden_states=self.model_patcher.reads_hidden_states)
+
+    def process_before_every_sampling(self, process: Any, cond: Any, mask: Any, *args: Any, **kwargs: Any) -> None:
+        """Have the pass see the picture. Raises: ControlNetError for an adapter of another family."""
+        objects, masked = process.sd_model.forge_objects, self.advanced_mask_weighting if mask is None else mask
+        objects.unet = apply_ip_adapter(
+            objects.unet,
+            self.model_patcher,
+            kwargs["params"].features,
+            weight=self.strength,
+            percent_range=(self.start_percent, self.end_percent),
+            mask_B1HW=masked,
+        )
+
+
+def find_tower(adapter: IPAdapter) -> ClipVision:
+    """The picture tower that an adapter was made for; the last one stays in memory. Raises: ControlNetError where there is none, or it is damaged."""
+    place = 0 if adapter.reads_hidden_states else 1
+    for path in _candidates():
+        widths = _read_widths(path)
+        if widths is not None and widths[place] == adapter.feature_width:
+            return _load(path)
+    raise ControlNetError(
+        f"{adapter.name} needs the image encoder {adapter.tower_name} ({('width', 'projection')[place]} {adapter.feature_width}), and there is none. "
+        "Put its file (model.safetensors of the image_encoder folder that comes with the adapter, under any name) into "
+        f"{shared.preprocessor_dir}."
+    )
+
+
+def _load(path: Path) -> ClipVision:
+    if str(path) not in _towers:
+        _towers.clear()
+        try:
+            _towers[str(path)] = load_clip_vision(path)
+        except CheckpointError as error:
+            raise ControlNetError(str(error)) from error
+    return _towers[str(path)]
+
+
+def _candidates() -> Iterator[Path]:
+    for folder in (Path(shared.preprocessor_dir), Path(shared.controlnet_dir), Path(shared.controlnet_dir).parent / "clip_vision"):
+        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            is_likely = path.suffix.lower() == ".safetensors" or any(word in path.name.lower() for word in _PICKLE_WORDS)
+            if path.suffix.lower() in _ENDINGS and is_likely and path.is_file():
+                yield path
+
+
+def _read_widths(path: Path) -> tuple[int, int] | None:
+    """Widths of the tower in a file; None where it holds something else or cannot be read."""
+    stat = path.stat()
+    key = (str(path), stat.st_mtime_ns, stat.st_size)
+    if key not in _widths:
+        try:
+            with open_tensor_file(path) as file:
+                _widths[key] = tower_widths(file) if is_clip_vision(file.infos) else None
+        except CheckpointError as error:
+            logger.debug("%s is not looked at for an image encoder: %s", path.name, error)
+            _widths[key] = None
+    return _widths[key]
