@@ -23,6 +23,7 @@ from modules.shared_options import build_option_table, restricted_opts
 from modules.shared_state import State
 from modules.styles import StyleDatabase
 from modules.upscaler_models import UpscalerModels, build_upscaler_models
+from modules_forge import shared as control_models
 
 
 @dataclass(kw_only=True)
@@ -115,6 +116,12 @@ def install(app: Application | None) -> None:
     """Make `app` the one that guests and the facades speak to; None removes it."""
     global _installed  # noqa: PLW0603 - the one place where the running application is known
     _installed = app
+    if app is not None:
+        control_models.configure_folders(
+            controlnet_dir=app.config.controlnet_dirs[0],
+            preprocessor_dir=Path(app.config.flags["controlnet_preprocessor_models_dir"]),
+            diffusers_dir=app.config.models_dir / "diffusers",
+        )
 
 
 def current_application() -> Application:

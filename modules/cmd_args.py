@@ -89,7 +89,6 @@ NO_EFFECT: Mapping[str, tuple[bool | None, str]] = MappingProxyType(
 # Flags whose part of the program is not there yet: flag -> what is true until it is. `tests/contract/test_flags.py` says when one can go.
 NOT_YET: Mapping[str, str] = MappingProxyType(
     {
-        "--controlnet-preprocessor-models-dir": "no preprocessor here needs a model",
         "--controlnet-loglevel": "ControlNet says as much as --loglevel says",
         "--hypernetwork-dir": "hypernetworks are not read",
         "--localizations-dir": "the page is in English",

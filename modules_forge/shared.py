@@ -1,6 +1,6 @@
 """What ControlNet's extensions register and where their files lie: preprocessors, kinds of control model, folders.
 
-Folders are those of `configure_folders`, which webui.py's start calls; none is made here. Must not know the page or any one model.
+Folders are those of `configure_folders`, which installing an application calls; none is made here. Must not know the page or any one model.
 """
 
 from __future__ import annotations
