@@ -1,26 +1,5 @@
-"""Closes the event loops that gradio makes and leaves open whenever a page is built outside of one."""
+"""Closes what pages that are built in tests leave open."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
-
-import pytest
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _close_event_loops() -> Iterator[None]:
-    made: list[asyncio.AbstractEventLoop] = []
-    make = asyncio.new_event_loop
-
-    def remember() -> asyncio.AbstractEventLoop:
-        made.append(make())
-        return made[-1]
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(asyncio, "new_event_loop", remember)
-        yield
-    if made:
-        asyncio.set_event_loop(None)
-    for loop in made:
-        loop.close()
+from tests.support.event_loops import close_event_loops as close_event_loops

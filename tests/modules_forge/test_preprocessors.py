@@ -175,18 +175,71 @@ def test_a_parameter_is_told_to_clients() -> None:
 
 def test_every_preprocessor_of_forge_is_here_or_explained() -> None:
     """The list of the names that Forge offers."""
-    names = (
-        "None, canny, invert (from white bg & black line), animal_openpose, blur_gaussian, densepose (pruple bg & purple torso), "
-        "densepose_parula (black bg & blue torso), depth_anything, depth_hand_refiner, depth_leres, depth_leres++, depth_marigold, depth_midas, "
-        "depth_zoe, dw_openpose_full, inpaint_global_harmonious, inpaint_only, inpaint_only+lama, instant_id_face_keypoints, lineart_anime, "
-        "lineart_anime_denoise, lineart_coarse, lineart_realistic, lineart_standard (from white bg & black line), mediapipe_face, mlsd, "
-        "normal_midas, normalbae, openpose, openpose_face, openpose_faceonly, openpose_full, openpose_hand, recolor_intensity, "
-        "recolor_luminance, reference_only, reference_adain, reference_adain+attn, scribble_hed, scribble_pidinet, scribble_xdog, "
-        "seg_anime_face, seg_ofade20k, seg_ofcoco, seg_ufade20k, shuffle, softedge_hed, softedge_hedsafe, softedge_pidinet, "
-        "softedge_pidisafe, softedge_teed, t2ia_color_grid, t2ia_sketch_pidi, threshold, tile_resample, tile_colorfix, tile_colorfix+sharp, "
-        "CLIP-ViT-H (IPAdapter), CLIP-ViT-bigG (IPAdapter), InsightFace+CLIP-H (IPAdapter), InsightFace (InstantID), CLIP-G (Revision), "
-        "CLIP-G (Revision ignore prompt)"
-    ).split(", ")
+    names = [
+        "None",
+        "canny",
+        "invert (from white bg & black line)",
+        "animal_openpose",
+        "blur_gaussian",
+        "densepose (pruple bg & purple torso)",
+        "densepose_parula (black bg & blue torso)",
+        "depth_anything",
+        "depth_hand_refiner",
+        "depth_leres",
+        "depth_leres++",
+        "depth_marigold",
+        "depth_midas",
+        "depth_zoe",
+        "dw_openpose_full",
+        "inpaint_global_harmonious",
+        "inpaint_only",
+        "inpaint_only+lama",
+        "instant_id_face_keypoints",
+        "lineart_anime",
+        "lineart_anime_denoise",
+        "lineart_coarse",
+        "lineart_realistic",
+        "lineart_standard (from white bg & black line)",
+        "mediapipe_face",
+        "mlsd",
+        "normal_midas",
+        "normalbae",
+        "openpose",
+        "openpose_face",
+        "openpose_faceonly",
+        "openpose_full",
+        "openpose_hand",
+        "recolor_intensity",
+        "recolor_luminance",
+        "reference_only",
+        "reference_adain",
+        "reference_adain+attn",
+        "scribble_hed",
+        "scribble_pidinet",
+        "scribble_xdog",
+        "seg_anime_face",
+        "seg_ofade20k",
+        "seg_ofcoco",
+        "seg_ufade20k",
+        "shuffle",
+        "softedge_hed",
+        "softedge_hedsafe",
+        "softedge_pidinet",
+        "softedge_pidisafe",
+        "softedge_teed",
+        "t2ia_color_grid",
+        "t2ia_sketch_pidi",
+        "threshold",
+        "tile_resample",
+        "tile_colorfix",
+        "tile_colorfix+sharp",
+        "CLIP-ViT-H (IPAdapter)",
+        "CLIP-ViT-bigG (IPAdapter)",
+        "InsightFace+CLIP-H (IPAdapter)",
+        "InsightFace (InstantID)",
+        "CLIP-G (Revision)",
+        "CLIP-G (Revision ignore prompt)",
+    ]
     here = {one.name for one in builtin_preprocessors()}
     assert here <= set(names)
     for name in set(names) - here:

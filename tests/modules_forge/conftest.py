@@ -1,0 +1,5 @@
+"""Closes what pages that are built in tests leave open."""
+
+from __future__ import annotations
+
+from tests.support.event_loops import close_event_loops as close_event_loops
