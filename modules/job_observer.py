@@ -181,11 +181,11 @@ class _DriverSampler:
         return self.samples
 
     def _sample(self) -> None:
-        """Once at least, so that a short job has a sample too."""
-        while True:
+        """From the start to the end, both included: decoding comes last and takes the most, and the allocator still holds it then."""
+        self.sample_once()
+        while not self._ended.wait(SAMPLE_EVERY_S):
             self.sample_once()
-            if self._ended.wait(SAMPLE_EVERY_S):
-                return
+        self.sample_once()
 
     def sample_once(self) -> None:
         at_ms, cards = (time.perf_counter() - self._began_s) * 1000, read_telemetry()

@@ -253,16 +253,16 @@ def test_the_driver_is_asked_of_the_slots_of_cards(app: Application, monkeypatch
         uuid="GPU-1", name="card", driver="1", total_bytes=100, used_bytes=60, utilization_percent=90, temperature_celsius=70, power_watts=300.0,
         power_limit_watts=None, pcie_generation=None, pcie_lanes=None,
     )  # fmt: skip
-    monkeypatch.setattr(job_observer, "read_telemetry", lambda: (card,))
+    now = [card]
+    monkeypatch.setattr(job_observer, "read_telemetry", lambda: tuple(now))
     monkeypatch.setattr(job_observer, "find_telemetry", lambda device, cards: cards[0] if device.type == "vgpu" else None)
     with virtual_fleet(2):
         sampler = job_observer._DriverSampler(memory_management.compute_slots())
         sampler.start()
+        now[:] = [dataclasses.replace(card, used_bytes=95)]  # decoding, in the last moment
         samples = sampler.stop()
-    assert {(sample.slot, sample.utilization_percent, sample.used_bytes, sample.power_watts) for sample in samples} >= {
-        (0, 90, 60, 300.0),
-        (1, 90, 60, 300.0),
-    }
+    assert {(sample.slot, sample.utilization_percent, sample.power_watts) for sample in samples} == {(0, 90, 300.0), (1, 90, 300.0)}
+    assert [(sample.slot, sample.used_bytes) for sample in samples[-2:]] == [(0, 95), (1, 95)]
 
 
 # torch's profiler

@@ -79,7 +79,8 @@ def check_jobs_on_two_slots(machine: Machine, report: Report) -> None:
                 name = f"{strategy}, {'asynchronous' if asynchronous else 'synchronous'}"
                 apart = np.abs(found[0] - expected)
                 report.expect(f"{name}: same picture as one slot", apart.max() <= 8, max=int(apart.max()), mean=float(apart.mean()))
-                report.expect(f"{name}: the same every time", all(np.array_equal(one, found[0]) for one in found))
+                spread = max(int(np.abs(one - found[0]).max()) for one in found)
+                report.expect(f"{name}: the same every time, but for rounding", spread <= 8, max=spread)  # rows are dealt by measured speed
 
 
 def pixels(done: Any) -> np.ndarray:
