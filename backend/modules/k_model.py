@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from backend import memory_management, profiler
 from backend.attention import install_attention
 from backend.modules.k_prediction import Prediction
+from backend.nn.deferred_control import DeferredControl
 from backend.nn.network_call import NetworkCall
 from backend.nn.unet_program import Program, build_program
 from backend.nn.unet_state import TransformerOptions
@@ -63,6 +64,8 @@ class KModel(nn.Module):
         self.program: Program = build_program(model)
         self.runner: Callable[[NetworkCall], Tensor] | None = None
         """Runs the network on all rows of a call while a plan over several slots is in force."""
+        self.deferred_networks: frozenset[nn.Module] = frozenset()
+        """ControlNets whose residuals the runner computes itself, so that calls may bring them deferred."""
 
     def _set_types(self) -> None:
         if self.storage_dtype == self.computation_dtype:
@@ -77,7 +80,7 @@ class KModel(nn.Module):
         t: Tensor,
         c_concat: Tensor | None = None,
         c_crossattn: Tensor | None = None,
-        control: Mapping[str, Sequence[Tensor | None]] | None = None,
+        control: Mapping[str, Sequence[Tensor | None]] | DeferredControl | None = None,
         transformer_options: TransformerOptions | None = None,
         y: Tensor | None = None,
         **kwargs: Any,
@@ -85,7 +88,8 @@ class KModel(nn.Module):
         """x0 (B, C, H, W) in fp32 of noisy latents `x` at noise levels `t` (B,).
 
         `c_concat` (B, C', H, W): mask and masked picture of an inpainting model. `c_crossattn` (B, L, D): text. `y` (B, V): SDXL's
-        pooled text and sizes. `control`: ControlNet residuals. Other keyword arguments are conditions of other model kinds and unused.
+        pooled text and sizes. `control`: ControlNet residuals, there or deferred. Other keyword arguments are conditions of other model kinds
+        and unused.
         """
         sigma, dtype = t, self.computation_dtype
         model_input = self.predictor.calculate_input(sigma, x)

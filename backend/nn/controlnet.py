@@ -39,6 +39,13 @@ class ControlNetwork(nn.Module):
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 
+    def make_empty(self) -> ControlNetwork:
+        """A network of the same kind with the same names and types and weights of its own, to be filled. In eval mode, without gradients."""
+        model = type(self.model).from_config(self.config)
+        nn.Module.to(model, self.dtype)  # diffusers' own `to` warns about every change of type
+        other = type(self)(model)
+        return other.requires_grad_(False).train(self.training)
+
     def embed_hint(self, hint: Tensor) -> Tensor:
         """A hint (B, 3, 8 H, 8 W) from 0 to 1 in the latents' size, as wide as the first level. The same in every step."""
         embedded: Tensor = self.model.controlnet_cond_embedding(hint)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from backend.nn.deferred_control import DeferredControl, residual_rows
 from backend.nn.unet_program import Program
 from backend.nn.unet_state import TransformerOptions, UNetState
 
@@ -19,13 +20,16 @@ Control = Mapping[str, Sequence[Tensor | None]]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class NetworkCall:
-    """Inputs of the UNet, scaled and in the type it computes in. `options` are Forge's transformer options, shared until the state copies them."""
+    """Inputs of the UNet, scaled and in the type it computes in. `options` are Forge's transformer options, shared until the state copies them.
+
+    `control` may be deferred: whoever runs the call computes the residuals beside it.
+    """
 
     x_BCHW: Tensor
     timesteps_B: Tensor
     context_BLD: Tensor | None = None
     y_BV: Tensor | None = None
-    control: Control | None = None
+    control: Control | DeferredControl | None = None
     options: TransformerOptions = field(default_factory=dict)
 
     @property
@@ -37,8 +41,9 @@ class NetworkCall:
         return self.x_BCHW.device
 
     def start(self, program: Program) -> UNetState:
-        """The state before the first segment, on the device that the inputs are on."""
-        return program.start(self.x_BCHW, self.timesteps_B, self.context_BLD, y_BV=self.y_BV, control=self.control, options=self.options)
+        """The state before the first segment, on the device that the inputs are on. Deferred residuals are computed first."""
+        control = self.control.compute(self.device) if isinstance(self.control, DeferredControl) else self.control
+        return program.start(self.x_BCHW, self.timesteps_B, self.context_BLD, y_BV=self.y_BV, control=control, options=self.options)
 
     def rows(self, first: int, end: int) -> NetworkCall:
         """The call for rows `first` to before `end` alone; its options say what these rows are."""
@@ -50,7 +55,7 @@ class NetworkCall:
             timesteps_B=self.timesteps_B[part],
             context_BLD=None if self.context_BLD is None else self.context_BLD[part],
             y_BV=None if self.y_BV is None else self.y_BV[part],
-            control=_control_rows(self.control, part, self.num_rows),
+            control=_control_rows(self.control, first, end, self.num_rows),
             options=_options_of_rows(self.options, first, end, self.num_rows),
         )
 
@@ -67,15 +72,10 @@ class NetworkCall:
         )
 
 
-def _control_rows(control: Control | None, part: slice, num_rows: int) -> Control | None:
-    """Residuals of these rows; one of a single row counts for all."""
+def _control_rows(control: Control | DeferredControl | None, first: int, end: int, num_rows: int) -> Control | DeferredControl | None:
     if control is None:
         return None
-    return {
-        kind: [one if one is None or one.shape[0] != num_rows else one[part] for one in residuals]
-        for kind, residuals in control.items()
-        if isinstance(residuals, (list, tuple))
-    }
+    return control.rows(first, end, num_rows) if isinstance(control, DeferredControl) else residual_rows(control, first, end, num_rows)
 
 
 def _options_of_rows(options: TransformerOptions, first: int, end: int, num_rows: int) -> TransformerOptions:

@@ -80,6 +80,17 @@ class ModelProfile:
         return sum(cost.flops_per_row for cost in self.pieces)
 
     @property
+    def control_bytes_per_row(self) -> int:
+        """All residuals of a ControlNet."""
+        return sum(cost.control_bytes_per_row for cost in self.pieces)
+
+    @property
+    def share_before_control(self) -> float:
+        """Share of the work that is done before the first residual is added; 0 where none is known to be."""
+        first = next((index for index, cost in enumerate(self.pieces) if cost.control_bytes_per_row), 0)
+        return sum(cost.work_per_row for cost in self.pieces[:first]) / max(self.work_per_row, 1e-9)
+
+    @property
     def num_kernels(self) -> int:
         return sum(cost.num_kernels for cost in self.pieces)
 
@@ -131,6 +142,17 @@ def profile_unet(
         config, latent_height=latent_height, latent_width=latent_width, context_length=context_length, dtype=dtype, name=name
     )  # fmt: skip
     return with_measured_ms(profile, measured_ms) if measured_ms else profile
+
+
+def profile_controlnet(
+    unet_config: Mapping[str, Any], *, latent_height: int, latent_width: int, context_length: int = 77, dtype: torch.dtype | None = None
+) -> ComponentCost:
+    """Costs of the ControlNet that belongs to a UNet of this config, counted like a UNet's. Kept per config, shape and dtype."""
+    from backend.parallel import profiling  # imports the network libraries
+
+    return profiling.profile_controlnet(
+        unet_config, latent_height=latent_height, latent_width=latent_width, context_length=context_length, dtype=dtype
+    )
 
 
 def with_measured_ms(profile: ModelProfile, measured_ms: Mapping[Piece, float]) -> ModelProfile:

@@ -1,7 +1,9 @@
 """Carries out a plan for calls of the network: rows go to replicas, units go through stages, results come back in order.
 
 Each slot's worker runs the stages of its slot; a unit that has finished a stage goes to the next slot's worker. A skip connection is sent
-as soon as it exists to the slot that will use it. Nothing here waits inside a worker for another worker, so nothing can block for good.
+as soon as it exists to the slot that will use it. A ControlNet's pass is a task of its own on its slot: a unit that comes to the first segment
+that adds residuals before they are there leaves its worker and comes back when they are. Nothing here waits inside a worker for another
+worker, so nothing can block for good.
 Must not know guidance, samplers, memory policy or how the plan was made.
 
 Shapes: B rows, C channels, H W latent rows and columns, E width of the time embedding, L tokens, D width of a token.
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,15 +21,18 @@ from itertools import count
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backend import profiler
-from backend.nn.network_call import NetworkCall
+from backend.nn.deferred_control import ControlTask, DeferredControl, add_residuals
+from backend.nn.network_call import Control, NetworkCall
 from backend.nn.unet_program import Program
 from backend.nn.unet_state import UNetState
 from backend.parallel.fleet import Fleet
 from backend.parallel.plan import Piece, ReplicaPlan, Stage
+from backend.parallel.stopwatch import Stopwatch
 from backend.parallel.transport import Parcel
+from backend.parallel.unit_control import ControlPlace, Parcels, UnitControl, receive_next
 from backend.profiler import Mark
 
 Result = TypeVar("Result")
@@ -52,11 +57,13 @@ class SlotFailure(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replica:
-    """One copy of the network in place: its program, whose weights are where `plan` says."""
+    """One copy of the network in place: its program, whose weights are where `plan` says. `controls`: where ControlNets run for it, by their own
+    network."""
 
     program: Program
     plan: ReplicaPlan
     work_per_row: Mapping[Piece, float] = field(default_factory=dict)
+    controls: Mapping[nn.Module, ControlPlace] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +126,12 @@ class _Unit:
     run: _Run
     result: Future[Parcel] = field(default_factory=Future)
     stage: int = 0
+    pieces: list[Piece] = field(default_factory=list)
+    """What is left of the running stage."""
+    busy_ms: float = 0.0
+    """Time that the running stage took before the unit waited for residuals."""
     state: UNetState | None = None
+    control: UnitControl | None = None
     hidden: Parcel | None = None
     transformer_input: Parcel | None = None
     sent_skip: tuple[Tensor, int, Parcel] | None = None
@@ -172,6 +184,9 @@ class Executor:
             _Unit(call.rows(first, end), route, run, profile_number=recorder.next_unit()) for route, first, end in self._deal_rows(call.num_rows)
         ]
         for unit in units:
+            if len(unit.route.devices) == 1:  # others may wait for what this unit's slot computes for them, so that comes first
+                self._start_control(unit)
+        for unit in units:
             self._start(unit)
         return self._gather(units, call.device)
 
@@ -187,6 +202,7 @@ class Executor:
     def _gather(self, units: Sequence[_Unit], device: torch.device) -> Tensor:
         """Results in the order of rows. All units have ended when this returns or raises, so that nothing runs behind the caller's back."""
         failures = [failure for failure in (unit.result.exception() for unit in units) if failure is not None]
+        failures += [_as_failure(slot, error) for unit in units if unit.control is not None for slot, error in unit.control.failures()]
         if failures:
             raise _worst(failures)
         outputs = [unit.result.result().receive() for unit in units]
@@ -197,6 +213,7 @@ class Executor:
     def _start(self, unit: _Unit) -> None:
         """Send the inputs to the first stage's device and the residuals to where they are added."""
         try:
+            self._start_control(unit)
             target, send = unit.route.device(0), self._fleet.transport.send
             arriving = unit.call.on(target, send)
             control = self._send_control(unit)
@@ -204,10 +221,65 @@ class Executor:
         except RuntimeError as error:  # no room there, or the slot is lost
             _fail(unit, unit.route.stages[0].slot, error)
 
-    def _send_control(self, unit: _Unit) -> dict[str, list[Tensor | None]]:
-        """The residuals, each on its way to the slot that adds it. The last of a list is used first."""
+    def _start_control(self, unit: _Unit) -> None:
+        """Give ControlNets' passes to their slots, and send what is there already. Once per unit."""
+        deferred = unit.call.control
+        if unit.control is None and isinstance(deferred, DeferredControl):
+            unit.control = UnitControl([self._start_link(unit, part) for part in deferred.parts])
+
+    def _start_link(self, unit: _Unit, part: Control | ControlTask) -> tuple[int, Future[Parcels]]:
+        slot = unit.route.stages[0].slot
+        try:
+            if isinstance(part, Mapping):
+                return slot, _done(self._ship_control(unit, part))
+            place = unit.route.replica.controls[part.network]
+            slot = place.slot
+            task = part.on(self._fleet.device(slot), self._fleet.transport.send)
+            return slot, self._fleet.worker(slot).submit(lambda: self._run_control(unit, task, place), priority=(unit.run.number,))
+        except RuntimeError as error:  # no room there, or the slot is lost: the unit finds out when it needs the residuals
+            failed: Future[Parcels] = Future()
+            failed.set_exception(_as_failure(slot, error))
+            return slot, failed
+
+    def _run_control(self, unit: _Unit, task: ControlTask, place: ControlPlace) -> Parcels:
+        """On a slot's worker: a ControlNet's pass, its residuals leaving for the slots that add them."""
+        if unit.run.has_failed or self._is_cancelled():
+            raise Cancelled
+        try:
+            watch, num_rows = Stopwatch(self._fleet.device(place.slot)), unit.call.num_rows
+            residuals = task.run(place.network)
+            ended = watch.stop(lambda ms: self._fleet.speeds.record(place.slot, place.work, place.work_per_row * num_rows, ms))
+            _note_control(unit, place.slot, self._fleet.device(place.slot), watch.started, ended)
+            return self._ship_control(unit, residuals)
+        except BaseException:
+            unit.run.has_failed = True
+            raise
+
+    def _ship_control(self, unit: _Unit, residuals: Control) -> Parcels:
+        """The residuals on their way to where they are added, in the order of their use: middle, then from the end of a list."""
+        sent: dict[str, list[Parcel | None]] = {}
+        for kind in ("middle", "output"):
+            targets = unit.route.control_targets[kind]
+            on_way = [
+                None if residual is None else self._ship(residual, unit, targets[min(place, len(targets) - 1)])
+                for place, residual in enumerate(reversed(residuals.get(kind, ())))
+            ]
+            sent[kind] = on_way[::-1]
+        return sent
+
+    def _send_control(self, unit: _Unit) -> Control:
+        """Residuals that are there from the start, each on its way to the slot that adds it: all of them, or of a deferred chain those of the
+        way in."""
+        if not isinstance(unit.call.control, DeferredControl):
+            ready = unit.call.control or {}
+        else:
+            inputs: dict[str, list[Tensor | None]] = {}
+            for part in unit.call.control.parts:
+                if isinstance(part, Mapping):
+                    inputs = add_residuals({"input": list(part.get("input", ()))}, inputs)
+            ready = inputs
         sent: dict[str, list[Tensor | None]] = {}
-        for kind, residuals in (unit.call.control or {}).items():
+        for kind, residuals in ready.items():
             targets = unit.route.control_targets.get(kind)
             if targets is None:
                 continue
@@ -223,7 +295,7 @@ class Executor:
         future = self._fleet.worker(slot).submit(task, priority=(unit.run.number,))
         future.add_done_callback(lambda done: _fail_if_unfinished(unit, slot, done))
 
-    def _enter(self, unit: _Unit, call: NetworkCall, control: dict[str, list[Tensor | None]]) -> None:
+    def _enter(self, unit: _Unit, call: NetworkCall, control: Control) -> None:
         """On the first stage's worker: the state before the first segment."""
         call = _with_control(call, control)
         with profiler.recorder().measure("stage", "time embedding", slot=unit.route.stages[0].slot, device=unit.route.device(0), **_facts(unit)):
@@ -261,19 +333,60 @@ class Executor:
                 skips[place] = skips[place].parcel.receive()
 
     def _run_stage(self, unit: _Unit) -> None:
+        """The stage's pieces, from where the unit is. Before one that adds residuals which are not there, the unit leaves the worker."""
         state, route, stage = unit.state, unit.route, unit.route.stages[unit.stage]
         assert state is not None
         program, here = route.replica.program, route.device(unit.stage)
-        watch = _Stopwatch(here)
-        for piece in stage.pieces:
+        unit.pieces = unit.pieces or self._pieces_of(unit, stage)
+        watch = Stopwatch(here)
+        while unit.pieces:
+            piece = unit.pieces[0]
+            if not self._take_control(unit, piece):
+                ended = watch.stop(lambda busy_ms: _add_time(unit, busy_ms))
+                _note_part(unit, stage, here, watch.started, ended)
+                unit.control.when_ready(lambda: self._come_back(unit, stage.slot))  # type: ignore[union-attr]
+                return
             if unit.run.has_failed or self._is_cancelled():
                 raise Cancelled
             self._run_piece(unit, piece, stage.slot)
             if piece.end_block is None and program.segments[piece.segment].kind == "input":
                 self._send_skip(unit, piece.segment, stage.slot)
+            del unit.pieces[0]
         ended = watch.stop(lambda busy_ms: self._record(unit, stage, busy_ms))
         _note_stage(unit, stage, here, watch.started, ended)
         self._leave(unit)
+
+    def _pieces_of(self, unit: _Unit, stage: Stage) -> list[Piece]:
+        """The stage's pieces; the middle block by its transformer blocks where residuals, which are added behind it, may be late."""
+        program = unit.route.replica.program
+        if unit.control is None:
+            return list(stage.pieces)
+        parts = [program.finest_parts(piece) if program.segments[piece.segment].kind == "middle" else (piece,) for piece in stage.pieces]
+        return [part for some in parts for part in some]
+
+    def _take_control(self, unit: _Unit, piece: Piece) -> bool:
+        """Have what a piece adds ready; False while a ControlNet is still at it. Raises: SlotFailure where one failed."""
+        if unit.control is None:
+            return True
+        assert unit.state is not None
+        kind = unit.route.replica.program.segments[piece.segment].kind
+        adds = piece.first_block == 0 if kind == "output" else kind == "middle" and piece.end_block is None
+        if not adds:
+            return True
+        if not unit.control.is_ready:
+            return False
+        for slot, error in unit.control.failures():
+            raise _as_failure(slot, error)
+        unit.control.place(unit.state.control)
+        receive_next(unit.state.control, kind)
+        return True
+
+    def _come_back(self, unit: _Unit, slot: int) -> None:
+        """A unit whose residuals are there goes on."""
+        try:
+            self._submit(unit, lambda: self._run_stage(unit))
+        except RuntimeError as error:
+            _fail(unit, slot, error)
 
     def _run_piece(self, unit: _Unit, piece: Piece, slot: int) -> None:
         """One piece; while pieces are measured, block by block with the time of each."""
@@ -285,7 +398,7 @@ class Executor:
             return
         tell, num_rows = self._on_piece, unit.call.num_rows
         for part in program.finest_parts(piece):
-            watch = _Stopwatch(route.devices[slot])
+            watch = Stopwatch(route.devices[slot])
             program.run_piece(part, state)
             watch.stop(partial(_tell_piece, tell, slot, part, num_rows))
 
@@ -345,7 +458,8 @@ class Executor:
     def _record(self, unit: _Unit, stage: Stage, busy_ms: float) -> None:
         work = unit.route.replica.work_per_row
         done = unit.call.num_rows * sum(work.get(piece, 0.0) for piece in stage.pieces)
-        self._fleet.speeds.record(stage.slot, self._work, done, busy_ms)
+        self._fleet.speeds.record(stage.slot, self._work, done, busy_ms + unit.busy_ms)
+        unit.busy_ms = 0.0
 
 
 # parcels
@@ -409,7 +523,7 @@ def _fail(unit: _Unit, slot: int, error: BaseException) -> None:
     unit.run.has_failed = True
     unit.state = None
     with suppress(InvalidStateError):  # two threads may see the same failure
-        unit.result.set_exception(error if isinstance(error, (Cancelled, SlotFailure)) else SlotFailure(slot, error))
+        unit.result.set_exception(_as_failure(slot, error))
 
 
 def _fail_if_unfinished(unit: _Unit, slot: int, done: Future[None]) -> None:
@@ -426,28 +540,28 @@ def _worst(failures: Iterable[BaseException]) -> BaseException:
     return ordered[0]
 
 
-def _with_control(call: NetworkCall, control: dict[str, list[Tensor | None]]) -> NetworkCall:
+def _as_failure(slot: int, error: BaseException) -> BaseException:
+    """What the caller hears of an error on a slot."""
+    if isinstance(error, CancelledError):
+        return Cancelled()
+    return error if isinstance(error, (Cancelled, SlotFailure)) else SlotFailure(slot, error)
+
+
+def _done(parcels: Parcels) -> Future[Parcels]:
+    future: Future[Parcels] = Future()
+    future.set_result(parcels)
+    return future
+
+
+def _add_time(unit: _Unit, busy_ms: float) -> None:
+    unit.busy_ms += busy_ms
+
+
+def _with_control(call: NetworkCall, control: Control) -> NetworkCall:
     return replace(call, control=control) if call.control is not None else call
 
 
-# time
-
-
-class _Stopwatch:
-    """Time that a slot was busy with a stage: on CUDA by events that are read later, without waiting; elsewhere by the clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.started: Mark = profiler.recorder().mark(device)
-
-    def stop(self, tell: Callable[[float], None]) -> Mark:
-        """The moment; the milliseconds since the start are told now or, on CUDA, when they are known."""
-        ended = profiler.mark_now(self._device)
-        if isinstance(ended, int):
-            tell((ended - self.started) / 1e6)
-        else:
-            _EventReader.add(self.started, ended, tell)
-        return ended
+# the record
 
 
 def _facts(unit: _Unit) -> dict[str, int]:
@@ -465,17 +579,14 @@ def _note_stage(unit: _Unit, stage: Stage, device: torch.device, started: Mark, 
         recorder.add(started, ended, devices=(device, device), kind=kind, name=name, slot=stage.slot, **_facts(unit))
 
 
-class _EventReader:
-    """Pairs of CUDA events that have not passed yet; each new pair looks whether older ones have."""
+def _note_part(unit: _Unit, stage: Stage, device: torch.device, started: Mark, ended: Mark) -> None:
+    """Record the part of a stage that was done before its unit waited for residuals."""
+    recorder = profiler.recorder()
+    if recorder.is_on:
+        recorder.add(started, ended, devices=(device, device), kind="stage", name="before residuals", slot=stage.slot, **_facts(unit))
 
-    _waiting: list[tuple[Any, Any, Callable[[float], None]]] = []
-    _lock = threading.Lock()
 
-    @classmethod
-    def add(cls, start: Any, end: Any, tell: Callable[[float], None]) -> None:
-        with cls._lock:
-            cls._waiting.append((start, end, tell))
-            passed = [one for one in cls._waiting if one[1].query()]
-            cls._waiting[:] = [one for one in cls._waiting if one not in passed]
-        for first, last, report in passed:
-            report(first.elapsed_time(last))
+def _note_control(unit: _Unit, slot: int, device: torch.device, started: Mark, ended: Mark) -> None:
+    recorder = profiler.recorder()
+    if recorder.is_on:
+        recorder.add(started, ended, devices=(device, device), kind="ControlNet", name="ControlNet", slot=slot, **_facts(unit))

@@ -22,6 +22,7 @@ from backend.parallel.executor import Replica
 from backend.parallel.fleet import Fleet
 from backend.parallel.plan import Piece, Plan, ReplicaPlan
 from backend.parallel.twins import META, TwinPatcher
+from backend.parallel.unit_control import ControlPlace
 from backend.patcher.base import ModelPatcher
 from backend.patcher.unet import UnetPatcher
 
@@ -103,13 +104,17 @@ def copies_of(network: KModel) -> Copies:
 def place_plan(
     unet: UnetPatcher, plan: Plan, fleet: Fleet, *, working_bytes: int, preserved_bytes: int = 0,
     beside: Sequence[ModelPatcher] = (), work_per_row: Mapping[Piece, float] | None = None,
+    controls: Sequence[Mapping[nn.Module, ControlPlace]] = (),
 ) -> PlacedPlan:  # fmt: skip
     """Make the plan's networks resident, with room for `working_bytes` on each device, and hold them. `beside` comes along (ControlNets).
+
+    `controls`: for each replica where its ControlNets run.
 
     Raises: OutOfMemory, SlotLost.
     """
     placer = _Placer(unet, fleet)
-    replicas = tuple(placer.add(replica, work_per_row or {}) for replica in plan.replicas)
+    places = controls or [{}] * len(plan.replicas)
+    replicas = tuple(placer.add(replica, work_per_row or {}, controls) for replica, controls in zip(plan.replicas, places, strict=True))
     patchers = tuple(placer.patchers)
     placer.leave_former_places()
     memory_management.load_models_gpu([*patchers, *beside], memory_required=working_bytes, hard_memory_preservation=preserved_bytes)
@@ -135,9 +140,9 @@ class _Placer:
         self._twins: list[tuple[int, TwinPatcher]] = []
         self._is_split = False
 
-    def add(self, replica: ReplicaPlan, work_per_row: Mapping[Piece, float]) -> Replica:
+    def add(self, replica: ReplicaPlan, work_per_row: Mapping[Piece, float], controls: Mapping[nn.Module, ControlPlace]) -> Replica:
         network = self._network_for(replica)
-        return Replica(program=network.program, plan=replica, work_per_row=work_per_row)
+        return Replica(program=network.program, plan=replica, work_per_row=work_per_row, controls=controls)
 
     def _network_for(self, replica: ReplicaPlan) -> KModel:
         devices = {self.fleet.device(slot) for slot in replica.used_slots}

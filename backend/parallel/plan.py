@@ -60,8 +60,8 @@ class Plan:
 
     `predicted_ms` is the time of one step of all the images, `single_ms` the same on the fastest single slot that holds the network (inf
     where none does). `predicted_bytes` is the peak per slot, `crossing_bytes` what goes from slot to slot in a step. `lanes` is how many
-    sampler loops run side by side. `component_slots` says where the planner put networks whose slot was open. `reason` is one sentence for
-    the user.
+    sampler loops run side by side. `component_slots` says where the planner put networks whose slot was open, `control_slots` where each
+    ControlNet runs for each of the replicas. `reason` is one sentence for the user.
     """
 
     strategy: Strategy
@@ -73,6 +73,7 @@ class Plan:
     crossing_bytes: int = 0
     lanes: int = 1
     component_slots: Mapping[str, int] = field(default_factory=dict)
+    control_slots: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.replicas:
@@ -84,8 +85,15 @@ class Plan:
         return tuple(dict.fromkeys(slot for replica in self.replicas for slot in replica.used_slots))
 
     @property
+    def has_control_apart(self) -> bool:
+        """Whether a ControlNet runs on another slot than those of the replica that it runs for."""
+        return any(
+            slot not in replica.used_slots for slots in self.control_slots.values() for replica, slot in zip(self.replicas, slots, strict=True)
+        )
+
+    @property
     def predicted_speedup(self) -> float:
         """Against one slot; 1.0 where nothing is predicted, inf for a plan over several slots of a network that fits none of them."""
-        if self.strategy == "single":
+        if self.strategy == "single" and not self.has_control_apart:
             return 1.0
         return self.single_ms / self.predicted_ms if self.predicted_ms > 0 and self.single_ms > 0 else 1.0

@@ -9,10 +9,11 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
+from dataclasses import dataclass, field, replace
+from itertools import chain, combinations
 from typing import Literal
 
+from backend.parallel.copy_costs import Apart, CopyCosts
 from backend.parallel.costs import ComponentCost, ModelProfile, merge_pieces
 from backend.parallel.partition import MOST_NESTED, PartitionJob, partition
 from backend.parallel.pipeline import Units
@@ -40,7 +41,8 @@ class JobShape:
 
     `branches` per image: 2 with CFG, 1 without. `may_use_lanes`: images may have sampler loops of their own. `components` are networks whose
     slot the planner chooses; one that was placed already is in the `fixed_bytes` of its slot instead. A ControlNet among them
-    (`runs_per_unit`) is needed with every whole copy; where a copy is cut it runs on `rider_slot`, or, where that is open, where it is best.
+    (`runs_per_unit`) has a copy with every whole copy, or runs on one slot for all, whichever is faster; where a copy is cut it runs on
+    `rider_slot`, or, where that is open, where it is best.
     `rows_per_forward`: rows that a whole copy takes at once; stages take one. `max_crossing_bytes` per step is kept by cuts where the other
     rules can be kept as well.
     """
@@ -81,31 +83,39 @@ class _Candidate:
     crossing_bytes: int
     component_slots: dict[str, int]
     dealt: tuple[int, ...]
+    rider_slots: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def num_slots(self) -> int:
-        return sum(len(group) for group in self.groups)
+        return len({slot for group in self.groups for slot in group}.union(*self.rider_slots.values()))
+
+    @property
+    def control_apart(self) -> dict[str, int]:
+        """ControlNets that run on one slot for all copies, where that is not the only copy's."""
+        return {name: slots[0] for name, slots in self.rider_slots.items() if len(set(slots)) == 1 and (slots[0],) != self.slot_indexes}
 
     @property
     def slot_indexes(self) -> tuple[int, ...]:
         return tuple(sorted(slot for group in self.groups for slot in group))
 
 
-def deal_units(num_units: int, speeds: Sequence[float]) -> tuple[int, ...]:
+def deal_units(num_units: int, speeds: Sequence[float], busy_ms: Sequence[float] = ()) -> tuple[int, ...]:
     """Units per replica so that the last is done as early as possible; a tie goes to the lower index.
 
-    One after the other goes where it would be done first, which is optimal for equal units on machines of different speed.
+    `busy_ms`: what each has to do before, in the unit of time of 1 / speed. One after the other goes where it would be done first, which is
+    optimal for equal units on machines of different speed.
     Raises: ValueError without a replica, or for a speed that is not positive.
     """
     if not speeds or not all(speed > 0 for speed in speeds):
         raise ValueError(f"{num_units} units were to be dealt by the speeds {list(speeds)}; there must be one at least, and each above 0.")
     dealt = [0] * len(speeds)
-    heap = [(1.0 / speed, index) for index, speed in enumerate(speeds)]
+    starts = busy_ms or [0.0] * len(speeds)
+    heap = [(starts[index] + 1.0 / speed, index) for index, speed in enumerate(speeds)]
     heapq.heapify(heap)
     for _ in range(num_units):
         _, index = heapq.heappop(heap)
         dealt[index] += 1
-        heapq.heappush(heap, ((dealt[index] + 1) / speeds[index], index))
+        heapq.heappush(heap, (starts[index] + (dealt[index] + 1) / speeds[index], index))
     return tuple(dealt)
 
 
@@ -129,6 +139,7 @@ class _Planner:
         self._facts = {slot.index: slot for slot in slots}
         self._table = LinkTable(links)
         self._primary = slots[0]
+        self._copies = CopyCosts(profile, slots, self._table, job)
 
     def make(self, wanted: WantedStrategy) -> Plan:
         single = self._best(self._singles())
@@ -160,7 +171,7 @@ class _Planner:
 
     def _best_of_many(self, single: _Candidate | None) -> _Candidate | None:
         """The best plan over several slots. Cuts are looked at only where they could beat what is known."""
-        known = self._best(self._replica_sets())
+        known = self._best(chain(self._replica_sets(), self._beside()))
         limit_ms = min((candidate.step_ms for candidate in (known, single) if candidate is not None), default=math.inf)
         layers = self._best(self._layer_cuts(limit_ms))
         limit_ms = min(limit_ms, layers.step_ms if layers else math.inf)
@@ -186,9 +197,18 @@ class _Planner:
 
     def _replica_sets(self) -> Iterator[_Candidate]:
         for subset in self._subsets(2):
-            candidate = self._whole_copies(subset, "replicas")
-            if candidate is not None:
-                yield candidate
+            for apart in self._copies.rider_places(subset):
+                candidate = self._whole_copies(subset, "replicas", apart)
+                if candidate is not None:
+                    yield candidate
+
+    def _beside(self) -> Iterator[_Candidate]:
+        """One copy, with ControlNets on other slots."""
+        for slot in self._slots:
+            for apart in self._copies.rider_places((slot,)):
+                candidate = self._whole_copies((slot,), "single", apart) if apart else None
+                if candidate is not None:
+                    yield candidate
 
     def _layer_cuts(self, limit_ms: float) -> Iterator[_Candidate]:
         subsets = [subset for subset in self._subsets(2) if len(subset) <= MOST_NESTED or len(self._slots) in (len(subset), len(subset) + 1)]
@@ -267,66 +287,28 @@ class _Planner:
 
     # whole copies
 
-    def _whole_copies(self, slots: tuple[SlotFacts, ...], strategy: Strategy) -> _Candidate | None:
-        speeds = [1.0 / self._copy_ms(slot, 1) for slot in slots]
-        dealt = deal_units(self._job.num_units, speeds)
+    def _whole_copies(self, slots: tuple[SlotFacts, ...], strategy: Strategy, apart: Apart | None = None) -> _Candidate | None:
+        costs = self._copies.with_riders_on(apart or {})
+        speeds = [1.0 / costs.copy_ms(slot, 1) for slot in slots]
+        dealt = deal_units(self._job.num_units, speeds, [costs.busy_ms(slot) for slot in slots])
         if strategy == "replicas" and min(dealt) == 0:
             return None
-        peak_bytes, component_slots = self._place_copies(slots, dealt)
-        if peak_bytes is None:
+        peak_bytes, component_slots = costs.place(slots, dealt)
+        if not self._fits(peak_bytes, (*slots, *costs.apart.values())):
             return None
-        times = [self._copy_ms(slot, units) for slot, units in zip(slots, dealt)]
-        floor_ms = sum(self._launch_ms(slot, units) for slot, units in zip(slots, dealt))
         away = sum(units for slot, units in zip(slots, dealt) if self._table.crosses(self._primary, slot))
         pieces = merge_pieces([cost.piece for cost in self._profile.pieces])
         return _Candidate(
             strategy=strategy,
             groups=tuple((slot.index,) for slot in slots),
             replicas=tuple(ReplicaPlan(pieces=pieces, slots=(slot.index,) * len(pieces)) for slot in slots),
-            step_ms=max(*times, floor_ms),
+            step_ms=max(*costs.ends_ms(slots, dealt), costs.launches_ms(slots, dealt)),
             peak_bytes=peak_bytes,
-            crossing_bytes=away * self._profile.copy_bytes_per_row,
+            crossing_bytes=away * self._profile.copy_bytes_per_row + costs.residual_bytes(slots, dealt),
             component_slots=component_slots,
             dealt=dealt,
+            rider_slots={rider.name: tuple(costs.apart.get(rider.name, slot).index for slot in slots) for rider in self._job.riders},
         )
-
-    def _copy_ms(self, slot: SlotFacts, units: int) -> float:
-        """Time of so many units on a whole copy, the way of latents and results included."""
-        total_ms = 0.0
-        for rows in self._forwards(units):
-            total_ms += slot.forward_ms(rows * self._profile.work_per_row, self._profile.weight_bytes, self._profile.num_kernels)
-            for component in self._job.riders:
-                total_ms += slot.forward_ms(rows * component.flops_per_row, component.weight_bytes, component.num_kernels)
-        num_bytes = units * self._profile.copy_bytes_per_row
-        way_ms = self._table.latency_ms(self._primary, slot) + self._table.latency_ms(slot, self._primary)
-        return total_ms + way_ms + num_bytes * self._table.ms_per_byte(self._primary, slot)
-
-    def _forwards(self, units: int) -> list[int]:
-        """Rows of each forward."""
-        most = max(1, self._job.rows_per_forward)
-        return [most] * (units // most) + ([units % most] if units % most else [])
-
-    def _launch_ms(self, slot: SlotFacts, units: int) -> float:
-        kernels = self._profile.num_kernels + sum(component.num_kernels for component in self._job.riders)
-        return len(self._forwards(units)) * kernels * slot.kernel_ms
-
-    def _place_copies(self, slots: Sequence[SlotFacts], dealt: Sequence[int]) -> tuple[dict[int, int] | None, dict[str, int]]:
-        """Peak bytes per slot and where the components are, or None where something does not fit. Slots of one device share weights."""
-        peak_bytes = {slot.index: slot.fixed_bytes for slot in self._slots}
-        weights = self._profile.weight_bytes + sum(component.weight_bytes for component in self._job.riders)
-        holders: dict[str, int] = {}
-        for slot, units in zip(slots, dealt):
-            rows = min(max(1, self._job.rows_per_forward), max(1, units))
-            working = max([self._profile.working_bytes_per_row(), *(component.working_bytes_per_row for component in self._job.riders)])
-            peak_bytes[slot.index] += rows * working + (0 if slot.device in holders else weights)
-            holders.setdefault(slot.device, slot.index)
-        component_slots = {component.name: slots[0].index for component in self._job.riders}
-        others = sorted((component for component in self._job.components if not component.runs_per_unit), key=lambda one: -one.weight_bytes)
-        for component in others:
-            place = max(self._slots, key=lambda slot: (slot.budget_bytes - peak_bytes[slot.index], -slot.index))
-            peak_bytes[place.index] += component.weight_bytes
-            component_slots[component.name] = place.index
-        return (peak_bytes if self._fits(peak_bytes, slots) else None), component_slots
 
     def _fits(self, peak_bytes: dict[int, int], slots: Sequence[SlotFacts]) -> bool:
         """Whether every device the slots are on has room; what is fixed on a device counts once."""
@@ -351,6 +333,7 @@ class _Planner:
             return None
         peak_bytes = {slot.index: slot.fixed_bytes for slot in self._slots}
         component_slots: dict[str, int] = {}
+        rider_slots = {rider.name: tuple(part.component_slots[rider.name] for part in found) for rider in self._job.riders}
         for part in found:
             peak_bytes.update({index: part.peak_bytes[index] for group in part.groups for index in group})
             component_slots.update(part.component_slots)
@@ -363,6 +346,7 @@ class _Planner:
             crossing_bytes=sum(part.crossing_bytes for part in found),
             component_slots=component_slots,
             dealt=dealt,
+            rider_slots=rider_slots,
         )
 
     def _group(self, group: tuple[SlotFacts, ...], num_units: int, place: int) -> _Candidate | None:
@@ -428,6 +412,7 @@ class _Planner:
             crossing_bytes=chosen.crossing_bytes,
             lanes=self._job.images if is_cut and self._job.may_use_lanes else 1,
             component_slots=chosen.component_slots,
+            control_slots=chosen.rider_slots,
         )
 
     def _streaming_plan(self, prefix: str) -> Plan:
@@ -437,7 +422,7 @@ class _Planner:
             f"{prefix}the {self._profile.name} needs {_gb(need_bytes)} and fits neither one slot nor all of them together; the roomiest, slot "
             f"{slot.index}, has {_gb(max(0, slot.free_bytes))} for it, so weights stream to slot {slot.index}"
         )
-        step_ms = self._copy_ms(slot, self._job.num_units)
+        step_ms = self._copies.copy_ms(slot, self._job.num_units)
         pieces = merge_pieces([cost.piece for cost in self._profile.pieces])
         return Plan(
             strategy="single",
@@ -446,17 +431,21 @@ class _Planner:
             predicted_ms=step_ms,
             single_ms=math.inf,
             predicted_bytes={one.index: one.budget_bytes if one is slot else one.fixed_bytes for one in self._slots},
+            control_slots={rider.name: (slot.index,) for rider in self._job.riders},
         )
 
     def _describe(self, chosen: _Candidate, single: _Candidate | None) -> str:
-        if chosen.strategy == "single":
+        if chosen.strategy == "single" and not chosen.control_apart:
             return f"slot {chosen.slot_indexes[0]} alone: {chosen.step_ms:.3g} ms predicted a step"
-        if chosen.strategy == "replicas":
+        if chosen.strategy == "single":
+            what = f"the {self._profile.name} on slot {chosen.slot_indexes[0]}"
+        elif chosen.strategy == "replicas":
             what = f"{len(chosen.groups)} replicas on {_slots_text(chosen.slot_indexes)}, {self._sharing_text(chosen)}"
         elif chosen.strategy == "layers":
             what = f"layers of one copy over {_slots_text(chosen.slot_indexes)}, {self._shares_text(chosen)}"
         else:
             what = f"{len(chosen.groups)} copies on {' / '.join(_slots_text(group) for group in chosen.groups)}, {self._sharing_text(chosen)}"
+        what += "".join(f", {name} beside on slot {slot}" for name, slot in chosen.control_apart.items())
         if single is None:
             return f"{what}, as the {self._profile.name} fits no single slot: {chosen.step_ms:.3g} ms predicted a step"
         return f"{what}: {single.step_ms / chosen.step_ms:.2f}x predicted of {_slots_text(single.slot_indexes)} alone"

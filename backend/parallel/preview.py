@@ -12,9 +12,9 @@ from backend.checkpoint_layout import find_text_encoders, find_unet
 from backend.devices.slot import Slot
 from backend.parallel.costs import profile_unet
 from backend.parallel.fleet import Fleet, current_fleet
+from backend.parallel.live_facts import guess_speed
 from backend.parallel.plan import Plan
 from backend.parallel.planner import JobShape, WantedStrategy, make_plan
-from backend.parallel.session import guess_speed
 from backend.parallel.slot_facts import Link, SlotFacts
 
 _LATENT_PX = 8

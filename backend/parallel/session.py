@@ -17,32 +17,25 @@ import torch
 from torch import Tensor
 
 from backend import memory_management, profiler
-from backend.devices.inventory import describe_device
 from backend.devices.slot import Slot
 from backend.memory.errors import OutOfMemory
-from backend.modules.k_model import KModel
 from backend.nn.network_call import NetworkCall
 from backend.parallel import status
-from backend.parallel.costs import ModelProfile, contains, profile_unet, with_measured_ms
+from backend.parallel.costs import ComponentCost, ModelProfile, profile_controlnet, with_measured_ms
 from backend.parallel.executor import Executor, SlotFailure
 from backend.parallel.fleet import Fleet, Trial, current_fleet
+from backend.parallel.live_facts import guess_speed, profile_of, slot_facts, speed_of, without_others, work_of_pieces
 from backend.parallel.lost_slots import find_silent_slots, lose_slots
-from backend.parallel.placement import PlacedPlan, copies_of, place_plan, place_whole
+from backend.parallel.placement import PlacedPlan, place_plan, place_whole
 from backend.parallel.plan import Piece, Plan, ReplicaPlan
 from backend.parallel.planner import LEAST_GAIN, JobShape, WantedStrategy, deal_units, make_plan
-from backend.parallel.slot_facts import SlotFacts
+from backend.parallel.riders import ControlLink, Rider, collect_riders, place_riders, rider_costs
 from backend.parallel.worker import SlotLost
 from backend.patcher.base import ModelPatcher
 from backend.patcher.unet import UnetPatcher
 
 logger = logging.getLogger(__name__)
 
-FLOPS_PER_MS_OF_CPU_THREAD = 3e7
-FLOPS_PER_MS_OF_VIRTUAL_GPU = 1e7
-FLOPS_PER_MS_OF_UNKNOWN_GPU = 1e10
-FLOPS_PER_MS_OF_CUDA_THROUGHPUT = 4e5
-"""Half-precision work per ms for each unit of `DeviceFacts.throughput` (multiprocessors times MHz), from published SDXL step times of the
-RTX 4090 and the A100. First guesses all of them: measured speeds take their place with the first units."""
 _RETRY_SHARE = 0.75
 """What is left of a slot's budget, for the planner, after work on it ran out of memory a second time."""
 _LAST_SHORTAGE = 5
@@ -102,12 +95,14 @@ class SamplingSession:
         fleet: Fleet,
         *,
         beside: Sequence[ModelPatcher] = (),
+        controls: Sequence[ControlLink] = (),
         preserved_bytes: int = 0,
     ) -> None:
         self.unet, self.fleet, self.request = unet, fleet, request
         self._shape = tuple(shape)
-        self._beside, self._preserved_bytes = tuple(beside), preserved_bytes
         self._work = f"{id(unet.model)} {self._shape[2]}x{self._shape[3]}"
+        self._riders = collect_riders(controls, self._work)
+        self._beside, self._preserved_bytes = tuple(beside), preserved_bytes
         self._profile = self._make_profile()
         self._budget_shares: dict[int, float] = {}
         self._shortages: Counter[int] = Counter()
@@ -127,9 +122,14 @@ class SamplingSession:
     def close(self) -> None:
         """Let the network run as it does without a plan. Copies stay on their slots until something else needs the room."""
         self._tell_status(self.measured_ms)
-        self.unet.model.runner = None
+        self._set_runner(None)
         if self._executor is not None:
             self._executor.close()
+
+    def _set_runner(self, runner: Callable[[NetworkCall], Tensor] | None) -> None:
+        model = self.unet.model
+        model.runner = runner
+        model.deferred_networks = frozenset(rider.network for rider in self._riders) if runner is not None else frozenset()
 
     @property
     def measured_ms(self) -> float | None:
@@ -163,13 +163,16 @@ class SamplingSession:
             steps=self.request.steps,
             may_use_lanes=self.request.may_use_lanes,
             is_async=self.request.asynchronous,
+            components=rider_costs(self._riders, self._control_cost, self.fleet, self._work) if self._riders else (),
+            rider_slot=self._home_slots()[0] if len(self.fleet.working_slots) > 2 else None,
         )
         links = self.fleet.links
         status.set_links(links, self.fleet.verdicts)
-        rooms = [slot_facts(slot, self.unet, self.fleet, self._work, self._budget_shares.get(slot.index, 1.0)) for slot in self._usable_slots()]
+        own = {network for rider in self._riders for network in rider.networks}
+        rooms = [slot_facts(slot, self.unet, self.fleet, self._work, self._budget_shares.get(slot.index, 1.0), own) for slot in self._usable_slots()]
         plans = [make_plan(self._profile, rooms, links, job, strategy=self.request.strategy)]
         if any(room.fixed_bytes for room in rooms) and plans[0].strategy == "single":
-            emptied = [_without_others(room) for room in rooms]
+            emptied = [without_others(room) for room in rooms]
             plans.append(make_plan(self._profile, emptied, links, job, strategy=self.request.strategy))
         plan = min(plans, key=lambda plan: plan.predicted_ms or float("inf"))
         trial = self.fleet.trials.get(self._trial_key)
@@ -206,7 +209,7 @@ class SamplingSession:
                 return
             except OutOfMemory as error:
                 short = [slot.index for slot in self._usable_slots() if str(slot.torch_device) == error.device]
-                if not short or plan.used_slots == self._home_slots()[:1]:
+                if not short or (plan.used_slots == self._home_slots()[:1] and set(short) <= set(self._home_slots())):
                     raise
             memory_management.hold_models([])
             for slot in short:
@@ -228,17 +231,19 @@ class SamplingSession:
     def _adopt(self, plan: Plan) -> None:
         """Place what the plan needs and run by it from now on. Raises: OutOfMemory, SlotLost."""
         self.plan = plan
-        if plan.strategy == "single" and set(plan.used_slots) <= set(self._home_slots()):
+        if plan.strategy == "single" and set(plan.used_slots) <= set(self._home_slots()) and not plan.has_control_apart:
             self._run_at_home()
             return
+        controls, riding = place_riders(self._riders, plan, self.fleet, self._control_cost) if self._riders else ((), ())
         self._placed = place_plan(
             self.unet,
             plan,
             self.fleet,
             working_bytes=self._working_bytes(plan),
             preserved_bytes=self._preserved_bytes,
-            beside=self._beside,
+            beside=(*self._beside, *riding),
             work_per_row=work_of_pieces(plan, self._profile),
+            controls=controls,
         )
         self._executor = Executor(
             self._placed.replicas,
@@ -251,13 +256,13 @@ class SamplingSession:
             on_piece=None if self._is_measured or plan.strategy != "layers" else self._note_piece,
             measured_run=max(1, plan.lanes),
         )
-        self.unet.model.runner = self.run
+        self._set_runner(self.run)
 
     def _run_at_home(self) -> None:
         place_whole(self.unet)
         self._placed = self._executor = None
-        self.unet.model.runner = None
-        models = [self.unet, *self._beside]
+        self._set_runner(None)
+        models = [self.unet, *self._beside, *(rider.patcher for rider in self._riders)]
         memory_management.load_models_gpu(models, memory_required=self._working_bytes(self.plan), hard_memory_preservation=self._preserved_bytes)
         memory_management.hold_models(models)
 
@@ -276,7 +281,30 @@ class SamplingSession:
     def _deal_rows(self, plan: Plan, num_rows: int) -> Sequence[int]:
         """Rows by the speed of each replica: that of its slot, or of its slowest where it has several."""
         speeds = [min(self._speed(slot) for slot in replica.used_slots) * len(replica.used_slots) for replica in plan.replicas]
-        return deal_units(num_rows, speeds)
+        if not self._riders:
+            return deal_units(num_rows, speeds)
+        row_ms = [self._profile.work_per_row / speed for speed in speeds]
+        busy_ms = [0.0] * len(speeds)
+        for rider in self._riders:
+            slots = plan.control_slots[rider.name]
+            for place, replica in enumerate(plan.replicas):
+                if slots[place] in replica.used_slots and len(set(slots)) > 1:
+                    row_ms[place] += self._rider_ms(rider, slots[place])
+                elif slots[place] in replica.used_slots:
+                    busy_ms[place] += num_rows * self._rider_ms(rider, slots[place])
+        return deal_units(num_rows, [1.0 / ms for ms in row_ms], busy_ms)
+
+    def _rider_ms(self, rider: Rider, slot: int) -> float:
+        """Time of a ControlNet's passes for a row."""
+        speed = self.fleet.speeds.speed_of(slot, rider.work) or self._speed(slot)
+        return rider.links * self._control_cost.flops_per_row / speed
+
+    @property
+    def _control_cost(self) -> ComponentCost:
+        """Costs of one ControlNet for this denoiser and size."""
+        height, width = self._shape[2:]
+        model = self.unet.model
+        return profile_controlnet(model.diffusion_model.config, latent_height=height, latent_width=width, dtype=model.computation_dtype)
 
     def _rows_per_unit(self, replica: ReplicaPlan, share: int) -> int:
         """All rows of a share at once on one slot, and where lanes keep all slots busy, as larger batches take less per row; else row by row.
@@ -353,6 +381,7 @@ class SamplingSession:
             and self._trial_key not in self.fleet.trials
             and self._placed is not None
             and self.unet in self._placed.patchers
+            and all(set(slots) & set(self._home_slots()) for slots in self.plan.control_slots.values())
             and self._estimate_bytes(self.request.images * self.request.branches) < memory_management.get_free_memory(self.unet.load_device)
         )
 
@@ -441,15 +470,19 @@ class SamplingSession:
 
 
 def begin_session(
-    unet: UnetPatcher, shape: Sequence[int], request: SamplingRequest, *, beside: Sequence[ModelPatcher] = (), preserved_bytes: int = 0
-) -> SamplingSession | None:
-    """A session for a run over latents of `shape` (B, C, H, W); None where there is one slot only. Raises: OutOfMemory."""
+    unet: UnetPatcher, shape: Sequence[int], request: SamplingRequest, *, beside: Sequence[ModelPatcher] = (),
+    controls: Sequence[ControlLink] = (), preserved_bytes: int = 0,
+) -> SamplingSession | None:  # fmt: skip
+    """A session for a run over latents of `shape` (B, C, H, W); None where there is one slot only. Raises: OutOfMemory.
+
+    `beside` are models that come along on the UNet's device, `controls` links whose networks the plan finds places for.
+    """
     fleet = current_fleet()
     if len(fleet.working_slots) < 2:
         status.set_current_plan(None)
         profiler.recorder().note_plan(None)
         return None
-    session = SamplingSession(unet, shape, request, fleet, beside=beside, preserved_bytes=preserved_bytes)
+    session = SamplingSession(unet, shape, request, fleet, beside=beside, controls=controls, preserved_bytes=preserved_bytes)
     unet.model.__dict__["session"] = session
     logger.info("%s", session.plan.reason)
     return session
@@ -462,68 +495,7 @@ def end_session(unet: UnetPatcher) -> None:
         session.close()
 
 
-# facts
-
-
-def profile_of(network: KModel, shape: Sequence[int]) -> ModelProfile:
-    """Costs of a denoiser's network for one row of latents (B, C, H, W)."""
-    return profile_unet(network.diffusion_model.config, latent_height=int(shape[2]), latent_width=int(shape[3]), dtype=network.computation_dtype)
-
-
-def slot_facts(slot: Slot, unet: UnetPatcher, fleet: Fleet, work: str, budget_share: float) -> SlotFacts:
-    """A slot as the planner sees it now: what is free or could be, and how fast it was seen to be at this work.
-
-    What earlier plans made of this network counts as the network's own, not as something else that holds the slot.
-    """
-    store, device = memory_management.current_store(), slot.torch_device
-    (room,) = store.rooms([slot], unet.model)
-    own = copies_of(unet.model).networks
-    copies_bytes = sum(entry.inclusive_memory for entry in store.residents if entry.device == device and entry.real_model in own)
-    budget_bytes = room.free_bytes + room.evictable_bytes + room.present_bytes - _merge_bytes(unet)
-    budget_bytes = max(0, int(budget_bytes * budget_share))
-    return SlotFacts(
-        index=slot.index,
-        name=slot.name,
-        kind=device.type,
-        speed=speed_of(slot, fleet, work),
-        budget_bytes=budget_bytes,
-        fixed_bytes=min(max(0, room.evictable_bytes - copies_bytes), budget_bytes),
-        total_bytes=slot.total_bytes,
-        device_key=str(device),
-    )
-
-
-def _merge_bytes(unet: UnetPatcher) -> int:
-    """Room that changing weights takes: the largest weight in fp32, its change, and their sum."""
-    if not unet.lora_patches:
-        return 0
-    return 3 * 4 * max(parameter.numel() for parameter in unet.model.parameters())
-
-
-def _without_others(room: SlotFacts) -> SlotFacts:
-    """The slot as it would be when all that no job holds has left."""
-    return replace(room, fixed_bytes=0)
-
-
-def speed_of(slot: Slot, fleet: Fleet, work: str) -> float:
-    """Operations per ms: measured, else a guess from what the device says of itself."""
-    return fleet.speeds.speed_of(slot.index, work) or guess_speed(slot)
-
-
-def guess_speed(slot: Slot) -> float:
-    kind = slot.torch_device.type
-    if kind == "cpu":
-        return FLOPS_PER_MS_OF_CPU_THREAD * (slot.cpu_threads or 1)
-    if kind == "vgpu":
-        return FLOPS_PER_MS_OF_VIRTUAL_GPU
-    throughput = describe_device(slot.torch_device).throughput
-    return FLOPS_PER_MS_OF_CUDA_THROUGHPUT * throughput if throughput > 0 else FLOPS_PER_MS_OF_UNKNOWN_GPU
-
-
-def work_of_pieces(plan: Plan, profile: ModelProfile) -> dict[Piece, float]:
-    """Work of the plan's pieces, which may be made of several of the profile's."""
-    wanted = {piece for replica in plan.replicas for piece in replica.pieces}
-    return {piece: sum(cost.work_per_row for cost in profile.pieces if contains(piece, cost.piece)) for piece in wanted}
+# hooks
 
 
 def find_bound_hook(options: dict[str, object]) -> str | None:

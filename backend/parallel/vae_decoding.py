@@ -22,9 +22,9 @@ from backend import memory_management, profiler
 from backend.devices.slot import Slot
 from backend.memory.errors import OutOfMemory
 from backend.parallel.fleet import Fleet, current_fleet
+from backend.parallel.live_facts import guess_speed
 from backend.parallel.lost_slots import lose_silent_slots
 from backend.parallel.planner import deal_units
-from backend.parallel.session import guess_speed
 from backend.parallel.split_vae import CannotSplit, DecoderShard, SplitDecoder, Submit
 from backend.parallel.split_vae_cost import DecoderSize, LinkCost, decode_macs, divide_rows, worth_splitting
 from backend.parallel.twins import META, TwinPatcher

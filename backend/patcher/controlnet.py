@@ -18,14 +18,13 @@ from torch.nn.functional import interpolate
 from backend import memory_management
 from backend.modules.k_model import KModel
 from backend.nn.controlnet import HINT_STEP_PX, ControlNetwork
+from backend.nn.deferred_control import Residuals, add_residuals
 from backend.nn.t2i_adapter import AdapterNetwork, place_features
 from backend.patcher.base import ModelPatcher
 from backend.patcher.unet import UnetPatcher
 
 logger = logging.getLogger(__name__)
 
-Residuals = dict[str, list[Tensor | None]]
-"""Per kind of segment ("input", "middle", "output") what is added there; the last of a list is taken first."""
 Weighting = Mapping[str, Sequence[float]]
 """Per kind of segment a factor for each residual."""
 
@@ -88,15 +87,15 @@ def apply_controlnet_advanced(
 
 def compute_controlnet_weighting(control: Residuals, cnet: ControlBase) -> Residuals:
     """The residuals times all weights of a link; the dict is changed in place."""
-    rows = _row_weights(cnet)
+    rows = find_row_weights(cnet)
     for kind, residuals in control.items():
         for index, residual in enumerate(residuals):
             if residual is not None:
-                residuals[index] = _weigh(residual, cnet, kind, index, rows)
+                residuals[index] = weigh_residual(residual, cnet, kind, index, rows)
     return control
 
 
-def _row_weights(cnet: ControlBase) -> Tensor | float:
+def find_row_weights(cnet: ControlBase) -> Tensor | float:
     """Frame and sigma weights together: one number, or (B, 1, 1, 1)."""
     options = cnet.transformer_options
     weight: Tensor | float = 1.0
@@ -114,7 +113,8 @@ def _row_weights(cnet: ControlBase) -> Tensor | float:
     return weight
 
 
-def _weigh(residual_BCHW: Tensor, cnet: ControlBase, kind: str, index: int, rows: Tensor | float) -> Tensor:
+def weigh_residual(residual_BCHW: Tensor, cnet: ControlBase, kind: str, index: int, rows: Tensor | float) -> Tensor:
+    """One residual times the weights of a link. `rows`: its `find_row_weights`."""
     mark_B: Tensor | None = cnet.transformer_options.get("cond_mark")
     weight: Tensor | float = rows
     if cnet.positive_advanced_weighting is not None or cnet.negative_advanced_weighting is not None:
@@ -226,13 +226,18 @@ class ControlBase:
         `cond`: the network's arguments. `batched_number`: branches in the batch, each with a row per picture.
         """
         before = None if self.previous_controlnet is None else self.previous_controlnet.get_control(x_noisy, t, cond, batched_number)
-        if not self._acts_at(float(t[0])):
+        if not self.acts_at(float(t[0])):
             return before
         for modify in self.transformer_options.get("controlnet_conditioning_modifiers", ()):
             x_noisy, t, cond, batched_number = modify(self, x_noisy, t, cond, batched_number)
         return self.control_merge(self._find_residuals(x_noisy, t, cond, batched_number), before)
 
-    def _acts_at(self, sigma: float) -> bool:
+    def get_own_control(self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int) -> Residuals:
+        """What this link alone adds, as `get_control`, at a noise level where it acts."""
+        return self.control_merge(self._find_residuals(x_noisy, t, cond, batched_number), None)
+
+    def acts_at(self, sigma: float) -> bool:
+        """Whether residuals are added at this noise level."""
         return self.timestep_range is None or self.timestep_range[1] <= sigma <= self.timestep_range[0]
 
     def _find_residuals(self, x_BCHW: Tensor, sigma_B: Tensor, cond: dict[str, Any], batched_number: int) -> Residuals:
@@ -241,10 +246,11 @@ class ControlBase:
     def control_merge(self, own: Residuals, before: Residuals | None) -> Residuals:
         """One's own residuals times strength and weights, plus those of the links before."""
         for residuals in own.values():
-            residuals[:] = [None if residual is None else self._scale(residual) for residual in residuals]
-        return _add(compute_controlnet_weighting(own, self), before or {})
+            residuals[:] = [None if residual is None else self.scale(residual) for residual in residuals]
+        return add_residuals(compute_controlnet_weighting(own, self), before or {})
 
-    def _scale(self, residual_BCHW: Tensor) -> Tensor:
+    def scale(self, residual_BCHW: Tensor) -> Tensor:
+        """A residual times strength, averaged over the picture where the network is made for that."""
         if self.global_average_pooling:
             residual_BCHW = residual_BCHW.mean(dim=(2, 3), keepdim=True).expand(residual_BCHW.shape).contiguous()
         return residual_BCHW if self.strength == 1.0 else residual_BCHW * self.strength
@@ -269,18 +275,6 @@ class ControlBase:
 
     def _forget_embedding(self) -> None:
         return
-
-
-def _add(own: Residuals, before: Residuals) -> Residuals:
-    """Sums where both have a residual. Lists are filled from the front, so equal indices are equal places."""
-    for kind, residuals in before.items():
-        mine = own.setdefault(kind, [])
-        mine += [None] * (len(residuals) - len(mine))
-        for index, residual in enumerate(residuals):
-            if residual is not None:
-                present = mine[index]
-                mine[index] = residual if present is None else present + residual.to(present)
-    return own
 
 
 def _with_channels(hint: Tensor, channels: int, name: str) -> Tensor:
@@ -330,7 +324,7 @@ class ControlNet(ControlBase):
         self.manual_cast_dtype = manual_cast_dtype
         self.global_average_pooling = global_average_pooling
         self._predictor: Any = None
-        self._embedding: Tensor | None = None
+        self._embeddings: dict[torch.device, Tensor] = {}
 
     def copy(self) -> ControlNet:
         """The same network with the same settings, in no chain."""
@@ -359,7 +353,8 @@ class ControlNet(ControlBase):
     def cleanup(self) -> None:
         """After the last step: forget what was kept for the run."""
         super().cleanup()
-        self._predictor = self._embedding = None
+        self._predictor = None
+        self._forget_embedding()
 
     def get_models(self) -> list[ModelPatcher]:
         """Networks of the whole chain, each once."""
@@ -377,23 +372,32 @@ class ControlNet(ControlBase):
         return own + super().inference_memory_requirements(dtype)
 
     def _forget_embedding(self) -> None:
-        self._embedding = None
+        self._embeddings.clear()
 
-    def _find_residuals(self, x_BCHW: Tensor, sigma_B: Tensor, cond: dict[str, Any], batched_number: int) -> Residuals:
+    @property
+    def has_common_pass(self) -> bool:
+        """Whether the pass is `prepare_pass` and then the network, so that it can be done anywhere and row by row."""
+        return type(self)._find_residuals is ControlNet._find_residuals and type(self)._run is ControlNet._run
+
+    def prepare_pass(self, x_BCHW: Tensor, sigma_B: Tensor, cond: dict[str, Any], batched_number: int) -> tuple[dict[str, Tensor | None], Tensor]:
+        """What the network is called with, where the latents are, and the hint in the latents' size."""
         if self._predictor is None:
             raise ControlNetError(f"{self.name} was asked for residuals outside a run; call pre_run first.")
-        dtype, device = self.manual_cast_dtype or self.control_model.dtype, self.load_device
+        dtype = self.manual_cast_dtype or self.control_model.dtype
         hint = self._fit_hint(x_BCHW, batched_number, dtype)
         arguments = {
-            "x": self._predictor.calculate_input(sigma_B, x_BCHW).to(device, dtype),
-            "hint": hint,
-            "timesteps": self._predictor.timestep(sigma_B).to(device),
-            "context": None if cond.get("c_crossattn") is None else cond["c_crossattn"].to(device, dtype),
-            "y": None if cond.get("y") is None else cond["y"].to(device, dtype),
+            "x": self._predictor.calculate_input(sigma_B, x_BCHW).to(dtype),
+            "timesteps": self._predictor.timestep(sigma_B),
+            "context": None if cond.get("c_crossattn") is None else cond["c_crossattn"].to(dtype),
+            "y": None if cond.get("y") is None else cond["y"].to(dtype),
         }
-        found = self._run(arguments, hint)
-        residuals: list[Tensor | None] = [residual.to(x_BCHW.device) for residual in found]
-        return {"input": [], "middle": residuals[-1:], "output": residuals[:-1]}
+        return arguments, hint
+
+    def _find_residuals(self, x_BCHW: Tensor, sigma_B: Tensor, cond: dict[str, Any], batched_number: int) -> Residuals:
+        found, hint = self.prepare_pass(x_BCHW, sigma_B, cond, batched_number)
+        arguments = {name: None if tensor is None else tensor.to(self.load_device) for name, tensor in found.items()}
+        residuals = [residual.to(x_BCHW.device) for residual in self._run({**arguments, "hint": hint}, hint)]
+        return place_residuals(residuals)
 
     @torch.no_grad()
     def _run(self, arguments: dict[str, Any], hint: Tensor) -> Sequence[Tensor]:
@@ -401,10 +405,25 @@ class ControlNet(ControlBase):
         if wrapper is not None:
             wrapped: Sequence[Tensor] = wrapper(**arguments, model=self, inner_model=self.control_model)
             return wrapped
-        if self._embedding is None:
-            self._embedding = self.control_model.embed_hint(hint)
-        residuals: Sequence[Tensor] = self.control_model(**arguments, hint_embedding=self._embedding)
+        residuals: Sequence[Tensor] = self.control_model(**arguments, hint_embedding=self.embed_hint(hint, self.control_model))
         return residuals
+
+    def has_embedding(self, device: torch.device) -> bool:
+        """Whether the run's hint was embedded on a device."""
+        return device in self._embeddings
+
+    def embed_hint(self, hint: Tensor, network: Any) -> Tensor:
+        """The embedding of the run's hint by a copy of the network on the hint's device, made once on each device."""
+        found = self._embeddings.get(hint.device)
+        if found is None:
+            found = network.embed_hint(hint)
+            memory_management.synchronize(hint.device)  # other threads may read it, whose streams know nothing of this one's
+            self._embeddings[hint.device] = found
+        return found
+
+    def embedding_on(self, device: torch.device) -> Tensor:
+        """The embedding that was made on a device."""
+        return self._embeddings[device]
 
 
 class T2IAdapter(ControlBase):
@@ -479,6 +498,11 @@ class T2IAdapter(ControlBase):
         features = [one.repeat(rows // one.shape[0], 1, 1, 1).to(x_BCHW.device) for one in self._features]
         inputs, middle = place_features(features, self._unet_config)
         return {"input": inputs, "middle": middle, "output": []}
+
+
+def place_residuals(residuals: Sequence[Tensor]) -> Residuals:
+    """A ControlNet's residuals, outermost first and the middle's last, by where they are added."""
+    return {"input": [], "middle": [residuals[-1]], "output": list(residuals[:-1])}
 
 
 def _plain(value: Any) -> Any:

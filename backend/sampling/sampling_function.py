@@ -19,6 +19,7 @@ from torch import Tensor
 
 from backend import memory_management, profiler
 from backend.parallel.session import SamplingRequest, SamplingSession, begin_session, end_session
+from backend.patcher.controlnet_tasks import defer_control, list_deferrable
 from backend.sampling.condition import Area, CompiledCondition, Condition, ConditionNoiseShape, compile_conditions, compile_weighted_conditions
 
 if TYPE_CHECKING:
@@ -340,14 +341,25 @@ def _call_model(model: KModel, batch: Sequence[_Unit], sigma_B: Tensor, options:
         while link is not None:
             link.transformer_options = transformer_options
             link = link.previous_controlnet
-        with profiler.recorder().measure("ControlNet", "ControlNet", device=x_BCHW.device):
-            arguments["control"] = control.get_control(x_BCHW, timestep_B, dict(arguments), len(batch))
+        arguments["control"] = _find_control(model, control, x_BCHW, timestep_B, dict(arguments), len(batch), options)
         arguments["control_model"] = control
     wrapper = options.get("model_function_wrapper")
     if wrapper is None:
         return model.apply_model(x_BCHW, timestep_B, **arguments)
     output: Tensor = wrapper(model.apply_model, {"input": x_BCHW, "timestep": timestep_B, "c": arguments, "cond_or_uncond": kinds})
     return output
+
+
+def _find_control(
+    model: KModel, control: Any, x_BCHW: Tensor, sigma_B: Tensor, arguments: dict[str, Any], num_branches: int, options: ModelOptions
+) -> Any:
+    """Residuals of a chain; deferred where the plan in force computes them beside the denoiser."""
+    if model.deferred_networks:
+        links = list_deferrable(control, options)
+        if links and all(link.control_model in model.deferred_networks for link in links):
+            return defer_control(control, x_BCHW, sigma_B, arguments, num_branches)
+    with profiler.recorder().measure("ControlNet", "ControlNet", device=x_BCHW.device):
+        return control.get_control(x_BCHW, sigma_B, arguments, num_branches)
 
 
 def _describe_batch(options: ModelOptions, kinds: list[int], sigma_B: Tensor) -> dict[str, Any]:
@@ -377,11 +389,13 @@ def sampling_prepare(unet: UnetPatcher, x: Tensor, request: SamplingRequest | No
     request = request or SamplingRequest(images=batch)
     kept_bytes, beside = unet.extra_preserved_memory_during_sampling, list(unet.extra_model_patchers_during_sampling)
     chain = unet.controlnet_linked_list
+    controls = list_deferrable(chain, unet.model_options)
     if chain is not None:
         kept_bytes += int(chain.inference_memory_requirements(unet.model_dtype()))
-        beside += chain.get_models()
-    session = begin_session(unet, x.shape, request, beside=beside, preserved_bytes=kept_bytes)
+        beside += [patcher for patcher in chain.get_models() if not any(patcher.is_clone(link.control_model_wrapped) for link in controls)]
+    session = begin_session(unet, x.shape, request, beside=beside, controls=controls, preserved_bytes=kept_bytes)
     if session is None:
+        beside += [link.control_model_wrapped for link in controls]
         estimate = unet.model_options.get("memory_peak_estimation_modifier", unet.memory_required)
         need_bytes = estimate([2 * batch, channels, height, width])
         memory_management.load_models_gpu(models=[unet, *beside], memory_required=int(need_bytes), hard_memory_preservation=kept_bytes)

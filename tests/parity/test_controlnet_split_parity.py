@@ -1,7 +1,7 @@
 """Jobs with two ControlNets over several slots against the same jobs on one: split == whole.
 
-Each unit (one picture, one branch) of the denoiser runs alone on every plan, so the pictures are the same bit for bit. The ControlNets run
-before it, for all rows at once, on the device that the denoiser calls home.
+Each unit (one picture, one branch) runs alone on every plan, and so do the ControlNets for it, wherever they are: the pictures are the same bit
+for bit.
 """
 
 from __future__ import annotations
@@ -53,6 +53,23 @@ def _pictures(app: Application, models: ReferenceModels, folder: Path, *, with_c
     return [pixels(image) for image in done.images]
 
 
+def _with_deferred_controlnets(call_model: Any) -> Any:
+    """The ControlNets' passes left to whoever runs the rows."""
+
+    def call(model: Any, batch: Any, *args: Any) -> Any:
+        chain, networks = batch[0].control, []
+        while chain is not None:
+            networks.append(chain.control_model)
+            chain = chain.previous_controlnet
+        model.deferred_networks = frozenset(networks)
+        try:
+            return call_model(model, batch, *args)
+        finally:
+            model.deferred_networks = frozenset()
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("controlnets")
@@ -60,10 +77,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, list[np.ndarray]]:
-    """Pictures of one slot that runs every row of the denoiser alone, but the ControlNets for all rows."""
+    """Pictures of one slot that runs every row alone, of the denoiser and of the ControlNets."""
     pictures: dict[str, list[np.ndarray]] = {}
     with pytest.MonkeyPatch.context() as patch, configured_slots("cpu"):
-        patch.setattr(sampling_function, "_call_model", _each_row_alone(sampling_function._call_model))
+        patch.setattr(sampling_function, "_call_model", _each_row_alone(_with_deferred_controlnets(sampling_function._call_model)))
         for family in FAMILIES:
             with narrow_application(folder / family, family) as (app, models):
                 pictures[family] = _pictures(app, models[family], folder / family)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -14,6 +15,12 @@ from tests.support.parallel_costs import GB, ROW_MS, fast_links, make_profile, m
 
 NETWORK = make_profile([1.0] * 12, [GB // 2] * 4 + [GB] * 4 + [GB // 2] * 4)
 """8 GB, light outside."""
+
+
+CONTROLLED = replace(
+    NETWORK, pieces=tuple(replace(cost, control_bytes_per_row=1000 if place >= 5 else 0) for place, cost in enumerate(NETWORK.pieces))
+)
+"""The same, with residuals from the sixth of its twelve pieces on."""
 
 
 def slots_of(*sizes_gb: float, speeds: tuple[float, ...] = (), **facts: object) -> list[SlotFacts]:
@@ -248,7 +255,46 @@ def test_every_whole_copy_has_its_controlnet() -> None:
     with_control = plan_for(slots_of(24, 24), components=(control,))
     assert with_control.predicted_ms == pytest.approx(1.5 * ROW_MS, rel=0.01)
     assert all(num_bytes > 11 * GB for num_bytes in with_control.predicted_bytes.values())
-    assert plan_for(slots_of(9, 9), components=(control,)).strategy == "layers"
+    assert with_control.control_slots == {"ControlNet": (0, 1)}
+    assert plan_for(slots_of(7, 7), components=(control,)).strategy == "layers"
+
+
+def test_a_controlnet_runs_beside_the_way_in_of_the_only_unit() -> None:
+    """Five twelfths of the network come before the first residual. A ControlNet that takes as long as they do hides behind them."""
+    network, slots = CONTROLLED, slots_of(24, 24)
+    control = ComponentCost(name="ControlNet", weight_bytes=3 * GB, flops_per_row=5.0, runs_per_unit=True)
+    job = JobShape(branches=1, components=(control,))
+    plan = make_plan(network, slots, fast_links(2), job)
+    assert (plan.strategy, plan.used_slots, plan.control_slots) == ("single", (0,), {"ControlNet": (1,)})
+    assert plan.has_control_apart
+    assert plan.predicted_ms == pytest.approx(ROW_MS, rel=0.01)
+    assert plan.predicted_speedup == pytest.approx(17 / 12, rel=0.01)
+    assert "ControlNet beside on slot 1" in plan.reason
+    assert plan.predicted_bytes[1] > 3 * GB
+    alone = make_plan(network, slots, fast_links(2), job, strategy="single")
+    assert alone.control_slots == {"ControlNet": alone.used_slots}
+    longer = replace(control, flops_per_row=11.0)
+    assert make_plan(network, slots, fast_links(2), replace(job, components=(longer,))).predicted_ms == pytest.approx(1.5 * ROW_MS, rel=0.01)
+
+
+def test_controlnets_have_a_slot_each_where_copies_of_both_fit_nowhere() -> None:
+    """Two of 3 GB beside two copies of 8 GB on cards of 12 GB: both slots do the same work."""
+    controls = tuple(ComponentCost(name=name, weight_bytes=3 * GB, flops_per_row=6.0, runs_per_unit=True) for name in ("a", "b"))
+    roomy, tight = plan_for(slots_of(24, 24), components=controls), plan_for(slots_of(12, 12), components=controls)
+    assert roomy.control_slots == {"a": (0, 1), "b": (0, 1)}
+    assert tight.strategy == "replicas"
+    assert sorted(tight.control_slots.values()) == [(0, 0), (1, 1)]
+    assert tight.predicted_ms == pytest.approx(2.0 * ROW_MS, rel=0.01)
+
+
+def test_a_slot_with_a_controlnet_for_all_gets_fewer_units() -> None:
+    """Eight units, and a ControlNet of half their work that fits on the second slot only: six units for the first slot, whose residuals are
+    there after 300 ms, when 250 of its 600 are done."""
+    control = ComponentCost(name="ControlNet", weight_bytes=6 * GB, flops_per_row=6.0, runs_per_unit=True)
+    plan = make_plan(CONTROLLED, slots_of(9, 24), fast_links(2), JobShape(images=4, components=(control,)), strategy="replicas")
+    assert plan.control_slots == {"ControlNet": (1, 1)}
+    assert plan.predicted_ms == pytest.approx(650, rel=0.01)
+    assert deal_units(8, (1.0, 1.0), (0.0, 4.0)) == (6, 2)
 
 
 def test_a_cut_with_a_controlnet_says_where_it_is() -> None:
