@@ -57,11 +57,11 @@ def make_application() -> Application:
     return app
 
 
-def run_job(app: Application, strategy: str, *, num_images: int, num_steps: int, side_px: int) -> tuple[Metrics, list[np.ndarray]]:
+def run_job(app: Application, strategy: str, *, num_images: int, num_steps: int, side_px: int, cfg: float = CFG) -> tuple[Metrics, list[np.ndarray]]:
     """Seconds of sampling, and the pictures."""
     app.options.set("multi_gpu_strategy", strategy)
     request = _TimedRequest(
-        prompt="a red cat", negative_prompt="a dog", seed=1, steps=num_steps, width=side_px, height=side_px, sampler_name="Euler", cfg_scale=CFG,
+        prompt="a red cat", negative_prompt="a dog", seed=1, steps=num_steps, width=side_px, height=side_px, sampler_name="Euler", cfg_scale=cfg,
         batch_size=num_images, do_not_save_grid=True, do_not_save_samples=True,
     )  # fmt: skip
     done = process_images(request)

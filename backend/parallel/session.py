@@ -184,7 +184,7 @@ class SamplingSession:
 
     @property
     def _trial_key(self) -> str:
-        return f"{self._work} {self.request.images}x{self.request.branches}"
+        return f"{self._work} {self.request.images}x{self.request.branches} {len(self._riders)}"
 
     def _usable_slots(self) -> tuple[Slot, ...]:
         """Slots the plan may use; the first at home where no other has room left."""

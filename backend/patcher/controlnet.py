@@ -374,10 +374,15 @@ class ControlNet(ControlBase):
     def _forget_embedding(self) -> None:
         self._embeddings.clear()
 
+    def pass_options(self) -> dict[str, Any]:
+        """What else the network is called with: numbers and texts that hold for all rows."""
+        return {}
+
     @property
     def has_common_pass(self) -> bool:
-        """Whether the pass is `prepare_pass` and then the network, so that it can be done anywhere and row by row."""
-        return type(self)._find_residuals is ControlNet._find_residuals and type(self)._run is ControlNet._run
+        """Whether the pass is `prepare_pass` and then the network as its file has it, so that it can be done anywhere and row by row."""
+        is_ours = type(self)._find_residuals is ControlNet._find_residuals and type(self)._run is ControlNet._run
+        return is_ours and not self.control_model_wrapped.lora_patches
 
     def prepare_pass(self, x_BCHW: Tensor, sigma_B: Tensor, cond: dict[str, Any], batched_number: int) -> tuple[dict[str, Tensor | None], Tensor]:
         """What the network is called with, where the latents are, and the hint in the latents' size."""
@@ -401,6 +406,7 @@ class ControlNet(ControlBase):
 
     @torch.no_grad()
     def _run(self, arguments: dict[str, Any], hint: Tensor) -> Sequence[Tensor]:
+        arguments = {**arguments, **self.pass_options()}
         wrapper = self.transformer_options.get("controlnet_model_function_wrapper")
         if wrapper is not None:
             wrapped: Sequence[Tensor] = wrapper(**arguments, model=self, inner_model=self.control_model)

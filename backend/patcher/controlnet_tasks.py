@@ -76,7 +76,7 @@ class ControlNetTask:
         known = self.link.has_embedding(x_BCHW.device)
         embedding = self.link.embedding_on(x_BCHW.device) if known else self.link.embed_hint(self.hint, network)
         embedding = embedding if embedding.shape[0] == 1 else embedding[list(self.pictures)]
-        found = place_residuals(network(**self.arguments, hint=self.hint, hint_embedding=embedding))
+        found = place_residuals(network(**self.arguments, **self.link.pass_options(), hint=self.hint, hint_embedding=embedding))
         for kind, residuals in found.items():
             for index, residual in enumerate(residuals):
                 assert residual is not None

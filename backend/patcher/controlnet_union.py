@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
-
-from torch import Tensor
 
 from backend.nn.controlnet_union import UNION_TYPES, UnionNetwork
 from backend.patcher.controlnet import ControlBase, ControlNet, ControlNetError
@@ -37,5 +34,6 @@ class UnionControlNet(ControlNet):
         link.control_type = control_type
         return link
 
-    def _run(self, arguments: dict[str, Any], hint: Tensor) -> Sequence[Tensor]:
-        return super()._run({**arguments, "control_type": self.control_type}, hint)
+    def pass_options(self) -> dict[str, Any]:
+        """The number of the hint's kind."""
+        return {"control_type": self.control_type}

@@ -24,7 +24,7 @@ from modules.application import Application
 from modules_forge.reference import Reference, add_reference
 from tests.parity.test_split_parity import _each_row_alone
 from tests.support.checkpoints import ReferenceModels
-from tests.support.controlnets import build_union, hint, write_control_lora, write_controlnet
+from tests.support.controlnets import build_union, hint, with_deferred_controlnets, write_control_lora, write_controlnet
 from tests.support.fleets import configured_slots, virtual_fleet
 from tests.support.ip_adapters import adapter_tables, build_tower, reference_picture, write_adapter_file, write_tower
 from tests.support.narrow_application import narrow_application, pixels, run, txt2img
@@ -98,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, np.ndarray]:
     with pytest.MonkeyPatch.context() as patch, configured_slots("cpu"):
-        patch.setattr(sampling_function, "_call_model", _each_row_alone(sampling_function._call_model))
+        patch.setattr(sampling_function, "_call_model", _each_row_alone(with_deferred_controlnets(sampling_function._call_model)))
         return _pictures(folder, "single")
 
 

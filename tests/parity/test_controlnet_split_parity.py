@@ -20,7 +20,7 @@ from backend.sampling import sampling_function
 from modules.application import Application
 from tests.parity.test_split_parity import _each_row_alone
 from tests.support.checkpoints import ReferenceModels
-from tests.support.controlnets import build_controlnet, hint, write_controlnet
+from tests.support.controlnets import build_controlnet, hint, with_deferred_controlnets, write_controlnet
 from tests.support.fleets import configured_slots, cpu_fleet, virtual_fleet
 from tests.support.narrow_application import narrow_application, pixels, run, txt2img
 
@@ -53,23 +53,6 @@ def _pictures(app: Application, models: ReferenceModels, folder: Path, *, with_c
     return [pixels(image) for image in done.images]
 
 
-def _with_deferred_controlnets(call_model: Any) -> Any:
-    """The ControlNets' passes left to whoever runs the rows."""
-
-    def call(model: Any, batch: Any, *args: Any) -> Any:
-        chain, networks = batch[0].control, []
-        while chain is not None:
-            networks.append(chain.control_model)
-            chain = chain.previous_controlnet
-        model.deferred_networks = frozenset(networks)
-        try:
-            return call_model(model, batch, *args)
-        finally:
-            model.deferred_networks = frozenset()
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("controlnets")
@@ -80,7 +63,7 @@ def alone(folder: Path) -> dict[str, list[np.ndarray]]:
     """Pictures of one slot that runs every row alone, of the denoiser and of the ControlNets."""
     pictures: dict[str, list[np.ndarray]] = {}
     with pytest.MonkeyPatch.context() as patch, configured_slots("cpu"):
-        patch.setattr(sampling_function, "_call_model", _each_row_alone(_with_deferred_controlnets(sampling_function._call_model)))
+        patch.setattr(sampling_function, "_call_model", _each_row_alone(with_deferred_controlnets(sampling_function._call_model)))
         for family in FAMILIES:
             with narrow_application(folder / family, family) as (app, models):
                 pictures[family] = _pictures(app, models[family], folder / family)

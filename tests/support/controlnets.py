@@ -145,3 +145,20 @@ def apply_control_lora(models: ReferenceModels, stored: dict[str, Tensor]) -> Co
         else:
             own[f"{layer}.weight"] += tensor @ down
     return controlnet
+
+
+def with_deferred_controlnets(call_model: Any) -> Any:
+    """`_call_model` of the sampling function with the ControlNets' passes left to whoever runs the rows."""
+
+    def call(model: Any, batch: Any, *args: Any) -> Any:
+        chain, networks = batch[0].control, []
+        while chain is not None:
+            networks.append(chain.control_model)
+            chain = chain.previous_controlnet
+        model.deferred_networks = frozenset(networks)
+        try:
+            return call_model(model, batch, *args)
+        finally:
+            model.deferred_networks = frozenset()
+
+    return call
