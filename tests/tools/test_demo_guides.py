@@ -165,3 +165,14 @@ def test_units_show_the_outline_in_each_form() -> None:
     units = [draw_unit(case.drawn, form) for form in FORMS]
     assert [unit["module"] for unit in units] == ["canny", "None", "canny"]
     assert len({unit["image"].tobytes() for unit in units}) == 3
+
+
+def test_thin_lines_come_through_the_hint_layers_at_the_start() -> None:
+    """As large as what they are added to; the library's own start lets nothing through."""
+    torch.manual_seed(0)
+    net = build_controlnet(build_unet())
+    hints = torch.from_numpy(draw_cases([sample_case(random.Random(seed)) for seed in range(6)], seed=1, num_workers=1)[1])
+    with torch.no_grad():
+        seen = net.controlnet_cond_embedding(hints[:, None].expand(-1, 3, -1, -1).float() / 255)
+        beside = net.conv_in(torch.randn(6, 4, 8, 8))
+    assert 0.2 < float(seen.std(0).mean() / beside.std()) < 5

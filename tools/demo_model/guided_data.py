@@ -70,7 +70,7 @@ def misplace(scene: Scene, rng: random.Random, *, wrong_shape_share: float = 0.2
     return replace(scene, things=things)
 
 
-def sample_case(rng: random.Random, *, misplaced_share: float = 0.6) -> GuidedCase:
+def sample_case(rng: random.Random, *, misplaced_share: float = 0.8) -> GuidedCase:
     """A random case. Its caption is empty in one of ten, lies about the place in `misplaced_share`."""
     scene = move_anywhere(sample_scene(rng, two_things_share=0.25), rng)
     kind = rng.choices(HINT_KINDS, (0.4, 0.3, 0.3))[0]
