@@ -193,10 +193,11 @@ class LoraLoader:
 
     def _merge(self, name: str, parameter: Tensor, recipe: Recipe, compute_device: torch.device | None) -> None:
         original = self.backup.get(name)
+        source = parameter.detach() if original is None else original  # the same values, and nearer
         if original is None:
             original = self.backup[name] = self.pool.share(name, _copy_to_host(parameter))
         device = parameter.device if compute_device is None or parameter.device.type != "cpu" else compute_device
-        weight = original.to(device, torch.float32, copy=True)
+        weight = source.to(device, torch.float32, copy=True)
         try:
             merged = merge_recipe(weight, recipe)
         except RuntimeError as error:
