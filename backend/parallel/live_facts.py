@@ -52,6 +52,7 @@ def slot_facts(slot: Slot, unet: UnetPatcher, fleet: Fleet, work: str, budget_sh
         fixed_bytes=min(max(0, room.evictable_bytes - copies_bytes), budget_bytes),
         total_bytes=slot.total_bytes,
         device_key=str(device),
+        is_home=device == unet.load_device,
     )
 
 

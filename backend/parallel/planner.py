@@ -142,11 +142,11 @@ class _Planner:
         self._copies = CopyCosts(profile, slots, self._table, job)
 
     def make(self, wanted: WantedStrategy) -> Plan:
-        single = self._best(self._singles())
+        single = self._best_single()
         if wanted == "auto":
             return self._choose(single, "")
         makers: dict[str, Callable[[], Iterator[_Candidate]]] = {
-            "single": self._singles,
+            "single": lambda: iter((single,) if single is not None else ()),
             "replicas": self._replica_sets,
             "layers": lambda: self._layer_cuts(math.inf),
             "hybrid": lambda: self._hybrids(math.inf),
@@ -168,6 +168,14 @@ class _Planner:
         if best is None or best.step_ms * LEAST_GAIN > single.step_ms:
             return self._as_plan(single, single, f"{prefix}{self._why_single(single, best)}")
         return self._as_plan(best, single, f"{prefix}{self._describe(best, single)}")
+
+    def _best_single(self) -> _Candidate | None:
+        """The fastest slot, but for home where that is about as fast: a move copies the weights, and measured speeds waver."""
+        found = list(self._singles())
+        best = self._best(iter(found))
+        homes = {slot.index for slot in self._slots if slot.is_home}
+        at_home = self._best(candidate for candidate in found if homes.issuperset(candidate.slot_indexes))
+        return at_home if best is not None and at_home is not None and at_home.step_ms <= best.step_ms * LEAST_GAIN else best
 
     def _best_of_many(self, single: _Candidate | None) -> _Candidate | None:
         """The best plan over several slots. Cuts are looked at only where they could beat what is known."""

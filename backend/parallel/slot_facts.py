@@ -23,7 +23,7 @@ class SlotFacts:
     slots with the same are alike and are balanced. Slots with one `device_key` share one copy of the weights and their budget.
     `memory_bytes_per_ms`: weights are read once per forward, which is why two rows in one forward take less than twice one (inf: not counted).
     `kernel_ms`: time to launch one operation; a forward is not faster than its launches (0: not counted), and as the worker threads share
-    one interpreter, launches of several slots add up.
+    one interpreter, launches of several slots add up. `is_home`: the network stands there, or would where nothing is divided.
     """
 
     index: int
@@ -36,6 +36,7 @@ class SlotFacts:
     device_key: str = ""
     memory_bytes_per_ms: float = math.inf
     kernel_ms: float = 0.0
+    is_home: bool = False
 
     def __post_init__(self) -> None:
         if not (self.speed > 0 and math.isfinite(self.speed)):
@@ -56,8 +57,8 @@ class SlotFacts:
         return compute_ms if self.kernel_ms == 0 else _larger(compute_ms, num_kernels * self.kernel_ms)
 
     def facts_without_index(self) -> SlotFacts:
-        """The same with neither number nor name: two slots with equal results are interchangeable."""
-        return replace(self, index=0, name="")
+        """The same with neither number nor name nor home: two slots with equal results are interchangeable in plans over several."""
+        return replace(self, index=0, name="", is_home=False)
 
 
 def _larger(one: Any, other: Any) -> Any:

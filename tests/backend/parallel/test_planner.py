@@ -114,6 +114,15 @@ def test_one_slot() -> None:
     assert "only slot" in plan.reason
 
 
+@pytest.mark.parametrize(("other_speed", "stays"), [(1.04, True), (1.2, False)])
+@pytest.mark.parametrize("strategy", ["auto", "single"])
+def test_the_network_stays_at_home_unless_another_slot_is_worth_the_move(other_speed: float, stays: bool, strategy: str) -> None:
+    home, other = slots_of(100, 100, speeds=(1.0, other_speed))
+    plan = plan_for([replace(home, is_home=True), other], strategy, branches=1)
+    assert plan.strategy == "single"
+    assert plan.used_slots == ((0,) if stays else (1,))
+
+
 def test_the_fastest_slot_that_holds_the_network_is_the_single_one() -> None:
     plan = plan_for(slots_of(24, 24, 4, speeds=(0.5, 1.0, 5.0)), "single")
     assert plan.used_slots == (1,)
