@@ -68,7 +68,8 @@ def _make_variants() -> Mapping[str, Variant]:
 
 BENCH = Bench(
     question=f"Do bytes stay? {NUM_JOBS} jobs through the application, switching among SD1.x, SD2.x and SDXL layouts (narrow), two sizes, "
-    "and no LoRA or one at two strengths, on virtual GPUs of 64 and 48 MiB. A level is the live bytes of both devices after a job, compared with the same place of the round before.",
+    "and no LoRA or one at two strengths, on virtual GPUs of 64 and 48 MiB. A level is the live bytes of both devices after a job, compared "
+    "with the same place of the round before.",
     make_variants=_make_variants,
     baseline=f"{NUM_JOBS} jobs",
     num_rounds=1,

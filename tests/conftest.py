@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -52,6 +53,15 @@ def _one_torch_thread() -> None:
     except ImportError:  # the launcher's own tests run without it
         return
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _look_at_each_object_once() -> Iterator[None]:
+    """What outlives a file (libraries, pages of gradio) is not looked through at every later collection: models that leave a device ask for one,
+    and by the middle of the suite they took most of its time."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
