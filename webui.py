@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +85,7 @@ def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
         engine.import_networks()
         return wait_for_command(app)
     finally:
+        gc.unfreeze()
         server.stop()
 
 
@@ -224,3 +226,4 @@ class EngineStart:
         with contextlib.suppress(Exception), network_imports:  # the first job meets what fails again
             for name in ("backend.loader", "modules.processing_pictures", "modules.sd_samplers_kdiffusion"):
                 importlib.import_module(name)
+        gc.freeze()  # page and libraries stay: collections between jobs would walk half a million objects for nothing
