@@ -82,6 +82,11 @@ def todays_arguments(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
         result["visible"] = "hidden"  # was on the page all the same, where scripts of extensions look for it
     if isinstance(result.get("scale"), float):
         result["scale"] = max(round(result["scale"]), 0)
+    if issubclass(cls, gr.Dataframe):
+        for name, today in (("row_count", "row_count"), ("col_count", "column_count")):
+            if name in result:
+                count = result.pop(name)  # (3, "fixed") once; gradio 6 has no limits for tables
+                result[today] = count[0] if isinstance(count, (tuple, list)) else count
     return result
 
 

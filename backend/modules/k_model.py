@@ -23,6 +23,7 @@ from backend.nn.deferred_control import DeferredControl
 from backend.nn.network_call import NetworkCall
 from backend.nn.unet_program import Program, build_program
 from backend.nn.unet_state import TransformerOptions
+from backend.original_config import add_original_names
 from backend.parallel.executor import Executor, Replica
 from backend.parallel.fleet import current_fleet
 from backend.parallel.plan import Plan, ReplicaPlan
@@ -61,6 +62,7 @@ class KModel(nn.Module):
         self.computation_dtype: torch.dtype = computation_dtype or self.storage_dtype
         self._set_types()
         install_attention(model)
+        add_original_names(model)
         self.program: Program = build_program(model)
         self.runner: Callable[[NetworkCall], Tensor] | None = None
         """Runs the network on all rows of a call while a plan over several slots is in force."""

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,6 +18,7 @@ from torch import nn
 
 from backend import memory_management
 from backend.modules.k_model import KModel
+from backend.original_config import without_original_names
 from backend.parallel.executor import Replica
 from backend.parallel.fleet import Fleet
 from backend.parallel.plan import Piece, Plan, ReplicaPlan
@@ -55,7 +56,7 @@ class StagePatcher:
 def make_empty_twin(network: KModel) -> KModel:
     """A denoiser of the same kind with the same names and types, on the meta device."""
     with META:
-        unet = UNet2DConditionModel.from_config(network.diffusion_model.config)
+        unet = UNet2DConditionModel.from_config(without_original_names(cast("Any", network.diffusion_model.config)))
     twin = KModel(
         unet.requires_grad_(False).train(network.diffusion_model.training),
         copy.deepcopy(network.predictor).to(META),

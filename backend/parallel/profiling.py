@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from backend.nn.unet_program import Program, build_program
 from backend.nn.unet_state import UNetState
+from backend.original_config import without_original_names
 from backend.parallel.costs import ComponentCost, ModelProfile, PieceCost
 
 _FREE_OPERATIONS = ("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "split",
@@ -132,7 +133,7 @@ def _count_unet(config_text: str, latent_height: int, latent_width: int, context
 @lru_cache(maxsize=2)
 def _make_unet(config_text: str, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
-        return _cast(UNet2DConditionModel.from_config(json.loads(config_text)), dtype)
+        return _cast(UNet2DConditionModel.from_config(without_original_names(json.loads(config_text))), dtype)
 
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:

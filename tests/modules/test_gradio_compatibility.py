@@ -28,6 +28,13 @@ def test_old_arguments_are_met_for_guests_alone() -> None:
     assert (hidden.visible, shown.visible) == ("hidden", False)
 
 
+def test_old_counts_of_tables_are_met() -> None:
+    with as_guest():
+        table = gr.Dataframe(headers=["word"], row_count=(2, "dynamic"), col_count=(1, "fixed"))
+        plain = gr.Dataframe(headers=["word"], row_count=5)
+    assert [count[0] for count in (table.row_count, table.col_count, plain.row_count)] == [2, 1, 5]
+
+
 def test_old_arguments_of_classes_derived_by_guests_are_met() -> None:
     with as_guest():
 

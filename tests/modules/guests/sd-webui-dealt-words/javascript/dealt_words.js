@@ -1,0 +1,1 @@
+onUiLoaded(() => console.log("dealt words"));
