@@ -1,17 +1,17 @@
 """Events outside of a job's hooks that extensions listen to: `on_X(callback)` registers, `X_callback(...)` tells everyone.
 
-A callback that fails is reported by its file and the event; the others are told all the same. Must not know who listens.
+Both are generated from the table in script_events.py. A callback that fails is reported by its file and the event; the others are told all the same.
+Must not know who listens.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from modules.extension_order import OrderRule, order_by_rules
 from modules.guest_calls import call_guest, end_of_path
@@ -25,6 +25,7 @@ from modules.hook_arguments import (
     ImageSaveParams,
     UiTrainTabParams,
 )
+from modules.script_events import EVENTS, IN_ORDER, Event, find_callback_faults
 
 __all__ = [
     "AfterCFGCallbackParams",
@@ -48,42 +49,6 @@ class ScriptCallback(NamedTuple):
     script: str
     callback: Callback
     name: str = "unnamed"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Event:
-    """`sentence` says when it happens; `never` says, for events that do not happen here, why."""
-
-    sentence: str
-    never: str | None = None
-
-
-EVENTS: Mapping[str, Event] = {
-    "app_started": Event(sentence="The page and the API are ready; the server is about to answer. (demo or None, app)"),
-    "before_reload": Event(sentence="The page is about to be built anew. ()"),
-    "script_unloaded": Event(sentence="Scripts are about to be loaded again. ()"),
-    "before_ui": Event(sentence="The page is about to be built. ()"),
-    "model_loaded": Event(sentence="Another model is in use. (sd_model)"),
-    "ui_tabs": Event(sentence="Tabs are collected: a list of (Blocks, title, elem_id). ()"),
-    "ui_train_tabs": Event(sentence="Tabs of training are collected. (UiTrainTabParams)", never="there is no Train tab"),
-    "ui_settings": Event(sentence="Settings are collected: shared.opts.add_option. ()"),
-    "before_image_saved": Event(sentence="A picture is about to be written. (ImageSaveParams)"),
-    "image_saved": Event(sentence="A picture was written. (ImageSaveParams)"),
-    "extra_noise": Event(sentence="img2img added extra noise. (ExtraNoiseParams)"),
-    "cfg_denoiser": Event(sentence="A step begins; x, sigma and the conditions may be changed. (CFGDenoiserParams)"),
-    "cfg_denoised": Event(
-        sentence="The network answered, guidance is not applied yet. (CFGDenoisedParams)",
-        never="the engine applies guidance in the same step; on_cfg_after_cfg comes right after it",
-    ),
-    "cfg_after_cfg": Event(sentence="Guidance is applied; x may be changed. (AfterCFGCallbackParams)"),
-    "before_component": Event(sentence="A control of the page is about to be made. (component, **kwargs)"),
-    "after_component": Event(sentence="A control of the page was made. (component, **kwargs)"),
-    "image_grid": Event(sentence="Rows and columns of a grid are chosen. (ImageGridLoopParams)"),
-    "infotext_pasted": Event(sentence="Parameters were read for pasting. (infotext, params)"),
-    "list_optimizers": Event(sentence="Kinds of attention are collected. (list)", never="attention is chosen by flags"),
-    "list_unets": Event(sentence="Other UNets are collected. (list)", never="the checkpoint's own UNet is used"),
-    "before_token_counter": Event(sentence="A prompt is about to be counted. (BeforeTokenCounterParams)"),
-}
 
 
 callback_map: dict[str, list[ScriptCallback]] = {f"callbacks_{name}": [] for name in EVENTS}
@@ -122,116 +87,14 @@ def _extension_and_file(filename: str) -> tuple[str, str]:
     return folder.name.lower(), path.name
 
 
-def _register(event: str, callback: Callback, name: str | None) -> None:
+def _register(event: Event, callback: Callback, name: str | None) -> None:
     filename = _caller_file()
-    if EVENTS[event].never:
-        log.warning("%s listens to on_%s, which never happens here: %s.", end_of_path(filename), event, EVENTS[event].never)
-    add_callback(callback_map[f"callbacks_{event}"], callback, name=name, category=event, filename=filename)
-
-
-def on_app_started(callback: Callback, *, name: str | None = None) -> None:
-    """`callback(demo, app)`, demo None without a page; `app` is the FastAPI application, to which routes may be added."""
-    _register("app_started", callback, name)
-
-
-def on_before_reload(callback: Callback, *, name: str | None = None) -> None:
-    """`callback()` before the page is built anew."""
-    _register("before_reload", callback, name)
-
-
-def on_script_unloaded(callback: Callback, *, name: str | None = None) -> None:
-    """`callback()` before scripts are loaded again: undo what was patched."""
-    _register("script_unloaded", callback, name)
-
-
-def on_before_ui(callback: Callback, *, name: str | None = None) -> None:
-    """`callback()` before the page is built."""
-    _register("before_ui", callback, name)
-
-
-def on_model_loaded(callback: Callback, *, name: str | None = None) -> None:
-    """`callback(sd_model)` when another model is in use."""
-    _register("model_loaded", callback, name)
-
-
-def on_ui_tabs(callback: Callback, *, name: str | None = None) -> None:
-    """`callback()` returns tabs: a list of (gr.Blocks, title, elem_id), or None."""
-    _register("ui_tabs", callback, name)
-
-
-def on_ui_train_tabs(callback: Callback, *, name: str | None = None) -> None:
-    """Kept for extensions that register it."""
-    _register("ui_train_tabs", callback, name)
-
-
-def on_ui_settings(callback: Callback, *, name: str | None = None) -> None:
-    """`callback()` adds settings with `shared.opts.add_option`."""
-    _register("ui_settings", callback, name)
-
-
-def on_before_image_saved(callback: Callback, *, name: str | None = None) -> None:
-    """`callback(params)` may change the picture, its name and its infotext (ImageSaveParams)."""
-    _register("before_image_saved", callback, name)
-
-
-def on_image_saved(callback: Callback, *, name: str | None = None) -> None:
-    """`callback(params)` after a picture was written (ImageSaveParams)."""
-    _register("image_saved", callback, name)
-
-
-def on_extra_noise(callback: Callback, *, name: str | None = None) -> None:
-    """`callback(params)` when img2img adds extra noise (ExtraNoiseParams)."""
-    _register("extra_noise", callback, name)
-
-
-def on_cfg_denoiser(callback: Callback, *, name: str | None = None) -> None:
-    """`callback(params)` at the start of each step (CFGDenoiserParams). Pictures of a batch then go step by step together."""
-    _register("cfg_denoiser", callback, name)
-
-
-def on_cfg_denoised(callback: Callback, *, name: str | None = None) -> None:
-    """`callback(params)` when the network answered (CFGDenoisedParams)."""
-    _register("cfg_denoised", callback, name)
-
-
-def on_cfg_after_cfg(callback: Callback, *, name: str | None = None) -> None:
-    """`callback(params)` when guidance is applied (AfterCFGCallbackParams)."""
-    _register("cfg_after_cfg", callback, name)
-
-
-def on_before_component(callback: Callback, *, name: str | None = None) -> None:
-    """`callback(component, **kwargs)` before each control of the page."""
-    _register("before_component", callback, name)
-
-
-def on_after_component(callback: Callback, *, name: str | None = None) -> None:
-    """`callback(component, **kwargs)` after each control of the page: the place to put something behind it."""
-    _register("after_component", callback, name)
-
-
-def on_image_grid(callback: Callback, *, name: str | None = None) -> None:
-    """`callback(params)` may change rows and columns of a grid (ImageGridLoopParams)."""
-    _register("image_grid", callback, name)
-
-
-def on_infotext_pasted(callback: Callback, *, name: str | None = None) -> None:
-    """`callback(infotext, params)` may change the parameters read from an infotext."""
-    _register("infotext_pasted", callback, name)
-
-
-def on_list_optimizers(callback: Callback, *, name: str | None = None) -> None:
-    """Kept for extensions that register it."""
-    _register("list_optimizers", callback, name)
-
-
-def on_list_unets(callback: Callback, *, name: str | None = None) -> None:
-    """Kept for extensions that register it."""
-    _register("list_unets", callback, name)
-
-
-def on_before_token_counter(callback: Callback, *, name: str | None = None) -> None:
-    """`callback(params)` may change the prompt that is counted (BeforeTokenCounterParams)."""
-    _register("before_token_counter", callback, name)
+    who = f"{end_of_path(filename)} listens to on_{event.name}"
+    if event.never:
+        log.warning("%s, which never happens here: %s.", who, event.never)
+    for fault in find_callback_faults(event, callback):
+        log.warning("%s with a function that cannot be called: %s", who, fault)
+    add_callback(callback_map[f"callbacks_{event.name}"], callback, name=name, category=event.name, filename=filename)
 
 
 # Removing
@@ -273,103 +136,48 @@ def is_listened_to(*events: str) -> bool:
     return any(callback_map[f"callbacks_{event}"] for event in events)
 
 
-def _tell(event: str, *args: Any, **kwargs: Any) -> list[Any]:
+def _tell(event: Event, *args: Any, **kwargs: Any) -> list[Any]:
     """What every callback returned; failures are reported and left out."""
     results = []
-    for entry in ordered_callbacks(event):
-        task = f"{end_of_path(entry.script)} failed in on_{event}; the others go on"
+    entries = ordered_callbacks(event.name)
+    for entry in reversed(entries) if event.newest_first else entries:
+        task = f"{end_of_path(entry.script)} failed in on_{event.name}; {event.otherwise}"
         well, result = call_guest(partial(entry.callback, *args, **kwargs), task)
         if well:
             results.append(result)
     return results
 
 
-def app_started_callback(demo: Any, app: Any) -> None:
-    _tell("app_started", demo, app)
+# `on_X(callback, *, name=None)` and `X_callback(...)` of every event
 
 
-def app_reload_callback() -> None:
-    _tell("before_reload")
+def _make_registrar(event: Event) -> Callable[..., None]:
+    def register(callback: Callback, *, name: str | None = None) -> None:
+        _register(event, callback, name)
+
+    register.__name__ = register.__qualname__ = f"on_{event.name}"
+    register.__doc__ = f"`{event.called_as}`: {event.sentence}" + (f" Never called: {event.never}." if event.never else "")
+    return register
 
 
-def script_unloaded_callback() -> None:
-    for entry in reversed(ordered_callbacks("script_unloaded")):
-        call_guest(entry.callback, f"{end_of_path(entry.script)} failed in on_script_unloaded; what it patched may still be so")
+def _make_teller(event: Event) -> Callable[..., Any]:
+    def tell(*args: Any, **kwargs: Any) -> list[Any] | None:
+        if event.fills_list:
+            filled: list[Any] = []
+            _tell(event, filled)
+            return filled
+        results = _tell(event, *args, **kwargs)
+        return [item for result in results for item in result or []] if event.joins_lists else None
+
+    tell.__name__ = tell.__qualname__ = event.teller_name
+    tell.__doc__ = f"Tells everyone who listens to on_{event.name}: {event.sentence}"
+    return tell
 
 
-def before_ui_callback() -> None:
-    for entry in reversed(ordered_callbacks("before_ui")):
-        call_guest(entry.callback, f"{end_of_path(entry.script)} failed in on_before_ui; the page is built without what it prepares")
+for _event in IN_ORDER:
+    globals()[f"on_{_event.name}"] = _make_registrar(_event)
+    globals()[_event.teller_name] = _make_teller(_event)
 
+if TYPE_CHECKING:
 
-def model_loaded_callback(sd_model: Any) -> None:
-    _tell("model_loaded", sd_model)
-
-
-def ui_tabs_callback() -> list[tuple[Any, str, str]]:
-    """All tabs of extensions: (Blocks, title, elem_id)."""
-    return [tab for tabs in _tell("ui_tabs") for tab in tabs or []]
-
-
-def ui_train_tabs_callback(params: UiTrainTabParams) -> None:
-    _tell("ui_train_tabs", params)
-
-
-def ui_settings_callback() -> None:
-    _tell("ui_settings")
-
-
-def before_image_saved_callback(params: ImageSaveParams) -> None:
-    _tell("before_image_saved", params)
-
-
-def image_saved_callback(params: ImageSaveParams) -> None:
-    _tell("image_saved", params)
-
-
-def extra_noise_callback(params: ExtraNoiseParams) -> None:
-    _tell("extra_noise", params)
-
-
-def cfg_denoiser_callback(params: CFGDenoiserParams) -> None:
-    _tell("cfg_denoiser", params)
-
-
-def cfg_denoised_callback(params: CFGDenoisedParams) -> None:
-    _tell("cfg_denoised", params)
-
-
-def cfg_after_cfg_callback(params: AfterCFGCallbackParams) -> None:
-    _tell("cfg_after_cfg", params)
-
-
-def before_component_callback(component: Any, **kwargs: Any) -> None:
-    _tell("before_component", component, **kwargs)
-
-
-def after_component_callback(component: Any, **kwargs: Any) -> None:
-    _tell("after_component", component, **kwargs)
-
-
-def image_grid_callback(params: ImageGridLoopParams) -> None:
-    _tell("image_grid", params)
-
-
-def infotext_pasted_callback(infotext: str, params: dict[str, Any]) -> None:
-    _tell("infotext_pasted", infotext, params)
-
-
-def list_optimizers_callback() -> list[Any]:
-    res: list[Any] = []
-    _tell("list_optimizers", res)
-    return res
-
-
-def list_unets_callback() -> list[Any]:
-    res: list[Any] = []
-    _tell("list_unets", res)
-    return res
-
-
-def before_token_counter_callback(params: BeforeTokenCounterParams) -> None:
-    _tell("before_token_counter", params)
+    def __getattr__(name: str) -> Callable[..., Any]: ...

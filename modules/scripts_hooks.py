@@ -6,10 +6,11 @@ Must not know the page, jobs or how scripts are loaded.
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from modules.hook_signatures import find_signature_faults
 
 _BATCH = ("batch_number", "prompts", "seeds", "subseeds")
 
@@ -83,21 +84,6 @@ def _spelling_faults(name: str) -> Iterator[str]:
 
 
 def _signature_faults(hook: Hook, function: Callable[..., Any]) -> Iterator[str]:
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # not a function of Python
-        return
-    kinds = {parameter.kind for parameter in parameters}
-    takes_any_keyword = inspect.Parameter.VAR_KEYWORD in kinds
-    names = {parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.POSITIONAL_ONLY}
-    positional = [p for p in parameters if p.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    needed = 2 + len(hook.values)
-    if len(positional) < needed and inspect.Parameter.VAR_POSITIONAL not in kinds:
-        yield f"{hook.name}() takes {len(positional)} arguments with self; it is called as {describe_hook(hook)}."
-    missing = [name for name in hook.keywords if name not in names]
-    if missing and not takes_any_keyword:
-        yield f"{hook.name}() does not take {', '.join(missing)}, by which it is called; add **kwargs: {describe_hook(hook)}."
-    unknown = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is p.empty and p.name not in hook.keywords]
-    if unknown:
-        known = ", ".join(hook.keywords) or "none"
-        yield f"{hook.name}() asks for unknown {', '.join(unknown)}; by name it is given: {known}."
+    return find_signature_faults(
+        function, name=hook.name, called_as=describe_hook(hook), num_values=2 + len(hook.values), keywords=hook.keywords
+    )  # self and p come before the values

@@ -6,22 +6,16 @@ and what happens next, on the page too; the other scripts go on. Must not know t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modules.errors import RequestError
 from modules.guest_calls import as_guest, call_guest, end_of_path
-from modules.hook_arguments import (
-    MaskBlendArgs,
-    OnComponent,
-    PostprocessBatchListArgs,
-    PostprocessImageArgs,
-    PostProcessMaskOverlayArgs,
-    PostSampleArgs,
-)
+from modules.hook_arguments import OnComponent
 from modules.scripts_base import AlwaysVisible, Script
 from modules.scripts_files import ScriptClassData
+from modules.scripts_hooks import HOOKS, Hook
 
 ComponentCallbacks = dict[str, list[tuple[Callable[[OnComponent], Any], Script]]]
 
@@ -45,7 +39,7 @@ class ScriptRunner:
         self.infotext_fields: list[Any] = []
         self.paste_field_names: list[str] = []
         self.inputs: list[Any] = [None]
-        self.callback_names: list[str] = [f"script_{name}" for name in vars(type(self)) if hasattr(Script, name)]
+        self.callback_names: list[str] = [f"script_{name}" for name in vars(ScriptRunner) if hasattr(Script, name)]
         self.on_before_component_elem_id: ComponentCallbacks = {}
         self.on_after_component_elem_id: ComponentCallbacks = {}
 
@@ -175,59 +169,15 @@ class ScriptRunner:
         with as_guest():
             return script.run(p, *args[script.args_from : script.args_to])
 
+    if TYPE_CHECKING:  # each hook is a method that calls it in every script: see _relay
+
+        def __getattr__(self, name: str) -> Callable[..., None]: ...
+
     def setup_scrips(self, p: Any, *, is_ui: bool = True) -> None:
         """The request is complete: `setup` of all scripts."""
         for script in self._in_order("setup"):
             if is_ui or not script.setup_for_ui_only:
                 self._call(script, "setup", p)
-
-    def before_process(self, p: Any) -> None:
-        self._call_all("before_process", p)
-
-    def process(self, p: Any) -> None:
-        self._call_all("process", p)
-
-    def before_process_init_images(self, p: Any, pp: Mapping[str, Any], **kwargs: Any) -> None:
-        self._call_all("before_process_init_images", p, pp, **kwargs)
-
-    def before_process_batch(self, p: Any, **kwargs: Any) -> None:
-        self._call_all("before_process_batch", p, **kwargs)
-
-    def after_extra_networks_activate(self, p: Any, **kwargs: Any) -> None:
-        self._call_all("after_extra_networks_activate", p, **kwargs)
-
-    def process_batch(self, p: Any, **kwargs: Any) -> None:
-        self._call_all("process_batch", p, **kwargs)
-
-    def process_before_every_sampling(self, p: Any, **kwargs: Any) -> None:
-        self._call_all("process_before_every_sampling", p, **kwargs)
-
-    def on_mask_blend(self, p: Any, mba: MaskBlendArgs) -> None:
-        self._call_all("on_mask_blend", p, mba)
-
-    def before_hr(self, p: Any) -> None:
-        self._call_all("before_hr", p)
-
-    def post_sample(self, p: Any, ps: PostSampleArgs) -> None:
-        self._call_all("post_sample", p, ps)
-
-    def postprocess_batch(self, p: Any, images: Any, **kwargs: Any) -> None:
-        self._call_all("postprocess_batch", p, images=images, **kwargs)
-
-    def postprocess_batch_list(self, p: Any, pp: PostprocessBatchListArgs, **kwargs: Any) -> None:
-        self._call_all("postprocess_batch_list", p, pp, **kwargs)
-
-    def postprocess_image(self, p: Any, pp: PostprocessImageArgs) -> None:
-        self._call_all("postprocess_image", p, pp)
-
-    def postprocess_maskoverlay(self, p: Any, ppmo: PostProcessMaskOverlayArgs) -> None:
-        self._call_all("postprocess_maskoverlay", p, ppmo)
-
-    def postprocess_image_after_composite(self, p: Any, pp: PostprocessImageArgs) -> None:
-        self._call_all("postprocess_image_after_composite", p, pp)
-
-    def postprocess(self, p: Any, processed: Any) -> None:
-        self._call_all("postprocess", p, processed)
 
     # The page
 
@@ -254,3 +204,19 @@ def _has(script: Script, hook: str) -> bool:
     """Whether the script defines the hook itself, in its class or on the object."""
     own = getattr(script, hook, None)
     return own is not None and getattr(own, "__func__", own) is not getattr(Script, hook, None)
+
+
+def _relay(hook: Hook) -> Callable[..., None]:
+    """The runner's method for `hook`. Values past the declared ones stand for the first keywords, as guests call `postprocess_batch(p, images)`."""
+
+    def call_all(self: ScriptRunner, p: Any, *values: Any, **keywords: Any) -> None:
+        num_values = len(hook.values)
+        self._call_all(hook.name, p, *values[:num_values], **dict(zip(hook.keywords, values[num_values:])), **keywords)
+
+    call_all.__name__, call_all.__qualname__, call_all.__doc__ = hook.name, f"ScriptRunner.{hook.name}", hook.sentence
+    return call_all
+
+
+for _hook in HOOKS.values():
+    if _hook.name not in ("setup", "run"):
+        setattr(ScriptRunner, _hook.name, _relay(_hook))

@@ -1,0 +1,42 @@
+"""Checks that a function of an extension can be called the way the host will call it. Knows neither scripts nor events."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def find_signature_faults(
+    function: Callable[..., Any], *, name: str, called_as: str, num_values: int, keywords: Sequence[str] = (), any_keyword: bool = False
+) -> Iterator[str]:
+    """Yields, in words for its author, why `function` cannot take `num_values` positional values and `keywords`.
+
+    `any_keyword`: the host may pass further keywords. `num_values` counts `self` for a function taken from a class.
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # written in C
+        return
+    kinds = {parameter.kind for parameter in parameters}
+    yield from _positional_faults(parameters, num_values, f"{name}() {{}}; it is called as {called_as}.")
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        names = {parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.POSITIONAL_ONLY}
+        missing = [keyword for keyword in keywords if keyword not in names]
+        if missing:
+            yield f"{name}() does not take {', '.join(missing)}, by which it is called; add **kwargs: {called_as}."
+        elif any_keyword:
+            yield f"{name}() takes no further keywords; add **kwargs: {called_as}."
+    unknown = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is p.empty and p.name not in keywords]
+    if unknown:
+        yield f"{name}() asks for unknown {', '.join(unknown)}; by name it is given: {', '.join(keywords) or 'none'}."
+
+
+def _positional_faults(parameters: Sequence[inspect.Parameter], num_values: int, sentence: str) -> Iterator[str]:
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
+        return
+    positional = [parameter for parameter in parameters if parameter.kind in _POSITIONAL]
+    if len(positional) < num_values:
+        yield sentence.format(f"takes {len(positional)} arguments")
