@@ -7,8 +7,7 @@ mark, so for them the UNet itself is asked (`predicts_velocity`). Everything els
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,11 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 from backend.checkpoint_file import TensorFile
+from backend.storage.running import computing_in
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-    from torch import Tensor, nn
-    from torch.utils.hooks import RemovableHandle
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -115,32 +114,6 @@ def predicts_velocity(unet: UNet2DConditionModel) -> bool:
     weight = next(unet.parameters())
     x_BCHW = torch.full((1, unet.config.in_channels, 8, 8), 0.5, device=weight.device)
     context_BLC = torch.full((1, 2, unet.config.cross_attention_dim), 0.5, device=weight.device)
-    with _computing_in_fp32(unet):
+    with computing_in(unet, torch.float32):
         output_BCHW: Tensor = unet(x_BCHW, 999, context_BLC, return_dict=False)[0]
     return bool((output_BCHW - x_BCHW).mean() < -1.0)
-
-
-@contextmanager
-def _computing_in_fp32(module: nn.Module) -> Iterator[None]:
-    """While open, each layer's weights are fp32 for as long as the layer runs; the stored ones come back untouched."""
-    handles = [handle for layer in module.modules() for handle in _upcast_while_running(layer)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _upcast_while_running(layer: nn.Module) -> list[RemovableHandle]:
-    stored = {name: weight for name, weight in layer.named_parameters(recurse=False) if weight.dtype != torch.float32}
-    if not stored:
-        return []
-
-    def upcast(_layer: nn.Module, _inputs: object) -> None:
-        for name, weight in stored.items():
-            layer._parameters[name] = torch.nn.Parameter(weight.float(), requires_grad=False)
-
-    def restore(_layer: nn.Module, _inputs: object, _output: object) -> None:
-        layer._parameters.update(stored)
-
-    return [layer.register_forward_pre_hook(upcast), layer.register_forward_hook(restore, always_call=True)]

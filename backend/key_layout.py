@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
+from backend.storage.kinds import storage_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -223,7 +223,8 @@ def clip_to_open_clip(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in bare.items():
         name = open_clip_key(key)
         if ".in_proj_" in name:
-            renamed[name] = torch.cat([bare[part_key] for part_key in qkv_keys(key)])
+            thirds = [storage_of(bare[part_key]) for part_key in qkv_keys(key)]
+            renamed[name] = type(thirds[0]).concat(thirds).tensor
         else:
             renamed[name] = tensor.T.contiguous() if name == "text_projection" else tensor
     return renamed

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.hooks import apply_layerwise_casting
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -26,6 +25,7 @@ from backend.checkpoint_file import CheckpointError as CheckpointError
 from backend.checkpoint_file import TensorFile, open_tensor_file
 from backend.checkpoint_layout import Layout, Part, find_text_encoders, find_unet, find_vae
 from backend.checkpoint_prediction import EPSILON, V_PREDICTION, PredictionSpec, predicts_velocity, read_prediction
+from backend.denoiser_types import choose_denoiser_types
 from backend.diffusion_engine.base import EngineParts, ForgeDiffusionEngine, ModelConfig
 from backend.diffusion_engine.sd15 import StableDiffusion
 from backend.diffusion_engine.sd20 import StableDiffusion2
@@ -36,7 +36,9 @@ from backend.modules.k_prediction import Prediction
 from backend.patcher.clip import CLIP
 from backend.patcher.unet import UnetPatcher
 from backend.patcher.vae import VAE
-from backend.state_dict import LoadPlan, assign_tensors, build_empty, check_plan, plan_text_encoder, plan_unet, plan_vae
+from backend.state_dict import LoadPlan, assign_tensors, build_empty, check_plan, matrix_dtypes, plan_text_encoder, plan_unet, plan_vae
+from backend.storage.kinds import is_compact
+from backend.storage.running import set_types
 from backend.text_processing.clip_tokenizer import EOS_TOKEN_ID, build_clip_tokenizer
 from backend.text_processing.textual_inversion import EmbeddingDatabase
 
@@ -55,7 +57,6 @@ _TEXT_SLOTS = {SD15: ("clip_l",), SD20: ("clip_h",), SDXL: ("clip_l", "clip_g"),
 _TEXT_NAMES = {"clip_l": "CLIP-L", "clip_h": "OpenCLIP-H", "clip_g": "OpenCLIP bigG"}
 _PUBLISHED_TEXT_WIDTHS = {768: "clip_l", 1280: "clip_g"}
 _SD2_USED_BLOCKS = 23
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _QUANTISED_KEYS = ("bitsandbytes__nf4", "bitsandbytes__fp4", ".scale_weight", ".comfy_quant", ".weight_scale")
 _PICK_MODULE = "and choose it under 'VAE / Text Encoder'"
 
@@ -307,12 +308,11 @@ def _load_clip(encoders: dict[str, nn.Module], plans: dict[str, LoadPlan], sourc
     flag_dtype = dtype_from_flag(config.clip_dtype or config.all_in)
     device = memory_management.text_encoder_device(_count_bytes(encoders.values(), flag_dtype or memory_management.text_encoder_dtype()))
     storage_dtype = flag_dtype or memory_management.text_encoder_dtype(device)
-    computes_directly = storage_dtype not in _FP8 and memory_management.supports_dtype(device, storage_dtype)
+    computes_directly = not is_compact(storage_dtype) and memory_management.supports_dtype(device, storage_dtype)
     computation_dtype = storage_dtype if computes_directly else memory_management.get_computation_dtype(device)
     for slot, encoder in encoders.items():
         assign_tensors(encoder, plans[slot], sources.texts[slot].file, storage_dtype=storage_dtype, computation_dtype=computation_dtype)
-        if computation_dtype != storage_dtype:
-            apply_layerwise_casting(encoder, storage_dtype, computation_dtype, skip_modules_pattern=("norm",))
+        set_types(encoder, storage_dtype, computation_dtype)
     tokenizers = {slot: build_clip_tokenizer(pad_token_id=EOS_TOKEN_ID if slot == "clip_l" else 0) for slot in encoders}
     return CLIP(encoders, tokenizers)
 
@@ -328,25 +328,19 @@ def _load_vae(vae: AutoencoderKL, plan: LoadPlan, sources: _Sources, config: Bac
 def _load_unet(
     unet: UNet2DConditionModel, plan: LoadPlan, sources: _Sources, config: BackendConfig, wanted_dtype: torch.dtype | None
 ) -> tuple[UnetPatcher, PredictionSpec]:
-    device = memory_management.get_torch_device()
     num_parameters = sum(parameter.numel() for parameter in unet.parameters())
-    computation_dtype = memory_management.get_computation_dtype(device, num_parameters)
-    storage_dtype = wanted_dtype or dtype_from_flag(config.unet_dtype or config.all_in) or _stored_fp8(sources, device)
-    storage_dtype = storage_dtype or memory_management.unet_dtype(device, num_parameters)
+    types = choose_denoiser_types(
+        matrix_dtypes(sources.unet.file, sources.unet.part),
+        num_parameters,
+        wanted=wanted_dtype or dtype_from_flag(config.unet_dtype or config.all_in),
+    )
+    storage_dtype, computation_dtype = types.storage_dtype, types.computation_dtype
     load_device = memory_management.unet_inital_load_device(num_parameters, storage_dtype)
     assign_tensors(unet, plan, sources.unet.file, storage_dtype=storage_dtype, computation_dtype=computation_dtype, device=load_device)
     prediction = _find_prediction(unet, sources)
     predictor = Prediction(prediction_type=prediction.kind, zero_terminal_snr=prediction.has_zero_terminal_snr)
     model = KModel(unet, predictor, storage_dtype=storage_dtype, computation_dtype=computation_dtype)
     return UnetPatcher.from_model(model), prediction
-
-
-def _stored_fp8(sources: _Sources, device: torch.device) -> torch.dtype | None:
-    """fp8 where the file's weights are fp8 already and the device is one that gains by keeping them so."""
-    infos, prefix = sources.unet.file.infos, sources.unet.part.prefix
-    dtypes = [info.dtype for key, info in infos.items() if key.startswith(prefix) and len(info.shape) > 1]
-    most = max(set(dtypes), key=dtypes.count)
-    return most if most in _FP8 and device.type != "cpu" and memory_management.supports_cast(device, most) else None
 
 
 def _find_prediction(unet: UNet2DConditionModel, sources: _Sources) -> PredictionSpec:

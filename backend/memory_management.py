@@ -467,9 +467,13 @@ def intermediate_device() -> torch.device:
 
 def unet_dtype(device: DeviceLike = None, model_params: int = 0, supported_dtypes: Sequence[torch.dtype] = _HALF_AND_FULL) -> torch.dtype:
     """Storage type of a UNet: the flag's, else by the device."""
-    config = _config()
-    forced = dtype_from_flag(config.unet_dtype or config.all_in)
-    return forced or dtype_policy.choose_dtype(_facts(device), supported_dtypes, _pressure(device, model_params, only_storage=True))
+    pressure = _pressure(device, model_params, only_storage=True)
+    return unet_dtype_from_flags() or dtype_policy.choose_dtype(_facts(device), supported_dtypes, pressure)
+
+
+def unet_dtype_from_flags() -> torch.dtype | None:
+    """Storage type of a UNet that a flag asks for."""
+    return dtype_from_flag(_config().unet_dtype or _config().all_in)
 
 
 def get_computation_dtype(

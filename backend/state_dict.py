@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from backend import key_layout
 from backend.checkpoint_file import CheckpointError, TensorFile, open_tensor_file
 from backend.checkpoint_layout import Layout, Part
+from backend.storage.running import is_cast_layer
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -163,6 +164,11 @@ def check_plan(plan: LoadPlan, file: TensorFile, what: str) -> None:
         )
 
 
+def matrix_dtypes(file: TensorFile, part: Part) -> list[torch.dtype]:
+    """Types in which a part's matrices and kernels are stored, one entry each."""
+    return [info.dtype for key, info in file.infos.items() if key.startswith(part.prefix) and len(info.shape) > 1]
+
+
 def assign_tensors(
     module: nn.Module,
     plan: LoadPlan,
@@ -174,8 +180,8 @@ def assign_tensors(
 ) -> None:
     """Give every parameter of an empty network its stored tensor on `device`. One tensor at a time: nothing is held twice.
 
-    Weights of linear, convolution and embedding layers take `storage_dtype`. Norms, which the library's layer-wise casting leaves alone,
-    take `computation_dtype` where that is another.
+    Weights of linear, convolution and embedding layers take `storage_dtype`. Norms, which are never stored compactly, take
+    `computation_dtype` where that is another.
     """
     for name, target in list(module.state_dict().items()):
         owner_name, _, leaf = name.rpartition(".")
@@ -184,11 +190,6 @@ def assign_tensors(
         tensor = _materialise(file, plan.sources[name], tuple(target.shape), dtype, device)
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
     _fill_buffers(module, device)
-
-
-def is_cast_layer(name: str, layer: nn.Module) -> bool:
-    """Whether layer-wise casting (diffusers' hooks, norms skipped) stores this layer's weights in another type than it computes in."""
-    return isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding)) and "norm" not in name
 
 
 def _materialise(file: TensorFile, source: TensorSource, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

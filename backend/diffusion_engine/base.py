@@ -18,6 +18,7 @@ from torch import Tensor
 
 from backend import key_layout, memory_management, profiler
 from backend.patcher.weight_patches import without_weight_patches
+from backend.storage.kinds import storage_of
 
 if TYPE_CHECKING:
     from backend.checkpoint_prediction import PredictionSpec
@@ -202,7 +203,7 @@ def _save(state_dict: Mapping[str, Tensor], path: Path, metadata: Mapping[str, s
     from safetensors.torch import save_file  # only when something is saved
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    on_host = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state_dict.items()}
+    on_host = {key: storage_of(tensor).to(torch.device("cpu")).tensor.contiguous() for key, tensor in state_dict.items()}
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
         unfinished = Path(stream.name)
     try:

@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from backend.storage.kinds import storage_of
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleBytes:
@@ -28,8 +30,9 @@ def count_module_bytes(module: nn.Module, keep: Callable[[torch.Tensor], bool] =
     total_bytes = weight_bytes = 0
     for name, tensor in _own_tensors_of_all(module):
         if keep(tensor):
-            total_bytes += tensor.nbytes
-            weight_bytes += tensor.nbytes if name == "weight" else 0
+            tensor_bytes = storage_of(tensor).stored_bytes
+            total_bytes += tensor_bytes
+            weight_bytes += tensor_bytes if name == "weight" else 0
     return ModuleBytes(total_bytes=total_bytes, weight_bytes=weight_bytes)
 
 

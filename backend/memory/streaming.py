@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from backend.memory.fetching import AheadFetcher, CudaAheadCopies, DirectFetcher, Fetcher, is_pinned
 from backend.memory.module_bytes import as_same_kind
+from backend.storage.kinds import stored_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +108,7 @@ def _own_tensors(module: nn.Module) -> list[tuple[dict[str, torch.Tensor | None]
 
 
 def _own_bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for _, _, tensor in _own_tensors(module))
+    return stored_bytes(tensor for _, _, tensor in _own_tensors(module))
 
 
 def _place_own_tensors(module: nn.Module, device: torch.device, *, pin: bool) -> None:

@@ -27,6 +27,7 @@ from backend.original_config import add_original_names
 from backend.parallel.executor import Executor, Replica
 from backend.parallel.fleet import current_fleet
 from backend.parallel.plan import Plan, ReplicaPlan
+from backend.storage.running import set_types
 
 if TYPE_CHECKING:
     from backend.patcher.base import ModelPatcher
@@ -42,7 +43,7 @@ class KModel(nn.Module):
     """A denoiser. `diffusion_model` is the library's UNet and owns all weights; `program` runs it.
 
     `storage_dtype` is what the weights are kept in, `computation_dtype` what the layers compute in. Where they differ (fp8 storage),
-    the library's layer-wise casting turns each layer's weights for the time it runs.
+    each layer's weights are dequantized for the time it runs.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class KModel(nn.Module):
         self.config = config
         self.storage_dtype: torch.dtype = storage_dtype or next(model.parameters()).dtype
         self.computation_dtype: torch.dtype = computation_dtype or self.storage_dtype
-        self._set_types()
+        set_types(model, self.storage_dtype, self.computation_dtype)
         install_attention(model)
         add_original_names(model)
         self.program: Program = build_program(model)
@@ -68,12 +69,6 @@ class KModel(nn.Module):
         """Runs the network on all rows of a call while a plan over several slots is in force."""
         self.deferred_networks: frozenset[nn.Module] = frozenset()
         """ControlNets whose residuals the runner computes itself, so that calls may bring them deferred."""
-
-    def _set_types(self) -> None:
-        if self.storage_dtype == self.computation_dtype:
-            nn.Module.to(self.diffusion_model, self.storage_dtype)  # diffusers' own `to` warns about every change of type
-        else:
-            self.diffusion_model.enable_layerwise_casting(storage_dtype=self.storage_dtype, compute_dtype=self.computation_dtype)
 
     @torch.no_grad()
     def apply_model(

@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from backend.nn.piece import Piece
+from backend.storage.kinds import module_stored_bytes
 
 if TYPE_CHECKING:
     import torch
+
+    from backend.nn.unet_program import Program
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +156,12 @@ def profile_controlnet(
     return profiling.profile_controlnet(
         unet_config, latent_height=latent_height, latent_width=latent_width, context_length=context_length, dtype=dtype
     )
+
+
+def with_stored_bytes(profile: ModelProfile, program: Program) -> ModelProfile:
+    """The profile with the bytes that the weights of this very network take in memory, whatever they are computed in."""
+    pieces = tuple(replace(cost, weight_bytes=module_stored_bytes(layer for _, layer in program.piece_layers(cost.piece))) for cost in profile.pieces)
+    return replace(profile, pieces=pieces, embedding_bytes=module_stored_bytes(layer for _, layer in program.embedding.named_layers))
 
 
 def with_measured_ms(profile: ModelProfile, measured_ms: Mapping[Piece, float]) -> ModelProfile:

@@ -11,7 +11,7 @@ from backend import memory_management
 from backend.devices.inventory import describe_device
 from backend.devices.slot import Slot
 from backend.modules.k_model import KModel
-from backend.parallel.costs import ModelProfile, contains, profile_unet
+from backend.parallel.costs import ModelProfile, contains, profile_unet, with_stored_bytes
 from backend.parallel.fleet import Fleet
 from backend.parallel.placement import copies_of
 from backend.parallel.plan import Piece, Plan
@@ -28,7 +28,9 @@ RTX 4090 and the A100. First guesses all of them: measured speeds take their pla
 
 def profile_of(network: KModel, shape: Sequence[int]) -> ModelProfile:
     """Costs of a denoiser's network for one row of latents (B, C, H, W)."""
-    return profile_unet(network.diffusion_model.config, latent_height=int(shape[2]), latent_width=int(shape[3]), dtype=network.computation_dtype)
+    height, width = int(shape[2]), int(shape[3])
+    profile = profile_unet(network.diffusion_model.config, latent_height=height, latent_width=width, dtype=network.computation_dtype)
+    return with_stored_bytes(profile, network.program)
 
 
 def slot_facts(slot: Slot, unet: UnetPatcher, fleet: Fleet, work: str, budget_share: float, placed_anew: Set[nn.Module] = frozenset()) -> SlotFacts:

@@ -13,6 +13,7 @@ from torch import nn
 from backend.memory.module_bytes import as_same_kind
 from backend.patcher.base import ModelPatcher
 from backend.patcher.weight_patches import unpatched_tensors
+from backend.storage.kinds import storage_of
 
 META = torch.device("meta")
 
@@ -66,7 +67,7 @@ class TwinPatcher(ModelPatcher):
                         continue
                     if id(tensor) not in placed:
                         original = originals[f"{prefix}.{name}" if prefix else name]
-                        placed[id(tensor)] = as_same_kind(original.detach().to(device, copy=True), tensor)
+                        placed[id(tensor)] = as_same_kind(storage_of(original).to(device, copy=True).tensor, tensor)
                     registry[name] = placed[id(tensor)]
 
     def refresh_loras(self) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from backend.memory.module_bytes import as_same_kind
+from backend.storage.kinds import storage_of
 
 LOADER_ATTRIBUTE = "lora_loader"
 """Where a network keeps its loader, so that all patchers of the network share it."""
@@ -100,7 +101,7 @@ class OriginalPool:
         """The tensor kept under that name if it is equal to `original`, bit for bit; else `original`, which is kept from now on."""
         with self._lock:
             kept = self._tensors.get(name)
-        if kept is not None and kept.dtype == original.dtype and torch.equal(_bits(kept), _bits(original)):
+        if kept is not None and storage_of(kept).is_same(storage_of(original)):
             return kept
         with self._lock:
             self._tensors[name] = original
@@ -184,7 +185,7 @@ class LoraLoader:
     def _refresh_merged(self, recipes: Mapping[str, Recipe], compute_device: torch.device | None, *, force: bool = False) -> None:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name in [name for name in self.backup if name not in recipes]:
-            _overwrite(parameters[name], self.backup[name])
+            storage_of(parameters[name]).copy_from(storage_of(self.backup[name]))
             self._merged.pop(name, None)
             del self.backup[name]
         for name, recipe in recipes.items():
@@ -195,18 +196,16 @@ class LoraLoader:
         original = self.backup.get(name)
         source = parameter.detach() if original is None else original  # the same values, and nearer
         if original is None:
-            original = self.backup[name] = self.pool.share(name, _copy_to_host(parameter))
+            original = self.backup[name] = self.pool.share(name, storage_of(parameter).to_host().tensor)
         device = parameter.device if compute_device is None or parameter.device.type != "cpu" else compute_device
-        weight = source.to(device, torch.float32, copy=True)
+        weight = storage_of(source).to(device).dequantize(torch.float32, copy=source.device == device)
         try:
             merged = merge_recipe(weight, recipe)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise WeightPatchError(f"A weight patch cannot be put on {name} {tuple(original.shape)}: {error}") from error
-        if merged.device != parameter.device or parameter.dtype in _FP8_MANTISSA_BITS:
-            merged = round_to(merged, parameter.dtype, seed=zlib.crc32(name.encode()))
-        _overwrite(parameter, merged)  # rounds to nearest on the way
+        storage_of(parameter).overwrite(merged, seed=zlib.crc32(name.encode()))
         self._merged[name] = recipe
 
     # added while the layer runs
@@ -259,10 +258,6 @@ def unpatched_tensors(module: nn.Module) -> Mapping[str, Tensor]:
     return loader_of(module).originals() if LOADER_ATTRIBUTE in module.__dict__ else module.state_dict()
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
 def _are_same(one: tuple[tuple[LoraIdentifier, Any], ...], other: tuple[tuple[LoraIdentifier, Any], ...]) -> bool:
     return len(one) == len(other) and all(a[0] == b[0] and a[1] is b[1] for a, b in zip(one, other, strict=True))
 
@@ -276,42 +271,6 @@ def _collect_recipes(wanted: Iterable[tuple[LoraIdentifier, dict[str, list[Step]
         for name, steps in patches.items():
             recipes[name] = (*recipes.get(name, ()), *steps)
     return merged, online
-
-
-def _overwrite(parameter: Tensor, value: Tensor) -> None:
-    """In place, so that pinned memory, shared tensors and whoever holds the parameter stay as they are."""
-    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-        parameter.copy_(value)
-
-
-def _copy_to_host(parameter: Tensor) -> Tensor:
-    """A copy of its own on the host, page-locked for a weight on a CUDA device."""
-    if parameter.device.type == "cuda":
-        return torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=True).copy_(parameter)
-    host = parameter.detach().to("cpu")
-    return host.clone() if parameter.device.type == "cpu" else host
-
-
-# rounding
-
-
-_FP8_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
-
-
-def round_to(value: Tensor, dtype: torch.dtype, *, seed: int) -> Tensor:
-    """fp32 in `dtype`: the nearest number, except in fp8, where one of the two neighbours is drawn so that the mean is kept.
-
-    Stochastic rounding as in Gupta et al. 2015, "Deep Learning with Limited Numerical Precision", section 3; drawn on the host.
-    """
-    if dtype not in _FP8_MANTISSA_BITS:
-        return value.to(dtype)
-    facts = torch.finfo(dtype)
-    _, exponents = torch.frexp(value)  # value = mantissa * 2 ** exponent with 0.5 <= mantissa < 1
-    least_exponent = int(torch.frexp(torch.tensor(facts.smallest_normal)).exponent)
-    steps = torch.ldexp(torch.ones_like(value), exponents.clamp(min=least_exponent) - 1 - _FP8_MANTISSA_BITS[dtype])
-    noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed)).to(value.device)
-    floor = torch.floor(value / steps + noise) * steps
-    return floor.clamp(facts.min, facts.max).to(dtype)
 
 
 # online
@@ -343,8 +302,8 @@ class _OnlineMerge:
             assert parameter is not None
             self._recipes[name] = recipe = self._on_device(recipe, parameter.device)
             computation_dtype = args[0].dtype if args and isinstance(args[0], Tensor) and args[0].is_floating_point() else torch.float32
-            dtype = computation_dtype if parameter.dtype in _FP8_MANTISSA_BITS else parameter.dtype
-            merged = merge_recipe(parameter.detach().to(torch.float32, copy=True), recipe).to(dtype)
+            storage = storage_of(parameter)
+            merged = merge_recipe(storage.dequantize(torch.float32, copy=True), recipe).to(storage.run_dtype(computation_dtype))
             self._stored[name] = parameter
             layer._parameters[name] = _as_parameter(merged, parameter)
 

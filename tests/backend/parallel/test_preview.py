@@ -8,7 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from backend.args import BackendConfig
 from backend.checkpoint_file import CheckpointError
+from backend.loader import load_checkpoint
+from backend.parallel import preview as preview_module
+from backend.parallel.live_facts import profile_of
 from backend.parallel.preview import preview_plan
 from tests.support.checkpoints import write_checkpoint
 from tests.support.fleets import virtual_fleet
@@ -32,3 +36,25 @@ def test_a_file_without_a_network_says_so(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, path)
     with virtual_fleet(2), pytest.raises(CheckpointError, match="holds no UNet"):
         preview_plan(path)
+
+
+@pytest.mark.parametrize("unet_dtype", [None, "fp16", "fp8_e4m3fn"])
+def test_before_and_after_loading_a_plan_counts_the_bytes_that_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unet_dtype: str | None
+) -> None:
+    """fp8 weights count one byte each although they are computed with in fp32, in the preview as in the job's own profile."""
+    path = tmp_path / "narrow.safetensors"
+    write_checkpoint(path, "sd15")
+    seen = []
+    make_plan = preview_module.make_plan
+    monkeypatch.setattr(preview_module, "make_plan", lambda profile, *args, **kwargs: seen.append(profile) or make_plan(profile, *args, **kwargs))
+    with virtual_fleet(2, unet_dtype=unet_dtype):
+        preview_plan(path)
+        network = load_checkpoint(path, config=BackendConfig()).forge_objects.unet.model
+        live = profile_of(network, (1, 4, 64, 64))
+    (previewed,) = seen
+    assert [cost.weight_bytes for cost in previewed.pieces] == [cost.weight_bytes for cost in live.pieces]
+    assert (previewed.embedding_bytes, previewed.weight_bytes) == (live.embedding_bytes, live.weight_bytes)
+    assert live.weight_bytes == sum(parameter.nbytes for parameter in network.diffusion_model.parameters())
+    if unet_dtype == "fp8_e4m3fn":
+        assert live.weight_bytes < 0.3 * sum(parameter.numel() * 4 for parameter in network.diffusion_model.parameters())

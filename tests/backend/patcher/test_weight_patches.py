@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from diffusers.hooks import apply_layerwise_casting
 from torch import Tensor, nn
 
 from backend.devices import virtual_gpu
@@ -14,7 +13,8 @@ from backend.memory.module_bytes import move_module
 from backend.memory.streaming import start_streaming, stop_streaming
 from backend.patcher.base import ModelPatcher
 from backend.patcher.lora_math import DiffPatch, LoraPatch, extra_weight_calculators
-from backend.patcher.weight_patches import Step, WeightPatchError, merge_recipe, round_to, unpatched_tensors, without_weight_patches
+from backend.patcher.weight_patches import Step, WeightPatchError, merge_recipe, unpatched_tensors, without_weight_patches
+from backend.storage.running import set_types
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -280,27 +280,15 @@ def test_streamed_layers_compute_with_patched_weights(devices: tuple[torch.devic
 # fp8 storage
 
 
-def test_fp8_rounding_keeps_the_mean_and_what_is_exact() -> None:
-    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        stored = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-        assert torch.equal(round_to(stored.float(), dtype, seed=1).float(), stored.float())
-        between = torch.full((200, 200), 1.03)
-        rounded = round_to(between, dtype, seed=1).float()
-        assert rounded.unique().numel() == 2 and abs(rounded.mean().item() - 1.03) < 0.005
-        assert torch.equal(rounded, round_to(between, dtype, seed=1).float())
-        tiny = torch.tensor([0.0, 1e-9, 1e9, -1e9])
-        assert torch.equal(round_to(tiny, dtype, seed=3).float()[2:], torch.tensor([1.0, -1.0]) * torch.finfo(dtype).max)
-
-
 @pytest.mark.parametrize("online", [False, True])
-def test_fp8_storage_with_layerwise_casting(online: bool) -> None:
+def test_fp8_storage_that_is_dequantized_layer_by_layer(online: bool) -> None:
     model = network()
     change = {"0.weight": DiffPatch(diff=torch.full((16, 8), 0.003))}
     exact = patcher(copy.deepcopy(model))
     model.to(torch.float8_e4m3fn)
     exact.model.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
     before = weights(model)
-    apply_layerwise_casting(model[0], storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    set_types(model[:1], torch.float8_e4m3fn, torch.float32)
     one = patcher(model)
     one.add_patches(filename="a", patches=change, online_mode=online)
     exact.add_patches(filename="a", patches=change)

@@ -1,0 +1,40 @@
+"""Which types a denoiser's weights are stored and computed in: what was asked for, else what the file has, else the device's rule.
+
+The loader builds by it, and the plan that is shown before loading counts by it, so that both see the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from backend import memory_management
+from backend.storage.kinds import is_compact
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoiserTypes:
+    """`storage_dtype` of linear, convolution and embedding layers; `computation_dtype` of everything else, and of what layers compute in."""
+
+    storage_dtype: torch.dtype
+    computation_dtype: torch.dtype
+
+
+def choose_denoiser_types(stored: Iterable[torch.dtype], num_parameters: int, *, wanted: torch.dtype | None = None) -> DenoiserTypes:
+    """`stored`: the types of the file's matrices. `wanted` (an option or a flag) goes before the file, the file before the device's rule."""
+    device = memory_management.get_torch_device()
+    storage_dtype = wanted or _worth_keeping(list(stored), device)
+    return DenoiserTypes(
+        storage_dtype=storage_dtype or memory_management.unet_dtype(device, num_parameters),
+        computation_dtype=memory_management.get_computation_dtype(device, num_parameters),
+    )
+
+
+def _worth_keeping(stored: list[torch.dtype], device: torch.device) -> torch.dtype | None:
+    """The compact type that most of the file's weights are in already, on a device that gains by keeping them so."""
+    if not stored:
+        return None
+    most = max(set(stored), key=stored.count)
+    return most if is_compact(most) and device.type != "cpu" and memory_management.supports_cast(device, most) else None

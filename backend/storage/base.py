@@ -1,0 +1,110 @@
+"""Storage: one weight as it lies in memory, and what everybody may ask of it. Must not know networks, layers or files.
+
+Shapes: rows are the first dim, as in a linear layer's weight (outputs, inputs).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+StorageT = TypeVar("StorageT", bound="Storage")
+
+
+class Storage(ABC):
+    """A weight in memory. `tensor` is what a module holds as its parameter; its values are what `dequantize` gives.
+
+    A kind whose parameter is packed (fewer bytes than its numbers would take) overrides `shape` and `stored_bytes` too.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @classmethod
+    @abstractmethod
+    def holds(cls, tensor: Tensor) -> bool:
+        """Whether a module's tensor is of this kind."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight that the layer computes with."""
+        return self.tensor.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that lie in memory."""
+        return self.tensor.nbytes
+
+    # values
+
+    @abstractmethod
+    def dequantize(self, out_dtype: torch.dtype, *, copy: bool = False) -> Tensor:
+        """The values in `out_dtype` on the weight's device; with `copy` always a tensor of its own."""
+
+    def computes_in(self, dtype: torch.dtype) -> bool:
+        """Whether a layer that computes in `dtype` takes the stored tensor as it is."""
+        return self.tensor.dtype == dtype
+
+    @abstractmethod
+    def run_dtype(self, computation_dtype: torch.dtype) -> torch.dtype:
+        """The type in which a layer that computes in `computation_dtype` is given the weight."""
+
+    def matmul_if_it_can(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """`x @ weight.T + bias` straight from what is stored; None where the weight has to be dequantized first."""
+        return None
+
+    @abstractmethod
+    def requantize(self: StorageT, value: Tensor, *, seed: int) -> StorageT:
+        """`value` (fp32, any device) in this kind and on its own device. `seed` is for kinds that round at random: the same one, the same weight."""
+
+    def overwrite(self, value: Tensor, *, seed: int) -> None:
+        """`value` (fp32, any device) into this very memory, so that pinned memory and whoever holds the weight stay as they are."""
+        self.copy_from(self.requantize(value, seed=seed))
+
+    def copy_from(self: StorageT, other: StorageT) -> None:
+        """Another weight of this kind and shape, bit for bit, into this very memory."""
+        with torch.inference_mode(self.tensor.is_inference()), torch.no_grad():
+            self.tensor.copy_(other.tensor)
+
+    def is_same(self, other: Storage) -> bool:
+        """Whether the other weight is stored in the same way with the same bits."""
+        if type(other) is not type(self) or self.tensor.dtype != other.tensor.dtype or self.shape != other.shape:
+            return False
+        return torch.equal(_bits(self.tensor), _bits(other.tensor))
+
+    # rows
+
+    def rows(self: StorageT, first: int, end: int) -> StorageT:
+        """Rows `first` to before `end`, as a view."""
+        return type(self)(self.tensor[first:end])
+
+    @classmethod
+    def concat(cls: type[StorageT], parts: Sequence[StorageT]) -> StorageT:
+        """Weights of one kind below each other (q, k and v to one fused matrix)."""
+        return cls(torch.cat([part.tensor for part in parts]))
+
+    # places
+
+    def to(self: StorageT, device: torch.device, *, copy: bool = False) -> StorageT:
+        """The weight on `device`, as it is stored; with `copy` always in memory of its own."""
+        return type(self)(self.tensor.detach().to(device, copy=copy))
+
+    def to_host(self: StorageT) -> StorageT:
+        """A copy of its own on the host, page-locked for a weight on a CUDA device."""
+        if self.device.type == "cuda":
+            return type(self)(torch.empty(self.tensor.shape, dtype=self.tensor.dtype, pin_memory=True).copy_(self.tensor))
+        return self.to(torch.device("cpu"), copy=True)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

@@ -1,0 +1,47 @@
+"""Weights kept in eight bits without a scale (e4m3fn, e5m2): cast to the computation type for the time a layer runs.
+
+Changes of weights are rounded at random to one of the two neighbours, so that the mean is kept: rounding to the nearest would drop nearly every
+small change. Drawn on the host from a seed, so that every copy of a network gets the same weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from backend.storage.base import Storage
+
+MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
+
+
+class Fp8Storage(Storage):
+    """fp8 by cast."""
+
+    __slots__ = ()
+
+    @classmethod
+    def holds(cls, tensor: Tensor) -> bool:
+        return tensor.dtype in MANTISSA_BITS
+
+    def dequantize(self, out_dtype: torch.dtype, *, copy: bool = False) -> Tensor:
+        return self.tensor.detach().to(out_dtype, copy=copy)
+
+    def run_dtype(self, computation_dtype: torch.dtype) -> torch.dtype:
+        return computation_dtype
+
+    def requantize(self, value: Tensor, *, seed: int) -> Fp8Storage:
+        return Fp8Storage(round_at_random(value, self.tensor.dtype, seed=seed))
+
+
+def round_at_random(value: Tensor, dtype: torch.dtype, *, seed: int) -> Tensor:
+    """fp32 in an fp8 type: one of the two neighbours, drawn so that the mean is kept.
+
+    Stochastic rounding as in Gupta et al. 2015, "Deep Learning with Limited Numerical Precision", section 3.
+    """
+    facts = torch.finfo(dtype)
+    _, exponents = torch.frexp(value)  # value = mantissa * 2 ** exponent with 0.5 <= mantissa < 1
+    least_exponent = int(torch.frexp(torch.tensor(facts.smallest_normal)).exponent)
+    steps = torch.ldexp(torch.ones_like(value), exponents.clamp(min=least_exponent) - 1 - MANTISSA_BITS[dtype])
+    noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed)).to(value.device)
+    floor = torch.floor(value / steps + noise) * steps
+    return floor.clamp(facts.min, facts.max).to(dtype)

@@ -1,0 +1,37 @@
+"""Weights kept in a type that layers compute in: fp32, fp16, bf16 (and buffers of whole numbers, which nobody quantizes)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from backend.storage.base import Storage
+
+
+class PlainStorage(Storage):
+    """Every number in a type of its own; nothing to undo."""
+
+    __slots__ = ()
+
+    @classmethod
+    def holds(cls, tensor: Tensor) -> bool:
+        return True
+
+    def dequantize(self, out_dtype: torch.dtype, *, copy: bool = False) -> Tensor:
+        return self.tensor.detach().to(out_dtype, copy=copy)
+
+    def run_dtype(self, computation_dtype: torch.dtype) -> torch.dtype:
+        return self.tensor.dtype
+
+    def matmul_if_it_can(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        return functional.linear(x, self.tensor, bias) if x.dtype == self.tensor.dtype and self.tensor.ndim == 2 else None
+
+    def requantize(self, value: Tensor, *, seed: int) -> PlainStorage:
+        return PlainStorage(value.to(self.tensor.dtype))
+
+    def overwrite(self, value: Tensor, *, seed: int) -> None:
+        """Rounds on the way where both are on one device; rounds first where a link is between, so that fewer bytes cross."""
+        rounded = value if value.device == self.device else value.to(self.tensor.dtype)
+        with torch.inference_mode(self.tensor.is_inference()), torch.no_grad():
+            self.tensor.copy_(rounded)

@@ -1,0 +1,88 @@
+"""Layers whose weights are stored in another way than they are computed with: dequantized for the time the layer runs, by hooks on the layer.
+
+The stored tensor itself is never touched. Hooks that fetch a streamed layer come before these (they are prepended), hooks that change weights
+come between these and the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from backend.storage.kinds import storage_of
+
+
+def is_cast_layer(name: str, layer: nn.Module) -> bool:
+    """Whether this layer's weights may be stored compactly: linear, convolution and embedding layers, norms left out."""
+    return isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding)) and "norm" not in name
+
+
+def set_types(module: nn.Module, storage_dtype: torch.dtype, computation_dtype: torch.dtype) -> None:
+    """Weights of cast layers in `storage_dtype`, all others in `computation_dtype`; layers then compute in `computation_dtype`.
+
+    A weight that is so already keeps its memory. Whole numbers and buffers that no layer casts keep their type.
+    """
+    if storage_dtype == computation_dtype:
+        nn.Module.to(module, storage_dtype)  # diffusers' own `to` warns about every change of type
+        return
+    for name, layer in module.named_modules():
+        is_cast = is_cast_layer(name, layer)
+        _cast_own_tensors(layer, storage_dtype if is_cast else computation_dtype)
+        if is_cast:
+            _Dequantizer(layer, computation_dtype)
+
+
+def _cast_own_tensors(layer: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in layer._parameters.values():
+        if parameter is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for name, buffer in layer._buffers.items():
+        if buffer is not None and buffer.is_floating_point():
+            layer._buffers[name] = buffer.to(dtype)
+
+
+class _Dequantizer:
+    """Hooks of one layer. A deep copy of the layer gets hooks of its own: nothing here but the type outlives a forward."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._stored: dict[str, nn.Parameter] = {}
+        self.handles: tuple[RemovableHandle, ...] = (
+            layer.register_forward_pre_hook(self.enter),
+            layer.register_forward_hook(self.leave, always_call=True),
+        )
+
+    def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        for name, parameter in layer._parameters.items():
+            if parameter is None:
+                continue
+            storage = storage_of(parameter)
+            if not storage.computes_in(self._dtype):
+                self._stored[name] = parameter
+                layer._parameters[name] = nn.Parameter(storage.dequantize(self._dtype), requires_grad=False)
+
+    def leave(self, layer: nn.Module, args: object, output: object) -> None:
+        layer._parameters.update(self._stored)
+        self._stored.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Dequantizer:
+        copy = _Dequantizer.__new__(_Dequantizer)
+        memo[id(self)] = copy
+        copy._dtype, copy._stored, copy.handles = self._dtype, {}, ()
+        return copy
+
+
+@contextmanager
+def computing_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """While open, every layer of the module computes in `dtype`, whatever its weights are stored in; the stored ones stay untouched."""
+    hooks = [_Dequantizer(layer, dtype) for layer in module.modules() if layer._parameters]
+    try:
+        yield
+    finally:
+        for handle in [handle for hook in hooks for handle in hook.handles]:
+            handle.remove()
