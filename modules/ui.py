@@ -21,6 +21,7 @@ from modules.ui_extensions import create_extensions_tab
 from modules.ui_extra_networks_tabs import register_default_pages
 from modules.ui_extras import ExtrasTab, build_extras, carry_out, connect_gallery_to_extras, connect_picture_to_extras, create_extras_tab
 from modules.ui_generation import GenerateHandler, JobControl
+from modules.ui_guard import GuardedBlocks
 from modules.ui_img2img import Img2imgTab, create_img2img_tab
 from modules.ui_paste import Paster, connect_gallery_button, connect_paste_button, connect_text_button
 from modules.ui_pnginfo import PngInfoTab, create_pnginfo_tab
@@ -79,7 +80,7 @@ def create_ui(app: Application) -> gr.Blocks:
     infotext_utils.reset()
     register_default_pages(app)
     gr.set_static_paths([str(app.config.outputs_dir)])  # shown from where they were saved, not copied first
-    blocks = gr.Blocks(analytics_enabled=False, title=ui_page.TITLE, fill_width=True, delete_cache=CACHE_CLEANING_S)
+    blocks = GuardedBlocks(analytics_enabled=False, title=ui_page.TITLE, fill_width=True, delete_cache=CACHE_CLEANING_S)
     with ui_scripts.page_build(), blocks as demo:
         quicksettings = create_quicksettings(app)
         settings_json = gr.Textbox(value=app.options.dumpjson(), visible="hidden", elem_id="settings_json", label="settings")
@@ -213,7 +214,7 @@ def _connect_sending(app: Application, txt2img: Txt2imgTab, img2img: Img2imgTab,
     pictures = img2img.pictures
     for output in (txt2img.output, img2img.output, extras.output):
         if "extras" in output.buttons:
-            connect_gallery_to_extras(output.buttons["extras"], extras, output.gallery)
+            connect_gallery_to_extras(app, output.buttons["extras"], extras, output.gallery)
         connect_gallery_button(
             output.buttons["img2img"], to_img2img, pictures.init_image, output.gallery, output.generation_info, "switch_to_img2img"
         )

@@ -14,9 +14,12 @@ import gradio as gr
 from PIL import Image
 
 from modules import extra_networks
+from modules.application import current_application
+from modules.errors import RequestError
 from modules.image_metadata import read_info_from_image
 from modules.images import save_image_with_geninfo
 from modules.options import write_text_atomically
+from modules.page_files import picture_of_page
 from modules.ui_common import picture_at
 from modules.ui_sections import HIDDEN_PART
 
@@ -130,10 +133,10 @@ class UserMetadataEditor:
         if source is None:
             return f"<img src='{html.escape(str(item.get('preview') or ''))}' alt=''>", "Make a picture first: the selected one becomes the preview."
         try:
-            with Image.open(source) as image:
+            with Image.open(picture_of_page(source, current_application().config.outputs_dir)) as image:
                 geninfo, _ = read_info_from_image(image)
                 save_image_with_geninfo(image, geninfo, item["local_preview"])
-        except OSError as error:
+        except (OSError, RequestError) as error:
             log.warning("The preview of %s cannot be kept: %s", name, error)
             return "", f"<span class='error'>It cannot be kept: {html.escape(str(error))}</span>"
         item["preview"] = self.page.link_preview(item["local_preview"])

@@ -14,6 +14,7 @@ import gradio as gr
 from gradio.components import Component
 
 from modules.errors import RequestError
+from modules.page_files import picture_of_page
 from modules.postprocessing_jobs import BATCH, FOLDER, SINGLE, ExtrasJob, ExtrasProcessed, ExtrasRequest, requests_paths
 from modules.postprocessing_operations import build_runner
 from modules.scripts_postprocessing import ScriptPostprocessingRunner
@@ -108,7 +109,7 @@ def carry_out(job: ExtrasJob) -> ExtrasProcessed:
     return job.run()
 
 
-def connect_gallery_to_extras(button: gr.Button, extras: ExtrasTab, gallery: gr.Gallery) -> None:
+def connect_gallery_to_extras(app: Application, button: gr.Button, extras: ExtrasTab, gallery: gr.Gallery) -> None:
     """Show the Extras tab and put the selected picture of `gallery` into it."""
     index = gr.Number(value=0, visible="hidden", elem_id=f"{button.elem_id}_index")
 
@@ -116,7 +117,7 @@ def connect_gallery_to_extras(button: gr.Button, extras: ExtrasTab, gallery: gr.
         file = picture_at(pictures, picture_index)
         if file is None:
             gr.Info("There is no picture to send yet.")
-        return gr.skip() if file is None else file
+        return gr.skip() if file is None else str(picture_of_page(file, app.config.outputs_dir))
 
     shown = button.click(
         fn=None, js="() => { const index = selected_gallery_index(); switch_to_extras(); return index; }", outputs=[index], show_progress="hidden"

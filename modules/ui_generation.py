@@ -9,10 +9,8 @@ import asyncio
 import html
 import json
 import logging
-import shutil
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from gradio.context import LocalContext
 from PIL import Image, PngImagePlugin
 
 from modules.errors import JobCancelled, RequestError
+from modules.page_files import PICTURE_SUFFIXES, new_gallery_folder, pictures_of_page
 from modules.ui_common import error_html, picture_at, plaintext_to_html, read_generation_info
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
-BROWSER_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif"})
 PNG_TEXT_KEY = "parameters"
 
 BuildRequest = Callable[[Mapping[str, Any]], Any]
@@ -98,12 +96,12 @@ class GalleryFiles:
 
     def _may_be_served(self, path: Path) -> bool:
         path = path.resolve()
-        return path.suffix.lower() in BROWSER_SUFFIXES and path.is_file() and any(path.is_relative_to(folder) for folder in self.served_dirs)
+        return path.suffix.lower() in PICTURE_SUFFIXES and path.is_file() and any(path.is_relative_to(folder) for folder in self.served_dirs)
 
     def _write(self, image: Image.Image, infotext: str) -> str:
         if self._temp_dir is None:
-            self._temp_dir = Path(tempfile.mkdtemp(prefix="webui-pictures-"))
-            weakref.finalize(self, shutil.rmtree, self._temp_dir, ignore_errors=True)
+            self._temp_dir = new_gallery_folder(self)
+            gr.set_static_paths([self._temp_dir])  # shown from there; copied first, they could not be told from uploads
         data = PngImagePlugin.PngInfo()
         if infotext:
             data.add_text(PNG_TEXT_KEY, infotext)
@@ -131,7 +129,9 @@ def answer_of(processed: Any, files: GalleryFiles, *, seconds: float | None, sho
 
 
 def put_beside(gallery: Sequence[Any] | None, generation_info: str, picture_index: float, answer: Answer, *, keep_old: bool) -> Answer:
-    """`answer` with its picture put into the gallery that was shown: in the place of the picture it was made from, or behind it with `keep_old`."""
+    """`answer` with its picture put into the gallery that was shown: in the place of the picture it was made from, or behind it with `keep_old`.
+
+    The caller has made sure that the gallery's pictures are those of the page."""
     old_info, new_info = read_generation_info(generation_info), read_generation_info(answer.generation_info)
     paths = [picture_at(gallery, index) for index in range(len(gallery or []))]
     texts = list(old_info.get("infotexts") or [])
@@ -174,10 +174,14 @@ class GenerateHandler:
     async def upscale(self, task_id: str, picture_index: float, gallery: Any, generation_info: str, *values: Any) -> tuple[Any, Any, Any, str]:
         """As generate(), from a picture of the gallery; the result takes its place there."""
         shown = {"picture_index": picture_index, "gallery": gallery, "generation_info": generation_info}
+        try:
+            paths = [str(path) for path in pictures_of_page(gallery, self.app.config.outputs_dir)]
+        except RequestError as error:
+            return failure(str(error)).outputs()
         answer = await self._run(task_id, {**dict(zip(self.names, values)), **shown})
         if isinstance(answer.generation_info, str):
             keep_old = self.app.options.hires_button_gallery_insert
-            answer = put_beside(gallery, generation_info, picture_index, answer, keep_old=keep_old)
+            answer = put_beside(paths, generation_info, picture_index, answer, keep_old=keep_old)
         return answer.outputs()
 
     async def _run(self, task_id: str, values: Mapping[str, Any]) -> Answer:

@@ -19,6 +19,7 @@ from gradio.components import Component
 from modules import infotext_utils, script_callbacks
 from modules.guest_calls import call_guest
 from modules.infotext_fields import FIELDS_BY_TAB
+from modules.page_files import picture_of_page
 from modules.ui_common import infotext_of, picture_at
 
 if TYPE_CHECKING:
@@ -169,7 +170,8 @@ def connect_gallery_button(
         if file is None:
             gr.Info("There is no picture to send yet.")
             return [gr.skip() for _ in range(len(paster.outputs()) + 1)]
-        return [file, *paster.updates(infotext_of(info, int(picture_index)), sent=True)]
+        picture = str(picture_of_page(file, paster.app.config.outputs_dir))
+        return [picture, *paster.updates(infotext_of(info, int(picture_index)), sent=True)]
 
     # first the tab, then the picture: a control that was never shown is not ready for it
     shown = button.click(

@@ -14,6 +14,7 @@ from PIL import Image, ImageChops, ImageOps
 from modules import infotext_utils
 from modules.errors import RequestError
 from modules.img2img import process_batch
+from modules.page_files import picture_of_page
 from modules.processing import Processed, StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img
 from modules.processing_scripts import process_with_scripts
 from modules.ui_common import infotext_of, picture_at
@@ -68,14 +69,14 @@ def _give_scripts(app: Application, request: Any, tab: str, values: Mapping[str,
 def build_upscale(app: Application, values: Mapping[str, Any]) -> StableDiffusionProcessingTxt2Img:
     """The request that makes the selected picture of the gallery again with hires fix: its own prompt and seed, the tab's hires settings.
 
-    `values` are those of the txt2img tab and picture_index, gallery and generation_info. Raises RequestError without a picture."""
+    `values` are those of the txt2img tab and picture_index, gallery and generation_info. Raises RequestError without a picture of this page."""
     file = picture_at(values["gallery"], values["picture_index"])
     if file is None:
         raise RequestError("There is no picture to upscale yet: make one first, then select it.")
     params = infotext_utils.parse_generation_parameters(infotext_of(values["generation_info"], int(values["picture_index"])))
     request = build_txt2img(app, {**values, "enable_hr": True, "n_iter": 1, "batch_size": 1, "styles": []})
     request.txt2img_upscale = True
-    with Image.open(file) as picture:
+    with Image.open(picture_of_page(file, app.config.outputs_dir)) as picture:
         request.firstpass_image = picture.copy()
     request.width, request.height = request.firstpass_image.size
     request.prompt, request.negative_prompt = params.get("Prompt", request.prompt), params.get("Negative prompt", request.negative_prompt)

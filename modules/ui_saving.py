@@ -12,11 +12,16 @@ import zipfile
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import gradio as gr
+from gradio.utils import get_upload_folder
+from PIL import Image
 
-from modules.ui_common import OutputPanel, picture_at, plaintext_to_html, read_generation_info
+from modules.errors import RequestError
+from modules.image_writing import numbered_names, write_whole
+from modules.page_files import PICTURE_SUFFIXES, ForeignFileError, file_below, picture_of_page
+from modules.ui_common import OutputPanel, error_html, picture_at, plaintext_to_html, read_generation_info
 
 if TYPE_CHECKING:
     from modules.application import Application
@@ -42,37 +47,57 @@ class PictureSaver:
         """Copy the selected picture, or all of them if the option says so or none is selected. Gives the files and a line for the log."""
         only_selected = self.app.options.save_selected_only and picture_index >= 0
         indices = [int(picture_index)] if only_selected else list(range(len(gallery or [])))
-        sources = [source for index in indices if (source := picture_at(gallery, index))]
-        if not sources:
-            return gr.update(visible=False), plaintext_to_html("There is no picture to save yet.")
-        saved = [self._copy(Path(source)) for source in sources]
-        if self.app.options.save_write_log_csv:
-            self._append_to_log(generation_info, saved[0])
+        try:
+            sources = self._pictures(gallery, indices)
+        except RequestError as error:
+            return gr.update(visible=False), error_html(str(error))
+        try:
+            saved = [self._copy(source) for source in sources]
+            if self.app.options.save_write_log_csv:
+                self._append_to_log(generation_info, saved[0])
+        except OSError as error:
+            return gr.update(visible=False), error_html(f"The picture could not be saved: {error}")
         return gr.update(value=[str(path) for path in saved], visible=True), plaintext_to_html(
             f"Saved: {', '.join(path.name for path in saved)} in {self.folder}"
         )
 
     def save_zip(self, gallery: Sequence[Any] | None, generation_info: str, picture_index: float) -> tuple[Any, str]:
         """All pictures of the gallery as one zip file in the same folder."""
-        pictures = [Path(file) for index in range(len(gallery or [])) if (file := picture_at(gallery, index))]
-        if not pictures:
-            return gr.update(visible=False), plaintext_to_html("There is no picture to save yet.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        target = free_name(self.folder / f"{datetime.now().strftime('%Y-%m-%d-%H%M%S')}-{self.tab}.zip")
-        partial = target.with_suffix(".zip.tmp")
-        with zipfile.ZipFile(partial, "w") as archive:
-            for number, picture in enumerate(pictures):
-                archive.write(picture, f"{number:02d}-{picture.name}")
-        partial.replace(target)
+        try:
+            pictures = self._pictures(gallery, range(len(gallery or [])))
+        except RequestError as error:
+            return gr.update(visible=False), error_html(str(error))
+        name = f"{datetime.now().strftime('%Y-%m-%d-%H%M%S')}-{self.tab}.zip"
+
+        def write(file: BinaryIO) -> None:
+            with zipfile.ZipFile(file, "w") as archive:
+                for number, picture in enumerate(pictures):
+                    archive.write(picture, f"{number:02d}-{self.name_of(picture)}")
+
+        try:
+            target = write_whole(write, numbered_names(self.folder / name))
+        except OSError as error:
+            return gr.update(visible=False), error_html(f"The pictures could not be saved: {error}")
         return gr.update(value=[str(target)], visible=True), plaintext_to_html(f"Saved: {target.name} in {self.folder}")
 
+    def _pictures(self, gallery: Sequence[Any] | None, indices: Sequence[int]) -> list[Path]:
+        """The gallery's pictures of these numbers. Raises RequestError when there is none, or one that the page did not make."""
+        named = [file for index in indices if (file := picture_at(gallery, index))]
+        if not named:
+            raise RequestError("There is no picture to save yet.")
+        return [self.find(file) for file in named]
+
+    def find(self, path: str) -> Path:
+        """The picture that the browser names. Raises RequestError unless this program made it."""
+        return picture_of_page(path, self.app.config.outputs_dir)
+
+    def name_of(self, picture: Path) -> str:
+        """Under which name it is kept, as long as that is free."""
+        return picture.name
+
     def _copy(self, source: Path) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        target = free_name(self.folder / source.name)
-        partial = target.with_name(f".{target.name}.tmp")
-        shutil.copyfile(source, partial)
-        partial.replace(target)
-        return target
+        with source.open("rb") as picture:
+            return write_whole(lambda file: shutil.copyfileobj(picture, file), numbered_names(self.folder / self.name_of(source)))
 
     def _append_to_log(self, generation_info: str, picture: Path) -> None:
         info = read_generation_info(generation_info)
@@ -105,13 +130,23 @@ def file_manager() -> str:
     return {"win32": "explorer", "darwin": "open"}.get(sys.platform, "xdg-open")
 
 
-def free_name(path: Path) -> Path:
-    """`path`, or the same with a number behind its stem when it is taken."""
-    number, candidate = 1, path
-    while candidate.exists():
-        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
-        number += 1
-    return candidate
+class GuestPictureSaver(PictureSaver):
+    """For galleries of extensions, whose pictures gradio keeps among the uploads. Those get a name of ours, and must be pictures indeed."""
+
+    def find(self, path: str) -> Path:
+        found = file_below(path, [Path(get_upload_folder())])
+        if found is None or found.suffix.lower() not in PICTURE_SUFFIXES:
+            return super().find(path)
+        try:
+            with Image.open(found) as picture:
+                picture.verify()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # whatever its reader says
+            raise ForeignFileError(f"{found.name!r} is not a picture; it is not saved.") from error
+        return found
+
+    def name_of(self, picture: Path) -> str:
+        is_own = file_below(picture, [self.app.config.outputs_dir]) is not None
+        return picture.name if is_own else f"{self.tab}{picture.suffix.lower()}"
 
 
 def connect_saving(saver: PictureSaver, output: OutputPanel) -> None:
@@ -128,5 +163,5 @@ def save_files(js_data: str, images: Sequence[Any] | None, do_make_zip: bool, in
     """As the buttons below a gallery do; for extensions with a gallery of their own. Gives the files and a line for the log."""
     from modules.application import current_application  # the page is built for an application
 
-    saver = PictureSaver(current_application(), "txt2img")
+    saver = GuestPictureSaver(current_application(), "txt2img")
     return saver.save_zip(images, js_data, index) if do_make_zip else saver.save(images, js_data, index)

@@ -177,8 +177,12 @@ def test_a_picture_of_the_gallery_becomes_the_preview(app: Application, tmp_path
     with gr.Blocks():
         editor = lora.create_user_metadata_editor(SimpleNamespace(gallery=gr.Gallery()), "txt2img")
         editor.create_editor()
-    picture = tmp_path / "made.png"
-    Image.new("RGB", (8, 8), "blue").save(picture)
+    picture, private = app.config.outputs_dir / "made.png", tmp_path / "private.png"
+    picture.parent.mkdir(parents=True)
+    for file in (picture, private):
+        Image.new("RGB", (8, 8), "blue").save(file)
+    assert "not a picture of this page" in editor.save_preview("cat", 0, [(str(private), None)])[1]
+    assert not (tmp_path / "models" / "Lora" / "people" / "cat.png").exists()
     assert "Make a picture first" in editor.save_preview("cat", 0, [])[1]
     html, said = editor.save_preview("cat", 0, [(str(picture), None)])
     assert said == "Saved." and "cat.png" in html

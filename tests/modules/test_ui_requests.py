@@ -210,10 +210,11 @@ def test_uploaded_mask_is_its_transparency_or_its_brightness(app: Application) -
     assert (mask.getpixel((3, 3)), mask.getpixel((0, 0))) == (255, 0)
 
 
-def test_upscale_makes_the_selected_picture_again_with_hires_fix(app: Application, tmp_path: Path) -> None:
-    picture(64, 72, "RGB").save(tmp_path / "b.png")
+def test_upscale_makes_the_selected_picture_again_with_hires_fix(app: Application) -> None:
+    app.config.outputs_dir.mkdir(parents=True, exist_ok=True)
+    picture(64, 72, "RGB").save(app.config.outputs_dir / "b.png")
     shown = {
-        "gallery": [("a.png", None), (str(tmp_path / "b.png"), None)],
+        "gallery": [("a.png", None), (str(app.config.outputs_dir / "b.png"), None)],
         "picture_index": 1,
         "generation_info": json.dumps({"infotexts": ["x", "a <cat>\nNegative prompt: dog\nSteps: 4, Sampler: Euler a, Seed: 77, Variation seed: 5"]}),
     }
@@ -228,3 +229,10 @@ def test_upscale_without_a_picture_is_told_in_words(app: Application) -> None:
     values = values_of(app, create_txt2img_tab) | {"gallery": None, "picture_index": 0, "generation_info": ""}
     with pytest.raises(RequestError, match="no picture to upscale"):
         ui_requests.build_upscale(app, values)
+
+
+def test_upscale_takes_pictures_of_the_page_alone(app: Application, tmp_path: Path) -> None:
+    picture(64, 72, "RGB").save(tmp_path / "private.png")
+    shown = {"gallery": [(str(tmp_path / "private.png"), None)], "picture_index": 0, "generation_info": "{}"}
+    with pytest.raises(RequestError, match="not a picture of this page"):
+        ui_requests.build_upscale(app, values_of(app, create_txt2img_tab) | shown)

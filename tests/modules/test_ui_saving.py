@@ -4,12 +4,13 @@ import csv
 import json
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from modules import ui_saving
+from modules import page_files, ui_saving
 from modules.application import Application
 from modules.ui_saving import PictureSaver
 from tests.support.applications import installed_application
@@ -24,10 +25,12 @@ def app(tmp_path: Path) -> Iterator[Application]:
 
 
 @pytest.fixture
-def gallery(tmp_path: Path) -> list[tuple[str, None]]:
+def gallery(app: Application) -> list[tuple[str, None]]:
+    folder = app.config.outputs_dir / "txt2img-images"
+    folder.mkdir(parents=True)
     for name in ("a.png", "b.png"):
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    return [(str(tmp_path / "a.png"), None), (str(tmp_path / "b.png"), None)]
+        Image.new("RGB", (8, 8)).save(folder / name)
+    return [(str(folder / "a.png"), None), (str(folder / "b.png"), None)]
 
 
 def test_selected_picture_is_copied_as_it_is(app: Application, gallery: list[tuple[str, None]]) -> None:
@@ -83,3 +86,77 @@ def test_folder_that_is_not_there_yet_opens_nothing(app: Application, monkeypatc
     monkeypatch.setattr(ui_saving.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("nothing may be started"))
     PictureSaver(app, "txt2img").open_folder()
     assert "made with the first picture" in capsys.readouterr().out
+
+
+def foreign_files(app: Application, tmp_path: Path) -> list[str]:
+    """Files that no browser may have, also by ways that look as if they led below the outputs folder."""
+    outputs = app.config.outputs_dir
+    (outputs / "sub").mkdir(parents=True, exist_ok=True)
+    picture, text = tmp_path / "private.png", tmp_path / "secret.txt"
+    Image.new("RGB", (8, 8)).save(picture)
+    text.write_text("secret")
+    (outputs / "notes.txt").write_text("secret")
+    (outputs / "link.png").symlink_to(text)
+    (outputs / "linked.png").symlink_to(picture)
+    (outputs / "folder.png").mkdir()
+    beside = outputs.with_name("outputs-private")
+    beside.mkdir()
+    Image.new("RGB", (8, 8)).save(beside / "x.png")
+    return [
+        *("/etc/passwd", str(picture), str(text), str(outputs / "notes.txt"), str(outputs / "link.png"), str(outputs / "linked.png")),
+        *(str(outputs / "folder.png"), str(beside / "x.png"), f"{outputs}/sub/../../../private.png", f"{outputs}/x.png\0.png", "none.png"),
+        *("http://127.0.0.1/x.png", f"file://{picture}"),
+    ]
+
+
+@pytest.mark.parametrize("method", ["save", "save_zip"])
+def test_only_pictures_of_the_page_are_copied(app: Application, gallery: list[tuple[str, None]], tmp_path: Path, method: str) -> None:
+    app.options.set("save_selected_only", False)
+    for path in foreign_files(app, tmp_path):
+        for shown in ([(path, None)], [gallery[0], (path, None)], [path]):
+            files, said = getattr(PictureSaver(app, "txt2img"), method)(shown, INFO, -1)
+            assert (files.get("value"), files["visible"]) == (None, False), path
+            assert "no picture" in said or "not a picture of this page" in said
+    assert not Path(app.options.outdir_save).exists()
+
+
+def test_picture_that_is_shown_but_not_saved_can_be_kept(app: Application) -> None:
+    class Owner:
+        pass
+
+    owner = Owner()
+    file = page_files.new_gallery_folder(owner) / "shown.png"
+    Image.new("RGB", (8, 8)).save(file)
+    assert Path(PictureSaver(app, "txt2img").save([(str(file), None)], INFO, 0)[0]["value"][0]).read_bytes() == file.read_bytes()
+    folder = file.parent
+    del owner
+    assert not folder.exists()
+    assert page_files.file_below(file, page_files._gallery_folders) is None
+
+
+def test_galleries_of_extensions_keep_uploads_under_a_name_of_ours(app: Application, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ui_saving, "get_upload_folder", lambda: str(tmp_path / "uploads"))
+    (tmp_path / "uploads").mkdir()
+    good, bad = tmp_path / "uploads" / "requirements.png", tmp_path / "uploads" / "not.png"
+    Image.new("RGB", (8, 8)).save(good)
+    bad.write_text("no picture")
+    files, _ = ui_saving.save_files(INFO, [(str(good), None)], False, -1)
+    assert [Path(file).name for file in files["value"]] == ["txt2img.png"]
+    assert "not a picture" in ui_saving.save_files(INFO, [(str(bad), None)], False, -1)[1]
+    with zipfile.ZipFile(ui_saving.save_files(INFO, [(str(good), None)], True, -1)[0]["value"][0]) as archive:
+        assert archive.namelist() == ["00-txt2img.png"]
+
+
+def test_two_who_save_at_once_keep_both(app: Application, gallery: list[tuple[str, None]]) -> None:
+    savers = [PictureSaver(app, "txt2img") for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        names = {Path(files["value"][0]).name for files, _ in pool.map(lambda saver: saver.save(gallery, INFO, 0), savers)}
+    assert len(names) == 8
+
+
+def test_folder_that_cannot_be_written_is_told_in_words(app: Application, gallery: list[tuple[str, None]]) -> None:
+    folder = Path(app.options.outdir_save)
+    folder.parent.mkdir(parents=True)
+    folder.write_text("a file where the folder should be")
+    for method in ("save", "save_zip"):
+        assert "could not be saved" in getattr(PictureSaver(app, "txt2img"), method)(gallery, INFO, 0)[1]
