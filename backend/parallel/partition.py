@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from backend.nn.piece import Piece
 from backend.parallel.costs import ComponentCost, ModelProfile, merge_pieces
-from backend.parallel.pipeline import StageArrays, Units, lower_bounds, simulate_many
+from backend.parallel.pipeline import StageArrays, Units, join_candidates, lower_bounds, simulate_many
 from backend.parallel.plan import ReplicaPlan
 from backend.parallel.slot_facts import Link, LinkTable, SlotFacts
 
@@ -47,6 +47,7 @@ EXHAUSTIVE_LIMIT = 60_000
 MOST_NESTED = 4
 _COARSE_LIMIT = 100_000
 _BATCH = 512
+_MORE_BATCH = 2048
 _TRIED = 128
 _NUM_SEEDS = 6
 _NUM_REFINED = 3
@@ -423,13 +424,13 @@ def _prefix(values: Sequence[float]) -> Floats:
 
 
 def search(evaluators: Sequence[_Evaluator]) -> list[_Score]:
-    """Per order of slots the cuts that fit, keep most rules and are within SAME_TIME of the fastest such. Empty where none fits."""
+    """Of all orders of slots the cuts that fit, keep most rules and are within SAME_TIME of the fastest such. Empty where none fits."""
     first = evaluators[0]
     if _count_cuts(first.num_pieces + 1, first.num_cuts) <= EXHAUSTIVE_LIMIT:
         cuts_CB = _all_cuts(tuple(range(first.num_pieces + 1)), first.num_cuts)
-        return [score for evaluator in evaluators for score in _finalists(evaluator, cuts_CB)]
+        return _finalists([(evaluator, cuts_CB) for evaluator in evaluators])
     starts = sorted((_best_start(evaluator, _COARSE_LIMIT // len(evaluators)) for evaluator in evaluators), key=lambda start: start.rank)
-    return [score for start in starts[:_NUM_REFINED] for score in _finalists(start.evaluator, _refine(start.evaluator, start.seeds))]
+    return _finalists([(start.evaluator, _refine(start.evaluator, start.seeds)) for start in starts[:_NUM_REFINED]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,26 +482,58 @@ def _proportional_cuts(evaluator: _Evaluator) -> Ints:
     return np.stack([evaluator.cuts_of_shares(straight), evaluator.cuts_of_shares(runs)])
 
 
-def _finalists(evaluator: _Evaluator, cuts_CB: Ints) -> list[_Score]:
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Cuts of one order of slots that fit and keep most rules."""
+
+    evaluator: _Evaluator
+    cuts_CB: Ints
+    numbers: _Numbers
+    kept: Ints
+
+    @property
+    def rules_broken(self) -> float:
+        return float(self.numbers.broken_C[self.kept[0]])
+
+
+def _make_pool(evaluator: _Evaluator, cuts_CB: Ints) -> _Pool | None:
     numbers = evaluator.measure(cuts_CB)
     fits = np.flatnonzero(numbers.excess_C <= 0)
-    if not len(fits):
+    return _Pool(evaluator, cuts_CB, numbers, fits[numbers.broken_C[fits] == numbers.broken_C[fits].min()]) if len(fits) else None
+
+
+def _finalists(candidates: Sequence[tuple[_Evaluator, Ints]]) -> list[_Score]:
+    """All orders are timed together: the fastest cut of one spares the slower ones of the others their simulation."""
+    pools = [pool for evaluator, cuts_CB in candidates if (pool := _make_pool(evaluator, cuts_CB)) is not None]
+    fewest = min((pool.rules_broken for pool in pools), default=0.0)
+    pools = [pool for pool in pools if pool.rules_broken == fewest]
+    if not pools:
         return []
-    kept = fits[numbers.broken_C[fits] == numbers.broken_C[fits].min()]
-    bounds = lower_bounds(numbers.stages.take(kept), evaluator.job.units)
-    by_bound = np.argsort(bounds, kind="stable")
-    kept, bounds = kept[by_bound], bounds[by_bound]
-    scores: list[_Score] = []
-    least_ms = np.inf
-    for start in range(0, len(kept), _BATCH):
-        if bounds[start] > least_ms * (1 + SAME_TIME):
-            break
-        batch = kept[start : start + _BATCH]
-        step_ms = evaluator.step_ms(numbers, batch)
-        least_ms = min(least_ms, float(step_ms.min()))
-        limit_ms = least_ms * (1 + SAME_TIME)
-        scores += [evaluator.score(numbers, cuts_CB, int(index), float(ms)) for index, ms in zip(batch, step_ms) if ms <= limit_ms]
-    return [score for score in scores if score.step_ms <= least_ms * (1 + SAME_TIME)]
+    job = pools[0].evaluator.job
+    stages = join_candidates([pool.numbers.stages.take(pool.kept) for pool in pools])
+    step_ms_C = _fastest_ms(stages, job)
+    chosen = step_ms_C <= step_ms_C.min() * (1 + SAME_TIME)
+    ends = np.cumsum([len(pool.kept) for pool in pools])
+    parts = zip(pools, np.split(chosen, ends[:-1]), np.split(step_ms_C, ends[:-1]))
+    return [
+        pool.evaluator.score(pool.numbers, pool.cuts_CB, int(pool.kept[at]), float(step_ms[at]))
+        for pool, is_chosen, step_ms in parts
+        for at in np.flatnonzero(is_chosen)
+    ]
+
+
+def _fastest_ms(stages: StageArrays, job: PartitionJob) -> Floats:
+    """Times of the candidates that may be the fastest; infinity for those whose lower bound says that they are not."""
+    bounds_C = lower_bounds(stages, job.units)
+    order = np.argsort(bounds_C, kind="stable")
+    step_ms_C, least_ms, start = np.full(len(order), np.inf), np.inf, 0
+    while start < len(order) and bounds_C[order[start]] <= least_ms * (1 + SAME_TIME):
+        batch = order[start : start + (_MORE_BATCH if start else _BATCH)]
+        batch = batch[bounds_C[batch] <= least_ms * (1 + SAME_TIME)]
+        step_ms_C[batch] = simulate_many(stages.take(batch), job.units, is_async=job.is_async)
+        least_ms = min(least_ms, float(step_ms_C[batch].min()))
+        start += len(batch)
+    return step_ms_C
 
 
 def _refine(evaluator: _Evaluator, seeds: Ints) -> Ints:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +77,20 @@ class StageArrays:
         return StageArrays(self.slot_CS[chosen], self.run_ms_CS[chosen], self.send_ms_CS[chosen])
 
 
+def join_candidates(arrays: Sequence[StageArrays]) -> StageArrays:
+    """All candidates in one; those of fewer stages get stages that are none."""
+    most = max(one.slot_CS.shape[1] for one in arrays)
+
+    def padded(values_CS: npt.NDArray[Any], fill: float) -> npt.NDArray[Any]:
+        return np.pad(values_CS, ((0, 0), (0, most - values_CS.shape[1])), constant_values=fill)
+
+    return StageArrays(
+        np.concatenate([padded(one.slot_CS, -1) for one in arrays]),
+        np.concatenate([padded(one.run_ms_CS, 0.0) for one in arrays]),
+        np.concatenate([padded(one.send_ms_CS, 0.0) for one in arrays]),
+    )
+
+
 def simulate_pipeline(stages: Sequence[StageTime], units: Units, *, is_async: bool = True) -> PipelineTime:
     """The time of one way to place stages. Slots may be numbered anyhow."""
     names = list(dict.fromkeys(stage.slot for stage in stages))
@@ -115,14 +130,30 @@ class _Simulation:
         self._units, self._is_async = units, is_async
         num_candidates, self._num_stages = arrays.slot_CS.shape
         self._rows_C: Ints = np.arange(num_candidates)
-        self._slot_CS, self._run_ms_CS, self._send_ms_CS = arrays.slot_CS, arrays.run_ms_CS, arrays.send_ms_CS
+        # Flat arrays (_F) and positions in them: numpy takes from these in a fraction of the time that pairs of indices need.
+        self._slot_F, self._run_ms_F, self._send_ms_F = (
+            self._with_end(arrays.slot_CS, -1),
+            self._with_end(arrays.run_ms_CS),
+            self._with_end(arrays.send_ms_CS),
+        )
+        self._first_stage_C1 = self._rows_C[:, None] * (self._num_stages + 1)
         # The last column is the place of "no stage": always free.
-        self._free_ms: Floats = np.zeros((num_candidates, int(arrays.slot_CS.max(initial=0)) + 2))
+        num_free = int(arrays.slot_CS.max(initial=0)) + 2
+        self._slot_F[self._slot_F < 0] = num_free - 1
+        self._free_ms_F: Floats = np.zeros(num_candidates * num_free)
+        self._first_free_C1 = self._rows_C[:, None] * num_free
+        self._has_none = bool((arrays.slot_CS < 0).any())
+        self._none_F = self._first_free_C1[:, 0] + num_free - 1
         self._ready_ms_CU: Floats = np.zeros((num_candidates, units.count))
         self._stage_CU: Ints = np.zeros((num_candidates, units.count), dtype=np.int64)
         self._step_CU: Ints = np.zeros((num_candidates, units.count), dtype=np.int64)
         self._done_ms_CU: Floats = np.full((num_candidates, units.count), np.inf)
         self._goal = 0
+
+    @staticmethod
+    def _with_end(values_CS: npt.NDArray[Any], fill: float = 0.0) -> npt.NDArray[Any]:
+        """Flat, with one more stage behind the last: where units are that wait for others."""
+        return np.pad(values_CS, ((0, 0), (0, 1)), constant_values=fill).reshape(-1)
 
     def run_until(self, num_steps: int) -> Floats:
         """When each candidate has ended that many steps of every image. A unit that is there waits, so all candidates take as many turns."""
@@ -136,30 +167,40 @@ class _Simulation:
         return ended_ms_C
 
     def _start_one(self) -> None:
-        rows_C = self._rows_C
-        slot_CU = self._slot_CS[rows_C[:, None], np.minimum(self._stage_CU, self._num_stages - 1)]
+        rows_C, first_CU = self._rows_C, self._first_stage_C1 + self._stage_CU
+        slot_CU = self._slot_F.take(first_CU)
         ready_CU = np.where(self._step_CU < self._goal, self._ready_ms_CU, np.inf)
-        start_CU = np.maximum(ready_CU, np.where(slot_CU < 0, 0.0, self._free_ms[rows_C[:, None], slot_CU]))
+        start_CU = np.maximum(ready_CU, self._free_ms_F.take(self._first_free_C1 + slot_CU))
         unit_C = self._choose(start_CU, ready_CU)
-        start_C = start_CU[rows_C, unit_C]
-        stage_C, slot_C = self._stage_CU[rows_C, unit_C], slot_CU[rows_C, unit_C]
-        end_C = start_C + self._run_ms_CS[rows_C, stage_C]
-        arrive_C = end_C + self._send_ms_CS[rows_C, stage_C]
-        used_C = slot_C >= 0
-        self._free_ms[rows_C[used_C], slot_C[used_C]] = (end_C if self._is_async else arrive_C)[used_C]
-        self._stage_CU[rows_C, unit_C] = stage_C + 1
-        self._ready_ms_CU[rows_C, unit_C] = arrive_C
-        is_through_C = stage_C + 1 == self._num_stages
+        at_C = rows_C * self._units.count + unit_C
+        start_C, stage_F = start_CU.take(at_C), first_CU.take(at_C)
+        end_C = start_C + self._run_ms_F.take(stage_F)
+        arrive_C = end_C + self._send_ms_F.take(stage_F)
+        self._free_ms_F[self._first_free_C1[:, 0] + slot_CU.take(at_C)] = end_C if self._is_async else arrive_C
+        if self._has_none:
+            self._free_ms_F[self._none_F] = 0.0
+        stage_C = self._stage_CU.take(at_C) + 1
+        self._stage_CU.reshape(-1)[at_C] = stage_C
+        self._ready_ms_CU.reshape(-1)[at_C] = arrive_C
+        is_through_C = stage_C == self._num_stages
         if is_through_C.any():
             self._end_unit(rows_C[is_through_C], unit_C[is_through_C], arrive_C[is_through_C])
 
     def _choose(self, start_CU: Floats, ready_CU: Floats) -> Ints:
         """First by start, then by how long it is ready, then by step, then by number."""
-        best_CU = start_CU <= start_CU.min(axis=1, keepdims=True) * (1 + _SAME_TIME) + _SAME_TIME
+        best_CU = start_CU <= self._least(start_CU) * (1 + _SAME_TIME) + _SAME_TIME
         ready_CU = np.where(best_CU, ready_CU, np.inf)
-        best_CU = ready_CU <= ready_CU.min(axis=1, keepdims=True) * (1 + _SAME_TIME) + _SAME_TIME
+        best_CU = ready_CU <= self._least(ready_CU) * (1 + _SAME_TIME) + _SAME_TIME
         chosen_C: Ints = np.where(best_CU, self._step_CU, np.iinfo(np.int64).max).argmin(axis=1)
         return chosen_C
+
+    @staticmethod
+    def _least(values_CU: Floats) -> Floats:
+        """The least of each row, as a column. Column by column: numpy's own reduction over a short last axis is slow."""
+        least_C = values_CU[:, 0]
+        for unit in range(1, values_CU.shape[1]):
+            least_C = np.minimum(least_C, values_CU[:, unit])
+        return least_C[:, None]
 
     def _end_unit(self, rows: Ints, unit: Ints, arrive_ms: Floats) -> None:
         """A unit is back. The step of its group (an image, or without lanes all images) ends with the last of them."""

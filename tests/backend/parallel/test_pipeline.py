@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backend.parallel.pipeline import MEASURED_STEPS, WARM_UP_STEPS, StageArrays, StageTime, Units, lower_bounds, simulate_many, simulate_pipeline
+from backend.parallel.pipeline import (
+    MEASURED_STEPS,
+    WARM_UP_STEPS,
+    StageArrays,
+    StageTime,
+    Units,
+    join_candidates,
+    lower_bounds,
+    simulate_many,
+    simulate_pipeline,
+)
 from backend.parallel.validation import study_comparisons
 
 
@@ -132,3 +142,11 @@ def test_candidates_do_not_disturb_each_other() -> None:
     assert times[1] == pytest.approx(
         simulate_pipeline([StageTime(slot=0, run_ms=30), StageTime(slot=1, run_ms=30), StageTime(slot=0, run_ms=40)], Units()).step_ms
     )
+
+
+def test_candidates_of_unlike_length_take_side_by_side_what_they_take_alone() -> None:
+    one = StageArrays(np.array([[0, 1, 0]]), np.array([[3.0, 5.0, 2.0]]), np.array([[0.5, 0.25, 0.0]]))
+    two = StageArrays(np.array([[0], [1]]), np.array([[7.0], [9.0]]), np.array([[0.0], [1.0]]))
+    units = Units(images=2)
+    together = simulate_many(join_candidates([one, two]), units)
+    assert together.tolist() == [*simulate_many(one, units), *simulate_many(two, units)]
