@@ -34,8 +34,22 @@ else:
     hypothesis_settings.load_profile("house")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests skip with their reason; torch is asked only when there is one."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--nightly",
+        default="none",
+        metavar="none|all|K/N",
+        help='tests marked "nightly" that run too: none of them, all, or every N-th from the K-th on',
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"nightly tests: {config.getoption('--nightly')}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Nightly tests run where asked for. GPU tests skip with their reason; torch is asked only when there is one."""
+    _leave_out_nightly(config, items)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
@@ -44,6 +58,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+
+def _leave_out_nightly(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = choose_nightly(config.getoption("--nightly"), sorted(item.nodeid for item in items if item.get_closest_marker("nightly")))
+    left_out = [item for item in items if item.get_closest_marker("nightly") and item.nodeid not in wanted]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def choose_nightly(choice: str, names: list[str]) -> set[str]:
+    """Which of the nightly tests run: "none", "all", or for "2/7" the second of every seven."""
+    if choice in ("none", "all"):
+        return set(names) if choice == "all" else set()
+    part, _, count = choice.partition("/")
+    if not (part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
+        raise pytest.UsageError(f"--nightly {choice}: give none, all, or a part such as 2/7")
+    return set(names[int(part) - 1 :: int(count)])
+
+
+def pytest_collection_finish() -> None:
+    """All libraries are imported now; models that leave a device need not walk them at every collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -39,11 +39,12 @@ def enter_environment(argv: Sequence[str], script: str) -> None:
 
 
 def pytest_arguments(argv: Sequence[str], num_cores: int | None = None) -> list[str]:
-    """The user's own arguments; without any, the whole suite on all cores, each file's tests in one process."""
+    """The user's own arguments; without any but --nightly, the whole suite on all cores, each file's tests in one process."""
     num_workers = min(num_cores or os.cpu_count() or 1, MAX_WORKERS)
-    if argv or num_workers == 1:
+    is_whole_suite = not argv or argv[0].startswith("--nightly=") or (argv[0] == "--nightly" and len(argv) == 2)
+    if not is_whole_suite or num_workers == 1:
         return list(argv)
-    return ["-n", str(num_workers), "--dist", "loadfile"]
+    return ["-n", str(num_workers), "--dist", "loadfile", *argv]
 
 
 def run_tests(argv: Sequence[str], script: str) -> int:

@@ -7,7 +7,6 @@ import json
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from backend.devices import virtual_gpu
 from backend.devices.telemetry import GpuTelemetry
 from backend.nn.unet_program import Program
 from backend.parallel.fleet import Fleet, current_fleet
+from backend.profiler import Recording
 from modules import job_observer, processing
 from modules.application import Application
 from modules.errors import UnknownSamplerError
@@ -30,7 +30,6 @@ from tests.support.fleets import cpu_fleet, virtual_fleet
 from tests.support.narrow_application import img2img, narrow_application, run, txt2img
 
 PLANS = ("single", "replicas", "layers")
-SHARE = 0.02
 
 
 @pytest.fixture(scope="module")
@@ -108,35 +107,33 @@ def test_a_profile_agrees_with_what_the_virtual_gpus_counted(app: Application, g
 
 @pytest.mark.parametrize("plan", ["replicas", "layers"])
 @pytest.mark.parametrize("kind", ["virtual GPUs", "CPU slots"])
-def test_times_agree_with_clocks_of_their_own(
+def test_every_piece_runs_inside_a_span_of_its_slot(
     app: Application, jobs: list[JobRecord], monkeypatch: pytest.MonkeyPatch, plan: str, kind: str
 ) -> None:  # fmt: skip
-    """Each slot's spans make up the wall time, and its work in the network is the time that its thread spent in the pieces."""
-    spent_s: Counter[str] = Counter()
-    run_piece = Program.run_piece
+    """How long the spans are, against clocks of their own, is `benchmarks/profile_clocks.py`'s to say: no test asserts time."""
+    pieces: list[tuple[str, int, int]] = []
+    recordings: list[Recording] = []
+    run_piece, build_job = Program.run_piece, job_observer.build_job
 
     def timed(program: Program, piece: Any, state: Any) -> None:
-        began_s = time.perf_counter()
+        began_ns = time.perf_counter_ns()
         run_piece(program, piece, state)
-        spent_s[threading.current_thread().name] += time.perf_counter() - began_s
+        pieces.append((threading.current_thread().name, began_ns, time.perf_counter_ns()))
 
+    monkeypatch.setattr(job_observer, "build_job", lambda recording, facts: recordings.append(recording) or build_job(recording, facts))
     app.models.unload()
     with virtual_fleet(2) if kind == "virtual GPUs" else cpu_fleet(2):
         app.options.set("multi_gpu_strategy", plan)
         run(_request(steps=1))
         monkeypatch.setattr(Program, "run_piece", timed)
-        spent_s.clear()
-        began_s = time.perf_counter()
-        run(_request(steps=12, width=128, height=128))
-        wall_ms = (time.perf_counter() - began_s) * 1000
+        pieces.clear()
+        run(_request(steps=3))
         app.models.unload()
-    job = jobs[-1]
-    _check(job)
-    for slot in job.slots:
-        assert abs(slot.busy_ms + slot.wait_ms - wall_ms) < SHARE * wall_ms
-        stages = [span for span in job.spans if span.slot == slot.slot and span.kind in ("unit", "stage") and span.name != "time embedding"]
-        assert abs(sum(span.end_ms - span.start_ms for span in stages) - spent_s[f"slot-{slot.slot}"] * 1000) < SHARE * wall_ms
-    assert sum(spent_s.values()) > 0
+    _check(jobs[-1])
+    stages = [span for span in recordings[-1].spans if span.kind in ("unit", "stage") and span.name != "time embedding"]
+    assert {thread for thread, _, _ in pieces} == {"slot-0", "slot-1"}
+    for thread, began_ns, ended_ns in pieces:
+        assert any(f"slot-{span.slot}" == thread and span.start_ns <= began_ns and ended_ns <= span.end_ns for span in stages)
 
 
 def test_one_slot_has_a_profile_too(app: Application, jobs: list[JobRecord]) -> None:

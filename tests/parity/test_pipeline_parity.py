@@ -195,6 +195,7 @@ def test_without_guidance(loaded: tuple[ReferenceModels, ForgeDiffusionEngine]) 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_network_of_full_width(tmp_path: Path) -> None:
     """SD1.5's own widths (320 to 1280 channels; its text encoder narrow), written in fp16, at 128 pixels; about 6.5 GB of memory."""
     path = tmp_path / "full.safetensors"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import choose_nightly
 from tools import benchmarking
 from tools.benchmarking import list_themes, write_report
 from tools.development import pytest_arguments
@@ -93,3 +94,17 @@ def test_the_whole_suite_runs_on_all_cores_and_a_part_as_asked() -> None:
     assert pytest_arguments([], 64)[1] == "4"
     assert pytest_arguments([], 1) == []
     assert pytest_arguments(["tests/x.py"], 8) == ["tests/x.py"]
+    assert pytest_arguments(["--nightly", "2/7"], 2) == ["-n", "2", "--dist", "loadfile", "--nightly", "2/7"]
+    assert pytest_arguments(["--nightly", "all", "tests/x.py"], 2) == ["--nightly", "all", "tests/x.py"]
+
+
+def test_nightly_tests_take_turns() -> None:
+    names = [f"test {number}" for number in range(10)]
+    assert choose_nightly("none", names) == set()
+    assert choose_nightly("all", names) == set(names)
+    parts = [choose_nightly(f"{part}/7", names) for part in range(1, 8)]
+    assert set().union(*parts) == set(names)
+    assert sum(len(part) for part in parts) == len(names)
+    for wrong in ("0/7", "8/7", "some", "1/0"):
+        with pytest.raises(pytest.UsageError, match="--nightly"):
+            choose_nightly(wrong, names)
