@@ -116,7 +116,7 @@ def parse_device_ids(text: str) -> tuple[str, ...]:
     for name in names:
         if not _DEVICE_ID.fullmatch(name):
             raise ConfigError(f"--device-id {text}: {name!r} is no device. Use GPU numbers or cpu, separated by commas, as in 0,1 or cpu,cpu.")
-    return tuple(str(int(name)) if name.isdigit() else name for name in names)
+    return tuple(str(int(name)) if name.isdecimal() else name for name in names)
 
 
 def parse_bytes(text: str) -> int:

@@ -8,20 +8,19 @@ first bytes, not by its name.
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
 
 from backend import checkpoint_pickle
+from backend.foreign_json import MAX_BYTES, ForeignJsonError, open_file, parse_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -37,7 +36,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_MAX_HEADER_BYTES = 100 * 2**20
+_MAX_DIMS = 16
 _FOREIGN_MAGIC = {
     b"GGUF": "a GGUF file. GGUF weights are not supported; use the .safetensors version of this model",
     b"version https://git-lfs": "a Git LFS pointer, not the model itself. Fetch the real file (git lfs pull, or download it from the model's page)",
@@ -100,11 +99,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 
     Raises: CheckpointError as `open_tensor_file` does for a damaged header.
     """
-    with _reading(path), path.open("rb") as stream:
+    with _reading(path), open_file(path) as stream:
         head = stream.read(9)
         if not _looks_like_safetensors(head):
             return {}
-        header, _ = _read_header(path, stream.read, head, path.stat().st_size)
+        header, _ = _read_header(path, stream, head, path.stat().st_size)
     return _metadata_of(header)
 
 
@@ -115,7 +114,7 @@ def _open(path: Path) -> TensorFile:
                 f"{path.name}: this is a folder. Choose one model file (.safetensors or .ckpt); "
                 "a folder in diffusers' layout can be saved as a single file first."
             )
-        with path.open("rb") as stream:
+        with open_file(path) as stream:
             head = stream.read(64)
     if _looks_like_safetensors(head):
         return SafetensorsFile(path)
@@ -128,14 +127,13 @@ def _open(path: Path) -> TensorFile:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{path.name}: cannot be read from {path.parent}: {error.strerror or error}. Check that it is there and may be read."
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise CheckpointError(f"{path.name}: cannot be read from {path.parent}: {reason}. Check that it is there and may be read.") from error
 
 
 def _looks_like_safetensors(head: bytes) -> bool:
-    return len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER_BYTES
+    return len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_BYTES
 
 
 def _describe_foreign(head: bytes) -> str:
@@ -160,23 +158,23 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _reading(path), path.open("rb") as stream:
+        with _reading(path), open_file(path) as stream:
             file_bytes = path.stat().st_size
-            header, self._data_start = _read_header(path, stream.read, stream.read(9), file_bytes)
+            header, self._data_start = _read_header(path, stream, stream.read(9), file_bytes)
             self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self.metadata: Mapping[str, str] = _metadata_of(header)
         self.infos: Mapping[str, TensorInfo] = {key: _info_of(path, key, entry) for key, entry in header.items() if key != "__metadata__"}
-        self._starts = {key: int(header[key]["data_offsets"][0]) for key in self.infos}
+        self._starts = {key: header[key]["data_offsets"][0] for key in self.infos}
         self._check_extent(file_bytes, header)
 
     def _check_extent(self, file_bytes: int, header: Mapping[str, Any]) -> None:
         for key, info in self.infos.items():
             start, end = header[key]["data_offsets"]
-            if start < 0 or end - start != info.stored_bytes:
+            if end - start != info.stored_bytes:
                 raise CheckpointError(
-                    f"{self.path.name}: the place of {key} in the file does not fit its shape; the file is damaged. {_REPEAT_DOWNLOAD}"
+                    f"{self.path.name}: the place of {key[:200]} in the file does not fit its shape; the file is damaged. {_REPEAT_DOWNLOAD}"
                 )
-        promised = self._data_start + max((int(header[key]["data_offsets"][1]) for key in self.infos), default=0)
+        promised = self._data_start + max((header[key]["data_offsets"][1] for key in self.infos), default=0)
         if promised > file_bytes:
             raise CheckpointError(
                 f"{self.path.name}: is cut short: {_mb(file_bytes)} are here, its header promises {_mb(promised)}. {_REPEAT_DOWNLOAD}"
@@ -213,13 +211,13 @@ class SafetensorsFile:
         self._map.close()
 
 
-def _read_header(path: Path, read: Any, head: bytes, file_bytes: int) -> tuple[dict[str, Any], int]:
+def _read_header(path: Path, stream: BinaryIO, head: bytes, file_bytes: int) -> tuple[dict[str, Any], int]:
     header_bytes = int.from_bytes(head[:8], "little")
     if header_bytes + 8 > file_bytes:
         raise CheckpointError(f"{path.name}: is cut short inside its header ({_mb(file_bytes)} are here). {_REPEAT_DOWNLOAD}")
     try:
-        header = json.loads(head[8:] + read(header_bytes - 1))
-    except ValueError as error:
+        header = parse_json(head[8:] + stream.read(header_bytes - 1))
+    except ForeignJsonError as error:
         raise CheckpointError(f"{path.name}: its header cannot be read ({error}); the file is damaged. {_REPEAT_DOWNLOAD}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path.name}: its header is no table of tensors; the file is damaged. {_REPEAT_DOWNLOAD}")
@@ -233,12 +231,14 @@ def _metadata_of(header: Mapping[str, Any]) -> dict[str, str]:
 
 def _info_of(path: Path, key: str, entry: Any) -> TensorInfo:
     try:
-        dtype_name, shape, (_start, _end) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
+        dtype_name, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path.name}: the header's entry of {key} is damaged. {_REPEAT_DOWNLOAD}") from error
+        raise CheckpointError(f"{path.name}: the header's entry of {key[:200]} is damaged. {_REPEAT_DOWNLOAD}") from error
+    if not isinstance(dtype_name, str) or len(shape) > _MAX_DIMS or any(type(number) is not int or number < 0 for number in (*shape, start, end)):
+        raise CheckpointError(f"{path.name}: the header's entry of {key[:200]} is damaged. {_REPEAT_DOWNLOAD}")
     if dtype_name not in _DTYPES:
         raise CheckpointError(
-            f"{path.name}: {key} is stored as {dtype_name}, which is not supported. Use an fp32, fp16, bf16 or fp8 version of this model."
+            f"{path.name}: {key[:200]} is stored as {dtype_name[:20]}, which is not supported. Use an fp32, fp16, bf16 or fp8 version of this model."
         )
     return TensorInfo(shape, _DTYPES[dtype_name])
 
@@ -268,9 +268,10 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         return checkpoint_pickle.load_tensors(path)
     except checkpoint_pickle.UnsafePickleError as error:
         raise CheckpointError(f"{path.name}: {error}.") from error
-    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except checkpoint_pickle.DamagedPickleError as error:
         raise CheckpointError(
-            f"{path.name}: cannot be read as a PyTorch file; it is damaged or cut short ({_mb(path.stat().st_size)} are here). {_REPEAT_DOWNLOAD}"
+            f"{path.name}: cannot be read as a PyTorch file; it is damaged or cut short ({_mb(path.stat().st_size)} are here; {error}). "
+            f"{_REPEAT_DOWNLOAD}"
         ) from error
 
 

@@ -7,9 +7,11 @@ and the like: such names, and only names from that short list of packages, are a
 from __future__ import annotations
 
 import re
+import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,11 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backend.pickle_scan import MAX_DEPTH, scan_file
+from backend.pickle_scan import DamagedPickleError as DamagedPickleError
+
 TRAINER_PACKAGES = frozenset(
     {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf", "numpy", "argparse", "pathlib", "typing"}
     | {"transformers", "diffusers", "ldm", "sgm", "taming"}
 )
 TRAINER_NAMES = frozenset({"collections.defaultdict", "torch.optim.adamw.AdamW", "torch.optim.adam.Adam", "torch.optim.lr_scheduler.LambdaLR"})
+_MAX_SHARED = 16
+_MAX_ENTRIES = 1_000_000
+_MAX_KEY_LETTERS = 2000
+# Everything a damaged file has been seen to raise in the readers below.
+_READ_ERRORS = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, ArithmeticError, AssertionError, MemoryError,
+    NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile,
+)  # fmt: skip
 WRAPPER_KEYS = ("state_dict", "params_ema", "params", "model_state_dict", "model")
 
 
@@ -34,20 +47,32 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         UnsafePickleError: it names functions or classes that are neither tensors nor a known trainer's.
-        RuntimeError, ValueError, EOFError, OSError: it is damaged.
+        DamagedPickleError: it cannot be read, or would take much more memory than the file has bytes.
     """
-    is_zip = zipfile.is_zipfile(path)
-    names = _foreign_names(path) if is_zip else []
-    refused = sorted(name for name in names if not _is_trainers(name))
-    if refused:
-        raise UnsafePickleError(_refusal(", ".join(refused[:3])))
+    tensors = _named_tensors(load_content(path))
+    _check_extent(tensors.values(), path.stat().st_size)
+    return tensors
+
+
+def load_content(path: Path, safe: Sequence[type] = ()) -> Any:
+    """What the pickle holds, tensors as they lie in the file. `safe` are classes that may be made. Raises: as `load_tensors`."""
     try:
-        with torch.serialization.safe_globals([(_stand_in(name), name) for name in names]), warnings.catch_warnings():
+        asked = scan_file(path)
+        is_zip = zipfile.is_zipfile(path)
+        names = _foreign_names(path) if is_zip else [name for name in asked if _is_trainers(name)]
+        names = [name for name in names if not any(name == f"{one.__module__}.{one.__qualname__}" for one in safe)]
+        refused = sorted(name for name in names if not _is_trainers(name))
+        if refused:
+            raise UnsafePickleError(_refusal(", ".join(refused[:3])))
+        with torch.serialization.safe_globals([*safe, *((_stand_in(name), name) for name in names)]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about newer pickle protocols: what they hold is read or refused all the same
-            content = _load(path, is_zip)
+            return _load(path, is_zip)
     except UnpicklingError as error:
         raise UnsafePickleError(_refusal(_named_in(error))) from error
-    return _named_tensors(content)
+    except (UnsafePickleError, DamagedPickleError):
+        raise
+    except _READ_ERRORS as error:
+        raise DamagedPickleError((str(error).strip().splitlines() or [type(error).__name__])[0][:200]) from error
 
 
 def _load(path: Path, is_zip: bool) -> Any:
@@ -57,11 +82,21 @@ def _load(path: Path, is_zip: bool) -> Any:
         return torch.load(stream, map_location="cpu", weights_only=True)
 
 
+def _check_extent(tensors: Iterable[Tensor], file_bytes: int) -> None:
+    """Tensors may share what is stored, and a few bytes may be called a table of any size."""
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors if _is_plain(tensor)]
+    if max(sizes, default=0) > file_bytes or sum(sizes) > _MAX_SHARED * file_bytes:
+        raise DamagedPickleError(f"its tensors would take {sum(sizes) / 1e6:,.0f} MB")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise DamagedPickleError("it holds sparse, quantised or empty tensors, which no model here is made of")
+    return True
+
+
 def _foreign_names(path: Path) -> list[str]:
-    try:
-        return list(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except UnpicklingError as error:
-        raise UnsafePickleError(_refusal(_named_in(error))) from error
+    return list(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
 
 
 def _named_in(error: UnpicklingError) -> str:
@@ -107,13 +142,30 @@ def _named_tensors(content: Any) -> dict[str, Tensor]:
     return _flatten(content)
 
 
-def _flatten(table: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Tensors under dotted names; tables inside tables are followed, everything else is left out."""
+def _flatten(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Tensors under dotted names; tables inside tables are followed, everything else is left out.
+
+    One table may stand in many places: what is followed is counted, and depth is bounded by the scan except where a table holds itself.
+    """
     found: dict[str, Tensor] = {}
-    for key, value in table.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Tensor):
-            found[name] = value
-        elif isinstance(value, Mapping):
-            found.update(_flatten(value, f"{name}."))
+    pending: list[tuple[str, Mapping[Any, Any], int]] = [("", content, 0)]
+    num_entries = 0
+    while pending:
+        prefix, table, depth = pending.pop()
+        num_entries += len(table)
+        if depth > MAX_DEPTH or num_entries > _MAX_ENTRIES:
+            raise DamagedPickleError("its tables hold each other")
+        for key, value in table.items():
+            name = f"{prefix}{_text_of(key)}"
+            if isinstance(value, Tensor):
+                found[name] = value
+            elif isinstance(value, Mapping):
+                pending.append((f"{name}.", value, depth + 1))
     return found
+
+
+def _text_of(key: Any) -> str:
+    text = str(key) if isinstance(key, (str, int)) else type(key).__name__
+    if len(text) > _MAX_KEY_LETTERS:
+        raise DamagedPickleError(f"a name in it has {len(text):,} letters")
+    return text.encode("utf-8", "replace").decode()

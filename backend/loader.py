@@ -7,7 +7,6 @@ built without memory, checked against the file, and then filled tensor by tensor
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from backend.diffusion_engine.base import EngineParts, ForgeDiffusionEngine, Mod
 from backend.diffusion_engine.sd15 import StableDiffusion
 from backend.diffusion_engine.sd20 import StableDiffusion2
 from backend.diffusion_engine.sdxl import StableDiffusionXL, StableDiffusionXLRefiner
+from backend.foreign_json import parse_resolution
 from backend.memory.dtype_policy import dtype_from_flag
 from backend.modules.k_model import KModel
 from backend.modules.k_prediction import Prediction
@@ -369,9 +369,9 @@ def _build_embeddings(clip: CLIP, folders: Sequence[Path]) -> EmbeddingDatabase:
 
 def _native_size_px(file: TensorFile, family: str, prediction: PredictionSpec) -> int:
     """The side the model was trained on: the file's own word for it, else the family's; SD 2.x that predicts v is the 768 model."""
-    match = re.match(r"(\d+)", file.metadata.get("modelspec.resolution", ""))
-    if match and int(match[1]) > 0:
-        return int(match[1])
+    sides = parse_resolution(file.metadata.get("modelspec.resolution"))
+    if sides is not None and sides[0] > 0:
+        return sides[0]
     if family in (SDXL, SDXL_REFINER):
         return 1024
     return 768 if family == SD20 and prediction.kind == V_PREDICTION else 512

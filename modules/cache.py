@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from backend.foreign_json import read_json_file
 from modules.options import write_text_atomically
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class FileCache:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            data = json.loads(self._path(name).read_text(encoding="utf8"))
+            data = read_json_file(self._path(name))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:

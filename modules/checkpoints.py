@@ -5,25 +5,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from backend.foreign_json import MAX_BYTES, ForeignJsonError, open_file, parse_json
+from backend.model_folders import find_files, natural_key, say_once
 from modules import hashes
-from modules.errors import NoCheckpointError
+from modules.errors import NoCheckpointError, UnknownCheckpointError
 from modules.hashes import HashStore
+from modules.nearest_names import say_nearest
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 SHORT_HASH_DIGITS = 10
-_MAX_HEADER_BYTES = 100_000_000
-_TRAILING_HASH = re.compile(r"\s*\[[^\]]+\]\s*$")
+_HASH = re.compile("[0-9a-fA-F]{8,64}")
 
 
 def read_safetensors_metadata(path: Path) -> dict[str, Any]:
@@ -38,12 +38,11 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     if path.suffix.lower() != ".safetensors":
         return {}
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             header_bytes = int.from_bytes(file.read(8), "little")
-            if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
-                return {}
-            header = json.loads(file.read(header_bytes))
-    except (OSError, ValueError):
+            header = parse_json(file.read(header_bytes)) if 2 <= header_bytes <= MAX_BYTES else None
+    except (OSError, ForeignJsonError) as error:
+        say_once(f"{path}: its header cannot be read ({error}); nothing is known of what it says about itself.")
         return {}
     return header if isinstance(header, dict) else {}
 
@@ -52,8 +51,8 @@ def _decoded(value: Any) -> Any:
     if not (isinstance(value, str) and value[:1] in ("{", "[")):
         return value
     try:
-        return json.loads(value)
-    except ValueError:
+        return parse_json(value)
+    except ForeignJsonError:
         return value
 
 
@@ -94,14 +93,24 @@ class CheckpointInfo:
         return f"{self.name_for_extra} [{self.shorthash}]" if self.shorthash else self.name_for_extra
 
     @property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """Texts that mean this file, the surest first: its titles and path, its name below the folder, its name alone."""
+        below, alone = self.name, Path(self.name).name
+        titles = [self.filename, *([self.title, self.short_title] if self.shorthash else [])]
+        if self.hash not in hashes.HASHES_OF_NOTHING:
+            titles += [f"{self.name} [{self.hash}]", f"{self.name_for_extra} [{self.hash}]"]
+        return (*titles,), (below, Path(below).with_suffix("").as_posix(), self.model_name), (alone, self.name_for_extra)
+
+    @property
+    def known_hashes(self) -> tuple[str, ...]:
+        """The SHA256 where it is known, and the old partial hash; none of a file too short for it, which would be that of many files."""
+        return tuple(one for one in (self.sha256, self.hash) if one and one not in hashes.HASHES_OF_NOTHING)
+
+    @property
     def ids(self) -> list[str]:
         """Every text that means exactly this file."""
-        stem = Path(self.name).with_suffix("").as_posix()
-        names = [self.title, self.short_title, self.name, Path(self.name).name, stem, self.name_for_extra, self.model_name, self.filename]
-        known_hashes = [self.sha256, self.shorthash]
-        if self.hash != hashes.HASH_OF_NOTHING:
-            known_hashes += [self.hash, f"{self.name} [{self.hash}]", f"{self.name_for_extra} [{self.hash}]"]
-        return list(dict.fromkeys(text for text in (*names, *known_hashes) if text))
+        short = [self.shorthash] if self.shorthash else []
+        return list(dict.fromkeys(text for text in (*(one for rank in self.names for one in rank), *self.known_hashes, *short) if text))
 
     def calculate_shorthash(self) -> str | None:
         """Make the SHA256 known (None with --no-hashing); titles carry it from now on."""
@@ -174,7 +183,7 @@ class CheckpointRegistry:
     def __iter__(self) -> Iterator[CheckpointInfo]:
         with self._lock:
             infos = [info for _, info in self._infos.values()]
-        return iter(sorted(infos, key=lambda info: _natural_key(info.name)))
+        return iter(sorted(infos, key=lambda info: natural_key(info.name)))
 
     def __len__(self) -> int:
         return len(self._infos)
@@ -183,22 +192,38 @@ class CheckpointRegistry:
         return [info.short_title if use_short else info.title for info in self]
 
     def find(self, text: str | None) -> CheckpointInfo | None:
-        """The checkpoint that `text` means: a title, name, stem or hash; then a title with another hash; then a part of one title."""
+        """The checkpoint that `text` means: a title, path, name or stem, whatever the letter case; a hash from 8 digits on; a name with a hash.
+
+        Names count before hashes: "b3" is the file b3, not one whose hash has a b3 in it. A Windows path below the folder is understood.
+        Of a name with a hash in brackets the hash counts where a file has it, else the name.
+        """
         if not isinstance(text, str) or not text.strip():
             return None
-        bare = _TRAILING_HASH.sub("", text).strip()
-        return self._exact(text.strip()) or self._exact(bare) or self._containing(bare)
+        infos = list(self)
+        for wanted in dict.fromkeys((text.strip(), text.strip().replace("\\", "/"))):
+            name, bracket, rest = wanted.rpartition("[")
+            given_hash = rest.rstrip("]").strip() if bracket else ""
+            found = _by_name(infos, wanted) or _by_hash(infos, wanted) or _by_hash(infos, given_hash)
+            if found is None and bracket and rest.endswith("]"):
+                found = _by_name(infos, name.strip())
+            if found is not None:
+                return found
+        return None
 
-    def _exact(self, text: str) -> CheckpointInfo | None:
-        if not text:
-            return None
-        return next((info for info in self if text in info.ids), None) or next(
-            (info for info in self if text.lower() in (known.lower() for known in info.ids)), None
-        )
+    def require(self, text: object) -> CheckpointInfo:
+        """The checkpoint that `text` means; the folders are looked at again if need be. Raises UnknownCheckpointError, NoCheckpointError."""
+        wanted = text if isinstance(text, str) else None
+        if (found := self.find(wanted)) is None:
+            self.refresh()
+            found = self.find(wanted)
+        if found is None:
+            raise UnknownCheckpointError(self.explain_missing(text))
+        return found
 
-    def _containing(self, text: str) -> CheckpointInfo | None:
-        found = [info for info in self if text and text in info.title]
-        return min(found, key=lambda info: len(info.title)) if found else None
+    def explain_missing(self, text: object) -> str:
+        """Who asked for what, and what comes nearest. Raises NoCheckpointError where there is no checkpoint at all."""
+        self.first()
+        return f"checkpoint {str(text)[:200]!r} was asked for; {say_nearest(text, self.titles())}. Put the file into {self.roots[0]}."
 
     def first(self) -> CheckpointInfo:
         """The first checkpoint. Raises NoCheckpointError, which says where to put one."""
@@ -219,19 +244,16 @@ def find_checkpoint_files(root: Path) -> list[Path]:
     return [path for path in found if ".vae." not in path.name.lower()]
 
 
-def find_files(root: Path, suffixes: Sequence[str]) -> list[Path]:
-    """Files with one of the suffixes under `root`, by name. Linked folders are entered, each real folder once."""
-    found: list[Path] = []
-    seen: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        found += [Path(folder, name) for name in names if name.lower().endswith(tuple(suffixes))]
-    return sorted(found, key=lambda path: _natural_key(path.as_posix()))
+def _by_name(infos: Iterable[CheckpointInfo], text: str) -> CheckpointInfo | None:
+    ways: tuple[Callable[[str], str], ...] = (str, str.lower)
+    for write in ways:
+        for rank in range(3):
+            if (found := next((info for info in infos if write(text) in map(write, info.names[rank])), None)) is not None:
+                return found
+    return None
 
 
-def _natural_key(text: str) -> list[tuple[bool, int, str]]:
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part.lower()) for part in re.split(r"(\d+)", text)]
+def _by_hash(infos: Iterable[CheckpointInfo], text: str) -> CheckpointInfo | None:
+    if _HASH.fullmatch(text) is None:
+        return None
+    return next((info for info in infos if any(known.startswith(text.lower()) for known in info.known_hashes)), None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from backend.foreign_json import read_json_file
 from modules.app_config import SCRIPT_DIR
 from modules_forge.config import INSTEAD
 
@@ -24,7 +24,7 @@ def active_folders(extensions_dir: Path, settings_file: Path, flags: Mapping[str
 def _read_switches(settings_file: Path, flags: Mapping[str, Any]) -> tuple[Sequence[str], str]:
     """(names switched off, "none" / "extra" / "all") from the flags and the settings file."""
     try:
-        settings = json.loads(settings_file.read_text(encoding="utf-8"))
+        settings = read_json_file(settings_file)
     except (OSError, ValueError):
         settings = {}
     settings = settings if isinstance(settings, dict) else {}

@@ -6,7 +6,6 @@ what any kind does.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from backend.foreign_json import ForeignJsonError, read_json_file
 from modules import errors
 
 log = logging.getLogger(__name__)
@@ -184,8 +184,8 @@ def get_user_metadata(filename: str | Path, lister: Any = None) -> dict[str, Any
     if not (lister.exists(str(path)) if lister is not None else path.is_file()):
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = read_json_file(path, max_bytes=16 * 2**20)
+    except (OSError, ForeignJsonError) as error:
         log.warning("The description %s of a model cannot be read and is left out: %s", path, error)
         return {}
     return data if isinstance(data, dict) else {}

@@ -72,7 +72,7 @@ def sanitize_folder(text: str) -> str:
 
 def _sha256(data: bytes, length: str | None) -> str:
     digest = hashlib.sha256(data).hexdigest()
-    return digest[: int(length) if length and length.isdigit() else _DEFAULT_HASH_CHARS]
+    return digest[: int(length) if length and length.isdecimal() else _DEFAULT_HASH_CHARS]
 
 
 class FilenameGenerator:

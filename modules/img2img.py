@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from backend.model_folders import find_files
 from modules import script_callbacks
 from modules.application import current_application
-from modules.checkpoints import find_files
 from modules.errors import RequestError
 from modules.image_metadata import read_info_from_image
 from modules.image_resizing import fix_image

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from backend.foreign_json import read_json_file
+
 FILE_NAME = "webui-installed.json"
 
 
@@ -25,7 +27,7 @@ def fingerprint(files: Mapping[str, bytes], torch_command: str) -> str:
 def read_stamp(path: Path) -> dict[str, str]:
     """The stamp's entries; empty when there is none or it cannot be read."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json_file(path)
     except (OSError, ValueError):
         return {}
     return {str(key): str(value) for key, value in entries.items()} if isinstance(entries, dict) else {}

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from backend.foreign_json import read_json_file
 from modules.app_config import SCRIPT_DIR, AppConfig
 
 _SHOWN_VARIABLES = (
@@ -66,7 +67,7 @@ def _read_commit() -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json_file(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

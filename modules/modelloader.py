@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+from backend.model_folders import find_files
+
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +41,7 @@ def load_models(
 ) -> list[str]:
     """Model files below `command_path` and `model_path`; where there are none and a URL is given, the file from there."""
     folders = [Path(folder) for folder in (command_path, model_path) if folder]
-    found = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = [path for folder in folders for path in find_files(folder)]
     wanted = [
         str(path) for path in found if (not ext_filter or path.suffix.lower() in ext_filter) and not path.name.endswith(tuple(ext_blacklist or ()))
     ]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
+from backend.model_folders import find_files
 from modules import images
-from modules.checkpoints import find_files
 from modules.errors import RequestError
 from modules.image_metadata import read_info_from_image
 from modules.image_resizing import fix_image

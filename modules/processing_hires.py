@@ -97,9 +97,10 @@ def plan_target_size(p: StableDiffusionProcessingTxt2Img) -> None:
 def _choose_checkpoint(p: StableDiffusionProcessingTxt2Img) -> None:
     if p.hr_checkpoint_name in NO_CHOICE:
         return
-    p.hr_checkpoint_info = current_application().checkpoints.find(p.hr_checkpoint_name)
-    if p.hr_checkpoint_info is None:
-        raise UnknownCheckpointError(f"hr_checkpoint_name: there is no checkpoint {p.hr_checkpoint_name!r}; leave it empty to use the same one.")
+    try:
+        p.hr_checkpoint_info = current_application().checkpoints.require(p.hr_checkpoint_name)
+    except UnknownCheckpointError as error:
+        raise UnknownCheckpointError(f"hr_checkpoint_name: {error} Leave it empty to use the same one.") from error
     p.extra_generation_params["Hires checkpoint"] = p.hr_checkpoint_info.short_title
 
 

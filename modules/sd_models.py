@@ -142,7 +142,7 @@ class ModelHost:
             return found
         first = self.checkpoints.first()
         if wanted:
-            log.warning("Checkpoint %r is not there; %s is used.", wanted, first.name)
+            log.warning("%s Until then %s is used.", self.checkpoints.explain_missing(wanted), first.name)
         return first
 
     def ensure_loaded(self, options: Mapping[str, Any] | None = None) -> ForgeDiffusionEngine:
@@ -260,6 +260,8 @@ def select_starting_checkpoint(registry: CheckpointRegistry, *, named: Path | No
     infos = list(registry)
     chosen = registry.find(str(named.absolute())) if named is not None else None
     chosen = chosen or registry.find(saved) or (infos[0] if infos else None)
+    if chosen is not None and saved and named is None and registry.find(saved) is None:
+        log.warning("The settings' %s Until then %s is used.", registry.explain_missing(saved), chosen.name)
     if not want_sdxl or named is not None or (chosen is not None and is_sdxl_file(chosen)):
         return chosen
     return next((info for info in infos if is_sdxl_file(info)), chosen)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from backend.sampling.registry import SAMPLERS, SamplerSpec
 from modules import sd_schedulers
 from modules.errors import UnknownSamplerError
+from modules.nearest_names import say_nearest
 from modules.sd_schedulers import Scheduler
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def needs_uncond(name: str | None) -> bool:
 
 
 def unknown_sampler_message(name: str) -> str:
-    return f"sampler {name!r} was asked for; there are {', '.join(sampler.name for sampler in all_samplers)}."
+    return f"sampler {name[:200]!r} was asked for; {say_nearest(name, [sampler.name for sampler in all_samplers])}."
 
 
 def get_sampler_and_scheduler(sampler_name: str | None, scheduler_name: str | None, *, convert_automatic: bool = True) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import torch
 
 from backend.sampling.schedules import SCHEDULES, ScheduleSettings, compute_sigmas
 from modules.errors import UnknownSamplerError
+from modules.nearest_names import say_nearest
 
 
 @dataclasses.dataclass
@@ -59,7 +60,8 @@ def find_scheduler(text: str | None) -> Scheduler:
     for scheduler in schedulers:
         if scheduler.answers_to(str(text)):
             return scheduler
-    raise UnknownSamplerError(f"schedule {text!r} was asked for; there are {', '.join(scheduler.label for scheduler in schedulers)}.")
+    near = say_nearest(text, [scheduler.label for scheduler in schedulers])
+    raise UnknownSamplerError(f"schedule {str(text)[:200]!r} was asked for; {near}.")
 
 
 def __getattr__(name: str) -> Any:

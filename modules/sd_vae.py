@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoints import find_files
+from backend.model_folders import find_files
 from modules.errors import RequestError
+from modules.nearest_names import say_nearest
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +51,29 @@ class ModuleRegistry:
             return {**self._vaes, **{name: path for name, path in self._text_encoders.items() if name not in self._vaes}}
 
     def find(self, text: str) -> Path:
-        """The file that a file name, stem or full path means. Raises UnknownModuleError; files outside the folders are not taken."""
-        wanted = Path(text)
-        for name, path in self.files.items():
-            if text in (name, path.stem) or (wanted.is_absolute() and _same_file(wanted, path)):
-                return path
-        folders = " or ".join(str(root) for root in (*self.vae_roots, *self.text_encoder_roots))
-        raise UnknownModuleError(f"VAE or text encoder {text!r} was asked for; no such file is in {folders}. Put it there, or choose another.")
+        """The file that a file name, stem, path below its folder or full path means; letter case counts only where two differ by it.
+
+        The folders are looked at again if need be. Raises UnknownModuleError; files outside the folders are not taken.
+        """
+        found = self._look_up(text)
+        if found is None:
+            self.refresh()
+            found = self._look_up(text)
+        if found is None:
+            folders = " or ".join(str(root) for root in (*self.vae_roots, *self.text_encoder_roots))
+            near = say_nearest(text, self.files)
+            raise UnknownModuleError(f"VAE or text encoder {text[:200]!r} was asked for; {near}. Put the file into {folders}, or choose another.")
+        return found
+
+    def _look_up(self, text: str) -> Path | None:
+        files, wanted = self.files, text.strip().replace("\\", "/")
+        roots = [Path(root).absolute() for root in (*self.vae_roots, *self.text_encoder_roots)]
+        names = [(path, [name, path.stem, *_ways_below(path, roots)]) for name, path in files.items()]
+        for asked, lower in ((text, False), (wanted, False), (wanted.lower(), True)):
+            for path, known in names:
+                if asked in ([one.lower() for one in known] if lower else known):
+                    return path
+        return next((path for path in files.values() if Path(text).is_absolute() and _same_file(Path(text), path)), None)
 
     def chosen_by(self, options: Mapping[str, Any]) -> tuple[Path, ...]:
         """The files that `forge_additional_modules` and `sd_vae` name. Raises UnknownModuleError."""
@@ -75,10 +92,16 @@ def _by_name(roots: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
+def _ways_below(path: Path, roots: Sequence[Path]) -> list[str]:
+    """The path below each folder it lies in, with and without its ending."""
+    below = [path.relative_to(root) for root in roots if path.is_relative_to(root)]
+    return [text for one in below for text in (one.as_posix(), one.with_suffix("").as_posix())]
+
+
 def _same_file(one: Path, other: Path) -> bool:
     try:
         return one.samefile(other)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return False
 
 

@@ -8,12 +8,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from backend.model_folders import find_files
 from modules.app_config import SCRIPT_DIR
+
+_MAX_DIGITS = 4000
+"""More than Python makes a number of."""
 
 
 def natural_sort_key(s: str, regex: Any = re.compile("([0-9]+)")) -> list[int | str]:
     """Numbers in a text by their value."""
-    return [int(text) if text.isdigit() else text.lower() for text in regex.split(s)]
+    return [int(text[:_MAX_DIGITS]) if text.isascii() and text.isdigit() else text.lower() for text in regex.split(s)]
 
 
 def listfiles(dirname: str | os.PathLike[str]) -> list[str]:
@@ -27,14 +31,8 @@ def listfiles(dirname: str | os.PathLike[str]) -> list[str]:
 
 def walk_files(path: str | os.PathLike[str], allowed_extensions: Iterable[str] | None = None) -> Iterator[str]:
     """Full paths of the files under a folder, linked folders included, in natural order."""
-    allowed = None if allowed_extensions is None else {extension.lower() for extension in allowed_extensions}
-    found = [
-        str(Path(folder, name))
-        for folder, _, names in os.walk(path, followlinks=True)
-        for name in names
-        if allowed is None or Path(name).suffix.lower() in allowed
-    ]
-    yield from sorted(found, key=natural_sort_key)
+    allowed = None if allowed_extensions is None else [extension.lower() for extension in allowed_extensions]
+    yield from (str(path) for path in find_files(Path(path), allowed))
 
 
 def html_path(filename: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.checkpoints import find_files
+from backend.model_folders import find_files
 from modules.ui_extra_networks import ExtraNetworksPage, quote_js
 
 if TYPE_CHECKING:

@@ -78,7 +78,22 @@ def _inline_script_of_guest(path: Path) -> str:
 def style_text(config: AppConfig, *, more_sheets: Sequence[Path] = ()) -> str:
     """The page's style sheet, those of extensions, then the user's own (`user.css` in the data folder)."""
     sheets = [SCRIPT_DIR / "style.css", *more_sheets, config.data_dir / "user.css"]
-    return "\n".join(sheet.read_text(encoding="utf8") for sheet in sheets if sheet.is_file())
+    return "\n".join(_sheet_text(sheet) for sheet in sheets)
+
+
+def _sheet_text(sheet: Path) -> str:
+    """What a style sheet says. One that is not UTF-8 loses the letters that are not; one that cannot be read is reported and left out."""
+    if not sheet.is_file():
+        return ""
+    try:
+        text = sheet.read_bytes()
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        log.warning("%s is not UTF-8 (%s); its other letters are replaced. Save it as UTF-8.", sheet, error)
+        return text.decode("utf-8", "replace")
+    except OSError as error:
+        log.warning("%s cannot be read (%s); the page is built without it.", sheet, error)
+        return ""
 
 
 def page_settings(

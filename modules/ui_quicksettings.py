@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from backend.foreign_json import parse_resolution
 from modules.checkpoints import CHECKPOINT_SUFFIXES, CheckpointInfo
 from modules.errors import RequestError
 from modules.ui_components import DropdownMulti, ToolButton
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 PRESETS = ("sd", "xl", "all")
 LOW_BITS = ("Automatic", "float8-e4m3fn", "float8-e5m2")
 NATIVE_SIZE_KEY = "modelspec.resolution"
-_RESOLUTION = re.compile(r"\s*(\d+)\s*(?:x\s*(\d+)\s*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +136,10 @@ def notice_html(app: Application) -> str:
 
 def parse_native_size(value: Any) -> tuple[int, int] | None:
     """Width and height from a declared resolution such as "64x64" or "1024"; None when it is none, or not one that can be made."""
-    match = _RESOLUTION.fullmatch(str(value)) if value is not None else None
-    if match is None:
+    sides = parse_resolution(value)
+    if sides is None or not all(MIN_SIDE_PX <= side <= MAX_SIDE_PX and side % SIDE_STEP_PX == 0 for side in sides):
         return None
-    width, height = int(match.group(1)), int(match.group(2) or match.group(1))
-    if not all(MIN_SIDE_PX <= side <= MAX_SIDE_PX and side % SIDE_STEP_PX == 0 for side in (width, height)):
-        return None
-    return width, height
+    return sides
 
 
 def native_size(app: Application) -> tuple[int, int] | None:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from backend.model_folders import find_files
 from modules.errors import RequestError
+from modules.nearest_names import say_nearest
 
 LANCZOS = Image.Resampling.LANCZOS
 NEAREST = Image.Resampling.NEAREST
@@ -69,13 +71,7 @@ class Upscaler:
         """Files of this upscaler's folders, by suffix."""
         folders = [Path(folder) for folder in (self.model_path, self.user_path) if folder]
         suffixes = None if ext_filter is None else {suffix.lower() for suffix in ext_filter}
-        return sorted(
-            str(file)
-            for folder in folders
-            if folder.is_dir()
-            for file in folder.rglob("*")
-            if file.is_file() and (suffixes is None or file.suffix.lower() in suffixes)
-        )
+        return sorted(str(file) for folder in folders for file in find_files(folder, suffixes))
 
     def update_status(self, prompt: str) -> None:
         """Kept for extensions that call it."""
@@ -180,10 +176,12 @@ def available_upscalers() -> list[UpscalerData]:
 
 
 def find_upscaler(name: str | None, entries: Iterable[UpscalerData]) -> UpscalerData:
-    """The entry called `name`; case does not matter. Raises RequestError naming those that are there."""
+    """The entry called `name`, or whose file is; case does not matter. Raises RequestError naming the nearest."""
     asked = (name or "None").strip()
     entries = list(entries)
-    for entry in entries:
-        if entry.name.lower() == asked.lower():
-            return entry
-    raise RequestError(f"there is no upscaler {asked!r}. Known upscalers: {', '.join(entry.name for entry in entries)}.")
+    file_name = asked.replace("\\", "/").rpartition("/")[2].lower()
+    for wanted, of in ((asked.lower(), lambda entry: entry.name), (file_name, lambda entry: Path(entry.data_path or "").name)):
+        for entry in entries:
+            if of(entry).lower() == wanted:
+                return entry
+    raise RequestError(f"there is no upscaler {asked[:200]!r}; {say_nearest(asked, [entry.name for entry in entries])}.")

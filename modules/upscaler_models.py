@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from modules.checkpoints import find_files
+from backend.model_folders import find_files
 from modules.errors import RequestError
 from modules.image_grids import Grid, combine_grid, split_grid
 from modules.upscaler import Upscaler, UpscalerData

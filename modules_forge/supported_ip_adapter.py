@@ -13,6 +13,7 @@ from backend.checkpoint_file import CheckpointError, open_tensor_file
 from backend.clip_vision import ClipVision, is_clip_vision, load_clip_vision, tower_widths
 from backend.controlnet_loader import HeldTensors
 from backend.ip_adapter import IPAdapter, apply_ip_adapter, is_ip_adapter, read_ip_adapter
+from backend.model_folders import find_files
 from backend.patcher.controlnet import ControlNetError
 from modules_forge import shared
 from modules_forge.supported_controlnet import ControlModelPatcher
@@ -82,9 +83,8 @@ def _load(path: Path) -> ClipVision:
 
 def _candidates() -> Iterator[Path]:
     for folder in (Path(shared.preprocessor_dir), Path(shared.controlnet_dir), Path(shared.controlnet_dir).parent / "clip_vision"):
-        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            is_likely = path.suffix.lower() == ".safetensors" or any(word in path.name.lower() for word in _PICKLE_WORDS)
-            if path.suffix.lower() in _ENDINGS and is_likely and path.is_file():
+        for path in find_files(folder, _ENDINGS):
+            if path.suffix.lower() == ".safetensors" or any(word in path.name.lower() for word in _PICKLE_WORDS):
                 yield path
 
 

@@ -24,6 +24,7 @@ import torch
 from backend.devices.links import Verdict
 from backend.devices.slot import Slot
 from backend.devices.telemetry import read_telemetry
+from backend.foreign_json import read_json_file
 
 logger = logging.getLogger(__name__)
 
@@ -303,7 +304,7 @@ def _read_cache() -> dict[str, Verdict]:
 def _load_verdicts(path: Path) -> dict[str, Verdict]:
     """What the file has; nothing where it is absent or damaged."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json_file(path)
         return {key: Verdict(**entry) for key, entry in entries.items()}
     except FileNotFoundError:
         return {}

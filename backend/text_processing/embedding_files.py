@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import pickle
 import struct
-import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +23,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
+from backend.checkpoint_pickle import DamagedPickleError, UnsafePickleError, load_content
+from backend.foreign_json import parse_json, read_file
 from backend.text_processing.embedding import PLAIN_KEY, Embedding, EmbeddingError
 
 TENSOR_SUFFIXES = frozenset({".pt", ".bin", ".safetensors"})
@@ -32,6 +32,10 @@ PICTURE_SUFFIXES = frozenset({".png", ".webp", ".jxl", ".avif"})
 ENCODER_KEYS = ("clip_l", "clip_g", "clip_h", "t5xxl")
 PNG_TEXT_KEY = "sd-ti-embedding"
 MAX_JSON_BYTES = 64 * 2**20
+MAX_FILE_BYTES = 512 * 2**20
+MAX_PICTURE_PX = 16_000_000
+"""A picture that carries an embedding is small; a larger one is somebody's preview."""
+MAX_NAME_LETTERS = 255
 
 _Pixels = npt.NDArray[np.uint8]
 
@@ -47,27 +51,39 @@ def read_embedding(path: Path) -> Embedding | None:
         EmbeddingError: the file cannot be read, or holds something else.
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path, max_bytes=MAX_FILE_BYTES)
+        if len(content) > MAX_FILE_BYTES:
+            raise EmbeddingError(f"it is larger than {MAX_FILE_BYTES / 2**20:g} MiB")
         data = _read_picture(path) if path.suffix.lower() in PICTURE_SUFFIXES else _read_tensors(path, content)
-        return None if data is None else _to_embedding(path, data, hashlib.sha256(content).hexdigest())
+        return None if data is None else _to_embedding(path, data, content)
     except EmbeddingError:
         raise
     except _READ_ERRORS as error:
         raise EmbeddingError(f"it cannot be read ({type(error).__name__}: {_first_line(error)})") from error
 
 
-def _to_embedding(path: Path, data: Mapping[str, Any], file_hash: str) -> Embedding:
+def _to_embedding(path: Path, data: Mapping[str, Any], content: bytes) -> Embedding:
     is_picture = path.suffix.lower() in PICTURE_SUFFIXES
+    tables = _find_tables(data)
+    if not is_picture and any(tensor.numel() > len(content) for tensor in tables.values()):
+        raise EmbeddingError("its tensors claim more numbers than the file has bytes")
     step = data.get("step")
     return Embedding(
-        name=str(data.get("name") or path.stem) if is_picture else path.stem,
-        vectors_by_encoder={key: _as_table(tensor) for key, tensor in _find_tables(data).items()},
+        name=_usable_name(str(data.get("name") or path.stem)) if is_picture else path.stem,
+        vectors_by_encoder={key: _as_table(tensor) for key, tensor in tables.items()},
         filename=path,
-        hash=file_hash,
+        hash=hashlib.sha256(content).hexdigest(),
         step=step if isinstance(step, int) else None,
         sd_checkpoint=_text_or_none(data.get("sd_checkpoint")),
         sd_checkpoint_name=_text_or_none(data.get("sd_checkpoint_name")),
     )
+
+
+def _usable_name(name: str) -> str:
+    """A name that somebody can write in a prompt. Raises: EmbeddingError."""
+    if len(name) > MAX_NAME_LETTERS or not name.isprintable():
+        raise EmbeddingError(f"it calls itself {name[:40]!a}{'...' if len(name) > 40 else ''} ({len(name):,} letters), which no prompt can name")
+    return name
 
 
 def _find_tables(data: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -120,11 +136,11 @@ def _read_tensors(path: Path, content: bytes) -> Mapping[str, Any]:
 def _load_pickle(path: Path) -> Any:
     """Tensors, containers and torch's own `ParameterDict` (in files of the first trainers) are read; anything else is refused, never run."""
     try:
-        with torch.serialization.safe_globals([torch.nn.ParameterDict]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # what follows is read or refused all the same
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        return load_content(path, safe=[torch.nn.ParameterDict])
+    except UnsafePickleError as error:
         raise EmbeddingError("it is no plain tensor file, or would run code when opened, and was not opened; a .safetensors file is safe") from error
+    except DamagedPickleError as error:
+        raise EmbeddingError(f"it cannot be read: {error}") from error
 
 
 # pictures
@@ -134,20 +150,26 @@ def _read_picture(path: Path) -> Mapping[str, Any] | None:
     if path.stem.lower().endswith(".preview"):
         return None
     with Image.open(path) as image:
+        if image.width * image.height > MAX_PICTURE_PX:
+            return None
         text = getattr(image, "text", {}).get(PNG_TEXT_KEY)
         content = base64.b64decode(text) if text else read_hidden_bytes(np.asarray(image.convert("RGB")))
     return None if content is None else _parse_json(content)
 
 
 def _parse_json(content: bytes) -> Mapping[str, Any]:
-    data = json.loads(content, object_hook=_tensor_or_dict)
+    data = _with_tensors(parse_json(content, max_bytes=MAX_JSON_BYTES))
     if not isinstance(data, dict):
         raise EmbeddingError(f"the picture carries a {type(data).__name__}, not an embedding")
     return data
 
 
-def _tensor_or_dict(value: dict[str, Any]) -> Any:
-    return torch.tensor(value["TORCHTENSOR"], dtype=torch.float32) if "TORCHTENSOR" in value else value
+def _with_tensors(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "TORCHTENSOR" in value:
+        return torch.tensor(value["TORCHTENSOR"], dtype=torch.float32)
+    return {key: _with_tensors(one) for key, one in value.items()}
 
 
 def read_hidden_bytes(pixels_HW3: _Pixels) -> bytes | None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backend.model_folders import find_files
 from backend.text_processing.clip_tokenizer import tokenize_plain
 from backend.text_processing.embedding import Embedding, EmbeddingError
 from backend.text_processing.embedding_files import PICTURE_SUFFIXES, TENSOR_SUFFIXES, read_embedding
@@ -133,14 +133,5 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _walk_files(folder: Path) -> Iterator[Path]:
-    """Embedding files below a folder, in order of name; links to folders are followed once. A missing folder holds none."""
-    seen: set[str] = set()
-    for parent, folder_names, file_names in os.walk(folder, followlinks=True):
-        real_parent = os.path.realpath(parent)
-        if real_parent in seen:
-            folder_names.clear()
-            continue
-        seen.add(real_parent)
-        folder_names.sort()
-        paths = (Path(parent, name) for name in sorted(file_names))
-        yield from (path for path in paths if path.suffix.lower() in TENSOR_SUFFIXES | PICTURE_SUFFIXES and _stamp(path)[1] > 0)
+    """Embedding files below a folder, in order of name. A missing folder holds none."""
+    return (path for path in find_files(folder, TENSOR_SUFFIXES | PICTURE_SUFFIXES) if _stamp(path)[1] > 0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from network import SHORT_HASH_DIGITS, Network, NetworkOnDisk, stamp_of
 
-from modules.checkpoints import find_files
+from backend.model_folders import find_files
 from modules.hashes import HashStore
 
 if TYPE_CHECKING:

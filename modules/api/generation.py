@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +17,7 @@ from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 from pydantic import ValidationError
 
+from backend.foreign_json import parse_resolution
 from modules import infotext_utils, script_callbacks
 from modules.api import models
 from modules.api.limits import MAX_BATCH_PX, MAX_PICTURE_PX, MAX_PICTURES, SIDE_MULTIPLE_PX
@@ -41,7 +41,6 @@ RequestT = TypeVar("RequestT", bound=models.GenerationRequest)
 Process = Callable[[Any], Any]
 
 _SMALL_MODEL_PX = 512
-_RESOLUTION = re.compile(r"(\d+)(?:x(\d+))?")
 
 # fields of the body that are not fields of the request that is carried out
 _NOT_PASSED_ON = frozenset(
@@ -131,10 +130,10 @@ class GenerationRoutes:
     def _native_size_px(self, overrides: Mapping[str, Any]) -> tuple[int, int] | None:
         """The size that the chosen checkpoint's file names, if both sides are below 512. Raises NoCheckpointError."""
         checkpoint = self.app.models.resolve(self.app.options.snapshot(overrides)).checkpoint
-        match = _RESOLUTION.match(str(checkpoint.metadata.get("modelspec.resolution", "")))
-        if match is None:
+        sides = parse_resolution(checkpoint.metadata.get("modelspec.resolution"))
+        if sides is None:
             return None
-        width, height = int(match[1]), int(match[2] or match[1])
+        width, height = sides
         return (width, height) if SIDE_MULTIPLE_PX <= width < _SMALL_MODEL_PX and SIDE_MULTIPLE_PX <= height < _SMALL_MODEL_PX else None
 
     def _named_choices(self, body: models.GenerationRequest) -> dict[str, Any]:

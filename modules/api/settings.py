@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.checkpoints import CheckpointInfo, no_checkpoint_message
-from modules.errors import NoCheckpointError, OptionError, UnknownCheckpointError
+from modules.checkpoints import CheckpointInfo
+from modules.errors import OptionError
 from modules.shared_options import restricted_opts
 
 if TYPE_CHECKING:
@@ -45,17 +45,7 @@ def _unknown_key_message(app: Application, key: str) -> str:
 
 def find_checkpoint(app: Application, name: Any) -> CheckpointInfo:
     """The checkpoint that `name` means; the folders are looked at again if need be. Raises UnknownCheckpointError, NoCheckpointError."""
-    found = app.checkpoints.find(name)
-    if found is None:
-        app.checkpoints.refresh()
-        found = app.checkpoints.find(name)
-    if found is not None:
-        return found
-    titles = app.checkpoints.titles()
-    if not titles:
-        raise NoCheckpointError(no_checkpoint_message(app.checkpoints.roots))
-    shown = ", ".join(titles[:20]) + (f" and {len(titles) - 20} more" if len(titles) > 20 else "")
-    raise UnknownCheckpointError(f"checkpoint {str(name)[:200]!r} was asked for; there are: {shown}. Put the file into {app.checkpoints.roots[0]}.")
+    return app.checkpoints.require(name)
 
 
 def _check_folder(app: Application, key: str, value: Any) -> None:

@@ -66,7 +66,7 @@ RAW_FILES = {
     "header is no json": ((20).to_bytes(8, "little") + b"{nonsense}..........", "its header cannot be read"),
     "header without tensors": ((2).to_bytes(8, "little") + b"{}" + b"\0" * 8, "holds no tensors at all"),
     "zip of nothing": (b"PK\x03\x04" + b"\0" * 200, "cannot be read as a PyTorch file"),
-    "pickle of nothing": (b"\x80\x02" + b"\xff" * 50, "instructions that PyTorch's safe reader refuses"),
+    "pickle of nothing": (b"\x80\x02" + b"\xff" * 50, "damaged or cut short"),
 }
 
 
@@ -108,7 +108,15 @@ def _write_header(path: Path, header: dict, data: bytes) -> None:
     ("entry", "words"),
     [
         ({"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}, "does not fit its shape"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "does not fit its shape"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "entry of a is damaged"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": ["a", "b"]}, "entry of a is damaged"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]}, "entry of a is damaged"),
+        ({"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, "entry of a is damaged"),
+        ({"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}, "entry of a is damaged"),
+        ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "entry of a is damaged"),
+        ({"dtype": "F32", "shape": [10**30], "data_offsets": [0, 8]}, "entry of a is damaged"),
+        ({"dtype": "F32", "shape": [2**60, 2**60], "data_offsets": [0, 8]}, "does not fit its shape"),
+        ({"dtype": "F32", "shape": [1] * 70 + [2], "data_offsets": [0, 8]}, "entry of a is damaged"),
         ({"dtype": "F32", "shape": "x"}, "entry of a is damaged"),
         ({"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}, "is stored as F4, which is not supported"),
         (["no", "table"], "entry of a is damaged"),

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from backend.model_folders import say_once
 from modules.cache import FileCache
 from modules.checkpoints import CheckpointInfo, CheckpointRegistry, find_checkpoint_files, read_safetensors_metadata
-from modules.errors import NoCheckpointError
+from modules.errors import NoCheckpointError, UnknownCheckpointError
 from modules.hashes import HashStore, partial_hash
 
 
@@ -87,13 +88,74 @@ def test_a_checkpoint_is_found_by_title_name_stem_hash_and_path(root: Path) -> N
     assert info is not None
     info.calculate_shorthash()
     texts = [info.title, info.short_title, info.name, "beta 9.safetensors", "sub/beta 9", "sub_beta 9", info.hash, info.sha256, info.shorthash]
-    texts += [info.filename, "BETA 9", "beta 9.safetensors [0123456789]", "eta 9"]
+    texts += [info.filename, "BETA 9", "beta 9.safetensors [0123456789]", "sub\\beta 9.safetensors", "Sub\\beta 9.safetensors [0123456789]"]
+    texts += [f"renamed.safetensors [{info.shorthash}]", f"x\\renamed.safetensors [{info.hash}]", str(info.sha256)[:8].upper()]
     assert [registry.find(text) for text in texts] == [info] * len(texts)
 
 
-@pytest.mark.parametrize("text", ["gamma", "", "   ", None, "[abc]"])
+@pytest.mark.parametrize(
+    "text", ["gamma", "", "   ", None, "[abc]", "eta 9", "9", "e3b0c442", "e3b0c44298fc", "alpha.safetensors [", "a\0b", "a" * 5000]
+)
 def test_an_unknown_name_finds_nothing(root: Path, text: str | None) -> None:
     assert make_registry(root).find(text) is None
+
+
+def test_a_piece_of_a_hash_names_no_file_and_a_new_file_is_seen(root: Path) -> None:
+    registry = make_registry(root)
+    info = registry.find("alpha")
+    assert info is not None
+    info.calculate_shorthash()
+    piece = str(info.shorthash)[3:5]
+    with pytest.raises(UnknownCheckpointError, match="was asked for"):
+        registry.require(piece)
+    write_safetensors(root / f"{piece}.safetensors", filler=b"new")
+    assert registry.require(piece).name == f"{piece}.safetensors"
+
+
+def test_a_name_beats_the_hash_of_another(root: Path) -> None:
+    registry = make_registry(root)
+    info = registry.find("alpha")
+    assert info is not None
+    info.calculate_shorthash()
+    named = write_safetensors(root / f"{info.shorthash}.safetensors", filler=b"d")
+    registry.refresh()
+    assert [registry.find(str(info.shorthash)).path, registry.find(str(info.sha256)).path] == [named, info.path]  # type: ignore[union-attr]
+
+
+def test_a_file_beats_one_of_the_same_name_in_a_folder(root: Path) -> None:
+    write_safetensors(root / "a folder" / "alpha.safetensors")
+    info = make_registry(root).find("alpha")
+    assert info is not None
+    assert info.name == "alpha.safetensors"
+
+
+def test_an_unknown_name_is_told_the_nearest(root: Path) -> None:
+    with pytest.raises(UnknownCheckpointError, match=r"checkpoint 'alfa' was asked for; nearest are 'alpha.safetensors' \(of 4\)"):
+        make_registry(root).require("alfa")
+
+
+def test_an_empty_file_has_no_hash(root: Path) -> None:
+    (root / "empty.safetensors").write_bytes(b"")
+    info = make_registry(root).find("empty")
+    assert info is not None
+    assert (info.calculate_shorthash(), info.title) == (None, "empty.safetensors")
+
+
+@pytest.mark.parametrize("header", [b'{"a":' * 1000 + b"1" + b"}" * 1000, b'{"__metadata__": {"a": "\xff"}}', b"[" * 500])
+def test_a_header_that_cannot_be_read_is_named_and_others_go_on(root: Path, header: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    odd = root / "1\u00b23.safetensors"
+    odd.write_bytes(len(header).to_bytes(8, "little") + header)
+    say_once.cache_clear()
+    registry = make_registry(root)
+    assert [info.metadata for info in registry] == [{}] * 5
+    assert [record.message for record in caplog.records if odd.name in record.message] != []
+
+
+def test_metadata_comes_out_as_json_can_say_it(tmp_path: Path) -> None:
+    odd = {"number": "[1e400, NaN, 1]", "deep": "[" * 1000 + "]" * 1000, "half": "\ud800"}
+    metadata = read_safetensors_metadata(write_safetensors(tmp_path / "a.safetensors", odd))
+    assert metadata == {"number": ["1e400", "NaN", 1], "deep": odd["deep"], "half": "?"}
+    json.dumps(metadata, allow_nan=False, ensure_ascii=False).encode()
 
 
 def test_an_exact_name_beats_a_part_of_another(root: Path) -> None:

@@ -69,3 +69,11 @@ def test_scripts_define_the_names_that_extensions_use(tmp_path: Path) -> None:
         assert f"function {name}(" in text, name
     assert "let opts = {}" in text
     assert "let uiCurrentTab = " in text
+
+
+def test_a_sheet_that_is_not_utf8_or_no_file_costs_only_its_own_letters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "user.css").write_bytes(b"/* caf\xe9 */ body { color: red }")
+    (tmp_path / "folder.css").mkdir()
+    text = ui_page.style_text(AppConfig.for_tests(tmp_path), more_sheets=[tmp_path / "folder.css", tmp_path / "none.css"])
+    assert text.endswith("/* caf\N{REPLACEMENT CHARACTER} */ body { color: red }")
+    assert "user.css is not UTF-8" in caplog.text

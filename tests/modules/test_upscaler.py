@@ -50,7 +50,7 @@ def test_an_upscaler_that_does_not_enlarge_still_ends() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(RequestError, match=r"no upscaler '4x-Ultra'\. Known upscalers: None, Lanczos, Nearest"):
+    with pytest.raises(RequestError, match=r"no upscaler '4x-Ultra'; there are: None, Lanczos, Nearest"):
         find_upscaler("4x-Ultra", builtin_upscalers())
 
 

@@ -6,9 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from backend.model_folders import find_files, say_once
 from modules import sd_models, shared
 from modules.application import current_application
 from modules.errors import RequestError
+from modules.hashes import HASHES_OF_NOTHING
+from modules.nearest_names import say_nearest
 from modules_forge.network_preprocessors import OLD_NAMES
 from modules_forge.shared import supported_preprocessors, try_load_supported_control_model
 
@@ -46,9 +49,11 @@ def update_controlnet_filenames() -> None:
     """List the files anew."""
     found: dict[str, str] = {}
     for folder in model_folders():
-        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            if path.suffix.lower() in CN_MODEL_EXTS and path.is_file():
+        for path in find_files(folder, CN_MODEL_EXTS):
+            try:
                 found.setdefault(f"{path.stem} [{sd_models.model_hash(str(path))}]", str(path))
+            except OSError as error:
+                say_once(f"Control model {path} cannot be read ({error}); it is left out.")
     controlnet_filename_dict.clear()
     controlnet_filename_dict.update({NONE: "", **found})
     controlnet_names[:] = list(controlnet_filename_dict)
@@ -62,12 +67,27 @@ def get_all_controlnet_names() -> list[str]:
 def get_controlnet_filename(name: str) -> str | None:
     """The path of a model, by its title, its stem, its file name or the hash in its title, in any letter case."""
     for _ in range(2):
-        wanted = name.strip().lower()
-        for title, path in controlnet_filename_dict.items():
-            stem, _, short_hash = title.lower().rpartition(" [")
-            if path and wanted in (title.lower(), stem, Path(path).name.lower(), short_hash.rstrip("]"), f"[{short_hash}"):
-                return path
+        if (found := _look_up(name.strip().lower())) is not None:
+            return found
         update_controlnet_filenames()  # the file may have come since
+    return None
+
+
+def _look_up(wanted: str) -> str | None:
+    """By title, stem and file name first, then by hash, then by the name before another hash. Windows paths name their file."""
+    models = [(title.lower(), *title.lower().rpartition(" [")[::2], path) for title, path in controlnet_filename_dict.items() if path]
+    for asked in dict.fromkeys((wanted, wanted.replace("\\", "/").rpartition("/")[2])):
+        for title, stem, _, path in models:
+            if asked in (title, stem, Path(path).name.lower()):
+                return path
+        for _, _, short_hash, path in models:
+            short_hash = short_hash.rstrip("]")
+            if short_hash not in HASHES_OF_NOTHING and asked in (short_hash, f"[{short_hash}]"):
+                return path
+        bare = asked.rpartition(" [")[0] if asked.endswith("]") else ""
+        for _, stem, _, path in models:
+            if bare and bare in (stem, Path(path).name.lower()):
+                return path
     return None
 
 
@@ -128,8 +148,8 @@ def load_model(name: str, *, keep: int) -> Any:
     """The control model of that name; the last `keep` stay in memory. Raises RequestError for one that is not there or cannot be used."""
     path = get_controlnet_filename(name)
     if path is None:
-        known = ", ".join(controlnet_names[1:]) or "none"
-        raise RequestError(f"ControlNet model {name!r} is not there. Put its file into {model_folders()[0]} and refresh the list. Known: {known}.")
+        near = say_nearest(name, controlnet_names[1:])
+        raise RequestError(f"ControlNet model {name[:200]!r} is not there; {near}. Put its file into {model_folders()[0]} and refresh the list.")
     stat = Path(path).stat()
     key = (path, stat.st_mtime_ns, stat.st_size, str(_device()))
     model = _loaded.pop(key, None)
