@@ -28,6 +28,8 @@ from tests.support.fleets import configured_slots, virtual_fleet
 
 SHAPE = (2, 4, 16, 16)
 GIB = 2**30
+ATOL = 5e-5
+"""Outputs reach 9; a batch of two and two batches of one differ by up to 1.2e-5 where AVX-512 kernels choose other blockings."""
 
 
 def _unet(fleet: Fleet | None = None, family: str = "sd15") -> UnetPatcher:
@@ -94,7 +96,7 @@ def test_a_run_gives_what_one_slot_gives(two_gpus: Fleet, strategy: str, lora: b
     result = unet.model.apply_model(**_inputs(unet))
     end_session(unet)
     assert unet.model.runner is None
-    assert torch.allclose(result.cpu(), _whole(lora), atol=1e-5)
+    assert torch.allclose(result.cpu(), _whole(lora), atol=ATOL)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -141,7 +143,7 @@ def test_a_network_that_fits_no_card_runs_over_two(caplog: pytest.LogCaptureFixt
         result = unet.model.apply_model(**_inputs(unet)).cpu()
         held = [virtual_gpu.get_device(index).live_bytes for index in (0, 1)]
         end_session(unet)
-    assert torch.allclose(result, _whole(), atol=1e-5)
+    assert torch.allclose(result, _whole(), atol=ATOL)
     assert min(held) > 0.8 * max(held)
     assert "layers of one copy over slots 0 and 1" in caplog.text
 
@@ -160,8 +162,8 @@ def test_four_small_cards_hold_two_copies_of_two_stages() -> None:
         begin_session(patched, SHAPE, _request("hybrid"))
         with_lora = patched.model.apply_model(**_inputs(unet)).cpu()
         end_session(patched)
-    assert torch.allclose(first, _whole(), atol=1e-5)
-    assert torch.allclose(with_lora, _whole(lora=True), atol=1e-5)
+    assert torch.allclose(first, _whole(), atol=ATOL)
+    assert torch.allclose(with_lora, _whole(lora=True), atol=ATOL)
 
 
 # a step alone
@@ -194,7 +196,7 @@ def test_the_third_step_is_done_alone_and_the_measured_better_is_kept(two_gpus: 
     assert trial.divided_ms > 0
     assert session.plan.strategy == ("replicas" if trial.speedup >= LEAST_GAIN else "single")
     end_session(unet)
-    assert all(torch.allclose(result, results[0], atol=1e-5) for result in results)
+    assert all(torch.allclose(result, results[0], atol=ATOL) for result in results)
 
 
 def test_a_trial_without_room_leaves_the_plan_as_it_is(two_gpus: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +224,7 @@ def test_a_step_that_runs_out_of_memory_once_is_done_again(two_gpus: Fleet, stra
     virtual_gpu.get_device(slot).set_faults(Faults(out_of_memory_at=frozenset({30})))
     result = unet.model.apply_model(**_inputs(unet))
     end_session(unet)
-    assert torch.allclose(result.cpu(), _whole(), atol=1e-5)
+    assert torch.allclose(result.cpu(), _whole(), atol=ATOL)
     assert f"Out of memory on slot {slot}" in caplog.text
 
 
@@ -238,7 +240,7 @@ def test_a_slot_that_keeps_running_out_of_memory_gets_less_and_then_nothing(two_
     end_session(unet)
     assert used == {0, 1}
     assert set(session.plan.used_slots) == {0}
-    assert torch.allclose(again, result, atol=1e-5)
+    assert torch.allclose(again, result, atol=ATOL)
 
 
 def test_replicas_go_on_without_a_lost_slot_and_so_do_later_runs(two_gpus: Fleet, caplog: pytest.LogCaptureFixture) -> None:
@@ -247,7 +249,7 @@ def test_replicas_go_on_without_a_lost_slot_and_so_do_later_runs(two_gpus: Fleet
     virtual_gpu.get_device(1).set_faults(Faults(lost_at_operation=40))
     result = unet.model.apply_model(**_inputs(unet))
     end_session(unet)
-    assert torch.allclose(result.cpu(), _whole(), atol=1e-5)
+    assert torch.allclose(result.cpu(), _whole(), atol=ATOL)
     assert "is lost" in caplog.text
     assert [slot.index for slot in two_gpus.working_slots] == [0]
     assert begin_session(unet, SHAPE, _request("auto")) is None, "one slot is left"
@@ -271,7 +273,7 @@ def test_an_error_of_a_hook_ends_the_run_and_the_next_is_well(two_gpus: Fleet) -
     begin_session(unet, SHAPE, _request("layers"))
     with pytest.raises(SlotFailure, match="a hook's own mistake"):
         unet.model.apply_model(**_inputs(unet), transformer_options={"block_modifiers": [fail]})
-    assert torch.allclose(unet.model.apply_model(**_inputs(unet)).cpu(), _whole(), atol=1e-5)
+    assert torch.allclose(unet.model.apply_model(**_inputs(unet)).cpu(), _whole(), atol=ATOL)
     end_session(unet)
 
 
