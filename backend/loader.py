@@ -33,6 +33,7 @@ from backend.foreign_json import parse_resolution
 from backend.memory.dtype_policy import dtype_from_flag
 from backend.modules.k_model import KModel
 from backend.modules.k_prediction import Prediction
+from backend.parallel.vae_decoding import decode_on_all_slots
 from backend.patcher.clip import CLIP
 from backend.patcher.unet import UnetPatcher
 from backend.patcher.vae import VAE
@@ -322,7 +323,7 @@ def _load_vae(vae: AutoencoderKL, plan: LoadPlan, sources: _Sources, config: Bac
     device = memory_management.vae_device(_count_bytes([vae], flag_dtype or memory_management.vae_dtype(memory_management.get_torch_device())))
     dtype = flag_dtype or memory_management.vae_dtype(device)
     assign_tensors(vae, plan, sources.vae.file, storage_dtype=dtype)
-    return VAE(vae, device=device, dtype=dtype)
+    return VAE(vae, device=device, dtype=dtype, slot_decoder=decode_on_all_slots)
 
 
 def _load_unet(

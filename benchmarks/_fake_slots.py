@@ -186,7 +186,7 @@ class FakeModel:
         y_BV = torch.empty(num_units, config.projection_class_embeddings_input_dim, device=home, dtype=DTYPE)
         timesteps_B = torch.empty(num_units, device=home)
         control = None if self.controlnet is None else self._run_controlnet(x_BCHW, timesteps_B, context_BLD)
-        return NetworkCall(x_BCHW=x_BCHW, timesteps_B=timesteps_B, context_BLD=context_BLD, y_BV=y_BV, control=control)
+        return NetworkCall(rows={"x": x_BCHW, "timesteps": timesteps_B, "context": context_BLD, "y": y_BV}, control=control)
 
     def _run_controlnet(self, x_BCHW: Tensor, timesteps_B: Tensor, context_BLD: Tensor) -> dict[str, Sequence[Tensor | None]]:
         """Row by row, as a card with little room does it."""

@@ -8,6 +8,7 @@ Shapes: B batch, C channels, H W latent rows and columns, L tokens, D width of a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -20,9 +21,11 @@ from backend import memory_management, profiler
 from backend.attention import install_attention
 from backend.modules.k_prediction import Prediction
 from backend.nn.deferred_control import DeferredControl
-from backend.nn.network_call import NetworkCall
-from backend.nn.unet_program import Program, build_program
-from backend.nn.unet_state import TransformerOptions
+from backend.nn.empty_network import META, make_empty_network
+from backend.nn.network_call import NetworkCall, Runner
+from backend.nn.owner import owner_of
+from backend.nn.program import Program, TransformerOptions
+from backend.nn.unet_program import build_program
 from backend.original_config import add_original_names
 from backend.parallel.executor import Executor, Replica
 from backend.parallel.fleet import current_fleet
@@ -32,15 +35,24 @@ from backend.storage.running import set_types
 if TYPE_CHECKING:
     from backend.patcher.base import ModelPatcher
 
-PEAK_NUMBERS = {True: 26, False: 16}
-"""Numbers alive at the peak of a forward pass, per latent position and channel of the outer level, with transformers on that level (SD1.x, SD2.x)
-and without (SDXL and its refiner). Counted with fused attention; the same at every size and batch (benchmarks/memory_estimates.md)."""
-SAFETY = 2.0
-"""The estimate over what tensors take: room for the scratch memory of kernels and for what an allocator rounds up."""
+BuildProgram = Callable[[Any], Program]
+
+
+def build_unet(unet: UNet2DConditionModel) -> Program:
+    """The program of an SD1.x, SD2.x or SDXL network, which gets the original names of its numbers for extensions that read them."""
+    add_original_names(unet)
+    return build_program(unet)
+
+
+@dataclass(slots=True)
+class _InForce:
+    """Who runs the network; none runs a copy of it."""
+
+    runner: Runner | None = None
 
 
 class KModel(nn.Module):
-    """A denoiser. `diffusion_model` is the library's UNet and owns all weights; `program` runs it.
+    """A denoiser. `diffusion_model` owns all weights; `program` runs it, and `build_program` made it: what is peculiar to a family is in there.
 
     `storage_dtype` is what the weights are kept in, `computation_dtype` what the layers compute in. Where they differ (fp8 storage),
     each layer's weights are dequantized for the time it runs.
@@ -48,27 +60,50 @@ class KModel(nn.Module):
 
     def __init__(
         self,
-        model: UNet2DConditionModel,
+        model: nn.Module,
         predictor: Prediction,
         *,
         storage_dtype: torch.dtype | None = None,
         computation_dtype: torch.dtype | None = None,
         config: object = None,
+        build_program: BuildProgram = build_unet,
     ) -> None:
         super().__init__()
-        self.diffusion_model = model
+        self.diffusion_model: Any = model
         self.predictor = predictor
         self.config = config
         self.storage_dtype: torch.dtype = storage_dtype or next(model.parameters()).dtype
         self.computation_dtype: torch.dtype = computation_dtype or self.storage_dtype
         set_types(model, self.storage_dtype, self.computation_dtype)
         install_attention(model)
-        add_original_names(model)
+        self.build_program = build_program
         self.program: Program = build_program(model)
-        self.runner: Callable[[NetworkCall], Tensor] | None = None
+
+    @property
+    def runner(self) -> Runner | None:
         """Runs the network on all rows of a call while a plan over several slots is in force."""
-        self.deferred_networks: frozenset[nn.Module] = frozenset()
+        return owner_of(self).part(_InForce).runner
+
+    @runner.setter
+    def runner(self, runner: Runner | None) -> None:
+        owner_of(self).part(_InForce).runner = runner
+
+    @property
+    def deferred_networks(self) -> frozenset[nn.Module]:
         """ControlNets whose residuals the runner computes itself, so that calls may bring them deferred."""
+        return frozenset() if self.runner is None else self.runner.deferred_networks
+
+    def make_empty(self) -> KModel:
+        """A denoiser of the same kind with the same names and types, on the meta device."""
+        empty = KModel(
+            make_empty_network(self.diffusion_model),
+            copy.deepcopy(self.predictor).to(META),
+            storage_dtype=self.storage_dtype,
+            computation_dtype=self.computation_dtype,
+            config=self.config,
+            build_program=self.build_program,
+        )
+        return empty.train(self.training)
 
     @torch.no_grad()
     def apply_model(
@@ -85,26 +120,22 @@ class KModel(nn.Module):
         """x0 (B, C, H, W) in fp32 of noisy latents `x` at noise levels `t` (B,).
 
         `c_concat` (B, C', H, W): mask and masked picture of an inpainting model. `c_crossattn` (B, L, D): text. `y` (B, V): SDXL's
-        pooled text and sizes. `control`: ControlNet residuals, there or deferred. Other keyword arguments are conditions of other model kinds
-        and unused.
+        pooled text and sizes. `control`: ControlNet residuals, there or deferred. Other tensors (Flux's `guidance`) go in under their own names;
+        the network gets those inputs that its program reads.
         """
         sigma, dtype = t, self.computation_dtype
         model_input = self.predictor.calculate_input(sigma, x)
         if c_concat is not None:
             model_input = torch.cat([model_input, c_concat.to(model_input)], dim=1)
-        call = NetworkCall(
-            x_BCHW=model_input.to(dtype),
-            timesteps_B=self.predictor.timestep(sigma),
-            context_BLD=None if c_crossattn is None else c_crossattn.to(dtype),
-            y_BV=y,
-            control=control,
-            options=transformer_options or {},
-        )
+        context = None if c_crossattn is None else c_crossattn.to(dtype)
+        known = {"x": model_input.to(dtype), "timesteps": self.predictor.timestep(sigma), "sigma": sigma, "context": context, "y": y}
+        inputs = {name: tensor for name, tensor in {**kwargs, **known}.items() if isinstance(tensor, Tensor) and name in self.program.reads}
+        call = NetworkCall(rows=inputs, control=control, options=transformer_options or {})
         return self.predictor.calculate_denoised(sigma, self.run_network(call).float(), x)
 
     def run_network(self, call: NetworkCall) -> Tensor:
         """All rows of a call, as the plan says; the result is on the call's device."""
-        return self.run_here(call) if self.runner is None else self.runner(call)
+        return self.run_here(call) if self.runner is None else self.runner.run(call)
 
     def run_here(self, call: NetworkCall) -> Tensor:
         """All rows in one pass, on the device that the call and the weights are on."""
@@ -116,10 +147,7 @@ class KModel(nn.Module):
 
     def memory_required(self, input_shape: Sequence[int]) -> float:
         """Estimate of the working memory, in bytes, of a forward pass over (B, C, H, W)."""
-        config: Any = self.diffusion_model.config
-        numbers: int = PEAK_NUMBERS["CrossAttn" in config.down_block_types[0]] * config.block_out_channels[0]
-        positions = input_shape[0] * input_shape[2] * input_shape[3]
-        return SAFETY * numbers * positions * self.computation_dtype.itemsize
+        return self.program.working_bytes(input_shape, self.computation_dtype.itemsize)
 
 
 @dataclass(eq=False)
@@ -129,7 +157,7 @@ class SplitUNet:
     model: KModel
     plan: ReplicaPlan
     _devices: Mapping[nn.Module, torch.device]
-    _runner_before: Callable[[NetworkCall], Tensor] | None
+    _runner_before: Runner | None
     _executor: Executor
 
     def undo(self) -> None:
@@ -169,7 +197,7 @@ def split_unet_across_gpus(unet: KModel | ModelPatcher, plan: Plan | ReplicaPlan
     except RuntimeError:
         split.undo()
         raise
-    model.runner = executor.run
+    model.runner = executor
     return split
 
 

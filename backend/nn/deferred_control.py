@@ -13,12 +13,17 @@ import torch
 from torch import Tensor, nn
 
 Residuals = dict[str, list[Tensor | None]]
-"""Per kind of segment ("input", "middle", "output") what is added there; the last of a list is taken first."""
+"""What is added, by kind of place in the network (`Addition.kind`); the last of a list is taken first."""
 Send = Callable[[Tensor, torch.device], Tensor]
 
 
 class ControlTask(Protocol):
-    """Residuals of one ControlNet for some rows of a call. They are added from the middle block on, never on the way in."""
+    """Residuals of one ControlNet for some rows of a call."""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The lists that it fills. Whoever runs a call waits for the task where the first entry of one of them is added."""
+        ...
 
     @property
     def network(self) -> nn.Module:

@@ -1,78 +1,89 @@
-"""One call of the network as a value: what goes in, and its rows. A row is a unit: one picture for one branch. Knows no devices and no plan.
+"""One call of the network as a value: what goes in, and its rows. A row is one picture for one branch. Knows no devices, no plan and no family.
 
-Shapes: B rows, C channels, H W latent rows and columns, L tokens, D width of a token, V width of SDXL's vector.
+Shapes: B rows, then whatever the network takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backend.nn.deferred_control import DeferredControl, residual_rows
-from backend.nn.unet_program import Program
-from backend.nn.unet_state import TransformerOptions, UNetState
+from backend.nn.program import ControlLists, Program, ProgramState, TransformerOptions
 
-Control = Mapping[str, Sequence[Tensor | None]]
+Control = ControlLists
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class NetworkCall:
-    """Inputs of the UNet, scaled and in the type it computes in. `options` are Forge's transformer options, shared until the state copies them.
+    """Inputs of a network, scaled and in the type it computes in. `options` are Forge's transformer options, shared until the state copies them.
 
-    `control` may be deferred: whoever runs the call computes the residuals beside it.
+    `rows`: every input by its name; "x" is the noisy latents. The first dimension of each counts rows, and an input of one row counts for all.
+    `control` may be deferred: whoever runs the call computes the residuals beside it. Raises: ValueError for an input of another number of rows.
     """
 
-    x_BCHW: Tensor
-    timesteps_B: Tensor
-    context_BLD: Tensor | None = None
-    y_BV: Tensor | None = None
-    control: Control | DeferredControl | None = None
+    rows: Mapping[str, Tensor]
+    control: ControlLists | DeferredControl | None = None
     options: TransformerOptions = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if "x" not in self.rows:
+            raise ValueError(f"A call of the network was given {', '.join(self.rows) or 'nothing'} and no latents; name them x.")
+        unlike = {name: tuple(tensor.shape) for name, tensor in self.rows.items() if tensor.ndim == 0 or tensor.shape[0] not in (1, self.num_rows)}
+        if unlike:
+            raise ValueError(
+                f"A call of {self.num_rows} rows was given {unlike}; the first dimension of every input counts its rows, and is 1 where one "
+                "counts for all."
+            )
 
     @property
     def num_rows(self) -> int:
-        return self.x_BCHW.shape[0]
+        return self.rows["x"].shape[0]
 
     @property
     def device(self) -> torch.device:
-        return self.x_BCHW.device
+        return self.rows["x"].device
 
-    def start(self, program: Program) -> UNetState:
+    def start(self, program: Program) -> ProgramState:
         """The state before the first segment, on the device that the inputs are on. Deferred residuals are computed first."""
         control = self.control.compute(self.device) if isinstance(self.control, DeferredControl) else self.control
-        return program.start(self.x_BCHW, self.timesteps_B, self.context_BLD, y_BV=self.y_BV, control=control, options=self.options)
+        return program.start(self.rows, residuals=program.name_residuals(control), options=self.options)
 
-    def rows(self, first: int, end: int) -> NetworkCall:
+    def take_rows(self, first: int, end: int) -> NetworkCall:
         """The call for rows `first` to before `end` alone; its options say what these rows are."""
         if first == 0 and end == self.num_rows:
             return self
-        part = slice(first, end)
         return NetworkCall(
-            x_BCHW=self.x_BCHW[part],
-            timesteps_B=self.timesteps_B[part],
-            context_BLD=None if self.context_BLD is None else self.context_BLD[part],
-            y_BV=None if self.y_BV is None else self.y_BV[part],
+            rows={name: tensor if tensor.shape[0] == 1 else tensor[first:end] for name, tensor in self.rows.items()},
             control=_control_rows(self.control, first, end, self.num_rows),
             options=_options_of_rows(self.options, first, end, self.num_rows),
         )
 
     def on(self, device: torch.device, send: Callable[[Tensor, torch.device], Tensor]) -> NetworkCall:
-        """The call with its tensors sent to `device`, all but the ControlNet's residuals, which each go where they are added."""
+        """The call with its inputs sent to `device`, all but the control residuals, which each go where they are added."""
         if device == self.device:
             return self
-        return replace(
-            self,
-            x_BCHW=send(self.x_BCHW, device),
-            timesteps_B=send(self.timesteps_B, device),
-            context_BLD=None if self.context_BLD is None else send(self.context_BLD, device),
-            y_BV=None if self.y_BV is None else send(self.y_BV, device),
-        )
+        return replace(self, rows={name: send(tensor, device) for name, tensor in self.rows.items()})
 
 
-def _control_rows(control: Control | DeferredControl | None, first: int, end: int, num_rows: int) -> Control | DeferredControl | None:
+class Runner(Protocol):
+    """Runs calls of a network elsewhere than in the calling thread: a sampling session over several slots, or a network cut by hand."""
+
+    @property
+    def deferred_networks(self) -> frozenset[nn.Module]:
+        """ControlNets whose residuals it computes itself, so that calls may bring them deferred."""
+        ...
+
+    def run(self, call: NetworkCall) -> Tensor:
+        """The network's output for all rows, on the call's device."""
+        ...
+
+
+def _control_rows(control: ControlLists | DeferredControl | None, first: int, end: int, num_rows: int) -> ControlLists | DeferredControl | None:
     if control is None:
         return None
     return control.rows(first, end, num_rows) if isinstance(control, DeferredControl) else residual_rows(control, first, end, num_rows)

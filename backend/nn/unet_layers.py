@@ -18,7 +18,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from backend.attention import attention_function
-from backend.nn.unet_state import TransformerOptions, UNetState
+from backend.nn.program import TransformerOptions
+from backend.nn.unet_state import UNetState
 
 NormWrapper = Callable[[nn.Module, Tensor, TransformerOptions], Tensor]
 

@@ -5,6 +5,9 @@
     output 0..n  per level its resnets (with their transformers); the level's upsampler belongs to its last segment
     last 0       norm, activation, conv_out
 
+Data flow: every segment reads "hidden" and leaves it. Input segment i also leaves "skip i", which output segment n - i reads and takes out of
+the state. Time embedding and text are constants.
+
 On one device the fold over the list is bit for bit the library's own `forward`. The program owns no weights: names of parameters
 are the network's. It must not know devices, samplers or how a plan places the segments. Shapes as in unet_state.py.
 """
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import (
     CrossAttnDownBlock2D,
@@ -28,37 +32,20 @@ from diffusers.models.unets.unet_2d_blocks import (
 )
 from torch import Tensor, nn
 
-from backend.nn.piece import Piece
+from backend.nn.program import Addition, Exchange, NamedLayers, Program, Segment, TransformerOptions
 from backend.nn.unet_layers import LayerRange, find_norm_wrapper, run_layers
-from backend.nn.unet_state import TransformerOptions, UNetState, concat_skip, copy_control
+from backend.nn.unet_state import CONTEXT, EMBEDDING, HIDDEN, TRANSFORMER_INPUT, UNetState, concat_skip, skip_name
 
-NamedLayers = tuple[tuple[str, nn.Module], ...]
+PEAK_NUMBERS = {True: 26, False: 16}
+"""Numbers alive at the peak of a forward pass, per latent position and channel of the outer level, with transformers on that level (SD1.x, SD2.x)
+and without (SDXL and its refiner). Counted with fused attention; the same at every size and batch (benchmarks/memory_estimates.md)."""
+SAFETY = 2.0
+"""The estimate over what tensors take: room for the scratch memory of kernels and for what an allocator rounds up."""
 
 
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """The smallest placeable run of layers. `named_layers` are its modules under their names in the network."""
-
-    kind: str
-    number: int
-    named_layers: NamedLayers
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Forge's name of the block: ("input", 4)."""
-        return self.kind, self.number
-
-    @property
-    def layers(self) -> tuple[nn.Module, ...]:
-        return tuple(layer for _, layer in self.named_layers)
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters under their names in the whole network."""
-        for name, layer in self.named_layers:
-            yield from layer.named_parameters(prefix=name)
-
-    def parameter_bytes(self) -> int:
-        return sum(parameter.nbytes for _, parameter in self.named_parameters())
+@dataclass(frozen=True, eq=False, kw_only=True)
+class UNetSegment(Segment):
+    """Resnets, transformers and samplers, with Forge's hooks around them."""
 
     @property
     def num_blocks(self) -> int:
@@ -80,13 +67,15 @@ class Segment:
         return (*(self.named_layers[:at] if first_block == 0 else ()), *own, *(self.named_layers[at + 1 :] if end_block is None else ()))
 
     def __call__(self, state: UNetState, first_block: int = 0, end_block: int | None = None) -> None:
-        """Move the state past this segment, or past the part of it from one transformer block to before another."""
         state.options["block"] = self.key
         if first_block == 0:
+            self.add_residuals(state, at_end=False)
             self._enter(state)
             self._modify(state, "before")
         self._run_layers(state, LayerRange(first_block, end_block))
         if end_block is None:
+            self.add_residuals(state, at_end=True)
+            self._modify(state, "after")
             self._leave(state)
 
     def _enter(self, state: UNetState) -> None:
@@ -97,48 +86,57 @@ class Segment:
         state.hidden_BCHW = run_layers(self.layers, state.hidden_BCHW, state, part=part)
 
     def _leave(self, state: UNetState) -> None:
-        self._modify(state, "after")
+        """What comes after the block modifiers."""
+        return
 
     def _modify(self, state: UNetState, when: str) -> None:
         for modify in state.options.get("block_modifiers", ()):
             state.hidden_BCHW = modify(state.hidden_BCHW, when, state.options)
 
 
-class InputSegment(Segment):
-    """Runs its layers and pushes the result as a skip."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class InputSegment(UNetSegment):
+    """Runs its layers and leaves the result as a skip too."""
+
+    skip: str
 
     def _leave(self, state: UNetState) -> None:
-        state.hidden_BCHW = state.add_control(state.hidden_BCHW, "input")
-        self._modify(state, "after")
         for patch in state.patches("input_block_patch"):
             state.hidden_BCHW = patch(state.hidden_BCHW, state.options)
-        state.skips.append(state.hidden_BCHW)
+        skip_BCHW = state.tensors[self.skip] = state.hidden_BCHW
+        state.skip_sizes[self.skip] = (skip_BCHW.shape[-2], skip_BCHW.shape[-1])
         for patch in state.patches("input_block_patch_after_skip"):
             state.hidden_BCHW = patch(state.hidden_BCHW, state.options)
 
 
-class MiddleSegment(Segment):
-    """Runs its layers."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OutputSegment(UNetSegment):
+    """Takes a skip, joins it to the hidden state and runs its layers. An upsampler meets the size of the next skip."""
 
-    def _leave(self, state: UNetState) -> None:
-        state.hidden_BCHW = state.add_control(state.hidden_BCHW, "middle")
-        self._modify(state, "after")
-
-
-class OutputSegment(Segment):
-    """Pops a skip, joins it to the hidden state and runs its layers. An upsampler meets the size of the next skip."""
+    skip: str
+    next_skip: str | None
 
     def _enter(self, state: UNetState) -> None:
-        skip_BCHW = state.add_control(state.skips.pop(), "output")
+        skip_BCHW = state.tensors.pop(self.skip)
         for patch in state.patches("output_block_patch"):
             state.hidden_BCHW, skip_BCHW = patch(state.hidden_BCHW, skip_BCHW, state.options)
         state.hidden_BCHW = concat_skip(state.hidden_BCHW, skip_BCHW)
 
     def _run_layers(self, state: UNetState, part: LayerRange) -> None:
-        state.hidden_BCHW = run_layers(self.layers, state.hidden_BCHW, state, _odd_upsample_size(state), part=part)
+        state.hidden_BCHW = run_layers(self.layers, state.hidden_BCHW, state, self._odd_upsample_size(state), part=part)
+
+    def _odd_upsample_size(self, state: UNetState) -> tuple[int, int] | None:
+        """The next skip's size where doubling would miss it (latents whose sides 2^levels does not divide), else None."""
+        if self.next_skip is None:
+            return None
+        height, width = state.skip_sizes[self.next_skip]
+        outer_BCHW = state.hidden_BCHW if state.transformer_input_BCHW is None else state.transformer_input_BCHW
+        hidden_height, hidden_width = outer_BCHW.shape[-2:]
+        return None if (height, width) in ((2 * hidden_height, 2 * hidden_width), (hidden_height, hidden_width)) else (height, width)
 
 
-class LastSegment(Segment):
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LastSegment(UNetSegment):
     """Norm, activation and the convolution to the output channels."""
 
     def _run_layers(self, state: UNetState, part: LayerRange) -> None:
@@ -148,15 +146,6 @@ class LastSegment(Segment):
             return
         norm, activation, convolution = self.layers
         state.hidden_BCHW = convolution(activation(wrapper(norm, state.hidden_BCHW, state.options)))
-
-
-def _odd_upsample_size(state: UNetState) -> tuple[int, int] | None:
-    """The next skip's size where doubling would miss it (latents whose sides 2^levels does not divide), else None."""
-    if not state.skips:
-        return None
-    height, width = state.skips[-1].shape[-2:]
-    hidden_height, hidden_width = (state.hidden_BCHW if state.transformer_input_BCHW is None else state.transformer_input_BCHW).shape[-2:]
-    return None if (height, width) in ((2 * hidden_height, 2 * hidden_width), (hidden_height, hidden_width)) else (height, width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,109 +172,135 @@ class TimeEmbedding:
             yield from layer.named_parameters(prefix=name)
 
 
-@dataclass(frozen=True, eq=False)
-class Program:
-    """Time embedding and segments of one UNet, in the order they run."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class UNetProgram(Program):
+    """A UNet's program. Rows: "x" scaled latents, "timesteps", "context" (text), and "y" (SDXL's vector) where the network has one."""
 
     embedding: TimeEmbedding
-    segments: tuple[Segment, ...]
 
     def start(
-        self,
-        x_BCHW: Tensor,
-        timesteps_B: Tensor,
-        context_BLD: Tensor | None,
-        *,
-        y_BV: Tensor | None = None,
-        control: Mapping[str, Sequence[Tensor | None]] | None = None,
-        options: TransformerOptions | None = None,
+        self, rows: Mapping[str, Tensor], *, residuals: Mapping[Addition, Tensor] | None = None, options: TransformerOptions | None = None
     ) -> UNetState:
-        """A fresh state for one unit. The options are copied (shallow), as segments write where they are into them."""
+        x_BCHW = rows["x"]
         own_options: TransformerOptions = dict(options or {})
         own_options["original_shape"] = list(x_BCHW.shape)
         own_options["transformer_index"] = 0
-        emb_BE = self.embedding(timesteps_B, y_BV, x_BCHW.dtype)
-        return UNetState(x_BCHW, emb_BE, context_BLD, control=copy_control(control), options=own_options)
+        tensors = {HIDDEN: x_BCHW, EMBEDDING: self.embedding(rows["timesteps"], rows.get("y"), x_BCHW.dtype)}
+        if "context" in rows:
+            tensors[CONTEXT] = rows["context"]
+        return UNetState(tensors, dict(residuals or {}), own_options)
 
-    def run(self, state: UNetState) -> Tensor:
-        """All segments on the device the state is on; returns the network's output."""
-        for segment in self.segments:
-            segment(state)
-        return state.hidden_BCHW
+    def example_rows(self, *, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        config = self.embedding.unet.config
+        widths = config.cross_attention_dim
+        rows = {
+            "x": torch.empty(1, config.in_channels, latent_height, latent_width, device="meta", dtype=dtype),
+            "timesteps": torch.empty(1, device="meta"),
+            "context": torch.empty(1, context_length, widths if isinstance(widths, int) else max(widths), device="meta", dtype=dtype),
+        }
+        if config.addition_embed_type is not None:
+            rows["y"] = torch.empty(1, config.projection_class_embeddings_input_dim, device="meta", dtype=dtype)
+        return rows
 
-    def run_piece(self, piece: Piece, state: UNetState) -> None:
-        """Move the state past one piece; its tensors are on the piece's device."""
-        self.segments[piece.segment](state, piece.first_block, piece.end_block)
-
-    def piece_layers(self, piece: Piece) -> NamedLayers:
-        """The modules with the weights of a piece, under their names in the network."""
-        return self.segments[piece.segment].part_layers(piece.first_block, piece.end_block)
-
-    def finest_parts(self, piece: Piece) -> tuple[Piece, ...]:
-        """A piece as its transformer blocks, where it has some; in the order they run."""
-        count = max(1, self.segments[piece.segment].num_blocks)
-        end = count if piece.end_block is None else piece.end_block
-        return tuple(Piece(piece.segment, index, None if index == count - 1 else index + 1) for index in range(piece.first_block, end))
-
-    def finest_pieces(self) -> tuple[Piece, ...]:
-        """Every transformer block a piece of its own, where a segment can be cut; in the order they run."""
-        return tuple(part for whole in self.whole_pieces() for part in self.finest_parts(whole))
-
-    def whole_pieces(self) -> tuple[Piece, ...]:
-        """Every segment a piece."""
-        return tuple(Piece(number) for number in range(len(self.segments)))
-
-    def segment(self, kind: str, number: int = 0) -> Segment:
-        """The segment of that name. Raises: KeyError."""
-        for segment in self.segments:
-            if segment.key == (kind, number):
-                return segment
-        raise KeyError(f"no segment {kind} {number}; there are {', '.join(f'{s.kind} {s.number}' for s in self.segments)}")
+    def working_bytes(self, shape: Sequence[int], itemsize: int) -> float:
+        config = self.embedding.unet.config
+        numbers: int = PEAK_NUMBERS["CrossAttn" in config.down_block_types[0]] * config.block_out_channels[0]
+        return SAFETY * numbers * shape[0] * shape[2] * shape[3] * itemsize
 
     def skip_source(self, output_number: int) -> int:
-        """Number of the input segment whose skip the given output segment pops."""
-        num_inputs = sum(segment.kind == "input" for segment in self.segments)
+        """Number of the input segment whose skip the given output segment reads."""
+        num_inputs = sum(isinstance(segment, InputSegment) for segment in self.segments)
         return num_inputs - 1 - output_number
 
 
-def build_program(unet: UNet2DConditionModel) -> Program:
+def build_program(unet: UNet2DConditionModel) -> UNetProgram:
     """Cut a UNet of the SD1.x, SD2.x or SDXL kind into segments. Raises: ValueError for parts the program does not know."""
     _refuse_unknown_parts(unet)
-    embedding_names = ["time_proj", "time_embedding", *(["add_embedding"] if unet.config.addition_embed_type else [])]
-    segments = [*_input_segments(unet), _middle_segment(unet), *_output_segments(unet), _last_segment(unet)]
-    return Program(TimeEmbedding(_named(unet, embedding_names), unet), tuple(segments))
+    has_vector = bool(unet.config.addition_embed_type)
+    embedding_names = ["time_proj", "time_embedding", *(["add_embedding"] if has_vector else [])]
+    inputs = _input_segments(unet)
+    segments = [*inputs, _middle_segment(unet), *_output_segments(unet, len(inputs)), _last_segment(unet)]
+    return UNetProgram(
+        embedding=TimeEmbedding(_named(unet, embedding_names), unet),
+        segments=tuple(segments),
+        reads=("x", "timesteps", "context", *(("y",) if has_vector else ())),
+        inputs=(HIDDEN,),
+        constants=(EMBEDDING, CONTEXT),
+        output=HIDDEN,
+        control_kinds=("middle", "output"),
+    )
 
 
 def _named(unet: nn.Module, names: Sequence[str]) -> NamedLayers:
     return tuple((name, unet.get_submodule(name)) for name in names)
 
 
-def _input_segments(unet: Any) -> list[Segment]:
+_INNER = (HIDDEN, TRANSFORMER_INPUT)
+
+
+def _input_segments(unet: Any) -> list[UNetSegment]:
     runs: list[list[str]] = [["conv_in"]]
     for level, block in enumerate(unet.down_blocks):
         runs += _resnet_runs(block, f"down_blocks.{level}")
         runs += [[f"down_blocks.{level}.downsamplers.0"]] if block.downsamplers else []
-    return [InputSegment("input", number, _named(unet, names)) for number, names in enumerate(runs)]
+    return [
+        InputSegment(
+            kind="input", number=number, named_layers=layers, consumes=(HIDDEN,), produces=(HIDDEN, skip_name(number)),
+            adds=(Addition("input", number, HIDDEN),), exchanges=_find_exchanges(layers), inner=_INNER, skip=skip_name(number),
+        )
+        for number, layers in enumerate(_named(unet, names) for names in runs)
+    ]  # fmt: skip
 
 
-def _middle_segment(unet: Any) -> Segment:
+def _middle_segment(unet: Any) -> UNetSegment:
     block, names = unet.mid_block, ["mid_block.resnets.0"]
     for index in range(len(block.attentions)):
         names += [f"mid_block.attentions.{index}", f"mid_block.resnets.{index + 1}"]
-    return MiddleSegment("middle", 0, _named(unet, names))
+    layers = _named(unet, names)
+    return UNetSegment(
+        kind="middle", number=0, named_layers=layers, consumes=(HIDDEN,), produces=(HIDDEN,), adds=(Addition("middle", 0, HIDDEN),),
+        exchanges=_find_exchanges(layers), inner=_INNER,
+    )  # fmt: skip
 
 
-def _output_segments(unet: Any) -> list[Segment]:
+def _output_segments(unet: Any, num_inputs: int) -> list[UNetSegment]:
     runs: list[list[str]] = []
     for level, block in enumerate(unet.up_blocks):
         level_runs = _resnet_runs(block, f"up_blocks.{level}")
         level_runs[-1] += [f"up_blocks.{level}.upsamplers.0"] if block.upsamplers else []
         runs += level_runs
-    return [OutputSegment("output", number, _named(unet, names)) for number, names in enumerate(runs)]
+    segments: list[UNetSegment] = []
+    for number, names in enumerate(runs):
+        layers, source = _named(unet, names), num_inputs - 1 - number
+        skip = skip_name(source)
+        segments.append(OutputSegment(
+            kind="output", number=number, named_layers=layers, consumes=(HIDDEN, skip), produces=(HIDDEN,),
+            adds=(Addition("output", number, skip, at_end=False),), exchanges=_find_exchanges(layers), inner=_INNER, skip=skip,
+            next_skip=skip_name(source - 1) if source > 0 else None,
+        ))  # fmt: skip
+    return segments
 
 
-def _last_segment(unet: Any) -> Segment:
-    return LastSegment("last", 0, _named(unet, ["conv_norm_out", "conv_act", "conv_out"]))
+def _last_segment(unet: Any) -> UNetSegment:
+    layers = _named(unet, ["conv_norm_out", "conv_act", "conv_out"])
+    return LastSegment(
+        kind="last", number=0, named_layers=layers, consumes=(HIDDEN,), produces=(HIDDEN,), exchanges=_find_exchanges(layers)
+    )  # fmt: skip
+
+
+def _find_exchanges(named_layers: NamedLayers) -> tuple[Exchange, ...]:
+    """Rows that convolutions read beyond their own, sums of group norms, keys and values of self-attention. Cross-attention needs nothing: the
+    text is there in whole."""
+    found: list[Exchange] = []
+    for name, layer in named_layers:
+        for child_name, child in layer.named_modules(prefix=name):
+            if isinstance(child, nn.Conv2d) and child.kernel_size[0] > 1:
+                found.append(Exchange("halo rows", child_name, halo_rows=child.kernel_size[0] // 2))
+            elif isinstance(child, nn.GroupNorm):
+                found.append(Exchange("norm sums", child_name))
+            elif isinstance(child, BasicTransformerBlock) and not child.only_cross_attention:
+                found.append(Exchange("keys and values", f"{child_name}.attn1"))
+    return tuple(found)
 
 
 def _resnet_runs(block: Any, prefix: str) -> list[list[str]]:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 from backend.nn.piece import Piece
-from backend.storage.kinds import module_stored_bytes
 
-if TYPE_CHECKING:
-    import torch
 
-    from backend.nn.unet_program import Program
+@dataclass(frozen=True, slots=True)
+class TakenSkip:
+    """A tensor that a piece takes from an earlier one, `source` by its index, other than the one right before it."""
+
+    source: int
+    bytes_per_row: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,9 +24,9 @@ class PieceCost:
     """One piece at its finest: a segment, or one block of its transformer.
 
     `work_per_row` is what times are computed from: the FLOPs (two per multiply-add), or, once times were measured, the piece's share of
-    them in the same unit. `num_kernels` is how many operations a forward launches. `hidden_bytes_per_row` is the state behind the piece,
-    `residual_bytes_per_row` what must go along with it where a transformer is cut. `skip_bytes_per_row` is the skip it leaves, `pops_skip_of`
-    the index of the piece whose skip it takes. `control_bytes_per_row` is the ControlNet residual that is added in it.
+    them in the same unit. `num_kernels` is how many operations a forward launches. `hidden_bytes_per_row` is what the next piece reads of it,
+    `residual_bytes_per_row` what must go along with that where a segment is cut. `skip_bytes_per_row` is what it leaves for later pieces, `takes`
+    what it takes of earlier ones. `control_bytes_per_row` are the ControlNet residuals that are added in it.
     `working_bytes_per_row` is the most that lives while it runs, without weights and without the skips that wait for others.
     """
 
@@ -37,7 +38,7 @@ class PieceCost:
     hidden_bytes_per_row: int
     residual_bytes_per_row: int = 0
     skip_bytes_per_row: int = 0
-    pops_skip_of: int | None = None
+    takes: tuple[TakenSkip, ...] = ()
     control_bytes_per_row: int = 0
     working_bytes_per_row: int = 0
 
@@ -62,8 +63,9 @@ class ModelProfile:
         if not self.pieces:
             raise ValueError(f"The profile of {self.name} has no pieces; there must be at least one.")
         for index, cost in enumerate(self.pieces):
-            if cost.pops_skip_of is not None and not 0 <= cost.pops_skip_of < index:
-                raise ValueError(f"Piece {index} of {self.name} takes the skip of piece {cost.pops_skip_of}, which does not run before it.")
+            for taken in cost.takes:
+                if not 0 <= taken.source < index:
+                    raise ValueError(f"Piece {index} of {self.name} takes the skip of piece {taken.source}, which does not run before it.")
 
     @property
     def copy_bytes_per_row(self) -> int:
@@ -105,8 +107,7 @@ class ModelProfile:
         """Peak of one row's activations with the whole network in one place, skips included."""
         held_bytes, peak_bytes = 0, 0
         for cost in self.pieces:
-            if cost.pops_skip_of is not None:
-                held_bytes -= self.pieces[cost.pops_skip_of].skip_bytes_per_row
+            held_bytes -= sum(taken.bytes_per_row for taken in cost.takes)
             peak_bytes = max(peak_bytes, held_bytes + cost.working_bytes_per_row)
             held_bytes += cost.skip_bytes_per_row
         return peak_bytes
@@ -122,46 +123,6 @@ class ComponentCost:
     working_bytes_per_row: int = 0
     num_kernels: int = 0
     runs_per_unit: bool = False
-
-
-def profile_unet(
-    config: Mapping[str, Any],
-    *,
-    latent_height: int,
-    latent_width: int,
-    context_length: int = 77,
-    dtype: torch.dtype | None = None,
-    name: str = "UNet",
-    measured_ms: Mapping[Piece, float] | None = None,
-) -> ModelProfile:
-    """Costs of a diffusers UNet of this config, counted on the meta device: no weights are made. `dtype`: float16 where none is given.
-
-    Kept per config, shape and dtype. `measured_ms` replaces the shares of work (see `with_measured_ms`).
-    Raises: ValueError for a UNet that cannot be cut into segments.
-    """
-    from backend.parallel.profiling import count_unet  # imports the network libraries
-
-    profile = count_unet(
-        config, latent_height=latent_height, latent_width=latent_width, context_length=context_length, dtype=dtype, name=name
-    )  # fmt: skip
-    return with_measured_ms(profile, measured_ms) if measured_ms else profile
-
-
-def profile_controlnet(
-    unet_config: Mapping[str, Any], *, latent_height: int, latent_width: int, context_length: int = 77, dtype: torch.dtype | None = None
-) -> ComponentCost:
-    """Costs of the ControlNet that belongs to a UNet of this config, counted like a UNet's. Kept per config, shape and dtype."""
-    from backend.parallel import profiling  # imports the network libraries
-
-    return profiling.profile_controlnet(
-        unet_config, latent_height=latent_height, latent_width=latent_width, context_length=context_length, dtype=dtype
-    )
-
-
-def with_stored_bytes(profile: ModelProfile, program: Program) -> ModelProfile:
-    """The profile with the bytes that the weights of this very network take in memory, whatever they are computed in."""
-    pieces = tuple(replace(cost, weight_bytes=module_stored_bytes(layer for _, layer in program.piece_layers(cost.piece))) for cost in profile.pieces)
-    return replace(profile, pieces=pieces, embedding_bytes=module_stored_bytes(layer for _, layer in program.embedding.named_layers))
 
 
 def with_measured_ms(profile: ModelProfile, measured_ms: Mapping[Piece, float]) -> ModelProfile:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from backend import memory_management
 from backend.devices.inventory import describe_device
 from backend.devices.slot import Slot
-from backend.modules.k_model import KModel
-from backend.parallel.costs import ModelProfile, contains, profile_unet, with_stored_bytes
+from backend.parallel.costs import ModelProfile, contains
 from backend.parallel.fleet import Fleet
 from backend.parallel.placement import copies_of
 from backend.parallel.plan import Piece, Plan
+from backend.parallel.profiling import profile_network, with_stored_bytes
 from backend.parallel.slot_facts import SlotFacts
 from backend.patcher.unet import UnetPatcher
+
+if TYPE_CHECKING:
+    from backend.modules.k_model import KModel
 
 FLOPS_PER_MS_OF_CPU_THREAD = 3e7
 FLOPS_PER_MS_OF_VIRTUAL_GPU = 1e7
@@ -27,9 +31,14 @@ RTX 4090 and the A100. First guesses all of them: measured speeds take their pla
 
 
 def profile_of(network: KModel, shape: Sequence[int]) -> ModelProfile:
-    """Costs of a denoiser's network for one row of latents (B, C, H, W)."""
+    """Costs of a denoiser's network for one row of latents (B, C, H, W), with the bytes that its weights are stored in.
+
+    Networks of one class and configuration share what was counted.
+    """
     height, width = int(shape[2]), int(shape[3])
-    profile = profile_unet(network.diffusion_model.config, latent_height=height, latent_width=width, dtype=network.computation_dtype)
+    profile = profile_network(
+        network.diffusion_model, network.build_program, latent_height=height, latent_width=width, dtype=network.computation_dtype
+    )
     return with_stored_bytes(profile, network.program)
 
 

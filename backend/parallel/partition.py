@@ -294,16 +294,14 @@ class _Evaluator:
         crossing, kept, send_ms = np.zeros(len(edges)), np.zeros((len(edges), len(self.slots))), np.zeros((len(edges), len(self.slots)))
         rows = np.arange(len(edges))
         for index, cost in enumerate(self.profile.pieces):
-            if cost.pops_skip_of is None:
-                continue
-            pushed = cost.pops_skip_of
-            num_bytes = self.profile.pieces[pushed].skip_bytes_per_row
-            source, target = self._slot_of(edges, pushed), self._slot_of(edges, index)
-            following = self._slot_of(edges, min(pushed + 1, self.num_pieces - 1))
-            is_sent = self._crosses[source, target] & (following != target)
-            crossing += np.where(is_sent, num_bytes, 0)
-            send_ms[rows, source] += np.where(is_sent, num_bytes * self._ms_per_byte[source, target], 0.0)
-            kept[rows, target] += num_bytes
+            for taken in cost.takes:
+                num_bytes = taken.bytes_per_row
+                source, target = self._slot_of(edges, taken.source), self._slot_of(edges, index)
+                following = self._slot_of(edges, min(taken.source + 1, self.num_pieces - 1))
+                is_sent = self._crosses[source, target] & (following != target)
+                crossing += np.where(is_sent, num_bytes, 0)
+                send_ms[rows, source] += np.where(is_sent, num_bytes * self._ms_per_byte[source, target], 0.0)
+                kept[rows, target] += num_bytes
         return crossing, kept, send_ms
 
     def _delay_by_skips(self, stages: StageArrays, skip_ms: Floats) -> None:

@@ -1,4 +1,4 @@
-"""Puts a plan's networks where it says: copies of the UNet on other slots (twins), and the stages of one network over several devices.
+"""Puts a plan's networks where it says: copies of the denoiser on other slots (replica modules), and the stages of one network over several devices.
 
 The bytes are moved by memory management, which counts and evicts them like any other model. Names of parameters are the same in every copy.
 Must not know guidance or samplers.
@@ -6,26 +6,26 @@ Must not know guidance or samplers.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from backend import memory_management
-from backend.modules.k_model import KModel
-from backend.original_config import without_original_names
+from backend.nn.owner import owner_of
 from backend.parallel.executor import Replica
 from backend.parallel.fleet import Fleet
 from backend.parallel.plan import Piece, Plan, ReplicaPlan
-from backend.parallel.twins import META, TwinPatcher
-from backend.parallel.unit_control import ControlPlace
+from backend.parallel.replica_modules import META, ReplicaModules, ReplicaPatcher
+from backend.parallel.residuals import ControlPlace
 from backend.patcher.base import ModelPatcher
 from backend.patcher.unet import UnetPatcher
+
+if TYPE_CHECKING:
+    from backend.modules.k_model import KModel
 
 
 class UNetStage(nn.Module):
@@ -44,27 +44,13 @@ class StagePatcher:
     load_device: torch.device
     offload_device: torch.device
     current_device: torch.device
-    twin: TwinPatcher | None = None
+    replica: ReplicaPatcher | None = None
     must_be_whole: bool = False
 
     def prepare_load(self, device: torch.device) -> None:
-        """A stage of a twin that holds no weights gets them."""
-        if self.twin is not None:
-            self.twin.fill(self.model, device)
-
-
-def make_empty_twin(network: KModel) -> KModel:
-    """A denoiser of the same kind with the same names and types, on the meta device."""
-    with META:
-        unet = UNet2DConditionModel.from_config(without_original_names(cast("Any", network.diffusion_model.config)))
-    twin = KModel(
-        unet.requires_grad_(False).train(network.diffusion_model.training),
-        copy.deepcopy(network.predictor).to(META),
-        storage_dtype=network.storage_dtype,
-        computation_dtype=network.computation_dtype,
-        config=network.config,
-    )
-    return twin.train(network.training)
+        """A stage of a replica module that holds no weights gets them."""
+        if self.replica is not None:
+            self.replica.fill(self.model, device)
 
 
 @dataclass(eq=False)
@@ -73,33 +59,30 @@ class PlacedPlan:
 
     plan: Plan
     replicas: tuple[Replica, ...]
-    patchers: tuple[UnetPatcher | TwinPatcher | StagePatcher, ...]
+    patchers: tuple[UnetPatcher | ReplicaPatcher | StagePatcher, ...]
 
 
 @dataclass(eq=False)
 class Copies:
-    """What plans have made of one network so far; kept on the network, used again by later plans."""
+    """What plans have made of one network so far; kept by its owner, used again by later plans."""
 
-    twins: dict[tuple[int, ...], TwinPatcher] = field(default_factory=dict)
+    replicas: ReplicaModules = field(default_factory=ReplicaModules)
     stages: dict[tuple[int, torch.device], tuple[frozenset[int], StagePatcher]] = field(default_factory=dict)
 
     @property
     def networks(self) -> set[nn.Module]:
         """All that memory management knows of them by."""
-        return {twin.model for twin in self.twins.values()} | {stage.model for _, stage in self.stages.values()}
+        return self.replicas.networks | {stage.model for _, stage in self.stages.values()}
 
     def release_stages(self, network: nn.Module) -> None:
         """Forget the stages of a network; its weights stay where they are."""
-        for key in [key for key in self.stages if key[0] == id(network)]:
+        for key in [key for key in self.stages if key[0] == owner_of(network).serial]:
             _, stage = self.stages.pop(key)
             memory_management.unload_model_clones(stage)
 
 
 def copies_of(network: KModel) -> Copies:
-    copies: Copies | None = network.__dict__.get("copies")
-    if copies is None:
-        copies = network.__dict__["copies"] = Copies()
-    return copies
+    return owner_of(network).part(Copies)
 
 
 def place_plan(
@@ -135,10 +118,10 @@ class _Placer:
     def __init__(self, unet: UnetPatcher, fleet: Fleet) -> None:
         self.unet, self.fleet = unet, fleet
         self.copies = copies_of(unet.model)
-        self.patchers: list[UnetPatcher | TwinPatcher | StagePatcher] = []
+        self.patchers: list[UnetPatcher | ReplicaPatcher | StagePatcher] = []
         self._whole_on: dict[torch.device, KModel] = {}
         self._own_is_given = False
-        self._twins: list[tuple[int, TwinPatcher]] = []
+        self._replicas: list[tuple[int, ReplicaPatcher]] = []
         self._is_split = False
 
     def add(self, replica: ReplicaPlan, work_per_row: Mapping[Piece, float], controls: Mapping[nn.Module, ControlPlace]) -> Replica:
@@ -152,15 +135,15 @@ class _Placer:
             return self._whole_on[device]
         if not self._own_is_given:
             self._own_is_given = True
-            twin, network = None, self.unet.model
+            copied, network = None, self.unet.model
         else:
-            twin = self._twin_for(replica)
-            network = cast("KModel", twin.model)
-        if device is None or (twin is None and device != self.unet.load_device):
-            self._add_stages(network, replica, twin)
+            copied = self._replica_patcher_for(replica)
+            network = cast("KModel", copied.model)
+        if device is None or (copied is None and device != self.unet.load_device):
+            self._add_stages(network, replica, copied)
         else:
             self.copies.release_stages(network)
-            self.patchers.append(twin or self.unet)
+            self.patchers.append(copied or self.unet)
             self._whole_on[device] = network
         return network
 
@@ -169,17 +152,17 @@ class _Placer:
         network = self.unet.model
         return network.storage_dtype == network.computation_dtype and not self.unet.has_online_lora()
 
-    def _twin_for(self, replica: ReplicaPlan) -> TwinPatcher:
+    def _replica_patcher_for(self, replica: ReplicaPlan) -> ReplicaPatcher:
         key = tuple(sorted(replica.used_slots))
         device = self.fleet.device(replica.slots[0])
-        twin = self.copies.twins.get(key)
-        if twin is None or twin.load_device != device:
-            twin = self.copies.twins[key] = TwinPatcher.make(self.unet, make_empty_twin(self.unet.model), device)
-        twin.source = self.unet
-        self._twins.append((replica.slots[0], twin))
-        return twin
+        copied = self.copies.replicas.get(key)
+        if copied is None or copied.load_device != device:
+            copied = self.copies.replicas[key] = ReplicaPatcher.make(self.unet, self.unet.model.make_empty(), device)
+        copied.source = self.unet
+        self._replicas.append((replica.slots[0], copied))
+        return copied
 
-    def _add_stages(self, network: KModel, replica: ReplicaPlan, twin: TwinPatcher | None) -> None:
+    def _add_stages(self, network: KModel, replica: ReplicaPlan, copied: ReplicaPatcher | None) -> None:
         """One patcher per device with all layers that run there; the time embedding belongs to the first."""
         self._is_split = True
         by_device: dict[torch.device, list[nn.Module]] = {
@@ -187,40 +170,42 @@ class _Placer:
         }
         for piece, slot in zip(replica.pieces, replica.slots):
             by_device.setdefault(self.fleet.device(slot), []).extend(layer for _, layer in network.program.piece_layers(piece))
-        for key in [key for key in self.copies.stages if key[0] == id(network) and key[1] not in by_device]:
+        for key in [key for key in self.copies.stages if key[0] == owner_of(network).serial and key[1] not in by_device]:
             memory_management.unload_model_clones(self.copies.stages.pop(key)[1])
         for device, layers in by_device.items():
-            self.patchers.append(self._stage(network, device, layers, twin))
+            self.patchers.append(self._stage(network, device, layers, copied))
 
-    def _stage(self, network: KModel, device: torch.device, layers: Sequence[nn.Module], twin: TwinPatcher | None) -> StagePatcher:
-        key, held = (id(network), device), frozenset(id(layer) for layer in layers)
+    def _stage(self, network: KModel, device: torch.device, layers: Sequence[nn.Module], copied: ReplicaPatcher | None) -> StagePatcher:
+        key, held = (owner_of(network).serial, device), frozenset(id(layer) for layer in layers)
         known = self.copies.stages.get(key)
         if known is not None and known[0] == held:
             return known[1]
         if known is not None:
             memory_management.unload_model_clones(known[1])
-        offload = META if twin is not None else self.unet.offload_device
-        stage = StagePatcher(UNetStage(layers), device, offload, offload, twin=twin, must_be_whole=twin is not None)
+        offload = META if copied is not None else self.unet.offload_device
+        stage = StagePatcher(UNetStage(layers), device, offload, offload, replica=copied, must_be_whole=copied is not None)
         self.copies.stages[key] = (held, stage)
         return stage
 
     def leave_former_places(self) -> None:
         """What stood for a network as a whole stands for it no more where it is split now."""
-        if id(self.unet.model) in {key[0] for key in self.copies.stages}:
+        if owner_of(self.unet.model).serial in {key[0] for key in self.copies.stages}:
             memory_management.unload_model_clones(self.unet)
-        for twin in self.copies.twins.values():
-            if id(twin.model) in {key[0] for key in self.copies.stages}:
-                memory_management.unload_model_clones(twin)
+        for copied in self.copies.replicas.values():
+            if owner_of(copied.model).serial in {key[0] for key in self.copies.stages}:
+                memory_management.unload_model_clones(copied)
 
     def finish(self) -> None:
         """Attributes and weights as the job's patcher wants them, on all devices at once."""
-        if id(self.unet.model) in {key[0] for key in self.copies.stages}:
+        if owner_of(self.unet.model).serial in {key[0] for key in self.copies.stages}:
             self.unet.model.predictor.to(self.unet.load_device)
             self.unet.forge_patch_model(None)
             _changing_weights(self.unet.load_device, self.unet.refresh_loras)
-        changes: list[tuple[TwinPatcher, Future[None]]] = [(twin, self.fleet.worker(slot).submit(twin.refresh_twin)) for slot, twin in self._twins]
-        for twin, change in changes:
-            _changing_weights(twin.load_device, change.result)
+        changes: list[tuple[ReplicaPatcher, Future[None]]] = [
+            (copied, self.fleet.worker(slot).submit(copied.refresh_replica)) for slot, copied in self._replicas
+        ]
+        for copied, change in changes:
+            _changing_weights(copied.load_device, change.result)
 
 
 def _changing_weights(device: torch.device, run: Callable[[], object]) -> None:

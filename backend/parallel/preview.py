@@ -16,11 +16,12 @@ from backend.checkpoint_layout import find_text_encoders, find_unet
 from backend.denoiser_types import choose_denoiser_types
 from backend.devices.slot import Slot
 from backend.nn.unet_program import build_program
-from backend.parallel.costs import ModelProfile, profile_unet, with_stored_bytes
+from backend.parallel.costs import ModelProfile
 from backend.parallel.fleet import Fleet, current_fleet
 from backend.parallel.live_facts import guess_speed
 from backend.parallel.plan import Plan
 from backend.parallel.planner import JobShape, WantedStrategy, make_plan
+from backend.parallel.profiling import profile_unet, with_stored_bytes
 from backend.parallel.slot_facts import Link, SlotFacts
 from backend.state_dict import build_empty, matrix_dtypes
 from backend.storage.running import set_types

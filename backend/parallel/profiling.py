@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, ConfigMixin, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -22,10 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from backend.nn.unet_program import Program, build_program
-from backend.nn.unet_state import UNetState
+from backend.nn.empty_network import make_empty_network
+from backend.nn.piece import Piece
+from backend.nn.program import Program, ProgramState, Reading, trace_tensors
+from backend.nn.unet_program import build_program
 from backend.original_config import without_original_names
-from backend.parallel.costs import ComponentCost, ModelProfile, PieceCost
+from backend.parallel.costs import ComponentCost, ModelProfile, PieceCost, TakenSkip, with_measured_ms
+from backend.storage.kinds import module_stored_bytes
 
 _FREE_OPERATIONS = ("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "split",
                     "chunk", "detach", "alias", "select", "unbind", "empty", "as_strided", "_reshape_alias", "narrow")  # fmt: skip
@@ -95,7 +100,7 @@ class FusedAttention(TorchFunctionMode):
         return query.new_empty((*leading, num_queries, value.shape[-1]))
 
 
-def count_unet(
+def profile_unet(
     config: Mapping[str, Any],
     *,
     latent_height: int,
@@ -103,30 +108,80 @@ def count_unet(
     context_length: int = 77,
     dtype: torch.dtype | None = None,
     name: str = "UNet",
+    measured_ms: Mapping[Piece, float] | None = None,
 ) -> ModelProfile:
-    """See `backend.parallel.costs.profile_unet`."""
+    """Costs of a diffusers UNet of this config, counted on the meta device: no weights are made. `dtype`: float16 where none is given.
+
+    Kept per config, shape and dtype. `measured_ms` replaces the shares of work (see `with_measured_ms`).
+    Raises: ValueError for a UNet that cannot be cut into segments.
+    """
+    key = (UNet2DConditionModel, _as_text(config))
+    size = _Size(latent_height, latent_width, context_length, dtype or torch.float16)
+    profile = _counted(key, size, build_program, lambda: _make_unet(key[1], size.dtype), name)
+    return with_measured_ms(profile, measured_ms) if measured_ms else profile
+
+
+def profile_network(
+    network: nn.Module, build: Callable[[Any], Program], *, latent_height: int, latent_width: int, context_length: int = 77, dtype: torch.dtype
+) -> ModelProfile:
+    """Costs of any network that `build` makes a program of, counted on the meta device. Kept per class, configuration, shape and dtype."""
+    key = (type(network), _as_text(without_original_names(network.config)) if isinstance(network, ConfigMixin) else _describe_weights(network))
+    size = _Size(latent_height, latent_width, context_length, dtype)
+    name = "UNet" if isinstance(network, UNet2DConditionModel) else type(network).__name__
+    return _counted(key, size, build, lambda: _cast(make_empty_network(network), dtype), name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """What a network's costs depend on beside its architecture."""
+
+    latent_height: int
+    latent_width: int
+    context_length: int
+    dtype: torch.dtype
+
+
+_counts: OrderedDict[tuple[Any, _Size, str], ModelProfile] = OrderedDict()
+
+
+def _counted(key: Any, size: _Size, build: Callable[[Any], Program], make_empty: Callable[[], nn.Module], name: str) -> ModelProfile:
+    """The profile of a network without weights, counted once per key, size and name; the latest are kept."""
     with _lock:
-        return _count_unet(_as_text(config), latent_height, latent_width, context_length, dtype or torch.float16, name)
+        found = _counts.get((key, size, name))
+        if found is None:
+            network = make_empty()
+            program = build(network)
+            rows = program.example_rows(
+                latent_height=size.latent_height, latent_width=size.latent_width, context_length=size.context_length, dtype=size.dtype
+            )
+            found = _counts[key, size, name] = count_program(program, network, rows, name=name)
+        _counts.move_to_end((key, size, name))
+        if len(_counts) > _CACHE_LENGTH:
+            _counts.popitem(last=False)
+        return found
 
 
-@lru_cache(maxsize=_CACHE_LENGTH)
-def _count_unet(config_text: str, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype, name: str) -> ModelProfile:
-    unet = _make_unet(config_text, dtype)
-    program = build_program(unet)
-    x_BCHW = torch.empty(1, unet.config.in_channels, latent_height, latent_width, device="meta", dtype=dtype)
-    context_BLD = torch.empty(1, context_length, _widest(unet.config.cross_attention_dim), device="meta", dtype=dtype)
-    count = CountFlops(unet)
+def _describe_weights(network: nn.Module) -> str:
+    """Names and shapes: two networks of one class with the same ones are taken for alike."""
+    return str([(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()])
+
+
+def count_program(program: Program, network: nn.Module, rows: Mapping[str, Tensor], *, name: str) -> ModelProfile:
+    """Costs of any program, for one row of inputs. `network` owns its weights; both are on the meta device."""
+    count = CountFlops(network)
     with torch.no_grad(), count, FusedAttention(count):
-        state = program.start(x_BCHW, torch.empty(1, device="meta"), context_BLD, y_BV=_make_vector(unet, dtype))
+        state = program.start(rows)
+        constants = [state.tensors[name] for name in program.constants if name in state.tensors]
         pieces = _count_pieces(program, state, count)
+    given = {id(tensor) for tensor in rows.values()}
     return ModelProfile(
         name=name,
         pieces=pieces,
         embedding_bytes=sum(parameter.nbytes for _, parameter in program.embedding.named_parameters()),
-        emb_bytes_per_row=state.emb_BE.nbytes,
-        context_bytes_per_row=context_BLD.nbytes,
-        latent_bytes_per_row=x_BCHW.nbytes,
-        output_bytes_per_row=state.hidden_BCHW.nbytes,
+        emb_bytes_per_row=sum(tensor.nbytes for tensor in constants if id(tensor) not in given),
+        context_bytes_per_row=sum(tensor.nbytes for tensor in constants if id(tensor) in given),
+        latent_bytes_per_row=rows["x"].nbytes,
+        output_bytes_per_row=state.tensors[program.output].nbytes,
     )
 
 
@@ -141,24 +196,23 @@ def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return nn.Module.to(network, dtype=dtype).eval()
 
 
-def _count_pieces(program: Program, state: UNetState, count: CountFlops) -> tuple[PieceCost, ...]:
+def _count_pieces(program: Program, state: ProgramState, count: CountFlops) -> tuple[PieceCost, ...]:
+    pieces = program.finest_pieces()
+    readings = trace_tensors(program, pieces)
+    left: dict[tuple[int, str], int] = {}
     costs: list[PieceCost] = []
-    pushed: list[int] = []
-    kinds = [segment.kind for segment in program.segments]
-    for index, piece in enumerate(program.finest_pieces()):
-        flops, kernels, skips = count.flops, count.num_kernels, list(state.skips)
+    for index, piece in enumerate(pieces):
+        flow = program.flow(piece)
+        before = {name: tensor.nbytes for name, tensor in state.tensors.items()}  # numbers only: tensors held here would count as alive
+        flops, kernels = count.flops, count.num_kernels
         count.peak_bytes = count.live_bytes
         program.run_piece(piece, state)
-        waiting = skips if len(skips) <= len(state.skips) else state.skips
-        popped, skip_bytes, control_bytes = None, 0, 0
-        if len(state.skips) > len(skips):
-            pushed.append(index)
-            skip_bytes = state.skips[-1].nbytes
-        elif len(state.skips) < len(skips):
-            popped = pushed.pop()
-            control_bytes = skips[-1].nbytes
-        if kinds[piece.segment] == "middle" and piece.end_block is None:
-            control_bytes = state.hidden_BCHW.nbytes
+        sizes = {**before, **{name: tensor.nbytes for name, tensor in state.tensors.items()}}
+        own = [reading for reading in readings if reading.source == index]
+        made = [*own, *(reading for reading in readings if index == 0 and reading.source < 0)]
+        left.update({(one.source, one.name): (before if one.source < 0 else sizes).get(one.name, 0) for one in made})
+        goes_on = [one.name for one in own if index + 1 in one.readers] if index + 1 < len(pieces) else [program.output]
+        beside = [] if piece.end_block is None else [name for name in goes_on if name not in program.segments[piece.segment].produces]
         costs.append(
             PieceCost(
                 piece=piece,
@@ -166,15 +220,23 @@ def _count_pieces(program: Program, state: UNetState, count: CountFlops) -> tupl
                 flops_per_row=count.flops - flops,
                 work_per_row=count.flops - flops,
                 num_kernels=count.num_kernels - kernels,
-                hidden_bytes_per_row=state.hidden_BCHW.nbytes,
-                residual_bytes_per_row=0 if state.transformer_input_BCHW is None else state.transformer_input_BCHW.nbytes,
-                skip_bytes_per_row=skip_bytes,
-                pops_skip_of=popped,
-                control_bytes_per_row=control_bytes,
-                working_bytes_per_row=count.peak_bytes - sum(skip.nbytes for skip in waiting),
+                hidden_bytes_per_row=sum(sizes[name] for name in goes_on if name not in beside),
+                residual_bytes_per_row=sum(sizes[name] for name in beside),
+                skip_bytes_per_row=sum(left[one.source, one.name] for one in made if _is_skip(one)),
+                takes=tuple(
+                    TakenSkip(max(one.source, 0), left[one.source, one.name]) for one in readings if _is_skip(one) and one.readers[-1] == index
+                ),
+                control_bytes_per_row=sum(sizes[one.target] for one in flow.adds if one.kind in program.control_kinds),
+                working_bytes_per_row=count.peak_bytes
+                - sum(num_bytes for name, num_bytes in before.items() if name not in (*flow.consumes, *program.constants)),
             )
         )
     return tuple(costs)
+
+
+def _is_skip(reading: Reading) -> bool:
+    """Whether a tensor waits for a piece behind the next. It counts until its last reader."""
+    return reading.readers[-1] > max(reading.source, 0) + 1
 
 
 def _weight_bytes(named_layers: Any) -> int:
@@ -185,15 +247,15 @@ def _widest(context_width: int | tuple[int, ...] | list[int]) -> int:
     return context_width if isinstance(context_width, int) else max(context_width)
 
 
-def _make_vector(unet: Any, dtype: torch.dtype) -> Tensor | None:
-    if unet.config.addition_embed_type is None:
-        return None
-    return torch.empty(1, unet.config.projection_class_embeddings_input_dim, device="meta", dtype=dtype)
-
-
 def _as_text(config: Mapping[str, Any]) -> str:
     """The config as a key: private entries (where it was read from, versions) do not matter."""
     return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True, default=str)
+
+
+def with_stored_bytes(profile: ModelProfile, program: Program) -> ModelProfile:
+    """The profile with the bytes that the weights of this very network take in memory, whatever they are computed in."""
+    pieces = tuple(replace(cost, weight_bytes=module_stored_bytes(layer for _, layer in program.piece_layers(cost.piece))) for cost in profile.pieces)
+    return replace(profile, pieces=pieces, embedding_bytes=module_stored_bytes(layer for _, layer in program.embedding.named_layers))
 
 
 def controlnet_config(unet: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """ControlNets as a plan takes them along: what each costs, and its copies on the slots where it runs.
 
-A ControlNet on the device that its own patcher calls home is the network itself; elsewhere it is a twin. Must not know hints, chains or
+A ControlNet on the device that its own patcher calls home is the network itself; elsewhere it is a replica module. Must not know hints, chains or
 samplers.
 """
 
@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from backend.memory.module_bytes import count_module_bytes
+from backend.nn.empty_network import META
+from backend.nn.owner import owner_of
 from backend.parallel.costs import ComponentCost
 from backend.parallel.fleet import Fleet
 from backend.parallel.plan import Plan
-from backend.parallel.twins import META, TwinPatcher
-from backend.parallel.unit_control import ControlPlace
+from backend.parallel.replica_modules import ReplicaModules, ReplicaPatcher
+from backend.parallel.residuals import ControlPlace
 from backend.patcher.base import ModelPatcher
 
 
@@ -53,17 +55,17 @@ class Rider:
 
     @property
     def networks(self) -> set[nn.Module]:
-        """The network and its twins: all that memory management knows of it by."""
-        return {self.network, *(twin.model for twin in _twins_of(self.network).values())}
+        """The network and its replica modules: all that memory management knows of it by."""
+        return {self.network, *owner_of(self.network).part(ReplicaModules).networks}
 
 
 def collect_riders(links: Sequence[ControlLink], work: str) -> tuple[Rider, ...]:
     """The networks of a chain's links, each once. `work` names the size that times are measured for."""
-    patchers = {id(link.control_model_wrapped.model): link.control_model_wrapped for link in links}
+    patchers = {owner_of(link.control_model_wrapped.model).serial: link.control_model_wrapped for link in links}
     riders = []
     for number, (key, patcher) in enumerate(patchers.items()):
         name = "ControlNet" if len(patchers) == 1 else f"ControlNet {number + 1}"
-        count = sum(id(link.control_model_wrapped.model) == key for link in links)
+        count = sum(link.control_model_wrapped.model is patcher.model for link in links)
         riders.append(Rider(name=name, patcher=patcher, links=count, work=f"{work} beside {key}"))
     return tuple(riders)
 
@@ -109,15 +111,10 @@ def place_riders(
 def _patcher_on(rider: Rider, device: torch.device) -> ModelPatcher:
     if device == rider.patcher.load_device:
         return rider.patcher
-    twins = _twins_of(rider.network)
-    if device not in twins:
+    copies = owner_of(rider.network).part(ReplicaModules)
+    if device not in copies:
         with META:
             empty = rider.network.make_empty()  # type: ignore[operator]
-        twins[device] = TwinPatcher.make(rider.patcher, empty, device)
-    twins[device].source = rider.patcher
-    return twins[device]
-
-
-def _twins_of(network: nn.Module) -> dict[torch.device, TwinPatcher]:
-    found: dict[torch.device, TwinPatcher] = network.__dict__.setdefault("twins_by_device", {})
-    return found
+        copies[device] = ReplicaPatcher.make(rider.patcher, empty, device)
+    copies[device].source = rider.patcher
+    return copies[device]

@@ -20,8 +20,9 @@ from backend import memory_management, profiler
 from backend.devices.slot import Slot
 from backend.memory.errors import OutOfMemory
 from backend.nn.network_call import NetworkCall
+from backend.nn.owner import owner_of
 from backend.parallel import status
-from backend.parallel.costs import ComponentCost, ModelProfile, profile_controlnet, with_measured_ms
+from backend.parallel.costs import ComponentCost, ModelProfile, with_measured_ms
 from backend.parallel.executor import Executor, SlotFailure
 from backend.parallel.fleet import Fleet, Trial, current_fleet
 from backend.parallel.live_facts import guess_speed, profile_of, slot_facts, speed_of, without_others, work_of_pieces
@@ -29,6 +30,7 @@ from backend.parallel.lost_slots import find_silent_slots, lose_slots
 from backend.parallel.placement import PlacedPlan, place_plan, place_whole
 from backend.parallel.plan import Piece, Plan, ReplicaPlan
 from backend.parallel.planner import LEAST_GAIN, JobShape, WantedStrategy, deal_units, make_plan
+from backend.parallel.profiling import profile_controlnet
 from backend.parallel.riders import ControlLink, Rider, collect_riders, place_riders, rider_costs
 from backend.parallel.worker import SlotLost
 from backend.patcher.base import ModelPatcher
@@ -100,7 +102,7 @@ class SamplingSession:
     ) -> None:
         self.unet, self.fleet, self.request = unet, fleet, request
         self._shape = tuple(shape)
-        self._work = f"{id(unet.model)} {self._shape[2]}x{self._shape[3]}"
+        self._work = f"{owner_of(unet.model).serial} {self._shape[2]}x{self._shape[3]}"
         self._riders = collect_riders(controls, self._work)
         self._beside, self._preserved_bytes = tuple(beside), preserved_bytes
         self._profile = self._make_profile()
@@ -122,14 +124,13 @@ class SamplingSession:
     def close(self) -> None:
         """Let the network run as it does without a plan. Copies stay on their slots until something else needs the room."""
         self._tell_status(self.measured_ms)
-        self._set_runner(None)
+        self.unet.model.runner = None
         if self._executor is not None:
             self._executor.close()
 
-    def _set_runner(self, runner: Callable[[NetworkCall], Tensor] | None) -> None:
-        model = self.unet.model
-        model.runner = runner
-        model.deferred_networks = frozenset(rider.network for rider in self._riders) if runner is not None else frozenset()
+    @property
+    def deferred_networks(self) -> frozenset[torch.nn.Module]:
+        return frozenset(rider.network for rider in self._riders)
 
     @property
     def measured_ms(self) -> float | None:
@@ -249,19 +250,19 @@ class SamplingSession:
             self._placed.replicas,
             self.fleet,
             deal=self._deal,
-            rows_per_unit=self._rows_per_unit,
+            rows_per_batch=self._rows_per_batch,
             work=self._work,
             asynchronous=self.request.asynchronous,
             is_cancelled=self.request.is_cancelled,
             on_piece=None if self._is_measured or plan.strategy != "layers" else self._note_piece,
             measured_run=max(1, plan.lanes),
         )
-        self._set_runner(self.run)
+        self.unet.model.runner = self
 
     def _run_at_home(self) -> None:
         place_whole(self.unet)
         self._placed = self._executor = None
-        self._set_runner(None)
+        self.unet.model.runner = None
         models = [self.unet, *self._beside, *(rider.patcher for rider in self._riders)]
         memory_management.load_models_gpu(models, memory_required=self._working_bytes(self.plan), hard_memory_preservation=self._preserved_bytes)
         memory_management.hold_models(models)
@@ -306,7 +307,7 @@ class SamplingSession:
         model = self.unet.model
         return profile_controlnet(model.diffusion_model.config, latent_height=height, latent_width=width, dtype=model.computation_dtype)
 
-    def _rows_per_unit(self, replica: ReplicaPlan, share: int) -> int:
+    def _rows_per_batch(self, replica: ReplicaPlan, share: int) -> int:
         """All rows of a share at once on one slot, and where lanes keep all slots busy, as larger batches take less per row; else row by row.
 
         Fewer where a device has no room for so many.
@@ -483,14 +484,14 @@ def begin_session(
         profiler.recorder().note_plan(None)
         return None
     session = SamplingSession(unet, shape, request, fleet, beside=beside, controls=controls, preserved_bytes=preserved_bytes)
-    unet.model.__dict__["session"] = session
+    owner_of(unet.model).put(session)
     logger.info("%s", session.plan.reason)
     return session
 
 
 def end_session(unet: UnetPatcher) -> None:
     """End the session of a run over this network, if there is one."""
-    session: SamplingSession | None = unet.model.__dict__.pop("session", None)
+    session: SamplingSession | None = owner_of(unet.model).take(SamplingSession)
     if session is not None:
         session.close()
 

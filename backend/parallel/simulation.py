@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from backend.parallel.costs import ComponentCost, ModelProfile, profile_unet
+from backend.parallel.costs import ComponentCost, ModelProfile
 from backend.parallel.plan import Plan, ReplicaPlan
 from backend.parallel.planner import JobShape, Link, SlotFacts, WantedStrategy, make_plan
 
@@ -142,6 +142,8 @@ def model_config(name: str) -> dict[str, Any]:
 
 def profile_model(name: str, width_px: int, height_px: int) -> ModelProfile:
     """Costs of a published model's UNet in half precision."""
+    from backend.parallel.profiling import profile_unet  # imports the network libraries
+
     config = model_config(name)
     return profile_unet(config["unet"], latent_height=height_px // _LATENT_PX, latent_width=width_px // _LATENT_PX, name=f"{config['title']} UNet")
 

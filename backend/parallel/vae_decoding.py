@@ -7,7 +7,6 @@ Shapes: BCHW latents as the network has them, and pictures -1..1.
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -21,19 +20,20 @@ from torch import Tensor, nn
 from backend import memory_management, profiler
 from backend.devices.slot import Slot
 from backend.memory.errors import OutOfMemory
+from backend.nn.empty_network import copy_without_weights
+from backend.nn.owner import owner_of
 from backend.parallel.fleet import Fleet, current_fleet
 from backend.parallel.live_facts import guess_speed
 from backend.parallel.lost_slots import lose_silent_slots
 from backend.parallel.planner import deal_units
+from backend.parallel.replica_modules import ReplicaModules, ReplicaPatcher
 from backend.parallel.split_vae import CannotSplit, DecoderShard, SplitDecoder, Submit
 from backend.parallel.split_vae_cost import DecoderSize, LinkCost, decode_macs, divide_rows, worth_splitting
-from backend.parallel.twins import META, TwinPatcher
 from backend.parallel.worker import SlotLost, SlotWorker
+from backend.patcher.vae import DecodeJob
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-    from backend.patcher.vae import VAE
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -44,33 +44,33 @@ _HALO_MARGIN = 1.25
 """A strip holds its neighbours' boundary rows too, and all keys and values of the attention."""
 
 
-def decode_on_all_slots(vae: VAE, latents_BCHW: Tensor) -> Tensor | None:
-    """Pictures on the VAE's output device in fp32, -1..1; None where one slot has to do it, or a failure leaves it to one.
+def decode_on_all_slots(job: DecodeJob, latents_BCHW: Tensor) -> Tensor | None:
+    """A `SlotDecoder`: pictures on the job's output device in fp32, -1..1; None where one slot has to do it, or a failure leaves it to one.
 
     Raises: Cancelled; SlotLost or torch.AcceleratorError where the VAE's own weights went with a slot.
     """
     fleet = current_fleet()
     slots = fleet.working_slots
-    if len(slots) < 2 or not fleet.is_divided or vae.device not in {slot.torch_device for slot in slots}:
+    if len(slots) < 2 or not fleet.is_divided or job.device not in {slot.torch_device for slot in slots}:
         return None
-    work = f"{id(vae.first_stage_model)} decode"
+    work = f"{owner_of(job.network).serial} decode"
     try:
-        return _decode(vae, latents_BCHW, fleet, slots, work)
+        return _decode(job, latents_BCHW, fleet, slots, work)
     except (CannotSplit, OutOfMemory, torch.OutOfMemoryError) as error:
         logger.info("The VAE decodes on one slot: %s", error)
     except (SlotLost, torch.AcceleratorError) as error:
         lose_silent_slots(fleet)
-        if vae.device in memory_management.lost_devices():
+        if job.device in memory_management.lost_devices():
             raise
         logger.warning("The VAE decodes on one slot: %s", error)
     memory_management.soft_empty_cache(force=True)
     return None
 
 
-def _decode(vae: VAE, latents_BCHW: Tensor, fleet: Fleet, slots: Sequence[Slot], work: str) -> Tensor | None:
+def _decode(job: DecodeJob, latents_BCHW: Tensor, fleet: Fleet, slots: Sequence[Slot], work: str) -> Tensor | None:
     num_images, _, height, width = latents_BCHW.shape
     speeds = [fleet.speeds.speed_of(slot.index, work) or guess_speed(slot) for slot in slots]
-    size = DecoderSize.from_config(cast("Any", vae.first_stage_model).config)
+    size = DecoderSize.from_config(cast("Any", job.network).config)
     num_dealt = num_images - num_images % len(slots)
     macs = decode_macs(height, width, size)
     split_pays = worth_splitting(
@@ -80,7 +80,7 @@ def _decode(vae: VAE, latents_BCHW: Tensor, fleet: Fleet, slots: Sequence[Slot],
         speeds=[speed / max(speeds) for speed in speeds],
         macs_per_s=max(speeds) * 1000 / 2,
         link=_link_of(slots),
-        bytes_per_number=vae.vae_dtype.itemsize,
+        bytes_per_number=job.dtype.itemsize,
         size=size,
     )
     if not split_pays and num_dealt < num_images:
@@ -88,10 +88,10 @@ def _decode(vae: VAE, latents_BCHW: Tensor, fleet: Fleet, slots: Sequence[Slot],
     if num_dealt == 0 and not split_pays:
         return None
     rows_share = 1.0 if num_dealt else max(divide_rows(height, speeds)) / height
-    networks = _place(vae, slots, tuple(latents_BCHW.shape), min(1.0, rows_share * _HALO_MARGIN))
+    networks = _place(job, slots, min(1.0, rows_share * _HALO_MARGIN))
     parts = []
     if num_dealt:
-        parts.append(_deal(vae, latents_BCHW[:num_dealt], fleet, slots, networks, deal_units(num_dealt, speeds), work, macs))
+        parts.append(_deal(job, latents_BCHW[:num_dealt], fleet, slots, networks, deal_units(num_dealt, speeds), work, macs))
     if num_dealt < num_images:
         shards = [
             DecoderShard(
@@ -99,7 +99,7 @@ def _decode(vae: VAE, latents_BCHW: Tensor, fleet: Fleet, slots: Sequence[Slot],
             )
             for slot, speed in zip(slots, speeds)
         ]
-        parts.append(SplitDecoder(shards, output_device=vae.output_device).decode(latents_BCHW[num_dealt:]).float())
+        parts.append(SplitDecoder(shards, output_device=job.output_device).decode(latents_BCHW[num_dealt:]).float())
     return torch.cat(parts)
 
 
@@ -120,42 +120,31 @@ def _link_of(slots: Sequence[Slot]) -> LinkCost:
     return _SHARED_LINK if all(slot.torch_device.type in ("cpu", "vgpu") for slot in slots) else LinkCost()
 
 
-def _place(vae: VAE, slots: Sequence[Slot], shape: tuple[int, ...], share: float) -> dict[int, AutoencoderKL]:
-    """The VAE on every slot's device, with room for a share of the decode: its own network where it is, twins elsewhere. Raises: OutOfMemory."""
+def _place(job: DecodeJob, slots: Sequence[Slot], share: float) -> dict[int, AutoencoderKL]:
+    """The VAE on every slot's device, with room for a share of the decode: its own network where it is, replica modules elsewhere.
+
+    Raises: OutOfMemory.
+    """
     devices = dict.fromkeys(slot.torch_device for slot in slots)
-    twins = {device: _twin_of(vae, device) for device in devices if device != vae.device}
-    need_bytes = int(share * vae.memory_used_decode(shape, vae.vae_dtype))
-    memory_management.load_models_gpu([vae.patcher, *twins.values()], memory_required=need_bytes)
-    for twin in twins.values():
-        twin.refresh_twin()
-    return {slot.index: twins[slot.torch_device].model if slot.torch_device in twins else vae.first_stage_model for slot in slots}
+    replicas = {device: _replica_on(job, device) for device in devices if device != job.device}
+    memory_management.load_models_gpu([job.patcher, *replicas.values()], memory_required=int(share * job.need_bytes))
+    for replica in replicas.values():
+        replica.refresh_replica()
+    return {slot.index: replicas[slot.torch_device].model if slot.torch_device in replicas else job.network for slot in slots}
 
 
-def _twin_of(vae: VAE, device: torch.device) -> TwinPatcher:
-    """Made once per device and number type, and kept on the network."""
-    network: Any = vae.first_stage_model
-    twins: dict[tuple[torch.device, torch.dtype], TwinPatcher] = network.__dict__.setdefault("twins", {})
-    key = (device, vae.vae_dtype)
-    if key not in twins:
-        twins[key] = TwinPatcher.make(vae.patcher, make_empty_vae(network), device)
-    twins[key].source = vae.patcher
-    return twins[key]
-
-
-def make_empty_vae(network: nn.Module) -> nn.Module:
-    """A VAE of the same kind with the same names and types, on the meta device."""
-    memo: dict[int, Any] = {}
-    for tensor in (*network.parameters(), *network.buffers()):
-        empty = torch.empty_like(tensor, device=META)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    for name in ("twins", "lora_loader"):
-        if name in network.__dict__:
-            memo[id(network.__dict__[name])] = {} if name == "twins" else None
-    return copy.deepcopy(network, memo)
+def _replica_on(job: DecodeJob, device: torch.device) -> ReplicaPatcher:
+    """Made once per device and number type, and kept by the network's owner."""
+    replicas = owner_of(job.network).part(ReplicaModules)
+    key = (device, job.dtype)
+    if key not in replicas:
+        replicas[key] = ReplicaPatcher.make(job.patcher, copy_without_weights(cast("nn.Module", job.network)), device)
+    replicas[key].source = job.patcher
+    return replicas[key]
 
 
 def _deal(
-    vae: VAE,
+    job: DecodeJob,
     latents_BCHW: Tensor,
     fleet: Fleet,
     slots: Sequence[Slot],
@@ -170,7 +159,7 @@ def _deal(
         record = partial(fleet.speeds.record, slot.index, work, 2.0 * macs)
         for _ in range(share):
             latent_1CHW = latents_BCHW[len(done) : len(done) + 1]
-            run = partial(_decode_one, networks[slot.index], latent_1CHW, slot, vae, record)
+            run = partial(_decode_one, networks[slot.index], latent_1CHW, slot, job, record)
             done.append(fleet.worker(slot.index).submit(run))
     failures = [failure for failure in (future.exception() for future in done) if failure is not None]
     if failures:
@@ -178,11 +167,11 @@ def _deal(
     return torch.cat([future.result() for future in done])
 
 
-def _decode_one(network: Any, latent_1CHW: Tensor, slot: Slot, vae: VAE, record_ms: Callable[[float], None]) -> Tensor:
+def _decode_one(network: Any, latent_1CHW: Tensor, slot: Slot, job: DecodeJob, record_ms: Callable[[float], None]) -> Tensor:
     """On the slot's worker."""
     started = time.perf_counter()
     with profiler.recorder().measure("VAE", "decode", device=slot.torch_device, slot=slot.index, rows=1):
-        picture_1CHW: Tensor = network.decode(latent_1CHW.to(device=slot.torch_device, dtype=vae.vae_dtype), return_dict=False)[0]
-        arrived_1CHW = picture_1CHW.to(device=vae.output_device, dtype=torch.float32)
+        picture_1CHW: Tensor = network.decode(latent_1CHW.to(device=slot.torch_device, dtype=job.dtype), return_dict=False)[0]
+        arrived_1CHW = picture_1CHW.to(device=job.output_device, dtype=torch.float32)
     record_ms((time.perf_counter() - started) * 1000.0)
     return arrived_1CHW

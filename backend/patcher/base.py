@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backend.memory.module_bytes import count_module_bytes
+from backend.nn.owner import owner_of
 from backend.patcher.lora_math import as_weight_patch
 from backend.patcher.weight_patches import LoraLoader, LoraPatches, Step, WeightPatchError, loader_of
 
@@ -62,6 +63,14 @@ def _append_cfg_function(model_options: ModelOptions, name: str, function: objec
     return model_options
 
 
+class _SwappedAttributes(dict[str, object]):
+    """Attributes of a network as they were before patches, by their dotted path."""
+
+    def copied_for(self, network: nn.Module) -> _SwappedAttributes:
+        """A copy of the network has the swapped attributes, so it can go back to the same."""
+        return _SwappedAttributes(self)
+
+
 class ModelPatcher:
     """`model` on `load_device` while in use and on `offload_device` else; `current_device` says where it is now.
 
@@ -88,9 +97,8 @@ class ModelPatcher:
 
     @property
     def object_patches_backup(self) -> dict[str, object]:
-        """What the swapped attributes were; kept on the network, so that every clone can put them back."""
-        backup: dict[str, object] = self.model.__dict__.setdefault("_object_patches_backup", {})
-        return backup
+        """What the swapped attributes were; kept by the network's owner, so that every clone can put them back."""
+        return owner_of(self.model).part(_SwappedAttributes)
 
     # basics
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from backend import memory_management
-from backend.modules.k_model import KModel
 from backend.nn.controlnet import HINT_STEP_PX, ControlNetwork
 from backend.nn.deferred_control import Residuals, add_residuals
 from backend.nn.t2i_adapter import AdapterNetwork, place_features
 from backend.patcher.base import ModelPatcher
 from backend.patcher.unet import UnetPatcher
+
+if TYPE_CHECKING:
+    from backend.modules.k_model import KModel
 
 logger = logging.getLogger(__name__)
 
@@ -504,6 +506,10 @@ class T2IAdapter(ControlBase):
         features = [one.repeat(rows // one.shape[0], 1, 1, 1).to(x_BCHW.device) for one in self._features]
         inputs, middle = place_features(features, self._unet_config)
         return {"input": inputs, "middle": middle, "output": []}
+
+
+RESIDUAL_KINDS = frozenset(("middle", "output"))
+"""The lists that `place_residuals` fills: a ControlNet adds nothing on the way in."""
 
 
 def place_residuals(residuals: Sequence[Tensor]) -> Residuals:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backend.nn.deferred_control import ControlTask, DeferredControl, Residuals, Send
-from backend.patcher.controlnet import ControlBase, ControlNet, find_row_weights, place_residuals, weigh_residual
+from backend.patcher.controlnet import RESIDUAL_KINDS, ControlBase, ControlNet, find_row_weights, place_residuals, weigh_residual
 
 PASS_HOOKS = ("controlnet_conditioning_modifiers", "controlnet_model_function_wrapper")
 """Transformer options whose hooks see a ControlNet's pass over all rows."""
@@ -34,6 +34,10 @@ class ControlNetTask:
     hint: Tensor
     pictures: tuple[int, ...]
     row_weights: Tensor | float
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return RESIDUAL_KINDS
 
     @property
     def network(self) -> nn.Module:

@@ -6,14 +6,16 @@ Must not know samplers, prompts or files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from backend import key_layout, memory_management
-from backend.modules.k_model import KModel
 from backend.patcher.base import ModelPatcher
+
+if TYPE_CHECKING:
+    from backend.modules.k_model import KModel
 
 
 class UnetPatcher(ModelPatcher):

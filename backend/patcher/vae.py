@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,20 +42,50 @@ class NansError(RuntimeError):
     """The VAE gave NaN in full precision: the latents or the file are broken."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DecodeJob:
+    """What has to be known to decode latents elsewhere than in the VAE's own way.
+
+    `network` is on `device` when `patcher` is loaded; results are wanted on `output_device`, in fp32, -1..1. `need_bytes`: working memory of one
+    latent.
+    """
+
+    network: AutoencoderKL
+    patcher: ModelPatcher
+    device: torch.device
+    output_device: torch.device
+    dtype: torch.dtype
+    need_bytes: int
+
+
+class SlotDecoder(Protocol):
+    """Decodes latents BCHW with several slots; None where one slot has to do it."""
+
+    def __call__(self, job: DecodeJob, latents_BCHW: Tensor, /) -> Tensor | None: ...
+
+
 class VAE:
     """An AutoencoderKL with its patcher. A clone shares the network and has model options of its own.
 
     `auto_fp32`: when half precision gives NaN, go over to fp32 for good and do the picture again; without it NaN goes through.
+    `slot_decoder` decodes with several slots where there are some; without one the VAE's own device does it.
     """
 
     def __init__(
-        self, model: AutoencoderKL | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None, no_init: bool = False
+        self,
+        model: AutoencoderKL | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        no_init: bool = False,
+        *,
+        slot_decoder: SlotDecoder | None = None,
     ) -> None:
         if no_init:
             return
         if model is None:
             raise ValueError("VAE(model): a network is needed; VAE(no_init=True) makes an empty one.")
         self.first_stage_model = model
+        self.slot_decoder = slot_decoder
         self.device = device or memory_management.vae_device(count_module_bytes(model).total_bytes)
         self.output_device = memory_management.intermediate_device()
         self.auto_fp32 = True
@@ -116,16 +147,26 @@ class VAE:
     @torch.no_grad()
     def decode_on_all_slots(self, samples_in: Tensor) -> Tensor | None:
         """Latents BCHW -> pictures BHWC, 0..1, each decoded alone: dealt to the slots, or split over them. None where one slot has to do it."""
-        if len(memory_management.compute_slots()) < 2 or memory_management.VAE_ALWAYS_TILED:
+        decode = self.slot_decoder
+        if decode is None or len(memory_management.compute_slots()) < 2 or memory_management.VAE_ALWAYS_TILED:
             return None
-        from backend.parallel.vae_decoding import decode_on_all_slots  # it places copies of this class's network
 
         def run() -> Tensor:
-            decoded = decode_on_all_slots(self, samples_in)
+            decoded = decode(self._decode_job(samples_in), samples_in)
             return samples_in.new_empty(0) if decoded is None else decoded.add(1.0).div_(2.0).clamp_(0.0, 1.0)
 
         pixels_BCHW = self._checked(run, "decoding")
         return pixels_BCHW.movedim(1, -1) if pixels_BCHW.numel() else None
+
+    def _decode_job(self, latents_BCHW: Tensor) -> DecodeJob:
+        return DecodeJob(
+            network=self.first_stage_model,
+            patcher=self.patcher,
+            device=self.device,
+            output_device=self.output_device,
+            dtype=self.vae_dtype,
+            need_bytes=self.memory_used_decode(tuple(latents_BCHW.shape), self.vae_dtype),
+        )
 
     @torch.no_grad()
     def decode_tiled(self, samples: Tensor, tile_x: int = 64, tile_y: int = 64, overlap: int = 16) -> Tensor:

@@ -23,10 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from backend.memory.module_bytes import as_same_kind
+from backend.nn.owner import owner_of
 from backend.storage.kinds import storage_of
-
-LOADER_ATTRIBUTE = "lora_loader"
-"""Where a network keeps its loader, so that all patchers of the network share it."""
 
 
 class WeightPatchError(ValueError):
@@ -109,9 +107,9 @@ class OriginalPool:
 
 
 class LoraLoader:
-    """What is changed in one network's weights now, and how to bring it elsewhere. Kept on the network itself.
+    """What is changed in one network's weights now, and how to bring it elsewhere. Kept by the network's owner, for all patchers.
 
-    `backup` maps names to the originals of merged weights, on the host; nobody writes to them, and twins share them through `pool`.
+    `backup` maps names to the originals of merged weights, on the host; nobody writes to them, and replica modules share them through `pool`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -131,10 +129,6 @@ class LoraLoader:
         if model is None:
             raise RuntimeError("The network whose weights were to be changed is gone; its patcher must hold it.")
         return model
-
-    @model.setter
-    def model(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
 
     @property
     def online_backup(self) -> list[str]:
@@ -223,39 +217,27 @@ class LoraLoader:
                 _set_online_merge(layer, by_layer.get(layer_name))
         self._online = dict(recipes)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LoraLoader:
-        """The loader of a deep copy of the network: patches and originals are shared, since nobody writes to them."""
-        twin = LoraLoader.__new__(LoraLoader)
-        memo[id(self)] = twin
-        twin.model, twin.pool = memo.get(id(self.model), self.model), self.pool
-        twin.backup, twin._merged, twin._online = dict(self.backup), dict(self._merged), dict(self._online)
-        twin.loaded_hash, twin._loaded, twin._compute_device = self.loaded_hash, self._loaded, self._compute_device
-        return twin
+    def copied_for(self, model: nn.Module) -> LoraLoader:
+        """The loader of a copy of the network: patches and originals are shared, since nobody writes to them."""
+        copied = LoraLoader(model)
+        copied.pool = self.pool
+        copied.backup, copied._merged, copied._online = dict(self.backup), dict(self._merged), dict(self._online)
+        copied.loaded_hash, copied._loaded, copied._compute_device = self.loaded_hash, self._loaded, self._compute_device
+        return copied
 
 
 def loader_of(model: nn.Module) -> LoraLoader:
     """The network's loader; made when first asked for."""
-    loader: LoraLoader | None = model.__dict__.get(LOADER_ATTRIBUTE)
-    if loader is None or loader.model is not model:
-        loader = model.__dict__[LOADER_ATTRIBUTE] = _adopt(loader, model)
-    return loader
-
-
-def _adopt(loader: LoraLoader | None, model: nn.Module) -> LoraLoader:
-    """A loader for `model`, which may be a shallow copy that brought its source's loader along."""
-    if loader is None:
-        return LoraLoader(model)
-    twin = loader.__deepcopy__({})
-    twin.model = model
-    return twin
+    return owner_of(model).part(LoraLoader, lambda: LoraLoader(model))
 
 
 def unpatched_tensors(module: nn.Module) -> Mapping[str, Tensor]:
     """Every parameter and saved buffer of a patcher's network (`patcher.model`, not a part of it) by name, without weight patches.
 
-    Unchanged ones are the network's own tensors, originals of changed ones lie on the host: `twin.load_state_dict` takes them as they are.
+    Unchanged ones are the network's own tensors, originals of changed ones lie on the host: `copy.load_state_dict` takes them as they are.
     """
-    return loader_of(module).originals() if LOADER_ATTRIBUTE in module.__dict__ else module.state_dict()
+    loader = owner_of(module).find(LoraLoader)
+    return module.state_dict() if loader is None else loader.originals()
 
 
 def _are_same(one: tuple[tuple[LoraIdentifier, Any], ...], other: tuple[tuple[LoraIdentifier, Any], ...]) -> bool:
@@ -316,8 +298,8 @@ class _OnlineMerge:
         return tuple(step._replace(patch=step.patch.on(device)) for step in recipe)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _OnlineMerge:
-        twin = memo[id(self)] = _OnlineMerge(self._recipes)
-        return twin
+        copied = memo[id(self)] = _OnlineMerge(self._recipes)
+        return copied
 
 
 def _as_parameter(tensor: Tensor, like: nn.Parameter) -> nn.Parameter:

@@ -3,16 +3,141 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
+from functools import cache
 
 import pytest
 
-from tests.contract.sources import LAYERS, PACKAGES, ROOT_DIR, Source, imported_names, product_sources, runtime_nodes
+from tests.contract.sources import LAYERS, PACKAGES, ROOT_DIR, Source, imported_names, module_name, product_sources, runtime_nodes
 
 NOT_IN_BACKEND = {"gradio", "fastapi", "starlette", "uvicorn", "argparse", "gradio_client"}
 # A command of its own, `python -m backend.parallel.simulate`, that nothing imports: it predicts plans for cards without starting the WebUI.
 COMMANDS = {"backend/parallel/simulate.py": "argparse"}
 # What the page and the API are made of; neither may know the other.
 PAGE, API = "modules.ui", "modules.api"
+
+
+# The engine's packages and files, lowest first. One may import those of its own rank and below. The longest name that fits counts. A file beside
+# the packages that is not named here stands right above what it imports.
+BACKEND_RANKS = (
+    ("args",),
+    ("devices",),
+    ("profiler",),
+    ("storage",),
+    ("memory", "memory_management", "control_dtype"),
+    (
+        *("checkpoint_config", "checkpoint_file", "checkpoint_identity", "checkpoint_layout", "checkpoint_pickle", "checkpoint_prediction"),
+        *("key_layout", "state_dict", "original_config", "attention", "utils"),
+        "denoiser_types",
+    ),
+    ("nn",),
+    ("modules.k_prediction",),  # Forge's name of a file that only has formulas
+    ("sampling", "text_processing"),
+    ("families",),
+    ("patcher",),
+    ("parallel",),
+    ("sampling.sampling_function",),  # Forge's name of a file that brackets a run: it begins the session
+    ("modules",),
+    ("clip_vision", "control_lora", "controlnet_loader", "ip_adapter"),
+    ("diffusion_engine",),
+    ("loader",),
+)
+
+
+@cache
+def find_rank(module: str) -> int:
+    """Place of `backend.x.y` in the order. Raises: LookupError for a package that has none."""
+    fitting = [
+        (len(name), rank)
+        for rank, names in enumerate(BACKEND_RANKS)
+        for name in names
+        if module == f"backend.{name}" or module.startswith(f"backend.{name}.")
+    ]
+    if fitting:
+        return max(fitting)[1]
+    imports = read_imports().get(module)
+    if imports is None or module.count(".") != 1:
+        raise LookupError(f"{module} has no place in BACKEND_RANKS; give its package one")
+    return max((find_rank(name) for name in imports if name.startswith("backend.")), default=0)
+
+
+def find_upward_imports_in_backend(source: Source, modules: frozenset[str]) -> list[str]:
+    own = find_rank(module_name(source))
+    return [f"{source.name}:{line} imports {name}" for name, line in imported_names(source) if name in modules and find_rank(name) > own]
+
+
+def test_packages_of_the_engine_point_downwards() -> None:
+    sources = [source for source in product_sources() if source.top == "backend" and source.path.name != "__init__.py"]
+    modules = frozenset(module_name(source) for source in sources)
+    assert [line for source in sources for line in find_upward_imports_in_backend(source, modules)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "num_found"),
+    [
+        ("backend/patcher/x.py", "from backend.modules.k_model import KModel", 1),
+        ("backend/patcher/x.py", "def f():\n    from backend.parallel.plan import Plan", 1),
+        ("backend/patcher/x.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from backend.parallel.plan import Plan", 0),
+        ("backend/parallel/x.py", "from backend.patcher import vae", 0),
+        ("backend/sampling/x.py", "from backend.modules.k_prediction import Prediction", 0),
+    ],
+)
+def test_the_search_finds_upward_imports_in_the_engine(name: str, text: str, num_found: int) -> None:
+    modules = frozenset(module_name(source) for source in product_sources() if source.top == "backend")
+    assert len(find_upward_imports_in_backend(make_source(name, text), modules)) == num_found
+
+
+def find_cycles(imports: Mapping[str, set[str]]) -> list[set[str]]:
+    """Groups of modules each of which imports every other, by whatever way (Tarjan 1972, strongly connected components)."""
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(module: str) -> None:
+        order[module] = lowest[module] = len(order)
+        stack.append(module)
+        for other in sorted(imports[module]):
+            if other not in order:
+                visit(other)
+                lowest[module] = min(lowest[module], lowest[other])
+            elif other in stack:
+                lowest[module] = min(lowest[module], order[other])
+        if lowest[module] == order[module]:
+            at = stack.index(module)
+            group = set(stack[at:])
+            del stack[at:]
+            if len(group) > 1:
+                found.append(group)
+
+    for module in sorted(imports):
+        if module not in order:
+            visit(module)
+    return found
+
+
+@cache
+def read_imports() -> dict[str, set[str]]:
+    """What each module imports at run time, also inside functions."""
+    sources = {module_name(source): source for source in product_sources() if source.top in LAYERS}
+    return {name: {other for other, _ in imported_names(source) if other in sources and other != name} for name, source in sources.items()}
+
+
+def test_the_engine_has_no_import_cycles() -> None:
+    imports = {name: others for name, others in read_imports().items() if name.startswith("backend")}
+    assert find_cycles({name: {other for other in others if other in imports} for name, others in imports.items()}) == []
+
+
+def test_import_cycles_of_the_application_do_not_grow() -> None:
+    """What is left to untie above the engine: this many, the largest of so many files."""
+    sizes = sorted(len(group) for group in find_cycles(read_imports()))
+    assert len(sizes) <= 5
+    assert max(sizes, default=0) <= 14
+
+
+def test_the_search_finds_cycles() -> None:
+    assert find_cycles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": set()}) == [{"a", "b", "c"}]
+    assert find_cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def find_upward_imports(source: Source) -> list[str]:

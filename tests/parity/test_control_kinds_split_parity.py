@@ -107,7 +107,7 @@ def test_a_split_job_makes_the_whole_jobs_picture(
     strategy: str, folder: Path, alone: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(vae_decoding, "worth_splitting", lambda *args, **kwargs: False)
-    monkeypatch.setattr(SamplingSession, "_rows_per_unit", lambda self, replica, share: 1)
+    monkeypatch.setattr(SamplingSession, "_rows_per_batch", lambda self, replica, share: 1)
     caplog.set_level(logging.INFO, logger="backend.parallel.session")
     with virtual_fleet(2):
         divided = _pictures(folder, strategy)

@@ -77,7 +77,7 @@ def alone(folder: Path) -> dict[str, list[np.ndarray]]:
 def test_a_split_job_with_controlnets_makes_the_whole_jobs_picture(
     fleet: str, family: str, folder: Path, alone: dict[str, list[np.ndarray]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SamplingSession, "_rows_per_unit", lambda self, replica, share: 1)
+    monkeypatch.setattr(SamplingSession, "_rows_per_batch", lambda self, replica, share: 1)
     monkeypatch.setattr(vae_decoding, "worth_splitting", lambda *args, **kwargs: False)
     strategy, make_fleet = FLEETS[fleet]
     with make_fleet(), narrow_application(folder / family, family) as (app, models):

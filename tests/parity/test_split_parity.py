@@ -21,6 +21,7 @@ from backend.parallel import vae_decoding
 from backend.parallel.session import SamplingSession
 from backend.sampling import sampling_function
 from modules.application import Application
+from tests.support.controlnets import RunsHere
 from tests.support.fleets import configured_slots, cpu_fleet, virtual_fleet
 from tests.support.narrow_application import img2img, narrow_application, pixels, run, txt2img
 
@@ -58,11 +59,18 @@ def alone(folder: Path) -> dict[str, list[np.ndarray]]:
         return {name: _pictures(app, job) for name, job in JOBS.items()}
 
 
+class _RowByRow(RunsHere):
+    """The network run for one row at a time."""
+
+    def run(self, call: Any) -> torch.Tensor:
+        return torch.cat([self.model.run_here(call.take_rows(row, row + 1)) for row in range(call.num_rows)])
+
+
 def _each_row_alone(call_model: Any) -> Any:
     """The network run for one row at a time."""
 
     def call(model: Any, *args: Any) -> Any:
-        model.runner = lambda whole: torch.cat([model.run_here(whole.rows(row, row + 1)) for row in range(whole.num_rows)])
+        model.runner = _RowByRow(model)
         try:
             return call_model(model, *args)
         finally:
@@ -107,7 +115,7 @@ def split(request: pytest.FixtureRequest, folder: Path, alone: object) -> Iterat
 @pytest.fixture
 def equal_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units of one row, as in the reference. Pictures are dealt to slots but not cut: strips are rounded otherwise, which has tests of its own."""
-    monkeypatch.setattr(SamplingSession, "_rows_per_unit", lambda self, replica, share: 1)
+    monkeypatch.setattr(SamplingSession, "_rows_per_batch", lambda self, replica, share: 1)
     monkeypatch.setattr(vae_decoding, "worth_splitting", lambda *args, **kwargs: False)
 
 

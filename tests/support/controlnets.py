@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,17 @@ def apply_control_lora(models: ReferenceModels, stored: dict[str, Tensor]) -> Co
     return controlnet
 
 
+@dataclass(frozen=True, eq=False)
+class RunsHere:
+    """A runner that does nothing but take deferred residuals."""
+
+    model: Any
+    deferred_networks: frozenset[Any] = frozenset()
+
+    def run(self, call: Any) -> Any:
+        return self.model.run_here(call)
+
+
 def with_deferred_controlnets(call_model: Any) -> Any:
     """`_call_model` of the sampling function with the ControlNets' passes left to whoever runs the rows."""
 
@@ -155,10 +167,10 @@ def with_deferred_controlnets(call_model: Any) -> Any:
         while chain is not None:
             networks.append(chain.control_model)
             chain = chain.previous_controlnet
-        model.deferred_networks = frozenset(networks)
+        model.runner = RunsHere(model, frozenset(networks))
         try:
             return call_model(model, batch, *args)
         finally:
-            model.deferred_networks = frozenset()
+            model.runner = None
 
     return call

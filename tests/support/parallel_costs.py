@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backend.nn.piece import Piece
-from backend.parallel.costs import ModelProfile, PieceCost
+from backend.parallel.costs import ModelProfile, PieceCost, TakenSkip
 from backend.parallel.slot_facts import Link, SlotFacts
 
 GB = 10**9
@@ -26,7 +26,7 @@ def make_profile(works: Sequence[float], weights: Sequence[int] | None = None, *
             num_kernels=1,
             hidden_bytes_per_row=state_bytes,
             skip_bytes_per_row=state_bytes if index < num_skips else 0,
-            pops_skip_of=count - 1 - index if index >= count - num_skips else None,
+            takes=(TakenSkip(count - 1 - index, state_bytes),) if index >= count - num_skips else (),
             control_bytes_per_row=state_bytes if index >= count - num_skips else 0,
             working_bytes_per_row=2 * state_bytes,
         )

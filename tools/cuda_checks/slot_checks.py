@@ -32,7 +32,7 @@ def check_split(machine: Machine, report: Report) -> None:
         machine.use(2)
         unet = build_patcher(machine, family, dtype)
         call = make_call(machine, unet, family, num_rows=2)
-        alone = torch.cat([unet.model.run_here(call.rows(row, row + 1)) for row in range(2)]).clone()
+        alone = torch.cat([unet.model.run_here(call.take_rows(row, row + 1)) for row in range(2)]).clone()
         together = unet.model.run_here(call).clone()
         report.value(f"{family} {dtype}: two rows in one batch against one by one", **difference(together, alone))
         for strategy in ("replicas", "layers"):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from backend.nn.network_call import NetworkCall
 from backend.nn.piece import Piece
-from backend.parallel.costs import contains, profile_unet
+from backend.parallel.costs import contains
 from backend.parallel.fleet import current_fleet
+from backend.parallel.profiling import profile_unet
 from backend.parallel.session import guess_speed
 from backend.sampling.noise import ImageNoise
 from backend.sampling.registry import find_sampler
@@ -202,12 +203,12 @@ def make_call(machine: Machine, unet: Any, family: str, num_rows: int) -> Networ
         return torch.randn(*shape, generator=generator).to(machine.device, dtype)
 
     width = config.projection_class_embeddings_input_dim
-    return NetworkCall(
-        x_BCHW=random(num_rows, 4, side, side),
-        timesteps_B=torch.full((num_rows,), 500.0, device=machine.device),
-        context_BLD=random(num_rows, 77, config.cross_attention_dim),
-        y_BV=None if width is None else random(num_rows, width),
-    )
+    rows = {
+        "x": random(num_rows, 4, side, side),
+        "timesteps": torch.full((num_rows,), 500.0, device=machine.device),
+        "context": random(num_rows, 77, config.cross_attention_dim),
+    }
+    return NetworkCall(rows=rows if width is None else {**rows, "y": random(num_rows, width)})
 
 
 def _time_pieces(machine: Machine, unet: Any, call: NetworkCall, times: int) -> dict[Piece, float]:

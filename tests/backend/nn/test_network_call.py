@@ -17,9 +17,11 @@ def _call() -> NetworkCall:
     """Two pictures, the negative branch first."""
     generator = torch.Generator().manual_seed(2)
     return NetworkCall(
-        x_BCHW=torch.randn(4, 4, 8, 8, generator=generator),
-        timesteps_B=torch.tensor([900.0, 900, 900, 900]),
-        context_BLD=torch.randn(4, 77, 64, generator=generator),
+        rows={
+            "x": torch.randn(4, 4, 8, 8, generator=generator),
+            "timesteps": torch.tensor([900.0, 900, 900, 900]),
+            "context": torch.randn(4, 77, 64, generator=generator),
+        },
         control={"output": [torch.arange(4.0).view(4, 1, 1, 1), None], "middle": [torch.ones(1, 1, 1, 1)], "note": "no list"},  # type: ignore[dict-item]
         options={
             "cond_or_uncond": [UNCOND, COND],
@@ -34,11 +36,11 @@ def _call() -> NetworkCall:
 
 def test_all_rows_are_the_call_itself() -> None:
     call = _call()
-    assert call.rows(0, 4) is call
+    assert call.take_rows(0, 4) is call
 
 
 def test_one_row_is_described_as_what_it_is() -> None:
-    row = _call().rows(3, 4)
+    row = _call().take_rows(3, 4)
     assert row.options["cond_or_uncond"] == [COND]
     assert row.options["cond_indices"] == [0]
     assert row.options["uncond_indices"] == []
@@ -48,14 +50,14 @@ def test_one_row_is_described_as_what_it_is() -> None:
 
 
 def test_a_whole_branch_keeps_its_chunk() -> None:
-    branch = _call().rows(0, 2)
+    branch = _call().take_rows(0, 2)
     assert branch.options["cond_or_uncond"] == [UNCOND]
     assert branch.options["uncond_indices"] == [0, 1]
     assert branch.options["sigmas"].tolist() == [3.0, 4.0]
 
 
 def test_residuals_follow_their_rows_and_single_ones_count_for_all() -> None:
-    control = _call().rows(1, 3).control
+    control = _call().take_rows(1, 3).control
     assert control is not None
     residual, nothing = control["output"]
     assert residual is not None
@@ -68,9 +70,9 @@ def test_residuals_follow_their_rows_and_single_ones_count_for_all() -> None:
 @torch.no_grad()
 def test_the_network_gives_every_row_what_it_gives_the_whole() -> None:
     program, call = build_program(build_models(Path("none"), "sd15").unet), _call()
-    call = NetworkCall(x_BCHW=call.x_BCHW, timesteps_B=call.timesteps_B, context_BLD=call.context_BLD, options=call.options)
+    call = NetworkCall(rows=call.rows, options=call.options)
     whole = program.run(call.start(program))
-    rows = torch.cat([program.run(part.start(program)) for part in (call.rows(0, 1), call.rows(1, 4))])
+    rows = torch.cat([program.run(part.start(program)) for part in (call.take_rows(0, 1), call.take_rows(1, 4))])
     assert torch.allclose(rows, whole, atol=1e-5)
 
 

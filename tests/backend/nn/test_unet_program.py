@@ -73,13 +73,16 @@ def _vector(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> Tensor | None
     return torch.cat([added["text_embeds"], sizes], dim=-1)
 
 
+def _rows(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    vector = _vector(unet, inputs)
+    rows = {"x": inputs["sample"], "timesteps": inputs["timestep"], "context": inputs["encoder_hidden_states"]}
+    return rows if vector is None else {**rows, "y": vector}
+
+
 def _run(unet: UNet2DConditionModel, inputs: dict[str, Any], *, control: Any = None, options: dict[str, Any] | None = None) -> Tensor:
     program = build_program(unet)
     with torch.no_grad():
-        state = program.start(
-            inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"], y_BV=_vector(unet, inputs), control=control, options=options
-        )
-        return program.run(state)
+        return program.run(program.start(_rows(unet, inputs), residuals=program.name_residuals(control), options=options))
 
 
 def _library(unet: UNet2DConditionModel, inputs: dict[str, Any], **kwargs: Any) -> Tensor:
@@ -272,7 +275,7 @@ def test_an_sdxl_network_without_its_vector_says_so() -> None:
     unet = build_models(Path("none"), "sdxl").unet
     inputs = _inputs(unet)
     with pytest.raises(ValueError, match="pooled text and sizes"):
-        build_program(unet).start(inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"])
+        build_program(unet).start({"x": inputs["sample"], "timesteps": inputs["timestep"], "context": inputs["encoder_hidden_states"]})
 
 
 def test_a_network_of_another_kind_is_refused_with_its_parts_named() -> None:
@@ -289,7 +292,7 @@ def test_a_network_of_another_kind_is_refused_with_its_parts_named() -> None:
 
 def _run_pieces(unet: UNet2DConditionModel, inputs: dict[str, Any], options: dict[str, Any] | None = None) -> Tensor:
     program = build_program(unet)
-    state = program.start(inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"], y_BV=_vector(unet, inputs), options=options)
+    state = program.start(_rows(unet, inputs), options=options)
     for piece in program.finest_pieces():
         program.run_piece(piece, state)
     return state.hidden_BCHW

@@ -24,12 +24,13 @@ from backend.modules.k_prediction import Prediction
 from backend.nn.controlnet import ControlNetwork
 from backend.nn.deferred_control import DeferredControl, Residuals, Send
 from backend.nn.network_call import NetworkCall
-from backend.nn.unet_program import Program, build_program
+from backend.nn.unet_program import UNetProgram as Program
+from backend.nn.unet_program import build_program
 from backend.parallel.executor import Cancelled, Executor, Replica, SlotFailure
 from backend.parallel.fleet import Fleet
 from backend.parallel.plan import ReplicaPlan
+from backend.parallel.residuals import ControlPlace, ResidualChain
 from backend.parallel.session import SamplingRequest, SamplingSession
-from backend.parallel.unit_control import ControlPlace, UnitControl
 from backend.patcher.controlnet import ControlNet, apply_controlnet_advanced, soft_weights, zero_weights
 from backend.patcher.controlnet_tasks import defer_control, list_deferrable
 from backend.patcher.unet import UnetPatcher
@@ -238,6 +239,10 @@ class _Pass:
     give: Callable[[], Residuals]
 
     @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(("middle", "output"))
+
+    @property
     def home(self) -> torch.device:
         return torch.device("cpu")
 
@@ -254,10 +259,12 @@ class _Pass:
 def _call(program: Program, control: DeferredControl | Residuals, hook: Callable[..., Tensor] | None = None) -> NetworkCall:
     generator = torch.Generator().manual_seed(4)
     options = {} if hook is None else {"block_modifiers": [hook]}
-    return NetworkCall(
-        x_BCHW=torch.randn(1, 4, 16, 16, generator=generator), timesteps_B=torch.tensor([500.0]),
-        context_BLD=torch.randn(1, 77, 64, generator=generator), control=control, options=options,
-    )  # fmt: skip
+    rows = {
+        "x": torch.randn(1, 4, 16, 16, generator=generator),
+        "timesteps": torch.tensor([500.0]),
+        "context": torch.randn(1, 77, 64, generator=generator),
+    }
+    return NetworkCall(rows=rows, control=control, options=options)
 
 
 def _residuals(program: Program, seed: int = 3) -> Residuals:
@@ -332,7 +339,7 @@ def test_a_failing_pass_ends_the_run_with_its_slot(program: Program) -> None:
 
 def test_failures_are_told_when_all_links_have_ended() -> None:
     done, failed, dropped = Future[Any](), Future[Any](), Future[Any]()
-    control, told = UnitControl([(0, done), (1, failed), (2, dropped)]), []
+    control, told = ResidualChain([(0, done), (1, failed), (2, dropped)], ["middle"]), []
     control.when_ready(lambda: told.append(control.failures()))
     done.set_result({})
     failed.set_exception(ValueError())

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backend.nn.piece import Piece
 from backend.nn.unet_program import build_program
-from backend.parallel.costs import ModelProfile, contains, merge_pieces, profile_unet, with_measured_ms
-from backend.parallel.profiling import profile_controlnet, profile_vae_decoder
+from backend.parallel.costs import ModelProfile, contains, merge_pieces, with_measured_ms
+from backend.parallel.profiling import profile_controlnet, profile_unet, profile_vae_decoder
 from backend.parallel.simulation import component_costs, model_config, profile_model
 from tests.support.parallel_costs import make_profile
 
@@ -120,7 +120,7 @@ def test_pieces_are_the_finest_of_the_program_and_skips_match() -> None:
     profile = profile_unet(NARROW, latent_height=8, latent_width=8)
     assert tuple(cost.piece for cost in profile.pieces) == build_program(UNet2DConditionModel(**NARROW)).finest_pieces()
     pushed = [index for index, cost in enumerate(profile.pieces) if cost.skip_bytes_per_row]
-    assert [cost.pops_skip_of for cost in profile.pieces if cost.pops_skip_of is not None] == pushed[::-1]
+    assert [taken.source for cost in profile.pieces for taken in cost.takes] == pushed[::-1]
 
 
 def test_a_cut_inside_a_transformer_takes_its_input_along() -> None:

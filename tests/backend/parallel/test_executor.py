@@ -15,7 +15,8 @@ from torch import Tensor
 from backend.devices import virtual_gpu
 from backend.devices.virtual_gpu import Faults
 from backend.nn.network_call import NetworkCall
-from backend.nn.unet_program import Program, build_program
+from backend.nn.unet_program import UNetProgram as Program
+from backend.nn.unet_program import build_program
 from backend.parallel.executor import Cancelled, Executor, Replica, SlotFailure
 from backend.parallel.fleet import Fleet
 from backend.parallel.plan import Piece, ReplicaPlan
@@ -35,13 +36,14 @@ def _call(program: Program, *, control: bool = False, options: dict[str, Any] | 
     config: Any = program.embedding.unet.config
     generator = torch.Generator().manual_seed(4)
     width = config.projection_class_embeddings_input_dim
-    call = NetworkCall(
-        x_BCHW=torch.randn(ROWS, config.in_channels, 16, 16, generator=generator),
-        timesteps_B=torch.tensor([900.0, 500.0, 20.0]),
-        context_BLD=torch.randn(ROWS, 77, config.cross_attention_dim, generator=generator),
-        y_BV=None if width is None else torch.randn(ROWS, width, generator=generator),
-        options=options or {},
-    )
+    rows = {
+        "x": torch.randn(ROWS, config.in_channels, 16, 16, generator=generator),
+        "timesteps": torch.tensor([900.0, 500.0, 20.0]),
+        "context": torch.randn(ROWS, 77, config.cross_attention_dim, generator=generator),
+    }
+    if width is not None:
+        rows["y"] = torch.randn(ROWS, width, generator=generator)
+    call = NetworkCall(rows=rows, options=options or {})
     if not control:
         return call
     shapes = _skip_shapes(program, call)
@@ -49,7 +51,7 @@ def _call(program: Program, *, control: bool = False, options: dict[str, Any] | 
         "output": [torch.randn(shape, generator=generator) * 0.1 for shape in shapes],
         "middle": [torch.randn(shapes[-1], generator=generator) * 0.1],
     }
-    return NetworkCall(x_BCHW=call.x_BCHW, timesteps_B=call.timesteps_B, context_BLD=call.context_BLD, y_BV=call.y_BV, control=residuals)
+    return NetworkCall(rows=call.rows, control=residuals)
 
 
 @torch.no_grad()
@@ -60,20 +62,14 @@ def _skip_shapes(program: Program, call: NetworkCall) -> list[torch.Size]:
         shapes.append(skip.shape)
         return h, skip
 
-    noting = NetworkCall(
-        x_BCHW=call.x_BCHW,
-        timesteps_B=call.timesteps_B,
-        context_BLD=call.context_BLD,
-        y_BV=call.y_BV,
-        options={"patches": {"output_block_patch": [note]}},
-    )
+    noting = NetworkCall(rows=call.rows, options={"patches": {"output_block_patch": [note]}})
     program.run(noting.start(program))
     return shapes[::-1]
 
 
 @torch.no_grad()
 def _row_by_row(program: Program, call: NetworkCall) -> Tensor:
-    parts = [call.rows(row, row + 1) for row in range(call.num_rows)]
+    parts = [call.take_rows(row, row + 1) for row in range(call.num_rows)]
     return torch.cat([program.run(part.start(program)) for part in parts])
 
 
@@ -158,7 +154,7 @@ def test_many_calls_at_once_do_not_mix(program: Program) -> None:
         executor = Executor([Replica(program=program, plan=plan)], fleet, deal=lambda rows: (rows,))
 
         def run(row: int) -> None:
-            outputs[row] = executor.run(call.rows(row, row + 1))
+            outputs[row] = executor.run(call.take_rows(row, row + 1))
 
         lanes = [threading.Thread(target=run, args=(row,)) for row in range(ROWS)]
         for lane in lanes:

@@ -265,8 +265,8 @@ def test_crossing_bytes_are_those_of_the_placement(network: tuple[list[float], l
     num_bytes = (10 + 100) * (where[0] != 0) + 10 * (where[-1] != 0) + 100 * (len(set(where)) - 1)
     for index, cost in enumerate(profile.pieces):
         num_bytes += cost.hidden_bytes_per_row * (index + 1 < len(where) and where[index] != where[index + 1])
-        if cost.pops_skip_of is not None:
-            source = cost.pops_skip_of
+        for taken in cost.takes:
+            source = taken.source
             is_sent = where[source] != where[index] and where[source + 1] != where[index]  # else it is the state that goes there anyway
-            num_bytes += profile.pieces[source].skip_bytes_per_row * is_sent
+            num_bytes += taken.bytes_per_row * is_sent
     assert found.crossing_bytes == 2 * num_bytes

@@ -11,8 +11,10 @@ from torch import Tensor
 from backend import memory_management
 from backend.devices import virtual_gpu
 from backend.devices.virtual_gpu import Faults
+from backend.nn.owner import owner_of
 from backend.parallel import vae_decoding
 from backend.parallel.fleet import Fleet
+from backend.parallel.replica_modules import ReplicaModules
 from backend.patcher.vae import VAE
 from tests.support.checkpoints import build_models
 from tests.support.fleets import configured_slots, cpu_fleet, virtual_fleet
@@ -21,7 +23,8 @@ from tests.support.fleets import configured_slots, cpu_fleet, virtual_fleet
 def _vae(fleet: Fleet | None = None, slot: int = 0) -> VAE:
     torch.manual_seed(1)
     network = build_models(Path("none"), "sd15").vae
-    return VAE(network, device=torch.device("cpu") if fleet is None else fleet.device(slot), dtype=torch.float32)
+    decode = vae_decoding.decode_on_all_slots
+    return VAE(network, device=torch.device("cpu") if fleet is None else fleet.device(slot), dtype=torch.float32, slot_decoder=decode)
 
 
 def _latents(count: int) -> Tensor:
@@ -58,7 +61,7 @@ def test_slots_of_one_device_share_the_network(alone: Tensor) -> None:
         vae = _vae(fleet)
         pictures = vae.decode_on_all_slots(_latents(2))
         assert pictures is not None
-        assert "twins" not in vae.first_stage_model.__dict__ or not vae.first_stage_model.__dict__["twins"]
+        assert not owner_of(vae.first_stage_model).part(ReplicaModules)
     assert torch.equal(pictures, alone[:2])
 
 
@@ -93,5 +96,5 @@ def test_copies_forget_their_weights_when_they_leave() -> None:
         vae.decode_on_all_slots(_latents(2))
         memory_management.unload_all_models()
         assert virtual_gpu.get_device(1).live_bytes == 0
-        (twin,) = vae.first_stage_model.__dict__["twins"].values()
-        assert {parameter.device.type for parameter in twin.model.parameters()} == {"meta"}
+        (replica,) = owner_of(vae.first_stage_model).part(ReplicaModules).values()
+        assert {parameter.device.type for parameter in replica.model.parameters()} == {"meta"}

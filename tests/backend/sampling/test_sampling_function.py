@@ -262,7 +262,7 @@ def _patcher(family: str = "sd15", inpaint: bool = False) -> UnetPatcher:
 def test_controlnets_are_asked_once_per_call_and_bracket_the_run() -> None:
     unet, control = _patcher(), FakeControl()
     unet.add_patched_controlnet(control)
-    unet.model.run_network = lambda call: call.x_BCHW  # type: ignore[method-assign]
+    unet.model.run_network = lambda call: call.rows["x"]  # type: ignore[method-assign]
     sampling_prepare(unet, _x())
     denoise_guided(unet, _x(), SIGMA, text_cond=torch.randn(2, 77, 64), text_uncond=torch.randn(2, 77, 64), cond_scale=2.0)
     sampling_cleanup(unet)

@@ -1,4 +1,4 @@
-"""Twins: copies of a network on other slots, with the same names of parameters and the same changes of weights.
+"""Replica modules: copies of a network on other slots, with the same names of parameters and the same changes of weights.
 
 Must not know what the network is for.
 """
@@ -6,22 +6,31 @@ Must not know what the network is for.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 
 import torch
 from torch import nn
 
 from backend.memory.module_bytes import as_same_kind
+from backend.nn.empty_network import META as META
 from backend.patcher.base import ModelPatcher
 from backend.patcher.weight_patches import unpatched_tensors
 from backend.storage.kinds import storage_of
 
-META = torch.device("meta")
+
+class ReplicaModules(dict[Hashable, "ReplicaPatcher"]):
+    """Replica modules of one network, by where they are for. Kept by the network's owner, used again by later runs."""
+
+    @property
+    def networks(self) -> set[nn.Module]:
+        """All that memory management knows of them by."""
+        return {patcher.model for patcher in self.values()}
 
 
-class TwinPatcher(ModelPatcher):
+class ReplicaPatcher(ModelPatcher):
     """A copy of a network for another slot. It holds weights only while it is on a device: it leaves by forgetting them.
 
-    Changes of weights are asked for with `copy_patches_from` and made by `refresh_twin`, which the slot's worker runs.
+    Changes of weights are asked for with `copy_patches_from` and made by `refresh_replica`, which the slot's worker runs.
     """
 
     must_be_whole = True
@@ -29,7 +38,7 @@ class TwinPatcher(ModelPatcher):
 
     @property
     def source(self) -> ModelPatcher:
-        """The patcher whose network this copies. Held weakly: the network keeps its twins, not the other way round."""
+        """The patcher whose network this copies. Held weakly: the network keeps its replica modules, not the other way round."""
         source = self._source()
         if source is None:
             raise RuntimeError(f"The network that a copy on {self.load_device} belongs to is gone. Copies are placed anew for every run.")
@@ -40,12 +49,12 @@ class TwinPatcher(ModelPatcher):
         self._source = weakref.ref(patcher)
 
     @classmethod
-    def make(cls, source: ModelPatcher, empty: nn.Module, device: torch.device) -> TwinPatcher:
-        """A twin without weights. `empty` is a network like the source's with the same names, on the meta device."""
-        twin = cls(empty, load_device=device, offload_device=META, current_device=META)
-        twin.size = source.model_size()
-        twin.source = source
-        return twin
+    def make(cls, source: ModelPatcher, empty: nn.Module, device: torch.device) -> ReplicaPatcher:
+        """A copy without weights. `empty` is a network like the source's with the same names, on the meta device."""
+        made = cls(empty, load_device=device, offload_device=META, current_device=META)
+        made.size = source.model_size()
+        made.source = source
+        return made
 
     def prepare_load(self, device: torch.device) -> None:
         self.fill(self.model, device)
@@ -71,9 +80,9 @@ class TwinPatcher(ModelPatcher):
                     registry[name] = placed[id(tensor)]
 
     def refresh_loras(self) -> None:
-        """Left to `refresh_twin`, so that all devices change their weights at once."""
+        """Left to `refresh_replica`, so that all devices change their weights at once."""
 
-    def refresh_twin(self) -> None:
+    def refresh_replica(self) -> None:
         """Have the weights as the source's patcher wants them."""
         self.copy_patches_from(self.source)
         super().refresh_loras()
