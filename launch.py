@@ -44,6 +44,7 @@ if __name__ == "__main__" or sys.version_info[:2] < OLDEST_PYTHON:
 import logging
 import pathlib
 import signal
+import threading
 
 from modules import launch_utils
 from modules.launch_utils import git_clone, git_tag, is_installed, prepare, run  # noqa: F401 -- extensions import them from here
@@ -86,14 +87,37 @@ def run_program(config):
     return webui.main(config)
 
 
-def interrupt(signum, frame):
-    """A request to end from the system (`kill`, a service manager) ends the program as Ctrl+C does: what is open is closed."""
-    raise KeyboardInterrupt
+class Ending:
+    """A request to end from the system (`kill`, a service manager) or Ctrl+C: what is open is closed. The second one ends at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __call__(self, signum, frame):
+        if self.asked:
+            os.write(2, b"Stopped at once.\n")
+            os._exit(128 + signum)
+        self.asked = True
+        raise KeyboardInterrupt
+
+
+def leave(code):
+    """Ends the process with `code`. A thread that is still inside a library's own code would bring the interpreter's orderly end down with it."""
+    left = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if left:
+        log.debug("Threads that still run: %s", ", ".join(left))
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main():
     """The whole run; the exit code."""
-    signal.signal(signal.SIGTERM, interrupt)
+    ending = Ending()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ending)
     try:
         result = prepare(sys.argv[1:], os.environ, pathlib.Path(__file__).resolve())
         return result if isinstance(result, int) else run_program(result)
@@ -106,4 +130,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

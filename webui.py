@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
 from modules import application, script_callbacks
 from modules.app_config import AppConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FINISH_TIMEOUT_S = 10.0
 QUIET_LIBRARIES = ("matplotlib", "transformers", "diffusers", "accelerate", "torchao", "torch.distributed")
 
 
@@ -59,6 +61,7 @@ def run(config: AppConfig) -> int:
     finally:
         app.close()
         application.install(None)
+        engine.finish()
     return 0
 
 
@@ -67,6 +70,7 @@ def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
     from modules.api.api import create_api, create_internal_api
     from modules.server import create_fastapi_app, keep_page_last
 
+    app.jobs.reopen()
     fastapi_app = create_fastapi_app(app.config)
     app.fastapi_app = fastapi_app
     try:
@@ -86,6 +90,7 @@ def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
         return wait_for_command(app)
     finally:
         gc.unfreeze()
+        app.jobs.close()  # first, so that whoever waits for a job is answered while there is a server
         server.stop()
 
 
@@ -129,6 +134,7 @@ def add_page(app: Application, fastapi_app: Any, engine: EngineStart) -> None:
 
 def announce(app: Application, server: WebServer) -> None:
     """Say where the server is, and open what the flags ask to open."""
+    from modules.http_edge.access import warn_of_open_parts
     from modules.server import open_browser, open_tunnel
 
     config = app.config
@@ -137,6 +143,9 @@ def announce(app: Application, server: WebServer) -> None:
         log.info("Start-up time: %s", startup_timer.summary())
     if config.share and not config.nowebui and (public := open_tunnel(server)):
         log.info("Public address: %s", public)
+        app.fastapi_app.edge.names.add(urlsplit(public).netloc)
+    if warning := warn_of_open_parts(config):
+        log.warning("%s", warning)
     local = config.host in ("127.0.0.1", "localhost", "::1")
     wants_browser = app.options.auto_launch_browser == "Remote" or (app.options.auto_launch_browser == "Local" and local)
     if config.has_screen and not config.nowebui and (config.autolaunch or wants_browser):
@@ -197,6 +206,7 @@ class EngineStart:
 
     def __init__(self, config: AppConfig) -> None:
         self._config = config
+        self._importer: threading.Thread | None = None
         worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-start")
         self._devices = worker.submit(self._find_devices)
         worker.shutdown(wait=False)
@@ -210,7 +220,13 @@ class EngineStart:
 
     def import_networks(self) -> None:
         """Begin to import the rest, so that the first picture does not wait for it. What fails then fails again in that job, which reports it."""
-        threading.Thread(target=self._import_networks, name="engine-import", daemon=True).start()
+        self._importer = threading.Thread(target=self._import_networks, name="engine-import", daemon=True)
+        self._importer.start()
+
+    def finish(self) -> None:
+        """Wait for what still runs: a thread inside torch's code may not be cut off by the end of the interpreter."""
+        if self._importer is not None:
+            self._importer.join(FINISH_TIMEOUT_S)
 
     def _find_devices(self) -> None:
         from backend import memory_management  # imports torch

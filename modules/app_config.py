@@ -59,6 +59,7 @@ class AppConfig:
     api_server_stop: bool = False
     gradio_auth: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     gradio_allowed_paths: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     cors_origins_regex: str | None = None
     tls_keyfile: Path | None = None

@@ -16,13 +16,15 @@ from functools import wraps
 from typing import Any, Generic, TypeVar
 
 from modules import errors
-from modules.errors import JobCancelled, RequestError
+from modules.errors import JobCancelled, LineFullError, RequestError, ServerClosingError
 from modules.progress import TaskBook, create_task_id
 from modules.shared_state import State
 
 log = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
+
+MAX_WAITING_JOBS = 256
 
 
 class FIFOLock:
@@ -81,6 +83,8 @@ class Job(Generic[ResultT]):
         self.run = run
         self.context = contextvars.copy_context()
         self.done = threading.Event()
+        self._callbacks: list[Callable[[], None]] = []
+        self._callbacks_lock = threading.Lock()
         self.result: ResultT | None = None
         self.error: BaseException | None = None
 
@@ -91,6 +95,22 @@ class Job(Generic[ResultT]):
         if self.error is not None:
             raise self.error
         return self.result  # type: ignore[return-value]  # set by whoever set `done`
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Call it when the job is over, on the thread that ends it; at once if it is over already."""
+        with self._callbacks_lock:
+            if not self.done.is_set():
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def finish(self) -> None:
+        """It is over: `result` or `error` is set. Wakes whoever waits."""
+        with self._callbacks_lock:
+            self.done.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
 
     def carry_out(self) -> None:
         """Run it here and now; whatever it raises is kept for the waiter."""
@@ -105,31 +125,46 @@ class Job(Generic[ResultT]):
 
 
 class JobQueue:
-    """First in, first out. The worker thread starts with the first job and is a daemon: it does not hold up the end of the program."""
+    """First in, first out. The worker thread starts with the first job and is a daemon: it does not hold up the end of the program.
 
-    def __init__(self, state: State) -> None:
+    No more than `max_waiting` jobs wait at a time.
+    """
+
+    def __init__(self, state: State, max_waiting: int = MAX_WAITING_JOBS) -> None:
         self.state = state
+        self.max_waiting = max_waiting
         self.tasks = TaskBook()
         self._line: deque[Job[Any]] = deque()
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
+        self._running: Job[Any] | None = None
         self._worker: threading.Thread | None = None
         self._closed = False
 
     def submit(self, task_id: str | None, name: str, run: Callable[[], ResultT]) -> Job[ResultT]:
-        """Put a job at the end of the line. Called from inside a job, it runs at once: waiting for itself would never end."""
+        """Put a job at the end of the line. Called from inside a job, it runs at once: waiting for itself would never end.
+
+        Raises ServerClosingError and LineFullError.
+        """
         job: Job[ResultT] = Job(task_id or create_task_id(name), name, run)
         if threading.current_thread() is self._worker:
             job.carry_out()
-            job.done.set()
+            job.finish()
             return job
         with self._changed:
-            if self._closed:
-                raise JobCancelled("the server is shutting down and takes no more jobs.")
+            self.check_room()
             self.tasks.add(job.task_id)
             self._line.append(job)
             self._start_worker()
             self._changed.notify_all()
         return job
+
+    def check_room(self) -> None:
+        """Raises ServerClosingError and LineFullError where submit() would."""
+        with self._changed:
+            if self._closed:
+                raise ServerClosingError("the server is shutting down and takes no more jobs.")
+            if len(self._line) >= self.max_waiting:
+                raise LineFullError(f"{len(self._line)} jobs wait already, and no more are taken. Try again later.")
 
     def run_and_wait(self, task_id: str | None, name: str, run: Callable[[], ResultT]) -> ResultT:
         """submit() and wait()."""
@@ -142,27 +177,44 @@ class JobQueue:
             if job is None:
                 return False
             self._line.remove(job)
-        self._drop(job, "it was cancelled before it began.")
+        self._drop(job, JobCancelled(f"job {job.name} ({job.task_id}): it was cancelled before it began."))
         return True
 
+    def abandon(self, job: Job[Any]) -> None:
+        """Nobody wants the job's result any more: take it out of the line, or interrupt it if it runs."""
+        with self._changed:
+            is_waiting = job in self._line
+            if is_waiting:
+                self._line.remove(job)
+            elif self._running is job:  # the next one begins under this lock and forgets the flag
+                self.state.interrupt()
+        if is_waiting:
+            self._drop(job, JobCancelled(f"job {job.name} ({job.task_id}): its client went away."))
+
+    def reopen(self) -> None:
+        """Take jobs again after close()."""
+        with self._changed:
+            self._closed = False
+
     def close(self, timeout_s: float = 10.0) -> None:
-        """Take no more jobs, drop the waiting ones, interrupt the running one and wait for it."""
+        """Take no more jobs, drop the waiting ones, interrupt the running one and wait for it. Whoever waits gets an answer."""
         with self._changed:
             self._closed = True
             dropped = list(self._line)
             self._line.clear()
             self._changed.notify_all()
         for job in dropped:
-            self._drop(job, "the server is shutting down.")
-        if self.tasks.current is not None:
-            self.state.interrupt()
+            self._drop(job, ServerClosingError(f"job {job.name} ({job.task_id}): the server is shutting down."))
+        with self._changed:
+            if self._running is not None:
+                self.state.interrupt()
         if self._worker is not None and self._worker is not threading.current_thread():
             self._worker.join(timeout_s)
 
-    def _drop(self, job: Job[Any], reason: str) -> None:
+    def _drop(self, job: Job[Any], error: JobCancelled) -> None:
         self.tasks.finish(job.task_id)
-        job.error = JobCancelled(f"job {job.name} ({job.task_id}): {reason}")
-        job.done.set()
+        job.error = error
+        job.finish()
 
     def _start_worker(self) -> None:
         if self._worker is None or not self._worker.is_alive():
@@ -182,6 +234,7 @@ class JobQueue:
             job = self._line.popleft()
             self.tasks.start(job.task_id)
             self.state.begin(job.name)
+            self._running = job
             return job
 
     def _do(self, job: Job[Any]) -> None:
@@ -190,9 +243,11 @@ class JobQueue:
             if job.error is None:
                 self.tasks.record(job.task_id, job.result)
         finally:
+            with self._changed:
+                self._running = None
             self.state.end()
             self.tasks.finish(job.task_id)
-            job.done.set()
+            job.finish()
 
 
 # Wrappers for the page's handlers, under the names that extensions import.

@@ -182,10 +182,16 @@ def _add_server_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--subpath", metavar="PATH", help="the path under which a reverse proxy shows this server")
     group.add_argument("--timeout-keep-alive", type=int, default=30, metavar="SECONDS", help="how long an idle connection is kept (default: 30)")
     group.add_argument("--api-auth", metavar="USER:PASSWORD", help="ask API clients for one of these, separated by commas")
+    group.add_argument("--api-auth-file", metavar="FILE", help="a file of USER:PASSWORD for API clients, separated by commas or lines")
     group.add_argument("--gradio-auth", metavar="USER:PASSWORD", help="ask for one of these on the page, separated by commas")
     group.add_argument("--gradio-auth-path", metavar="FILE", help="a file of USER:PASSWORD, separated by commas or lines")
     group.add_argument(
         "--gradio-allowed-path", action="append", default=[], metavar="PATH", help="a folder the page may show files from; may be repeated"
+    )
+    group.add_argument(
+        "--allowed-hosts",
+        metavar="NAMES",
+        help="names under which a reverse proxy shows this server, separated by commas; *.example.org or * will do",
     )
     group.add_argument("--cors-allow-origins", metavar="URLS", help="origins whose pages may call the API, separated by commas")
     group.add_argument("--cors-allow-origins-regex", metavar="PATTERN", help="the same as a regular expression")
@@ -384,10 +390,11 @@ def _server_fields(ns: Namespace) -> dict[str, Any]:
     return {
         "port": None if ns.port is None else _check_range("--port", ns.port, 1, 65535),
         "subpath": ns.subpath.strip("/") or None if ns.subpath else None,
-        "api_auth": _read_logins("--api-auth", ns.api_auth),
-        "gradio_auth": _read_logins("--gradio-auth", ns.gradio_auth) + _read_login_file(ns.gradio_auth_path),
+        "api_auth": _read_logins("--api-auth", ns.api_auth) + _read_login_file("--api-auth-file", ns.api_auth_file),
+        "gradio_auth": _read_logins("--gradio-auth", ns.gradio_auth) + _read_login_file("--gradio-auth-path", ns.gradio_auth_path),
         "gradio_allowed_paths": tuple(ns.gradio_allowed_path),
-        "cors_origins": tuple(origin.strip() for origin in (ns.cors_allow_origins or "").split(",") if origin.strip()),
+        "allowed_hosts": _split_names(ns.allowed_hosts),
+        "cors_origins": _split_names(ns.cors_allow_origins),
         "cors_origins_regex": _check_pattern(ns.cors_allow_origins_regex),
         "tls_keyfile": keyfile,
         "tls_certfile": certfile,
@@ -433,10 +440,24 @@ def _read_logins(source: str, text: str | None) -> tuple[tuple[str, str], ...]:
     return tuple(logins)
 
 
-def _read_login_file(name: str | None) -> tuple[tuple[str, str], ...]:
+def _read_login_file(flag: str, name: str | None) -> tuple[tuple[str, str], ...]:
+    """The logins in a file. An empty one is refused: the user who named it wants a password to be asked for."""
     if not name:
         return ()
-    return _read_logins(f"--gradio-auth-path {name}", _existing_file("--gradio-auth-path", name).read_text(encoding="utf-8"))
+    try:
+        text = _existing_file(flag, name).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlagError(
+            f"{flag} {name}: cannot be read as UTF-8 text ({type(error).__name__}). Save it as plain text of USER:PASSWORD lines."
+        ) from error
+    found = _read_logins(f"{flag} {name}", text)
+    if not found:
+        raise FlagError(f"{flag} {name}: holds no login. Write USER:PASSWORD into it, one a line.")
+    return found
+
+
+def _split_names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 def _existing_file(flag: str, name: str) -> Path:

@@ -26,6 +26,7 @@ class RequestError(Exception):
     """The request cannot be served as it stands. `status` is the HTTP status that says why (422: a field's value)."""
 
     status = 422
+    retry_after_s: int | None = None
 
 
 class OptionError(RequestError, ValueError):
@@ -50,6 +51,20 @@ class JobCancelled(RequestError):
     """The job was taken out of the queue before it began."""
 
     status = 409
+
+
+class LineFullError(RequestError):
+    """So many jobs wait that no more are taken for now."""
+
+    status = 503
+    retry_after_s = 10
+
+
+class ServerClosingError(JobCancelled):
+    """The server is about to end: it takes no job and drops those that wait."""
+
+    status = 503
+    retry_after_s = 30
 
 
 def format_exception(error: BaseException, traceback_: Any) -> list[list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import datetime
 import io
+import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -141,8 +142,8 @@ def overall_progress(state: State) -> dict[str, Any]:
 
 
 def create_task_id(task_type: str) -> str:
-    """A task id for a request that brought none."""
-    return f"task({task_type}-{datetime.datetime.now().strftime('%Y%m%d%H%M%S%f')})"
+    """A task id for a request that brought none. Nobody can guess it: who knows a task's id may see its previews."""
+    return f"task({task_type}-{datetime.datetime.now().strftime('%Y%m%d%H%M%S%f')}-{secrets.token_hex(8)})"
 
 
 # The names that extensions call; they speak to the installed application's book.

@@ -19,6 +19,10 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.routing import Mount
 
 from modules.app_config import AppConfig
+from modules.http_edge.bodies import MAX_UPLOAD_BYTES
+from modules.http_edge.connections import TimedConnection
+from modules.http_edge.edge import Edge
+from modules.http_edge.passwords import is_known
 from modules.launch_port import check_port
 from modules.version import program_version
 
@@ -47,9 +51,24 @@ class SubpathApp:
         await self.app(scope, receive, send)
 
 
-def create_fastapi_app(config: AppConfig) -> fastapi.FastAPI:
+class EdgeApp(fastapi.FastAPI):
+    """An app behind `edge`, which also stands outside of every middleware that extensions add."""
+
+    edge: Edge
+
+    def build_middleware_stack(self) -> Any:
+        inner: Any = super().build_middleware_stack()
+
+        async def guarded(scope: Any, receive: Any, send: Any) -> None:
+            await self.edge.handle(inner, scope, receive, send)
+
+        return guarded
+
+
+def create_fastapi_app(config: AppConfig) -> EdgeApp:
     """The app that the API's routes and the page go on. `--cors-allow-origins` opens it to other sites, nothing else does."""
-    app = fastapi.FastAPI(title="WebUI", version=program_version(), docs_url="/docs", redoc_url="/redoc")
+    app = EdgeApp(title="WebUI", version=program_version(), docs_url="/docs", redoc_url="/redoc")
+    app.edge = Edge(config, lambda: app.router.routes)
     if config.cors_origins or config.cors_origins_regex:
         app.add_middleware(
             CORSMiddleware,
@@ -72,9 +91,13 @@ def mount_page(app: fastapi.FastAPI, demo: gradio.Blocks, config: AppConfig, set
         path="/",
         server_name=config.host,
         server_port=config.listen_port,
-        auth=list(config.gradio_auth) or None,
+        auth=(lambda name, password: is_known(name, password, config.gradio_auth)) if config.gradio_auth else None,
+        max_file_size=MAX_UPLOAD_BYTES,
         **settings,
     )
+    if isinstance(app, EdgeApp):
+        page = next(route.app for route in app.router.routes if isinstance(route, Mount) and route.path == "")
+        app.edge.page_logins.find_page_app = lambda: page
 
 
 def keep_page_last(app: fastapi.FastAPI) -> None:
@@ -108,6 +131,7 @@ class WebServer:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 asgi,
+                http=TimedConnection,
                 log_level="warning",
                 timeout_keep_alive=config.timeout_keep_alive_s,
                 ssl_keyfile=config.tls_keyfile,

@@ -63,10 +63,10 @@ def create_internal_api(app: Application, fastapi_app: FastAPI) -> None:
     open_router = create_router(RoutePolicy())
     open_router.add_api_route("/internal/ping", internal.ping, methods=["GET"])
     open_router.add_api_route("/internal/progress", jobs.task_progress, methods=["POST"], response_model=models.TaskProgressResponse)
-    open_router.add_api_route("/internal/pending-tasks", jobs.pending_tasks, methods=["GET"], response_model=models.PendingTasksResponse)
-    # These tell about the machine: whoever set a password wants it asked for here.
+    # These tell about the machine and name the tasks of others: whoever set a password wants it asked for here.
     closed_router = create_router(RoutePolicy(credentials=app.config.api_auth or app.config.gradio_auth, log_calls=app.config.api_log))
     for path, handler, response_model in (
+        ("pending-tasks", jobs.pending_tasks, models.PendingTasksResponse),
         ("quicksettings-hint", internal.quicksettings_hint, list[models.QuicksettingsHint]),
         ("profile-startup", internal.profile_startup, None),
         ("sysinfo", internal.sysinfo, None),

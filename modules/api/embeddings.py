@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from modules.api import models
-from modules.api.generation import wait_for_job
+from modules.api.waiting import wait_for_job
 from modules.errors import RequestError
 
 if TYPE_CHECKING:

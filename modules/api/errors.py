@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from modules.errors import RequestError
+from modules.http_edge.bodies import BodyRefused
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,11 @@ def error_response(error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException):
         headers = dict(error.headers or {})
         return JSONResponse(error_body("HTTPException", error.detail), status_code=error.status_code, headers=headers)
+    if isinstance(error, BodyRefused):
+        return JSONResponse(error_body(type(error).__name__, error.text), status_code=error.status)
     if isinstance(error, RequestError):
-        return JSONResponse(error_body(type(error).__name__, str(error)), status_code=error.status)
+        headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+        return JSONResponse(error_body(type(error).__name__, str(error)), status_code=error.status, headers=headers)
     if is_out_of_memory(error):
         log.error("Out of memory: %s", error)
         return JSONResponse(error_body("OutOfMemoryError", _out_of_memory_text(error)), status_code=OUT_OF_MEMORY_STATUS)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING
 
-from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 
 from modules import infotext_utils
 from modules.api import models
-from modules.api.generation import wait_for_job
 from modules.api.limits import MAX_PICTURE_PX
 from modules.api.pictures import decode_picture, encode_picture, encode_settings, fetch_rules, infotext_of, plain_items
+from modules.api.pools import decoders, pool_for, run_in
+from modules.api.waiting import wait_for_job
 from modules.errors import RequestError
 from modules.image_metadata import read_info_from_image
 from modules.postprocessing import ExtrasResult, ExtrasSettings, check_extras, goal_size_px, run_extras
@@ -45,10 +45,11 @@ class ExtrasRoutes:
     async def _carry_out(self, body: models.ExtrasBaseRequest, named: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """(infotext, base64 picture) for each."""
         settings = extras_settings(body)
-        pictures = await run_in_threadpool(self._decode, settings, named)
+        self.app.jobs.check_room()
+        pictures = await run_in(pool_for(named), self._decode, settings, named)
         job = self.app.jobs.submit(None, "extras", lambda: self._enlarge(pictures, settings))
-        results = await wait_for_job(job)
-        return await run_in_threadpool(self._encode, pictures, results)
+        results = await wait_for_job(job, drop_from=self.app.jobs)
+        return await run_in(decoders(), self._encode, pictures, results)
 
     def _decode(self, settings: ExtrasSettings, named: list[tuple[str, str]]) -> list[Image.Image]:
         check_extras(settings, available_upscalers())
@@ -82,8 +83,11 @@ class ExtrasRoutes:
             encoded.append((result.infotext, encode_picture(result.image, extension=options.samples_format, infotext=infotext, settings=settings)))
         return encoded
 
-    def png_info(self, body: models.PNGInfoRequest) -> models.PNGInfoResponse:
+    async def png_info(self, body: models.PNGInfoRequest) -> models.PNGInfoResponse:
         """What a picture says about its making. Empty for a picture that says nothing."""
+        return await run_in(pool_for(body), self._png_info, body)
+
+    def _png_info(self, body: models.PNGInfoRequest) -> models.PNGInfoResponse:
         image = decode_picture(body.image.strip(), "image", rules=fetch_rules(self.app.options))
         geninfo, items = read_info_from_image(image)
         parameters = infotext_utils.parse_generation_parameters(geninfo) if geninfo else {}

@@ -6,11 +6,14 @@ otherwise), and each redirect is checked anew. Must not know pictures or setting
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
+from contextvars import ContextVar
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -37,9 +40,23 @@ class FetchRules:
     timeout_s: float = TIMEOUT_S
 
 
+fetch_deadline: ContextVar[list[float] | None] = ContextVar("fetch_deadline", default=None)
+"""When all fetches of the request being served have to be over; set with the first of them."""
+
+
+def _deadline(rules: FetchRules) -> float:
+    shared = fetch_deadline.get()
+    mine = time.monotonic() + rules.timeout_s
+    if shared is None:
+        return mine
+    if not shared:
+        shared.append(mine)
+    return shared[0]
+
+
 def fetch(url: str, rules: FetchRules) -> bytes:
-    """The file at an http(s) URL. Raises FetchError."""
-    deadline = time.monotonic() + rules.timeout_s
+    """The file at an http(s) URL. All files of one request have `rules.timeout_s` together. Raises FetchError."""
+    deadline = _deadline(rules)
     for _ in range(MAX_REDIRECTS + 1):
         status, location, body = _request(url, rules, deadline)
         if status in _REDIRECTS and location:
@@ -96,8 +113,12 @@ def _request(url: str, rules: FetchRules, deadline: float) -> tuple[int, str | N
     host = parts.hostname or ""
     address = resolve(host, port, allow_local=rules.allow_local)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    sockets: list[socket.socket] = []
+    ender = threading.Timer(_seconds_left(deadline), _end, [sockets])
+    ender.daemon = True
+    ender.start()
     try:
-        connection = _connect(parts.scheme, host, address, port, _seconds_left(deadline))
+        connection = _connect(parts.scheme, host, address, port, _seconds_left(deadline), sockets)
         try:
             connection.putrequest("GET", path, skip_host=True)
             connection.putheader("Host", parts.netloc.rpartition("@")[2])
@@ -109,23 +130,37 @@ def _request(url: str, rules: FetchRules, deadline: float) -> tuple[int, str | N
         finally:
             connection.close()
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise FetchError(f"{_shown(url)} cannot be fetched: {error}.") from error
+        reason = "it takes too long" if time.monotonic() >= deadline else str(error)
+        raise FetchError(f"{_shown(url)} cannot be fetched: {reason}.") from error
+    finally:
+        ender.cancel()
+
+
+def _end(sockets: list[socket.socket]) -> None:
+    """The time is over: whatever waits for these gets an error. A socket's own time-out begins anew with every byte that drips in."""
+    for sock in list(sockets):
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 def _seconds_left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise TimeoutError("it takes too long")
+        raise FetchError("the pictures of this request take too long to fetch; send them as base64.")
     return left
 
 
-def _connect(scheme: str, host: str, address: str, port: int, timeout_s: float) -> http.client.HTTPConnection:
-    """A connection to `address`, which speaks for `host`."""
+def _connect(scheme: str, host: str, address: str, port: int, timeout_s: float, sockets: list[socket.socket]) -> http.client.HTTPConnection:
+    """A connection to `address`, which speaks for `host`; its sockets are put into `sockets`."""
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     sock = socket.create_connection((address, port), timeout=timeout_s)
+    sockets.append(sock)
     if scheme == "https":
         try:
-            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+            secure = ssl.create_default_context().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+            sock = secure
+            sockets.append(secure)
+            secure.do_handshake()
         except BaseException:
             sock.close()
             raise

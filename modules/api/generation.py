@@ -6,14 +6,11 @@ this file must not know how.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import HTTPException
-from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 from pydantic import ValidationError
 
@@ -22,21 +19,21 @@ from modules import infotext_utils, script_callbacks
 from modules.api import models
 from modules.api.limits import MAX_BATCH_PX, MAX_PICTURE_PX, MAX_PICTURES, SIDE_MULTIPLE_PX
 from modules.api.pictures import decode_picture, encode_picture, encode_settings, fetch_rules, infotext_of
+from modules.api.pools import decoders, pool_for, run_in
 from modules.api.script_args import build_script_args, find_runner
 from modules.api.settings import check_settings, find_checkpoint
+from modules.api.waiting import wait_for_job
 from modules.errors import RequestError
 from modules.infotext_fields import FIELDS_BY_TAB
 from modules.processing import StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img, process_images
 
 if TYPE_CHECKING:
     from modules.application import Application
-    from modules.call_queue import Job
     from modules.processing_request import StableDiffusionProcessing
     from modules.processing_result import Processed
 
 log = logging.getLogger(__name__)
 
-ResultT = TypeVar("ResultT")
 RequestT = TypeVar("RequestT", bound=models.GenerationRequest)
 Process = Callable[[Any], Any]
 
@@ -52,23 +49,6 @@ _NOT_PASSED_ON = frozenset(
 _PICTURE_FIELDS = ("firstpass_image", "mask", "latent_mask")
 
 
-async def wait_for_job(job: Job[ResultT]) -> ResultT:
-    """The job's result. A thread of its own waits for it, so that many waiting requests take nothing from the others."""
-    loop = asyncio.get_running_loop()
-    over = asyncio.Event()
-
-    def watch() -> None:
-        job.done.wait()
-        try:
-            loop.call_soon_threadsafe(over.set)
-        except RuntimeError:  # the server is gone, and with it who waited
-            log.debug("job %s ended after the server", job.task_id)
-
-    threading.Thread(target=watch, name=f"waits for {job.task_id}", daemon=True).start()
-    await over.wait()
-    return job.wait(0)
-
-
 class GenerationRoutes:
     """The two handlers. `process` carries a request out; tests put their own there."""
 
@@ -79,19 +59,21 @@ class GenerationRoutes:
     async def txt2img(self, body: models.StableDiffusionProcessingTxt2Img) -> models.TextToImageResponse:
         """Pictures from a prompt."""
         p, parameters, processed = await self._carry_out("txt2img", body)
-        return models.TextToImageResponse(**await run_in_threadpool(self._answer, p, body, parameters, processed))
+        return models.TextToImageResponse(**await run_in(decoders(), self._answer, p, body, parameters, processed))
 
     async def img2img(self, body: models.StableDiffusionProcessingImg2Img) -> models.ImageToImageResponse:
         """Pictures from pictures."""
         if not body.init_images:
             raise HTTPException(404, "Init image not found: init_images holds the pictures to start from, as base64.")
         p, parameters, processed = await self._carry_out("img2img", body)
-        return models.ImageToImageResponse(**await run_in_threadpool(self._answer, p, body, parameters, processed))
+        return models.ImageToImageResponse(**await run_in(decoders(), self._answer, p, body, parameters, processed))
 
     async def _carry_out(self, tab: str, body: models.GenerationRequest) -> tuple[StableDiffusionProcessing, dict[str, Any], Processed]:
-        p, parameters = await run_in_threadpool(self._prepare, tab, body)
+        self.app.jobs.check_room()
+        p, parameters = await run_in(pool_for(body), self._prepare, tab, body)
         job = self.app.jobs.submit(body.force_task_id, tab, lambda: self._run(p))
-        return p, parameters, await wait_for_job(job)
+        saves = body.save_images or p.selected_script is not None  # a selected script may save what it makes
+        return p, parameters, await wait_for_job(job, drop_from=None if saves else self.app.jobs)
 
     # Before the job
 

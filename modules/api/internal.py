@@ -22,7 +22,8 @@ class InternalRoutes:
     def __init__(self, app: Application) -> None:
         self.app = app
 
-    def ping(self) -> dict[str, Any]:
+    async def ping(self) -> dict[str, Any]:
+        """Takes no thread, so that it answers however busy all of them are."""
         return {}
 
     def quicksettings_hint(self) -> list[models.QuicksettingsHint]:

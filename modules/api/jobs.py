@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules.api import models
 from modules.api.pictures import encode_picture, encode_settings
+from modules.api.pools import previews, run_in
 from modules.progress import overall_progress, report_task
 
 if TYPE_CHECKING:
@@ -20,27 +21,32 @@ class JobRoutes:
     def __init__(self, app: Application) -> None:
         self.app = app
 
-    def progress(self, skip_current_image: bool = False) -> models.ProgressResponse:
+    async def progress(self, skip_current_image: bool = False) -> models.ProgressResponse:
         """Progress of the running job, with its preview unless `skip_current_image`. Without a job it is 0."""
         state, options = self.app.state, self.app.options
         image = None if skip_current_image or state.job_count == 0 else state.current_image
-        current = None if image is None else encode_picture(image, extension=options.samples_format, infotext=None, settings=encode_settings(options))
+        current = None
+        if image is not None:
+            settings = encode_settings(options)
+            current = await run_in(previews(), encode_picture, image, extension=options.samples_format, infotext=None, settings=settings)
         return models.ProgressResponse(**overall_progress(state), current_image=current)
 
-    def interrupt(self) -> dict[str, Any]:
+    async def interrupt(self) -> dict[str, Any]:
         """End the running job within one step; what is finished is answered and saved."""
         self.app.state.interrupt()
         return {}
 
-    def skip(self) -> None:
+    async def skip(self) -> None:
         """End the running batch within one step."""
         self.app.state.skip()
 
-    def task_progress(self, body: models.TaskProgressRequest) -> models.TaskProgressResponse:
+    async def task_progress(self, body: models.TaskProgressRequest) -> models.TaskProgressResponse:
         """How one task stands, for the page."""
         options = self.app.options
         image_format = options.live_previews_image_format if options.live_previews_image_format in _PREVIEW_FORMATS else _PREVIEW_FORMATS[0]
-        report = report_task(
+        report = await run_in(
+            previews(),
+            report_task,
             self.app.jobs.tasks,
             self.app.state,
             body.id_task or "",
@@ -50,6 +56,6 @@ class JobRoutes:
         )
         return models.TaskProgressResponse.model_validate(report, from_attributes=True)
 
-    def pending_tasks(self) -> models.PendingTasksResponse:
+    async def pending_tasks(self) -> models.PendingTasksResponse:
         tasks = list(self.app.jobs.tasks.pending)
         return models.PendingTasksResponse(size=len(tasks), tasks=tasks)

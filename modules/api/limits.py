@@ -22,7 +22,11 @@ MAX_SEED = 2**63 - 1
 MAX_CFG_SCALE = 100.0
 MAX_PROMPT_CHARS = 100_000
 MAX_MASK_BLUR_PX = 1024
-MAX_INPUT_PICTURE_PX = 200_000_000
+MAX_INPUT_PICTURE_PX = MAX_SIDE_PX * MAX_SIDE_PX
+MAX_REQUEST_PX = 2 * MAX_INPUT_PICTURE_PX
+"""All pictures of one request together; decoded they take 4 bytes a pixel."""
+MAX_HELD_PX = 4 * MAX_REQUEST_PX
+"""All requests that are being served together."""
 MAX_INPUT_PICTURES = 1000
 MAX_UPSCALE_FACTOR = 16.0
 MAX_DOWNLOAD_BYTES = 64 << 20

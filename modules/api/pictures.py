@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from modules.api import picture_budget
 from modules.api.fetching import FetchRules, fetch
 from modules.api.limits import MAX_INPUT_PICTURE_PX
 from modules.errors import RequestError
@@ -22,8 +23,10 @@ from modules.image_resizing import fix_image
 from modules.image_writing import EncodeSettings, PictureText, encode_image, kind_that_holds, known_extensions
 
 _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "TGA", "ICO", "JPEG2000")
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "TGA", "JPEG2000")
+# not ICO: the picture inside may be larger than its header says
 _SHOWN_CHARS = 40
+_LIMIT = f"the limit is {MAX_INPUT_PICTURE_PX / 10**6:.1f} megapixels"
 _FALLBACK_FORMAT = "png"
 
 
@@ -62,14 +65,14 @@ def open_picture(data: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_readable_formats())
         if image.width * image.height > MAX_INPUT_PICTURE_PX:
-            limit = f"the limit is {MAX_INPUT_PICTURE_PX // 10**6} megapixels"
-            raise PictureError(f"{name}: a picture of {image.width}x{image.height} px is too large; {limit}.")
+            raise PictureError(f"{name}: a picture of {image.width}x{image.height} px is too large; {_LIMIT}.")
+        picture_budget.take(image.width * image.height, name)
         image.load()
         fixed = fix_image(image)
-    except PictureError:
+    except RequestError:
         raise
-    except Image.DecompressionBombError:
-        raise PictureError(f"{name}: the picture is too large; the limit is {MAX_INPUT_PICTURE_PX // 10**6} megapixels.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise PictureError(f"{name}: the picture is too large; {_LIMIT}.") from None
     except Exception as error:  # noqa: BLE001 - Pillow's readers raise a dozen kinds of error for files that are no pictures
         raise PictureError(f"{name}: is not a picture that can be read ({_kind(data)}; {type(error).__name__}).") from None
     assert fixed is not None

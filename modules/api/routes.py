@@ -1,16 +1,13 @@
 """What every API route does around its handler: check the password, read strict JSON, turn errors into answers, time and log the call.
 
-It is done by the route itself and not by middleware, so that it works on a server that runs already and leaves the page's own routes alone.
+Where the app stands behind `modules.http_edge`, the password was asked for there; a route put on another app asks for it itself.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import logging
 import math
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -20,11 +17,18 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
 from modules.api.errors import error_response
+from modules.api.fetching import fetch_deadline
+from modules.api.picture_budget import allowance
+from modules.api.pools import decoders, run_in
+from modules.api.waiting import current_request
+from modules.http_edge.edge import ADMITTED
+from modules.http_edge.passwords import header_is_known
 
 log = logging.getLogger(__name__)
 
 PROCESS_TIME_HEADER = "X-Process-Time"
 _MAX_DIGITS = 400
+LARGE_BODY_BYTES = 1 << 20
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -50,9 +54,13 @@ def _guarded(handler: Callable[[Request], Awaitable[Response]], policy: RoutePol
     async def handle(request: Request) -> Response:
         started = time.perf_counter()
         try:
-            if policy.credentials:
+            if policy.credentials and not request.scope.get(ADMITTED):
                 check_credentials(request.headers.get("authorization"), policy.credentials)
-            response = await handler(StrictRequest(request.scope, request.receive))
+            strict = StrictRequest(request.scope, request.receive)
+            current_request.set(strict)
+            fetch_deadline.set([])
+            with allowance():
+                response = await handler(strict)
         except Exception as error:  # noqa: BLE001 - wall: the API's handlers
             response = error_response(error)
         seconds = time.perf_counter() - started
@@ -69,32 +77,9 @@ def _guarded(handler: Callable[[Request], Awaitable[Response]], policy: RoutePol
 
 
 def check_credentials(header: str | None, credentials: Sequence[tuple[str, str]]) -> None:
-    """Raises HTTPException 401 unless the Authorization header names one of `credentials`. Takes the same time for every wrong one."""
-    given = _basic_credentials(header)
-    name, password = given or ("", "")
-    accepted = False
-    for known_name, known_password in credentials:
-        same_name = secrets.compare_digest(name.encode(), known_name.encode())
-        same_password = secrets.compare_digest(password.encode(), known_password.encode())
-        accepted |= same_name & same_password
-    if given is None or not accepted:
+    """Raises HTTPException 401 unless the Authorization header names one of `credentials`."""
+    if not header_is_known(header, credentials):
         raise HTTPException(401, "Incorrect username or password", headers={"WWW-Authenticate": "Basic"})
-
-
-def _basic_credentials(header: str | None) -> tuple[str, str] | None:
-    scheme, _, encoded = (header or "").partition(" ")
-    if scheme.lower() != "basic":
-        return None
-    try:
-        raw = base64.b64decode(encoded.strip(), validate=True)
-    except (binascii.Error, ValueError):
-        return None
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")
-    name, colon, password = text.partition(":")
-    return (name, password) if colon else None
 
 
 # Strict JSON
@@ -105,7 +90,8 @@ class StrictRequest(Request):
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
-            self._json = parse_json(await self.body())
+            body = await self.body()
+            self._json = parse_json(body) if len(body) < LARGE_BODY_BYTES else await run_in(decoders(), parse_json, body)
         return self._json
 
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
 
-from modules.api.generation import wait_for_job
 from modules.api.models import LinkItem, MemoryResponse, MultiGpuResponse, PlanItem, SlotItem
 from modules.api.settings import check_settings
+from modules.api.waiting import wait_for_job
 
 if TYPE_CHECKING:
     from modules.application import Application
 
-_SECRET_FLAGS = ("api_auth", "gradio_auth", "gradio_auth_path", "ngrok", "ngrok_options")
+_SECRET_FLAGS = ("api_auth", "api_auth_file", "gradio_auth", "gradio_auth_path", "ngrok", "ngrok_options")
 _HIDDEN = "(not shown)"
 NO_RESTART_STATUS = 501
 

@@ -24,7 +24,7 @@ NEED = {
     "--enable-insecure-extension-access": ["--listen"],
 }
 VALUES = {"--device-id": "1", "--virtual-gpus": "1GB", "--use-cpu": "all", "--api-auth": "a:b", "--gradio-auth": "a:b", "--loglevel": "DEBUG"}
-FILES = ("--tls-keyfile", "--tls-certfile", "--ckpt", "--gradio-auth-path")
+FILES = ("--tls-keyfile", "--tls-certfile", "--ckpt", "--api-auth-file", "--gradio-auth-path")
 
 
 @cache

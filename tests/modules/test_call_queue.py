@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from modules.call_queue import FIFOLock, JobQueue, error_html, wrap_gradio_call
-from modules.errors import JobCancelled, OptionError, RequestError
+from modules.errors import JobCancelled, LineFullError, OptionError, RequestError, ServerClosingError
 from modules.shared_state import State
 
 
@@ -139,3 +139,65 @@ def test_handlers_show_errors_as_text_not_as_markup() -> None:
     outputs = wrap_gradio_call(lambda: ("a", "b"), add_stats=True)()
     assert outputs[0] == "a"
     assert "Time taken" in outputs[1]
+
+
+def test_the_line_has_a_limit_and_a_closed_one_can_be_opened_again() -> None:
+    jobs, gate, started = JobQueue(State(), max_waiting=2), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        started.set()
+        gate.wait(5)
+
+    jobs.submit(None, "hold", hold)
+    assert started.wait(5)
+    waiting = [jobs.submit(None, "next", lambda: None) for _ in range(2)]
+    for refused in (jobs.check_room, lambda: jobs.submit(None, "late", lambda: None)):
+        with pytest.raises(LineFullError, match="2 jobs wait") as error:
+            refused()
+        assert (error.value.status, error.value.retry_after_s) == (503, 10)
+    gate.set()
+    for job in waiting:
+        job.wait(5)
+    jobs.check_room()
+    jobs.close()
+    with pytest.raises(ServerClosingError) as closing:
+        jobs.check_room()
+    assert closing.value.status == 503
+    jobs.reopen()
+    assert jobs.run_and_wait(None, "again", lambda: 7) == 7
+    jobs.close()
+
+
+def test_whoever_asks_is_called_when_a_job_is_over(jobs: JobQueue) -> None:
+    gate, called = threading.Event(), list[str]()
+    job = jobs.submit(None, "hold", lambda: gate.wait(5))
+    job.add_done_callback(lambda: called.append("before"))
+    gate.set()
+    job.wait(5)
+    job.add_done_callback(lambda: called.append("after"))
+    assert called[-1] == "after" and set(called) <= {"before", "after"}
+    jobs.run_and_wait(None, "next", lambda: None)
+    assert sorted(called) == ["after", "before"]
+
+
+def test_an_abandoned_job_leaves_the_line_or_is_interrupted_and_no_other_is(jobs: JobQueue) -> None:
+    started = threading.Event()
+
+    def until_interrupted() -> str:
+        started.set()
+        while not jobs.state.interrupted:
+            threading.Event().wait(0.001)
+        return "interrupted"
+
+    running = jobs.submit(None, "long", until_interrupted)
+    waiting = jobs.submit(None, "next", lambda: pytest.fail("it must not run"))
+    last = jobs.submit(None, "last", lambda: jobs.state.interrupted)
+    assert started.wait(5)
+    jobs.abandon(waiting)
+    with pytest.raises(JobCancelled, match="went away"):
+        waiting.wait(5)
+    jobs.abandon(running)
+    assert running.wait(5) == "interrupted"
+    assert last.wait(5) is False
+    jobs.abandon(running)
+    assert not jobs.state.interrupted

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 from safetensors.numpy import save_file
@@ -23,6 +22,7 @@ from modules.api.api import create_api
 from modules.application import Application
 from modules.processing_result import Processed, create_infotext
 from modules.processing_validation import fix_seed, make_sound, set_all_seeds
+from modules.server import create_fastapi_app
 from tests.support.applications import installed_application
 
 
@@ -100,9 +100,9 @@ def running_server(folder: Path, *, checkpoints: tuple[str, ...] = ("tiny.safete
         write_checkpoint_header(folder / "models" / "Stable-diffusion" / name)
     with installed_application(folder, **{"api": True, **config}) as app:
         maker = PictureMaker(app)
-        fastapi_app = FastAPI()
+        fastapi_app = create_fastapi_app(app.config)
         create_api(app, fastapi_app, process=maker)
-        with TestClient(fastapi_app) as client:
+        with TestClient(fastapi_app, base_url="http://127.0.0.1:7860") as client:
             yield Server(app, client, maker)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from typing import Any, ClassVar
 
 import pytest
@@ -147,3 +147,47 @@ def test_a_client_may_name_a_picture_by_url_as_far_as_the_settings_allow(server:
     server.app.options.set("api_enable_requests", False)
     refused = server.client.post("/sdapi/v1/img2img", json={"init_images": [f"{site}/a.png"]})
     assert "switched off here" in refused.json()["detail"]
+
+
+class Dripping(BaseHTTPRequestHandler):
+    """Sends a byte now and then, for ever: in its head or in its body."""
+
+    def do_GET(self) -> None:
+        start = b"HTTP/1.0 200 OK\r\nX-Long: " if self.path == "/head" else b"HTTP/1.0 200 OK\r\nContent-Length: 1000000\r\n\r\n"
+        try:
+            self.wfile.write(start)
+            for _ in range(2000):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                threading.Event().wait(0.01)
+        except OSError:
+            return
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing on the console."""
+
+
+@pytest.mark.parametrize("path", ["/head", "/body"])
+def test_a_host_that_drips_is_given_up_after_the_whole_time(path: str) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dripping) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(FetchError, match=r"takes? too long"):
+                fetch(f"http://127.0.0.1:{server.server_port}{path}", FetchRules(allow_local=True, timeout_s=0.3))
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_all_urls_of_a_request_share_one_time(site: str) -> None:
+    token = fetching.fetch_deadline.set([])
+    try:
+        assert fetch(f"{site}/a.png", LOCAL) == Site.picture
+        (deadline,) = fetching.fetch_deadline.get() or [0.0]
+        fetching.fetch_deadline.set([deadline - LOCAL.timeout_s - 1])
+        with pytest.raises(FetchError, match=r"takes? too long"):
+            fetch(f"{site}/a.png", LOCAL)
+    finally:
+        fetching.fetch_deadline.reset(token)

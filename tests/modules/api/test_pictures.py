@@ -32,7 +32,7 @@ def test_base64_as_clients_write_it(sent: str) -> None:
     assert np.array_equal(np.asarray(decode_picture(sent, "image")), np.asarray(PICTURE))
 
 
-@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA", "ICO"])
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA"])
 def test_kinds_of_files(image_format: str) -> None:
     assert decode_picture(to_base64(PICTURE.resize((32, 32)), image_format), "image").size == (32, 32)
 

@@ -1,0 +1,67 @@
+"""Waiting for a job without a thread, and dropping it when the client that asked for it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, TypeVar
+
+from modules.errors import RequestError
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+    from modules.call_queue import Job, JobQueue
+
+log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+
+current_request: ContextVar[Request | None] = ContextVar("current_request", default=None)
+"""The request whose handler runs; modules.api.routes sets it."""
+
+
+class ClientGoneError(RequestError):
+    """Nobody waits for the answer any more. The status is for the log alone."""
+
+    status = 499
+
+
+async def wait_for_job(job: Job[ResultT], *, drop_from: JobQueue | None = None) -> ResultT:
+    """The job's result. `drop_from`: the line that the job is taken out of (or interrupted in) when the client goes away before it is over.
+
+    Raises what the job raised, and ClientGoneError.
+    """
+    loop = asyncio.get_running_loop()
+    over = asyncio.Event()
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):  # the server is gone, and with it who waited
+            loop.call_soon_threadsafe(over.set)
+
+    job.add_done_callback(wake)
+    request = current_request.get()
+    if drop_from is None or request is None:
+        await over.wait()
+    elif not await _is_over_before_the_client_goes(over, request):
+        drop_from.abandon(job)
+        raise ClientGoneError(f"the client of {job.task_id} went away; nothing of it was to be saved, so it was dropped.")
+    return job.wait(0)
+
+
+async def _is_over_before_the_client_goes(over: asyncio.Event, request: Request) -> bool:
+    waits = [asyncio.ensure_future(over.wait()), asyncio.ensure_future(_wait_until_gone(request))]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        return over.is_set()
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+
+
+async def _wait_until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,104 @@
+"""Which password each path needs: one table for the routes of the API, the page, guests and this program alike.
+
+| kind | paths | asks for |
+|---|---|---|
+| open | `/internal/ping`, the login form and what it is drawn with | nothing |
+| api | `/sdapi/...` | --api-auth |
+| page | gradio's, `/internal/progress`, pictures of cards | --gradio-auth (its cookie, or the same as HTTP basic) |
+| guest | everything else: `/controlnet/...`, `/docs`, `/internal/sysinfo`, extensions | --api-auth, else --gradio-auth; or the page's cookie |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from http.cookies import CookieError, SimpleCookie
+from typing import Any, Literal
+
+from modules.app_config import AppConfig
+from modules.http_edge.hosts import is_loopback
+from modules.http_edge.passwords import Logins, header_is_known
+
+Kind = Literal["open", "api", "page", "guest"]
+
+PAGE_PREFIXES = ("/sd_extra_networks/", "/internal/progress")
+LOGIN_PATHS = frozenset(
+    {"/", "/login", "/logout", "/theme.css", "/gradio_api/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json", "/pwa_icon"}
+    | {"/gradio_api/app_id", "/gradio_api/startup-events", "/gradio_api/login_check", "/gradio_api/token", "/gradio_api/user"}
+)
+"""What the login form itself loads; gradio answers these without telling anything about the page."""
+LOGIN_PREFIXES = ("/static/", "/assets/", "/svelte/")
+ACTING_PATHS = frozenset({"/logout"})
+"""Paths of the page that do something when they are merely opened."""
+
+
+def kind_of(path: str, *, is_page: bool) -> Kind:
+    """`is_page`: no route of the API or of a guest takes this path, so that it reaches gradio."""
+    if path == "/internal/ping":
+        return "open"
+    if path == "/sdapi" or path.startswith("/sdapi/"):
+        return "api"
+    if path.startswith(PAGE_PREFIXES):
+        return "page"
+    if not is_page:
+        return "guest"
+    plain = path.rstrip("/") or "/"
+    return "open" if plain in LOGIN_PATHS or path.startswith(LOGIN_PREFIXES) else "page"
+
+
+class PageLogins:
+    """Who is logged in on the page, as gradio's own app knows it. Without a page nobody is."""
+
+    def __init__(self) -> None:
+        self.find_page_app: Callable[[], Any] = lambda: None
+
+    def is_logged_in(self, cookie_header: str | None) -> bool:
+        page = self.find_page_app()
+        if page is None or not cookie_header:
+            return False
+        try:
+            cookies = SimpleCookie(cookie_header)
+        except CookieError:
+            return False
+        names = (f"access-token-{page.cookie_id}", f"access-token-unsecure-{page.cookie_id}")
+        return any(name in cookies and cookies[name].value in page.tokens for name in names)
+
+
+def is_admitted(kind: Kind, headers: Mapping[str, str], config: AppConfig, page_logins: PageLogins) -> bool:
+    """Whether the request brought what its path asks for."""
+    if kind == "open":
+        return True
+    wanted = logins_for(kind, config)
+    if not wanted or header_is_known(headers.get("authorization"), wanted):
+        return True
+    return kind != "api" and bool(config.gradio_auth) and page_logins.is_logged_in(headers.get("cookie"))
+
+
+def logins_for(kind: Kind, config: AppConfig) -> Logins:
+    """Names and passwords that open a path of this kind; none: it is open to everybody."""
+    if kind == "api":
+        return config.api_auth
+    if kind == "page":
+        return (*config.gradio_auth, *config.api_auth) if config.gradio_auth else ()
+    if kind == "guest":
+        return config.api_auth or config.gradio_auth
+    return ()
+
+
+def serves_api(config: AppConfig) -> bool:
+    return config.api or config.nowebui
+
+
+def open_parts(config: AppConfig) -> list[str]:
+    """What anybody who reaches the address may use."""
+    parts = [] if config.nowebui or config.gradio_auth else ["the page (set --gradio-auth USER:PASSWORD)"]
+    return parts + (["the API (set --api-auth USER:PASSWORD)"] if serves_api(config) and not config.api_auth else [])
+
+
+def warn_of_open_parts(config: AppConfig) -> str | None:
+    """What to tell a user whose server others can reach without a password; None where there is nothing to tell."""
+    parts = open_parts(config)
+    if not parts or (is_loopback(config.host) and not config.share):
+        return None
+    reach = "has a public address (--share)" if config.share else f"answers other computers (it listens on {config.host})"
+    what = "make pictures, read and change settings, and see what others make"
+    return f"This server {reach}, and without a password everybody there may use {' and '.join(parts)}: {what}."
