@@ -126,7 +126,9 @@ def _request(url: str, rules: FetchRules, deadline: float) -> tuple[int, str | N
             connection.putheader("Accept", "image/*,*/*;q=0.5")
             connection.endheaders()
             response = connection.getresponse()
-            return response.status, response.getheader("Location"), _read(response, rules.max_bytes, deadline, url)
+            body = _read(response, rules.max_bytes, deadline, url)
+            _seconds_left(deadline)  # what `_end` cut off looks like a whole answer
+            return response.status, response.getheader("Location"), body
         finally:
             connection.close()
     except (OSError, http.client.HTTPException, ValueError) as error:
