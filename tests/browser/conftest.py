@@ -123,14 +123,25 @@ def observed() -> Observed:
     return Observed()
 
 
-@pytest.fixture
-def page(browser: Any, observed: Observed) -> Iterator[Any]:
-    """A new window; the test fails when the page asked another host for anything or reported an error."""
+@pytest.fixture(scope="session")
+def profile(browser: Any) -> Iterator[Any]:
+    """What the windows share: the page's programs, read and compiled once."""
     context = browser.new_context(viewport={"width": 1440, "height": 900}, accept_downloads=True)
     context.set_default_timeout(TIMEOUT_MS)
-    page = context.new_page()
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(profile: Any, observed: Observed) -> Iterator[Any]:
+    """A new window that knows nothing of those before; the test fails when the page asked another host for anything or reported an error."""
+    page = profile.new_page()
     observed.watch(page)
     yield page
-    context.close()
+    if page.url.startswith("http"):
+        page.evaluate("() => { localStorage.clear(); sessionStorage.clear(); }")
+    for window in profile.pages:
+        window.close()
+    profile.clear_cookies()
     assert observed.foreign_requests == []
     assert observed.errors == []

@@ -99,7 +99,14 @@ FLEETS: dict[str, tuple[str, Any]] = {
 
 EVERY_JOB_ON = ("layers on 3",)
 FEW_JOBS = ("txt2img", "hires")
-CASES = [(fleet, job) for fleet in FLEETS for job in JOBS if fleet in EVERY_JOB_ON or job in FEW_JOBS]
+NIGHTLY = ("layers on 4-hires",)
+"""Planning four slots for two sizes takes long; txt2img on four and hires on fewer run every time."""
+CASES = [
+    pytest.param(fleet, job, marks=[pytest.mark.nightly] if f"{fleet}-{job}" in NIGHTLY else [])
+    for fleet in FLEETS
+    for job in JOBS
+    if fleet in EVERY_JOB_ON or job in FEW_JOBS
+]
 LARGER_UNITS = ("layers on 2", "replicas on 2")
 
 

@@ -150,7 +150,7 @@ def test_more_pictures_leave_bytes_where_they_were(checkpoint: Path) -> None:
     assert [virtual_gpu.get_device(device).live_bytes for device in virtual_gpu.installed_devices()] == [0, 0]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(2, 16))])
 def test_random_shortages_give_the_same_picture_or_a_clear_failure(checkpoint: Path, expected: torch.Tensor, seed: int) -> None:
     engine = load(checkpoint, virtual_gpus_bytes=(512 * MIB,))
     picture(engine)
