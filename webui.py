@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from modules import application, script_callbacks
+from modules import application, script_callbacks, unfinished_files
 from modules.app_config import AppConfig
 from modules.application import Application, build_application
 from modules.import_lock import network_imports
@@ -50,6 +50,7 @@ def run(config: AppConfig) -> int:
     app.restartable = True
     application.install(app)
     select_checkpoint(app)
+    unfinished_files.start_clearing(app)
     startup_timer.record("application")
     try:
         command = serve(app, server, engine)

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -178,7 +179,9 @@ def _cast_like(key: str, value: Any, default: Any) -> Any:
 def write_text_atomically(path: Path, text: str) -> None:
     """Replace `path` by a file holding `text`: readers see the old file or the whole new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=f".{secrets.token_hex(6)}.tmp"
+    )  # unfinished_files.py knows the form
     try:
         with os.fdopen(handle, "w", encoding="utf8") as file:
             file.write(text)

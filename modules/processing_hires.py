@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modules import extra_networks, images, rng, sd_samplers
+from modules import extra_networks, rng, sd_samplers
 from modules.application import current_application
 from modules.errors import RequestError, UnknownCheckpointError
 from modules.image_resizing import resize_to
@@ -21,6 +21,7 @@ from modules.processing_networks import activate_networks, prepare_networks
 from modules.processing_refiner import refining
 from modules.processing_request import LATENT_UPSCALE_MODES, opt_C, opt_f
 from modules.processing_result import create_infotext
+from modules.processing_saving import save_or_say
 from modules.processing_txt2img import run_sampling_hook
 from modules.processing_validation import check_area
 from modules.upscaler import available_upscalers, find_upscaler
@@ -225,15 +226,15 @@ def _save_first_pass(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, 
         picture = pixels_to_pil(decoded_CHW.add(1).div(2))
         place = p.iteration * p.batch_size + index
         info = create_infotext(p, p.all_prompts, p.all_seeds, p.all_subseeds, index=place)
-        images.save_image(
+        save_or_say(
+            p,
             picture,
-            p.outpath_samples or "",
+            p.outpath_samples,
             "",
             p.seeds[index],
             p.prompts[index],
             p.options.samples_format,
             info=info,
-            p=p,
             suffix="-before-highres-fix",
         )
 

@@ -23,6 +23,7 @@ from modules.processing_latents import encode_pixels, mask_to_latent, pil_to_pix
 from modules.processing_networks import prepare_networks
 from modules.processing_refiner import refining
 from modules.processing_request import opt_f
+from modules.processing_saving import save_or_say
 from modules.processing_txt2img import run_sampling_hook
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _note_picture(p: StableDiffusionProcessingImg2Img, picture: Image.Image, ima
     if not p.options.save_init_img:
         return
     p.init_img_hash = hashlib.md5(np.asarray(image).tobytes(), usedforsecurity=False).hexdigest()
-    images.save_image(image, p.options.outdir_init_images, "", forced_filename=p.init_img_hash, save_to_dirs=False, p=p)
+    save_or_say(p, image, p.options.outdir_init_images, "", forced_filename=p.init_img_hash, save_to_dirs=False)
 
 
 def _keep_overlay(p: StableDiffusionProcessingImg2Img, image: Image.Image) -> None:

@@ -17,6 +17,7 @@ from modules.hook_arguments import PostprocessBatchListArgs, PostprocessImageArg
 from modules.processing_compositing import apply_color_correction, apply_overlay, uncrop
 from modules.processing_latents import pixels_to_pil
 from modules.processing_result import Processed, create_infotext
+from modules.processing_saving import save_or_say
 
 if TYPE_CHECKING:
     from modules.processing_request import StableDiffusionProcessing
@@ -120,7 +121,7 @@ class PictureCollector:
         place = min(place, len(p.all_seeds) - 1)
         seed, prompt = p.all_seeds[place], p.all_prompts[place]
         with profiler.recorder().measure("save", "save a picture"):
-            images.save_image(image, folder or "", "", seed, prompt, p.options.samples_format, info=text, p=p, suffix=suffix)
+            save_or_say(p, image, folder, "", seed, prompt, p.options.samples_format, info=text, suffix=suffix)
 
     def finish(self) -> Processed:
         """The grid, and everything together."""
@@ -159,16 +160,16 @@ class PictureCollector:
 
     def _save_grid(self, grid: Image.Image, text: str) -> None:
         p, options = self.p, self.p.options
-        images.save_image(
+        save_or_say(
+            p,
             grid,
-            p.outpath_grids or "",
+            p.outpath_grids,
             "grid",
             p.all_seeds[0],
             p.all_prompts[0],
             options.grid_format,
             info=text,
             short_filename=not options.grid_extended_filename,
-            p=p,
             grid=True,
         )
 

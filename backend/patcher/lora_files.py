@@ -5,7 +5,6 @@ Knows no prompts and no folders. `lora_keys` has the names, `lora_math` the form
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from backend.checkpoint_file import CheckpointError, open_tensor_file
+from backend.foreign_json import ForeignJsonError, parse_json
 from backend.patcher.clip import CLIP
 from backend.patcher.lora_keys import family_in_metadata, family_of_layers, model_lora_keys_clip, model_lora_keys_unet, split_key
 from backend.patcher.lora_math import DiffPatch, GloraPatch, Ia3Patch, LohaPatch, LokrPatch, LoraPatch, OftPatch, SetPatch
@@ -94,16 +94,19 @@ def parse_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 def _add_peft_alphas(layers: Mapping[str, Parts], metadata: Mapping[str, str]) -> None:
     """What diffusers writes about its adapters, {"unet.r": 8, "unet.lora_alpha": 4, "unet.alpha_pattern": {...}, ...}, as alphas of the layers."""
     try:
-        facts: Any = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
+        facts: Any = parse_json(metadata.get("lora_adapter_metadata", "{}"))
+    except ForeignJsonError:
         return
     for layer, parts in layers.items():
         component, _, inner = layer.partition(".")
         alpha = facts.get(f"{component}.lora_alpha") if isinstance(facts, dict) else None
         if alpha is None or "down" not in parts or "alpha" in parts:
             continue
-        patterns = facts.get(f"{component}.alpha_pattern") or {}
+        patterns = facts.get(f"{component}.alpha_pattern")
+        patterns = patterns if isinstance(patterns, dict) else {}
         alpha = next((value for pattern, value in patterns.items() if inner == pattern or inner.endswith(f".{pattern}")), alpha)
+        if not isinstance(alpha, (int, float)) or not parts["down"].ndim:
+            continue
         rank = parts["down"].shape[0]
         parts["alpha"] = torch.tensor(float(alpha) * (rank**0.5 if facts.get(f"{component}.use_rslora") else 1.0))
 
@@ -118,8 +121,11 @@ def match_lora(file: LoraFile, unet: UnetPatcher, clip: CLIP | None, *, model_fa
     """
     unet_names = model_lora_keys_unet(unet.model)
     clip_names = model_lora_keys_clip(clip.cond_stage_model) if clip is not None else {}
-    unet_patches, unmatched = load_lora(file.layers, unet_names)
-    clip_patches, unmatched = load_lora({layer: file.layers[layer] for layer in unmatched}, clip_names)
+    try:
+        unet_patches, unmatched = load_lora(file.layers, unet_names)
+        clip_patches, unmatched = load_lora({layer: file.layers[layer] for layer in unmatched}, clip_names)
+    except LoraError as error:
+        raise LoraError(f"LoRA {file.name}: {error}") from error
     if len(unmatched) > _SHARE_THAT_MUST_FIT * len(file.layers):
         raise LoraError(_explain_foreign(file, model_family, f"{len(unmatched)} of its {len(file.layers)} layers have no place in it", unmatched))
     models = [(unet.model, unet_patches)] + ([(clip.cond_stage_model, clip_patches)] if clip is not None else [])
@@ -142,7 +148,7 @@ def load_lora(lora: Mapping[str, Any], to_load: Mapping[str, str]) -> tuple[dict
     patches: dict[str, WeightPatch] = {}
     unmatched: dict[str, Any] = {}
     for layer, parts in layers.items():
-        target, built = to_load.get(layer), build_patches(parts)
+        target, built = to_load.get(layer), _built(layer, parts)
         if target is None or not built:
             unmatched[layer] = parts
             continue
@@ -151,14 +157,33 @@ def load_lora(lora: Mapping[str, Any], to_load: Mapping[str, str]) -> tuple[dict
     return patches, unmatched
 
 
+def _built(layer: str, parts: Parts) -> dict[str, WeightPatch]:
+    try:
+        return build_patches(parts)
+    except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:  # empty tensors and the like
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in parts.items())
+        raise LoraError(f"its layer {layer[:200]} is damaged ({error}; {shapes}). Download the LoRA again, or choose another.") from error
+
+
 def _find_misfits(parameters: Mapping[str, Tensor], patches: Mapping[str, WeightPatch]) -> list[str]:
     misfits = []
     for name, patch in patches.items():
         if name not in parameters:
             misfits.append(f"{name}: the model has none")
-        elif (misfit := patch.explain_misfit(parameters[name].shape)) is not None:
+        elif (misfit := _explain_misfit(patch, parameters[name].shape)) is not None:
             misfits.append(f"{name} is {tuple(parameters[name].shape)}, {misfit}")
     return misfits
+
+
+def _explain_misfit(patch: WeightPatch, shape: torch.Size) -> str | None:
+    """Also by merging without numbers, on the meta device: factors may not fit each other."""
+    try:
+        misfit = patch.explain_misfit(shape)
+        if misfit is None:
+            patch.on(torch.device("meta")).merge(torch.empty(shape, device="meta"), 1.0)
+        return misfit
+    except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:  # tensors of too few dimensions
+        return f"the change has parts of odd shapes ({error})"
 
 
 def _explain_foreign(file: LoraFile, model_family: str, what: str, names: Sequence[str] | Mapping[str, Any]) -> str:
@@ -181,7 +206,11 @@ def _first(names: Sequence[str] | Mapping[str, Any]) -> str:
 def build_patches(parts: Parts) -> dict[str, WeightPatch]:
     """The changes of one layer: of its "weight", its "bias", or both. None where parts are missing."""
     patches: dict[str, WeightPatch] = {}
+    if "magnitude" in parts:  # PEFT's: always of outputs, (O,) or, for a convolution, (1, O, 1, 1)
+        parts = {**parts, "dora_scale": parts["magnitude"].flatten()}
     build = next((build for needed, build in _BUILDERS if needed <= parts.keys()), None)
+    if build is not None and "dora_scale" in parts and build not in _BUILDERS_WITH_DORA:
+        raise ValueError("it has DoRA's lengths beside a kind of change that has none")
     if build is not None:
         patches["weight"] = build(parts)
     if "diff_b" in parts:
@@ -215,6 +244,14 @@ def _build_oft(parts: Parts) -> WeightPatch:
     return OftPatch(blocks=parts["oft_blocks"], constraint=_alpha(parts) or 0.0, rescale=parts.get("rescale"))
 
 
+def _build_rotation(parts: Parts) -> WeightPatch:
+    return OftPatch(blocks=parts["oft_diag"], rescale=parts.get("rescale"), is_rotation=True)
+
+
+def _build_diff(parts: Parts) -> WeightPatch:
+    return DiffPatch(diff=parts["diff"], dora_scale=parts.get("dora_scale"))
+
+
 def _build_ia3(parts: Parts) -> WeightPatch:
     return Ia3Patch(scale=parts["ia3"], on_input=bool(parts["on_input"].reshape(-1)[0]))
 
@@ -225,10 +262,12 @@ _BUILDERS: tuple[tuple[frozenset[str], Callable[[Parts], WeightPatch]], ...] = (
     *((frozenset({f"lokr_{one}", f"lokr_{two}"}), _build_lokr) for one in ("w1", "w1_a") for two in ("w2", "w2_a")),
     (frozenset({"a1", "a2", "b1", "b2"}), _build_glora),
     (frozenset({"oft_blocks"}), _build_oft),
+    (frozenset({"oft_diag"}), _build_rotation),
     (frozenset({"ia3", "on_input"}), _build_ia3),
-    (frozenset({"diff"}), lambda parts: DiffPatch(diff=parts["diff"], dora_scale=parts.get("dora_scale"))),
+    (frozenset({"diff"}), _build_diff),
     (frozenset({"set"}), lambda parts: SetPatch(value=parts["set"])),
 )
+_BUILDERS_WITH_DORA = (_build_lora, _build_loha, _build_lokr, _build_diff)
 
 
 def _inputs_of(parts: Parts) -> int:

@@ -45,6 +45,13 @@ class AddedPatch(TensorPatch):
 
     dora_scale: Tensor | None = None
 
+    def explain_misfit(self, shape: torch.Size) -> str | None:
+        return self.explain_difference(shape) or explain_lengths(self.dora_scale, shape)
+
+    def explain_difference(self, shape: torch.Size) -> str | None:
+        """Why the difference does not fit a weight of that shape, if it does not."""
+        return None
+
     def difference(self, shape: torch.Size) -> Tensor:
         """What is added at strength 1, fp32 of `shape`; the patch has been read."""
         raise NotImplementedError
@@ -84,10 +91,11 @@ class LoraPatch(AddedPatch):
             product = self.up.flatten(1) @ self.down.flatten(1)
         return product.reshape(shape).mul_(self._scale)
 
-    def explain_misfit(self, shape: torch.Size) -> str | None:
+    def explain_difference(self, shape: torch.Size) -> str | None:
         kernel = math.prod(self.mid.shape[2:]) if self.mid is not None else 1
         fits = self.up.shape[0] == shape[0] and self.up.shape[0] * math.prod(self.down.shape[1:]) * kernel == shape.numel()
-        fits = fits and math.prod(self.up.shape[1:]) == self.down.shape[0]
+        ranks = (self.down.shape[0], self.down.shape[0]) if self.mid is None else (*self.mid.shape[:2],)
+        fits = fits and (math.prod(self.up.shape[1:]), self.down.shape[0]) == ranks
         return None if fits else f"the LoRA was made for {(self.up.shape[0], *self.down.shape[1:])}"
 
 
@@ -108,7 +116,7 @@ class LohaPatch(AddedPatch):
         product = _expand(self.w1_a, self.w1_b, self.t1) * _expand(self.w2_a, self.w2_b, self.t2)
         return product.reshape(shape).mul_(scale)
 
-    def explain_misfit(self, shape: torch.Size) -> str | None:
+    def explain_difference(self, shape: torch.Size) -> str | None:
         rows, columns = (self.w1_a.shape[1], self.w1_b.shape[1]) if self.t1 is not None else (self.w1_a.shape[0], self.w1_b.shape[1])
         kernel = math.prod(self.t1.shape[2:]) if self.t1 is not None else 1
         return None if rows == shape[0] and rows * columns * kernel == shape.numel() else f"the LoHa was made for {(rows, columns * kernel)}"
@@ -139,7 +147,7 @@ class LokrPatch(AddedPatch):
         ranked = self.w1_b if self.w1_b is not None else self.w2_b
         return 1.0 if self.alpha is None or ranked is None else self.alpha / ranked.shape[0]
 
-    def explain_misfit(self, shape: torch.Size) -> str | None:
+    def explain_difference(self, shape: torch.Size) -> str | None:
         one = _shape_of_factor(self.w1, self.w1_a, self.w1_b, None)
         two = _shape_of_factor(self.w2, self.w2_a, self.w2_b, self.t2)
         if one is None or two is None:
@@ -184,7 +192,7 @@ class DiffPatch(AddedPatch):
     def difference(self, shape: torch.Size) -> Tensor:
         return self.diff.reshape(shape)
 
-    def explain_misfit(self, shape: torch.Size) -> str | None:
+    def explain_difference(self, shape: torch.Size) -> str | None:
         return None if self.diff.numel() == shape.numel() else f"the difference is {tuple(self.diff.shape)}"
 
 
@@ -222,12 +230,14 @@ class Ia3Patch(TensorPatch):
 class OftPatch(TensorPatch):
     """The outputs rotated in groups: `blocks` (groups, size, size) are made skew and turned into rotations by Cayley's transform.
 
-    `constraint` (from alpha) limits the blocks' common norm to `constraint * O`; `rescale` multiplies outputs afterwards.
+    `constraint` (from alpha) limits the blocks' common norm to `constraint * O`; `rescale` multiplies outputs afterwards. With `is_rotation`
+    the blocks are the rotations themselves, as the first LyCORIS wrote them under the name `oft_diag`.
     """
 
     blocks: Tensor
     constraint: float = 0.0
     rescale: Tensor | None = None
+    is_rotation: bool = False
 
     def merge(self, weight: Tensor, strength: float) -> Tensor:
         patch = self._read(weight)
@@ -239,6 +249,8 @@ class OftPatch(TensorPatch):
         return torch.lerp(weight, turned, strength)
 
     def _rotations(self, num_outputs: int) -> Tensor:
+        if self.is_rotation:
+            return self.blocks
         skew = self.blocks - self.blocks.transpose(1, 2)
         if self.constraint > 0:
             norm = torch.linalg.vector_norm(skew) + 1e-8
@@ -249,20 +261,45 @@ class OftPatch(TensorPatch):
 
     def explain_misfit(self, shape: torch.Size) -> str | None:
         fits = self.blocks.ndim == 3 and self.blocks.shape[1] == self.blocks.shape[2] and self.blocks.shape[0] * self.blocks.shape[1] == shape[0]
-        return None if fits else f"the OFT blocks are {tuple(self.blocks.shape)}"
+        if not fits:
+            return f"the OFT blocks are {tuple(self.blocks.shape)}"
+        return None if self.rescale is None or self.rescale.numel() == shape[0] else f"the OFT's rescale has {self.rescale.numel()} numbers"
 
 
 def decompose_weight(dora_scale: Tensor, weight: Tensor, difference: Tensor, strength: float) -> Tensor:
     """DoRA: the sum of weight and difference with the lengths `dora_scale`, in proportion to the strength.
 
-    Lengths of a shape (O,) or (O, 1, ...) belong to outputs, those of a shape (1, I, ...) to inputs.
+    Lengths of a shape (O,) or (O, 1, ...) belong to outputs, those of a shape (1, I, ...) to inputs. Raises: WeightPatchError for other shapes.
     """
     total = weight + difference
-    per_output = dora_scale.ndim == 1 or dora_scale.numel() == dora_scale.shape[0] == weight.shape[0]
-    kept = 0 if per_output else 1
+    kept = axis_of_lengths(dora_scale, weight.shape)
+    if kept is None:
+        raise WeightPatchError(f"DoRA's lengths are {tuple(dora_scale.shape)}; they do not fit a weight of {tuple(weight.shape)}.")
     lengths = torch.linalg.vector_norm(total, dim=[axis for axis in range(weight.ndim) if axis != kept], keepdim=True)
     scaled = total * (dora_scale.reshape(lengths.shape) / lengths.clamp_min(torch.finfo(torch.float32).eps))
     return scaled if strength == 1.0 else torch.lerp(weight, scaled, strength)
+
+
+def axis_of_lengths(dora_scale: Tensor, shape: torch.Size) -> int | None:
+    """Which axis of a weight the lengths belong to: 0 (outputs), 1 (inputs), None where they fit neither.
+
+    (1, N, 1, 1) with N = O and not I is PEFT's way to write the outputs of a convolution; with N = I it is kohya's way to write inputs.
+    """
+    count = dora_scale.numel()
+    if dora_scale.ndim == 0 or len(shape) < 2 or count != max(dora_scale.shape):
+        return None
+    if dora_scale.ndim > 1 and dora_scale.shape[0] != count and dora_scale.shape[1] != count:
+        return None
+    on_inputs = dora_scale.ndim > 1 and dora_scale.shape[0] != count
+    if on_inputs and count == shape[1]:
+        return 1
+    return 0 if count == shape[0] else None
+
+
+def explain_lengths(dora_scale: Tensor | None, shape: torch.Size) -> str | None:
+    """Why DoRA's lengths do not fit a weight of that shape, if they do not."""
+    fits = dora_scale is None or axis_of_lengths(dora_scale, shape) is not None
+    return None if fits or dora_scale is None else f"DoRA's lengths are {tuple(dora_scale.shape)}"
 
 
 def _expand(left: Tensor, right: Tensor, core: Tensor | None) -> Tensor:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modules.checkpoints import read_safetensors_metadata
-from modules.hashes import HashStore
+from modules.hashes import HASHES_OF_NOTHING, HashStore
 
 SHORT_HASH_DIGITS = 12
 _LEFT_OUT_OF_METADATA = ("ssmd_cover_images",)
+_HASH = re.compile("[0-9a-fA-F]{8,64}")
+_PROMPT_NAME = re.compile(r"[^<>:,\x00-\x1f\x7f]{1,255}")
+"""What can stand behind `<lora:`."""
 
 
 class SdVersion(enum.Enum):
@@ -53,7 +57,8 @@ class NetworkOnDisk:
     @property
     def alias(self) -> str:
         """The name its trainer gave it, or the file's."""
-        return str(self.metadata.get("ss_output_name") or self.name)
+        written = str(self.metadata.get("ss_output_name") or "")
+        return written if _PROMPT_NAME.fullmatch(written) else self.name
 
     @property
     def hash(self) -> str:
@@ -69,7 +74,7 @@ class NetworkOnDisk:
 
     def _written_hash(self) -> str | None:
         written = self.metadata.get("sshs_model_hash")
-        return written if isinstance(written, str) and written else None
+        return written.lower() if isinstance(written, str) and _HASH.fullmatch(written) and written.lower() not in HASHES_OF_NOTHING else None
 
     @property
     def _hash_title(self) -> str:

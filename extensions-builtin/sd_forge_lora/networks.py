@@ -88,11 +88,17 @@ class LoraRegistry:
 
     def find_by_hash(self, shorthash: str) -> NetworkOnDisk | None:
         """The file whose hash begins so, of those whose hash is known without reading them."""
-        return next((entry for entry in self if len(shorthash) >= SHORT_HASH_DIGITS and (entry.known_hash or "").startswith(shorthash)), None)
+        if len(shorthash) < SHORT_HASH_DIGITS:
+            return None
+        return next((entry for entry in self if (entry.known_hash or "").startswith(shorthash.lower())), None)
 
     def _look_up(self, name: str) -> NetworkOnDisk | None:
         names = self.names()
         wanted = name.strip()
+        if wanted not in names:  # a Windows path below the folder; an ending that a client wrote along
+            wanted = wanted.replace("\\", "/")
+            ending = next((one for one in LORA_SUFFIXES if wanted.lower().endswith(one)), "")
+            wanted = wanted[: len(wanted) - len(ending)]
         return names.get(wanted) or {key.lower(): entry for key, entry in reversed(names.items())}.get(wanted.lower())
 
     def names(self) -> dict[str, NetworkOnDisk]:

@@ -217,6 +217,15 @@ def test_files_are_saved_with_their_parameters(app: Application, tmp_path: Path)
     assert result.images[0].size == (128, 64)
 
 
+@pytest.mark.parametrize("folder", ["a file/below", "a\0b", "x" * 300])
+def test_a_folder_that_cannot_be_written_costs_the_file_and_not_the_picture(app: Application, tmp_path: Path, folder: str) -> None:
+    (tmp_path / "a file").write_text("in the way", encoding="utf8")
+    folders = {"outdir_txt2img_samples": str(tmp_path / folder), "outdir_txt2img_grids": str(tmp_path / folder)}
+    result = run(txt2img(batch_size=2, override_settings=folders))
+    assert np.array_equal(picture(result), picture(run(txt2img(batch_size=2))))
+    assert "Not saved: cannot write" in result.comments
+
+
 def test_a_grid_beyond_the_limit_is_left_out_and_said(app: Application) -> None:
     result = run(txt2img(batch_size=2, override_settings={"return_grid": True, "img_max_size_mp": 0.001}))
     assert len(result.images) == 2

@@ -302,3 +302,57 @@ def test_patches_under_original_names_and_frozen_ones_find_their_weights() -> No
     frozen.load_frozen_patcher("x", {f"{QUERY}::lora::0": torch.ones(128, 2), f"{QUERY}::lora::1": torch.ones(2, 128)}, 0.5)
     ((identifier, patches),) = frozen.lora_patches.items()
     assert identifier == ("x", 0.5, 1.0, False) and list(patches) == [QUERY]
+
+
+LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
+
+
+@pytest.mark.parametrize("spelling", ["lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight", "magnitude"])
+def test_pefts_lengths_belong_to_outputs_whatever_their_shape(spelling: str) -> None:
+    out, inputs = shape_of(QUERY)
+    pair = {f"{LAYER}.lora_A.weight": torch.ones(2, inputs), f"{LAYER}.lora_B.weight": torch.ones(out, 2)}
+    found = match({**pair, f"{LAYER}.{spelling}": torch.arange(1.0, out + 1).reshape(1, out)})
+    changed = found.unet[QUERY].merge(torch.zeros(out, inputs), 1.0)
+    torch.testing.assert_close(changed.norm(dim=1), torch.arange(1.0, out + 1))
+
+
+def test_oft_diag_is_no_oft_blocks() -> None:
+    out, _ = shape_of(QUERY)
+    identity = {f"{LAYER}.oft_diag": torch.eye(out // 2).repeat(2, 1, 1)}
+    weight = torch.randn(shape_of(QUERY), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(match(identity).unet[QUERY].merge(weight.clone(), 1.0), weight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dora_scale": torch.ones(3)},
+        {"dora_scale": torch.ones(())},
+        {"magnitude": torch.ones(3)},
+        {"alpha": torch.ones(0)},
+        {"lora_down.weight": torch.ones(())},
+        {"lora_up.weight": torch.ones(0, 2)},
+        {"lora_mid.weight": torch.ones(2)},
+    ],
+)
+def test_a_damaged_layer_is_refused_before_merging_by_the_files_name(change: dict[str, Tensor]) -> None:
+    out, inputs = shape_of(QUERY)
+    parts = {"lora_up.weight": torch.ones(out, 2), "lora_down.weight": torch.ones(2, inputs), "alpha": torch.ones(1), **change}
+    with pytest.raises(LoraError, match=r"damaged|do not fit"):
+        match({f"{LAYER}.{part}": tensor for part, tensor in parts.items()})
+
+
+def test_lengths_beside_a_kind_that_has_none_are_refused() -> None:
+    out, _ = shape_of(QUERY)
+    with pytest.raises(LoraError, match="DoRA's lengths beside"):
+        match({f"{LAYER}.oft_blocks": torch.zeros(2, out // 2, out // 2), f"{LAYER}.dora_scale": torch.ones(out, 1)})
+
+
+@pytest.mark.parametrize(
+    "facts", ["[" * 2000, "[1]", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 4, "unet.alpha_pattern": [1]}', '{"unet.lora_alpha": 1e999}']
+)
+def test_odd_facts_of_diffusers_are_left_alone(facts: str) -> None:
+    out, inputs = shape_of(QUERY)
+    pair = {f"{LAYER}.lora_down.weight": torch.ones(2, inputs), f"{LAYER}.lora_up.weight": torch.ones(out, 2)}
+    match_lora_of = parse_lora("odd", pair, {"lora_adapter_metadata": facts})
+    assert match_lora_of.layers.keys() == {LAYER}

@@ -223,3 +223,38 @@ def test_tuples_of_extensions() -> None:
     for wrong in (3, "lora", (), ("nothing", ())):
         with pytest.raises(WeightPatchError):
             as_weight_patch(wrong)
+
+
+def reference_dora(weight: Tensor, difference: Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA, Liu et al. 2024, equation 5, row by row: W' = m (W + BA) / ||W + BA||, m one number for each output."""
+    return torch.stack([row * (length / row.pow(2).sum().sqrt()) for row, length in zip(weight + difference, magnitude, strict=True)])
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 1, 1, 1), (1, 6, 1, 1)])
+def test_lengths_of_a_convolution_are_read_in_every_way_they_are_written(shape: tuple[int, ...]) -> None:
+    weight, up, down, lengths = rand(6, 4, 3, 3), rand(6, 2, 1, 1), rand(2, 4, 3, 3), rand(6).abs() + 0.1
+    expected = reference_dora(weight, torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down), lengths)
+    torch.testing.assert_close(merged(LoraPatch(up=up, down=down, dora_scale=lengths.reshape(shape)), weight), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (1, 5, 1, 1), (5, 1), (2, 3), (0,), (1, 1, 6, 1), (6, 4, 3, 3)])
+def test_lengths_that_do_not_fit_are_seen_before_anything_is_merged(shape: tuple[int, ...]) -> None:
+    patch = LoraPatch(up=rand(6, 2, 1, 1), down=rand(2, 4, 3, 3), dora_scale=torch.ones(shape))
+    assert "DoRA's lengths" in str(patch.explain_misfit(torch.Size((6, 4, 3, 3))))
+    for other in (LohaPatch(w1_a=rand(6, 2), w1_b=rand(2, 36), w2_a=rand(6, 2), w2_b=rand(2, 36), dora_scale=torch.ones(shape)),
+                  DiffPatch(diff=rand(6, 4, 3, 3), dora_scale=torch.ones(shape))):  # fmt: skip
+        assert other.explain_misfit(torch.Size((6, 4, 3, 3))) is not None
+
+
+def test_blocks_of_oft_diag_are_the_rotations_themselves() -> None:
+    angle = torch.tensor(0.3)
+    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+    weight = rand(4, 5)
+    result = merged(OftPatch(blocks=torch.stack([turn, torch.eye(2)]), is_rotation=True), weight)
+    expected = torch.stack([
+        angle.cos() * weight[0] + angle.sin() * weight[1],
+        -angle.sin() * weight[0] + angle.cos() * weight[1],
+        weight[2],
+        weight[3],
+    ])  # fmt: skip
+    torch.testing.assert_close(result, expected, **TOLERANCE)

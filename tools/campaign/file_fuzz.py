@@ -1,0 +1,422 @@
+"""Mutated files for every reader of foreign files: each is read or refused by an error of ours, in bounded time and memory.
+
+    python -m tools.campaign.file_fuzz [--cases 3000] [--seed 0] [--reader NAME] [--keep FOLDER]
+
+Seeds are small good files of each kind. A mutation works on the bytes or inside the container (a safetensors header, a pickle inside its zip, a
+text inside a PNG), since most damage to a container is caught by its checksums. Each reader runs in a process of its own: one that
+dies counts, and leaves the file it died of. Writes benchmarks/campaign_file_fuzz.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin
+from safetensors.torch import save as save_safetensors
+
+from tools.development import ROOT_DIR
+
+REPORT = ROOT_DIR / "benchmarks" / "campaign_file_fuzz.md"
+MAX_CASE_S = 20.0
+MAX_GROWTH_MIB = 1500
+_HOSTILE = (
+    b"\xff" * 8, b"\0" * 8, b"\x7f\xff\xff\xff", b"\x80\0\0\0", b"[" * 1000,
+    b'{"a":' * 1000, b"1e400", b"NaN", b"9" * 5000, b'"\\ud800"', b"-1", b"1" * 20,
+    b"\xe9", b"\xc2\xb2", b"\xef\xbb\xbf", b"\r\n\r\n", b'"', b",,,,", b";", b"\\", b"null",
+    b"[]", b"{}", b"true", b"\x85" * 300, b"(", b"t", b"R", b"cos\nsystem\n",
+    b"h\x05", b"0", b"}", b"s", b"\x8a\xff", b"X\xff\xff\xff\x7f", b"BINGET", b"../", b"\x1b[0m", b"<lora:a:1>", b": ", b"Steps: ",
+)  # fmt: skip
+
+
+class Refused(Exception):
+    """The library that a reader stands on refused the file, where the reader's caller answers for that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """How one kind of file is read, what it may raise, and good files to start from."""
+
+    suffix: str
+    seeds: Callable[[], list[bytes]]
+    read: Callable[[Path], object]
+    refusals: Callable[[], tuple[type[BaseException], ...]]
+    inside: Callable[[bytes, random.Random], bytes] | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of a reader's cases. `failures` are (case, what was raised)."""
+
+    cases: int = 0
+    read: int = 0
+    refused: int = 0
+    failures: list[tuple[int, str]] = field(default_factory=list)
+    slowest_ms: float = 0.0
+    growth_mib: float = 0.0
+
+
+# mutations
+
+
+def mutate(content: bytes, chance: random.Random) -> bytes:
+    """A few random changes of the bytes."""
+    data = bytearray(content)
+    for _ in range(chance.choice((1, 1, 1, 2, 3, 6))):
+        place = chance.randrange(len(data) + 1)
+        kind = chance.randrange(7)
+        if kind == 0 and data:
+            data[place % len(data)] ^= 1 << chance.randrange(8)
+        elif kind == 1 and data:
+            data[place % len(data)] = chance.randrange(256)
+        elif kind == 2:
+            data[place:place] = chance.choice(_HOSTILE)
+        elif kind == 3:
+            del data[place : place + chance.choice((1, 2, 8, 64))]
+        elif kind == 4:
+            hostile = chance.choice(_HOSTILE)
+            data[place : place + len(hostile)] = hostile
+        elif kind == 5:
+            start = chance.randrange(len(data) + 1)
+            data[place:place] = data[start : start + chance.choice((1, 4, 16, 100))]
+        else:
+            del data[place:]
+    return bytes(data)
+
+
+def _inside_safetensors(content: bytes, chance: random.Random) -> bytes:
+    header_bytes = int.from_bytes(content[:8], "little")
+    header = mutate(content[8 : 8 + header_bytes], chance)
+    return len(header).to_bytes(8, "little") + header + content[8 + header_bytes :]
+
+
+def _inside_zip(content: bytes, chance: random.Random) -> bytes:
+    if not content.startswith(b"PK"):
+        return mutate(content, chance)
+    written = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(written, "w") as target:
+        victim = chance.choice(["data.pkl"] * 8 + ["version", "byteorder", "/data/0"])
+        for entry in source.infolist():
+            data = source.read(entry)
+            target.writestr(entry.filename, mutate(data, chance) if entry.filename.endswith(victim) else data)
+    return written.getvalue()
+
+
+def _inside_png(content: bytes, chance: random.Random) -> bytes:
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        chunks = PngImagePlugin.PngInfo()
+        for key, text in image.text.items():  # type: ignore[attr-defined]  # a PNG has it
+            changed = mutate(text.encode("latin-1", "replace"), chance).decode("latin-1").replace("\0", "")
+            (chunks.add_itxt if chance.random() < 0.5 else chunks.add_text)(key, changed)
+        written = io.BytesIO()
+        image.save(written, "PNG", pnginfo=chunks)
+    return written.getvalue()
+
+
+# seeds
+
+
+def _tensor_seeds() -> list[bytes]:
+    tensors = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(5, dtype=torch.float16), "none": torch.empty(0, 3)}
+    return [save_safetensors(tensors, {"modelspec.resolution": "512x512", "ss_tag_frequency": '{"a": {"b": 1}}'})]
+
+
+def _pickle_seeds(*, is_zip: bool) -> list[bytes]:
+    contents: list[Any] = [{"state_dict": {"a": torch.ones(3, 4), "b": torch.ones(2).half()}, "epoch": 3}, {"a": {"b": torch.ones(2)}}, torch.ones(2)]
+    seeds = []
+    for content in contents:
+        written = io.BytesIO()
+        torch.save(content, written, _use_new_zipfile_serialization=is_zip)
+        seeds.append(written.getvalue())
+    return seeds
+
+
+def _lora_seeds() -> list[bytes]:
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    pair = {f"{layer}.lora_up.weight": torch.ones(4, 2), f"{layer}.lora_down.weight": torch.ones(2, 4), f"{layer}.alpha": torch.tensor(2.0)}
+    dora = {**pair, f"{layer}.dora_scale": torch.ones(4, 1)}
+    facts = {"lora_adapter_metadata": '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"x": 2}}'}
+    peft = {
+        "unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 4),
+        "unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(4, 2),
+    }
+    return [save_safetensors(dora, {"ss_base_model_version": "sd_v1"}), save_safetensors(peft, facts)]
+
+
+def _embedding_seeds() -> list[bytes]:
+    seeds = []
+    for is_zip in (True, False):
+        written = io.BytesIO()
+        torch.save({"string_to_param": {"*": torch.ones(2, 8)}, "name": "cat", "step": 3}, written, _use_new_zipfile_serialization=is_zip)
+        seeds.append(written.getvalue())
+    return seeds
+
+
+def _png(chunks: dict[str, str]) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    for key, text in chunks.items():
+        info.add_text(key, text)
+    written = io.BytesIO()
+    Image.new("RGBA", (8, 8), (200, 10, 10, 255)).save(written, "PNG", pnginfo=info)
+    return written.getvalue()
+
+
+def _png_seeds() -> list[bytes]:
+    graph = {
+        "3": {"class_type": "KSampler", "inputs": {"seed": 1, "steps": 2, "positive": ["4", 0]}},
+        "4": {"class_type": "CLIPTextEncode", "inputs": {"text": "cat"}},
+    }
+    novelai = {"Software": "NovelAI", "Description": "cat", "Comment": '{"steps": 28, "sampler": "k_euler", "seed": 1, "uc": "dog"}'}
+    return [
+        _png({"parameters": 'a cat, (b:1.2)\nNegative prompt: dog\nSteps: 20, Sampler: Euler, Size: 64x64, Lora hashes: "a: 12"'}),
+        _png({"prompt": json.dumps(graph)}),
+        _png(novelai),
+    ]
+
+
+def _picture_embedding_seeds() -> list[bytes]:
+    import base64
+
+    data = {"string_to_param": {"*": {"TORCHTENSOR": [[0.5] * 8] * 2}}, "name": "cat", "step": 1}
+    return [_png({"sd-ti-embedding": base64.b64encode(json.dumps(data).encode()).decode()})]
+
+
+def _json_seeds() -> list[bytes]:
+    return [json.dumps({"a": [1, 2.5, None, True], "b": {"c": "d\u00e9"}, "activation text": "cat", "preferred weight": 0.5}).encode()]
+
+
+def _style_seeds() -> list[bytes]:
+    return [
+        b'name,prompt,negative_prompt\r\nfox,"a fox, red","blurry, dark"\r\n# note,,\r\nowl,"{prompt}, owl",\r\n',
+        b"\xef\xbb\xbfname,prompt\ncat,a cat\n",
+    ]
+
+
+# readers
+
+
+def _read_tensors(path: Path) -> None:
+    from backend.checkpoint_file import open_tensor_file
+
+    with open_tensor_file(path) as file:
+        for key in file.infos:
+            file.read(key)
+
+
+def _read_checkpoint(path: Path) -> None:
+    from modules.checkpoints import read_safetensors_metadata
+
+    json.dumps(read_safetensors_metadata(path), allow_nan=False, ensure_ascii=False).encode()
+    _read_tensors(path)
+
+
+def _read_lora(path: Path) -> None:
+    from backend.patcher.lora_files import load_lora, read_lora_file
+
+    file = read_lora_file(path)
+    load_lora(file.layers, {})
+    str(file.family)
+
+
+def _read_embedding(path: Path) -> None:
+    from backend.text_processing.embedding_files import read_embedding
+
+    read_embedding(path)
+
+
+def _read_picture(path: Path) -> None:
+    from modules.image_metadata import read_info_from_image
+    from modules.infotext import parse_infotext
+
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Refused from error
+    with image:
+        text, _ = read_info_from_image(image)
+    parse_infotext(text or "")
+
+
+def _read_json(path: Path) -> None:
+    from backend.foreign_json import read_json_file
+
+    json.dumps(read_json_file(path), allow_nan=False, ensure_ascii=False).encode()
+
+
+def _read_description(path: Path) -> None:
+    from modules.cache import FileCache
+    from modules.extra_networks import get_user_metadata
+
+    get_user_metadata(path.with_suffix(".safetensors"))
+    FileCache(path.parent).peek(path.stem, "a", path)
+
+
+def _read_styles(path: Path) -> None:
+    from modules.styles import read_styles
+
+    read_styles(path)
+
+
+def _checkpoint_errors() -> tuple[type[BaseException], ...]:
+    from backend.checkpoint_file import CheckpointError
+
+    return (CheckpointError,)
+
+
+def _lora_errors() -> tuple[type[BaseException], ...]:
+    from backend.patcher.lora_files import LoraError
+
+    return (LoraError,)
+
+
+def _embedding_errors() -> tuple[type[BaseException], ...]:
+    from backend.text_processing.embedding import EmbeddingError
+
+    return (EmbeddingError,)
+
+
+def _json_errors() -> tuple[type[BaseException], ...]:
+    from backend.foreign_json import ForeignJsonError
+
+    return (ForeignJsonError,)
+
+
+def _request_errors() -> tuple[type[BaseException], ...]:
+    from modules.errors import RequestError
+
+    return (RequestError, Refused)
+
+
+def _no_errors() -> tuple[type[BaseException], ...]:
+    return ()
+
+
+READERS: dict[str, Reader] = {
+    "safetensors": Reader(suffix=".safetensors", seeds=_tensor_seeds, read=_read_checkpoint, refusals=_checkpoint_errors, inside=_inside_safetensors),
+    "pickle in a zip": Reader(
+        suffix=".ckpt", seeds=lambda: _pickle_seeds(is_zip=True), read=_read_tensors, refusals=_checkpoint_errors, inside=_inside_zip
+    ),
+    "pickle before zips": Reader(suffix=".pt", seeds=lambda: _pickle_seeds(is_zip=False), read=_read_tensors, refusals=_checkpoint_errors),
+    "LoRA": Reader(suffix=".safetensors", seeds=_lora_seeds, read=_read_lora, refusals=_lora_errors, inside=_inside_safetensors),
+    "embedding": Reader(suffix=".pt", seeds=_embedding_seeds, read=_read_embedding, refusals=_embedding_errors, inside=_inside_zip),
+    "embedding in a picture": Reader(
+        suffix=".png", seeds=_picture_embedding_seeds, read=_read_embedding, refusals=_embedding_errors, inside=_inside_png
+    ),
+    "text of a PNG": Reader(suffix=".png", seeds=_png_seeds, read=_read_picture, refusals=_request_errors, inside=_inside_png),
+    "JSON": Reader(suffix=".json", seeds=_json_seeds, read=_read_json, refusals=_json_errors),
+    "description and cache": Reader(suffix=".json", seeds=_json_seeds, read=_read_description, refusals=_no_errors),
+    "styles": Reader(suffix=".csv", seeds=_style_seeds, read=_read_styles, refusals=_request_errors),
+}
+
+
+# running
+
+
+def run_reader(reader: Reader, folder: Path, *, cases: int, seed: int) -> Outcome:
+    """Read `cases` mutated files. Each lies in `folder` while it is read, so that one that ends the process is still there."""
+    outcome, refusals, seeds = Outcome(), reader.refusals(), reader.seeds()
+    path = folder / f"case{reader.suffix}"
+    before_mib = _peak_mib()
+    for case in range(cases):
+        chance = random.Random(f"{seed} {case}")
+        source = chance.choice(seeds)
+        change = reader.inside if reader.inside is not None and chance.random() < 0.7 else mutate
+        path.write_bytes(change(source, chance))
+        _read_case(reader, refusals, path, case, outcome)
+    outcome.growth_mib = _peak_mib() - before_mib
+    return outcome
+
+
+def _read_case(reader: Reader, refusals: tuple[type[BaseException], ...], path: Path, case: int, outcome: Outcome) -> None:
+    started = time.perf_counter()
+    outcome.cases += 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow and torch about odd files
+            reader.read(path)
+        outcome.read += 1
+    except refusals:
+        outcome.refused += 1
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        outcome.failures.append((case, f"{type(error).__name__}: {str(error)[:120]}"))
+    elapsed_s = time.perf_counter() - started
+    outcome.slowest_ms = max(outcome.slowest_ms, elapsed_s * 1000)
+    if elapsed_s > MAX_CASE_S:
+        outcome.failures.append((case, f"took {elapsed_s:.1f} s"))
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def run_apart(name: str, *, cases: int, seed: int, folder: Path) -> Outcome | str:
+    """The outcome of a reader in a process of its own, or how that process ended."""
+    command = [sys.executable, "-m", "tools.campaign.file_fuzz", "--reader", name, "--cases", str(cases), "--seed", str(seed), "--keep", str(folder)]
+    done = subprocess.run(command, cwd=ROOT_DIR, capture_output=True, text=True, check=False)
+    try:
+        return Outcome(**json.loads(done.stdout.strip().splitlines()[-1]))
+    except (ValueError, IndexError, TypeError):
+        return f"ended with {done.returncode}: {done.stderr.strip()[-300:]}"
+
+
+def report_lines(outcomes: dict[str, Outcome | str], *, cases: int, seed: int) -> list[str]:
+    """The report."""
+    lines = [
+        "# Mutated files for every reader",
+        "",
+        f"`python -m tools.campaign.file_fuzz --cases {cases} --seed {seed}`, Python {sys.version.split()[0]}, torch {torch.__version__}, CPU.",
+        "Each case is a small good file with one to six random changes, on its bytes or inside its container. A case passes when the file is read",
+        f"or refused by an error of ours, within {MAX_CASE_S:g} s and {MAX_GROWTH_MIB} MiB. Every reader runs in a process of its own.",
+        "This program reads no YAML.",
+        "",
+        "| reader | cases | read | refused | anything else | slowest ms | peak memory grew by MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, one in outcomes.items():
+        if isinstance(one, str):
+            lines.append(f"| {name} | | | | {one} | | |")
+            continue
+        lines.append(f"| {name} | {one.cases} | {one.read} | {one.refused} | {len(one.failures)} | {one.slowest_ms:.0f} | {one.growth_mib:.0f} |")
+    failures = [f"- {name}, case {case}: `{what}`" for name, one in outcomes.items() if isinstance(one, Outcome) for case, what in one.failures[:10]]
+    return [*lines, "", *(["## Failures", "", *failures] if failures else ["No failures."]), ""]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the campaign, or with --reader one reader whose outcome goes to stdout as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reader", choices=sorted(READERS))
+    parser.add_argument("--keep", type=Path, help="folder for the file that is being read; default: a temporary one")
+    chosen = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = chosen.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if chosen.reader:
+            print(json.dumps(asdict(run_reader(READERS[chosen.reader], folder, cases=chosen.cases, seed=chosen.seed))))
+            return 0
+        outcomes = {name: run_apart(name, cases=chosen.cases, seed=chosen.seed, folder=folder / f"{index}") for index, name in enumerate(READERS)}
+    REPORT.write_text("\n".join(report_lines(outcomes, cases=chosen.cases, seed=chosen.seed)), encoding="utf-8")
+    return 0 if all(isinstance(one, Outcome) and not one.failures and one.growth_mib < MAX_GROWTH_MIB for one in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
