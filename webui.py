@@ -232,10 +232,13 @@ class EngineStart:
     def _find_devices(self) -> None:
         from backend import memory_management  # imports torch
         from backend.devices import link_test
+        from backend.devices.cpu_threads import apply_cpu_threads
         from backend.devices.probing import probe_devices
 
         link_test.keep_verdicts_in(self._config.data_dir / "cache")
-        memory_management.configure(self._config.backend, probe_devices(self._config.backend))
+        slots = probe_devices(self._config.backend)
+        memory_management.configure(self._config.backend, slots)
+        apply_cpu_threads(self._config.backend, slots)
 
     def _import_networks(self) -> None:
         import importlib

@@ -66,6 +66,7 @@ class AppConfig:
     tls_certfile: Path | None = None
     timeout_keep_alive_s: int = 30
 
+    use_demo: bool = True
     no_hashing: bool = False
     freeze_settings: bool = False
     hide_ui_dir_config: bool = False
@@ -94,4 +95,5 @@ class AppConfig:
 
         config = parse_config(["--data-dir", str(data_dir)], {})
         same_name = {name: value for name, value in overrides.items() if name in config.flags}
+        overrides.setdefault("use_demo", False)  # or no test could be without a checkpoint
         return dataclasses.replace(config, **{"flags": MappingProxyType({**config.flags, **same_name}), **overrides})

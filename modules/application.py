@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules.app_config import AppConfig
+from modules.app_config import SCRIPT_DIR, AppConfig
 from modules.cache import FileCache
 from modules.call_queue import JobQueue
 from modules.checkpoints import CheckpointRegistry
@@ -85,7 +85,7 @@ def build_application(config: AppConfig, *, load: LoadEngine = load_engine) -> A
     options = create_options(config)
     file_cache = FileCache(config.data_dir / "cache")
     hashes = HashStore(file_cache, enabled=not config.no_hashing)
-    checkpoints = CheckpointRegistry(config.ckpt_dirs, hashes, extra_files=_named_checkpoint(config))
+    checkpoints = CheckpointRegistry(config.ckpt_dirs, hashes, extra_files=_named_checkpoint(config), demo_files=_demo_checkpoints(config))
     additional_modules = ModuleRegistry(config.vae_dirs, config.text_encoder_dirs)
     state = State()
     checkpoints.refresh()
@@ -103,6 +103,12 @@ def build_application(config: AppConfig, *, load: LoadEngine = load_engine) -> A
         styles=StyleDatabase(config.styles_files),
         upscaler_models=build_upscaler_models(config.flags, options),
     )
+
+
+def _demo_checkpoints(config: AppConfig) -> tuple[Path, ...]:
+    """The models that come with the program, for a data folder elsewhere: its user has something to try before there is a model."""
+    folder = SCRIPT_DIR / "models" / "Stable-diffusion"
+    return tuple(sorted(folder.glob("demo-*.safetensors"))) if config.use_demo and folder not in config.ckpt_dirs else ()
 
 
 def _named_checkpoint(config: AppConfig) -> tuple[Path, ...]:

@@ -149,10 +149,12 @@ def _name_under(path: Path, roots: Sequence[Path]) -> str:
 class CheckpointRegistry:
     """The checkpoints in the model folders, by title, in the order of their names. Thread-safe."""
 
-    def __init__(self, roots: Sequence[Path], store: HashStore, *, extra_files: Iterable[Path] = ()) -> None:
+    def __init__(self, roots: Sequence[Path], store: HashStore, *, extra_files: Iterable[Path] = (), demo_files: Iterable[Path] = ()) -> None:
+        """`demo_files` are there as long as no other checkpoint is."""
         self.roots = tuple(roots)
         self.store = store
-        self._extra_files = tuple(path for path in extra_files)
+        self._extra_files = tuple(extra_files)
+        self._demo_files = tuple(demo_files)
         self._lock = threading.RLock()
         self._infos: dict[Path, tuple[tuple[int, int], CheckpointInfo]] = {}
 
@@ -162,6 +164,8 @@ class CheckpointRegistry:
             old = self._infos
             self._infos = {}
             for path in (*self._extra_files, *(path for root in self.roots for path in find_checkpoint_files(root))):
+                self._enter(path.absolute(), old)
+            for path in self._demo_files if not self._infos else ():
                 self._enter(path.absolute(), old)
 
     def _enter(self, path: Path, old: dict[Path, tuple[tuple[int, int], CheckpointInfo]]) -> None:

@@ -106,9 +106,9 @@ class Extension:
         self.remote = self._git("config", "--get", "remote.origin.url")
         self.branch = self._git("rev-parse", "--abbrev-ref", "HEAD")
         commit = self._git("log", "-1", "--format=%H %ct")
-        if commit is not None:
-            self.commit_hash, date = commit.split()
-            self.commit_date, self.version = int(date), self.commit_hash[:8]
+        words = (commit or "").split()
+        if len(words) == 2 and words[1].isascii() and words[1].isdecimal():  # git may say more, as the user's settings ask
+            self.commit_hash, self.commit_date, self.version = words[0], int(words[1]), words[0][:8]
 
     def _git(self, *arguments: str) -> str | None:
         folder = str(Path(self.path).resolve())

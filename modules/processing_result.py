@@ -143,8 +143,10 @@ class Processed:
         self.all_subseeds = subseeds or p.all_subseeds or [_first(p.subseed)]
 
     def js(self) -> str:
-        """The facts as JSON, under the keys of the API's `info`."""
-        return json.dumps({key: getattr(self, key) for key in _JS_KEYS}, default=_json_fallback)
+        """The facts as JSON, under the keys of the API's `info`, and what the user was told about the job as `comments`."""
+        facts = {key: getattr(self, key) for key in _JS_KEYS}
+        facts["comments"] = [line for line in str(self.comments).splitlines() if line.strip()]
+        return json.dumps(facts, default=_json_fallback)
 
     def infotext(self, p: StableDiffusionProcessing, index: int) -> str:
         """The parameters of picture `index`, counted without the grid."""

@@ -120,11 +120,11 @@ class ListingRoutes:
         return [] if runner is None else list(runner.scripts)
 
     def extensions(self) -> list[models.ExtensionItem]:
-        """Extensions that are git clones."""
+        """Extensions that the user installed. What git knows is empty for a folder that is no clone, such as an unpacked archive."""
         found = []
         for extension in getattr(self.app, "extensions", None) or ():
             extension.read_info_from_repo()
-            if extension.remote is not None:
+            if not getattr(extension, "is_builtin", False):
                 fields = ("name", "remote", "branch", "commit_hash", "version", "commit_date", "enabled")
                 found.append(models.ExtensionItem(**{name: _text(name, getattr(extension, name, "")) for name in fields}))
         return found

@@ -403,11 +403,10 @@ class QuicksettingsHint(BaseModel):
 
 
 class MemoryResponse(BaseModel):
-    """Bytes. `ram` and `cuda` as A1111 reports them; `devices` has a line for every compute place of this program."""
+    """Bytes, under A1111's names and no other: strict clients refuse more. Every compute place is in MultiGpuResponse."""
 
     ram: dict[str, Any]
     cuda: dict[str, Any]
-    devices: list[dict[str, Any]] = []
 
 
 class SlotItem(BaseModel):

@@ -55,8 +55,8 @@ class ServerRoutes:
         return {key: _HIDDEN if key in _SECRET_FLAGS and value else plain(value) for key, value in self.app.config.flags.items()}
 
     def memory(self) -> MemoryResponse:
-        """Bytes of RAM and of every device."""
-        return MemoryResponse(ram=describe_ram(), cuda=describe_cuda(), devices=describe_devices())
+        """Bytes of RAM and of the current CUDA device; `multi_gpu` has every compute place."""
+        return MemoryResponse(ram=describe_ram(), cuda=describe_cuda())
 
     def multi_gpu(self) -> MultiGpuResponse:
         """The compute places, the plan in force and the links. Waits for no job."""
@@ -147,15 +147,3 @@ def describe_cuda() -> dict[str, Any]:
         "inactive": pair("inactive_split_bytes"),
         "events": {"retries": stats.get("num_alloc_retries", 0), "oom": stats.get("num_ooms", 0)},
     }
-
-
-def describe_devices() -> list[dict[str, Any]]:
-    """Name, free and total bytes of every compute place, and the bytes of models on it."""
-    from backend import memory_management  # imports torch; only for this report
-
-    rows = []
-    for slot in memory_management.current_store().slots:
-        total_bytes = memory_management.get_total_memory(slot.torch_device)
-        free_bytes = memory_management.get_free_memory(slot.torch_device)
-        rows.append({"index": slot.index, "name": slot.name, "device": str(slot.torch_device), "free": int(free_bytes), "total": int(total_bytes)})
-    return rows

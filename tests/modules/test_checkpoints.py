@@ -12,6 +12,7 @@ from modules.cache import FileCache
 from modules.checkpoints import CheckpointInfo, CheckpointRegistry, find_checkpoint_files, read_safetensors_metadata
 from modules.errors import NoCheckpointError, UnknownCheckpointError
 from modules.hashes import HashStore, partial_hash
+from tests.modules.api.conftest import write_checkpoint_header
 
 
 def write_safetensors(path: Path, metadata: dict[str, str] | None = None, filler: bytes = b"") -> Path:
@@ -198,3 +199,17 @@ def test_a_file_outside_the_folders_keeps_its_own_name(tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "elsewhere" / "x.safetensors")
     info = CheckpointInfo(path, roots=[tmp_path / "models"], store=HashStore(FileCache(tmp_path / "cache")))
     assert info.name == "x.safetensors"
+
+
+def test_the_demo_is_there_as_long_as_nothing_else_is(tmp_path: Path) -> None:
+    from modules.app_config import AppConfig
+    from modules.application import build_application
+
+    app = build_application(AppConfig.for_tests(tmp_path, use_demo=True))
+    try:
+        assert app.checkpoints.titles()[0].startswith("demo-")
+        write_checkpoint_header(tmp_path / "models" / "Stable-diffusion" / "mine.safetensors")
+        app.checkpoints.refresh()
+        assert [title.split(" ")[0] for title in app.checkpoints.titles()] == ["mine.safetensors"]
+    finally:
+        app.close()

@@ -98,7 +98,7 @@ def test_interrupt_ends_a_long_job_soon(server: Server) -> None:
 def test_embeddings_and_memory_of_the_loaded_model(server: Server) -> None:
     server.txt2img(prompt="a cat", steps=1)
     assert server.get("/sdapi/v1/embeddings") == {"loaded": {}, "skipped": {}}
-    assert server.get("/sdapi/v1/memory")["devices"]
+    assert server.get("/sdapi/v1/multi-gpu")["slots"]
     assert server.post("/sdapi/v1/unload-checkpoint") == {}
     assert server.app.models.engine is None
     assert server.post("/sdapi/v1/reload-checkpoint") == {}

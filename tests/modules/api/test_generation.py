@@ -45,6 +45,7 @@ INFO_KEYS = {
     "clip_skip",
     "is_using_inpainting_conditioning",
     "version",
+    "comments",
 }
 
 PICTURE = to_base64(Image.new("RGB", (96, 64), "red"))
@@ -317,3 +318,10 @@ def test_the_same_request_gives_the_same_pixels_alone_and_in_a_batch(server: Ser
     alone = from_base64(server.txt2img(seed=12)["images"][0])
     in_batch = from_base64(server.txt2img(seed=11, batch_size=3)["images"][1])
     assert np.array_equal(np.asarray(alone), np.asarray(in_batch))
+
+
+def test_what_the_user_was_told_reaches_the_client(server: Server) -> None:
+    server.maker.before = lambda p: (p.comment("LoRA gone not found"), p.comment("two\nlines"))
+    assert info_of(server.txt2img(prompt="a cat"))["comments"] == ["LoRA gone not found", "two", "lines"]
+    server.maker.before = lambda p: None
+    assert info_of(server.txt2img(prompt="a cat"))["comments"] == []

@@ -83,3 +83,16 @@ def test_what_there_is_none_of_is_an_empty_list(server: Server) -> None:
     for route in ("hypernetworks", "face-restorers", "realesrgan-models", "script-info", "extensions"):
         assert server.get(f"/sdapi/v1/{route}") == []
     assert server.get("/sdapi/v1/scripts") == {"txt2img": [], "img2img": []}
+
+
+def test_an_extension_without_git_is_listed_with_empty_facts(server: Server, tmp_path: Path) -> None:
+    from modules.extensions import Extension
+
+    for name in ("archive", "odd"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "odd" / ".git").write_text("gitdir: nowhere")
+    found = [Extension(name, str(tmp_path / name)) for name in ("archive", "odd")]
+    server.app.extensions = [*found, Extension("ours", str(tmp_path), is_builtin=True)]
+    listed = server.get("/sdapi/v1/extensions")
+    assert listed[0] == {"name": "archive", "remote": "", "branch": "", "commit_hash": "", "version": "", "commit_date": "", "enabled": True}
+    assert [one["name"] for one in listed] == ["archive", "odd"]
