@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
+import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -51,6 +53,7 @@ directml_enabled = False
 current_inference_memory = DEFAULT_INFERENCE_BYTES
 """Bytes kept for activations; the GPU Weights slider sets it through `set_inference_memory`."""
 
+_DEVICE_NAMES = re.compile(r"\b(vgpu|cuda|xpu|mps):(\d+)|\bGPU (\d+)")
 _HALF_AND_FULL = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -392,6 +395,26 @@ def run_with_recovery(run: Callable[[], Result], *, what: str, device: DeviceLik
         if isinstance(error, OutOfMemory) or not recovery.is_out_of_memory(error):
             raise
         raise store.out_of_memory(what, device, None) from error
+
+
+@contextmanager
+def explaining_shortages(what: str) -> Iterator[None]:
+    """A shortage that nothing inside could mend becomes OutOfMemory: what was being done, and who holds what on every device. Raises: OutOfMemory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, OutOfMemory) or not recovery.is_out_of_memory(error):
+            raise
+        store = current_store()
+        raise store.out_of_memory(what, _device_in(error), None) from error.with_traceback(None)
+
+
+def _device_in(error: BaseException) -> torch.device:
+    """The device that an error names first; the one that computes where it names none."""
+    named = _DEVICE_NAMES.search(str(error))
+    if named is None:
+        return get_torch_device()
+    return torch.device(named[1], int(named[2])) if named[1] else torch.device("cuda", int(named[3]))
 
 
 def _entries_of(models: Iterable[object]) -> list[LoadedModel]:

@@ -1,10 +1,17 @@
-"""Bringing pictures to a size and to plain colours: the resize modes of img2img, transparency, orientation. Must not know settings or files."""
+"""Bringing pictures to a size and to plain colours: the resize modes of img2img, transparency, orientation, depth.
+Every entrance for pictures (page, API, Extras, ControlNet, folders) passes them through fix_image. Must not know settings or files."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 from PIL import Image, ImageOps
 
 from modules.upscaler import LANCZOS, UpscalerData
+
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_WHITE_16, _WHITE_32 = 65535, 2**31 - 1
 
 JUST_RESIZE, CROP_AND_RESIZE, RESIZE_AND_FILL = 0, 1, 2
 
@@ -70,7 +77,7 @@ def _paste_stretched(image: Image.Image, source: tuple[int, int, int, int], targ
 
 def flatten(img: Image.Image, bgcolor: str) -> Image.Image:
     """`img` as RGB, its transparent parts laid over `bgcolor`."""
-    img = with_alpha_channel(img)
+    img = plain(img)
     if img.mode == "RGBA":
         background = Image.new("RGBA", img.size, bgcolor)
         background.alpha_composite(img)
@@ -85,9 +92,52 @@ def with_alpha_channel(image: Image.Image) -> Image.Image:
     return image
 
 
+def to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Pixel values of any type as uint8: 16 and 32 bits are scaled (not cut to white), floats are 0..1, 0..255 or 0..65535, whichever holds them.
+
+    int64 [0, 128, 65535] becomes [0, 0, 255]; float [0, 0.5, 1] becomes [0, 128, 255]."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    numbers = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    scaled = numbers * (255.0 / _white_of(values.dtype, float(numbers.max(initial=0.0))))
+    return np.rint(scaled).clip(0, 255).astype(np.uint8)
+
+
+def _white_of(dtype: np.dtype[Any], largest: float) -> float:
+    """The value that is white. Whole numbers of 16 bits say so by their type; wider ones and floats by what they hold."""
+    if dtype.itemsize == 2 and dtype.kind in "iu":
+        return float(np.iinfo(dtype).max)
+    if dtype.kind == "f" and largest <= 1.0:
+        return 1.0
+    if largest <= 255:
+        return 255
+    return _WHITE_16 if largest <= _WHITE_16 else max(_WHITE_32, largest)
+
+
+def shallow(image: Image.Image) -> Image.Image:
+    """`image` with 8 bits a channel: grey of 16 or 32 bits (PNG, TIFF) is scaled where Pillow would cut everything above 255 to white."""
+    if image.mode not in _DEEP_MODES:
+        return image
+    values = np.asarray(image)
+    grey = Image.fromarray(to_8_bit(values))
+    grey.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    key = image.info.get("transparency")
+    if isinstance(key, int):  # one grey is transparent
+        alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+        grey = Image.merge("LA", (grey, alpha))
+    return grey
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """`image` with 8 bits a channel, transparent only by an alpha channel."""
+    return with_alpha_channel(shallow(image))
+
+
 def fix_image(image: Image.Image | None) -> Image.Image | None:
-    """`image` turned as its EXIF orientation says, with palette transparency as an alpha channel."""
+    """`image` turned as its EXIF orientation says, 8 bits a channel, with palette transparency as an alpha channel."""
     if image is None:
         return None
     turned = ImageOps.exif_transpose(image)
-    return with_alpha_channel(turned if turned is not None else image)
+    return plain(turned if turned is not None else image)

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from backend import memory_management
 from modules.image_grids import choose_num_rows, lay_grid
 from modules.processing_latents import pixels_to_pil
 
@@ -58,9 +59,18 @@ class PreviewMaker:
         return True
 
     def __call__(self, latents_BCHW: Tensor) -> Image.Image | None:
-        """One picture, or a grid of all in the batch. None when previews are off."""
+        """One picture, or a grid of all in the batch. None when previews are off, or where there is no room for one: the job goes on without."""
         if not self._enabled:
             return None
+        try:
+            return self._make(latents_BCHW)
+        except RuntimeError as error:
+            if not memory_management.is_out_of_memory(error):
+                raise
+            log.info("No preview of this step: there is no room for it (%s).", str(error).splitlines()[0])
+            return None
+
+    def _make(self, latents_BCHW: Tensor) -> Image.Image:
         chosen = latents_BCHW if self._whole_batch else latents_BCHW[:1]
         pictures = [pixels_to_pil(self._pixels(latent_CHW)) for latent_CHW in chosen]
         if len(pictures) == 1:

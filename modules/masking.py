@@ -9,6 +9,14 @@ from PIL import Image
 
 Box = tuple[int, int, int, int]
 
+_GROUND = 8
+"""Below this a mask is black: JPEG and careless editors leave grounds of 1 to 7."""
+
+
+def drop_ground(mask: Image.Image) -> Image.Image:
+    """`mask` (L) with what is almost black made black, so that the ground of a JPEG counts as not masked."""
+    return mask.point(lambda value: value if value >= _GROUND else 0)
+
 
 def get_crop_region_v2(mask: Image.Image, pad: int = 0) -> Box | None:
     """The box around everything that is not black, `pad` pixels larger on each side; None for an empty mask."""
@@ -51,7 +59,8 @@ def _grown(low: int, high: int, wanted: int, limit: int) -> tuple[int, int]:
 def fill(image: Image.Image, mask: Image.Image) -> Image.Image:
     """`image` (RGB) with what the mask covers filled by the colours around it, smoother the farther they are.
 
-    Push-pull interpolation: Gortler et al. 1996, "The Lumigraph", section 3.4.1."""
+    A mask of another size is stretched over the picture. Push-pull interpolation: Gortler et al. 1996, "The Lumigraph", section 3.4.1."""
+    mask = mask if mask.size == image.size else mask.resize(image.size)
     known_HW1 = 1 - np.asarray(mask.convert("L"), dtype=np.float32)[..., None] / 255
     colors_HWC = np.asarray(image.convert("RGB"), dtype=np.float32)
     filled = _pull_push(colors_HWC * known_HW1, known_HW1)

@@ -89,7 +89,7 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
         token = active_overrides.set({**active_overrides.get(), **p.override_settings})
         try:
             memory_management.set_inference_memory(int(p.options.forge_inference_memory) * MIB)
-            with losing_silent_slots():
+            with losing_silent_slots(), memory_management.explaining_shortages("making the picture"):
                 with profiler.recorder().measure("load", "load the model"):
                     p.sd_model = app.models.ensure_loaded(p.options)
                 return process_images_inner(p)
@@ -127,6 +127,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     import torch  # heavy; importing this file must not wait for it
 
     from modules.processing_conditions import setup_prompts
+    from modules.processing_nans import naming_nans
     from modules.processing_pictures import PictureCollector
     from modules.processing_validation import fix_seed, set_all_seeds
 
@@ -139,7 +140,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     set_all_seeds(p)
     p.run_hook("process")
     collector = PictureCollector(p, app.state)
-    with torch.no_grad():
+    with torch.no_grad(), naming_nans(p):
         p.init(p.all_prompts, p.all_seeds, p.all_subseeds)
         _run_batches(p, app, collector)
     processed = collector.finish()

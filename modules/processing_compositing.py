@@ -16,12 +16,11 @@ _BLUR_SIGMAS = 2.5
 
 
 def create_binary_mask(image: Image.Image, round: bool = True) -> Image.Image:
-    """The mask in `image`: its transparency where it has any, else its brightness. `round` makes it hard."""
+    """The mask in `image`: its transparency where it has any, which `round` makes hard, else its brightness, whose greys stay (as in Forge)."""
     if image.mode == "RGBA" and image.getextrema()[-1] != (255, 255):
-        mask = image.split()[-1].convert("L")
-    else:
-        mask = image.convert("L")
-    return mask.point(lambda value: 255 if value > 128 else 0) if round else mask
+        alpha = image.split()[-1].convert("L")
+        return alpha.point(lambda value: 255 if value > 128 else 0) if round else alpha
+    return image.convert("L")
 
 
 def blur_mask(mask: Image.Image, radius_x: float, radius_y: float) -> Image.Image:

@@ -159,7 +159,7 @@ def _second_pass(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, deco
     sampler_name = p.hr_sampler_name or p.sampler_name
     p.sampler = sd_samplers.create_sampler(sampler_name, p.sd_model)
     latents_BCHW, pixels_BCHW = _upscaled(p, samples_BCHW, decoded_BCHW)
-    conditioning = p.img2img_image_conditioning(pixels_BCHW * 2 - 1, latents_BCHW)
+    conditioning = p.img2img_image_conditioning(None if pixels_BCHW is None else pixels_BCHW * 2 - 1, latents_BCHW)
     shape = (opt_C, *latents_BCHW.shape[-2:])
     p.rng = rng.ImageRNG(
         shape,
@@ -185,8 +185,8 @@ def _second_pass(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, deco
     return samples
 
 
-def _upscaled(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, decoded_BCHW: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(latents of the second pass, its pixels 0..1)."""
+def _upscaled(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, decoded_BCHW: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(latents of the second pass, its pixels 0..1 where they were made or an inpainting model wants them)."""
     width_px, height_px = p.hr_upscale_to_x, p.hr_upscale_to_y
     if decoded_BCHW is None:
         assert p.latent_scale_mode is not None
@@ -203,10 +203,10 @@ def _upscaled(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, decoded
     return encode_pixels(p.sd_model, pixels_BCHW), pixels_BCHW
 
 
-def _pixels_for_inpainting(p: StableDiffusionProcessingTxt2Img, latents_BCHW: Tensor) -> Tensor:
-    """Only an inpainting model looks at them; for others an empty tensor of the right shape does."""
+def _pixels_for_inpainting(p: StableDiffusionProcessingTxt2Img, latents_BCHW: Tensor) -> Tensor | None:
+    """Only an inpainting model looks at them; for others nothing is decoded."""
     if not p.sd_model.is_inpaint:
-        return latents_BCHW.new_zeros(1, 3, 1, 1)
+        return None
     return torch.stack(decode_latent_batch(p.sd_model, latents_BCHW, check_for_nans=True)).add(1).div(2).clamp(0, 1)
 
 

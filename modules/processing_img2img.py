@@ -17,7 +17,7 @@ from torch import Tensor
 from modules import images, masking, rng, sd_samplers
 from modules.errors import RequestError
 from modules.hook_arguments import MaskBlendArgs
-from modules.image_resizing import flatten
+from modules.image_resizing import flatten, plain
 from modules.processing_compositing import blur_mask, create_binary_mask, overlay_of, paste_box, setup_color_correction
 from modules.processing_latents import encode_pixels, mask_to_latent, pil_to_pixels, upscale_latent
 from modules.processing_networks import prepare_networks
@@ -54,18 +54,33 @@ def _prepare_mask(p: StableDiffusionProcessingImg2Img) -> masking.Box | None:
     """Make p.image_mask and p.mask_for_overlay ready; the region to work on for "only masked", else None."""
     if p.image_mask is None:
         return None
-    mask = create_binary_mask(p.image_mask, round=p.mask_round)
+    mask = inpaint_mask(p)
     if p.inpainting_mask_invert:
-        mask = ImageOps.invert(mask)
         p.extra_generation_params["Mask mode"] = "Inpaint not masked"
     if p.mask_blur_x > 0 or p.mask_blur_y > 0:
-        mask = blur_mask(mask, p.mask_blur_x, p.mask_blur_y)
         p.extra_generation_params["Mask blur"] = p.mask_blur if p.mask_blur is not None else f"{p.mask_blur_x}x{p.mask_blur_y}"
     p.image_mask = p.mask_for_overlay = mask
     if p.inpaint_full_res:
         return _only_masked(p, mask)
     _whole_picture(p, mask)
     return None
+
+
+def inpaint_mask(p: StableDiffusionProcessingImg2Img, *, blurred: bool = True) -> Image.Image:
+    """The mask of the request (L): white where the picture is made anew. "Only masked" needs it at the size of the picture that it is cut from."""
+    mask = create_binary_mask(plain(p.image_mask), round=p.mask_round)
+    if p.inpaint_full_res and p.init_images and mask.size != p.init_images[0].size:
+        mask = mask.resize(p.init_images[0].size, Image.Resampling.BILINEAR)
+    mask = masking.drop_ground(ImageOps.invert(mask) if p.inpainting_mask_invert else mask)
+    if blurred and (p.mask_blur_x > 0 or p.mask_blur_y > 0):
+        mask = blur_mask(mask, p.mask_blur_x, p.mask_blur_y)
+    return mask
+
+
+def only_masked_region(p: StableDiffusionProcessingImg2Img, mask: Image.Image) -> masking.Box | None:
+    """The box of "only masked" for the mask that inpaint_mask() gave; None where nothing is masked. Hints of ControlNets are cut by it too."""
+    region = masking.get_crop_region_v2(mask, p.inpaint_full_res_padding)
+    return None if region is None else masking.expand_crop_region(region, p.width, p.height, mask.width, mask.height)
 
 
 def _whole_picture(p: StableDiffusionProcessingImg2Img, mask: Image.Image) -> None:
@@ -76,12 +91,11 @@ def _whole_picture(p: StableDiffusionProcessingImg2Img, mask: Image.Image) -> No
 def _only_masked(p: StableDiffusionProcessingImg2Img, mask: Image.Image) -> masking.Box | None:
     p.extra_generation_params["Inpaint area"] = "Only masked"
     p.extra_generation_params["Masked area padding"] = p.inpaint_full_res_padding
-    region = masking.get_crop_region_v2(mask, p.inpaint_full_res_padding)
+    region = only_masked_region(p, mask)
     if region is None:
         p.comment("Nothing is masked, so the picture stays as it is. Paint over the part that is to be made anew.")
         _whole_picture(p, mask)
         return None
-    region = masking.expand_crop_region(region, p.width, p.height, mask.width, mask.height)
     p.image_mask = images.resize_image(JUST_RESIZE, mask.crop(region), p.width, p.height)
     p.paste_to = paste_box(region)
     return region
@@ -101,6 +115,7 @@ def _prepare_pictures(p: StableDiffusionProcessingImg2Img, crop: masking.Box | N
         raise RequestError("img2img needs a picture to start from: init_images is empty.")
     match_colors = p.color_corrections is None and p.options.img2img_color_correction
     masked = p.image_mask is not None
+    _fit_latent_mask(p, crop)
     p.color_corrections = [] if match_colors else p.color_corrections
     p.overlay_images = [] if masked else p.overlay_images
     prepared = []
@@ -122,6 +137,17 @@ def _prepare_pictures(p: StableDiffusionProcessingImg2Img, crop: masking.Box | N
         p.extra_generation_params["Masked content"] = ("fill", None, "latent noise", "latent nothing")[p.inpainting_fill]
     _same_size(prepared)
     return prepared
+
+
+def _fit_latent_mask(p: StableDiffusionProcessingImg2Img, crop: masking.Box | None) -> None:
+    """Where the latent mask has the initial picture's size, the same way to the size of the job; one of any other size is stretched later."""
+    if p.latent_mask is None or p.init_images is None:
+        return
+    mask = create_binary_mask(plain(p.latent_mask), round=p.mask_round)
+    if mask.size == p.init_images[0].size != (p.width, p.height):
+        mode = JUST_RESIZE if crop is not None else min(p.resize_mode, 2) if p.resize_mode != LATENT_RESIZE else JUST_RESIZE
+        mask = images.resize_image(mode, mask.crop(crop) if crop is not None else mask, p.width, p.height)
+    p.latent_mask = mask
 
 
 def _note_picture(p: StableDiffusionProcessingImg2Img, picture: Image.Image, image: Image.Image) -> None:

@@ -79,8 +79,8 @@ def upscale_latent(samples_BCHW: Tensor, width_px: int, height_px: int, mode: di
     return functional.interpolate(samples_BCHW, size=size, mode=mode["mode"], antialias=mode["antialias"])
 
 
-# Image conditioning: an inpainting model's UNet takes a mask and the masked picture beside the latents (5 more channels). Others take none,
-# which is said by a tensor of size 1, as extensions expect.
+# Image conditioning: an inpainting model's UNet takes a mask and the masked picture beside the latents (5 more channels). Others take none;
+# they get a tensor of size 1, as extensions expect, and the denoiser is not given it (the model says what it takes, not the shape).
 
 
 def no_image_conditioning(x_BCHW: Tensor) -> Tensor:
@@ -98,13 +98,17 @@ def txt2img_image_conditioning(model: Any, x_BCHW: Tensor, width_px: int, height
 
 
 def inpainting_image_conditioning(
-    model: Any, source_BCHW: Tensor, latent_BCHW: Tensor, image_mask: Any = None, *, round_mask: bool = True, mask_weight: float = 1.0
+    model: Any, source_BCHW: Tensor | None, latent_BCHW: Tensor, image_mask: Any = None, *, round_mask: bool = True, mask_weight: float = 1.0
 ) -> Tensor:
     """For an inpainting model: the mask at latent size and the encoded picture (`source_BCHW`, -1..1) without what is masked.
 
-    `image_mask` is a PIL mask, a tensor (1, 1, H, W) or None: all is masked. `mask_weight` 0 hides nothing of the picture."""
+    `image_mask` is a PIL mask, a tensor (1, 1, H, W) or None: all is masked. `mask_weight` 0 hides nothing of the picture. `source_BCHW` is None
+    for latents that never were pixels: all of them is made anew."""
     if not model.is_inpaint:
         return no_image_conditioning(latent_BCHW)
+    if source_BCHW is None:
+        height, width = latent_BCHW.shape[-2:]
+        return txt2img_image_conditioning(model, latent_BCHW, width * opt_f, height * opt_f)
     mask_B1HW = _pixel_mask(image_mask, source_BCHW, round_mask)
     shown_BCHW = torch.lerp(source_BCHW, source_BCHW * (1 - mask_B1HW), mask_weight)
     masked_BCHW = encode_pixels(model, shown_BCHW * 0.5 + 0.5).to(latent_BCHW)

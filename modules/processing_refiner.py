@@ -133,7 +133,7 @@ def _check_latents(first: Any, p: StableDiffusionProcessing) -> None:
 def _image_conditioning(p: StableDiffusionProcessing, x_BCHW: Tensor) -> Tensor:
     """What an inpainting model takes beside the latents, made by the model that is in use now."""
     source = p.image_conditioning_source
-    if source is None or source[0].shape[-1] == 1:  # latents that never were pixels: all of it is made anew
+    if source is None or source[0] is None:  # latents that never were pixels: all of it is made anew
         return p.txt2img_image_conditioning(x_BCHW, x_BCHW.shape[-1] * opt_f, x_BCHW.shape[-2] * opt_f)
     with torch.no_grad():
         return p.img2img_image_conditioning(*source)

@@ -270,7 +270,9 @@ class StableDiffusionProcessing:
         self.is_using_inpainting_conditioning = self.sd_model.is_inpaint
         return txt2img_image_conditioning(self.sd_model, x, width or self.width, height or self.height)
 
-    def img2img_image_conditioning(self, source_image: Tensor, latent_image: Tensor, image_mask: Any = None, round_image_mask: bool = True) -> Tensor:
+    def img2img_image_conditioning(
+        self, source_image: Tensor | None, latent_image: Tensor, image_mask: Any = None, round_image_mask: bool = True
+    ) -> Tensor:
         from modules.processing_latents import inpainting_image_conditioning  # imports torch
 
         self.is_using_inpainting_conditioning = self.sd_model.is_inpaint

@@ -95,7 +95,7 @@ class CFGDenoiser(torch.nn.Module):
             asked.sigma,
             text_cond=asked.text_cond,
             text_uncond=asked.text_uncond,
-            image_cond=None if asked.image_cond is None else asked.image_cond.to(x),
+            image_cond=asked.image_cond.to(x) if self.inner_model.is_inpaint and asked.image_cond is not None else None,
             cond_scale=scale,
             cond_composition=composition,
             seed=self.p.seeds[self.picture],

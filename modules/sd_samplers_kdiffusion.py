@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backend import profiler
+from backend import memory_management, profiler
 from backend.modules.k_prediction import rescale_zero_terminal_snr_sigmas
 from backend.parallel.executor import Cancelled
 from backend.parallel.session import SamplingRequest, SamplingSession
@@ -116,8 +116,13 @@ class KDiffusionSampler:
             kwargs["rho"] = scheduler.default_rho
         if scheduler.need_inner_model:
             kwargs["inner_model"] = self.unet.model
-        sigmas_T: Tensor = scheduler.function(n=steps + int(discards), **kwargs, device="cpu")
+        make = partial(scheduler.function, n=steps + int(discards), **kwargs, device="cpu")
+        sigmas_T: Tensor = self._with_recovery(make, "making the noise schedule")
         return (discard_next_to_last_sigma(sigmas_T) if discards else sigmas_T).float().cpu()
+
+    def _with_recovery(self, run: Callable[[], Tensor], what: str) -> Tensor:
+        """A small tensor for which other models leave the device if they must. Raises: OutOfMemory."""
+        return memory_management.run_with_recovery(run, what=what, device=self.unet.load_device)
 
     # Settings
 
@@ -196,10 +201,7 @@ class KDiffusionSampler:
             sigmas_T = self.get_sigmas(p, num_steps)
             if p.options.sgm_noise_multiplier:
                 p.extra_generation_params["SGM noise multiplier"] = True
-            noise_BCHW = x.to(self.unet.load_device)
-            start_BCHW = self.predictor.noise_scaling(
-                sigmas_T[:1].to(noise_BCHW), noise_BCHW, torch.zeros_like(noise_BCHW), max_denoise=bool(p.options.sgm_noise_multiplier)
-            )
+            start_BCHW = self._with_recovery(partial(self._start_from_noise, p, x, sigmas_T), "making the noise")
             self._set_brownian_range(p, sigmas_T)
             return self._run(p, start_BCHW, sigmas_T, conditioning, unconditional_conditioning, image_conditioning, init_latent=None)
 
@@ -218,15 +220,24 @@ class KDiffusionSampler:
         with self._network_ready(p, x):
             sigmas_T = self.get_sigmas(p, num_steps)
             part_T = sigmas_T[max(len(sigmas_T) - 2 - from_end, 0) :]
-            device = self.unet.load_device
-            x_BCHW, noise_BCHW = x.to(device), noise.to(device)
-            start_BCHW = self.predictor.noise_scaling(part_T[:1].to(noise_BCHW), noise_BCHW, x_BCHW, max_denoise=False)
-            extra_noise = float(p.options.img2img_extra_noise)
-            if extra_noise > 0:
-                p.extra_generation_params["Extra noise"] = extra_noise
-                start_BCHW = _with_extra_noise(start_BCHW, noise_BCHW * extra_noise)
+            x_BCHW = self._with_recovery(lambda: x.to(self.unet.load_device), "moving the latents")
+            start_BCHW = self._with_recovery(partial(self._start_from_latents, p, x_BCHW, noise, part_T), "making the noise")
             self._set_brownian_range(p, sigmas_T)
             return self._run(p, start_BCHW, part_T, conditioning, unconditional_conditioning, image_conditioning, init_latent=x_BCHW)
+
+    def _start_from_noise(self, p: Any, noise_BCHW: Tensor, sigmas_T: Tensor) -> Tensor:
+        noise_BCHW = noise_BCHW.to(self.unet.load_device)
+        nothing_BCHW, max_denoise = torch.zeros_like(noise_BCHW), bool(p.options.sgm_noise_multiplier)
+        return self.predictor.noise_scaling(sigmas_T[:1].to(noise_BCHW), noise_BCHW, nothing_BCHW, max_denoise=max_denoise)
+
+    def _start_from_latents(self, p: Any, x_BCHW: Tensor, noise_BCHW: Tensor, sigmas_T: Tensor) -> Tensor:
+        noise_BCHW = noise_BCHW.to(x_BCHW.device)
+        start_BCHW = self.predictor.noise_scaling(sigmas_T[:1].to(noise_BCHW), noise_BCHW, x_BCHW, max_denoise=False)
+        extra_noise = float(p.options.img2img_extra_noise)
+        if extra_noise > 0:
+            p.extra_generation_params["Extra noise"] = extra_noise
+            start_BCHW = _with_extra_noise(start_BCHW, noise_BCHW * extra_noise)
+        return start_BCHW
 
     @contextmanager
     def _network_ready(self, p: Any, x: Tensor) -> Iterator[None]:
@@ -236,8 +247,8 @@ class KDiffusionSampler:
             unet.model_options["disable_cfg1_optimization"] = True
             self.sd_model.forge_objects.unet = unet
         with _noise_table(self.predictor, p):
-            self._session = sampling_prepare(self.unet, x=x, request=self._request(p, x.shape[0]))
             try:
+                self._session = sampling_prepare(self.unet, x=x, request=self._request(p, x.shape[0]))
                 yield
             finally:
                 self._session = None

@@ -34,7 +34,7 @@ PICTURE_HEIGHT_PX = 420
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 PICTURE: dict[str, Any] = {
     "type": "pil",
-    "image_mode": "RGBA",
+    "image_mode": None,  # as the file has it: gradio would cut 16 bits to white
     "format": "png",
     "sources": ["upload", "clipboard"],
     "show_label": False,

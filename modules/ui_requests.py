@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops
 
 from modules import infotext_utils
 from modules.errors import RequestError
+from modules.image_resizing import fix_image
 from modules.img2img import process_batch
 from modules.page_files import picture_of_page
 from modules.processing import Processed, StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img
+from modules.processing_compositing import create_binary_mask
 from modules.processing_scripts import process_with_scripts
 from modules.ui_common import infotext_of, picture_at
 from modules.ui_scripts import arguments_from
@@ -203,8 +205,10 @@ def flat_sketch(editor: Mapping[str, Any] | None) -> Image.Image | None:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """`image` turned as its camera data say."""
-    return ImageOps.exif_transpose(image)
+    """`image` turned as its camera data say, 8 bits a channel, RGBA."""
+    fixed = fix_image(image)
+    assert fixed is not None
+    return fixed if fixed.mode == "RGBA" else fixed.convert("RGBA")
 
 
 def mask_from_layers(layers: list[Image.Image], size_px: tuple[int, int]) -> Image.Image:
@@ -219,12 +223,10 @@ def mask_from_layers(layers: list[Image.Image], size_px: tuple[int, int]) -> Ima
 
 
 def mask_from_upload(mask: Image.Image) -> Image.Image:
-    """An uploaded mask as grey values: its transparency when it has some, else its brightness."""
-    if mask.mode in ("RGBA", "LA"):
-        alpha = mask.getchannel("A")
-        if alpha.histogram()[255] < alpha.width * alpha.height:
-            return alpha
-    return mask.convert("L")
+    """An uploaded mask as grey values: its transparency, made hard, when it has some, else its brightness."""
+    fixed = fix_image(mask)
+    assert fixed is not None
+    return create_binary_mask(fixed)
 
 
 def _common_fields(values: Mapping[str, Any]) -> dict[str, Any]:

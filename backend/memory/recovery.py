@@ -18,7 +18,14 @@ Result = TypeVar("Result")
 Remedy = Callable[[], str]
 """Frees memory and says in a few words what it did; "" when there was nothing to do."""
 
-_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "UR_RESULT_ERROR_OUT_OF")
+_SIGNS = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "UR_RESULT_ERROR_OUT_OF",
+    "can't allocate memory",
+    "not enough memory",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

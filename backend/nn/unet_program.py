@@ -126,13 +126,15 @@ class OutputSegment(UNetSegment):
         state.hidden_BCHW = run_layers(self.layers, state.hidden_BCHW, state, self._odd_upsample_size(state), part=part)
 
     def _odd_upsample_size(self, state: UNetState) -> tuple[int, int] | None:
-        """The next skip's size where doubling would miss it (latents whose sides 2^levels does not divide), else None."""
+        """The next skip's size where doubling would miss it (latents whose sides 2^levels does not divide, down to 1x1), else None.
+
+        Only an upsampler looks at it; segments without one keep their size."""
         if self.next_skip is None:
             return None
         height, width = state.skip_sizes[self.next_skip]
         outer_BCHW = state.hidden_BCHW if state.transformer_input_BCHW is None else state.transformer_input_BCHW
         hidden_height, hidden_width = outer_BCHW.shape[-2:]
-        return None if (height, width) in ((2 * hidden_height, 2 * hidden_width), (hidden_height, hidden_width)) else (height, width)
+        return None if (height, width) == (2 * hidden_height, 2 * hidden_width) else (height, width)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -96,7 +96,7 @@ def sampling_function(self: Any, denoiser_params: Any, cond_scale: float, cond_c
         denoiser_params.sigma,
         text_cond=denoiser_params.text_cond,
         text_uncond=denoiser_params.text_uncond,
-        image_cond=denoiser_params.image_cond,
+        image_cond=denoiser_params.image_cond if getattr(engine, "is_inpaint", True) else None,
         cond_scale=cond_scale,
         cond_composition=cond_composition,
         seed=self.p.seeds[0],
@@ -118,7 +118,7 @@ def denoise_guided(
     """(denoised, cond_pred, uncond_pred), all x0 (B, C, H, W) in fp32.
 
     `cond_composition`: per image its parts as (row of `text_cond`, weight); None is one row per image with weight 1. `image_cond` is joined to the
-    latents' channels if it has their rows and columns (inpainting models).
+    latents' channels (inpainting models); None for a model that takes none. No shape says so: a latent may have one row and one column.
     """
     cond = compile_conditions(text_cond) if cond_composition is None else compile_weighted_conditions(text_cond, cond_composition)
     uncond = compile_conditions(text_uncond)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from backend.devices.probing import probe_devices
 from modules import script_callbacks, scripts
 from modules.api.api import create_api
 from modules.application import Application
+from modules.image_resizing import resize_by_mode
+from modules.processing_latents import pil_to_pixels
 from modules.scripts_without_page import build_controls
 from modules_forge import shared
 from tests.support.applications import installed_application
@@ -185,12 +188,142 @@ def test_wrong_requests_are_refused_in_words(site: Site) -> None:
     for name, words in (("openpose_full", "body_pose_model.pth"), ("HED", "ControlNetHED.pth"), ("Tile_ColorFix", "tile_resample is")):
         message = site.refused({"image": _picture(), "model": "canny_1", "module": name})
         assert words in message and (words.startswith("tile") or shared.preprocessor_dir in message)
-    assert "cannot be decoded" in site.refused({"image": "@@@", "model": "canny_1"})
+    assert "is not base64" in site.refused({"image": "@@@", "model": "canny_1"})
     assert "control_mode" in site.refused(_unit(site, control_mode="sideways"))
     assert "weight" in site.refused(_unit(site, weight="much"))
     assert "guidance_start" in site.refused(_unit(site, guidance_start=0.9, guidance_end=0.1))
     assert "send an object" in site.refused("a text")
     assert "broken.pth" in site.refused(_unit(site, model="broken"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"image": 5}, "image is 5"),
+        ({"image": True}, "image is True"),
+        ({"image": {"image": 7}}, "image is 7"),
+        ({"image": {"picture": "x"}}, "object with picture"),
+        ({"image": {}}, "object with nothing"),
+        ({"image": []}, "list of 0"),
+        ({"image": [3]}, "list of 1"),
+        ({"image": None, "input_image": 5}, "image is 5"),
+        ({"mask": 5}, "mask_image is 5"),
+        ({"mask_image": True}, "mask_image is True"),
+        ({"enabled": "perhaps"}, "enabled"),
+        ({"enabled": 2}, "enabled"),
+        ({"enabled": []}, "enabled"),
+        ({"pixel_perfect": "much"}, "pixel_perfect"),
+        ({"weight": True}, "weight"),
+        ({"weight": "nan"}, "weight"),
+        ({"weight": "inf"}, "weight"),
+        ({"weight": []}, "weight"),
+        ({"weight": "1e400"}, "weight"),
+        ({"guidance_start": -0.1}, "guidance_start"),
+        ({"guidance_end": 1.1}, "guidance_end"),
+        ({"module": 7}, "module"),
+        ({"model": ["canny_1"]}, "model"),
+        ({"model": {}}, "model"),
+        ({"input_mode": "batch"}, "input_mode"),
+        ({"resize_mode": "sideways"}, "resize_mode"),
+    ],
+)
+def test_no_field_of_a_wrong_type_loses_the_unit_in_silence(site: Site, fields: dict[str, Any], words: str) -> None:
+    assert words in site.refused({**_unit(site), **fields})
+
+
+@pytest.mark.parametrize("args", [5, "a text", True, None, [5], [True], [[{}]], {"enabled": True}])
+def test_units_are_a_list_of_objects(site: Site, args: Any) -> None:
+    body = {"prompt": "x", "steps": 1, "width": SIDE_PX, "height": SIDE_PX, "alwayson_scripts": {"ControlNet": {"args": args}}}
+    assert site.client.post("/sdapi/v1/txt2img", json=body).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_on"),
+    [
+        ({"enabled": "false"}, False),
+        ({"enabled": 0}, False),
+        ({"enabled": "True"}, True),
+        ({"weight": "1.0"}, True),
+        ({"image": [_picture()]}, True),
+        ({"image": [_picture(), None]}, True),
+        ({"image": {"image": _picture(), "mask": None}}, True),
+        ({"input_image": _picture(), "image": None}, True),
+    ],
+)
+def test_words_mean_what_they_say(site: Site, fields: dict[str, Any], is_on: bool) -> None:
+    expected = site.txt2img(_unit(site)) if is_on else site.txt2img()
+    assert site.txt2img({**_unit(site), **fields})["images"] == expected["images"]
+
+
+def _file(image: Image.Image, kind: str = "PNG", **options: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _spot_mask(kind: str) -> str:
+    grey = Image.new("L", (160, 128), 3 if kind == "ground" else 0)
+    grey.paste(255, (60, 50, 100, 80))
+    if kind != "RGBA":
+        return _file(grey, "JPEG") if kind == "JPEG" else _file(grey)
+    paint = Image.new("RGBA", grey.size, (255, 255, 255, 0))
+    paint.putalpha(grey)
+    return _file(paint)
+
+
+@pytest.mark.parametrize("kind", ["grey", "RGBA", "JPEG", "ground"])
+@pytest.mark.parametrize(
+    "fields", [{"mask_blur": 4}, {"mask_blur": 0, "inpaint_full_res_padding": 12}, {"mask_blur": 8, "inpainting_mask_invert": 1}]
+)
+def test_the_hint_is_cut_by_the_box_that_the_picture_is_cut_by(
+    site: Site, kind: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modules import processing_img2img
+
+    cut: list[Image.Image] = []
+    monkeypatch.setattr(processing_img2img, "pil_to_pixels", lambda pictures: cut.extend(pictures) or pil_to_pixels(pictures))
+    picture = Image.fromarray(np.random.default_rng(4).integers(0, 256, (128, 160, 3), dtype=np.uint8))
+    body = {"init_images": [_file(picture)], "mask": _spot_mask(kind), "prompt": "x", "steps": 1, "width": SIDE_PX, "height": SIDE_PX}
+    body |= {"inpaint_full_res": True, "inpainting_fill": 1, **fields, "alwayson_scripts": {"ControlNet": {"args": [{"model": "canny_1"}]}}}
+    answer = site.post("/sdapi/v1/img2img", body)
+    assert np.array_equal(_pixels(answer["images"][1]), np.asarray(cut[0]))
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_the_hint_follows_the_resize_mode_of_img2img(site: Site, mode: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.fromarray(np.random.default_rng(5).integers(1, 255, (96, 160, 3), dtype=np.uint8))
+    hints: list[Any] = []
+    fitted = sys.modules["lib_controlnet.hints"].fit
+    monkeypatch.setattr(sys.modules["lib_controlnet.hints"], "fit", lambda *args: hints.append(fitted(*args)) or hints[-1])
+    body = {"init_images": [_file(picture)], "resize_mode": mode, "prompt": "x", "steps": 1, "width": SIDE_PX, "height": SIDE_PX}
+    site.post("/sdapi/v1/img2img", {**body, "alwayson_scripts": {"ControlNet": {"args": [{"model": "canny_1"}]}}})
+    assert np.array_equal(hints[0], np.asarray(resize_by_mode(mode, picture, SIDE_PX, SIDE_PX)))
+
+
+def test_pictures_of_units_are_read_as_img2img_reads_its_own(site: Site) -> None:
+    """Turned as EXIF says, 16 bits scaled, palette transparency and hidden colours under alpha laid over white."""
+    greys = np.arange(SIDE_PX * SIDE_PX, dtype=np.uint16).reshape(SIDE_PX, SIDE_PX) * 16
+    colors = Image.fromarray(np.random.default_rng(6).integers(0, 256, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    hidden = colors.convert("RGBA")
+    hidden.putalpha(0)
+    palette = Image.new("P", (SIDE_PX, SIDE_PX), 0)
+    palette.putpalette([200, 0, 0] * 256)
+    white = np.full((SIDE_PX, SIDE_PX, 3), 255)
+    for text, expected in (
+        (_file(Image.fromarray(greys)), np.rint(greys / 257)[..., None].repeat(3, axis=2)),
+        (_file(Image.fromarray(greys), "TIFF"), np.rint(greys / 257)[..., None].repeat(3, axis=2)),
+        (_file(colors, exif=exif), np.asarray(colors.transpose(Image.Transpose.ROTATE_270))),
+        (_file(hidden), white),
+        (_file(palette, transparency=0), white),
+    ):
+        answer = site.txt2img({**_unit(site), "module": "None", "image": text}, steps=1)
+        assert np.array_equal(_pixels(answer["images"][1]), expected)
+        detected = site.post(
+            "/controlnet/detect", {"controlnet_module": "none", "controlnet_input_images": [text], "controlnet_processor_res": SIDE_PX}
+        )
+        assert np.array_equal(_pixels(detected["images"][0]), expected)
 
 
 def test_a_model_of_another_family_is_refused_with_both_names(site: Site) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from modules.image_resizing import fix_image, flatten, resize_by_mode, resize_to
+from modules.image_resizing import fix_image, flatten, resize_by_mode, resize_to, to_8_bit
 from modules.upscaler import LANCZOS, builtin_upscalers, find_upscaler
 
 
@@ -70,3 +73,53 @@ def test_flatten_and_fix() -> None:
     assert upright is not None
     assert upright.size == (20, 40)
     assert fix_image(None) is None
+
+
+GREYS = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("PNG", GREYS.astype(np.uint16) * 257),
+        ("TIFF", GREYS.astype(np.uint16) * 257),
+        ("TIFF", GREYS.astype(">u2") * 257),
+        ("TIFF", GREYS.astype(np.int32) * 257),
+        ("TIFF", (GREYS / 255).astype(np.float32)),
+        ("PPM", GREYS.astype(np.uint16) * 257),
+    ],
+)
+def test_deep_greys_of_files_are_scaled(kind: str, values: Any) -> None:
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, kind)
+    with Image.open(file) as image:
+        fixed = fix_image(image)
+        flat = flatten(image, "#ffffff")
+    assert fixed is not None
+    assert fixed.mode == "L"
+    assert np.array_equal(np.asarray(fixed), GREYS)
+    assert np.array_equal(np.asarray(flat)[..., 0], GREYS)
+
+
+def test_one_grey_of_sixteen_bits_may_be_transparent() -> None:
+    image = Image.fromarray(np.array([[0, 40000, 65535]], dtype=np.uint16))
+    image.info["transparency"] = 40000
+    fixed = fix_image(image)
+    assert fixed is not None
+    assert fixed.mode == "RGBA"
+    assert list(fixed.getchannel("A").tobytes()) == [255, 0, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([0, 128, 255], dtype=np.int64), [0, 128, 255]),
+        (np.array([0, 32896, 65535], dtype=np.uint16), [0, 128, 255]),
+        (np.array([0, 32896, 65535], dtype=np.int32), [0, 128, 255]),
+        (np.array([0.0, 0.5, 1.0, np.nan]), [0, 128, 255, 0]),
+        (np.array([0.0, 100.0, 255.0]), [0, 100, 255]),
+        (np.array([True, False]), [255, 0]),
+    ],
+)
+def test_values_of_every_type_become_eight_bits(values: Any, expected: list[int]) -> None:
+    assert to_8_bit(values).tolist() == expected

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from modules.masking import expand_crop_region, fill, get_crop_region, get_crop_region_v2
+from modules.masking import drop_ground, expand_crop_region, fill, get_crop_region, get_crop_region_v2
 
 
 def mask_with(box: tuple[int, int, int, int], size: tuple[int, int] = (100, 60)) -> Image.Image:
@@ -56,3 +56,15 @@ def test_filling_follows_a_gradient() -> None:
 
 def test_filling_a_wholly_masked_picture_gives_a_picture() -> None:
     assert fill(Image.new("RGB", (7, 5), "red"), Image.new("L", (7, 5), 255)).size == (7, 5)
+
+
+def test_a_ground_that_is_not_quite_black_is_no_mask() -> None:
+    """As JPEG files have it."""
+    mask = mask_with((10, 20, 30, 40)).point(lambda value: max(value, 3))
+    assert get_crop_region_v2(mask) == (0, 0, 100, 60)
+    assert get_crop_region_v2(drop_ground(mask)) == (10, 20, 30, 40)
+
+
+def test_filling_takes_a_mask_of_another_size() -> None:
+    filled = fill(Image.new("RGB", (20, 12), (10, 20, 30)), mask_with((50, 0, 100, 60)))
+    assert np.array_equal(np.asarray(filled), np.asarray(Image.new("RGB", (20, 12), (10, 20, 30))))

@@ -28,10 +28,14 @@ def half_mask(width: int, height: int) -> Image.Image:
     return mask
 
 
-def test_a_mask_is_hard_or_soft() -> None:
-    mask = Image.fromarray(np.array([[0, 100, 200, 255]], dtype=np.uint8))
-    assert list(create_binary_mask(mask).tobytes()) == [0, 0, 255, 255]
-    assert list(create_binary_mask(mask, round=False).tobytes()) == [0, 100, 200, 255]
+def test_only_the_mask_in_a_transparency_is_made_hard() -> None:
+    """As in Forge: greys of a mask stay."""
+    values = np.array([[0, 100, 200, 255]], dtype=np.uint8)
+    grey, alpha = Image.fromarray(values), Image.new("RGBA", (4, 1))
+    alpha.putalpha(Image.fromarray(values))
+    assert list(create_binary_mask(grey).tobytes()) == [0, 100, 200, 255]
+    assert list(create_binary_mask(alpha).tobytes()) == [0, 0, 255, 255]
+    assert list(create_binary_mask(alpha, round=False).tobytes()) == [0, 100, 200, 255]
 
 
 def test_the_mask_of_a_transparent_picture_is_its_transparency() -> None:

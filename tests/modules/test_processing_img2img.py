@@ -12,7 +12,8 @@ from modules.application import Application, install
 from modules.errors import RequestError
 from modules.processing import Processed
 from modules.sd_samplers_common import setup_img2img_steps
-from tests.support.narrow_application import gradient, img2img, narrow_application, pixels, run
+from tests.support.applications import installed_application
+from tests.support.narrow_application import gradient, img2img, narrow_application, pixels, run, txt2img
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +193,68 @@ def test_an_empty_mask_leaves_the_picture_as_it_is(app: Application, full_res: b
     assert bool(result.comments) == full_res
 
 
-def test_a_soft_mask_is_kept_soft_when_asked(app: Application) -> None:
+def test_a_soft_mask_is_rounded_for_the_latents_unless_asked(app: Application) -> None:
+    """Its greys stay for pasting back in either case, as in Forge."""
     gray = Image.new("L", (64, 64), 100)
-    rounded = picture(run(img2img(mask=gray, mask_blur=0, inpaint_full_res=False)))
-    soft = picture(run(img2img(mask=gray, mask_blur=0, inpaint_full_res=False, mask_round=False)))
-    assert np.array_equal(rounded, pixels(gradient(64, 64)))
-    assert not np.array_equal(soft, rounded)
+    rounded, soft = (img2img(mask=gray, mask_blur=0, inpaint_full_res=False, mask_round=hard) for hard in (True, False))
+    pictures = [picture(run(request)) for request in (rounded, soft)]
+    assert (float(rounded.nmask.max()), float(soft.nmask.max())) == (0.0, pytest.approx(100 / 255))
+    assert not np.array_equal(*pictures)
+
+
+def test_a_mask_saved_as_jpeg_works_on_its_region_only(app: Application) -> None:
+    grounded = spot().point(lambda value: max(value, 3))
+    fields = {"init_images": [gradient(128, 96)], "mask_blur": 4, "inpaint_full_res_padding": 8}
+    with_ground, clean = img2img(mask=grounded, **fields), img2img(mask=spot(), **fields)
+    assert np.array_equal(picture(run(with_ground)), picture(run(clean)))
+    assert with_ground.paste_to == clean.paste_to != (0, 0, 128, 96)
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 3])
+@pytest.mark.parametrize("fill", [0, 1, 2, 3])
+def test_a_picture_of_another_size_is_inpainted_in_every_mode(app: Application, mode: int, fill: int) -> None:
+    fields = {"init_images": [gradient(96, 80)], "mask": right_half(96, 80), "mask_blur": 0, "inpaint_full_res": False}
+    assert run(img2img(**fields, resize_mode=mode, inpainting_fill=fill, steps=1)).images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("full_res", [False, True])
+@pytest.mark.parametrize("size", [(128, 96), (64, 64), (31, 200)])
+def test_a_latent_mask_may_have_any_size(app: Application, size: tuple[int, int], full_res: bool) -> None:
+    fields = {"init_images": [gradient(128, 96)], "mask": spot(), "inpaint_full_res": full_res, "inpainting_fill": 0}
+    request = img2img(**fields, latent_mask=right_half(*size), steps=1)
+    assert run(request).images[0].size == ((128, 96) if full_res else (64, 64))
+    whole = img2img(**fields, latent_mask=Image.new("L", size, 255), steps=1)
+    run(whole)
+    assert bool((whole.nmask == 1).all())
+
+
+@pytest.mark.parametrize("depth", ["16 bit", "float"])
+def test_deep_greys_are_scaled_not_cut_to_white(app: Application, depth: str) -> None:
+    grey = np.linspace(0, 255, 64 * 64).round().reshape(64, 64)
+    deep = Image.fromarray((grey * 257).astype(np.uint16)) if depth == "16 bit" else Image.fromarray((grey / 255).astype(np.float32))
+    plain = Image.fromarray(grey.astype(np.uint8))
+    for name in ("init_images", "mask"):
+        given = [{name: [one] if name == "init_images" else one, "inpaint_full_res": False, "steps": 1} for one in (deep, plain)]
+        assert np.array_equal(*(picture(run(img2img(**fields))) for fields in given))
+
+
+@pytest.fixture
+def demo_app(tmp_path: Path) -> Iterator[Application]:
+    """The demo checkpoint: narrow ones have group norms of one value at this size, which torch refuses."""
+    folder = tmp_path / "models" / "Stable-diffusion"
+    folder.mkdir(parents=True)
+    (folder / "demo.safetensors").symlink_to(next((Path(__file__).parents[2] / "models" / "Stable-diffusion").glob("demo-*.safetensors")))
+    with installed_application(tmp_path) as app:
+        app.options.live_previews_enable = app.options.samples_save = app.options.grid_save = False
+        yield app
+
+
+@pytest.mark.usefixtures("demo_app")
+@pytest.mark.parametrize("tiling", [False, True])
+def test_pictures_of_eight_pixels_have_latents_of_one_and_need_no_conditioning(tiling: bool) -> None:
+    assert run(img2img(width=8, height=8, tiling=tiling, steps=1)).images[0].size == (8, 8)
+    first = txt2img(width=8, height=8, tiling=tiling, steps=1, enable_hr=True, hr_scale=1.0, hr_upscaler="Latent")
+    assert run(first).images[0].size == (8, 8)
 
 
 def test_the_mask_can_be_of_another_size(app: Application) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,7 +11,9 @@ import numpy as np
 from PIL import Image
 
 from lib_controlnet.enums import BatchOption, ControlMode, ControlNetUnionControlType, HiResFixOption, InputMode, ResizeMode
+from modules.api.pictures import decode_picture
 from modules.errors import RequestError
+from modules.image_resizing import fix_image
 
 __all__ = [
     "BatchOption", "ControlMode", "ControlNetUnionControlType", "ControlNetUnit", "HiResFixOption", "InputMode", "ResizeMode", "UiControlNetUnit",
@@ -24,6 +24,9 @@ __all__ = [
 _OLD_KEYS = {"input_image": "image", "mask": "mask_image", "preprocessor": "module"}
 _CHOICES: dict[str, Any] = {"resize_mode": ResizeMode, "control_mode": ControlMode, "hr_option": HiResFixOption, "input_mode": InputMode}
 _NO_UNION_TYPES = ("", "all", "none", "unknown")
+_PICTURE_KEYS = ("image", "composite", "background")
+_PICTURES = ("image", "mask_image", "generated_image")
+_SWITCHES = ("enabled", "pixel_perfect", "save_detected_map", "use_preview_as_input")
 _NUMBERS = ("weight", "processor_res", "threshold_a", "threshold_b", "guidance_start", "guidance_end")
 
 
@@ -62,17 +65,22 @@ class ControlNetUnit:
     def from_dict(cls, values: Mapping[str, Any]) -> ControlNetUnit:
         """The unit of an API request. Unknown keys are left out, old ones understood. Raises RequestError for a wrong value, by name."""
         known = {field.name for field in fields(cls)}
-        named = {_OLD_KEYS.get(key, key): value for key, value in values.items() if _OLD_KEYS.get(key, key) in known}
-        if isinstance(named.get("image"), Mapping):
-            picture = named["image"]
-            named["image"] = picture.get("image")
-            named.setdefault("mask_image", picture.get("mask"))
+        named: dict[str, Any] = {}
+        for key, value in values.items():
+            name = _OLD_KEYS.get(key, key)
+            if name in known and (value is not None or name not in named):
+                named[name] = value
+        _take_apart(named)
         unit = cls(**{key: value for key, value in named.items() if value is not None})
         unit.normalise()
         return unit
 
     def normalise(self) -> None:
-        """Bring choices and numbers into their types. Raises RequestError."""
+        """Bring pictures, switches, choices and numbers into their types. Raises RequestError."""
+        for name in _PICTURES:
+            _check_picture(name, getattr(self, name))
+        for name in _SWITCHES:
+            setattr(self, name, _read_switch(name, getattr(self, name)))
         for name, choice in _CHOICES.items():
             try:
                 setattr(self, name, choice.read(getattr(self, name)))
@@ -82,18 +90,84 @@ class ControlNetUnit:
         for name in _NUMBERS:
             value = getattr(self, name)
             try:
-                number = float(value)
-            except (TypeError, ValueError) as error:
-                raise RequestError(f"ControlNet's {name} is {value!r}; it must be a number.") from error
+                number = math.nan if isinstance(value, bool) else float(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise RequestError(f"ControlNet's {name} is {_short(value)}; it must be a number.") from error
             if not math.isfinite(number):
-                raise RequestError(f"ControlNet's {name} is {value!r}; it must be a finite number.")
+                raise RequestError(f"ControlNet's {name} is {_short(value)}; it must be a finite number.")
             setattr(self, name, number)
-        self.module, self.model = str(self.module or "None"), str(self.model or "None")
+        for name in ("module", "model"):
+            setattr(self, name, _read_name(name, getattr(self, name)))
+        if self.input_mode is not InputMode.SIMPLE:
+            raise RequestError(
+                f"ControlNet's input_mode is {self.input_mode.value!r}; only 'simple', one picture a unit, is here. Send one unit a picture."
+            )
         if not 0.0 <= self.guidance_start <= self.guidance_end <= 1.0:
             raise RequestError(
                 f"ControlNet's guidance_start is {self.guidance_start:g} and guidance_end {self.guidance_end:g}; "
                 "they lie between 0 and 1, the start not after the end."
             )
+
+
+def _take_apart(named: dict[str, Any]) -> None:
+    """A picture that comes with its mask, {"image": ..., "mask": ...} or [picture, mask], into two fields. Raises RequestError."""
+    given, mask = named.get("image"), None
+    if isinstance(given, Mapping):
+        if not any(name in given for name in _PICTURE_KEYS):
+            raise RequestError(f"ControlNet's image is an object with {', '.join(map(str, given)) or 'nothing'} in it; send its picture as 'image'.")
+        given, mask = next((given[name] for name in _PICTURE_KEYS if given.get(name) is not None), None), given.get("mask")
+    elif isinstance(given, (list, tuple)):
+        if not 1 <= len(given) <= 2 or not all(one is None or isinstance(one, (str, Image.Image, np.ndarray)) for one in given):
+            raise RequestError(f"ControlNet's image is a list of {len(given)}; send one picture as base64, or the picture and its mask.")
+        given, mask = (*given, None)[:2]
+    named["image"] = given
+    if mask is not None and named.get("mask_image") is None:
+        named["mask_image"] = mask
+
+
+def _check_picture(name: str, value: Any) -> None:
+    """Raises RequestError for what is no picture: a number, true, an object without a picture."""
+    if value is None or isinstance(value, (str, Image.Image)):
+        return
+    if isinstance(value, Mapping):
+        for key in _PICTURE_KEYS:
+            _check_picture(name, value.get(key))
+        return
+    shape = getattr(value, "shape", ())
+    if (
+        isinstance(value, np.ndarray)
+        and value.dtype.kind in "uifb"
+        and (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4)))
+        and value.size
+    ):
+        return
+    raise RequestError(f"ControlNet's {name} is {_short(value)}; send a picture as base64.")
+
+
+def _read_switch(name: str, value: Any) -> bool:
+    """true and false, 1 and 0, and the words for them. Raises RequestError."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, float)) and value in (0, 1):
+        return bool(value)
+    words = {**dict.fromkeys(("true", "1", "yes", "on"), True), **dict.fromkeys(("false", "0", "no", "off"), False)}
+    if isinstance(value, str) and value.strip().lower() in words:
+        return words[value.strip().lower()]
+    raise RequestError(f"ControlNet's {name} is {_short(value)}; it must be true or false.")
+
+
+def _read_name(name: str, value: Any) -> str:
+    """The name of a preprocessor or model; none means "None". Raises RequestError."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return "None"
+    if not isinstance(value, str):
+        raise RequestError(f"ControlNet's {name} is {_short(value)}; it must be a name, as /controlnet/{name}_list gives it.")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _read_union_type(value: Any) -> ControlNetUnionControlType | None:
@@ -141,10 +215,12 @@ def pixel_perfect_resolution(image: np.ndarray, target_H: int, target_W: int, re
 
 
 def to_base64_nparray(encoding: str) -> np.ndarray:
-    """The picture of a base64 text, with or without the head of a data URL, as (H, W, 3) or (H, W, 4). Raises RequestError."""
-    try:
-        data = base64.b64decode(encoding.split(",", 1)[1] if encoding.startswith("data:") else encoding)
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGBA" if "A" in image.getbands() else "RGB"))
-    except (ValueError, OSError, SyntaxError, IndexError) as error:
-        raise RequestError("A picture of ControlNet cannot be decoded; send a PNG, JPEG or WEBP file as base64.") from error
+    """The picture of a base64 text, with or without the head of a data URL, upright, as (H, W, 3) or (H, W, 4). Raises RequestError."""
+    return image_to_array(decode_picture(encoding, "ControlNet's picture"))
+
+
+def image_to_array(image: Image.Image) -> np.ndarray:
+    """A picture, upright and 8 bits a channel, as (H, W, 3), or as (H, W, 4) where it is transparent in any of the ways files say so."""
+    fixed = fix_image(image)
+    assert fixed is not None
+    return np.asarray(fixed.convert("RGBA" if "A" in fixed.getbands() else "RGB"))

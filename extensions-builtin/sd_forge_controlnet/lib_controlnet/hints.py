@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 from PIL import Image
 
 from lib_controlnet.enums import ResizeMode
-from lib_controlnet.external_code import ControlNetUnit, pixel_perfect_resolution, to_base64_nparray
+from lib_controlnet.external_code import ControlNetUnit, image_to_array, pixel_perfect_resolution, to_base64_nparray
 from modules import masking
 from modules.errors import RequestError
+from modules.image_resizing import CROP_AND_RESIZE, JUST_RESIZE, RESIZE_AND_FILL, flatten, resize_by_mode, to_8_bit
+from modules.processing_img2img import inpaint_mask, only_masked_region
 from modules_forge.utils import HWC3
-
-_RESIZE_NUMBERS = {ResizeMode.RESIZE: 0, ResizeMode.INNER_FIT: 1, ResizeMode.OUTER_FIT: 2}
 
 
 @dataclass
@@ -40,87 +41,106 @@ class Hint:
 def make_hint(p: Any, unit: ControlNetUnit, preprocessor: Any, number: int) -> Hint:
     """The hint of a unit. Raises RequestError where there is no picture or it cannot be read."""
     picture, mask = read_pictures(p, unit, number)
+    mode = resize_mode_of(p, unit)
     if preprocessor.corp_image_with_a1111_mask_when_in_img2img_inpaint_tab:
-        picture, mask = crop_to_inpainted_part(p, picture, mask)
-    resolution = choose_resolution(p, unit, preprocessor, picture)
+        picture, mask = crop_to_inpainted_part(p, picture, mask, mode)
+    resolution = choose_resolution(p, unit, preprocessor, picture, mode)
     found = preprocessor(
         input_image=picture, resolution=resolution, input_mask=None if mask is None else mask[..., None],
         slider_1=_own_or(unit.threshold_a), slider_2=_own_or(unit.threshold_b), slider_3=None,
     )  # fmt: skip
     if not isinstance(found, np.ndarray):
         raise RequestError(f"ControlNet unit {number}: the preprocessor {preprocessor.name!r} gives no picture; it needs a model of another kind.")
-    return Hint(HWC3(found), mask, unit.resize_mode, preprocessor)
+    return Hint(HWC3(found), mask, mode, preprocessor)
 
 
 def _own_or(value: float) -> float | None:
     return None if value < 0 else value
 
 
-def choose_resolution(p: Any, unit: ControlNetUnit, preprocessor: Any, picture: np.ndarray) -> int:
+def choose_resolution(p: Any, unit: ControlNetUnit, preprocessor: Any, picture: np.ndarray, mode: ResizeMode) -> int:
     """Pixel perfect, as asked, or the preprocessor's own."""
     if unit.pixel_perfect:
-        return pixel_perfect_resolution(picture, int(p.height), int(p.width), unit.resize_mode)
+        return pixel_perfect_resolution(picture, int(p.height), int(p.width), mode)
     own = preprocessor.slider_resolution.gradio_update_kwargs
     return int(own["value"]) if unit.processor_res <= 0 else int(min(max(unit.processor_res, 64), 4096))
 
 
 def read_pictures(p: Any, unit: ControlNetUnit, number: int) -> tuple[np.ndarray, np.ndarray | None]:
     """(picture (H, W, 3), mask (H, W) 0..1 or None): the unit's own, else img2img's."""
-    given = unit.generated_image if unit.use_preview_as_input and unit.generated_image is not None else unit.image
-    picture = as_array(given)
+    picture = as_array(as_given(unit))
     mask = _as_mask(unit.mask_image)
     if picture is None:
         initial = getattr(p, "init_images", None)
         if not initial:
             raise RequestError(f"ControlNet unit {number} is enabled but has no image. Give it one, or disable the unit.")
-        picture = np.asarray(initial[0].convert("RGB"))
-        own_mask = getattr(p, "image_mask", None)
-        if mask is None and own_mask is not None:
-            mask = _as_mask(np.asarray(own_mask.convert("L")))
+        picture = np.asarray(flatten(initial[0], p.options.img2img_background_color))
+        if mask is None and getattr(p, "image_mask", None) is not None:
+            mask = _as_mask(inpaint_mask(p, blurred=False))
     if mask is not None and mask.shape != picture.shape[:2]:
-        mask = _as_mask(np.asarray(Image.fromarray((mask * 255).astype(np.uint8)).resize(picture.shape[1::-1], Image.Resampling.NEAREST)))
+        mask = _as_mask(Image.fromarray((mask * 255).astype(np.uint8)).resize(picture.shape[1::-1], Image.Resampling.NEAREST))
     return HWC3(picture), mask
 
 
+def resize_mode_of(p: Any, unit: ControlNetUnit) -> ResizeMode:
+    """The unit's own; img2img's where the hint is img2img's picture, so that both lie on each other."""
+    if as_given(unit) is None and getattr(p, "init_images", None):
+        return ResizeMode.read(int(p.resize_mode))
+    return unit.resize_mode
+
+
+def as_given(unit: ControlNetUnit) -> Any:
+    """The picture that the unit brings; None where it brings none."""
+    given = unit.generated_image if unit.use_preview_as_input and unit.generated_image is not None else unit.image
+    return None if isinstance(given, str) and not given.strip() else given
+
+
 def as_array(given: Any) -> np.ndarray | None:
-    """A picture as the page, a client or another extension gives it."""
-    if given is None or (isinstance(given, str) and not given):
+    """A picture as the page, a client or another extension gives it: 8 bits, upright, transparent only by an alpha channel."""
+    if given is None or (isinstance(given, str) and not given.strip()):
         return None
     if isinstance(given, str):
         return to_base64_nparray(given)
-    if isinstance(given, dict):
-        return as_array(given.get("image") or given.get("composite") or given.get("background"))
+    if isinstance(given, Mapping):
+        return as_array(next((given[name] for name in ("image", "composite", "background") if given.get(name) is not None), None))
     if isinstance(given, Image.Image):
-        return np.asarray(given.convert("RGBA" if "A" in given.getbands() else "RGB"))
-    array = np.asarray(given)
-    if array.dtype != np.uint8:
-        array = (array * (255.0 if array.max(initial=0.0) <= 1.0 else 1.0)).clip(0, 255).astype(np.uint8)
-    return array
+        return image_to_array(given)
+    return to_8_bit(np.asarray(given))
 
 
 def _as_mask(given: Any) -> np.ndarray | None:
-    """A mask from 0 to 1; one that is empty counts as none."""
+    """A mask from 0 to 1: the transparency of the picture where it has any, else its brightest channel; one that is empty counts as none."""
     array = as_array(given)
     if array is None:
         return None
-    grey = array.astype(np.float32) if array.ndim == 2 else array[..., :3].astype(np.float32).max(axis=2)
-    return grey / 255.0 if grey.max(initial=0.0) > 0 else None
+    if array.ndim == 3 and array.shape[2] == 4 and array[..., 3].min() < 255:
+        grey = np.where(array[..., 3] > 128, 255, 0).astype(np.uint8)
+    else:
+        grey = array if array.ndim == 2 else array[..., :3].max(axis=2)
+    kept = np.asarray(masking.drop_ground(Image.fromarray(np.ascontiguousarray(grey))))
+    return kept.astype(np.float32) / 255.0 if kept.any() else None
 
 
-def crop_to_inpainted_part(p: Any, picture: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """img2img's "only masked": the part of the picture that will be made anew, where the picture has the initial picture's shape."""
-    inpaint_mask = getattr(p, "image_mask", None)
-    if inpaint_mask is None or not getattr(p, "inpaint_full_res", False):
+def crop_to_inpainted_part(p: Any, picture: np.ndarray, mask: np.ndarray | None, mode: ResizeMode) -> tuple[np.ndarray, np.ndarray | None]:
+    """img2img's "only masked": the hint cut by the box that the picture is cut by, and brought to the size of the job in the same way.
+
+    A picture of another size is laid over the initial one first, as `mode` says."""
+    if getattr(p, "image_mask", None) is None or not getattr(p, "inpaint_full_res", False):
         return picture, mask
-    grey = inpaint_mask.convert("L")
-    if getattr(p, "inpainting_mask_invert", 0):
-        grey = Image.eval(grey, lambda value: 255 - value)
-    grey = grey.resize(picture.shape[1::-1], Image.Resampling.NEAREST)
-    region = masking.get_crop_region_v2(grey, int(getattr(p, "inpaint_full_res_padding", 0) or 0))
+    whole = inpaint_mask(p)
+    region = only_masked_region(p, whole)
     if region is None:
         return picture, mask
-    left, top, right, bottom = masking.expand_crop_region(region, int(p.width), int(p.height), grey.width, grey.height)
-    return picture[top:bottom, left:right], None if mask is None else mask[top:bottom, left:right]
+
+    def cut(values: np.ndarray, *, outside: int | None) -> np.ndarray:
+        image = Image.fromarray(values)
+        if image.size != whole.size:
+            image = _resized(image, mode, *whole.size, fill=tuple(int(value) for value in _edge_color(values)) if outside is None else outside)
+        return np.asarray(resize_by_mode(RESIZE_AND_FILL, image.crop(region), int(p.width), int(p.height)))
+
+    if mask is not None:
+        mask = cut((mask * 255).astype(np.uint8), outside=0).astype(np.float32) / 255.0
+    return cut(picture, outside=None), mask
 
 
 def fit(picture: np.ndarray, mode: ResizeMode, width_px: int, height_px: int) -> np.ndarray:
@@ -146,10 +166,9 @@ def _edge_color(picture: np.ndarray) -> np.ndarray:
 
 
 def _resized(image: Image.Image, mode: ResizeMode, width_px: int, height_px: int, *, fill: Any) -> Image.Image:
-    if mode is ResizeMode.RESIZE:
-        return image.resize((width_px, height_px), Image.Resampling.LANCZOS)
-    scales = width_px / image.width, height_px / image.height
-    scale = min(scales) if mode is ResizeMode.OUTER_FIT else max(scales)
+    if mode is not ResizeMode.OUTER_FIT:  # as img2img brings its picture to size
+        return resize_by_mode(JUST_RESIZE if mode is ResizeMode.RESIZE else CROP_AND_RESIZE, image, width_px, height_px)
+    scale = min(width_px / image.width, height_px / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     scaled = image.resize(size, Image.Resampling.LANCZOS)
     result = Image.new(image.mode, (width_px, height_px), fill)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
 from lib_controlnet import global_state
 from lib_controlnet.enums import ControlMode, ControlNetUnionControlType, HiResFixOption, ResizeMode
 from lib_controlnet.external_code import ControlNetUnit
+from lib_controlnet.hints import as_array
 from lib_controlnet.infotext import pasted
 from modules.infotext_utils import PasteField
 from modules.ui_components import FormRow, ToolButton
@@ -68,7 +68,7 @@ class UnitControls:
         self._connect()
 
     def _picture(self, label: str, name: str, *, interactive: bool = True) -> Any:
-        return gr.Image(label=label, type="numpy", image_mode="RGB", elem_id=f"{self.prefix}{name}", interactive=interactive, height=242)
+        return gr.Image(label=label, type="pil", image_mode=None, elem_id=f"{self.prefix}{name}", interactive=interactive, height=242)
 
     def _check(self, label: str, name: str) -> Any:
         return gr.Checkbox(label=label, value=False, elem_id=self.prefix + name)
@@ -161,5 +161,7 @@ def _preview(image: Any, module: str, resolution: float, first: float, second: f
     if image is None or preprocessor is None:
         raise gr.Error("Choose an image and a preprocessor first.")
     sliders = [None if value is None or value < 0 else value for value in (first, second)]
-    found = preprocessor(HWC3(np.asarray(image)), resolution=int(resolution), slider_1=sliders[0], slider_2=sliders[1])
+    picture = as_array(image)
+    assert picture is not None
+    found = preprocessor(HWC3(picture), resolution=int(resolution), slider_1=sliders[0], slider_2=sliders[1])
     return found, gr.update(visible=True), gr.update(value=True)

@@ -1,0 +1,97 @@
+"""The job that the campaigns disturb: two pictures with a ControlNet, a LoRA and hires fix, under each plan on virtual GPUs."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from backend import memory_management
+from backend.devices import virtual_gpu
+from backend.devices.virtual_device import VirtualDevice
+from modules.api.script_args import build_script_args
+from modules.application import Application
+from modules.call_queue import Job
+from modules.processing import Processed, process_images
+from modules.scripts_without_page import build_controls
+from tests.support.controlnets import build_controlnet, write_controlnet
+from tests.support.extensions import loaded_builtin
+from tests.support.fleets import virtual_fleet
+from tests.support.loras import write_lora
+from tests.support.narrow_application import narrow_application, pixels, txt2img
+
+PLANS = {"single": 1, "replicas": 2, "layers": 2, "hybrid": 3}
+"""Plan -> number of virtual GPUs."""
+CAP_BYTES = 256 * 2**20
+WAIT_S = 300.0
+
+
+@dataclass
+class Bed:
+    """An application whose jobs run under one plan."""
+
+    app: Application
+    devices: list[VirtualDevice]
+
+    def submit(self, **fields: Any) -> Job[Processed]:
+        """The guided job on the application's worker."""
+        return self.app.jobs.submit(None, "txt2img", lambda: process_images(self._request(**fields)))
+
+    def _request(self, **fields: Any) -> Any:
+        unit = {"model": "guide", "module": "canny", "image": Image.fromarray(_guide())}
+        runner = self.app.script_runners["txt2img"]
+        p = txt2img(**{**_JOB, **fields})
+        _, arguments = build_script_args(runner, script_name=None, script_args=[], alwayson_scripts={"ControlNet": {"args": [unit]}})
+        p.is_api, p.scripts, p.script_args = True, runner, tuple(arguments)
+        return p
+
+    def picture(self, job: Job[Processed]) -> np.ndarray:
+        """All pictures of a job. Raises what the job raised; TimeoutError for one that hangs."""
+        return np.concatenate([pixels(image) for image in job.wait(timeout_s=WAIT_S).images])
+
+    def live_bytes(self) -> int:
+        """Bytes that tensors hold on all devices."""
+        gc.collect()
+        return sum(device.live_bytes for device in self.devices)
+
+    def num_threads(self) -> int:
+        """Threads of the program that are alive."""
+        return threading.active_count()
+
+
+_JOB: dict[str, Any] = {
+    "prompt": "a red cat <lora:paint:0.7>", "steps": 2, "batch_size": 2, "do_not_save_grid": True, "do_not_save_samples": True, "enable_hr": True,
+    "hr_scale": 1.5, "hr_upscaler": "Latent", "hr_second_pass_steps": 2, "denoising_strength": 0.9,
+}  # fmt: skip
+
+
+def _guide() -> np.ndarray:
+    guide = np.zeros((64, 64, 3), dtype=np.uint8)
+    guide[16:48, 16:48] = 255
+    return guide
+
+
+@contextmanager
+def guided_bed(plan: str, *, cap_bytes: int = CAP_BYTES) -> Iterator[Bed]:
+    """An application over virtual GPUs with a checkpoint, a LoRA and a ControlNet, all narrow and random."""
+    with tempfile.TemporaryDirectory(prefix="campaign-") as name, virtual_fleet(PLANS[plan], cap_bytes):
+        folder = Path(name)
+        with narrow_application(folder, "sd15") as (app, models), loaded_builtin(app, "sd_forge_controlnet", "sd_forge_lora"):
+            write_lora(folder / "models" / "Lora" / "paint.safetensors", models["sd15"])
+            write_controlnet(folder / "models" / "ControlNet" / "guide.safetensors", build_controlnet(models["sd15"], residual_scale=0.3))
+            app.options.data["multi_gpu_strategy"] = plan
+            build_controls(app)
+            devices = [virtual_gpu.get_device(index) for index in range(PLANS[plan])]
+            yield Bed(app, devices)
+            for device in devices:
+                device.set_faults(None)
+            app.models.unload()
+        memory_management.unload_all_models()
