@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from modules.infotext_foreign import infotext_from_comfy, infotext_from_novelai
+from modules.infotext_foreign import infotext_from_comfy, infotext_from_novelai, infotext_from_novelai_json
 from modules.stealth_infotext import read_info_from_image_stealth
 
 _USER_COMMENT = ExifTags.Base.UserComment
@@ -65,8 +65,9 @@ def read_info_from_image(image: Image.Image) -> tuple[str | None, dict[str, Any]
     items: dict[str, Any] = {str(key): value for key, value in image.info.items()}
     geninfo = items.pop("parameters", None)
     geninfo = _text(geninfo) if geninfo is not None else None
+    geninfo = geninfo if geninfo and geninfo.strip("\0 \t\r\n") else None  # an empty chunk hides nothing
     exif_texts = _exif_texts(image)
-    if geninfo is None and exif_texts.get("UserComment"):
+    if geninfo is None and exif_texts.get("UserComment", "").strip():
         geninfo = exif_texts["UserComment"]
         items["exif comment"] = geninfo
     if geninfo is None and items.get("comment"):
@@ -77,6 +78,7 @@ def read_info_from_image(image: Image.Image) -> tuple[str | None, dict[str, Any]
         geninfo = foreign
     if geninfo is None:
         geninfo = _hidden(image)
+        geninfo = (infotext_from_novelai_json(geninfo, image.size) or geninfo) if geninfo else None
     return geninfo, items
 
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
 from modules.image_metadata import decode_user_comment, image_data, read_info_from_image, user_comment_exif
+from modules.stealth_infotext import add_stealth_infotext
 
 TEXT = "a cat, ü 漢字\nSteps: 20, Sampler: Euler, Seed: 1, Size: 8x8"
 
@@ -111,3 +112,16 @@ def test_image_data() -> None:
     assert image_data(buffer.getvalue()) == (TEXT, None)
     assert image_data(b"just a text") == ("just a text", None)
     assert image_data(b"\xff\xfe\x00\x80 bytes") == ("", None)
+
+
+def test_an_empty_parameters_chunk_hides_nothing() -> None:
+    comment = json.dumps({"steps": 28, "sampler": "k_euler", "seed": 42, "scale": 11.0})
+    geninfo, _ = read_info_from_image(png(parameters=" ", Software="NovelAI", Description="a cat", Comment=comment))
+    assert geninfo is not None and geninfo.startswith("a cat\nSteps: 28")
+
+
+def test_novelai_in_the_alpha_bits_is_read_as_parameters() -> None:
+    chunks = json.dumps({"Description": "a cat", "Comment": json.dumps({"steps": 28, "sampler": "k_euler", "seed": 42})})
+    hidden = add_stealth_infotext(Image.new("RGBA", (64, 64)), chunks)
+    geninfo, _ = read_info_from_image(hidden)
+    assert geninfo is not None and geninfo.startswith("a cat\nSteps: 28") and "Size: 64x64" in geninfo
