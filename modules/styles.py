@@ -1,13 +1,11 @@
 """Saved prompt styles: named pieces of prompt that are put into a request, and found again in the prompt of an infotext.
 
-Kept in CSV files with the columns name, prompt, negative_prompt. `{prompt}` in a style marks where the user's own text goes; without it the
+Kept in CSV files (modules/styles_file.py). `{prompt}` in a style marks where the user's own text goes; without it the
 style is added behind a comma. Must not know the page or a running job.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import threading
 from collections.abc import Iterable, Sequence
@@ -16,15 +14,15 @@ from typing import NamedTuple
 
 from modules.errors import RequestError
 from modules.options import write_text_atomically
+from modules.styles_file import StylesFile, StylesFileError, parse_styles_file
+
+__all__ = ["PromptStyle", "StyleDatabase", "StylesFileError", "apply_styles_to_prompt", "merge_prompts", "read_styles"]
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("name", "prompt", "negative_prompt")
 PLACEHOLDER = "{prompt}"
-
-
-class StylesFileError(RequestError):
-    """A styles file is there but cannot be read, and so is not written over."""
+MAX_STYLED_CHARS = 1_000_000
+"""Styles that name `{prompt}` twice double a prompt each time one is chosen; longer ones are refused."""
 
 
 class PromptStyle(NamedTuple):
@@ -37,8 +35,10 @@ class PromptStyle(NamedTuple):
 
 
 def apply_style(prompt: str, style_text: str | None) -> str:
-    """`prompt` with one style's text."""
+    """`prompt` with one style's text. Raises RequestError for a result that is out of all proportion."""
     text = style_text or ""
+    if len(text) + text.count(PLACEHOLDER) * len(prompt) > MAX_STYLED_CHARS:
+        raise RequestError(f"styles: together they make the prompt longer than {MAX_STYLED_CHARS:,} characters. Choose fewer of them.")
     if PLACEHOLDER in text:
         return text.replace(PLACEHOLDER, prompt)
     return ", ".join(part for part in (prompt.strip(), text.strip()) if part)
@@ -81,6 +81,7 @@ class StyleDatabase:
         self.default_path = next((path for path in self.paths if "*" not in path.name), Path("styles.csv"))
         self.no_style = PromptStyle("None", "", "", None)
         self.styles: dict[str, PromptStyle] = {}
+        self._kept_names: set[str] = set()
         self._lock = threading.RLock()
         self.reload()
 
@@ -89,6 +90,7 @@ class StyleDatabase:
         styles = {style.name: style for path in self.get_style_paths() for style in read_styles(path)}
         with self._lock:
             self.styles = styles
+            self._kept_names = set(styles)
 
     def get_style_paths(self) -> list[Path]:
         """The files there are now, in the order they are read."""
@@ -154,26 +156,16 @@ class StyleDatabase:
     def _write(self, styles: dict[str, PromptStyle], path: Path | None) -> None:
         """Make `styles` the known ones and write those of one file, whose last state goes to a .bak beside it."""
         if path is not None:
-            in_file = _parse_styles(path) if path.is_file() else []
+            file = _parse_styles(path) if path.is_file() else StylesFile(path)
+            if file.unclear:
+                raise StylesFileError(f"Styles file {path} is not written: {file.unclear[0]}. Put quotes around fields that hold its delimiter.")
+            own = {style.name: (style.prompt or "", style.negative_prompt or "") for style in styles.values() if style.path == str(path)}
+            file.update(own, self._kept_names - set(styles))
             if path.is_file():
                 write_text_atomically(path.with_name(path.name + ".bak"), _read_text(path))
-            write_text_atomically(path, "\ufeff" + _to_csv(_updated(in_file, styles, str(path))))
+            write_text_atomically(path, "\ufeff" + file.text())
         self.styles = styles
-
-
-def _updated(in_file: Iterable[PromptStyle], styles: dict[str, PromptStyle], path: str) -> list[PromptStyle]:
-    """The styles of one file after a change, in the file's order. One that a later file's style hides stays as it is."""
-    own = {style.name: style for style in styles.values() if style.path == path}
-    kept = {style.name: own.get(style.name, style) for style in in_file if style.name in styles}
-    return list({**kept, **own}.values())
-
-
-def _to_csv(styles: Iterable[PromptStyle]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows((style.name, style.prompt or "", style.negative_prompt or "") for style in styles)
-    return text.getvalue()
+        self._kept_names = set(styles)
 
 
 def _first_hit(prompt: str, negative_prompt: str, styles: Iterable[PromptStyle]) -> tuple[str, str, str] | None:
@@ -191,19 +183,17 @@ def read_styles(path: Path) -> list[PromptStyle]:
     if not path.is_file():
         return []
     try:
-        return _parse_styles(path)
+        file = _parse_styles(path)
     except StylesFileError as error:
         log.warning("%s Its styles are left out.", error)
         return []
+    for complaint in file.unclear:
+        log.warning("Styles file %s: %s. It is not written until that is repaired.", path, complaint)
+    return [PromptStyle(*style, str(path)) for style in file.styles()]
 
 
-def _parse_styles(path: Path) -> list[PromptStyle]:
-    try:
-        rows = list(csv.DictReader(io.StringIO(_read_text(path), newline="")))
-    except csv.Error as error:
-        raise StylesFileError(f"Styles file {path} is no CSV file ({error}). Repair it or move it away.") from error
-    named = [row for row in rows if row.get("name")]
-    return [PromptStyle(row["name"], row.get("prompt") or row.get("text") or "", row.get("negative_prompt") or "", str(path)) for row in named]
+def _parse_styles(path: Path) -> StylesFile:
+    return parse_styles_file(path, _read_text(path))
 
 
 def _read_text(path: Path) -> str:

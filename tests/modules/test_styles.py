@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modules.errors import RequestError
 from modules.styles import (
     PromptStyle,
     StyleDatabase,
@@ -18,6 +19,7 @@ from modules.styles import (
     read_styles,
     remove_style,
 )
+from modules.styles_file import StylesFile, parse_styles_file
 
 CSV = '\ufeffname,prompt,negative_prompt\nphoto,"photo of {prompt}, sharp",blurry\nfilm,film grain,\n'
 
@@ -189,3 +191,92 @@ def test_extensions_may_change_the_styles_and_have_them_saved(database: StyleDat
     database.styles["apart"] = PromptStyle("apart", "x", "y")
     database.save_styles(database.paths[0].with_name("other.csv"))
     assert [style.name for style in read_styles(database.paths[0].with_name("other.csv"))] == ["apart"]
+
+
+# files that people write
+
+BY_HAND = '''# mine
+name, prompt, negative_prompt
+fox, "a fox, red", "blurry"
+# cats
+cat, a cat,
+"#1", "said ""so""", "two
+lines"
+'''
+
+
+def by_hand(folder: Path, text: str = BY_HAND) -> Path:
+    path = folder / "styles.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def as_tuples(path: Path) -> list[tuple[str, ...]]:
+    return [(style.name, style.prompt or "", style.negative_prompt or "") for style in read_styles(path)]
+
+
+def test_blanks_behind_commas_and_comments(tmp_path: Path) -> None:
+    path = by_hand(tmp_path)
+    expected = [("fox", "a fox, red", "blurry"), ("cat", "a cat", ""), ("#1", 'said "so"', "two\nlines")]
+    assert as_tuples(path) == expected
+    StyleDatabase(path).save_style(PromptStyle("new", " wide", "#x"))
+    assert as_tuples(path) == [*expected, ("new", " wide", "#x")]
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    assert (lines[0], lines[3]) == ("# mine", "# cats")
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_other_delimiters_and_columns_stay_theirs(tmp_path: Path, delimiter: str) -> None:
+    rows = (["Name", "Text", "Notes"], ["fox", "a fox, red", "best"], ["cat", "a cat", ""])
+    path = by_hand(tmp_path, "".join(f"{delimiter.join(row)}\n" for row in rows))
+    assert as_tuples(path) == [("fox", "a fox, red", ""), ("cat", "a cat", "")]
+    StyleDatabase(path).save_style(PromptStyle("cat", "two cats", f"a{delimiter}b"))
+    assert as_tuples(path) == [("fox", "a fox, red", ""), ("cat", "two cats", f"a{delimiter}b")]
+    assert delimiter.join(["fox", "a fox, red", "best"]) in path.read_text(encoding="utf-8-sig")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fox,a fox,blurry\n",  # no header
+        "title,words\nfox,a fox\n",
+        "name,prompt,negative_prompt\nfox,a fox, red, blurry\n",
+        'name,prompt,negative_prompt\nfox,"a fox,blurry\ncat,a cat,\n',
+        "name|prompt|negative_prompt\nfox|a fox|\n",
+        '{"fox": "a fox"}',
+    ],
+)
+def test_what_is_not_understood_is_said_and_never_written_over(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = by_hand(tmp_path, text)
+    database = StyleDatabase(path)
+    assert "styles.csv" in caplog.text
+    for style in (PromptStyle("new", "x", "", str(path)), PromptStyle("other", "", "")):
+        with pytest.raises(StylesFileError, match=r"styles\.csv"):
+            database.save_style(style)
+    assert path.read_text(encoding="utf-8") == text
+    assert [file.name for file in tmp_path.iterdir()] == ["styles.csv"]
+
+
+def test_a_style_added_by_hand_meanwhile_stays(tmp_path: Path) -> None:
+    path = by_hand(tmp_path)
+    database = StyleDatabase(path)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("dog, a dog,\n,nameless,\n")
+    database.delete_style("cat")
+    assert [name for name, *_ in as_tuples(path)] == ["fox", "#1", "dog"]
+    assert ",nameless," in path.read_text(encoding="utf-8-sig")
+
+
+@given(st.lists(st.tuples(st.text(min_size=1), st.text(), st.text()), max_size=5, unique_by=lambda style: style[0]), st.sampled_from(",;\t"))
+def test_what_is_written_is_read_again(styles: list[tuple[str, str, str]], delimiter: str) -> None:
+    file = StylesFile(Path("styles.csv"), delimiter)
+    file.update({name: (prompt, negative) for name, prompt, negative in styles}, ())
+    assert list(parse_styles_file(Path("styles.csv"), file.text()).styles()) == styles
+
+
+def test_styles_that_double_the_prompt_end_in_time(tmp_path: Path) -> None:
+    (tmp_path / "styles.csv").write_text('name,prompt\ntwice,"{prompt}, {prompt}"\n', encoding="utf-8")
+    database = StyleDatabase(tmp_path / "styles.csv")
+    assert database.apply_styles_to_prompt("a", ["twice"] * 2) == "a, a, a, a"
+    with pytest.raises(RequestError, match="styles"):
+        database.apply_styles_to_prompt("a", ["twice"] * 60)
