@@ -81,6 +81,7 @@ DEFAULTS: Mapping[str, str] = {
 """What a missing key means. Written infotexts leave these out, so that pasting one must set them back."""
 
 OLD_FIRST_PASS_AREA_PX = 512 * 512
+_LARGEST_SIDE_PX = 1_000_000
 _MODULE_KEY = re.compile(r"(?:Hires )?Module \d+")
 _UNKNOWN_SAMPLER = "Undefined"
 
@@ -160,7 +161,7 @@ def _restore_old_hires_sizes(params: MutableMapping[str, Any], keep_old_meaning:
         final = int(params["Size-1"]), int(params["Size-2"])
     except (KeyError, ValueError):
         return
-    if keep_old_meaning or min(final) <= 0:
+    if keep_old_meaning or not all(0 < side <= _LARGEST_SIDE_PX for side in final):
         return
     if 0 in first:
         first = old_first_pass_size_px(*final)
@@ -227,7 +228,7 @@ def _wanted_checkpoint(params: Mapping[str, Any], application: Any) -> list[tupl
 
 def _wanted_modules(params: Mapping[str, Any], application: Any) -> list[tuple[str, str, Any]]:
     """VAE and text encoder files that the infotext names (`Module 1`, `Module 2` ...) and that are here."""
-    stems = [value for key, value in params.items() if _MODULE_KEY.fullmatch(key) and not key.startswith("Hires")]
+    stems = _module_stems(params)
     if not stems:
         return []
     files = {path.stem: str(path) for path in application.additional_modules.files.values()}
@@ -235,6 +236,16 @@ def _wanted_modules(params: Mapping[str, Any], application: Any) -> list[tuple[s
     if not found or found == list(application.options.forge_additional_modules):
         return []
     return [("Module 1", "forge_additional_modules", found)]
+
+
+def _module_stems(params: Mapping[str, Any]) -> list[str]:
+    return [value for key, value in params.items() if _MODULE_KEY.fullmatch(key) and not key.startswith("Hires")]
+
+
+def missing_modules(params: Mapping[str, Any], application: Any) -> list[str]:
+    """VAE and text encoder files that the infotext names and that are not here."""
+    here = {path.stem for path in application.additional_modules.files.values()}
+    return [stem for stem in _module_stems(params) if stem not in here]
 
 
 def create_override_settings_dict(text_pairs: Iterable[str]) -> dict[str, Any]:

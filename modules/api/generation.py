@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import HTTPException
 from PIL import Image
-from pydantic import ValidationError
 
 from backend.foreign_json import parse_resolution
-from modules import infotext_utils, script_callbacks
 from modules.api import models
+from modules.api.infotext import apply_infotext
 from modules.api.limits import MAX_BATCH_PX, MAX_PICTURE_PX, MAX_PICTURES, SIDE_MULTIPLE_PX
 from modules.api.pictures import decode_picture, encode_picture, encode_settings, fetch_rules, infotext_of
 from modules.api.pools import decoders, pool_for, run_in
@@ -24,7 +23,6 @@ from modules.api.script_args import build_script_args, find_runner
 from modules.api.settings import check_settings, find_checkpoint
 from modules.api.waiting import wait_for_job
 from modules.errors import RequestError
-from modules.infotext_fields import FIELDS_BY_TAB
 from modules.processing import StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img, process_images
 
 if TYPE_CHECKING:
@@ -79,7 +77,7 @@ class GenerationRoutes:
 
     def _prepare(self, tab: str, body: models.GenerationRequest) -> tuple[StableDiffusionProcessing, dict[str, Any]]:
         """(the request to carry out, the body as it counts). Raises RequestError."""
-        body = apply_infotext(tab, body)
+        body, comments = apply_infotext(self.app, tab, body)
         overrides = check_settings(self.app, body.override_settings or {})
         body = self._with_native_size(body, overrides)
         check_amount(body)
@@ -97,6 +95,8 @@ class GenerationRoutes:
         )
         p = _REQUEST_CLASSES[tab](**fields)
         p.is_api = True
+        for comment in comments:
+            p.comment(comment)
         p.scripts, p.script_args = runner, tuple(script_args)
         p.selected_script = selected
         return p, self._echo(body)
@@ -221,36 +221,3 @@ def _fit_mask(mask: Image.Image | None, picture: Image.Image) -> Image.Image | N
         return mask
     log.info("img2img: the mask is %dx%d px, the picture %dx%d; the mask is stretched over it.", *mask.size, *picture.size)
     return mask.resize(picture.size, Image.Resampling.LANCZOS if mask.mode not in ("1", "P") else Image.Resampling.NEAREST)
-
-
-# The field `infotext`
-
-
-def apply_infotext(tab: str, body: RequestT) -> RequestT:
-    """The body with every field that it does not name itself taken from its `infotext`; other keys of that become override_settings.
-
-    Raises RequestError for an infotext whose values a request cannot hold.
-    """
-    if not body.infotext:
-        return body
-    params = infotext_utils.parse_generation_parameters(body.infotext, [])
-    script_callbacks.infotext_pasted_callback(body.infotext, params)
-    explicit = body.model_dump(include=body.model_fields_set)
-    read = {field.field: value for field in FIELDS_BY_TAB[tab] if (value := _field_value(field.read(params))) is not None}
-    known = {name: value for name, value in read.items() if name in type(body).model_fields}
-    if "sampler_index" in body.model_fields_set and "sampler_name" not in explicit:
-        known.pop("sampler_name", None)
-    overrides = {setting: value for _, setting, value in infotext_utils.get_override_settings(params)}
-    merged = {**known, **explicit, "override_settings": {**overrides, **(body.override_settings or {})}}
-    try:
-        return type(body)(**merged)
-    except ValidationError as error:
-        entries = "; ".join(f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors())
-        raise RequestError(f"infotext: {entries}.") from None
-
-
-_SAME_AS_BEFORE = {"Use same sampler", "Use same scheduler", "Use same checkpoint"}
-
-
-def _field_value(value: Any) -> Any:
-    return None if value in ("", *_SAME_AS_BEFORE) else value

@@ -236,6 +236,36 @@ def test_infotext_fills_what_the_body_leaves_out(server: Server) -> None:
     assert p.options.CLIP_stop_at_last_layers == 3
 
 
+@pytest.mark.parametrize(
+    ("pair", "field", "kept"),
+    [
+        ("Model: gone, Model hash: 0123456789", None, None),
+        ("VAE: gone.safetensors", None, None),
+        ("Module 1: gone", None, None),
+        ("Refiner: gone [0123456789], Refiner switch at: 0.5", "refiner_checkpoint", None),
+        ("Hires checkpoint: gone, Hires upscale: 2, Denoising strength: 0.5", "hr_checkpoint_name", None),
+        ("Hires upscaler: 4x_gone, Hires upscale: 2, Denoising strength: 0.5", "hr_upscaler", None),
+        ("Sampler: Gone++", "sampler_name", None),
+        ("Schedule type: Gone", "scheduler", "Automatic"),
+    ],
+)
+def test_what_an_infotext_names_and_is_not_here_is_left_out_with_a_comment(server: Server, pair: str, field: str | None, kept: str | None) -> None:
+    server.txt2img(infotext=f"a cat\nSteps: 5, Seed: 99, Size: 64x64, {pair}")
+    p = server.last_request
+    assert (p.prompt, p.steps, p.seed) == ("a cat", 5, 99)
+    assert any("gone" in comment.lower() for comment in p.comments), p.comments
+    if field is not None:
+        assert "gone" not in str(getattr(p, field)).lower()
+        assert kept is None or getattr(p, field) == kept
+
+
+def test_what_the_body_names_itself_is_checked_beside_an_infotext(server: Server) -> None:
+    infotext = "a cat\nSteps: 5, Seed: 99, Size: 64x64, Refiner: gone, Refiner switch at: 0.5"
+    answer = server.client.post("/sdapi/v1/txt2img", json={"infotext": infotext, "sampler_name": "Gone++"})
+    assert answer.status_code in (404, 422)
+    assert server.client.post("/sdapi/v1/txt2img", json={"infotext": infotext, "override_settings": {"sd_vae": "gone"}}).status_code in (404, 422)
+
+
 def test_infotext_of_an_answer_asks_for_the_same_picture_again(server: Server) -> None:
     first = server.txt2img(prompt="a cat, [b:c:0.5]", negative_prompt="x", seed=77, steps=9, cfg_scale=4, sampler_name="Heun", width=72, height=80)
     second = server.txt2img(infotext=info_of(first)["infotexts"][0])

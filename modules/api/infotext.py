@@ -1,0 +1,114 @@
+"""The field `infotext` of a request: parameters as text, for what the body does not name itself.
+
+What such a text names and is not here (checkpoint, VAE, upscaler, sampler) stays as it is chosen here, with a comment: the text is from elsewhere.
+What the body names itself is the client's word and checked as always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
+
+from modules import infotext_utils, script_callbacks
+from modules.api import models
+from modules.api.settings import check_settings, find_checkpoint
+from modules.errors import RequestError
+from modules.infotext_fields import FIELDS_BY_TAB
+from modules.upscaler import available_upscalers, find_upscaler
+
+if TYPE_CHECKING:
+    from modules.application import Application
+
+RequestT = TypeVar("RequestT", bound=models.GenerationRequest)
+
+_SAME_AS_BEFORE = {"Use same sampler", "Use same scheduler", "Use same checkpoint"}
+_NO_CHECKPOINT = ("None", "none")
+_FALLEN_WITH = {"refiner_checkpoint": ("enable_refiner", "refiner_switch_at")}
+"""Fields that mean nothing without another."""
+
+
+def apply_infotext(app: Application, tab: str, body: RequestT) -> tuple[RequestT, list[str]]:
+    """(the body with every field that it does not name itself taken from its `infotext`, comments); other keys of that become override_settings.
+
+    Raises RequestError for an infotext whose values a request cannot hold.
+    """
+    if not body.infotext:
+        return body, []
+    params = infotext_utils.parse_generation_parameters(body.infotext, [])
+    script_callbacks.infotext_pasted_callback(body.infotext, params)
+    explicit = body.model_dump(include=body.model_fields_set)
+    read = {field.field: value for field in FIELDS_BY_TAB[tab] if (value := _field_value(field.read(params))) is not None}
+    known = {name: value for name, value in read.items() if name in type(body).model_fields and name not in explicit}
+    if "sampler_index" in body.model_fields_set:
+        known.pop("sampler_name", None)
+    comments = _leave_out_unknown(app, known)
+    asked = body.override_settings or {}
+    overrides = _known_overrides(app, params, asked, comments)
+    merged = {**known, **explicit, "override_settings": {**overrides, **asked}}
+    try:
+        return type(body)(**merged), comments
+    except ValidationError as error:
+        entries = "; ".join(f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors())
+        raise RequestError(f"infotext: {entries}.") from None
+
+
+def _field_value(value: Any) -> Any:
+    return None if value in ("", *_SAME_AS_BEFORE) else value
+
+
+def _leave_out_unknown(app: Application, fields: dict[str, Any]) -> list[str]:
+    """Take out fields that name what is not here; a comment for each."""
+    from modules import sd_samplers, sd_schedulers  # imports torch, for which the server's start does not wait
+
+    def find_any_upscaler(name: str) -> None:
+        from modules.processing import LATENT_UPSCALE_MODES  # imports torch
+
+        if name not in LATENT_UPSCALE_MODES:
+            find_upscaler(name, available_upscalers())
+
+    checks: dict[str, Callable[[str], object]] = {
+        "refiner_checkpoint": lambda name: name in _NO_CHECKPOINT or find_checkpoint(app, name),
+        "hr_checkpoint_name": lambda name: find_checkpoint(app, name),
+        "hr_upscaler": find_any_upscaler,
+        "sampler_name": lambda name: sd_samplers.get_sampler_and_scheduler(name, None),
+        "hr_sampler_name": lambda name: sd_samplers.get_sampler_and_scheduler(name, None),
+        "scheduler": sd_schedulers.find_scheduler,
+        "hr_scheduler": sd_schedulers.find_scheduler,
+    }
+    comments = []
+    for name in [name for name in checks if name in fields]:
+        try:
+            checks[name](str(fields[name]))
+        except RequestError as error:
+            comments.append(f"infotext: {name} {str(fields[name])!r} was left out: {error}")
+            for gone in (name, *_FALLEN_WITH.get(name, ())):
+                fields.pop(gone, None)
+    return comments
+
+
+def _known_overrides(app: Application, params: Mapping[str, Any], asked: Iterable[str], comments: list[str]) -> dict[str, Any]:
+    """The settings that the infotext wants otherwise and that can be had, those aside that the client sets itself."""
+    found: dict[str, Any] = {}
+    for key, setting, value in infotext_utils.get_override_settings(params):
+        if setting in asked:
+            continue
+        try:
+            checked = check_settings(app, {setting: value})
+            app.additional_modules.chosen_by(checked)
+        except RequestError as error:
+            comments.append(f"infotext: {key} {str(value)!r} was left out: {error}")
+            continue
+        found[setting] = value
+    if "sd_model_checkpoint" not in asked and (missing := _missing_checkpoint(app, params)):
+        comments.append(f"infotext: checkpoint {missing!r} is not here; the selected one is used.")
+    if "forge_additional_modules" not in asked and (gone := infotext_utils.missing_modules(params, app)):
+        comments.append(f"infotext: modules {', '.join(gone)} are not here and were left out.")
+    return found
+
+
+def _missing_checkpoint(app: Application, params: Mapping[str, Any]) -> str | None:
+    """What the infotext calls its checkpoint, if no file here is meant."""
+    names = [str(params[key]) for key in ("Model", "Model hash") if params.get(key)]
+    return names[0] if names and not any(app.checkpoints.find(name) for name in names) else None
