@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from modules import errors
 log = logging.getLogger(__name__)
 
 re_extra_net = re.compile(r"<(\w+):([^>]+)>")
+"""What a mention looks like, under the name that extensions import. Nothing here reads with it: many `<a:` without a `>` take it squared time."""
+_OPENING = re.compile(r"<(\w+):")
 
 
 class ExtraNetworkParams:
@@ -89,9 +91,25 @@ def register_extra_network_alias(extra_network: ExtraNetwork, alias: str) -> Non
 def parse_prompt(prompt: str) -> tuple[str, ExtraNetworkData]:
     """(the prompt without its networks, kind -> mentions in order)."""
     found: ExtraNetworkData = {}
-    for match in re_extra_net.finditer(prompt):
-        found.setdefault(match[1], []).append(ExtraNetworkParams(match[2].split(":")))
-    return re_extra_net.sub("", prompt), found
+    texts: list[str] = []
+    position = 0
+    for start, end, kind, values in _mentions(prompt):
+        found.setdefault(kind, []).append(ExtraNetworkParams(values.split(":")))
+        texts.append(prompt[position:start])
+        position = end
+    return "".join([*texts, prompt[position:]]), found
+
+
+def _mentions(prompt: str) -> Iterator[tuple[int, int, str, str]]:
+    """(start, end, kind, values) of each `<kind:values>`; values are not empty."""
+    position = 0
+    while (opening := _OPENING.search(prompt, position)) is not None:
+        closing = prompt.find(">", opening.end())
+        if closing < 0:
+            return
+        position = closing + 1
+        if closing > opening.end():
+            yield opening.start(), position, opening[1], prompt[opening.end() : closing]
 
 
 def parse_prompts(prompts: Iterable[str]) -> tuple[list[str], ExtraNetworkData]:

@@ -25,8 +25,9 @@ MAX_NAME_BYTES = 255
 _INVALID_CHARS = '#<>:"/\\|?*\x7f' + "".join(map(chr, range(32)))
 _TO_UNDERSCORE = str.maketrans(dict.fromkeys(_INVALID_CHARS, "_"))
 _RESERVED_ON_WINDOWS = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
-_TOKEN = re.compile(r"(.*?)(?:\[([^\[\]]+)\]|$)", re.DOTALL)
-_TOKEN_ARGUMENT = re.compile(r"(.*)<([^>]*)>$", re.DOTALL)
+_TOKEN = re.compile(r"\[([^\[\]]+)\]")
+MAX_PATTERN_CHARS = 4096
+"""Far more than a path can hold; what follows in a longer pattern is not read."""
 _WORDS = re.compile(r"[\s,.!?;:()\[\]{}\"'<>|\\/]+")
 _DEFAULT_TIME_FORMAT = "%Y%m%d%H%M%S"
 _DEFAULT_HASH_CHARS = 8
@@ -75,6 +76,18 @@ def _sha256(data: bytes, length: str | None) -> str:
     return digest[: int(length) if length and length.isdecimal() else _DEFAULT_HASH_CHARS]
 
 
+def split_arguments(token: str) -> tuple[str, list[str]]:
+    """("datetime", ["%Y", "UTC"]) for the token `datetime<%Y><UTC>`."""
+    arguments: list[str] = []
+    while token.endswith(">"):
+        start, other_end = token.rfind("<", 0, -1), token.rfind(">", 0, -1)
+        if start <= other_end:
+            break
+        arguments.append(token[start + 1 : -1])
+        token = token[:start]
+    return token, arguments[::-1]
+
+
 class FilenameGenerator:
     """The values of all tokens for one picture. `p` may be None or anything with some of a processing object's attributes."""
 
@@ -105,23 +118,21 @@ class FilenameGenerator:
 
     def apply(self, x: str) -> str:
         """`x` with its tokens replaced. A token that is unknown, or has no value here, stays as it is written."""
-        result = ""
+        if len(x) > MAX_PATTERN_CHARS:
+            log.warning("file name pattern %r...: only its first %d characters of %d count.", x[:40], MAX_PATTERN_CHARS, len(x))
+            x = x[:MAX_PATTERN_CHARS]
+        result, position = "", 0
         for match in _TOKEN.finditer(x):
-            text, token = match.groups()
-            if token is None:
-                result += text
-                continue
+            text, token = x[position : match.start()], match[1]
+            position = match.end()
             value = self._value(token)
             if isinstance(value, _SkipText):
                 continue
             result += text + (f"[{token}]" if value is None else str(value))
-        return result
+        return result + x[position:]
 
     def _value(self, token: str) -> TokenValue:
-        arguments: list[str] = []
-        while match := _TOKEN_ARGUMENT.match(token):
-            token = match.group(1)
-            arguments.insert(0, match.group(2))
+        token, arguments = split_arguments(token)
         replace = self.replacements.get(token.lower())
         if replace is None:
             return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 NEGATIVE_PREFIX = "Negative prompt:"
 MINIMUM_PAIRS = 3
@@ -53,7 +53,10 @@ _MODULE_RANK = 2000
 PAIRED_KEYS = ("Size", "Seed resize from", "First pass size", "Hires resize", "Original Size")
 """Keys whose `WxH` value is read as `Key-1` and `Key-2`."""
 
-_KEY_AT_END = re.compile(r"\w[\w \-/]+$")
+_KNOWN_KEYS = frozenset({*LEADING_KEYS, *TRAILING_KEYS, *PAIRED_KEYS})
+_KEY_BACKWARDS = re.compile(r"[\w \-/]*")
+_OPENING, _CLOSING = "([{<", ")]}>"
+_STEPS_FIRST = "Steps:"
 _QUOTED_VALUE = re.compile(r'"(?:\\.|[^\\"])+"')
 _WIDTH_X_HEIGHT = re.compile(r"(\d+)x(\d+)")
 _MODULE_KEY = re.compile(r"Module \d+")
@@ -122,8 +125,7 @@ def parse_infotext(text: str) -> dict[str, str]:
 
     `WxH` values become `Key-1` and `Key-2`. A text without a line of at least three pairs is all prompt.
     """
-    lines = text.replace("\r\n", "\n").strip().split("\n")
-    prompt_lines, parameter_lines = _split_parameter_lines(lines)
+    prompt_lines, parameter_lines = _split_parameter_lines(_lines(text))
     prompt, negative_prompt = _split_prompts(prompt_lines)
     parsed = {"Prompt": prompt, "Negative prompt": negative_prompt}
     for line in parameter_lines:
@@ -138,21 +140,49 @@ def parse_infotext(text: str) -> dict[str, str]:
 
 def has_parameters(text: str) -> bool:
     """Whether `text` ends in a line of generation parameters."""
-    return bool(_split_parameter_lines(text.replace("\r\n", "\n").strip().split("\n"))[1])
+    return bool(_split_parameter_lines(_lines(text))[1])
+
+
+def _lines(text: str) -> list[str]:
+    return text.replace("\r\n", "\n").strip().split("\n")
 
 
 def _split_parameter_lines(lines: list[str]) -> tuple[list[str], list[str]]:
-    if _counts_as_parameters(lines[-1]):
-        return lines[:-1], lines[-1:]
-    # Some writers put template lines behind the parameters; a line that begins with Steps is then the one.
-    for index in range(len(lines) - 2, -1, -1):
-        if lines[index].lstrip().startswith("Steps:") and _counts_as_parameters(lines[index]):
+    """(lines of the prompts, the line of parameters or none). It is the last that begins with Steps, since extensions write their templates behind
+    it, weights and all; without one, the last line of all.
+    """
+    for index in range(len(lines) - 1, -1, -1):
+        if lines[index].lstrip().startswith(_STEPS_FIRST) and _counts_as_parameters(lines[index]):
             return lines[:index], [lines[index]]
-    return lines, []
+    return (lines[:-1], lines[-1:]) if _counts_as_parameters(lines[-1]) else (lines, [])
 
 
 def _counts_as_parameters(line: str) -> bool:
-    return sum(1 for _ in zip(iterate_pairs(line), range(MINIMUM_PAIRS))) == MINIMUM_PAIRS
+    """Whether enough pairs stand in the line outside brackets: what looks like pairs inside them, `(tag:1.2)` or `<lora:a:1>`, is prompt."""
+    if line.lstrip().startswith(NEGATIVE_PREFIX):
+        return False
+    return sum(1 for _ in zip(_plain_pairs(line), range(MINIMUM_PAIRS))) == MINIMUM_PAIRS
+
+
+def _plain_pairs(line: str) -> Iterator[_Pair]:
+    """The pairs that begin behind a comma or with the line; those with unknown keys only with a blank behind the colon and outside brackets."""
+    depth = position = 0
+    for pair in _pairs(line):
+        depth = _depth_behind(line[position : pair.key_start], depth)
+        before = line[position : pair.key_start].rsplit(",", 1)[-1]
+        has_blank = line[pair.colon + 1 : pair.colon + 2].isspace()
+        if not before.strip() and (pair.key in _KNOWN_KEYS or (depth == 0 and has_blank)):
+            yield pair
+        elif depth or before.strip():
+            depth = _depth_behind(line[pair.key_start : pair.end], depth)
+        position = pair.end
+
+
+def _depth_behind(text: str, depth: int) -> int:
+    """How many brackets are open behind `text` when `depth` are before it. Closing ones that close nothing do not count."""
+    for char in text:
+        depth = depth + 1 if char in _OPENING else max(0, depth - 1) if char in _CLOSING else depth
+    return depth
 
 
 def _split_prompts(lines: Iterable[str]) -> tuple[str, str]:
@@ -169,20 +199,37 @@ def _split_prompts(lines: Iterable[str]) -> tuple[str, str]:
 
 def iterate_pairs(line: str) -> Iterator[tuple[str, str]]:
     """The `Key: value` pairs of a line, left to right; values unquoted. Pieces without a key are passed over. Linear in the line's length."""
+    for pair in _pairs(line):
+        yield pair.key, unquote(pair.raw_value)
+
+
+class _Pair(NamedTuple):
+    """`end` is behind the value's comma."""
+
+    key: str
+    raw_value: str
+    key_start: int
+    colon: int
+    end: int
+
+
+def _pairs(line: str) -> Iterator[_Pair]:
     position = 0
-    while position < len(line):
-        colon, comma = line.find(":", position), line.find(",", position)
-        if colon < 0:
-            return
-        if 0 <= comma < colon:
-            position = comma + 1
-            continue
-        key = _KEY_AT_END.search(line[max(position, colon - _LONGEST_KEY) : colon])
-        if key is None:
+    while (colon := line.find(":", position)) >= 0:
+        piece_start = max(position, line.rfind(",", position, colon) + 1)
+        key = _key_at_end(line[max(piece_start, colon - _LONGEST_KEY) : colon])
+        if not key:
             position = colon + 1
             continue
         value, position = _read_value(line, colon + 1)
-        yield key.group(), unquote(value)
+        yield _Pair(key, value, colon - len(key), colon, position)
+
+
+def _key_at_end(text: str) -> str:
+    """The key that `text` ends with: a letter or digit, then at least one more of those, blanks, hyphens and slashes. Else ""."""
+    behind = _KEY_BACKWARDS.match(text[::-1])
+    key = text[len(text) - behind.end() :].lstrip(" -/") if behind else ""
+    return key if len(key) > 1 else ""
 
 
 def _read_value(line: str, start: int) -> tuple[str, int]:

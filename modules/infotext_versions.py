@@ -10,7 +10,7 @@ import re
 from collections.abc import MutableMapping
 from typing import Any
 
-_VERSION = re.compile(r"(?:f\d[\w.]*?)?v(\d+)\.(\d+)\.(\d+)(?:-(?:RC\S*|(\d+))?)?", re.IGNORECASE)
+_VERSION = re.compile(r"(?:f\d[\w.]*?)?v(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?:-(?:RC\S*|(\d{1,9}))?)?", re.IGNORECASE)
 
 Version = tuple[int, int, int, int]
 

@@ -117,7 +117,7 @@ def parse_cards(text: str) -> tuple[str, ...]:
     """ "2xRTX3090,RTX4090" -> ("RTX3090", "RTX3090", "RTX4090"). Raises: SimulationError."""
     names: list[str] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(?:(\d+)\s*[x*]\s*)?(\S.*?)\s*", part)
+        match = re.fullmatch(r"(?:(\d+)\s*[x*]\s*)?(\S.*)", part.strip())
         if match is None or match[1] == "0":
             raise SimulationError(f"--gpus {text!r} has a part {part!r} that is no card; write it like 2xRTX3090,1xRTX4090.")
         names += [find_card(match[2]).name] * int(match[1] or 1)

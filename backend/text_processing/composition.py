@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 _AND = re.compile(r"\bAND\b")
 _WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?|\d*\.\d+))\s*")
-_COMMENT = re.compile(r"\n?#[^\n]*(?:\n|$)")
+_COMMENT = re.compile(r"\n?#[^\n]*\n?")
 
 
 class Subprompt(NamedTuple):

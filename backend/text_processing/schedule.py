@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TypeAlias, cast
@@ -19,6 +19,8 @@ from lark.lark import PostLex
 
 MAX_DEPTH = 100
 """Brackets nested deeper say nothing a picture could show; such a prompt is text."""
+MAX_KEPT_CHARS = 10_000
+"""Trees of longer prompts are not kept for the next time: what a client sends must not stay in memory."""
 
 GRAMMAR = r"""
     start: _item*
@@ -130,19 +132,33 @@ class PassSteps:
 def schedule_prompt(text: str, steps: PassSteps) -> list[tuple[int, str]]:
     """[(last step, text), ...] in order of steps, counted from 1; the last entry ends with the pass. Never raises on any text."""
     prompt = parse_prompt(text)
-    last_steps = sorted({steps.num_steps, *_change_steps(prompt, steps)})
-    return [(last_step, "".join(_text_at(prompt, last_step, steps))) for last_step in last_steps]
+    texts: dict[str, str] = {}  # a text that comes again takes no memory again
+    schedule = []
+    for last_step in sorted({steps.num_steps, *_change_steps(prompt, steps)}):
+        text_at_step = "".join(_text_at(prompt, last_step, steps))
+        schedule.append((last_step, texts.setdefault(text_at_step, text_at_step)))
+    return schedule
 
 
-def _change_steps(prompt: Prompt, steps: PassSteps) -> Iterator[int]:
-    """The last step before each change anywhere in the prompt."""
-    for node in prompt:
+def _change_steps(prompt: Prompt, steps: PassSteps) -> Collection[int]:
+    """The last step before each change anywhere in the prompt: every step, if there is one alternation."""
+    found: set[int] = set()
+    for node in _all_nodes(prompt):
+        if isinstance(node, Alternation):
+            return range(1, steps.num_steps + 1)
         if isinstance(node, Switch) and (step := steps.switch_step(node.when)) >= 1:
-            yield step
-        elif isinstance(node, Alternation):
-            yield from range(1, steps.num_steps + 1)
+            found.add(step)
+    return found
+
+
+def _all_nodes(prompt: Prompt) -> Iterator[Node]:
+    """The nodes of a prompt and of all prompts in it."""
+    waiting = [*prompt]
+    while waiting:
+        node = waiting.pop()
+        yield node
         for part in _parts(node):
-            yield from _change_steps(part, steps)
+            waiting += part
 
 
 def _parts(node: Node) -> tuple[Prompt, ...]:
@@ -172,9 +188,17 @@ class _AllText(Exception):
     """The prompt has a mark that belongs to nothing, and so is text as a whole."""
 
 
-@lru_cache(maxsize=512)
 def parse_prompt(text: str) -> Prompt:
-    """The tree of a prompt. `write_prompt` gives `text` back, whatever it is."""
+    """The tree of a prompt. `write_prompt` gives `text` back, whatever it is. Linear in the length of `text`."""
+    return _known_prompt(text) if len(text) <= MAX_KEPT_CHARS else _parse(text)
+
+
+@lru_cache(maxsize=512)
+def _known_prompt(text: str) -> Prompt:
+    return _parse(text)
+
+
+def _parse(text: str) -> Prompt:
     try:
         return _read_prompt(_grammar().parse(text).children)[0]
     except _AllText:
@@ -293,9 +317,13 @@ def _as_text(opening: str, nodes: Prompt, closing: str) -> Prompt:
 
 def _join_texts(nodes: Iterable[Node]) -> Prompt:
     joined: list[Node] = []
+    texts: list[str] = []
     for node in nodes:
-        if isinstance(node, Text) and joined and isinstance(joined[-1], Text):
-            joined[-1] = Text(joined[-1].text + node.text)
-        else:
-            joined.append(node)
-    return tuple(joined)
+        if isinstance(node, Text):
+            texts.append(node.text)
+            continue
+        if texts:
+            joined.append(Text("".join(texts)))
+            texts.clear()
+        joined.append(node)
+    return (*joined, Text("".join(texts))) if texts else tuple(joined)

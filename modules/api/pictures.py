@@ -22,7 +22,7 @@ from modules.image_metadata import read_info_from_image
 from modules.image_resizing import fix_image
 from modules.image_writing import EncodeSettings, PictureText, encode_image, kind_that_holds, known_extensions
 
-_DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:[\w.+-]*(?:/[\w.+-]*)?(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "TGA", "JPEG2000")
 # not ICO: the picture inside may be larger than its header says
 _SHOWN_CHARS = 40

@@ -38,16 +38,16 @@ def _text(value: Any) -> str:
 def read_unit(text: str) -> dict[str, str]:
     """Label -> text. A part without a label belongs to the value before it (file names may hold commas)."""
     labels = {label for label, _ in FIELDS}
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     last = ""
     for part in text.split(", "):
         label, colon, value = part.partition(": ")
         if colon and label.strip() in labels:
             last = label.strip()
-            found[last] = value
+            found[last] = [value]
         elif last:
-            found[last] += f", {part}"
-    return found
+            found[last].append(part)
+    return {label: ", ".join(parts) for label, parts in found.items()}
 
 
 def pasted(number: int, name: str, default: Any) -> Callable[[Mapping[str, Any]], Any]:

@@ -17,6 +17,7 @@ from modules import extra_networks, script_callbacks, shared, ui_extra_networks
 from modules.application import application_or_none, current_application
 from modules.shared import OptionInfo
 
+_MENTION = re.compile(r"<lora:([^:>]*)(?=[:>])")
 SECTION = ("extra_networks", "Extra Networks", "sd")
 
 
@@ -54,13 +55,15 @@ def add_settings() -> None:
 def use_names_of_own_files(_: str, params: MutableMapping[str, Any]) -> None:
     """`<lora:name:1>` of a file that is called otherwise here: by the name that the file of the same hash has here."""
     files = networks.registry()
+    names_here: dict[str, str] = {}
     for pair in str(params.get(HASHES_KEY, "")).split(","):
         name, _, shorthash = (part.strip() for part in pair.partition(":"))
         if not name or files.find(name) is not None or (own := files.find_by_hash(shorthash)) is None:
             continue
-        for key in ("Prompt", "Hires prompt"):
-            if key in params:
-                params[key] = re.sub(rf"<lora:{re.escape(name)}(?=[:>])", lambda _, own=own: f"<lora:{own.name}", params[key])
+        names_here[name] = own.name
+    for key in ("Prompt", "Hires prompt"):
+        if key in params and names_here:
+            params[key] = _MENTION.sub(lambda mention: f"<lora:{names_here.get(mention[1], mention[1])}", params[key])
 
 
 register()
