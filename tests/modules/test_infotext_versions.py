@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from modules.infotext_utils import parse_generation_parameters
 from modules.infotext_versions import backcompat, parse_version
 
 
@@ -37,3 +38,13 @@ def test_new_and_unknown_versions_change_nothing(version: str | None) -> None:
     before = dict(params)
     backcompat(params)
     assert params == before
+
+
+def test_numbers_of_thousands_of_digits_are_no_version() -> None:
+    assert parse_version(f"v{'1' * 5000}.2.3") is None
+
+
+def test_sizes_of_thousands_of_digits_are_read_without_an_error() -> None:
+    digits = "9" * 4000
+    params = parse_generation_parameters(f"a\nSteps: 1, Sampler: Euler, Size: {digits}x{digits}, First pass size: 0x0, Version: v{digits}.1.1")
+    assert params["Steps"] == "1"
