@@ -88,6 +88,16 @@ class AppConfig:
         """The port as given, else 7860 for the page and 7861 for the API alone."""
         return self.port if self.port is not None else (API_PORT if self.nowebui else UI_PORT)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return not self.share and (self.host in ("localhost", "::1") or self.host.startswith("127."))
+
+    @property
+    def page_is_trusted(self) -> bool:
+        """Whether who uses the page is a user of this machine, or knows a password: such a user may name folders."""
+        return self.is_local or bool(self.gradio_auth)
+
     @classmethod
     def for_tests(cls, data_dir: Path, **overrides: Any) -> AppConfig:
         """The configuration of `--data-dir DATA_DIR` without any other flag, with fields replaced; reads neither argv nor the environment."""

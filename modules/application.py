@@ -14,9 +14,10 @@ from modules.app_config import SCRIPT_DIR, AppConfig
 from modules.cache import FileCache
 from modules.call_queue import JobQueue
 from modules.checkpoints import CheckpointRegistry
+from modules.folder_policy import FolderPolicy
 from modules.hashes import HashStore
 from modules.job_bar import JobBar
-from modules.options import Options
+from modules.options import FOLDER_FOR_OUTPUTS, Options
 from modules.sd_models import LoadEngine, ModelHost, load_engine
 from modules.sd_vae import ModuleRegistry
 from modules.shared_options import build_option_table, restricted_opts
@@ -40,6 +41,7 @@ class Application:
     file_cache: FileCache
     hashes: HashStore
     styles: StyleDatabase
+    folders: FolderPolicy
     upscaler_models: UpscalerModels | None = None
     extensions: list[Any] = field(default_factory=list)
     """Extensions that were found, and the script runners of the tabs by name; modules.scripts.load_scripts fills both."""
@@ -63,11 +65,18 @@ class Application:
 def create_options(config: AppConfig) -> Options:
     """The settings of this run, read from its settings file."""
     table = build_option_table(config.flags, outputs_dir=config.outputs_dir, saved_dir=config.data_dir / "log" / "images")
-    restricted = restricted_opts if config.hide_ui_dir_config else ()
+    restricted = restricted_opts if config.hide_ui_dir_config else frozenset()
     frozen_keys = frozenset(table) if config.freeze_settings else _keys_frozen_by_name(config, table)
     options = Options(table, restricted, frozen_keys=frozen_keys)
     options.load(config.settings_file)
+    options.guard = create_folder_policy(config, options).check
     return options
+
+
+def create_folder_policy(config: AppConfig, options: Options) -> FolderPolicy:
+    """What may be named from now on; the folders that the settings file names are the operator's choice."""
+    configured = [options.data[key] for key, info in options.data_labels.items() if info.path_kind == FOLDER_FOR_OUTPUTS and options.data.get(key)]
+    return FolderPolicy(config, configured, hidden_keys=frozenset(options.restricted_opts))
 
 
 def _keys_frozen_by_name(config: AppConfig, table: dict[str, Any]) -> frozenset[str]:
@@ -101,6 +110,7 @@ def build_application(config: AppConfig, *, load: LoadEngine = load_engine) -> A
         file_cache=file_cache,
         hashes=hashes,
         styles=StyleDatabase(config.styles_files),
+        folders=create_folder_policy(config, options),
         upscaler_models=build_upscaler_models(config.flags, options),
     )
 

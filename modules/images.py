@@ -43,6 +43,7 @@ from modules.image_metadata import IGNORED_INFO_KEYS, image_data, read_info_from
 from modules.image_resizing import fix_image, flatten, resize_by_mode
 from modules.image_writing import EncodeSettings, ImageSaveError, PictureText, kind_that_holds, numbered_names, write_image, write_whole
 from modules.options import Options, OptionsSnapshot
+from modules.own_files import is_own_file, note_own_file, text_goes_with
 from modules.shared_options import build_option_table
 from modules.upscaler import LANCZOS, NEAREST, available_upscalers, find_upscaler
 
@@ -193,6 +194,7 @@ def get_next_sequence_number(path: str | os.PathLike[str], basename: str) -> int
 class _Place:
     """Where a picture goes: candidate names in the order they are tried."""
 
+    folder: Path
     names: Iterator[Path]
     replace: bool
 
@@ -218,7 +220,7 @@ def save_image(
     """Write `image` into the folder `path` under a name made from the settings; returns (its path, path of its text file or None).
 
     The file appears whole or not at all. It gets the next free number, so that it never takes another file's place; a name without a
-    number does so only where the settings say Replace. Raises ImageSaveError.
+    number does so only where the settings say Replace, and only that of a file which a save of this program made. Raises ImageSaveError.
     """
     settings = _settings(p)
     tokens = _tokens(p, seed, prompt, image, basename, settings)
@@ -237,17 +239,35 @@ def save_image(
         pattern = "" if plain else settings.samples_filename_pattern or ("[seed]" if save_to_dirs else "[seed]-[prompt_spaces]")
         place = _patterned_place(folder, basename, tokens.apply(pattern) + suffix, extension, settings, plain=not pattern)
 
+    _check_place(Path(path), place)
     saving = ImageSaveParams(image, p, "", {} if info is None else {pnginfo_section_name: info})
     place = _ask_before_saving(saving, place)
+    first, names = _first_of(place.names)
+    replaces, replaces_text = place.replace and is_own_file(first), place.replace and text_goes_with(first)
     image, info = saving.image, saving.pnginfo.pop(pnginfo_section_name, None)
     text = PictureText(infotext=info, section=pnginfo_section_name, chunks=_chunks({**(existing_info or {}), **saving.pnginfo}))
-    written = write_image(image, place.names, text, _encode_settings(settings), extension=extension, replace=place.replace)
+    written = write_image(image, names, text, _encode_settings(settings), extension=extension, replace=replaces)
+    note_own_file(written)
     image.already_saved_as = str(written)  # type: ignore[attr-defined]  # extensions and the page look for it
     saving.filename, saving.pnginfo = str(written), {**saving.pnginfo, **({} if info is None else {pnginfo_section_name: info})}
     script_callbacks.image_saved_callback(saving)
     _save_large_copy(image, written, text, settings)
-    text_path = _save_text(written, info, place.replace) if settings.save_txt and info is not None else None
+    text_path = _save_text(written, info, replaces_text and written == first) if settings.save_txt and info is not None else None
     return str(written), None if text_path is None else str(text_path)
+
+
+def _check_place(wanted: Path, place: _Place) -> None:
+    """Raises RequestError when a name pattern leads among the program's own files."""
+    from modules.application import application_or_none  # the application is built on this file
+
+    application = application_or_none()
+    if application is not None and place.folder != wanted:
+        application.folders.check_written(wanted, place.folder)
+
+
+def _first_of(names: Iterator[Path]) -> tuple[Path, Iterator[Path]]:
+    names, peeked = itertools.tee(names)
+    return next(peeked), names
 
 
 def _ask_before_saving(saving: ImageSaveParams, place: _Place) -> _Place:
@@ -259,12 +279,12 @@ def _ask_before_saving(saving: ImageSaveParams, place: _Place) -> _Place:
     saving.filename = str(wanted)
     script_callbacks.before_image_saved_callback(saving)
     chosen = Path(saving.filename)
-    return _Place(names=names if chosen == wanted else numbered_names(chosen), replace=place.replace)
+    return _Place(folder=chosen.parent, names=names if chosen == wanted else numbered_names(chosen), replace=place.replace)
 
 
 def _named_place(folder: Path, stem: str, extension: str, settings: Any) -> _Place:
     name = folder / fit_filename(stem, f".{extension}")
-    return _Place(names=numbered_names(name), replace=settings.save_images_replace_action == "Replace")
+    return _Place(folder=folder, names=numbered_names(name), replace=settings.save_images_replace_action == "Replace")
 
 
 def _patterned_place(folder: Path, basename: str, decoration: str, extension: str, settings: Any, *, plain: bool) -> _Place:
@@ -274,7 +294,7 @@ def _patterned_place(folder: Path, basename: str, decoration: str, extension: st
         return _named_place(folder / Path(decoration).parent, Path(decoration).name, extension, settings)
     first = get_next_sequence_number(folder, basename)
     tail = f"-{decoration}" if decoration and not plain else decoration
-    return _Place(names=_sequence(folder, basename, first, tail.replace("/", "_"), extension), replace=False)
+    return _Place(folder=folder, names=_sequence(folder, basename, first, tail.replace("/", "_"), extension), replace=False)
 
 
 def sanitize_pattern(text: str) -> str:
@@ -303,7 +323,10 @@ def _encode_settings(settings: Any) -> EncodeSettings:
 
 
 def _save_text(picture: Path, info: str, replace: bool) -> Path:
-    return write_whole(lambda file: file.write(f"{info}\n".encode("utf-8", "replace")), numbered_names(picture.with_suffix(".txt")), replace=replace)
+    names = numbered_names(picture.with_suffix(".txt"))
+    written = write_whole(lambda file: file.write(f"{info}\n".encode("utf-8", "replace")), names, replace=replace)
+    note_own_file(written)
+    return written
 
 
 def _save_large_copy(image: Image.Image, picture: Path, text: PictureText, settings: Any) -> None:

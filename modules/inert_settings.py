@@ -20,6 +20,7 @@ NOT_READ: Mapping[str, str] = {
         training_image_repeats_per_epoch training_write_csv_every training_xattention_optimizations training_enable_tensorboard
         training_tensorboard_save_images training_tensorboard_flush_every
     """,
+    "preprocessor models are read from the folder of --controlnet-preprocessor-models-dir": "control_net_modules_path",
     "detected maps are shown with the pictures and saved with the Save button": "control_net_detectedmap_dir control_net_detectmap_autosaving",
     "other extensions may always change ControlNet's units": "control_net_allow_script_control",
     "ControlNet's units take one picture each": "controlnet_show_batch_images_in_ui controlnet_increment_seed_during_batch",

@@ -5,9 +5,11 @@ Must not know how pictures are made. A profile that cannot be written is a warni
 
 from __future__ import annotations
 
-import contextlib
 import datetime
+import gzip
 import logging
+import shutil
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -22,6 +24,9 @@ from backend.devices import virtual_gpu
 from backend.devices.peak_memory import read_peak, reset_peak
 from backend.devices.slot import Slot, format_bytes
 from backend.devices.telemetry import find_telemetry, read_telemetry
+from modules.errors import OptionError
+from modules.folder_policy import check_log_name
+from modules.image_writing import numbered_names, write_whole
 from modules.profile_record import JobFacts, JobRecord, Outcome, PeakRecord, RequestRecord, SampleRecord, SlotFigures, build_job
 
 if TYPE_CHECKING:
@@ -30,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOG_FOLDER = "logs"
+PROFILER_FOLDER = "profiler"
+_TRACE_BEGINS_WITH = b'"schemaVersion"'
 SAMPLE_EVERY_S = 0.25
 _running: list[JobObserver] = []
 
@@ -236,21 +243,37 @@ def _may_record_shapes(is_wanted: bool) -> bool:
 
 
 def _finish_torch_profiler(running: Any, app: Application) -> None:
-    """Write what torch's profiler saw to the file of the setting, inside the data folder."""
+    """Write what torch's profiler saw under the name of the setting, in the folder of such profiles. Other files there are left alone."""
     if running is None:
         return
     running.stop()
-    name = str(app.options.profiling_filename)
-    path = (app.config.data_dir / name).resolve()
-    if not name or not path.is_relative_to(app.config.data_dir.resolve()):
-        log.warning("profiling_filename: %s lies outside of %s; the profile is not written. Give a file name.", name, app.config.data_dir)
-        return
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    name, folder = str(app.options.profiling_filename), app.config.data_dir / LOG_FOLDER / PROFILER_FOLDER
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        running.export_chrome_trace(str(path))
+        check_log_name("profiling_filename", name)
+        path = _export_trace(running, folder, name)
+    except OptionError as error:
+        log.warning("The profile is not written: %s", error)
+        return
     except (OSError, RuntimeError) as error:
-        log.warning("profiling_filename: %s could not be written (%s).", path, error)
+        log.warning("profiling_filename: %s could not be written (%s).", folder / name, error)
         return
     log.info("torch's profile of the job: %s", path)
+
+
+def _export_trace(running: Any, folder: Path, name: str) -> Path:
+    """Where the trace was written: `name`, or a free name beside it when that is no earlier trace. Raises OSError, RuntimeError."""
+    with tempfile.TemporaryDirectory() as scratch:
+        written = Path(scratch) / name
+        running.export_chrome_trace(str(written))
+        with written.open("rb") as trace:
+            path = folder / name
+            return write_whole(lambda file: shutil.copyfileobj(trace, file), numbered_names(path), replace=_is_trace(path))
+
+
+def _is_trace(path: Path) -> bool:
+    """Whether the file is one that torch's profiler wrote."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return not path.is_symlink() and _TRACE_BEGINS_WITH in file.read(64)
+    except OSError:
+        return False

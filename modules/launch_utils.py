@@ -49,12 +49,24 @@ __all__ = [
 ]
 
 
+_CONTROLS = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160)) if chr(number) not in "\n\t"}
+_CONTROLS |= {number: f"\\u{number:04x}" for number in (0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))}
+CONTINUED = "    | "
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+def one_record(text: str) -> str:
+    """The text of a record as it may be shown: what a client wrote into it can neither begin a line of the log nor steer the terminal."""
+    return text.translate(_CONTROLS).replace("\n", f"\n{CONTINUED}")
+
+
 class _PlainFormatter(logging.Formatter):
     """INFO as it is; anything above with its level; with DEBUG where it comes from."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if record.levelno == logging.INFO else f"{record.levelname}: {text}"
+        text = one_record(super().format(record))
+        is_plain = record.levelno == logging.INFO and not text.lstrip().startswith(_LEVELS)
+        return text if is_plain else f"{record.levelname}: {text}"
 
 
 def setup_logging(level: str) -> None:

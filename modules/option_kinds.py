@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from modules.options import OptionInfo
+from modules.options import FILE_OF_LOGS, FOLDER_FOR_OUTPUTS, FOLDER_OR_FILE, OptionInfo
 
 OptionTable = dict[str, OptionInfo]
 
@@ -33,6 +33,27 @@ def choice(default: str, label: str, *choices: str, component: str = "Radio", **
 
 def text(default: str, label: str, **kwargs: Any) -> OptionInfo:
     return option(default, label, "Textbox", **kwargs)
+
+
+def output_folder(default: str, label: str) -> OptionInfo:
+    """Where pictures or texts are written."""
+    return _path(default, label, FOLDER_FOR_OUTPUTS)
+
+
+def source_path(default: str, label: str) -> OptionInfo:
+    """A folder or file that is read."""
+    return _path(default, label, FOLDER_OR_FILE)
+
+
+def log_file(default: str, label: str) -> OptionInfo:
+    """The name of a file in the folder of logs."""
+    return _path(default, label, FILE_OF_LOGS)
+
+
+def _path(default: str, label: str, kind: str) -> OptionInfo:
+    built = text(default, label)
+    built.path_kind = kind
+    return built
 
 
 def color(default: str, label: str) -> OptionInfo:

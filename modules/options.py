@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import secrets
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -20,11 +19,15 @@ from types import MappingProxyType
 from typing import Any
 
 from modules.errors import OptionError
+from modules.settings_file import keep_aside, problem_with, read_settings
 
 log = logging.getLogger(__name__)
 
 # the overrides of the job that runs in this context: settings read through the store show them, as extensions expect
 active_overrides: ContextVar[Mapping[str, Any]] = ContextVar("active_overrides", default=MappingProxyType({}))
+
+FOLDER_FOR_OUTPUTS, FOLDER_OR_FILE, FILE_OF_LOGS = "folder for outputs", "folder or file", "file of logs"
+"""What a setting names when it names something on disk (OptionInfo.path_kind)."""
 
 _TRUE_WORDS = frozenset({"true", "yes", "on", "1"})
 _FALSE_WORDS = frozenset({"false", "no", "off", "0", ""})
@@ -64,6 +67,7 @@ class OptionInfo:
         self.restrict_api = restrict_api
         self.limits: tuple[float, float] | None = None  # what the value must lie between, wherever it comes from
         self.allowed: tuple[str, ...] | None = None  # the only texts it can take
+        self.path_kind: str | None = None  # what on disk its value names, if anything
 
     def link(self, label: str, url: str) -> OptionInfo:
         self.comment_before += f"[<a href='{url}' target='_blank'>{label}</a>]"
@@ -93,7 +97,22 @@ class OptionInfo:
         """`value` as the type of the default, checked against the setting's limits. Raises OptionError."""
         if value is None:
             return None if self.default is None else self.default
+        if (why := problem_with(value)) is not None:
+            raise OptionError(f"setting {key!r}: this value cannot be kept: {why}.")
+        if self.default is None:
+            return self._check(key, self._cast_without_default(key, value))
         return self._check(key, _cast_like(key, value, self.default))
+
+    def _cast_without_default(self, key: str, value: Any) -> Any:
+        """A number where the page has a control for numbers, else a text; lists of texts where it has one for several."""
+        component = self.component if isinstance(self.component, str) else getattr(self.component, "__name__", "")
+        if component in ("Number", "Slider"):
+            return _cast_int(key, value)
+        if isinstance(value, (list, tuple)) and component in ("DropdownMulti", "CheckboxGroup", "Dropdown", ""):
+            return _cast_list(key, value, [""])
+        if isinstance(value, (str, int, float)):
+            return value if component == "" or isinstance(value, str) else str(value)
+        raise _wrong_type(key, value, "a text or a number")
 
     def _check(self, key: str, value: Any) -> Any:
         if self.limits is not None and not self.limits[0] <= value <= self.limits[1]:
@@ -122,7 +141,12 @@ def options_section(section_identifier: tuple[Any, ...], options_dict: dict[str,
 
 
 def _wrong_type(key: str, value: Any, wanted: str) -> OptionError:
-    return OptionError(f"setting {key!r}: expected {wanted}, got {type(value).__name__} {str(value)[:80]!r}.")
+    return OptionError(f"setting {key!r}: expected {wanted}, got {_shown(value)}.")
+
+
+def _shown(value: Any) -> str:
+    """The value's type, and itself where that is short to say."""
+    return f"{type(value).__name__} {str(value)[:80]!r}" if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
 def _cast_bool(key: str, value: Any) -> bool:
@@ -154,10 +178,17 @@ def _cast_int(key: str, value: Any) -> int | float:
     return int(number) if number.is_integer() else number
 
 
-def _cast_list(key: str, value: Any) -> list[Any]:
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    raise _wrong_type(key, value, "a list")
+def _cast_list(key: str, value: Any, default: list[Any]) -> list[Any]:
+    """Members are of the kind that the default's are; those of an empty default are texts or numbers."""
+    if not isinstance(value, (list, tuple)):
+        raise _wrong_type(key, value, "a list")
+    kinds = {type(member) for member in default}
+    if kinds and not kinds <= {str, int, float, bool}:
+        return list(value)  # an extension's own structure
+    for member in value:
+        if not isinstance(member, (str, int, float)):
+            raise _wrong_type(key, member, "texts or numbers in its list")
+    return [_cast_like(key, member, default[0]) for member in value] if len(kinds) == 1 else list(value)
 
 
 def _cast_like(key: str, value: Any, default: Any) -> Any:
@@ -168,11 +199,13 @@ def _cast_like(key: str, value: Any, default: Any) -> Any:
     if isinstance(default, float):
         return _cast_float(key, value)
     if isinstance(default, list):
-        return _cast_list(key, value)
+        return _cast_list(key, value, default)
     if isinstance(default, str):
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
         raise _wrong_type(key, value, "a text")
+    if isinstance(default, dict) and not isinstance(value, dict):
+        raise _wrong_type(key, value, "an object")
     return value
 
 
@@ -193,12 +226,17 @@ def write_text_atomically(path: Path, text: str) -> None:
         raise
 
 
+Guard = Callable[[str, OptionInfo, Any], None]
+"""Raises OptionError for a value that a setting may not get while the program runs."""
+
+
 class OptionsSnapshot(Mapping[str, Any]):
     """All settings as they were at one moment. Read by key or by attribute; cannot be written."""
 
-    __slots__ = ("_labels", "_values")
+    __slots__ = ("_guard", "_labels", "_values")
 
-    def __init__(self, labels: Mapping[str, OptionInfo], values: Mapping[str, Any]) -> None:
+    def __init__(self, labels: Mapping[str, OptionInfo], values: Mapping[str, Any], guard: Guard | None = None) -> None:
+        object.__setattr__(self, "_guard", guard)
         object.__setattr__(self, "_labels", labels)
         object.__setattr__(self, "_values", dict(values))
 
@@ -227,18 +265,27 @@ class OptionsSnapshot(Mapping[str, Any]):
         raise AttributeError(f"setting {name!r} cannot be changed in a job's snapshot; use override_settings")
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> OptionsSnapshot:
-        """This snapshot with `overrides` laid over it; unknown keys are ignored with a warning. Raises OptionError for a wrong value."""
-        known = {}
+        """This snapshot with `overrides` laid over it; keys that are unknown, or that no request may change, are ignored with a warning.
+
+        Raises OptionError for a wrong value."""
+        known: dict[str, Any] = {}
         for key, value in overrides.items():
             info = self._labels.get(key)
             if info is None:
                 log.warning("override_settings: there is no setting %r; it is ignored.", key)
                 continue
-            known[key] = info.cast(key, value)
-        return OptionsSnapshot(self._labels, {**self._values, **known})
+            cast = info.cast(key, value)
+            if not info.do_not_save and cast != self[key]:
+                if info.restrict_api:
+                    log.warning("override_settings: no request may change the setting %r; it stays as it is.", key)
+                    continue
+                if self._guard is not None:
+                    self._guard(key, info, cast)
+            known[key] = cast
+        return OptionsSnapshot(self._labels, {**self._values, **known}, self._guard)
 
 
-_OWN_ATTRIBUTES = frozenset({"data", "data_labels", "restricted_opts", "frozen_keys", "_lock"})
+_OWN_ATTRIBUTES = frozenset({"data", "data_labels", "restricted_opts", "frozen_keys", "guard", "_lock"})
 
 
 class Options:
@@ -252,8 +299,10 @@ class Options:
         restricted_opts: Collection[str] = (),
         *,
         frozen_keys: frozenset[str] = frozenset(),
+        guard: Guard | None = None,
     ) -> None:
         fields = {"data_labels": data_labels, "restricted_opts": set(restricted_opts), "frozen_keys": frozen_keys, "_lock": threading.RLock()}
+        fields["guard"] = guard
         for name, value in fields.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "data", {key: info.default for key, info in data_labels.items() if not info.do_not_save})
@@ -262,7 +311,7 @@ class Options:
         if item.startswith("__"):
             raise AttributeError(item)
         data, labels = self.__dict__.get("data", {}), self.__dict__.get("data_labels", {})
-        if item in labels and item in active_overrides.get():
+        if item in labels and item in active_overrides.get() and not labels[item].restrict_api:
             return labels[item].cast(item, active_overrides.get()[item])
         if item in data:
             return data[item]
@@ -299,6 +348,8 @@ class Options:
             if old_value == value:
                 return False
             self._require_changeable(key)
+            if self.guard is not None:
+                self.guard(key, info, value)
             self.data[key] = value
         if run_callbacks and info.onchange is not None:
             self._run_onchange(key, info, old_value)
@@ -329,7 +380,7 @@ class Options:
     def snapshot(self, overrides: Mapping[str, Any] | None = None) -> OptionsSnapshot:
         """The settings as they are now, frozen."""
         with self._lock:
-            frozen = OptionsSnapshot(dict(self.data_labels), self.data)
+            frozen = OptionsSnapshot(dict(self.data_labels), self.data, self.guard)
         inherited = active_overrides.get()
         return frozen.with_overrides({**inherited, **(overrides or {})}) if inherited or overrides else frozen
 
@@ -341,31 +392,41 @@ class Options:
             write_text_atomically(Path(filename), json.dumps(self.data, indent=4, ensure_ascii=False))
 
     def load(self, filename: str | os.PathLike[str]) -> None:
-        """Read the settings file if it is there. A file that cannot be read is kept aside and reported; wrong values fall back to defaults."""
+        """Read the settings file if it is there. What cannot be read is named in a warning and gets its default; the file is kept aside then."""
         path = Path(filename)
+        if not path.exists():
+            return
         if not path.is_file():
+            log.error("%s is not a file; defaults apply. It is kept as %s.", path, keep_aside(path))
             return
         try:
-            loaded = json.loads(path.read_text(encoding="utf8"))
-            if not isinstance(loaded, dict):
-                raise ValueError("it does not hold a JSON object")
-        except (ValueError, OSError) as error:
-            aside = path.with_name(path.name + ".unreadable")
-            shutil.copyfile(path, aside)
-            log.error("%s cannot be read (%s); defaults apply. A copy is kept as %s.", path, error, aside.name)
+            loaded, problems = read_settings(path)
+        except OSError as error:
+            log.error("%s cannot be read (%s); defaults apply.", path, error)
             return
         with self._lock:
-            self.data.update({key: self._value_from_file(key, value, path) for key, value in loaded.items()})
+            for key, value in loaded.items():
+                try:
+                    self.data[key] = self._value_from_file(key, value)
+                except OptionError as error:
+                    problems[key] = f"{error} Its default {self.get_default(key)!r} is used."
+        if problems:
+            self._report(path, problems)
 
-    def _value_from_file(self, key: str, value: Any, path: Path) -> Any:
+    def _report(self, path: Path, problems: Mapping[str, str]) -> None:
+        """One warning for each key, and where the file as it was is kept."""
+        aside = keep_aside(path)
+        kept = f"A copy is kept as {aside.name}." if aside is not None else "No copy could be kept."
+        for key, why in problems.items():
+            if key:
+                log.warning("%s: setting %r: %s; other settings are kept. %s", path.name, key, why.rstrip("."), kept)
+            else:
+                log.error("%s cannot be read (%s); defaults apply to what is missing. %s", path, why, kept)
+
+    def _value_from_file(self, key: str, value: Any) -> Any:
+        """Raises OptionError."""
         info = self.data_labels.get(key)
-        if info is None:
-            return value
-        try:
-            return info.cast(key, value)
-        except OptionError as error:
-            log.warning("%s: %s Its default %r is used.", path.name, error, info.default)
-            return info.default
+        return value if info is None else info.cast(key, value)
 
     def dumpjson(self) -> str:
         """All settings as JSON, with the comments that the page shows beside them."""
@@ -392,7 +453,11 @@ class Options:
             if info.do_not_save:
                 return
             if key in self.data:
-                self.data[key] = self._value_from_file(key, self.data[key], Path("settings file"))
+                try:
+                    self.data[key] = self._value_from_file(key, self.data[key])
+                except OptionError as error:
+                    log.warning("settings file: %s Its default %r is used.", error, info.default)
+                    self.data[key] = info.default
             else:
                 self.data[key] = info.default
 

@@ -119,7 +119,7 @@ def _keep_overrides(p: StableDiffusionProcessing, app: Application) -> None:
         return
     for key, value in p.override_settings.items():
         if key in app.options.data_labels:
-            app.options.set(key, value)
+            app.options.set(key, value, is_api=True)
 
 
 def process_images_inner(p: StableDiffusionProcessing) -> Processed:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.option_kinds import OptionTable, choice, color, option, slider, text, text_list
+from modules.option_kinds import OptionTable, choice, color, log_file, option, output_folder, slider, source_path, text, text_list
 from modules.options import options_section
 from modules.shared_options_ui import controlnet_options, extra_networks_options, interface_sections, preset_sections
 
@@ -52,7 +52,7 @@ def _saving_images() -> OptionTable:
         "grid_prevent_empty_spots": option(False, "Choose rows and columns so that a grid has no empty places"),
         "grid_zip_filename_pattern": text("", "File name pattern of archives"),
         "n_rows": slider(-1, "Rows of a grid", -1, 16, 1, strict=True, info="-1 chooses, 0 takes the batch size"),
-        "font": text("", "Font file for grids with text"),
+        "font": source_path("", "Font file for grids with text"),
         "grid_text_active_color": color("#000000", "Text colour in grids"),
         "grid_text_inactive_color": color("#999999", "Colour of inactive text in grids"),
         "grid_background_color": color("#ffffff", "Background colour of grids"),
@@ -72,7 +72,7 @@ def _saving_images() -> OptionTable:
         "save_selected_only": option(True, "Save button: save the selected image only"),
         "save_write_log_csv": option(True, "Save button: write log.csv"),
         "save_init_img": option(False, "img2img: also save the initial image"),
-        "temp_dir": text("", "Folder of temporary images; empty for the default"),
+        "temp_dir": output_folder("", "Folder of temporary images; empty for the default"),
         "clean_temp_dir_at_start": option(False, "Empty that folder at start"),
         "save_incomplete_images": option(False, "Save images that were interrupted"),
         "notification_audio": option(True, "Play a sound when a job ends"),
@@ -82,15 +82,15 @@ def _saving_images() -> OptionTable:
 
 def _saving_paths(outputs: str, saved: str) -> OptionTable:
     return {
-        "outdir_samples": text("", "Folder for images; empty uses the three folders below"),
-        "outdir_txt2img_samples": text(f"{outputs}/txt2img-images", "Folder for txt2img images"),
-        "outdir_img2img_samples": text(f"{outputs}/img2img-images", "Folder for img2img images"),
-        "outdir_extras_samples": text(f"{outputs}/extras-images", "Folder for images of the Extras tab"),
-        "outdir_grids": text("", "Folder for grids; empty uses the two folders below"),
-        "outdir_txt2img_grids": text(f"{outputs}/txt2img-grids", "Folder for txt2img grids"),
-        "outdir_img2img_grids": text(f"{outputs}/img2img-grids", "Folder for img2img grids"),
-        "outdir_save": text(saved, "Folder of the Save button"),
-        "outdir_init_images": text(f"{outputs}/init-images", "Folder for initial images of img2img"),
+        "outdir_samples": output_folder("", "Folder for images; empty uses the three folders below"),
+        "outdir_txt2img_samples": output_folder(f"{outputs}/txt2img-images", "Folder for txt2img images"),
+        "outdir_img2img_samples": output_folder(f"{outputs}/img2img-images", "Folder for img2img images"),
+        "outdir_extras_samples": output_folder(f"{outputs}/extras-images", "Folder for images of the Extras tab"),
+        "outdir_grids": output_folder("", "Folder for grids; empty uses the two folders below"),
+        "outdir_txt2img_grids": output_folder(f"{outputs}/txt2img-grids", "Folder for txt2img grids"),
+        "outdir_img2img_grids": output_folder(f"{outputs}/img2img-grids", "Folder for img2img grids"),
+        "outdir_save": output_folder(saved, "Folder of the Save button"),
+        "outdir_init_images": output_folder(f"{outputs}/init-images", "Folder for initial images of img2img"),
     }
 
 
@@ -151,7 +151,7 @@ def _profiler() -> OptionTable:
         "profiling_record_shapes": option(True, "Record shapes"),
         "profiling_profile_memory": option(True, "Profile memory"),
         "profiling_with_stack": option(True, "Include the Python stack"),
-        "profiling_filename": text("trace.json", "File of the profile"),
+        "profiling_filename": log_file("trace.json", "File name of the profile, in logs/profiler"),
     }
 
 

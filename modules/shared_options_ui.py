@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from modules.option_kinds import OptionTable, choice, option, slider, text, text_list
+from modules.option_kinds import OptionTable, choice, option, output_folder, slider, source_path, text, text_list
 
 
 def extra_networks_options() -> OptionTable:
@@ -187,9 +187,9 @@ def preset_sections() -> list[tuple[tuple[Any, ...], OptionTable]]:
 
 def controlnet_options() -> OptionTable:
     return {
-        "control_net_detectedmap_dir": text("detected_maps", "Folder of detected maps"),
-        "control_net_models_path": text("", "One more folder of ControlNet models"),
-        "control_net_modules_path": text("", "Folder of preprocessor models"),
+        "control_net_detectedmap_dir": output_folder("detected_maps", "Folder of detected maps"),
+        "control_net_models_path": source_path("", "One more folder of ControlNet models"),
+        "control_net_modules_path": source_path("", "Folder of preprocessor models"),
         "control_net_unit_count": slider(3, "Units", 1, 10, 1),
         "control_net_model_cache_size": slider(5, "Models kept in memory", 1, 10, 1),
         "control_net_no_detectmap": option(False, "Do not add detected maps to the results"),

@@ -94,6 +94,9 @@ def build_extras(app: Application, runner: ScriptPostprocessingRunner, values: M
         raise RequestError("Folders of the server cannot be named: it was started with --hide-ui-dir-config. Upload the pictures instead.")
     args = [value for name, value in values.items() if name.startswith("operation_")]
     output_dir = (values["output_dir"] or "").strip()
+    if mode == FOLDER:
+        app.folders.check_batch_folder("Input directory", (values["input_dir"] or "").strip())
+        app.folders.check_batch_folder("Output directory", output_dir, is_written=True)
     request = ExtrasRequest(
         paths=list(requests_paths(mode, values["image"], values["files"], values["input_dir"] or "")),
         operations=runner.operations(args),

@@ -135,6 +135,10 @@ def _build_batch(app: Application, values: Mapping[str, Any]) -> Img2imgBatch:
         raise RequestError("Batch needs pictures: name an input directory." if is_folder else "Batch needs pictures: upload some.")
     request = _img2img_request(app, values, **_common_fields(values), **{name: values[name] for name in INPAINT_NAMES})
     folders = {name: (values[f"batch_{name}"] or "").strip() if is_folder else "" for name in ("output_dir", "mask_dir", "png_info_dir")}
+    app.folders.check_batch_folder("Input directory", source if isinstance(source, str) else "")
+    app.folders.check_batch_folder("Output directory", folders["output_dir"], is_written=True)
+    for name in ("mask_dir", "png_info_dir"):
+        app.folders.check_batch_folder({"mask_dir": "Mask directory"}.get(name, "PNG info directory"), folders[name])
     arguments = {
         "input": source,
         "output_dir": folders["output_dir"],

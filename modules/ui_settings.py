@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from gradio.components import Component
 
-from modules.errors import RequestError
+from modules.errors import OptionError, RequestError
 from modules.options import OptionInfo
 from modules.ui_common import error_html
 from modules.ui_components import DropdownMulti, FormRow, ToolButton
@@ -168,8 +168,10 @@ class SettingsHandlers:
         changed, problems = [], []
         for key, value in zip(self.keys, values):
             try:
-                if self._is_change(key, value) and self.app.options.set(key, value):
-                    changed.append(key)
+                if self._is_change(key, value):
+                    self._check(key, value)
+                    if self.app.options.set(key, value):
+                        changed.append(key)
             except RequestError as error:
                 problems.append(str(error))
         try:
@@ -178,6 +180,16 @@ class SettingsHandlers:
         except (RequestError, OSError) as error:
             problems.append(f"The settings count until the server ends, but could not be kept: {error}")
         return self.app.options.dumpjson(), _result_html(changed, problems)
+
+    def _check(self, key: str, value: Any) -> None:
+        """Raises OptionError for a change that only a user of this machine, or one with a password, may make."""
+        options, is_trusted = self.app.options, self.app.config.page_is_trusted
+        info, cast = options.data_labels[key], options.cast_value(key, value)
+        if cast == options.data.get(key):
+            return
+        if info.restrict_api and not is_trusted:
+            raise OptionError(f"setting {key!r} cannot be changed from outside while the page asks for no password; start with --gradio-auth.")
+        self.app.folders.check_from_client(key, info, cast, is_trusted=is_trusted)
 
     def _is_change(self, key: str, value: Any) -> bool:
         """Emptied fields come as None and mean nothing for a setting that has a value."""

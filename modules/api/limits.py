@@ -30,3 +30,14 @@ MAX_HELD_PX = 4 * MAX_REQUEST_PX
 MAX_INPUT_PICTURES = 1000
 MAX_UPSCALE_FACTOR = 16.0
 MAX_DOWNLOAD_BYTES = 64 << 20
+MAX_JSON_DEPTH = 32
+"""Deeper than any field needs. What lies below reads and copies JSON by recursion, which ends at some hundred levels."""
+
+
+def json_depth(value: object) -> int:
+    """How many lists and objects lie in each other at most. Without recursion, in linear time; stops just above MAX_JSON_DEPTH."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_JSON_DEPTH:
+        level = [child for entry in level if isinstance(entry, (dict, list)) for child in (entry.values() if isinstance(entry, dict) else entry)]
+        depth += 1 if level else 0
+    return depth

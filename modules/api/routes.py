@@ -18,6 +18,7 @@ from fastapi.routing import APIRoute
 
 from modules.api.errors import error_response
 from modules.api.fetching import fetch_deadline
+from modules.api.limits import MAX_JSON_DEPTH, json_depth
 from modules.api.picture_budget import allowance
 from modules.api.pools import decoders, run_in
 from modules.api.waiting import current_request
@@ -105,6 +106,8 @@ def parse_json(body: bytes) -> Any:
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float, parse_int=_short_int)
     except RecursionError:
         raise json.JSONDecodeError("the body is nested too deeply", "", 0) from None
+    if json_depth(value) > MAX_JSON_DEPTH:
+        raise json.JSONDecodeError(f"the body is nested more than {MAX_JSON_DEPTH} deep", "", 0)
     if "\\ud" in text.lower():
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.checkpoints import CheckpointInfo
 from modules.errors import OptionError
-from modules.shared_options import restricted_opts
 
 if TYPE_CHECKING:
     from modules.application import Application
 
-FOLDER_KEYS = frozenset(key for key in restricted_opts if "pattern" not in key) | {"font", "control_net_models_path", "control_net_modules_path"}
 CHECKPOINT_KEYS = ("sd_model_checkpoint",)
 
 
@@ -31,8 +28,8 @@ def check_settings(app: Application, values: Mapping[str, Any]) -> dict[str, Any
             checked[key] = find_checkpoint(app, value).title
             continue
         cast = app.options.cast_value(key, value)
-        if key in FOLDER_KEYS and cast != getattr(app.options, key, None):
-            _check_folder(app, key, cast)
+        if cast != app.options.data.get(key):
+            _check_change(app, key, cast)
         checked[key] = cast
     return checked
 
@@ -48,15 +45,9 @@ def find_checkpoint(app: Application, name: Any) -> CheckpointInfo:
     return app.checkpoints.require(name)
 
 
-def _check_folder(app: Application, key: str, value: Any) -> None:
-    """Without a password anyone who reaches the API could have files written anywhere; then only the data folder is open to it."""
-    if not value or app.config.api_auth:
-        return
-    data_dir = app.config.data_dir.resolve()
-    allowed = (data_dir, app.config.outputs_dir.resolve())
-    folder = (data_dir / Path(str(value))).resolve()
-    if not any(folder.is_relative_to(root) for root in allowed):
-        raise OptionError(
-            f"setting {key!r}: {str(value)[:200]!r} is outside {data_dir}. An API without a password (--api-auth) may not choose such folders; "
-            "set it on the settings page."
-        )
+def _check_change(app: Application, key: str, value: Any) -> None:
+    """Without a password anyone who reaches the API could have files written anywhere; then only the folders for outputs are open to it."""
+    info = app.options.data_labels[key]
+    if info.restrict_api:
+        raise OptionError(f"setting {key!r} cannot be changed through the API; set it on the settings page.")
+    app.folders.check_from_client(key, info, value, is_trusted=bool(app.config.api_auth))

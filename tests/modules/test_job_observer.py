@@ -277,16 +277,26 @@ def torch_profiled(plain_app: Application) -> Iterator[Application]:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_torchs_profiler_writes_beside_ours(app: Application, torch_profiled: Application, jobs: list[JobRecord]) -> None:
     run(txt2img(steps=1))
-    events = json.loads((app.config.data_dir / "trace.json").read_text())["traceEvents"]
+    events = json.loads((app.config.data_dir / "logs" / "profiler" / "trace.json").read_text())["traceEvents"]
     assert any("conv" in str(event.get("name")) for event in events)
     assert jobs[-1].outcome == "finished"
 
 
-def test_torchs_profiler_stays_in_the_data_folder(torch_profiled: Application, caplog: pytest.LogCaptureFixture) -> None:
-    torch_profiled.options.profiling_filename = "../outside.json"
+def test_torchs_profiler_stays_in_its_folder_and_replaces_only_its_own(torch_profiled: Application, caplog: pytest.LogCaptureFixture) -> None:
+    data_dir = torch_profiled.config.data_dir
+    (data_dir / "mine.json").write_text("mine")
+    for name in ("../outside.json", str(data_dir / "mine.json"), "mine.safetensors"):
+        torch_profiled.options.profiling_filename = name
+        run(txt2img(steps=1))
+    assert not (data_dir.parent / "outside.json").exists() and (data_dir / "mine.json").read_text() == "mine"
+    assert caplog.text.count("profiling_filename") == 3
+    torch_profiled.options.profiling_filename = "mine.json"
+    folder = data_dir / "logs" / "profiler"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mine.json").write_text("mine")
     run(txt2img(steps=1))
-    assert not (torch_profiled.config.data_dir.parent / "outside.json").exists()
-    assert "profiling_filename" in caplog.text
+    run(txt2img(steps=1))
+    assert (folder / "mine.json").read_text() == "mine" and (folder / "mine-1.json").exists()
 
 
 def test_torchs_profiler_does_without_what_is_not_there(torch_profiled: Application, caplog: pytest.LogCaptureFixture) -> None:

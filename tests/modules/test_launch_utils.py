@@ -97,3 +97,24 @@ def test_the_timer_adds_up() -> None:
     assert timer.total_s == pytest.approx(sum(timer.spans_s.values()))
     assert timer.summary().startswith("2.0 s (set-up 2.0 s")
     assert "import" not in timer.summary()
+
+
+FORGED = "a\nERROR: forged\r\nWARNING: forged\x1b[2J\x1b]0;title\x07\u2028\x85\x0b\x0c\u202e\ud800z"
+
+
+def test_no_text_of_a_client_begins_a_line_of_the_log_or_steers_the_terminal(root_logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    launch_utils.setup_logging("INFO")
+    log = logging.getLogger("some.module")
+    log.info("LoRA %r, %s", FORGED, FORGED)
+    log.warning(f"as one text {FORGED}")
+    log.info("%s", "ERROR: forged")
+    try:
+        raise ValueError(FORGED)
+    except ValueError as error:
+        log.error("failed: %s", error, exc_info=error)
+    lines = capsys.readouterr().out.split("\n")
+    assert [line for line in lines if line.startswith(("WARNING: forged", "ERROR: forged"))] == []
+    begun = [line for line in lines if line and not line.startswith("    | ")]
+    assert [line.split(" ")[0] for line in begun] == ["LoRA", "WARNING:", "INFO:", "ERROR:"]
+    assert all(line.isprintable() for line in lines)
+    assert "\\x1b[2J" in lines[0] + lines[1] + lines[2]
