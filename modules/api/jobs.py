@@ -24,7 +24,9 @@ class JobRoutes:
     async def progress(self, skip_current_image: bool = False) -> models.ProgressResponse:
         """Progress of the running job, with its preview unless `skip_current_image`. Without a job it is 0."""
         state, options = self.app.state, self.app.options
-        image = None if skip_current_image or state.job_count == 0 else state.current_image
+        config = self.app.config
+        is_private = bool(config.gradio_auth) and not config.api_auth  # the page asks for a password, and this route for none
+        image = None if skip_current_image or is_private or state.job_count == 0 else state.current_image
         current = None
         if image is not None:
             settings = encode_settings(options)

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from tests.modules.api.conftest import Server, from_base64
+from tests.modules.api.conftest import Server, ServerFactory, from_base64
 
 
 class Paused:
@@ -96,3 +96,13 @@ def test_interrupt_and_skip(server: Server) -> None:
     assert server.app.state.interrupted
     assert server.post("/sdapi/v1/skip") is None
     assert server.app.state.skipped
+
+
+def test_previews_of_the_page_are_not_shown_where_the_page_alone_asks_for_a_password(start_server: ServerFactory) -> None:
+    for flags, is_shown in (({}, True), ({"gradio_auth": (("a", "b"),)}, False), ({"gradio_auth": (("a", "b"),), "api_auth": (("c", "d"),)}, True)):
+        with start_server(**flags) as server:
+            server.app.state.job_count = 1
+            server.app.state.assign_current_image(Image.new("RGB", (8, 8), "red"))
+            shown = server.get("/sdapi/v1/progress", auth=("c", "d"))["current_image"]
+            assert (shown is not None) is is_shown
+            assert server.client.post("/internal/progress", json={"id_task": "x"}).status_code == (401 if "gradio_auth" in flags else 200)
