@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +167,11 @@ def with_deferred_controlnets(call_model: Any) -> Any:
         while chain is not None:
             networks.append(chain.control_model)
             chain = chain.previous_controlnet
-        model.runner = RunsHere(model, frozenset(networks))
+        before = model.runner
+        model.runner = replace(before or RunsHere(model), deferred_networks=frozenset(networks))
         try:
             return call_model(model, batch, *args)
         finally:
-            model.runner = None
+            model.runner = before
 
     return call
