@@ -128,6 +128,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
 
     from modules.processing_conditions import setup_prompts
     from modules.processing_nans import naming_nans
+    from modules.processing_networks import deactivate_networks
     from modules.processing_pictures import PictureCollector
     from modules.processing_validation import fix_seed, set_all_seeds
 
@@ -142,7 +143,10 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     collector = PictureCollector(p, app.state)
     with torch.no_grad(), naming_nans(p):
         p.init(p.all_prompts, p.all_seeds, p.all_subseeds)
-        _run_batches(p, app, collector)
+        try:
+            _run_batches(p, app, collector)
+        finally:
+            deactivate_networks(p)
     processed = collector.finish()
     p.close()
     p.run_hook_with("postprocess", processed)

@@ -22,8 +22,16 @@ def activate_networks(p: StableDiffusionProcessing, network_data: dict[str, Any]
     if not p.do_not_reload_embeddings:
         engine.embeddings.load_textual_inversion_embeddings()
     if not p.disable_extra_networks:
+        p.has_active_networks = True
         extra_networks.activate(p, network_data)
     engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
+
+
+def deactivate_networks(p: StableDiffusionProcessing) -> None:
+    """At the end of a job, however it ends: tell extra networks, once, where any were told to activate."""
+    if p.has_active_networks:
+        p.has_active_networks = False
+        extra_networks.deactivate(p, getattr(p, "extra_network_data", None) or {})
 
 
 def prepare_networks(p: StableDiffusionProcessing) -> None:

@@ -110,6 +110,7 @@ class StableDiffusionProcessing:
     uses_ensd: bool = field(default=False, init=False)
     paste_to: Any = field(default=None, init=False)
     is_hr_pass: bool = field(default=False, init=False)
+    has_active_networks: bool = field(default=False, init=False)
     c: Any = field(default=None, init=False)
     uc: Any = field(default=None, init=False)
     rng: Any = field(default=None, init=False)

@@ -64,3 +64,75 @@ def test_an_embedding_put_into_the_folder_counts_from_the_next_job_on(app: Appli
     assert "newword" in result.infotexts[0].split("TI hashes")[1]
     (folder / "newword.pt").unlink()
     assert (pixels(run(txt2img(prompt="newword", steps=2)).images[0]) == before).all()
+
+
+# the end of a job
+
+
+class Witness(extra_networks.ExtraNetwork):
+    """Writes down when it was told what."""
+
+    def __init__(self, fails_at_end: bool = False) -> None:
+        super().__init__("witness")
+        self.fails_at_end = fails_at_end
+        self.told: list[str] = []
+
+    def activate(self, p: Any, params_list: list[Any]) -> None:
+        self.told.append("on")
+
+    def deactivate(self, p: Any) -> None:
+        self.told.append("off")
+        if self.fails_at_end:
+            raise ValueError("cannot let go")
+
+
+@pytest.fixture
+def witness() -> Iterator[Witness]:
+    kind = Witness()
+    extra_networks.register_extra_network(kind)
+    yield kind
+    extra_networks.extra_network_registry.pop("witness")
+
+
+def test_networks_are_told_once_when_a_job_ends(app: Application, witness: Witness) -> None:
+    """After all batches, whether the prompt names one or not; the next job begins anew."""
+    run(txt2img(prompt="a <witness:x>", steps=1, n_iter=2))
+    assert witness.told == ["on", "on", "off"]
+    run(txt2img(steps=1))
+    assert witness.told == ["on", "on", "off", "on", "off"]
+
+
+def test_networks_are_told_when_a_job_fails(app: Application, witness: Witness) -> None:
+    request = txt2img(steps=1)
+
+    def fail() -> None:
+        raise ValueError("no conditions today")
+
+    request.setup_conds = fail  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="no conditions today"):
+        run(request)
+    assert witness.told == ["on", "off"]
+
+
+def test_networks_are_told_when_a_job_is_interrupted(app: Application, witness: Witness) -> None:
+    request = txt2img(steps=2, n_iter=2)
+    setup = request.setup_conds
+
+    def interrupt() -> None:
+        setup()
+        app.state.interrupt()
+
+    request.setup_conds = interrupt  # type: ignore[method-assign]
+    run(request)
+    assert witness.told == ["on", "off"]
+
+
+def test_networks_that_were_not_asked_for_are_not_told(app: Application, witness: Witness) -> None:
+    run(txt2img(steps=1, disable_extra_networks=True))
+    assert witness.told == []
+
+
+def test_a_kind_that_fails_at_the_end_does_not_cost_the_picture(app: Application, witness: Witness) -> None:
+    witness.fails_at_end = True
+    assert len(run(txt2img(steps=1)).images) == 1
+    assert witness.told == ["on", "off"]
