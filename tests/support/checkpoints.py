@@ -6,7 +6,11 @@ network they are all ones and zeros, and a swapped key would go unseen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections import OrderedDict
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ VOCAB_LENGTH = 49408
 EOS_TOKEN_ID = 49407
 SDXL_TIME_IDS_WIDTH = 6 * 256
 SDXL_PROJECTION_DIM = 64
+MOST_KEPT, MOST_KEPT_WIDTH = 8, 64
 LATENT_SCALE = {"sd15": 0.18215, "sd20": 0.18215, "sd21_v": 0.18215, "sdxl": 0.13025, REFINER: 0.13025}
 
 
@@ -70,22 +75,70 @@ def write_checkpoint(
     SDXL file is marked by the key `v_pred`, the others by metadata, as such files are found in the field. `.ckpt` and `.pt` paths are pickled.
     """
     prediction = "v_prediction" if family == "sd21_v" else prediction
-    models = build_models(path, family, width=width, seed=seed, prediction=prediction, inpaint=inpaint)
+    facts = _Facts(family, width, seed, layout, prediction, inpaint, dtype, tuple(sorted((metadata or {}).items())), path.suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if width > MOST_KEPT_WIDTH:
+        models = _make(facts, path)
+    else:
+        models, kept = _kept.get(facts)
+        shutil.copyfile(kept, path)
+    return replace(models, path=path, unet=deepcopy(models.unet), vae=deepcopy(models.vae), text_encoders=deepcopy(models.text_encoders))
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What a file is made from; the same facts give the same bytes."""
+
+    family: str
+    width: int
+    seed: int
+    layout: str
+    prediction: str
+    inpaint: bool
+    dtype: torch.dtype
+    metadata: tuple[tuple[str, str], ...]
+    suffix: str
+
+
+def _make(facts: _Facts, path: Path) -> ReferenceModels:
+    models = build_models(path, facts.family, width=facts.width, seed=facts.seed, prediction=facts.prediction, inpaint=facts.inpaint)
     for module in (models.unet, models.vae, *models.text_encoders):
-        _round_weights(module, dtype)
-    state_dict = _state_dict(models, layout, dtype)
-    marks = dict(metadata or {})
-    if prediction == "v_prediction":
-        if family == "sdxl":
+        _round_weights(module, facts.dtype)
+    state_dict = _state_dict(models, facts.layout, facts.dtype)
+    marks = dict(facts.metadata)
+    if facts.prediction == "v_prediction":
+        if facts.family == "sdxl":
             state_dict["v_pred"] = torch.zeros(1)
         else:
             marks["modelspec.prediction_type"] = "v"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
+    if facts.suffix == ".safetensors":
         save_file(state_dict, path, metadata={"format": "pt", **marks})
     else:
         torch.save({"state_dict": state_dict, "global_step": 1}, path)
     return models
+
+
+class _Kept:
+    """The last files of this process with their networks: most tests ask for one of few, and copying is quicker than making."""
+
+    def __init__(self) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._made: OrderedDict[_Facts, tuple[ReferenceModels, Path]] = OrderedDict()
+        self._number = 0
+
+    def get(self, facts: _Facts) -> tuple[ReferenceModels, Path]:
+        if facts not in self._made:
+            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="checkpoints-")
+            self._number += 1
+            path = Path(self._folder.name) / f"{self._number}{facts.suffix}"
+            self._made[facts] = (_make(facts, path), path)
+            if len(self._made) > MOST_KEPT:
+                self._made.popitem(last=False)[1][1].unlink()
+        self._made.move_to_end(facts)
+        return self._made[facts]
+
+
+_kept = _Kept()
 
 
 def build_models(path: Path, family: str, *, width: int = 32, seed: int = 0, prediction: str = "epsilon", inpaint: bool = False) -> ReferenceModels:
