@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,11 +16,13 @@ from modules import application, script_callbacks, unfinished_files
 from modules.app_config import AppConfig
 from modules.application import Application, build_application
 from modules.import_lock import network_imports
+from modules.inert_flags import DEVICE_ROWS, FlagFacts, find_inert_flags
 from modules.launch_errors import SetupError
 from modules.launch_timer import startup_timer
 from modules.sd_models import select_starting_checkpoint
 
 if TYPE_CHECKING:
+    from backend.devices.slot import Slot
     from modules.server import WebServer
 
 log = logging.getLogger(__name__)
@@ -202,6 +205,17 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def warn_of_inert_flags(config: AppConfig, slots: Sequence[Slot]) -> None:
+    """One line for each flag that does nothing on these devices. What follows from the flags alone was said before."""
+    from backend.devices.inventory import describe_device  # imports torch
+
+    kinds = tuple(describe_device(slot.torch_device).kind for slot in slots)
+    gpus = tuple(str(slot.torch_device) for kind, slot in zip(kinds, slots) if kind != "cpu")
+    facts = FlagFacts(flags=config.flags, kinds=kinds if config.backend.multi_gpu else kinds[:1], gpus=gpus)
+    for sentence in find_inert_flags(DEVICE_ROWS, facts):
+        log.warning("%s", sentence)
+
+
 class EngineStart:
     """Imports the engine and probes the devices on a thread of its own: torch beside gradio, what only pictures need once the page answers."""
 
@@ -231,14 +245,19 @@ class EngineStart:
 
     def _find_devices(self) -> None:
         from backend import memory_management  # imports torch
+        from backend.attention import configure_attention
         from backend.devices import link_test
         from backend.devices.cpu_threads import apply_cpu_threads
+        from backend.devices.determinism import apply_determinism
         from backend.devices.probing import probe_devices
 
         link_test.keep_verdicts_in(self._config.data_dir / "cache")
         slots = probe_devices(self._config.backend)
         memory_management.configure(self._config.backend, slots)
         apply_cpu_threads(self._config.backend, slots)
+        apply_determinism(self._config.backend)
+        configure_attention(self._config.backend)
+        warn_of_inert_flags(self._config, slots)
 
     def _import_networks(self) -> None:
         import importlib

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from backend.args import ConfigError, add_backend_arguments, backend_config_from_namespace, flag_name
 from modules.app_config import SCRIPT_DIR, AppConfig
 from modules.extension_folders import active_folders
+from modules.inert_flags import FLAG_ROWS, FlagFacts, find_inert_flags
 from modules.script_loading import preload_extensions
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -83,6 +84,7 @@ NO_EFFECT: Mapping[str, tuple[bool | None, str]] = MappingProxyType(
         "--use-textbox-seed": (False, "there is one kind of seed field"),
         "--allow-code": (False, "no script here runs code from the page"),
         "--textual-inversion-templates-dir": (True, "embeddings are not trained here"),
+        "--enable-console-prompts": (False, "the terminal shows one line for each job and each load, as --loglevel says"),
     }
 )
 
@@ -244,7 +246,6 @@ def _add_page_arguments(parser: ArgumentParser) -> None:
         "--sdxl": "begin with the first SDXL checkpoint and its sizes",
         "--controlnet": "open the ControlNet panel",
         "--disable-console-progressbars": "no progress bars in the terminal",
-        "--enable-console-prompts": "print prompts in the terminal",
         "--disable-nan-check": "do not look for invalid numbers in results",
     }
     _add_switches(group, switches)
@@ -300,7 +301,8 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> AppConfig:
     given = _given_flags(parser, words)
     notices += [f"{flag} has no effect: {NO_EFFECT[flag][1]}." for flag in given if flag in NO_EFFECT]
     notices += [f"{flag} has no effect yet: {NOT_YET[flag]}." for flag in given if flag in NOT_YET]
-    notices += _more_no_effect(ns, given)
+    notices += _unknown_cpu_parts(ns)
+    notices += find_inert_flags(FLAG_ROWS, FlagFacts(flags=vars(ns), has_screen=_has_screen(environ)), given)
     try:
         return _make_config(ns, environ, notices)
     except ConfigError as error:
@@ -335,15 +337,9 @@ def _given_flags(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(word.split("=")[0] for word in words if word.split("=")[0] in known))
 
 
-def _more_no_effect(ns: Namespace, given: Sequence[str]) -> list[str]:
-    """Flags that have an effect only together with another one, or only with some values."""
-    notices = []
-    if "--multi-gpu-strategy" in given and not ns.multi_gpu:
-        notices.append("--multi-gpu-strategy has no effect without --multi-gpu.")
+def _unknown_cpu_parts(ns: Namespace) -> list[str]:
     parts = [part for part in ns.use_cpu if part.lower() not in ("all", "sd")]
-    if parts:
-        notices.append(f"--use-cpu {' '.join(parts)} has no effect: only 'all' and 'sd' are known.")
-    return notices
+    return [f"--use-cpu {' '.join(parts)} has no effect: only 'all' and 'sd' are known."] if parts else []
 
 
 def _make_config(ns: Namespace, environ: Mapping[str, str], notices: list[str]) -> AppConfig:

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import webui
 from modules.app_config import AppConfig
 from modules.application import Application, build_application, install
+from modules.cmd_args import parse_config
 from tests.support.event_loops import close_event_loops as close_event_loops
 
 
@@ -51,3 +53,26 @@ def test_what_stays_is_not_collected_between_jobs_and_can_go_when_the_server_end
     assert frozen[0] > 10_000
     assert gc.get_freeze_count() == 0
     assert server.is_stopped
+
+
+def test_what_the_flags_ask_of_the_engine_is_done_at_start_and_what_they_cannot_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from backend import attention, memory_management
+    from backend.devices import link_test
+
+    monkeypatch.setattr(attention, "_choice", attention._Choice())
+    monkeypatch.setattr(link_test, "keep_verdicts_in", lambda folder: None)
+    before = memory_management.current_store()
+    words = ["--device-id", "cpu", "--attention-split", "--pytorch-deterministic", "--medvram", "--cuda-stream", "--cpu-threads-per-slot", "1"]
+    threads = torch.get_num_threads()
+    try:
+        webui.EngineStart(parse_config(["--data-dir", str(tmp_path), *words], {})).wait_for_devices()
+        assert attention._choice.name == "split"
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+        memory_management.configure(before.config, before.all_slots)
+    said = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
+    assert [sentence.split()[0] for sentence in said] == ["--medvram", "--cuda-stream"]

@@ -54,8 +54,6 @@ class MemoryStore:
         self._held: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._states = {slot.torch_device: self._choose_state(slot) for slot in self.slots}
-        if config.cuda_stream and all(slot.torch_device.type != "cuda" for slot in self.slots):
-            logger.warning("--cuda-stream has no effect: no CUDA device is in use, and weights come when their layer is due.")
 
     @property
     def primary(self) -> Slot:

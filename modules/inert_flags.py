@@ -1,0 +1,148 @@
+"""Flags that do nothing in this run, and why. Each is one row of a table; `find_inert_flags` is the one place that reads it.
+
+`FLAG_ROWS` follow from the command line alone, `DEVICE_ROWS` also from the devices that were found. Imports in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+CPU, MPS, VIRTUAL = "cpu", "mps", "virtual"
+CUDA_KINDS = frozenset({"cuda", "rocm"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlagFacts:
+    """What decides whether a flag acts: all flags by name with underscores, the kind of each device that computes, and the GPUs of all slots."""
+
+    flags: Mapping[str, Any]
+    kinds: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
+    has_screen: bool = True
+
+    def has(self, *names: str) -> bool:
+        """Whether any of these flags was given."""
+        return any(is_given(self.flags.get(name)) for name in names)
+
+    def has_only(self, *kinds: str) -> bool:
+        """Whether every device that computes is of these kinds."""
+        return set(self.kinds) <= set(kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`flags` have no effect where `applies`; `reason` follows the words "has no effect"."""
+
+    flags: tuple[str, ...]
+    applies: Callable[[FlagFacts], bool]
+    reason: str
+
+
+def is_given(value: object) -> bool:
+    """Whether a flag's value is other than that of a flag which was not given. 0 is a value."""
+    return not (value is None or value is False or value in ([], "auto"))
+
+
+def find_inert_flags(rows: Iterable[Row], facts: FlagFacts, given: Collection[str] | None = None) -> list[str]:
+    """One sentence for each flag that was given and does nothing: the first row that says so. `given`: as typed; else told by the flags' values."""
+    found: dict[str, str] = {}
+    for row in rows:
+        flags = [flag for flag in row.flags if (flag in given if given is not None else facts.has(flag[2:].replace("-", "_")))]
+        if flags and row.applies(facts):
+            for flag in flags:
+                found.setdefault(flag, f"{flag} has no effect{row.reason}.")
+    return list(found.values())
+
+
+def _is_without_api(facts: FlagFacts) -> bool:
+    return not facts.has("api", "nowebui")
+
+
+def _is_without_page(facts: FlagFacts) -> bool:
+    return facts.has("nowebui")
+
+
+def _stays_whole(facts: FlagFacts) -> bool:
+    return facts.has("always_gpu", "always_high_vram")
+
+
+def _computes_in_full(facts: FlagFacts) -> bool:
+    return facts.has("all_in_fp32", "no_half")
+
+
+def _names_more_than_one(facts: FlagFacts) -> bool:
+    return len(str(facts.flags.get("device_id") or "").split(",")) > 1
+
+
+FLAG_ROWS = (
+    Row(("--multi-gpu-strategy",), lambda f: not f.has("multi_gpu"), " without --multi-gpu"),
+    Row(
+        ("--device-id",), lambda f: _names_more_than_one(f) and not f.has("multi_gpu"),
+        " beyond the first device it names: one device computes without --multi-gpu",
+    ),
+    Row(("--share",), _is_without_page, " with --nowebui: it shares the page"),
+    Row(("--autolaunch",), _is_without_page, " with --nowebui: there is no page to open"),
+    Row(("--autolaunch",), lambda f: not f.has_screen, ": this machine has no screen for a browser"),
+    Row(("--theme", "--controlnet", "--enable-insecure-extension-access"), _is_without_page, " with --nowebui: there is no page"),
+    Row(
+        ("--gradio-auth", "--gradio-auth-path"), _is_without_page,
+        " on /sdapi: with --nowebui there is no page. Use --api-auth USER:PASSWORD or --api-auth-file FILE",
+    ),
+    Row(
+        ("--api-auth", "--api-auth-file"), _is_without_api,
+        " on the page: there is no API without --api. Use --gradio-auth USER:PASSWORD or --gradio-auth-path FILE",
+    ),
+    Row(("--api-server-stop",), _is_without_api, ": there is no API without --api or --nowebui"),
+    Row(("--api",), _is_without_page, ": --nowebui serves the API already"),
+    Row(("--listen",), lambda f: f.has("server_name"), ": --server-name says where to answer"),
+    Row(
+        ("--enable-insecure-extension-access",), lambda f: not f.has("listen", "server_name", "share"),
+        ": only this machine reaches the page, and it may switch extensions. It counts with --listen, --server-name or --share",
+    ),
+    Row(("--freeze-settings-in-sections", "--freeze-specific-settings"), lambda f: f.has("freeze_settings"), ": --freeze-settings freezes all"),
+    Row(("--disable-extra-extensions", "--controlnet"), lambda f: f.has("disable_all_extensions"), ": --disable-all-extensions loads none"),
+    Row(("--sdxl",), lambda f: f.has("nowebui") and f.has("ckpt"), ": --ckpt names the checkpoint, and there is no page with --nowebui"),
+    Row(
+        ("--skip-install", "--reinstall-torch", "--reinstall-xformers"), lambda f: f.has("skip_prepare_environment"),
+        ": --skip-prepare-environment leaves the set-up out",
+    ),
+    Row(("--reinstall-torch", "--reinstall-xformers"), lambda f: f.has("skip_install"), ": --skip-install installs nothing"),
+    Row(("--reinstall-xformers",), lambda f: not f.has("xformers"), " without --xformers"),
+    Row(("--cpu-offload", "--pin-shared-memory", "--cuda-stream"), _stays_whole, ": --always-gpu and --always-high-vram keep models whole"),
+    Row(("--force-upcast-attention", "--disable-attention-upcast"), _computes_in_full, ": all is computed in 32 bits"),
+)  # fmt: skip
+
+_VRAM_FLAGS = ("--always-high-vram", "--always-normal-vram", "--always-low-vram", "--always-no-vram", "--lowvram", "--cpu-offload")
+_OFFLOAD_FLAGS = ("--always-gpu", "--medvram", "--always-offload-from-vram", "--vae-in-cpu")
+_HAS_NO_GPU = ": no GPU is in use, and weights stay in main memory"
+
+
+def _has_no_cuda(facts: FlagFacts) -> bool:
+    return not CUDA_KINDS & set(facts.kinds)
+
+
+def _has_one_slot(facts: FlagFacts) -> bool:
+    return len(facts.kinds) == 1
+
+
+def _names_no_gpu_twice(facts: FlagFacts) -> bool:
+    return len(set(facts.gpus)) == len(facts.gpus)
+
+
+DEVICE_ROWS = (
+    Row(_VRAM_FLAGS + _OFFLOAD_FLAGS, lambda f: f.has_only(CPU), _HAS_NO_GPU),
+    Row(_VRAM_FLAGS, lambda f: f.has_only(MPS), ": the GPU works in main memory, and weights stay there"),
+    Row(("--cuda-stream",), _has_no_cuda, ": no CUDA device is in use, and weights come when their layer is due"),
+    Row(("--pin-shared-memory", "--cuda-malloc", "--gpu-device-id"), _has_no_cuda, ": no CUDA device is in use"),
+    Row(("--disable-gpu-warning",), _has_no_cuda, ": only CUDA devices are warned of"),
+    Row(("--cpu-threads-per-slot",), lambda f: CPU not in f.kinds, ": no slot computes on the CPU"),
+    Row(("--multi-gpu", "--multi-gpu-strategy"), _has_one_slot, ": there is one device. Name more with --device-id"),
+    Row(("--virtual-gpus",), lambda f: VIRTUAL not in f.kinds, ": --device-id names none of them"),
+    Row(("--allow-shared-slots",), _names_no_gpu_twice, ": no GPU is named twice in --device-id"),
+    Row(
+        ("--force-upcast-attention", "--disable-attention-upcast"), lambda f: f.has_only(CPU, VIRTUAL) and not f.has("all_in_fp16"),
+        ": the CPU computes in 32 bits",
+    ),
+)  # fmt: skip
