@@ -112,6 +112,11 @@ def read_unet_shape(file: TensorFile, part: Part) -> UNetShape:
         vector = "add_embedding.linear_1.weight" if names.has("add_embedding.") else "class_embedding.linear_1.weight"
     if not levels:
         raise CheckpointError(f"{file.path.name}: its UNet has no blocks that could be read. The file is incomplete; download it again.")
+    if not names.has("middle_block.") and not names.has("mid_block."):
+        raise CheckpointError(
+            f"{file.path.name}: its UNet has no middle block: it is a distilled model such as small-sd or tiny-sd (BK-SDM). "
+            "Such models are not supported; use the model that it was distilled from."
+        )
     mid_depth = names.count(mid + "transformer_blocks.{}.")
     attention = mid if mid_depth else names.first_ending(".transformer_blocks.0.attn2.to_k.weight") + "."
     return UNetShape(

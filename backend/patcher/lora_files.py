@@ -6,6 +6,7 @@ Knows no prompts and no folders. `lora_keys` has the names, `lora_math` the form
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,12 @@ from backend.patcher.lora_keys import family_in_metadata, family_of_layers, mode
 from backend.patcher.lora_math import DiffPatch, GloraPatch, Ia3Patch, LohaPatch, LokrPatch, LoraPatch, OftPatch, SetPatch
 from backend.patcher.unet import UnetPatcher
 from backend.patcher.weight_patches import WeightPatch
+from backend.text_processing.embedding import PLAIN_KEY
 
 logger = logging.getLogger(__name__)
 
 LORA_SUFFIXES = (".safetensors", ".pt", ".ckpt")
-_BUNDLED_EMBEDDING_PREFIX = "bundle_emb."
+_BUNDLED_EMBEDDING = re.compile(r"bundle_emb\.(?P<name>.+)\.(?:string_to_param\.\*|(?P<encoder>clip_l|clip_g|clip_h))")
 _SHARE_THAT_MUST_FIT = 0.5
 Parts = dict[str, Tensor]
 
@@ -36,12 +38,16 @@ class LoraError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraFile:
-    """What a file holds: the parts of each layer's change, by the name the file gives the layer. `strange_keys` are no part of anything."""
+    """What a file holds: the parts of each layer's change, by the name the file gives the layer. `strange_keys` are no part of anything.
+
+    `embeddings` are textual inversions that came with it: by name, the vectors for each text encoder.
+    """
 
     name: str
     layers: Mapping[str, Parts]
     metadata: Mapping[str, str] = field(default_factory=dict)
     strange_keys: Sequence[str] = ()
+    embeddings: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def family(self) -> str | None:
@@ -56,6 +62,7 @@ class LoraPatchSet:
     unet: Mapping[str, WeightPatch]
     clip: Mapping[str, WeightPatch]
     unmatched: Sequence[str] = ()
+    embeddings: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
@@ -72,10 +79,13 @@ def parse_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     """The parts of each layer's change. Raises: LoraError when there are none."""
     layers: dict[str, Parts] = {}
     strange: list[str] = []
+    embeddings: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         split = split_key(key)
-        if split is None:
-            strange += [] if key.startswith(_BUNDLED_EMBEDDING_PREFIX) else [key]
+        if bundled := _BUNDLED_EMBEDDING.fullmatch(key):
+            embeddings.setdefault(bundled["name"], {})[bundled["encoder"] or PLAIN_KEY] = tensor
+        elif split is None:
+            strange.append(key)
         else:
             layers.setdefault(split[0], {})[split[1]] = tensor
     plain = [layer for layer, parts in layers.items() if parts.keys() == {"ia3"}]  # a mere weight: a checkpoint's, not a LoRA's
@@ -88,7 +98,7 @@ def parse_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
             f"{name}: this is no LoRA; none of its {len(tensors)} tensors is part of one (first: {first}). Put it where its kind belongs."
         )
     _add_peft_alphas(layers, metadata or {})
-    return LoraFile(name=name, layers=layers, metadata=metadata or {}, strange_keys=tuple(strange))
+    return LoraFile(name=name, layers=layers, metadata=metadata or {}, strange_keys=tuple(strange), embeddings=embeddings)
 
 
 def _add_peft_alphas(layers: Mapping[str, Parts], metadata: Mapping[str, str]) -> None:
@@ -135,7 +145,7 @@ def match_lora(file: LoraFile, unet: UnetPatcher, clip: CLIP | None, *, model_fa
     left_over = [*unmatched, *file.strange_keys]
     if left_over:
         logger.warning("LoRA %s: %d layers or keys have no place in the model and are left out (%s).", file.name, len(left_over), _first(left_over))
-    return LoraPatchSet(unet=unet_patches, clip=clip_patches, unmatched=tuple(left_over))
+    return LoraPatchSet(unet=unet_patches, clip=clip_patches, unmatched=tuple(left_over), embeddings=file.embeddings)
 
 
 def load_lora(lora: Mapping[str, Any], to_load: Mapping[str, str]) -> tuple[dict[str, WeightPatch], dict[str, Any]]:

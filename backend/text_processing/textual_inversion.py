@@ -41,6 +41,7 @@ class EmbeddingDatabase:
         self.skipped_embeddings: dict[str, Embedding] = {}
         self.skip_reasons: dict[str, str] = {}
         self._registered: dict[str, Embedding] = {}
+        self._bundled: dict[str, Embedding] = {}
         self._files: dict[Path, _ReadFile] = {}
         self._by_first_token: dict[int, list[tuple[list[int], Embedding]]] = {}
 
@@ -60,6 +61,20 @@ class EmbeddingDatabase:
         """
         self._registered[embedding.name] = embedding.fitted(self.widths)
         self._rebuild()
+
+    def use_bundled(self, embeddings: Mapping[str, Embedding]) -> list[str]:
+        """Exactly these came with files that a job uses (LoRA), and count before others of their names; why some cannot be used."""
+        fitted, reasons = {}, []
+        for name, embedding in embeddings.items():
+            try:
+                fitted[name] = embedding.fitted(self.widths)
+            except EmbeddingError as error:
+                reasons.append(f"embedding {name[:100]}: {error}")
+        facts = [{name: one.hash for name, one in table.items()} for table in (fitted, self._bundled)]
+        if facts[0] != facts[1]:
+            self._bundled = fitted
+            self._rebuild()
+        return reasons
 
     def load_textual_inversion_embeddings(self, force_reload: bool = False) -> None:
         """Brings the database in line with the folders; files that have not changed are not read again unless `force_reload`."""
@@ -91,6 +106,7 @@ class EmbeddingDatabase:
                 self._skip(path.stem, path, read.reason)
             elif read.embedding is not None:
                 self._add(path, read.embedding)
+        self.word_embeddings.update(self._bundled)
         self._index_names()
 
     def _add(self, path: Path, embedding: Embedding) -> None:

@@ -77,6 +77,8 @@ class ExtraNetworkLora(ExtraNetwork):
         used = [network for mention, entry in found if entry is not None and (network := self._apply(p, mention, entry)) is not None]
         networks.patch_sets.forget_unused(used, int(p.options.lora_in_memory_limit))
         networks.remember(p.sd_model, used)
+        for reason in networks.use_bundled_embeddings(p.sd_model, used):
+            p.comment(reason)
         _write_hashes(p, used)
 
     def deactivate(self, p: Any) -> None:

@@ -247,6 +247,23 @@ def load_networks(
     engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
 
 
+def use_bundled_embeddings(engine: Any, used: Sequence[Network]) -> list[str]:
+    """Make usable in prompts what came with these files (`bundle_emb`), and nothing of others; what cannot be used, with the reason."""
+    from backend.text_processing.embedding import Embedding, EmbeddingError  # torch
+
+    embeddings, reasons = {}, []
+    for network in used:
+        entry = network.network_on_disk
+        for name, tables in patch_sets.read(engine, entry).embeddings.items():
+            try:
+                vectors = {key: table.float().reshape(-1, table.shape[-1]) for key, table in tables.items() if table.ndim}
+                embeddings[name] = Embedding(name=name, vectors_by_encoder=vectors, filename=entry.path, hash=f"{entry.path} {entry.stamp} {name}")
+            except (EmbeddingError, RuntimeError) as error:
+                reasons.append(f"LoRA {entry.name}: its embedding {name[:100]} cannot be used: {error}.")
+    database = getattr(engine, "embeddings", None)
+    return reasons if database is None else [*reasons, *database.use_bundled(embeddings)]
+
+
 def keep_modules(network: Network, patch_set: LoraPatchSet) -> LoraPatchSet:
     """Tell extensions which weights a network changes; the same set."""
     network.modules = {**patch_set.unet, **patch_set.clip}

@@ -373,3 +373,11 @@ def test_metadata_of_other_files_is_empty(tmp_path):
     assert read_metadata(tmp_path / "x.ckpt") == {}
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_metadata(tmp_path / "gone.safetensors")
+
+
+@pytest.mark.parametrize(("layout", "middle"), [("ldm", "model.diffusion_model.middle_block."), ("diffusers", "unet.mid_block.")])
+def test_a_unet_without_a_middle_is_called_what_it_is(layout: str, middle: str, tmp_path: Path) -> None:
+    whole = load_file(write_checkpoint(tmp_path / "whole.safetensors", "sd15", layout=layout).path)
+    assert any(key.startswith(middle) for key in whole)
+    save_file({key: tensor for key, tensor in whole.items() if not key.startswith(middle)}, tmp_path / "small.safetensors")
+    assert "no middle block: it is a distilled model such as small-sd or tiny-sd" in _refusal(tmp_path / "small.safetensors")

@@ -136,6 +136,22 @@ def test_the_old_kind_means_the_same(app: Application) -> None:
     assert np.array_equal(make("a red cat<lyco:style:0.8>"), make("a red cat<lora:style:0.8>"))
 
 
+def test_an_embedding_that_came_with_a_file_counts_while_the_file_is_used(app: Application) -> None:
+    folder = app.config.lora_dirs[0]
+    width = next(iter(app.models.ensure_loaded().embeddings.widths.values()))
+    pair = load_file(folder / "style.safetensors")
+    vectors = torch.randn(2, width, generator=torch.Generator().manual_seed(5))
+    unfit = torch.ones(1, width + 1)
+    save_file({**pair, "bundle_emb.my.word.string_to_param.*": vectors, "bundle_emb.unfit.string_to_param.*": unfit}, folder / "bundled.safetensors")
+    plain = make("my.word cat<lora:style:1>")
+    result = run(txt2img(prompt="my.word cat<lora:bundled:1>"))
+    assert not np.array_equal(picture(result), plain)
+    assert "embedding unfit" in result.comments
+    assert np.array_equal(make("a cat<lora:bundled:1>"), make("a cat<lora:style:1>"))
+    assert np.array_equal(make("my.word cat<lora:style:1>"), plain)
+    (folder / "bundled.safetensors").unlink()
+
+
 def test_an_unknown_name_is_said_and_the_picture_is_made(app: Application) -> None:
     result = run(txt2img(prompt="a red cat<lora:gone:1><lora:away:1>"))
     assert "Networks not found: gone, away" in result.comments
