@@ -137,6 +137,7 @@ class StableDiffusionProcessing:
     sd_vae_hash: str | None = field(default=None, init=False)
     additional_module_names: list[str] = field(default_factory=list, init=False)
     is_api: bool = field(default=False, init=False)
+    selected_script: Any = field(default=None, init=False)
     latents_after_sampling: list[Any] = field(default_factory=list, init=False)
     pixels_after_sampling: list[Any] = field(default_factory=list, init=False)
     extra_result_images: list[Any] = field(default_factory=list, init=False)

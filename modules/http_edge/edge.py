@@ -10,9 +10,10 @@ import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from starlette.routing import Match, Mount, get_route_path
+from starlette.routing import Match, Mount
 
 from modules.app_config import AppConfig
 from modules.http_edge.access import ACTING_PATHS, Kind, PageLogins, is_admitted, kind_of, open_parts

@@ -29,7 +29,7 @@ def file_shapes(path: str) -> list[Any]:
     """Ways of naming a file in a payload: as a browser does, without the mark that it is a file, alone, in galleries, editors and lists."""
     plain = {"path": path}
     marked = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "x.png", "url": f"/gradio_api/file={path}"}
-    bare = {"path": path, "url": None, "size": None, "orig_name": "x.png", "mime_type": "image/png", "is_stream": False, "meta": {}}
+    bare: dict[str, Any] = {"path": path, "url": None, "size": None, "orig_name": "x.png", "mime_type": "image/png", "is_stream": False, "meta": {}}
     editor = {"background": plain, "layers": [plain], "composite": plain, "id": None}
     return [plain, marked, bare, editor, [{"image": plain, "caption": None}], [{"image": marked, "caption": None}], [plain], [marked], [path], path]
 

@@ -52,7 +52,7 @@ class RouteSweep:
             for method, route in methods.items():
                 for bait in map(str, self.server.bait.files):
                     query = {parameter["name"]: bait for parameter in route.get("parameters", ()) if parameter["in"] == "query"}
-                    bodies = [{name: shape} for name in _fields(described, route) for shape in (bait, [bait], {"path": bait})] or [None]
+                    bodies: list[Any] = [{name: shape} for name in _fields(described, route) for shape in (bait, [bait], {"path": bait})] or [None]
                     for body in bodies:
                         yield from self._call("routes", method.upper(), path, query, body)
 
