@@ -15,20 +15,10 @@ from backend.checkpoint_file import CheckpointError, TensorFile
 from backend.checkpoint_layout import Layout, Part
 
 SD15, SD20, SDXL, SDXL_REFINER = "sd15", "sd20", "sdxl", "sdxl_refiner"
-FAMILY_TITLES = {SD15: "SD 1.x", SD20: "SD 2.x", SDXL: "SDXL", SDXL_REFINER: "SDXL refiner"}
-LATENT_SCALES = {SD15: 0.18215, SD20: 0.18215, SDXL: 0.13025, SDXL_REFINER: 0.13025}
-TIME_IDS_WIDTH = {SDXL: 6 * 256, SDXL_REFINER: 5 * 256}
 INPAINT_CHANNELS = 9
-_LATENT_CHANNELS = 4
 _NORM_GROUPS = 32
 _UNREAD_CONTEXT_WIDTH = 32
 """What a network without attention is told of the text's width."""
-_UNSUPPORTED_INPUTS = {
-    5: "a depth-to-image model (5 input channels)",
-    7: "the x4 upscaler model (7 input channels)",
-    8: "an InstructPix2Pix model (8 input channels)",
-}
-_UNCLIP_WIDTHS = (1536, 2048)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,40 +192,6 @@ def _join_levels(widths: Sequence[int], downs: Sequence[Sequence[int]], ups_oute
     return tuple(levels)
 
 
-def find_family(file: TensorFile, shape: UNetShape, *, text_prefixes: Sequence[str] = ()) -> str:
-    """The family of a UNet: "sd15", "sd20", "sdxl" or "sdxl_refiner".
-
-    Published widths decide first (context 768, 1024, 1280, 2048); for other widths the extra vector, the text encoders in the file
-    and the kind of projections do.
-    Raises: CheckpointError for relatives that are not supported, by name.
-    """
-    _refuse_relatives(file, shape)
-    if shape.vector_width is not None:
-        is_refiner = shape.vector_width == 2560 or "conditioner.embedders.0.model." in text_prefixes
-        return SDXL_REFINER if is_refiner else SDXL
-    if shape.context_width in (768, 1024):
-        return SD15 if shape.context_width == 768 else SD20
-    if "cond_stage_model.model." in text_prefixes:
-        return SD20
-    return SD20 if shape.has_linear_projections else SD15
-
-
-def _refuse_relatives(file: TensorFile, shape: UNetShape) -> None:
-    what = _UNSUPPORTED_INPUTS.get(shape.in_channels)
-    if shape.vector_width in _UNCLIP_WIDTHS and shape.context_width == 1024:
-        what = "an SD 2.1 unCLIP model"
-    elif "edm_mean" in file.infos:
-        what = "Playground v2.5, which is trained with another noise schedule (EDM)"
-    elif any("encoder_hid_proj" in key for key in file.infos):
-        what = "a Kolors-like model with another text encoder"
-    elif what is None and shape.in_channels not in (_LATENT_CHANNELS, INPAINT_CHANNELS):
-        what = f"a model with {shape.in_channels} input channels"
-    if what is not None:
-        raise CheckpointError(
-            f"{file.path.name}: is {what}. This is not supported; use an SD 1.x, SD 2.x or SDXL checkpoint, or an inpainting version of one."
-        )
-
-
 def unet_config(shape: UNetShape, family: str) -> dict[str, Any]:
     """Arguments for diffusers' UNet2DConditionModel. Raises: CheckpointError when the shape is one that class cannot have."""
     widths = [level.width for level in shape.levels]
@@ -346,16 +302,20 @@ def _one_if_equal(numbers: list[int]) -> int | list[int]:
 # --- VAE ----------------------------------------------------------------------------------------------------------------------------
 
 
-def vae_config(file: TensorFile, part: Part, family: str) -> dict[str, Any]:
-    """Arguments for diffusers' AutoencoderKL. Raises: CheckpointError when shapes are missing or are of another family's VAE."""
+def vae_config(file: TensorFile, part: Part, *, channels: int, scale: float, family_title: str) -> dict[str, Any]:
+    """Arguments for diffusers' AutoencoderKL; `channels` and `scale` are of the family's latents.
+
+    Raises: CheckpointError when shapes are missing or are of another family's VAE.
+    """
     names = _Names(file, part, "VAE")
     level_name, layer_name = ("encoder.down.", ".block.") if part.layout is Layout.LDM else ("encoder.down_blocks.", ".resnets.")
     num_levels = names.count(level_name + "{}.")
     latent_channels = names.shape("decoder.conv_in.weight")[1]
-    if latent_channels != _LATENT_CHANNELS:
+    if latent_channels != channels:
+        owners = "16 channels belong to Flux and SD3. " if latent_channels == 16 else ""
         raise CheckpointError(
-            f"{file.path.name}: is a VAE with {latent_channels} latent channels; {FAMILY_TITLES[family]} needs one with {_LATENT_CHANNELS}. "
-            "16 channels belong to Flux and SD3. Choose another VAE, or None."
+            f"{file.path.name}: is a VAE with {latent_channels} latent channels; {family_title} needs one with {channels}. "
+            f"{owners}Choose another VAE, or None."
         )
     return {
         "in_channels": names.shape("encoder.conv_in.weight")[1],
@@ -366,7 +326,7 @@ def vae_config(file: TensorFile, part: Part, family: str) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * num_levels,
         "layers_per_block": names.count(f"{level_name}0{layer_name}" + "{}."),
         "norm_num_groups": _NORM_GROUPS,
-        "scaling_factor": LATENT_SCALES[family],
+        "scaling_factor": scale,
         "use_quant_conv": names.has("quant_conv."),
         "use_post_quant_conv": names.has("post_quant_conv."),
         "mid_block_add_attention": names.has("decoder.mid.attn_1.") or names.has("decoder.mid_block.attentions."),

@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EPSILON, V_PREDICTION = "epsilon", "v_prediction"
+EPSILON, V_PREDICTION, FLOW = "epsilon", "v_prediction", "flow"
+_MEANINGS = {EPSILON: "noise", V_PREDICTION: "v", FLOW: "flow"}
 _METADATA_KEYS = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
 _MAX_YAML_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictionSpec:
-    """`kind` is "epsilon" or "v_prediction"; `source` says who said so.
+    """`kind` is "epsilon", "v_prediction" or "flow"; `source` says who said so.
 
     `sigma_range` (least, greatest) is set for continuous EDM schedules, as in CosXL.
     """
@@ -39,6 +40,11 @@ class PredictionSpec:
     has_zero_terminal_snr: bool = False
     sigma_range: tuple[float, float] | None = None
     source: str
+
+    @property
+    def meaning(self) -> str:
+        """What the network's output is, for a log."""
+        return _MEANINGS.get(self.kind, self.kind)
 
 
 def read_prediction(file: TensorFile, *, prefix: str = "") -> PredictionSpec | None:

@@ -21,6 +21,8 @@ from backend.checkpoint_file import CheckpointError, TensorFile, TensorInfo, ope
 from backend.checkpoint_layout import Part, find_controlnet
 from backend.control_dtype import pick_dtype
 from backend.control_lora import is_control_lora, read_control_lora
+from backend.families.registry import find_family
+from backend.families.unet_family import find_unet_family
 from backend.nn.controlnet import ControlNetwork
 from backend.nn.controlnet_union import UnionNetwork
 from backend.nn.t2i_adapter import AdapterNetwork
@@ -112,7 +114,7 @@ def _build_controlnet(file: TensorFile, part: Part) -> ControlNet:
         raise CheckpointError(
             f"{file.path.name}: is a ControlNet that reads {shape.in_channels} channels of latents; SD 1.x, SD 2.x and SDXL have {_LATENT_CHANNELS}."
         )
-    family = checkpoint_config.find_family(file, shape)
+    family = find_unet_family(file, shape)
     config = checkpoint_config.controlnet_config(file, part, shape, family)
     is_union = f"{part.prefix}{_UNION_MARK}" in file.infos
     config = checkpoint_config.union_config(file, part, config) if is_union else config
@@ -123,7 +125,7 @@ def _build_controlnet(file: TensorFile, part: Part) -> ControlNet:
     link = UnionControlNet(UnionNetwork(model)) if is_union else ControlNet(ControlNetwork(model), "shuffle" in file.path.stem.lower())
     link.name = file.path.name
     what = f"a ControlNet Union of {link.num_types} kinds" if isinstance(link, UnionControlNet) else "a ControlNet"
-    logger.info("Loaded %s: %s for %s, in %s.", file.path.name, what, checkpoint_config.FAMILY_TITLES[family], str(link.control_model.dtype)[6:])
+    logger.info("Loaded %s: %s for %s, in %s.", file.path.name, what, find_family(family).title, str(link.control_model.dtype)[6:])
     return link
 
 

@@ -7,40 +7,36 @@ built without memory, checked against the file, and then filled tensor by tensor
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from backend import checkpoint_config, checkpoint_identity, memory_management
-from backend.checkpoint_config import SD15, SD20, SDXL, SDXL_REFINER, TextShape, UNetShape
+from backend import checkpoint_identity, memory_management
 from backend.checkpoint_file import CheckpointError as CheckpointError
 from backend.checkpoint_file import TensorFile, open_tensor_file
-from backend.checkpoint_layout import Layout, Part, find_text_encoders, find_unet, find_vae
-from backend.checkpoint_prediction import EPSILON, V_PREDICTION, PredictionSpec, predicts_velocity, read_prediction
+from backend.checkpoint_layout import Part
+from backend.checkpoint_prediction import PredictionSpec
 from backend.denoiser_types import choose_denoiser_types
 from backend.diffusion_engine.base import EngineParts, ForgeDiffusionEngine, ModelConfig
-from backend.diffusion_engine.sd15 import StableDiffusion
-from backend.diffusion_engine.sd20 import StableDiffusion2
-from backend.diffusion_engine.sdxl import StableDiffusionXL, StableDiffusionXLRefiner
+from backend.diffusion_engine.faces import FACES
+from backend.families import registry
+from backend.families.family import Component, Family, FoundDenoiser
+from backend.families.key_map import KeyMap
 from backend.foreign_json import parse_resolution
 from backend.memory.dtype_policy import dtype_from_flag
 from backend.modules.k_model import KModel
-from backend.modules.k_prediction import Prediction
 from backend.parallel.vae_decoding import decode_on_all_slots
 from backend.patcher.clip import CLIP
 from backend.patcher.unet import UnetPatcher
 from backend.patcher.vae import VAE
-from backend.state_dict import LoadPlan, assign_tensors, build_empty, check_plan, matrix_dtypes, plan_text_encoder, plan_unet, plan_vae
+from backend.state_dict import LoadPlan, assign_tensors, check_plan, matrix_dtypes, plan_denoiser
 from backend.storage.kinds import is_compact
 from backend.storage.running import set_types
-from backend.text_processing.clip_tokenizer import EOS_TOKEN_ID, build_clip_tokenizer
 from backend.text_processing.textual_inversion import EmbeddingDatabase
 
 if TYPE_CHECKING:
@@ -48,16 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ENGINES: dict[str, type[ForgeDiffusionEngine]] = {
-    SD15: StableDiffusion,
-    SD20: StableDiffusion2,
-    SDXL: StableDiffusionXL,
-    SDXL_REFINER: StableDiffusionXLRefiner,
-}
-_TEXT_SLOTS = {SD15: ("clip_l",), SD20: ("clip_h",), SDXL: ("clip_l", "clip_g"), SDXL_REFINER: ("clip_g",)}
-_TEXT_NAMES = {"clip_l": "CLIP-L", "clip_h": "OpenCLIP-H", "clip_g": "OpenCLIP bigG"}
-_PUBLISHED_TEXT_WIDTHS = {768: "clip_l", 1280: "clip_g"}
-_SD2_USED_BLOCKS = 23
 _QUANTISED_KEYS = ("bitsandbytes__nf4", "bitsandbytes__fp4", ".scale_weight", ".comfy_quant", ".weight_scale")
 _PICK_MODULE = "and choose it under 'VAE / Text Encoder'"
 
@@ -71,21 +57,18 @@ class _Located:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _LocatedText(_Located):
-    """A text encoder in a file, its shape read."""
-
-    shape: TextShape
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Sources:
     """What will be loaded from where."""
 
-    family: str
-    unet: _Located
-    unet_shape: UNetShape
+    family: Family
+    found: FoundDenoiser
+    main: TensorFile
     vae: _Located
-    texts: dict[str, _LocatedText]
+    texts: Mapping[str, _Located]
+
+    @property
+    def denoiser(self) -> _Located:
+        return _Located(file=self.main, part=self.found.part)
 
 
 def load_checkpoint(
@@ -114,12 +97,13 @@ def _log_loaded(engine: ForgeDiffusionEngine, path: Path, extras: Sequence[Tenso
     model: Any = engine.forge_objects.unet.model
     prediction = engine.model_config.prediction
     logger.info(
-        "Loaded %s: %s%s, predicts %s (%s), UNet stored in %s and computed in %s, VAE in %s%s.",
+        "Loaded %s: %s%s, predicts %s (%s), %s stored in %s and computed in %s, VAE in %s%s.",
         path.name,
-        checkpoint_config.FAMILY_TITLES[engine.family],
+        engine.family_title,
         " inpainting" if engine.is_inpaint else "",
-        "v" if prediction.kind == V_PREDICTION else "noise",
+        prediction.meaning,
         prediction.source,
+        engine.denoiser_title,
         _dtype_text(model.storage_dtype),
         _dtype_text(model.computation_dtype),
         _dtype_text(engine.forge_objects.vae.vae_dtype),
@@ -136,18 +120,10 @@ def _dtype_text(dtype: torch.dtype) -> str:
 
 def _find_sources(main: TensorFile, extras: Sequence[TensorFile]) -> _Sources:
     _refuse_quantised(main)
+    family, found = _identify(main)
     for extra in extras:
-        _refuse_useless_extra(extra)
-    unet = _Located(file=main, part=_unet_part(main))
-    shape = checkpoint_config.read_unet_shape(main, unet.part)
-    family = checkpoint_config.find_family(main, shape, text_prefixes=[part.prefix for part in find_text_encoders(main.infos)])
-    return _Sources(
-        family=family,
-        unet=unet,
-        unet_shape=shape,
-        vae=_find_vae(main, extras, family),
-        texts=_find_texts(main, extras, family, shape.context_width),
-    )
+        _refuse_useless_extra(extra, family)
+    return _Sources(family=family, found=found, main=main, vae=_find_vae(main, extras, family, found), texts=_find_texts(main, extras, family, found))
 
 
 def _refuse_quantised(file: TensorFile) -> None:
@@ -159,11 +135,11 @@ def _refuse_quantised(file: TensorFile) -> None:
         )
 
 
-def _unet_part(file: TensorFile) -> Part:
+def _identify(file: TensorFile) -> tuple[Family, FoundDenoiser]:
+    identified = registry.identify(file)
+    if identified is not None:
+        return identified
     kind = checkpoint_identity.identify(file.infos)
-    part = find_unet(file.infos)
-    if part is not None and (kind is None or not kind.never_holds_unet):
-        return part
     if kind is not None:
         what = kind.name if kind.name.endswith("checkpoint") else f"{kind.name}, not a checkpoint"
         raise CheckpointError(f"{file.path.name}: is {what}. {kind.remedy}.")
@@ -171,71 +147,66 @@ def _unet_part(file: TensorFile) -> Part:
         raise CheckpointError(f"{file.path.name}: holds no tensors at all. Download it again, and compare its size with the one on the model's page.")
     raise CheckpointError(
         f"{file.path.name}: matches no known model ({len(file.infos)} tensors, the first is {next(iter(file.infos))}). "
-        "SD 1.x, SD 2.x and SDXL checkpoints can be loaded. Check that the right file was downloaded."
+        f"{registry.known_lines()} checkpoints can be loaded. Check that the right file was downloaded."
     )
 
 
-def _refuse_useless_extra(file: TensorFile) -> None:
-    if find_vae(file.infos) is not None or find_text_encoders(file.infos):
+def _refuse_useless_extra(file: TensorFile, family: Family) -> None:
+    if any(component.find(file) for component in (family.vae, *family.text_encoders)):
         return
     kind = checkpoint_identity.identify(file.infos)
-    what = f"is {kind.name}. {kind.remedy}" if kind is not None else "holds neither a VAE nor a CLIP text encoder"
+    encoders = " or ".join(dict.fromkeys(encoder.title for encoder in family.text_encoders))
+    what = f"is {kind.name}. {kind.remedy}" if kind is not None else f"holds neither a VAE nor a {encoders} text encoder"
     raise CheckpointError(f"{file.path.name}: was chosen as VAE / Text Encoder, but {what}. Take it out of 'VAE / Text Encoder'.")
 
 
-def _find_vae(main: TensorFile, extras: Sequence[TensorFile], family: str) -> _Located:
+def _find_vae(main: TensorFile, extras: Sequence[TensorFile], family: Family, found: FoundDenoiser) -> _Located:
     for file in [*reversed(extras), main]:
-        part = find_vae(file.infos)
-        if part is not None:
-            return _Located(file=file, part=part)
+        for part in family.vae.find(file):
+            if family.vae.takes(file, part, found):
+                return _Located(file=file, part=part)
     raise CheckpointError(
-        f"{main.path.name}: has no VAE. Put an {checkpoint_config.FAMILY_TITLES[family]} VAE into models/VAE {_PICK_MODULE}, "
-        "or use a checkpoint that has one."
+        f"{main.path.name}: has no VAE. Put an {family.title} VAE into models/VAE {_PICK_MODULE}, or use a checkpoint that has one."
     )
 
 
-def _find_texts(main: TensorFile, extras: Sequence[TensorFile], family: str, context_width: int) -> dict[str, _LocatedText]:
-    """The family's text encoders by slot; files named later take the place of earlier ones."""
-    found: dict[str, _LocatedText] = {}
-    wrong: list[_LocatedText] = []
+def _find_texts(main: TensorFile, extras: Sequence[TensorFile], family: Family, found: FoundDenoiser) -> dict[str, _Located]:
+    """The family's text encoders by name; files named later take the place of earlier ones."""
+    taken: dict[str, _Located] = {}
+    seen: list[_Located] = []
     for file in [main, *extras]:
-        for part in find_text_encoders(file.infos):
-            located = _LocatedText(file=file, part=part, shape=checkpoint_config.read_text_shape(file, part))
-            slot = _slot_of(located, family)
-            if slot is None or (len(_TEXT_SLOTS[family]) == 1 and located.shape.width != context_width):
-                wrong.append(located)
-            else:
-                found[slot] = located
-    missing = [slot for slot in _TEXT_SLOTS[family] if slot not in found]
+        for encoder in family.text_encoders:
+            for part in encoder.find(file):
+                located = _Located(file=file, part=part)
+                seen.append(located)
+                if encoder.takes(file, part, found):
+                    taken[encoder.name] = located
+    missing = [encoder for encoder in family.text_encoders if encoder.name not in taken]
     if missing:
-        raise CheckpointError(_missing_text_message(main, family, missing, wrong, context_width))
-    total_width = sum(located.shape.width for located in found.values())
-    if total_width != context_width:
-        widths = " and ".join(f"{_TEXT_NAMES[slot]} {located.shape.width} ({located.file.path.name})" for slot, located in found.items())
+        others = [located for located in dict.fromkeys(seen) if located not in taken.values()]
+        raise CheckpointError(_missing_text_message(main, family, missing, others, found))
+    texts = {encoder.name: taken[encoder.name] for encoder in family.text_encoders}
+    _check_widths(main, family, texts, found)
+    return texts
+
+
+def _check_widths(main: TensorFile, family: Family, texts: Mapping[str, _Located], found: FoundDenoiser) -> None:
+    widths = {encoder: encoder.width(texts[encoder.name].file, texts[encoder.name].part) for encoder in family.text_encoders}
+    if found.context_width and sum(widths.values()) != found.context_width:
+        given = " and ".join(f"{encoder.title} {width} ({texts[encoder.name].file.path.name})" for encoder, width in widths.items())
         raise CheckpointError(
-            f"{main.path.name}: its UNet reads text features {context_width} wide, but the text encoders give {widths}. "
+            f"{main.path.name}: its {family.denoiser_title} reads text features {found.context_width} wide, but the text encoders give {given}. "
             "Choose text encoders of the same model family, or none."
         )
-    return found
 
 
-def _slot_of(located: _LocatedText, family: str) -> str | None:
-    """The slot a text encoder takes in `family`, or None when the family has no use for it."""
-    slots = _TEXT_SLOTS[family]
-    if len(slots) == 1:
-        return slots[0]
-    slot = located.part.slot or _PUBLISHED_TEXT_WIDTHS.get(located.shape.width)
-    if slot is None:
-        slot = "clip_g" if located.part.layout is Layout.OPEN_CLIP or located.shape.projected_width is not None else "clip_l"
-    return slot
-
-
-def _missing_text_message(main: TensorFile, family: str, missing: Sequence[str], wrong: Sequence[_LocatedText], context_width: int) -> str:
-    names = " and no ".join(_TEXT_NAMES[slot] for slot in missing)
-    message = f"{main.path.name}: has no {names} text encoder, which {checkpoint_config.FAMILY_TITLES[family]} needs. "
-    if wrong:
-        others = ", ".join(f"the one in {located.file.path.name} is {located.shape.width} wide" for located in wrong)
-        message += f"Its UNet reads text features {context_width} wide; {others}. "
+def _missing_text_message(main: TensorFile, family: Family, missing: Sequence[Component], others: Sequence[_Located], found: FoundDenoiser) -> str:
+    names = " and no ".join(encoder.title for encoder in missing)
+    message = f"{main.path.name}: has no {names} text encoder, which {family.title} needs. "
+    if others and found.context_width:
+        width = missing[0].width
+        wrong = ", ".join(f"the one in {located.file.path.name} is {width(located.file, located.part)} wide" for located in others)
+        message += f"Its {family.denoiser_title} reads text features {found.context_width} wide; {wrong}. "
     return f"{message}Put the text encoder's file into models/text_encoder {_PICK_MODULE}, or use a checkpoint that has one."
 
 
@@ -245,26 +216,24 @@ def _missing_text_message(main: TensorFile, family: str, missing: Sequence[str],
 def _build_engine(
     sources: _Sources, main: TensorFile, config: BackendConfig, unet_storage_dtype: torch.dtype | None, embedding_dirs: Sequence[Path]
 ) -> ForgeDiffusionEngine:
-    unet = build_empty(lambda: UNet2DConditionModel(**checkpoint_config.unet_config(sources.unet_shape, sources.family)))
-    vae_config = checkpoint_config.vae_config(sources.vae.file, sources.vae.part, sources.family)
-    vae = build_empty(lambda: AutoencoderKL(**vae_config))
-    texts = {slot: _empty_text_encoder(located, slot, sources.family) for slot, located in _in_slot_order(sources).items()}
-    unet_plan = _checked(plan_unet(unet, sources.unet.file, sources.unet.part), sources.unet, "UNet")
-    vae_plan = _checked(plan_vae(vae, sources.vae.file, sources.vae.part), sources.vae, "VAE")
-    text_plans = {
-        slot: _checked(plan_text_encoder(texts[slot], located.file, located.part), located, f"{_TEXT_NAMES[slot]} text encoder")
-        for slot, located in sources.texts.items()
-    }
+    family, found = sources.family, sources.found
+    denoiser, vae = family.build_denoiser(found), family.vae.build(sources.vae.file, sources.vae.part)
+    texts = {encoder.name: encoder.build(sources.texts[encoder.name].file, sources.texts[encoder.name].part) for encoder in family.text_encoders}
+    key_map = family.key_map(denoiser)
+    denoiser_plan = _checked(plan_denoiser(denoiser, main, found.part, key_map.original), sources.denoiser, family.denoiser_title)
+    vae_plan = _checked(family.vae.plan(vae, sources.vae.file, sources.vae.part), sources.vae, "VAE")
+    text_plans = {encoder.name: _plan_text(encoder, texts[encoder.name], sources.texts[encoder.name]) for encoder in family.text_encoders}
     # Everything has been checked; only now are weights read, so that a wrong file costs no memory.
     clip = _load_clip(texts, text_plans, sources, config)
     vae_patcher = _load_vae(vae, vae_plan, sources, config)
-    unet_patcher, prediction = _load_unet(unet, unet_plan, sources, config, unet_storage_dtype)
+    unet_patcher, prediction = _load_denoiser(denoiser, denoiser_plan, sources, config, unet_storage_dtype, key_map)
     parts = EngineParts(
+        family=family,
         config=ModelConfig(
-            family=sources.family,
-            unet_config=dict(unet.config),
-            vae_config=dict(vae.config),
-            latent_scale=checkpoint_config.LATENT_SCALES[sources.family],
+            family=family.name,
+            unet_config=_config_of(denoiser),
+            vae_config=_config_of(vae),
+            latent_scale=family.latent.scale,
             prediction=prediction,
         ),
         unet=unet_patcher,
@@ -272,14 +241,19 @@ def _build_engine(
         vae=vae_patcher,
         embeddings=_build_embeddings(clip, embedding_dirs),
         filename=main.path,
-        native_size_px=_native_size_px(main, sources.family, prediction),
+        native_size_px=_native_size_px(main, family, prediction),
+        is_inpaint=found.is_inpaint,
         metadata=main.metadata,
     )
-    return _ENGINES[sources.family](parts)
+    return FACES.get(family.name, ForgeDiffusionEngine)(parts)
 
 
-def _in_slot_order(sources: _Sources) -> dict[str, _LocatedText]:
-    return {slot: sources.texts[slot] for slot in _TEXT_SLOTS[sources.family]}
+def _config_of(network: nn.Module) -> dict[str, Any]:
+    return dict(getattr(network, "config", {}))
+
+
+def _plan_text(encoder: Component, network: nn.Module, located: _Located) -> LoadPlan:
+    return _checked(encoder.plan(network, located.file, located.part), located, f"{encoder.title} text encoder")
 
 
 def _checked(plan: LoadPlan, located: _Located, what: str) -> LoadPlan:
@@ -287,17 +261,6 @@ def _checked(plan: LoadPlan, located: _Located, what: str) -> LoadPlan:
     if plan.unexpected and located.part.prefix:
         logger.debug("%s: %d tensors of its %s are not used (first: %s).", located.file.path.name, len(plan.unexpected), what, plan.unexpected[0])
     return plan
-
-
-def _empty_text_encoder(located: _LocatedText, slot: str, family: str) -> nn.Module:
-    is_open_clip = slot != "clip_l"
-    num_layers = located.shape.num_layers
-    if family == SD20 and located.part.layout is Layout.OPEN_CLIP and num_layers != _SD2_USED_BLOCKS:
-        num_layers -= 1  # SD2.x reads the tower before its last block; files that were converted back hold the 23 used blocks alone
-    arguments = checkpoint_config.text_config(located.shape, is_open_clip=is_open_clip, num_layers=num_layers)
-    if slot == "clip_g":
-        return build_empty(lambda: cast("nn.Module", CLIPTextModelWithProjection(CLIPTextConfig(**arguments))))
-    return build_empty(lambda: cast("nn.Module", CLIPTextModel(CLIPTextConfig(**arguments))))
 
 
 def _count_bytes(networks: Iterable[nn.Module], dtype: torch.dtype) -> int:
@@ -314,65 +277,51 @@ def _load_clip(encoders: dict[str, nn.Module], plans: dict[str, LoadPlan], sourc
     for slot, encoder in encoders.items():
         assign_tensors(encoder, plans[slot], sources.texts[slot].file, storage_dtype=storage_dtype, computation_dtype=computation_dtype)
         set_types(encoder, storage_dtype, computation_dtype)
-    tokenizers = {slot: build_clip_tokenizer(pad_token_id=EOS_TOKEN_ID if slot == "clip_l" else 0) for slot in encoders}
+    tokenizers = {encoder.name: encoder.make_tokenizer() for encoder in sources.family.text_encoders if encoder.make_tokenizer is not None}
     return CLIP(encoders, tokenizers)
 
 
-def _load_vae(vae: AutoencoderKL, plan: LoadPlan, sources: _Sources, config: BackendConfig) -> VAE:
+def _load_vae(vae: nn.Module, plan: LoadPlan, sources: _Sources, config: BackendConfig) -> VAE:
     flag_dtype = dtype_from_flag(config.vae_dtype)
     device = memory_management.vae_device(_count_bytes([vae], flag_dtype or memory_management.vae_dtype(memory_management.get_torch_device())))
     dtype = flag_dtype or memory_management.vae_dtype(device)
     assign_tensors(vae, plan, sources.vae.file, storage_dtype=dtype)
-    return VAE(vae, device=device, dtype=dtype, slot_decoder=decode_on_all_slots)
+    return VAE(vae, device=device, dtype=dtype, latent=sources.family.latent, slot_decoder=decode_on_all_slots)
 
 
-def _load_unet(
-    unet: UNet2DConditionModel, plan: LoadPlan, sources: _Sources, config: BackendConfig, wanted_dtype: torch.dtype | None
+def _load_denoiser(
+    denoiser: nn.Module, plan: LoadPlan, sources: _Sources, config: BackendConfig, wanted_dtype: torch.dtype | None, key_map: KeyMap
 ) -> tuple[UnetPatcher, PredictionSpec]:
-    num_parameters = sum(parameter.numel() for parameter in unet.parameters())
-    types = choose_denoiser_types(
-        matrix_dtypes(sources.unet.file, sources.unet.part),
-        num_parameters,
-        wanted=wanted_dtype or dtype_from_flag(config.unet_dtype or config.all_in),
-    )
+    family, file = sources.family, sources.main
+    num_parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    wanted_dtype = wanted_dtype or dtype_from_flag(config.unet_dtype or config.all_in)
+    types = choose_denoiser_types(matrix_dtypes(file, sources.found.part), num_parameters, wanted=wanted_dtype)
     storage_dtype, computation_dtype = types.storage_dtype, types.computation_dtype
     load_device = memory_management.unet_inital_load_device(num_parameters, storage_dtype)
-    assign_tensors(unet, plan, sources.unet.file, storage_dtype=storage_dtype, computation_dtype=computation_dtype, device=load_device)
-    prediction = _find_prediction(unet, sources)
-    predictor = Prediction(prediction_type=prediction.kind, zero_terminal_snr=prediction.has_zero_terminal_snr)
-    model = KModel(unet, predictor, storage_dtype=storage_dtype, computation_dtype=computation_dtype)
+    assign_tensors(denoiser, plan, file, storage_dtype=storage_dtype, computation_dtype=computation_dtype, device=load_device)
+    prediction = family.find_prediction(file, sources.found, denoiser)
+    model = KModel(
+        denoiser,
+        family.make_predictor(prediction),
+        storage_dtype=storage_dtype,
+        computation_dtype=computation_dtype,
+        build_program=family.build_program,
+        key_map=key_map,
+    )
     return UnetPatcher.from_model(model), prediction
-
-
-def _find_prediction(unet: UNet2DConditionModel, sources: _Sources) -> PredictionSpec:
-    said = read_prediction(sources.unet.file, prefix=sources.unet.part.prefix)
-    if said is not None:
-        if said.sigma_range is not None:
-            raise CheckpointError(
-                f"{sources.unet.file.path.name}: is trained with a continuous EDM noise schedule ({said.source}), as CosXL is. "
-                "This is not supported; use the epsilon or v-prediction version of the model."
-            )
-        return said
-    if sources.family == SD20 and sources.unet_shape.in_channels == 4:
-        return PredictionSpec(kind=V_PREDICTION if predicts_velocity(unet) else EPSILON, source="told by a test run of the UNet")
-    return PredictionSpec(kind=EPSILON, source="the family's rule")
 
 
 def _build_embeddings(clip: CLIP, folders: Sequence[Path]) -> EmbeddingDatabase:
     slots = list(clip.tokenizer)
     widths = {slot: int(cast("Any", clip.cond_stage_model[slot]).config.hidden_size) for slot in slots}
-    database = EmbeddingDatabase(clip.tokenizer[slots[0]], widths)
-    for folder in folders:
+    database = EmbeddingDatabase(clip.tokenizer[slots[0]] if slots else None, widths)
+    for folder in folders if slots else ():
         database.add_embedding_dir(folder)
     database.load_textual_inversion_embeddings()
     return database
 
 
-def _native_size_px(file: TensorFile, family: str, prediction: PredictionSpec) -> int:
-    """The side the model was trained on: the file's own word for it, else the family's; SD 2.x that predicts v is the 768 model."""
+def _native_size_px(file: TensorFile, family: Family, prediction: PredictionSpec) -> int:
+    """The side the model was trained on: the file's own word for it, else the family's."""
     sides = parse_resolution(file.metadata.get("modelspec.resolution"))
-    if sides is not None and sides[0] > 0:
-        return sides[0]
-    if family in (SDXL, SDXL_REFINER):
-        return 1024
-    return 768 if family == SD20 and prediction.kind == V_PREDICTION else 512
+    return sides[0] if sides is not None and sides[0] > 0 else family.native_size_px(prediction)

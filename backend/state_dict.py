@@ -19,6 +19,7 @@ from backend.checkpoint_layout import Layout, Part
 from backend.storage.running import is_cast_layer
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+PlaceOf = Callable[[str], tuple[str, tuple[int, int, int] | None]]
 
 _QKV_THIRDS = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 _IGNORED_ENDINGS = ("position_ids", "logit_scale", "num_batches_tracked")
@@ -26,10 +27,12 @@ _IGNORED_ENDINGS = ("position_ids", "logit_scale", "num_batches_tracked")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSource:
-    """Where one parameter comes from. `third`: which third of the rows (fused q, k, v); `transposed`: rows and columns swapped."""
+    """Where one parameter comes from. `third`: which third of the rows (fused q, k, v); `rows`: rows (from, to, of how many) of a shared matrix;
+    `transposed`: rows and columns swapped."""
 
     key: str
     third: int | None = None
+    rows: tuple[int, int, int] | None = None
     transposed: bool = False
 
 
@@ -51,12 +54,16 @@ def build_empty(make: Callable[[], ModuleT]) -> ModuleT:
     return module
 
 
-def plan_unet(unet: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
-    """Sources of a UNet2DConditionModel's parameters."""
+def plan_denoiser(denoiser: nn.Module, file: TensorFile, part: Part, place_of: PlaceOf) -> LoadPlan:
+    """Sources of a denoiser's parameters. `place_of` gives the original name of each, and the rows where it shares a matrix."""
     if part.layout is Layout.DIFFUSERS:
-        return _plan(unet, file, part, lambda key: [TensorSource(key=part.prefix + key)])
-    names = key_layout.unet_module_names(cast("Mapping[str, Any]", unet.config))
-    return _plan(unet, file, part, lambda key: [TensorSource(key=part.prefix + key_layout.rename_by_module(key, names))])
+        return _plan(denoiser, file, part, lambda key: [TensorSource(key=part.prefix + key)])
+
+    def source(key: str) -> list[TensorSource]:
+        name, rows = place_of(key)
+        return [TensorSource(key=part.prefix + name, rows=rows)]
+
+    return _plan(denoiser, file, part, source)
 
 
 def plan_controlnet(controlnet: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
@@ -129,6 +136,9 @@ def _plan(module: nn.Module, file: TensorFile, part: Part, candidates: Callable[
 
 
 def _fits(stored: tuple[int, ...], wanted: tuple[int, ...], source: TensorSource) -> bool:
+    if source.rows is not None:
+        first, end, total = source.rows
+        return stored == (total, *wanted[1:]) and end - first == wanted[0]
     if source.third is not None:
         return len(stored) == len(wanted) and stored == (3 * wanted[0], *wanted[1:])
     if source.transposed:
@@ -193,7 +203,9 @@ def assign_tensors(
 
 
 def _materialise(file: TensorFile, source: TensorSource, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    rows = None if source.third is None else (source.third * shape[0], (source.third + 1) * shape[0])
+    rows = None if source.rows is None else source.rows[:2]
+    if source.third is not None:
+        rows = (source.third * shape[0], (source.third + 1) * shape[0])
     tensor = file.read(source.key, dtype=dtype, device=device, rows=rows)
     if source.transposed:
         tensor = tensor.T.contiguous()

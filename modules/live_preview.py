@@ -99,7 +99,10 @@ def apply_projection(latent_CHW: Tensor, projection: Tensor) -> Tensor:
 
 
 def latent_projection(engine: Any) -> Tensor:
-    """(C + 1, 3): how the engine's VAE turns latent channels into colours, as nearly as a linear map can. Fitted once for each VAE."""
+    """(C + 1, 3): how latent channels turn into colours, as nearly as a linear map can: the family's table, else fitted once for each VAE."""
+    table = getattr(getattr(engine, "latent_format", None), "preview", None)
+    if table is not None:
+        return torch.tensor(table)
     network = engine.forge_objects.vae.first_stage_model
     if network not in _fitted:
         _fitted[network] = fit_projection(engine.decode_first_stage, int(engine.forge_objects.vae.latent_channels))

@@ -80,7 +80,8 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
     from backend import memory_management, profiler  # import torch, as the sampler list does
     from backend.parallel.lost_slots import losing_silent_slots
     from modules.job_observer import JobObserver
-    from modules.processing_validation import make_sound
+    from modules.processing_latents import latent_format_of
+    from modules.processing_validation import fit_size_to_model, make_sound
 
     app = current_application()
     with queue_lock, _as_job(app), JobObserver(p, app):
@@ -92,6 +93,7 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
             with losing_silent_slots(), memory_management.explaining_shortages("making the picture"):
                 with profiler.recorder().measure("load", "load the model"):
                     p.sd_model = app.models.ensure_loaded(p.options)
+                fit_size_to_model(p, latent_format_of(p.sd_model))
                 return process_images_inner(p)
         finally:
             active_overrides.reset(token)
@@ -208,10 +210,12 @@ def _run_batches(p: StableDiffusionProcessing, app: Application, collector: Pict
 def _run_batch(p: StableDiffusionProcessing, app: Application, collector: PictureCollector) -> bool:
     """One batch from its prompts to its pictures; False when no prompts are left for it."""
     from modules.hook_arguments import PostSampleArgs
-    from modules.processing_latents import decode_latent_batch
+    from modules.processing_latents import decode_latent_batch, latent_format_of
     from modules.processing_networks import activate_networks
+    from modules.processing_validation import fit_size_to_model
 
     p.sd_model = app.models.ensure_loaded(p.options)
+    fit_size_to_model(p, latent_format_of(p.sd_model))
     _set_batch(p)
     if not p.prompts:
         return False
@@ -242,6 +246,7 @@ def _set_batch(p: StableDiffusionProcessing) -> None:
     """Prompts, seeds and noise of the current batch."""
     from modules import rng
     from modules.processing_conditions import rows_of
+    from modules.processing_latents import latent_format_of
 
     for name in ("prompts", "negative_prompts", "seeds", "subseeds"):
         setattr(p, name, rows_of(getattr(p, f"all_{name}"), p.iteration, p.batch_size))
@@ -249,8 +254,9 @@ def _set_batch(p: StableDiffusionProcessing) -> None:
         from modules.processing_hires import prompts_of_batch
 
         prompts_of_batch(p)
+    latent = latent_format_of(p.sd_model)
     p.rng = rng.ImageRNG(
-        (opt_C, p.height // opt_f, p.width // opt_f),
+        (latent.channels, p.height // latent.factor, p.width // latent.factor),
         p.seeds,
         subseeds=p.subseeds,
         subseed_strength=p.subseed_strength,

@@ -167,7 +167,7 @@ def _cache_key(p: StableDiffusionProcessing, prompts: SdConditioning, steps: int
     return (
         tuple(prompts),
         bool(prompts.is_negative_prompt),
-        (prompts.width, prompts.height) if engine.is_sdxl else None,
+        (prompts.width, prompts.height) if engine.family_facts.reads_size else None,
         (steps, hires_steps) if any("[" in prompt for prompt in prompts) else None,
         getattr(engine, "load_number", id(engine)),
         str(engine.current_lora_hash),

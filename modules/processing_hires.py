@@ -16,10 +16,18 @@ from modules.errors import RequestError, UnknownCheckpointError
 from modules.image_resizing import resize_to
 from modules.processing_compositing import old_hires_fix_first_pass_dimensions
 from modules.processing_conditions import finish_prompt, rows_of, setup_hires_conditions
-from modules.processing_latents import DecodedSamples, decode_latent_batch, encode_pixels, pil_to_pixels, pixels_to_pil, upscale_latent
+from modules.processing_latents import (
+    DecodedSamples,
+    decode_latent_batch,
+    encode_pixels,
+    latent_format_of,
+    pil_to_pixels,
+    pixels_to_pil,
+    upscale_latent,
+)
 from modules.processing_networks import activate_networks, prepare_networks
 from modules.processing_refiner import refining
-from modules.processing_request import LATENT_UPSCALE_MODES, opt_C, opt_f
+from modules.processing_request import LATENT_UPSCALE_MODES, opt_f
 from modules.processing_result import create_infotext
 from modules.processing_saving import save_or_say
 from modules.processing_txt2img import run_sampling_hook
@@ -160,9 +168,8 @@ def _second_pass(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, deco
     p.sampler = sd_samplers.create_sampler(sampler_name, p.sd_model)
     latents_BCHW, pixels_BCHW = _upscaled(p, samples_BCHW, decoded_BCHW)
     conditioning = p.img2img_image_conditioning(None if pixels_BCHW is None else pixels_BCHW * 2 - 1, latents_BCHW)
-    shape = (opt_C, *latents_BCHW.shape[-2:])
     p.rng = rng.ImageRNG(
-        shape,
+        tuple(latents_BCHW.shape[1:]),
         p.seeds,
         subseeds=p.subseeds,
         subseed_strength=p.subseed_strength,
@@ -190,7 +197,8 @@ def _upscaled(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, decoded
     width_px, height_px = p.hr_upscale_to_x, p.hr_upscale_to_y
     if decoded_BCHW is None:
         assert p.latent_scale_mode is not None
-        latents_BCHW = _cut(p, upscale_latent(samples_BCHW, width_px, height_px, p.latent_scale_mode), unit_px=1)
+        factor = latent_format_of(p.sd_model).factor
+        latents_BCHW = _cut(p, upscale_latent(samples_BCHW, width_px, height_px, p.latent_scale_mode, factor=factor), pixel_px=factor)
         pixels_BCHW = _pixels_for_inpainting(p, latents_BCHW)
         return latents_BCHW, pixels_BCHW
     upscaler = None if p.hr_upscaler in (None, "None") else _upscaler_called(p.hr_upscaler)
@@ -199,7 +207,7 @@ def _upscaled(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, decoded
         picture = pixels_to_pil(decoded_CHW.add(1).div(2))
         p.batch_index = index
         pictures.append(resize_to(picture, width_px, height_px, upscaler))
-    pixels_BCHW = _cut(p, pil_to_pixels(pictures), unit_px=opt_f)
+    pixels_BCHW = _cut(p, pil_to_pixels(pictures), pixel_px=1)
     return encode_pixels(p.sd_model, pixels_BCHW), pixels_BCHW
 
 
@@ -210,10 +218,11 @@ def _pixels_for_inpainting(p: StableDiffusionProcessingTxt2Img, latents_BCHW: Te
     return torch.stack(decode_latent_batch(p.sd_model, latents_BCHW, check_for_nans=True)).add(1).div(2).clamp(0, 1)
 
 
-def _cut(p: StableDiffusionProcessingTxt2Img, x_BCHW: Tensor, *, unit_px: int) -> Tensor:
-    """`x` without what sticks out, half of it on each side; whole latent pixels."""
-    left, top = p.truncate_x // 2 * unit_px, p.truncate_y // 2 * unit_px
-    width, height = x_BCHW.shape[-1] - p.truncate_x * unit_px, x_BCHW.shape[-2] - p.truncate_y * unit_px
+def _cut(p: StableDiffusionProcessingTxt2Img, x_BCHW: Tensor, *, pixel_px: int) -> Tensor:
+    """`x` without what sticks out, half of it on each side. `truncate_x` and `truncate_y` count 8 pixels of the picture; a pixel of `x` is
+    `pixel_px` of them."""
+    left, top = (sides // 2 * opt_f // pixel_px for sides in (p.truncate_x, p.truncate_y))
+    width, height = x_BCHW.shape[-1] - p.truncate_x * opt_f // pixel_px, x_BCHW.shape[-2] - p.truncate_y * opt_f // pixel_px
     return x_BCHW[..., top : top + height, left : left + width]
 
 

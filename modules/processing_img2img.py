@@ -19,10 +19,9 @@ from modules.errors import RequestError
 from modules.hook_arguments import MaskBlendArgs
 from modules.image_resizing import flatten, plain
 from modules.processing_compositing import blur_mask, create_binary_mask, overlay_of, paste_box, setup_color_correction
-from modules.processing_latents import encode_pixels, mask_to_latent, pil_to_pixels, upscale_latent
+from modules.processing_latents import encode_pixels, latent_format_of, mask_to_latent, pil_to_pixels, upscale_latent
 from modules.processing_networks import prepare_networks
 from modules.processing_refiner import refining
-from modules.processing_request import opt_f
 from modules.processing_saving import save_or_say
 from modules.processing_txt2img import run_sampling_hook
 
@@ -192,11 +191,12 @@ def _one_for_each(p: StableDiffusionProcessingImg2Img, pictures: list[Image.Imag
 def _encode(p: StableDiffusionProcessingImg2Img, pixels_BCHW: Tensor) -> Tensor:
     if p.resize_mode != LATENT_RESIZE:
         return encode_pixels(p.sd_model, pixels_BCHW)
-    height, width = (side // opt_f * opt_f for side in pixels_BCHW.shape[-2:])
-    if min(height, width) < opt_f:
-        raise RequestError(f"init_images are {pixels_BCHW.shape[-1]}x{pixels_BCHW.shape[-2]}; the smallest picture is {opt_f}x{opt_f}.")
+    factor = latent_format_of(p.sd_model).factor
+    height, width = (side // factor * factor for side in pixels_BCHW.shape[-2:])
+    if min(height, width) < factor:
+        raise RequestError(f"init_images are {pixels_BCHW.shape[-1]}x{pixels_BCHW.shape[-2]}; the smallest picture is {factor}x{factor}.")
     latents_BCHW = encode_pixels(p.sd_model, pixels_BCHW[..., :height, :width])
-    return upscale_latent(latents_BCHW, p.width, p.height, {"mode": "bilinear", "antialias": False})
+    return upscale_latent(latents_BCHW, p.width, p.height, {"mode": "bilinear", "antialias": False}, factor=factor)
 
 
 def _prepare_latent_mask(p: StableDiffusionProcessingImg2Img) -> None:

@@ -1,7 +1,7 @@
 """Between pixels and latents: encoding, decoding with the NaN check, latent upscaling, and the extra channels of inpainting models.
 
-Shapes: B pictures, C channels, H W rows and columns; latents are 8 times smaller than pixels. Pixels as tensors are BCHW, 0..1 unless it says
-otherwise. Must not know requests or settings.
+Shapes: B pictures, C channels, H W rows and columns; how much smaller latents are than pixels is the model's
+format's to say. Pixels as tensors are BCHW, 0..1 unless it says otherwise. Must not know requests or settings.
 """
 
 from __future__ import annotations
@@ -15,15 +15,21 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from backend.families.latent_format import LatentFormat
 from backend.patcher.vae import NansError
 from modules import devices
-from modules.processing_request import opt_f
+from modules.processing_request import opt_C, opt_f
 
 
 class DecodedSamples(list[Tensor]):
     """Pictures that are decoded already: CHW, -1..1, one tensor for each."""
 
     already_decoded = True
+
+
+def latent_format_of(model: Any) -> LatentFormat:
+    """The model's latents; those of Stable Diffusion for a model that says nothing of them (an extension's own)."""
+    return getattr(model, "latent_format", None) or LatentFormat(channels=opt_C, factor=opt_f, scale=1.0)
 
 
 def decode_latent_batch(model: Any, batch: Tensor, target_device: torch.device | None = None, check_for_nans: bool = False) -> DecodedSamples:
@@ -73,9 +79,9 @@ def mask_to_latent(mask: Image.Image, height: int, width: int, *, hard: bool) ->
     return values.round() if hard else values
 
 
-def upscale_latent(samples_BCHW: Tensor, width_px: int, height_px: int, mode: dict[str, Any]) -> Tensor:
-    """Latents interpolated to the size of a picture of `width_px` x `height_px`."""
-    size = (height_px // opt_f, width_px // opt_f)
+def upscale_latent(samples_BCHW: Tensor, width_px: int, height_px: int, mode: dict[str, Any], *, factor: int = opt_f) -> Tensor:
+    """Latents interpolated to the size of a picture of `width_px` x `height_px`; `factor` pixels a side make one latent."""
+    size = (height_px // factor, width_px // factor)
     return functional.interpolate(samples_BCHW, size=size, mode=mode["mode"], antialias=mode["antialias"])
 
 

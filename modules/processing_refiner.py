@@ -23,8 +23,8 @@ from modules.application import current_application
 from modules.errors import RequestError
 from modules.live_preview import PreviewMaker
 from modules.processing_conditions import refiner_conditions
+from modules.processing_latents import latent_format_of
 from modules.processing_networks import activate_networks, prepare_networks
-from modules.processing_request import opt_f
 
 if TYPE_CHECKING:
     from modules.processing_request import StableDiffusionProcessing
@@ -122,7 +122,7 @@ def completed_share(denoiser: CFGDenoiser, sigma_B: Tensor | None) -> float:
 
 
 def _check_latents(first: Any, p: StableDiffusionProcessing) -> None:
-    if abs(first.latent_scale - p.sd_model.latent_scale) > 1e-6:
+    if latent_format_of(first) != latent_format_of(p.sd_model):
         assert p.refiner_checkpoint_info is not None
         raise RequestError(
             f"refiner_checkpoint: {p.refiner_checkpoint_info.name} is of the family {p.sd_model.family}, the picture was begun by one of the family "
@@ -134,6 +134,7 @@ def _image_conditioning(p: StableDiffusionProcessing, x_BCHW: Tensor) -> Tensor:
     """What an inpainting model takes beside the latents, made by the model that is in use now."""
     source = p.image_conditioning_source
     if source is None or source[0] is None:  # latents that never were pixels: all of it is made anew
-        return p.txt2img_image_conditioning(x_BCHW, x_BCHW.shape[-1] * opt_f, x_BCHW.shape[-2] * opt_f)
+        factor = latent_format_of(p.sd_model).factor
+        return p.txt2img_image_conditioning(x_BCHW, x_BCHW.shape[-1] * factor, x_BCHW.shape[-2] * factor)
     with torch.no_grad():
         return p.img2img_image_conditioning(*source)

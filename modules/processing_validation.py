@@ -15,6 +15,7 @@ from modules.inert_settings import find_inert, warn_once
 from modules.processing_request import opt_f
 
 if TYPE_CHECKING:
+    from backend.families.latent_format import LatentFormat
     from modules.application import Application
     from modules.processing_request import StableDiffusionProcessing
 
@@ -103,6 +104,16 @@ def _check_size(p: StableDiffusionProcessing) -> None:
             p.comment(f"{name} {side} is not a multiple of {opt_f}; {side // opt_f * opt_f} is used.")
         setattr(p, name, side // opt_f * opt_f)
     check_area(p.width, p.height)
+
+
+def fit_size_to_model(p: StableDiffusionProcessing, latent: LatentFormat) -> None:
+    """Bring the sizes of both passes to whole cells of the model's latents, which are known when it is loaded."""
+    for name in (*_SIDES, "hr_upscale_to_x", "hr_upscale_to_y"):
+        side = getattr(p, name, 0)
+        if side and side % latent.multiple_px:
+            fitted = max(side // latent.multiple_px, 1) * latent.multiple_px
+            p.comment(f"{name} {side} is not a multiple of {latent.multiple_px}, as this model's pictures are; {fitted} is used.")
+            setattr(p, name, fitted)
 
 
 def check_area(width_px: int, height_px: int) -> None:

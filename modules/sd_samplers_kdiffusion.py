@@ -22,12 +22,14 @@ from backend import memory_management, profiler
 from backend.modules.k_prediction import rescale_zero_terminal_snr_sigmas
 from backend.parallel.executor import Cancelled
 from backend.parallel.session import SamplingRequest, SamplingSession
+from backend.sampling.flow_form import to_sigma
 from backend.sampling.registry import SamplerSpec, find_sampler
 from backend.sampling.sampler_types import OnStep, SamplerSettings, StepInfo
 from backend.sampling.sampling_function import sampling_cleanup, sampling_prepare
 from backend.sampling.schedules import OLD_KARRAS_RANGE, ScheduleSettings, discard_next_to_last_sigma
 from modules import script_callbacks, sd_schedulers
 from modules.application import Application, current_application
+from modules.errors import RequestError
 from modules.hook_arguments import ExtraNoiseParams
 from modules.live_preview import PreviewMaker
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser
@@ -74,6 +76,11 @@ class KDiffusionSampler:
     def predictor(self) -> Any:
         return self.unet.model.predictor
 
+    @property
+    def _function(self) -> Callable[..., Any]:
+        """`func`, in the model's variables."""
+        return self.spec.function_for(self.predictor) if self.func is self.spec.function else self.func
+
     # Noise levels
 
     def get_sigmas(self, p: Any, steps: int) -> Tensor:
@@ -87,7 +94,11 @@ class KDiffusionSampler:
             return self._sigmas_of_extension(scheduler, p, steps)
         resolved = self.spec.with_unipc_skip_type(str(p.options.uni_pc_skip_type)).resolve_schedule(scheduler.name)
         settings = self._schedule_settings(p, resolved)
-        return self.spec.compute_sigmas(resolved, steps, self.predictor, settings, always_discard=bool(p.options.always_discard_next_to_last_sigma))
+        discards = bool(p.options.always_discard_next_to_last_sigma)
+        try:
+            return self.spec.compute_sigmas(resolved, steps, self.predictor, settings, always_discard=discards)
+        except ValueError as error:
+            raise RequestError(f"{error}") from error
 
     def _schedule_settings(self, p: Any, schedule: str) -> ScheduleSettings:
         options, params = p.options, p.extra_generation_params
@@ -161,6 +172,7 @@ class KDiffusionSampler:
             s_tmin=churn["s_tmin"],
             s_tmax=churn["s_tmax"] or math.inf,
             s_noise=churn["s_noise"],
+            is_flow=self.predictor.is_flow,
             **self._unipc_settings(p),
         )
 
@@ -281,7 +293,8 @@ class KDiffusionSampler:
     def _set_brownian_range(self, p: Any, sigmas_T: Tensor) -> None:
         """The Brownian paths span the whole schedule, whatever part of it is sampled."""
         if self.options.get("brownian_noise"):
-            p.rng.brownian_range = (float(sigmas_T[sigmas_T > 0].min()), float(sigmas_T.max()))
+            levels_T = to_sigma(sigmas_T) if self.predictor.is_flow else sigmas_T  # SDE samplers of flow models count in these
+            p.rng.brownian_range = (float(levels_T[levels_T > 0].min()), float(levels_T.max()))
 
     def _run(self, p: Any, start_BCHW: Tensor, sigmas_T: Tensor, c: Any, uc: Any, image_cond: Tensor | None, init_latent: Tensor | None) -> Tensor:
         settings = self.initialize(p)
@@ -312,7 +325,7 @@ class KDiffusionSampler:
     def _formula(
         self, denoiser: CFGDenoiser, x_BCHW: Tensor, noise: Any, on_step: OnStep, sigmas_T: Tensor, settings: SamplerSettings
     ) -> Tensor:  # fmt: skip
-        samples_BCHW: Tensor = self.func(denoiser, x_BCHW, sigmas_T, settings=settings, noise=noise, on_step=on_step)
+        samples_BCHW: Tensor = self._function(denoiser, x_BCHW, sigmas_T, settings=settings, noise=noise, on_step=on_step)
         return samples_BCHW
 
     def launch_sampling(self, steps: int, func: Callable[[], Tensor]) -> Tensor:
@@ -374,6 +387,9 @@ def _with_extra_noise(x_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
 @contextmanager
 def _noise_table(predictor: Any, p: Any) -> Iterator[None]:
     """The model's table of noise levels as the settings want it, for the length of a pass."""
+    if predictor.is_flow:  # its times follow from no table of alphas
+        yield
+        return
     options, quantized = p.options, predictor.quantize_timesteps
     buffers = {name: getattr(predictor, name) for name in _TABLE_BUFFERS}
     if options.use_downcasted_alpha_bar:

@@ -1,12 +1,11 @@
-"""One loaded model: its networks with their patchers, and what every family does the same way.
+"""One loaded model: its networks with their patchers, under the names that extensions know. What is peculiar to its family is in `family_facts`.
 
-A family's class adds its text side. Knows no files but the one it saves, no jobs and no options page.
+Knows no files but the one it saves, no jobs and no options page.
 """
 
 from __future__ import annotations
 
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from backend import key_layout, memory_management, profiler
+from backend import memory_management, profiler
+from backend.families.family import Conditioning, Family, TextEngine
 from backend.patcher.weight_patches import without_weight_patches
 from backend.storage.kinds import storage_of
 
@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     from backend.patcher.clip import CLIP
     from backend.patcher.unet import UnetPatcher
     from backend.patcher.vae import VAE
-    from backend.text_processing.classic_engine import ClassicTextProcessingEngine
     from backend.text_processing.textual_inversion import EmbeddingDatabase
-
-Conditioning = Tensor | dict[str, Tensor]
 
 
 @dataclass(slots=True)
@@ -52,7 +49,7 @@ class ModelConfig:
     family: str
     unet_config: Mapping[str, Any]
     vae_config: Mapping[str, Any]
-    latent_scale: float
+    latent_scale: float | tuple[float, ...]
     prediction: PredictionSpec
 
 
@@ -60,6 +57,7 @@ class ModelConfig:
 class EngineParts:
     """What an engine is made of. `native_size_px` is the side of the pictures the model was trained on."""
 
+    family: Family
     config: ModelConfig
     unet: UnetPatcher
     clip: CLIP
@@ -67,44 +65,51 @@ class EngineParts:
     embeddings: EmbeddingDatabase
     filename: Path
     native_size_px: int
+    is_inpaint: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-class ForgeDiffusionEngine(ABC):
+class ForgeDiffusionEngine:
     """A loaded model under the names extensions know. One job at a time uses it."""
 
-    matched_guesses: Sequence[str] = ()
     is_sd1 = is_sd2 = is_sdxl = is_sd3 = False
-    use_distilled_cfg_scale = False
 
     def __init__(self, parts: EngineParts) -> None:
         self.model_config = parts.config
-        self.family = parts.config.family
+        self.family_facts = parts.family
+        self.family, self.family_title, self.denoiser_title = parts.family.name, parts.family.title, parts.family.denoiser_title
+        self.latent_format = parts.family.latent
+        self.matched_guesses: Sequence[str] = (self.family,)
+        self.use_distilled_cfg_scale = parts.family.guidance.distilled is not None
+        for flag in parts.family.forge_flags:
+            setattr(self, flag, True)
+        for name, value in parts.family.text_settings.items():
+            setattr(self, name, value)
         self.native_size_px = parts.native_size_px
         self.metadata = dict(parts.metadata)
         self.filename = str(parts.filename)
         self.latent_scale = parts.config.latent_scale
         self.embeddings = parts.embeddings
-        self.is_inpaint = parts.config.unet_config["in_channels"] == 9
+        self.is_inpaint = parts.is_inpaint
         self.forge_objects = ForgeObjects(unet=parts.unet, clip=parts.clip, vae=parts.vae)
         self.forge_objects_original = self.forge_objects.shallow_copy()
         self.forge_objects_after_applying_lora = self.forge_objects.shallow_copy()
         self.current_lora_hash = str([])
         self.tiling_enabled = False
-        self.text_engines: tuple[ClassicTextProcessingEngine, ...] = tuple(self._build_text_engines())
+        tokenizers = {name: parts.clip.tokenizer[name] for name in parts.clip.tokenizer}
+        encoders = dict(parts.clip.cond_stage_model.items())
+        self.text_engines: tuple[TextEngine, ...] = tuple(parts.family.build_text_engines(encoders, tokenizers, parts.embeddings))
 
     # --- text -----------------------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def _build_text_engines(self) -> Sequence[ClassicTextProcessingEngine]:
-        """The family's text encoders in the order their outputs are joined."""
-
-    @abstractmethod
+    @torch.no_grad()
     def get_learned_conditioning(self, prompt: Sequence[str]) -> Conditioning:
-        """Conditions of a list of prompts: (B, L, C) fp32, or for SDXL {"crossattn": (B, L, C), "vector": (B, V)}.
+        """Conditions of a list of prompts: (B, L, C) fp32, or {"crossattn": (B, L, C), "vector": (B, V), ...}, as the family's recipe gives them.
 
-        A list with attributes `width`, `height` and `is_negative_prompt` (SdConditioning) tells SDXL the picture's size.
+        A list with attributes `width`, `height` and `is_negative_prompt` (SdConditioning) tells the recipe the picture's size.
         """
+        self._load_text_encoders()
+        return self.family_facts.encode(self, prompt)
 
     def set_clip_skip(self, clip_skip: int) -> None:
         """1 reads the text encoders' last layer, 2 the one before; a family's minimum stays."""
@@ -120,7 +125,7 @@ class ForgeDiffusionEngine(ABC):
         """(tokens used, tokens that fit) of a prompt without schedules."""
         return self.text_engines[0].get_prompt_lengths(prompt)
 
-    def _run_text_engine(self, index: int, prompt: Sequence[str]) -> Any:
+    def run_text_engine(self, index: int, prompt: Sequence[str]) -> Any:
         """What one of the text engines makes of a prompt, on the UNet's device: a lost slot of the text encoder takes no conditions along.
 
         With less and less else on the text encoder's device when memory runs out. Raises: OutOfMemory."""
@@ -139,13 +144,12 @@ class ForgeDiffusionEngine(ABC):
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> Tensor:
         """Pictures BCHW, -1..1 -> latents BCHW as the UNet sees them (scaled), fp32."""
-        latents_BCHW = self.forge_objects.vae.encode(x.movedim(1, -1) * 0.5 + 0.5)
-        return latents_BCHW * self.latent_scale
+        return self.latent_format.from_vae(self.forge_objects.vae.encode(x.movedim(1, -1) * 0.5 + 0.5))
 
     @torch.no_grad()
     def decode_first_stage(self, x: Tensor) -> Tensor:
         """Latents BCHW as the UNet sees them -> pictures BCHW, -1..1, fp32."""
-        pixels_BHWC = self.forge_objects.vae.decode(x.to(torch.float32) / self.latent_scale)
+        pixels_BHWC = self.forge_objects.vae.decode(self.latent_format.to_vae(x.to(torch.float32)))
         return pixels_BHWC.movedim(-1, 1) * 2.0 - 1.0
 
     @torch.no_grad()
@@ -154,7 +158,7 @@ class ForgeDiffusionEngine(ABC):
         vae = self.forge_objects.vae
         if vae.patcher.model_options.get("model_vae_decode_wrapper") is not None:
             return None
-        pixels_BHWC = vae.decode_on_all_slots(x.to(torch.float32) / self.latent_scale)
+        pixels_BHWC = vae.decode_on_all_slots(self.latent_format.to_vae(x.to(torch.float32)))
         return None if pixels_BHWC is None else pixels_BHWC.movedim(-1, 1) * 2.0 - 1.0
 
     def get_first_stage_encoding(self, x: Tensor) -> Tensor:
@@ -184,15 +188,15 @@ class ForgeDiffusionEngine(ABC):
 
     def save_unet(self, filename: str | Path) -> str:
         """Write the UNet alone in the original layout, without prefix, as `.safetensors`; whole or not at all. LoRA is left out."""
-        unet = self._unet()
-        with without_weight_patches(self.forge_objects.unet.model):
-            return _save(key_layout.unet_to_ldm(unet.state_dict(), unet.config), Path(filename), self.metadata)
+        model: Any = self.forge_objects.unet.model
+        with without_weight_patches(model):
+            return _save(model.key_map.to_original(model.diffusion_model.state_dict()), Path(filename), self.metadata)
 
     def save_checkpoint(self, filename: str | Path) -> str:
         """Write the whole model as one `.safetensors` file in the original layout; whole or not at all."""
         text_encoders = list(self.forge_objects.clip.cond_stage_model.values())
         with without_weight_patches(self.forge_objects.unet.model), without_weight_patches(self.forge_objects.clip.cond_stage_model):
-            joined = key_layout.join_checkpoint(self.family, self._unet(), self.forge_objects.vae.first_stage_model, text_encoders)
+            joined = self.family_facts.join_checkpoint(self._unet(), self.forge_objects.vae.first_stage_model, text_encoders)
             return _save(joined, Path(filename), self.metadata)
 
     def _unet(self) -> Any:

@@ -14,19 +14,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from backend import memory_management, profiler
 from backend.attention import install_attention
-from backend.modules.k_prediction import Prediction
+from backend.families.key_map import KeyMap
+from backend.families.unet_family import build_unet_program, unet_key_map
+from backend.modules.k_prediction import AbstractPrediction
 from backend.nn.deferred_control import DeferredControl
 from backend.nn.empty_network import META, make_empty_network
 from backend.nn.network_call import NetworkCall, Runner
 from backend.nn.owner import owner_of
 from backend.nn.program import Program, TransformerOptions
-from backend.nn.unet_program import build_program
-from backend.original_config import add_original_names
 from backend.parallel.executor import Executor, Replica
 from backend.parallel.fleet import current_fleet
 from backend.parallel.plan import Plan, ReplicaPlan
@@ -36,12 +35,6 @@ if TYPE_CHECKING:
     from backend.patcher.base import ModelPatcher
 
 BuildProgram = Callable[[Any], Program]
-
-
-def build_unet(unet: UNet2DConditionModel) -> Program:
-    """The program of an SD1.x, SD2.x or SDXL network, which gets the original names of its numbers for extensions that read them."""
-    add_original_names(unet)
-    return build_program(unet)
 
 
 @dataclass(slots=True)
@@ -61,17 +54,19 @@ class KModel(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        predictor: Prediction,
+        predictor: AbstractPrediction,
         *,
         storage_dtype: torch.dtype | None = None,
         computation_dtype: torch.dtype | None = None,
         config: object = None,
-        build_program: BuildProgram = build_unet,
+        build_program: BuildProgram = build_unet_program,
+        key_map: KeyMap | None = None,
     ) -> None:
         super().__init__()
         self.diffusion_model: Any = model
         self.predictor = predictor
         self.config = config
+        self.key_map = unet_key_map(model) if key_map is None else key_map
         self.storage_dtype: torch.dtype = storage_dtype or next(model.parameters()).dtype
         self.computation_dtype: torch.dtype = computation_dtype or self.storage_dtype
         set_types(model, self.storage_dtype, self.computation_dtype)
@@ -102,6 +97,7 @@ class KModel(nn.Module):
             computation_dtype=self.computation_dtype,
             config=self.config,
             build_program=self.build_program,
+            key_map=self.key_map,
         )
         return empty.train(self.training)
 

@@ -1,13 +1,16 @@
 """What a network's output means: noise levels, timesteps, and the way from model output to the denoised picture.
 
-Noise levels are sigmas in the variance-exploding form x = x0 + sigma * noise (Karras et al. 2022); the networks were trained in the
-variance-preserving form (Ho et al. 2020), sigma = sqrt((1 - alpha_bar) / alpha_bar). Must not know networks, devices or samplers.
+Noise levels of diffusion models are sigmas in the variance-exploding form x = x0 + sigma * noise (Karras et al. 2022); the networks were trained in
+the variance-preserving form (Ho et al. 2020), sigma = sqrt((1 - alpha_bar) / alpha_bar). Those of flow models are times, x = (1 - t) x0 + t * noise
+(Liu et al. 2022, "Flow Straight and Fast"), and the network predicts the flow noise - x0. Must not know networks, devices or samplers.
 
 Shapes: B batch, C channels, H W rows and columns, N timesteps the model was trained on.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -20,8 +23,14 @@ TERMINAL_ALPHA_BAR = 4.8973451890853435e-08
 """Stands for 0 in a zero-SNR schedule, as sigma would be infinite; the value that other UIs use, so pictures agree."""
 
 
-class AbstractPrediction(nn.Module):
-    """Scalings between noisy picture, model input, model output and denoised picture."""
+class AbstractPrediction(nn.Module, ABC):
+    """Scalings between noisy picture, model input, model output and denoised picture, and the table of noise levels.
+
+    `sigmas` (N,) is the model's table, ascending. `is_flow`: noise levels are times of a rectified flow, 0..1.
+    """
+
+    sigmas: Tensor
+    is_flow: bool = False
 
     def __init__(self, sigma_data: float = 1.0, prediction_type: str = "epsilon") -> None:
         super().__init__()
@@ -31,6 +40,30 @@ class AbstractPrediction(nn.Module):
             raise ValueError(f"prediction type {prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}.")
         self.sigma_data = sigma_data
         self.prediction_type = prediction_type
+
+    @property
+    def sigma_min(self) -> Tensor:
+        return self.sigmas[0]
+
+    @property
+    def sigma_max(self) -> Tensor:
+        return self.sigmas[-1]
+
+    @abstractmethod
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """What the network is told of a noise level, same shape, fp32."""
+
+    @abstractmethod
+    def position(self, sigma: Tensor) -> Tensor:
+        """Where in the table a noise level is, whole or fractional, same shape, fp32."""
+
+    @abstractmethod
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """The noise level at a place in the table, whole or fractional, same shape, fp32."""
+
+    @abstractmethod
+    def percent_to_sigma(self, percent: float) -> float:
+        """The noise level when `percent` (0..1) of the way is done. 0 gives a level above all, 1 gives 0."""
 
     def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
         """The picture at noise level `sigma`, scaled to what the network was trained on. `sigma` is (B,) or broadcasts."""
@@ -102,13 +135,8 @@ class Prediction(AbstractPrediction):
         self.register_buffer("log_sigmas", sigmas.log().float())
         self.register_buffer("alphas_cumprod", (1.0 / (sigmas**2 + 1.0)).float())
 
-    @property
-    def sigma_min(self) -> Tensor:
-        return self.sigmas[0]
-
-    @property
-    def sigma_max(self) -> Tensor:
-        return self.sigmas[-1]
+    def position(self, sigma: Tensor) -> Tensor:
+        return self.timestep(sigma)
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The timestep of a noise level, same shape, fp32: linear in log sigma between table entries, clamped to the table.
@@ -138,6 +166,68 @@ class Prediction(AbstractPrediction):
         if percent >= 1.0:
             return 0.0
         return float(self.sigma(torch.tensor((1.0 - percent) * (len(self.sigmas) - 1))))
+
+
+class FlowPrediction(AbstractPrediction):
+    """Rectified flow: noise levels are times t, x = (1 - t) x0 + t * noise, and the network predicts noise - x0.
+
+    `shift` a moves times to where pictures of that size need them, t' = a t / (1 + (a - 1) t) (Esser et al. 2024, "Scaling Rectified Flow
+    Transformers", section 5.3.2); `shift_from_mu` gives it for a schedule that is written with e^mu. `multiplier` is what a time is told to the
+    network with, `time_is_clean` that it is told 1 - t.
+    Buffers: `sigmas` (N,) fp32, the shifted times 1/N .. 1.
+    """
+
+    is_flow = True
+
+    def __init__(self, *, shift: float = 1.0, multiplier: float = 1000.0, timesteps: int = 1000, time_is_clean: bool = False) -> None:
+        super().__init__(prediction_type="const")
+        self.multiplier, self.time_is_clean, self.num_timesteps = multiplier, time_is_clean, timesteps
+        self.set_shift(shift)
+
+    def set_shift(self, shift: float) -> None:
+        """Raises: ValueError for a shift that is not above 0."""
+        if not (math.isfinite(shift) and shift > 0):
+            raise ValueError(f"a shift of {shift} was asked for; it is a number above 0, and 1 shifts nothing.")
+        self.shift = shift
+        times = torch.arange(1, self.num_timesteps + 1, dtype=torch.float64) / self.num_timesteps
+        self.register_buffer("sigmas", shift_time(times, shift).float())
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        time = sigma.float()
+        return (1.0 - time if self.time_is_clean else time) * self.multiplier
+
+    def position(self, sigma: Tensor) -> Tensor:
+        """The unshifted time, in steps of 1 / N from the first entry."""
+        return unshift_time(sigma.float(), self.shift) * self.num_timesteps - 1
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        return shift_time(((timestep.float() + 1) / self.num_timesteps).clamp(0.0, 1.0), self.shift)
+
+    def percent_to_sigma(self, percent: float) -> float:
+        if percent <= 0.0:
+            return NEARLY_PURE_NOISE_SIGMA
+        return 0.0 if percent >= 1.0 else float(shift_time(torch.tensor(1.0 - percent, dtype=torch.float64), self.shift))
+
+
+def shift_time(time: Tensor, shift: float) -> Tensor:
+    """t' = a t / (1 + (a - 1) t). Esser et al. 2024, eq. 23."""
+    return shift * time / (1 + (shift - 1) * time)
+
+
+def unshift_time(time: Tensor, shift: float) -> Tensor:
+    """The inverse of `shift_time`."""
+    return time / (shift - (shift - 1) * time)
+
+
+def shift_from_mu(mu: float) -> float:
+    """e^mu: s = e^mu / (e^mu + 1/t - 1) is the shift by that number."""
+    return math.exp(mu)
+
+
+def mu_of_tokens(tokens: int, *, few: tuple[int, float] = (256, 0.5), many: tuple[int, float] = (4096, 1.15)) -> float:
+    """mu on the line through two (tokens, mu), as Flux sets it by the picture's size (4096 tokens are 1024x1024): more tokens, more noise."""
+    slope = (many[1] - few[1]) / (many[0] - few[0])
+    return few[1] + slope * (tokens - few[0])
 
 
 def rescale_zero_terminal_snr_sigmas(sigmas: Tensor) -> Tensor:

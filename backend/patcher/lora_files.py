@@ -16,10 +16,18 @@ import torch
 from torch import Tensor
 
 from backend.checkpoint_file import CheckpointError, open_tensor_file
+from backend.families.key_map import Rows
 from backend.foreign_json import ForeignJsonError, parse_json
 from backend.patcher.clip import CLIP
-from backend.patcher.lora_keys import family_in_metadata, family_of_layers, model_lora_keys_clip, model_lora_keys_unet, split_key
-from backend.patcher.lora_math import DiffPatch, GloraPatch, Ia3Patch, LohaPatch, LokrPatch, LoraPatch, OftPatch, SetPatch
+from backend.patcher.lora_keys import (
+    family_in_metadata,
+    family_of_layers,
+    model_lora_keys_clip,
+    model_lora_keys_unet,
+    shared_lora_keys_unet,
+    split_key,
+)
+from backend.patcher.lora_math import DiffPatch, GloraPatch, Ia3Patch, LohaPatch, LokrPatch, LoraPatch, OftPatch, RowsPatch, SetPatch
 from backend.patcher.unet import UnetPatcher
 from backend.patcher.weight_patches import WeightPatch
 from backend.text_processing.embedding import PLAIN_KEY
@@ -133,6 +141,8 @@ def match_lora(file: LoraFile, unet: UnetPatcher, clip: CLIP | None, *, model_fa
     clip_names = model_lora_keys_clip(clip.cond_stage_model) if clip is not None else {}
     try:
         unet_patches, unmatched = load_lora(file.layers, unet_names)
+        shared_patches, unmatched = _load_shared(unmatched, shared_lora_keys_unet(unet.model))
+        unet_patches.update(shared_patches)
         clip_patches, unmatched = load_lora({layer: file.layers[layer] for layer in unmatched}, clip_names)
     except LoraError as error:
         raise LoraError(f"LoRA {file.name}: {error}") from error
@@ -173,6 +183,20 @@ def _built(layer: str, parts: Parts) -> dict[str, WeightPatch]:
     except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:  # empty tensors and the like
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in parts.items())
         raise LoraError(f"its layer {layer[:200]} is damaged ({error}; {shapes}). Download the LoRA again, or choose another.") from error
+
+
+def _load_shared(layers: Mapping[str, Parts], to_load: Mapping[str, Mapping[str, Rows]]) -> tuple[dict[str, WeightPatch], dict[str, Parts]]:
+    """Changes of layers that the file has as one and the network as several (q, k and v): each of ours takes its rows."""
+    patches: dict[str, WeightPatch] = {}
+    unmatched: dict[str, Parts] = {}
+    for layer, parts in layers.items():
+        targets, built = to_load.get(layer), _built(layer, parts)
+        if targets is None or not built:
+            unmatched[layer] = parts
+            continue
+        for target, rows in targets.items():
+            patches.update({f"{target.removesuffix('weight')}{attribute}": RowsPatch(patch=patch, rows=rows) for attribute, patch in built.items()})
+    return patches, unmatched
 
 
 def _find_misfits(parameters: Mapping[str, Tensor], patches: Mapping[str, WeightPatch]) -> list[str]:

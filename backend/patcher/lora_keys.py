@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from backend import key_layout
+from backend.families.key_map import Rows
 
 UNET_PREFIX = "diffusion_model."
 
@@ -58,8 +58,6 @@ _ENDINGS = sorted(_PARTS, key=len, reverse=True)
 
 PEFT_PREFIX = "base_model.model."
 
-Families = Mapping[str, str]
-
 
 def split_key(key: str) -> tuple[str, str] | None:
     """(layer name as the file writes it, part); None for a key that is none of a LoRA's."""
@@ -72,13 +70,23 @@ def split_key(key: str) -> tuple[str, str] | None:
 def model_lora_keys_unet(model: nn.Module, key_map: dict[str, str] | None = None) -> dict[str, str]:
     """Adds to `key_map`: every name of every layer of a KModel's UNet -> the name of its weight in the KModel."""
     key_map = {} if key_map is None else key_map
-    unet: Any = model.diffusion_model
-    originals = key_layout.unet_module_names(unet.config)
-    for layer in _layer_names(unet):
+    network: Any = model
+    for layer in _layer_names(network.diffusion_model):
+        place = network.key_map.original(layer)
         target = f"{UNET_PREFIX}{layer}.weight"
-        for alias in _unet_aliases(layer, _original_name(layer, originals)):
+        for alias in _unet_aliases(layer, None if place.rows else place.key):
             key_map.setdefault(alias, target)
     return key_map
+
+
+def shared_lora_keys_unet(model: nn.Module) -> dict[str, dict[str, Rows]]:
+    """Names of layers that the original has as one and the KModel's network as several -> the weights of these, with their rows of it."""
+    network: Any = model
+    found: dict[str, dict[str, Rows]] = {}
+    for original, parts in network.key_map.shared():
+        targets = {f"{UNET_PREFIX}{layer}.weight": rows for layer, rows in parts.items()}
+        found.update(dict.fromkeys(_unet_aliases(original, None), targets))
+    return found
 
 
 def _unet_aliases(layer: str, original: str | None) -> Iterator[str]:
@@ -129,13 +137,6 @@ def _layer_names(model: nn.Module) -> list[str]:
     return [name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith(".weight")]
 
 
-def _original_name(layer: str, originals: Mapping[str, str]) -> str | None:
-    try:
-        return key_layout.rename_by_module(layer, originals)
-    except KeyError:
-        return None
-
-
 def _flat(name: str) -> str:
     return name.replace(".", "_")
 
@@ -162,7 +163,6 @@ _FAMILY_BY_LAYER = (
     (("lora_te2_", "text_encoder_2.", "input_blocks_8_1_transformer_blocks_1", "down_blocks_2_attentions_1_transformer_blocks_9"), "SDXL"),
 )
 _FAMILY_BY_CONTEXT_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "SDXL refiner"}
-ENGINE_FAMILIES: Families = {"sd15": "SD 1.x", "sd20": "SD 2.x", "sd21_v": "SD 2.x", "sdxl": "SDXL", "sdxl_refiner": "SDXL refiner"}
 
 
 def family_in_metadata(metadata: Mapping[str, str]) -> str | None:

@@ -390,3 +390,29 @@ _FORGE_KINDS: dict[str, Callable[[Sequence[Any]], WeightPatch]] = {
     "lokr": _from_lokr,
     "glora": lambda values: GloraPatch(a1=values[0], a2=values[1], b1=values[2], b2=values[3], alpha=_number(values[4])),
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RowsPatch(WeightPatch):
+    """Rows (first, end, total) of a change that is written for a larger matrix, of which the weight is these rows.
+
+    The other rows are zeros while the change is made, so it holds for every change whose rows do not depend on each other.
+    """
+
+    patch: WeightPatch
+    rows: tuple[int, int, int]
+
+    def merge(self, weight: Tensor, strength: float) -> Tensor:
+        first, end, total = self.rows
+        whole = weight.new_zeros(total, *weight.shape[1:])
+        whole[first:end] = weight
+        return self.patch.merge(whole, strength)[first:end]
+
+    def explain_misfit(self, shape: torch.Size) -> str | None:
+        first, end, total = self.rows
+        if shape[0] != end - first:
+            return f"the change has {end - first} rows for it"
+        return self.patch.explain_misfit(torch.Size((total, *shape[1:])))
+
+    def on(self, device: torch.device) -> RowsPatch:
+        return replace(self, patch=self.patch.on(device))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from backend import key_layout, memory_management
+from backend import memory_management
 from backend.patcher.base import ModelPatcher
 
 if TYPE_CHECKING:
@@ -63,11 +63,8 @@ class UnetPatcher(ModelPatcher):
         prefix = "diffusion_model."
         if not name.startswith(prefix):
             return name
-        ours = {original: module for module, original in key_layout.unet_module_names(self.model.diffusion_model.config).items()}
-        try:
-            return prefix + key_layout.rename_by_module(name.removeprefix(prefix), ours)
-        except KeyError:
-            return name
+        ours = self.model.key_map.ours(name.removeprefix(prefix))
+        return name if ours is None else prefix + ours
 
     def load_frozen_patcher(self, filename: str, state_dict: Mapping[str, Tensor], strength: float) -> None:
         """Weight patches written as `weight name::kind::index`."""

@@ -23,7 +23,7 @@ from backend.patcher.base import ModelPatcher
 from backend.patcher.vae_tiles import Tiling, run_tiled
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from backend.families.latent_format import LatentFormat
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class DecodeJob:
     latent.
     """
 
-    network: AutoencoderKL
+    network: nn.Module
     patcher: ModelPatcher
     device: torch.device
     output_device: torch.device
@@ -73,12 +73,13 @@ class VAE:
 
     def __init__(
         self,
-        model: AutoencoderKL | None = None,
+        model: nn.Module | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         no_init: bool = False,
         *,
         slot_decoder: SlotDecoder | None = None,
+        latent: LatentFormat | None = None,
     ) -> None:
         if no_init:
             return
@@ -89,7 +90,7 @@ class VAE:
         self.device = device or memory_management.vae_device(count_module_bytes(model).total_bytes)
         self.output_device = memory_management.intermediate_device()
         self.auto_fp32 = True
-        self._read_shape(model)
+        self._read_shape(model, latent)
         _set_dtype(model, dtype or memory_management.vae_dtype(self.device))
         self.patcher = ModelPatcher(
             model,
@@ -98,15 +99,15 @@ class VAE:
             current_device=next(model.parameters()).device,
         )
 
-    def _read_shape(self, model: Any) -> None:
-        self.latent_channels = int(model.config.latent_channels)
-        self.downscale_ratio = 2 ** (len(model.config.block_out_channels) - 1)
+    def _read_shape(self, model: Any, latent: LatentFormat | None) -> None:
+        self.latent_channels = int(model.config.latent_channels) if latent is None else latent.channels
+        self.downscale_ratio = 2 ** (len(model.config.block_out_channels) - 1) if latent is None else latent.factor
         self._width_share = model.config.block_out_channels[0] / _PUBLISHED_WIDTH
 
     @property
     def vae_dtype(self) -> torch.dtype:
         """The type the network is in now; clones share it."""
-        return cast("torch.dtype", next(self.first_stage_model.parameters()).dtype)
+        return next(self.first_stage_model.parameters()).dtype
 
     def clone(self) -> VAE:
         copy = VAE(no_init=True)

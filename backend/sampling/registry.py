@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from backend.modules.k_prediction import Prediction
+from backend.modules.k_prediction import AbstractPrediction
 from backend.sampling import samplers
+from backend.sampling.flow_form import in_noise_variables
 from backend.sampling.sampler_types import Denoise, NoiseSource, OnStep, SamplerSettings
 from backend.sampling.schedules import ScheduleSettings, compute_sigmas, discard_next_to_last_sigma, find_schedule
 
 UNIPC_SKIP_SCHEDULES = {"time_uniform": "sgm_uniform", "time_quadratic": "quadratic_timesteps", "logSNR": "exponential"}
 """Schedules for UniPC's skip types; Lu et al. 2022 (DPM-Solver), section 4.3."""
+FlowForm = Literal["own", "noise", "none"]
 _CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
 
 
@@ -34,6 +36,7 @@ class SamplerSpec:
     uses_ensd, discard_next_to_last_sigma, solver_type. `automatic_schedule`: what Automatic means where the options do not say so.
     `eta_option` is the setting that holds its eta, if it has one, `eta_default` what that is by itself. `extra_params`: the s_ settings it reads.
     `needs_uncond`: it reads the denoiser's unconditional x0, so guidance may not be cut short at CFG 1. `cfg_multiplier` scales the CFG value.
+    `flow_form`: how it samples a flow model: "own" formulas, in the variables of "noise" (flow_form.py), or "none".
     """
 
     name: str
@@ -46,6 +49,19 @@ class SamplerSpec:
     extra_params: tuple[str, ...] = ()
     needs_uncond: bool = False
     cfg_multiplier: float = 1.0
+    flow_form: FlowForm = "own"
+
+    def function_for(self, predictor: AbstractPrediction) -> SamplerFunction:
+        """The function that samples a model of this prediction. Raises: ValueError where there is none."""
+        if not predictor.is_flow or self.flow_form == "own":
+            return self.function
+        if self.flow_form == "none":
+            usable = ", ".join(spec.name for spec in SAMPLERS if spec.flow_form != "none")
+            raise ValueError(
+                f"sampler {self.name!r} was asked for with a flow model; it places its steps by noise levels that flow models do not have. "
+                f"Use one of {usable}."
+            )
+        return in_noise_variables(self.function)
 
     @property
     def is_second_order(self) -> bool:
@@ -63,9 +79,19 @@ class SamplerSpec:
         return replace(self, automatic_schedule=UNIPC_SKIP_SCHEDULES[skip_type]) if self.name == "UniPC" else self
 
     def compute_sigmas(
-        self, schedule: str | None, num_steps: int, predictor: Prediction, settings: ScheduleSettings | None = None, *, always_discard: bool = False
+        self,
+        schedule: str | None,
+        num_steps: int,
+        predictor: AbstractPrediction,
+        settings: ScheduleSettings | None = None,
+        *,
+        always_discard: bool = False,
     ) -> Tensor:
-        """Noise levels (num_steps + 1,) for this sampler, the penultimate one discarded where it (or `always_discard`) wants that."""
+        """Noise levels (num_steps + 1,) for this sampler, the penultimate one discarded where it (or `always_discard`) wants that.
+
+        Raises: ValueError for a sampler or a schedule that the model's prediction has no form of.
+        """
+        self.function_for(predictor)
         discards = always_discard or bool(self.options.get("discard_next_to_last_sigma"))
         sigmas_T = compute_sigmas(self.resolve_schedule(schedule), num_steps + int(discards), predictor, settings)
         return discard_next_to_last_sigma(sigmas_T) if discards else sigmas_T
@@ -91,15 +117,15 @@ SAMPLERS: tuple[SamplerSpec, ...] = (
     _spec("DPM++ 2M", samplers.sample_dpmpp_2m, "k_dpmpp_2m", options={"scheduler": "karras"}),
     _spec(
         "DPM++ SDE", samplers.sample_dpmpp_sde, "k_dpmpp_sde",
-        options={"scheduler": "karras", "second_order": True, "brownian_noise": True}, **_ancestral(),
+        options={"scheduler": "karras", "second_order": True, "brownian_noise": True}, **_ancestral(), flow_form="noise",
     ),
     _spec(
         "DPM++ 2M SDE", samplers.sample_dpmpp_2m_sde, "k_dpmpp_2m_sde",
-        options={"scheduler": "exponential", "brownian_noise": True}, **_ancestral(),
+        options={"scheduler": "exponential", "brownian_noise": True}, **_ancestral(), flow_form="noise",
     ),
     _spec(
         "DPM++ 2M SDE Heun", samplers.sample_dpmpp_2m_sde_heun, "k_dpmpp_2m_sde_heun",
-        options={"scheduler": "exponential", "brownian_noise": True, "solver_type": "heun"}, **_ancestral(),
+        options={"scheduler": "exponential", "brownian_noise": True, "solver_type": "heun"}, **_ancestral(), flow_form="noise",
     ),
     _spec(
         "DPM++ 2S a", samplers.sample_dpmpp_2s_ancestral, "k_dpmpp_2s_a",
@@ -107,7 +133,7 @@ SAMPLERS: tuple[SamplerSpec, ...] = (
     ),
     _spec(
         "DPM++ 3M SDE", samplers.sample_dpmpp_3m_sde, "k_dpmpp_3m_sde",
-        options={"scheduler": "exponential", "discard_next_to_last_sigma": True, "brownian_noise": True}, **_ancestral(),
+        options={"scheduler": "exponential", "discard_next_to_last_sigma": True, "brownian_noise": True}, **_ancestral(), flow_form="noise",
     ),
     _spec("Euler a", samplers.sample_euler_ancestral, "k_euler_a", "k_euler_ancestral", options={"uses_ensd": True}, **_ancestral()),
     _spec("Euler", samplers.sample_euler, "k_euler", extra_params=_CHURN),
@@ -121,20 +147,23 @@ SAMPLERS: tuple[SamplerSpec, ...] = (
         "DPM2 a", samplers.sample_dpm_2_ancestral, "k_dpm_2_a",
         options={"scheduler": "karras", "discard_next_to_last_sigma": True, "uses_ensd": True, "second_order": True}, **_ancestral(),
     ),
-    _spec("DPM fast", samplers.sample_dpm_fast, "k_dpm_fast", options={"uses_ensd": True}, **_ancestral()),
-    _spec("DPM adaptive", samplers.sample_dpm_adaptive, "k_dpm_ad", options={"uses_ensd": True}, **_ancestral(extra_params=())),
-    _spec("Restart", samplers.sample_restart, "restart", options={"scheduler": "karras", "second_order": True}, extra_params=("s_noise",)),
+    _spec("DPM fast", samplers.sample_dpm_fast, "k_dpm_fast", options={"uses_ensd": True}, **_ancestral(), flow_form="none"),
+    _spec("DPM adaptive", samplers.sample_dpm_adaptive, "k_dpm_ad", options={"uses_ensd": True}, **_ancestral(extra_params=()), flow_form="none"),
+    _spec(
+        "Restart", samplers.sample_restart, "restart",
+        options={"scheduler": "karras", "second_order": True}, extra_params=("s_noise",), flow_form="none",
+    ),
     _spec("HeunPP2", samplers.sample_heunpp2, "heunpp2", extra_params=_CHURN),
     _spec("IPNDM", samplers.sample_ipndm, "ipndm"),
     _spec("IPNDM_V", samplers.sample_ipndm_v, "ipndm_v"),
     _spec("DEIS", samplers.sample_deis, "deis"),
-    _spec("DDIM", samplers.sample_ddim, "ddim", automatic_schedule="ddim", eta_option="eta_ddim"),
+    _spec("DDIM", samplers.sample_ddim, "ddim", automatic_schedule="ddim", eta_option="eta_ddim", flow_form="noise"),
     _spec(
         "DDIM CFG++", samplers.sample_ddim_cfgpp, "ddim_cfgpp",
-        automatic_schedule="ddim", eta_option="eta_ddim", needs_uncond=True, cfg_multiplier=1 / 12.5,
+        automatic_schedule="ddim", eta_option="eta_ddim", needs_uncond=True, cfg_multiplier=1 / 12.5, flow_form="noise",
     ),
     _spec("PLMS", samplers.sample_plms, "plms", automatic_schedule="ddim"),
     _spec("UniPC", samplers.sample_unipc, "unipc", automatic_schedule="sgm_uniform"),
-    _spec("LCM", samplers.sample_lcm, "k_lcm"),
-    _spec("DDPM", samplers.sample_ddpm, "ddpm"),
+    _spec("LCM", samplers.sample_lcm, "k_lcm", flow_form="noise"),
+    _spec("DDPM", samplers.sample_ddpm, "ddpm", flow_form="noise"),
 )  # fmt: skip

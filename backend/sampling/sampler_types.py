@@ -2,6 +2,9 @@
 
 A sampler is a pure function of (denoise, x, sigmas); everything that varies sits behind `denoise`. Must not know networks, guidance or devices.
 
+Noise levels are sigmas of x = x0 + sigma * noise, or for flow models (`settings.is_flow`) times of x = (1 - t) x0 + t * noise. The flow from noise to
+picture has one form in both, dx/dsigma = (x - x0) / sigma, so samplers that add no noise are the same for both.
+
 Shapes: B batch, C channels, H W latent rows and columns, T noise levels (one more than steps).
 """
 
@@ -43,7 +46,8 @@ class NoiseSource(Protocol):
 class SamplerSettings:
     """Options of samplers. A sampler reads those it has a use for.
 
-    `eta`: share of fresh noise; None is the sampler's own default. `s_*`: stochastic churn of Karras et al. 2022, algorithm 2.
+    `eta`: share of fresh noise; None is the sampler's own default. `s_*`: stochastic churn of Karras et al. 2022, algorithm 2. `is_flow`: noise
+    levels are times of a rectified flow.
     """
 
     eta: float | None = None
@@ -54,6 +58,7 @@ class SamplerSettings:
     uni_pc_variant: str = "bh1"
     uni_pc_order: int = 3
     uni_pc_lower_order_final: bool = True
+    is_flow: bool = False
 
     def __post_init__(self) -> None:
         if self.uni_pc_variant not in ("bh1", "bh2"):
@@ -135,6 +140,32 @@ def split_ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float,
     return math.sqrt(sigma_next**2 - sigma_up**2), sigma_up
 
 
+def split_ancestral_flow(time: float, time_next: float, eta: float) -> tuple[float, float, float]:
+    """(time_down, kept, time_up) of a rectified flow: go down to `time_down` without noise, then x * kept + noise * time_up is at `time_next`.
+
+    eta moves `time_down` from `time_next` (0) to `time_next`^2 / `time` (1). What is kept brings the picture's share from 1 - time_down to
+    1 - time_next, and the noise fills up the variance: time_up^2 = time_next^2 - (kept * time_down)^2.
+    """
+    if eta == 0 or time_next == 0:
+        return time_next, 1.0, 0.0
+    time_down = time_next * (1 + (time_next / time - 1) * eta)
+    kept = (1 - time_next) / (1 - time_down)
+    return time_down, kept, math.sqrt(max(0.0, time_next**2 - (kept * time_down) ** 2))
+
+
+def split_step(settings: SamplerSettings, sigma: float, sigma_next: float, eta: float) -> tuple[float, float, float]:
+    """(sigma_down, kept, sigma_up) of an ancestral step, as the model's noise levels are meant."""
+    if settings.is_flow:
+        return split_ancestral_flow(sigma, sigma_next, eta)
+    sigma_down, sigma_up = split_ancestral(sigma, sigma_next, eta)
+    return sigma_down, 1.0, sigma_up
+
+
+def add_noise(x_BCHW: Tensor, fresh_BCHW: Tensor, kept: float, amount: float) -> Tensor:
+    """x * kept + noise * amount."""
+    return (x_BCHW if kept == 1.0 else x_BCHW * kept) + fresh_BCHW * amount
+
+
 def churn(x_BCHW: Tensor, sigma: float, num_steps: int, settings: SamplerSettings, noise: NoiseSource) -> tuple[Tensor, float]:
     """Latents raised to a higher noise level by fresh noise, and that level. Karras et al. 2022, algorithm 2, lines 4 to 6.
 
@@ -146,4 +177,8 @@ def churn(x_BCHW: Tensor, sigma: float, num_steps: int, settings: SamplerSetting
     if not settings.s_tmin <= sigma <= settings.s_tmax:
         return x_BCHW, sigma
     raised = sigma * (1 + min(settings.s_churn / num_steps, math.sqrt(2) - 1))
+    if settings.is_flow:
+        raised = min(raised, 1.0)
+        kept = (1 - raised) / (1 - sigma) if sigma < 1 else 1.0
+        return add_noise(x_BCHW, fresh_BCHW, kept, settings.s_noise * math.sqrt(max(0.0, raised**2 - (kept * sigma) ** 2))), raised
     return x_BCHW + fresh_BCHW * (settings.s_noise * math.sqrt(raised**2 - sigma**2)), raised

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from backend.sampling.sampler_types import Denoise, NoiseSource, OnStep, SamplerSettings, Walk, derivative, split_ancestral
+from backend.sampling.sampler_types import Denoise, NoiseSource, OnStep, SamplerSettings, Walk, add_noise, derivative, split_ancestral, split_step
 
 
 @torch.no_grad()
@@ -41,13 +41,13 @@ def sample_dpmpp_2s_ancestral(
     walk, eta = Walk(denoise, sigmas_T, on_step), settings.eta_or(1.0)
     for index, sigma, sigma_next in walk:
         denoised_BCHW = walk.step(index, x_BCHW, sigma)
-        sigma_down, sigma_up = split_ancestral(sigma, sigma_next, eta)
+        sigma_down, kept, sigma_up = split_step(settings, sigma, sigma_next, eta)
         if sigma_down > 0:
             middle = math.sqrt(sigma * sigma_down)
             denoised_BCHW = walk.denoise(_blend(denoised_BCHW, x_BCHW, middle / sigma), middle)
         x_BCHW = _blend(denoised_BCHW, x_BCHW, sigma_down / sigma)
         if sigma_next > 0:
-            x_BCHW = x_BCHW + noise.next(x_BCHW) * (settings.s_noise * sigma_up)
+            x_BCHW = add_noise(x_BCHW, noise.next(x_BCHW), kept, settings.s_noise * sigma_up)
     return x_BCHW
 
 

@@ -11,7 +11,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from backend.sampling.sampler_types import Denoise, NoiseSource, OnStep, SamplerSettings, Walk, churn, derivative, split_ancestral
+from backend.sampling.sampler_types import (
+    Denoise,
+    NoiseSource,
+    OnStep,
+    SamplerSettings,
+    Walk,
+    add_noise,
+    churn,
+    derivative,
+    split_ancestral,
+    split_step,
+)
 from backend.sampling.schedules import karras_sigmas
 
 
@@ -36,10 +47,10 @@ def sample_euler_ancestral(
     walk, eta = Walk(denoise, sigmas_T, on_step), settings.eta_or(1.0)
     for index, sigma, sigma_next in walk:
         denoised_BCHW = walk.step(index, x_BCHW, sigma)
-        sigma_down, sigma_up = split_ancestral(sigma, sigma_next, eta)
+        sigma_down, kept, sigma_up = split_step(settings, sigma, sigma_next, eta)
         x_BCHW = x_BCHW + derivative(x_BCHW, denoised_BCHW, sigma) * (sigma_down - sigma)
         if sigma_next > 0:
-            x_BCHW = x_BCHW + noise.next(x_BCHW) * (settings.s_noise * sigma_up)
+            x_BCHW = add_noise(x_BCHW, noise.next(x_BCHW), kept, settings.s_noise * sigma_up)
     return x_BCHW
 
 
@@ -109,10 +120,10 @@ def sample_dpm_2_ancestral(
     walk, eta = Walk(denoise, sigmas_T, on_step), settings.eta_or(1.0)
     for index, sigma, sigma_next in walk:
         denoised_BCHW = walk.step(index, x_BCHW, sigma)
-        sigma_down, sigma_up = split_ancestral(sigma, sigma_next, eta)
+        sigma_down, kept, sigma_up = split_step(settings, sigma, sigma_next, eta)
         x_BCHW = _midpoint_step(walk, x_BCHW, denoised_BCHW, sigma, sigma_down)
         if sigma_next > 0:
-            x_BCHW = x_BCHW + noise.next(x_BCHW) * (settings.s_noise * sigma_up)
+            x_BCHW = add_noise(x_BCHW, noise.next(x_BCHW), kept, settings.s_noise * sigma_up)
     return x_BCHW
 
 

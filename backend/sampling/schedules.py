@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backend.modules.k_prediction import Prediction
+from backend.modules.k_prediction import AbstractPrediction
 
 OLD_KARRAS_RANGE = (0.1, 10.0)
 
@@ -46,7 +46,7 @@ class ScheduleInputs:
     sigma_min: float
     sigma_max: float
     rho: float
-    predictor: Prediction
+    predictor: AbstractPrediction
     settings: ScheduleSettings
 
     @property
@@ -61,17 +61,19 @@ class ScheduleInputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleSpec:
-    """A schedule by name. `default_rho` is -1 where the formula has none; `need_inner_model`: it reads the model's table."""
+    """A schedule by name. `default_rho` is -1 where the formula has none; `need_inner_model`: it reads the model's table.
+    `is_fitted_to_diffusion`: its levels are a table for Stable Diffusion."""
 
     name: str
     label: str
     function: Callable[[ScheduleInputs], Tensor]
     default_rho: float = -1.0
     need_inner_model: bool = False
+    is_fitted_to_diffusion: bool = False
     aliases: tuple[str, ...] = ()
 
 
-def compute_sigmas(name: str, num_steps: int, predictor: Prediction, settings: ScheduleSettings | None = None) -> Tensor:
+def compute_sigmas(name: str, num_steps: int, predictor: AbstractPrediction, settings: ScheduleSettings | None = None) -> Tensor:
     """Noise levels (num_steps + 1,), fp32 on the host, descending, the last 0. `name`: a name, label or alias.
 
     Raises: ValueError for an unknown schedule, fewer than one step, or a range that is upside down.
@@ -87,9 +89,19 @@ def compute_sigmas(name: str, num_steps: int, predictor: Prediction, settings: S
         predictor=predictor,
         settings=settings,
     )
+    if predictor.is_flow:
+        _check_flow(spec, inputs)
     if inputs.sigma_min >= inputs.sigma_max:
         raise ValueError(f"a schedule from sigma {inputs.sigma_max} down to {inputs.sigma_min} was asked for; sigma_max must be above sigma_min.")
     return spec.function(inputs).float()
+
+
+def _check_flow(spec: ScheduleSpec, inputs: ScheduleInputs) -> None:
+    if spec.is_fitted_to_diffusion:
+        usable = ", ".join(other.label for other in SCHEDULES if not other.is_fitted_to_diffusion)
+        raise ValueError(f"schedule {spec.label!r} was asked for with a flow model; its levels are Stable Diffusion's. Use one of {usable}.")
+    if inputs.sigma_max > 1:
+        raise ValueError(f"a schedule from sigma {inputs.sigma_max} was asked for; noise levels of a flow model lie between 0 and 1.")
 
 
 def find_schedule(name: str) -> ScheduleSpec:
@@ -232,7 +244,7 @@ def _end_with_zero(sigmas: Tensor) -> Tensor:
 
 
 def _timestep_range(inputs: ScheduleInputs) -> tuple[float, float]:
-    timesteps = inputs.predictor.timestep(torch.tensor([inputs.sigma_max, inputs.sigma_min], device=inputs.predictor.sigmas.device))
+    timesteps = inputs.predictor.position(torch.tensor([inputs.sigma_max, inputs.sigma_min], device=inputs.predictor.sigmas.device))
     return float(timesteps[0]), float(timesteps[1])
 
 
@@ -256,15 +268,15 @@ SCHEDULES: tuple[ScheduleSpec, ...] = (
     ScheduleSpec(name="polyexponential", label="Polyexponential", function=_polyexponential, default_rho=1.0),
     ScheduleSpec(name="sgm_uniform", label="SGM Uniform", function=_sgm_uniform, need_inner_model=True, aliases=("SGMUniform",)),
     ScheduleSpec(name="kl_optimal", label="KL Optimal", function=_kl_optimal),
-    ScheduleSpec(name="align_your_steps", label="Align Your Steps", function=_fitted(_AYS_SD1, _AYS_SDXL)),
+    ScheduleSpec(name="align_your_steps", label="Align Your Steps", function=_fitted(_AYS_SD1, _AYS_SDXL), is_fitted_to_diffusion=True),
     ScheduleSpec(name="simple", label="Simple", function=_simple, need_inner_model=True),
     ScheduleSpec(name="normal", label="Normal", function=_normal, need_inner_model=True),
     ScheduleSpec(name="ddim", label="DDIM", function=_ddim, need_inner_model=True),
     ScheduleSpec(name="beta", label="Beta", function=_beta, need_inner_model=True),
     ScheduleSpec(name="turbo", label="Turbo", function=_turbo, need_inner_model=True),
-    ScheduleSpec(name="align_your_steps_GITS", label="Align Your Steps GITS", function=_fitted(_GITS_SD1, _GITS_SDXL)),
-    ScheduleSpec(name="align_your_steps_11", label="Align Your Steps 11", function=_fitted(_AYS_SD1, _AYS_SDXL)),
-    ScheduleSpec(name="align_your_steps_32", label="Align Your Steps 32", function=_fitted(_AYS_32_SD1, _AYS_32_SDXL)),
+    ScheduleSpec(name="align_your_steps_GITS", label="Align Your Steps GITS", function=_fitted(_GITS_SD1, _GITS_SDXL), is_fitted_to_diffusion=True),
+    ScheduleSpec(name="align_your_steps_11", label="Align Your Steps 11", function=_fitted(_AYS_SD1, _AYS_SDXL), is_fitted_to_diffusion=True),
+    ScheduleSpec(name="align_your_steps_32", label="Align Your Steps 32", function=_fitted(_AYS_32_SD1, _AYS_32_SDXL), is_fitted_to_diffusion=True),
 )
 
 _UNLISTED = (ScheduleSpec(name="quadratic_timesteps", label="Quadratic timesteps", function=_quadratic_timesteps, need_inner_model=True),)

@@ -169,13 +169,11 @@ class PatchSets:
     def read(self, engine: Any, entry: NetworkOnDisk) -> LoraPatchSet:
         """The file's patches for that model. Raises LoraError."""
         from backend.patcher.lora_files import match_lora, read_lora_file  # torch
-        from backend.patcher.lora_keys import ENGINE_FAMILIES
 
         key = (entry.filename, entry.stamp)
         if key not in self._sets:
             objects = engine.forge_objects_original
-            family = ENGINE_FAMILIES.get(engine.family, engine.family)
-            self._sets[key] = match_lora(read_lora_file(entry.path, entry.name), objects.unet, objects.clip, model_family=family)
+            self._sets[key] = match_lora(read_lora_file(entry.path, entry.name), objects.unet, objects.clip, model_family=engine.family_title)
             log.info("LoRA %s: %d weights.", entry.name, len(self._sets[key].unet) + len(self._sets[key].clip))
         else:
             self._sets[key] = self._sets.pop(key)  # used last

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modules.api import models
 from modules.api.waiting import wait_for_job
@@ -34,7 +34,7 @@ class EmbeddingRoutes:
             path = write_embedding(
                 self.app.config.embeddings_dirs[0],
                 body.name,
-                first_vectors(engine.text_engines, body.num_vectors_per_token, body.init_text),
+                first_vectors(_clip_engines(engine), body.num_vectors_per_token, body.init_text),
                 overwrite=body.overwrite_old,
                 sd_checkpoint=None if checkpoint is None else checkpoint.shorthash,
                 sd_checkpoint_name=None if checkpoint is None else checkpoint.name_for_extra,
@@ -43,3 +43,14 @@ class EmbeddingRoutes:
             raise RequestError(f"name: {error}.") from error
         engine.embeddings.load_textual_inversion_embeddings()
         return f"create embedding filename: {path}"
+
+
+def _clip_engines(engine: Any) -> list[Any]:
+    """The text engines that read embeddings. Raises EmbeddingError for a model without."""
+    from backend.text_processing.classic_engine import ClassicTextProcessingEngine  # imports torch
+    from backend.text_processing.embedding import EmbeddingError
+
+    found = [one for one in engine.text_engines if isinstance(one, ClassicTextProcessingEngine)]
+    if not found:
+        raise EmbeddingError(f"{engine.family_title} reads no embeddings; choose a checkpoint of another family")
+    return found

@@ -102,7 +102,8 @@ def acts_in_pass(unit: ControlNetUnit, p: Any) -> bool:
 
 def patch_pass(p: Any, one: ActiveUnit, x: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     """Hint and weights in the size of the pass, and the model at the head of the chain."""
-    cond, mask = one.hint.tensors(int(x.shape[3]) * 8, int(x.shape[2]) * 8)
+    factor = p.sd_model.latent_format.factor
+    cond, mask = one.hint.tensors(int(x.shape[3]) * factor, int(x.shape[2]) * factor)
     kwargs = {**kwargs, "unit": one.unit, "params": one, "cond_original": cond, "mask_original": mask}
     cond, mask = one.preprocessor.process_before_every_sampling(p, cond, mask, *args, **kwargs)
     model = one.model

@@ -1,0 +1,15 @@
+"""Forge's class of engine by family. A family that Forge has no class for is a ForgeDiffusionEngine."""
+
+from __future__ import annotations
+
+from backend.diffusion_engine.base import ForgeDiffusionEngine
+from backend.diffusion_engine.sd15 import StableDiffusion
+from backend.diffusion_engine.sd20 import StableDiffusion2
+from backend.diffusion_engine.sdxl import StableDiffusionXL, StableDiffusionXLRefiner
+
+FACES: dict[str, type[ForgeDiffusionEngine]] = {
+    "sd15": StableDiffusion,
+    "sd20": StableDiffusion2,
+    "sdxl": StableDiffusionXL,
+    "sdxl_refiner": StableDiffusionXLRefiner,
+}

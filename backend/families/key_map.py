@@ -1,0 +1,106 @@
+"""KeyMap: names of one network's weights in the family's original files, both ways, with rows where several weights of ours make one of theirs.
+
+Loader, saver and LoRA all read it. Example: diffusers splits what Flux's files call `double_blocks.0.img_attn.qkv` in three;
+`transformer_blocks.0.attn.to_k` then has rows 3072 to 6144 of 9216. Knows no files and no devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backend.storage.kinds import storage_of
+
+
+class Rows(NamedTuple):
+    """Rows `first` to before `end` of an original matrix that has `total`."""
+
+    first: int
+    end: int
+    total: int
+
+
+class OriginalPlace(NamedTuple):
+    """Where a weight is in the original layout; `rows` is None for a whole one."""
+
+    key: str
+    rows: Rows | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyMap:
+    """`modules`: name of a module here -> its name in the original layout; the longest leading name counts, others are named alike.
+
+    `rows`: name of a module here -> its rows of the original's.
+    """
+
+    modules: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+
+    def original(self, key: str) -> OriginalPlace:
+        """Where the original has this weight or module of ours."""
+        head = key
+        while head:
+            if head in self.modules:
+                return OriginalPlace(self.modules[head] + key[len(head) :], self.rows.get(head))
+            head = head.rpartition(".")[0]
+        return OriginalPlace(key, None)
+
+    def ours(self, key: str) -> str | None:
+        """Our name of a weight or module of the original layout that is one of ours as a whole; None for a part that several of ours share."""
+        head = key
+        while head:
+            if head in self._backwards:
+                module = self._backwards[head]
+                return None if module in self.rows else module + key[len(head) :]
+            head = head.rpartition(".")[0]
+        return key
+
+    def shared(self) -> Iterator[tuple[str, dict[str, Rows]]]:
+        """Every module of the original that several of ours make together: its name, and ours with their rows."""
+        found: dict[str, dict[str, Rows]] = {}
+        for module, rows in self.rows.items():
+            found.setdefault(self.modules.get(module, module), {})[module] = rows
+        yield from found.items()
+
+    def to_original(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights under their original names, joined where the original has one. Tensors are shared where names alone change."""
+        whole: dict[str, Tensor] = {}
+        parts: dict[str, dict[int, Tensor]] = {}
+        for key, tensor in state_dict.items():
+            place = self.original(key)
+            if place.rows is None:
+                whole[place.key] = tensor
+            else:
+                parts.setdefault(place.key, {})[place.rows.first] = tensor
+        return {**whole, **{key: _join([pieces[first] for first in sorted(pieces)]) for key, pieces in parts.items()}}
+
+    @property
+    def _backwards(self) -> Mapping[str, str]:
+        known: dict[str, str] | None = self.__dict__.get("_known_backwards")
+        if known is None:
+            known = {original: module for module, original in self.modules.items()}
+            object.__setattr__(self, "_known_backwards", known)
+        return known
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    stored = [storage_of(tensor) for tensor in tensors]
+    return type(stored[0]).concat(stored).tensor if len(stored) > 1 else tensors[0]
+
+
+def equal_rows(names: tuple[str, ...], total: int) -> dict[str, Rows]:
+    """Rows of modules that share one matrix in equal parts, in order (q, k, v)."""
+    length = total // len(names)
+    return {name: Rows(index * length, (index + 1) * length, total) for index, name in enumerate(names)}
+
+
+def cut_rows(tensor: Tensor, rows: Rows) -> Tensor:
+    """The rows as a tensor of their own. Raises: ValueError for a tensor of another length."""
+    if tensor.shape[0] != rows.total:
+        raise ValueError(f"a tensor of {tensor.shape[0]} rows was given where the original has {rows.total}")
+    return torch.narrow(tensor, 0, rows.first, rows.end - rows.first)
