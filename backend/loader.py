@@ -239,7 +239,7 @@ def _build_engine(
         unet=unet_patcher,
         clip=clip,
         vae=vae_patcher,
-        embeddings=_build_embeddings(clip, embedding_dirs),
+        embeddings=_build_embeddings(clip, family, embedding_dirs),
         filename=main.path,
         native_size_px=_native_size_px(main, family, prediction),
         is_inpaint=found.is_inpaint,
@@ -311,8 +311,8 @@ def _load_denoiser(
     return UnetPatcher.from_model(model), prediction
 
 
-def _build_embeddings(clip: CLIP, folders: Sequence[Path]) -> EmbeddingDatabase:
-    slots = list(clip.tokenizer)
+def _build_embeddings(clip: CLIP, family: Family, folders: Sequence[Path]) -> EmbeddingDatabase:
+    slots = [encoder.name for encoder in family.text_encoders if encoder.reads_embeddings]
     widths = {slot: int(cast("Any", clip.cond_stage_model[slot]).config.hidden_size) for slot in slots}
     database = EmbeddingDatabase(clip.tokenizer[slots[0]] if slots else None, widths)
     for folder in folders if slots else ():

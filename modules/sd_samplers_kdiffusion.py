@@ -81,6 +81,11 @@ class KDiffusionSampler:
         """`func`, in the model's variables."""
         return self.spec.function_for(self.predictor) if self.func is self.spec.function else self.func
 
+    @property
+    def _default_schedule(self) -> str:
+        family = getattr(self.sd_model, "family_facts", None)
+        return "automatic" if family is None else str(family.default_schedule)
+
     # Noise levels
 
     def get_sigmas(self, p: Any, steps: int) -> Tensor:
@@ -92,7 +97,7 @@ class KDiffusionSampler:
         scheduler = sd_schedulers.find_scheduler(name)
         if scheduler.name not in sd_schedulers.BUILT_IN_NAMES:
             return self._sigmas_of_extension(scheduler, p, steps)
-        resolved = self.spec.with_unipc_skip_type(str(p.options.uni_pc_skip_type)).resolve_schedule(scheduler.name)
+        resolved = self.spec.with_unipc_skip_type(str(p.options.uni_pc_skip_type)).resolve_schedule(scheduler.name, default=self._default_schedule)
         settings = self._schedule_settings(p, resolved)
         discards = bool(p.options.always_discard_next_to_last_sigma)
         try:

@@ -44,8 +44,9 @@ class FoundDenoiser:
 class Component:
     """A network beside the denoiser: a text encoder or the VAE.
 
-    `find`: where such networks lie in a file, which may be the checkpoint or an additional module. `takes`: whether one of them is this
-    component of that denoiser. `build` makes it from its shapes, `plan` names the source of each weight. `width`: of the text features it gives.
+    `find`: where such networks lie in a file, which may be the checkpoint or an additional module. `takes`: whether one of them is this component of
+    that denoiser. `build` makes it from its shapes, `plan` names the source of each weight. `width`: of the text features it gives.
+    `reads_embeddings`: textual inversion has vectors of its width.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Component:
     plan: Callable[[nn.Module, TensorFile, Part], LoadPlan]
     width: Callable[[TensorFile, Part], int] = lambda file, part: 0
     make_tokenizer: Callable[[], Any] | None = None
+    reads_embeddings: bool = False
 
 
 class TextEngine(Protocol):

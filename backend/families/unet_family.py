@@ -190,6 +190,7 @@ def _clip(
         plan=plan_text_encoder,
         width=text_width,
         make_tokenizer=lambda: build_clip_tokenizer(pad_token_id=pad_token_id),
+        reads_embeddings=True,
     )
 
 

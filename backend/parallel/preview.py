@@ -55,9 +55,8 @@ def preview_plan(path: Path, *, images: int = 1, strategy: WantedStrategy = "aut
 def _profile(family: Family, found: FoundDenoiser, stored: Sequence[torch.dtype], side: int) -> ModelProfile:
     """Costs of the network as the loader would keep it: the bytes it stores, the type it computes in."""
     denoiser = family.build_denoiser(found)
-    types = choose_denoiser_types(
-        stored, sum(parameter.numel() for parameter in denoiser.parameters()), wanted=memory_management.unet_dtype_from_flags()
-    )
+    num_parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    types = choose_denoiser_types(stored, num_parameters, wanted=memory_management.unet_dtype_from_flags())
     set_types(denoiser, types.storage_dtype, types.computation_dtype)
     profile = profile_network(denoiser, family.build_program, latent_height=side, latent_width=side, dtype=types.computation_dtype)
     return with_stored_bytes(profile, family.build_program(denoiser))

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backend import memory_management, profiler
 from backend.devices.slot import Slot
@@ -138,7 +138,7 @@ def _replica_on(job: DecodeJob, device: torch.device) -> ReplicaPatcher:
     replicas = owner_of(job.network).part(ReplicaModules)
     key = (device, job.dtype)
     if key not in replicas:
-        replicas[key] = ReplicaPatcher.make(job.patcher, copy_without_weights(cast("nn.Module", job.network)), device)
+        replicas[key] = ReplicaPatcher.make(job.patcher, copy_without_weights(job.network), device)
     replicas[key].source = job.patcher
     return replicas[key]
 

@@ -67,10 +67,12 @@ class SamplerSpec:
     def is_second_order(self) -> bool:
         return bool(self.options.get("second_order"))
 
-    def resolve_schedule(self, name: str | None) -> str:
-        """The schedule's own name for what a user chose; Automatic is this sampler's schedule. Raises: ValueError."""
+    def resolve_schedule(self, name: str | None, *, default: str = "automatic") -> str:
+        """The schedule's own name for what a user chose; Automatic is this sampler's schedule, else the model's `default`. Raises: ValueError."""
         chosen = find_schedule(name or "automatic").name
-        return str(self.options.get("scheduler", self.automatic_schedule)) if chosen == "automatic" else chosen
+        if chosen == "automatic":
+            chosen = str(self.options.get("scheduler", self.automatic_schedule))
+        return default if chosen == "automatic" else chosen
 
     def with_unipc_skip_type(self, skip_type: str) -> SamplerSpec:
         """This sampler with the setting uni_pc_skip_type, which says what Automatic means for UniPC and nothing else. Raises: ValueError."""
