@@ -92,7 +92,7 @@ def _idle(plan: PlanStatus, slots: Sequence[SlotStatus]) -> list[int]:
 def _way_out(plan: PlanStatus) -> str:
     if "was asked for" in plan.reason:
         return "Choose auto as the setting multi_gpu_strategy, or leave --multi-gpu-strategy out."
-    if plan.strategy == "replicas":
+    if plan.is_replicated:
         return "More pictures at once (Batch size) give it work."
     return "Larger pictures, or more of them at once (Batch size), give it work."
 

@@ -15,6 +15,33 @@ from backend.nn.piece import Piece as Piece
 Strategy = Literal["single", "replicas", "layers", "hybrid"]
 
 
+class HasStrategy:
+    """Questions about a strategy, so that nobody compares its name."""
+
+    __slots__ = ()
+    strategy: Strategy
+
+    @property
+    def is_single(self) -> bool:
+        """One copy on one slot; ControlNets may be elsewhere."""
+        return self.strategy == "single"
+
+    @property
+    def is_replicated(self) -> bool:
+        """Several copies, each whole on its slot."""
+        return self.strategy == "replicas"
+
+    @property
+    def is_one_cut(self) -> bool:
+        """One copy, cut over slots."""
+        return self.strategy == "layers"
+
+    @property
+    def is_cut(self) -> bool:
+        """Some copy is cut over slots, so that rows flow through stages."""
+        return self.strategy in ("layers", "hybrid")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
     """Consecutive pieces on one slot."""
@@ -27,7 +54,8 @@ class Stage:
 class ReplicaPlan:
     """One whole copy of the network: its pieces in the order they run, and the slot of each.
 
-    A slot may come more than once: in a U-cut it has the first and the last pieces.
+    A slot may come more than once: in a U-cut it has the first and the last pieces. Example: pieces 0, 1[0:2], 1[2:], 2 on slots 0, 0, 1, 0.
+    Raises: ValueError where pieces are not in order, or one between them is left out.
     """
 
     pieces: tuple[Piece, ...]
@@ -38,6 +66,17 @@ class ReplicaPlan:
             raise ValueError(
                 f"A replica of {len(self.pieces)} pieces was given {len(self.slots)} slots; each piece needs one, and there is at least one piece."
             )
+        ends = [None, *self.pieces[:-1]]
+        wrong = next((piece for before, piece in zip(ends, self.pieces) if not _follows(before, piece)), None)
+        if wrong is None and self.pieces[-1].end_block is not None:
+            wrong = self.pieces[-1]
+        if wrong is not None:
+            raise ValueError(
+                f"A replica of the pieces {', '.join(map(str, self.pieces))} is wrong at {wrong}. A plan names every segment once, in order and with "
+                "all of its blocks; make it from this network's profile."
+            )
+        if min(self.slots) < 0:
+            raise ValueError(f"A replica was put on slot {min(self.slots)}; slots are numbered from 0, as in --device-id.")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -54,14 +93,24 @@ class ReplicaPlan:
         return tuple(piece for piece, where in zip(self.pieces, self.slots) if where == slot)
 
 
+def _follows(before: Piece | None, piece: Piece) -> bool:
+    """Whether a piece begins where the one before it ends; the first begins the network."""
+    if piece.end_block is not None and piece.end_block <= piece.first_block:
+        return False
+    if before is None or before.end_block is None:
+        return (piece.segment, piece.first_block) == (0 if before is None else before.segment + 1, 0)
+    return (piece.segment, piece.first_block) == (before.segment, before.end_block)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Plan(HasStrategy):
     """The decision for one sampling run.
 
     `predicted_ms` is the time of one step of all the images, `single_ms` the same on the fastest single slot that holds the network (inf
     where none does). `predicted_bytes` is the peak per slot, `crossing_bytes` what goes from slot to slot in a step. `lanes` is how many
     sampler loops run side by side. `component_slots` says where the planner put networks whose slot was open, `control_slots` where each
     ControlNet runs for each of the replicas. `reason` is one sentence for the user.
+    Raises: ValueError for a plan that contradicts itself.
     """
 
     strategy: Strategy
@@ -78,6 +127,32 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.replicas:
             raise ValueError(f"A plan ({self.strategy}) was made without a replica; there must be at least one copy of the network.")
+        fault = self._fault_of_replicas() or self._fault_of_lanes() or self._fault_of_controls()
+        if fault is not None:
+            raise ValueError(f"A plan ({self.strategy}) {fault}.")
+
+    def _fault_of_replicas(self) -> str | None:
+        count, slots = len(self.replicas), [slot for replica in self.replicas for slot in replica.used_slots]
+        if twice := sorted({slot for slot in slots if slots.count(slot) > 1}):
+            return f"has slot {twice[0]} in two replicas; a slot computes for one"
+        if (self.is_single or self.is_one_cut) is not (count == 1):
+            return f"has {count} replicas; single and layers have one, replicas and hybrid more"
+        if not self.is_cut and any(len(replica.used_slots) > 1 for replica in self.replicas):
+            return "has a replica over several slots; that is layers or hybrid"
+        if len({replica.pieces[-1].segment for replica in self.replicas}) > 1:
+            return "has replicas of unlike length; each holds every segment of the network"
+        return None
+
+    def _fault_of_lanes(self) -> str | None:
+        if self.lanes < 1 or (self.lanes > 1 and not self.is_cut):
+            return f"has {self.lanes} lanes; there is at least one, and more only where a copy is cut over slots"
+        return None
+
+    def _fault_of_controls(self) -> str | None:
+        for name, slots in self.control_slots.items():
+            if len(slots) != len(self.replicas):
+                return f"has {len(slots)} slots for {name} and {len(self.replicas)} replicas; each has one"
+        return None
 
     @property
     def used_slots(self) -> tuple[int, ...]:
@@ -94,6 +169,6 @@ class Plan:
     @property
     def predicted_speedup(self) -> float:
         """Against one slot; 1.0 where nothing is predicted, inf for a plan over several slots of a network that fits none of them."""
-        if self.strategy == "single" and not self.has_control_apart:
+        if self.is_single and not self.has_control_apart:
             return 1.0
         return self.single_ms / self.predicted_ms if self.predicted_ms > 0 and self.single_ms > 0 else 1.0

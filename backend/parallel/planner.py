@@ -17,7 +17,7 @@ from backend.parallel.copy_costs import Apart, CopyCosts
 from backend.parallel.costs import ComponentCost, ModelProfile, merge_pieces
 from backend.parallel.partition import MOST_NESTED, PartitionJob, partition
 from backend.parallel.pipeline import Units
-from backend.parallel.plan import Plan, ReplicaPlan, Strategy
+from backend.parallel.plan import HasStrategy, Plan, ReplicaPlan, Strategy
 from backend.parallel.slot_facts import Link as Link
 from backend.parallel.slot_facts import LinkTable
 from backend.parallel.slot_facts import SlotFacts as SlotFacts
@@ -72,7 +72,7 @@ class JobShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Candidate:
+class _Candidate(HasStrategy):
     """One plan that fits."""
 
     strategy: Strategy
@@ -299,7 +299,7 @@ class _Planner:
         costs = self._copies.with_riders_on(apart or {})
         speeds = [1.0 / costs.copy_ms(slot, 1) for slot in slots]
         dealt = deal_units(self._job.num_units, speeds, [costs.busy_ms(slot) for slot in slots])
-        if strategy == "replicas" and min(dealt) == 0:
+        if len(slots) > 1 and min(dealt) == 0:
             return None
         peak_bytes, component_slots = costs.place(slots, dealt)
         if not self._fits(peak_bytes, (*slots, *costs.apart.values())):
@@ -409,7 +409,6 @@ class _Planner:
     # words
 
     def _as_plan(self, chosen: _Candidate, single: _Candidate | None, reason: str) -> Plan:
-        is_cut = chosen.strategy in ("layers", "hybrid")
         return Plan(
             strategy=chosen.strategy,
             replicas=chosen.replicas,
@@ -418,7 +417,7 @@ class _Planner:
             single_ms=single.step_ms if single is not None else math.inf,
             predicted_bytes=chosen.peak_bytes,
             crossing_bytes=chosen.crossing_bytes,
-            lanes=self._job.images if is_cut and self._job.may_use_lanes else 1,
+            lanes=self._job.images if chosen.is_cut and self._job.may_use_lanes else 1,
             component_slots=chosen.component_slots,
             control_slots=chosen.rider_slots,
         )
@@ -443,13 +442,13 @@ class _Planner:
         )
 
     def _describe(self, chosen: _Candidate, single: _Candidate | None) -> str:
-        if chosen.strategy == "single" and not chosen.control_apart:
+        if chosen.is_single and not chosen.control_apart:
             return f"slot {chosen.slot_indexes[0]} alone: {chosen.step_ms:.3g} ms predicted a step"
-        if chosen.strategy == "single":
+        if chosen.is_single:
             what = f"the {self._profile.name} on slot {chosen.slot_indexes[0]}"
-        elif chosen.strategy == "replicas":
+        elif chosen.is_replicated:
             what = f"{len(chosen.groups)} replicas on {_slots_text(chosen.slot_indexes)}, {self._sharing_text(chosen)}"
-        elif chosen.strategy == "layers":
+        elif chosen.is_one_cut:
             what = f"layers of one copy over {_slots_text(chosen.slot_indexes)}, {self._shares_text(chosen)}"
         else:
             what = f"{len(chosen.groups)} copies on {' / '.join(_slots_text(group) for group in chosen.groups)}, {self._sharing_text(chosen)}"

@@ -57,6 +57,16 @@ class SamplingRequest:
     may_use_lanes: bool = False
     is_cancelled: Callable[[], bool] = field(default=lambda: False)
 
+    @property
+    def may_divide(self) -> bool:
+        """Whether more than one slot may work on it."""
+        return self.strategy != "single"
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the planner chooses the strategy."""
+        return self.strategy == "auto"
+
 
 @dataclass(slots=True)
 class _Gate:
@@ -111,7 +121,7 @@ class SamplingSession:
         self._gate, self._generation = _Gate(), 0
         self._num_calls, self._first_s, self._last_s = 0, 0.0, 0.0
         self._trial_ms: list[float] = []
-        fleet.is_divided = request.strategy != "single"
+        fleet.is_divided = request.may_divide
         self._placed: PlacedPlan | None = None
         self._executor: Executor | None = None
         self._adopt_fitting()
@@ -172,12 +182,12 @@ class SamplingSession:
         own = {network for rider in self._riders for network in rider.networks}
         rooms = [slot_facts(slot, self.unet, self.fleet, self._work, self._budget_shares.get(slot.index, 1.0), own) for slot in self._usable_slots()]
         plans = [make_plan(self._profile, rooms, links, job, strategy=self.request.strategy)]
-        if any(room.fixed_bytes for room in rooms) and plans[0].strategy == "single":
+        if any(room.fixed_bytes for room in rooms) and plans[0].is_single:
             emptied = [without_others(room) for room in rooms]
             plans.append(make_plan(self._profile, emptied, links, job, strategy=self.request.strategy))
         plan = min(plans, key=lambda plan: plan.predicted_ms or float("inf"))
         trial = self.fleet.trials.get(self._trial_key)
-        if self.request.strategy == "auto" and plan.strategy == "replicas" and trial is not None and trial.speedup < LEAST_GAIN:
+        if self.request.is_free and plan.is_replicated and trial is not None and trial.speedup < LEAST_GAIN:
             alone = make_plan(self._profile, rooms, links, job, strategy="single")
             reason = f"slot {alone.used_slots[0]} alone: a step took {trial.alone_ms:.0f} ms there and {trial.divided_ms:.0f} ms as {plan.reason}"
             return replace(alone, reason=reason)
@@ -232,7 +242,7 @@ class SamplingSession:
     def _adopt(self, plan: Plan) -> None:
         """Place what the plan needs and run by it from now on. Raises: OutOfMemory, SlotLost."""
         self.plan = plan
-        if plan.strategy == "single" and set(plan.used_slots) <= set(self._home_slots()) and not plan.has_control_apart:
+        if plan.is_single and set(plan.used_slots) <= set(self._home_slots()) and not plan.has_control_apart:
             self._run_at_home()
             return
         controls, riding = place_riders(self._riders, plan, self.fleet, self._control_cost) if self._riders else ((), ())
@@ -254,7 +264,7 @@ class SamplingSession:
             work=self._work,
             asynchronous=self.request.asynchronous,
             is_cancelled=self.request.is_cancelled,
-            on_piece=None if self._is_measured or plan.strategy != "layers" else self._note_piece,
+            on_piece=None if self._is_measured or not plan.is_one_cut else self._note_piece,
             measured_run=max(1, plan.lanes),
         )
         self.unet.model.runner = self
@@ -270,9 +280,9 @@ class SamplingSession:
     def _working_bytes(self, plan: Plan) -> int:
         """Estimate for one slot: its share of the rows at once on one slot or in replicas, a row or two where units flow through stages."""
         num_rows = self.request.images * self.request.branches
-        if plan.strategy == "replicas":
+        if plan.is_replicated:
             num_rows = max(self._deal_rows(plan, num_rows))
-        elif plan.strategy != "single":
+        elif not plan.is_single:
             num_rows = 1 if plan.lanes < 2 else self.request.branches
         return self._estimate_bytes(num_rows)
 
@@ -377,8 +387,8 @@ class SamplingSession:
         Only where whole copies were chosen freely and this slot holds one; once per model, size and number of rows.
         """
         return (
-            self.request.strategy == "auto"
-            and self.plan.strategy == "replicas"
+            self.request.is_free
+            and self.plan.is_replicated
             and self._trial_key not in self.fleet.trials
             and self._placed is not None
             and self.unet in self._placed.patchers
@@ -405,7 +415,7 @@ class SamplingSession:
 
     def _reconsider(self, generation: int) -> None:
         """When all pieces have been measured: cut again where the times say so."""
-        if self._is_measured or self.plan.strategy != "layers" or not self._all_measured():
+        if self._is_measured or not self.plan.is_one_cut or not self._all_measured():
             return
         with self._gate.alone():
             if generation != self._generation or self._is_measured:

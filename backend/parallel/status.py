@@ -16,7 +16,7 @@ from backend.devices.device_memory import read_device_bytes
 from backend.devices.links import Verdicts
 from backend.devices.slot import Slot
 from backend.devices.telemetry import GpuTelemetry, find_telemetry, read_telemetry
-from backend.parallel.plan import Plan
+from backend.parallel.plan import HasStrategy, Plan, Strategy
 from backend.parallel.slot_facts import Link
 
 
@@ -44,13 +44,13 @@ class SlotStatus:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlanStatus:
+class PlanStatus(HasStrategy):
     """The plan in force. `replicas` counts whole copies of the network, `stages` are the slots each goes through, in order.
 
     `units` is how many forwards of one step each replica takes. Times are of one step of all the images.
     """
 
-    strategy: str
+    strategy: Strategy
     reason: str
     replicas: int
     stages: tuple[tuple[int, ...], ...]

@@ -134,7 +134,9 @@ def test_multi_gpu_tells_of_slots_plan_and_links(server: Server) -> None:
     assert answer["links"] == []
     slot_fields = "index name torch_device vram_state total_bytes free_bytes resident_bytes peak_bytes speed utilization temperature power"
     assert [list(slot) for slot in answer["slots"]] == [slot_fields.split()]
-    plan = Plan(strategy="replicas", replicas=(ReplicaPlan(pieces=(Piece(0),), slots=(0,)),) * 2, reason="why", predicted_bytes={0: 7})
+    plan = Plan(
+        strategy="replicas", replicas=tuple(ReplicaPlan(pieces=(Piece(0),), slots=(slot,)) for slot in (0, 1)), reason="why", predicted_bytes={0: 7}
+    )
     status.set_current_plan(plan, units=(1, 1), measured_ms=3.5)
     status.set_links([Link(source=0, target=1)], {})
     answer = server.get("/sdapi/v1/multi-gpu")
