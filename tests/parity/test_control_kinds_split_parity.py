@@ -108,7 +108,7 @@ def test_a_split_job_makes_the_whole_jobs_picture(
 ) -> None:
     monkeypatch.setattr(vae_decoding, "worth_splitting", lambda *args, **kwargs: False)
     monkeypatch.setattr(SamplingSession, "_rows_per_batch", lambda self, replica, share: 1)
-    caplog.set_level(logging.INFO, logger="backend.parallel.session")
+    caplog.set_level(logging.INFO, logger="backend.parallel")
     with virtual_fleet(2):
         divided = _pictures(folder, strategy)
     for kind, (family, _) in KINDS.items():

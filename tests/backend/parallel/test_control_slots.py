@@ -178,7 +178,7 @@ def test_a_single_unit_has_its_controlnet_on_the_other_slot(two_gpus: Fleet) -> 
     assert "ControlNet beside on slot 1" in session.plan.reason
     assert virtual_gpu.get_device(1).live_bytes > 0
     result = _denoise(unet, images=1, cond_scale=1.0)
-    (rider,) = session._riders
+    (rider,) = session.planning.riders
     assert two_gpus.speeds.speed_of(1, rider.work) is not None
     assert two_gpus.speeds.speed_of(0, rider.work) is None
     sampling_cleanup(unet)

@@ -180,7 +180,7 @@ def test_dividing_that_was_seen_not_to_pay_is_not_done_again(two_gpus: Fleet, al
     unet = _unet(two_gpus)
     session = _auto(unet)
     end_session(unet)
-    two_gpus.trials[session._trial_key] = Trial(divided_ms=10.0, alone_ms=alone_ms)
+    two_gpus.trials[session.planning.trial.key] = Trial(divided_ms=10.0, alone_ms=alone_ms)
     session = _auto(unet)
     assert session.plan.strategy == strategy
     assert ("a step took 10 ms there" in session.plan.reason) == (strategy == "single")
@@ -191,7 +191,7 @@ def test_the_third_step_is_done_alone_and_the_measured_better_is_kept(two_gpus: 
     unet = _unet(two_gpus)
     session = _auto(unet)
     results = [unet.model.apply_model(**_inputs(unet)) for _ in range(5)]
-    trial = two_gpus.trials[session._trial_key]
+    trial = two_gpus.trials[session.planning.trial.key]
     assert trial.alone_ms > 0
     assert trial.divided_ms > 0
     assert session.plan.strategy == ("replicas" if trial.speedup >= LEAST_GAIN else "single")

@@ -1,0 +1,35 @@
+"""Hooks inside the network that hold tensors or modules of their own, which bind the network to their device. Knows no plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+
+def find_bound_hook(options: dict[str, object]) -> str | None:
+    """The first hook inside the network that holds tensors or modules of its own, by its name; such a hook binds the network to their device."""
+    for hook in _hooks_of(options):
+        cells = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or () if _is_filled(cell)]
+        held = [hook, *cells, *getattr(getattr(hook, "__self__", None), "__dict__", {}).values(), *getattr(hook, "__dict__", {}).values()]
+        if any(isinstance(one, (Tensor, nn.Module)) for one in held) or hasattr(hook, "to"):
+            return str(getattr(hook, "__qualname__", type(hook).__name__))
+    return None
+
+
+def _is_filled(cell: object) -> bool:
+    try:
+        return cell.cell_contents is not None  # type: ignore[attr-defined]
+    except ValueError:
+        return False
+
+
+def _hooks_of(options: dict[str, object]) -> Iterator[object]:
+    for name in ("patches", "patches_replace"):
+        for hooks in (options.get(name) or {}).values():  # type: ignore[attr-defined]
+            yield from hooks.values() if isinstance(hooks, dict) else hooks
+    for name in ("block_modifiers", "block_inner_modifiers"):
+        yield from options.get(name) or ()  # type: ignore[misc]
+    for name in ("group_norm_wrapper", "groupnorm_wrapper"):
+        if options.get(name) is not None:
+            yield options[name]
