@@ -188,7 +188,14 @@ class _Placer:
         return stage
 
     def leave_former_places(self) -> None:
-        """What stood for a network as a whole stands for it no more where it is split now."""
+        """What stood for a network as a whole stands for it no more where it is split now.
+
+        Layers that change their slot leave the old one before any arrives on the new: where two slots swap layers, one would hold both for a
+        moment, and its peak would be that moment's.
+        """
+        for stage in self.patchers:
+            if isinstance(stage, StagePatcher):
+                _let_strangers_go(stage)
         if owner_of(self.unet.model).serial in {key[0] for key in self.copies.stages}:
             memory_management.unload_model_clones(self.unet)
         for copied in self.copies.replicas.values():
@@ -206,6 +213,14 @@ class _Placer:
         ]
         for copied, change in changes:
             _changing_weights(copied.load_device, change.result)
+
+
+def _let_strangers_go(stage: StagePatcher) -> None:
+    """Have the stage's layers that are on other slots' devices wait where it waits itself."""
+    for layer in stage.model.layers:
+        devices = {tensor.device for tensor in (*layer.parameters(), *layer.buffers())}
+        if devices - {stage.load_device, stage.offload_device, META, torch.device("cpu")}:
+            memory_management.module_move(layer, stage.offload_device)
 
 
 def _changing_weights(device: torch.device, run: Callable[[], object]) -> None:
