@@ -143,7 +143,7 @@ def test_multi_gpu_tells_of_slots_plan_and_links(server: Server) -> None:
     status.set_current_plan(None)
     status.set_links((), {})
     assert answer["plan"] == {
-        "strategy": "replicas", "reason": "why", "replicas": 2, "stages": [[0], [0]], "units": [1, 1],
+        "strategy": "replicas", "reason": "why", "replicas": 2, "stages": [[0], [1]], "units": [1, 1],
         "predicted_ms": None, "measured_ms": 3.5, "predicted_bytes": {"0": 7},
     }  # fmt: skip
     assert list(answer["links"][0]) == ["source", "target", "route", "reason", "bytes_per_ms", "latency_ms"]
