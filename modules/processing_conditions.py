@@ -167,7 +167,7 @@ def _cache_key(p: StableDiffusionProcessing, prompts: SdConditioning, steps: int
     return (
         tuple(prompts),
         bool(prompts.is_negative_prompt),
-        (prompts.width, prompts.height) if engine.family_facts.reads_size else None,
+        (prompts.width, prompts.height) if _reads_size(engine) else None,
         (steps, hires_steps) if any("[" in prompt for prompt in prompts) else None,
         getattr(engine, "load_number", id(engine)),
         str(engine.current_lora_hash),
@@ -176,6 +176,12 @@ def _cache_key(p: StableDiffusionProcessing, prompts: SdConditioning, steps: int
         tuple(p.options[name] for name in _ENCODING_OPTIONS),
         _network_key(network_data),
     )
+
+
+def _reads_size(engine: Any) -> bool:
+    """Whether the picture's size is part of a condition; an extension's own model says it by Forge's name."""
+    family = getattr(engine, "family_facts", None)
+    return bool(engine.is_sdxl) if family is None else bool(family.reads_size)
 
 
 def _network_key(network_data: Any) -> tuple[Any, ...]:

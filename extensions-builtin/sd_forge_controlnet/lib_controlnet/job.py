@@ -15,6 +15,7 @@ from lib_controlnet.external_code import ControlNetUnit
 from lib_controlnet.hints import Hint, make_hint
 from modules import shared
 from modules.errors import RequestError
+from modules.processing_latents import latent_format_of
 
 
 @dataclass
@@ -102,7 +103,7 @@ def acts_in_pass(unit: ControlNetUnit, p: Any) -> bool:
 
 def patch_pass(p: Any, one: ActiveUnit, x: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     """Hint and weights in the size of the pass, and the model at the head of the chain."""
-    factor = p.sd_model.latent_format.factor
+    factor = latent_format_of(p.sd_model).factor
     cond, mask = one.hint.tensors(int(x.shape[3]) * factor, int(x.shape[2]) * factor)
     kwargs = {**kwargs, "unit": one.unit, "params": one, "cond_original": cond, "mask_original": mask}
     cond, mask = one.preprocessor.process_before_every_sampling(p, cond, mask, *args, **kwargs)
