@@ -102,7 +102,15 @@ def make_project(folder: Path) -> Project:
     """launch.py, the modules it needs, a program that prints one line, and two packages: torch 2.13.0 and tiny 1.0."""
     root, wheels = folder / "a project", folder / "wheels"
     wheels.mkdir(parents=True)
-    for name in ("launch.py", "backend/__init__.py", "backend/args.py", "modules/__init__.py", "modules/app_config.py", "modules/cmd_args.py"):
+    for name in (
+        "launch.py",
+        "backend/__init__.py",
+        "backend/args.py",
+        "backend/foreign_json.py",
+        "modules/__init__.py",
+        "modules/app_config.py",
+        "modules/cmd_args.py",
+    ):
         _copy(name, root)
     for name in ("extension_folders", "script_loading", "guest_calls", "errors"):
         _copy(f"modules/{name}.py", root)
