@@ -123,14 +123,25 @@ class ExtrasJob:
         text = ", ".join(part for part in (geninfo, done) if part)
         options = self.app.options
         result.image.info = {"parameters": text, "postprocessing": done} if options.enable_pnginfo and text else {}
+        is_lost = False
         if options.samples_save:
-            saved = self._save(path, result, text, {**items, **({"postprocessing": done} if done else {})}, suffix)
-            self._save_caption(saved, result.caption)
-        if self.request.shows_results:
+            saved = self._save_or_say(path, result, text, {**items, **({"postprocessing": done} if done else {})}, suffix)
+            is_lost = saved is None
+            if saved is not None:
+                self._save_caption(saved, result.caption)
+        if self.request.shows_results or is_lost:
             self.processed.images.append(result.image)
             self.processed.infotexts.append(text)
             self.processed.info = self.processed.info or text
         self.app.state.assign_current_image(result.image)
+
+    def _save_or_say(self, path: Path, result: PostprocessedImage, text: str, chunks: Mapping[str, Any], suffix: str) -> Path | None:
+        """The file, or None with a comment: a folder that cannot be made or written costs the file, not the picture."""
+        try:
+            return self._save(path, result, text, chunks, suffix)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the folder's name
+            self._comment(f"The result of {path.name} was not saved: {error}")
+            return None
 
     def _save(self, path: Path, result: PostprocessedImage, text: str, chunks: Mapping[str, Any], suffix: str) -> Path:
         options, request = self.app.options, self.request

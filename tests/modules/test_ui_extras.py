@@ -149,6 +149,29 @@ def test_nothing_is_saved_where_saving_is_off(app: Application, tab: ExtrasTab, 
     assert saved(app) == []
 
 
+@pytest.mark.parametrize("kind", ["a file", "below a file", "a NUL", "read-only", "too long"])
+def test_a_folder_that_cannot_be_written_costs_the_file_not_the_picture(
+    app: Application, tab: ExtrasTab, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    names = {"a file": "file", "below a file": "file/sub", "a NUL": "x\0y", "read-only": "closed", "too long": "x" * 300}
+    if kind == "read-only":
+        make = Path.mkdir
+
+        def refuse(self: Path, *args: Any, **fields: Any) -> None:
+            if self.name == "closed":
+                raise PermissionError(13, "Permission denied", str(self))
+            make(self, *args, **fields)
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    app.options.data["outdir_extras_samples"] = str(tmp_path / names[kind])
+    paths = [Path(put_picture(tmp_path / f"{name}.png")) for name in "ab"]
+    processed = ExtrasJob(app, ExtrasRequest(paths=paths, operations=[], shows_results=False)).run()
+    assert [image.size for image in processed.images] == [(16, 12), (16, 12)]
+    assert [f"The result of {name}.png was not saved: " in processed.comments for name in "ab"] == [True, True]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_transparency_stays(app: Application, tab: ExtrasTab, tmp_path: Path) -> None:
     image = gradient(16, 12).convert("RGBA")
     image.putalpha(90)
