@@ -10,7 +10,6 @@ import errno
 import hashlib
 import itertools
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image, PngImagePlugin
 
+from backend.unfinished_files import unfinished_name
 from modules.image_metadata import user_comment_exif
 from modules.image_resizing import flatten, with_alpha_channel
 from modules.stealth_infotext import add_stealth_infotext
@@ -127,7 +127,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 @contextlib.contextmanager
 def temporary_file(folder: Path, name: str) -> Iterator[tuple[Path, BinaryIO]]:
     """A new hidden file in `folder`, with the permissions any new file gets. It is gone afterwards unless it was renamed."""
-    path = folder / f".{name[:80]}.{secrets.token_hex(6)}.tmp"
+    path = unfinished_name(folder / name)
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(descriptor, "w+b") as file:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from backend.foreign_json import read_json_file
+from backend.unfinished_files import replacing
 
 FILE_NAME = "webui-installed.json"
 
@@ -35,6 +35,5 @@ def read_stamp(path: Path) -> dict[str, str]:
 
 def write_stamp(path: Path, entries: Mapping[str, str]) -> None:
     """Replaces the stamp in one step."""
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(dict(entries), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    draft.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(dict(entries), indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -9,8 +9,6 @@ import json
 import logging
 import math
 import os
-import secrets
-import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
@@ -18,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from backend.unfinished_files import replace_content
 from modules.errors import OptionError
 from modules.settings_file import keep_aside, problem_with, read_settings
 
@@ -211,19 +210,7 @@ def _cast_like(key: str, value: Any, default: Any) -> Any:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Replace `path` by a file holding `text`: readers see the old file or the whole new one, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=f".{secrets.token_hex(6)}.tmp"
-    )  # unfinished_files.py knows the form
-    try:
-        with os.fdopen(handle, "w", encoding="utf8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    replace_content(path, text.encode("utf-8"))
 
 
 Guard = Callable[[str, OptionInfo, Any], None]

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from backend.unfinished_files import replace_content
 from modules.profile_record import JobRecord, ProfileFile
 from modules.version import program_version
 
@@ -30,8 +29,8 @@ def write_profile(folder: Path, job: JobRecord) -> None:
     from modules.profile_timeline import draw_timeline  # imports matplotlib
 
     _add_job(folder, job)
-    replace_file(folder / TRACE, json.dumps(chrome_trace(job), separators=(",", ":")).encode())
-    replace_file(folder / TIMELINE, draw_timeline(job))
+    replace_content(folder / TRACE, json.dumps(chrome_trace(job), separators=(",", ":")).encode())
+    replace_content(folder / TIMELINE, draw_timeline(job))
 
 
 def read_profile(path: Path) -> ProfileFile | None:
@@ -52,7 +51,7 @@ def _add_job(folder: Path, job: JobRecord) -> None:
         _rotate(path)
         before = None
     jobs = [*(before.jobs if before else ()), job]
-    replace_file(path, ProfileFile(program=program_version(), jobs=jobs).model_dump_json().encode())
+    replace_content(path, ProfileFile(program=program_version(), jobs=jobs).model_dump_json().encode())
 
 
 def _rotate(path: Path) -> None:
@@ -61,21 +60,6 @@ def _rotate(path: Path) -> None:
         source = path if number == 1 else path.with_suffix(f".{number - 1}.json")
         if source.exists():
             source.replace(path.with_suffix(f".{number}.json"))
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Readers see the old file or the whole new one, also after a crash. Raises: OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 # the trace that chrome://tracing and Perfetto read: times in microseconds, one "thread" for each slot's work and one for copies to it

@@ -1,26 +1,26 @@
-"""What killed runs left behind: temporary files of pictures and settings that never got their names. Cleared at start.
+"""What killed runs left behind: temporary files of any kind (pictures, settings, models) that never got their names. Cleared at start.
 
-Only names that this program alone makes: hidden, the file's name, twelve hexadecimal digits, `.tmp`; and only files older than this run, since
+Only names that this program alone makes (`backend/unfinished_files.py`), and only files older than this run, since
 another run may be at work in the same folders.
 """
 
 from __future__ import annotations
 
 import logging
-import re
+import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backend.model_folders import find_files
+from backend.unfinished_files import is_unfinished_name
 
 if TYPE_CHECKING:
     from modules.application import Application
 
 log = logging.getLogger(__name__)
 
-_OURS = re.compile(r"\..+\.[0-9a-f]{12}\.tmp", re.DOTALL)
 _MARGIN_S = 2.0
 """Longer than a picture takes to be written."""
 
@@ -35,7 +35,7 @@ def _delete(paths: Iterable[Path], before_s: float) -> int:
     cleared = 0
     for path in paths:
         try:
-            if _OURS.fullmatch(path.name) and path.is_file() and not path.is_symlink() and path.stat().st_mtime < before_s:
+            if is_unfinished_name(path.name) and path.is_file() and not path.is_symlink() and path.stat().st_mtime < before_s:
                 path.unlink()
                 cleared += 1
         except OSError as error:
@@ -50,7 +50,15 @@ def start_clearing(app: Application) -> threading.Thread:
     options, config = app.options, app.config
     chosen = [str(options.data[key]) for key in options.data_labels if key.startswith("outdir_") and options.data.get(key)]
     folders = [config.outputs_dir, config.data_dir / "cache", config.data_dir / "log", *(config.data_dir / folder for folder in chosen)]
-    beside = {path.parent for path in (config.settings_file, *config.styles_files)}
+    folders += [
+        config.models_dir,
+        *config.ckpt_dirs,
+        *config.vae_dirs,
+        *config.text_encoder_dirs,
+        *config.lora_dirs,
+    ]  # descriptions lie beside models
+    folders += [*config.controlnet_dirs, *config.embeddings_dirs]
+    beside = {path.parent for path in (config.settings_file, *config.styles_files)} | {Path(sys.prefix)}  # where the stamp of installs lies
     arguments = (folders, beside, app.started_at - _MARGIN_S)
     worker = threading.Thread(target=_clear, args=arguments, name="clear-unfinished", daemon=True)
     worker.start()
@@ -59,4 +67,4 @@ def start_clearing(app: Application) -> threading.Thread:
 
 def _clear(folders: Iterable[Path], beside: Iterable[Path], before_s: float) -> None:
     clear_unfinished(folders, before_s=before_s)
-    _delete([path for folder in beside for path in folder.glob(".*.tmp")], before_s)  # settings lie among models: not below them
+    _delete([path for folder in beside for path in folder.glob(".*.tmp")], before_s)  # settings lie among everything: not below them

@@ -25,6 +25,7 @@ from backend.devices.links import Verdict
 from backend.devices.slot import Slot
 from backend.devices.telemetry import read_telemetry
 from backend.foreign_json import read_json_file
+from backend.unfinished_files import replace_content
 
 logger = logging.getLogger(__name__)
 
@@ -317,10 +318,7 @@ def _write_cache(verdicts: Mapping[str, Verdict]) -> None:
     """Written beside, then renamed, so that the file is whole or old."""
     fields = ("route", "reason", "bytes_per_ms", "latency_ms")
     entries = {key: {name: getattr(verdict, name) for name in fields} for key, verdict in verdicts.items()}
-    beside = _cache.path.with_suffix(".tmp")
     try:
-        _cache.path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-        beside.replace(_cache.path)
+        replace_content(_cache.path, json.dumps(entries, indent=1).encode())
     except OSError as error:
         logger.warning("%s cannot be written (%s); links are tested again at the next start.", _cache.path, error)

@@ -5,7 +5,6 @@ Knows no files but the one it saves, no jobs and no options page.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +18,7 @@ from backend import memory_management, profiler
 from backend.families.family import Conditioning, Family, TextEngine
 from backend.patcher.weight_patches import without_weight_patches
 from backend.storage.kinds import storage_of
+from backend.unfinished_files import replacing
 
 if TYPE_CHECKING:
     from backend.checkpoint_prediction import PredictionSpec
@@ -208,11 +208,6 @@ def _save(state_dict: Mapping[str, Tensor], path: Path, metadata: Mapping[str, s
 
     path.parent.mkdir(parents=True, exist_ok=True)
     on_host = {key: storage_of(tensor).to(torch.device("cpu")).tensor.contiguous() for key, tensor in state_dict.items()}
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-        unfinished = Path(stream.name)
-    try:
+    with replacing(path) as unfinished:
         save_file(on_host, unfinished, metadata={**metadata, "format": "pt"})
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return str(path)

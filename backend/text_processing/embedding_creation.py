@@ -5,8 +5,6 @@ Shapes: L vectors, C channels of a text encoder. Must not know requests or pages
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from backend.text_processing.clip_tokenizer import tokenize_plain
 from backend.text_processing.embedding import EmbeddingError
+from backend.unfinished_files import replacing
 
 if TYPE_CHECKING:
     from backend.text_processing.classic_engine import ClassicTextProcessingEngine
@@ -62,9 +61,7 @@ def write_embedding(
     if path.exists() and not overwrite:
         raise EmbeddingError(f"there is an embedding {path.name} already; choose another name, or ask for the old one to be overwritten")
     folder.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
-    os.close(handle)
-    try:
+    with replacing(path) as unfinished:
         if len(tables) == 1:
             facts = {"name": name, "step": 0, "sd_checkpoint": sd_checkpoint, "sd_checkpoint_name": sd_checkpoint_name}
             torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": next(iter(tables.values()))}, **facts}, unfinished)
@@ -72,7 +69,4 @@ def write_embedding(
             from safetensors.torch import save_file  # only when something is saved
 
             save_file({key: table.contiguous() for key, table in tables.items()}, unfinished)
-        Path(unfinished).replace(path)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
     return path

@@ -7,7 +7,7 @@ import pytest
 
 from backend.profiler import Recording, Span
 from modules import profile_files
-from modules.profile_files import JOBS_PER_FILE, NUM_OLD_FILES, chrome_trace, read_profile, replace_file, write_profile
+from modules.profile_files import JOBS_PER_FILE, NUM_OLD_FILES, chrome_trace, read_profile, write_profile
 from modules.profile_record import JobFacts, JobRecord, PeakRecord, RequestRecord, SampleRecord, SlotFigures, build_job
 from modules.profile_timeline import draw_timeline
 
@@ -71,20 +71,6 @@ def test_a_file_of_something_else_is_put_aside(tmp_path: Path, content: str) -> 
     written = read_profile(tmp_path / "profile.json")
     assert written is not None
     assert written.jobs == [make_job()]
-
-
-def test_a_crash_while_writing_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "profile.json"
-    replace_file(path, b"before")
-
-    def crash(descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(profile_files.os, "fsync", crash)
-    with pytest.raises(KeyboardInterrupt):
-        replace_file(path, b"after")
-    assert path.read_bytes() == b"before"
-    assert [one.name for one in tmp_path.iterdir()] == ["profile.json"]
 
 
 def test_the_trace_has_a_thread_for_each_slot_and_its_copies() -> None:

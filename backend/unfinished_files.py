@@ -1,0 +1,51 @@
+"""Names of files that are being written. One form, so that what a killed run leaves is known for what it is (`modules/unfinished_files.py`).
+
+Standard library only: the launcher writes by it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+_OURS = re.compile(r"\..+\.[0-9a-f]{12}\.tmp", re.DOTALL)
+_MAX_NAME_BYTES = 160
+"""With dot, digits and suffix this stays below the 255 that file systems allow."""
+
+
+def unfinished_name(path: Path) -> Path:
+    """A new hidden name beside `path`: its name (or what fits of it), twelve hexadecimal digits, `.tmp`."""
+    name = os.fsencode(path.name)[:_MAX_NAME_BYTES].decode("utf-8", "ignore")
+    return path.with_name(f".{name or 'file'}.{secrets.token_hex(6)}.tmp")
+
+
+def is_unfinished_name(name: str) -> bool:
+    """Does it have the form that `unfinished_name` gives, and nothing else does?"""
+    return _OURS.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write under. What is there at the end takes the place of `path` in one step; after an error it is gone, and `path` is as before."""
+    unfinished = unfinished_name(path)
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def replace_content(path: Path, content: bytes) -> None:
+    """`path` holds `content`, in a file that its owner alone may read. Readers see the old file or the whole new one, also after a crash.
+
+    Makes the folder. Raises: OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished, open(unfinished, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
