@@ -271,7 +271,7 @@ class KDiffusionSampler:
 
     def _request(self, p: Any, num_pictures: int) -> SamplingRequest:
         """What the plan has to know of the pass."""
-        state = self.p.context.state
+        state = p.context.state
         return SamplingRequest(
             images=num_pictures,
             branches=self._num_branches(p),
@@ -285,7 +285,7 @@ class KDiffusionSampler:
     def _strategy(self, p: Any) -> Any:
         """The setting's, or where it leaves the choice open, the flag's."""
         chosen = str(p.options.multi_gpu_strategy)
-        return self.p.context.config.backend.multi_gpu_strategy if chosen == "auto" else chosen
+        return p.context.config.backend.multi_gpu_strategy if chosen == "auto" else chosen
 
     def _num_branches(self, p: Any) -> int:
         """Conditions per picture and step: the parts of its prompt, and the negative prompt where it counts."""

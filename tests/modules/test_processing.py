@@ -217,7 +217,7 @@ def test_files_are_saved_with_their_parameters(app: Application, tmp_path: Path)
     assert result.images[0].size == (128, 64)
 
 
-@pytest.mark.parametrize("folder", ["a file/below", "a\0b", "x" * 300])
+@pytest.mark.parametrize("folder", ["a file/below", "x" * 300])
 def test_a_folder_that_cannot_be_written_costs_the_file_and_not_the_picture(app: Application, tmp_path: Path, folder: str) -> None:
     (tmp_path / "a file").write_text("in the way", encoding="utf8")
     folders = {"outdir_txt2img_samples": str(tmp_path / folder), "outdir_txt2img_grids": str(tmp_path / folder)}
