@@ -1,4 +1,4 @@
-"""What a job may use of the running program: settings, state, models, files. Nothing of the page, the API or the line of jobs.
+"""What a job may use of the running program: settings, state, models, files. Nothing of the page or the API.
 
 `Application` is one. A request holds the context it was made in (`p.context`), and what works for a request asks that. Functions that extensions call
 without a request (`images.save_image`, `rng.ImageRNG` ...) take the installed one.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from modules.app_config import AppConfig
     from modules.cache import FileCache
+    from modules.call_queue import JobQueue
     from modules.checkpoints import CheckpointRegistry
     from modules.folder_policy import FolderPolicy
     from modules.hashes import HashStore
@@ -34,6 +35,7 @@ class JobContext(Protocol):
     config: AppConfig
     options: Options
     state: State
+    jobs: JobQueue
     checkpoints: CheckpointRegistry
     additional_modules: ModuleRegistry
     models: ModelHost
