@@ -17,7 +17,6 @@ from backend.model_folders import find_files, natural_key, say_once
 from modules import hashes
 from modules.errors import NoCheckpointError, UnknownCheckpointError
 from modules.hashes import HashStore
-from modules.job_context import required_context
 from modules.nearest_names import say_nearest
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,9 @@ class CheckpointInfo:
 
     def register(self) -> None:
         """Add this file to the installed application's list."""
-        required_context().checkpoints.add(self)
+        from modules.application import current_application  # the application is built on this file
+
+        current_application().checkpoints.add(self)
 
     def __repr__(self) -> str:
         return f"CheckpointInfo({self.title!r})"
@@ -130,7 +131,9 @@ class CheckpointInfo:
 def _installed_defaults(roots: Sequence[Path] | None, store: HashStore | None) -> tuple[Sequence[Path], HashStore]:
     if roots is not None and store is not None:
         return roots, store
-    app = required_context()
+    from modules.application import current_application  # the application is built on this file
+
+    app = current_application()
     return (app.config.ckpt_dirs if roots is None else roots), (app.hashes if store is None else store)
 
 

@@ -10,7 +10,6 @@ import torch
 
 from backend import memory_management
 from modules.errors import RequestError
-from modules.job_context import installed_context
 
 cpu = torch.device("cpu")
 fp8 = False
@@ -44,7 +43,9 @@ def test_for_nans(x: torch.Tensor, where: str) -> None:
 
 
 def _flag(name: str) -> bool:
-    app = installed_context()
+    from modules.application import application_or_none  # the application is built on top of jobs
+
+    app = application_or_none()
     return app is not None and bool(app.config.flags.get(name, False))
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from modules.cache import FileCache
-from modules.job_context import required_context
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +99,9 @@ def _telling(value: object) -> str | None:
 
 
 def _installed() -> HashStore:
-    return required_context().hashes
+    from modules.application import current_application  # the application is built on this file
+
+    return current_application().hashes
 
 
 def sha256_from_cache(filename: str | PathLike[str], title: str, use_addnet_hash: bool = False) -> str | None:

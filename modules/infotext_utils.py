@@ -29,7 +29,6 @@ from modules.infotext_paste import (
     send_image_and_dimensions,
 )
 from modules.infotext_versions import backcompat
-from modules.job_context import installed_context
 
 __all__ = [
     "ParamBinding",
@@ -88,7 +87,9 @@ _UNKNOWN_SAMPLER = "Undefined"
 
 
 def _application() -> Any:
-    return installed_context()
+    from modules.application import application_or_none  # the application is built on this file
+
+    return application_or_none()
 
 
 def parse_generation_parameters(x: str, skip_fields: Sequence[str] | None = None) -> dict[str, Any]:

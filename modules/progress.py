@@ -17,7 +17,6 @@ from typing import Any
 
 from PIL import Image
 
-from modules.job_context import required_context
 from modules.shared_state import State
 
 FINISHED_TASKS_KEPT = 16
@@ -151,7 +150,9 @@ def create_task_id(task_type: str) -> str:
 
 
 def _book() -> TaskBook:
-    return required_context().jobs.tasks
+    from modules.application import current_application  # the application is built on this file
+
+    return current_application().jobs.tasks
 
 
 def add_task_to_queue(id_job: str) -> None:

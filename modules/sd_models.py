@@ -19,7 +19,6 @@ from backend.memory.recent_models import RecentModels, recent_models_budget_byte
 from modules.checkpoints import CheckpointInfo, CheckpointRegistry, read_safetensors_header, read_safetensors_metadata
 from modules.errors import RequestError
 from modules.import_lock import network_imports
-from modules.job_context import required_context
 from modules.sd_vae import ModuleRegistry
 
 if TYPE_CHECKING:
@@ -311,7 +310,9 @@ model_data = _ModelData()
 
 
 def _app() -> Any:
-    return required_context()
+    from modules.application import current_application  # the application is built on this file
+
+    return current_application()
 
 
 def list_models() -> None:

@@ -15,6 +15,7 @@ import networks
 from network import Network, NetworkOnDisk
 
 from modules.extra_networks import ExtraNetwork, ExtraNetworkParams
+from modules.nearest_names import say_nearest
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,8 @@ NAME = "lora"
 ALIAS = "lyco"
 HASHES_KEY = "Lora hashes"
 _ONLINE_MARK = "(fp16 LoRA)"
+_MAX_EXPLAINED = 3
+"""Missing names whose nearest are said; a prompt may have thousands."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,12 @@ def _number(text: str | None, default: float, name: str, notices: list[str]) -> 
     return value
 
 
+def _say_near(missing: Sequence[str]) -> str:
+    """What the first few missing names may have meant."""
+    known = networks.registry().list_names()
+    return "".join(f"; for {name[:100]!r}, {say_nearest(name, known)}" for name in missing[:_MAX_EXPLAINED])
+
+
 class ExtraNetworkLora(ExtraNetwork):
     """The kind "lora". Keeps the files in use, and of those used before as many as the setting `lora_in_memory_limit` says."""
 
@@ -72,7 +81,7 @@ class ExtraNetworkLora(ExtraNetwork):
         found = [(mention, networks.registry().find(mention.name)) for mention in mentions]
         missing = [mention.name for mention, entry in found if entry is None]
         if missing:
-            p.comment(f"Networks not found: {', '.join(missing)}")
+            p.comment(f"Networks not found: {', '.join(missing)}{_say_near(missing)}")
         networks.patch_sets.forget_other_models(p.sd_model)
         used = [network for mention, entry in found if entry is not None and (network := self._apply(p, mention, entry)) is not None]
         networks.patch_sets.forget_unused(used, int(p.options.lora_in_memory_limit))

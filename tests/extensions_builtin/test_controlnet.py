@@ -380,6 +380,22 @@ def test_a_control_lora_is_a_model_like_others(site: Site) -> None:
     )
 
 
+def test_linked_folders_are_listed_and_windows_names_are_understood(site: Site, tmp_path: Path) -> None:
+    from lib_controlnet import global_state  # on sys.modules since the extension was loaded
+
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "far_scribble.safetensors").write_bytes(b"no model")
+    link = site.app.config.controlnet_dirs[0] / "link"
+    link.symlink_to(tmp_path)
+    try:
+        for name in ("link\\deep\\far_scribble.safetensors", "LINK\\far_scribble", "far_scribble [0123456789]"):
+            global_state.update_controlnet_filenames()
+            assert Path(global_state.get_controlnet_filename(name) or "").name == "far_scribble.safetensors"
+    finally:
+        link.unlink()
+        global_state.update_controlnet_filenames()
+
+
 def test_lists(site: Site) -> None:
     assert set(site.titles) == {"canny_1", "canny_2", "big", "broken", "union", "control-lora", "ip-adapter"}
     modules = site.client.get("/controlnet/module_list").json()

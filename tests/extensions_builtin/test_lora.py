@@ -155,6 +155,11 @@ def test_an_embedding_that_came_with_a_file_counts_while_the_file_is_used(app: A
 def test_an_unknown_name_is_said_and_the_picture_is_made(app: Application) -> None:
     result = run(txt2img(prompt="a red cat<lora:gone:1><lora:away:1>"))
     assert "Networks not found: gone, away" in result.comments
+
+
+def test_a_misspelt_name_is_told_the_nearest(app: Application) -> None:
+    result = run(txt2img(prompt="a red cat<lora:sub\\stlye:1>"))
+    assert "Networks not found: sub\\stlye; for 'sub\\\\stlye', nearest are 'style'" in result.comments
     assert np.array_equal(picture(result), make())
     assert "Lora hashes" not in result.infotexts[0]
 

@@ -156,6 +156,17 @@ def test_low_bits_option(caplog: pytest.LogCaptureFixture) -> None:
     assert "bnb-nf4" in caplog.text
 
 
+def test_a_checkpoint_that_the_settings_name_and_that_is_gone_is_said(app: Application, caplog: pytest.LogCaptureFixture) -> None:
+    app.checkpoints.refresh()
+    fields: dict[str, Any] = {"named": None, "want_sdxl": False}
+    select_starting_checkpoint(app.checkpoints, saved="one", **fields)
+    select_starting_checkpoint(app.checkpoints, saved=None, **fields)
+    assert "was asked for" not in caplog.text
+    select_starting_checkpoint(app.checkpoints, saved="sub\\twoo.safetensors [0123456789]", **fields)
+    assert "checkpoint 'sub\\\\twoo.safetensors [0123456789]' was asked for; nearest are 'two.safetensors" in caplog.text
+    assert "Until then broken.safetensors is used." in caplog.text
+
+
 def test_the_checkpoint_selected_at_start(tmp_path: Path, app: Application) -> None:
     def selected(**kwargs: Any) -> str | None:
         info = select_starting_checkpoint(app.checkpoints, **{"named": None, "saved": None, "want_sdxl": False, **kwargs})
