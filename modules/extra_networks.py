@@ -207,3 +207,16 @@ def get_user_metadata(filename: str | Path, lister: Any = None) -> dict[str, Any
         log.warning("The description %s of a model cannot be read and is left out: %s", path, error)
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """A description that is about to be written anew; {} if there is none. Raises OSError for a file whose content would be lost by that."""
+    if not path.exists():
+        return {}
+    try:
+        data = read_json_file(path, max_bytes=16 * 2**20)
+    except ForeignJsonError as error:
+        raise FileExistsError(f"{path.name} beside the model is no description that can be read ({error}). Move it away, then save again.") from error
+    if not isinstance(data, dict):
+        raise FileExistsError(f"{path.name} beside the model is no description but another kind of JSON. Move it away, then save again.")
+    return data

@@ -19,8 +19,9 @@ from modules import images
 from modules.errors import RequestError
 from modules.image_metadata import read_info_from_image
 from modules.image_resizing import fix_image
+from modules.image_writing import numbered_names, write_whole
 from modules.infotext import build_parameters_line
-from modules.options import write_text_atomically
+from modules.own_files import note_own_file, text_goes_with
 from modules.scripts_postprocessing import Operation, PostprocessedImage, run_operations
 
 if TYPE_CHECKING:
@@ -166,12 +167,41 @@ class ExtrasJob:
         """A text file beside the picture, where an operation made a caption."""
         if not caption:
             return
-        file = picture.with_suffix(".txt")
+        wanted = picture.with_suffix(".txt")
         try:
-            before = file.read_text(encoding="utf8").strip() if file.exists() else ""
-            write_text_atomically(file, joined_caption(before, caption.strip(), self.app.options.postprocessing_existing_caption_action))
+            written = write_caption(wanted, picture, caption.strip(), self.app.options.postprocessing_existing_caption_action)
         except OSError as error:
-            self._comment(f"The caption {file.name} was not written ({error}).")
+            self._comment(f"The caption {wanted.name} was not written ({error}).")
+            return
+        if written != wanted:
+            self._comment(f"{wanted.name} was there already and was not written by this program, so the caption is in {written.name}.")
+
+
+def write_caption(wanted: Path, picture: Path, caption: str, action: str) -> Path:
+    """Write the caption of `picture` into `wanted`, or under the next free name where that is a text of the user's. Returns that name.
+
+    A text of the user's changes only by Prepend and Append, which keep its words. Raises OSError.
+    """
+    is_own, before = text_goes_with(picture), _read_caption(wanted)
+    if action == "Keep" and before != "":
+        return wanted
+    joins = is_own or action in ("Prepend", "Append")
+    text = joined_caption(before or "", caption, action) if joins else caption
+    replaces = is_own or (joins and bool(before))
+    written = write_whole(lambda file: file.write(text.encode("utf-8", "replace")), numbered_names(wanted), replace=replaces)
+    if is_own or not replaces:
+        note_own_file(written)
+    return written
+
+
+def _read_caption(file: Path) -> str | None:
+    """The text in `file`, "" where there is none, None where what is there is no UTF-8 text. Raises OSError."""
+    if not file.exists():
+        return ""
+    try:
+        return file.read_text(encoding="utf-8-sig").strip() if file.is_file() else None
+    except UnicodeDecodeError:
+        return None
 
 
 def joined_caption(before: str, new: str, action: str) -> str:

@@ -107,12 +107,12 @@ class UserMetadataEditor:
     # saving
 
     def write_user_metadata(self, name: str, metadata: dict[str, Any]) -> None:
-        """Keep it beside the item's file; keys of others stay. Raises OSError."""
+        """Keep it beside the item's file; keys of others stay. Raises OSError, also for a file there that is no such description."""
         item = self.page.items.get(name)
         if item is None or not item.get("filename"):
             return
         path = Path(item["filename"]).with_suffix(".json")
-        kept = {**extra_networks.get_user_metadata(item["filename"]), **metadata}
+        kept = {**extra_networks.read_description(path), **metadata}
         write_text_atomically(path, json.dumps(kept, indent=4, ensure_ascii=False))
         self.page.read_user_metadata(item, use_cache=False)
 

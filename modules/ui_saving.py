@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOG_COLUMNS = ("prompt", "seed", "width", "height", "sampler", "cfgs", "steps", "filename", "negative_prompt", "sd_model_name", "sd_model_hash")
+_NUM_OLD_COLUMNS = 9
+"""Those that A1111's logs have always had; the model came later."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
 
@@ -102,12 +104,13 @@ class PictureSaver:
     def _append_to_log(self, generation_info: str, picture: Path) -> None:
         info = read_generation_info(generation_info)
         values = {**info, "sampler": info.get("sampler_name"), "cfgs": info.get("cfg_scale"), "filename": picture.name}
-        file = self.folder / "log.csv"
-        is_new = not file.exists()
+        file = next(name for name in numbered_names(self.folder / "log.csv") if not name.exists() or _is_log(name))
         text = io.StringIO()
         writer = csv.writer(text)
-        if is_new:
+        if not file.exists():
             writer.writerow(LOG_COLUMNS)
+        elif not file.read_bytes().endswith(b"\n"):
+            text.write("\n")
         writer.writerow([values.get(column, "") for column in LOG_COLUMNS])
         with file.open("a", encoding="utf8", newline="") as log_file:
             log_file.write(text.getvalue())
@@ -157,6 +160,18 @@ def connect_saving(saver: PictureSaver, output: OutputPanel) -> None:
             function, js=js, inputs=[output.gallery, output.generation_info, index], outputs=[output.download_files, output.html_log], **QUIET
         )
     output.buttons["open_folder"].click(saver.open_folder, **QUIET)
+
+
+def _is_log(file: Path) -> bool:
+    """Whether the file is a log of saved pictures (ours, or A1111's with fewer columns): rows may go behind it."""
+    try:
+        if not file.is_file():
+            return False
+        with file.open("rb") as log_file:
+            first = log_file.readline(2**16).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return tuple(first.strip().split(","))[:_NUM_OLD_COLUMNS] == LOG_COLUMNS[:_NUM_OLD_COLUMNS]
 
 
 def save_files(js_data: str, images: Sequence[Any] | None, do_make_zip: bool, index: float) -> tuple[Any, str]:

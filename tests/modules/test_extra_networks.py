@@ -176,3 +176,11 @@ def test_user_metadata_is_read_from_beside_the_model(tmp_path: Path, caplog: pyt
     assert "broken.json" in caplog.text
     absent = SimpleNamespace(exists=lambda path: False)
     assert extra_networks.get_user_metadata(tmp_path / "a.safetensors", lister=absent) == {}
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{broken", "7"])
+def test_a_file_that_is_no_description_is_never_written_anew(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(FileExistsError, match="Move it away"):
+        extra_networks.read_description(tmp_path / "a.json")
+    assert extra_networks.read_description(tmp_path / "b.json") == {}

@@ -202,6 +202,43 @@ def test_a_caption_that_is_there(action: str, expected: str) -> None:
     assert joined_caption("", "new", action) == "new"
 
 
+@pytest.mark.parametrize(
+    ("action", "there", "kept", "beside"),
+    [
+        ("Ignore", b"my dog\n", b"my dog\n", b"a cat"),
+        ("Keep", b"my dog\n", b"my dog\n", None),
+        ("Keep", b"\xff\xfe", b"\xff\xfe", None),
+        ("Prepend", b"my dog\n", b"a cat my dog", None),
+        ("Append", b"my dog\n", b"my dog a cat", None),
+        ("Append", b"\xff\xfe", b"\xff\xfe", b"a cat"),
+        ("Ignore", b"", b"", b"a cat"),
+    ],
+)
+def test_a_caption_of_the_users_keeps_its_words(
+    app: Application, tmp_path: Path, action: str, there: bytes, kept: bytes, beside: bytes | None
+) -> None:
+    app.options.postprocessing_existing_caption_action = action
+    folder = tmp_path / "training"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(there)
+    (folder / "a-copy.txt").mkdir()
+    picture, operations = Path(put_picture(tmp_path / "a.png")), [Operation(script=Captions(), values={})]
+    processed = ExtrasJob(app, ExtrasRequest(paths=[picture], operations=operations, keeps_names=True, output_dir=folder)).run()
+    assert (folder / "a.txt").read_bytes() == kept
+    assert ((folder / "a-1.txt").read_bytes() if (folder / "a-1.txt").exists() else None) == beside
+    assert ("a.txt was there already" in processed.comments) is (beside is not None)
+
+
+def test_a_caption_of_this_program_gives_way_to_the_next(app: Application, tmp_path: Path) -> None:
+    app.options.save_images_replace_action = "Replace"
+    operation = Operation(script=Captions(), values={})
+    request = ExtrasRequest(paths=[Path(put_picture(tmp_path / "a.png"))], operations=[operation], keeps_names=True)
+    first, second = ExtrasJob(app, request).run(), ExtrasJob(app, request).run()
+    assert (first.comments, second.comments) == ("", "")
+    texts = [path.name for path in saved(app)[0].parent.glob("*.txt")]
+    assert texts == ["a.txt"]
+
+
 def test_interrupting_keeps_what_is_done(app: Application, tmp_path: Path) -> None:
     class Stops(ScriptPostprocessing):
         name = "Stops"

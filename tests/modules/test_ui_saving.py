@@ -67,6 +67,20 @@ def test_log_has_a_line_for_each_picture(app: Application, gallery: list[tuple[s
     ]
 
 
+def test_rows_go_behind_a_log_of_a1111s_and_never_into_another_table(app: Application, gallery: list[tuple[str, None]]) -> None:
+    folder, saver = Path(app.options.outdir_save), PictureSaver(app, "txt2img")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.csv").write_text("date,weight\n1,70")
+    (folder / "log-1.csv").write_bytes(b"\xff\xfe\x00")
+    old = "prompt,seed,width,height,sampler,cfgs,steps,filename,negative_prompt\ndog,1,,,,,,d.png,"
+    (folder / "log-2.csv").write_text(old)
+    saver.save(gallery, INFO, 0)
+    assert (folder / "log.csv").read_text() == "date,weight\n1,70"
+    assert (folder / "log-1.csv").read_bytes() == b"\xff\xfe\x00"
+    with (folder / "log-2.csv").open(newline="") as file:
+        assert [(row["prompt"], row["filename"]) for row in csv.DictReader(file)] == [("dog", "d.png"), ("a, cat", "a.png")]
+
+
 def test_zip_holds_every_picture(app: Application, gallery: list[tuple[str, None]]) -> None:
     files, _ = PictureSaver(app, "img2img").save_zip(gallery, INFO, 0)
     with zipfile.ZipFile(files["value"][0]) as archive:
