@@ -403,10 +403,17 @@ def explaining_shortages(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, OutOfMemory) or not recovery.is_out_of_memory(error):
+        told = explain_shortage(error, what)
+        if told is error:
             raise
-        store = current_store()
-        raise store.out_of_memory(what, _device_in(error), None) from error.with_traceback(None)
+        raise told from error.with_traceback(None)
+
+
+def explain_shortage(error: Exception, what: str) -> Exception:
+    """OutOfMemory with the table of all devices for a shortage at `what` that is not told so already; any other error as it is."""
+    if isinstance(error, OutOfMemory) or not recovery.is_out_of_memory(error):
+        return error
+    return current_store().out_of_memory(what, _device_in(error), None)
 
 
 def _device_in(error: BaseException) -> torch.device:

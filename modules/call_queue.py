@@ -119,9 +119,16 @@ class Job(Generic[ResultT]):
         except RequestError as error:
             self.error = error
         except Exception as error:
+            self.error = _explained(error, self.name)
             errors.record_exception()
-            log.error("Job %s failed: %s: %s", self.name, type(error).__name__, error, exc_info=error)
-            self.error = error
+            log.error("Job %s failed: %s: %s", self.name, type(self.error).__name__, self.error, exc_info=error)
+
+
+def _explained(error: Exception, name: str) -> Exception:
+    """A shortage of memory on a device becomes one that says who holds what on every device; other errors stay as they are."""
+    from backend import memory_management  # imports torch, which the line itself does not need
+
+    return memory_management.explain_shortage(error, f"the job {name}")
 
 
 class JobQueue:

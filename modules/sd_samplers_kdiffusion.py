@@ -100,8 +100,9 @@ class KDiffusionSampler:
         resolved = self.spec.with_unipc_skip_type(str(p.options.uni_pc_skip_type)).resolve_schedule(scheduler.name, default=self._default_schedule)
         settings = self._schedule_settings(p, resolved)
         discards = bool(p.options.always_discard_next_to_last_sigma)
+        make = partial(self.spec.compute_sigmas, resolved, steps, self.predictor, settings, always_discard=discards)
         try:
-            return self.spec.compute_sigmas(resolved, steps, self.predictor, settings, always_discard=discards)
+            return self._with_recovery(make, "making the noise schedule")
         except ValueError as error:
             raise RequestError(f"{error}") from error
 

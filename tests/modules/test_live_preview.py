@@ -93,3 +93,24 @@ def test_previews_are_made_at_the_cadence_of_the_settings() -> None:
 @pytest.mark.parametrize("changes", [{"live_previews_enable": False}, {"show_progress_every_n_steps": -1}])
 def test_previews_can_be_off(changes: dict[str, Any]) -> None:
     assert PreviewMaker(Engine(), settings(**changes)).due(30) is False
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("vgpu:0 out of memory"), RuntimeError("CUDNN_STATUS_ALLOC_FAILED")])
+def test_a_preview_that_finds_no_room_is_left_out(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    engine, latents_BCHW = Engine(), torch.randn(1, 4, 6, 5)
+    make = PreviewMaker(engine, settings(show_progress_type="Full"))
+
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "decode_first_stage", fail)
+        assert make(latents_BCHW) is None
+    assert make(latents_BCHW) is not None
+
+
+def test_a_preview_that_fails_otherwise_is_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    monkeypatch.setattr(engine, "decode_first_stage", lambda x: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        PreviewMaker(engine, settings(show_progress_type="Full"))(torch.randn(1, 4, 6, 5))

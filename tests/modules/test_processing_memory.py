@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ from backend.devices import virtual_device, virtual_gpu
 from backend.devices.probing import probe_devices
 from backend.devices.virtual_gpu import Faults
 from backend.memory.errors import OutOfMemory
+from backend.sampling import registry
+from modules import sd_schedulers
 from modules.application import Application
-from tests.support.narrow_application import narrow_application, pixels, run, submit, txt2img
+from modules.sd_samplers_kdiffusion import KDiffusionSampler
+from tests.support.narrow_application import img2img, narrow_application, pixels, run, submit, txt2img
 
 MIB = 2**20
 
@@ -93,6 +98,85 @@ def test_shortages_that_do_not_end_fail_the_job_with_the_table(app: Application,
         job.wait(timeout_s=300)
     assert app.state.job == ""
     assert_next_job_works(app, undisturbed)
+
+
+# faults in the work between the networks, which is small and easily forgotten
+
+
+@contextmanager
+def shortage_in(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> Iterator[list[int]]:
+    """All allocations in a function's first call fail; gives the number of allocations of each call."""
+    plain, made, device = getattr(owner, name), list[int](), virtual_gpu.get_device(0)
+
+    def short(*args: Any, **named: Any) -> Any:
+        device.set_faults(Faults(out_of_memory_at=frozenset(range(1, 1000)) if not made else frozenset()))
+        made.append(0)
+        try:
+            return plain(*args, **named)
+        finally:
+            made[-1] = device.num_allocations
+            device.set_faults(None)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, short)
+        yield made
+
+
+@pytest.mark.parametrize("make, place", [(txt2img, "_start_from_noise"), (img2img, "_start_from_latents")])
+def test_the_starting_noise_is_made_again_where_it_found_no_room(
+    app: Application, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any], place: str
+) -> None:
+    configure(app, 256)
+    expected = pixels(run(make()).images[0])
+    with shortage_in(monkeypatch, KDiffusionSampler, place) as made:
+        assert np.array_equal(pixels(run(make()).images[0]), expected)
+    assert len(made) == 2 and min(made) > 0
+
+
+def _levels_of_the_network(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: str) -> torch.Tensor:
+    """As an extension makes them: with the network's table, where that is."""
+    del device
+    table_T = inner_model.predictor.sigmas.to(inner_model.diffusion_model.conv_in.weight.device) * 1.0
+    return torch.cat([torch.linspace(min(float(table_T[-1]), sigma_max), sigma_min, n), torch.zeros(1)])
+
+
+def test_the_noise_schedule_is_made_again_where_it_found_no_room(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(app, 256)
+    scheduler = sd_schedulers.Scheduler("guests", "Guest's", _levels_of_the_network, need_inner_model=True)
+    monkeypatch.setattr(sd_schedulers, "schedulers", [*sd_schedulers.schedulers, scheduler])
+    expected = pixels(run(txt2img(scheduler="Guest's")).images[0])
+    with shortage_in(monkeypatch, scheduler, "function") as made:
+        assert np.array_equal(pixels(run(txt2img(scheduler="Guest's")).images[0]), expected)
+    assert len(made) == 2 and min(made) > 0
+
+
+@pytest.mark.parametrize("name", ["Normal", "SGM Uniform", "Karras", "Beta"])
+def test_a_schedule_of_ours_is_made_again_where_it_found_no_room(app: Application, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    configure(app, 256)
+    expected = pixels(run(txt2img(scheduler=name)).images[0])
+    with shortage_in(monkeypatch, registry, "compute_sigmas"):
+        assert np.array_equal(pixels(run(txt2img(scheduler=name)).images[0]), expected)
+
+
+def _takes_a_tensor() -> None:
+    torch.empty(2**20, device="vgpu:0")
+
+
+def test_a_shortage_of_any_job_tells_of_all_devices(app: Application) -> None:
+    configure(app, 256)
+    run(txt2img())
+    virtual_gpu.get_device(0).set_faults(Faults(out_of_memory_at=frozenset({1})))
+    with pytest.raises(OutOfMemory, match=r"vgpu:0 ran out of memory at the job extras.*\n.*vgpu:0 \(virtual GPU\): .* held by .*KModel"):
+        app.jobs.submit(None, "extras", _takes_a_tensor).wait(timeout_s=60)
+    virtual_gpu.get_device(0).set_faults(None)
+
+
+def test_a_shortage_between_the_networks_tells_of_all_devices(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(app, 256)
+    monkeypatch.setattr(KDiffusionSampler, "_set_brownian_range", lambda *args: _takes_a_tensor())
+    explained = pytest.raises(OutOfMemory, match=r"ran out of memory at making the picture.*\n.*vgpu:0 \(virtual GPU\)")
+    with shortage_in(monkeypatch, KDiffusionSampler, "_set_brownian_range"), explained:
+        run(txt2img())
 
 
 @pytest.mark.parametrize("place", [0.02, 0.5, 0.98])
