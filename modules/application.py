@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modules import job_context
 from modules.app_config import SCRIPT_DIR, AppConfig
 from modules.cache import FileCache
 from modules.call_queue import JobQueue
@@ -132,6 +133,7 @@ def install(app: Application | None) -> None:
     """Make `app` the one that guests and the facades speak to; None removes it."""
     global _installed  # noqa: PLW0603 - the one place where the running application is known
     _installed = app
+    job_context.install_context(app)
     if app is not None:
         control_models.configure_folders(
             controlnet_dir=app.config.controlnet_dirs[0],

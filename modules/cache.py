@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from backend.foreign_json import read_json_file
+from modules.job_context import required_context
 from modules.options import write_text_atomically
 
 log = logging.getLogger(__name__)
@@ -81,9 +82,7 @@ def _file_stamp(path: Path) -> dict[str, int]:
 
 
 def _installed() -> FileCache:
-    from modules.application import current_application  # the application is built on this file
-
-    return current_application().file_cache
+    return required_context().file_cache
 
 
 def cache(subsection: str) -> dict[str, Any]:

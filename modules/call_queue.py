@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from modules import errors
 from modules.errors import JobCancelled, LineFullError, RequestError, ServerClosingError
+from modules.job_context import required_context
 from modules.progress import TaskBook, create_task_id
 from modules.shared_state import State
 
@@ -279,10 +280,8 @@ def wrap_gradio_gpu_call(func: Callable[..., Any], extra_outputs: Sequence[Any] 
     """`func` as a job: a first argument `task(...)` is its id. Errors become a line of HTML, the time it took is added to it."""
 
     def as_job(*args: Any, **kwargs: Any) -> Any:
-        from modules.application import current_application  # the application is built on this file
-
         task_id = args[0] if args and _is_task_id(args[0]) else None
-        return current_application().jobs.run_and_wait(task_id, func.__name__, lambda: func(*args, **kwargs))
+        return required_context().jobs.run_and_wait(task_id, func.__name__, lambda: func(*args, **kwargs))
 
     return wrap_gradio_call(as_job, extra_outputs=extra_outputs, add_stats=True)
 

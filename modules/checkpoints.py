@@ -17,6 +17,7 @@ from backend.model_folders import find_files, natural_key, say_once
 from modules import hashes
 from modules.errors import NoCheckpointError, UnknownCheckpointError
 from modules.hashes import HashStore
+from modules.job_context import required_context
 from modules.nearest_names import say_nearest
 
 log = logging.getLogger(__name__)
@@ -120,9 +121,7 @@ class CheckpointInfo:
 
     def register(self) -> None:
         """Add this file to the installed application's list."""
-        from modules.application import current_application  # the application is built on this file
-
-        current_application().checkpoints.add(self)
+        required_context().checkpoints.add(self)
 
     def __repr__(self) -> str:
         return f"CheckpointInfo({self.title!r})"
@@ -131,9 +130,7 @@ class CheckpointInfo:
 def _installed_defaults(roots: Sequence[Path] | None, store: HashStore | None) -> tuple[Sequence[Path], HashStore]:
     if roots is not None and store is not None:
         return roots, store
-    from modules.application import current_application  # the application is built on this file
-
-    app = current_application()
+    app = required_context()
     return (app.config.ckpt_dirs if roots is None else roots), (app.hashes if store is None else store)
 
 

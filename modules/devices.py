@@ -10,6 +10,7 @@ import torch
 
 from backend import memory_management
 from modules.errors import RequestError
+from modules.job_context import installed_context
 
 cpu = torch.device("cpu")
 fp8 = False
@@ -43,9 +44,7 @@ def test_for_nans(x: torch.Tensor, where: str) -> None:
 
 
 def _flag(name: str) -> bool:
-    from modules.application import application_or_none  # the application is built on top of jobs
-
-    app = application_or_none()
+    app = installed_context()
     return app is not None and bool(app.config.flags.get(name, False))
 
 

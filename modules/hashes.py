@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from modules.cache import FileCache
+from modules.job_context import required_context
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +100,7 @@ def _telling(value: object) -> str | None:
 
 
 def _installed() -> HashStore:
-    from modules.application import current_application  # the application is built on this file
-
-    return current_application().hashes
+    return required_context().hashes
 
 
 def sha256_from_cache(filename: str | PathLike[str], title: str, use_addnet_hash: bool = False) -> str | None:

@@ -42,6 +42,7 @@ from modules.image_grids import (
 from modules.image_metadata import IGNORED_INFO_KEYS, image_data, read_info_from_image
 from modules.image_resizing import fix_image, flatten, resize_by_mode
 from modules.image_writing import EncodeSettings, ImageSaveError, PictureText, kind_that_holds, numbered_names, write_image, write_whole
+from modules.job_context import installed_context
 from modules.options import Options, OptionsSnapshot
 from modules.own_files import is_own_file, note_own_file, text_goes_with
 from modules.shared_options import build_option_table
@@ -92,17 +93,13 @@ def _settings(p: Any = None) -> Any:
     own = getattr(p, "options", None)
     if own is not None:
         return own
-    from modules.application import application_or_none  # the application is built on this file
-
-    application = application_or_none()
+    application = installed_context()
     return _default_settings() if application is None else application.options
 
 
 def _tokens(p: Any, seed: int | None, prompt: str | None, image: Image.Image, basename: str, settings: Any) -> FilenameGenerator:
     """The tokens of one picture, with what the application knows about styles and lengths."""
-    from modules.application import application_or_none  # the application is built on this file
-
-    application = application_or_none()
+    application = installed_context()
     extra: dict[str, Any] = {}
     if application is not None:
         extra["max_part_chars"] = application.config.filenames_max_length
@@ -258,9 +255,7 @@ def save_image(
 
 def _check_place(wanted: Path, place: _Place) -> None:
     """Raises RequestError when a name pattern leads among the program's own files."""
-    from modules.application import application_or_none  # the application is built on this file
-
-    application = application_or_none()
+    application = installed_context()
     if application is not None and place.folder != wanted:
         application.folders.check_written(wanted, place.folder)
 

@@ -12,7 +12,6 @@ from PIL import Image, UnidentifiedImageError
 
 from backend.model_folders import find_files
 from modules import script_callbacks
-from modules.application import current_application
 from modules.errors import RequestError
 from modules.image_metadata import read_info_from_image
 from modules.image_resizing import fix_image
@@ -57,7 +56,7 @@ def process_batch(
     `png_info_props`: infotext keys to take from each picture (or its namesake in `png_info_dir`). Pictures that cannot be read are skipped and named.
     Raises RequestError when there are none. None when no picture was made."""
     paths = _pictures(input)
-    state, limit = current_application().state, int(p.options.img2img_batch_show_results_limit)
+    state, limit = p.context.state, int(p.options.img2img_batch_show_results_limit)
     masks = find_files(Path(inpaint_mask_dir), PICTURE_SUFFIXES) if inpaint_mask_dir else []
     state.job_count = len(paths) * p.n_iter
     result: Processed | None = None

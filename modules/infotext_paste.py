@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from modules.image_metadata import read_info_from_image
+from modules.job_context import installed_context
 
 _SWITCH_JS = {
     "txt2img": "switch_to_txt2img",
@@ -232,9 +233,7 @@ def _image_from_file(path: Path) -> Image.Image | None:
 def _served_folders() -> list[Path]:
     from gradio.utils import get_upload_folder  # heavy; see the module's docstring
 
-    from modules.application import application_or_none  # the application is built on this file
-
-    application = application_or_none()
+    application = installed_context()
     own = [] if application is None else [application.config.outputs_dir]
     return [Path(str(folder)).resolve() for folder in (get_upload_folder(), *own)]
 
@@ -252,10 +251,8 @@ def send_image_and_dimensions(x: Any) -> tuple[Image.Image | None, Any, Any]:
     """(picture, width, height) for a tab that takes a picture; sizes come along only if the settings send them."""
     import gradio as gr  # heavy; see the module's docstring
 
-    from modules.application import application_or_none  # the application is built on this file
-
     image = image_from_url_text(x)
-    application = application_or_none()
+    application = installed_context()
     wants_size = application is None or application.options.send_size
     if image is None or not wants_size:
         return image, gr.skip(), gr.skip()

@@ -29,6 +29,7 @@ from modules.infotext_paste import (
     send_image_and_dimensions,
 )
 from modules.infotext_versions import backcompat
+from modules.job_context import installed_context
 
 __all__ = [
     "ParamBinding",
@@ -87,9 +88,7 @@ _UNKNOWN_SAMPLER = "Undefined"
 
 
 def _application() -> Any:
-    from modules.application import application_or_none  # the application is built on this file
-
-    return application_or_none()
+    return installed_context()
 
 
 def parse_generation_parameters(x: str, skip_fields: Sequence[str] | None = None) -> dict[str, Any]:

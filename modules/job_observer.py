@@ -30,7 +30,7 @@ from modules.image_writing import numbered_names, write_whole
 from modules.profile_record import JobFacts, JobRecord, Outcome, PeakRecord, RequestRecord, SampleRecord, SlotFigures, build_job
 
 if TYPE_CHECKING:
-    from modules.application import Application
+    from modules.job_context import JobContext
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ _running: list[JobObserver] = []
 class JobObserver:
     """Around one job, on its thread. A job inside a job belongs to the outer one."""
 
-    def __init__(self, p: Any, app: Application) -> None:
+    def __init__(self, p: Any, app: JobContext) -> None:
         self.p, self.app = p, app
         self._slots: tuple[Slot, ...] = ()
         self._sampler: _DriverSampler | None = None
@@ -242,7 +242,7 @@ def _may_record_shapes(is_wanted: bool) -> bool:
     return is_wanted
 
 
-def _finish_torch_profiler(running: Any, app: Application) -> None:
+def _finish_torch_profiler(running: Any, app: JobContext) -> None:
     """Write what torch's profiler saw under the name of the setting, in the folder of such profiles. Other files there are left alone."""
     if running is None:
         return

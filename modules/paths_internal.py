@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.app_config import SCRIPT_DIR
+from modules.job_context import installed_context
 
 script_path = str(SCRIPT_DIR)
 modules_path = str(SCRIPT_DIR / "modules")
@@ -17,9 +18,7 @@ cwd = str(SCRIPT_DIR)
 
 
 def _folders() -> dict[str, Path]:
-    from modules.application import application_or_none  # the application is built on this file's neighbours
-
-    app = application_or_none()
+    app = installed_context()
     if app is None:
         data = SCRIPT_DIR
         models, outputs, extensions = data / "models", data / "outputs", data / "extensions"

@@ -14,6 +14,7 @@ import gradio as gr
 from PIL import Image
 
 from modules.image_resizing import CROP_AND_RESIZE, resize_by_mode
+from modules.job_context import installed_context
 from modules.postprocessing import BY_FACTOR, TO_SIZE, ExtrasSettings, check_extras, enlarge, goal_size_px, parameters_of
 from modules.scripts_postprocessing import PostprocessedImage, ScriptPostprocessing, ScriptPostprocessingRunner
 from modules.ui_components import FormRow, InputAccordion, ToolButton
@@ -104,9 +105,7 @@ class Upscale(ScriptPostprocessing):
             self._kept.popitem(last=False)
 
     def _limit(self) -> int:
-        from modules.application import application_or_none  # the application is built on top of this
-
-        app = application_or_none()
+        app = installed_context()
         return self._max_kept if self._max_kept is not None else 0 if app is None else int(app.options.upscaling_max_images_in_cache)
 
 

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from modules.application import Application, current_application
 from modules.call_queue import queue_lock
 from modules.errors import RequestError
+from modules.job_context import JobContext
 from modules.options import active_overrides, write_text_atomically
 from modules.processing_request import (
     LATENT_UPSCALE_MODES,
@@ -83,28 +83,28 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
     from modules.processing_latents import latent_format_of
     from modules.processing_validation import fit_size_to_model, make_sound
 
-    app = current_application()
-    with queue_lock, _as_job(app), JobObserver(p, app):
+    context = p.context
+    with queue_lock, _as_job(context), JobObserver(p, context):
         p.run_hook("before_process")
-        make_sound(p, app)
+        make_sound(p, context)
         token = active_overrides.set({**active_overrides.get(), **p.override_settings})
         try:
             memory_management.set_inference_memory(int(p.options.forge_inference_memory) * MIB)
             with losing_silent_slots(), memory_management.explaining_shortages("making the picture"):
                 with profiler.recorder().measure("load", "load the model"):
-                    p.sd_model = app.models.ensure_loaded(p.options)
+                    p.sd_model = context.models.ensure_loaded(p.options)
                 fit_size_to_model(p, latent_format_of(p.sd_model))
                 return process_images_inner(p)
         finally:
             active_overrides.reset(token)
-            _keep_overrides(p, app)
+            _keep_overrides(p, context)
             memory_management.release_after_job()
 
 
 @contextlib.contextmanager
-def _as_job(app: Application) -> Iterator[None]:
+def _as_job(context: JobContext) -> Iterator[None]:
     """Where no job is running (an extension calls from its own thread), this is one."""
-    state = app.state
+    state = context.state
     if state.job:
         yield
         return
@@ -115,13 +115,13 @@ def _as_job(app: Application) -> Iterator[None]:
         state.end()
 
 
-def _keep_overrides(p: StableDiffusionProcessing, app: Application) -> None:
+def _keep_overrides(p: StableDiffusionProcessing, context: JobContext) -> None:
     """override_settings_restore_afterwards=False makes the overrides the settings from now on (until they are saved, in memory only)."""
     if p.override_settings_restore_afterwards:
         return
     for key, value in p.override_settings.items():
-        if key in app.options.data_labels:
-            app.options.set(key, value, is_api=True)
+        if key in context.options.data_labels:
+            context.options.set(key, value, is_api=True)
 
 
 def process_images_inner(p: StableDiffusionProcessing) -> Processed:
@@ -134,19 +134,19 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     from modules.processing_pictures import PictureCollector
     from modules.processing_validation import fix_seed, set_all_seeds
 
-    app, started = current_application(), time.perf_counter()
+    context, started = p.context, time.perf_counter()
     p.seed, p.subseed = _own_seed(p.seed), _own_seed(p.subseed)
     fix_seed(p)
-    _describe_model(p, app)
+    _describe_model(p, context)
     _set_folders(p)
     setup_prompts(p)
     set_all_seeds(p)
     p.run_hook("process")
-    collector = PictureCollector(p, app.state)
+    collector = PictureCollector(p, context.state)
     with torch.no_grad(), naming_nans(p):
         p.init(p.all_prompts, p.all_seeds, p.all_subseeds)
         try:
-            _run_batches(p, app, collector)
+            _run_batches(p, context, collector)
         finally:
             deactivate_networks(p)
     processed = collector.finish()
@@ -169,20 +169,20 @@ def _own_seed(seed: Any) -> Any:
     return list(seed) if isinstance(seed, (list, tuple)) else seed
 
 
-def _describe_model(p: StableDiffusionProcessing, app: Application) -> None:
+def _describe_model(p: StableDiffusionProcessing, context: JobContext) -> None:
     """Names and hashes for infotexts."""
     from modules.processing_refiner import note_refiner  # imports torch
 
-    request = app.models.request
+    request = context.models.request
     if request is None:
         raise RequestError("no model is loaded.")
     checkpoint = request.checkpoint
     p.sd_model_name, p.sd_model_hash = checkpoint.name_for_extra, checkpoint.shorthash
     p.additional_module_names = [path.stem for path in request.additional_modules]
-    vae = next((path for path in request.additional_modules if path in app.additional_modules.vaes.values()), None)
+    vae = next((path for path in request.additional_modules if path in context.additional_modules.vaes.values()), None)
     note_refiner(p)
     p.sd_vae_name = vae.name if vae is not None else None
-    p.sd_vae_hash = (app.hashes.sha256(vae, f"vae/{vae.name}") or "")[:10] or None if vae is not None else None
+    p.sd_vae_hash = (context.hashes.sha256(vae, f"vae/{vae.name}") or "")[:10] or None if vae is not None else None
 
 
 def _set_folders(p: StableDiffusionProcessing) -> None:
@@ -191,8 +191,8 @@ def _set_folders(p: StableDiffusionProcessing) -> None:
     p.outpath_grids = p.outpath_grids or options.outdir_grids or options[f"outdir_{kind}_grids"]
 
 
-def _run_batches(p: StableDiffusionProcessing, app: Application, collector: PictureCollector) -> None:
-    state = app.state
+def _run_batches(p: StableDiffusionProcessing, context: JobContext, collector: PictureCollector) -> None:
+    state = context.state
     if state.job_count == -1:
         state.job_count = p.n_iter
     for iteration in range(p.n_iter):
@@ -202,19 +202,19 @@ def _run_batches(p: StableDiffusionProcessing, app: Application, collector: Pict
         p.iteration = iteration
         if p.n_iter > 1:
             state.job = f"Batch {iteration + 1} out of {p.n_iter}"
-        if not _run_batch(p, app, collector):
+        if not _run_batch(p, context, collector):
             break
         state.nextjob()
 
 
-def _run_batch(p: StableDiffusionProcessing, app: Application, collector: PictureCollector) -> bool:
+def _run_batch(p: StableDiffusionProcessing, context: JobContext, collector: PictureCollector) -> bool:
     """One batch from its prompts to its pictures; False when no prompts are left for it."""
     from modules.hook_arguments import PostSampleArgs
     from modules.processing_latents import decode_latent_batch, latent_format_of
     from modules.processing_networks import activate_networks
     from modules.processing_validation import fit_size_to_model
 
-    p.sd_model = app.models.ensure_loaded(p.options)
+    p.sd_model = context.models.ensure_loaded(p.options)
     fit_size_to_model(p, latent_format_of(p.sd_model))
     _set_batch(p)
     if not p.prompts:
@@ -225,7 +225,7 @@ def _run_batch(p: StableDiffusionProcessing, app: Application, collector: Pictur
     activate_networks(p, p.extra_network_data)
     p.run_hook("process_batch", **hook_values)
     p.setup_conds()
-    _write_params(p, app, collector)
+    _write_params(p, context, collector)
     samples = p.sample(
         conditioning=p.c,
         unconditional_conditioning=p.uc,
@@ -267,11 +267,11 @@ def _set_batch(p: StableDiffusionProcessing) -> None:
     )
 
 
-def _write_params(p: StableDiffusionProcessing, app: Application, collector: PictureCollector) -> None:
+def _write_params(p: StableDiffusionProcessing, context: JobContext, collector: PictureCollector) -> None:
     """params.txt: what the paste button brings back when the prompt box is empty."""
-    if p.iteration > 0 or app.config.flags.get("no_prompt_history"):
+    if p.iteration > 0 or context.config.flags.get("no_prompt_history"):
         return
     try:
-        write_text_atomically(app.config.data_dir / "params.txt", collector.infotext(0))
+        write_text_atomically(context.config.data_dir / "params.txt", collector.infotext(0))
     except OSError as error:
         log.warning("params.txt cannot be written (%s).", error)

@@ -50,12 +50,10 @@ def finish_prompt(p: StableDiffusionProcessing, prompt: str, *, negative: bool =
 
 
 def _with_styles(p: StableDiffusionProcessing, prompt: str, negative: bool) -> str:
-    from modules.application import application_or_none  # the application is built on top of jobs
-
-    app = application_or_none()
-    if app is None or not p.styles:
+    if not p.styles:
         return prompt
-    apply = app.styles.apply_negative_styles_to_prompt if negative else app.styles.apply_styles_to_prompt
+    styles = p.context.styles
+    apply = styles.apply_negative_styles_to_prompt if negative else styles.apply_styles_to_prompt
     return apply(prompt, p.styles)
 
 

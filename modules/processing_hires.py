@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from modules import extra_networks, rng, sd_samplers
-from modules.application import current_application
 from modules.errors import RequestError, UnknownCheckpointError
 from modules.image_resizing import resize_to
 from modules.processing_compositing import old_hires_fix_first_pass_dimensions
@@ -60,7 +59,7 @@ def prepare_hires(p: StableDiffusionProcessingTxt2Img) -> None:
     _choose_checkpoint(p)
     _set_prompts(p)
     _note(p)
-    state = current_application().state
+    state = p.context.state
     if not state.processing_has_refined_job_count and state.job_count == -1:
         state.job_count = p.n_iter * 2
         state.processing_has_refined_job_count = True
@@ -107,7 +106,7 @@ def _choose_checkpoint(p: StableDiffusionProcessingTxt2Img) -> None:
     if p.hr_checkpoint_name in NO_CHOICE:
         return
     try:
-        p.hr_checkpoint_info = current_application().checkpoints.require(p.hr_checkpoint_name)
+        p.hr_checkpoint_info = p.context.checkpoints.require(p.hr_checkpoint_name)
     except UnknownCheckpointError as error:
         raise UnknownCheckpointError(f"hr_checkpoint_name: {error} Leave it empty to use the same one.") from error
     p.extra_generation_params["Hires checkpoint"] = p.hr_checkpoint_info.short_title
@@ -150,7 +149,7 @@ def _note(p: StableDiffusionProcessingTxt2Img) -> None:
 
 def sample_hires_pass(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, decoded_BCHW: Tensor | None) -> DecodedSamples | Tensor:
     """Upscale and sample again; latents, those of the first pass when interrupted. `decoded_BCHW` (-1..1) is there for upscalers of pixels."""
-    state = current_application().state
+    state = p.context.state
     state.nextjob()
     if state.interrupted or state.skipped:
         return samples_BCHW
@@ -258,7 +257,7 @@ def _use_model_of_second_pass(p: StableDiffusionProcessingTxt2Img) -> None:
     if p.hr_additional_modules is not None and SAME_CHOICES not in p.hr_additional_modules:
         overrides["forge_additional_modules"] = list(p.hr_additional_modules)
     if overrides or p.refiner_checkpoint_info is not None:
-        p.sd_model = current_application().models.ensure_loaded(p.options.with_overrides(overrides))
+        p.sd_model = p.context.models.ensure_loaded(p.options.with_overrides(overrides))
 
 
 def prompts_of_batch(p: StableDiffusionProcessingTxt2Img) -> None:

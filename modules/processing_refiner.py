@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from backend.sampling.sampling_function import sampling_cleanup
-from modules.application import current_application
 from modules.errors import RequestError
 from modules.live_preview import PreviewMaker
 from modules.processing_conditions import refiner_conditions
@@ -95,7 +94,7 @@ class Refiner:
         first = p.sd_model
         sampling_cleanup(sampler.unet)
         options = p.options.with_overrides({"sd_model_checkpoint": p.refiner_checkpoint_info.title})
-        p.sd_model = current_application().models.ensure_loaded(options)
+        p.sd_model = p.context.models.ensure_loaded(options)
         _check_latents(first, p)
         log.info("Refiner: %s goes on from call %d of %d.", p.refiner_checkpoint_info.short_title, denoiser.step + 1, denoiser.total_steps)
         activate_networks(p, p.hr_extra_network_data if p.is_hr_pass else p.extra_network_data)  # type: ignore[attr-defined]  # txt2img has them
@@ -108,7 +107,7 @@ class Refiner:
         """The sampler asks the new model from here on; what that needs on its device stays until the pass is over."""
         p = self.p
         sampler.sd_model = p.sd_model
-        sampler._preview = current_application().state.preview_maker = PreviewMaker(p.sd_model, p.options)
+        sampler._preview = p.context.state.preview_maker = PreviewMaker(p.sd_model, p.options)
         self._held.enter_context(sampler._network_ready(p, x_BCHW))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from modules.job_context import JobContext, installed_context, required_context
 from modules.options import Options, OptionsSnapshot
 from modules.shared_options import build_option_table
 
@@ -36,12 +37,9 @@ LATENT_UPSCALE_MODES: dict[str, dict[str, Any]] = {
 CondCache = list[Any]
 
 
-def snapshot_of_current_options() -> OptionsSnapshot:
-    """The settings as they are now; all defaults where no application is installed."""
-    from modules.application import application_or_none  # the application is built on top of jobs
-
-    app = application_or_none()
-    return app.options.snapshot() if app is not None else Options(build_option_table({})).snapshot()
+def snapshot_of_options(context: JobContext | None) -> OptionsSnapshot:
+    """The settings as they are now; all defaults where nothing is installed."""
+    return context.options.snapshot() if context is not None else Options(build_option_table({})).snapshot()
 
 
 @dataclass(repr=False, eq=False)
@@ -164,10 +162,16 @@ class StableDiffusionProcessing:
         self.cached_uc = StableDiffusionProcessing.cached_uc
         self.cached_refiner_c = StableDiffusionProcessing.cached_refiner_c
         self.cached_refiner_uc = StableDiffusionProcessing.cached_refiner_uc
-        self._options_when_made = snapshot_of_current_options()
+        self._context = installed_context()
+        self._options_when_made = snapshot_of_options(self._context)
         self._options_in_force: OptionsSnapshot | None = None
 
     # settings
+
+    @property
+    def context(self) -> JobContext:
+        """What this job may use of the program. Raises RuntimeError for a request that was made before there was one."""
+        return required_context() if self._context is None else self._context
 
     @property
     def options(self) -> OptionsSnapshot:
@@ -303,9 +307,7 @@ class StableDiffusionProcessing:
 
     def save_samples(self) -> bool:
         """Whether pictures of this job are saved now."""
-        from modules.application import current_application  # the application is built on top of jobs
-
-        state = current_application().state
+        state = self.context.state
         complete = not (state.interrupted or state.skipped) or self.options.save_incomplete_images
         return bool(self.options.samples_save and not self.do_not_save_samples and complete)
 
@@ -323,10 +325,8 @@ class StableDiffusionProcessing:
 
 
 def _engine_of(p: StableDiffusionProcessing) -> Any:
-    from modules.application import application_or_none  # the application is built on top of jobs
-
-    app = application_or_none()
-    return p._engine if p._engine is not None or app is None else app.models.engine
+    context = p._context
+    return p._engine if p._engine is not None or context is None else context.models.engine
 
 
 def _set_engine(p: StableDiffusionProcessing, engine: Any) -> None:

@@ -16,7 +16,7 @@ from modules.processing_request import opt_f
 
 if TYPE_CHECKING:
     from backend.families.latent_format import LatentFormat
-    from modules.application import Application
+    from modules.job_context import JobContext
     from modules.processing_request import StableDiffusionProcessing
 
 MAX_SIDE_PX = 16384
@@ -64,7 +64,7 @@ _INT_LIMITS: dict[str, tuple[int, int]] = {
 }
 
 
-def make_sound(p: StableDiffusionProcessing, app: Application) -> None:
+def make_sound(p: StableDiffusionProcessing, app: JobContext) -> None:
     """Check and complete the request. After this its settings are fixed. Raises RequestError."""
     _drop_unknown_checkpoint(p, app)
     p.fix_options()
@@ -77,7 +77,7 @@ def make_sound(p: StableDiffusionProcessing, app: Application) -> None:
     _name_inert_settings(p, app)
 
 
-def _drop_unknown_checkpoint(p: StableDiffusionProcessing, app: Application) -> None:
+def _drop_unknown_checkpoint(p: StableDiffusionProcessing, app: JobContext) -> None:
     """An override that names a checkpoint nobody has (a pasted infotext does) leaves the chosen one in place."""
     wanted = p.override_settings.get("sd_model_checkpoint")
     if wanted is None:
@@ -162,7 +162,7 @@ def _resolve_hires_sampler(p: Any, sampler: str, scheduler: str) -> None:
     p.hr_sampler_name, p.hr_scheduler = sd_samplers.get_sampler_and_scheduler(own["hr_sampler_name"] or sampler, own["hr_scheduler"] or scheduler)
 
 
-def _choose_refiner(p: StableDiffusionProcessing, app: Application) -> None:
+def _choose_refiner(p: StableDiffusionProcessing, app: JobContext) -> None:
     """Raises UnknownCheckpointError for one that is not there."""
     p.refiner_checkpoint_info = None
     if p.refiner_checkpoint in (None, "", "None", "none"):
@@ -188,7 +188,7 @@ def _name_what_is_missing(p: StableDiffusionProcessing) -> None:
         p.comment("token_merging_ratio: token merging is not available; nothing is merged.")
 
 
-def _name_inert_settings(p: StableDiffusionProcessing, app: Application) -> None:
+def _name_inert_settings(p: StableDiffusionProcessing, app: JobContext) -> None:
     """Settings without effect: those of the request are said beside its pictures, the others once in the log."""
     defaults = {key: info.default for key, info in app.options.data_labels.items()}
     for sentence in find_inert(p.options, defaults, p.override_settings.keys()):

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from modules.job_context import required_context
 from modules.shared_state import State
 
 FINISHED_TASKS_KEPT = 16
@@ -150,9 +151,7 @@ def create_task_id(task_type: str) -> str:
 
 
 def _book() -> TaskBook:
-    from modules.application import current_application  # the application is built on this file
-
-    return current_application().jobs.tasks
+    return required_context().jobs.tasks
 
 
 def add_task_to_queue(id_job: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backend import memory_management
 from backend.sampling.noise import ImageNoise, NoiseGenerator, slerp
+from modules.job_context import installed_context
 
 __all__ = ["ImageRNG", "noise_device", "randn", "randn_local", "randn_without_seed", "slerp"]
 
@@ -26,9 +27,7 @@ def noise_device() -> torch.device:
 
 
 def _setting(name: str) -> object:
-    from modules.application import application_or_none  # the application is built on top of jobs
-
-    app = application_or_none()
+    app = installed_context()
     return getattr(app.options, name) if app is not None else {"randn_source": "GPU", "eta_noise_seed_delta": 0}[name]
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from modules import errors
 from modules.errors import RequestError
+from modules.job_context import installed_context
 
 
 @dataclass
@@ -204,7 +205,5 @@ def _controls_of(script: ScriptPostprocessing) -> Mapping[str, Any]:
 
 
 def _installed_setting(name: str) -> Any:
-    from modules.application import application_or_none  # the application is built on top of this
-
-    app = application_or_none()
+    app = installed_context()
     return None if app is None else getattr(app.options, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from modules.application import application_or_none
+from modules.job_context import installed_context
 
 
 class StableDiffusionModelHijack:
@@ -19,12 +19,12 @@ class StableDiffusionModelHijack:
     @property
     def embedding_db(self) -> Any:
         """Textual inversion embeddings of the model in use; None before one is loaded."""
-        app = application_or_none()
+        app = installed_context()
         return None if app is None else getattr(app.models.engine, "embeddings", None)
 
     def get_prompt_lengths(self, text: str, cond_stage_model: Any = None) -> tuple[int, int]:
         """(tokens, tokens that fit). Before a model is loaded, words are counted."""
-        app = application_or_none()
+        app = installed_context()
         engine = None if app is None else app.models.engine
         if engine is None:
             num_words = len(text.split())

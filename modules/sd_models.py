@@ -19,6 +19,7 @@ from backend.memory.recent_models import RecentModels, recent_models_budget_byte
 from modules.checkpoints import CheckpointInfo, CheckpointRegistry, read_safetensors_header, read_safetensors_metadata
 from modules.errors import RequestError
 from modules.import_lock import network_imports
+from modules.job_context import required_context
 from modules.sd_vae import ModuleRegistry
 
 if TYPE_CHECKING:
@@ -310,9 +311,7 @@ model_data = _ModelData()
 
 
 def _app() -> Any:
-    from modules.application import current_application  # the application is built on this file
-
-    return current_application()
+    return required_context()
 
 
 def list_models() -> None:

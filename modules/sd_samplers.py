@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from backend.sampling.registry import SAMPLERS, SamplerSpec
 from modules import sd_schedulers
 from modules.errors import UnknownSamplerError
+from modules.job_context import installed_context
 from modules.nearest_names import say_nearest
 from modules.sd_schedulers import Scheduler
 
@@ -61,9 +62,7 @@ def set_samplers() -> None:
 
 
 def _hidden_names() -> set[str]:
-    from modules.application import application_or_none  # the application is built on top of jobs
-
-    app = application_or_none()
+    app = installed_context()
     return set(app.options.hide_samplers) if app is not None else set()
 
 

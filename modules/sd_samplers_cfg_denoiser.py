@@ -14,7 +14,6 @@ from torch import Tensor
 
 from backend.sampling.sampling_function import denoise_guided
 from modules import prompt_parser, script_callbacks
-from modules.application import current_application
 from modules.hook_arguments import AfterCFGCallbackParams, CFGDenoiserParams, MaskBlendArgs
 from modules.sd_samplers_common import InterruptedException, apply_refiner
 
@@ -45,7 +44,6 @@ class CFGDenoiser(torch.nn.Module):
         self.own_arguments: dict[str, Any] | None = None
         """Conditions of this denoiser where it is not for the sampler's whole batch."""
         self.picture = 0
-        self._state = current_application().state
 
     @property
     def inner_model(self) -> Any:
@@ -62,7 +60,7 @@ class CFGDenoiser(torch.nn.Module):
         image_cond: Tensor | None = None,
     ) -> Tensor:
         """x0 (B, C, H, W) at noise levels (B,). Without `cond` the sampler's own conditions count. Raises InterruptedException."""
-        if self._state.interrupted or self._state.skipped:
+        if self.p.context.state.interrupted or self.p.context.state.skipped:
             raise InterruptedException
         apply_refiner(self, x, sigma)
         arguments = self.sampler.sampler_extra_args if self.own_arguments is None else self.own_arguments
@@ -87,7 +85,7 @@ class CFGDenoiser(torch.nn.Module):
         uncond_rows = None if uncond is None else prompt_parser.reconstruct_cond_batch(uncond, self.step)
         asked = CFGDenoiserParams(x, image_cond, sigma, self.step, self.total_steps, cond_rows, uncond_rows, self)
         if script_callbacks.is_listened_to("cfg_denoiser"):
-            asked.sampling_step, asked.total_sampling_steps = self._state.sampling_step, self._state.sampling_steps
+            asked.sampling_step, asked.total_sampling_steps = self.p.context.state.sampling_step, self.p.context.state.sampling_steps
             script_callbacks.cfg_denoiser_callback(asked)
         denoised_BCHW, _, self.last_uncond_BCHW = denoise_guided(
             self.sampler.unet,
@@ -106,7 +104,7 @@ class CFGDenoiser(torch.nn.Module):
         """The result of the step, as those who listen leave it."""
         if not script_callbacks.is_listened_to("cfg_after_cfg"):
             return denoised_BCHW
-        guided = AfterCFGCallbackParams(denoised_BCHW, self._state.sampling_step, self._state.sampling_steps)
+        guided = AfterCFGCallbackParams(denoised_BCHW, self.p.context.state.sampling_step, self.p.context.state.sampling_steps)
         script_callbacks.cfg_after_cfg_callback(guided)
         result: Tensor = guided.x
         return result

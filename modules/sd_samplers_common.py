@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from modules import live_preview
-from modules.application import current_application
 from modules.image_grids import choose_num_rows, lay_grid
+from modules.job_context import required_context
 from modules.processing_latents import encode_pixels, pixels_to_pil
 from modules.sd_samplers import SamplerData
 
@@ -65,7 +65,7 @@ def is_sampler_using_eta_noise_seed_delta(p: Any) -> bool:
 
 
 def _engine(model: Any = None) -> Any:
-    return model if model is not None else current_application().models.engine
+    return model if model is not None else required_context().models.engine
 
 
 def decode_first_stage(model: Any, x: Tensor) -> Tensor:
@@ -106,6 +106,6 @@ def samples_to_image_grid(samples: Tensor, approximation: int | None = None) -> 
 
 def store_latent(decoded: Tensor) -> None:
     """Show these latents as the job's preview."""
-    state = current_application().state
+    state = required_context().state
     state.current_latent = decoded
     state.do_set_current_image()

@@ -28,7 +28,6 @@ from backend.sampling.sampler_types import OnStep, SamplerSettings, StepInfo
 from backend.sampling.sampling_function import sampling_cleanup, sampling_prepare
 from backend.sampling.schedules import OLD_KARRAS_RANGE, ScheduleSettings, discard_next_to_last_sigma
 from modules import script_callbacks, sd_schedulers
-from modules.application import Application, current_application
 from modules.errors import RequestError
 from modules.hook_arguments import ExtraNoiseParams
 from modules.live_preview import PreviewMaker
@@ -64,7 +63,6 @@ class KDiffusionSampler:
         self.sampler_extra_args: dict[str, Any] = {}
         self.last_latent: Tensor | None = None
         self.stop_at: int | None = None
-        self._app: Application = current_application()
         self._preview: PreviewMaker | None = None
         self._session: SamplingSession | None = None
 
@@ -274,7 +272,7 @@ class KDiffusionSampler:
 
     def _request(self, p: Any, num_pictures: int) -> SamplingRequest:
         """What the plan has to know of the pass."""
-        state = self._app.state
+        state = p.context.state
         return SamplingRequest(
             images=num_pictures,
             branches=self._num_branches(p),
@@ -288,7 +286,7 @@ class KDiffusionSampler:
     def _strategy(self, p: Any) -> Any:
         """The setting's, or where it leaves the choice open, the flag's."""
         chosen = str(p.options.multi_gpu_strategy)
-        return self._app.config.backend.multi_gpu_strategy if chosen == "auto" else chosen
+        return p.context.config.backend.multi_gpu_strategy if chosen == "auto" else chosen
 
     def _num_branches(self, p: Any) -> int:
         """Conditions per picture and step: the parts of its prompt, and the negative prompt where it counts."""
@@ -336,12 +334,12 @@ class KDiffusionSampler:
 
     def launch_sampling(self, steps: int, func: Callable[[], Tensor]) -> Tensor:
         """func()'s latents; the last ones seen when the job was interrupted or the batch skipped."""
-        state = self._app.state
+        state = self.p.context.state
         self.model_wrap_cfg.steps = steps
         state.sampling_steps, state.sampling_step = steps, 0
         self._preview = PreviewMaker(self.sd_model, self.p.options)
         state.preview_maker = self._preview
-        bar, recorder, began_s = self._app.job_bar, profiler.recorder(), time.perf_counter()
+        bar, recorder, began_s = self.p.context.job_bar, profiler.recorder(), time.perf_counter()
         bar.begin_pass(steps, passes_left=state.job_count - state.job_no)
         recorder.begin_steps()
         try:
@@ -356,13 +354,13 @@ class KDiffusionSampler:
 
     def _after_step(self, info: StepInfo) -> None:
         """Called by the formula once for each step, on the job's thread."""
-        state = self._app.state
+        state = self.p.context.state
         if self.stop_at is not None and info.index > self.stop_at:
             raise InterruptedException
         self.last_latent = info.denoised
         state.current_latent = info.denoised
         state.sampling_step = info.index + 1
-        self._app.job_bar.note_step()
+        self.p.context.job_bar.note_step()
         profiler.meter().num_steps += 1
         profiler.recorder().note_step()
         if self._preview is not None and self._preview.due(info.index + 1):

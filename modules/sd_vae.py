@@ -13,6 +13,7 @@ from typing import Any
 
 from backend.model_folders import find_files
 from modules.errors import RequestError
+from modules.job_context import required_context
 from modules.nearest_names import say_nearest
 
 log = logging.getLogger(__name__)
@@ -109,9 +110,7 @@ def _same_file(one: Path, other: Path) -> bool:
 
 
 def _installed() -> ModuleRegistry:
-    from modules.application import current_application  # the application is built on this file
-
-    return current_application().additional_modules
+    return required_context().additional_modules
 
 
 def refresh_vae_list() -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from backend.model_folders import find_files
 from modules.errors import RequestError
+from modules.job_context import installed_context
 from modules.nearest_names import say_nearest
 
 LANCZOS = Image.Resampling.LANCZOS
@@ -166,10 +167,9 @@ def _shared_list() -> list[UpscalerData]:
 def available_upscalers() -> list[UpscalerData]:
     """The list that page, API and extensions share (`shared.sd_upscalers`): what is built in, the model files there are now, and what extensions
     have added to it."""
-    from modules.application import application_or_none  # the application is built on this file
     from modules.upscaler_models import replace_entries  # it extends this file's class
 
-    app = application_or_none()
+    app = installed_context()
     entries = _shared_list()
     replace_entries(entries, None if app is None else app.upscaler_models)
     return entries

@@ -217,7 +217,7 @@ def test_files_are_saved_with_their_parameters(app: Application, tmp_path: Path)
     assert result.images[0].size == (128, 64)
 
 
-@pytest.mark.parametrize("folder", ["a file/below", "a\0b", "x" * 300])
+@pytest.mark.parametrize("folder", ["a file/below", "x" * 300])
 def test_a_folder_that_cannot_be_written_costs_the_file_and_not_the_picture(app: Application, tmp_path: Path, folder: str) -> None:
     (tmp_path / "a file").write_text("in the way", encoding="utf8")
     folders = {"outdir_txt2img_samples": str(tmp_path / folder), "outdir_txt2img_grids": str(tmp_path / folder)}
@@ -250,7 +250,7 @@ def test_the_answer_has_the_keys_of_the_contract(app: Application) -> None:
         "prompt all_prompts negative_prompt all_negative_prompts seed all_seeds subseed all_subseeds subseed_strength width height sampler_name "
         "cfg_scale steps batch_size restore_faces face_restoration_model sd_model_name sd_model_hash sd_vae_name sd_vae_hash seed_resize_from_w "
         "seed_resize_from_h denoising_strength extra_generation_params index_of_first_image infotexts styles job_timestamp clip_skip "
-        "is_using_inpainting_conditioning version"
+        "is_using_inpainting_conditioning version comments"
     )
     assert list(info) == keys.split()
     assert (info["sampler_name"], info["sd_model_name"], info["all_seeds"]) == ("Euler", "sd15", [1])

@@ -72,8 +72,14 @@ def alone(folder: Path) -> dict[str, list[np.ndarray]]:
     return pictures
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fleet", FLEETS)
+@pytest.mark.parametrize(
+    ("fleet", "family"),
+    [
+        pytest.param(fleet, family, marks=[pytest.mark.nightly] if family == "sdxl" and fleet.endswith("on 3") else [])
+        for fleet in FLEETS
+        for family in FAMILIES
+    ],
+)
 def test_a_split_job_with_controlnets_makes_the_whole_jobs_picture(
     fleet: str, family: str, folder: Path, alone: dict[str, list[np.ndarray]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

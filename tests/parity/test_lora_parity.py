@@ -28,6 +28,7 @@ ONE_LEVEL = 1 / 255
 TE_STRENGTH, UNET_STRENGTH = 0.5, 0.8
 FLEETS = [(1, "single"), (2, "replicas"), (3, "replicas"), (2, "layers"), (3, "layers")]
 CASES = [(fleet, family) for fleet in FLEETS for family in FAMILIES if family == "sd15" or fleet != (3, "replicas")]
+NIGHTLY = (((3, "replicas"), "sd15"), ((3, "layers"), "sdxl"))
 
 
 @torch.no_grad()
@@ -76,7 +77,11 @@ def app(request: pytest.FixtureRequest, folder: Path, expected: object) -> Itera
 
 
 @pytest.mark.parametrize(
-    ("app", "family"), CASES, indirect=["app"], scope="module", ids=[f"{kind} on {count}-{family}" for (count, kind), family in CASES]
+    ("app", "family"),
+    [pytest.param(*case, marks=[pytest.mark.nightly] if case in NIGHTLY else []) for case in CASES],
+    indirect=["app"],
+    scope="module",
+    ids=[f"{kind} on {count}-{family}" for (count, kind), family in CASES],
 )
 def test_a_lora_is_what_adding_it_by_hand_is(app: Application, expected: dict[str, tuple[np.ndarray, np.ndarray]], family: str) -> None:
     fields = fields_of(family, "Euler")
