@@ -62,6 +62,19 @@ class Bed:
         gc.collect()
         return sum(device.live_bytes for device in self.devices)
 
+    def unheld_bytes(self) -> int:
+        """Of these, bytes that belong to no model known to memory management. Which models stay on which device may change after a fault."""
+        held = sum(size_bytes for row in memory_management.describe_devices() for _, size_bytes in row.holders)
+        return self.live_bytes() - held
+
+    def unload(self) -> int:
+        """Everything leaves the devices; bytes that stay all the same."""
+        for device in self.devices:
+            device.set_faults(None)
+        self.app.models.unload()
+        memory_management.unload_all_models()
+        return self.live_bytes()
+
     def num_threads(self) -> int:
         """Threads of the program that are alive."""
         return threading.active_count()
@@ -90,8 +103,6 @@ def guided_bed(plan: str, *, cap_bytes: int = CAP_BYTES) -> Iterator[Bed]:
             app.options.data["multi_gpu_strategy"] = plan
             build_controls(app)
             devices = [virtual_gpu.get_device(index) for index in range(PLANS[plan])]
-            yield Bed(app, devices)
-            for device in devices:
-                device.set_faults(None)
-            app.models.unload()
-        memory_management.unload_all_models()
+            bed = Bed(app, devices)
+            yield bed
+            bed.unload()

@@ -19,7 +19,7 @@ import numpy as np
 
 from backend.devices.virtual_device import Faults
 from tools.campaign.guided_job import PLANS, Bed, guided_bed
-from tools.campaign.memory_faults import GREY_LEVELS, SLACK_BYTES
+from tools.campaign.memory_faults import GREY_LEVELS, SLACK_BYTES, check_emptied
 from tools.campaign.reporting import write_report
 
 _LOOK_S = 0.0005
@@ -49,12 +49,13 @@ def run_plan(plan: str, num_interrupts: int, *, seed: int = 0) -> Outcome:
     with guided_bed(plan) as bed:
         for _ in range(3):  # the first jobs measure, and cut the network anew
             expected = bed.picture(bed.submit())
-        levels = bed.live_bytes(), bed.num_threads()
+        levels = bed.unheld_bytes(), bed.num_threads()
         num_operations = _count_operations(bed)
         for _ in range(num_interrupts):
             kind, at = chance.choice(("interrupt", "skip")), chance.randrange(num_operations)
             _stop_one(bed, outcome, kind, at)
             _check_next(bed, outcome, f"{kind} at operation {at}", expected, levels)
+        check_emptied(bed, outcome.found)
     return outcome
 
 
@@ -92,8 +93,8 @@ def _check_next(bed: Bed, outcome: Outcome, where: str, expected: np.ndarray, le
     picture = bed.picture(bed.submit())
     if picture.shape != expected.shape or int(np.abs(picture - expected).max()) > GREY_LEVELS:
         outcome.found.append(f"after {where}: the next job's picture differs")
-    if (grown := bed.live_bytes() - levels[0]) > SLACK_BYTES:
-        outcome.found.append(f"after {where}: {grown} bytes more than before are held on the devices")
+    if (grown := bed.unheld_bytes() - levels[0]) > SLACK_BYTES:
+        outcome.found.append(f"after {where}: {grown} bytes more than before are on the devices and belong to no model")
     if (more := bed.num_threads() - levels[1]) > 0:
         outcome.found.append(f"after {where}: {more} threads more than before")
 

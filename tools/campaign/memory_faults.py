@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from backend import memory_management
 from backend.devices.virtual_device import Faults
 from backend.memory.errors import OutOfMemory
 from tools.campaign.guided_job import PLANS, Bed, guided_bed
@@ -59,7 +58,7 @@ def run_plan(plan: str, num_faults: int) -> Outcome:
     with guided_bed(plan) as bed:
         for _ in range(3):  # the first jobs measure, and cut the network anew
             expected = bed.picture(bed.submit())
-        levels = bed.live_bytes(), bed.num_threads()
+        levels = bed.unheld_bytes(), bed.num_threads()
         counts = _count_allocations(bed)
         outcome.num_allocations = sum(counts)
         for number in range(num_faults):
@@ -67,7 +66,7 @@ def run_plan(plan: str, num_faults: int) -> Outcome:
             at = 1 + counts[slot] * (number // len(bed.devices)) * len(bed.devices) // max(num_faults, 1)
             _disturb(bed, outcome, slot, at, lasts=number // len(bed.devices) % 4 == 3, expected=expected)
             _check_next(bed, outcome, f"slot {slot}, allocation {at}", expected, levels)
-        memory_management.unload_all_models()
+        check_emptied(bed, outcome.found)
     return outcome
 
 
@@ -107,10 +106,16 @@ def _check_next(bed: Bed, outcome: Outcome, where: str, expected: np.ndarray, le
     difference = int(np.abs(bed.picture(bed.submit()) - expected).max())
     if difference > GREY_LEVELS:
         outcome.found.append(f"after {where}: the next job's picture differs by {difference} grey levels")
-    if (grown := bed.live_bytes() - levels[0]) > SLACK_BYTES:
-        outcome.found.append(f"after {where}: {grown} bytes more than before are held on the devices")
+    if (grown := bed.unheld_bytes() - levels[0]) > SLACK_BYTES:
+        outcome.found.append(f"after {where}: {grown} bytes more than before are on the devices and belong to no model")
     if (more := bed.num_threads() - levels[1]) > 0:
         outcome.found.append(f"after {where}: {more} threads more than before")
+
+
+def check_emptied(bed: Bed, found: list[str]) -> None:
+    """When everything is unloaded, the devices are empty."""
+    if (left := bed.unload()) > SLACK_BYTES:
+        found.append(f"after unloading everything {left} bytes stay on the devices")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
