@@ -19,6 +19,7 @@ from modules.server import WebServer, create_fastapi_app, mount_page
 from tests.support.applications import installed_application
 from tests.support.checkpoints import write_checkpoint
 from tests.support.extensions import loaded_builtin
+from tests.support.fleets import configured_slots
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run")
@@ -46,8 +47,8 @@ class Site:
 
 @contextmanager
 def serve(data_dir: Path, *extensions: str) -> Iterator[Site]:
-    """The page of an application over `data_dir`, with these built-in extensions and those in its own folder."""
-    with installed_application(data_dir, port=0) as app, loaded_builtin(app, *extensions) if extensions else nullcontext():
+    """The page of an application over `data_dir` on one CPU slot, with these built-in extensions and those in its own folder."""
+    with configured_slots("cpu"), installed_application(data_dir, port=0) as app, loaded_builtin(app, *extensions) if extensions else nullcontext():
         app.options.show_progress_every_n_steps = 1
         app.options.live_preview_refresh_period = 100
         fastapi_app = create_fastapi_app(app.config)

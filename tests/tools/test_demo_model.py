@@ -103,6 +103,7 @@ def test_folding_the_whitening_changes_the_latents_and_not_the_pictures() -> Non
     assert folded.std.max() < 2e-3
 
 
+@pytest.mark.nightly
 def test_the_tracked_checkpoint_draws_what_it_is_told() -> None:
     """A small part of the evaluation in tools/demo_model/README.md, which found 100 % of single objects, 79 % of pairs and every background."""
     from tools.demo_model.evaluate import product_pictures, score_cases
