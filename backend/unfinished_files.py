@@ -1,4 +1,4 @@
-"""Names of files that are being written. One form, so that what a killed run leaves is known for what it is (`modules/unfinished_files.py`).
+"""Files written whole or not at all, and the names they have meanwhile. One form, so that what a killed run leaves is known for what it is (`modules/unfinished_files.py`).
 
 Standard library only: the launcher writes by it too.
 """
@@ -49,3 +49,17 @@ def replace_content(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add `text` to the end of a file, which is made: all of it, or the file is as long as before. Raises: OSError."""
+    old_bytes = path.stat().st_size if path.exists() else None
+    try:
+        with path.open("ab") as file:
+            file.write(text.encode("utf-8"))
+    except OSError:
+        if old_bytes is None:
+            path.unlink(missing_ok=True)
+        else:
+            os.truncate(path, old_bytes)
+        raise

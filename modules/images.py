@@ -249,7 +249,7 @@ def save_image(
     saving.filename, saving.pnginfo = str(written), {**saving.pnginfo, **({} if info is None else {pnginfo_section_name: info})}
     script_callbacks.image_saved_callback(saving)
     _save_large_copy(image, written, text, settings)
-    text_path = _save_text(written, info, replaces_text and written == first) if settings.save_txt and info is not None else None
+    text_path = _save_text(written, info, replaces_text and written == first, p) if settings.save_txt and info is not None else None
     return str(written), None if text_path is None else str(text_path)
 
 
@@ -317,9 +317,16 @@ def _encode_settings(settings: Any) -> EncodeSettings:
     )
 
 
-def _save_text(picture: Path, info: str, replace: bool) -> Path:
+def _save_text(picture: Path, info: str, replace: bool, p: Any) -> Path | None:
+    """The infotext as a file beside its picture; None where it cannot be written, which the job `p` says: the picture is there all the same."""
     names = numbered_names(picture.with_suffix(".txt"))
-    written = write_whole(lambda file: file.write(f"{info}\n".encode("utf-8", "replace")), names, replace=replace)
+    try:
+        written = write_whole(lambda file: file.write(f"{info}\n".encode("utf-8", "replace")), names, replace=replace)
+    except ImageSaveError as error:
+        log.warning("The text file of %s was not written: %s", picture.name, error)
+        if hasattr(p, "comment"):
+            p.comment(f"Text file not saved: {error}")
+        return None
     note_own_file(written)
     return written
 

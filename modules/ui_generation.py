@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import html
+import io
 import json
 import logging
-import tempfile
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import gradio as gr
 from gradio.context import LocalContext
 from PIL import Image, PngImagePlugin
 
+from backend.unfinished_files import replace_content
 from modules.errors import JobCancelled, RequestError
 from modules.page_files import PICTURE_SUFFIXES, new_gallery_folder, pictures_of_page
 from modules.ui_common import error_html, picture_at, plaintext_to_html, read_generation_info
@@ -105,9 +107,11 @@ class GalleryFiles:
         data = PngImagePlugin.PngInfo()
         if infotext:
             data.add_text(PNG_TEXT_KEY, infotext)
-        with tempfile.NamedTemporaryFile(dir=self._temp_dir, suffix=".png", delete=False) as file:
-            image.save(file, format="PNG", pnginfo=data)
-        return file.name
+        content = io.BytesIO()
+        image.save(content, format="PNG", pnginfo=data)
+        path = self._temp_dir / f"{secrets.token_hex(8)}.png"
+        replace_content(path, content.getvalue())
+        return str(path)
 
 
 def answer_of(processed: Any, files: GalleryFiles, *, seconds: float | None, show_images: bool = True) -> Answer:

@@ -18,6 +18,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from PIL import Image
 
+from backend.unfinished_files import append_text
 from modules.errors import RequestError
 from modules.image_writing import numbered_names, write_whole
 from modules.page_files import PICTURE_SUFFIXES, ForeignFileError, file_below, picture_of_page
@@ -112,8 +113,7 @@ class PictureSaver:
         elif not file.read_bytes().endswith(b"\n"):
             text.write("\n")
         writer.writerow([values.get(column, "") for column in LOG_COLUMNS])
-        with file.open("a", encoding="utf8", newline="") as log_file:
-            log_file.write(text.getvalue())
+        append_text(file, text.getvalue())
 
     def open_folder(self) -> None:
         """Show the folder of this tab's pictures in the file manager of the machine that runs the server."""

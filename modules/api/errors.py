@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +17,9 @@ from modules.http_edge.bodies import BodyRefused
 log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY_STATUS = 507
+DISK_FULL_STATUS = 507
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC})
+_DISK_FULL_TEXT = "The disk of the server is full, and nothing was changed. Free space there, then ask again."
 _OUT_OF_MEMORY_NAMES = ("OutOfMemory", "OutOfMemoryError", "MemoryError")
 _OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 _OUT_OF_MEMORY_REMEDY = "Ask for a smaller picture or batch, or start the server with --lowvram."
@@ -51,6 +55,9 @@ def error_response(error: Exception) -> JSONResponse:
     if is_out_of_memory(error):
         log.error("Out of memory: %s", error)
         return JSONResponse(error_body("OutOfMemoryError", _out_of_memory_text(error)), status_code=OUT_OF_MEMORY_STATUS)
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        log.error("The disk is full: %s", error)
+        return JSONResponse(error_body(type(error).__name__, _DISK_FULL_TEXT), status_code=DISK_FULL_STATUS)
     log.error("API request failed: %s: %s", type(error).__name__, error, exc_info=error)
     detail = "The server failed to carry out the request; its log has the details."
     return JSONResponse(error_body(type(error).__name__, detail, errors=f"{type(error).__name__}: {_first_line(error)}"), status_code=500)

@@ -32,7 +32,10 @@ class ServerRoutes:
         return {key: plain(value) for key, value in self.app.options.snapshot().items()}
 
     def set_options(self, body: dict[str, Any]) -> None:
-        """Change settings and save them: all of them, or none when one is wrong. Raises OptionError, UnknownCheckpointError."""
+        """Change settings and save them: all of them, or none when one is wrong or the file cannot be written.
+
+        Raises OptionError, UnknownCheckpointError, OSError.
+        """
         options = self.app.options
         present = options.snapshot()
         changed = {key: value for key, value in body.items() if not _is_unchanged(present, key, value)}
@@ -43,12 +46,12 @@ class ServerRoutes:
                 before = options.data.get(key)
                 if options.set(key, value, is_api=True):
                     done[key] = before
+            if done:
+                self.app.save_options()
         except Exception:
             for key, before in done.items():
                 options.data[key] = before
             raise
-        if done:
-            self.app.save_options()
 
     def cmd_flags(self) -> dict[str, Any]:
         """The flags the server was started with; passwords are not shown."""

@@ -134,6 +134,21 @@ def test_text_file(tmp_path: Path) -> None:
     assert images.save_image(PICTURE, tmp_path, "", 7, "a", info=INFO, p=settings(), save_to_dirs=False)[1] is None
 
 
+def test_a_text_file_that_cannot_be_written_does_not_undo_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    p = settings(save_txt=True)
+    p.comment = said.append
+
+    def has_no_room(*args: Any, **fields: Any) -> Path:
+        raise images.ImageSaveError("cannot write a.txt: No space left on device.")
+
+    monkeypatch.setattr(images, "write_whole", has_no_room)
+    path, text_path = images.save_image(PICTURE, tmp_path, "", 7, "a", info=INFO, p=p, save_to_dirs=False)
+    assert read(Path(path))[1] == INFO
+    assert text_path is None
+    assert said == ["Text file not saved: cannot write a.txt: No space left on device."]
+
+
 def test_infotext_can_be_off_and_existing_chunks_stay(tmp_path: Path) -> None:
     assert read(save(tmp_path, p=settings(enable_pnginfo=False)))[1] is None
     saved = save(tmp_path, existing_info={"parameters": "old", "workflow": "w", "icc": b"bytes"}, pnginfo_section_name="extras")

@@ -250,3 +250,11 @@ def test_interrupting_keeps_what_is_done(app: Application, tmp_path: Path) -> No
     request = ExtrasRequest(paths=paths, operations=[Operation(script=Stops(), values={})])
     job = ExtrasJob(app, request)
     assert len(app.jobs.submit("task(i)", "extras", job.run).wait(60).images) == 1
+
+
+def test_a_result_that_cannot_be_saved_is_shown_with_a_comment(app: Application, tab: ExtrasTab, tmp_path: Path) -> None:
+    Path(app.options.outdir_extras_samples).parent.mkdir(parents=True, exist_ok=True)
+    Path(app.options.outdir_extras_samples).write_text("a file where the folder would be")
+    processed = run(app, tab, image=put_picture(tmp_path / "a.png"))
+    assert len(processed.images) == 1
+    assert "Not saved: cannot write" in processed.comments

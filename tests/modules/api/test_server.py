@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ def test_one_wrong_setting_changes_none(server: Server) -> None:
     assert answer.status_code == 422
     assert server.app.options.samples_format == "png"
     assert not server.app.config.settings_file.exists()
+
+
+def test_settings_that_the_disk_has_no_room_for_are_not_changed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def has_no_room(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("modules.options.write_text_atomically", has_no_room)
+    answer = server.client.post("/sdapi/v1/options", json={"samples_format": "webp"})
+    assert answer.status_code == 507
+    assert "disk of the server is full" in answer.json()["detail"]
+    assert server.app.options.samples_format == "png"
 
 
 def test_folders_may_be_chosen_below_the_data_folder_or_with_a_password(start_server: ServerFactory, tmp_path: Path) -> None:
