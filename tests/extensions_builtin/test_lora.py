@@ -273,6 +273,7 @@ def test_clients_are_told_which_files_there_are(app: Application, monkeypatch: p
     client = client_of(app)
     assert client.get("/sdapi/v1/loras").status_code == 401
     client.auth = ("me", "secret")
+    assert client.get("/sdapi/v1/loras").json()  # whoever asks first has the folders read
     path = files().roots[0] / "people" / "late.safetensors"
     path.parent.mkdir()
     save_file({"x": torch.ones(1)}, path, metadata={"ss_output_name": "My cat", "ss_tag_frequency": '{"a": 1}'})
