@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the names they have meanwhile. One form, so that what a killed run leaves is known for what it is (`modules/unfinished_files.py`).
+"""Files written whole or not at all, and the one form of name they have meanwhile: by it `modules/unfinished_files.py` knows what a killed run left.
 
 Standard library only: the launcher writes by it too.
 """

@@ -257,4 +257,4 @@ def test_a_result_that_cannot_be_saved_is_shown_with_a_comment(app: Application,
     Path(app.options.outdir_extras_samples).write_text("a file where the folder would be")
     processed = run(app, tab, image=put_picture(tmp_path / "a.png"))
     assert len(processed.images) == 1
-    assert "Not saved: " in processed.comments
+    assert "was not saved: " in processed.comments
