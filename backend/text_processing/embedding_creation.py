@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_VECTORS = 75
 _KEPT_SIGNS = "._- "
+_MAX_NAME_BYTES = 200
 
 
 def clean_name(name: str) -> str:
@@ -28,6 +29,8 @@ def clean_name(name: str) -> str:
     kept = "".join(char for char in name if char.isalnum() or char in _KEPT_SIGNS).strip()
     if not kept.strip("._- "):
         raise EmbeddingError(f"{name!r} is no name for an embedding; use letters and digits")
+    if len(kept.encode()) > _MAX_NAME_BYTES:
+        raise EmbeddingError(f"{kept[:40]!r}... ({len(kept):,} letters) is too long for a file's name; use {_MAX_NAME_BYTES} letters at most")
     return kept
 
 

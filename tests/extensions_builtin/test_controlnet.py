@@ -24,6 +24,7 @@ from backend.devices.probing import probe_devices
 from modules import script_callbacks, scripts
 from modules.api.api import create_api
 from modules.application import Application
+from modules.errors import RequestError
 from modules.image_resizing import resize_by_mode
 from modules.processing_latents import pil_to_pixels
 from modules.scripts_without_page import build_controls
@@ -391,6 +392,8 @@ def test_linked_folders_are_listed_and_windows_names_are_understood(site: Site, 
         for name in ("link\\deep\\far_scribble.safetensors", "LINK\\far_scribble", "far_scribble [0123456789]"):
             global_state.update_controlnet_filenames()
             assert Path(global_state.get_controlnet_filename(name) or "").name == "far_scribble.safetensors"
+        with pytest.raises(RequestError, match="nearest are 'far_scribble "):
+            global_state.load_model("sub\\far_scribbel.safetensors", keep=1)
     finally:
         link.unlink()
         global_state.update_controlnet_filenames()

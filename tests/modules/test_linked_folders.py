@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from backend.text_processing.embedding import EmbeddingError
+from backend.text_processing.embedding_creation import clean_name
 from modules.modelloader import load_models
 from modules.sd_vae import ModuleRegistry, UnknownModuleError
 from modules.upscaler_models import UpscalerModels
@@ -68,3 +70,9 @@ def test_a_misspelt_vae_is_told_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "soft.safetensors").write_bytes(b"x")
     with pytest.raises(UnknownModuleError, match=r"nearest are 'soft.safetensors' \(of 1\)"):
         ModuleRegistry([tmp_path], []).find("sub\\sotf.safetensors")
+
+
+@pytest.mark.parametrize("name", ["a" * 4000, "\u00e9" * 150])
+def test_an_embedding_s_name_that_no_file_can_have_is_refused(name: str) -> None:
+    with pytest.raises(EmbeddingError, match=r"letters\) is too long for a file's name"):
+        clean_name(name)

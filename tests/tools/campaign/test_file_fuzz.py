@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tools.campaign.file_fuzz import MAX_GROWTH_MIB, READERS, Outcome, report_lines, run_reader
+from tools.development import ROOT_DIR
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -25,6 +28,30 @@ def test_anything_else_counts_as_a_failure(tmp_path: Path) -> None:
     outcome = run_reader(replace(READERS["JSON"], read=fail), tmp_path, cases=3, seed=0)
     assert [case for case, _ in outcome.failures] == [0, 1, 2]
     assert any("not ours" in line for line in report_lines({"JSON": outcome, "died": "ended with -11"}, cases=3, seed=0))
+
+
+def test_a_case_that_hangs_is_a_finding_and_the_next_go_on(tmp_path: Path) -> None:
+    def hang(_: Path) -> None:
+        while True:
+            pass
+
+    outcome = run_reader(replace(READERS["JSON"], read=hang), tmp_path, cases=2, seed=0, limit_s=0.05)
+    assert outcome.failures == [(case, "Hang: broken off after 0.05 s") for case in (0, 1)]
+
+
+def test_a_library_that_does_not_come_back_ends_its_process_and_says_where(tmp_path: Path) -> None:
+    program = (
+        "import signal\n"
+        "from tools.campaign.file_fuzz import within\n"
+        "def deaf():\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n"
+        "    while True: pass\n"
+        "with within(0.05, is_apart=True): deaf()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT_DIR, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Timeout")
+    assert "in deaf" in done.stderr
 
 
 @pytest.mark.parametrize("name", READERS)
