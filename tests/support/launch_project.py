@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import os
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,22 +103,9 @@ def make_project(folder: Path) -> Project:
     """launch.py, the modules it needs, a program that prints one line, and two packages: torch 2.13.0 and tiny 1.0."""
     root, wheels = folder / "a project", folder / "wheels"
     wheels.mkdir(parents=True)
-    for name in (
-        "launch.py",
-        "backend/__init__.py",
-        "backend/args.py",
-        "backend/foreign_json.py",
-        "modules/__init__.py",
-        "modules/app_config.py",
-        "modules/cmd_args.py",
-    ):
-        _copy(name, root)
-    for name in ("extension_folders", "script_loading", "guest_calls", "errors"):
-        _copy(f"modules/{name}.py", root)
-    for name in ("__init__", "config"):
-        _copy(f"modules_forge/{name}.py", root)
-    for path in sorted((ROOT_DIR / "modules").glob("launch_*.py")):
-        _copy(path.relative_to(ROOT_DIR).as_posix(), root)
+    for path in _files_of_the_start():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT_DIR / path, root / path)
     (root / "webui.py").write_text(WEBUI)
     write_wheel(wheels, "torch", "2.13.0")
     write_wheel(wheels, "tiny", "1.0", requires=["torch>=1"])
@@ -126,6 +114,29 @@ def make_project(folder: Path) -> Project:
     return project
 
 
-def _copy(name: str, root: Path) -> None:
-    (root / name).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT_DIR / name, root / name)
+def _files_of_the_start() -> set[Path]:
+    """launch.py and what is imported with it, relative to the root. What it imports inside functions comes with the program."""
+    found: set[Path] = set()
+    waiting = [Path("launch.py")]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += [file for name in _imported_names(path) for file in _files_of(name)]
+    return found
+
+
+def _imported_names(path: Path) -> Iterator[str]:
+    for node in ast.parse((ROOT_DIR / path).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _files_of(name: str) -> Iterator[Path]:
+    """The file of a module of ours, and of each package that it is in."""
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        folder = Path(*parts[:count])
+        yield from (file for file in (folder / "__init__.py", folder.with_suffix(".py")) if (ROOT_DIR / file).is_file())
