@@ -46,8 +46,8 @@ import pathlib
 import signal
 import threading
 
-from modules import launch_utils
-from modules.launch_utils import git_clone, git_tag, is_installed, prepare, run  # noqa: F401 -- extensions import them from here
+from modules.launch import start
+from modules.launch.start import git_clone, git_tag, is_installed, prepare, run  # noqa: F401 -- extensions import them from here
 
 log = logging.getLogger("launch")
 
@@ -60,7 +60,7 @@ def __getattr__(name):
         return os.environ.get("INDEX_URL", "")
     from argparse import Namespace
 
-    from modules.cmd_args import parse_config
+    from modules.launch.cmd_args import parse_config
 
     environ = dict(os.environ, IGNORE_CMD_ARGS_ERRORS="1")  # flags of the main process may belong to extensions
     flags = Namespace(**parse_config(sys.argv[1:], environ).flags)
@@ -71,18 +71,18 @@ def __getattr__(name):
 def run_pip(command, desc=None, live=False):
     """Runs `pip COMMAND` for an extension, unless --skip-install was given."""
     index_url = os.environ.get("INDEX_URL", "")
-    return launch_utils.run_pip(command, desc, live, index_url=index_url, skip_install=__getattr__("args").skip_install)
+    return start.run_pip(command, desc, live, index_url=index_url, skip_install=__getattr__("args").skip_install)
 
 
 def run_program(config):
     """Imports and runs the program; its exit code. A missing package is told from a fault in the program."""
-    os.environ.update(launch_utils.library_environment(config, os.environ))
+    os.environ.update(start.library_environment(config, os.environ))
     try:
         import webui
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("webui", "modules", "modules_forge", "backend"):
             raise
-        log.error("The package %s is missing. Delete %s and start again without --skip-install.", error.name, launch_utils.stamp_path())
+        log.error("The package %s is missing. Delete %s and start again without --skip-install.", error.name, start.stamp_path())
         return 1
     return webui.main(config)
 

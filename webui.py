@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from modules import application, script_callbacks, unfinished_files
+from modules import application
 from modules.app_config import AppConfig
 from modules.application import Application, build_application
-from modules.import_lock import network_imports
-from modules.inert_flags import DEVICE_ROWS, FlagFacts, find_inert_flags
-from modules.launch_errors import SetupError
-from modules.launch_timer import startup_timer
-from modules.sd_models import select_starting_checkpoint
+from modules.checkpoints.import_lock import network_imports
+from modules.checkpoints.models import select_starting_checkpoint
+from modules.launch.errors import SetupError
+from modules.launch.inert_flags import DEVICE_ROWS, FlagFacts, find_inert_flags
+from modules.launch.timer import startup_timer
+from modules.pictures import unfinished_files
+from modules.scripts import callbacks
 
 if TYPE_CHECKING:
     from backend.devices.slot import Slot
@@ -59,7 +61,7 @@ def run(config: AppConfig) -> int:
         command = serve(app, server, engine)
         while command == "restart":
             log.info("Restarting.")
-            script_callbacks.app_reload_callback()
+            callbacks.app_reload_callback()
             server = WebServer(config)
             command = serve(app, server, engine)
     finally:
@@ -85,7 +87,7 @@ def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
         else:
             engine.wait_for_devices()
             load_extensions(app)
-        script_callbacks.app_started_callback(app.demo, fastapi_app)
+        callbacks.app_started_callback(app.demo, fastapi_app)
         keep_page_last(fastapi_app)
         server.start(fastapi_app)
         startup_timer.record("server")
@@ -104,7 +106,7 @@ def load_extensions(app: Application) -> None:
 
     scripts.load_scripts(app)
     if app.config.nowebui and scripts.scripts_data:
-        from modules.scripts_without_page import build_controls  # imports gradio
+        from modules.scripts.without_page import build_controls  # imports gradio
 
         build_controls(app)
     startup_timer.record("extensions")
@@ -127,12 +129,13 @@ def add_page(app: Application, fastapi_app: Any, engine: EngineStart) -> None:
     engine.wait_for_devices()
     startup_timer.record("import torch")
     load_extensions(app)
-    from modules import ui, ui_extra_networks_routes, ui_page
     from modules.server import mount_page
+    from modules.ui import extra_networks_routes, page
+    from modules.ui import tabs as ui
 
-    ui_extra_networks_routes.add_routes(app, fastapi_app)
+    extra_networks_routes.add_routes(app, fastapi_app)
     app.demo = ui.create_ui(app)
-    mount_page(fastapi_app, app.demo, app.config, ui_page.page_settings(app.config, app.options.gradio_theme, **files_of_extensions()))
+    mount_page(fastapi_app, app.demo, app.config, page.page_settings(app.config, app.options.gradio_theme, **files_of_extensions()))
     startup_timer.record("page")
 
 
@@ -181,10 +184,10 @@ def list_devices(config: AppConfig) -> int:
     from backend import memory_management  # import torch
     from backend.checkpoint_file import CheckpointError
     from backend.devices.probing import DeviceError, probe_devices
-    from backend.parallel import status
-    from backend.parallel.planner import WantedStrategy
-    from backend.parallel.preview import preview_plan
-    from modules.gpu_report import preview_text, slots_text
+    from backend.parallel.planning.planner import WantedStrategy
+    from backend.parallel.planning.preview import preview_plan
+    from backend.parallel.running import status
+    from modules.jobs.gpu_report import preview_text, slots_text
 
     try:
         memory_management.configure(config.backend, probe_devices(config.backend))
@@ -263,6 +266,6 @@ class EngineStart:
         import importlib
 
         with contextlib.suppress(Exception), network_imports:  # the first job meets what fails again
-            for name in ("backend.loader", "modules.processing_pictures", "modules.sd_samplers_kdiffusion"):
+            for name in ("backend.loader", "modules.processing.pictures", "modules.samplers.kdiffusion"):
                 importlib.import_module(name)
         gc.freeze()  # page and libraries stay: collections between jobs would walk half a million objects for nothing

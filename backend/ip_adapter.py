@@ -27,7 +27,7 @@ from backend.attention import attention_function
 from backend.checkpoint_file import CheckpointError, TensorFile
 from backend.control_dtype import pick_dtype
 from backend.modules.k_prediction import NEARLY_PURE_NOISE_SIGMA
-from backend.parallel.session import find_bound_hook
+from backend.parallel.running.session import find_bound_hook
 from backend.patcher.base import ModelPatcher
 from backend.patcher.controlnet import ControlNetError, family_of
 from backend.patcher.unet import UnetPatcher

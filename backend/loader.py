@@ -30,7 +30,7 @@ from backend.families.key_map import KeyMap
 from backend.foreign_json import parse_resolution
 from backend.memory.dtype_policy import dtype_from_flag
 from backend.modules.k_model import KModel
-from backend.parallel.vae_decoding import decode_on_all_slots
+from backend.parallel.vae.decoding import decode_on_all_slots
 from backend.patcher.clip import CLIP
 from backend.patcher.unet import UnetPatcher
 from backend.patcher.vae import VAE

@@ -22,7 +22,7 @@ import torch
 from backend.devices.slot import Slot, canonical_device
 
 if TYPE_CHECKING:
-    from backend.parallel.plan import Plan
+    from backend.parallel.planning.plan import Plan
 
 Kind = Literal["unit", "stage", "text encoder", "ControlNet", "VAE", "copy", "plan", "load", "save"]
 Mark = Any

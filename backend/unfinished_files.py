@@ -1,4 +1,5 @@
-"""Files written whole or not at all, and the one form of name they have meanwhile: by it `modules/unfinished_files.py` knows what a killed run left.
+"""Files written whole or not at all, and the one form of name they have meanwhile: by it `modules/pictures/unfinished_files.py` knows what a
+killed run left.
 
 Standard library only: the launcher writes by it too.
 """

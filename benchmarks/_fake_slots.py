@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_leaves
 
 from backend.nn.network_call import NetworkCall
 from backend.nn.unet_program import Program, build_program
-from backend.parallel.executor import Executor, Replica
-from backend.parallel.fleet import SpeedBook
-from backend.parallel.plan import ReplicaPlan
-from backend.parallel.profiling import CountFlops, FusedAttention, controlnet_config
-from backend.parallel.transport import DeviceTransport
+from backend.parallel.exchange.transport import DeviceTransport
+from backend.parallel.placing.fleet import SpeedBook
+from backend.parallel.planning.plan import ReplicaPlan
+from backend.parallel.planning.profiling import CountFlops, FusedAttention, controlnet_config
+from backend.parallel.running.executor import Executor, Replica
 
 DTYPE = torch.float16
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from backend.devices.slot import Slot
-from backend.parallel.worker import SlotWorker
+from backend.parallel.running.worker import SlotWorker
 from tools.measure import Bench, Metrics, Variant
 
 CHANNELS, SIDE, NUM_REPEATS = 128, 32, 12

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from backend.parallel.partition import Partition, PartitionJob, partition
-from backend.parallel.pipeline import Units
-from backend.parallel.simulation import card_links, card_slots, component_costs, model_config, profile_model
+from backend.parallel.planning.partition import Partition, PartitionJob, partition
+from backend.parallel.planning.pipeline import Units
+from backend.parallel.planning.simulation import card_links, card_slots, component_costs, model_config, profile_model
 from benchmarks._fake_slots import FakeModel, fake_device
 from tools.measure import Bench, Metrics, Variant
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from backend.nn.unet_program import Program
 from benchmarks._multi_slot import make_application, run_job
-from modules import job_observer
 from modules.application import Application
-from modules.profile_record import JobRecord
+from modules.jobs import observer
+from modules.jobs.profile_record import JobRecord
 from tests.support.fleets import cpu_fleet, virtual_fleet
 from tools.measure import Bench, Metrics, Variant
 
@@ -45,7 +45,7 @@ def make_variants() -> Mapping[str, Variant]:
     app = make_application()
     app.config = dataclasses.replace(app.config, backend=dataclasses.replace(app.config.backend, profile=True))
     jobs: list[JobRecord] = []
-    job_observer.write_job = lambda folder, job: jobs.append(job)  # type: ignore[assignment]
+    observer.write_job = lambda folder, job: jobs.append(job)  # type: ignore[assignment]
     clocks = _Clocks()
     return {
         f"{plan} on {kind}": partial(_compare, app, make_fleet, plan, jobs, clocks)

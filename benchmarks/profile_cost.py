@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 from benchmarks._multi_slot import CFG, TWO_SLOTS, UNET_PHASE, make_application, run_job, use_slots
-from modules import job_observer
+from modules.jobs import observer
 from tools.measure import Bench, Metrics, Variant
 
 NUM_STEPS, SIDE_PX = 6, 256
@@ -20,7 +20,7 @@ def make_variants() -> Mapping[str, Variant]:
     """The same application with the flag and without. Files are left out: they are written when the job is over."""
     app = make_application()
     use_slots(TWO_SLOTS)
-    job_observer.write_job = lambda folder, job: None  # type: ignore[assignment]
+    observer.write_job = lambda folder, job: None  # type: ignore[assignment]
     plain = app.config
     recording = dataclasses.replace(plain, backend=dataclasses.replace(plain.backend, profile=True))
 

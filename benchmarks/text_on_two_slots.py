@@ -8,7 +8,7 @@ from concurrent.futures import wait
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from backend.parallel.fleet import Fleet, current_fleet
+from backend.parallel.placing.fleet import Fleet, current_fleet
 from benchmarks._multi_slot import TWO_SLOTS, use_slots
 from tools.measure import Bench, Metrics, Variant
 

@@ -12,10 +12,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from backend.parallel.split_vae import DecoderShard, SplitDecoder
-from backend.parallel.split_vae_exchange import Board, StripLinks
-from backend.parallel.split_vae_layers import read_strip_network
-from backend.parallel.split_vae_strip import DecoderStrip
+from backend.parallel.vae.exchange import Board, StripLinks
+from backend.parallel.vae.layers import read_strip_network
+from backend.parallel.vae.split import DecoderShard, SplitDecoder
+from backend.parallel.vae.strip import DecoderStrip
 from tools.measure import Bench, Metrics, Variant
 
 SIDE = 96

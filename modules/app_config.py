@@ -1,7 +1,7 @@
 """What the application is told at start, as one frozen value.
 
 Imports in milliseconds: no torch, no gradio, no probing.
-`modules.cmd_args` makes it from the command line; this file must not know argv or the environment.
+`modules.launch.cmd_args` makes it from the command line; this file must not know argv or the environment.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class AppConfig:
     @classmethod
     def for_tests(cls, data_dir: Path, **overrides: Any) -> AppConfig:
         """The configuration of `--data-dir DATA_DIR` without any other flag, with fields replaced; reads neither argv nor the environment."""
-        from modules.cmd_args import parse_config  # it builds on this file
+        from modules.launch.cmd_args import parse_config  # it builds on this file
 
         config = parse_config(["--data-dir", str(data_dir)], {})
         same_name = {name: value for name, value in overrides.items() if name in config.flags}

@@ -10,21 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules import job_context
 from modules.app_config import SCRIPT_DIR, AppConfig
-from modules.cache import FileCache
-from modules.call_queue import JobQueue
-from modules.checkpoints import CheckpointRegistry
-from modules.folder_policy import FolderPolicy
-from modules.hashes import HashStore
-from modules.job_bar import JobBar
-from modules.options import FOLDER_FOR_OUTPUTS, Options
-from modules.sd_models import LoadEngine, ModelHost, load_engine
-from modules.sd_vae import ModuleRegistry
-from modules.shared_options import build_option_table, restricted_opts
-from modules.shared_state import State
-from modules.styles import StyleDatabase
-from modules.upscaler_models import UpscalerModels, build_upscaler_models
+from modules.checkpoints.cache import FileCache
+from modules.checkpoints.hashes import HashStore
+from modules.checkpoints.listing import CheckpointRegistry
+from modules.checkpoints.models import LoadEngine, ModelHost, load_engine
+from modules.checkpoints.vae_files import ModuleRegistry
+from modules.jobs import context
+from modules.jobs.bar import JobBar
+from modules.jobs.queue import JobQueue
+from modules.jobs.state import State
+from modules.pictures.upscaler_models import UpscalerModels, build_upscaler_models
+from modules.prompts.styles import StyleDatabase
+from modules.settings.folder_policy import FolderPolicy
+from modules.settings.options import FOLDER_FOR_OUTPUTS, Options
+from modules.settings.table import build_option_table, restricted_opts
 from modules_forge import shared as control_models
 
 
@@ -133,7 +133,7 @@ def install(app: Application | None) -> None:
     """Make `app` the one that guests and the facades speak to; None removes it."""
     global _installed  # noqa: PLW0603 - the one place where the running application is known
     _installed = app
-    job_context.install_context(app)
+    context.install_context(app)
     if app is not None:
         control_models.configure_folders(
             controlnet_dir=app.config.controlnet_dirs[0],

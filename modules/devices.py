@@ -10,7 +10,7 @@ import torch
 
 from backend import memory_management
 from modules.errors import RequestError
-from modules.job_context import installed_context
+from modules.jobs.context import installed_context
 
 cpu = torch.device("cpu")
 fp8 = False
@@ -103,13 +103,13 @@ def cond_cast_float(x: torch.Tensor) -> torch.Tensor:
 
 def randn(seed: int, shape: Any, generator: Any = None) -> torch.Tensor:
     """Noise from `seed` as the setting randn_source says, on the CPU."""
-    from modules.rng import randn as noise_of_seed  # built on this file
+    from modules.samplers.noise import randn as noise_of_seed  # built on this file
 
     return noise_of_seed(seed, shape, generator)
 
 
 def randn_without_seed(shape: Any, generator: Any = None) -> torch.Tensor:
-    from modules.rng import randn_without_seed as noise  # built on this file
+    from modules.samplers.noise import randn_without_seed as noise  # built on this file
 
     return noise(shape, generator)
 

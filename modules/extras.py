@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from modules.image_metadata import read_info_from_image
+from modules.pictures.metadata import read_info_from_image
 
 
 def run_pnginfo(image: Image.Image | None) -> tuple[str, str, str]:

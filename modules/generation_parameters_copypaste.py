@@ -1,9 +1,9 @@
-"""The old name of modules.infotext_utils: importing it gives that very module."""
+"""The old name of modules.infotext.parameters: importing it gives that very module."""
 
 from __future__ import annotations
 
 import sys
 
-from modules import infotext_utils
+from modules.infotext import parameters
 
-sys.modules[__name__] = infotext_utils
+sys.modules[__name__] = parameters

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.app_config import SCRIPT_DIR
-from modules.job_context import installed_context
+from modules.jobs.context import installed_context
 
 script_path = str(SCRIPT_DIR)
 modules_path = str(SCRIPT_DIR / "modules")

@@ -1,48 +1,9 @@
-"""Importing the files of extensions by their paths."""
+"""The name that extensions import: importing it gives `modules.launch.script_loading`, the very same module."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from functools import partial
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-from modules.guest_calls import call_guest, end_of_path
+from modules.launch import script_loading
 
-loaded_scripts: dict[str, ModuleType] = {}
-"""Path -> module, of every script that was imported."""
-
-
-def load_module(path: str) -> ModuleType:
-    """Import the file `path`, anew if it was imported before. Raises what it raises."""
-    spec = importlib.util.spec_from_file_location(end_of_path(path), path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by its name
-    spec.loader.exec_module(module)
-    loaded_scripts[path] = module
-    return module
-
-
-def preload_extensions(extensions_dir: str, parser: Any, extension_list: list[str] | None = None) -> None:
-    """Let every `preload.py` in the folder (of the extensions in `extension_list`, if given) add its flags to `parser`."""
-    folder = Path(extensions_dir)
-    names = extension_list if extension_list is not None else sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    for name in names:
-        file = folder / name / "preload.py"
-        if file.is_file():
-            call_guest(partial(_preload, file, parser), f"{end_of_path(str(file))} could not add its flags; the start goes on without them")
-
-
-def _preload(file: Path, parser: Any) -> None:
-    kept = list(sys.path)
-    sys.path.insert(0, str(file.parent))
-    try:
-        module = load_module(str(file))
-        if hasattr(module, "preload"):
-            module.preload(parser)
-    finally:
-        sys.path[:] = kept
+sys.modules[__name__] = script_loading

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from modules.job_context import installed_context
+from modules.jobs.context import installed_context
 
 
 class StableDiffusionModelHijack:

@@ -1,71 +1,9 @@
-"""The schedules by the names users know, and those that extensions add. The formulas are in backend/sampling/schedules.py."""
+"""The name that extensions import: importing it gives `modules.samplers.schedules`, the very same module."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
+import sys
 
-import torch
+from modules.samplers import schedules
 
-from backend.sampling.schedules import SCHEDULES, ScheduleSettings, compute_sigmas
-from modules.errors import UnknownSamplerError
-from modules.nearest_names import say_nearest
-
-
-@dataclasses.dataclass
-class Scheduler:
-    """`function` is called with n, sigma_min, sigma_max, device, and with rho and inner_model where those are needed; it gives n + 1 noise levels."""
-
-    name: str
-    label: str
-    function: Any
-    default_rho: float = -1
-    need_inner_model: bool = False
-    aliases: list[str] | None = None
-
-    def answers_to(self, text: str) -> bool:
-        return text.lower() in (name.lower() for name in (self.name, self.label, *(self.aliases or ())))
-
-
-def _callable_as_extensions_call_it(name: str) -> Callable[..., torch.Tensor]:
-    def function(n: int, sigma_min: float, sigma_max: float, device: Any = "cpu", rho: float | None = None, inner_model: Any = None) -> torch.Tensor:
-        settings = ScheduleSettings(sigma_min=float(sigma_min), sigma_max=float(sigma_max), rho=rho)
-        return compute_sigmas(name, n, _predictor_of(inner_model), settings).to(device)
-
-    return function
-
-
-def _predictor_of(inner_model: Any) -> Any:
-    """The noise table of what an extension hands in as the model; the one that Stable Diffusion was trained with where it hands in none."""
-    for candidate in (inner_model, getattr(inner_model, "predictor", None)):
-        if hasattr(candidate, "sigmas") and hasattr(candidate, "timestep"):
-            return candidate
-    from backend.modules.k_prediction import Prediction  # only for a direct call without a model
-
-    return Prediction()
-
-
-schedulers: list[Scheduler] = [
-    Scheduler(spec.name, spec.label, _callable_as_extensions_call_it(spec.name), spec.default_rho, spec.need_inner_model, list(spec.aliases) or None)
-    for spec in SCHEDULES
-]
-BUILT_IN_NAMES = frozenset(spec.name for spec in SCHEDULES)
-
-
-def find_scheduler(text: str | None) -> Scheduler:
-    """The schedule of that name, label or alias; None is Automatic. Raises UnknownSamplerError."""
-    if text in (None, ""):
-        return schedulers[0]
-    for scheduler in schedulers:
-        if scheduler.answers_to(str(text)):
-            return scheduler
-    near = say_nearest(text, [scheduler.label for scheduler in schedulers])
-    raise UnknownSamplerError(f"schedule {str(text)[:200]!r} was asked for; {near}.")
-
-
-def __getattr__(name: str) -> Any:
-    """`schedulers_map`: every name and label -> schedule, extensions' ones included."""
-    if name == "schedulers_map":
-        return {**{scheduler.name: scheduler for scheduler in schedulers}, **{scheduler.label: scheduler for scheduler in schedulers}}
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+sys.modules[__name__] = schedules

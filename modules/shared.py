@@ -10,10 +10,10 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from modules.options import OptionHTML, OptionInfo, options_section
-from modules.processing_request import LATENT_UPSCALE_MODES
-from modules.shared_options import restricted_opts
-from modules.upscaler import available_upscalers
+from modules.pictures.upscaler import available_upscalers
+from modules.processing.request import LATENT_UPSCALE_MODES
+from modules.settings.options import OptionHTML, OptionInfo, options_section
+from modules.settings.table import restricted_opts
 
 if TYPE_CHECKING:
     from modules.application import Application

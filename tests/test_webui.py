@@ -13,7 +13,7 @@ import torch
 import webui
 from modules.app_config import AppConfig
 from modules.application import Application, build_application, install
-from modules.cmd_args import parse_config
+from modules.launch.cmd_args import parse_config
 from tests.support.event_loops import close_event_loops as close_event_loops
 
 

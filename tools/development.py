@@ -9,9 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from modules import launch_utils
-from modules.launch_errors import SetupError
-from modules.launch_setup import TEST_FILE, Setup, install_packages, runtime_file
+from modules.launch import start
+from modules.launch.errors import SetupError
+from modules.launch.setup import TEST_FILE, Setup, install_packages, runtime_file
 
 ROOT_DIR = Path(__file__).resolve().parents[1]
 MAX_WORKERS = 4
@@ -26,9 +26,9 @@ CHECKS = (
 
 def enter_environment(argv: Sequence[str], script: str) -> None:
     """Goes on inside the virtual environment with everything of both requirements files installed; ends the process when that fails."""
-    launch_utils.setup_logging("INFO")
+    start.setup_logging("INFO")
     try:
-        code = launch_utils.enter_venv(argv, os.environ, Path(script).resolve(), make=True)
+        code = start.enter_venv(argv, os.environ, Path(script).resolve(), make=True)
         if code is None:
             install_packages(Setup(requirement_files=(runtime_file(ROOT_DIR, os.environ), ROOT_DIR / TEST_FILE), environ=os.environ))
     except SetupError as error:

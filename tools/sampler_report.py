@@ -221,8 +221,8 @@ STOCHASTIC = [spec.name for spec in SAMPLERS if spec.eta_default > 0] + ["Restar
 
 def measure_pictures(checkpoint: Path | None = None) -> dict[str, int]:
     """By sampler, the largest difference in 8-bit levels between the product's picture and the one it makes with the reference's steps instead."""
-    from modules import sd_samplers
-    from modules.sd_samplers_kdiffusion import KDiffusionSampler
+    from modules.samplers import registry
+    from modules.samplers.kdiffusion import KDiffusionSampler
     from tools.demo_model.product import DEMO_CHECKPOINT, installed_product, make_text_picture
     from tools.sampler_grid import PROMPT, SEED
 
@@ -233,14 +233,14 @@ def measure_pictures(checkpoint: Path | None = None) -> dict[str, int]:
             if reference is None:
                 continue
             theirs = replace(spec, function=reference)
-            before = sd_samplers.all_samplers_map[spec.name]
+            before = registry.all_samplers_map[spec.name]
             fields: dict[str, Any] = {"sampler_name": spec.name, "scheduler": "Automatic", "eta": reference.settings.eta}
             own = np.asarray(make_text_picture(PROMPT, seed=SEED, **fields)).astype(int)
-            sd_samplers.add_sampler(before._replace(constructor=partial(KDiffusionSampler, theirs)))
+            registry.add_sampler(before._replace(constructor=partial(KDiffusionSampler, theirs)))
             try:
                 other = np.asarray(make_text_picture(PROMPT, seed=SEED, **fields)).astype(int)
             finally:
-                sd_samplers.add_sampler(before)
+                registry.add_sampler(before)
             differences[spec.name] = int(np.abs(own - other).max())
     return differences
 

@@ -1,4 +1,4 @@
-"""`python -m tools.unread_settings`: settings that no code reads, with what modules/inert_settings.py says of them when one is changed.
+"""`python -m tools.unread_settings`: settings that no code reads, with what modules/settings/inert.py says of them when one is changed.
 
 A setting counts as read when its name stands in the sources somewhere beside its own entry, whole or as a pattern with parts filled in.
 """
@@ -14,7 +14,7 @@ from tools.documents import write_measured
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("modules", "modules_forge", "backend", "extensions-builtin", "javascript", "scripts")
-OWN_FILES = {"shared_options.py", "shared_options_ui.py", "inert_settings.py"}
+OWN_FILES = {"settings/table.py", "settings/page_table.py", "settings/inert.py"}
 READ_BY_PRESET = re.compile(r"(sd|xl)_(t2i|i2i)_(width|height|cfg|sampler|scheduler)")
 """Settings whose names a preset puts together from three parts."""
 _PATTERN = re.compile(r"""f["']((?:[a-z0-9_]|\{[^{}"']+\})+)["']""")
@@ -23,7 +23,7 @@ _PATTERN = re.compile(r"""f["']((?:[a-z0-9_]|\{[^{}"']+\})+)["']""")
 def source_files(root: Path = ROOT) -> list[Path]:
     """Python and JavaScript files that may read settings."""
     found = [path for folder in FOLDERS for suffix in ("*.py", "*.js") for path in (root / folder).rglob(suffix)]
-    return sorted({*found, *root.glob("*.py")} - {path for path in found if path.name in OWN_FILES})
+    return sorted({*found, *root.glob("*.py")} - {path for path in found if f"{path.parent.name}/{path.name}" in OWN_FILES})
 
 
 def find_unread(keys: Iterable[str], sources: Iterable[str]) -> list[str]:
@@ -46,7 +46,7 @@ def _as_regex(pattern: str) -> re.Pattern[str]:
 
 def unread_settings(root: Path = ROOT) -> list[str]:
     """Settings of the built-in table that nothing reads."""
-    from modules.shared_options import build_option_table
+    from modules.settings.table import build_option_table
 
     keys = [key for key, info in build_option_table({}).items() if not getattr(info, "do_not_save", False)]
     return find_unread(keys, (path.read_text(encoding="utf-8") for path in source_files(root)))
@@ -54,8 +54,8 @@ def unread_settings(root: Path = ROOT) -> list[str]:
 
 def effectless_tables() -> list[str]:
     """Every flag and setting that is accepted without effect, with what is true instead, as Markdown."""
-    from modules.cmd_args import NO_EFFECT, NOT_YET
-    from modules.inert_settings import BY_DESIGN, NOT_READ
+    from modules.launch.cmd_args import NO_EFFECT, NOT_YET
+    from modules.settings.inert import BY_DESIGN, NOT_READ
 
     parts = {
         "Flags whose part is not there yet": [(f"`{flag}`", truth) for flag, truth in NOT_YET.items()],
@@ -72,7 +72,7 @@ def effectless_tables() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.unread_settings", description=__doc__)
     parser.add_argument("--write", action="store_true", help="also write the tables of docs/compatibility.md anew")
-    from modules.inert_settings import WHAT_IS_TRUE
+    from modules.settings.inert import WHAT_IS_TRUE
 
     for key in unread_settings():
         print(f"{key}: {WHAT_IS_TRUE.get(key, 'NOT SAID ANYWHERE')}")

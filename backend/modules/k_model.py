@@ -26,9 +26,9 @@ from backend.nn.empty_network import META, make_empty_network
 from backend.nn.network_call import NetworkCall, Runner
 from backend.nn.owner import owner_of
 from backend.nn.program import Program, TransformerOptions
-from backend.parallel.executor import Executor, Replica
-from backend.parallel.fleet import current_fleet
-from backend.parallel.plan import Plan, ReplicaPlan
+from backend.parallel.placing.fleet import current_fleet
+from backend.parallel.planning.plan import Plan, ReplicaPlan
+from backend.parallel.running.executor import Executor, Replica
 from backend.storage.running import set_types
 
 if TYPE_CHECKING:

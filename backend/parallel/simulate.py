@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from backend.parallel.simulation import (
+from backend.parallel.planning.simulation import (
     SimulatedJob,
     SimulationError,
     link_names,
@@ -19,7 +19,7 @@ from backend.parallel.simulation import (
     report,
     simulate,
 )
-from backend.parallel.validation import validation_tables
+from backend.parallel.planning.validation import validation_tables
 
 
 def make_parser() -> argparse.ArgumentParser:

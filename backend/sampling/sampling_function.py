@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backend import memory_management, profiler
-from backend.parallel.session import SamplingRequest, SamplingSession, begin_session, end_session
+from backend.parallel.running.session import SamplingRequest, SamplingSession, begin_session, end_session
 from backend.patcher.controlnet_tasks import defer_control, list_deferrable
 from backend.sampling.condition import Area, CompiledCondition, Condition, ConditionNoiseShape, compile_conditions, compile_weighted_conditions
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoints import read_safetensors_metadata
+from modules.checkpoints.listing import read_safetensors_metadata
 from modules.hashes import HASHES_OF_NOTHING, HashStore
 
 SHORT_HASH_DIGITS = 12

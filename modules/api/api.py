@@ -23,7 +23,7 @@ from modules.api.listings import ListingRoutes
 from modules.api.pictures import decode_picture, encode_picture, encode_settings, fetch_rules, infotext_of
 from modules.api.routes import RoutePolicy, create_router
 from modules.api.server import ServerRoutes
-from modules.image_writing import EncodeSettings
+from modules.pictures.writing import EncodeSettings
 from modules.processing import process_images
 
 if TYPE_CHECKING:

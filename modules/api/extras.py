@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from modules import infotext_utils
 from modules.api import models
 from modules.api.limits import MAX_PICTURE_PX
 from modules.api.pictures import decode_picture, encode_picture, encode_settings, fetch_rules, infotext_of, plain_items
 from modules.api.pools import decoders, pool_for, run_in
 from modules.api.waiting import wait_for_job
 from modules.errors import RequestError
-from modules.image_metadata import read_info_from_image
-from modules.postprocessing import ExtrasResult, ExtrasSettings, check_extras, goal_size_px, run_extras
-from modules.upscaler import available_upscalers
+from modules.infotext import parameters as infotext_utils
+from modules.pictures.metadata import read_info_from_image
+from modules.pictures.postprocessing import ExtrasResult, ExtrasSettings, check_extras, goal_size_px, run_extras
+from modules.pictures.upscaler import available_upscalers
 
 if TYPE_CHECKING:
     from modules.application import Application

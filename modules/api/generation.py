@@ -27,8 +27,8 @@ from modules.processing import StableDiffusionProcessingImg2Img, StableDiffusion
 
 if TYPE_CHECKING:
     from modules.application import Application
-    from modules.processing_request import StableDiffusionProcessing
-    from modules.processing_result import Processed
+    from modules.processing.request import StableDiffusionProcessing
+    from modules.processing.result import Processed
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +120,9 @@ class GenerationRoutes:
 
     def _named_choices(self, body: models.GenerationRequest) -> dict[str, Any]:
         """Sampler, schedule and upscaler by their proper names. Raises RequestError."""
-        from modules import sd_samplers  # imports torch, for which the server's start does not wait
+        from modules.samplers import registry  # imports torch, for which the server's start does not wait
 
-        sampler, scheduler = sd_samplers.get_sampler_and_scheduler(body.sampler_name or body.sampler_index, body.scheduler)
+        sampler, scheduler = registry.get_sampler_and_scheduler(body.sampler_name or body.sampler_index, body.scheduler)
         if isinstance(body, models.StableDiffusionProcessingTxt2Img) and body.enable_hr:
             _check_hires(self.app, body)
         if body.refiner_checkpoint not in (None, "", "None", "none"):
@@ -199,8 +199,8 @@ def check_amount(body: models.GenerationRequest) -> None:
 
 def _check_hires(app: Application, body: models.StableDiffusionProcessingTxt2Img) -> None:
     """Raises RequestError for a second pass that cannot be: no scale, too large, or names that do not exist."""
+    from modules.pictures.upscaler import available_upscalers, find_upscaler
     from modules.processing import LATENT_UPSCALE_MODES
-    from modules.upscaler import available_upscalers, find_upscaler
 
     width, height = (body.hr_resize_x, body.hr_resize_y) if body.hr_resize_x or body.hr_resize_y else (0, 0)
     if not (width or height):

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from modules import infotext_utils, script_callbacks
 from modules.api import models
 from modules.api.settings import check_settings, find_checkpoint
 from modules.errors import RequestError
-from modules.infotext_fields import FIELDS_BY_TAB
-from modules.upscaler import available_upscalers, find_upscaler
+from modules.infotext import parameters
+from modules.infotext.fields import FIELDS_BY_TAB
+from modules.pictures.upscaler import available_upscalers, find_upscaler
+from modules.scripts import callbacks
 
 if TYPE_CHECKING:
     from modules.application import Application
@@ -36,8 +37,8 @@ def apply_infotext(app: Application, tab: str, body: RequestT) -> tuple[RequestT
     """
     if not body.infotext:
         return body, []
-    params = infotext_utils.parse_generation_parameters(body.infotext, [])
-    script_callbacks.infotext_pasted_callback(body.infotext, params)
+    params = parameters.parse_generation_parameters(body.infotext, [])
+    callbacks.infotext_pasted_callback(body.infotext, params)
     explicit = body.model_dump(include=body.model_fields_set)
     read = {field.field: value for field in FIELDS_BY_TAB[tab] if (value := _field_value(field.read(params))) is not None}
     known = {name: value for name, value in read.items() if name in type(body).model_fields and name not in explicit}
@@ -60,7 +61,7 @@ def _field_value(value: Any) -> Any:
 
 def _leave_out_unknown(app: Application, fields: dict[str, Any]) -> list[str]:
     """Take out fields that name what is not here; a comment for each."""
-    from modules import sd_samplers, sd_schedulers  # imports torch, for which the server's start does not wait
+    from modules.samplers import registry, schedules  # imports torch, for which the server's start does not wait
 
     def find_any_upscaler(name: str) -> None:
         from modules.processing import LATENT_UPSCALE_MODES  # imports torch
@@ -72,10 +73,10 @@ def _leave_out_unknown(app: Application, fields: dict[str, Any]) -> list[str]:
         "refiner_checkpoint": lambda name: name in _NO_CHECKPOINT or find_checkpoint(app, name),
         "hr_checkpoint_name": lambda name: find_checkpoint(app, name),
         "hr_upscaler": find_any_upscaler,
-        "sampler_name": lambda name: sd_samplers.get_sampler_and_scheduler(name, None),
-        "hr_sampler_name": lambda name: sd_samplers.get_sampler_and_scheduler(name, None),
-        "scheduler": sd_schedulers.find_scheduler,
-        "hr_scheduler": sd_schedulers.find_scheduler,
+        "sampler_name": lambda name: registry.get_sampler_and_scheduler(name, None),
+        "hr_sampler_name": lambda name: registry.get_sampler_and_scheduler(name, None),
+        "scheduler": schedules.find_scheduler,
+        "hr_scheduler": schedules.find_scheduler,
     }
     comments = []
     for name in [name for name in checks if name in fields]:
@@ -91,7 +92,7 @@ def _leave_out_unknown(app: Application, fields: dict[str, Any]) -> list[str]:
 def _known_overrides(app: Application, params: Mapping[str, Any], asked: Iterable[str], comments: list[str]) -> dict[str, Any]:
     """The settings that the infotext wants otherwise and that can be had, those aside that the client sets itself."""
     found: dict[str, Any] = {}
-    for key, setting, value in infotext_utils.get_override_settings(params):
+    for key, setting, value in parameters.get_override_settings(params):
         if setting in asked:
             continue
         try:
@@ -103,7 +104,7 @@ def _known_overrides(app: Application, params: Mapping[str, Any], asked: Iterabl
         found[setting] = value
     if "sd_model_checkpoint" not in asked and (missing := _missing_checkpoint(app, params)):
         comments.append(f"infotext: checkpoint {missing!r} is not here; the selected one is used.")
-    if "forge_additional_modules" not in asked and (gone := infotext_utils.missing_modules(params, app)):
+    if "forge_additional_modules" not in asked and (gone := parameters.missing_modules(params, app)):
         comments.append(f"infotext: modules {', '.join(gone)} are not here and were left out.")
     return found
 

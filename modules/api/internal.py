@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Response
 
 from modules.api import models
-from modules.launch_sysinfo import collect_sysinfo
-from modules.launch_timer import startup_timer
+from modules.launch.sysinfo import collect_sysinfo
+from modules.launch.timer import startup_timer
 
 if TYPE_CHECKING:
     from modules.application import Application

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from modules.api import models
 from modules.api.pictures import encode_picture, encode_settings
 from modules.api.pools import previews, run_in
-from modules.progress import overall_progress, report_task
+from modules.jobs.progress import overall_progress, report_task
 
 if TYPE_CHECKING:
     from modules.application import Application

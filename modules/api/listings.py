@@ -20,15 +20,15 @@ class ListingRoutes:
         self.app = app
 
     def samplers(self) -> list[models.SamplerItem]:
-        from modules import sd_samplers  # imports torch, for which the server's start does not wait
+        from modules.samplers import registry  # imports torch, for which the server's start does not wait
 
         return [
             models.SamplerItem(name=sampler.name, aliases=list(sampler.aliases), options={key: str(value) for key, value in sampler.options.items()})
-            for sampler in sd_samplers.all_samplers
+            for sampler in registry.all_samplers
         ]
 
     def schedulers(self) -> list[models.SchedulerItem]:
-        from modules import sd_schedulers  # imports torch, for which the server's start does not wait
+        from modules.samplers import schedules  # imports torch, for which the server's start does not wait
 
         return [
             models.SchedulerItem(
@@ -38,11 +38,11 @@ class ListingRoutes:
                 default_rho=scheduler.default_rho,
                 need_inner_model=scheduler.need_inner_model,
             )
-            for scheduler in sd_schedulers.schedulers
+            for scheduler in schedules.schedulers
         ]
 
     def upscalers(self) -> list[models.UpscalerItem]:
-        from modules.upscaler import available_upscalers
+        from modules.pictures.upscaler import available_upscalers
 
         return [
             models.UpscalerItem(name=entry.name, model_name=entry.scaler.model_name, model_path=entry.data_path, model_url=None, scale=entry.scale)

@@ -18,9 +18,9 @@ from modules.api import picture_budget
 from modules.api.fetching import FetchRules, fetch
 from modules.api.limits import MAX_INPUT_PICTURE_PX
 from modules.errors import RequestError
-from modules.image_metadata import read_info_from_image
-from modules.image_resizing import fix_image
-from modules.image_writing import EncodeSettings, PictureText, encode_image, kind_that_holds, known_extensions
+from modules.pictures.metadata import read_info_from_image
+from modules.pictures.resizing import fix_image
+from modules.pictures.writing import EncodeSettings, PictureText, encode_image, kind_that_holds, known_extensions
 
 _DATA_URL = re.compile(r"data:[\w.+-]*(?:/[\w.+-]*)?(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "TGA", "JPEG2000")

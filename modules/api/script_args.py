@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modules.errors import RequestError
-from modules.scripts_arguments import start_values
+from modules.scripts.arguments import start_values
 
 
 def find_runner(app: Any, tab: str) -> Any:

@@ -63,7 +63,7 @@ class ServerRoutes:
 
     def multi_gpu(self) -> MultiGpuResponse:
         """The compute places, the plan in force and the links. Waits for no job."""
-        from backend.parallel import status  # imports torch; only for this report
+        from backend.parallel.running import status  # imports torch; only for this report
 
         plan = status.current_plan()
         return MultiGpuResponse(

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from modules.checkpoints import CheckpointInfo
+from modules.checkpoints.listing import CheckpointInfo
 from modules.errors import OptionError
 
 if TYPE_CHECKING:

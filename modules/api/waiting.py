@@ -13,7 +13,7 @@ from modules.errors import RequestError
 if TYPE_CHECKING:
     from fastapi import Request
 
-    from modules.call_queue import Job, JobQueue
+    from modules.jobs.queue import Job, JobQueue
 
 log = logging.getLogger(__name__)
 

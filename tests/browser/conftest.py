@@ -12,10 +12,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from modules import ui, ui_extra_networks_routes, ui_page
 from modules.api.api import create_internal_api
 from modules.application import Application
 from modules.server import WebServer, create_fastapi_app, mount_page
+from modules.ui import extra_networks_routes
+from modules.ui import page as ui_page
+from modules.ui import tabs as ui
 from tests.support.applications import installed_application
 from tests.support.checkpoints import write_checkpoint
 from tests.support.extensions import loaded_builtin
@@ -53,7 +55,7 @@ def serve(data_dir: Path, *extensions: str) -> Iterator[Site]:
         app.options.live_preview_refresh_period = 100
         fastapi_app = create_fastapi_app(app.config)
         create_internal_api(app, fastapi_app)
-        ui_extra_networks_routes.add_routes(app, fastapi_app)
+        extra_networks_routes.add_routes(app, fastapi_app)
         mount_page(fastapi_app, ui.create_ui(app), app.config, ui_page.page_settings(app.config))
         server = WebServer(app.config)
         server.start(fastapi_app)

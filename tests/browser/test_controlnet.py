@@ -13,8 +13,8 @@ from PIL import Image
 from modules import scripts
 from modules.api.api import create_internal_api
 from modules.server import WebServer, create_fastapi_app, mount_page
-from modules.ui import create_ui
-from modules.ui_page import page_settings
+from modules.ui.page import page_settings
+from modules.ui.tabs import create_ui
 from tests.browser.conftest import Site
 from tests.browser.test_page import generate, infotexts, open_page
 from tests.support.applications import installed_application

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from modules.image_metadata import read_info_from_image
+from modules.pictures.metadata import read_info_from_image
 from tests.browser.conftest import Observed, Site, put_checkpoint
 
 GALLERY_IMAGE = "#{tab}_gallery .preview img[data-testid=detailed-image]"

@@ -27,7 +27,8 @@ def test_every_entry_has_a_state_and_every_difference_a_reason() -> None:
 
 
 def test_the_tests_it_names_exist() -> None:
-    known = {path.name for path in (ROOT / "tests").rglob("test_*.py")} | {path.name for path in (ROOT / "modules").glob("*.py")}
+    files = [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "modules").rglob("*.py")]
+    known = {path.name for path in files} | {f"{path.parent.name}/{path.name}" for path in files}
     named = {name.strip() for *_, held_by in rows() for name in held_by.split(",") if name.strip()}
     for name in named:
         pattern = re.compile(re.escape(name).replace(r"\*", ".*"))

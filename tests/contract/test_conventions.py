@@ -10,13 +10,13 @@ from tests.contract.sources import Source, product_sources
 # Where any exception may be caught, because a fault of one job, one request, one script must not end the server.
 WALLS = {
     "launch.py": "the launcher",
-    "modules/call_queue.py": "the job worker",
-    "backend/parallel/worker.py": "the slots' workers, whose futures carry what was raised to those who wait",
+    "modules/jobs/queue.py": "the job worker",
+    "backend/parallel/running/worker.py": "the slots' workers, whose futures carry what was raised to those who wait",
     "modules/api/routes.py": "the API's handlers",
-    "modules/ui_generation.py": "the page's handlers",
+    "modules/ui/generation.py": "the page's handlers",
     "modules/errors.py": "code of extensions, behind the script host",
-    "modules/guest_calls.py": "code of extensions: scripts, callbacks, files that are imported",
-    "modules/image_metadata.py": "Pillow's reader of damaged EXIF blocks, which raises whatever comes up",
+    "modules/launch/guest_calls.py": "code of extensions: scripts, callbacks, files that are imported",
+    "modules/pictures/metadata.py": "Pillow's reader of damaged EXIF blocks, which raises whatever comes up",
 }
 
 

@@ -24,8 +24,8 @@ from backend.families.family import Family
 from backend.families.key_map import KeyMap, Rows, cut_rows
 from backend.families.latent_format import LatentFormat
 from backend.loader import load_checkpoint
-from backend.parallel import status
-from backend.parallel.preview import preview_plan
+from backend.parallel.planning.preview import preview_plan
+from backend.parallel.running import status
 from modules.application import Application
 from modules.errors import RequestError
 from tests.contract.sources import ROOT_DIR

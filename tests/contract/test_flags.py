@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from modules.app_config import AppConfig
-from modules.cmd_args import NO_EFFECT, NOT_YET, build_parser, parse_config
+from modules.launch.cmd_args import NO_EFFECT, NOT_YET, build_parser, parse_config
 from tests.contract.sources import product_sources
 
 # Where flags are made and turned into fields: being named there is not being read.
-MAKERS = {"backend/args.py", "modules/cmd_args.py", "modules/app_config.py", "modules/inert_flags.py"}
+MAKERS = {"backend/args.py", "modules/launch/cmd_args.py", "modules/app_config.py", "modules/launch/inert_flags.py"}
 COMMANDS = {"backend/parallel/simulate.py"}  # has options of its own, some of the same name
 NEED = {
     "--multi-gpu-strategy": ["--multi-gpu"],

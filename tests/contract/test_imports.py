@@ -80,8 +80,8 @@ def test_importing_every_module_does_no_work(tmp_path: Path) -> None:
 
 
 def test_the_start_imports_nothing_heavy() -> None:
-    names = [name for name in importable_names() if name.startswith("modules.launch_")]
-    names += ["backend.args", "modules.app_config", "modules.cmd_args", "launch"]
+    names = [name for name in importable_names() if name.startswith("modules.launch")]
+    names += ["backend.args", "modules.app_config", "modules.launch.cmd_args", "launch"]
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint([name for name in {HEAVY!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT_DIR, capture_output=True, text=True, check=False)
     assert (result.stdout.strip(), result.stderr) == ("[]", "")

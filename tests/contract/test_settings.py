@@ -1,30 +1,30 @@
-"""No setting is kept and ignored in silence: some code reads it, or modules/inert_settings.py says what is true instead."""
+"""No setting is kept and ignored in silence: some code reads it, or modules/settings/inert.py says what is true instead."""
 
 from __future__ import annotations
 
 import pytest
 
-from modules import inert_settings
-from modules.inert_settings import WHAT_IS_TRUE, find_inert
-from modules.shared_options import build_option_table
+from modules.settings import inert
+from modules.settings.inert import WHAT_IS_TRUE, find_inert
+from modules.settings.table import build_option_table
 from tools.unread_settings import find_unread, unread_settings
 
 
 def test_every_setting_is_read_or_says_that_it_has_no_effect() -> None:
     silent = [key for key in unread_settings() if key not in WHAT_IS_TRUE]
-    assert silent == [], "read these settings, or say in inert_settings.py what is true instead"
+    assert silent == [], "read these settings, or say in settings/inert.py what is true instead"
 
 
 def test_what_is_said_to_have_no_effect_has_none() -> None:
     """An entry goes when a reader comes."""
-    waiting = {key for keys in inert_settings.NOT_READ.values() for key in keys.split()}
-    assert sorted(waiting - set(unread_settings())) == [], "these are read now: take them out of NOT_READ in inert_settings.py"
+    waiting = {key for keys in inert.NOT_READ.values() for key in keys.split()}
+    assert sorted(waiting - set(unread_settings())) == [], "these are read now: take them out of NOT_READ in settings/inert.py"
 
 
 def test_only_real_settings_are_named_each_once() -> None:
-    waiting = [key for keys in inert_settings.NOT_READ.values() for key in keys.split()]
+    waiting = [key for keys in inert.NOT_READ.values() for key in keys.split()]
     assert len(waiting) == len(set(waiting))
-    assert not set(waiting) & set(inert_settings.BY_DESIGN)
+    assert not set(waiting) & set(inert.BY_DESIGN)
     assert set(WHAT_IS_TRUE) <= set(build_option_table({}))
 
 

@@ -21,13 +21,14 @@ from PIL import Image
 from backend import memory_management
 from backend.args import BackendConfig
 from backend.devices.probing import probe_devices
-from modules import script_callbacks, scripts
+from modules import scripts
 from modules.api.api import create_api
 from modules.application import Application
 from modules.errors import RequestError
-from modules.image_resizing import resize_by_mode
-from modules.processing_latents import pil_to_pixels
-from modules.scripts_without_page import build_controls
+from modules.pictures.resizing import resize_by_mode
+from modules.processing.latents import pil_to_pixels
+from modules.scripts import callbacks
+from modules.scripts.without_page import build_controls
 from modules_forge import shared
 from tests.support.applications import installed_application
 from tests.support.checkpoints import write_checkpoint
@@ -84,7 +85,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         build_controls(app)
         fastapi_app = FastAPI()
         create_api(app, fastapi_app)
-        script_callbacks.app_started_callback(None, fastapi_app)
+        callbacks.app_started_callback(None, fastapi_app)
         with TestClient(fastapi_app) as client:
             listed = client.get("/controlnet/model_list").json()["model_list"]
             yield Site(app, client, {title.split(" [")[0]: title for title in listed})
@@ -279,10 +280,10 @@ def _spot_mask(kind: str) -> str:
 def test_the_hint_is_cut_by_the_box_that_the_picture_is_cut_by(
     site: Site, kind: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modules import processing_img2img
+    from modules.processing import img2img
 
     cut: list[Image.Image] = []
-    monkeypatch.setattr(processing_img2img, "pil_to_pixels", lambda pictures: cut.extend(pictures) or pil_to_pixels(pictures))
+    monkeypatch.setattr(img2img, "pil_to_pixels", lambda pictures: cut.extend(pictures) or pil_to_pixels(pictures))
     picture = Image.fromarray(np.random.default_rng(4).integers(0, 256, (128, 160, 3), dtype=np.uint8))
     body = {"init_images": [_file(picture)], "mask": _spot_mask(kind), "prompt": "x", "steps": 1, "width": SIDE_PX, "height": SIDE_PX}
     body |= {"inpaint_full_res": True, "inpainting_fill": 1, **fields, "alwayson_scripts": {"ControlNet": {"args": [{"model": "canny_1"}]}}}

@@ -19,13 +19,13 @@ from backend import memory_management
 from backend.args import BackendConfig
 from backend.devices.probing import probe_devices
 from backend.patcher.weight_patches import unpatched_tensors
-from modules import script_callbacks
 from modules.application import Application
+from modules.checkpoints.hashes import HashStore
 from modules.errors import OptionError
-from modules.extra_networks import ExtraNetworkParams
-from modules.hashes import HashStore
-from modules.infotext_utils import parse_generation_parameters
+from modules.infotext.parameters import parse_generation_parameters
 from modules.processing import Processed
+from modules.prompts.extra_networks import ExtraNetworkParams
+from modules.scripts import callbacks
 from tests.support.applications import installed_application
 from tests.support.extensions import builtin_module, loaded_builtin
 from tests.support.loras import write_lora
@@ -244,7 +244,7 @@ def test_a_saved_model_has_no_lora_in_it(app: Application, tmp_path: Path) -> No
 
 def pasted(text: str) -> dict[str, Any]:
     params = parse_generation_parameters(text)
-    script_callbacks.infotext_pasted_callback(text, params)
+    callbacks.infotext_pasted_callback(text, params)
     return params
 
 
@@ -263,7 +263,7 @@ def test_a_pasted_infotext_finds_a_file_that_has_another_name_here(app: Applicat
 
 def client_of(app: Application) -> TestClient:
     server = FastAPI()
-    script_callbacks.app_started_callback(None, server)
+    callbacks.app_started_callback(None, server)
     return TestClient(server)
 
 
@@ -338,7 +338,7 @@ def test_what_has_no_effect_is_said(text: str) -> None:
 
 @pytest.mark.usefixtures("app")
 def test_files_of_one_name_and_of_one_alias(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from modules.cache import FileCache
+    from modules.checkpoints.cache import FileCache
 
     for below, alias in (("a.safetensors", "same"), ("b.safetensors", "same"), ("deep/a.safetensors", "own"), ("c.pt", ""), ("d.txt", "")):
         path = tmp_path / "Lora" / below

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from backend.utils import load_torch_file
-from modules import deepbooru, lowvram, modelloader, patches, processing, safe, sd_models
+from modules import deepbooru, lowvram, modelloader, patches, processing, safe
+from modules.checkpoints import models as sd_models
 from modules.sd_hijack import model_hijack
 from modules_forge import shared as forge_shared
 from modules_forge import utils as forge_utils

@@ -15,13 +15,15 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from modules import script_callbacks, scripts, ui
+from modules import scripts
 from modules.api.api import create_api
 from modules.application import Application
-from modules.infotext_utils import parse_generation_parameters
-from modules.processing_scripts import process_with_scripts
-from modules.scripts_without_page import build_controls
-from tests.modules.test_scripts import give
+from modules.infotext.parameters import parse_generation_parameters
+from modules.processing.chosen_script import process_with_scripts
+from modules.scripts import callbacks
+from modules.scripts.without_page import build_controls
+from modules.ui import tabs as ui
+from tests.modules.scripts.test_scripts import give
 from tests.support.event_loops import close_event_loops as close_event_loops
 from tests.support.extensions import loaded_extensions
 from tests.support.fleets import virtual_fleet
@@ -152,7 +154,7 @@ def test_the_page_and_the_api_have_what_guests_bring(tmp_path: Path) -> None:
         server = FastAPI()
         object.__setattr__(app, "config", dataclasses.replace(app.config, api=True))
         create_api(app, server)
-        script_callbacks.app_started_callback(page, server)
+        callbacks.app_started_callback(page, server)
         client = TestClient(server)
         assert client.get("/dealt-words/lists").json() == {"lists": ["weather"]}
         body = {"prompt": "a cat", "steps": 1, "width": 64, "height": 64, "sampler_name": "Euler"}

@@ -9,9 +9,9 @@ import pytest
 
 from backend.text_processing.embedding import EmbeddingError
 from backend.text_processing.embedding_creation import clean_name
+from modules.checkpoints.vae_files import ModuleRegistry, UnknownModuleError
 from modules.modelloader import load_models
-from modules.sd_vae import ModuleRegistry, UnknownModuleError
-from modules.upscaler_models import UpscalerModels
+from modules.pictures.upscaler_models import UpscalerModels
 from modules_forge import shared, supported_ip_adapter
 
 

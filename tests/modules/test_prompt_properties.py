@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from backend.text_processing.parsing import parse_prompt_attention
 from backend.text_processing.schedule import parse_prompt, write_prompt
-from modules.prompt_parser import SdConditioning, get_learned_conditioning_prompt_schedules, get_multicond_prompt_list
+from modules.prompts.schedules import SdConditioning, get_learned_conditioning_prompt_schedules, get_multicond_prompt_list
 
 NUM_STEPS = 12
 

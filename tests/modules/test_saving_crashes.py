@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from modules import images
+from modules.pictures import images
 
-ROOT = Path(images.__file__).parents[1]
+ROOT = Path(images.__file__).parents[2]
 PREAMBLE = """
     import errno, os, signal, sys
     from pathlib import Path
     from PIL import Image
-    from modules import image_writing, images
+    from modules.pictures import images
+    from modules.pictures import writing as image_writing
 
     folder, how = Path(sys.argv[1]), sys.argv[2]
 

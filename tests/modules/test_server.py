@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from modules.app_config import AppConfig
-from modules.launch_errors import SetupError
+from modules.launch.errors import SetupError
 from modules.server import SubpathApp, WebServer, create_fastapi_app, keep_page_last
 
 

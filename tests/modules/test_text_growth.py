@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from backend.text_processing.composition import strip_comments
 from backend.text_processing.parsing import MAX_ORDERED_FACTORS, parse_prompt_attention
-from modules import extra_networks
-from modules.filename_tokens import split_arguments
-from modules.infotext import iterate_pairs
+from modules.infotext.text import iterate_pairs
+from modules.pictures.filename_tokens import split_arguments
+from modules.prompts import extra_networks
 from tests.support import parsers_by_regex
 from tools.campaign.parser_growth import PARSERS, hostile_texts
 

@@ -14,7 +14,7 @@ from backend import memory_management
 from backend.args import BackendConfig
 from backend.devices.probing import probe_devices
 from backend.loader import load_checkpoint
-from backend.parallel.session import find_bound_hook
+from backend.parallel.running.session import find_bound_hook
 from backend.patcher.unet import UnetPatcher
 from backend.sampling.sampling_function import denoise_guided
 from modules_forge.reference import Reference, add_reference, find_reference_attention

@@ -14,8 +14,8 @@ from backend.checkpoint_file import open_tensor_file
 from backend.clip_vision import load_clip_vision
 from backend.controlnet_loader import load_controlnet
 from backend.ip_adapter import apply_ip_adapter, read_ip_adapter
-from backend.parallel import vae_decoding
-from backend.parallel.session import SamplingSession
+from backend.parallel.running.session import SamplingSession
+from backend.parallel.vae import decoding
 from backend.patcher.controlnet import apply_controlnet_advanced
 from backend.patcher.controlnet_union import UnionControlNet
 from backend.patcher.unet import UnetPatcher
@@ -106,7 +106,7 @@ def alone(folder: Path) -> dict[str, np.ndarray]:
 def test_a_split_job_makes_the_whole_jobs_picture(
     strategy: str, folder: Path, alone: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(vae_decoding, "worth_splitting", lambda *args, **kwargs: False)
+    monkeypatch.setattr(decoding, "worth_splitting", lambda *args, **kwargs: False)
     monkeypatch.setattr(SamplingSession, "_rows_per_batch", lambda self, replica, share: 1)
     caplog.set_level(logging.INFO, logger="backend.parallel")
     with virtual_fleet(2):

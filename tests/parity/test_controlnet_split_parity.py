@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from backend.controlnet_loader import load_controlnet
-from backend.parallel import vae_decoding
-from backend.parallel.session import SamplingSession
+from backend.parallel.running.session import SamplingSession
+from backend.parallel.vae import decoding
 from backend.patcher.controlnet import apply_controlnet_advanced
 from backend.sampling import sampling_function
 from modules.application import Application
@@ -84,7 +84,7 @@ def test_a_split_job_with_controlnets_makes_the_whole_jobs_picture(
     fleet: str, family: str, folder: Path, alone: dict[str, list[np.ndarray]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SamplingSession, "_rows_per_batch", lambda self, replica, share: 1)
-    monkeypatch.setattr(vae_decoding, "worth_splitting", lambda *args, **kwargs: False)
+    monkeypatch.setattr(decoding, "worth_splitting", lambda *args, **kwargs: False)
     strategy, make_fleet = FLEETS[fleet]
     with make_fleet(), narrow_application(folder / family, family) as (app, models):
         app.options.set("multi_gpu_strategy", strategy)

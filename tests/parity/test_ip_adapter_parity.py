@@ -20,7 +20,7 @@ from backend.checkpoint_file import CheckpointError, open_tensor_file
 from backend.clip_vision import ClipVision, load_clip_vision
 from backend.devices.probing import probe_devices
 from backend.ip_adapter import IPAdapter, apply_ip_adapter, read_ip_adapter
-from backend.parallel.session import find_bound_hook
+from backend.parallel.running.session import find_bound_hook
 from backend.patcher.controlnet import ControlNetError, apply_controlnet_advanced
 from backend.patcher.unet import UnetPatcher
 from backend.text_processing.clip_tokenizer import build_clip_tokenizer

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from modules.application import Application
-from tests.modules.test_processing_parity import as_floats, expected_picture, fields_of
+from tests.modules.processing.test_processing_parity import as_floats, expected_picture, fields_of
 from tests.support.checkpoints import ReferenceModels
 from tests.support.extensions import loaded_builtin
 from tests.support.fleets import virtual_fleet

@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from backend.parallel import vae_decoding
-from backend.parallel.fleet import PieceBook, SpeedBook
-from backend.parallel.session import SamplingSession
+from backend.parallel.placing.fleet import PieceBook, SpeedBook
+from backend.parallel.running.session import SamplingSession
+from backend.parallel.vae import decoding
 from backend.sampling import sampling_function
 from modules.application import Application
 from tests.support.controlnets import RunsHere
@@ -134,7 +134,7 @@ def split(request: pytest.FixtureRequest, folder: Path, alone: object, steady_ti
 def equal_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units of one row, as in the reference. Pictures are dealt to slots but not cut: strips are rounded otherwise, which has tests of its own."""
     monkeypatch.setattr(SamplingSession, "_rows_per_batch", lambda self, replica, share: 1)
-    monkeypatch.setattr(vae_decoding, "worth_splitting", lambda *args, **kwargs: False)
+    monkeypatch.setattr(decoding, "worth_splitting", lambda *args, **kwargs: False)
 
 
 @pytest.mark.usefixtures("equal_shapes")
@@ -164,7 +164,7 @@ def test_units_of_several_rows_differ_by_rounding_alone(split: Application, alon
 def test_a_picture_decoded_in_strips_differs_by_rounding_alone(
     split: Application, alone: dict[str, list[np.ndarray]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vae_decoding, "worth_splitting", lambda *args, **kwargs: True)
+    monkeypatch.setattr(decoding, "worth_splitting", lambda *args, **kwargs: True)
     for picture, expected in zip(_pictures(split, JOBS["AND"]), alone["AND"]):
         assert np.abs(picture - expected).max() <= 1
 

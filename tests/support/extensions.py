@@ -11,7 +11,7 @@ from typing import Any
 
 from modules import scripts
 from modules.application import Application
-from modules.extension_folders import BUILTIN_DIR
+from modules.launch.extension_folders import BUILTIN_DIR
 
 
 def write_extension(app_or_dir: Application | Path, name: str, files: dict[str, str]) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from backend import memory_management
 from backend.args import BackendConfig
 from backend.devices.probing import probe_devices
-from backend.parallel.fleet import Fleet, current_fleet
+from backend.parallel.placing.fleet import Fleet, current_fleet
 
 GIB = 2**30
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from modules.application import Application
-from modules.call_queue import Job
+from modules.jobs.queue import Job
 from modules.processing import Processed, StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img, process_images
 from tests.support.applications import installed_application
 from tests.support.checkpoints import ReferenceModels, write_checkpoint

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backend.nn.piece import Piece
-from backend.parallel.costs import ModelProfile, PieceCost, TakenSkip
-from backend.parallel.slot_facts import Link, SlotFacts
+from backend.parallel.planning.costs import ModelProfile, PieceCost, TakenSkip
+from backend.parallel.planning.slot_facts import Link, SlotFacts
 
 GB = 10**9
 ROW_MS = 100.0

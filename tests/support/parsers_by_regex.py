@@ -9,7 +9,7 @@ import math
 import re
 
 from backend.text_processing.parsing import BREAK, Span
-from modules.infotext import unquote
+from modules.infotext.text import unquote
 
 _TOKEN = re.compile(
     r"(?P<escape>\\[()\[\]\\]?)|(?P<open>[(\[])|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|(?P<close>[)\]])|(?P<text>[^\\()\[\]:]+|:)"

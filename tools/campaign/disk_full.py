@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import RequestError
-from modules.styles import PromptStyle, StyleDatabase
+from modules.prompts.styles import PromptStyle, StyleDatabase
 from tools.campaign.full_server import FullServer, full_server, report
 from tools.campaign.kills import faults_in, rests_in
 

@@ -227,7 +227,7 @@ def _read_tensors(path: Path) -> None:
 
 
 def _read_checkpoint(path: Path) -> None:
-    from modules.checkpoints import read_safetensors_metadata
+    from modules.checkpoints.listing import read_safetensors_metadata
 
     json.dumps(read_safetensors_metadata(path), allow_nan=False, ensure_ascii=False).encode()
     _read_tensors(path)
@@ -248,8 +248,8 @@ def _read_embedding(path: Path) -> None:
 
 
 def _read_picture(path: Path) -> None:
-    from modules.image_metadata import read_info_from_image
-    from modules.infotext import parse_infotext
+    from modules.infotext.text import parse_infotext
+    from modules.pictures.metadata import read_info_from_image
 
     try:
         image = Image.open(path)
@@ -268,15 +268,15 @@ def _read_json(path: Path) -> None:
 
 
 def _read_description(path: Path) -> None:
-    from modules.cache import FileCache
-    from modules.extra_networks import get_user_metadata
+    from modules.checkpoints.cache import FileCache
+    from modules.prompts.extra_networks import get_user_metadata
 
     get_user_metadata(path.with_suffix(".safetensors"))
     FileCache(path.parent).peek(path.stem, "a", path)
 
 
 def _read_styles(path: Path) -> None:
-    from modules.styles import read_styles
+    from modules.prompts.styles import read_styles
 
     read_styles(path)
 

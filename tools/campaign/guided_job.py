@@ -19,9 +19,9 @@ from backend.devices import virtual_gpu
 from backend.devices.virtual_device import VirtualDevice
 from modules.api.script_args import build_script_args
 from modules.application import Application
-from modules.call_queue import Job
+from modules.jobs.queue import Job
 from modules.processing import Processed, process_images
-from modules.scripts_without_page import build_controls
+from modules.scripts.without_page import build_controls
 from tests.support.controlnets import build_controlnet, write_controlnet
 from tests.support.extensions import loaded_builtin
 from tests.support.fleets import virtual_fleet

@@ -28,14 +28,14 @@ from backend.text_processing.composition import split_composition, strip_comment
 from backend.text_processing.parsing import parse_prompt_attention
 from backend.text_processing.schedule import PassSteps, schedule_prompt
 from modules.api.pictures import PictureError, decode_picture
-from modules.extra_networks import parse_prompt
-from modules.filename_tokens import FilenameGenerator
-from modules.image_metadata import decode_user_comment
-from modules.infotext import iterate_pairs, parse_infotext
-from modules.infotext_foreign import infotext_from_comfy, infotext_from_novelai, infotext_from_novelai_json
-from modules.infotext_utils import parse_generation_parameters
-from modules.infotext_versions import parse_version
-from modules.styles import PromptStyle, StyleDatabase, read_styles
+from modules.infotext.foreign import infotext_from_comfy, infotext_from_novelai, infotext_from_novelai_json
+from modules.infotext.parameters import parse_generation_parameters
+from modules.infotext.text import iterate_pairs, parse_infotext
+from modules.infotext.versions import parse_version
+from modules.pictures.filename_tokens import FilenameGenerator
+from modules.pictures.metadata import decode_user_comment
+from modules.prompts.extra_networks import parse_prompt
+from modules.prompts.styles import PromptStyle, StyleDatabase, read_styles
 
 Reader = Callable[[str], Any]
 

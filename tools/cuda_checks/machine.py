@@ -20,7 +20,7 @@ from backend.args import BackendConfig
 from backend.devices.device_memory import empty_cache
 from backend.devices.peak_memory import read_peak, reset_peak
 from backend.devices.probing import probe_devices
-from backend.parallel.fleet import Fleet, current_fleet
+from backend.parallel.placing.fleet import Fleet, current_fleet
 
 GIB, MIB, MB, GB = 2**30, 2**20, 1e6, 1e9
 VIRTUAL_CAP_BYTES = 4 * GIB

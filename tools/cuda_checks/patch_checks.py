@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backend.nn.controlnet import ControlNetwork
-from backend.parallel.session import SamplingRequest
+from backend.parallel.running.session import SamplingRequest
 from backend.patcher.controlnet import ControlNet, apply_controlnet_advanced
 from backend.patcher.lora_math import LoraPatch
 from backend.sampling.sampling_function import denoise_guided, sampling_cleanup, sampling_prepare

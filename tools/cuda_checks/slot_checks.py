@@ -14,8 +14,8 @@ from torch import Tensor
 
 from backend.devices import link_test
 from backend.devices.slot import Slot
-from backend.parallel import link_speeds
-from backend.parallel.session import SamplingRequest, begin_session, end_session
+from backend.parallel.exchange import link_speeds
+from backend.parallel.running.session import SamplingRequest, begin_session, end_session
 from modules.processing import process_images
 from tools.cuda_checks.machine import Machine, difference
 from tools.cuda_checks.networks import application, build_patcher, txt2img

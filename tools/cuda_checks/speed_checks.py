@@ -12,16 +12,16 @@ from torch import Tensor
 
 from backend.nn.network_call import NetworkCall
 from backend.nn.piece import Piece
-from backend.parallel.costs import contains
-from backend.parallel.fleet import current_fleet
-from backend.parallel.profiling import profile_unet
-from backend.parallel.session import guess_speed
+from backend.parallel.placing.fleet import current_fleet
+from backend.parallel.planning.costs import contains
+from backend.parallel.planning.profiling import profile_unet
+from backend.parallel.running.session import guess_speed
 from backend.sampling.noise import ImageNoise
 from backend.sampling.registry import find_sampler
 from backend.sampling.sampler_types import SamplerSettings
 from backend.sampling.sampling_function import denoise_guided, sampling_cleanup, sampling_prepare
 from modules.processing import process_images
-from modules.prompt_parser import SdConditioning
+from modules.prompts.schedules import SdConditioning
 from tools.cuda_checks.machine import GB, DriverPeak, Machine, difference
 from tools.cuda_checks.networks import application, build_patcher, build_pipeline, checkpoint_path, side_px, txt2img, write_checkpoint
 from tools.cuda_checks.runner import Report

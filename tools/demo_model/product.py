@@ -52,7 +52,7 @@ def installed_product(checkpoint: Path = DEMO_CHECKPOINT, *, guides: Sequence[Pa
 def _loaded_extensions(app: Application) -> Iterator[None]:
     """The application's extensions with their controls, as the API has them without a page."""
     from modules import scripts
-    from modules.scripts_without_page import build_controls  # imports gradio
+    from modules.scripts.without_page import build_controls  # imports gradio
 
     scripts.load_scripts(app)
     try:

@@ -13,7 +13,7 @@ from PIL import Image
 from lib_controlnet.enums import BatchOption, ControlMode, ControlNetUnionControlType, HiResFixOption, InputMode, ResizeMode
 from modules.api.pictures import decode_picture
 from modules.errors import RequestError
-from modules.image_resizing import fix_image
+from modules.pictures.resizing import fix_image
 
 __all__ = [
     "BatchOption", "ControlMode", "ControlNetUnionControlType", "ControlNetUnit", "HiResFixOption", "InputMode", "ResizeMode", "UiControlNetUnit",

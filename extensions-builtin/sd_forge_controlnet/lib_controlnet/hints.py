@@ -14,8 +14,8 @@ from lib_controlnet.enums import ResizeMode
 from lib_controlnet.external_code import ControlNetUnit, image_to_array, pixel_perfect_resolution, to_base64_nparray
 from modules import masking
 from modules.errors import RequestError
-from modules.image_resizing import CROP_AND_RESIZE, JUST_RESIZE, RESIZE_AND_FILL, flatten, resize_by_mode, to_8_bit
-from modules.processing_img2img import inpaint_mask, only_masked_region
+from modules.pictures.resizing import CROP_AND_RESIZE, JUST_RESIZE, RESIZE_AND_FILL, flatten, resize_by_mode, to_8_bit
+from modules.processing.img2img import inpaint_mask, only_masked_region
 from modules_forge.utils import HWC3
 
 

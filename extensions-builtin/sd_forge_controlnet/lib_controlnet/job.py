@@ -15,7 +15,7 @@ from lib_controlnet.external_code import ControlNetUnit
 from lib_controlnet.hints import Hint, make_hint
 from modules import shared
 from modules.errors import RequestError
-from modules.processing_latents import latent_format_of
+from modules.processing.latents import latent_format_of
 
 
 @dataclass

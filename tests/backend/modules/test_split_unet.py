@@ -11,7 +11,7 @@ import torch
 from backend.devices import virtual_gpu
 from backend.modules.k_model import KModel, split_unet_across_gpus
 from backend.modules.k_prediction import Prediction
-from backend.parallel.plan import Piece, Plan, ReplicaPlan
+from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan
 from tests.support.checkpoints import build_models
 from tests.support.fleets import virtual_fleet
 

@@ -15,13 +15,13 @@ from backend.nn.deferred_control import DeferredControl, Residuals, Send
 from backend.nn.network_call import NetworkCall
 from backend.nn.piece import Piece
 from backend.nn.program import trace_tensors
-from backend.parallel.costs import ModelProfile
-from backend.parallel.executor import Executor, Replica
-from backend.parallel.fleet import Fleet
-from backend.parallel.partition import PartitionJob, partition
-from backend.parallel.plan import ReplicaPlan
-from backend.parallel.profiling import profile_network
-from backend.parallel.residuals import ControlPlace
+from backend.parallel.placing.fleet import Fleet
+from backend.parallel.planning.costs import ModelProfile
+from backend.parallel.planning.partition import PartitionJob, partition
+from backend.parallel.planning.plan import ReplicaPlan
+from backend.parallel.planning.profiling import profile_network
+from backend.parallel.running.executor import Executor, Replica
+from backend.parallel.running.residuals import ControlPlace
 from tests.support.fleets import configured_slots, virtual_fleet
 from tests.support.parallel_costs import fast_links, make_slot
 from tests.support.token_program import NUM_BLOCKS, WIDTH, TokenNetwork, build_token_program, make_token_network, make_token_rows

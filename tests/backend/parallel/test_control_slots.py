@@ -26,11 +26,11 @@ from backend.nn.deferred_control import DeferredControl, Residuals, Send
 from backend.nn.network_call import NetworkCall
 from backend.nn.unet_program import UNetProgram as Program
 from backend.nn.unet_program import build_program
-from backend.parallel.executor import Cancelled, Executor, Replica, SlotFailure
-from backend.parallel.fleet import Fleet
-from backend.parallel.plan import ReplicaPlan
-from backend.parallel.residuals import ControlPlace, ResidualChain
-from backend.parallel.session import SamplingRequest, SamplingSession
+from backend.parallel.placing.fleet import Fleet
+from backend.parallel.planning.plan import ReplicaPlan
+from backend.parallel.running.executor import Cancelled, Executor, Replica, SlotFailure
+from backend.parallel.running.residuals import ControlPlace, ResidualChain
+from backend.parallel.running.session import SamplingRequest, SamplingSession
 from backend.patcher.controlnet import ControlNet, apply_controlnet_advanced, soft_weights, zero_weights
 from backend.patcher.controlnet_tasks import defer_control, list_deferrable
 from backend.patcher.unet import UnetPatcher

@@ -6,9 +6,18 @@ import sys
 
 import pytest
 
+from backend.parallel.planning.simulation import (
+    SimulatedJob,
+    SimulationError,
+    card_links,
+    card_names,
+    find_card,
+    parse_cards,
+    parse_picture_size,
+    simulate,
+)
+from backend.parallel.planning.validation import published_comparisons, validation_tables
 from backend.parallel.simulate import main
-from backend.parallel.simulation import SimulatedJob, SimulationError, card_links, card_names, find_card, parse_cards, parse_picture_size, simulate
-from backend.parallel.validation import published_comparisons, validation_tables
 from tests.contract.sources import ROOT_DIR
 
 TOLERANCE = 0.06

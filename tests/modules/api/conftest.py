@@ -20,8 +20,8 @@ from safetensors.numpy import save_file
 
 from modules.api.api import create_api
 from modules.application import Application
-from modules.processing_result import Processed, create_infotext
-from modules.processing_validation import fix_seed, make_sound, set_all_seeds
+from modules.processing.result import Processed, create_infotext
+from modules.processing.validation import fix_seed, make_sound, set_all_seeds
 from modules.server import create_fastapi_app
 from tests.support.applications import installed_application
 

@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from modules.api.api import create_api
-from modules.image_metadata import read_info_from_image
+from modules.pictures.metadata import read_info_from_image
 from tests.modules.api.conftest import PictureMaker, Server, from_base64, info_of, to_base64
 from tests.support.applications import installed_application
 from tests.support.checkpoints import write_checkpoint

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from modules.image_metadata import read_info_from_image
+from modules.pictures.metadata import read_info_from_image
 from tests.modules.api.conftest import Server, from_base64, to_base64
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modules.image_metadata import read_info_from_image
+from modules.pictures.metadata import read_info_from_image
 from tests.modules.api.conftest import Server, ServerFactory, from_base64, info_of, to_base64, write_checkpoint_header
 
 INFO_KEYS = {

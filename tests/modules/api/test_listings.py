@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from backend.text_processing.embedding import Embedding
-from modules.styles import PromptStyle
+from modules.prompts.styles import PromptStyle
 from tests.modules.api.conftest import Server, write_checkpoint_header
 
 
@@ -86,7 +86,7 @@ def test_what_there_is_none_of_is_an_empty_list(server: Server) -> None:
 
 
 def test_an_extension_without_git_is_listed_with_empty_facts(server: Server, tmp_path: Path) -> None:
-    from modules.extensions import Extension
+    from modules.scripts.installed import Extension
 
     for name in ("archive", "odd"):
         (tmp_path / name).mkdir()

@@ -9,7 +9,7 @@ from PIL import Image, PngImagePlugin
 
 from modules.api.api import decode_base64_to_image, encode_pil_to_base64
 from modules.api.pictures import PictureError, decode_picture
-from modules.image_metadata import read_info_from_image
+from modules.pictures.metadata import read_info_from_image
 from tests.modules.api.conftest import Server, to_base64
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from modules.shared_options import build_option_table
+from modules.settings.table import build_option_table
 from tests.modules.api.conftest import Server, ServerFactory
 
 
@@ -46,7 +46,7 @@ def test_settings_that_the_disk_has_no_room_for_are_not_changed(server: Server, 
     def has_no_room(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("modules.options.write_text_atomically", has_no_room)
+    monkeypatch.setattr("modules.settings.options.write_text_atomically", has_no_room)
     answer = server.client.post("/sdapi/v1/options", json={"samples_format": "webp"})
     assert answer.status_code == 507
     assert "disk of the server is full" in answer.json()["detail"]
@@ -135,9 +135,9 @@ def test_a_server_that_nobody_starts_again_says_so(start_server: ServerFactory) 
 
 
 def test_multi_gpu_tells_of_slots_plan_and_links(server: Server) -> None:
-    from backend.parallel import status  # imports torch
-    from backend.parallel.plan import Piece, Plan, ReplicaPlan
-    from backend.parallel.slot_facts import Link
+    from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan
+    from backend.parallel.planning.slot_facts import Link
+    from backend.parallel.running import status  # imports torch
 
     status.set_current_plan(None)
     status.set_links((), {})

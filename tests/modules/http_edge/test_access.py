@@ -12,10 +12,12 @@ import pytest
 from fastapi.testclient import TestClient
 from starlette.routing import Mount
 
-from modules import script_callbacks, ui, ui_extra_networks_routes, ui_page
 from modules.api.api import create_api
 from modules.http_edge.access import kind_of
+from modules.scripts import callbacks
 from modules.server import create_fastapi_app, keep_page_last, mount_page
+from modules.ui import extra_networks_routes, page
+from modules.ui import tabs as ui
 from tests.support.applications import installed_application
 from tests.support.event_loops import close_event_loops as close_event_loops
 from tests.support.extensions import loaded_builtin, write_extension
@@ -49,9 +51,9 @@ def whole_program(folder: Path, **config: Any) -> Iterator[tuple[TestClient, dic
         with loaded_builtin(app, "sd_forge_controlnet", "sd_forge_lora"):
             fastapi_app = create_fastapi_app(app.config)
             create_api(app, fastapi_app)
-            ui_extra_networks_routes.add_routes(app, fastapi_app)
-            mount_page(fastapi_app, ui.create_ui(app), app.config, ui_page.page_settings(app.config))
-            script_callbacks.app_started_callback(None, fastapi_app)
+            extra_networks_routes.add_routes(app, fastapi_app)
+            mount_page(fastapi_app, ui.create_ui(app), app.config, page.page_settings(app.config))
+            callbacks.app_started_callback(None, fastapi_app)
             keep_page_last(fastapi_app)
             yield TestClient(fastapi_app, base_url="http://127.0.0.1:7860", raise_server_exceptions=False), routes_of(fastapi_app)
 

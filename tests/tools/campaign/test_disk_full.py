@@ -37,7 +37,7 @@ def test_styles_stay_whole_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.Mo
     def has_no_room(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modules.styles.write_text_atomically", has_no_room)
+    monkeypatch.setattr("modules.prompts.styles.write_text_atomically", has_no_room)
     disk_full.try_styles(found, tmp_path, "full", fits=False)
     assert found.faults == []
 

@@ -1,0 +1,93 @@
+"""Copies of tensors that run while the slots compute. Knows no network and no plan."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backend.parallel.exchange.transport import Parcel
+from backend.parallel.placing.fleet import Fleet
+from backend.parallel.running.failures import blaming
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor that stays where it is until the same slot needs it again."""
+
+    tensor: Tensor
+
+    def receive(self) -> Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Copying:
+    """A tensor that a copier is bringing."""
+
+    future: Future[Tensor]
+
+    def receive(self) -> Tensor:
+        return self.future.result()
+
+
+class Copiers:
+    """Ships tensors to slots. CUDA copies run beside computation by themselves; for other devices a thread per source waits for them, so that a
+    slow link does not hold up computation.
+
+    `asynchronous`: without it each copy is awaited where it starts.
+    """
+
+    def __init__(self, fleet: Fleet, *, asynchronous: bool) -> None:
+        self._fleet, self._asynchronous = fleet, asynchronous
+        self._by_device: dict[torch.device, ThreadPoolExecutor] = {}
+        self._lock = threading.Lock()
+
+    def ship(self, tensor: Tensor, slot: int) -> Parcel:
+        """Start a copy to a slot's device. Raises: SlotFailure of that slot where it has no room (or `receive` does)."""
+        target, transport = self._fleet.device(slot), self._fleet.transport
+        if tensor.device == target or not self._asynchronous or "cuda" in (tensor.device.type, target.type):
+            return blaming(slot, lambda: transport.ship(tensor, target))
+        return self._copy(tensor.device, lambda: blaming(slot, lambda: transport.send(tensor, target)))
+
+    def _copy(self, source: torch.device, run: Callable[[], Tensor]) -> Copying:
+        with self._lock:
+            pool = self._by_device.get(source)
+            if pool is None:
+                pool = self._by_device[source] = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"copy-{source}")
+        return Copying(pool.submit(_without_gradients, run))
+
+    def close(self) -> None:
+        with self._lock:
+            for pool in self._by_device.values():
+                pool.shutdown(wait=False)
+            self._by_device.clear()
+
+
+def _without_gradients(run: Callable[[], Tensor]) -> Tensor:
+    with torch.no_grad():
+        return run()
+
+
+def when_arrived(parcels: Iterable[Parcel], then: Callable[[BaseException | None], None]) -> None:
+    """`then(failure or None)`, once, when no copier is at any of the parcels any more: by the thread that ends the last, or at once by this one."""
+    copying = [parcel.future for parcel in parcels if isinstance(parcel, Copying)]
+    if not copying:
+        then(None)
+        return
+    left, lock = len(copying), threading.Lock()
+
+    def count_down(_: object) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            is_last = left == 0
+        if is_last:
+            then(next((failure for future in copying if (failure := future.exception()) is not None), None))
+
+    for future in copying:
+        future.add_done_callback(count_down)

@@ -1,0 +1,231 @@
+"""Puts a plan's networks where it says: copies of the denoiser on other slots (replica modules), and the stages of one network over several devices.
+
+The bytes are moved by memory management, which counts and evicts them like any other model. Names of parameters are the same in every copy.
+Must not know guidance or samplers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from backend import memory_management
+from backend.nn.owner import owner_of
+from backend.parallel.placing.fleet import Fleet
+from backend.parallel.placing.replica_modules import META, ReplicaModules, ReplicaPatcher
+from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan
+from backend.parallel.running.executor import Replica
+from backend.parallel.running.residuals import ControlPlace
+from backend.patcher.base import ModelPatcher
+from backend.patcher.unet import UnetPatcher
+
+if TYPE_CHECKING:
+    from backend.modules.k_model import KModel
+
+
+class UNetStage(nn.Module):
+    """The layers of one device, as one thing that moves. It shares the modules with the network and owns none."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
+@dataclass(eq=False)
+class StagePatcher:
+    """A stage as memory management places it. It may stream when its device is too small."""
+
+    model: UNetStage
+    load_device: torch.device
+    offload_device: torch.device
+    current_device: torch.device
+    replica: ReplicaPatcher | None = None
+    must_be_whole: bool = False
+
+    def prepare_load(self, device: torch.device) -> None:
+        """A stage of a replica module that holds no weights gets them."""
+        if self.replica is not None:
+            self.replica.fill(self.model, device)
+
+
+@dataclass(eq=False)
+class PlacedPlan:
+    """A plan whose networks are in place, and what memory management holds for it."""
+
+    plan: Plan
+    replicas: tuple[Replica, ...]
+    patchers: tuple[UnetPatcher | ReplicaPatcher | StagePatcher, ...]
+
+
+@dataclass(eq=False)
+class Copies:
+    """What plans have made of one network so far; kept by its owner, used again by later plans."""
+
+    replicas: ReplicaModules = field(default_factory=ReplicaModules)
+    stages: dict[tuple[int, torch.device], tuple[frozenset[int], StagePatcher]] = field(default_factory=dict)
+
+    @property
+    def networks(self) -> set[nn.Module]:
+        """All that memory management knows of them by."""
+        return self.replicas.networks | {stage.model for _, stage in self.stages.values()}
+
+    def release_stages(self, network: nn.Module) -> None:
+        """Forget the stages of a network; its weights stay where they are."""
+        for key in [key for key in self.stages if key[0] == owner_of(network).serial]:
+            _, stage = self.stages.pop(key)
+            memory_management.unload_model_clones(stage)
+
+
+def copies_of(network: KModel) -> Copies:
+    return owner_of(network).part(Copies)
+
+
+def place_plan(
+    unet: UnetPatcher, plan: Plan, fleet: Fleet, *, working_bytes: int, preserved_bytes: int = 0,
+    beside: Sequence[ModelPatcher] = (), work_per_row: Mapping[Piece, float] | None = None,
+    controls: Sequence[Mapping[nn.Module, ControlPlace]] = (),
+) -> PlacedPlan:  # fmt: skip
+    """Make the plan's networks resident, with room for `working_bytes` on each device, and hold them. `beside` comes along (ControlNets).
+
+    `controls`: for each replica where its ControlNets run.
+
+    Raises: OutOfMemory, SlotLost.
+    """
+    placer = _Placer(unet, fleet)
+    places = controls or [{}] * len(plan.replicas)
+    replicas = tuple(placer.add(replica, work_per_row or {}, controls) for replica, controls in zip(plan.replicas, places, strict=True))
+    patchers = tuple(placer.patchers)
+    placer.leave_former_places()
+    memory_management.load_models_gpu([*patchers, *beside], memory_required=working_bytes, hard_memory_preservation=preserved_bytes)
+    memory_management.hold_models([*patchers, *beside])
+    placer.finish()
+    return PlacedPlan(plan, replicas, patchers)
+
+
+def place_whole(unet: UnetPatcher) -> None:
+    """Let the network be one thing again, for memory management to place; weights move when it does."""
+    copies_of(unet.model).release_stages(unet.model)
+
+
+class _Placer:
+    """Gives each replica of a plan a network, and lists what has to be loaded."""
+
+    def __init__(self, unet: UnetPatcher, fleet: Fleet) -> None:
+        self.unet, self.fleet = unet, fleet
+        self.copies = copies_of(unet.model)
+        self.patchers: list[UnetPatcher | ReplicaPatcher | StagePatcher] = []
+        self._whole_on: dict[torch.device, KModel] = {}
+        self._own_is_given = False
+        self._replicas: list[tuple[int, ReplicaPatcher]] = []
+        self._is_split = False
+
+    def add(self, replica: ReplicaPlan, work_per_row: Mapping[Piece, float], controls: Mapping[nn.Module, ControlPlace]) -> Replica:
+        network = self._network_for(replica)
+        return Replica(program=network.program, plan=replica, work_per_row=work_per_row, controls=controls)
+
+    def _network_for(self, replica: ReplicaPlan) -> KModel:
+        devices = {self.fleet.device(slot) for slot in replica.used_slots}
+        device = next(iter(devices)) if len(devices) == 1 else None
+        if device is not None and device in self._whole_on and self._can_be_shared():
+            return self._whole_on[device]
+        if not self._own_is_given:
+            self._own_is_given = True
+            copied, network = None, self.unet.model
+        else:
+            copied = self._replica_patcher_for(replica)
+            network = cast("KModel", copied.model)
+        if device is None or (copied is None and device != self.unet.load_device):
+            self._add_stages(network, replica, copied)
+        else:
+            self.copies.release_stages(network)
+            self.patchers.append(copied or self.unet)
+            self._whole_on[device] = network
+        return network
+
+    def _can_be_shared(self) -> bool:
+        """Whether two workers may run one network at once: not where layers are changed for the time they run."""
+        network = self.unet.model
+        return network.storage_dtype == network.computation_dtype and not self.unet.has_online_lora()
+
+    def _replica_patcher_for(self, replica: ReplicaPlan) -> ReplicaPatcher:
+        key = tuple(sorted(replica.used_slots))
+        device = self.fleet.device(replica.slots[0])
+        copied = self.copies.replicas.get(key)
+        if copied is None or copied.load_device != device:
+            copied = self.copies.replicas[key] = ReplicaPatcher.make(self.unet, self.unet.model.make_empty(), device)
+        copied.source = self.unet
+        self._replicas.append((replica.slots[0], copied))
+        return copied
+
+    def _add_stages(self, network: KModel, replica: ReplicaPlan, copied: ReplicaPatcher | None) -> None:
+        """One patcher per device with all layers that run there; the time embedding belongs to the first."""
+        self._is_split = True
+        by_device: dict[torch.device, list[nn.Module]] = {
+            self.fleet.device(replica.slots[0]): [layer for _, layer in network.program.embedding.named_layers]
+        }
+        for piece, slot in zip(replica.pieces, replica.slots):
+            by_device.setdefault(self.fleet.device(slot), []).extend(layer for _, layer in network.program.piece_layers(piece))
+        for key in [key for key in self.copies.stages if key[0] == owner_of(network).serial and key[1] not in by_device]:
+            memory_management.unload_model_clones(self.copies.stages.pop(key)[1])
+        for device, layers in by_device.items():
+            self.patchers.append(self._stage(network, device, layers, copied))
+
+    def _stage(self, network: KModel, device: torch.device, layers: Sequence[nn.Module], copied: ReplicaPatcher | None) -> StagePatcher:
+        key, held = (owner_of(network).serial, device), frozenset(id(layer) for layer in layers)
+        known = self.copies.stages.get(key)
+        if known is not None and known[0] == held:
+            return known[1]
+        if known is not None:
+            memory_management.unload_model_clones(known[1])
+        offload = META if copied is not None else self.unet.offload_device
+        stage = StagePatcher(UNetStage(layers), device, offload, offload, replica=copied, must_be_whole=copied is not None)
+        self.copies.stages[key] = (held, stage)
+        return stage
+
+    def leave_former_places(self) -> None:
+        """What stood for a network as a whole stands for it no more where it is split now.
+
+        Layers that change their slot leave the old one before any arrives on the new: where two slots swap layers, one would hold both for a
+        moment, and its peak would be that moment's.
+        """
+        for stage in self.patchers:
+            if isinstance(stage, StagePatcher):
+                _let_strangers_go(stage)
+        if owner_of(self.unet.model).serial in {key[0] for key in self.copies.stages}:
+            memory_management.unload_model_clones(self.unet)
+        for copied in self.copies.replicas.values():
+            if owner_of(copied.model).serial in {key[0] for key in self.copies.stages}:
+                memory_management.unload_model_clones(copied)
+
+    def finish(self) -> None:
+        """Attributes and weights as the job's patcher wants them, on all devices at once."""
+        if owner_of(self.unet.model).serial in {key[0] for key in self.copies.stages}:
+            self.unet.model.predictor.to(self.unet.load_device)
+            self.unet.forge_patch_model(None)
+            _changing_weights(self.unet.load_device, self.unet.refresh_loras)
+        changes: list[tuple[ReplicaPatcher, Future[None]]] = [
+            (copied, self.fleet.worker(slot).submit(copied.refresh_replica)) for slot, copied in self._replicas
+        ]
+        for copied, change in changes:
+            _changing_weights(copied.load_device, change.result)
+
+
+def _let_strangers_go(stage: StagePatcher) -> None:
+    """Have the stage's layers that are on other slots' devices wait where it waits itself."""
+    for layer in stage.model.layers:
+        devices = {tensor.device for tensor in (*layer.parameters(), *layer.buffers())}
+        if devices - {stage.load_device, stage.offload_device, META, torch.device("cpu")}:
+            memory_management.module_move(layer, stage.offload_device)
+
+
+def _changing_weights(device: torch.device, run: Callable[[], object]) -> None:
+    """Raises: OutOfMemory of that device."""
+    try:
+        run()
+    except torch.OutOfMemoryError as error:
+        raise memory_management.out_of_memory("changing weights (LoRA)", device) from error

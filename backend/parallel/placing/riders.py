@@ -1,0 +1,120 @@
+"""ControlNets as a plan takes them along: what each costs, and its copies on the slots where it runs.
+
+A ControlNet on the device that its own patcher calls home is the network itself; elsewhere it is a replica module. Must not know hints, chains or
+samplers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from backend.memory.module_bytes import count_module_bytes
+from backend.nn.empty_network import META
+from backend.nn.owner import owner_of
+from backend.parallel.placing.fleet import Fleet
+from backend.parallel.placing.replica_modules import ReplicaModules, ReplicaPatcher
+from backend.parallel.planning.costs import ComponentCost
+from backend.parallel.planning.plan import Plan
+from backend.parallel.running.residuals import ControlPlace
+from backend.patcher.base import ModelPatcher
+
+
+class ControlLink(Protocol):
+    """A link of a chain whose passes may be done anywhere."""
+
+    control_model_wrapped: ModelPatcher
+    name: str
+
+
+class CopyableNetwork(Protocol):
+    """A network that can be made again."""
+
+    def make_empty(self) -> nn.Module:
+        """One of the same kind with the same names and types, without weights where a context says so."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Rider:
+    """One network that runs for every unit; `links` of the chain use it. `work` is what its measured speeds are kept for."""
+
+    name: str
+    patcher: ModelPatcher
+    links: int
+    work: str
+
+    @property
+    def network(self) -> nn.Module:
+        network: nn.Module = self.patcher.model
+        return network
+
+    @property
+    def networks(self) -> set[nn.Module]:
+        """The network and its replica modules: all that memory management knows of it by."""
+        return {self.network, *owner_of(self.network).part(ReplicaModules).networks}
+
+
+def collect_riders(links: Sequence[ControlLink], work: str) -> tuple[Rider, ...]:
+    """The networks of a chain's links, each once. `work` names the size that times are measured for."""
+    patchers = {owner_of(link.control_model_wrapped.model).serial: link.control_model_wrapped for link in links}
+    riders = []
+    for number, (key, patcher) in enumerate(patchers.items()):
+        name = "ControlNet" if len(patchers) == 1 else f"ControlNet {number + 1}"
+        count = sum(link.control_model_wrapped.model is patcher.model for link in links)
+        riders.append(Rider(name=name, patcher=patcher, links=count, work=f"{work} beside {key}"))
+    return tuple(riders)
+
+
+def rider_costs(riders: Sequence[Rider], cost: ComponentCost, fleet: Fleet, work: str) -> tuple[ComponentCost, ...]:
+    """Costs for the planner, from those of a ControlNet for this denoiser; where times were measured, its work is scaled to them.
+
+    Work counts by the speed at which a slot does the denoiser's, named `work`.
+    """
+    return tuple(
+        replace(
+            cost,
+            name=rider.name,
+            weight_bytes=count_module_bytes(rider.network).total_bytes,
+            flops_per_row=cost.flops_per_row * rider.links * _slowness(rider, fleet, work),
+            num_kernels=cost.num_kernels * rider.links,
+        )
+        for rider in riders
+    )
+
+
+def _slowness(rider: Rider, fleet: Fleet, work: str) -> float:
+    """How much slower slots do this network's work than the denoiser's, on average of those where both were measured; 1 where none was."""
+    pairs = [(fleet.speeds.speed_of(slot.index, work), fleet.speeds.speed_of(slot.index, rider.work)) for slot in fleet.working_slots]
+    ratios = [whole / own for whole, own in pairs if whole and own]
+    return sum(ratios) / len(ratios) if ratios else 1.0
+
+
+def place_riders(
+    riders: Sequence[Rider], plan: Plan, fleet: Fleet, cost: ComponentCost
+) -> tuple[list[Mapping[nn.Module, ControlPlace]], list[ModelPatcher]]:
+    """For each replica of a plan where its ControlNets run, and the patchers that have to be resident for it, each once."""
+    patchers: dict[int, ModelPatcher] = {}
+    places: list[dict[nn.Module, ControlPlace]] = [{} for _ in plan.replicas]
+    for rider in riders:
+        for found, slot in zip(places, plan.control_slots[rider.name], strict=True):
+            patcher = _patcher_on(rider, fleet.device(slot))
+            patchers[id(patcher)] = patcher
+            found[rider.network] = ControlPlace(slot=slot, network=patcher.model, work=rider.work, work_per_row=cost.flops_per_row)
+    return list(places), list(patchers.values())
+
+
+def _patcher_on(rider: Rider, device: torch.device) -> ModelPatcher:
+    if device == rider.patcher.load_device:
+        return rider.patcher
+    copies = owner_of(rider.network).part(ReplicaModules)
+    if device not in copies:
+        with META:
+            empty = rider.network.make_empty()  # type: ignore[operator]
+        copies[device] = ReplicaPatcher.make(rider.patcher, empty, device)
+    copies[device].source = rider.patcher
+    return copies[device]

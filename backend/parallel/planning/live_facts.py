@@ -1,0 +1,100 @@
+"""What the planner is told of this process: costs of a denoiser, and its slots as they are now. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from backend import memory_management
+from backend.devices.inventory import describe_device
+from backend.devices.slot import Slot
+from backend.parallel.placing.fleet import Fleet
+from backend.parallel.placing.placement import copies_of
+from backend.parallel.planning.costs import ModelProfile, contains
+from backend.parallel.planning.plan import Piece, Plan
+from backend.parallel.planning.profiling import profile_network, with_stored_bytes
+from backend.parallel.planning.slot_facts import SlotFacts
+from backend.patcher.unet import UnetPatcher
+
+if TYPE_CHECKING:
+    from backend.modules.k_model import KModel
+
+FLOPS_PER_MS_OF_CPU_THREAD = 3e7
+FLOPS_PER_MS_OF_VIRTUAL_GPU = 1e7
+FLOPS_PER_MS_OF_UNKNOWN_GPU = 1e10
+FLOPS_PER_MS_OF_CUDA_THROUGHPUT = 4e5
+"""Half-precision work per ms for each unit of `DeviceFacts.throughput` (multiprocessors times MHz), from published SDXL step times of the
+RTX 4090 and the A100. First guesses all of them: measured speeds take their place with the first units."""
+
+
+def profile_of(network: KModel, shape: Sequence[int]) -> ModelProfile:
+    """Costs of a denoiser's network for one row of latents (B, C, H, W), with the bytes that its weights are stored in.
+
+    Networks of one class and configuration share what was counted.
+    """
+    height, width = int(shape[2]), int(shape[3])
+    profile = profile_network(
+        network.diffusion_model, network.build_program, latent_height=height, latent_width=width, dtype=network.computation_dtype
+    )
+    return with_stored_bytes(profile, network.program)
+
+
+def slot_facts(slot: Slot, unet: UnetPatcher, fleet: Fleet, work: str, budget_share: float, placed_anew: Set[nn.Module] = frozenset()) -> SlotFacts:
+    """A slot as the planner sees it now: what is free or could be, and how fast it was seen to be at this work.
+
+    What earlier plans made of this network counts as the network's own, not as something else that holds the slot; so do the networks in
+    `placed_anew`, which the plan finds places for as well.
+    """
+    store, device = memory_management.current_store(), slot.torch_device
+    (room,) = store.rooms([slot], unet.model)
+    own = copies_of(unet.model).networks | placed_anew
+    copies_bytes = sum(entry.inclusive_memory for entry in store.residents if entry.device == device and entry.real_model in own)
+    budget_bytes = room.free_bytes + room.evictable_bytes + room.present_bytes - _merge_bytes(unet)
+    budget_bytes = max(0, int(budget_bytes * budget_share))
+    return SlotFacts(
+        index=slot.index,
+        name=slot.name,
+        kind=device.type,
+        speed=speed_of(slot, fleet, work),
+        budget_bytes=budget_bytes,
+        fixed_bytes=min(max(0, room.evictable_bytes - copies_bytes), budget_bytes),
+        total_bytes=slot.total_bytes,
+        device_key=str(device),
+        is_home=device == unet.load_device,
+    )
+
+
+def _merge_bytes(unet: UnetPatcher) -> int:
+    """Room that changing weights takes: the largest weight in fp32, its change, and their sum."""
+    if not unet.lora_patches:
+        return 0
+    return 3 * 4 * max(parameter.numel() for parameter in unet.model.parameters())
+
+
+def without_others(room: SlotFacts) -> SlotFacts:
+    """The slot as it would be when all that no job holds has left."""
+    return replace(room, fixed_bytes=0)
+
+
+def speed_of(slot: Slot, fleet: Fleet, work: str) -> float:
+    """Operations per ms: measured, else a guess from what the device says of itself."""
+    return fleet.speeds.speed_of(slot.index, work) or guess_speed(slot)
+
+
+def guess_speed(slot: Slot) -> float:
+    kind = slot.torch_device.type
+    if kind == "cpu":
+        return FLOPS_PER_MS_OF_CPU_THREAD * (slot.cpu_threads or 1)
+    if kind == "vgpu":
+        return FLOPS_PER_MS_OF_VIRTUAL_GPU
+    throughput = describe_device(slot.torch_device).throughput
+    return FLOPS_PER_MS_OF_CUDA_THROUGHPUT * throughput if throughput > 0 else FLOPS_PER_MS_OF_UNKNOWN_GPU
+
+
+def work_of_pieces(plan: Plan, profile: ModelProfile) -> dict[Piece, float]:
+    """Work of the plan's pieces, which may be made of several of the profile's."""
+    wanted = {piece for replica in plan.replicas for piece in replica.pieces}
+    return {piece: sum(cost.work_per_row for cost in profile.pieces if contains(piece, cost.piece)) for piece in wanted}

@@ -1,0 +1,580 @@
+"""Cuts one copy of a network over slots: which piece runs where. Pure arithmetic over costs; knows no tensors and no devices.
+
+**The family searched.** Slots in some order s1 .. sk hold nested rings: s1 the outermost pieces on the way in and out, s2 the next, sk the
+middle. Runs may be empty, so straight cuts (nothing on the way out), the U-cut (two slots) and slots that stay empty are members.
+
+**The objective**, in this order:
+1. What fits: peak bytes of every slot within its budget, and no fewer slots at work than asked for. If nothing does, there is no partition.
+2. Most rules kept, of: no slot that holds more than 65 % of the weights (where two or more slots work); slots of one size (`total_bytes`)
+   within 10 % of each other in peak bytes; a limit on crossing bytes, if one was given.
+3. The least time of a step (see pipeline.py). Times within 1 % of the least count as the same: the prediction is not better than that.
+4. Fewest bytes that cross, then fewest changes of slot, then least time.
+
+**What is exact.** For two slots every cut between any two pieces is considered, and for more slots every one between segments, then between
+blocks around the best of those (a segment's length to either side, all boundaries, until nothing improves). Where a network's cuts number
+below EXHAUSTIVE_LIMIT the search is exact at block granularity for any number of slots. With more than MOST_NESTED slots the search starts
+from cuts in proportion to speed instead of from all cuts between segments, and is local.
+
+Peak bytes of a slot: what is fixed there, the weights of its pieces, the time embedding's (first slot), the largest working memory of its
+pieces, and for every unit that may be on its way the skips that it keeps, the state at its boundaries and residuals of a ControlNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain, combinations_with_replacement, permutations
+from math import comb
+
+import numpy as np
+import numpy.typing as npt
+
+from backend.nn.piece import Piece
+from backend.parallel.planning.costs import ComponentCost, ModelProfile, merge_pieces
+from backend.parallel.planning.pipeline import StageArrays, Units, join_candidates, lower_bounds, simulate_many
+from backend.parallel.planning.plan import ReplicaPlan
+from backend.parallel.planning.slot_facts import Link, LinkTable, SlotFacts
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+MOST_WEIGHT_SHARE = 0.65
+MOST_IMBALANCE = 0.10
+SAME_TIME = 0.01
+EXHAUSTIVE_LIMIT = 60_000
+MOST_NESTED = 4
+_COARSE_LIMIT = 100_000
+_BATCH = 512
+_MORE_BATCH = 2048
+_TRIED = 128
+_NUM_SEEDS = 6
+_NUM_REFINED = 3
+_REACH = 10
+_MOST_ROUNDS = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartitionJob:
+    """What the copy is for.
+
+    `movable` are components whose slot is still open: they are put where most room is left, largest first; one that runs per unit (a
+    ControlNet) before the UNet on the copy's slot where the objective is best, or on `rider_slot`, and its work counts. `least_slots` is
+    how many slots must get pieces, where there are as many pieces. `rows_per_forward` is how many rows run at once.
+    """
+
+    units: Units = field(default_factory=Units)
+    rows_per_forward: int = 1
+    movable: tuple[ComponentCost, ...] = ()
+    rider_slot: int | None = None
+    max_crossing_bytes: int | None = None
+    least_slots: int = 1
+    is_async: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Partition:
+    """The cut that was chosen and what it is predicted to cost.
+
+    `peak_bytes` per slot index (slots without pieces as well), `crossing_bytes` per step of all units, of these `control_bytes` residuals of
+    a ControlNet. `rules_kept` says whether every rule of the objective is.
+    """
+
+    replica: ReplicaPlan
+    step_ms: float
+    peak_bytes: dict[int, int]
+    weight_bytes: dict[int, int]
+    crossing_bytes: int
+    control_bytes: int
+    component_slots: dict[str, int]
+    rules_kept: bool
+
+
+def partition(profile: ModelProfile, slots: Sequence[SlotFacts], links: Sequence[Link] = (), job: PartitionJob | None = None) -> Partition | None:
+    """The best cut over some or all of the slots (see above); None where none fits. The primary, which holds the latents, is `slots[0]`."""
+    return _partition(profile, tuple(slots), tuple(links), job or PartitionJob())
+
+
+@lru_cache(maxsize=256)
+def _partition(profile: ModelProfile, slots: tuple[SlotFacts, ...], links: tuple[Link, ...], job: PartitionJob) -> Partition | None:
+    if not slots:
+        raise ValueError("A network is to be cut over no slots; give at least one.")
+    table = LinkTable(links)
+    evaluators = [_Evaluator(profile, slots, order, table, job, rider) for order in _orders(slots, table) for rider in _rider_positions(job, slots)]
+    finalists = search(evaluators)
+    if not finalists:
+        return None
+    fewest = min(score.rules_broken for score in finalists)
+    best = _pick([score for score in finalists if score.rules_broken == fewest])
+    return best.evaluator.describe(best.cuts)
+
+
+def _orders(slots: tuple[SlotFacts, ...], table: LinkTable) -> list[tuple[int, ...]]:
+    """Ways to nest the slots. Of orders that differ in nothing but numbers only one; the first slot is apart, as it is the primary."""
+    kinds = [(position == 0, slot.facts_without_index()) for position, slot in enumerate(slots)]
+    seen, orders = set(), []
+    for order in permutations(range(len(slots))) if len(slots) <= MOST_NESTED else _long_orders(slots):
+        ways = tuple(table.facts(slots[one], slots[other]) for one in order for other in (0, *order))
+        signature = (tuple(kinds[position] for position in order), ways)
+        if signature not in seen:
+            seen.add(signature)
+            orders.append(order)
+    return orders
+
+
+def _long_orders(slots: tuple[SlotFacts, ...]) -> list[tuple[int, ...]]:
+    """For many slots: as they come, and by room, both ways."""
+    by_room = sorted(range(len(slots)), key=lambda position: (slots[position].free_bytes, -position))
+    return [tuple(range(len(slots))), tuple(by_room), tuple(reversed(by_room))]
+
+
+def _rider_positions(job: PartitionJob, slots: tuple[SlotFacts, ...]) -> list[int | None]:
+    if not any(component.runs_per_unit for component in job.movable):
+        return [None]
+    return [position for position, slot in enumerate(slots) if job.rider_slot in (None, slot.index)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Score:
+    """A cut that fits, and its place in the objective."""
+
+    evaluator: _Evaluator
+    cuts: Ints
+    rules_broken: float
+    step_ms: float
+    crossing_bytes: float
+    num_changes: int
+
+
+def _pick(scores: Sequence[_Score]) -> _Score:
+    """Parts 3 and 4 of the objective."""
+    least_ms = min(score.step_ms for score in scores)
+    same = [score for score in scores if score.step_ms <= least_ms * (1 + SAME_TIME)]
+    return min(same, key=lambda score: (score.crossing_bytes, score.num_changes, score.step_ms))
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """Everything about many cuts but their time."""
+
+    stages: StageArrays
+    peak_CK: Floats
+    weight_CK: Floats
+    crossing_C: Floats
+    changes_C: Ints
+    excess_C: Floats
+    broken_C: Floats
+    breach_C: Floats
+    places: tuple[Ints, ...]
+
+
+class _Evaluator:
+    """Costs of cuts for one order of slots. A cut is the 2k-2 inner boundaries of the 2k-1 runs, not decreasing."""
+
+    def __init__(
+        self,
+        profile: ModelProfile,
+        slots: tuple[SlotFacts, ...],
+        order: tuple[int, ...],
+        links: LinkTable,
+        job: PartitionJob,
+        rider: int | None,
+    ) -> None:
+        self.profile, self.slots, self.order, self.job, self.rider = profile, slots, order, job, rider
+        self.num_pieces = len(profile.pieces)
+        count = len(order)
+        self.run_slots = [order[run] if run < count else order[2 * count - 2 - run] for run in range(2 * count - 1)]
+        self.num_cuts = 2 * count - 2
+        self._riders = tuple(component for component in job.movable if component.runs_per_unit)
+        others = [component for component in job.movable if not component.runs_per_unit]
+        self._others = tuple(sorted(others, key=lambda component: -component.weight_bytes))
+        self._make_sums()
+        self._make_links(links)
+
+    def _make_sums(self) -> None:
+        pieces = self.profile.pieces
+        self._work = _prefix([cost.work_per_row for cost in pieces])
+        self._weights = _prefix([cost.weight_bytes for cost in pieces])
+        self._kernels = _prefix([cost.num_kernels for cost in pieces])
+        self._state = np.array([0.0, *(cost.hidden_bytes_per_row + cost.residual_bytes_per_row for cost in pieces)])
+        self._pushed = np.array([0.0, *(cost.skip_bytes_per_row for cost in pieces)])
+        working = np.array([cost.working_bytes_per_row for cost in pieces], dtype=np.float64)
+        self._largest = np.zeros((self.num_pieces + 1, self.num_pieces + 1))
+        for first in range(self.num_pieces):
+            self._largest[first, first + 1 :] = np.maximum.accumulate(working[first:])
+
+    def _make_links(self, links: LinkTable) -> None:
+        self._ms_per_byte = np.array([[links.ms_per_byte(source, target) for target in self.slots] for source in self.slots])
+        self._latency_ms = np.array([[links.latency_ms(source, target) for target in self.slots] for source in self.slots])
+        self._crosses = np.array([[links.crosses(source, target) for target in self.slots] for source in self.slots])
+
+    def measure(self, cuts_CB: Ints) -> _Numbers:
+        """All numbers of many cuts, but their time."""
+        num_cuts, num_slots = len(cuts_CB), len(self.slots)
+        edges = np.concatenate([np.zeros((num_cuts, 1), np.int64), cuts_CB, np.full((num_cuts, 1), self.num_pieces)], axis=1)
+        peak = np.tile(np.array([slot.fixed_bytes for slot in self.slots], dtype=np.float64), (num_cuts, 1))
+        weight, working = np.zeros((num_cuts, num_slots)), np.zeros((num_cuts, num_slots))
+        for run, slot in enumerate(self.run_slots):
+            first, end = edges[:, run], edges[:, run + 1]
+            weight[:, slot] += self._weights[end] - self._weights[first]
+            working[:, slot] = np.maximum(working[:, slot], self._largest[first, end])
+        weight[np.arange(num_cuts), self._slot_of(edges, 0)] += self.profile.embedding_bytes
+        stages, crossing, changes, kept = self._make_stages(edges)
+        skip_crossing, skip_kept, skip_ms = self._follow_skips(edges)
+        self._delay_by_skips(stages, skip_ms)
+        crossing, kept = crossing + skip_crossing, kept + skip_kept
+        is_used = weight > 0
+        control, control_ms = self._control_crossing(edges)
+        if self.rider is not None:
+            stages.send_ms_CS[:, 0] += control_ms
+        crossing = crossing + control + self._shared_crossing(edges, is_used)
+        peak += weight + working * self.job.rows_per_forward + kept * self.job.units.count
+        places = self._add_components(peak, edges)
+        budgets = np.array([slot.budget_bytes for slot in self.slots], dtype=np.float64)
+        excess = np.maximum(0.0, np.where(is_used, peak - budgets, 0.0)).sum(axis=1)
+        missing = np.maximum(0, min(self.job.least_slots, self.num_pieces) - is_used.sum(axis=1))
+        excess += missing * float(budgets.max())
+        crossing = crossing * self.job.units.count
+        broken, breach = self._rules(peak, weight, is_used, crossing)
+        return _Numbers(stages, peak, weight, crossing, changes, excess, broken, breach, places)
+
+    def _slot_of(self, edges: Ints, piece: int) -> Ints:
+        """Position of the slot that has the piece."""
+        run_C = (edges[:, 1:-1] <= piece).sum(axis=1)
+        position_C: Ints = np.array(self.run_slots, dtype=np.int64)[run_C]
+        return position_C
+
+    def _make_stages(self, edges: Ints) -> tuple[StageArrays, Floats, Ints, Floats]:
+        """Stages without empty runs, neighbours on one slot joined; bytes that cross at the boundaries, changes of slot, bytes kept there."""
+        num_cuts, num_runs = len(edges), len(self.run_slots)
+        rows = np.arange(num_cuts)
+        slot_CS = np.full((num_cuts, num_runs + 2), -1, dtype=np.int64)
+        run_ms, send_ms = np.zeros((num_cuts, num_runs + 2)), np.zeros((num_cuts, num_runs + 2))
+        crossing, changes, kept = np.zeros(num_cuts), np.zeros(num_cuts, np.int64), np.zeros((num_cuts, len(self.slots)))
+        at = np.full(num_cuts, -1, dtype=np.int64)
+        if self.rider is not None:
+            slot_CS[:, 0], at[:] = self.rider, 0
+            run_ms[:, 0] = sum(self.slots[self.rider].forward_ms(component.flops_per_row, component.weight_bytes, component.num_kernels)
+                               for component in self._riders)  # fmt: skip
+        previous = np.full(num_cuts, 0, dtype=np.int64)  # the latents are on the first slot
+        for run, slot in enumerate(self.run_slots):
+            first, end = edges[:, run], edges[:, run + 1]
+            is_run = end > first
+            is_new = is_run & ((at < 0) | (slot_CS[rows, np.maximum(at, 0)] != slot))
+            state = np.where(first > 0, self._state[first], float(self.profile.latent_bytes_per_row))
+            moves = is_run & (previous != slot)
+            self._send(send_ms, rows, at, previous, slot, state, moves)
+            crosses = moves & self._crosses[previous, slot]
+            crossing += np.where(crosses, state, 0.0)
+            changes += moves & (first > 0)
+            kept[:, slot] += np.where(moves, state, 0.0)
+            at = at + is_new
+            slot_CS[rows[is_run], at[is_run]] = slot
+            ms = self.slots[slot].forward_ms(self._work[end] - self._work[first], self._weights[end] - self._weights[first],
+                                             self._kernels[end] - self._kernels[first])  # fmt: skip
+            run_ms[rows[is_run], at[is_run]] += np.asarray(ms)[is_run]
+            previous = np.where(is_run, slot, previous)
+        back = np.full(num_cuts, float(self.profile.output_bytes_per_row))
+        self._send(send_ms, rows, at, previous, 0, back, previous != 0)
+        crossing += np.where(self._crosses[previous, 0], back, 0.0)
+        most = int(at.max()) + 1
+        return StageArrays(slot_CS[:, :most], run_ms[:, :most], send_ms[:, :most]), crossing, changes, kept
+
+    def _send(self, send_ms: Floats, rows: Ints, at: Ints, source: Ints, target: int, num_bytes: Floats, moves: Bools) -> None:
+        ms = self._latency_ms[source, target] + num_bytes * self._ms_per_byte[source, target]
+        where = moves & (at >= 0)
+        send_ms[rows[where], at[where]] += ms[where]
+
+    def _follow_skips(self, edges: Ints) -> tuple[Floats, Floats, Floats]:
+        """Bytes of skips that cross, bytes that wait on each slot, ms of sending per slot that sends.
+
+        A skip that is the state at a boundary, and goes to the same slot, is sent once.
+        """
+        crossing, kept, send_ms = np.zeros(len(edges)), np.zeros((len(edges), len(self.slots))), np.zeros((len(edges), len(self.slots)))
+        rows = np.arange(len(edges))
+        for index, cost in enumerate(self.profile.pieces):
+            for taken in cost.takes:
+                num_bytes = taken.bytes_per_row
+                source, target = self._slot_of(edges, taken.source), self._slot_of(edges, index)
+                following = self._slot_of(edges, min(taken.source + 1, self.num_pieces - 1))
+                is_sent = self._crosses[source, target] & (following != target)
+                crossing += np.where(is_sent, num_bytes, 0)
+                send_ms[rows, source] += np.where(is_sent, num_bytes * self._ms_per_byte[source, target], 0.0)
+                kept[rows, target] += num_bytes
+        return crossing, kept, send_ms
+
+    def _delay_by_skips(self, stages: StageArrays, skip_ms: Floats) -> None:
+        """Skips are sent while the slot computes on; what takes longer than its first stage delays the state behind it."""
+        rows = np.arange(len(skip_ms))
+        for slot in range(len(self.slots)):
+            first = (stages.slot_CS == slot).argmax(axis=1)
+            stages.send_ms_CS[rows, first] += np.maximum(0.0, skip_ms[:, slot] - stages.run_ms_CS[rows, first])
+
+    def _shared_crossing(self, edges: Ints, is_used: Bools) -> Floats:
+        """The context to the first slot, from there context and time embedding to every other."""
+        first = self._slot_of(edges, 0)
+        crossing: Floats = np.where(self._crosses[0, first], self.profile.context_bytes_per_row, 0.0)
+        for slot in range(len(self.slots)):
+            goes = is_used[:, slot] & self._crosses[first, slot]
+            crossing = crossing + np.where(goes, self.profile.context_bytes_per_row + self.profile.emb_bytes_per_row, 0.0)
+        return crossing
+
+    def _control_crossing(self, edges: Ints) -> tuple[Floats, Floats]:
+        """Bytes of residuals that cross, and the time of sending them, which is taken to hide behind nothing."""
+        crossing, send_ms = np.zeros(len(edges)), np.zeros(len(edges))
+        if self.rider is None:
+            return crossing, send_ms
+        for index, cost in enumerate(self.profile.pieces):
+            if cost.control_bytes_per_row:
+                target = self._slot_of(edges, index)
+                crossing += np.where(self._crosses[self.rider, target], cost.control_bytes_per_row, 0)
+                send_ms += cost.control_bytes_per_row * self._ms_per_byte[self.rider, target]
+        return crossing, send_ms
+
+    def _add_components(self, peak: Floats, edges: Ints) -> tuple[Ints, ...]:
+        """Charge movable components; returns the slot of each of the others per cut."""
+        if self.rider is not None:
+            self._add_riders(peak, edges, self.rider)
+        budgets = np.array([slot.budget_bytes for slot in self.slots], dtype=np.float64)
+        places = []
+        for component in self._others:
+            place_C: Ints = (budgets - peak).argmax(axis=1)
+            peak[np.arange(len(edges)), place_C] += component.weight_bytes
+            places.append(place_C)
+        return tuple(places)
+
+    def _add_riders(self, peak: Floats, edges: Ints, rider: int) -> None:
+        """A ControlNet's weights and work, all its residuals where they were made, and copies of those that are added elsewhere."""
+        for component in self._riders:
+            peak[:, rider] += component.weight_bytes + component.working_bytes_per_row * self.job.rows_per_forward
+        for index, cost in enumerate(self.profile.pieces):
+            if cost.control_bytes_per_row:
+                num_bytes, target = cost.control_bytes_per_row * self.job.units.count, self._slot_of(edges, index)
+                peak[:, rider] += num_bytes
+                peak[np.arange(len(edges)), target] += np.where(target == rider, 0.0, num_bytes)
+
+    def _rules(self, peak: Floats, weight: Floats, is_used: Bools, crossing: Floats) -> tuple[Floats, Floats]:
+        """How many rules each cut breaks, and by how much in all."""
+        is_alone = is_used.sum(axis=1) < 2
+        share = np.where(is_alone, 0.0, weight.max(axis=1) / max(1, self.profile.weight_bytes) - MOST_WEIGHT_SHARE)
+        imbalance = np.full(len(peak), -1.0)
+        for size in {slot.total_bytes for slot in self.slots}:
+            alike = np.array([slot.total_bytes == size for slot in self.slots])
+            most = np.where(alike, peak, 0.0).max(axis=1)
+            least = np.where(alike, peak, np.inf).min(axis=1)
+            gap = np.where(alike.sum() > 1, (most - least) / np.maximum(most, 1.0) - MOST_IMBALANCE, -1.0)
+            imbalance = np.maximum(imbalance, gap)
+        over = np.full(len(peak), -1.0) if self.job.max_crossing_bytes is None else crossing / max(1, self.job.max_crossing_bytes) - 1.0
+        parts = [share, imbalance, over]
+        broken = sum((part > 0).astype(np.float64) for part in parts)
+        breach = sum(np.maximum(part, 0.0) for part in parts)
+        return np.asarray(broken), np.asarray(breach)
+
+    def work_between(self, first: int, end: int) -> float:
+        return float(self._work[end] - self._work[first])
+
+    def cuts_of_shares(self, shares: Sequence[float]) -> Ints:
+        """Boundaries that give the runs work in these proportions."""
+        goals = np.cumsum(np.asarray(shares, dtype=np.float64))[:-1] / sum(shares) * self._work[-1]
+        return np.maximum.accumulate(np.searchsorted(self._work, goals).clip(0, self.num_pieces)).astype(np.int64)
+
+    def step_ms(self, numbers: _Numbers, chosen: Ints) -> Floats:
+        return simulate_many(numbers.stages.take(chosen), self.job.units, is_async=self.job.is_async)
+
+    def score(self, numbers: _Numbers, cuts_CB: Ints, index: int, step_ms: float) -> _Score:
+        broken, crossing = float(numbers.broken_C[index]), float(numbers.crossing_C[index])
+        return _Score(self, cuts_CB[index], broken, step_ms, crossing, int(numbers.changes_C[index]))
+
+    def describe(self, cuts: Ints) -> Partition:
+        cuts_CB = cuts[None, :]
+        numbers = self.measure(cuts_CB)
+        edges = np.concatenate([np.zeros((1, 1), np.int64), cuts_CB, np.full((1, 1), self.num_pieces)], axis=1)
+        pieces: list[Piece] = []
+        slots: list[int] = []
+        for run, position in enumerate(self.run_slots):
+            merged = merge_pieces([cost.piece for cost in self.profile.pieces[int(edges[0, run]) : int(edges[0, run + 1])]])
+            if merged and pieces and slots[-1] == self.slots[position].index:
+                joined = merge_pieces([pieces[-1], *merged])
+                pieces, slots = pieces[:-1], slots[:-1]
+                merged = joined
+            pieces += merged
+            slots += [self.slots[position].index] * len(merged)
+        components = {component.name: self.slots[self.rider].index for component in self._riders} if self.rider is not None else {}
+        components |= {component.name: self.slots[int(place[0])].index for component, place in zip(self._others, numbers.places)}
+        return Partition(
+            replica=ReplicaPlan(pieces=tuple(pieces), slots=tuple(slots)),
+            step_ms=float(self.step_ms(numbers, np.zeros(1, np.int64))[0]),
+            peak_bytes={slot.index: int(numbers.peak_CK[0, position]) for position, slot in enumerate(self.slots)},
+            weight_bytes={slot.index: int(numbers.weight_CK[0, position]) for position, slot in enumerate(self.slots)},
+            crossing_bytes=int(numbers.crossing_C[0]),
+            control_bytes=int(self._control_crossing(edges)[0][0]) * self.job.units.count,
+            component_slots=components,
+            rules_kept=bool(numbers.broken_C[0] == 0),
+        )
+
+
+def _prefix(values: Sequence[float]) -> Floats:
+    return np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
+
+
+# the search
+
+
+def search(evaluators: Sequence[_Evaluator]) -> list[_Score]:
+    """Of all orders of slots the cuts that fit, keep most rules and are within SAME_TIME of the fastest such. Empty where none fits."""
+    first = evaluators[0]
+    if _count_cuts(first.num_pieces + 1, first.num_cuts) <= EXHAUSTIVE_LIMIT:
+        cuts_CB = _all_cuts(tuple(range(first.num_pieces + 1)), first.num_cuts)
+        return _finalists([(evaluator, cuts_CB) for evaluator in evaluators])
+    starts = sorted((_best_start(evaluator, _COARSE_LIMIT // len(evaluators)) for evaluator in evaluators), key=lambda start: start.rank)
+    return _finalists([(start.evaluator, _refine(start.evaluator, start.seeds)) for start in starts[:_NUM_REFINED]])
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Where the refinement of one order of slots begins."""
+
+    evaluator: _Evaluator
+    seeds: Ints
+    rank: tuple[float, ...]
+
+
+def _best_start(evaluator: _Evaluator, limit: int) -> _Start:
+    cuts_CB = _coarse_cuts(evaluator, limit)
+    best, rank = _best_first(evaluator, cuts_CB)
+    return _Start(evaluator, cuts_CB[best[:_NUM_SEEDS]], rank)
+
+
+def _count_cuts(num_positions: int, num_cuts: int) -> int:
+    return comb(num_positions + num_cuts - 1, num_cuts)
+
+
+@lru_cache(maxsize=8)
+def _all_cuts(positions: tuple[int, ...], num_cuts: int) -> Ints:
+    """Every not decreasing choice of boundaries."""
+    if num_cuts == 0:
+        return np.zeros((1, 0), dtype=np.int64)
+    flat = np.fromiter(chain.from_iterable(combinations_with_replacement(positions, num_cuts)), dtype=np.int64)
+    return flat.reshape(-1, num_cuts)
+
+
+def _coarse_cuts(evaluator: _Evaluator, limit: int) -> Ints:
+    """Cuts between segments; for many slots, between as many groups of segments as can be gone through; for more, in proportion to speed."""
+    pieces = evaluator.profile.pieces
+    positions = [0, *(index for index, cost in enumerate(pieces) if index and cost.piece.first_block == 0), len(pieces)]
+    if len(evaluator.slots) > MOST_NESTED:
+        return _proportional_cuts(evaluator)
+    while _count_cuts(len(positions), evaluator.num_cuts) > limit:
+        gaps = [evaluator.work_between(positions[at - 1], positions[at + 1]) for at in range(1, len(positions) - 1)]
+        del positions[1 + gaps.index(min(gaps))]
+    return _all_cuts(tuple(positions), evaluator.num_cuts)
+
+
+def _proportional_cuts(evaluator: _Evaluator) -> Ints:
+    """Straight and nested cuts whose runs have work in proportion to speed."""
+    speeds = [evaluator.slots[position].speed for position in evaluator.order]
+    runs = [evaluator.slots[position].speed / 2 for position in evaluator.run_slots]
+    runs[len(speeds) - 1] *= 2
+    straight = [*speeds, *([0.0] * (len(speeds) - 1))]
+    return np.stack([evaluator.cuts_of_shares(straight), evaluator.cuts_of_shares(runs)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Cuts of one order of slots that fit and keep most rules."""
+
+    evaluator: _Evaluator
+    cuts_CB: Ints
+    numbers: _Numbers
+    kept: Ints
+
+    @property
+    def rules_broken(self) -> float:
+        return float(self.numbers.broken_C[self.kept[0]])
+
+
+def _make_pool(evaluator: _Evaluator, cuts_CB: Ints) -> _Pool | None:
+    numbers = evaluator.measure(cuts_CB)
+    fits = np.flatnonzero(numbers.excess_C <= 0)
+    return _Pool(evaluator, cuts_CB, numbers, fits[numbers.broken_C[fits] == numbers.broken_C[fits].min()]) if len(fits) else None
+
+
+def _finalists(candidates: Sequence[tuple[_Evaluator, Ints]]) -> list[_Score]:
+    """All orders are timed together: the fastest cut of one spares the slower ones of the others their simulation."""
+    pools = [pool for evaluator, cuts_CB in candidates if (pool := _make_pool(evaluator, cuts_CB)) is not None]
+    fewest = min((pool.rules_broken for pool in pools), default=0.0)
+    pools = [pool for pool in pools if pool.rules_broken == fewest]
+    if not pools:
+        return []
+    job = pools[0].evaluator.job
+    stages = join_candidates([pool.numbers.stages.take(pool.kept) for pool in pools])
+    step_ms_C = _fastest_ms(stages, job)
+    chosen = step_ms_C <= step_ms_C.min() * (1 + SAME_TIME)
+    ends = np.cumsum([len(pool.kept) for pool in pools])
+    parts = zip(pools, np.split(chosen, ends[:-1]), np.split(step_ms_C, ends[:-1]))
+    return [
+        pool.evaluator.score(pool.numbers, pool.cuts_CB, int(pool.kept[at]), float(step_ms[at]))
+        for pool, is_chosen, step_ms in parts
+        for at in np.flatnonzero(is_chosen)
+    ]
+
+
+def _fastest_ms(stages: StageArrays, job: PartitionJob) -> Floats:
+    """Times of the candidates that may be the fastest; infinity for those whose lower bound says that they are not."""
+    bounds_C = lower_bounds(stages, job.units)
+    order = np.argsort(bounds_C, kind="stable")
+    step_ms_C, least_ms, start = np.full(len(order), np.inf), np.inf, 0
+    while start < len(order) and bounds_C[order[start]] <= least_ms * (1 + SAME_TIME):
+        batch = order[start : start + (_MORE_BATCH if start else _BATCH)]
+        batch = batch[bounds_C[batch] <= least_ms * (1 + SAME_TIME)]
+        step_ms_C[batch] = simulate_many(stages.take(batch), job.units, is_async=job.is_async)
+        least_ms = min(least_ms, float(step_ms_C[batch].min()))
+        start += len(batch)
+    return step_ms_C
+
+
+def _refine(evaluator: _Evaluator, seeds: Ints) -> Ints:
+    """All cuts met on the way from the seeds to where no shift of one or two boundaries improves."""
+    met = [seeds]
+    for _ in range(_MOST_ROUNDS):
+        around = np.unique(np.concatenate([_neighbours(cuts, evaluator.num_pieces) for cuts in seeds]), axis=0)
+        met.append(around)
+        better = around[_best_first(evaluator, around)[0][:_NUM_SEEDS]]
+        if np.array_equal(better, seeds):
+            break
+        seeds = better
+    return np.unique(np.concatenate(met), axis=0)
+
+
+def _best_first(evaluator: _Evaluator, cuts_CB: Ints) -> tuple[Ints, tuple[float, ...]]:
+    """Positions of the best cuts and the rank of the first: what fits, then most rules kept, then broken least, then fastest."""
+    numbers = evaluator.measure(cuts_CB)
+    bounds = lower_bounds(numbers.stages, evaluator.job.units)
+    rough = np.lexsort((bounds, numbers.breach_C, numbers.broken_C, numbers.excess_C))[:_TRIED]
+    step_ms = evaluator.step_ms(numbers, rough)
+    fine = np.lexsort((step_ms, numbers.breach_C[rough], numbers.broken_C[rough], numbers.excess_C[rough]))
+    best: Ints = rough[fine]
+    at = best[0]
+    return best, (float(numbers.excess_C[at]), float(numbers.broken_C[at]), float(numbers.breach_C[at]), float(step_ms[fine[0]]))
+
+
+def _neighbours(cuts: Ints, num_pieces: int) -> Ints:
+    """The cuts with one boundary shifted by up to _REACH, or two by one of a few lengths; and the cuts themselves."""
+    count = len(cuts)
+    shifts = [np.zeros(count, dtype=np.int64)]
+    steps = [step for step in range(-_REACH, _REACH + 1) if step]
+    is_long = count > 2 * MOST_NESTED - 2
+    pair_steps = (-2, -1, 1, 2) if is_long else (-4, -2, -1, 1, 2, 4)
+    for at in range(count):
+        shifts += [_unit(count, at) * step for step in steps]
+        mates = [other for other in (at - 1, count - 1 - at) if 0 <= other < at] if is_long else range(at)
+        shifts += [_unit(count, at) * one + _unit(count, other) * two for other in mates for one in pair_steps for two in pair_steps]
+    moved: Ints = np.clip(cuts[None, :] + np.stack(shifts), 0, num_pieces)
+    return moved[(np.diff(moved, axis=1) >= 0).all(axis=1)]
+
+
+def _unit(count: int, at: int) -> Ints:
+    vector = np.zeros(count, dtype=np.int64)
+    vector[at] = 1
+    return vector

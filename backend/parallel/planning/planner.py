@@ -1,0 +1,521 @@
+"""Decides which slots compute a sampling run, and how: the plan with the least predicted time among those that fit. Pure arithmetic.
+
+Measured speed comes in through the facts: the caller keeps a smoothed speed per slot (FLOPs of a unit / its measured ms) and passes fresh
+`SlotFacts` whenever it plans again; measured times per piece come in through the profile (`costs.with_measured_ms`). Nothing is kept here.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, combinations
+from typing import Literal
+
+from backend.parallel.planning.copy_costs import Apart, CopyCosts
+from backend.parallel.planning.costs import ComponentCost, ModelProfile, merge_pieces
+from backend.parallel.planning.partition import MOST_NESTED, PartitionJob, partition
+from backend.parallel.planning.pipeline import Units
+from backend.parallel.planning.plan import HasStrategy, Plan, ReplicaPlan, Strategy
+from backend.parallel.planning.slot_facts import Link as Link
+from backend.parallel.planning.slot_facts import LinkTable
+from backend.parallel.planning.slot_facts import SlotFacts as SlotFacts
+
+WantedStrategy = Literal["auto", "single", "replicas", "layers", "hybrid"]
+
+LEAST_GAIN = 1.05
+"""A plan over several slots must be predicted to be this much faster than one slot, else one slot is used."""
+SAME_TIME = 0.01
+_ALL_SUBSETS_UP_TO = 6
+_ALL_GROUPINGS_UP_TO = 4
+_SPEED_STEP = 1.03
+_BYTES_STEP = 2**26
+"""Cuts over more than two slots take seconds to search: speeds in steps of 3 % and bytes in steps of 64 MiB make them be found again."""
+_GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobShape:
+    """What a sampling run asks for.
+
+    `branches` per image: 2 with CFG, 1 without. `may_use_lanes`: images may have sampler loops of their own. `components` are networks whose
+    slot the planner chooses; one that was placed already is in the `fixed_bytes` of its slot instead. A ControlNet among them
+    (`runs_per_unit`) has a copy with every whole copy, or runs on one slot for all, whichever is faster; where a copy is cut it runs on
+    `rider_slot`, or, where that is open, where it is best.
+    `rows_per_forward`: rows that a whole copy takes at once; stages take one. `max_crossing_bytes` per step is kept by cuts where the other
+    rules can be kept as well.
+    """
+
+    images: int = 1
+    branches: int = 2
+    steps: int = 20
+    may_use_lanes: bool = True
+    components: tuple[ComponentCost, ...] = ()
+    rows_per_forward: int = 2
+    max_crossing_bytes: int | None = None
+    rider_slot: int | None = None
+    is_async: bool = True
+
+    @property
+    def num_units(self) -> int:
+        return self.images * self.branches
+
+    @property
+    def units(self) -> Units:
+        return Units(images=self.images, branches=self.branches, has_lanes=self.may_use_lanes)
+
+    @property
+    def riders(self) -> tuple[ComponentCost, ...]:
+        """Components that run for every unit."""
+        return tuple(component for component in self.components if component.runs_per_unit)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Candidate(HasStrategy):
+    """One plan that fits."""
+
+    strategy: Strategy
+    groups: tuple[tuple[int, ...], ...]
+    replicas: tuple[ReplicaPlan, ...]
+    step_ms: float
+    peak_bytes: dict[int, int]
+    crossing_bytes: int
+    component_slots: dict[str, int]
+    dealt: tuple[int, ...]
+    rider_slots: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def num_slots(self) -> int:
+        return len({slot for group in self.groups for slot in group}.union(*self.rider_slots.values()))
+
+    @property
+    def control_apart(self) -> dict[str, int]:
+        """ControlNets that run on one slot for all copies, where that is not the only copy's."""
+        return {name: slots[0] for name, slots in self.rider_slots.items() if len(set(slots)) == 1 and (slots[0],) != self.slot_indexes}
+
+    @property
+    def slot_indexes(self) -> tuple[int, ...]:
+        return tuple(sorted(slot for group in self.groups for slot in group))
+
+
+def deal_units(num_units: int, speeds: Sequence[float], busy_ms: Sequence[float] = ()) -> tuple[int, ...]:
+    """Units per replica so that the last is done as early as possible; a tie goes to the lower index.
+
+    `busy_ms`: what each has to do before, in the unit of time of 1 / speed. One after the other goes where it would be done first, which is
+    optimal for equal units on machines of different speed.
+    Raises: ValueError without a replica, or for a speed that is not positive.
+    """
+    if not speeds or not all(speed > 0 for speed in speeds):
+        raise ValueError(f"{num_units} units were to be dealt by the speeds {list(speeds)}; there must be one at least, and each above 0.")
+    dealt = [0] * len(speeds)
+    starts = busy_ms or [0.0] * len(speeds)
+    heap = [(starts[index] + 1.0 / speed, index) for index, speed in enumerate(speeds)]
+    heapq.heapify(heap)
+    for _ in range(num_units):
+        _, index = heapq.heappop(heap)
+        dealt[index] += 1
+        heapq.heappush(heap, (starts[index] + (dealt[index] + 1) / speeds[index], index))
+    return tuple(dealt)
+
+
+def make_plan(profile: ModelProfile, slots: Sequence[SlotFacts], links: Sequence[Link], job: JobShape, *, strategy: WantedStrategy = "auto") -> Plan:
+    """The plan for a run. The first of the slots is the primary: it holds the latents.
+
+    auto: the least predicted time among the plans that fit, one slot unless several are predicted LEAST_GAIN faster or the network fits no
+    single slot. A named strategy is carried out where it fits; where not, auto decides and the reason says so.
+    Raises: ValueError without slots.
+    """
+    if not slots:
+        raise ValueError("A plan over no slots was asked for; give at least one slot (--device-id).")
+    return _Planner(profile, tuple(slots), tuple(links), job).make(strategy)
+
+
+class _Planner:
+    """Candidates and the choice between them, for one request."""
+
+    def __init__(self, profile: ModelProfile, slots: tuple[SlotFacts, ...], links: tuple[Link, ...], job: JobShape) -> None:
+        self._profile, self._slots, self._links, self._job = profile, slots, links, job
+        self._facts = {slot.index: slot for slot in slots}
+        self._table = LinkTable(links)
+        self._primary = slots[0]
+        self._copies = CopyCosts(profile, slots, self._table, job)
+
+    def make(self, wanted: WantedStrategy) -> Plan:
+        single = self._best_single()
+        if wanted == "auto":
+            return self._choose(single, "")
+        makers: dict[str, Callable[[], Iterator[_Candidate]]] = {
+            "single": lambda: iter((single,) if single is not None else ()),
+            "replicas": self._replica_sets,
+            "layers": lambda: self._layer_cuts(math.inf),
+            "hybrid": lambda: self._hybrids(math.inf),
+        }
+        found = self._best(makers[wanted]())
+        if found is not None:
+            return self._as_plan(found, single, f"{self._describe(found, single)}; {wanted} was asked for")
+        return self._choose(single, f"{wanted} was asked for but {self._why_not(wanted)}; ")
+
+    # the choice
+
+    def _choose(self, single: _Candidate | None, prefix: str) -> Plan:
+        best = self._best_of_many(single)
+        if best is None and single is None:
+            return self._streaming_plan(prefix)
+        if single is None:
+            assert best is not None
+            return self._as_plan(best, None, f"{prefix}{self._describe(best, None)}")
+        if best is None or best.step_ms * LEAST_GAIN > single.step_ms:
+            return self._as_plan(single, single, f"{prefix}{self._why_single(single, best)}")
+        return self._as_plan(best, single, f"{prefix}{self._describe(best, single)}")
+
+    def _best_single(self) -> _Candidate | None:
+        """The fastest slot, but for home where that is about as fast: a move copies the weights, and measured speeds waver."""
+        found = list(self._singles())
+        best = self._best(iter(found))
+        homes = {slot.index for slot in self._slots if slot.is_home}
+        at_home = self._best(candidate for candidate in found if homes.issuperset(candidate.slot_indexes))
+        return at_home if best is not None and at_home is not None and at_home.step_ms <= best.step_ms * LEAST_GAIN else best
+
+    def _best_of_many(self, single: _Candidate | None) -> _Candidate | None:
+        """The best plan over several slots. Cuts are looked at only where they could beat what is known."""
+        known = self._best(chain(self._replica_sets(), self._beside()))
+        limit_ms = min((candidate.step_ms for candidate in (known, single) if candidate is not None), default=math.inf)
+        layers = self._best(self._layer_cuts(limit_ms))
+        limit_ms = min(limit_ms, layers.step_ms if layers else math.inf)
+        hybrid = self._best(self._hybrids(limit_ms))
+        return self._best(candidate for candidate in (known, layers, hybrid) if candidate is not None)
+
+    def _best(self, candidates: Iterator[_Candidate]) -> _Candidate | None:
+        """Least time; within SAME_TIME fewer slots, then fewer bytes that cross, then lower slots."""
+        pool = list(candidates)
+        if not pool:
+            return None
+        least_ms = min(candidate.step_ms for candidate in pool)
+        same = [candidate for candidate in pool if candidate.step_ms <= least_ms * (1 + SAME_TIME)]
+        return min(same, key=lambda candidate: (candidate.num_slots, candidate.crossing_bytes, candidate.step_ms, candidate.slot_indexes))
+
+    # candidates
+
+    def _singles(self) -> Iterator[_Candidate]:
+        for slot in self._slots:
+            candidate = self._whole_copies((slot,), "single")
+            if candidate is not None:
+                yield candidate
+
+    def _replica_sets(self) -> Iterator[_Candidate]:
+        for subset in self._subsets(2):
+            for apart in self._copies.rider_places(subset):
+                candidate = self._whole_copies(subset, "replicas", apart)
+                if candidate is not None:
+                    yield candidate
+
+    def _beside(self) -> Iterator[_Candidate]:
+        """One copy, with ControlNets on other slots."""
+        for slot in self._slots:
+            for apart in self._copies.rider_places((slot,)):
+                candidate = self._whole_copies((slot,), "single", apart) if apart else None
+                if candidate is not None:
+                    yield candidate
+
+    def _layer_cuts(self, limit_ms: float) -> Iterator[_Candidate]:
+        subsets = [subset for subset in self._subsets(2) if len(subset) <= MOST_NESTED or len(self._slots) in (len(subset), len(subset) + 1)]
+        for subset in self._unlike(sorted(subsets, key=len, reverse=True)):
+            if self._least_ms(subset) * (1 + SAME_TIME) < limit_ms:
+                candidate = self._grouped((subset,), "layers")
+                if candidate is not None:
+                    limit_ms = min(limit_ms, candidate.step_ms)
+                    yield candidate
+
+    def _hybrids(self, limit_ms: float) -> Iterator[_Candidate]:
+        for groups in self._groupings():
+            if self._least_ms(tuple(slot for group in groups for slot in group)) * (1 + SAME_TIME) < limit_ms:
+                candidate = self._grouped(groups, "hybrid")
+                if candidate is not None:
+                    limit_ms = min(limit_ms, candidate.step_ms)
+                    yield candidate
+
+    def _subsets(self, least: int) -> Iterator[tuple[SlotFacts, ...]]:
+        """Sets of slots worth trying: all of them for few slots, else the fastest and the roomiest so many."""
+        count = len(self._slots)
+        if count <= _ALL_SUBSETS_UP_TO:
+            for length in range(least, count + 1):
+                yield from combinations(self._slots, length)
+            return
+        orders = (sorted(self._slots, key=lambda slot: -slot.speed), sorted(self._slots, key=lambda slot: -slot.free_bytes))
+        seen = set()
+        for length in range(least, count + 1):
+            for order in orders:
+                chosen = {slot.index for slot in order[:length]}
+                if frozenset(chosen) not in seen:
+                    seen.add(frozenset(chosen))
+                    yield tuple(slot for slot in self._slots if slot.index in chosen)
+
+    def _unlike(self, subsets: Iterable[tuple[SlotFacts, ...]]) -> Iterator[tuple[SlotFacts, ...]]:
+        """Of subsets that differ in nothing but numbers of slots only the first."""
+        seen = set()
+        for subset in subsets:
+            signature = self._signature(subset)
+            if signature not in seen:
+                seen.add(signature)
+                yield subset
+
+    def _signature(self, group: tuple[SlotFacts, ...]) -> tuple[tuple[str, ...], ...]:
+        """What a group is but for numbers: its slots and the links between them and to the primary."""
+        ends = (*group, *(() if self._primary in group else (self._primary,)))
+        links = sorted(repr(self._table.facts(one, other)) for one in ends for other in ends)
+        return tuple(sorted(f"{slot is self._primary} {slot.facts_without_index()}" for slot in group)), tuple(links)
+
+    def _groupings(self) -> Iterator[tuple[tuple[SlotFacts, ...], ...]]:
+        """Ways to form several copies of which one at least is cut over slots."""
+        count = len(self._slots)
+        if count < 3:
+            return
+        if count <= _ALL_GROUPINGS_UP_TO:
+            seen = set()
+            for groups in _set_partitions(self._slots):
+                signature = tuple(sorted(self._signature(group) for group in groups))
+                if 1 < len(groups) < count and signature not in seen:
+                    seen.add(signature)
+                    yield groups
+            return
+        by_room = sorted(self._slots, key=lambda slot: -slot.free_bytes)
+        for length in range(2, count // 2 + 1):
+            num_groups = count // length
+            dealt: list[list[SlotFacts]] = [[] for _ in range(num_groups)]
+            for place, slot in enumerate(by_room[: num_groups * length]):
+                turn, at = divmod(place, num_groups)
+                dealt[at if turn % 2 == 0 else num_groups - 1 - at].append(slot)
+            yield tuple(tuple(sorted(group, key=lambda slot: slot.index)) for group in dealt)
+
+    def _least_ms(self, slots: Sequence[SlotFacts]) -> float:
+        """What no plan on these slots can beat: perfect sharing of the work, and one unit's way."""
+        work = self._profile.work_per_row + sum(component.flops_per_row for component in self._job.riders)
+        return max(self._job.num_units * work / sum(slot.speed for slot in slots), work / max(slot.speed for slot in slots))
+
+    # whole copies
+
+    def _whole_copies(self, slots: tuple[SlotFacts, ...], strategy: Strategy, apart: Apart | None = None) -> _Candidate | None:
+        costs = self._copies.with_riders_on(apart or {})
+        speeds = [1.0 / costs.copy_ms(slot, 1) for slot in slots]
+        dealt = deal_units(self._job.num_units, speeds, [costs.busy_ms(slot) for slot in slots])
+        if len(slots) > 1 and min(dealt) == 0:
+            return None
+        peak_bytes, component_slots = costs.place(slots, dealt)
+        if not self._fits(peak_bytes, (*slots, *costs.apart.values())):
+            return None
+        away = sum(units for slot, units in zip(slots, dealt) if self._table.crosses(self._primary, slot))
+        pieces = merge_pieces([cost.piece for cost in self._profile.pieces])
+        return _Candidate(
+            strategy=strategy,
+            groups=tuple((slot.index,) for slot in slots),
+            replicas=tuple(ReplicaPlan(pieces=pieces, slots=(slot.index,) * len(pieces)) for slot in slots),
+            step_ms=max(*costs.ends_ms(slots, dealt), costs.launches_ms(slots, dealt)),
+            peak_bytes=peak_bytes,
+            crossing_bytes=away * self._profile.copy_bytes_per_row + costs.residual_bytes(slots, dealt),
+            component_slots=component_slots,
+            dealt=dealt,
+            rider_slots={rider.name: tuple(costs.apart.get(rider.name, slot).index for slot in slots) for rider in self._job.riders},
+        )
+
+    def _fits(self, peak_bytes: dict[int, int], slots: Sequence[SlotFacts]) -> bool:
+        """Whether every device the slots are on has room; what is fixed on a device counts once."""
+        for device in {slot.device for slot in slots}:
+            mates = [slot for slot in self._slots if slot.device == device]
+            shared_bytes = sum(slot.fixed_bytes for slot in mates) - max(slot.fixed_bytes for slot in mates)
+            if sum(peak_bytes[slot.index] for slot in mates) - shared_bytes > min(slot.budget_bytes for slot in mates):
+                return False
+        return True
+
+    # copies cut over slots
+
+    def _grouped(self, groups: tuple[tuple[SlotFacts, ...], ...], strategy: Strategy) -> _Candidate | None:
+        """Copies, each over a group of slots, with units dealt by the groups' throughput."""
+        speeds = [sum(slot.speed for slot in group) for group in groups]
+        dealt = deal_units(self._job.num_units, speeds)
+        if min(dealt) == 0:
+            return None
+        parts = [self._group(group, units, place) for place, (group, units) in enumerate(zip(groups, dealt))]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            return None
+        peak_bytes = {slot.index: slot.fixed_bytes for slot in self._slots}
+        component_slots: dict[str, int] = {}
+        rider_slots = {rider.name: tuple(part.component_slots[rider.name] for part in found) for rider in self._job.riders}
+        for part in found:
+            peak_bytes.update({index: part.peak_bytes[index] for group in part.groups for index in group})
+            component_slots.update(part.component_slots)
+        return _Candidate(
+            strategy=strategy,
+            groups=tuple(tuple(slot.index for slot in group) for group in groups),
+            replicas=tuple(part.replicas[0] for part in found),
+            step_ms=max(part.step_ms for part in found),
+            peak_bytes=peak_bytes,
+            crossing_bytes=sum(part.crossing_bytes for part in found),
+            component_slots=component_slots,
+            dealt=dealt,
+            rider_slots=rider_slots,
+        )
+
+    def _group(self, group: tuple[SlotFacts, ...], num_units: int, place: int) -> _Candidate | None:
+        """One copy. Components that do not run per unit are put on the first group's slots."""
+        movable = self._job.components if place == 0 else self._job.riders
+        if len(group) == 1:
+            job = replace(self._job, images=num_units, branches=1, components=movable)
+            planner = _Planner(self._profile, group, self._links, job)
+            return planner._whole_copies(group, "single")
+        found = partition(
+            self._profile, group if len(group) == 2 else tuple(map(_rounded, group)), self._links,
+            PartitionJob(
+                units=self._share_of_units(num_units), movable=movable, max_crossing_bytes=self._job.max_crossing_bytes, least_slots=len(group),
+                rider_slot=self._rider_slot(group),
+                is_async=self._job.is_async,
+            ),
+        )  # fmt: skip
+        if found is None or not self._devices_hold(group, found.peak_bytes):
+            return None
+        kernels_ms = num_units * self._profile.num_kernels * max(slot.kernel_ms for slot in group)
+        away_ms, away_bytes = self._way_to(group[0], num_units)
+        return _Candidate(
+            strategy="layers",
+            groups=(tuple(slot.index for slot in group),),
+            replicas=(found.replica,),
+            step_ms=max(found.step_ms, kernels_ms) + away_ms,
+            peak_bytes=found.peak_bytes,
+            crossing_bytes=found.crossing_bytes + away_bytes,
+            component_slots=found.component_slots,
+            dealt=(num_units,),
+        )
+
+    def _rider_slot(self, group: tuple[SlotFacts, ...]) -> int | None:
+        return self._job.rider_slot if any(slot.index == self._job.rider_slot for slot in group) else None
+
+    def _way_to(self, slot: SlotFacts, num_units: int) -> tuple[float, int]:
+        """Latents and results between the primary and a group's first slot."""
+        if not self._table.crosses(self._primary, slot):
+            return 0.0, 0
+        num_bytes = self._profile.copy_bytes_per_row
+        return 2 * self._table.latency_ms(self._primary, slot) + num_bytes * self._table.ms_per_byte(self._primary, slot), num_units * num_bytes
+
+    def _share_of_units(self, num_units: int) -> Units:
+        """A copy's units: whole images where it can be, else branches that end their step together."""
+        if num_units % self._job.branches == 0:
+            return Units(images=num_units // self._job.branches, branches=self._job.branches, has_lanes=self._job.may_use_lanes)
+        return Units(images=1, branches=num_units)
+
+    def _devices_hold(self, group: Sequence[SlotFacts], peak_bytes: dict[int, int]) -> bool:
+        return self._fits({**{slot.index: slot.fixed_bytes for slot in self._slots}, **peak_bytes}, group)
+
+    # words
+
+    def _as_plan(self, chosen: _Candidate, single: _Candidate | None, reason: str) -> Plan:
+        return Plan(
+            strategy=chosen.strategy,
+            replicas=chosen.replicas,
+            reason=reason,
+            predicted_ms=chosen.step_ms,
+            single_ms=single.step_ms if single is not None else math.inf,
+            predicted_bytes=chosen.peak_bytes,
+            crossing_bytes=chosen.crossing_bytes,
+            lanes=self._job.images if chosen.is_cut and self._job.may_use_lanes else 1,
+            component_slots=chosen.component_slots,
+            control_slots=chosen.rider_slots,
+        )
+
+    def _streaming_plan(self, prefix: str) -> Plan:
+        slot = max(self._slots, key=lambda one: (one.free_bytes, one.speed, -one.index))
+        need_bytes = self._profile.weight_bytes + self._profile.working_bytes_per_row() + sum(one.weight_bytes for one in self._job.riders)
+        reason = (
+            f"{prefix}the {self._profile.name} needs {_gb(need_bytes)} and fits neither one slot nor all of them together; the roomiest, slot "
+            f"{slot.index}, has {_gb(max(0, slot.free_bytes))} for it, so weights stream to slot {slot.index}"
+        )
+        step_ms = self._copies.copy_ms(slot, self._job.num_units)
+        pieces = merge_pieces([cost.piece for cost in self._profile.pieces])
+        return Plan(
+            strategy="single",
+            replicas=(ReplicaPlan(pieces=pieces, slots=(slot.index,) * len(pieces)),),
+            reason=reason,
+            predicted_ms=step_ms,
+            single_ms=math.inf,
+            predicted_bytes={one.index: one.budget_bytes if one is slot else one.fixed_bytes for one in self._slots},
+            control_slots={rider.name: (slot.index,) for rider in self._job.riders},
+        )
+
+    def _describe(self, chosen: _Candidate, single: _Candidate | None) -> str:
+        if chosen.is_single and not chosen.control_apart:
+            return f"slot {chosen.slot_indexes[0]} alone: {chosen.step_ms:.3g} ms predicted a step"
+        if chosen.is_single:
+            what = f"the {self._profile.name} on slot {chosen.slot_indexes[0]}"
+        elif chosen.is_replicated:
+            what = f"{len(chosen.groups)} replicas on {_slots_text(chosen.slot_indexes)}, {self._sharing_text(chosen)}"
+        elif chosen.is_one_cut:
+            what = f"layers of one copy over {_slots_text(chosen.slot_indexes)}, {self._shares_text(chosen)}"
+        else:
+            what = f"{len(chosen.groups)} copies on {' / '.join(_slots_text(group) for group in chosen.groups)}, {self._sharing_text(chosen)}"
+        what += "".join(f", {name} beside on slot {slot}" for name, slot in chosen.control_apart.items())
+        if single is None:
+            return f"{what}, as the {self._profile.name} fits no single slot: {chosen.step_ms:.3g} ms predicted a step"
+        return f"{what}: {single.step_ms / chosen.step_ms:.2f}x predicted of {_slots_text(single.slot_indexes)} alone"
+
+    def _sharing_text(self, chosen: _Candidate) -> str:
+        if self._job.images == 1 and self._job.branches == 2 and chosen.dealt == (1, 1):
+            return "cond and uncond side by side"
+        return f"{self._job.num_units} units dealt {':'.join(str(units) for units in chosen.dealt)}"
+
+    def _shares_text(self, chosen: _Candidate) -> str:
+        held = " and ".join(_gb(chosen.peak_bytes[index]) for index in chosen.slot_indexes)
+        return f"{held} at the peak"
+
+    def _why_single(self, single: _Candidate, best: _Candidate | None) -> str:
+        alone = f"slot {single.slot_indexes[0]} alone, {single.step_ms:.3g} ms predicted a step"
+        if len(self._slots) == 1:
+            return f"{alone}: it is the only slot"
+        if self._job.num_units == 1:
+            return f"{alone}: one image without CFG is one unit, which several slots cannot share"
+        if best is None:
+            return f"{alone}: no plan over several slots that fits is predicted to be faster"
+        several = f"{best.strategy} on {_slots_text(best.slot_indexes)}"
+        return f"{alone}: the best over several ({several}) is predicted at {single.step_ms / best.step_ms:.2f}x, below {LEAST_GAIN}x"
+
+    def _why_not(self, wanted: str) -> str:
+        if wanted != "single" and len(self._slots) == 1:
+            return "there is one slot"
+        if wanted == "replicas" and self._job.num_units == 1:
+            return "there is one unit a step"
+        if wanted == "hybrid" and len(self._slots) < 3:
+            return "there are two slots"
+        need_bytes = self._profile.weight_bytes + self._profile.working_bytes_per_row()
+        rooms = ", ".join(f"slot {slot.index}: {_gb(max(0, slot.free_bytes))}" for slot in self._slots)
+        return f"does not fit ({self._profile.name} {_gb(need_bytes)}; {rooms})"
+
+
+def _rounded(slot: SlotFacts) -> SlotFacts:
+    """The facts with less detail, on the safe side for bytes, so that small changes from run to run find the cut that was searched before."""
+    return replace(
+        slot,
+        speed=_SPEED_STEP ** round(math.log(slot.speed, _SPEED_STEP)),
+        budget_bytes=slot.budget_bytes // _BYTES_STEP * _BYTES_STEP,
+        fixed_bytes=-(-slot.fixed_bytes // _BYTES_STEP) * _BYTES_STEP,
+    )
+
+
+def _set_partitions(slots: tuple[SlotFacts, ...]) -> Iterator[tuple[tuple[SlotFacts, ...], ...]]:
+    """Every way to put all the slots into groups."""
+    if not slots:
+        yield ()
+        return
+    first, rest = slots[0], slots[1:]
+    for length in range(len(rest) + 1):
+        for mates in combinations(rest, length):
+            for others in _set_partitions(tuple(slot for slot in rest if slot not in mates)):
+                yield ((first, *mates), *others)
+
+
+def _slots_text(indexes: Sequence[int]) -> str:
+    if len(indexes) == 1:
+        return f"slot {indexes[0]}"
+    return f"slots {', '.join(str(index) for index in indexes[:-1])} and {indexes[-1]}"
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / _GB:.2f} GB" if num_bytes >= 0.1 * _GB else f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,81 @@
+"""The plan that a checkpoint's pictures would run by, from the file's header and the slots as they are now. Loads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from backend import memory_management
+from backend.checkpoint_file import CheckpointError, open_tensor_file
+from backend.checkpoint_prediction import V_PREDICTION, PredictionSpec, read_prediction
+from backend.denoiser_types import choose_denoiser_types
+from backend.devices.slot import Slot
+from backend.families.family import Family, FoundDenoiser
+from backend.families.registry import identify
+from backend.parallel.placing.fleet import Fleet, current_fleet
+from backend.parallel.planning.costs import ModelProfile
+from backend.parallel.planning.live_facts import guess_speed
+from backend.parallel.planning.plan import Plan
+from backend.parallel.planning.planner import JobShape, WantedStrategy, make_plan
+from backend.parallel.planning.profiling import profile_network, with_stored_bytes
+from backend.parallel.planning.slot_facts import Link, SlotFacts
+from backend.state_dict import matrix_dtypes
+from backend.storage.running import set_types
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preview:
+    """A plan, and what it was made for."""
+
+    plan: Plan
+    model: str
+    side_px: int
+    images: int
+
+
+def preview_plan(path: Path, *, images: int = 1, strategy: WantedStrategy = "auto") -> Preview:
+    """The plan for square pictures of the family's usual size with CFG. Speeds are guesses until a job has run. Raises: CheckpointError."""
+    with open_tensor_file(path) as file:
+        identified = identify(file)
+        if identified is None:
+            raise CheckpointError(f"{path.name}: holds no UNet, so there is nothing to plan. Name a checkpoint with --ckpt.")
+        family, found = identified
+        stored = matrix_dtypes(file, found.part)
+        prediction = read_prediction(file, prefix=found.part.prefix)
+    fleet = current_fleet()
+    side_px = family.native_size_px(prediction or PredictionSpec(kind=V_PREDICTION, source="the larger of both"))
+    profile = _profile(family, found, stored, side_px // family.latent.factor)
+    plan = make_plan(profile, _facts(fleet.working_slots), _links(fleet), JobShape(images=images), strategy=strategy)
+    return Preview(plan=plan, model=family.title, side_px=side_px, images=images)
+
+
+def _profile(family: Family, found: FoundDenoiser, stored: Sequence[torch.dtype], side: int) -> ModelProfile:
+    """Costs of the network as the loader would keep it: the bytes it stores, the type it computes in."""
+    denoiser = family.build_denoiser(found)
+    num_parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    types = choose_denoiser_types(stored, num_parameters, wanted=memory_management.unet_dtype_from_flags())
+    set_types(denoiser, types.storage_dtype, types.computation_dtype)
+    profile = profile_network(denoiser, family.build_program, latent_height=side, latent_width=side, dtype=types.computation_dtype)
+    return with_stored_bytes(profile, family.build_program(denoiser))
+
+
+def _facts(slots: Sequence[Slot]) -> list[SlotFacts]:
+    return [
+        SlotFacts(
+            index=slot.index,
+            name=slot.name,
+            kind=slot.torch_device.type,
+            speed=guess_speed(slot),
+            budget_bytes=memory_management.get_free_memory(slot.torch_device),
+            total_bytes=slot.total_bytes,
+            device_key=str(slot.torch_device),
+        )
+        for slot in slots
+    ]
+
+
+def _links(fleet: Fleet) -> Sequence[Link]:
+    return fleet.links if len(fleet.working_slots) > 1 else ()

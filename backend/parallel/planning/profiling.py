@@ -1,0 +1,320 @@
+"""Counts a network's costs by running it on the meta device: shapes are real, numbers are not, no weights are made. Takes seconds.
+
+FLOPs come from torch's own formulas per operation; attention is counted as one fused operation, since that is how every device runs it.
+Must not know slots or plans.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ConfigMixin, ControlNetModel, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from backend.nn.empty_network import make_empty_network
+from backend.nn.piece import Piece
+from backend.nn.program import Program, ProgramState, Reading, trace_tensors
+from backend.nn.unet_program import build_program
+from backend.original_config import without_original_names
+from backend.parallel.planning.costs import ComponentCost, ModelProfile, PieceCost, TakenSkip, with_measured_ms
+from backend.storage.kinds import module_stored_bytes
+
+_FREE_OPERATIONS = ("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "split",
+                    "chunk", "detach", "alias", "select", "unbind", "empty", "as_strided", "_reshape_alias", "narrow")  # fmt: skip
+_SHARED_WITH_UNET = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim",
+                     "transformer_layers_per_block", "use_linear_projection", "addition_embed_type", "addition_time_embed_dim",
+                     "projection_class_embeddings_input_dim", "num_attention_heads", "norm_num_groups", "mid_block_type")  # fmt: skip
+_CACHE_LENGTH = 32
+_lock = threading.Lock()
+
+
+class CountFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """FLOPs, launched operations and live bytes of what runs inside."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops, self.num_kernels = 0.0, 0
+        self.live_bytes, self.peak_bytes = 0, 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        if packet.__name__ not in _FREE_OPERATIONS:
+            self.num_kernels += 1
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._charge(leaf)
+        return result
+
+    def _charge(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._known:
+            return
+        self._known.add(address)
+        num_bytes = storage.nbytes()
+        self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._release, address, num_bytes)
+
+    def _release(self, address: int, num_bytes: int) -> None:
+        self._known.discard(address)
+        self.live_bytes -= num_bytes
+
+
+class FusedAttention(TorchFunctionMode):
+    """Counts attention as two matrix products and makes only its output, not its scores."""
+
+    def __init__(self, count: CountFlops) -> None:
+        super().__init__()
+        self._count = count
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return self._attend(*args[:3]) if len(args) >= 3 else self._attend(**{name: kwargs[name] for name in ("query", "key", "value")})
+        return func(*args, **(kwargs or {}))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        *leading, num_queries, width = query.shape
+        rows = 1
+        for length in leading:
+            rows *= length
+        self._count.flops += 2.0 * rows * num_queries * key.shape[-2] * (width + value.shape[-1])
+        self._count.num_kernels += 1
+        return query.new_empty((*leading, num_queries, value.shape[-1]))
+
+
+def profile_unet(
+    config: Mapping[str, Any],
+    *,
+    latent_height: int,
+    latent_width: int,
+    context_length: int = 77,
+    dtype: torch.dtype | None = None,
+    name: str = "UNet",
+    measured_ms: Mapping[Piece, float] | None = None,
+) -> ModelProfile:
+    """Costs of a diffusers UNet of this config, counted on the meta device: no weights are made. `dtype`: float16 where none is given.
+
+    Kept per config, shape and dtype. `measured_ms` replaces the shares of work (see `with_measured_ms`).
+    Raises: ValueError for a UNet that cannot be cut into segments.
+    """
+    key = (UNet2DConditionModel, _as_text(config))
+    size = _Size(latent_height, latent_width, context_length, dtype or torch.float16)
+    profile = _counted(key, size, build_program, lambda: _make_unet(key[1], size.dtype), name)
+    return with_measured_ms(profile, measured_ms) if measured_ms else profile
+
+
+def profile_network(
+    network: nn.Module, build: Callable[[Any], Program], *, latent_height: int, latent_width: int, context_length: int = 77, dtype: torch.dtype
+) -> ModelProfile:
+    """Costs of any network that `build` makes a program of, counted on the meta device. Kept per class, configuration, shape and dtype."""
+    key = (type(network), _as_text(without_original_names(network.config)) if isinstance(network, ConfigMixin) else _describe_weights(network))
+    size = _Size(latent_height, latent_width, context_length, dtype)
+    name = "UNet" if isinstance(network, UNet2DConditionModel) else type(network).__name__
+    return _counted(key, size, build, lambda: _cast(make_empty_network(network), dtype), name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """What a network's costs depend on beside its architecture."""
+
+    latent_height: int
+    latent_width: int
+    context_length: int
+    dtype: torch.dtype
+
+
+_counts: OrderedDict[tuple[Any, _Size, str], ModelProfile] = OrderedDict()
+
+
+def _counted(key: Any, size: _Size, build: Callable[[Any], Program], make_empty: Callable[[], nn.Module], name: str) -> ModelProfile:
+    """The profile of a network without weights, counted once per key, size and name; the latest are kept."""
+    with _lock:
+        found = _counts.get((key, size, name))
+        if found is None:
+            network = make_empty()
+            program = build(network)
+            rows = program.example_rows(
+                latent_height=size.latent_height, latent_width=size.latent_width, context_length=size.context_length, dtype=size.dtype
+            )
+            found = _counts[key, size, name] = count_program(program, network, rows, name=name)
+        _counts.move_to_end((key, size, name))
+        if len(_counts) > _CACHE_LENGTH:
+            _counts.popitem(last=False)
+        return found
+
+
+def _describe_weights(network: nn.Module) -> str:
+    """Names and shapes: two networks of one class with the same ones are taken for alike."""
+    return str([(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()])
+
+
+def count_program(program: Program, network: nn.Module, rows: Mapping[str, Tensor], *, name: str) -> ModelProfile:
+    """Costs of any program, for one row of inputs. `network` owns its weights; both are on the meta device."""
+    count = CountFlops(network)
+    with torch.no_grad(), count, FusedAttention(count):
+        state = program.start(rows)
+        constants = [state.tensors[name] for name in program.constants if name in state.tensors]
+        pieces = _count_pieces(program, state, count)
+    given = {id(tensor) for tensor in rows.values()}
+    return ModelProfile(
+        name=name,
+        pieces=pieces,
+        embedding_bytes=sum(parameter.nbytes for _, parameter in program.embedding.named_parameters()),
+        emb_bytes_per_row=sum(tensor.nbytes for tensor in constants if id(tensor) not in given),
+        context_bytes_per_row=sum(tensor.nbytes for tensor in constants if id(tensor) in given),
+        latent_bytes_per_row=rows["x"].nbytes,
+        output_bytes_per_row=state.tensors[program.output].nbytes,
+    )
+
+
+@lru_cache(maxsize=2)
+def _make_unet(config_text: str, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        return _cast(UNet2DConditionModel.from_config(without_original_names(json.loads(config_text))), dtype)
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """All weights in `dtype`; the library's own `to` warns that it would do so."""
+    return nn.Module.to(network, dtype=dtype).eval()
+
+
+def _count_pieces(program: Program, state: ProgramState, count: CountFlops) -> tuple[PieceCost, ...]:
+    pieces = program.finest_pieces()
+    readings = trace_tensors(program, pieces)
+    left: dict[tuple[int, str], int] = {}
+    costs: list[PieceCost] = []
+    for index, piece in enumerate(pieces):
+        flow = program.flow(piece)
+        before = {name: tensor.nbytes for name, tensor in state.tensors.items()}  # numbers only: tensors held here would count as alive
+        flops, kernels = count.flops, count.num_kernels
+        count.peak_bytes = count.live_bytes
+        program.run_piece(piece, state)
+        sizes = {**before, **{name: tensor.nbytes for name, tensor in state.tensors.items()}}
+        own = [reading for reading in readings if reading.source == index]
+        made = [*own, *(reading for reading in readings if index == 0 and reading.source < 0)]
+        left.update({(one.source, one.name): (before if one.source < 0 else sizes).get(one.name, 0) for one in made})
+        goes_on = [one.name for one in own if index + 1 in one.readers] if index + 1 < len(pieces) else [program.output]
+        beside = [] if piece.end_block is None else [name for name in goes_on if name not in program.segments[piece.segment].produces]
+        costs.append(
+            PieceCost(
+                piece=piece,
+                weight_bytes=_weight_bytes(program.piece_layers(piece)),
+                flops_per_row=count.flops - flops,
+                work_per_row=count.flops - flops,
+                num_kernels=count.num_kernels - kernels,
+                hidden_bytes_per_row=sum(sizes[name] for name in goes_on if name not in beside),
+                residual_bytes_per_row=sum(sizes[name] for name in beside),
+                skip_bytes_per_row=sum(left[one.source, one.name] for one in made if _is_skip(one)),
+                takes=tuple(
+                    TakenSkip(max(one.source, 0), left[one.source, one.name]) for one in readings if _is_skip(one) and one.readers[-1] == index
+                ),
+                control_bytes_per_row=sum(sizes[one.target] for one in flow.adds if one.kind in program.control_kinds),
+                working_bytes_per_row=count.peak_bytes
+                - sum(num_bytes for name, num_bytes in before.items() if name not in (*flow.consumes, *program.constants)),
+            )
+        )
+    return tuple(costs)
+
+
+def _is_skip(reading: Reading) -> bool:
+    """Whether a tensor waits for a piece behind the next. It counts until its last reader."""
+    return reading.readers[-1] > max(reading.source, 0) + 1
+
+
+def _weight_bytes(named_layers: Any) -> int:
+    return sum(parameter.nbytes for _, layer in named_layers for parameter in layer.parameters())
+
+
+def _widest(context_width: int | tuple[int, ...] | list[int]) -> int:
+    return context_width if isinstance(context_width, int) else max(context_width)
+
+
+def _as_text(config: Mapping[str, Any]) -> str:
+    """The config as a key: private entries (where it was read from, versions) do not matter."""
+    return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True, default=str)
+
+
+def with_stored_bytes(profile: ModelProfile, program: Program) -> ModelProfile:
+    """The profile with the bytes that the weights of this very network take in memory, whatever they are computed in."""
+    pieces = tuple(replace(cost, weight_bytes=module_stored_bytes(layer for _, layer in program.piece_layers(cost.piece))) for cost in profile.pieces)
+    return replace(profile, pieces=pieces, embedding_bytes=module_stored_bytes(layer for _, layer in program.embedding.named_layers))
+
+
+def controlnet_config(unet: Any) -> dict[str, Any]:
+    """Arguments of the ControlNetModel that belongs to a UNet."""
+    return {name: unet.config[name] for name in _SHARED_WITH_UNET}
+
+
+def profile_controlnet(
+    unet_config: Mapping[str, Any], *, latent_height: int, latent_width: int, context_length: int = 77, dtype: torch.dtype | None = None
+) -> ComponentCost:
+    """Costs of the ControlNet that belongs to a UNet of this config: a copy of its way in, and one convolution per residual."""
+    with _lock:
+        return _count_controlnet(_as_text(unet_config), latent_height, latent_width, context_length, dtype or torch.float16)
+
+
+@lru_cache(maxsize=_CACHE_LENGTH)
+def _count_controlnet(config_text: str, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> ComponentCost:
+    unet = _make_unet(config_text, dtype)
+    with torch.device("meta"):
+        controlnet = _cast(ControlNetModel(**controlnet_config(unet)), dtype)
+    x_BCHW = torch.empty(1, unet.config.in_channels, latent_height, latent_width, device="meta", dtype=dtype)
+    hint_BCHW = torch.empty(1, 3, 8 * latent_height, 8 * latent_width, device="meta", dtype=dtype)
+    context_BLD = torch.empty(1, context_length, _widest(unet.config.cross_attention_dim), device="meta", dtype=dtype)
+    extra: dict[str, Any] = {}
+    if unet.config.addition_embed_type is not None:
+        pooled_width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        extra["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(1, pooled_width, device="meta", dtype=dtype),
+            "time_ids": torch.empty(1, 6, device="meta"),
+        }
+    return _count_component(
+        "ControlNet", controlnet,
+        lambda: controlnet(x_BCHW, torch.empty(1, device="meta"), context_BLD, hint_BCHW, return_dict=False, **extra), runs_per_unit=True,
+    )  # fmt: skip
+
+
+def profile_vae_decoder(config: Mapping[str, Any], *, latent_height: int, latent_width: int, dtype: torch.dtype | None = None) -> ComponentCost:
+    """Costs of a VAE: the bytes of all of it, the FLOPs and the working memory of one decode."""
+    with _lock:
+        return _count_vae_decoder(_as_text(config), latent_height, latent_width, dtype or torch.float16)
+
+
+@lru_cache(maxsize=_CACHE_LENGTH)
+def _count_vae_decoder(config_text: str, latent_height: int, latent_width: int, dtype: torch.dtype) -> ComponentCost:
+    with torch.device("meta"):
+        vae: Any = _cast(AutoencoderKL.from_config(json.loads(config_text)), dtype)
+    latent_BCHW = torch.empty(1, vae.config.latent_channels, latent_height, latent_width, device="meta", dtype=dtype)
+    return _count_component("VAE", vae, lambda: vae.decode(latent_BCHW, return_dict=False))
+
+
+def _count_component(name: str, network: nn.Module, forward: Callable[[], object], *, runs_per_unit: bool = False) -> ComponentCost:
+    count = CountFlops(network)
+    with torch.no_grad(), count, FusedAttention(count):
+        forward()
+    return ComponentCost(
+        name=name,
+        weight_bytes=sum(parameter.nbytes for parameter in network.parameters()),
+        flops_per_row=count.flops,
+        working_bytes_per_row=count.peak_bytes,
+        num_kernels=count.num_kernels,
+        runs_per_unit=runs_per_unit,
+    )

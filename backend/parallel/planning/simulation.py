@@ -1,0 +1,231 @@
+"""Predicts plan, time and bytes for cards that are not here: the planner over facts from cards.json and costs counted on the meta device.
+
+Knows no command line (simulate.py has it) and touches no device.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from backend.parallel.planning.costs import ComponentCost, ModelProfile
+from backend.parallel.planning.plan import Plan, ReplicaPlan
+from backend.parallel.planning.planner import JobShape, Link, SlotFacts, WantedStrategy, make_plan
+
+DATA_DIR = Path(__file__).resolve().parent
+GIB = 2**30
+RESERVED_BYTES = GIB
+"""Of each card, for the driver's context and what else is on it."""
+WEIGHT_READ_SHARE = 0.5
+"""Share of a card's bandwidth at which a forward of one row reads weights; fitted to the published times of one row against two."""
+KERNEL_MS = 0.014
+"""Launching one operation from Python; fitted to the report that two RTX 4090 are slower than one with SD 1.5 at 512x512. Worker threads share
+one interpreter, so launches of all slots add up."""
+_BYTES_PER_WEIGHT = 2
+_LATENT_PX = 8
+_VAE_CONFIG = {
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+
+
+class SimulationError(ValueError):
+    """Something was asked for that is not known; the message lists what is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """A card's public figures. `effective_tflops`: what a UNet gets of it."""
+
+    name: str
+    memory_gib: float
+    effective_tflops: float
+    bandwidth_gb_s: float
+    link: str
+    basis: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimulatedJob:
+    """What is to be predicted. `strategy` as in --multi-gpu-strategy. `link`: host, pcie or nvlink; None for what the cards have."""
+
+    cards: tuple[str, ...]
+    model: str = "sdxl"
+    width_px: int = 1024
+    height_px: int = 1024
+    images: int = 1
+    branches: int = 2
+    strategy: WantedStrategy = "auto"
+    link: str | None = None
+    has_controlnet: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Simulation:
+    """A prediction and what it was made from."""
+
+    job: SimulatedJob
+    plan: Plan
+    profile: ModelProfile
+    slots: tuple[SlotFacts, ...]
+    vae_ms: float
+
+
+@lru_cache(maxsize=1)
+def _data() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((DATA_DIR / "cards.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+@lru_cache(maxsize=1)
+def _models() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((DATA_DIR / "models.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def card_names() -> tuple[str, ...]:
+    return tuple(_data()["cards"])
+
+
+def model_names() -> tuple[str, ...]:
+    return tuple(_models())
+
+
+def link_names() -> tuple[str, ...]:
+    return tuple(_data()["links"])
+
+
+def find_card(name: str) -> Card:
+    """The card of that name; upper and lower case, blanks, dashes and a leading GeForce do not matter. Raises: SimulationError."""
+    wanted = _plain(name)
+    for known, facts in _data()["cards"].items():
+        if _plain(known) == wanted:
+            return Card(name=known, **{key: facts[key] for key in ("memory_gib", "effective_tflops", "bandwidth_gb_s", "link", "basis")})
+    raise SimulationError(f"--gpus names the card {name!r}, which cards.json does not know. Known are: {', '.join(card_names())}.")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]|geforce|nvidia|tesla", "", name.lower())
+
+
+def parse_cards(text: str) -> tuple[str, ...]:
+    """ "2xRTX3090,RTX4090" -> ("RTX3090", "RTX3090", "RTX4090"). Raises: SimulationError."""
+    names: list[str] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(?:(\d+)\s*[x*]\s*)?(\S.*)", part.strip())
+        if match is None or match[1] == "0":
+            raise SimulationError(f"--gpus {text!r} has a part {part!r} that is no card; write it like 2xRTX3090,1xRTX4090.")
+        names += [find_card(match[2]).name] * int(match[1] or 1)
+    return tuple(names)
+
+
+def parse_picture_size(text: str) -> tuple[int, int]:
+    """ "2048x1024" -> (2048, 1024). Raises: SimulationError."""
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text.strip())
+    if match is None or min(int(match[1]), int(match[2])) < 64:
+        raise SimulationError(f"--size {text!r} is no picture size; write width and height in pixels, 64 or more, like 1024x1024.")
+    return int(match[1]), int(match[2])
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """Title, UNet config, parameters of the text encoders. Raises: SimulationError."""
+    if name not in _models():
+        raise SimulationError(f"--model {name!r} is not known. Known are: {', '.join(model_names())}.")
+    found: dict[str, Any] = _models()[name]
+    return found
+
+
+def profile_model(name: str, width_px: int, height_px: int) -> ModelProfile:
+    """Costs of a published model's UNet in half precision."""
+    from backend.parallel.planning.profiling import profile_unet  # imports the network libraries
+
+    config = model_config(name)
+    return profile_unet(config["unet"], latent_height=height_px // _LATENT_PX, latent_width=width_px // _LATENT_PX, name=f"{config['title']} UNet")
+
+
+def component_costs(name: str, width_px: int, height_px: int, *, has_controlnet: bool) -> tuple[ComponentCost, ...]:
+    """Text encoders, VAE and, if wanted, a ControlNet, in half precision."""
+    from backend.parallel.planning.profiling import profile_controlnet, profile_vae_decoder  # imports the network libraries
+
+    config = model_config(name)
+    height, width = height_px // _LATENT_PX, width_px // _LATENT_PX
+    text_bytes = sum(config["text_encoder_parameters"]) * _BYTES_PER_WEIGHT
+    costs = [ComponentCost(name="text encoders", weight_bytes=text_bytes), profile_vae_decoder(_VAE_CONFIG, latent_height=height, latent_width=width)]
+    if has_controlnet:
+        costs.append(profile_controlnet(config["unet"], latent_height=height, latent_width=width))
+    return tuple(costs)
+
+
+def card_slots(names: Sequence[str]) -> tuple[SlotFacts, ...]:
+    """One slot per card."""
+    slots = []
+    for index, card in enumerate(map(find_card, names)):
+        total_bytes = int(card.memory_gib * GIB)
+        slots.append(
+            SlotFacts(
+                index=index, name=card.name, kind="cuda", speed=card.effective_tflops * 1e9, budget_bytes=total_bytes - RESERVED_BYTES,
+                total_bytes=total_bytes, memory_bytes_per_ms=card.bandwidth_gb_s * 1e6 * WEIGHT_READ_SHARE, kernel_ms=KERNEL_MS,
+            )
+        )  # fmt: skip
+    return tuple(slots)
+
+
+def card_links(names: Sequence[str], link: str | None = None) -> tuple[Link, ...]:
+    """Links between all cards: the wanted kind, else the better kind that both have. Raises: SimulationError."""
+    kinds = _data()["links"]
+    if link is not None and link not in kinds:
+        raise SimulationError(f"--link {link!r} is not known. Known are: {', '.join(kinds)}.")
+    ends = [find_card(name) for name in names]
+    links = []
+    for source, one in enumerate(ends):
+        for target, other in enumerate(ends):
+            if source != target:
+                facts = kinds[link or min(one.link, other.link, key=lambda kind: kinds[kind]["gb_per_s"])]
+                links.append(Link(source=source, target=target, bytes_per_ms=facts["gb_per_s"] * 1e6, latency_ms=facts["latency_ms"]))
+    return tuple(links)
+
+
+def simulate(job: SimulatedJob) -> Simulation:
+    """Plan, time and bytes. Raises: SimulationError for names that are not known."""
+    profile = profile_model(job.model, job.width_px, job.height_px)
+    slots, links = card_slots(job.cards), card_links(job.cards, job.link)
+    components = component_costs(job.model, job.width_px, job.height_px, has_controlnet=job.has_controlnet)
+    shape = JobShape(images=job.images, branches=job.branches, components=components)
+    vae = next(component for component in components if component.name == "VAE")
+    plan = make_plan(profile, slots, links, shape, strategy=job.strategy)
+    vae_ms = vae.flops_per_row / max(slot.speed for slot in slots)
+    return Simulation(job=job, plan=plan, profile=profile, slots=slots, vae_ms=vae_ms)
+
+
+def report(simulation: Simulation) -> str:
+    """The prediction as text."""
+    job, plan, profile = simulation.job, simulation.plan, simulation.profile
+    speedup = "no single card holds it" if plan.predicted_speedup == float("inf") else f"{plan.predicted_speedup:.2f}x of the best single card"
+    what = f"{job.images} image(s), {'CFG' if job.branches > 1 else 'no CFG'}{', ControlNet' if job.has_controlnet else ''}"
+    costs = f"{profile.weight_bytes / 1e9:.2f} GB of weights, {profile.flops_per_row / 1e12:.2f} TFLOP a row"
+    return "\n".join(
+        [
+            f"{profile.name}, {job.width_px}x{job.height_px}, {what}: {costs}",
+            f"plan: {plan.strategy} - {plan.reason}",
+            f"step: {plan.predicted_ms:.1f} ms predicted, {speedup}; {plan.crossing_bytes / 1e6:.1f} MB cross; lanes {plan.lanes}",
+            f"VAE decode: about {simulation.vae_ms:.0f} ms per image on the fastest card",
+            *(_slot_line(slot, plan) for slot in simulation.slots),
+        ]
+    )
+
+
+def _slot_line(slot: SlotFacts, plan: Plan) -> str:
+    held = f"{plan.predicted_bytes.get(slot.index, 0) / 1e9:.2f} of {slot.total_bytes / 1e9:.1f} GB"
+    parts = [_replica_text(number, replica, slot.index) for number, replica in enumerate(plan.replicas) if slot.index in replica.used_slots]
+    parts += [name for name, where in plan.component_slots.items() if where == slot.index]
+    return f"slot {slot.index} {slot.name}: {held}; {'; '.join(parts) or 'idle'}"
+
+
+def _replica_text(number: int, replica: ReplicaPlan, slot: int) -> str:
+    pieces = replica.pieces_on(slot)
+    return f"copy {number}, whole" if len(pieces) == len(replica.pieces) else f"copy {number}, pieces {', '.join(map(str, pieces))}"

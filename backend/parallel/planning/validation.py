@@ -1,0 +1,97 @@
+"""Holds predictions against figures that others published or computed. `python -m backend.parallel.simulate --validate` prints the tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from backend.parallel.planning.pipeline import StageTime, Units, simulate_pipeline
+from backend.parallel.planning.planner import deal_units
+from backend.parallel.planning.simulation import DATA_DIR, SimulatedJob, parse_cards, parse_picture_size, simulate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """A speed-up by our prediction and by theirs; `expected_to` is the upper end where theirs is a range."""
+
+    what: str
+    predicted: float
+    expected: float
+    expected_to: float | None = None
+
+    @property
+    def error(self) -> float:
+        """Share of theirs by which ours is off; 0 within a range."""
+        nearest = min(max(self.predicted, self.expected), self.expected_to or self.expected)
+        return self.predicted / nearest - 1.0
+
+
+def published_comparisons() -> tuple[Comparison, ...]:
+    """Measured by others on two cards."""
+    rows = json.loads((DATA_DIR / "published.json").read_text(encoding="utf-8"))
+    return tuple(_compare_published(row) for row in rows)
+
+
+def _compare_published(row: dict[str, str | int | float]) -> Comparison:
+    width_px, height_px = parse_picture_size(str(row["size"]))
+    cards, images = parse_cards(str(row["gpus"])), int(row["batch"])
+    job = SimulatedJob(cards=cards, model=str(row["model"]), width_px=width_px, height_px=height_px, images=images, strategy="replicas")
+    predicted = simulate(job).plan.predicted_speedup
+    return Comparison(what=f"{row['gpus']}, {row['model']}, {row['size']}: {row['source']}", predicted=predicted, expected=float(row["speedup"]))
+
+
+def study_comparisons() -> tuple[Comparison, ...]:
+    """Computed by a study of the field for slots without transfer times: pipelines and dealt units."""
+    return (*_pipelines(), *_deals())
+
+
+def _pipelines() -> Iterator[Comparison]:
+    straight, u_cut = ((0, 50.0), (1, 50.0)), ((0, 22.0), (1, 46.0), (0, 32.0))
+    even = tuple((slot, 25.0) for slot in range(4))
+    at_segments = ((0, 31.6), (1, 23.2), (2, 24.4), (3, 20.8))  # SDXL's most even straight cut between segments
+    rows = (
+        ("straight cut, 1 image with CFG", straight, 1, 1.33, None),
+        ("U-cut (46 % inside), 1 image with CFG", u_cut, 1, 1.37, None),
+        ("U-cut, 2 images with CFG in lanes", u_cut, 2, 1.76, 1.85),
+        ("U-cut, 4 images with CFG in lanes", u_cut, 4, 1.85, 1.98),
+        ("even straight cut, 4 slots, 1 image with CFG", even, 1, 1.60, None),
+        ("straight cut between segments, 4 slots, 2 images with CFG in lanes", at_segments, 2, 3.15, None),
+        ("straight cut between segments, 4 slots, 4 images with CFG in lanes", at_segments, 4, 3.20, None),
+    )
+    for what, runs, images, expected, expected_to in rows:
+        stages = [StageTime(slot=slot, run_ms=run_ms) for slot, run_ms in runs]
+        step_ms = simulate_pipeline(stages, Units(images=images, branches=2)).step_ms
+        yield Comparison(what=what, predicted=2 * images * 100.0 / step_ms, expected=expected, expected_to=expected_to)
+
+
+def _deals() -> Iterator[Comparison]:
+    for num_units, speeds, expected in (
+        (2, (1.0, 0.6), 1.20),
+        (3, (1.0, 0.6), 1.50),
+        (4, (1.0, 0.6), 1.33),
+        (8, (1.0, 0.6), 1.60),
+        (2, (1.0, 0.4), 1.00),
+    ):
+        dealt = deal_units(num_units, speeds)
+        predicted = num_units / max(units / speed for units, speed in zip(dealt, speeds))
+        yield Comparison(what=f"{num_units} units on slots of speed {speeds[0]} and {speeds[1]}", predicted=predicted, expected=expected)
+
+
+def validation_tables() -> str:
+    """Both tables as Markdown."""
+    return "\n".join(
+        [
+            *_table("published (measured)", published_comparisons()),
+            "",
+            *_table("study (computed)", study_comparisons()),
+        ]
+    )
+
+
+def _table(title: str, rows: tuple[Comparison, ...]) -> Iterator[str]:
+    yield f"| case | predicted | {title} | error |"
+    yield "| --- | --- | --- | --- |"
+    for row in rows:
+        expected = f"{row.expected:.2f}" if row.expected_to is None else f"{row.expected:.2f}..{row.expected_to:.2f}"
+        yield f"| {row.what} | {row.predicted:.2f} | {expected} | {100 * row.error:+.1f} % |"

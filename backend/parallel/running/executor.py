@@ -1,0 +1,279 @@
+"""Carries out a plan for calls of the network: rows go to replicas and through their stages, results come back in order.
+
+Each slot's worker runs the stages of its slot; rows that have finished a stage go to the next slot's worker. A tensor that a later stage reads
+is sent as soon as it exists. Rows that come to a place whose residual is still being computed leave their worker and come back when it is there.
+Nothing here waits inside a worker for another worker, so nothing can block for good.
+
+Example: two rows (cond, uncond) through a UNet cut over slots 0 and 1, as `run` does it:
+
+    slot 0: cond stage 0      uncond stage 0     (idle)
+    slot 1: (idle)            cond stage 1       uncond stage 1
+    `routing` said that "skip 3" and "hidden" of stage 0 go to slot 1; `copies` brings them while slot 0 works on uncond.
+
+The parts: `routing` which tensors go where, `copies` how they travel, `control_passes` ControlNets, `row_batch` one batch and its record, `failures`.
+Must not know guidance, samplers, memory policy, families of networks or how the plan was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+from backend import profiler
+from backend.nn.network_call import NetworkCall
+from backend.nn.program import Addition
+from backend.parallel.exchange.copies import Copiers, Held, when_arrived
+from backend.parallel.exchange.transport import Parcel
+from backend.parallel.placing.fleet import Fleet
+from backend.parallel.planning.plan import Piece, ReplicaPlan
+from backend.parallel.running.control_passes import ControlPasses
+from backend.parallel.running.failures import Cancelled as Cancelled
+from backend.parallel.running.failures import SlotFailure as SlotFailure
+from backend.parallel.running.failures import as_failure, worst_of
+from backend.parallel.running.routing import Leaving, Route, make_route
+from backend.parallel.running.routing import Replica as Replica
+from backend.parallel.running.row_batch import RowBatch, Run
+from backend.parallel.running.stopwatch import Stopwatch
+
+PieceTold = Callable[[int, Piece, float], None]
+"""Slot, piece, ms per row."""
+
+_HOOK_OPTIONS = ("patches", "patches_replace", "block_modifiers", "block_inner_modifiers", "group_norm_wrapper", "groupnorm_wrapper")
+_TENSOR_OPTIONS = ("sigmas", "cond_mark")
+
+
+class Executor:
+    """Runs calls over the replicas of a plan. `run` may be called from many threads at once: their rows share the slots."""
+
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        fleet: Fleet,
+        *,
+        deal: Callable[[int], Sequence[int]],
+        rows_per_batch: Callable[[ReplicaPlan, int], int] = lambda replica, share: 1,
+        work: str = "",
+        asynchronous: bool = True,
+        is_cancelled: Callable[[], bool] = lambda: False,
+        on_piece: PieceTold | None = None,
+        measured_run: int = 1,
+    ) -> None:
+        """Args:
+        replicas: copies of the network whose weights are in place.
+        deal: how many of n rows each replica gets; `deal(3)` gives (2, 1).
+        rows_per_batch: how many rows of a replica's share go through it at once.
+        work: names the model and size that measured speeds are kept for.
+        asynchronous: copies between slots run beside computation; without it each is awaited where it starts. The result is the same.
+        is_cancelled: asked before every piece.
+        on_piece: told the ms per row of each piece at its finest in one run, number `measured_run` (the first warms the machine up).
+        """
+        self._fleet = fleet
+        self._routes = tuple(make_route(replica, fleet.device) for replica in replicas)
+        self._deal, self._rows_per_batch = deal, rows_per_batch
+        self._work = work
+        self._is_cancelled = is_cancelled
+        self._on_piece, self._measured_run = on_piece, measured_run
+        self._numbers = count()
+        self._copiers = Copiers(fleet, asynchronous=asynchronous)
+        self._controls = ControlPasses(fleet, self._copiers, is_cancelled)
+
+    @property
+    def deferred_networks(self) -> frozenset[nn.Module]:
+        """ControlNets that every replica has a place for."""
+        every = [frozenset(route.replica.controls) for route in self._routes]
+        return frozenset.intersection(*every) if every else frozenset()
+
+    def close(self) -> None:
+        self._copiers.close()
+
+    def run(self, call: NetworkCall) -> Tensor:
+        """The network's output for all rows, on the call's device. Raises: Cancelled, SlotFailure."""
+        recorder = profiler.recorder()
+        run = Run(next(self._numbers), recorder.step)
+        batches = [RowBatch(call.take_rows(first, end), route, run, recorder.next_unit()) for route, first, end in self._deal_rows(call.num_rows)]
+        for batch in batches:
+            if len(batch.route.devices) == 1:  # others may wait for what this batch's slot computes for them, so that comes first
+                self._controls.start(batch)
+        for batch in batches:
+            self._start(batch)
+        return self._gather(batches, call.device)
+
+    def _deal_rows(self, num_rows: int) -> list[tuple[Route, int, int]]:
+        """Rows to routes, in order, so many at once as `rows_per_batch` says."""
+        dealt, first = [], 0
+        for route, share in zip(self._routes, self._deal(num_rows)):
+            step = max(1, self._rows_per_batch(route.replica.plan, share))
+            dealt += [(route, start, min(start + step, first + share)) for start in range(first, first + share, step)]
+            first += share
+        return dealt
+
+    def _gather(self, batches: Sequence[RowBatch], device: torch.device) -> Tensor:
+        """Results in the order of rows. All batches have ended when this returns or raises, so that nothing runs behind the caller's back."""
+        failures = [failure for failure in (batch.result.exception() for batch in batches) if failure is not None]
+        failures += [as_failure(slot, error) for batch in batches if batch.control is not None for slot, error in batch.control.failures()]
+        if failures:
+            raise worst_of(failures)
+        outputs = [batch.result.result().receive() for batch in batches]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    # a batch's way
+
+    def _start(self, batch: RowBatch) -> None:
+        """Send the inputs to the first stage's device and the residuals to where they are added."""
+        try:
+            self._controls.start(batch)
+            arriving = batch.call.on(batch.here.device, self._fleet.transport.send)
+            residuals = self._controls.send_ready(batch)
+            self._submit(batch, lambda: self._enter(batch, arriving, residuals))
+        except RuntimeError as error:  # no room there, or the slot is lost
+            batch.fail(batch.here.slot, error)
+
+    def _submit(self, batch: RowBatch, task: Callable[[], None]) -> None:
+        slot = batch.here.slot
+        future = self._fleet.worker(slot).submit(task, priority=(batch.run.number,))
+        future.add_done_callback(lambda done: batch.fail_if_unfinished(slot, done))
+
+    def _submit_or_fail(self, batch: RowBatch, task: Callable[[], None]) -> None:
+        try:
+            self._submit(batch, task)
+        except RuntimeError as error:
+            batch.fail(batch.here.slot, error)
+
+    def _enter(self, batch: RowBatch, call: NetworkCall, residuals: dict[Addition, Tensor]) -> None:
+        """On the first stage's worker: the state before the first segment, and what of it other stages read."""
+        program, route = batch.route.replica.program, batch.route
+        with profiler.recorder().measure("stage", "time embedding", slot=batch.here.slot, device=batch.here.device, **batch.facts()):
+            state = batch.state = program.start(call.rows, residuals=residuals, options=call.options)
+        if len(route.stages) > 1:
+            constants = [Leaving(name, tuple(route.devices), is_read_here=True) for name in program.constants]
+            self._send(batch, [*constants, *route.start_leaves], state.tensors)
+        self._run_stage(batch)
+
+    def _resume(self, batch: RowBatch) -> None:
+        """On a later stage's worker: take in what arrived."""
+        state, here = batch.state, batch.here
+        assert state is not None
+        state.tensors = {}
+        for name, is_last in [*here.reads.items(), *((name, False) for name in batch.route.replica.program.constants)]:
+            parcel = batch.parcels.pop((name, here.slot), None) if is_last else batch.parcels.get((name, here.slot))
+            if parcel is not None:
+                state.tensors[name] = parcel.receive()
+        if any(state.options.get(name) for name in _HOOK_OPTIONS):
+            for name in _TENSOR_OPTIONS:
+                if isinstance(state.options.get(name), Tensor):
+                    state.options[name] = self._fleet.transport.send(state.options[name], here.device)
+        self._run_stage(batch)
+
+    def _run_stage(self, batch: RowBatch) -> None:
+        """The stage's pieces, from where the batch is. Before one whose residual is not there yet, the batch leaves the worker."""
+        state, here = batch.state, batch.here
+        assert state is not None
+        batch.parts = batch.parts or self._parts_of(batch)
+        watch = Stopwatch(here.device)
+        while batch.parts:
+            place, part = batch.parts[0]
+            if not self._take_residuals(batch, part):
+                ended = watch.stop(batch.add_time)
+                batch.note_part(watch.started, ended)
+                assert batch.control is not None
+                batch.control.when_ready(lambda: self._submit_or_fail(batch, lambda: self._run_stage(batch)))
+                return
+            if batch.run.has_failed or self._is_cancelled():
+                raise Cancelled
+            self._run_part(batch, part)
+            del batch.parts[0]
+            if batch.parts and batch.parts[0][0] != place:
+                self._send(batch, here.leaves[place], state.tensors)
+        ended = watch.stop(partial(self._record, batch, batch.stage))
+        batch.note_stage(watch.started, ended)
+        self._send(batch, here.leaves[-1], state.tensors)
+        self._leave(batch)
+
+    def _parts_of(self, batch: RowBatch) -> list[tuple[int, Piece]]:
+        """The stage's pieces; by transformer blocks where a residual that is added behind them may be late."""
+        program, kinds = batch.route.replica.program, frozenset[str]() if batch.control is None else batch.control.kinds
+        parts: list[tuple[int, Piece]] = []
+        for place, piece in enumerate(batch.here.pieces):
+            is_late = any(addition.at_end and addition.kind in kinds for addition in program.flow(piece).adds)
+            parts += [(place, part) for part in (program.finest_parts(piece) if is_late else (piece,))]
+        return parts
+
+    def _take_residuals(self, batch: RowBatch, part: Piece) -> bool:
+        """Have what a part adds ready; False while a ControlNet is still at it. Raises: SlotFailure where one failed."""
+        if batch.control is None:
+            return True
+        additions = [one for one in batch.route.replica.program.flow(part).adds if one.kind in batch.control.kinds]
+        if not additions:
+            return True
+        if not batch.control.is_ready:
+            return False
+        for slot, error in batch.control.failures():
+            raise as_failure(slot, error)
+        assert batch.state is not None
+        for addition in additions:
+            if (residual := batch.control.take(addition)) is not None:
+                batch.state.residuals[addition] = residual
+        return True
+
+    def _run_part(self, batch: RowBatch, part: Piece) -> None:
+        """One part; while pieces are measured, block by block with the time of each."""
+        program, state, here = batch.route.replica.program, batch.state, batch.here
+        assert state is not None
+        if self._on_piece is None or batch.run.number != self._measured_run:
+            program.run_piece(part, state)
+            return
+        for finest in program.finest_parts(part):
+            watch = Stopwatch(here.device)
+            program.run_piece(finest, state)
+            watch.stop(partial(_tell_piece, self._on_piece, here.slot, finest, batch.call.num_rows))
+
+    def _send(self, batch: RowBatch, leaving: Sequence[Leaving], tensors: dict[str, Tensor]) -> None:
+        """Tensors that other stages read leave at once; the same tensor under two names goes to a slot once."""
+        sent: dict[tuple[int, int], Parcel] = {}
+        for one in leaving:
+            tensor = tensors.get(one.name)
+            if tensor is None:
+                continue
+            for slot in one.slots:
+                key = (id(tensor), slot)
+                if key not in sent:
+                    sent[key] = Held(tensor) if slot == batch.here.slot else self._copiers.ship(tensor, slot)
+                batch.parcels[one.name, slot] = sent[key]
+        for one in leaving:
+            if not one.is_read_here:
+                tensors.pop(one.name, None)
+
+    def _leave(self, batch: RowBatch) -> None:
+        """On to the next stage once all that it reads has come, or home."""
+        state = batch.state
+        assert state is not None
+        if batch.is_last_stage:
+            output = state.tensors[batch.route.replica.program.output]
+            batch.state, batch.parcels = None, {}
+            batch.result.set_result(self._fleet.transport.ship(output, batch.call.device))
+            return
+        left_slot = batch.here.slot
+        state.tensors = {}
+        batch.stage += 1
+        awaited = [parcel for name in batch.here.reads if (parcel := batch.parcels.get((name, batch.here.slot))) is not None]
+        when_arrived(awaited, lambda failure: self._go_on(batch, left_slot, failure))
+
+    def _go_on(self, batch: RowBatch, left_slot: int, failure: BaseException | None) -> None:
+        if failure is not None:
+            batch.fail(left_slot, failure)
+        else:
+            self._submit_or_fail(batch, lambda: self._resume(batch))
+
+    def _record(self, batch: RowBatch, stage: int, busy_ms: float) -> None:
+        here, work = batch.route.stages[stage], batch.route.replica.work_per_row
+        done = batch.call.num_rows * sum(work.get(piece, 0.0) for piece in here.pieces)
+        self._fleet.speeds.record(here.slot, self._work, done, busy_ms + batch.busy_ms)
+        batch.busy_ms = 0.0
+
+
+def _tell_piece(tell: PieceTold, slot: int, piece: Piece, num_rows: int, busy_ms: float) -> None:
+    tell(slot, piece, busy_ms / num_rows)

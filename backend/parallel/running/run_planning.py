@@ -1,0 +1,168 @@
+"""Plans for one sampling run: costs and slots as they are now go in, a plan and how its rows are dealt come out. Moves nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from backend import memory_management
+from backend.devices.slot import Slot
+from backend.nn.owner import owner_of
+from backend.parallel.placing.fleet import Fleet
+from backend.parallel.placing.riders import ControlLink, Rider, collect_riders, rider_costs
+from backend.parallel.planning.costs import ComponentCost, ModelProfile, with_measured_ms
+from backend.parallel.planning.live_facts import guess_speed, profile_of, slot_facts, speed_of, without_others
+from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan
+from backend.parallel.planning.planner import JobShape, deal_units, make_plan
+from backend.parallel.planning.profiling import profile_controlnet
+from backend.parallel.running import status
+from backend.parallel.running.bound_hooks import find_bound_hook
+from backend.parallel.running.sampling_request import SamplingRequest
+from backend.parallel.running.slot_budgets import SlotBudgets
+from backend.parallel.running.step_trial import StepTrial
+from backend.patcher.unet import UnetPatcher
+
+logger = logging.getLogger(__name__)
+
+
+class RunPlanning:
+    """Makes plans for runs of `unet` over latents of `shape` (B, C, H, W). `work` names the model and size that measured speeds are kept for."""
+
+    def __init__(self, unet: UnetPatcher, shape: Sequence[int], request: SamplingRequest, fleet: Fleet, controls: Sequence[ControlLink] = ()) -> None:
+        self.unet, self.fleet, self.request = unet, fleet, request
+        self._shape = tuple(shape)
+        self.work = f"{owner_of(unet.model).serial} {self._shape[2]}x{self._shape[3]}"
+        self.riders = collect_riders(controls, self.work)
+        self.budgets = SlotBudgets()
+        self.trial = StepTrial(fleet, f"{self.work} {request.images}x{request.branches} {len(self.riders)}")
+        self.profile, self.is_measured = self._make_profile()
+
+    # costs
+
+    def _make_profile(self) -> tuple[ModelProfile, bool]:
+        """Costs of the network's pieces: by FLOPs before the first run, by measured time after; and which of the two."""
+        profile, times = profile_of(self.unet.model, self._shape), self.fleet.pieces.times_of(self.work)
+        is_measured = {cost.piece for cost in profile.pieces} <= times.keys()
+        return (with_measured_ms(profile, times), True) if is_measured else (profile, False)
+
+    def note_piece(self, slot: int, piece: Piece, busy_ms: float) -> None:
+        """Times of slots of unlike speed are made alike by what is guessed of the slots."""
+        self.fleet.pieces.record(self.work, piece, busy_ms * guess_speed(self.fleet.slot(slot)) / guess_speed(self.fleet.primary))
+
+    @property
+    def has_new_times(self) -> bool:
+        """Whether all pieces have been measured, and the profile does not know."""
+        return not self.is_measured and {cost.piece for cost in self.profile.pieces} <= self.fleet.pieces.times_of(self.work).keys()
+
+    def use_new_times(self) -> None:
+        """Cost pieces by their measured times from now on."""
+        self.profile, self.is_measured = self._make_profile()
+        self.fleet.speeds.forget(self.work)
+
+    @property
+    def control_cost(self) -> ComponentCost:
+        """Costs of one ControlNet for this denoiser and size."""
+        height, width = self._shape[2:]
+        model = self.unet.model
+        return profile_controlnet(model.diffusion_model.config, latent_height=height, latent_width=width, dtype=model.computation_dtype)
+
+    # slots
+
+    @property
+    def home_slots(self) -> tuple[int, ...]:
+        """Slots of the device that the UNet's patcher calls home, where the latents are."""
+        return tuple(slot.index for slot in self.fleet.working_slots if slot.torch_device == self.unet.load_device)
+
+    def usable_slots(self) -> tuple[Slot, ...]:
+        """Slots the plan may use; the first at home where no other has room left."""
+        bound = find_bound_hook(self.unet.model_options.get("transformer_options", {}))
+        home = [slot for slot in self.fleet.working_slots if slot.index in self.home_slots]
+        slots = tuple(slot for slot in self.fleet.working_slots if self.budgets.share_of(slot.index) > 0)
+        if bound is None:
+            return slots or tuple(home[:1])
+        if len(home) < len(slots):
+            logger.info("%s holds tensors of %s, so the UNet stays there.", bound, self.unet.load_device)
+        return tuple(home) or slots
+
+    def speed(self, slot: int) -> float:
+        return speed_of(self.fleet.slot(slot), self.fleet, self.work)
+
+    # the plan
+
+    def make_plan(self) -> Plan:
+        """The best plan as things are now; one slot where a trial showed that dividing does not pay."""
+        job = JobShape(
+            images=self.request.images,
+            branches=self.request.branches,
+            steps=self.request.steps,
+            may_use_lanes=self.request.may_use_lanes,
+            is_async=self.request.asynchronous,
+            components=rider_costs(self.riders, self.control_cost, self.fleet, self.work) if self.riders else (),
+            rider_slot=self.home_slots[0] if len(self.fleet.working_slots) > 2 else None,
+        )
+        links = self.fleet.links
+        status.set_links(links, self.fleet.verdicts)
+        own = {network for rider in self.riders for network in rider.networks}
+        rooms = [slot_facts(slot, self.unet, self.fleet, self.work, self.budgets.share_of(slot.index), own) for slot in self.usable_slots()]
+        plans = [make_plan(self.profile, rooms, links, job, strategy=self.request.strategy)]
+        if any(room.fixed_bytes for room in rooms) and plans[0].is_single:
+            emptied = [without_others(room) for room in rooms]
+            plans.append(make_plan(self.profile, emptied, links, job, strategy=self.request.strategy))
+        plan = min(plans, key=lambda plan: plan.predicted_ms or float("inf"))
+        trial = self.trial.without_gain
+        if self.request.is_free and plan.is_replicated and trial is not None:
+            alone = make_plan(self.profile, rooms, links, job, strategy="single")
+            reason = f"slot {alone.used_slots[0]} alone: a step took {trial.alone_ms:.0f} ms there and {trial.divided_ms:.0f} ms as {plan.reason}"
+            return replace(alone, reason=reason)
+        return plan
+
+    # rows and bytes
+
+    def deal_rows(self, plan: Plan, num_rows: int) -> Sequence[int]:
+        """Rows by the speed of each replica: that of its slot, or of its slowest where it has several. Example: 4 rows on speeds 1 and 3: 1, 3."""
+        speeds = [min(self.speed(slot) for slot in replica.used_slots) * len(replica.used_slots) for replica in plan.replicas]
+        if not self.riders:
+            return deal_units(num_rows, speeds)
+        row_ms = [self.profile.work_per_row / speed for speed in speeds]
+        busy_ms = [0.0] * len(speeds)
+        for rider in self.riders:
+            slots = plan.control_slots[rider.name]
+            for place, replica in enumerate(plan.replicas):
+                if slots[place] in replica.used_slots and len(set(slots)) > 1:
+                    row_ms[place] += self._rider_ms(rider, slots[place])
+                elif slots[place] in replica.used_slots:
+                    busy_ms[place] += num_rows * self._rider_ms(rider, slots[place])
+        return deal_units(num_rows, [1.0 / ms for ms in row_ms], busy_ms)
+
+    def _rider_ms(self, rider: Rider, slot: int) -> float:
+        """Time of a ControlNet's passes for a row."""
+        speed = self.fleet.speeds.speed_of(slot, rider.work) or self.speed(slot)
+        return rider.links * self.control_cost.flops_per_row / speed
+
+    def rows_at_once(self, plan: Plan, replica: ReplicaPlan, share: int) -> int:
+        """All rows of a share at once on one slot, and where lanes keep all slots busy, as larger batches take less per row; else row by row.
+
+        Fewer where a device has no room for so many.
+        """
+        if share < 2 or (len(replica.used_slots) > 1 and plan.lanes < len(replica.used_slots)):
+            return 1
+        free_bytes = min(memory_management.get_free_memory(self.fleet.device(slot)) for slot in replica.used_slots)
+        num_rows = share
+        while num_rows > 1 and self.estimate_bytes(num_rows) > free_bytes:
+            num_rows = (num_rows + 1) // 2
+        return num_rows
+
+    def working_bytes(self, plan: Plan) -> int:
+        """Estimate for one slot: its share of the rows at once on one slot or in replicas, a row or two where rows flow through stages."""
+        num_rows = self.request.num_rows
+        if plan.is_replicated:
+            num_rows = max(self.deal_rows(plan, num_rows))
+        elif not plan.is_single:
+            num_rows = 1 if plan.lanes < 2 else self.request.branches
+        return self.estimate_bytes(num_rows)
+
+    def estimate_bytes(self, num_rows: int) -> int:
+        """Working memory of so many rows at once."""
+        estimate = self.unet.model_options.get("memory_peak_estimation_modifier", self.unet.memory_required)
+        return int(estimate([num_rows, *self._shape[1:]]))

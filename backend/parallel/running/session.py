@@ -1,0 +1,322 @@
+"""A sampling run over several slots: the plan is made, its networks are placed, calls are run, and when a slot fails the plan shrinks.
+
+One session serves one run. Knows no samplers, prompts or options; what the run is like comes in a `SamplingRequest`.
+
+Example of a run of two pictures on two slots:
+
+    begin_session   `run_planning` makes the plan "2 replicas", `placement` loads a replica module on slot 1, the KModel's runner is the session
+    run             per step: the executor deals four rows 2:2; `step_trial` has one early step done alone, to see that dividing pays
+    slot 1 is full  `_recover`: what is idle leaves it; the second time `slot_budgets` gives it less and the plan is made again; the step is repeated
+    end_session     the runner is gone; replica modules stay until something needs their room
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from backend import memory_management, profiler
+from backend.memory.errors import OutOfMemory
+from backend.nn.network_call import NetworkCall
+from backend.nn.owner import owner_of
+from backend.parallel.placing.fleet import Fleet, current_fleet
+from backend.parallel.placing.placement import PlacedPlan, place_plan, place_whole
+from backend.parallel.placing.riders import ControlLink, place_riders
+from backend.parallel.planning.live_facts import guess_speed as guess_speed
+from backend.parallel.planning.live_facts import work_of_pieces
+from backend.parallel.planning.plan import Plan, ReplicaPlan
+from backend.parallel.running import status
+from backend.parallel.running.bound_hooks import find_bound_hook as find_bound_hook
+from backend.parallel.running.executor import Executor, SlotFailure
+from backend.parallel.running.lost_slots import find_silent_slots, lose_slots
+from backend.parallel.running.run_gate import RunGate
+from backend.parallel.running.run_planning import RunPlanning
+from backend.parallel.running.sampling_request import SamplingRequest as SamplingRequest
+from backend.parallel.running.worker import SlotLost
+from backend.patcher.base import ModelPatcher
+from backend.patcher.unet import UnetPatcher
+
+logger = logging.getLogger(__name__)
+
+
+class SamplingSession:
+    """The plan in force for one run. `plan` may change while it lasts. It is the network's `Runner` while other slots have a part in it."""
+
+    plan: Plan
+
+    def __init__(
+        self,
+        unet: UnetPatcher,
+        shape: Sequence[int],
+        request: SamplingRequest,
+        fleet: Fleet,
+        *,
+        beside: Sequence[ModelPatcher] = (),
+        controls: Sequence[ControlLink] = (),
+        preserved_bytes: int = 0,
+    ) -> None:
+        self.unet, self.fleet, self.request = unet, fleet, request
+        self.planning = RunPlanning(unet, shape, request, fleet, controls)
+        self._beside, self._preserved_bytes = tuple(beside), preserved_bytes
+        self._gate, self._generation = RunGate(), 0
+        self._num_calls, self._first_s, self._last_s = 0, 0.0, 0.0
+        fleet.is_divided = request.may_divide
+        self._placed: PlacedPlan | None = None
+        self._executor: Executor | None = None
+        self._adopt_fitting()
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the network runs elsewhere than in the calling thread."""
+        return self._executor is not None
+
+    @property
+    def deferred_networks(self) -> frozenset[nn.Module]:
+        return frozenset(rider.network for rider in self.planning.riders)
+
+    def close(self) -> None:
+        """Let the network run as it does without a plan. Copies stay on their slots until something else needs the room."""
+        self._tell_status(self.measured_ms)
+        self.unet.model.runner = None
+        if self._executor is not None:
+            self._executor.close()
+
+    @property
+    def measured_ms(self) -> float | None:
+        """Time of a step of all the pictures so far; None before the second step, and where the network runs as without a plan."""
+        if self._num_calls < 2 * max(1, self.plan.lanes):
+            return None
+        num_steps = self._num_calls / max(1, self.plan.lanes)
+        return (self._last_s - self._first_s) * 1000.0 / num_steps
+
+    def _tell_status(self, measured_ms: float | None = None) -> None:
+        """What the page and the API show of the plan."""
+        num_rows = self.request.num_rows
+        units = self._deal(num_rows) if len(self.plan.replicas) > 1 else (num_rows,)
+        status.set_current_plan(self.plan, units=units, measured_ms=measured_ms)
+        status.set_speeds({slot.index: self.planning.speed(slot.index) for slot in self.fleet.working_slots})
+
+    # placing
+
+    def _adopt_fitting(self) -> None:
+        """Adopt the best plan whose networks find room; a slot without room gets less. Raises: OutOfMemory where one slot is too small."""
+        while True:
+            with profiler.recorder().measure("plan", "make a plan"):
+                plan = self.planning.make_plan()
+            try:
+                self._adopt(plan)
+                self._tell_status()
+                profiler.recorder().note_plan(plan)
+                return
+            except OutOfMemory as error:
+                home = self.planning.home_slots
+                short = [slot.index for slot in self.planning.usable_slots() if str(slot.torch_device) == error.device]
+                if not short or (plan.used_slots == home[:1] and set(short) <= set(home)):
+                    raise
+            memory_management.hold_models([])
+            for slot in short:
+                self.planning.budgets.give_less(slot, self.fleet.device(slot))
+
+    def _adopt(self, plan: Plan) -> None:
+        """Place what the plan needs and run by it from now on. Raises: OutOfMemory, SlotLost."""
+        self.plan, planning = plan, self.planning
+        if plan.is_single and set(plan.used_slots) <= set(planning.home_slots) and not plan.has_control_apart:
+            self._run_at_home()
+            return
+        controls, riding = place_riders(planning.riders, plan, self.fleet, planning.control_cost) if planning.riders else ((), ())
+        self._placed = place_plan(
+            self.unet,
+            plan,
+            self.fleet,
+            working_bytes=planning.working_bytes(plan),
+            preserved_bytes=self._preserved_bytes,
+            beside=(*self._beside, *riding),
+            work_per_row=work_of_pieces(plan, planning.profile),
+            controls=controls,
+        )
+        self._executor = Executor(
+            self._placed.replicas,
+            self.fleet,
+            deal=self._deal,
+            rows_per_batch=self._rows_per_batch,
+            work=planning.work,
+            asynchronous=self.request.asynchronous,
+            is_cancelled=self.request.is_cancelled,
+            on_piece=None if planning.is_measured or not plan.is_one_cut else planning.note_piece,
+            measured_run=max(1, plan.lanes),
+        )
+        self.unet.model.runner = self
+
+    def _run_at_home(self) -> None:
+        """The plan of one slot: the whole network there, run by the calling thread (`KModel.run_here`)."""
+        place_whole(self.unet)
+        self._placed = self._executor = None
+        self.unet.model.runner = None
+        models = [self.unet, *self._beside, *(rider.patcher for rider in self.planning.riders)]
+        need_bytes = self.planning.working_bytes(self.plan)
+        memory_management.load_models_gpu(models, memory_required=need_bytes, hard_memory_preservation=self._preserved_bytes)
+        memory_management.hold_models(models)
+
+    def _deal(self, num_rows: int) -> Sequence[int]:
+        return self.planning.deal_rows(self.plan, num_rows)
+
+    def _rows_per_batch(self, replica: ReplicaPlan, share: int) -> int:
+        return self.planning.rows_at_once(self.plan, replica, share)
+
+    # running
+
+    def run(self, call: NetworkCall) -> Tensor:
+        """The network's output for all rows. A step that a slot could not do is done again with less on that slot.
+
+        Raises: Cancelled; OutOfMemory where one slot is too small too; SlotLost where the weights went with the slot; SlotFailure.
+        """
+        while True:
+            generation = self._generation
+            try:
+                with self._gate.running():
+                    output = self._run_once(call)
+                self._reconsider(generation)
+                self._judge_trial(generation)
+                return output
+            except SlotFailure as error:
+                failure = error
+            self._recover(failure, generation)
+
+    def _run_once(self, call: NetworkCall) -> Tensor:
+        began_s, executor, trial = time.perf_counter(), self._executor, self.planning.trial
+        is_alone = trial.is_alone(self._num_calls) and self._is_tried
+        if executor is None:
+            output = self.unet.model.run_here(call)
+        else:
+            output = self._run_alone(call, executor) if is_alone else executor.run(call)
+        if trial.is_early(self._num_calls) and self._is_tried:
+            memory_management.synchronize(call.device)
+            trial.note((time.perf_counter() - began_s) * 1000.0)
+        self._first_s, self._last_s = self._first_s or began_s, time.perf_counter()
+        self._num_calls += 1
+        return output
+
+    def _run_alone(self, call: NetworkCall, executor: Executor) -> Tensor:
+        """The step on this slot; as planned where it has no room for all rows, which ends the trial."""
+        try:
+            return self.unet.model.run_here(call)
+        except torch.OutOfMemoryError:
+            self.planning.trial.give_up()
+        memory_management.soft_empty_cache(force=True)
+        return executor.run(call)
+
+    @property
+    def _is_tried(self) -> bool:
+        """Whether one early step is to be done alone: where whole copies were chosen freely and this slot holds one."""
+        planning = self.planning
+        return (
+            self.request.is_free
+            and self.plan.is_replicated
+            and not planning.trial.is_known
+            and self._placed is not None
+            and self.unet in self._placed.patchers
+            and all(set(slots) & set(planning.home_slots) for slots in self.plan.control_slots.values())
+            and planning.estimate_bytes(self.request.num_rows) < memory_management.get_free_memory(self.unet.load_device)
+        )
+
+    # another plan
+
+    def _judge_trial(self, generation: int) -> None:
+        """Divide no more where the trial showed that it does not pay."""
+        if not self.planning.trial.judge():
+            return
+        with self._gate.alone():
+            if generation == self._generation:
+                self._generation += 1
+                self._adopt_anew()
+
+    def _reconsider(self, generation: int) -> None:
+        """When all pieces have been measured: cut again where the times say so."""
+        planning = self.planning
+        if not self.plan.is_one_cut or not planning.has_new_times:
+            return
+        with self._gate.alone():
+            if generation != self._generation or planning.is_measured:
+                return
+            self._generation += 1
+            planning.use_new_times()
+            if planning.make_plan().replicas != self.plan.replicas:
+                self._adopt_anew()
+
+    def _recover(self, failure: SlotFailure, generation: int) -> None:
+        with self._gate.alone():
+            if generation != self._generation:
+                return  # another lane has seen to it
+            self._generation += 1
+            lost = self._find_lost(failure)
+            if lost:
+                self._go_on_without(lost)
+            elif memory_management.is_out_of_memory(failure.cause):
+                self._make_room(failure.slot)
+            else:
+                raise failure from failure.cause
+
+    def _find_lost(self, failure: SlotFailure) -> list[SlotLost]:
+        """Slots that do not answer any more. Only asked for when a device reported an error of its own."""
+        if not isinstance(failure.cause, (SlotLost, torch.AcceleratorError)) or memory_management.is_out_of_memory(failure.cause):
+            return []
+        return find_silent_slots(self.fleet)
+
+    def _go_on_without(self, lost: Sequence[SlotLost]) -> None:
+        """Plan without these slots, where the network itself is not on one of them."""
+        lose_slots(self.fleet, lost)
+        gone = {one.slot.torch_device for one in lost}
+        own = {tensor.device for tensor in self.unet.model.parameters()}
+        if gone & own or not self.fleet.working_slots:
+            raise lost[0]
+        logger.warning("%s The step is done again without it.", lost[0])
+        self._adopt_anew()
+
+    def _make_room(self, slot: int) -> None:
+        """First what is idle leaves the slot, then the slot gets less of the network, then none."""
+        device = self.fleet.device(slot)
+        if self.planning.budgets.is_first_shortage(slot):
+            logger.warning("Out of memory on slot %d (%s) in a step: what is idle leaves it, and the step is done again.", slot, device)
+            memory_management.soft_empty_cache(force=True)
+            memory_management.free_memory(0, device, free_all=True)
+            return
+        self.planning.budgets.give_less(slot, device)
+        self._adopt_anew()
+
+    def _adopt_anew(self) -> None:
+        if self._executor is not None:
+            self._executor.close()
+        memory_management.hold_models([])
+        memory_management.soft_empty_cache(force=True)
+        self._adopt_fitting()
+        logger.info("%s", self.plan.reason)
+
+
+def begin_session(
+    unet: UnetPatcher, shape: Sequence[int], request: SamplingRequest, *, beside: Sequence[ModelPatcher] = (),
+    controls: Sequence[ControlLink] = (), preserved_bytes: int = 0,
+) -> SamplingSession | None:  # fmt: skip
+    """A session for a run over latents of `shape` (B, C, H, W); None where there is one slot only. Raises: OutOfMemory.
+
+    `beside` are models that come along on the UNet's device, `controls` links whose networks the plan finds places for.
+    """
+    fleet = current_fleet()
+    if len(fleet.working_slots) < 2:
+        status.set_current_plan(None)
+        profiler.recorder().note_plan(None)
+        return None
+    session = SamplingSession(unet, shape, request, fleet, beside=beside, controls=controls, preserved_bytes=preserved_bytes)
+    owner_of(unet.model).put(session)
+    logger.info("%s", session.plan.reason)
+    return session
+
+
+def end_session(unet: UnetPatcher) -> None:
+    """End the session of a run over this network, if there is one."""
+    session: SamplingSession | None = owner_of(unet.model).take(SamplingSession)
+    if session is not None:
+        session.close()

@@ -1,0 +1,223 @@
+"""Decode one latent on several slots at once, exactly: every slot computes a strip of the picture's rows.
+
+`SplitDecoder` divides the rows, hands each slot its strip and puts the picture together; the strips' own work is in `split_vae_strip`,
+what the split cannot do is found by `split_vae_layers`, and whether it pays by `split_vae_cost.worth_splitting`.
+
+Shapes: BCHW latents and pictures, 1CHW one of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, wait
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from backend.devices.slot import canonical_device
+from backend.parallel.planning.vae_cost import divide_rows
+from backend.parallel.vae.exchange import Board, Parcel, ReleasedError, SplitStalledError, StripLinks, pack, unpack
+from backend.parallel.vae.layers import CannotSplit, StripNetwork, read_strip_network
+from backend.parallel.vae.strip import DecoderStrip
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+__all__ = ["CannotSplit", "DecoderShard", "SplitDecoder", "SplitStalledError"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_STALL_S = 600.0
+_submitting = threading.Lock()
+"""Held while one decode's strips are given to their workers, so that all workers get the strips of two decodes in the same order. Each strip
+waits for its others, so two decodes in opposite orders on two workers would wait for each other."""
+
+
+class Submit(Protocol):
+    """Gives a function to a slot's worker thread, first come, first served."""
+
+    def __call__(self, function: Callable[[], T], /) -> Future[T]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderShard:
+    """One slot's part. `network` is an AutoencoderKL with all its weights on `device`; slots on one device may share it.
+
+    `run` must have a thread of its own among the shards. `speed` is relative; rows are given in proportion.
+    """
+
+    network: AutoencoderKL
+    device: torch.device
+    run: Submit
+    speed: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Strip:
+    """Rows `start` to `end` of the latent on one shard."""
+
+    shard: DecoderShard
+    network: StripNetwork
+    start: int
+    end: int
+
+
+class SplitDecoder:
+    """Decodes on all shards at once. Pictures equal `vae.decode` up to rounding. May be called from several threads.
+
+    `output_device` is where pictures go. `before_exchange` is called by every strip before each of its exchanges, in the worker's thread: what
+    it raises ends the decode (to cancel). `stall_s`: a strip waits no longer for another one.
+
+    Raises: CannotSplit for fewer than two shards, networks that differ, or a network with parts that strips do not know.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[DecoderShard],
+        *,
+        output_device: torch.device | None = None,
+        before_exchange: Callable[[], None] | None = None,
+        stall_s: float = _STALL_S,
+    ) -> None:
+        if len(shards) < 2:
+            raise CannotSplit(f"A VAE decode was to be split over {len(shards)} slots; it takes two or more. Decode whole.")
+        self._shards = tuple(shards)
+        self._networks = tuple(read_strip_network(shard.network, shard.device) for shard in shards)
+        self._output_device = canonical_device(output_device or torch.device("cpu"))
+        self._before_exchange, self._stall_s = before_exchange, stall_s
+        _check_alike(self._shards)
+
+    @property
+    def scale(self) -> int:
+        """Picture rows for each latent row."""
+        return self._networks[0].scale
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) latents, scaled as the network wants them, to (B, 3, 8H, 8W) in the network's type on the output device.
+
+        Image by image, each split over all slots. Raises: what a worker raised, or SplitStalledError. Nothing runs any more then, and what the
+        strips held is free, so the caller may try again or decode whole.
+        """
+        pictures = [self._decode_one(latents_BCHW[index : index + 1]) for index in range(latents_BCHW.shape[0])]
+        return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
+
+    def _decode_one(self, latent_1CHW: Tensor) -> Tensor:
+        strips = self._divide(latent_1CHW.shape[2])
+        board = Board(stall_s=self._stall_s)
+        tasks = [partial(self._run_strip, strips, rank, _cut(latent_1CHW, strip), board) for rank, strip in enumerate(strips)]
+        parcels = _run_together([strip.shard for strip in strips], tasks, board)
+        return torch.cat([unpack(parcel)[0] for parcel in parcels], dim=2)
+
+    def _divide(self, num_rows: int) -> tuple[_Strip, ...]:
+        """Strips from top to bottom, in the order of the shards; a shard without rows takes no part."""
+        rows = divide_rows(num_rows, [shard.speed for shard in self._shards])
+        return tuple(
+            _Strip(shard=shard, network=network, start=end - count, end=end)
+            for shard, network, count, end in zip(self._shards, self._networks, rows, accumulate(rows))
+            if count
+        )
+
+    def _run_strip(self, strips: Sequence[_Strip], rank: int, latent: Parcel, board: Board) -> Parcel:
+        """In the worker's thread."""
+        strip, num_rows = strips[rank], strips[-1].end
+        devices = tuple(canonical_device(one.shard.device) for one in strips)
+        links = StripLinks(board=board, rank=rank, devices=devices, before_exchange=self._before_exchange)
+        try:
+            with torch.no_grad():
+                board.raise_if_aborted(rank)
+                shares = [(one.end - one.start) / num_rows for one in strips]
+                (rows_1CHW,) = unpack(latent)
+                rows_1CHW = rows_1CHW.to(device=devices[rank], dtype=strip.network.dtype)
+                picture_1CHW = DecoderStrip(strip.network, shares, links).decode(rows_1CHW)
+                return pack((picture_1CHW,), self._output_device)
+        except ReleasedError:
+            raise
+        except BaseException as error:
+            board.abort()
+            logger.info(
+                "VAE decode of rows %d to %d of %d on %s stopped at exchange %d: %s",
+                strip.start, strip.end, num_rows, strip.shard.device, links.num_exchanges, error,
+            )  # fmt: skip
+            raise
+
+
+def _check_alike(shards: Sequence[DecoderShard]) -> None:
+    shapes = [_describe_weights(shard.network) for shard in shards]
+    for shard, found in zip(shards, shapes):
+        if found != shapes[0]:
+            raise CannotSplit(
+                f"The VAE on {shard.device} differs in layers or number type from the one on {shards[0].device}. Give all slots the same one."
+            )
+
+
+def _describe_weights(network: Any) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    parts = (("decoder", network.decoder), ("post_quant_conv", network.post_quant_conv))
+    return {
+        f"{part}.{name}": (parameter.shape, parameter.dtype)
+        for part, module in parts
+        if module is not None
+        for name, parameter in module.named_parameters()
+    }
+
+
+def _cut(latent_1CHW: Tensor, strip: _Strip) -> Parcel:
+    """The strip's rows and one more on either side where there is one, still where the latent is: its worker fetches them."""
+    rows_1CHW = latent_1CHW[:, :, max(0, strip.start - 1) : strip.end + 1]
+    return pack((rows_1CHW,), rows_1CHW.device)
+
+
+def _run_together(shards: Sequence[DecoderShard], tasks: Sequence[Callable[[], Parcel]], board: Board) -> list[Parcel]:
+    """All tasks at once, each on its shard's worker; their results in order. Ends only when no task runs any more."""
+    futures: list[Future[Parcel]] = []
+    cause: BaseException | None = None
+    try:
+        _submit_all(shards, tasks, board, futures)
+        wait(futures)
+        cause = _find_cause(futures)
+        if cause is not None:
+            raise cause
+        return [future.result() for future in futures]
+    finally:
+        board.abort()
+        wait(futures)
+        futures.clear()  # an error's traceback must not keep what keeps the error
+        cause = None
+
+
+def _submit_all(shards: Sequence[DecoderShard], tasks: Sequence[Callable[[], Parcel]], board: Board, futures: list[Future[Parcel]]) -> None:
+    with _submitting:
+        for shard, task in zip(shards, tasks):
+            future = shard.run(task)
+            futures.append(future)
+            future.add_done_callback(partial(_abort_unless_done, board))
+
+
+def _abort_unless_done(board: Board, future: Future[Parcel]) -> None:
+    """For strips that never began: cancelled while they waited in line, or their worker is lost."""
+    if future.cancelled() or future.exception() is not None:
+        board.abort()
+
+
+def _find_cause(futures: Sequence[Future[Parcel]]) -> BaseException | None:
+    """The first strip's error that is no consequence of another's. All failed strips' frames are emptied, so that their tensors are free.
+
+    A device's error comes last, as both ends of a failed copy have one: where a worker found its slot lost, that says more.
+    """
+    errors = [found for future in futures if not future.cancelled() and (found := future.exception()) is not None]
+    for found in errors:
+        traceback.clear_frames(found.__traceback__)
+    causes: list[BaseException] = [found for found in errors if not isinstance(found, ReleasedError)]
+    if any(future.cancelled() for future in futures):
+        causes.append(CancelledError("A strip of a split VAE decode was cancelled before it began."))
+    causes.sort(key=lambda found: isinstance(found, torch.AcceleratorError))
+    return next(iter([*causes, *errors]), None)

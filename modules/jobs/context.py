@@ -1,0 +1,69 @@
+"""What a job may use of the running program: settings, state, models, files. Nothing of the page or the API.
+
+`Application` is one. A request holds the context it was made in (`p.context`), and what works for a request asks that. Functions that extensions call
+without a request (`images.save_image`, `rng.ImageRNG` ...) take the installed one.
+
+    state = p.context.state
+    if state.interrupted: ...
+
+Must not import the application: everything that it is built from may import this.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from modules.app_config import AppConfig
+    from modules.checkpoints.cache import FileCache
+    from modules.checkpoints.hashes import HashStore
+    from modules.checkpoints.listing import CheckpointRegistry
+    from modules.checkpoints.models import ModelHost
+    from modules.checkpoints.vae_files import ModuleRegistry
+    from modules.jobs.bar import JobBar
+    from modules.jobs.queue import JobQueue
+    from modules.jobs.state import State
+    from modules.pictures.upscaler_models import UpscalerModels
+    from modules.prompts.styles import StyleDatabase
+    from modules.settings.folder_policy import FolderPolicy
+    from modules.settings.options import Options
+
+
+class JobContext(Protocol):
+    """`options` are the settings as they are now; a job reads its own snapshot, `p.options`."""
+
+    config: AppConfig
+    options: Options
+    state: State
+    jobs: JobQueue
+    checkpoints: CheckpointRegistry
+    additional_modules: ModuleRegistry
+    models: ModelHost
+    file_cache: FileCache
+    hashes: HashStore
+    styles: StyleDatabase
+    upscaler_models: UpscalerModels | None
+    job_bar: JobBar
+    last_profile: Any
+    folders: FolderPolicy
+
+
+_installed: JobContext | None = None
+
+
+def install_context(context: JobContext | None) -> None:
+    """Makes `context` the one that requests are made in; None removes it. Called by `application.install`."""
+    global _installed  # noqa: PLW0603 - the one place where the running program is known below processing
+    _installed = context
+
+
+def installed_context() -> JobContext | None:
+    """The context that requests are made in; None before there is one."""
+    return _installed
+
+
+def required_context() -> JobContext:
+    """As installed_context(). Raises RuntimeError before there is one."""
+    if _installed is None:
+        raise RuntimeError("no application is installed yet; webui.py installs it at start, tests with modules.application.install().")
+    return _installed

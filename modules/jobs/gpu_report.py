@@ -1,0 +1,114 @@
+"""What the slots are and do, in words: the table of --list-gpus, and what to do when a slot stands idle. Knows no page and asks no device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from backend.devices.slot import format_bytes
+
+if TYPE_CHECKING:
+    from backend.parallel.planning.preview import Preview
+    from backend.parallel.running.status import PlanStatus, SlotStatus
+    from modules.jobs.profile_record import JobRecord, SlotRecord
+
+STATES = {
+    "DISABLED": "main memory",
+    "NO_VRAM": "no VRAM to spare",
+    "LOW_VRAM": "low VRAM",
+    "NORMAL_VRAM": "normal",
+    "HIGH_VRAM": "all stays",
+    "SHARED": "shared memory",
+    "LOST": "lost",
+}
+LITTLE_USED = 0.5
+"""Below this share of a job a slot is worth a word."""
+_WHAT_WOULD_HELP = {
+    "copy": "it waits for copies; let each slot have a whole copy of the model (setting multi_gpu_strategy: replicas), or make larger batches",
+    "other slots": "it waits for the others, as the pictures go from slot to slot; a larger Batch size keeps all of them busy",
+    "plan": "the plan was made in that time; the next job of this size has it already",
+    "load": "models were moved in that time; jobs with the same model do without",
+    "save": "pictures were saved in that time; a faster disk or a quicker file format would help",
+    "host": "it waits for the rest of the program; a larger Batch size gives it more to do at once",
+}
+
+
+def slots_text(slots: Sequence[SlotStatus]) -> list[str]:
+    """A line for every slot under a line of titles, in columns."""
+    rows: list[tuple[str, ...]] = [("slot", "device", "name", "state", "used", "of", "models on it", "use", "temp.")]
+    rows += [_row(slot) for slot in slots]
+    columns = [column for column in zip(*rows) if any(cell for cell in column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in zip(*columns)]
+
+
+def _row(slot: SlotStatus) -> tuple[str, ...]:
+    used_bytes = max(0, slot.total_bytes - slot.free_bytes)
+    return (
+        str(slot.index),
+        slot.torch_device,
+        slot.name,
+        STATES.get(slot.vram_state, slot.vram_state),
+        format_bytes(used_bytes),
+        format_bytes(slot.total_bytes),
+        ", ".join(f"{name} {format_bytes(held_bytes)}" for name, held_bytes in slot.holders),
+        "" if slot.utilization is None else f"{slot.utilization} %",
+        "" if slot.temperature is None else f"{slot.temperature} °C",
+    )
+
+
+def preview_text(preview: Preview, name: str) -> list[str]:
+    """The plan for a checkpoint, slot by slot."""
+    plan = preview.plan
+    pictures = "1 picture" if preview.images == 1 else f"{preview.images} pictures"
+    lines = [f"{name} ({preview.model}), {pictures} of {preview.side_px}x{preview.side_px}: {plan.strategy}. {plan.reason}."]
+    lines += [f"  slot {slot}: {format_bytes(size_bytes)} at the peak" for slot, size_bytes in sorted(plan.predicted_bytes.items())]
+    return lines
+
+
+def describe_idleness(plan: PlanStatus | None, slots: Sequence[SlotStatus], *, uses_many: bool, job: JobRecord | None = None) -> str:
+    """One sentence on a slot that does nothing or little, why, and what to do; empty where there is none. `job` is the profile of the last one."""
+    lost = [slot.index for slot in slots if slot.vram_state == "LOST"]
+    if lost:
+        return f"{_slots(lost)} lost: restart the program to use {'it' if len(lost) == 1 else 'them'} again, and look at the driver's log."
+    if len(slots) < 2:
+        return ""
+    if not uses_many:
+        return f"Only slot {slots[0].index} computes: start with --multi-gpu to use the others."
+    if plan is None:
+        return ""
+    idle = _idle(plan, slots)
+    if idle:
+        return f"{_slots(idle)} idle: {plan.reason.rstrip('.')}. {_way_out(plan)}"
+    return "" if job is None else _little_used(job)
+
+
+def _idle(plan: PlanStatus, slots: Sequence[SlotStatus]) -> list[int]:
+    """Slots that the plan leaves out, or has no forward for."""
+    working = {slot for number, stages in enumerate(plan.stages) if number >= len(plan.units) or plan.units[number] > 0 for slot in stages}
+    return [slot.index for slot in slots if slot.index not in working]
+
+
+def _way_out(plan: PlanStatus) -> str:
+    if "was asked for" in plan.reason:
+        return "Choose auto as the setting multi_gpu_strategy, or leave --multi-gpu-strategy out."
+    if plan.is_replicated:
+        return "More pictures at once (Batch size) give it work."
+    return "Larger pictures, or more of them at once (Batch size), give it work."
+
+
+def _little_used(job: JobRecord) -> str:
+    slot = min(job.slots, key=lambda one: one.busy_share, default=None)
+    if slot is None or slot.busy_share >= LITTLE_USED or not slot.wait_ms_by_cause:
+        return ""
+    cause = max(slot.wait_ms_by_cause, key=lambda one: _waited(slot, one))
+    return f"Slot {slot.slot} worked {slot.busy_share:.0%} of the last job: most of the rest {_WHAT_WOULD_HELP[cause]}."
+
+
+def _waited(slot: SlotRecord, cause: str) -> float:
+    by_cause: Mapping[str, float] = slot.wait_ms_by_cause
+    return by_cause[cause]
+
+
+def _slots(indices: Sequence[int]) -> str:
+    return f"Slot {indices[0]} is" if len(indices) == 1 else f"Slots {', '.join(map(str, indices[:-1]))} and {indices[-1]} are"

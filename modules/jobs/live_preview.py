@@ -1,0 +1,121 @@
+"""Pictures of what a job is working on, made by the worker from the latents of a step.
+
+"Full" decodes with the VAE. Everything else is a linear map from latent channels to colours, fitted once to the VAE in use, so that it suits any
+model. Must not know jobs or the page.
+
+Shapes: B pictures, C latent channels, H W latent rows and columns, N samples.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from backend import memory_management
+from modules.pictures.grids import choose_num_rows, lay_grid
+from modules.processing.latents import pixels_to_pil
+
+log = logging.getLogger(__name__)
+
+FULL = "Full"
+_LINEAR_ALIASES = ("Approx NN", "TAESD")
+_FIT_SIDE, _FIT_PICTURES, _FIT_SEED = 16, 2, 20
+
+_fitted: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+_said: set[str] = set()
+
+
+class PreviewMaker:
+    """Latents BCHW to one picture. Called on the job's own thread; `due()` keeps it from costing more than the settings allow."""
+
+    def __init__(self, engine: Any, options: Mapping[str, Any], now: Callable[[], float] = time.monotonic) -> None:
+        self._engine = engine
+        self._method = _resolve_method(str(options["show_progress_type"]))
+        self._enabled = bool(options["live_previews_enable"])
+        self._every_num_steps = int(options["show_progress_every_n_steps"])
+        self._period_s = float(options["live_preview_refresh_period"]) / 1000
+        self._whole_batch = bool(options["show_progress_grid"])
+        self._now = now
+        self._last_s = -1e9
+        self._last_step = 0
+
+    def due(self, step: int) -> bool:
+        """Whether a preview is to be made after `step` steps: enough steps and enough time since the last."""
+        if not self._enabled or self._every_num_steps < 0:
+            return False
+        if step < self._last_step:  # another pass began
+            self._last_step = 0
+        if step - self._last_step < max(self._every_num_steps, 1) or self._now() - self._last_s < self._period_s:
+            return False
+        self._last_step, self._last_s = step, self._now()
+        return True
+
+    def __call__(self, latents_BCHW: Tensor) -> Image.Image | None:
+        """One picture, or a grid of all in the batch. None when previews are off, or where there is no room for one: the job goes on without."""
+        if not self._enabled:
+            return None
+        try:
+            return self._make(latents_BCHW)
+        except RuntimeError as error:
+            if not memory_management.is_out_of_memory(error):
+                raise
+            log.info("No preview of this step: there is no room for it (%s).", str(error).splitlines()[0])
+            return None
+
+    def _make(self, latents_BCHW: Tensor) -> Image.Image:
+        chosen = latents_BCHW if self._whole_batch else latents_BCHW[:1]
+        pictures = [pixels_to_pil(self._pixels(latent_CHW)) for latent_CHW in chosen]
+        if len(pictures) == 1:
+            return pictures[0]
+        num_rows = choose_num_rows(len(pictures), wanted_rows=-1, batch_size=len(pictures), prevent_empty_spots=False)
+        return lay_grid(pictures, num_rows, -(-len(pictures) // num_rows), "#ffffff")
+
+    def _pixels(self, latent_CHW: Tensor) -> Tensor:
+        """0..1 CHW."""
+        if self._method == FULL:
+            return self._engine.decode_first_stage(latent_CHW[None])[0].add(1).div(2)
+        return apply_projection(latent_CHW, latent_projection(self._engine))
+
+
+def _resolve_method(name: str) -> str:
+    if name in _LINEAR_ALIASES and name not in _said:
+        _said.add(name)
+        log.info("show_progress_type: previews of kind %r need a network that is not here; the cheap approximation is used.", name)
+    return FULL if name == FULL else "Approx cheap"
+
+
+def apply_projection(latent_CHW: Tensor, projection: Tensor) -> Tensor:
+    """Colours CHW of latents under a projection (C + 1, 3); its last row is the constant."""
+    flat_HWC = latent_CHW.float().cpu().movedim(0, -1)
+    return (flat_HWC @ projection[:-1] + projection[-1]).movedim(-1, 0).clamp(0, 1)
+
+
+def latent_projection(engine: Any) -> Tensor:
+    """(C + 1, 3): how latent channels turn into colours, as nearly as a linear map can: the family's table, else fitted once for each VAE."""
+    table = getattr(getattr(engine, "latent_format", None), "preview", None)
+    if table is not None:
+        return torch.tensor(table)
+    network = engine.forge_objects.vae.first_stage_model
+    if network not in _fitted:
+        _fitted[network] = fit_projection(engine.decode_first_stage, int(engine.forge_objects.vae.latent_channels))
+    return _fitted[network]
+
+
+def fit_projection(decode: Callable[[Tensor], Tensor], num_channels: int) -> Tensor:
+    """Least squares between smooth random latents and their decoded pictures (-1..1), averaged over each latent's pixels."""
+    generator = torch.Generator().manual_seed(_FIT_SEED)
+    coarse = torch.randn(_FIT_PICTURES, num_channels, _FIT_SIDE // 4, _FIT_SIDE // 4, generator=generator)
+    latents_BCHW = functional.interpolate(coarse, size=(_FIT_SIDE, _FIT_SIDE), mode="bicubic")
+    pixels_BCHW = decode(latents_BCHW).float().cpu().add(1).div(2)
+    colors_BCHW = functional.adaptive_avg_pool2d(pixels_BCHW, (_FIT_SIDE, _FIT_SIDE))
+    inputs_NC = latents_BCHW.movedim(1, -1).reshape(-1, num_channels)
+    inputs_NC = torch.cat([inputs_NC, torch.ones(len(inputs_NC), 1)], dim=1)
+    return torch.linalg.lstsq(inputs_NC, colors_BCHW.movedim(1, -1).reshape(-1, 3)).solution

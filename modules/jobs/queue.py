@@ -1,0 +1,318 @@
+"""One line of jobs for page and API, and the one thread that does them.
+
+A job is a function; its result or its error goes to whoever waits for it. Knows nothing about pictures.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import html
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, Generic, TypeVar
+
+from modules import errors
+from modules.errors import JobCancelled, LineFullError, RequestError, ServerClosingError
+from modules.jobs.context import required_context
+from modules.jobs.progress import TaskBook, create_task_id
+from modules.jobs.state import State
+
+log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+
+MAX_WAITING_JOBS = 256
+
+
+class FIFOLock:
+    """A lock that its waiters get in the order they asked. The thread that has it may take it again."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._waiting: deque[threading.Event] = deque()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def acquire(self, blocking: bool = True) -> bool:
+        me = threading.get_ident()
+        with self._guard:
+            if self._owner in (None, me):
+                self._owner, self._depth = me, self._depth + 1
+                return True
+            if not blocking:
+                return False
+            turn = threading.Event()
+            self._waiting.append(turn)
+        turn.wait()
+        with self._guard:
+            self._owner = me  # the one who let go kept the lock taken (depth 1) for us
+        return True
+
+    def release(self) -> None:
+        with self._guard:
+            if self._owner != threading.get_ident():
+                raise RuntimeError("release of a lock that this thread does not hold")
+            self._depth -= 1
+            if self._depth:
+                return
+            self._owner = None
+            if self._waiting:
+                self._owner, self._depth = -1, 1
+                self._waiting.popleft().set()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+# extensions that compute outside a job take it; so does the worker, for each job
+queue_lock = FIFOLock()
+
+
+class Job(Generic[ResultT]):
+    """A job in the line. `wait()` gives its result or raises what it raised."""
+
+    def __init__(self, task_id: str, name: str, run: Callable[[], ResultT]) -> None:
+        self.task_id = task_id
+        self.name = name
+        self.run = run
+        self.context = contextvars.copy_context()
+        self.done = threading.Event()
+        self._callbacks: list[Callable[[], None]] = []
+        self._callbacks_lock = threading.Lock()
+        self.result: ResultT | None = None
+        self.error: BaseException | None = None
+
+    def wait(self, timeout_s: float | None = None) -> ResultT:
+        """Block until the job is over. Raises its error, or TimeoutError."""
+        if not self.done.wait(timeout_s):
+            raise TimeoutError(f"job {self.name} ({self.task_id}) is not over after {timeout_s} s")
+        if self.error is not None:
+            raise self.error
+        return self.result  # type: ignore[return-value]  # set by whoever set `done`
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Call it when the job is over, on the thread that ends it; at once if it is over already."""
+        with self._callbacks_lock:
+            if not self.done.is_set():
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def finish(self) -> None:
+        """It is over: `result` or `error` is set. Wakes whoever waits."""
+        with self._callbacks_lock:
+            self.done.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def carry_out(self) -> None:
+        """Run it here and now; whatever it raises is kept for the waiter."""
+        try:
+            self.result = self.context.run(self.run)
+        except RequestError as error:
+            self.error = error
+        except Exception as error:
+            self.error = _explained(error, self.name)
+            errors.record_exception()
+            log.error("Job %s failed: %s: %s", self.name, type(self.error).__name__, self.error, exc_info=error)
+
+
+def _explained(error: Exception, name: str) -> Exception:
+    """A shortage of memory on a device becomes one that says who holds what on every device; other errors stay as they are."""
+    from backend import memory_management  # imports torch, which the line itself does not need
+
+    return memory_management.explain_shortage(error, f"the job {name}")
+
+
+class JobQueue:
+    """First in, first out. The worker thread starts with the first job and is a daemon: it does not hold up the end of the program.
+
+    No more than `max_waiting` jobs wait at a time.
+    """
+
+    def __init__(self, state: State, max_waiting: int = MAX_WAITING_JOBS) -> None:
+        self.state = state
+        self.max_waiting = max_waiting
+        self.tasks = TaskBook()
+        self._line: deque[Job[Any]] = deque()
+        self._changed = threading.Condition(threading.RLock())
+        self._running: Job[Any] | None = None
+        self._worker: threading.Thread | None = None
+        self._closed = False
+
+    def submit(self, task_id: str | None, name: str, run: Callable[[], ResultT]) -> Job[ResultT]:
+        """Put a job at the end of the line. Called from inside a job, it runs at once: waiting for itself would never end.
+
+        Raises ServerClosingError and LineFullError.
+        """
+        job: Job[ResultT] = Job(task_id or create_task_id(name), name, run)
+        if threading.current_thread() is self._worker:
+            job.carry_out()
+            job.finish()
+            return job
+        with self._changed:
+            self.check_room()
+            self.tasks.add(job.task_id)
+            self._line.append(job)
+            self._start_worker()
+            self._changed.notify_all()
+        return job
+
+    def check_room(self) -> None:
+        """Raises ServerClosingError and LineFullError where submit() would."""
+        with self._changed:
+            if self._closed:
+                raise ServerClosingError("the server is shutting down and takes no more jobs.")
+            if len(self._line) >= self.max_waiting:
+                raise LineFullError(f"{len(self._line)} jobs wait already, and no more are taken. Try again later.")
+
+    def run_and_wait(self, task_id: str | None, name: str, run: Callable[[], ResultT]) -> ResultT:
+        """submit() and wait()."""
+        return self.submit(task_id, name, run).wait()
+
+    def cancel(self, task_id: str) -> bool:
+        """Take a waiting job out of the line; whether it was there. Its waiter gets JobCancelled."""
+        with self._changed:
+            job = next((waiting for waiting in self._line if waiting.task_id == task_id), None)
+            if job is None:
+                return False
+            self._line.remove(job)
+        self._drop(job, JobCancelled(f"job {job.name} ({job.task_id}): it was cancelled before it began."))
+        return True
+
+    def abandon(self, job: Job[Any]) -> None:
+        """Nobody wants the job's result any more: take it out of the line, or interrupt it if it runs."""
+        with self._changed:
+            is_waiting = job in self._line
+            if is_waiting:
+                self._line.remove(job)
+            elif self._running is job:  # the next one begins under this lock and forgets the flag
+                self.state.interrupt()
+        if is_waiting:
+            self._drop(job, JobCancelled(f"job {job.name} ({job.task_id}): its client went away."))
+
+    def reopen(self) -> None:
+        """Take jobs again after close()."""
+        with self._changed:
+            self._closed = False
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Take no more jobs, drop the waiting ones, interrupt the running one and wait for it. Whoever waits gets an answer."""
+        with self._changed:
+            self._closed = True
+            dropped = list(self._line)
+            self._line.clear()
+            self._changed.notify_all()
+        for job in dropped:
+            self._drop(job, ServerClosingError(f"job {job.name} ({job.task_id}): the server is shutting down."))
+        with self._changed:
+            if self._running is not None:
+                self.state.interrupt()
+        if self._worker is not None and self._worker is not threading.current_thread():
+            self._worker.join(timeout_s)
+
+    def _drop(self, job: Job[Any], error: JobCancelled) -> None:
+        self.tasks.finish(job.task_id)
+        job.error = error
+        job.finish()
+
+    def _start_worker(self) -> None:
+        if self._worker is None or not self._worker.is_alive():
+            self._worker = threading.Thread(target=self._work, name="job-worker", daemon=True)
+            self._worker.start()
+
+    def _work(self) -> None:
+        while (job := self._next_job()) is not None:
+            with queue_lock:
+                self._do(job)
+
+    def _next_job(self) -> Job[Any] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._line or self._closed)
+            if not self._line:
+                return None
+            job = self._line.popleft()
+            self.tasks.start(job.task_id)
+            self.state.begin(job.name)
+            self._running = job
+            return job
+
+    def _do(self, job: Job[Any]) -> None:
+        try:
+            job.carry_out()
+            if job.error is None:
+                self.tasks.record(job.task_id, job.result)
+        finally:
+            with self._changed:
+                self._running = None
+            self.state.end()
+            self.tasks.finish(job.task_id)
+            job.finish()
+
+
+# Wrappers for the page's handlers, under the names that extensions import.
+
+
+def wrap_queued_call(func: Callable[..., Any]) -> Callable[..., Any]:
+    """`func` under the queue lock."""
+
+    @wraps(func)
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with queue_lock:
+            return func(*args, **kwargs)
+
+    return locked
+
+
+def _is_task_id(value: object) -> bool:
+    return isinstance(value, str) and value.startswith("task(") and value.endswith(")")
+
+
+def wrap_gradio_gpu_call(func: Callable[..., Any], extra_outputs: Sequence[Any] | None = None) -> Callable[..., Any]:
+    """`func` as a job: a first argument `task(...)` is its id. Errors become a line of HTML, the time it took is added to it."""
+
+    def as_job(*args: Any, **kwargs: Any) -> Any:
+        task_id = args[0] if args and _is_task_id(args[0]) else None
+        return required_context().jobs.run_and_wait(task_id, func.__name__, lambda: func(*args, **kwargs))
+
+    return wrap_gradio_call(as_job, extra_outputs=extra_outputs, add_stats=True)
+
+
+def wrap_gradio_call(func: Callable[..., Any], extra_outputs: Sequence[Any] | None = None, add_stats: bool = False) -> Callable[..., Any]:
+    """`func` with its errors shown on the page: outputs `extra_outputs` (default [None, '']) and the message as HTML."""
+
+    @wraps(func)
+    def shown(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            outputs = list(func(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001 - wall: handlers of the page
+            outputs = [*(extra_outputs if extra_outputs is not None else [None, ""]), error_html(error)]
+        if add_stats:
+            outputs[-1] = f"{outputs[-1]}{_time_html(time.perf_counter() - started)}"
+        return tuple(outputs)
+
+    return shown
+
+
+wrap_gradio_call_no_job = wrap_gradio_call
+
+
+def error_html(error: BaseException) -> str:
+    """What a failed job shows on the page: the message; the kind of error too unless it is the user's."""
+    text = str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
+    return f"<div class='error'>{html.escape(text)}</div>"
+
+
+def _time_html(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    text = f"{int(minutes)} min. {rest:.1f} sec." if minutes else f"{rest:.1f} sec."
+    return f"<div class='performance'><p class='time'>Time taken: <wbr><span class='measurement'>{text}</span></p></div>"

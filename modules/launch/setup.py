@@ -1,0 +1,185 @@
+"""The packages: what is missing is installed, in an order that keeps torch as it is, and a stamp makes the next start short.
+
+Standard library only. argv and the environment are handed in.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.launch import pip
+from modules.launch.errors import SetupError
+from modules.launch.stamp import FILE_NAME, fingerprint, read_stamp, write_stamp
+
+log = logging.getLogger(__name__)
+
+MIN_FREE_BYTES = 2 * 2**30  # torch for the CPU and the rest; torch for CUDA takes about three times that
+RUNTIME_FILE = "requirements_versions.txt"
+TEST_FILE = "requirements_test.txt"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """What is to be installed into the environment at `prefix`. The first file pins torch; the others come on top."""
+
+    requirement_files: tuple[Path, ...]
+    environ: Mapping[str, str]
+    prefix: Path = Path(sys.prefix)
+    skip_install: bool = False
+    reinstall_torch: bool = False
+    xformers: bool = False
+    reinstall_xformers: bool = False
+
+    @property
+    def stamp_path(self) -> Path:
+        return self.prefix / FILE_NAME
+
+    @property
+    def log_path(self) -> Path:
+        return self.prefix / "webui-pip.log"
+
+    @property
+    def constraints_path(self) -> Path:
+        """A pip constraints file that holds torch at the installed version."""
+        return self.prefix / "webui-constraints.txt"
+
+
+def runtime_file(root_dir: Path, environ: Mapping[str, str]) -> Path:
+    """`requirements_versions.txt`, or what REQS_FILE names."""
+    return root_dir / (environ.get("REQS_FILE") or RUNTIME_FILE)
+
+
+def install_packages(setup: Setup) -> bool:
+    """Installs what the stamp does not vouch for; True when pip was called for the requirements files.
+
+    Raises:
+        SetupError: something cannot be installed.
+    """
+    began_s = time.perf_counter()
+    stamp = read_stamp(setup.stamp_path)
+    contents = {path.name: pip.read_requirements(path) for path in setup.requirement_files}
+    torch_line, _ = pip.split_torch(contents[setup.requirement_files[0].name].decode("utf-8-sig"))
+    command = _choose_torch_command(setup, stamp, torch_line)
+    marks = _marks(setup, contents, command)
+    if stamp.items() >= marks.items() and not setup.reinstall_torch:
+        log.info("Packages are those of %s; nothing to install (%.2f s)", " and ".join(contents), time.perf_counter() - began_s)
+        return False
+    if setup.skip_install:
+        log.warning("--skip-install: packages may differ from those of %s", " and ".join(contents))
+        return False
+    words = pip.split_pip_command(command) if command else []
+    _save_stamp(setup, {key: mark for key, mark in stamp.items() if key.startswith("extension:")})  # should this be cut short
+    _install_torch(setup, stamp, torch_line, words)
+    _install_rest(setup, contents)
+    _save_stamp(setup, {**read_stamp(setup.stamp_path), **marks, "torch_command": command})
+    log.info("Packages installed in %.0f s", time.perf_counter() - began_s)
+    return True
+
+
+def _marks(setup: Setup, contents: Mapping[str, bytes], command: str) -> dict[str, str]:
+    """One mark for each leading group of files: whoever installed the test extras has installed the rest too."""
+    names = [path.name for path in setup.requirement_files]
+    groups = [names[: i + 1] for i in range(len(names))]
+    return {"+".join(group): fingerprint({name: contents[name] for name in group}, command) for group in groups}
+
+
+def _choose_torch_command(setup: Setup, stamp: Mapping[str, str], torch_line: str | None) -> str:
+    """The command now; when nothing was asked for, the one that worked last time, so that a CPU build is not replaced behind the user's back."""
+    if torch_line is None and not setup.environ.get("TORCH_COMMAND"):
+        return ""
+    asked = setup.environ.get("TORCH_COMMAND") or setup.environ.get("TORCH_INDEX_URL")
+    before = stamp.get("torch_command", "")
+    if not asked and torch_line and torch_line in before:
+        return before
+    return pip.torch_command(torch_line or "torch", setup.environ, nvidia=pip.has_nvidia_driver())
+
+
+def _install_torch(setup: Setup, stamp: Mapping[str, str], torch_line: str | None, words: list[str]) -> None:
+    """Runs pip with these words unless the pinned torch is there; another build of that version takes its place only when it is asked for."""
+    if not words:
+        return
+    command = f"pip {' '.join(words)}"
+    installed = pip.installed_version("torch")
+    rebuild = setup.reinstall_torch or ("torch_command" in stamp and pip.split_pip_command(stamp["torch_command"]) != words)
+    pinned = (torch_line or "").partition("==")[2].split(";")[0].strip()
+    if installed and not rebuild and not setup.environ.get("TORCH_COMMAND") and (not pinned or installed.split("+")[0] == pinned):
+        return
+    _check_disk(setup.prefix)
+    if installed and rebuild:
+        _pip(setup, ["uninstall", "--yes", "torch"], "torch anew")
+    log.info("Installing torch (1 of 2): %s", command)
+    if not pip.has_nvidia_driver() and "index" not in command and sys.platform == "linux":
+        log.info(
+            "No NVIDIA driver found. The default package may bring CUDA along, 2.5 GB more; for the CPU alone set TORCH_INDEX_URL=%s",
+            pip.CPU_INDEX_HINT,
+        )
+    _pip(setup, words, "torch")
+
+
+def _install_rest(setup: Setup, contents: Mapping[str, bytes]) -> None:
+    """All other lines of all files in one call, torch held where it is."""
+    lines = [line for content in contents.values() for line in pip.split_torch(content.decode("utf-8-sig"))[1]]
+    log.info("Installing packages (2 of 2): %s", " and ".join(contents))
+    constraints = _write_constraints(setup)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "requirements.txt"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _pip(setup, ["install", "--prefer-binary", "-r", str(path)], " and ".join(contents), constraints)
+
+
+def _write_constraints(setup: Setup) -> Path | None:
+    torch_version = pip.installed_version("torch")
+    if torch_version is None:
+        return None
+    try:
+        setup.constraints_path.write_text(f"torch=={torch_version}\n", encoding="utf-8")
+    except OSError as error:
+        log.warning("Writing %s failed (%s); torch is not held at its version", setup.constraints_path, error.strerror)
+        return None
+    return setup.constraints_path
+
+
+def _pip(setup: Setup, arguments: list[str], asked: str, constraints: Path | None = None) -> None:
+    pip.run_pip(arguments, asked=asked, log_path=setup.log_path, environ=setup.environ, constraints=constraints)
+
+
+def _check_disk(folder: Path) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < MIN_FREE_BYTES:
+        raise SetupError(
+            f"Installing torch needs at least {MIN_FREE_BYTES / 2**30:.0f} GB, and {free_bytes / 2**30:.1f} GB are free at {folder}. "
+            "Free some, or set VENV_DIR to a folder on another disk."
+        )
+
+
+def _save_stamp(setup: Setup, entries: Mapping[str, str]) -> None:
+    try:
+        write_stamp(setup.stamp_path, entries)
+    except OSError as error:
+        log.warning("Writing %s failed (%s); the next start will ask pip again", setup.stamp_path, error.strerror)
+
+
+def install_xformers(setup: Setup) -> None:
+    """Installs the xformers made for the installed torch, without its dependencies so that torch stays. A failure costs speed, not the start."""
+    torch_version = pip.installed_version("torch")
+    installed = pip.installed_version("xformers")
+    requirement = pip.xformers_requirement(torch_version or "0", setup.environ)
+    if requirement is None:
+        log.warning("--xformers: no xformers is known for torch %s; torch's own attention is used. Name one in XFORMERS_PACKAGE.", torch_version)
+        return
+    fits = installed is not None and ("==" not in requirement or installed.split("+")[0] == requirement.partition("==")[2])
+    if setup.skip_install or (fits and not setup.reinstall_xformers):
+        return
+    log.info("Installing %s for torch %s", requirement, torch_version)
+    again = ["--force-reinstall"] if setup.reinstall_xformers else []
+    try:
+        _pip(setup, ["install", "--no-deps", "--prefer-binary", *again, requirement], "xformers")
+    except SetupError as error:
+        log.warning("%s Torch's own attention is used.", error)

@@ -1,0 +1,212 @@
+"""From the prompts of a request to the conditions of a batch: styles, comments, extra networks, encoding, and the memory of the last encoding.
+
+Must not know sampling or pictures. Functions take the request (`p`) and fill its fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from backend.text_processing.composition import strip_comments
+from modules.errors import RequestError
+from modules.prompts import extra_networks
+from modules.prompts import schedules as prompt_parser
+from modules.prompts.schedules import SdConditioning
+from modules.samplers.registry import find_sampler_config, needs_uncond
+
+if TYPE_CHECKING:
+    from modules.processing.request import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img
+
+# settings that change what a prompt is encoded to
+_ENCODING_OPTIONS = (
+    *("CLIP_stop_at_last_layers", "sdxl_clip_l_skip", "emphasis", "comma_padding_backtrack", "sdxl_crop_left", "sdxl_crop_top"),
+    *("sdxl_refiner_low_aesthetic_score", "sdxl_refiner_high_aesthetic_score"),
+)
+
+
+def setup_prompts(p: StableDiffusionProcessing) -> None:
+    """Fill all_prompts and all_negative_prompts, one for each picture of the job. Raises RequestError."""
+    count = p.batch_size * p.n_iter
+    if isinstance(p.prompt, list):
+        p.all_prompts = list(p.prompt)
+    elif isinstance(p.negative_prompt, list):
+        p.all_prompts = [p.prompt] * len(p.negative_prompt)
+    else:
+        p.all_prompts = [p.prompt] * count
+    p.all_negative_prompts = list(p.negative_prompt) if isinstance(p.negative_prompt, list) else [p.negative_prompt] * len(p.all_prompts)
+    if not p.all_prompts or len(p.all_prompts) != len(p.all_negative_prompts):
+        raise RequestError(
+            f"{len(p.all_prompts)} prompts and {len(p.all_negative_prompts)} negative prompts were given; give one negative prompt for each prompt."
+        )
+    p.all_prompts = [finish_prompt(p, prompt) for prompt in p.all_prompts]
+    p.all_negative_prompts = [finish_prompt(p, prompt, negative=True) for prompt in p.all_negative_prompts]
+    p.main_prompt, p.main_negative_prompt = p.all_prompts[0], p.all_negative_prompts[0]
+
+
+def finish_prompt(p: StableDiffusionProcessing, prompt: str, *, negative: bool = False) -> str:
+    """A prompt as it is encoded: with the chosen styles, without comments."""
+    text = _with_styles(p, str(prompt), negative)
+    return strip_comments(text) if p.options.enable_prompt_comments else text
+
+
+def _with_styles(p: StableDiffusionProcessing, prompt: str, negative: bool) -> str:
+    if not p.styles:
+        return prompt
+    styles = p.context.styles
+    apply = styles.apply_negative_styles_to_prompt if negative else styles.apply_styles_to_prompt
+    return apply(prompt, p.styles)
+
+
+def parse_extra_network_prompts(p: StableDiffusionProcessing) -> None:
+    """Take `<kind:name:...>` out of the batch's prompts; what was asked for goes to extra_network_data."""
+    p.prompts, p.extra_network_data = extra_networks.parse_prompts(p.prompts)
+
+
+def apply_prompt_options(p: StableDiffusionProcessing) -> None:
+    """Tell the engine's text side what the job's settings say."""
+    engine, options = p.sd_model, p.options
+    engine.set_clip_skip(int(options.CLIP_stop_at_last_layers))
+    engine.set_emphasis(options.emphasis)
+    for text_engine in engine.text_engines:
+        text_engine.comma_padding_backtrack = int(options.comma_padding_backtrack)
+    for name in ("sdxl_crop_top", "sdxl_crop_left", "sdxl_refiner_low_aesthetic_score", "sdxl_refiner_high_aesthetic_score"):
+        if hasattr(engine, name):
+            setattr(engine, name, options[name])
+
+
+def setup_conditions(p: StableDiffusionProcessing) -> None:
+    """Fill `c` and `uc` of the batch. With CFG scale 1 the negative prompt is not encoded: it has no part in the picture."""
+    apply_prompt_options(p)
+    prompts = SdConditioning(p.prompts, width=p.width, height=p.height)
+    negative_prompts = SdConditioning(p.negative_prompts, width=p.width, height=p.height, is_negative_prompt=True)
+    p.firstpass_steps = num_denoiser_calls(p.sampler_name, p.steps)
+    p.step_multiplier = max(p.firstpass_steps // max(p.steps, 1), 1)
+    p.c = _cached(p, prompt_parser.get_multicond_learned_conditioning, prompts, p.firstpass_steps, p.cached_c, p.extra_network_data)
+    p.uc = None
+    if p.cfg_scale != 1 or needs_uncond(p.sampler_name) or _is_weighted(p.c):
+        p.uc = _cached(p, prompt_parser.get_learned_conditioning, negative_prompts, p.firstpass_steps, p.cached_uc, p.extra_network_data)
+
+
+def setup_hires_conditions(p: StableDiffusionProcessingTxt2Img) -> None:
+    """Fill `hr_c` and `hr_uc` for the second pass of the batch."""
+    if p.options.hires_fix_use_firstpass_conds:
+        p.hr_c, p.hr_uc = p.c, p.uc
+        return
+    apply_prompt_options(p)
+    width, height = p.hr_upscale_to_x, p.hr_upscale_to_y
+    prompts = SdConditioning(p.hr_prompts, width=width, height=height)
+    negative_prompts = SdConditioning(p.hr_negative_prompts, width=width, height=height, is_negative_prompt=True)
+    steps = num_denoiser_calls(p.hr_sampler_name or p.sampler_name, p.hr_second_pass_steps or p.steps)
+    make_c, make_uc = prompt_parser.get_multicond_learned_conditioning, prompt_parser.get_learned_conditioning
+    p.hr_c = _cached(p, make_c, prompts, p.firstpass_steps, p.cached_hr_c, p.hr_extra_network_data, hires_steps=steps)
+    p.hr_uc = None
+    if p.hr_cfg != 1 or needs_uncond(p.hr_sampler_name or p.sampler_name) or _is_weighted(p.hr_c):
+        p.hr_uc = _cached(p, make_uc, negative_prompts, p.firstpass_steps, p.cached_hr_uc, p.hr_extra_network_data, hires_steps=steps)
+
+
+def refiner_conditions(p: StableDiffusionProcessing) -> tuple[Any, Any]:
+    """(conditions, those of the negative prompt or None) of the pass that runs, for `p.sd_model`, which has taken its place in the middle of it.
+
+    They are kept apart from those of the first model, so that the next batch finds both."""
+    apply_prompt_options(p)
+    hires: Any = p if p.is_hr_pass else None
+    sampler_name = (hires and hires.hr_sampler_name) or p.sampler_name
+    prompts, negative_prompts, data, hires_steps = _prompts_of_pass(p, sampler_name)
+    make_c, make_uc = prompt_parser.get_multicond_learned_conditioning, prompt_parser.get_learned_conditioning
+    c = _cached(p, make_c, prompts, p.firstpass_steps, p.cached_refiner_c, data, hires_steps)
+    if (hires.hr_cfg if hires else p.cfg_scale) == 1 and not needs_uncond(sampler_name) and not _is_weighted(c):
+        return c, None
+    return c, _cached(p, make_uc, negative_prompts, p.firstpass_steps, p.cached_refiner_uc, data, hires_steps)
+
+
+def _prompts_of_pass(p: Any, sampler_name: str | None) -> tuple[SdConditioning, SdConditioning, Any, int | None]:
+    """(prompts, negative prompts, networks they name, steps of the second pass) of the pass that runs."""
+    if p.is_hr_pass and not p.options.hires_fix_use_firstpass_conds:
+        texts, negative_texts, data = p.hr_prompts, p.hr_negative_prompts, p.hr_extra_network_data
+        size = {"width": p.hr_upscale_to_x, "height": p.hr_upscale_to_y}
+        hires_steps: int | None = num_denoiser_calls(sampler_name, p.hr_second_pass_steps or p.steps)
+    else:
+        texts, negative_texts, data, hires_steps = p.prompts, p.negative_prompts, p.extra_network_data, None
+        size = {"width": p.width, "height": p.height}
+    return SdConditioning(texts, **size), SdConditioning(negative_texts, **size, is_negative_prompt=True), data, hires_steps
+
+
+def _is_weighted(conditions: prompt_parser.MulticondLearnedConditioning) -> bool:
+    """Whether prompts are composed (AND) so that the negative prompt counts at CFG scale 1 too: where weights do not sum to 1."""
+    return any(abs(sum(part.weight for part in parts) - 1) > 1e-6 for parts in conditions.batch)
+
+
+def num_denoiser_calls(sampler_name: str | None, steps: int) -> int:
+    """Steps of a prompt's schedule: a second-order sampler asks the model twice a step."""
+    config = find_sampler_config(sampler_name)
+    return config.total_steps(steps) if config is not None else steps
+
+
+def _cached(
+    p: StableDiffusionProcessing,
+    encode: Callable[..., Any],
+    prompts: SdConditioning,
+    steps: int,
+    cache: list[Any],
+    network_data: Any,
+    hires_steps: int | None = None,
+) -> Any:
+    """The conditions of `prompts`, from `cache` ([key, conditions]) when nothing they depend on has changed."""
+    key = _cache_key(p, prompts, steps, hires_steps, network_data)
+    if cache[0] is None or cache[0] != key:
+        conditions = encode(p.sd_model, prompts, steps, hires_steps, p.options.use_old_scheduling)
+        cache[:] = [key, conditions, _take_text_params(p.sd_model)]
+    _merge_text_params(p.extra_generation_params, cache[2] if len(cache) > 2 else {})
+    return cache[1]
+
+
+def _cache_key(p: StableDiffusionProcessing, prompts: SdConditioning, steps: int, hires_steps: int | None, network_data: Any) -> tuple[Any, ...]:
+    engine = p.sd_model
+    return (
+        tuple(prompts),
+        bool(prompts.is_negative_prompt),
+        (prompts.width, prompts.height) if _reads_size(engine) else None,
+        (steps, hires_steps) if any("[" in prompt for prompt in prompts) else None,
+        getattr(engine, "load_number", id(engine)),
+        str(engine.current_lora_hash),
+        engine.embeddings.fingerprint,
+        p.options.use_old_scheduling,
+        tuple(p.options[name] for name in _ENCODING_OPTIONS),
+        _network_key(network_data),
+    )
+
+
+def _reads_size(engine: Any) -> bool:
+    """Whether the picture's size is part of a condition; an extension's own model says it by Forge's name."""
+    family = getattr(engine, "family_facts", None)
+    return bool(engine.is_sdxl) if family is None else bool(family.reads_size)
+
+
+def _network_key(network_data: Any) -> tuple[Any, ...]:
+    if not network_data:
+        return ()
+    return tuple((kind, tuple(tuple(params.items) for params in items)) for kind, items in sorted(network_data.items()))
+
+
+def _take_text_params(engine: Any) -> dict[str, str]:
+    """What the text engines have to say for the infotext about the prompts just encoded (embeddings, emphasis mode)."""
+    params: dict[str, str] = {}
+    for text_engine in engine.text_engines:
+        _merge_text_params(params, text_engine.take_generation_params())
+    return params
+
+
+def _merge_text_params(params: dict[str, Any], more: dict[str, str]) -> None:
+    """Lists ("TI", "TI hashes") are joined, each entry once; of other keys the last value counts."""
+    for key, value in more.items():
+        if key.startswith("TI"):
+            old = str(params.get(key, ""))
+            params[key] = ", ".join(dict.fromkeys(part for part in (*old.split(", "), *value.split(", ")) if part))
+        else:
+            params[key] = value
+
+
+def rows_of(values: Sequence[Any], iteration: int, batch_size: int) -> list[Any]:
+    """The part of `values` that belongs to batch number `iteration`."""
+    return list(values[iteration * batch_size : (iteration + 1) * batch_size])

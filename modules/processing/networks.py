@@ -1,0 +1,41 @@
+"""The networks of a pass: as they were loaded, with what the prompts name on top, with tiling on or off.
+
+Takes the request (`p`) and works on the networks of `p.sd_model`. Must not know sampling or pictures.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from modules.processing.tiling import apply_tiling
+from modules.prompts import extra_networks
+
+if TYPE_CHECKING:
+    from modules.processing.request import StableDiffusionProcessing
+
+
+def activate_networks(p: StableDiffusionProcessing, network_data: dict[str, Any]) -> None:
+    """Start from the model as it was loaded and apply the networks that the prompts name; every pass starts from the result."""
+    engine = p.sd_model
+    engine.forge_objects = engine.forge_objects_original.shallow_copy()
+    engine.forge_objects.vae.auto_fp32 = bool(p.options.auto_vae_precision)
+    if not p.do_not_reload_embeddings:
+        engine.embeddings.load_textual_inversion_embeddings()
+    if not p.disable_extra_networks:
+        p.has_active_networks = True
+        extra_networks.activate(p, network_data)
+    engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
+
+
+def deactivate_networks(p: StableDiffusionProcessing) -> None:
+    """At the end of a job, however it ends: tell extra networks, once, where any were told to activate."""
+    if p.has_active_networks:
+        p.has_active_networks = False
+        extra_networks.deactivate(p, getattr(p, "extra_network_data", None) or {})
+
+
+def prepare_networks(p: StableDiffusionProcessing) -> None:
+    """Before every pass: the networks as extra networks left them, with tiling on or off. What an earlier pass patched is gone."""
+    engine = p.sd_model
+    engine.forge_objects = engine.forge_objects_after_applying_lora.shallow_copy()
+    apply_tiling(engine, bool(p.tiling))

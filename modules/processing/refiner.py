@@ -1,0 +1,139 @@
+"""The refiner: from a chosen point of a pass on, another checkpoint denoises.
+
+The exchange happens between two questions of the sampler, behind the denoiser it asks: same latents, same noise levels, same formula. What a
+multistep sampler remembers are denoised pictures, and those mean the same to both models, so its history goes on.
+With the setting refiner_switch_by_sample_steps the point is a share of the sampler's calls; without, a share of the model's timesteps, as
+diffusers' `denoising_end` and `denoising_start` count it.
+
+Shapes: B pictures, C channels, H W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from backend.sampling.sampling_function import sampling_cleanup
+from modules.errors import RequestError
+from modules.jobs.live_preview import PreviewMaker
+from modules.processing.conditions import refiner_conditions
+from modules.processing.latents import latent_format_of
+from modules.processing.networks import activate_networks, prepare_networks
+
+if TYPE_CHECKING:
+    from modules.processing.request import StableDiffusionProcessing
+    from modules.samplers.cfg_denoiser import CFGDenoiser
+
+log = logging.getLogger(__name__)
+
+FIRST_PASS, SECOND_PASS, BOTH_PASSES = "first pass", "second pass", "both passes"
+
+
+@contextmanager
+def refining(p: StableDiffusionProcessing) -> Iterator[None]:
+    """One pass, within which `p` goes over to its refiner when the time has come. `p.sd_model` is the refiner afterwards, if it has."""
+    if not _takes_part(p):
+        yield
+        return
+    with ExitStack() as held:
+        p.refiner = Refiner(p, held)
+        try:
+            yield
+        finally:
+            p.refiner = None
+
+
+def _takes_part(p: StableDiffusionProcessing) -> bool:
+    info = p.refiner_checkpoint_info
+    if info is None or p.sd_model.filename == info.filename:
+        return False
+    if not getattr(p, "enable_hr", False):
+        return True
+    wanted = p.options.hires_fix_refiner_pass
+    return bool(wanted == BOTH_PASSES or (wanted == SECOND_PASS) == p.is_hr_pass)
+
+
+def note_refiner(p: StableDiffusionProcessing) -> None:
+    """What the infotext says about the refiner; nothing where it is the model that is loaded anyway."""
+    info = p.refiner_checkpoint_info
+    if info is None or p.sd_model.filename == info.filename:
+        return
+    info.calculate_shorthash()  # its title has it from here on
+    p.extra_generation_params["Refiner"] = info.short_title
+    p.extra_generation_params["Refiner switch at"] = p.refiner_switch_at
+    if p.options.refiner_switch_by_sample_steps:
+        p.extra_generation_params["Refiner switch by sampling steps"] = True
+    if getattr(p, "enable_hr", False) and p.options.hires_fix_refiner_pass != SECOND_PASS:
+        p.extra_generation_params["Hires refiner"] = p.options.hires_fix_refiner_pass
+
+
+class Refiner:
+    """Waits through one pass of `p` for the point at which the models are exchanged. `held`: what is let go when the pass is over."""
+
+    def __init__(self, p: StableDiffusionProcessing, held: ExitStack) -> None:
+        self.p = p
+        self._held = held
+        self._is_in_use = False
+
+    def switch_when_due(self, denoiser: CFGDenoiser, x_BCHW: Tensor, sigma_B: Tensor | None) -> bool:
+        """Exchange the models if this is the call to do it at. Raises RequestError for a refiner that cannot go on with these latents."""
+        if self._is_in_use or completed_share(denoiser, sigma_B) < (self.p.refiner_switch_at or 0):
+            return False
+        self._is_in_use = True
+        self._switch(denoiser, x_BCHW)
+        return True
+
+    def _switch(self, denoiser: CFGDenoiser, x_BCHW: Tensor) -> None:
+        p, sampler = self.p, denoiser.sampler
+        assert p.refiner_checkpoint_info is not None
+        first = p.sd_model
+        sampling_cleanup(sampler.unet)
+        options = p.options.with_overrides({"sd_model_checkpoint": p.refiner_checkpoint_info.title})
+        p.sd_model = p.context.models.ensure_loaded(options)
+        _check_latents(first, p)
+        log.info("Refiner: %s goes on from call %d of %d.", p.refiner_checkpoint_info.short_title, denoiser.step + 1, denoiser.total_steps)
+        activate_networks(p, p.hr_extra_network_data if p.is_hr_pass else p.extra_network_data)  # type: ignore[attr-defined]  # txt2img has them
+        prepare_networks(p)
+        cond, uncond = refiner_conditions(p)
+        sampler.sampler_extra_args |= {"cond": cond, "uncond": uncond, "image_cond": _image_conditioning(p, x_BCHW)}
+        self._hand_over(sampler, x_BCHW)
+
+    def _hand_over(self, sampler: Any, x_BCHW: Tensor) -> None:
+        """The sampler asks the new model from here on; what that needs on its device stays until the pass is over."""
+        p = self.p
+        sampler.sd_model = p.sd_model
+        sampler._preview = p.context.state.preview_maker = PreviewMaker(p.sd_model, p.options)
+        self._held.enter_context(sampler._network_ready(p, x_BCHW))
+
+
+def completed_share(denoiser: CFGDenoiser, sigma_B: Tensor | None) -> float:
+    """How much of the way is behind, 0..1: of the timesteps that the model was trained with, or of the sampler's calls."""
+    if sigma_B is None or denoiser.p.options.refiner_switch_by_sample_steps:
+        return denoiser.step / max(denoiser.total_steps, 1)
+    table = denoiser.sampler.predictor.sigmas
+    timestep = int((table - sigma_B.max().to(table)).abs().argmin())
+    return (len(table) - 1 - timestep) / len(table)
+
+
+def _check_latents(first: Any, p: StableDiffusionProcessing) -> None:
+    if latent_format_of(first) != latent_format_of(p.sd_model):
+        assert p.refiner_checkpoint_info is not None
+        raise RequestError(
+            f"refiner_checkpoint: {p.refiner_checkpoint_info.name} is of the family {p.sd_model.family}, the picture was begun by one of the family "
+            f"{first.family}, and their latents are not the same. Choose a refiner of the same family (SDXL and its refiner count as one)."
+        )
+
+
+def _image_conditioning(p: StableDiffusionProcessing, x_BCHW: Tensor) -> Tensor:
+    """What an inpainting model takes beside the latents, made by the model that is in use now."""
+    source = p.image_conditioning_source
+    if source is None or source[0] is None:  # latents that never were pixels: all of it is made anew
+        factor = latent_format_of(p.sd_model).factor
+        return p.txt2img_image_conditioning(x_BCHW, x_BCHW.shape[-1] * factor, x_BCHW.shape[-2] * factor)
+    with torch.no_grad():
+        return p.img2img_image_conditioning(*source)

@@ -1,0 +1,26 @@
+"""Saving a job's pictures. A folder that cannot be made or written costs the file, not the picture: the job goes on, and says what was not saved."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from modules.pictures import images
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from modules.processing import StableDiffusionProcessing
+
+log = logging.getLogger(__name__)
+
+
+def save_or_say(p: StableDiffusionProcessing, image: Image.Image, folder: str | None, *args: Any, **fields: Any) -> str | None:
+    """`images.save_image` for the job `p`: the file's path, or None with a comment that says why there is none."""
+    try:
+        return images.save_image(image, folder or "", *args, **{**fields, "p": p})[0]
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the folder's name
+        reason = str(error) if isinstance(error, images.ImageSaveError) else f"cannot write into {str(folder)!a}: {error}."
+        log.warning("A picture was not saved: %s", reason)
+        p.comment(f"Not saved: {reason}")
+        return None

@@ -1,0 +1,54 @@
+"""Sampling one batch of txt2img: from noise to latents, and on to the second pass when hires fix is on.
+
+Shapes: B pictures, C channels, H W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from modules.pictures.resizing import CROP_AND_RESIZE, flatten, resize_by_mode
+from modules.processing.latents import DecodedSamples, decode_latent_batch, encode_pixels, pil_to_pixels
+from modules.processing.networks import prepare_networks
+from modules.processing.refiner import refining
+from modules.samplers import registry
+
+if TYPE_CHECKING:
+    from modules.processing.request import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img
+
+
+def sample_txt2img(p: StableDiffusionProcessingTxt2Img, c: Any, uc: Any) -> Tensor | DecodedSamples:
+    """Latents of the batch, or decoded pictures where the second pass gives them."""
+    p.sampler = registry.create_sampler(p.sampler_name, p.sd_model)
+    samples_BCHW = _first_pass_from_image(p) if p.enable_hr and p.firstpass_image is not None else _first_pass(p, c, uc)
+    if not p.enable_hr:
+        return samples_BCHW
+    decoded = None if p.latent_scale_mode is not None else torch.stack(decode_latent_batch(p.sd_model, samples_BCHW, check_for_nans=True))
+    return p.sample_hr_pass(samples_BCHW, decoded, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
+
+
+def _first_pass(p: StableDiffusionProcessingTxt2Img, c: Any, uc: Any) -> Tensor:
+    noise_BCHW = p.rng.first()
+    prepare_networks(p)
+    noise_BCHW = run_sampling_hook(p, noise_BCHW, noise_BCHW, c, uc)
+    with refining(p):
+        samples: Tensor = p.sampler.sample(p, noise_BCHW, c, uc, image_conditioning=p.txt2img_image_conditioning(noise_BCHW))
+    return samples
+
+
+def _first_pass_from_image(p: StableDiffusionProcessingTxt2Img) -> Tensor:
+    """A finished picture in the place of the first pass; it becomes the latents of each picture of the batch."""
+    assert p.firstpass_image is not None
+    image = flatten(p.firstpass_image, p.options.img2img_background_color)
+    image = resize_by_mode(CROP_AND_RESIZE, image, p.width, p.height)
+    return encode_pixels(p.sd_model, pil_to_pixels([image])).repeat(p.batch_size, 1, 1, 1)
+
+
+def run_sampling_hook(p: StableDiffusionProcessing, x_BCHW: Tensor, noise_BCHW: Tensor, c: Any, uc: Any) -> Tensor:
+    """Let scripts patch the networks; returns the noise, theirs if they left one in modified_noise."""
+    p.run_hook("process_before_every_sampling", x=x_BCHW, noise=noise_BCHW, c=c, uc=uc)
+    modified, p.modified_noise = p.modified_noise, None
+    return noise_BCHW if modified is None else modified

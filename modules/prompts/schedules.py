@@ -1,0 +1,196 @@
+"""Prompts to scheduled conditions, under the names that extensions import.
+
+A condition is a tensor (L, C) of L tokens and C channels, or for SDXL a dict with "crossattn" (L, C) and "vector" (V,). `step` counts the sampler's
+calls from 0. Reading a prompt is the engine's (`backend.text_processing`); what is here joins it with an encoder. Must not know jobs or options.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from backend.text_processing import parsing
+from backend.text_processing.composition import split_composition
+from backend.text_processing.schedule import PassSteps, schedule_prompt
+
+MAX_REPEATED_TOKENS = 77 * 120
+"""Up to this length, conditions of different lengths are brought to one by whole repetition, which changes nothing for attention."""
+
+
+class TextEncodingModel(Protocol):
+    """What encodes prompts: the loaded model."""
+
+    def get_learned_conditioning(self, prompt: SdConditioning) -> Any: ...
+
+
+class SdConditioning(list[str]):
+    """A list of prompts that knows the picture they are for. Missing facts come from `copy_from`, or from `prompts` if that is one of these too."""
+
+    def __init__(
+        self,
+        prompts: Iterable[str],
+        is_negative_prompt: bool = False,
+        width: int | None = None,
+        height: int | None = None,
+        copy_from: Any = None,
+        distilled_cfg_scale: float | None = None,
+    ) -> None:
+        super().__init__(prompts)
+        source = prompts if copy_from is None else copy_from
+        self.is_negative_prompt = is_negative_prompt or getattr(source, "is_negative_prompt", False)
+        self.width = width or getattr(source, "width", None)
+        self.height = height or getattr(source, "height", None)
+        self.distilled_cfg_scale = distilled_cfg_scale or getattr(source, "distilled_cfg_scale", None)
+
+
+class ScheduledPromptConditioning(NamedTuple):
+    """`cond` holds up to and including step `end_at_step`."""
+
+    end_at_step: int
+    cond: Any
+
+
+class ComposableScheduledPromptConditioning:
+    """One part of an AND prompt: its schedule and its weight."""
+
+    def __init__(self, schedules: list[ScheduledPromptConditioning], weight: float = 1.0) -> None:
+        self.schedules = schedules
+        self.weight = weight
+
+
+class MulticondLearnedConditioning:
+    """`batch` holds for each picture the parts of its prompt; `shape` is (pictures,)."""
+
+    def __init__(self, shape: tuple[int, ...], batch: list[list[ComposableScheduledPromptConditioning]]) -> None:
+        self.shape = shape
+        self.batch = batch
+
+
+class DictWithShape(dict[str, torch.Tensor]):
+    """A batch of conditions of several kinds that answers `shape` and `to` as its "crossattn" tensor would."""
+
+    def __init__(self, x: Mapping[str, torch.Tensor], shape: Any = None) -> None:
+        super().__init__(x)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self["crossattn"].shape
+
+    def to(self, *args: Any, **kwargs: Any) -> DictWithShape:
+        """Moves or casts its tensors in place, as A1111's does, and returns itself."""
+        self.update({key: value.to(*args, **kwargs) for key, value in self.items()})
+        return self
+
+    def advanced_indexing(self, item: Any) -> DictWithShape:
+        """The rows `item` of every tensor."""
+        return DictWithShape({key: value[item] for key, value in self.items()})
+
+
+# prompts
+
+
+def parse_prompt_attention(text: str) -> list[list[Any]]:
+    """[[text, weight], ...]; ["BREAK", -1] where a chunk begins."""
+    return [[span.text, -1 if span.is_break else span.weight] for span in parsing.parse_prompt_attention(text)]
+
+
+def get_learned_conditioning_prompt_schedules(
+    prompts: Iterable[str], base_steps: int, hires_steps: int | None = None, use_old_scheduling: bool = False
+) -> list[list[list[Any]]]:
+    """For each prompt [[last step, text], ...]. With `hires_steps` the schedule of the second pass."""
+    steps = PassSteps(num_base_steps=base_steps, num_hires_steps=hires_steps, use_old_scheduling=use_old_scheduling)
+    schedules = {prompt: schedule_prompt(prompt, steps) for prompt in prompts}
+    return [[[last_step, text] for last_step, text in schedules[prompt]] for prompt in prompts]
+
+
+def get_multicond_prompt_list(prompts: Iterable[str]) -> tuple[list[list[tuple[int, float]]], SdConditioning, dict[str, int]]:
+    """(for each prompt its AND parts as (index, weight), the different parts, part -> index)."""
+    indexes: dict[str, int] = {}
+    parts_of_prompt = [[(indexes.setdefault(part.text, len(indexes)), part.weight) for part in split_composition(prompt)] for prompt in prompts]
+    return parts_of_prompt, SdConditioning(list(indexes), copy_from=prompts), indexes
+
+
+# encoding
+
+
+def get_learned_conditioning(
+    model: TextEncodingModel, prompts: SdConditioning | Sequence[str], steps: int, hires_steps: int | None = None, use_old_scheduling: bool = False
+) -> list[list[ScheduledPromptConditioning]]:
+    """For each prompt its conditions in order of steps. AND is text here; a text that appears twice is encoded once.
+
+    The texts of one prompt are encoded together, so that they have one length; different prompts are not, so that a prompt's condition does not
+    depend on its neighbours.
+    """
+    schedules = get_learned_conditioning_prompt_schedules(prompts, steps, hires_steps, use_old_scheduling)
+    encoded: dict[str, list[ScheduledPromptConditioning]] = {}
+    for prompt, schedule in zip(prompts, schedules):
+        if prompt not in encoded:
+            encoded[prompt] = _encode_schedule(model, schedule, prompts)
+    return [list(encoded[prompt]) for prompt in prompts]
+
+
+def _encode_schedule(model: TextEncodingModel, schedule: Sequence[Sequence[Any]], prompts: Sequence[str]) -> list[ScheduledPromptConditioning]:
+    row_of_text = {text: row for row, text in enumerate(dict.fromkeys(text for _, text in schedule))}
+    conds = model.get_learned_conditioning(SdConditioning(list(row_of_text), copy_from=prompts))
+    return [ScheduledPromptConditioning(last_step, _row(conds, row_of_text[text])) for last_step, text in schedule]
+
+
+def _row(conds: Any, row: int) -> Any:
+    return {key: value[row] for key, value in conds.items()} if isinstance(conds, Mapping) else conds[row]
+
+
+def get_multicond_learned_conditioning(
+    model: TextEncodingModel, prompts: SdConditioning | Sequence[str], steps: int, hires_steps: int | None = None, use_old_scheduling: bool = False
+) -> MulticondLearnedConditioning:
+    """The same for prompts with AND: each part has its own schedule and weight."""
+    parts_of_prompt, flat_prompts, _ = get_multicond_prompt_list(prompts)
+    schedules = get_learned_conditioning(model, flat_prompts, steps, hires_steps, use_old_scheduling)
+    batch = [[ComposableScheduledPromptConditioning(schedules[index], weight) for index, weight in parts] for parts in parts_of_prompt]
+    return MulticondLearnedConditioning(shape=(len(prompts),), batch=batch)
+
+
+# a step's batch
+
+
+def reconstruct_cond_batch(c: Sequence[Sequence[ScheduledPromptConditioning]], current_step: int) -> Any:
+    """The batch of conditions at a step: (B, L, C), or a DictWithShape. After the last step of a schedule its last condition stays."""
+    return _stack_any([cond_at_step(schedule, current_step) for schedule in c])
+
+
+def reconstruct_multicond_batch(c: MulticondLearnedConditioning, current_step: int) -> tuple[list[list[tuple[int, float]]], Any]:
+    """(for each picture its parts as (row, weight), the rows at this step)."""
+    conds: list[Any] = []
+    rows_of_picture: list[list[tuple[int, float]]] = []
+    for parts in c.batch:
+        rows_of_picture.append([(len(conds) + offset, part.weight) for offset, part in enumerate(parts)])
+        conds += [cond_at_step(part.schedules, current_step) for part in parts]
+    return rows_of_picture, _stack_any(conds)
+
+
+def cond_at_step(schedule: Sequence[ScheduledPromptConditioning], current_step: int) -> Any:
+    return next((entry.cond for entry in schedule if current_step <= entry.end_at_step), schedule[-1].cond)
+
+
+def _stack_any(conds: Sequence[Any]) -> Any:
+    if not isinstance(conds[0], Mapping):
+        return stack_conds(conds)
+    return DictWithShape({key: stack_conds([cond[key] for cond in conds]) for key in conds[0]})
+
+
+def stack_conds(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(B, ...) of tensors that may differ in their first dimension, their number of tokens.
+
+    Shorter ones are repeated to a common multiple: attention over the same tokens n times is attention over them once. Where that would be out of
+    all proportion, their last token is repeated instead, as A1111 does.
+    """
+    lengths = {len(tensor) for tensor in tensors}
+    if len(lengths) == 1:
+        return torch.stack(list(tensors))
+    num_tokens = math.lcm(*lengths)
+    if num_tokens <= MAX_REPEATED_TOKENS:
+        return torch.stack([tensor.repeat(num_tokens // len(tensor), *[1] * (tensor.ndim - 1)) for tensor in tensors])
+    longest = max(lengths)
+    return torch.stack([torch.cat([tensor, tensor[-1:].expand(longest - len(tensor), *tensor.shape[1:])]) for tensor in tensors])

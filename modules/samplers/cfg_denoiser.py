@@ -1,0 +1,121 @@
+"""What a sampler asks at every step: the denoised picture under guidance. Prompts of the step, masks, skipped guidance, interruption.
+
+The combination of the branches is in backend/sampling/sampling_function.py. Names are those that extensions use.
+
+Shapes: B pictures, C channels, H W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from backend.sampling.sampling_function import denoise_guided
+from modules.prompts import schedules as prompt_parser
+from modules.samplers.common import InterruptedException, apply_refiner
+from modules.scripts import callbacks as script_callbacks
+from modules.scripts.hook_arguments import AfterCFGCallbackParams, CFGDenoiserParams, MaskBlendArgs
+
+if TYPE_CHECKING:
+    from modules.samplers.kdiffusion import KDiffusionSampler
+
+
+class CFGDenoiser(torch.nn.Module):
+    """`denoise(x_BCHW, sigma_B)` for samplers. One object serves one pass.
+
+    `step` counts the calls, `total_steps` is how many there will be. `mask` is 1 where the original (`init_latent`) stays, `nmask` where it is
+    made anew.
+    `last_uncond_BCHW` is what the negative prompt's branch gave at the latest call, for samplers that read it.
+    """
+
+    def __init__(self, sampler: KDiffusionSampler) -> None:
+        super().__init__()
+        self.sampler = sampler
+        self.p: Any = None
+        self.mask: Tensor | None = None
+        self.nmask: Tensor | None = None
+        self.init_latent: Tensor | None = None
+        self.steps = 0
+        self.total_steps = 0
+        self.step = 0
+        self.image_cfg_scale: float | None = None
+        self.last_uncond_BCHW: Tensor | None = None
+        self.own_arguments: dict[str, Any] | None = None
+        """Conditions of this denoiser where it is not for the sampler's whole batch."""
+        self.picture = 0
+
+    @property
+    def inner_model(self) -> Any:
+        return self.sampler.sd_model
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        uncond: Any = None,
+        cond: Any = None,
+        cond_scale: float | None = None,
+        s_min_uncond: float = 0.0,
+        image_cond: Tensor | None = None,
+    ) -> Tensor:
+        """x0 (B, C, H, W) at noise levels (B,). Without `cond` the sampler's own conditions count. Raises InterruptedException."""
+        if self.p.context.state.interrupted or self.p.context.state.skipped:
+            raise InterruptedException
+        apply_refiner(self, x, sigma)
+        arguments = self.sampler.sampler_extra_args if self.own_arguments is None else self.own_arguments
+        cond, uncond = (arguments["cond"], arguments["uncond"]) if cond is None else (cond, uncond)
+        scale = float(arguments["cond_scale"] if cond_scale is None else cond_scale)
+        if self._skips_guidance(sigma, s_min_uncond or arguments["s_min_uncond"]):
+            scale = 1.0
+        denoised_BCHW = self._denoise(x, sigma, cond, uncond, scale, arguments["image_cond"] if image_cond is None else image_cond)
+        denoised_BCHW = self._tell_guided(self._keep_unmasked(denoised_BCHW, sigma))
+        self.step += 1
+        return denoised_BCHW
+
+    def _skips_guidance(self, sigma: Tensor, s_min_uncond: float) -> bool:
+        """Whether the negative prompt is left out of this step, as "Negative Guidance minimum sigma" and "Skip Early CFG" say."""
+        options = self.p.options
+        if s_min_uncond > 0 and float(sigma[0]) < s_min_uncond and (self.step % 2 == 1 or options.s_min_uncond_all):
+            return True
+        return float(options.skip_early_cond) > 0 and self.step / max(self.total_steps, 1) <= float(options.skip_early_cond)
+
+    def _denoise(self, x: Tensor, sigma: Tensor, cond: Any, uncond: Any, scale: float, image_cond: Tensor | None) -> Tensor:
+        composition, cond_rows = prompt_parser.reconstruct_multicond_batch(cond, self.step)
+        uncond_rows = None if uncond is None else prompt_parser.reconstruct_cond_batch(uncond, self.step)
+        asked = CFGDenoiserParams(x, image_cond, sigma, self.step, self.total_steps, cond_rows, uncond_rows, self)
+        if script_callbacks.is_listened_to("cfg_denoiser"):
+            asked.sampling_step, asked.total_sampling_steps = self.p.context.state.sampling_step, self.p.context.state.sampling_steps
+            script_callbacks.cfg_denoiser_callback(asked)
+        denoised_BCHW, _, self.last_uncond_BCHW = denoise_guided(
+            self.sampler.unet,
+            asked.x,
+            asked.sigma,
+            text_cond=asked.text_cond,
+            text_uncond=asked.text_uncond,
+            image_cond=asked.image_cond.to(x) if self.inner_model.is_inpaint and asked.image_cond is not None else None,
+            cond_scale=scale,
+            cond_composition=composition,
+            seed=self.p.seeds[self.picture],
+        )
+        return denoised_BCHW
+
+    def _tell_guided(self, denoised_BCHW: Tensor) -> Tensor:
+        """The result of the step, as those who listen leave it."""
+        if not script_callbacks.is_listened_to("cfg_after_cfg"):
+            return denoised_BCHW
+        guided = AfterCFGCallbackParams(denoised_BCHW, self.p.context.state.sampling_step, self.p.context.state.sampling_steps)
+        script_callbacks.cfg_after_cfg_callback(guided)
+        result: Tensor = guided.x
+        return result
+
+    def _keep_unmasked(self, denoised_BCHW: Tensor, sigma: Tensor) -> Tensor:
+        """Lay the original over what is not masked."""
+        if self.mask is None or self.nmask is None or self.init_latent is None:
+            return denoised_BCHW
+        mask, nmask, original = (tensor.to(denoised_BCHW) for tensor in (self.mask, self.nmask, self.init_latent))
+        blend = MaskBlendArgs(denoised_BCHW, nmask, original, mask, denoised_BCHW * nmask + original * mask, self, sigma)
+        self.p.run_hook_with("on_mask_blend", blend)
+        blended: Tensor = blend.blended_latent
+        return blended

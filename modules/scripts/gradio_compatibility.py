@@ -1,0 +1,286 @@
+"""Habits of gradio 3 and 4 that extensions still have, met for their calls alone: ours go to gradio as they are.
+
+`install` adds what gradio no longer has (`gr.Dropdown.update`, `.style()`, `gr.Box`) and listens to the calls that guests make
+(modules/launch/guest_calls.py knows when one does): old arguments are turned into today's, or left out where there is nothing like them any more.
+`watching_components` tells a listener of every control that is made, which gradio itself does not offer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+import gradio.component_meta
+import gradio.components
+import gradio.events
+from gradio.blocks import Block, BlockContext
+from gradio.component_meta import ComponentMeta
+from gradio.context import Context, get_blocks_context
+from gradio.layouts import Form
+
+from modules.launch.guest_calls import as_host, guest_is_calling
+
+log = logging.getLogger(__name__)
+
+Listener = Callable[..., Any]
+
+_MARK = "_meets_old_habits"
+_NEW_NAMES = {"_js": "js"}
+_PROGRESS = {True: "full", False: "hidden"}
+_SKIPPED_STYLES = frozenset({"container"})
+
+
+# Arguments
+
+
+def _sources(value: Any) -> dict[str, Any]:
+    """`source="canvas"` was an empty field to draw in; drawing is ImageEditor's now, and it starts from an upload."""
+    known = {"upload", "webcam", "clipboard", "microphone"}
+    if value is None:
+        return {}
+    wanted = [value] if isinstance(value, str) else list(value)
+    return {"sources": [source for source in wanted if source in known] or ["upload"]}
+
+
+def _without(values: list[str] | None, name: str, keep: Any) -> list[str] | None:
+    return [value for value in values or [] if value != name] if keep is False else values
+
+
+_CONSTRUCTOR: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "source": _sources,
+    "show_download_button": lambda value: {} if value else {"buttons": []},
+    "show_copy_button": lambda value: {"buttons": ["copy"]} if value else {},
+    "preview_open": lambda value: {"preview": value},
+    "file_count_max": lambda value: {},
+}
+"""Old argument of a constructor -> those of today. What is in neither is left out."""
+
+
+def todays_arguments(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments` as the constructor of `cls` takes them today."""
+    known = _names_taken_by(cls)
+    if known is None:
+        return arguments
+    result: dict[str, Any] = {}
+    left_out = []
+    for name, value in arguments.items():
+        if name in known:
+            result[name] = value
+        elif name in _CONSTRUCTOR:
+            result.update({key: item for key, item in _CONSTRUCTOR[name](value).items() if key in known})
+        else:
+            left_out.append(name)
+    if left_out:
+        log.debug("gr.%s takes no %s any more; left out.", cls.__name__, ", ".join(sorted(left_out)))
+    if result.get("visible") is False and issubclass(cls, gradio.components.Component):
+        result["visible"] = "hidden"  # was on the page all the same, where scripts of extensions look for it
+    if isinstance(result.get("scale"), float):
+        result["scale"] = max(round(result["scale"]), 0)
+    if issubclass(cls, gr.Dataframe):
+        for name, today in (("row_count", "row_count"), ("col_count", "column_count")):
+            if name in result:
+                count = result.pop(name)  # (3, "fixed") once; gradio 6 has no limits for tables
+                result[today] = count[0] if isinstance(count, (tuple, list)) else count
+    return result
+
+
+@functools.cache
+def _names_taken_by(cls: Any) -> frozenset[str] | None:
+    """The arguments by name; None when it takes any."""
+    shown = inspect.signature(cls.__init__).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in shown):
+        return None
+    own = inspect.getfullargspec(inspect.unwrap(cls.__init__))  # this program's classes show their parents' signature and take more
+    return frozenset({*(parameter.name for parameter in shown), *own.args, *own.kwonlyargs})
+
+
+def todays_event_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `click` and the like as they are today."""
+    result = {_NEW_NAMES.get(name, name): value for name, value in arguments.items()}
+    if isinstance(result.get("show_progress"), bool):
+        result["show_progress"] = _PROGRESS[result["show_progress"]]
+    if result.get("api_name") is False:
+        result.pop("api_name")
+        result.setdefault("api_visibility", "private")
+    for gone in ("status_tracker", "every"):
+        result.pop(gone, None)
+    if result.get("queue", True) is None:
+        result.pop("queue")
+    return result
+
+
+# What is added to gradio
+
+_lock = threading.Lock()
+_installed = False
+
+
+def install() -> None:
+    """Meet old habits from now on. A second call changes nothing."""
+    global _installed  # noqa: PLW0603 - gradio is one for the process
+    with _lock:
+        if _installed:
+            return
+        _installed = True
+    _add_missing_names()
+    for cls in _all_classes(Block):
+        _meet_in_class(cls)
+    gr.on = gr.events.on = _meeting_event(gr.on)
+    _meet_in_listeners()
+    _meet_in_blocks()
+    _write_no_stubs_for_guests()
+
+
+def _all_classes(base: Any) -> list[type]:
+    found: list[type] = [base]
+    subclasses: list[type] = base.__subclasses__()
+    for cls in subclasses:
+        found += [name for name in _all_classes(cls) if name not in found]
+    return found
+
+
+def _add_missing_names() -> None:
+    missing: dict[Any, dict[str, Any]] = {
+        gr: {"Box": gr.Group, "Variable": gr.State},
+        gradio.components: {"IOComponent": gradio.components.Component},
+        gradio.events: dict.fromkeys(("Changeable", "Clickable", "Releaseable", "Inputable", "Submittable", "Selectable", "Uploadable"), object),
+    }
+    for module, names in missing.items():
+        for name, value in names.items():
+            if not hasattr(module, name):
+                setattr(module, name, value)
+    if not hasattr(Block, "update"):
+        Block.update = staticmethod(_update)  # type: ignore[attr-defined]
+    if not hasattr(Block, "style"):
+        Block.style = _style  # type: ignore[attr-defined]
+
+
+def _update(value: Any = inspect.Parameter.empty, **properties: Any) -> dict[str, Any]:
+    """`gr.Dropdown.update(...)`."""
+    if value is not inspect.Parameter.empty:
+        properties["value"] = value
+    return gr.update(**properties)
+
+
+def _style(self: Any, **properties: Any) -> Any:
+    """`.style(...)`: what the component has a property for is set, the rest is left out."""
+    cls: Any = type(self)
+    known = _names_taken_by(cls) or frozenset()
+    renamed = {"full_width": None, "rounded": None, "border": None, "grid": "columns"}
+    for name, value in properties.items():
+        target = renamed.get(name, name)
+        if target is not None and target in known and target not in _SKIPPED_STYLES:
+            setattr(self, target, value[0] if target == "columns" and isinstance(value, (list, tuple)) and len(value) == 1 else value)
+    return self
+
+
+def _meet_in_class(cls: type) -> None:
+    """Let a class of gradio (or of this program) meet old habits when a guest makes or wires an object of it."""
+    own = vars(cls).get("__init__")
+    if own is not None and cls not in (Block, BlockContext, gradio.components.Component, gr.Blocks) and not hasattr(own, _MARK):
+        cls.__init__ = _meeting_constructor(cls, own)  # type: ignore[misc]
+    for name, listener in list(vars(cls).items()):
+        if callable(listener) and hasattr(listener, "has_trigger") and not hasattr(listener, _MARK):
+            setattr(cls, name, _meeting_event(listener))
+
+
+def _meeting_constructor(cls: type, original: Any) -> Any:
+    @functools.wraps(original)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not guest_is_calling():
+            return original(self, *args, **kwargs)
+        with as_host():
+            return original(self, *args, **todays_arguments(cls, kwargs))
+
+    setattr(construct, _MARK, True)
+    return construct
+
+
+def _meeting_event(original: Any) -> Any:
+    @functools.wraps(original)
+    def listen(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **(todays_event_arguments(kwargs) if guest_is_calling() else kwargs))
+
+    setattr(listen, _MARK, True)
+    return listen
+
+
+def _meet_in_listeners() -> None:
+    """`.then`, `.success`: made anew for each event, from EventListener."""
+    original = gradio.events.EventListener._setup
+
+    @functools.wraps(original)
+    def setup(*args: Any, **kwargs: Any) -> Any:
+        return _meeting_event(original(*args, **kwargs))
+
+    gradio.events.EventListener._setup = staticmethod(setup)  # type: ignore[method-assign]
+
+
+def _meet_in_blocks() -> None:
+    """`gr.Blocks(css=..., theme=...)` inside of our page: the page has them."""
+    original = gr.Blocks.__init__
+
+    @functools.wraps(original)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        if guest_is_calling():
+            for name in ("theme", "css", "css_paths", "js", "head", "head_paths"):
+                kwargs.pop(name, None)
+            kwargs.setdefault("analytics_enabled", False)
+        original(self, *args, **kwargs)
+
+    gr.Blocks.__init__ = construct  # type: ignore[method-assign]
+
+
+def _write_no_stubs_for_guests() -> None:
+    """gradio writes a .pyi file beside the source of every class of components; not into the folders of extensions."""
+    original = gradio.component_meta.create_or_modify_pyi
+
+    def write_stub(*args: Any, **kwargs: Any) -> None:
+        if not guest_is_calling():
+            original(*args, **kwargs)
+
+    gradio.component_meta.create_or_modify_pyi = write_stub
+
+
+# Every control that is made
+
+
+@contextlib.contextmanager
+def outside_of_page() -> Iterator[None]:
+    """Inside of a page that is being built: what is made here belongs to no page yet, as extensions make their tabs."""
+    kept = Context.root_block, Context.block
+    Context.root_block = Context.block = None
+    try:
+        yield
+    finally:
+        Context.root_block, Context.block = kept
+
+
+@contextlib.contextmanager
+def watching_components(before: Listener, after: Listener) -> Iterator[None]:
+    """Call `before(component, **kwargs)` and `after(component, **kwargs)` around each control that this thread makes inside.
+
+    `kwargs` are the arguments by name, with `elem_id` as the control has it. Forms, which gradio puts around controls itself, are not told of."""
+    thread = threading.get_ident()
+    original = type.__call__
+
+    def make(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread or get_blocks_context() is None or issubclass(cls, Form):
+            return original(cls, *args, **kwargs)
+        component = cls.__new__(cls)
+        before(component, **kwargs)
+        component.__init__(*args, **kwargs)
+        after(component, **{**kwargs, "elem_id": getattr(component, "elem_id", None) or kwargs.get("elem_id")})
+        return component
+
+    ComponentMeta.__call__ = make  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        del ComponentMeta.__call__

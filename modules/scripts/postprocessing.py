@@ -1,0 +1,209 @@
+"""What can be done to finished pictures, one operation after another, under the names that extensions import.
+
+An operation is a ScriptPostprocessing; the runner knows them all, their order and which values of the page belong to which. Must not know the
+operations themselves, files or jobs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from modules import errors
+from modules.errors import RequestError
+from modules.jobs.context import installed_context
+
+
+@dataclass
+class PostprocessedImageSharedInfo:
+    """What the pictures made of one picture have in common: the size that an operation will bring them to, if it is known beforehand."""
+
+    target_width: int | None = None
+    target_height: int | None = None
+
+
+class PostprocessedImage:
+    """A picture on its way through the operations. `info` becomes its infotext; `extra_images` (pictures, or more of these) go on behind it."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image = image
+        self.info: dict[str, Any] = {}
+        self.shared = PostprocessedImageSharedInfo()
+        self.extra_images: list[Any] = []
+        self.nametags: list[str] = []
+        self.disable_processing = False
+        self.caption: str | None = None
+
+    def get_suffix(self, used_suffixes: dict[str, int] | None = None) -> str:
+        """What the picture's tags put behind its file name; a number where `used_suffixes` has the same already."""
+        used = {} if used_suffixes is None else used_suffixes
+        tags = "".join(f"-{tag}" for tag in self.nametags)
+        candidates = itertools.chain([tags], (f"{tags}-{number}" for number in itertools.count(1)))
+        suffix = next(text for text in candidates if text not in used)
+        used[suffix] = 1
+        return suffix
+
+    def create_copy(self, new_image: Image.Image, *, nametags: Sequence[str] | None = None, disable_processing: bool = False) -> PostprocessedImage:
+        """Another picture with this one's facts, tagged with `nametags` too."""
+        copy = PostprocessedImage(new_image)
+        copy.shared = self.shared
+        copy.nametags = [*self.nametags, *(nametags or ())]
+        copy.info = dict(self.info)
+        copy.disable_processing = disable_processing
+        return copy
+
+
+class ScriptPostprocessing:
+    """One operation. `order` is its place (low first), unless the settings name another; `controls` are what `ui` returned."""
+
+    filename: str | None = None
+    controls: Mapping[str, Any] | None = None
+    args_from: int | None = None
+    args_to: int | None = None
+    order = 1000
+    name: str | None = None
+    group: Any = None
+
+    def ui(self) -> Mapping[str, Any]:
+        """Build the controls inside the current gradio context; by the names under which `process` takes their values."""
+        return {}
+
+    def process(self, pp: PostprocessedImage, **args: Any) -> None:
+        """Change `pp.image` and say so in `pp.info`."""
+
+    def process_firstpass(self, pp: PostprocessedImage, **args: Any) -> None:
+        """Called on all operations before the first `process`: what can be told beforehand."""
+
+    def image_changed(self) -> None:
+        """Another picture was put in: forget what was kept of the last."""
+
+
+Settings = Callable[[str], Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operation:
+    """An operation with the values it is to use."""
+
+    script: ScriptPostprocessing
+    values: Mapping[str, Any]
+
+
+class ScriptPostprocessingRunner:
+    """All operations. `setting` reads a setting: their order (postprocessing_operation_order) and the hidden ones."""
+
+    def __init__(self, setting: Settings | None = None) -> None:
+        self.scripts: list[ScriptPostprocessing] = []
+        self.ui_created = False
+        self._setting = setting or _installed_setting
+
+    def register(self, scripts: Iterable[ScriptPostprocessing]) -> None:
+        """Add operations; one of a name that is known takes its place."""
+        by_name = {script.name: script for script in (*self.scripts, *scripts)}
+        self.scripts = list(by_name.values())
+
+    def initialize_scripts(self, scripts_data: Iterable[Any]) -> None:
+        """Make one operation of each class in `scripts_data` (entries with `script_class` and `path`), beside those that are there."""
+        for data in scripts_data:
+            script = data.script_class()
+            script.filename = data.path
+            self.register([script])
+
+    def scripts_in_preferred_order(self) -> list[ScriptPostprocessing]:
+        """Those in use, in the order of the settings; those it does not name follow by their own."""
+        preferred = list(self._setting("postprocessing_operation_order") or [])
+        hidden = set(self._setting("postprocessing_disable_in_extras") or [])
+        shown = [script for script in self.scripts if script.name not in hidden]
+        return sorted(
+            shown,
+            key=lambda script: (
+                (0, preferred.index(script.name)) if script.name in preferred else (1, script.order),
+                str(script.name).lower(),
+            ),
+        )
+
+    def setup_ui(self) -> list[Any]:
+        """Build the controls of all operations in the current gradio context; what they send, in order."""
+        inputs: list[Any] = []
+        for script in self.scripts_in_preferred_order():
+            script.args_from = len(inputs)
+            script.controls = _controls_of(script)
+            inputs += script.controls.values()
+            script.args_to = len(inputs)
+        self.ui_created = True
+        return inputs
+
+    def operations(self, args: Sequence[Any]) -> list[Operation]:
+        """Operations with their values from `args`, which are those of the controls that setup_ui() gave."""
+        return [
+            Operation(script=script, values=dict(zip(script.controls or {}, args[script.args_from : script.args_to])))
+            for script in self.scripts_in_preferred_order()
+        ]
+
+    def create_args_for_run(self, scripts_args: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+        """Values for run() from values by the names of operations and controls; the rest as the controls were built. The page must be built."""
+        scripts = self.scripts_in_preferred_order()
+        args: list[Any] = [None] * max((script.args_to or 0 for script in scripts), default=0)
+        for script in scripts:
+            given = scripts_args.get(str(script.name), {})
+            controls = script.controls or {}
+            args[script.args_from : script.args_to] = [given.get(name, getattr(control, "value", None)) for name, control in controls.items()]
+        return args
+
+    def run(self, pp: PostprocessedImage, args: Sequence[Any]) -> None:
+        """All operations on `pp`; further pictures that they made are in `pp.extra_images` afterwards."""
+        run_operations(pp, self.operations(args))
+
+    def image_changed(self) -> None:
+        for script in self.scripts:
+            errors.run(script.image_changed, f"forgetting the last picture in {script.name}")
+
+
+def run_operations(pp: PostprocessedImage, operations: Sequence[Operation], is_stopped: Callable[[], bool] = lambda: False) -> None:
+    """Carry out `operations` on `pp` and on what they add to it. Raises RequestError for what an operation cannot do."""
+    for operation in operations:
+        operation.script.process_firstpass(pp, **operation.values)
+    pictures = [pp]
+    for operation in operations:
+        if is_stopped():
+            break
+        for picture in list(pictures):
+            if not picture.disable_processing:
+                _carry_out(operation, picture)
+            pictures += [extra if isinstance(extra, PostprocessedImage) else picture.create_copy(extra) for extra in picture.extra_images]
+            picture.extra_images = []
+    pp.extra_images = pictures[1:]
+
+
+def _carry_out(operation: Operation, picture: PostprocessedImage) -> None:
+    """An extension's operation that fails leaves the picture as it is and is reported; one that refuses (RequestError) ends the job, as ours do."""
+    script = operation.script
+    if script.filename is None:
+        script.process(picture, **operation.values)
+        return
+    refusals: list[RequestError] = []
+
+    def attempt() -> None:
+        try:
+            script.process(picture, **operation.values)
+        except RequestError as error:
+            refusals.append(error)
+
+    errors.run(attempt, f"postprocessing by {script.name} ({script.filename})")
+    if refusals:
+        raise refusals[0]
+
+
+def _controls_of(script: ScriptPostprocessing) -> Mapping[str, Any]:
+    found: list[Mapping[str, Any]] = []
+    errors.run(lambda: found.append(script.ui()), f"building the controls of {script.name}")
+    return found[0] if found else {}
+
+
+def _installed_setting(name: str) -> Any:
+    app = installed_context()
+    return None if app is None else getattr(app.options, name)

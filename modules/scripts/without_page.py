@@ -1,0 +1,24 @@
+"""Controls of scripts where there is no page: built aside, so that the API knows each script's arguments and what they are when left out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from modules.scripts import gradio_compatibility
+
+if TYPE_CHECKING:
+    from modules.application import Application
+
+
+def build_controls(app: Application) -> None:
+    """Make the scripts of every tab and build their controls in a page that nobody sees."""
+    gradio_compatibility.install()
+    for tab, runner in app.script_runners.items():
+        with gr.Blocks(analytics_enabled=False):
+            runner.initialize_scripts(is_img2img=tab == "img2img")
+            runner.prepare_ui()
+            for section in {script.section for script in runner.alwayson_scripts if script.section is not None}:
+                runner.setup_ui_for_section(section)
+            runner.setup_ui()

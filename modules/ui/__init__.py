@@ -1,0 +1,41 @@
+"""The page. Must not know how a picture is made or how HTTP is served.
+
+Reading order: `tabs` (`create_ui`: puts the tabs together and connects them), then one tab: `txt2img` or `img2img` (its controls),
+`sections` and `toprow` (the groups they are made of), `requests` (from the values of controls to a request), `generation` (a click on
+Generate), `common` and `components` (parts that several tabs use), `paste` (infotext into controls), `settings`, `extras`, `pnginfo`,
+`extra_networks*` (cards of model files), `page` (style sheet, scripts, theme), `guard` and `page_files` (what a browser may name). Beside
+them: `choices`, `extensions`, `gpus`, `img2img_pictures`, `quicksettings`, `saving`, `scripts`, `style_dialog`, `styles`, `symbols`,
+`tokens`.
+
+Example: a new slider of txt2img is built in `sections`, placed in `txt2img`, gets its request field in `requests` and its infotext name in
+modules/infotext/fields.py.
+
+The names below are those that extensions import from `modules.ui`; they are looked up when asked for, as importing the page takes a while.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ELSEWHERE = {
+    "OutputPanel": "common",
+    "create_output_panel": "common",
+    "create_refresh_button": "common",
+    "plaintext_to_html": "common",
+    "create_ui": "tabs",
+    "gr_show": "tabs",
+    "random_symbol": "tabs",
+    "reuse_symbol": "tabs",
+    "save_style_symbol": "tabs",
+    "versions_html": "tabs",
+    "wrap_gradio_call": "tabs",
+    "wrap_gradio_gpu_call": "tabs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib  # only when one of these names is used
+
+    return getattr(importlib.import_module(f"modules.ui.{_ELSEWHERE[name]}"), name)

@@ -1,0 +1,70 @@
+"""What the page's dropdowns offer, read from the lists of samplers, schedules, files and styles."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from modules.pictures.upscaler import available_upscalers
+from modules.processing.request import LATENT_UPSCALE_MODES
+from modules.samplers import registry
+from modules.samplers import schedules as sd_schedulers
+from modules.ui.page import THEMES
+from modules.ui.sections import Choices, Defaults
+
+if TYPE_CHECKING:
+    from modules.application import Application
+
+
+def sampler_names() -> list[str]:
+    """Samplers in the order of the list, without those the user hides."""
+    return list(registry.visible_sampler_names())
+
+
+def schedule_labels() -> list[str]:
+    return [schedule.label for schedule in sd_schedulers.schedulers]
+
+
+def generation_choices(app: Application) -> Choices:
+    """For txt2img and img2img."""
+    return Choices(
+        samplers=sampler_names(),
+        schedulers=schedule_labels(),
+        upscalers=upscaler_names(),
+        checkpoints=_titles(app),
+        modules=list(app.additional_modules.files),
+    )
+
+
+def _titles(app: Application) -> list[str]:
+    return app.checkpoints.titles(use_short=app.options.sd_checkpoint_dropdown_use_short)
+
+
+def checkpoint_titles(app: Application) -> list[str]:
+    """The checkpoints that are in the folders now."""
+    app.checkpoints.refresh()
+    return _titles(app)
+
+
+def upscaler_names() -> list[str]:
+    """What hires fix can enlarge with: the latent modes, then the upscalers of pictures."""
+    return [*LATENT_UPSCALE_MODES, *(entry.name for entry in available_upscalers() if entry.name != "None")]
+
+
+def setting_choices(app: Application) -> dict[str, list[str]]:
+    """For settings whose choices are only known while the server runs."""
+    vaes = ["Automatic", "None", *app.additional_modules.vaes]
+    return {"samplers": sampler_names(), "schedulers": schedule_labels(), "themes": list(THEMES), "vaes": vaes}
+
+
+def style_names(app: Application) -> list[str]:
+    return app.styles.names()
+
+
+def existing(defaults: Defaults, size_px: tuple[int, int] | None) -> Defaults:
+    """`defaults` with a sampler and a schedule that exist, and with `size_px` when there is one."""
+    samplers, schedules = sampler_names(), schedule_labels()
+    sampler = defaults.sampler if defaults.sampler in samplers else samplers[0]
+    scheduler = defaults.scheduler if defaults.scheduler in schedules else schedules[0]
+    width, height = size_px or (defaults.width_px, defaults.height_px)
+    return dataclasses.replace(defaults, sampler=sampler, scheduler=scheduler, width_px=width, height_px=height)

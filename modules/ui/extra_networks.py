@@ -1,0 +1,224 @@
+"""Cards of model files beside the generation controls: `ExtraNetworksPage`, one kind of them, and the list of pages that extensions add to.
+
+A page lists its files as items (dicts whose keys extensions know); this file makes cards of them. The controls around the cards are
+modules/ui/extra_networks_tabs.py, pictures and metadata for the browser modules/ui/extra_networks_routes.py. Must not know any kind of model.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import urllib.parse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modules.application import current_application
+from modules.prompts import extra_networks
+from modules.ui.extra_networks_html import CardSettings, card_html, folder_buttons, pane_html
+
+if TYPE_CHECKING:
+    from modules.ui.extra_networks_user_metadata import UserMetadataEditor
+
+PREVIEW_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif")
+_INLINE_PICTURES = ("data:image/png;base64,", "data:image/jpeg;base64,", "data:image/webp;base64,")
+
+extra_pages: list[ExtraNetworksPage] = []
+"""The pages in the order they were added."""
+
+
+def register_page(page: ExtraNetworksPage) -> None:
+    """Add a page, in the place of one of the same title. Extensions do it in on_before_ui."""
+    extra_pages[:] = [*(known for known in extra_pages if known.title != page.title), page]
+
+
+def initialize() -> None:
+    """Forget all pages."""
+    extra_pages.clear()
+
+
+def pages_in_order() -> list[ExtraNetworksPage]:
+    """Those that the setting ui_extra_networks_tab_reorder names come first."""
+    wanted = [name.strip().lower() for name in str(current_application().options.ui_extra_networks_tab_reorder).split(",")]
+    return sorted(extra_pages, key=lambda page: wanted.index(page.name) if page.name in wanted else len(wanted))
+
+
+def plain_path(filename: str | Path) -> Path:
+    """The absolute path, without `..`; links stay, since folders of models often are some."""
+    return Path(os.path.normpath(Path(filename).absolute()))
+
+
+def quote_js(text: str) -> str:
+    """`text` as a literal of JavaScript."""
+    return json.dumps(text).replace("</", "<\\/")
+
+
+class ExtraNetworksPage:
+    """One kind of model files. A subclass says which there are; `items` holds them by name once they are listed.
+
+    Keys of an item: name, filename, shorthash, preview, description, search_terms, local_preview, metadata, sort_keys, prompt and
+    negative_prompt (expressions of JavaScript), onclick (an attribute's value with its quotes, in place of prompt), user_metadata, sd_version_str.
+    """
+
+    allow_prompt = True
+    """Whether a click puts `prompt` into the prompt."""
+    allow_negative_prompt = False
+    """Whether it goes to the negative prompt when that was edited last."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.name = title.lower()
+        self.id_page = self.extra_networks_tabname = self.name.replace(" ", "_")
+        self.metadata: dict[str, dict[str, Any]] = {}
+        self.items: dict[str, dict[str, Any]] = {}
+
+    # what a subclass says
+
+    def refresh(self) -> None:
+        """Look for files again."""
+
+    def create_item(self, name: str, index: int | None = None, enable_filter: bool = True) -> dict[str, Any] | None:
+        """The item of that name; None for one that is not to be shown."""
+        raise NotImplementedError
+
+    def list_items(self) -> Iterable[dict[str, Any]]:
+        """All items."""
+        raise NotImplementedError
+
+    def allowed_directories_for_previews(self) -> list[str]:
+        """The folders of the files: pictures beside them may be sent to browsers."""
+        return []
+
+    def create_user_metadata_editor(self, ui: Any, tabname: str) -> UserMetadataEditor:
+        """The window in which a card's description is written."""
+        from modules.ui.extra_networks_user_metadata import UserMetadataEditor  # it builds on this file
+
+        return UserMetadataEditor(ui, tabname, self)
+
+    # helpers for items; `path` is a file without its suffix
+
+    def read_user_metadata(self, item: dict[str, Any], use_cache: bool = True) -> dict[str, Any]:
+        """What the user wrote about the item, which gets it as `user_metadata`; a description there replaces the item's."""
+        metadata = extra_networks.get_user_metadata(item["filename"]) if item.get("filename") else {}
+        item["user_metadata"] = metadata
+        if metadata.get("description") is not None:
+            item["description"] = metadata["description"]
+        return metadata
+
+    def get_sort_keys(self, path: str) -> dict[str, Any]:
+        """By what cards are sorted, from the file itself."""
+        file = Path(path)
+        stat = file.stat() if file.is_file() else None
+        created = int(getattr(stat, "st_birthtime", stat.st_ctime)) if stat else 0
+        return {"date_created": created, "date_modified": int(stat.st_mtime) if stat else 0, "name": file.name.lower(), "path": path.lower()}
+
+    def find_preview(self, path: str) -> str | None:
+        """The address of the picture beside a file: `<path>.png`, `<path>.preview.png`, or of another suffix."""
+        found = next((name for suffix in PREVIEW_SUFFIXES for name in (f"{path}{suffix}", f"{path}.preview{suffix}") if Path(name).is_file()), None)
+        return None if found is None else self.link_preview(found)
+
+    def link_preview(self, filename: str) -> str:
+        """The address of a picture; it changes when the picture does."""
+        quoted = urllib.parse.quote(filename.replace("\\", "/"), safe="/")
+        return f"./sd_extra_networks/thumb?filename={quoted}&mtime={Path(filename).stat().st_mtime}{key_parameter()}"
+
+    def find_embedded_preview(self, path: str, name: str, metadata: dict[str, Any] | None) -> str | None:
+        """The picture inside of a model file (`modelspec.thumbnail`)."""
+        inside = (metadata or {}).get("modelspec.thumbnail")
+        return inside if isinstance(inside, str) and inside.startswith(_INLINE_PICTURES) else None
+
+    def find_description(self, path: str) -> str | None:
+        """The text beside a file: `<path>.txt` or `<path>.description.txt`."""
+        for file in (Path(f"{path}.txt"), Path(f"{path}.description.txt")):
+            if file.is_file():
+                return file.read_text(encoding="utf-8", errors="replace")
+        return None
+
+    def search_terms_from_path(self, filename: str, possible_directories: Iterable[str] | None = None) -> str:
+        """The file's way below its folder, with a slash in front."""
+        path = plain_path(filename)
+        for folder in possible_directories if possible_directories is not None else self.allowed_directories_for_previews():
+            if path.is_relative_to(root := plain_path(folder)):
+                return f"/{path.relative_to(root).as_posix()}"
+        return f"/{path.name}"
+
+    # cards
+
+    def load_items(self) -> None:
+        """List the items anew."""
+        listed = [item for item in self.list_items() if item]
+        for item in listed:
+            if "user_metadata" not in item:
+                self.read_user_metadata(item)
+        self.items = {item["name"]: item for item in listed}
+        self.metadata = {name: item["metadata"] for name, item in self.items.items() if item.get("metadata")}
+
+    def create_html(self, tabname: str, *, empty: bool = False) -> str:
+        """Controls, folders and cards for a generation tab; with `empty` without cards."""
+        settings = CardSettings.from_options(current_application().options)
+        if empty:
+            self.items = {}
+        else:
+            self.load_items()
+        cards = "".join(self.create_item_html(tabname, item) for item in self._sorted(settings))
+        folders = folder_buttons(self._folders(), settings)
+        where = " or ".join(f"<code>{html.escape(folder)}</code>" for folder in self.allowed_directories_for_previews())
+        nothing = f"<p class='nothing'>There are no files. Put them into {where} and press the arrows.</p>" if not empty and where else ""
+        return pane_html(
+            f"{tabname}_{self.extra_networks_tabname}", tabname, self.name, cards=cards or nothing, folders=folders, settings=settings, key=_key
+        )
+
+    def create_item_html(self, tabname: str, item: dict[str, Any]) -> str:
+        """One card."""
+        settings = CardSettings.from_options(current_application().options)
+        onclick = item.get("onclick")
+        if onclick is None and self.allow_prompt and item.get("prompt"):
+            negative = item.get("negative_prompt") or '""'
+            call = f"cardClicked('{tabname}', {item['prompt']}, {negative}, {'true' if self.allow_negative_prompt else 'false'})"
+            onclick = f'"{html.escape(call)}"'
+        return card_html(tabname, self, item, onclick, settings)
+
+    def folder_of(self, item: dict[str, Any]) -> str:
+        """The folder of the item's file below the page's, with slashes; empty for the page's own."""
+        return self.search_terms_from_path(item.get("filename") or "").rpartition("/")[0].strip("/")
+
+    def _folders(self) -> list[str]:
+        found: set[str] = set()
+        for item in self.items.values():
+            parts = self.folder_of(item).split("/")
+            found |= {"/".join(parts[: count + 1]) for count in range(len(parts))}
+        return sorted(found - {""}, key=str.lower)
+
+    def _sorted(self, settings: CardSettings) -> Iterator[dict[str, Any]]:
+        def key(item: dict[str, Any]) -> tuple[bool, Any]:
+            value = (item.get("sort_keys") or {}).get(settings.order_field, "")
+            return isinstance(value, str), value
+
+        yield from sorted(self.items.values(), key=key, reverse=settings.descending)
+
+
+_key = ""
+
+
+def ask_for_key(key: str) -> None:
+    """Send pictures and metadata only to who knows `key` from now on; it stands in the page, which may be behind a password."""
+    global _key  # noqa: PLW0603 - pages, which extensions make, have no other way to it
+    _key = key
+
+
+def key_parameter() -> str:
+    return f"&key={_key}" if _key else ""
+
+
+def key_is_right(key: str) -> bool:
+    return not _key or key == _key
+
+
+# the names that extensions call
+
+
+def get_metadata(page: str = "", item: str = "") -> dict[str, Any]:
+    """What the file of a page's item says about itself."""
+    found = next((one for one in extra_pages if one.name == page), None)
+    return {} if found is None else found.metadata.get(item, {})

@@ -1,0 +1,141 @@
+"""The "GPUs" panel of a generation tab: what every compute place holds and does, and the plan in one sentence.
+
+It is filled when it is opened and, while it is open, every other second of a running job. It must not know how plans are made.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from modules.jobs.gpu_report import STATES, describe_idleness
+
+if TYPE_CHECKING:
+    from backend.parallel.running.status import PlanStatus, SlotStatus
+    from modules.application import Application
+
+REFRESH_S = 2
+_NOTHING_RUNS = "<div hidden class='idle'></div>"
+_UNKNOWN = "–"
+_DONE = "Units done"
+_OPTIONAL = ("Use", "Temp.", _DONE)
+LOG_FOLDER, TIMELINE = "logs", "timeline.png"
+QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+
+
+def create_gpu_panel(app: Application, tab: str) -> gr.Accordion:
+    """Build the panel inside the current gradio context, and connect it."""
+    with gr.Accordion("GPUs", open=False, elem_id=f"{tab}_gpus") as panel:
+        table = gr.HTML(elem_id=f"{tab}_gpus_table", elem_classes=["gpus"])
+    clock = gr.Timer(REFRESH_S, active=False)
+
+    def open_panel() -> list[Any]:
+        return [status_html(app, is_busy=is_busy(app)), gr.Timer(active=True)]
+
+    def refresh(shown: str | None) -> Any:
+        busy = is_busy(app)
+        if not busy and _NOTHING_RUNS in (shown or ""):
+            return gr.skip()
+        return status_html(app, is_busy=busy)
+
+    panel.expand(open_panel, outputs=[table, clock], **QUIET)
+    panel.collapse(lambda: gr.Timer(active=False), outputs=[clock], **QUIET)
+    clock.tick(refresh, inputs=[table], outputs=[table], **QUIET)
+    return panel
+
+
+def is_busy(app: Application) -> bool:
+    """Whether a job runs."""
+    return bool(app.state.job)
+
+
+def status_html(app: Application, *, is_busy: bool) -> str:
+    """The panel's content now: the plan, the slots, and when nothing runs what would keep an idle slot busy and the last job's timeline."""
+    from backend import profiler  # import torch, which the page does without until somebody looks
+    from backend.parallel.running import status
+
+    plan, slots = status.current_plan(), status.describe_slots()
+    text = f"{plan_html(plan)}{slots_html(slots, profiler.meter().units)}"
+    if is_busy:
+        return text
+    advice = describe_idleness(plan, slots, uses_many=app.config.backend.multi_gpu, job=app.last_profile)
+    return "".join([text, f"<p class='advice'>{html.escape(advice)}</p>" if advice else "", timeline_html(app), _NOTHING_RUNS])
+
+
+def timeline_html(app: Application) -> str:
+    """The picture of the last job; empty without --profile."""
+    if not app.config.backend.profile:
+        return ""
+    try:
+        picture = (app.config.data_dir / LOG_FOLDER / TIMELINE).read_bytes()
+    except OSError:  # no job yet, or it was deleted
+        return ""
+    coded = base64.b64encode(picture).decode()
+    return f"<img class='timeline' alt='What each slot did in the last job' src='data:image/png;base64,{coded}'>"
+
+
+def plan_html(plan: PlanStatus | None) -> str:
+    """The plan in a sentence."""
+    if plan is None:
+        return "<p class='plan'>No plan yet: the first picture makes one.</p>"
+    times = [f"{ms:.0f} ms a step {word}" for ms, word in ((plan.predicted_ms, "predicted"), (plan.measured_ms, "measured")) if ms]
+    return f"<p class='plan'>{html.escape('; '.join([plan.reason.rstrip('.'), *times]))}.</p>"
+
+
+def slots_html(slots: Sequence[SlotStatus], units: Mapping[int, int] | None = None) -> str:
+    """A row for every slot; what no slot tells has no column. `units`: what each did of the running or the last job."""
+    done = units or {}
+    all_columns = (*_COLUMNS, (_DONE, lambda slot: _units_bar(done.get(slot.index, 0), done)))
+    columns = [column for column in all_columns if column[0] not in _OPTIONAL or any(column[1](slot) != _UNKNOWN for slot in slots)]
+    head = "".join(f"<th>{name}</th>" for name, _ in columns)
+    rows = "".join("<tr>" + "".join(f"<td>{show(slot)}</td>" for _, show in columns) + "</tr>" for slot in slots)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _device(slot: SlotStatus) -> str:
+    return f"{html.escape(slot.name)}<small>{html.escape(slot.torch_device)}, {STATES.get(slot.vram_state, slot.vram_state)}</small>"
+
+
+def _memory_bar(slot: SlotStatus) -> str:
+    """Used of total, with the part that models take set off."""
+    total_bytes = max(1, slot.total_bytes)
+    used_bytes = max(0, slot.total_bytes - slot.free_bytes)
+    used, models = (min(100.0, 100 * part_bytes / total_bytes) for part_bytes in (used_bytes, min(slot.resident_bytes, used_bytes)))
+    words = f"{_gib(used_bytes)} of {_gib(slot.total_bytes)} GiB"
+    peak = "" if slot.peak_bytes is None else f", at most {_gib(slot.peak_bytes)} GiB so far"
+    bar = f"<div class='bar'><i style='width:{used:.1f}%'></i><b style='width:{models:.1f}%'></b></div>"
+    return f"<div title='{_gib(slot.resident_bytes)} GiB of models{peak}'>{bar}<small>{words}</small></div>"
+
+
+def _holders(slot: SlotStatus) -> str:
+    return "".join(f"<div class='held'>{html.escape(name)} {held_bytes / 2**20:.0f} MiB</div>" for name, held_bytes in slot.holders) or _UNKNOWN
+
+
+def _units_bar(num_units: int, units: Mapping[int, int]) -> str:
+    """How often the slot carried rows through its part of the network, against the busiest slot."""
+    most = max(units.values(), default=0)
+    if most == 0:
+        return _UNKNOWN
+    return f"<div class='bar'><b style='width:{100 * num_units / most:.1f}%'></b></div><small>{num_units}</small>"
+
+
+def _number(value: float | None, unit: str) -> str:
+    return _UNKNOWN if value is None else f"{value:.0f}{unit}"
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f}" if size_bytes >= 2**30 // 10 else f"{size_bytes / 2**30:.2f}"
+
+
+_COLUMNS: tuple[tuple[str, Callable[[SlotStatus], str]], ...] = (
+    ("", lambda slot: str(slot.index)),
+    ("Device", _device),
+    ("Memory", _memory_bar),
+    ("Models on it", _holders),
+    ("Use", lambda slot: _number(slot.utilization, " %")),
+    ("Temp.", lambda slot: _number(slot.temperature, " °C")),
+)

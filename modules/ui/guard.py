@@ -1,0 +1,57 @@
+"""The page as gradio serves it, with every payload looked through before a handler sees it.
+
+gradio checks only those paths that a payload itself marks as files; handlers of every tab, and of extensions, would get the others unchecked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.data_classes import _StaticFiles
+from gradio.utils import get_upload_folder
+
+from modules.ui.page_files import ForeignFileError, uploaded_file
+
+MAX_PAYLOAD_DEPTH = 64
+
+
+class GuardedBlocks(gr.Blocks):
+    """Blocks whose handlers, listed or not, are given only files that were uploaded to the page or are shown by it."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False) -> Any:
+        for block, value in zip(block_fn.inputs, inputs):
+            try:
+                check_payload(value, is_plain_json=isinstance(block, gr.JSON))
+            except ForeignFileError as error:
+                raise gr.Error(str(error), print_exception=False) from error
+        return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+
+
+def check_payload(value: Any, *, is_plain_json: bool = False) -> None:
+    """Raises ForeignFileError when `value` names a file, at any depth, that a browser may not name.
+
+    `is_plain_json`: a control for any JSON; there only what is marked as a file is one."""
+    uploads, shown = Path(get_upload_folder()), list(_StaticFiles.all_paths)
+    for entry in _files_in(value, only_marked=is_plain_json):
+        uploaded_file(entry, uploads, shown)
+
+
+def _files_in(value: Any, *, only_marked: bool) -> Iterator[Any]:
+    waiting: list[tuple[Any, float]] = [(value, 0)]
+    while waiting:
+        entry, depth = waiting.pop()
+        if isinstance(entry, dict):
+            if entry.get("path") is not None and ("meta" in entry or not only_marked):
+                yield entry["path"]
+            children: Any = entry.values()
+        elif isinstance(entry, (list, tuple)):
+            children = entry
+        else:
+            continue
+        if depth > (math.inf if only_marked else MAX_PAYLOAD_DEPTH):
+            raise ForeignFileError(f"A value of this request is nested more than {MAX_PAYLOAD_DEPTH} deep; no control of the page sends that.")
+        waiting.extend((child, depth + 1) for child in children)

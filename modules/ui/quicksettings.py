@@ -1,0 +1,220 @@
+"""The row above the tabs: preset, checkpoint, VAE and text encoder files, clip skip.
+
+A choice here is a setting: it is kept, and counts from the next job on.
+Must not know the tabs; it answers with start values, and modules/ui/tabs.py gives those to the controls.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from backend.foreign_json import parse_resolution
+from modules.checkpoints.listing import CHECKPOINT_SUFFIXES, CheckpointInfo
+from modules.errors import RequestError
+from modules.ui.components import DropdownMulti, ToolButton
+from modules.ui.sections import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_STEP_PX, Defaults
+
+if TYPE_CHECKING:
+    from modules.application import Application
+
+log = logging.getLogger(__name__)
+
+PRESETS = ("sd", "xl", "all")
+LOW_BITS = ("Automatic", "float8-e4m3fn", "float8-e5m2")
+NATIVE_SIZE_KEY = "modelspec.resolution"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickSettings:
+    """The row's controls; `notice` says what to do when there is no checkpoint, `watch` looks for one until there is."""
+
+    preset: gr.Radio
+    checkpoint: gr.Dropdown
+    refresh: gr.Button
+    modules: gr.Dropdown
+    low_bits: gr.Dropdown
+    clip_skip: gr.Slider
+    notice: gr.HTML
+    watch: gr.Timer
+
+
+def create_quicksettings(app: Application) -> QuickSettings:
+    """Build the row inside the current gradio context."""
+    options = app.options
+    preset = start_preset(app)
+    with gr.Row(elem_id="quicksettings", variant="compact"):
+        radio = gr.Radio(label="UI", choices=list(PRESETS), value=preset, elem_id="forge_ui_preset")
+        checkpoint = gr.Dropdown(
+            label="Checkpoint",
+            elem_id="setting_sd_model_checkpoint",
+            elem_classes=["model_selection"],
+            allow_custom_value=True,
+            **checkpoint_dropdown(app),
+        )
+        refresh = ToolButton(icon_name="refresh", elem_id="forge_refresh_checkpoint")
+        modules = DropdownMulti(
+            label="VAE / Text Encoder", elem_id="setting_forge_additional_modules", allow_custom_value=True, **modules_dropdown(app)
+        )
+        low_bits = gr.Dropdown(
+            label="Diffusion in Low Bits",
+            choices=list(LOW_BITS),
+            value=options.forge_unet_storage_dtype if options.forge_unet_storage_dtype in LOW_BITS else LOW_BITS[0],
+            elem_id="setting_forge_unet_storage_dtype",
+            visible=low_bits_are_shown(preset),
+        )
+        clip_skip = gr.Slider(
+            buttons=[],
+            label="Clip skip",
+            minimum=1,
+            maximum=12,
+            step=1,
+            precision=0,
+            value=options.CLIP_stop_at_last_layers,
+            elem_id="setting_CLIP_stop_at_last_layers",
+            visible=clip_skip_is_shown(preset),
+        )
+    notice = gr.HTML(notice_html(app), elem_id="no_checkpoint_notice")
+    watch = gr.Timer(3, active=len(app.checkpoints) == 0)
+    return QuickSettings(
+        preset=radio, checkpoint=checkpoint, refresh=refresh, modules=modules, low_bits=low_bits, clip_skip=clip_skip, notice=notice, watch=watch
+    )
+
+
+def start_preset(app: Application) -> str:
+    """The preset shown first: xl with --sdxl, else the kept one."""
+    if app.config.sdxl:
+        return "xl"
+    return app.options.forge_preset if app.options.forge_preset in PRESETS else PRESETS[0]
+
+
+def low_bits_are_shown(preset: str) -> bool:
+    return preset != "sd"
+
+
+def clip_skip_is_shown(preset: str) -> bool:
+    return preset != "xl"
+
+
+def selected_checkpoint(app: Application) -> CheckpointInfo | None:
+    """The checkpoint that the next job uses; None when there is none."""
+    return app.checkpoints.find(app.options.sd_model_checkpoint) or next(iter(app.checkpoints), None)
+
+
+def checkpoint_dropdown(app: Application) -> dict[str, Any]:
+    """Choices and value of the checkpoint dropdown."""
+    short = app.options.sd_checkpoint_dropdown_use_short
+    selected = selected_checkpoint(app)
+    value = None if selected is None else (selected.short_title if short else selected.title)
+    return {"choices": app.checkpoints.titles(use_short=short), "value": value}
+
+
+def modules_dropdown(app: Application) -> dict[str, Any]:
+    """Choices and value of the VAE / text encoder field."""
+    files = app.additional_modules.files
+    chosen = [Path(str(name)).name for name in app.options.forge_additional_modules or []]
+    return {"choices": list(files), "value": [name for name in chosen if name in files]}
+
+
+def notice_html(app: Application) -> str:
+    """Where a checkpoint goes, when there is none; else nothing."""
+    if len(app.checkpoints):
+        return ""
+    folders = " or ".join(f"<code>{html.escape(str(folder))}</code>" for folder in app.checkpoints.roots)
+    kinds = ", ".join(f"<code>{suffix}</code>" for suffix in CHECKPOINT_SUFFIXES)
+    return (
+        f"<div class='notice'><b>There is no checkpoint yet.</b> Put a Stable Diffusion 1.x, 2.x or SDXL file ({kinds}) into {folders}. "
+        "It appears in the list above by itself; no restart is needed.</div>"
+    )
+
+
+def parse_native_size(value: Any) -> tuple[int, int] | None:
+    """Width and height from a declared resolution such as "64x64" or "1024"; None when it is none, or not one that can be made."""
+    sides = parse_resolution(value)
+    if sides is None or not all(MIN_SIDE_PX <= side <= MAX_SIDE_PX and side % SIDE_STEP_PX == 0 for side in sides):
+        return None
+    return sides
+
+
+def native_size(app: Application) -> tuple[int, int] | None:
+    """Width and height that the selected checkpoint declares for itself; None when it does not."""
+    selected = selected_checkpoint(app)
+    return parse_native_size(selected.metadata.get(NATIVE_SIZE_KEY)) if selected is not None else None
+
+
+def preset_defaults(options: Mapping[str, Any] | Any, preset: str, tab: str) -> Defaults | None:
+    """What `preset` sets on the tab ("txt2img" or "img2img"); None for "all", which leaves the controls alone."""
+    if preset not in ("sd", "xl"):
+        return None
+    prefix = f"{preset}_{'t2i' if tab == 'txt2img' else 'i2i'}"
+    read = {name: getattr(options, f"{prefix}_{name}") for name in ("width", "height", "cfg", "sampler", "scheduler")}
+    return Defaults(
+        width_px=int(read["width"]),
+        height_px=int(read["height"]),
+        cfg_scale=float(read["cfg"]),
+        hires_cfg_scale=float(getattr(options, f"{preset}_t2i_hr_cfg")),
+        sampler=read["sampler"],
+        scheduler=read["scheduler"],
+    )
+
+
+class QuickSettingsHandlers:
+    """What happens when a control of the row is changed. A value that is not possible is refused in words and the old one comes back."""
+
+    def __init__(self, app: Application) -> None:
+        self.app = app
+
+    def _keep(self, key: str, value: Any) -> None:
+        try:
+            if self.app.options.set(key, value):
+                self.app.save_options()
+        except RequestError as error:
+            gr.Warning(str(error))
+
+    def choose_checkpoint(self, title: str | None) -> Any:
+        """Keep the choice; an unknown name puts the old one back."""
+        info = self.app.checkpoints.find(title)
+        if info is None:
+            if title:
+                gr.Warning(f"There is no checkpoint {title!r}. Choose one from the list, or press the refresh button if the file is new.")
+            return gr.update(**checkpoint_dropdown(self.app))
+        self._keep("sd_model_checkpoint", info.title)
+        return gr.skip()
+
+    def choose_modules(self, names: Sequence[str] | None) -> Any:
+        files = self.app.additional_modules.files
+        known = [name for name in names or [] if name in files]
+        self._keep("forge_additional_modules", [str(files[name]) for name in known])
+        return gr.skip() if len(known) == len(names or []) else gr.update(value=known)
+
+    def choose_low_bits(self, value: str) -> None:
+        self._keep("forge_unet_storage_dtype", value)
+
+    def choose_clip_skip(self, value: float) -> None:
+        self._keep("CLIP_stop_at_last_layers", int(value))
+
+    def choose_preset(self, preset: str) -> list[Any]:
+        """Keep it; which of the row's controls are shown: low bits, clip skip."""
+        self._keep("forge_preset", preset)
+        return [gr.update(visible=low_bits_are_shown(preset)), gr.update(visible=clip_skip_is_shown(preset))]
+
+    def look_again(self) -> list[Any]:
+        """Look at the model folders. Checkpoint and module lists, the notice, and whether the timer goes on."""
+        self.app.checkpoints.refresh()
+        self.app.additional_modules.refresh()
+        return self.current()
+
+    def current(self) -> list[Any]:
+        """What the row should show now, as updates for checkpoint, modules, notice and watch."""
+        return [
+            gr.update(**checkpoint_dropdown(self.app)),
+            gr.update(**modules_dropdown(self.app)),
+            notice_html(self.app),
+            gr.update(active=len(self.app.checkpoints) == 0),
+        ]

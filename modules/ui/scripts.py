@@ -1,0 +1,134 @@
+"""Scripts of extensions on the page: their controls in a generation tab, section by section, and the tabs that they add.
+
+Must not know what a script does, nor the other controls of a tab.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from gradio.components import Component
+
+from modules import scripts
+from modules.launch.guest_calls import call_guest
+from modules.pictures.postprocessing_operations import build_runner
+from modules.scripts import callbacks, gradio_compatibility
+from modules.scripts.postprocessing import ScriptPostprocessingRunner
+from modules.scripts.runner import ScriptRunner
+
+if TYPE_CHECKING:
+    from modules.application import Application
+
+log = logging.getLogger(__name__)
+
+ARGUMENT = "script_argument_"
+"""Names of the scripts' controls among the inputs of a tab: this and the slot."""
+
+
+class TabScripts:
+    """The scripts of the tab that is being built. `section` puts in the controls that belong to a part of it, `rest` all others."""
+
+    def __init__(self, runner: ScriptRunner, tab: str) -> None:
+        self.runner = runner
+        self.tab = tab
+        self._built: set[str | None] = {None}
+
+    def section(self, name: str) -> None:
+        """The controls of scripts that want to stand in the part `name`."""
+        self._built.add(name)
+        self.runner.setup_ui_for_section(name)
+
+    def rest(self) -> None:
+        """Sections that the tab does not have, then those of none, then the Script dropdown."""
+        unknown = {script.section for script in self.runner.alwayson_scripts} - self._built
+        for section in sorted(str(name) for name in unknown):
+            self.section(section)
+        with gr.Column(elem_id=f"{self.tab}_script_container", elem_classes=["script-container"]):
+            self.runner.setup_ui()
+
+    def inputs(self) -> dict[str, Component]:
+        """All controls by the names of their slots."""
+        return {f"{ARGUMENT}{slot}": control for slot, control in enumerate(self.runner.inputs)}
+
+
+def no_scripts(tab: str) -> TabScripts:
+    """A tab without scripts: the dropdown alone."""
+    return TabScripts(ScriptRunner(), tab)
+
+
+def arguments_from(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The flat arguments of all scripts among the values of a tab's inputs."""
+    count = sum(name.startswith(ARGUMENT) for name in values)
+    return tuple(values[f"{ARGUMENT}{slot}"] for slot in range(count))
+
+
+@contextlib.contextmanager
+def tab_scripts(app: Application, tab: str) -> Iterator[TabScripts]:
+    """The scripts of `tab`, made anew, while it is built."""
+    runner = app.script_runners.get(tab)
+    if runner is None:
+        runner = ScriptRunner()
+    runner.initialize_scripts(is_img2img=tab == "img2img")
+    runner.prepare_ui()
+    scripts.set_current(runner)
+    try:
+        yield TabScripts(runner, tab)
+    finally:
+        scripts.set_current(None)
+
+
+def postprocessing_runner() -> ScriptPostprocessingRunner:
+    """The operations of the Extras tab: those that are built in, and those of extensions."""
+    runner = build_runner()
+    runner.initialize_scripts(scripts.postprocessing_scripts_data)
+    scripts.set_postprocessing(runner)
+    return runner
+
+
+@contextlib.contextmanager
+def page_build() -> Iterator[None]:
+    """While a page is built: old habits are met, and whoever listens is told of every control."""
+    gradio_compatibility.install()
+    callbacks.before_ui_callback()
+    with gradio_compatibility.watching_components(_before, _after):
+        yield
+
+
+def _before(component: Any, **kwargs: Any) -> None:
+    if scripts.scripts_current is not None:
+        scripts.scripts_current.before_component(component, **kwargs)
+    callbacks.before_component_callback(component, **kwargs)
+
+
+def _after(component: Any, **kwargs: Any) -> None:
+    callbacks.after_component_callback(component, **kwargs)
+    if scripts.scripts_current is not None:
+        scripts.scripts_current.after_component(component, **kwargs)
+
+
+def create_extension_tabs() -> None:
+    """The tabs of extensions inside the current gr.Tabs."""
+    for interface, title, elem_id in _tabs():
+        with gr.Tab(title, id=elem_id, elem_id=f"tab_{elem_id}"):
+            call_guest(interface.render, f"tab {title!r} of an extension could not be shown; the page is built without its content")
+
+
+def _tabs() -> Iterator[tuple[Any, str, str]]:
+    seen: set[str] = set()
+    with gradio_compatibility.outside_of_page():
+        entries = callbacks.ui_tabs_callback()
+    for entry in entries:
+        try:
+            interface, title, elem_id = entry
+        except (TypeError, ValueError):
+            log.error("on_ui_tabs: an extension returned %r; a tab is (Blocks, title, elem_id). It is left out.", entry)
+            continue
+        if elem_id in seen:
+            log.error("on_ui_tabs: two tabs have the id %r; the second, %r, is left out.", elem_id, title)
+            continue
+        seen.add(elem_id)
+        yield interface, title, elem_id

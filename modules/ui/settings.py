@@ -1,0 +1,258 @@
+"""The Settings tab, made from the table of options: one inner tab for each section, Apply, search, and a page of actions.
+
+Must not know any single setting, except where its choices come from something that is only known while the server runs.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from gradio.components import Component
+
+from modules.errors import OptionError, RequestError
+from modules.settings.options import OptionInfo
+from modules.ui.common import error_html
+from modules.ui.components import DropdownMulti, FormRow, ToolButton
+from modules.ui.sections import slider
+
+if TYPE_CHECKING:
+    from modules.application import Application
+
+log = logging.getLogger(__name__)
+
+MIN_SEARCH_CHARACTERS = 2
+MAX_HITS = 30
+OWNED_BY_QUICK_SETTINGS = frozenset(
+    {"sd_model_checkpoint", "CLIP_stop_at_last_layers", "forge_additional_modules", "forge_unet_storage_dtype", "forge_preset"}
+)
+COMPONENTS: dict[str, Callable[..., Any]] = {
+    "Checkbox": gr.Checkbox,
+    "CheckboxGroup": gr.CheckboxGroup,
+    "ColorPicker": gr.ColorPicker,
+    "Dropdown": gr.Dropdown,
+    "DropdownMulti": DropdownMulti,
+    "HTML": gr.HTML,
+    "Number": gr.Number,
+    "Radio": gr.Radio,
+    "Slider": slider,
+    "Textbox": gr.Textbox,
+}
+LIVE_CHOICES: Mapping[str, str] = {
+    "sd_t2i_sampler": "samplers",
+    "sd_i2i_sampler": "samplers",
+    "xl_t2i_sampler": "samplers",
+    "xl_i2i_sampler": "samplers",
+    "flux_t2i_sampler": "samplers",
+    "flux_i2i_sampler": "samplers",
+    "hide_samplers": "samplers",
+    "sd_t2i_scheduler": "schedulers",
+    "sd_i2i_scheduler": "schedulers",
+    "xl_t2i_scheduler": "schedulers",
+    "xl_i2i_scheduler": "schedulers",
+    "flux_t2i_scheduler": "schedulers",
+    "flux_i2i_scheduler": "schedulers",
+    "gradio_theme": "themes",
+    "sd_vae": "vaes",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsTab:
+    """`components` are the settings' controls by key."""
+
+    apply: gr.Button
+    result: gr.HTML
+    components: Mapping[str, Component]
+
+
+def sections_of(labels: Mapping[str, OptionInfo]) -> dict[tuple[str, str], dict[str, OptionInfo]]:
+    """The options that have a page, by (section id, title), in the table's order. One section id may have two titles."""
+    sections: dict[tuple[str, str], dict[str, OptionInfo]] = {}
+    for key, info in labels.items():
+        if info.section and info.section[0] is not None and key not in OWNED_BY_QUICK_SETTINGS:
+            sections.setdefault((str(info.section[0]), str(info.section[1])), {})[key] = info
+    return sections
+
+
+def settings_pages(labels: Mapping[str, OptionInfo]) -> list[tuple[str, str, dict[str, OptionInfo]]]:
+    """(id of the inner tab, title, options) of each page."""
+    return [(f"settings_tab_{section}_{number}", title, infos) for number, ((section, title), infos) in enumerate(sections_of(labels).items())]
+
+
+def default_component(value: Any) -> Callable[..., Any]:
+    """The control for a setting that names none, by the type of its default."""
+    if isinstance(value, bool):
+        return gr.Checkbox
+    if isinstance(value, (int, float)):
+        return gr.Number
+    return DropdownMulti if isinstance(value, list) else gr.Textbox
+
+
+def _component_arguments(info: OptionInfo) -> dict[str, Any]:
+    args = info.component_args() if callable(info.component_args) else info.component_args
+    return dict(args or {})
+
+
+def create_setting(key: str, info: OptionInfo, value: Any, choices: Mapping[str, list[str]]) -> Component:
+    """The control of one setting, with its comment under it."""
+    kind = COMPONENTS[info.component] if isinstance(info.component, str) else info.component or default_component(info.default)
+    args = _component_arguments(info)
+    if kind in (gr.Dropdown, DropdownMulti, gr.Radio, gr.CheckboxGroup) and "choices" not in args:
+        args["choices"] = _choices_for(key, value, info.default, choices)
+        if kind in (gr.Dropdown, DropdownMulti):
+            args.setdefault("allow_custom_value", True)
+    if kind is gr.HTML:
+        component = gr.HTML(info.default, elem_id=f"setting_{key}", **args)
+    elif info.refresh is not None:
+        with FormRow():
+            component = kind(label=info.label, value=value, elem_id=f"setting_{key}", **args)
+            button = ToolButton(icon_name="refresh", elem_id=f"refresh_{key}")
+            button.click(_refresher(info), outputs=[component], show_progress="hidden", queue=False, api_visibility="private")
+    else:
+        component = kind(label=info.label, value=value, elem_id=f"setting_{key}", **args)
+    if info.comment_before or info.comment_after:
+        gr.HTML(f"{info.comment_before} {info.comment_after}", elem_classes=["setting-comment"])
+    return component
+
+
+def _refresher(info: OptionInfo) -> Callable[[], Any]:
+    def refresh() -> Any:
+        if info.refresh is not None:
+            info.refresh()
+        return gr.update(**_component_arguments(info))
+
+    return refresh
+
+
+def _choices_for(key: str, value: Any, default: Any, choices: Mapping[str, list[str]]) -> list[str]:
+    live = choices.get(LIVE_CHOICES.get(key, ""), [])
+    own = [*(value if isinstance(value, list) else [value]), *(default if isinstance(default, list) else [default])]
+    return list(dict.fromkeys([*live, *(str(item) for item in own if item not in (None, ""))]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """A setting that a search can find."""
+
+    key: str
+    label: str
+    section: str
+    tab_id: str
+
+
+def _link(hit: Hit) -> str:
+    target = html.escape(f"showSetting('{hit.tab_id}', 'setting_{hit.key}')", quote=True)
+    return f"<button type='button' onclick=\"{target}\"><b>{html.escape(hit.label)}</b> <span>{html.escape(hit.section)}</span></button>"
+
+
+class SettingsHandlers:
+    """What Apply and the actions do."""
+
+    def __init__(self, app: Application, keys: list[str]) -> None:
+        self.app = app
+        self.keys = keys
+        self._index = [
+            Hit(key=key, label=info.label, section=title, tab_id=tab_id)
+            for tab_id, title, infos in settings_pages(app.options.data_labels)
+            for key, info in infos.items()
+            if key in keys
+        ]
+
+    def apply(self, *values: Any) -> tuple[str, str]:
+        """Keep every changed value. Answers with all settings as JSON and what was done; a value that is not possible is named and left as it was."""
+        changed, problems = [], []
+        for key, value in zip(self.keys, values):
+            try:
+                if self._is_change(key, value):
+                    self._check(key, value)
+                    if self.app.options.set(key, value):
+                        changed.append(key)
+            except RequestError as error:
+                problems.append(str(error))
+        try:
+            if changed:
+                self.app.save_options()
+        except (RequestError, OSError) as error:
+            problems.append(f"The settings count until the server ends, but could not be kept: {error}")
+        return self.app.options.dumpjson(), _result_html(changed, problems)
+
+    def _check(self, key: str, value: Any) -> None:
+        """Raises OptionError for a change that only a user of this machine, or one with a password, may make."""
+        options, is_trusted = self.app.options, self.app.config.page_is_trusted
+        info, cast = options.data_labels[key], options.cast_value(key, value)
+        if cast == options.data.get(key):
+            return
+        if info.restrict_api and not is_trusted:
+            raise OptionError(f"setting {key!r} cannot be changed from outside while the page asks for no password; start with --gradio-auth.")
+        self.app.folders.check_from_client(key, info, cast, is_trusted=is_trusted)
+
+    def _is_change(self, key: str, value: Any) -> bool:
+        """Emptied fields come as None and mean nothing for a setting that has a value."""
+        return not (value is None and self.app.options.get_default(key) is not None)
+
+    def refresh(self, shown: str) -> list[Any]:
+        """What the controls and `settings_json` should show, when a setting is another than in the JSON `shown`; else no change."""
+        now = self.app.options.dumpjson()
+        if now == shown:
+            return [gr.skip() for _ in range(len(self.keys) + 1)]
+        return [*(gr.update(value=getattr(self.app.options, key)) for key in self.keys), now]
+
+    def search(self, text: str) -> str:
+        """Links to the settings whose label or key holds `text`."""
+        wanted = text.strip().lower()
+        if len(wanted) < MIN_SEARCH_CHARACTERS:
+            return ""
+        hits = [hit for hit in self._index if wanted in hit.label.lower() or wanted in hit.key.lower()]
+        links = "".join(_link(hit) for hit in hits[:MAX_HITS])
+        return f"<div class='settings-hits'>{links or 'No setting has that in its label or name.'}</div>"
+
+    def unload_models(self) -> str:
+        """Take every model out of memory; the next job loads what it needs."""
+        self.app.jobs.run_and_wait(None, "unload models", self.app.models.unload)
+        return "<p>All models are unloaded. The next job loads what it needs.</p>"
+
+
+def _result_html(changed: list[str], problems: list[str]) -> str:
+    done = f"<p>{len(changed)} setting{'' if len(changed) == 1 else 's'} changed{': ' + ', '.join(changed) if changed else ''}.</p>"
+    return done + "".join(f"<div class='html-log'>{error_html(problem)}</div>" for problem in problems)
+
+
+def create_settings_tab(app: Application, choices: Mapping[str, list[str]], settings_json: gr.Textbox, item: gr.Tab) -> SettingsTab:
+    """Build the tab inside the current gradio context. `choices`: samplers, schedulers, themes and vaes that there are.
+
+    `settings_json`, a hidden box outside of the tabs, tells the page's scripts all values; `item` is the main tab that holds this one."""
+    options = app.options
+    components: dict[str, Component] = {}
+    with gr.Row(elem_id="settings_top"):
+        apply = gr.Button("Apply settings", variant="primary", elem_id="settings_submit")
+        restart = gr.Button("Reload UI", elem_id="settings_restart_gradio", visible=app.restartable)
+        search = gr.Textbox(placeholder="Search settings", show_label=False, container=False, elem_id="settings_search", label="Search settings")
+    result = gr.HTML(elem_id="settings_result")
+    hits = gr.HTML(elem_id="settings_search_result")
+    with gr.Tabs(elem_id="settings", overflow_behavior="wrap"):
+        for tab_id, title, infos in settings_pages(options.data_labels):
+            with gr.Tab(title, elem_id=tab_id), gr.Column(elem_id=f"column_{tab_id}", elem_classes=["settings-section"]):
+                for key, info in infos.items():
+                    component = create_setting(key, info, getattr(options, key, info.default), choices)
+                    if not info.do_not_save:
+                        components[key] = component
+        unload = _create_actions()
+    handlers = SettingsHandlers(app, list(components))
+    controls = list(components.values())
+    apply.click(handlers.apply, inputs=controls, outputs=[settings_json, result], show_progress="hidden", api_visibility="private")
+    restart.click(app.state.request_restart, js="restart_reload", show_progress="hidden", queue=False, api_visibility="private")
+    unload.click(handlers.unload_models, outputs=[result], show_progress="minimal", api_visibility="private")
+    quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+    search.change(handlers.search, inputs=[search], outputs=[hits], trigger_mode="always_last", **quiet)
+    item.select(handlers.refresh, inputs=[settings_json], outputs=[*controls, settings_json], **quiet)
+    return SettingsTab(apply=apply, result=result, components=components)
+
+
+def _create_actions() -> gr.Button:
+    with gr.Tab("Actions", elem_id="settings_tab_actions"), gr.Column(elem_id="column_settings_actions", elem_classes=["settings-section"]):
+        return gr.Button("Unload all models", elem_id="sett_unload_sd_model")

@@ -1,0 +1,329 @@
+"""The page: puts the tabs together and connects what reaches from one to another.
+
+A tab is a function that returns its parts; a new one is added here.
+Must not know how a picture is made or how HTTP is served: webui.py serves what `create_ui` returns, with the arguments of `ui_page.page_settings`.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from modules.infotext import parameters as infotext_utils
+from modules.infotext.fields import FIELDS_BY_TAB
+from modules.jobs.queue import wrap_gradio_call, wrap_gradio_gpu_call
+from modules.ui import choices as ui_choices
+from modules.ui import page as ui_page
+from modules.ui import requests as ui_requests
+from modules.ui import scripts as ui_scripts
+from modules.ui import symbols as ui_symbols
+from modules.ui.common import OutputPanel, create_output_panel, create_refresh_button, plaintext_to_html
+from modules.ui.extensions import create_extensions_tab
+from modules.ui.extra_networks_tabs import register_default_pages
+from modules.ui.extras import ExtrasTab, build_extras, carry_out, connect_gallery_to_extras, connect_picture_to_extras, create_extras_tab
+from modules.ui.generation import GenerateHandler, JobControl
+from modules.ui.guard import GuardedBlocks
+from modules.ui.img2img import Img2imgTab, create_img2img_tab
+from modules.ui.paste import Paster, connect_gallery_button, connect_paste_button, connect_text_button
+from modules.ui.pnginfo import PngInfoTab, create_pnginfo_tab
+from modules.ui.quicksettings import (
+    QuickSettings,
+    QuickSettingsHandlers,
+    checkpoint_dropdown,
+    create_quicksettings,
+    native_size,
+    preset_defaults,
+    start_preset,
+)
+from modules.ui.saving import PictureSaver, connect_saving
+from modules.ui.sections import Defaults
+from modules.ui.settings import create_settings_tab
+from modules.ui.styles import connect_styles
+from modules.ui.tokens import TokenCounter, connect_token_counters
+from modules.ui.txt2img import Txt2imgTab, create_txt2img_tab
+from modules.version import program_version
+
+if TYPE_CHECKING:
+    from modules.application import Application
+
+__all__ = [
+    "OutputPanel",
+    "create_output_panel",
+    "create_refresh_button",
+    "create_ui",
+    "gr_show",
+    "plaintext_to_html",
+    "versions_html",
+    "wrap_gradio_call",
+    "wrap_gradio_gpu_call",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The faces of tool buttons that extensions import from here."""
+    if name.endswith("_symbol") and hasattr(ui_symbols, name):
+        return getattr(ui_symbols, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+log = logging.getLogger(__name__)
+
+GenerationTab = Txt2imgTab | Img2imgTab
+CACHE_CLEANING_S = (3600, 86400)
+"""How often uploaded and copied pictures are looked through, and the age at which they are deleted."""
+QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+
+
+def create_ui(app: Application) -> gr.Blocks:
+    """The whole page for `app`. Builds components only; loads no model."""
+    choices = ui_choices.generation_choices(app)
+    styles = ui_choices.style_names(app)
+    infotext_utils.reset()
+    register_default_pages(app)
+    gr.set_static_paths([str(app.config.outputs_dir)])  # shown from where they were saved, not copied first
+    blocks = GuardedBlocks(analytics_enabled=False, title=ui_page.TITLE, fill_width=True, delete_cache=CACHE_CLEANING_S)
+    with ui_scripts.page_build(), blocks as demo:
+        quicksettings = create_quicksettings(app)
+        settings_json = gr.Textbox(value=app.options.dumpjson(), visible="hidden", elem_id="settings_json", label="settings")
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Txt2img", id="txt2img", elem_id="tab_txt2img"), ui_scripts.tab_scripts(app, "txt2img") as scripts:
+                txt2img = create_txt2img_tab(app, choices, start_defaults(app, "txt2img"), styles, scripts)
+            with gr.Tab("Img2img", id="img2img", elem_id="tab_img2img"), ui_scripts.tab_scripts(app, "img2img") as scripts:
+                img2img = create_img2img_tab(app, choices, start_defaults(app, "img2img"), styles, scripts)
+            with gr.Tab("Extras", id="extras", elem_id="tab_extras"):
+                extras = create_extras_tab(app, ui_scripts.postprocessing_runner())
+            with gr.Tab("PNG Info", id="pnginfo", elem_id="tab_pnginfo"):
+                pnginfo = create_pnginfo_tab()
+            ui_scripts.create_extension_tabs()
+            with gr.Tab("Settings", id="settings", elem_id="tab_settings") as settings_item:
+                create_settings_tab(app, ui_choices.setting_choices(app), settings_json, settings_item)
+            with gr.Tab("Extensions", id="extensions", elem_id="tab_extensions") as extensions_item:
+                create_extensions_tab(app, extensions_item)
+        gr.HTML(footer_html(), elem_id="footer")
+        _connect_generation(app, txt2img, _handler(app, "txt2img", txt2img, ui_requests.build_txt2img))
+        _connect_generation(app, img2img, _handler(app, "img2img", img2img, ui_requests.build_img2img))
+        _connect_upscale(txt2img, _handler(app, "txt2img", txt2img, ui_requests.build_upscale))
+        _connect_extras(app, extras)
+        _connect_sending(app, txt2img, img2img, extras, pnginfo)
+        _connect_quicksettings(app, quicksettings, txt2img, img2img)
+        _connect_loading(demo, app, quicksettings, settings_json, [txt2img, img2img])
+        _register_paste_fields(txt2img, img2img)
+    return demo
+
+
+def start_defaults(app: Application, tab: str) -> Defaults:
+    """Start values of a tab: the preset's, with the size that the selected checkpoint declares."""
+    options = app.options
+    defaults = preset_defaults(options, start_preset(app), tab) or Defaults(sampler=options.sd_t2i_sampler, scheduler=options.sd_t2i_scheduler)
+    return ui_choices.existing(defaults, native_size(app))
+
+
+def gr_show(visible: bool = True) -> dict[str, Any]:
+    """An update that shows or hides a control; for extensions."""
+    return gr.update(visible=visible)
+
+
+def versions_html() -> str:
+    """The footer's versions; for extensions."""
+    return footer_html()
+
+
+def footer_html() -> str:
+    """Versions, for bug reports."""
+    facts = (f"version: {program_version()}", f"python: {platform.python_version()}", f"gradio: {gr.__version__}")
+    return f"<div class='versions'>{'<span class=sep>•</span>'.join(facts)}</div>"
+
+
+def _handler(app: Application, name: str, tab: GenerationTab, build: Callable[[Application, Mapping[str, Any]], Any]) -> GenerateHandler:
+    return GenerateHandler(app, name, tuple(tab.inputs), lambda values: build(app, values), ui_requests.carry_out)
+
+
+def _connect_upscale(tab: Txt2imgTab, handler: GenerateHandler) -> None:
+    """The button under the gallery that makes the selected picture again with hires fix."""
+    output = tab.output
+    index = gr.Number(value=0, visible="hidden", elem_id="txt2img_upscale_index")
+    event = output.buttons["upscale"].click(
+        handler.upscale,
+        js="submit_txt2img_upscale",
+        inputs=[tab.task_id, index, output.gallery, output.generation_info, *tab.inputs.values()],
+        outputs=[output.gallery, output.generation_info, output.infotext, output.html_log],
+        show_progress="hidden",
+        concurrency_limit=None,
+        api_visibility="private",
+    )
+    event.then(fn=None, js="() => { taskAnswered('txt2img'); }", show_progress="hidden")
+
+
+def _connect_generation(app: Application, tab: GenerationTab, handler: GenerateHandler) -> None:
+    name = handler.tab
+    output = tab.output
+    outputs = [output.gallery, output.generation_info, output.infotext, output.html_log]
+    event = tab.toprow.submit.click(
+        handler.generate,
+        js="submit" if name == "txt2img" else f"submit_{name}",
+        inputs=[tab.task_id, *tab.inputs.values()],
+        outputs=outputs,
+        show_progress="hidden",
+        concurrency_limit=None,
+        api_visibility="private",
+    )
+    event.then(fn=None, js=f"() => {{ taskAnswered('{name}'); }}", show_progress="hidden")
+    restored = tab.toprow.restore_progress.click(
+        handler.restore,
+        js=f"() => restoreProgress('{name}')",
+        inputs=[tab.task_id],
+        outputs=outputs,
+        show_progress="hidden",
+        concurrency_limit=None,
+        api_visibility="private",
+    )
+    restored.then(fn=None, js=f"() => {{ taskAnswered('{name}'); }}", show_progress="hidden")
+    control = JobControl(app)
+    tab.toprow.interrupt.click(control.interrupt, js=f"() => interruptPressed('{name}')", inputs=[tab.task_id], **QUIET)
+    tab.toprow.interrupting.click(control.interrupt_now, **QUIET)
+    tab.toprow.skip.click(control.skip, **QUIET)
+    tab.toprow.clear_prompt.click(fn=None, js="() => ''", outputs=[tab.toprow.prompt], show_progress="hidden")
+    connect_token_counters(TokenCounter(app), tab.toprow, tab.sampler.steps)
+    connect_styles(app, tab.toprow)
+    connect_saving(PictureSaver(app, name), output)
+
+
+def _connect_extras(app: Application, tab: ExtrasTab) -> None:
+    handler = GenerateHandler(app, "extras", tuple(tab.inputs), lambda values: build_extras(app, tab.runner, values), carry_out)
+    output = tab.output
+    event = tab.buttons["submit"].click(
+        handler.generate,
+        js="submit_extras",
+        inputs=[tab.task_id, *tab.inputs.values()],
+        outputs=[output.gallery, output.generation_info, output.infotext, output.html_log],
+        show_progress="hidden",
+        concurrency_limit=None,
+        api_visibility="private",
+    )
+    event.then(fn=None, js="() => { taskAnswered('extras'); }", show_progress="hidden")
+    control = JobControl(app)
+    tab.buttons["interrupt"].click(control.interrupt, js="() => interruptPressed('extras')", inputs=[tab.task_id], **QUIET)
+    tab.buttons["interrupting"].click(control.interrupt_now, **QUIET)
+    tab.buttons["skip"].click(control.skip, **QUIET)
+    connect_saving(PictureSaver(app, "extras"), output)
+
+
+def _connect_sending(app: Application, txt2img: Txt2imgTab, img2img: Img2imgTab, extras: ExtrasTab, pnginfo: PngInfoTab) -> None:
+    to_txt2img, to_img2img = Paster(app, txt2img.paste_target), Paster(app, img2img.paste_target)
+    connect_paste_button(to_txt2img, txt2img.toprow.paste, txt2img.toprow.prompt)
+    connect_paste_button(to_img2img, img2img.toprow.paste, img2img.toprow.prompt)
+    pictures = img2img.pictures
+    for output in (txt2img.output, img2img.output, extras.output):
+        if "extras" in output.buttons:
+            connect_gallery_to_extras(app, output.buttons["extras"], extras, output.gallery)
+        connect_gallery_button(
+            output.buttons["img2img"], to_img2img, pictures.init_image, output.gallery, output.generation_info, "switch_to_img2img"
+        )
+        connect_gallery_button(
+            output.buttons["inpaint"], to_img2img, pictures.inpaint_editor, output.gallery, output.generation_info, "switch_to_inpaint"
+        )
+    connect_picture_to_extras(pnginfo.to_extras, extras, pnginfo.image)
+    connect_text_button(pnginfo.to_txt2img, to_txt2img, pnginfo.text, "switch_to_txt2img")
+    connect_text_button(pnginfo.to_img2img, to_img2img, pnginfo.text, "switch_to_img2img", image=pictures.init_image, source=pnginfo.image)
+    connect_text_button(pnginfo.to_inpaint, to_img2img, pnginfo.text, "switch_to_inpaint", image=pictures.inpaint_editor, source=pnginfo.image)
+
+
+def _size_controls(*tabs: GenerationTab) -> list[gr.Slider]:
+    return [slider for tab in tabs for slider in (_size_of(tab).width, _size_of(tab).height)]
+
+
+def _size_of(tab: GenerationTab) -> Any:
+    return tab.size if isinstance(tab, Txt2imgTab) else tab.resize.size
+
+
+def _native_size_updates(app: Application) -> list[Any]:
+    """Width and height of both tabs, when the checkpoint declares its size."""
+    size = native_size(app)
+    return [gr.skip()] * 4 if size is None else [gr.update(value=side) for side in (*size, *size)]
+
+
+def _preset_controls(tab: GenerationTab) -> list[Any]:
+    size = _size_of(tab)
+    controls = [size.width, size.height, tab.cfg.scale, tab.sampler.sampler, tab.sampler.scheduler]
+    return [*controls, tab.hires.cfg] if isinstance(tab, Txt2imgTab) else controls
+
+
+def _preset_updates(app: Application, preset: str) -> list[Any]:
+    updates: list[Any] = []
+    for tab, count in (("txt2img", 6), ("img2img", 5)):
+        defaults = preset_defaults(app.options, preset, tab)
+        if defaults is None:
+            updates += [gr.skip()] * count
+            continue
+        defaults = ui_choices.existing(defaults, native_size(app))
+        values = (defaults.width_px, defaults.height_px, defaults.cfg_scale, defaults.sampler, defaults.scheduler, defaults.hires_cfg_scale)
+        updates += [gr.update(value=value) for value in values[:count]]
+    return updates
+
+
+def _connect_quicksettings(app: Application, quicksettings: QuickSettings, txt2img: Txt2imgTab, img2img: Img2imgTab) -> None:
+    handlers = QuickSettingsHandlers(app)
+    sizes = _size_controls(txt2img, img2img)
+    lists = [quicksettings.checkpoint, quicksettings.modules, quicksettings.notice, quicksettings.watch]
+
+    def choose_checkpoint(title: str | None) -> list[Any]:
+        return [handlers.choose_checkpoint(title), *_native_size_updates(app)]
+
+    def choose_card(name: str) -> list[Any]:
+        info = app.checkpoints.find(name)
+        chosen = choose_checkpoint(None if info is None else info.title)
+        return [gr.update(**checkpoint_dropdown(app)), *chosen[1:]]
+
+    def choose_preset(preset: str) -> list[Any]:
+        return [*handlers.choose_preset(preset), *_preset_updates(app, preset)]
+
+    def look_again() -> list[Any]:
+        return [*handlers.look_again(), *_native_size_updates(app)]
+
+    quicksettings.checkpoint.input(choose_checkpoint, inputs=[quicksettings.checkpoint], outputs=[quicksettings.checkpoint, *sizes], **QUIET)
+    card = gr.Textbox(visible="hidden", elem_id="selected_checkpoint_name", label="Checkpoint")
+    change = gr.Button(visible="hidden", elem_id="change_checkpoint")
+    change.click(choose_card, js="() => [desiredCheckpointName]", inputs=[card], outputs=[quicksettings.checkpoint, *sizes], **QUIET)
+    quicksettings.modules.input(handlers.choose_modules, inputs=[quicksettings.modules], outputs=[quicksettings.modules], **QUIET)
+    quicksettings.low_bits.input(handlers.choose_low_bits, inputs=[quicksettings.low_bits], **QUIET)
+    quicksettings.clip_skip.change(handlers.choose_clip_skip, inputs=[quicksettings.clip_skip], trigger_mode="always_last", **QUIET)
+    quicksettings.refresh.click(look_again, outputs=[*lists, *sizes], **QUIET)
+    quicksettings.watch.tick(look_again, outputs=[*lists, *sizes], **QUIET)
+    quicksettings.preset.input(
+        choose_preset,
+        inputs=[quicksettings.preset],
+        outputs=[quicksettings.low_bits, quicksettings.clip_skip, *_preset_controls(txt2img), *_preset_controls(img2img)],
+        **QUIET,
+    )
+
+
+def _connect_loading(demo: gr.Blocks, app: Application, quicksettings: QuickSettings, settings_json: gr.Textbox, tabs: list[GenerationTab]) -> None:
+    """What a page that is loaded (again) shows is what counts now, not what counted when the server started."""
+    handlers = QuickSettingsHandlers(app)
+
+    def load() -> list[Any]:
+        app.checkpoints.refresh()
+        return [*handlers.current(), app.options.CLIP_stop_at_last_layers, app.options.dumpjson(), *_native_size_updates(app)]
+
+    row = [quicksettings.checkpoint, quicksettings.modules, quicksettings.notice, quicksettings.watch, quicksettings.clip_skip]
+    demo.load(load, outputs=[*row, settings_json, *_size_controls(*tabs)], **QUIET)
+
+
+def _register_paste_fields(txt2img: Txt2imgTab, img2img: Img2imgTab) -> None:
+    """Tell extensions' buttons which controls take which parameters, and connect those that are registered."""
+    images: Mapping[str, Any] = {"txt2img": None, "img2img": img2img.pictures.init_image, "inpaint": img2img.pictures.inpaint_editor}
+    for name, image in images.items():
+        tab: GenerationTab = txt2img if name == "txt2img" else img2img
+        controls = tab.paste_target.controls
+        fields = [
+            infotext_utils.PasteField(controls[field.field], field.key, api=field.field)
+            for field in FIELDS_BY_TAB["txt2img" if name == "txt2img" else "img2img"]
+            if field.field in controls
+        ]
+        fields += tab.paste_target.script_fields
+        infotext_utils.add_paste_fields(name, image, fields, tab.override_settings)
+    infotext_utils.connect_paste_params_buttons()

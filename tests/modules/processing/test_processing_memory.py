@@ -1,0 +1,205 @@
+"""What a job leaves on a device, and that a full device fails a job and not the program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from backend import memory_management
+from backend.args import BackendConfig
+from backend.devices import virtual_device, virtual_gpu
+from backend.devices.probing import probe_devices
+from backend.devices.virtual_gpu import Faults
+from backend.memory.errors import OutOfMemory
+from backend.sampling import registry
+from modules.application import Application
+from modules.samplers import schedules
+from modules.samplers.kdiffusion import KDiffusionSampler
+from tests.support.narrow_application import img2img, narrow_application, pixels, run, submit, txt2img
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
+    with narrow_application(tmp_path_factory.mktemp("memory")) as (app, _):
+        yield app
+    memory_management._configured.store = None
+
+
+def configure(app: Application, cap_mib: int, **flags: object) -> None:
+    app.models.unload()
+    config = BackendConfig(virtual_gpus_bytes=(cap_mib * MIB,), **flags)
+    memory_management.configure(config, probe_devices(config))
+
+
+@pytest.mark.parametrize(("flags", "stays"), [({}, True), ({"vram_mode": "low"}, False), ({"always_offload": True}, False)])
+def test_weights_stay_after_a_job_or_leave_as_the_flags_say(app: Application, flags: dict[str, object], stays: bool) -> None:
+    configure(app, 256, **flags)
+    run(txt2img())
+    assert bool(memory_management.current_loaded_models) is stays
+    assert (virtual_gpu.get_device(0).live_bytes > 30 * MIB) is stays
+
+
+def test_a_full_device_fails_the_job_and_the_next_one_works(app: Application) -> None:
+    configure(app, 256)
+    expected = pixels(run(txt2img()).images[0])
+    virtual_gpu.get_device(0).cap_bytes = 2 * MIB
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(txt2img(width=128, height=128))
+    virtual_gpu.get_device(0).cap_bytes = 256 * MIB
+    assert np.array_equal(pixels(run(txt2img()).images[0]), expected)
+
+
+# faults in the middle of a job, on one virtual GPU
+
+
+@pytest.fixture(scope="module")
+def undisturbed(app: Application) -> np.ndarray:
+    configure(app, 256)
+    return pixels(run(txt2img()).images[0])
+
+
+def count_work(app: Application) -> tuple[int, int]:
+    """Allocations and operations of a whole job, with the model loaded before."""
+    configure(app, 256)
+    run(txt2img())
+    device = virtual_gpu.get_device(0)
+    device.set_faults(Faults())
+    run(txt2img())
+    return device.num_allocations, device.num_operations
+
+
+def assert_next_job_works(app: Application, expected: np.ndarray) -> None:
+    virtual_gpu.get_device(0).set_faults(None)
+    assert np.array_equal(pixels(run(txt2img()).images[0]), expected)
+
+
+@pytest.mark.parametrize("place", [0.02, 0.3, 0.6, 0.98])
+def test_a_shortage_anywhere_in_a_job_changes_no_picture(app: Application, undisturbed: np.ndarray, place: float) -> None:
+    """In the prompt, in two steps and in the VAE. A step that runs its conditions one by one rounds as a batch of one does: a grey level at most."""
+    num_allocations, _ = count_work(app)
+    virtual_gpu.get_device(0).set_faults(Faults(out_of_memory_at=frozenset({int(place * num_allocations)})))
+    assert np.abs(pixels(run(txt2img()).images[0]) - undisturbed).max() <= 1
+    assert_next_job_works(app, undisturbed)
+
+
+def test_shortages_that_do_not_end_fail_the_job_with_the_table(app: Application, undisturbed: np.ndarray) -> None:
+    num_allocations, _ = count_work(app)
+    virtual_gpu.get_device(0).set_faults(Faults(out_of_memory_at=frozenset(range(num_allocations // 2, 100 * num_allocations))))
+    job = submit(app, txt2img())
+    with pytest.raises(OutOfMemory, match=r"vgpu:0 ran out of memory at .*\n.*vgpu:0 \(virtual GPU\): total 256 MiB"):
+        job.wait(timeout_s=300)
+    assert app.state.job == ""
+    assert_next_job_works(app, undisturbed)
+
+
+# faults in the work between the networks, which is small and easily forgotten
+
+
+@contextmanager
+def shortage_in(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> Iterator[list[int]]:
+    """All allocations in a function's first call fail; gives the number of allocations of each call."""
+    plain, made, device = getattr(owner, name), list[int](), virtual_gpu.get_device(0)
+
+    def short(*args: Any, **named: Any) -> Any:
+        device.set_faults(Faults(out_of_memory_at=frozenset(range(1, 1000)) if not made else frozenset()))
+        made.append(0)
+        try:
+            return plain(*args, **named)
+        finally:
+            made[-1] = device.num_allocations
+            device.set_faults(None)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, short)
+        yield made
+
+
+@pytest.mark.parametrize("make, place", [(txt2img, "_start_from_noise"), (img2img, "_start_from_latents")])
+def test_the_starting_noise_is_made_again_where_it_found_no_room(
+    app: Application, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any], place: str
+) -> None:
+    configure(app, 256)
+    expected = pixels(run(make()).images[0])
+    with shortage_in(monkeypatch, KDiffusionSampler, place) as made:
+        assert np.array_equal(pixels(run(make()).images[0]), expected)
+    assert len(made) == 2 and min(made) > 0
+
+
+def _levels_of_the_network(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: str) -> torch.Tensor:
+    """As an extension makes them: with the network's table, where that is."""
+    del device
+    table_T = inner_model.predictor.sigmas.to(inner_model.diffusion_model.conv_in.weight.device) * 1.0
+    return torch.cat([torch.linspace(min(float(table_T[-1]), sigma_max), sigma_min, n), torch.zeros(1)])
+
+
+def test_the_noise_schedule_is_made_again_where_it_found_no_room(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(app, 256)
+    scheduler = schedules.Scheduler("guests", "Guest's", _levels_of_the_network, need_inner_model=True)
+    monkeypatch.setattr(schedules, "schedulers", [*schedules.schedulers, scheduler])
+    expected = pixels(run(txt2img(scheduler="Guest's")).images[0])
+    with shortage_in(monkeypatch, scheduler, "function") as made:
+        assert np.array_equal(pixels(run(txt2img(scheduler="Guest's")).images[0]), expected)
+    assert len(made) == 2 and min(made) > 0
+
+
+@pytest.mark.parametrize("name", ["Normal", "SGM Uniform", "Karras", "Beta"])
+def test_a_schedule_of_ours_is_made_again_where_it_found_no_room(app: Application, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    configure(app, 256)
+    expected = pixels(run(txt2img(scheduler=name)).images[0])
+    with shortage_in(monkeypatch, registry, "compute_sigmas"):
+        assert np.array_equal(pixels(run(txt2img(scheduler=name)).images[0]), expected)
+
+
+def _takes_a_tensor() -> None:
+    torch.empty(2**20, device="vgpu:0")
+
+
+def test_a_shortage_of_any_job_tells_of_all_devices(app: Application) -> None:
+    configure(app, 256)
+    run(txt2img())
+    virtual_gpu.get_device(0).set_faults(Faults(out_of_memory_at=frozenset({1})))
+    with pytest.raises(OutOfMemory, match=r"vgpu:0 ran out of memory at the job extras.*\n.*vgpu:0 \(virtual GPU\): .* held by .*KModel"):
+        app.jobs.submit(None, "extras", _takes_a_tensor).wait(timeout_s=60)
+    virtual_gpu.get_device(0).set_faults(None)
+
+
+def test_a_shortage_between_the_networks_tells_of_all_devices(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(app, 256)
+    monkeypatch.setattr(KDiffusionSampler, "_set_brownian_range", lambda *args: _takes_a_tensor())
+    explained = pytest.raises(OutOfMemory, match=r"ran out of memory at making the picture.*\n.*vgpu:0 \(virtual GPU\)")
+    with shortage_in(monkeypatch, KDiffusionSampler, "_set_brownian_range"), explained:
+        run(txt2img())
+
+
+@pytest.mark.parametrize("place", [0.02, 0.5, 0.98])
+def test_a_device_lost_in_a_job_is_a_clear_failure_and_works_when_it_is_back(app: Application, undisturbed: np.ndarray, place: float) -> None:
+    _, num_operations = count_work(app)
+    virtual_gpu.get_device(0).set_faults(Faults(lost_at_operation=int(place * num_operations)))
+    for _ in range(2):  # the next job fails as clearly, it neither hangs nor gives a wrong picture
+        with pytest.raises((torch.AcceleratorError, RuntimeError), match="lost"):
+            submit(app, txt2img()).wait(timeout_s=300)
+        assert app.state.job == ""
+    virtual_gpu.get_device(0).set_faults(None)
+    configure(app, 256)  # what was on the device is gone; a user restarts the program here
+    assert_next_job_works(app, undisturbed)
+
+
+def test_a_slow_link_slows_the_job_and_changes_no_pixel(app: Application, undisturbed: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamed weights cross again and again. The waits are counted, not waited."""
+    waited_s: list[float] = []
+    monkeypatch.setattr(virtual_device, "time", SimpleNamespace(sleep=waited_s.append))
+    configure(app, 256, vram_mode="no")
+    virtual_gpu.get_device(0).set_faults(Faults(link_bytes_per_s=1e9, link_latency_s=0.001))
+    assert np.array_equal(pixels(run(txt2img()).images[0]), undisturbed)
+    moved_bytes = sum(virtual_gpu.copied_bytes().values())
+    assert sum(waited_s) == pytest.approx(0.001 * len(waited_s) + moved_bytes / 1e9)
+    assert moved_bytes > 3 * 30 * MIB
+    assert_next_job_works(app, undisturbed)

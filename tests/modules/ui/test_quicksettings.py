@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio as gr
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from modules.application import Application
+from modules.ui import quicksettings as quick
+from modules.ui.quicksettings import QuickSettingsHandlers
+from tests.support.applications import installed_application
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[Application]:
+    with installed_application(tmp_path / "data") as app:
+        yield app
+
+
+def put_checkpoint(app: Application, name: str, resolution: str | None = None) -> None:
+    folder = app.config.ckpt_dirs[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"x": torch.zeros(2)}, folder / name, metadata={"modelspec.resolution": resolution} if resolution else None)
+    app.checkpoints.refresh()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("64x64", (64, 64)),
+        ("1024 x 768", (1024, 768)),
+        ("1024", (1024, 1024)),
+        (512, (512, 512)),
+        ("64X128", (64, 128)),
+        (None, None),
+        ("", None),
+        ("large", None),
+        ("32x32", None),
+        ("4096x4096", None),
+        ("65x64", None),
+    ],
+)
+def test_native_size_is_read_only_when_the_sliders_can_take_it(text: object, size: tuple[int, int] | None) -> None:
+    assert quick.parse_native_size(text) == size
+
+
+def test_native_size_is_that_of_the_selected_checkpoint(app: Application) -> None:
+    assert quick.native_size(app) is None
+    put_checkpoint(app, "a.safetensors")
+    put_checkpoint(app, "b.safetensors", "64x64")
+    assert quick.native_size(app) is None
+    app.options.set("sd_model_checkpoint", "b.safetensors")
+    assert quick.native_size(app) == (64, 64)
+
+
+def test_without_a_checkpoint_the_page_says_where_one_goes(app: Application) -> None:
+    text = quick.notice_html(app)
+    assert str(app.config.ckpt_dirs[0]) in text
+    for suffix in (".safetensors", ".ckpt"):
+        assert suffix in text
+    put_checkpoint(app, "a.safetensors")
+    assert quick.notice_html(app) == ""
+
+
+def test_checkpoint_put_there_later_is_found_without_restart(app: Application) -> None:
+    handlers = QuickSettingsHandlers(app)
+    checkpoint, _, notice, watch = handlers.look_again()
+    assert (checkpoint["choices"], checkpoint["value"], watch["active"]) == ([], None, True)
+    assert notice
+    put_checkpoint(app, "a.safetensors")
+    checkpoint, _, notice, watch = handlers.look_again()
+    assert (checkpoint["choices"], checkpoint["value"], watch["active"]) == (["a.safetensors"], "a.safetensors", False)
+    assert notice == ""
+
+
+def test_chosen_checkpoint_is_kept_in_the_settings_file(app: Application) -> None:
+    put_checkpoint(app, "a.safetensors")
+    put_checkpoint(app, "b.safetensors")
+    assert QuickSettingsHandlers(app).choose_checkpoint("b.safetensors") == gr.skip()
+    assert app.options.sd_model_checkpoint == "b.safetensors"
+    assert "b.safetensors" in app.config.settings_file.read_text()
+
+
+@pytest.mark.filterwarnings("ignore:There is no checkpoint")
+def test_unknown_checkpoint_is_refused_and_the_old_one_comes_back(app: Application) -> None:
+    put_checkpoint(app, "a.safetensors")
+    update = QuickSettingsHandlers(app).choose_checkpoint("no such model")
+    assert update["value"] == "a.safetensors"
+    assert app.options.sd_model_checkpoint is None
+
+
+@pytest.mark.filterwarnings("ignore:.*freeze-settings")
+def test_frozen_settings_are_refused_in_words(tmp_path: Path) -> None:
+    with installed_application(tmp_path / "data", freeze_settings=True) as app:
+        before = app.options.CLIP_stop_at_last_layers
+        QuickSettingsHandlers(app).choose_clip_skip(2)
+        assert app.options.CLIP_stop_at_last_layers == before
+
+
+def test_modules_are_kept_by_path_and_shown_by_name(app: Application) -> None:
+    folder = app.config.vae_dirs[0]
+    folder.mkdir(parents=True)
+    save_file({"x": torch.zeros(2)}, folder / "v.safetensors")
+    app.additional_modules.refresh()
+    handlers = QuickSettingsHandlers(app)
+    assert handlers.choose_modules(["v.safetensors", "gone.safetensors"])["value"] == ["v.safetensors"]
+    assert app.options.forge_additional_modules == [str(folder / "v.safetensors")]
+    assert quick.modules_dropdown(app) == {"choices": ["v.safetensors"], "value": ["v.safetensors"]}
+
+
+def test_presets_give_the_values_users_know(app: Application) -> None:
+    sd, xl = quick.preset_defaults(app.options, "sd", "txt2img"), quick.preset_defaults(app.options, "xl", "img2img")
+    assert sd is not None and xl is not None
+    assert (sd.width_px, sd.height_px, sd.cfg_scale, sd.sampler, sd.scheduler) == (512, 640, 7, "Euler a", "Automatic")
+    assert (xl.width_px, xl.height_px, xl.cfg_scale, xl.sampler, xl.scheduler) == (1024, 1024, 5, "DPM++ 2M SDE", "Karras")
+    assert quick.preset_defaults(app.options, "all", "txt2img") is None
+
+
+def test_preset_is_kept_and_shows_its_controls(app: Application) -> None:
+    low_bits, clip_skip = QuickSettingsHandlers(app).choose_preset("xl")
+    assert (low_bits["visible"], clip_skip["visible"]) == (True, False)
+    assert app.options.forge_preset == "xl"
+    assert quick.start_preset(app) == "xl"
+
+
+def test_sdxl_flag_starts_with_the_xl_preset(tmp_path: Path) -> None:
+    with installed_application(tmp_path / "data", sdxl=True) as app:
+        assert quick.start_preset(app) == "xl"
