@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from backend.families.key_map import KeyMap
 from backend.modules.k_model import KModel
 from backend.modules.k_prediction import Prediction
 from backend.nn.deferred_control import DeferredControl, Residuals, Send
@@ -128,7 +129,7 @@ def test_deferred_residuals_land_where_the_blocks_say(network: TokenNetwork) -> 
 
 def test_the_denoiser_hands_over_what_the_program_reads_and_no_more(network: TokenNetwork) -> None:
     rows = make_token_rows(2)
-    model = KModel(copy.deepcopy(network), Prediction(), build_program=build_token_program)
+    model = KModel(copy.deepcopy(network), Prediction(), build_program=build_token_program, key_map=KeyMap())
     with configured_slots("cpu"):
         arguments = {"text": rows["text"], "y": torch.ones(2, 3), "adapter": "no tensor"}
         one = model.apply_model(rows["x"], torch.tensor([3.0, 3.0]), guidance=rows["guidance"], **arguments)
