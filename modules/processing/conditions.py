@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from backend.text_processing.composition import strip_comments
+from backend.text_processing.composition import split_composition, strip_comments
 from modules.errors import RequestError
 from modules.prompts import extra_networks
 from modules.prompts import schedules as prompt_parser
@@ -23,6 +23,9 @@ _ENCODING_OPTIONS = (
     *("CLIP_stop_at_last_layers", "sdxl_clip_l_skip", "emphasis", "comma_padding_backtrack", "sdxl_crop_left", "sdxl_crop_top"),
     *("sdxl_refiner_low_aesthetic_score", "sdxl_refiner_high_aesthetic_score"),
 )
+
+MAX_PARTS = 128
+"""Parts that AND may join; each is a row of every step, of every picture."""
 
 
 def setup_prompts(p: StableDiffusionProcessing) -> None:
@@ -47,7 +50,17 @@ def setup_prompts(p: StableDiffusionProcessing) -> None:
 def finish_prompt(p: StableDiffusionProcessing, prompt: str, *, negative: bool = False) -> str:
     """A prompt as it is encoded: with the chosen styles, without comments."""
     text = _with_styles(p, str(prompt), negative)
-    return strip_comments(text) if p.options.enable_prompt_comments else text
+    text = strip_comments(text) if p.options.enable_prompt_comments else text
+    if not negative:
+        _check_parts(text)
+    return text
+
+
+def _check_parts(prompt: str) -> None:
+    """Raises RequestError for more parts joined by AND than a step can compute: each part is a row of every step."""
+    num_parts = len(split_composition(prompt))
+    if num_parts > MAX_PARTS:
+        raise RequestError(f"prompt: {num_parts} parts are joined by AND; at most {MAX_PARTS} are computed. Use fewer.")
 
 
 def _with_styles(p: StableDiffusionProcessing, prompt: str, negative: bool) -> str:

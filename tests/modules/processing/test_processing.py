@@ -14,7 +14,7 @@ from PIL import Image
 from modules.application import Application, install
 from modules.checkpoints.models import ModelLoadError
 from modules.devices import NansException
-from modules.errors import NoCheckpointError
+from modules.errors import NoCheckpointError, RequestError
 from modules.processing import Processed, process_extra_images
 from modules.samplers import cfg_denoiser
 from tests.support.applications import installed_application
@@ -224,6 +224,14 @@ def test_a_folder_that_cannot_be_written_costs_the_file_and_not_the_picture(app:
     result = run(txt2img(batch_size=2, override_settings=folders))
     assert np.array_equal(picture(result), picture(run(txt2img(batch_size=2))))
     assert "Not saved: cannot write" in result.comments
+
+
+def test_parts_joined_by_and_have_a_limit(app: Application) -> None:
+    """Each is a row of every step: ten thousand of them would hold the line for hours."""
+    for kept in (txt2img(prompt=" AND ".join(["a"] * 10_000)), txt2img(enable_hr=True, hr_scale=1.25, hr_prompt="a AND " * 200)):
+        with pytest.raises(RequestError, match=r"parts are joined by AND; at most 128"):
+            run(kept)
+    run(txt2img(prompt=" AND ".join(["a"] * 4), negative_prompt="AND " * 1000))
 
 
 def test_a_grid_beyond_the_limit_is_left_out_and_said(app: Application) -> None:
