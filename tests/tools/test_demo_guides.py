@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from backend.controlnet_loader import load_controlnet
+from backend.families.unet_family import unet_key_map
 from backend.patcher.lora_files import read_lora_file
 from backend.patcher.lora_keys import model_lora_keys_unet
 from tools.demo_model.base_networks import BaseNetworks, Noiser, encode_pictures, load_base
@@ -138,6 +139,7 @@ def test_a_lora_begins_as_nothing_and_its_file_says_the_change(tmp_path: Path) -
     file = read_lora_file(path)
     holder = torch.nn.Module()
     holder.diffusion_model = plain
+    holder.key_map = unet_key_map(plain)
     names, weights = model_lora_keys_unet(holder), dict(plain.named_parameters())
     assert not file.strange_keys and file.family == "SD 1.x" and len(file.layers) == len(changes)
     with torch.no_grad():

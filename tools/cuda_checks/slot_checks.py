@@ -46,7 +46,7 @@ def check_split(machine: Machine, report: Report) -> None:
 def _repeat(machine: Machine, report: Report, unet: Any, call: Any, alone: Tensor, what: str, strategy: Any, asynchronous: bool) -> None:
     num_repeats = machine.pick(20, 2)
     request = SamplingRequest(images=1, branches=2, strategy=strategy, asynchronous=asynchronous)
-    session = begin_session(unet, tuple(call.x_BCHW.shape[:1] and (1, *call.x_BCHW.shape[1:])), request)
+    session = begin_session(unet, tuple(call.rows["x"].shape[:1] and (1, *call.rows["x"].shape[1:])), request)
     assert session is not None
     try:
         outputs = [unet.model.run_network(call).clone() for _ in range(num_repeats)]
@@ -127,7 +127,7 @@ def run_narrow() -> None:
         unet = build_patcher(machine, "sd15")
         call = make_call(machine, unet, "sd15", num_rows=2)
         for strategy in ("layers", "replicas"):
-            begin_session(unet, (1, *call.x_BCHW.shape[1:]), SamplingRequest(images=1, branches=2, strategy=strategy))
+            begin_session(unet, (1, *call.rows["x"].shape[1:]), SamplingRequest(images=1, branches=2, strategy=strategy))
             unet.model.run_network(call)
             end_session(unet)
         machine.sync()

@@ -170,7 +170,7 @@ def check_segments(machine: Machine, report: Report) -> None:
         call = make_call(machine, unet, family, num_rows=2)
         measured = _time_pieces(machine, unet, call, times=machine.pick(7, 2))
         profile = profile_unet(
-            unet.model.diffusion_model.config, latent_height=call.x_BCHW.shape[2], latent_width=call.x_BCHW.shape[3], dtype=machine.dtype
+            unet.model.diffusion_model.config, latent_height=call.rows["x"].shape[2], latent_width=call.rows["x"].shape[3], dtype=machine.dtype
         )
         total_ms, total_flops = sum(measured.values()), profile.flops_per_row
         rows = []
@@ -185,7 +185,7 @@ def check_segments(machine: Machine, report: Report) -> None:
             f"{family}, 2 rows", whole_ms=round(whole_ms, 3), sum_of_pieces_ms=round(total_ms, 3), planner_first_guess_ms=round(guess_ms, 3),
             share_misplaced_by_flops=round(off / 2, 4), tflop_per_s=round(2 * total_flops / whole_ms / 1e9, 1),
         )  # fmt: skip
-        stored[family] = {"rows": 2, "latent": list(call.x_BCHW.shape), "whole_ms": whole_ms, "pieces": rows}
+        stored[family] = {"rows": 2, "latent": list(call.rows["x"].shape), "whole_ms": whole_ms, "pieces": rows}
         worst = max(rows, key=lambda row: abs(row["ms"] - row["by_flops_ms"]))  # type: ignore[operator]
         report.value(f"{family}, piece farthest from its FLOPs", **worst)
         del unet, call
