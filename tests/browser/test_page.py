@@ -36,8 +36,13 @@ def show_tab(page: Any, name: str) -> None:
 def set_number(page: Any, elem_id: str, value: int) -> None:
     """Type into a number field or a slider's number."""
     box = page.locator(f"#{elem_id} input[type=number]")
-    box.fill(str(value))
-    box.press("Tab")
+    for _ in range(20):  # the page's own first values may still arrive
+        box.fill(str(value))
+        box.press("Tab")
+        page.wait_for_timeout(500)
+        if number(page, elem_id) == value:
+            return
+    raise AssertionError(f"{elem_id} does not keep {value}")
 
 
 def number(page: Any, elem_id: str) -> float:
