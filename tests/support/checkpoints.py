@@ -6,6 +6,7 @@ network they are all ones and zeros, and a swapped key would go unseen.
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -122,20 +123,26 @@ class _Kept:
     """The last files of this process with their networks: most tests ask for one of few, and copying is quicker than making."""
 
     def __init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
         self._made: OrderedDict[_Facts, tuple[ReferenceModels, Path]] = OrderedDict()
         self._number = 0
 
     def get(self, facts: _Facts) -> tuple[ReferenceModels, Path]:
         if facts not in self._made:
-            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="checkpoints-")
             self._number += 1
-            path = Path(self._folder.name) / f"{self._number}{facts.suffix}"
+            path = self._make_folder() / f"{self._number}{facts.suffix}"
             self._made[facts] = (_make(facts, path), path)
             if len(self._made) > MOST_KEPT:
                 self._made.popitem(last=False)[1][1].unlink()
         self._made.move_to_end(facts)
         return self._made[facts]
+
+    def _make_folder(self) -> Path:
+        """Made once, removed when the process ends."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="checkpoints-"))
+            atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
+        return self._folder
 
 
 _kept = _Kept()
