@@ -45,7 +45,7 @@ _UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-class HeldTensors:
+class TensorsInMemory:
     """A state dict in memory that reads like a file of tensors."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from backend.devices.slot import Slot, canonical_device
 if TYPE_CHECKING:
     from backend.parallel.planning.plan import Plan
 
-Kind = Literal["unit", "stage", "text encoder", "ControlNet", "VAE", "copy", "plan", "load", "save"]
+Kind = Literal["network", "stage", "text encoder", "ControlNet", "VAE", "copy", "plan", "load", "save"]
 Mark = Any
 """A moment: nanoseconds of `time.perf_counter_ns`, or an event recorded on a CUDA stream."""
 
@@ -36,7 +36,7 @@ _RESOLVE_EVERY = 64
 class Span:
     """Something that took time. `slot` None is the host. Times are of `time.perf_counter_ns`.
 
-    `unit` tells which rows through the network it belongs to, `stage` how many stages they had behind them, `step` the sampler's step (both -1
+    `batch` tells which rows through the network it belongs to, `stage` how many stages they had behind them, `step` the sampler's step (both -1
     where there is none). `num_bytes` and `link` ("cuda:0 > cuda:1") are of copies.
     """
 
@@ -47,7 +47,7 @@ class Span:
     end_ns: int
     num_bytes: int = 0
     link: str = ""
-    unit: int = -1
+    batch: int = -1
     stage: int = -1
     step: int = -1
     rows: int = 0
@@ -144,7 +144,7 @@ class NoRecorder:
     def end_steps(self) -> None:
         """Forgotten."""
 
-    def next_unit(self) -> int:
+    def next_batch(self) -> int:
         return -1
 
 
@@ -181,7 +181,7 @@ class Recorder(NoRecorder):
         self._step_ends_ns: list[int] = []
         self._plans: list[tuple[int, Plan | None]] = []
         self._num_dropped = 0
-        self._units = count()
+        self._batches = count()
         self._lock = threading.Lock()
         self._start_ns = time.perf_counter_ns()
 
@@ -215,8 +215,8 @@ class Recorder(NoRecorder):
     def time_copy(self, source: torch.device, target: torch.device, num_bytes: int) -> CopyTimer:
         return CopyTimer(self, source, target, num_bytes)
 
-    def next_unit(self) -> int:
-        return next(self._units)
+    def next_batch(self) -> int:
+        return next(self._batches)
 
     def note_plan(self, plan: Plan | None) -> None:
         """A plan is in force from now on."""
@@ -317,22 +317,22 @@ def _slots_by_device(slots: Sequence[Slot]) -> dict[torch.device, int]:
 
 @dataclass(slots=True)
 class Meter:
-    """Counted in every job: units through the network by slot, steps, and the time of sampling."""
+    """Counted in every job: runs of stages (or of the whole network) by slot, steps, and the time of sampling."""
 
     slots: tuple[Slot, ...] = ()
-    units: Counter[int] = field(default_factory=Counter)
+    stage_runs: Counter[int] = field(default_factory=Counter)
     num_steps: int = 0
     sampling_s: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def count_unit(self, slot: int | None) -> None:
+    def count_stage_run(self, slot: int | None) -> None:
         """A slot has carried rows through its part of the network."""
         if slot is not None:
             with self._lock:
-                self.units[slot] += 1
+                self.stage_runs[slot] += 1
 
-    def count_unit_on(self, device: torch.device) -> None:
-        self.count_unit(_slots_by_device(self.slots).get(canonical_device(device)))
+    def count_stage_run_on(self, device: torch.device) -> None:
+        self.count_stage_run(_slots_by_device(self.slots).get(canonical_device(device)))
 
     @property
     def steps_per_s(self) -> float | None:

@@ -75,7 +75,7 @@ class FakeFleet:
     def __init__(self) -> None:
         self.mode, self.bytes, self.speeds = FakeTensorMode(allow_non_fake_inputs=True), DeviceBytes(), SpeedBook()
         self.transport = DeviceTransport({})
-        self._submitted, self._all_started, self._num_units = 0, threading.Event(), 0
+        self._submitted, self._all_started, self._num_rows = 0, threading.Event(), 0
         self._workers: dict[int, _FakeWorker] = {}
         self._turn = threading.RLock()
 
@@ -90,9 +90,9 @@ class FakeFleet:
         with self._turn:
             return self._run_counted(task)
 
-    def run_units(self, num_units: int, call: Callable[[], Any]) -> Any:
-        """A call of the executor: no slot begins before all its units are on their way."""
-        self._submitted, self._num_units = 0, num_units
+    def run_rows(self, num_rows: int, call: Callable[[], Any]) -> Any:
+        """A call of the executor: no slot begins before all its rows are on their way."""
+        self._submitted, self._num_rows = 0, num_rows
         self._all_started.clear()
         return self._run_counted(call)
 
@@ -101,7 +101,7 @@ class FakeFleet:
 
     def note_submitted(self) -> None:
         self._submitted += 1
-        if self._submitted >= self._num_units:
+        if self._submitted >= self._num_rows:
             self._all_started.set()
 
     def _run_counted(self, task: Callable[[], Any]) -> Any:
@@ -169,22 +169,22 @@ class FakeModel:
             self.controlnet_device = fake_device(controlnet_slot)
         self.others = [torch.empty(num_bytes, dtype=torch.uint8, device=fake_device(slot)) for slot, num_bytes in other_bytes.items()]
 
-    def step(self, *, num_units: int, latent_side: int, steps: int = 2) -> int:
+    def step(self, *, num_rows: int, latent_side: int, steps: int = 2) -> int:
         """Steps of the network for so many rows; bytes that crossed in the last."""
         executor = Executor((Replica(program=self.program, plan=self.plan),), self.fleet, deal=lambda rows: (rows,), asynchronous=False)  # type: ignore[arg-type]
         for _ in range(steps):
             before = sum(self.fleet.transport.stats.bytes_by_pair().values())
-            call = self.fleet.run(lambda: self._make_call(num_units, latent_side))
-            self.fleet.run_units(num_units, partial(executor.run, call))
+            call = self.fleet.run(lambda: self._make_call(num_rows, latent_side))
+            self.fleet.run_rows(num_rows, partial(executor.run, call))
         executor.close()
         return sum(self.fleet.transport.stats.bytes_by_pair().values()) - before
 
-    def _make_call(self, num_units: int, side: int) -> NetworkCall:
+    def _make_call(self, num_rows: int, side: int) -> NetworkCall:
         config, home = self.unet.config, self.home
-        x_BCHW = torch.empty(num_units, config.in_channels, side, side, device=home, dtype=DTYPE)
-        context_BLD = torch.empty(num_units, 77, config.cross_attention_dim, device=home, dtype=DTYPE)
-        y_BV = torch.empty(num_units, config.projection_class_embeddings_input_dim, device=home, dtype=DTYPE)
-        timesteps_B = torch.empty(num_units, device=home)
+        x_BCHW = torch.empty(num_rows, config.in_channels, side, side, device=home, dtype=DTYPE)
+        context_BLD = torch.empty(num_rows, 77, config.cross_attention_dim, device=home, dtype=DTYPE)
+        y_BV = torch.empty(num_rows, config.projection_class_embeddings_input_dim, device=home, dtype=DTYPE)
+        timesteps_B = torch.empty(num_rows, device=home)
         control = None if self.controlnet is None else self._run_controlnet(x_BCHW, timesteps_B, context_BLD)
         return NetworkCall(rows={"x": x_BCHW, "timesteps": timesteps_B, "context": context_BLD, "y": y_BV}, control=control)
 

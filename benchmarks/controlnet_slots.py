@@ -56,9 +56,9 @@ def _make_variants() -> Mapping[str, Variant]:
     variants: dict[str, Callable[[], tuple[Metrics, list[np.ndarray]]]] = {}
     for count in (1, 2):
         parts = _with_controlnets(app, count)
-        for cfg, units in ((CFG, "CFG"), (1.0, "no CFG")):
+        for cfg, rows in ((CFG, "CFG"), (1.0, "no CFG")):
             for name, strategy, apart in (("one slot", "single", False), ("two slots, before", "auto", False), ("two slots, beside", "auto", True)):
-                variants[f"{count} ControlNet{'s' * (count > 1)}, {units}: {name}"] = _make_variant(app, parts, cfg, strategy, apart)
+                variants[f"{count} ControlNet{'s' * (count > 1)}, {rows}: {name}"] = _make_variant(app, parts, cfg, strategy, apart)
     _compare(variants)
     return {name: (lambda run=run: run()[0]) for name, run in variants.items()}
 
@@ -85,7 +85,7 @@ def _compare(variants: Mapping[str, Callable[[], tuple[Metrics, list[np.ndarray]
 
 BENCH = Bench(
     question=(
-        f"How long is a step with one and two ControlNets, one picture of {SIDE_PX} pixels, with CFG (two units) and without (one unit)? On one CPU "
+        f"How long is a step with one and two ControlNets, one picture of {SIDE_PX} pixels, with CFG (two rows) and without (one row)? On one CPU "
         "slot of one core; on two with the ControlNets before the denoiser on the first (as before plans knew them); on two as planned. "
         "A narrow SD1.x network, fp32."
     ),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from backend.parallel.planning.partition import Partition, PartitionJob, partition
-from backend.parallel.planning.pipeline import Units
+from backend.parallel.planning.pipeline import StepRows
 from backend.parallel.planning.simulation import card_links, card_slots, component_costs, model_config, profile_model
 from benchmarks._fake_slots import FakeModel, fake_device
 from tools.measure import Bench, Metrics, Variant
@@ -49,9 +49,9 @@ def cut_case(case: Case) -> Partition:
         card_slots(case.cards),
         card_links(case.cards, "host"),
         PartitionJob(
-            units=Units(images=case.images),
+            step_rows=StepRows(images=case.images),
             movable=component_costs("sdxl", SIDE_PX, SIDE_PX, has_controlnet=case.has_controlnet),
-            rider_slot=0,
+            control_slot=0,
             max_crossing_bytes=None if case.max_crossing_mb is None else int(case.max_crossing_mb * MB),
             least_slots=len(case.cards),
         ),
@@ -68,7 +68,7 @@ def count_case(case: Case) -> Metrics:
         other_bytes[found.component_slots[component.name]] += component.weight_bytes
     unet_config = model_config("sdxl")["unet"]
     model = FakeModel(unet_config, found.replica, controlnet_slot=0 if case.has_controlnet else None, other_bytes=other_bytes)
-    crossed_bytes = model.step(num_units=2 * case.images, latent_side=LATENT_SIDE)
+    crossed_bytes = model.step(num_rows=2 * case.images, latent_side=LATENT_SIDE)
     model.fleet.close()
     peaks = [model.fleet.bytes.peak[fake_device(slot)] for slot in range(len(case.cards))]
     return {

@@ -66,7 +66,7 @@ def _compare(app: Application, make_fleet: Any, plan: str, jobs: list[JobRecord]
         app.models.unload()
     job, off_wall, off_pieces = jobs[-1], [0.0], [0.0]
     for slot in job.slots:
-        stages = [span for span in job.spans if span.slot == slot.slot and span.kind in ("unit", "stage") and span.name != "time embedding"]
+        stages = [span for span in job.spans if span.slot == slot.slot and span.kind in ("network", "stage") and span.name != "time embedding"]
         spans_ms, pieces_ms = sum(span.end_ms - span.start_ms for span in stages), clocks.spent_s[f"slot-{slot.slot}"] * 1000
         off_wall.append(abs(slot.busy_ms + slot.wait_ms - wall_ms))
         off_pieces.append(abs(spans_ms - pieces_ms))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backend.checkpoint_file import CheckpointError
 from backend.checkpoint_layout import find_controlnet
-from backend.controlnet_loader import HeldTensors, build_control, find_adapter
+from backend.controlnet_loader import TensorsInMemory, build_control, find_adapter
 from backend.patcher.controlnet import ControlBase, apply_controlnet_advanced
 from backend.patcher.controlnet_union import UnionControlNet
 
@@ -69,7 +69,7 @@ class ControlNetPatcher(ControlModelPatcher):
         """Raises: CheckpointError for a ControlNet that is damaged or not supported."""
         if find_controlnet(state_dict) is None and find_adapter(state_dict) is None:
             return None
-        return ControlNetPatcher(build_control(HeldTensors(Path(ckpt_path), state_dict)))
+        return ControlNetPatcher(build_control(TensorsInMemory(Path(ckpt_path), state_dict)))
 
     def process_before_every_sampling(self, process: Any, cond: Any, mask: Any, *args: Any, **kwargs: Any) -> None:
         """Put the ControlNet at the head of the pass's chain."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backend.checkpoint_file import CheckpointError, open_tensor_file
 from backend.clip_vision import ClipVision, is_clip_vision, load_clip_vision, tower_widths
-from backend.controlnet_loader import HeldTensors
+from backend.controlnet_loader import TensorsInMemory
 from backend.ip_adapter import IPAdapter, apply_ip_adapter, is_ip_adapter, read_ip_adapter
 from backend.model_folders import find_files
 from backend.patcher.controlnet import ControlNetError
@@ -37,7 +37,7 @@ class IPAdapterPatcher(ControlModelPatcher):
         """Raises: CheckpointError for an adapter that is damaged or for faces."""
         if not is_ip_adapter(state_dict):
             return None
-        return IPAdapterPatcher(read_ip_adapter(HeldTensors(Path(ckpt_path), state_dict)))
+        return IPAdapterPatcher(read_ip_adapter(TensorsInMemory(Path(ckpt_path), state_dict)))
 
     def process_after_running_preprocessors(self, process: Any, params: Any, *args: Any, **kwargs: Any) -> None:
         """See the unit's picture, once a job. Raises: ControlNetError where the picture tower is missing."""

@@ -100,8 +100,8 @@ class VirtualTensor(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> VirtualTensor:
         if id(self) not in memo:
             with torch.no_grad():
-                twin = self.detach().clone()
-            memo[id(self)] = torch.nn.Parameter(twin, self.requires_grad) if isinstance(self, torch.nn.Parameter) else twin
+                copied = self.detach().clone()
+            memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copied
         found: VirtualTensor = memo[id(self)]
         return found
 

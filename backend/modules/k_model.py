@@ -136,9 +136,9 @@ class KModel(nn.Module):
     def run_here(self, call: NetworkCall) -> Tensor:
         """All rows in one pass, on the device that the call and the weights are on."""
         recorder = profiler.recorder()
-        with recorder.measure("unit", "whole network", device=call.device, unit=recorder.next_unit(), rows=call.num_rows):
+        with recorder.measure("network", "whole network", device=call.device, batch=recorder.next_batch(), rows=call.num_rows):
             output = self.program.run(call.start(self.program))
-        profiler.meter().count_unit_on(call.device)
+        profiler.meter().count_stage_run_on(call.device)
         return output
 
     def memory_required(self, input_shape: Sequence[int]) -> float:

@@ -1,6 +1,6 @@
 """Guidance: from conditions and a noisy batch to the denoised batch, with Forge's hooks around it, and what brackets a sampling run.
 
-Conditions become units (one condition for the whole batch of images); units that fit together run in one network call as far as memory allows.
+Each condition becomes a branch (one pass of the whole batch of images); branches that fit together run in one network call as far as memory allows.
 Must not know prompts, samplers, options or pages.
 
 Shapes: B batch, C channels, H W latent rows and columns.
@@ -35,7 +35,7 @@ ModelOptions = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Unit:
+class _Branch:
     """One condition to be run. `weight` is a number, (B, 1, 1, 1) or of the area's shape; `area` None is the whole picture."""
 
     kind: int
@@ -45,7 +45,7 @@ class _Unit:
     area: Area | None
     control: Any
 
-    def fits(self, other: _Unit) -> bool:
+    def fits(self, other: _Branch) -> bool:
         """Whether both can run in one network call."""
         return (
             self.input_BCHW.shape == other.input_BCHW.shape
@@ -62,16 +62,16 @@ class _Mean:
         self._sum: Tensor | None = None
         self._weight: float | Tensor = 0.0
 
-    def add(self, unit: _Unit, output_BCHW: Tensor, like_BCHW: Tensor) -> None:
-        if unit.area is None:
-            weighted = output_BCHW if isinstance(unit.weight, float) and unit.weight == 1.0 else output_BCHW * unit.weight
-            self._sum, self._weight = weighted if self._sum is None else self._sum + weighted, self._weight + unit.weight
+    def add(self, branch: _Branch, output_BCHW: Tensor, like_BCHW: Tensor) -> None:
+        if branch.area is None:
+            weighted = output_BCHW if isinstance(branch.weight, float) and branch.weight == 1.0 else output_BCHW * branch.weight
+            self._sum, self._weight = weighted if self._sum is None else self._sum + weighted, self._weight + branch.weight
             return
         total = torch.zeros_like(like_BCHW) if self._sum is None else self._sum.clone()
         weight = self._weight * torch.ones_like(like_BCHW)
-        place = _slices(unit.area)
-        total[place] += output_BCHW * unit.weight
-        weight[place] += unit.weight
+        place = _slices(branch.area)
+        total[place] += output_BCHW * branch.weight
+        weight[place] += branch.weight
         self._sum, self._weight = total, weight
 
     def result(self, like_BCHW: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ def _run_cfg_function(
     return x - change
 
 
-# units
+# branches
 
 
 def calc_cond_uncond_batch(
@@ -239,19 +239,19 @@ def calc_cond_uncond_batch(
     model_options: ModelOptions,
 ) -> tuple[Tensor, Tensor]:
     """x0 of both branches, each the weighted mean of its conditions. A branch that is None gives zeros. Raises: OutOfMemory."""
-    waiting = [_make_unit(kind, one, x_in, timestep) for kind, branch in ((COND, cond), (UNCOND, uncond or ())) for one in branch]
-    units = [unit for unit in waiting if unit is not None]
+    waiting = [_make_branch(kind, one, x_in, timestep) for kind, conditions in ((COND, cond), (UNCOND, uncond or ())) for one in conditions]
+    branches = [branch for branch in waiting if branch is not None]
     means = {COND: _Mean(), UNCOND: _Mean()}
-    while units:
-        batch = _pick_batch(model, units, x_in.device)
+    while branches:
+        batch = _pick_batch(model, branches, x_in.device)
         outputs = _run_batch(model, batch, timestep, model_options)
-        for unit, output_BCHW in zip(batch, outputs):
-            means[unit.kind].add(unit, output_BCHW, x_in)
-        units = [unit for unit in units if unit not in batch]
+        for branch, output_BCHW in zip(batch, outputs):
+            means[branch.kind].add(branch, output_BCHW, x_in)
+        branches = [branch for branch in branches if branch not in batch]
     return means[COND].result(x_in), means[UNCOND].result(x_in)
 
 
-def _make_unit(kind: int, compiled: CompiledCondition, x_BCHW: Tensor, sigma_B: Tensor) -> _Unit | None:
+def _make_branch(kind: int, compiled: CompiledCondition, x_BCHW: Tensor, sigma_B: Tensor) -> _Branch | None:
     """None if the condition does not act at this noise level."""
     sigma = float(sigma_B[0]) if "timestep_start" in compiled or "timestep_end" in compiled else 0.0
     if sigma > compiled.get("timestep_start", math.inf) or sigma < compiled.get("timestep_end", 0.0):
@@ -263,7 +263,7 @@ def _make_unit(kind: int, compiled: CompiledCondition, x_BCHW: Tensor, sigma_B: 
         name: condition.process_cond(batch_size=x_BCHW.shape[0], device=x_BCHW.device, area=size_area)
         for name, condition in compiled["model_conds"].items()
     }
-    return _Unit(kind, part_BCHW, _weigh(compiled, x_BCHW, part_BCHW), conditions, area, compiled.get("control"))
+    return _Branch(kind, part_BCHW, _weigh(compiled, x_BCHW, part_BCHW), conditions, area, compiled.get("control"))
 
 
 def _weigh(compiled: CompiledCondition, x_BCHW: Tensor, part_BCHW: Tensor) -> float | Tensor:
@@ -300,9 +300,9 @@ def _slices(area: Area) -> tuple[slice, slice, slice, slice]:
     return slice(None), slice(None), slice(area[2], area[2] + area[0]), slice(area[3], area[3] + area[1])
 
 
-def _pick_batch(model: KModel, units: Sequence[_Unit], device: torch.device) -> list[_Unit]:
-    """As many units that fit the first one as there is memory for, the last conditions first (so uncond goes before cond)."""
-    fitting = [unit for unit in reversed(units) if unit.fits(units[0])]
+def _pick_batch(model: KModel, branches: Sequence[_Branch], device: torch.device) -> list[_Branch]:
+    """As many branches that fit the first one as there is memory for, the last conditions first (so uncond goes before cond)."""
+    fitting = [branch for branch in reversed(branches) if branch.fits(branches[0])]
     if len(fitting) == 1 or model.runner is not None:
         return fitting  # a plan deals rows to slots itself
     free_bytes = memory_management.get_free_memory(device)
@@ -314,8 +314,8 @@ def _pick_batch(model: KModel, units: Sequence[_Unit], device: torch.device) -> 
     return fitting[:1]
 
 
-def _run_batch(model: KModel, batch: Sequence[_Unit], sigma_B: Tensor, options: ModelOptions) -> list[Tensor]:
-    """Outputs of the units, run together; one by one if that runs out of memory, then with less and less beside them. Raises: OutOfMemory."""
+def _run_batch(model: KModel, batch: Sequence[_Branch], sigma_B: Tensor, options: ModelOptions) -> list[Tensor]:
+    """Outputs of the branches, run together; one by one after an out-of-memory error, freeing more each time. Raises: OutOfMemory."""
     device = batch[0].input_BCHW.device
     if len(batch) == 1:
         return [memory_management.run_with_recovery(lambda: _call_model(model, batch, sigma_B, options), what="denoising a step", device=device)]
@@ -324,15 +324,15 @@ def _run_batch(model: KModel, batch: Sequence[_Unit], sigma_B: Tensor, options: 
     except torch.OutOfMemoryError:
         logger.info("%s ran out of memory with %d conditions at once; they are run one by one.", device, len(batch))
     memory_management.soft_empty_cache(force=True)
-    return [output for unit in batch for output in _run_batch(model, [unit], sigma_B, options)]
+    return [output for branch in batch for output in _run_batch(model, [branch], sigma_B, options)]
 
 
-def _call_model(model: KModel, batch: Sequence[_Unit], sigma_B: Tensor, options: ModelOptions) -> Tensor:
-    kinds = [unit.kind for unit in batch]
-    x_BCHW = torch.cat([unit.input_BCHW for unit in batch]) if len(batch) > 1 else batch[0].input_BCHW
+def _call_model(model: KModel, batch: Sequence[_Branch], sigma_B: Tensor, options: ModelOptions) -> Tensor:
+    kinds = [branch.kind for branch in batch]
+    x_BCHW = torch.cat([branch.input_BCHW for branch in batch]) if len(batch) > 1 else batch[0].input_BCHW
     timestep_B = torch.cat([sigma_B] * len(batch)) if len(batch) > 1 else sigma_B
     arguments: dict[str, Any] = {
-        name: condition.concat([unit.conditions[name] for unit in batch[1:]]) for name, condition in batch[0].conditions.items()
+        name: condition.concat([branch.conditions[name] for branch in batch[1:]]) for name, condition in batch[0].conditions.items()
     }
     transformer_options = arguments["transformer_options"] = _describe_batch(options, kinds, sigma_B)
     control = batch[0].control
@@ -363,7 +363,7 @@ def _find_control(
 
 
 def _describe_batch(options: ModelOptions, kinds: list[int], sigma_B: Tensor) -> dict[str, Any]:
-    """Transformer options with what the batch holds: `cond_or_uncond` per unit, the other keys per row."""
+    """Transformer options with what the batch holds: `cond_or_uncond` per branch, the other keys per row."""
     batch_size = sigma_B.shape[0]
     row_kinds = [kind for kind in kinds for _ in range(batch_size)]
     return {
@@ -387,19 +387,19 @@ def sampling_prepare(unet: UnetPatcher, x: Tensor, request: SamplingRequest | No
     """
     batch, channels, height, width = x.shape
     request = request or SamplingRequest(images=batch)
-    kept_bytes, beside = unet.extra_preserved_memory_during_sampling, list(unet.extra_model_patchers_during_sampling)
+    kept_bytes, extra_models = unet.extra_preserved_memory_during_sampling, list(unet.extra_model_patchers_during_sampling)
     chain = unet.controlnet_linked_list
     controls = list_deferrable(chain, unet.model_options)
     if chain is not None:
         kept_bytes += int(chain.inference_memory_requirements(unet.model_dtype()))
-        beside += [patcher for patcher in chain.get_models() if not any(patcher.is_clone(link.control_model_wrapped) for link in controls)]
-    session = begin_session(unet, x.shape, request, beside=beside, controls=controls, preserved_bytes=kept_bytes)
+        extra_models += [patcher for patcher in chain.get_models() if not any(patcher.is_clone(link.control_model_wrapped) for link in controls)]
+    session = begin_session(unet, x.shape, request, extra_models=extra_models, controls=controls, preserved_bytes=kept_bytes)
     if session is None:
-        beside += [link.control_model_wrapped for link in controls]
+        extra_models += [link.control_model_wrapped for link in controls]
         estimate = unet.model_options.get("memory_peak_estimation_modifier", unet.memory_required)
         need_bytes = estimate([2 * batch, channels, height, width])
-        memory_management.load_models_gpu(models=[unet, *beside], memory_required=int(need_bytes), hard_memory_preservation=kept_bytes)
-        memory_management.hold_models([unet, *beside])
+        memory_management.load_models_gpu(models=[unet, *extra_models], memory_required=int(need_bytes), hard_memory_preservation=kept_bytes)
+        memory_management.hold_models([unet, *extra_models])
     _warn_of_little_memory(unet.load_device)
     for control in unet.list_controlnets():
         control.pre_run(unet.model, unet.model.predictor.percent_to_sigma)

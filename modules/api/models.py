@@ -429,7 +429,7 @@ class SlotItem(BaseModel):
 
 
 class PlanItem(BaseModel):
-    """What runs where. `stages` has a list of slots for each replica, `units` the forwards of a step for each replica. Times are of one step."""
+    """What runs where. `stages` has a list of slots for each replica, `rows` how many rows of a step each replica takes. Times are of one step."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -437,7 +437,7 @@ class PlanItem(BaseModel):
     reason: str
     replicas: int
     stages: list[list[int]]
-    units: list[int]
+    rows: list[int]
     predicted_ms: float | None
     measured_ms: float | None
     predicted_bytes: dict[int, int]

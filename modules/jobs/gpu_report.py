@@ -85,7 +85,7 @@ def describe_idleness(plan: PlanStatus | None, slots: Sequence[SlotStatus], *, u
 
 def _idle(plan: PlanStatus, slots: Sequence[SlotStatus]) -> list[int]:
     """Slots that the plan leaves out, or has no forward for."""
-    working = {slot for number, stages in enumerate(plan.stages) if number >= len(plan.units) or plan.units[number] > 0 for slot in stages}
+    working = {slot for number, stages in enumerate(plan.stages) if number >= len(plan.rows) or plan.rows[number] > 0 for slot in stages}
     return [slot.index for slot in slots if slot.index not in working]
 
 

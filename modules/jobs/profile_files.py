@@ -76,7 +76,7 @@ def _trace_events(job: JobRecord) -> Iterator[dict[str, Any]]:
         yield {"ph": "M", "pid": 1, "tid": _thread_of(slot), "name": "thread_name", "args": {"name": name}}
         yield {"ph": "M", "pid": 1, "tid": _thread_of(slot, copies=True), "name": "thread_name", "args": {"name": f"copies to {name}"}}
     for span in job.spans:
-        told = (("bytes", span.bytes), ("link", span.link), ("unit", span.unit), ("step", span.step))
+        told = (("bytes", span.bytes), ("link", span.link), ("batch", span.batch), ("step", span.step))
         facts = {name: value for name, value in told if value not in ("", -1) and (name, value) != ("bytes", 0)}
         yield _event(span.kind, span.name, _thread_of(span.slot, copies=span.kind == "copy"), span.start_ms, span.end_ms, facts)
     for lane in job.slots:

@@ -70,10 +70,10 @@ class StepRecord(_Record):
     host_end_ms: float | None
 
 
-class UnitRecord(_Record):
+class BatchRecord(_Record):
     """Rows on their way through the network."""
 
-    unit: int
+    batch: int
     step: int
     rows: int
     start_ms: float
@@ -89,7 +89,7 @@ class SpanRecord(_Record):
     end_ms: float
     bytes: int
     link: str
-    unit: int
+    batch: int
     stage: int
     step: int
 
@@ -115,7 +115,7 @@ class SlotRecord(_Record):
     slot: int
     name: str
     device: str
-    units: int
+    stage_runs: int
     busy_ms: float
     busy_share: float
     busy_ms_by_kind: dict[str, float]
@@ -175,7 +175,7 @@ class JobRecord(_Record):
     slots: list[SlotRecord]
     links: list[LinkRecord]
     steps: list[StepRecord]
-    units: list[UnitRecord]
+    batches: list[BatchRecord]
     spans: list[SpanRecord]
     samples: list[SampleRecord]
     dropped_spans: int
@@ -246,7 +246,7 @@ def build_job(recording: Recording, facts: JobFacts) -> JobRecord:
             )
             for step in steps_of(recording)
         ],
-        units=_unit_records(clock, recording.spans),
+        batches=_batch_records(clock, recording.spans),
         spans=[_span_record(clock, span) for span in recording.spans],
         samples=list(facts.samples),
         dropped_spans=recording.num_dropped,
@@ -295,7 +295,7 @@ def _slot_record(clock: _Clock, recording: Recording, lane: Lane, figures: SlotF
         slot=lane.slot,
         name=figures.name,
         device=figures.device,
-        units=lane.num_units,
+        stage_runs=lane.num_stage_runs,
         busy_ms=lane.busy_ns / 1e6,
         busy_share=lane.busy_ns / wall_ns if wall_ns else 0.0,
         busy_ms_by_kind=_by_kind(recording.spans, lane.slot),
@@ -332,21 +332,21 @@ def _link_records(spans: Sequence[Span]) -> list[LinkRecord]:
     ]
 
 
-def _unit_records(clock: _Clock, spans: Sequence[Span]) -> list[UnitRecord]:
-    by_unit: Mapping[int, list[Span]] = defaultdict(list)
+def _batch_records(clock: _Clock, spans: Sequence[Span]) -> list[BatchRecord]:
+    by_batch: Mapping[int, list[Span]] = defaultdict(list)
     for span in spans:
-        if span.unit >= 0:
-            by_unit[span.unit].append(span)
+        if span.batch >= 0:
+            by_batch[span.batch].append(span)
     return [
-        UnitRecord(
-            unit=unit,
+        BatchRecord(
+            batch=batch,
             step=parts[0].step,
             rows=parts[0].rows,
             start_ms=clock.ms(min(part.start_ns for part in parts)),
             end_ms=clock.ms(max(part.end_ns for part in parts)),
             slots=list(dict.fromkeys(part.slot for part in parts if part.slot is not None)),
         )
-        for unit, parts in sorted(by_unit.items())
+        for batch, parts in sorted(by_batch.items())
     ]
 
 
@@ -359,7 +359,7 @@ def _span_record(clock: _Clock, span: Span) -> SpanRecord:
         end_ms=clock.ms(span.end_ns),
         bytes=span.num_bytes,
         link=span.link,
-        unit=span.unit,
+        batch=span.batch,
         stage=span.stage,
         step=span.step,
     )

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from modules.jobs.profile_record import JobRecord
 
 COLORS = {
-    "unit": "#3b7dd8",
+    "network": "#3b7dd8",
     "stage": "#3b7dd8",
     "text encoder": "#9467bd",
     "ControlNet": "#e08f1f",
@@ -22,7 +22,7 @@ COLORS = {
     "save": "#c7a26b",
     "copy": "#d1495b",
 }
-_NAMES = {"unit": "network", "stage": "network"}
+_NAMES = {"stage": "network"}
 _WIDTH_IN, _LANE_IN, _DPI = 11.0, 0.62, 110
 
 

@@ -88,7 +88,7 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
 
     Runs on the calling thread, one job at a time; page and API call it from the job worker."""
     from backend import memory_management, profiler  # import torch, as the sampler list does
-    from backend.parallel.running.lost_slots import losing_silent_slots
+    from backend.parallel.running.lost_slots import dropping_dead_slots
     from modules.jobs.observer import JobObserver
     from modules.processing.latents import latent_format_of
     from modules.processing.validation import fit_size_to_model, make_sound
@@ -100,7 +100,7 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
         token = active_overrides.set({**active_overrides.get(), **p.override_settings})
         try:
             memory_management.set_inference_memory(int(p.options.forge_inference_memory) * MIB)
-            with losing_silent_slots(), memory_management.explaining_shortages("making the picture"):
+            with dropping_dead_slots(), memory_management.explaining_shortages("making the picture"):
                 with profiler.recorder().measure("load", "load the model"):
                     p.sd_model = context.models.ensure_loaded(p.options)
                 fit_size_to_model(p, latent_format_of(p.sd_model))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 REFRESH_S = 2
 _NOTHING_RUNS = "<div hidden class='idle'></div>"
 _UNKNOWN = "–"
-_DONE = "Units done"
+_DONE = "Rows done"
 _OPTIONAL = ("Use", "Temp.", _DONE)
 LOG_FOLDER, TIMELINE = "logs", "timeline.png"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
@@ -59,7 +59,7 @@ def status_html(app: Application, *, is_busy: bool) -> str:
     from backend.parallel.running import status
 
     plan, slots = status.current_plan(), status.describe_slots()
-    text = f"{plan_html(plan)}{slots_html(slots, profiler.meter().units)}"
+    text = f"{plan_html(plan)}{slots_html(slots, profiler.meter().stage_runs)}"
     if is_busy:
         return text
     advice = describe_idleness(plan, slots, uses_many=app.config.backend.multi_gpu, job=app.last_profile)
@@ -86,10 +86,10 @@ def plan_html(plan: PlanStatus | None) -> str:
     return f"<p class='plan'>{html.escape('; '.join([plan.reason.rstrip('.'), *times]))}.</p>"
 
 
-def slots_html(slots: Sequence[SlotStatus], units: Mapping[int, int] | None = None) -> str:
-    """A row for every slot; what no slot tells has no column. `units`: what each did of the running or the last job."""
-    done = units or {}
-    all_columns = (*_COLUMNS, (_DONE, lambda slot: _units_bar(done.get(slot.index, 0), done)))
+def slots_html(slots: Sequence[SlotStatus], stage_runs: Mapping[int, int] | None = None) -> str:
+    """A row for every slot; what no slot tells has no column. `stage_runs`: how much each did of the running or the last job."""
+    done = stage_runs or {}
+    all_columns = (*_COLUMNS, (_DONE, lambda slot: _stage_runs_bar(done.get(slot.index, 0), done)))
     columns = [column for column in all_columns if column[0] not in _OPTIONAL or any(column[1](slot) != _UNKNOWN for slot in slots)]
     head = "".join(f"<th>{name}</th>" for name, _ in columns)
     rows = "".join("<tr>" + "".join(f"<td>{show(slot)}</td>" for _, show in columns) + "</tr>" for slot in slots)
@@ -115,12 +115,12 @@ def _holders(slot: SlotStatus) -> str:
     return "".join(f"<div class='held'>{html.escape(name)} {held_bytes / 2**20:.0f} MiB</div>" for name, held_bytes in slot.holders) or _UNKNOWN
 
 
-def _units_bar(num_units: int, units: Mapping[int, int]) -> str:
+def _stage_runs_bar(num_runs: int, stage_runs: Mapping[int, int]) -> str:
     """How often the slot carried rows through its part of the network, against the busiest slot."""
-    most = max(units.values(), default=0)
+    most = max(stage_runs.values(), default=0)
     if most == 0:
         return _UNKNOWN
-    return f"<div class='bar'><b style='width:{100 * num_units / most:.1f}%'></b></div><small>{num_units}</small>"
+    return f"<div class='bar'><b style='width:{100 * num_runs / most:.1f}%'></b></div><small>{num_runs}</small>"
 
 
 def _number(value: float | None, unit: str) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from backend import memory_management
 from backend.args import BackendConfig
 from backend.checkpoint_file import CheckpointError
-from backend.controlnet_loader import HeldTensors, build_control, load_controlnet
+from backend.controlnet_loader import TensorsInMemory, build_control, load_controlnet
 from backend.devices.probing import probe_devices
 from backend.patcher.controlnet import ControlNet
 from tests.support.checkpoints import ReferenceModels, build_models
@@ -70,7 +70,7 @@ def test_a_file_gives_the_librarys_residuals(models: ReferenceModels, tmp_path: 
 
 def test_a_file_without_a_prefix_and_a_state_dict_are_read_alike(models: ReferenceModels) -> None:
     controlnet = build_controlnet(models)
-    link = build_control(HeldTensors(Path("held.safetensors"), ldm_state_dict(controlnet)))
+    link = build_control(TensorsInMemory(Path("held.safetensors"), ldm_state_dict(controlnet)))
     assert isinstance(link, ControlNet)
     _assert_equal(link, controlnet, models)
 

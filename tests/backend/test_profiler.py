@@ -31,13 +31,13 @@ def test_off_records_nothing_and_hands_out_nothing_new() -> None:
     profiler.begin([_slot(0, "cpu")], is_on=False)
     recorder = profiler.recorder()
     assert not recorder.is_on
-    assert recorder.measure("VAE", "decode") is recorder.measure("unit", "network")
+    assert recorder.measure("VAE", "decode") is recorder.measure("network", "network")
     assert recorder.time_copy(CUDA, CUDA, 1) is recorder.time_copy(CUDA, CUDA, 2)
     recorder.begin_steps()
     recorder.note_step()
     recorder.note_plan(None)
-    recorder.add(1, 2, kind="unit", name="network", slot=0)
-    assert (recorder.step, recorder.next_unit(), profiler.end()) == (-1, -1, None)
+    recorder.add(1, 2, kind="network", name="network", slot=0)
+    assert (recorder.step, recorder.next_batch(), profiler.end()) == (-1, -1, None)
 
 
 def test_a_span_has_its_slot_step_and_times_also_when_the_work_fails() -> None:
@@ -47,13 +47,17 @@ def test_a_span_has_its_slot_step_and_times_also_when_the_work_fails() -> None:
     recorder.note_step()
     with pytest.raises(ValueError, match="on purpose"), recorder.measure("VAE", "decode", device=torch.device("cpu")):
         raise ValueError("on purpose")
-    with recorder.measure("unit", "network", device=torch.device("cpu"), slot=4, unit=7, rows=2):
+    with recorder.measure("network", "network", device=torch.device("cpu"), slot=4, batch=7, rows=2):
         recorder.end_steps()
     with recorder.measure("save", "save"):
         pass
     recording = profiler.end()
     assert recording is not None
-    assert [(span.kind, span.slot, span.unit, span.rows) for span in recording.spans] == [("VAE", 3, -1, 0), ("unit", 4, 7, 2), ("save", None, -1, 0)]
+    assert [(span.kind, span.slot, span.batch, span.rows) for span in recording.spans] == [
+        ("VAE", 3, -1, 0),
+        ("network", 4, 7, 2),
+        ("save", None, -1, 0),
+    ]
     assert recording.spans[0].step == 1
     for span in recording.spans:
         assert recording.start_ns <= span.start_ns <= span.end_ns <= recording.end_ns
@@ -63,7 +67,7 @@ def test_a_span_has_its_slot_step_and_times_also_when_the_work_fails() -> None:
 def test_spans_over_the_bound_are_counted_and_not_kept() -> None:
     recorder = Recorder([_slot(0, "cpu")], max_spans=3)
     for at_ns in range(5):
-        recorder.add(at_ns, at_ns + 1, kind="unit", name="network", slot=0)
+        recorder.add(at_ns, at_ns + 1, kind="network", name="network", slot=0)
     recording = recorder.finish()
     assert (len(recording.spans), recording.num_dropped) == (3, 2)
 
@@ -73,8 +77,8 @@ def test_many_threads_lose_no_span_and_no_count() -> None:
 
     def work() -> None:
         for _ in range(200):
-            with profiler.recorder().measure("unit", "network", device=torch.device("cpu")):
-                profiler.meter().count_unit_on(torch.device("cpu"))
+            with profiler.recorder().measure("network", "network", device=torch.device("cpu")):
+                profiler.meter().count_stage_run_on(torch.device("cpu"))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -83,7 +87,7 @@ def test_many_threads_lose_no_span_and_no_count() -> None:
         thread.join()
     recording = profiler.end()
     assert recording is not None
-    assert (len(recording.spans), profiler.meter().units[0]) == (800, 800)
+    assert (len(recording.spans), profiler.meter().stage_runs[0]) == (800, 800)
 
 
 class _Event:
@@ -128,14 +132,14 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cuda_spans_come_from_events_and_nothing_waits_before_the_end(fake_cuda: None) -> None:
     recorder = Recorder([_slot(0, "cuda:0")])
     for _ in range(100):
-        with recorder.measure("unit", "network", device=CUDA):
+        with recorder.measure("network", "network", device=CUDA):
             pass
     assert _Event.num_synchronized == 0
     assert len(recorder._pending) == 100
     for pending in recorder._pending:
         pending.end.passed = pending.start.passed = True
     for _ in range(28):
-        with recorder.measure("unit", "network", device=CUDA):
+        with recorder.measure("network", "network", device=CUDA):
             pass
     assert (len(recorder._spans), len(recorder._pending)) == (100, 28)
     recording = Recorder.finish(recorder)
@@ -156,7 +160,7 @@ def test_a_copy_between_cards_is_timed_on_both_streams(fake_cuda: None) -> None:
 
 def test_spans_of_a_lost_card_go_and_are_counted(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder([_slot(0, "cuda:0")])
-    with recorder.measure("unit", "network", device=CUDA):
+    with recorder.measure("network", "network", device=CUDA):
         pass
 
     def lost(event: _Event) -> None:
@@ -169,10 +173,10 @@ def test_spans_of_a_lost_card_go_and_are_counted(fake_cuda: None, monkeypatch: p
 
 def test_a_new_job_counts_anew() -> None:
     profiler.begin([_slot(0, "cpu")], is_on=False)
-    profiler.meter().count_unit(0)
-    profiler.meter().count_unit(None)
+    profiler.meter().count_stage_run(0)
+    profiler.meter().count_stage_run(None)
     profiler.meter().num_steps, profiler.meter().sampling_s = 3, 1.5
-    assert (dict(profiler.meter().units), profiler.meter().steps_per_s) == ({0: 1}, 2.0)
+    assert (dict(profiler.meter().stage_runs), profiler.meter().steps_per_s) == ({0: 1}, 2.0)
     profiler.begin([_slot(0, "cpu")], is_on=False)
-    assert (dict(profiler.meter().units), profiler.meter().steps_per_s) == ({}, None)
+    assert (dict(profiler.meter().stage_runs), profiler.meter().steps_per_s) == ({}, None)
     assert isinstance(profiler.recorder(), NoRecorder)

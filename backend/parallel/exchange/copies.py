@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backend.parallel.exchange.transport import Parcel
+from backend.parallel.exchange.transport import Transfer
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.running.failures import blaming
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class LocalTensor:
     """A tensor that stays where it is until the same slot needs it again."""
 
     tensor: Tensor
@@ -47,7 +47,7 @@ class Copiers:
         self._by_device: dict[torch.device, ThreadPoolExecutor] = {}
         self._lock = threading.Lock()
 
-    def ship(self, tensor: Tensor, slot: int) -> Parcel:
+    def ship(self, tensor: Tensor, slot: int) -> Transfer:
         """Start a copy to a slot's device. Raises: SlotFailure of that slot where it has no room (or `receive` does)."""
         target, transport = self._fleet.device(slot), self._fleet.transport
         if tensor.device == target or not self._asynchronous or "cuda" in (tensor.device.type, target.type):
@@ -73,9 +73,9 @@ def _without_gradients(run: Callable[[], Tensor]) -> Tensor:
         return run()
 
 
-def when_arrived(parcels: Iterable[Parcel], then: Callable[[BaseException | None], None]) -> None:
-    """`then(failure or None)`, once, when no copier is at any of the parcels any more: by the thread that ends the last, or at once by this one."""
-    copying = [parcel.future for parcel in parcels if isinstance(parcel, Copying)]
+def when_arrived(transfers: Iterable[Transfer], then: Callable[[BaseException | None], None]) -> None:
+    """`then(failure or None)`, once, when no copier is at any of the transfers any more: by the thread that ends the last, or at once by this one."""
+    copying = [transfer.future for transfer in transfers if isinstance(transfer, Copying)]
     if not copying:
         then(None)
         return

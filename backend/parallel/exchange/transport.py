@@ -31,7 +31,7 @@ class TransportStats(CopyCounter):
     """Bytes and number of copies per ordered pair of devices. What stays on its device is not counted."""
 
 
-class Parcel(Protocol):
+class Transfer(Protocol):
     """A tensor on its way, made by `Transport.ship`."""
 
     def receive(self) -> torch.Tensor:
@@ -44,7 +44,7 @@ class Transport(Protocol):
 
     stats: TransportStats
 
-    def ship(self, tensor: torch.Tensor, target: torch.device) -> Parcel:
+    def ship(self, tensor: torch.Tensor, target: torch.device) -> Transfer:
         """Start the way of `tensor`. To be called in the thread that produced it, as its current stream is the one the copy waits for."""
         ...
 
@@ -110,7 +110,7 @@ class DeviceTransport:
     def send(self, tensor: torch.Tensor, target: torch.device) -> torch.Tensor:
         return tensor if tensor.device == target else self.ship(tensor, target).receive()
 
-    def ship(self, tensor: torch.Tensor, target: torch.device) -> Parcel:
+    def ship(self, tensor: torch.Tensor, target: torch.device) -> Transfer:
         source, target = tensor.device, canonical_device(target)
         route = choose_route(source, target, self._verdicts)
         if route == "same":
@@ -125,7 +125,7 @@ class DeviceTransport:
         timer.stop()
         return _Arrived(arrived)
 
-    def _to_cuda(self, tensor: torch.Tensor, target: torch.device, route: Route, timer: NoTimer) -> Parcel:
+    def _to_cuda(self, tensor: torch.Tensor, target: torch.device, route: Route, timer: NoTimer) -> Transfer:
         if tensor.device.type == "cuda":
             return self._cuda.copy(tensor, target, staged=route == "staged", timer=timer)
         return self._cuda.bring(tensor if route == "direct" else tensor.to("cpu"), target, timer)
@@ -139,11 +139,11 @@ class CudaCopies:
     _streams: dict[tuple[torch.device, DevicePair], Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def share(self, tensor: torch.Tensor) -> Parcel:
+    def share(self, tensor: torch.Tensor) -> Transfer:
         """A tensor for another stream of its own device: nothing moves, the stream only waits for what was enqueued so far."""
         return _OnStream(tensor, self._mark(self.cuda.current_stream(tensor.device)), self.cuda)
 
-    def bring(self, tensor: torch.Tensor, target: torch.device, timer: NoTimer = NO_TIMER) -> Parcel:
+    def bring(self, tensor: torch.Tensor, target: torch.device, timer: NoTimer = NO_TIMER) -> Transfer:
         """From main memory. The caller waits for this copy unless the tensor is page-locked, but never for what the card computes."""
         in_stream = self._stream(target, (tensor.device, target))
         timer.start(in_stream)
@@ -152,7 +152,7 @@ class CudaCopies:
         timer.stop(in_stream)
         return _OnStream(arrived, self._mark(in_stream), self.cuda)
 
-    def copy(self, tensor: torch.Tensor, target: torch.device, *, staged: bool, timer: NoTimer = NO_TIMER) -> Parcel:
+    def copy(self, tensor: torch.Tensor, target: torch.device, *, staged: bool, timer: NoTimer = NO_TIMER) -> Transfer:
         """From card to card, or through main memory. Returns at once; the copy waits for the tensor's producer by itself."""
         source = tensor.device
         out_stream, in_stream = self._stream(source, (source, target)), self._stream(target, (source, target))

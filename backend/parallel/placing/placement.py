@@ -87,10 +87,10 @@ def copies_of(network: KModel) -> Copies:
 
 def place_plan(
     unet: UnetPatcher, plan: Plan, fleet: Fleet, *, working_bytes: int, preserved_bytes: int = 0,
-    beside: Sequence[ModelPatcher] = (), work_per_row: Mapping[Piece, float] | None = None,
+    extra_models: Sequence[ModelPatcher] = (), work_per_row: Mapping[Piece, float] | None = None,
     controls: Sequence[Mapping[nn.Module, ControlPlace]] = (),
 ) -> PlacedPlan:  # fmt: skip
-    """Make the plan's networks resident, with room for `working_bytes` on each device, and hold them. `beside` comes along (ControlNets).
+    """Make the plan's networks resident, with room for `working_bytes` on each device, and hold them. `extra_models` come along (ControlNets).
 
     `controls`: for each replica where its ControlNets run.
 
@@ -100,9 +100,9 @@ def place_plan(
     places = controls or [{}] * len(plan.replicas)
     replicas = tuple(placer.add(replica, work_per_row or {}, controls) for replica, controls in zip(plan.replicas, places, strict=True))
     patchers = tuple(placer.patchers)
-    placer.leave_former_places()
-    memory_management.load_models_gpu([*patchers, *beside], memory_required=working_bytes, hard_memory_preservation=preserved_bytes)
-    memory_management.hold_models([*patchers, *beside])
+    placer.vacate_former_places()
+    memory_management.load_models_gpu([*patchers, *extra_models], memory_required=working_bytes, hard_memory_preservation=preserved_bytes)
+    memory_management.hold_models([*patchers, *extra_models])
     placer.finish()
     return PlacedPlan(plan, replicas, patchers)
 
@@ -187,7 +187,7 @@ class _Placer:
         self.copies.stages[key] = (held, stage)
         return stage
 
-    def leave_former_places(self) -> None:
+    def vacate_former_places(self) -> None:
         """What stood for a network as a whole stands for it no more where it is split now.
 
         Layers that change their slot leave the old one before any arrives on the new: where two slots swap layers, one would hold both for a
@@ -195,7 +195,7 @@ class _Placer:
         """
         for stage in self.patchers:
             if isinstance(stage, StagePatcher):
-                _let_strangers_go(stage)
+                _vacate_other_slots(stage)
         if owner_of(self.unet.model).serial in {key[0] for key in self.copies.stages}:
             memory_management.unload_model_clones(self.unet)
         for copied in self.copies.replicas.values():
@@ -215,7 +215,7 @@ class _Placer:
             _changing_weights(copied.load_device, change.result)
 
 
-def _let_strangers_go(stage: StagePatcher) -> None:
+def _vacate_other_slots(stage: StagePatcher) -> None:
     """Have the stage's layers that are on other slots' devices wait where it waits itself."""
     for layer in stage.model.layers:
         devices = {tensor.device for tensor in (*layer.parameters(), *layer.buffers())}

@@ -115,14 +115,14 @@ class ModelProfile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComponentCost:
-    """A network beside the UNet. One that `runs_per_unit` (a ControlNet) runs before the UNet for every unit, the others once per picture."""
+    """A network beside the UNet. One that `runs_per_row` (a ControlNet) runs before the UNet for every row, the others once per picture."""
 
     name: str
     weight_bytes: int
     flops_per_row: float = 0.0
     working_bytes_per_row: int = 0
     num_kernels: int = 0
-    runs_per_unit: bool = False
+    runs_per_row: bool = False
 
 
 def with_measured_ms(profile: ModelProfile, measured_ms: Mapping[Piece, float]) -> ModelProfile:

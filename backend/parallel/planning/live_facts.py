@@ -42,15 +42,17 @@ def profile_of(network: KModel, shape: Sequence[int]) -> ModelProfile:
     return with_stored_bytes(profile, network.program)
 
 
-def slot_facts(slot: Slot, unet: UnetPatcher, fleet: Fleet, work: str, budget_share: float, placed_anew: Set[nn.Module] = frozenset()) -> SlotFacts:
+def slot_facts(
+    slot: Slot, unet: UnetPatcher, fleet: Fleet, work: str, budget_share: float, placed_by_plan: Set[nn.Module] = frozenset()
+) -> SlotFacts:
     """A slot as the planner sees it now: what is free or could be, and how fast it was seen to be at this work.
 
     What earlier plans made of this network counts as the network's own, not as something else that holds the slot; so do the networks in
-    `placed_anew`, which the plan finds places for as well.
+    `placed_by_plan`, which the plan finds places for as well.
     """
     store, device = memory_management.current_store(), slot.torch_device
     (room,) = store.rooms([slot], unet.model)
-    own = copies_of(unet.model).networks | placed_anew
+    own = copies_of(unet.model).networks | placed_by_plan
     copies_bytes = sum(entry.inclusive_memory for entry in store.residents if entry.device == device and entry.real_model in own)
     budget_bytes = room.free_bytes + room.evictable_bytes + room.present_bytes - _merge_bytes(unet)
     budget_bytes = max(0, int(budget_bytes * budget_share))
@@ -74,7 +76,7 @@ def _merge_bytes(unet: UnetPatcher) -> int:
     return 3 * 4 * max(parameter.numel() for parameter in unet.model.parameters())
 
 
-def without_others(room: SlotFacts) -> SlotFacts:
+def assuming_idle_evicted(room: SlotFacts) -> SlotFacts:
     """The slot as it would be when all that no job holds has left."""
     return replace(room, fixed_bytes=0)
 

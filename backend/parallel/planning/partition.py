@@ -16,7 +16,7 @@ below EXHAUSTIVE_LIMIT the search is exact at block granularity for any number o
 from cuts in proportion to speed instead of from all cuts between segments, and is local.
 
 Peak bytes of a slot: what is fixed there, the weights of its pieces, the time embedding's (first slot), the largest working memory of its
-pieces, and for every unit that may be on its way the skips that it keeps, the state at its boundaries and residuals of a ControlNet.
+pieces, and for every row that may be on its way the skips that it keeps, the state at its boundaries and residuals of a ControlNet.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from backend.nn.piece import Piece
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, merge_pieces
-from backend.parallel.planning.pipeline import StageArrays, Units, join_candidates, lower_bounds, simulate_many
+from backend.parallel.planning.pipeline import StageArrays, StepRows, join_candidates, lower_bounds, simulate_many
 from backend.parallel.planning.plan import ReplicaPlan
 from backend.parallel.planning.slot_facts import Link, LinkTable, SlotFacts
 
@@ -59,15 +59,15 @@ _MOST_ROUNDS = 12
 class PartitionJob:
     """What the copy is for.
 
-    `movable` are components whose slot is still open: they are put where most room is left, largest first; one that runs per unit (a
-    ControlNet) before the UNet on the copy's slot where the objective is best, or on `rider_slot`, and its work counts. `least_slots` is
+    `movable` are components whose slot is still open: they are put where most room is left, largest first; one that runs per row (a
+    ControlNet) before the UNet on the copy's slot where the objective is best, or on `control_slot`, and its work counts. `least_slots` is
     how many slots must get pieces, where there are as many pieces. `rows_per_forward` is how many rows run at once.
     """
 
-    units: Units = field(default_factory=Units)
+    step_rows: StepRows = field(default_factory=StepRows)
     rows_per_forward: int = 1
     movable: tuple[ComponentCost, ...] = ()
-    rider_slot: int | None = None
+    control_slot: int | None = None
     max_crossing_bytes: int | None = None
     least_slots: int = 1
     is_async: bool = True
@@ -77,7 +77,7 @@ class PartitionJob:
 class Partition:
     """The cut that was chosen and what it is predicted to cost.
 
-    `peak_bytes` per slot index (slots without pieces as well), `crossing_bytes` per step of all units, of these `control_bytes` residuals of
+    `peak_bytes` per slot index (slots without pieces as well), `crossing_bytes` per step of all rows, of these `control_bytes` residuals of
     a ControlNet. `rules_kept` says whether every rule of the objective is.
     """
 
@@ -101,7 +101,11 @@ def _partition(profile: ModelProfile, slots: tuple[SlotFacts, ...], links: tuple
     if not slots:
         raise ValueError("A network is to be cut over no slots; give at least one.")
     table = LinkTable(links)
-    evaluators = [_Evaluator(profile, slots, order, table, job, rider) for order in _orders(slots, table) for rider in _rider_positions(job, slots)]
+    evaluators = [
+        _Evaluator(profile, slots, order, table, job, control_position)
+        for order in _orders(slots, table)
+        for control_position in _control_positions(job, slots)
+    ]
     finalists = search(evaluators)
     if not finalists:
         return None
@@ -129,10 +133,10 @@ def _long_orders(slots: tuple[SlotFacts, ...]) -> list[tuple[int, ...]]:
     return [tuple(range(len(slots))), tuple(by_room), tuple(reversed(by_room))]
 
 
-def _rider_positions(job: PartitionJob, slots: tuple[SlotFacts, ...]) -> list[int | None]:
-    if not any(component.runs_per_unit for component in job.movable):
+def _control_positions(job: PartitionJob, slots: tuple[SlotFacts, ...]) -> list[int | None]:
+    if not any(component.runs_per_row for component in job.movable):
         return [None]
-    return [position for position, slot in enumerate(slots) if job.rider_slot in (None, slot.index)]
+    return [position for position, slot in enumerate(slots) if job.control_slot in (None, slot.index)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,15 +183,15 @@ class _Evaluator:
         order: tuple[int, ...],
         links: LinkTable,
         job: PartitionJob,
-        rider: int | None,
+        control_position: int | None,
     ) -> None:
-        self.profile, self.slots, self.order, self.job, self.rider = profile, slots, order, job, rider
+        self.profile, self.slots, self.order, self.job, self.control_position = profile, slots, order, job, control_position
         self.num_pieces = len(profile.pieces)
         count = len(order)
         self.run_slots = [order[run] if run < count else order[2 * count - 2 - run] for run in range(2 * count - 1)]
         self.num_cuts = 2 * count - 2
-        self._riders = tuple(component for component in job.movable if component.runs_per_unit)
-        others = [component for component in job.movable if not component.runs_per_unit]
+        self._control_networks = tuple(component for component in job.movable if component.runs_per_row)
+        others = [component for component in job.movable if not component.runs_per_row]
         self._others = tuple(sorted(others, key=lambda component: -component.weight_bytes))
         self._make_sums()
         self._make_links(links)
@@ -226,16 +230,16 @@ class _Evaluator:
         crossing, kept = crossing + skip_crossing, kept + skip_kept
         is_used = weight > 0
         control, control_ms = self._control_crossing(edges)
-        if self.rider is not None:
+        if self.control_position is not None:
             stages.send_ms_CS[:, 0] += control_ms
         crossing = crossing + control + self._shared_crossing(edges, is_used)
-        peak += weight + working * self.job.rows_per_forward + kept * self.job.units.count
+        peak += weight + working * self.job.rows_per_forward + kept * self.job.step_rows.count
         places = self._add_components(peak, edges)
         budgets = np.array([slot.budget_bytes for slot in self.slots], dtype=np.float64)
         excess = np.maximum(0.0, np.where(is_used, peak - budgets, 0.0)).sum(axis=1)
         missing = np.maximum(0, min(self.job.least_slots, self.num_pieces) - is_used.sum(axis=1))
         excess += missing * float(budgets.max())
-        crossing = crossing * self.job.units.count
+        crossing = crossing * self.job.step_rows.count
         broken, breach = self._rules(peak, weight, is_used, crossing)
         return _Numbers(stages, peak, weight, crossing, changes, excess, broken, breach, places)
 
@@ -253,10 +257,10 @@ class _Evaluator:
         run_ms, send_ms = np.zeros((num_cuts, num_runs + 2)), np.zeros((num_cuts, num_runs + 2))
         crossing, changes, kept = np.zeros(num_cuts), np.zeros(num_cuts, np.int64), np.zeros((num_cuts, len(self.slots)))
         at = np.full(num_cuts, -1, dtype=np.int64)
-        if self.rider is not None:
-            slot_CS[:, 0], at[:] = self.rider, 0
-            run_ms[:, 0] = sum(self.slots[self.rider].forward_ms(component.flops_per_row, component.weight_bytes, component.num_kernels)
-                               for component in self._riders)  # fmt: skip
+        if self.control_position is not None:
+            slot_CS[:, 0], at[:] = self.control_position, 0
+            run_ms[:, 0] = sum(self.slots[self.control_position].forward_ms(component.flops_per_row, component.weight_bytes, component.num_kernels)
+                               for component in self._control_networks)  # fmt: skip
         previous = np.full(num_cuts, 0, dtype=np.int64)  # the latents are on the first slot
         for run, slot in enumerate(self.run_slots):
             first, end = edges[:, run], edges[:, run + 1]
@@ -323,19 +327,19 @@ class _Evaluator:
     def _control_crossing(self, edges: Ints) -> tuple[Floats, Floats]:
         """Bytes of residuals that cross, and the time of sending them, which is taken to hide behind nothing."""
         crossing, send_ms = np.zeros(len(edges)), np.zeros(len(edges))
-        if self.rider is None:
+        if self.control_position is None:
             return crossing, send_ms
         for index, cost in enumerate(self.profile.pieces):
             if cost.control_bytes_per_row:
                 target = self._slot_of(edges, index)
-                crossing += np.where(self._crosses[self.rider, target], cost.control_bytes_per_row, 0)
-                send_ms += cost.control_bytes_per_row * self._ms_per_byte[self.rider, target]
+                crossing += np.where(self._crosses[self.control_position, target], cost.control_bytes_per_row, 0)
+                send_ms += cost.control_bytes_per_row * self._ms_per_byte[self.control_position, target]
         return crossing, send_ms
 
     def _add_components(self, peak: Floats, edges: Ints) -> tuple[Ints, ...]:
         """Charge movable components; returns the slot of each of the others per cut."""
-        if self.rider is not None:
-            self._add_riders(peak, edges, self.rider)
+        if self.control_position is not None:
+            self._add_control_networks(peak, edges, self.control_position)
         budgets = np.array([slot.budget_bytes for slot in self.slots], dtype=np.float64)
         places = []
         for component in self._others:
@@ -344,15 +348,15 @@ class _Evaluator:
             places.append(place_C)
         return tuple(places)
 
-    def _add_riders(self, peak: Floats, edges: Ints, rider: int) -> None:
+    def _add_control_networks(self, peak: Floats, edges: Ints, control_position: int) -> None:
         """A ControlNet's weights and work, all its residuals where they were made, and copies of those that are added elsewhere."""
-        for component in self._riders:
-            peak[:, rider] += component.weight_bytes + component.working_bytes_per_row * self.job.rows_per_forward
+        for component in self._control_networks:
+            peak[:, control_position] += component.weight_bytes + component.working_bytes_per_row * self.job.rows_per_forward
         for index, cost in enumerate(self.profile.pieces):
             if cost.control_bytes_per_row:
-                num_bytes, target = cost.control_bytes_per_row * self.job.units.count, self._slot_of(edges, index)
-                peak[:, rider] += num_bytes
-                peak[np.arange(len(edges)), target] += np.where(target == rider, 0.0, num_bytes)
+                num_bytes, target = cost.control_bytes_per_row * self.job.step_rows.count, self._slot_of(edges, index)
+                peak[:, control_position] += num_bytes
+                peak[np.arange(len(edges)), target] += np.where(target == control_position, 0.0, num_bytes)
 
     def _rules(self, peak: Floats, weight: Floats, is_used: Bools, crossing: Floats) -> tuple[Floats, Floats]:
         """How many rules each cut breaks, and by how much in all."""
@@ -380,7 +384,7 @@ class _Evaluator:
         return np.maximum.accumulate(np.searchsorted(self._work, goals).clip(0, self.num_pieces)).astype(np.int64)
 
     def step_ms(self, numbers: _Numbers, chosen: Ints) -> Floats:
-        return simulate_many(numbers.stages.take(chosen), self.job.units, is_async=self.job.is_async)
+        return simulate_many(numbers.stages.take(chosen), self.job.step_rows, is_async=self.job.is_async)
 
     def score(self, numbers: _Numbers, cuts_CB: Ints, index: int, step_ms: float) -> _Score:
         broken, crossing = float(numbers.broken_C[index]), float(numbers.crossing_C[index])
@@ -400,7 +404,11 @@ class _Evaluator:
                 merged = joined
             pieces += merged
             slots += [self.slots[position].index] * len(merged)
-        components = {component.name: self.slots[self.rider].index for component in self._riders} if self.rider is not None else {}
+        components = (
+            {component.name: self.slots[self.control_position].index for component in self._control_networks}
+            if self.control_position is not None
+            else {}
+        )
         components |= {component.name: self.slots[int(place[0])].index for component, place in zip(self._others, numbers.places)}
         return Partition(
             replica=ReplicaPlan(pieces=tuple(pieces), slots=tuple(slots)),
@@ -408,7 +416,7 @@ class _Evaluator:
             peak_bytes={slot.index: int(numbers.peak_CK[0, position]) for position, slot in enumerate(self.slots)},
             weight_bytes={slot.index: int(numbers.weight_CK[0, position]) for position, slot in enumerate(self.slots)},
             crossing_bytes=int(numbers.crossing_C[0]),
-            control_bytes=int(self._control_crossing(edges)[0][0]) * self.job.units.count,
+            control_bytes=int(self._control_crossing(edges)[0][0]) * self.job.step_rows.count,
             component_slots=components,
             rules_kept=bool(numbers.broken_C[0] == 0),
         )
@@ -522,13 +530,13 @@ def _finalists(candidates: Sequence[tuple[_Evaluator, Ints]]) -> list[_Score]:
 
 def _fastest_ms(stages: StageArrays, job: PartitionJob) -> Floats:
     """Times of the candidates that may be the fastest; infinity for those whose lower bound says that they are not."""
-    bounds_C = lower_bounds(stages, job.units)
+    bounds_C = lower_bounds(stages, job.step_rows)
     order = np.argsort(bounds_C, kind="stable")
     step_ms_C, least_ms, start = np.full(len(order), np.inf), np.inf, 0
     while start < len(order) and bounds_C[order[start]] <= least_ms * (1 + SAME_TIME):
         batch = order[start : start + (_MORE_BATCH if start else _BATCH)]
         batch = batch[bounds_C[batch] <= least_ms * (1 + SAME_TIME)]
-        step_ms_C[batch] = simulate_many(stages.take(batch), job.units, is_async=job.is_async)
+        step_ms_C[batch] = simulate_many(stages.take(batch), job.step_rows, is_async=job.is_async)
         least_ms = min(least_ms, float(step_ms_C[batch].min()))
         start += len(batch)
     return step_ms_C
@@ -550,7 +558,7 @@ def _refine(evaluator: _Evaluator, seeds: Ints) -> Ints:
 def _best_first(evaluator: _Evaluator, cuts_CB: Ints) -> tuple[Ints, tuple[float, ...]]:
     """Positions of the best cuts and the rank of the first: what fits, then most rules kept, then broken least, then fastest."""
     numbers = evaluator.measure(cuts_CB)
-    bounds = lower_bounds(numbers.stages, evaluator.job.units)
+    bounds = lower_bounds(numbers.stages, evaluator.job.step_rows)
     rough = np.lexsort((bounds, numbers.breach_C, numbers.broken_C, numbers.excess_C))[:_TRIED]
     step_ms = evaluator.step_ms(numbers, rough)
     fine = np.lexsort((step_ms, numbers.breach_C[rough], numbers.broken_C[rough], numbers.excess_C[rough]))
@@ -567,14 +575,14 @@ def _neighbours(cuts: Ints, num_pieces: int) -> Ints:
     is_long = count > 2 * MOST_NESTED - 2
     pair_steps = (-2, -1, 1, 2) if is_long else (-4, -2, -1, 1, 2, 4)
     for at in range(count):
-        shifts += [_unit(count, at) * step for step in steps]
+        shifts += [_unit_vector(count, at) * step for step in steps]
         mates = [other for other in (at - 1, count - 1 - at) if 0 <= other < at] if is_long else range(at)
-        shifts += [_unit(count, at) * one + _unit(count, other) * two for other in mates for one in pair_steps for two in pair_steps]
+        shifts += [_unit_vector(count, at) * one + _unit_vector(count, other) * two for other in mates for one in pair_steps for two in pair_steps]
     moved: Ints = np.clip(cuts[None, :] + np.stack(shifts), 0, num_pieces)
     return moved[(np.diff(moved, axis=1) >= 0).all(axis=1)]
 
 
-def _unit(count: int, at: int) -> Ints:
+def _unit_vector(count: int, at: int) -> Ints:
     vector = np.zeros(count, dtype=np.int64)
     vector[at] = 1
     return vector

@@ -1,13 +1,13 @@
-"""Predicts how long units take that flow through stages on several slots: a discrete event simulation. Numbers only.
+"""Predicts how long rows take that flow through stages on several slots: a discrete event simulation. Numbers only.
 
 The rules it shares with the executor:
-- A slot runs one stage of one unit at a time. Of the units that could start first, the one ready longest goes; then the one of the earlier
+- A slot runs one stage of one row at a time. Of the rows that could start first, the one ready longest goes; then the one of the earlier
   step; then the lower image and branch.
-- A unit moves on when its stage and the transfer behind it are done. With asynchronous transfers the slot goes on at once.
+- A row moves on when its stage and the transfer behind it are done. With asynchronous transfers the slot goes on at once.
 - A step of an image ends when all its branches are through and back. Images with lanes of their own then go on alone; without lanes every
   image waits for the last.
 
-Arrays: C candidates (ways to cut), U units, S stages.
+Arrays: C candidates (ways to cut), R rows, S stages.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class StageTime:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Units:
+class StepRows:
     """What a step has to do: every image once for every branch."""
 
     images: int = 1
@@ -91,7 +91,7 @@ def join_candidates(arrays: Sequence[StageArrays]) -> StageArrays:
     )
 
 
-def simulate_pipeline(stages: Sequence[StageTime], units: Units, *, is_async: bool = True) -> PipelineTime:
+def simulate_pipeline(stages: Sequence[StageTime], step_rows: StepRows, *, is_async: bool = True) -> PipelineTime:
     """The time of one way to place stages. Slots may be numbered anyhow."""
     names = list(dict.fromkeys(stage.slot for stage in stages))
     arrays = StageArrays(
@@ -99,119 +99,119 @@ def simulate_pipeline(stages: Sequence[StageTime], units: Units, *, is_async: bo
         np.array([[stage.run_ms for stage in stages]], dtype=np.float64),
         np.array([[stage.send_ms for stage in stages]], dtype=np.float64),
     )
-    step_ms = float(simulate_many(arrays, units, is_async=is_async)[0])
-    busy_ms = {slot: units.count * sum(stage.run_ms for stage in stages if stage.slot == slot) for slot in names}
+    step_ms = float(simulate_many(arrays, step_rows, is_async=is_async)[0])
+    busy_ms = {slot: step_rows.count * sum(stage.run_ms for stage in stages if stage.slot == slot) for slot in names}
     return PipelineTime(step_ms=step_ms, busy_share={slot: busy / step_ms if step_ms > 0 else 0.0 for slot, busy in busy_ms.items()})
 
 
-def simulate_many(arrays: StageArrays, units: Units, *, is_async: bool = True) -> Floats:
+def simulate_many(arrays: StageArrays, step_rows: StepRows, *, is_async: bool = True) -> Floats:
     """ms per step of every candidate."""
-    images = min(units.images, MOST_IMAGES)
-    simulation = _Simulation(arrays, Units(images=images, branches=units.branches, has_lanes=units.has_lanes), is_async)
+    images = min(step_rows.images, MOST_IMAGES)
+    simulation = _Simulation(arrays, StepRows(images=images, branches=step_rows.branches, has_lanes=step_rows.has_lanes), is_async)
     started_C = simulation.run_until(WARM_UP_STEPS)
     ended_C = simulation.run_until(WARM_UP_STEPS + MEASURED_STEPS)
-    step_ms_C: Floats = (ended_C - started_C) / MEASURED_STEPS * (units.images / images)
+    step_ms_C: Floats = (ended_C - started_C) / MEASURED_STEPS * (step_rows.images / images)
     return step_ms_C
 
 
-def lower_bounds(arrays: StageArrays, units: Units) -> Floats:
-    """What no schedule can beat: the busiest slot's work, and one unit's way through all stages."""
+def lower_bounds(arrays: StageArrays, step_rows: StepRows) -> Floats:
+    """What no schedule can beat: the busiest slot's work, and one row's way through all stages."""
     num_slots = int(arrays.slot_CS.max(initial=0)) + 1
     busy_CS = [np.where(arrays.slot_CS == slot, arrays.run_ms_CS, 0.0).sum(axis=1) for slot in range(num_slots)]
     path_C = (arrays.run_ms_CS + arrays.send_ms_CS).sum(axis=1)
-    bounds_C: Floats = np.maximum(np.max(busy_CS, axis=0) * units.count, path_C)
+    bounds_C: Floats = np.maximum(np.max(busy_CS, axis=0) * step_rows.count, path_C)
     return bounds_C
 
 
 class _Simulation:
-    """All candidates side by side: every turn starts one stage of one unit in each of them."""
+    """All candidates side by side: every turn starts one stage of one row in each of them."""
 
-    def __init__(self, arrays: StageArrays, units: Units, is_async: bool) -> None:
-        self._units, self._is_async = units, is_async
+    def __init__(self, arrays: StageArrays, step_rows: StepRows, is_async: bool) -> None:
+        self._step_rows, self._is_async = step_rows, is_async
         num_candidates, self._num_stages = arrays.slot_CS.shape
-        self._rows_C: Ints = np.arange(num_candidates)
+        self._candidates_C: Ints = np.arange(num_candidates)
         # Flat arrays (_F) and positions in them: numpy takes from these in a fraction of the time that pairs of indices need.
         self._slot_F, self._run_ms_F, self._send_ms_F = (
             self._with_end(arrays.slot_CS, -1),
             self._with_end(arrays.run_ms_CS),
             self._with_end(arrays.send_ms_CS),
         )
-        self._first_stage_C1 = self._rows_C[:, None] * (self._num_stages + 1)
+        self._first_stage_C1 = self._candidates_C[:, None] * (self._num_stages + 1)
         # The last column is the place of "no stage": always free.
         num_free = int(arrays.slot_CS.max(initial=0)) + 2
         self._slot_F[self._slot_F < 0] = num_free - 1
         self._free_ms_F: Floats = np.zeros(num_candidates * num_free)
-        self._first_free_C1 = self._rows_C[:, None] * num_free
+        self._first_free_C1 = self._candidates_C[:, None] * num_free
         self._has_none = bool((arrays.slot_CS < 0).any())
         self._none_F = self._first_free_C1[:, 0] + num_free - 1
-        self._ready_ms_CU: Floats = np.zeros((num_candidates, units.count))
-        self._stage_CU: Ints = np.zeros((num_candidates, units.count), dtype=np.int64)
-        self._step_CU: Ints = np.zeros((num_candidates, units.count), dtype=np.int64)
-        self._done_ms_CU: Floats = np.full((num_candidates, units.count), np.inf)
+        self._ready_ms_CR: Floats = np.zeros((num_candidates, step_rows.count))
+        self._stage_CR: Ints = np.zeros((num_candidates, step_rows.count), dtype=np.int64)
+        self._step_CR: Ints = np.zeros((num_candidates, step_rows.count), dtype=np.int64)
+        self._done_ms_CR: Floats = np.full((num_candidates, step_rows.count), np.inf)
         self._goal = 0
 
     @staticmethod
     def _with_end(values_CS: npt.NDArray[Any], fill: float = 0.0) -> npt.NDArray[Any]:
-        """Flat, with one more stage behind the last: where units are that wait for others."""
+        """Flat, with one more stage behind the last: where rows are that wait for others."""
         return np.pad(values_CS, ((0, 0), (0, 1)), constant_values=fill).reshape(-1)
 
     def run_until(self, num_steps: int) -> Floats:
-        """When each candidate has ended that many steps of every image. A unit that is there waits, so all candidates take as many turns."""
+        """When each candidate has ended that many steps of every image. A row that is there waits, so all candidates take as many turns."""
         self._goal = num_steps
-        remaining_CU = np.maximum(0, (num_steps - self._step_CU) * self._num_stages - self._stage_CU)
-        waiting_CU = np.isfinite(self._done_ms_CU)
-        remaining_CU = np.where(waiting_CU, (num_steps - self._step_CU - 1) * self._num_stages, remaining_CU)
-        for _ in range(int(remaining_CU.sum(axis=1).max(initial=0))):
+        remaining_CR = np.maximum(0, (num_steps - self._step_CR) * self._num_stages - self._stage_CR)
+        waiting_CR = np.isfinite(self._done_ms_CR)
+        remaining_CR = np.where(waiting_CR, (num_steps - self._step_CR - 1) * self._num_stages, remaining_CR)
+        for _ in range(int(remaining_CR.sum(axis=1).max(initial=0))):
             self._start_one()
-        ended_ms_C: Floats = self._ready_ms_CU.max(axis=1)
+        ended_ms_C: Floats = self._ready_ms_CR.max(axis=1)
         return ended_ms_C
 
     def _start_one(self) -> None:
-        rows_C, first_CU = self._rows_C, self._first_stage_C1 + self._stage_CU
-        slot_CU = self._slot_F.take(first_CU)
-        ready_CU = np.where(self._step_CU < self._goal, self._ready_ms_CU, np.inf)
-        start_CU = np.maximum(ready_CU, self._free_ms_F.take(self._first_free_C1 + slot_CU))
-        unit_C = self._choose(start_CU, ready_CU)
-        at_C = rows_C * self._units.count + unit_C
-        start_C, stage_F = start_CU.take(at_C), first_CU.take(at_C)
+        candidates_C, first_CR = self._candidates_C, self._first_stage_C1 + self._stage_CR
+        slot_CR = self._slot_F.take(first_CR)
+        ready_CR = np.where(self._step_CR < self._goal, self._ready_ms_CR, np.inf)
+        start_CR = np.maximum(ready_CR, self._free_ms_F.take(self._first_free_C1 + slot_CR))
+        row_C = self._choose(start_CR, ready_CR)
+        at_C = candidates_C * self._step_rows.count + row_C
+        start_C, stage_F = start_CR.take(at_C), first_CR.take(at_C)
         end_C = start_C + self._run_ms_F.take(stage_F)
         arrive_C = end_C + self._send_ms_F.take(stage_F)
-        self._free_ms_F[self._first_free_C1[:, 0] + slot_CU.take(at_C)] = end_C if self._is_async else arrive_C
+        self._free_ms_F[self._first_free_C1[:, 0] + slot_CR.take(at_C)] = end_C if self._is_async else arrive_C
         if self._has_none:
             self._free_ms_F[self._none_F] = 0.0
-        stage_C = self._stage_CU.take(at_C) + 1
-        self._stage_CU.reshape(-1)[at_C] = stage_C
-        self._ready_ms_CU.reshape(-1)[at_C] = arrive_C
+        stage_C = self._stage_CR.take(at_C) + 1
+        self._stage_CR.reshape(-1)[at_C] = stage_C
+        self._ready_ms_CR.reshape(-1)[at_C] = arrive_C
         is_through_C = stage_C == self._num_stages
         if is_through_C.any():
-            self._end_unit(rows_C[is_through_C], unit_C[is_through_C], arrive_C[is_through_C])
+            self._end_row(candidates_C[is_through_C], row_C[is_through_C], arrive_C[is_through_C])
 
-    def _choose(self, start_CU: Floats, ready_CU: Floats) -> Ints:
+    def _choose(self, start_CR: Floats, ready_CR: Floats) -> Ints:
         """First by start, then by how long it is ready, then by step, then by number."""
-        best_CU = start_CU <= self._least(start_CU) * (1 + _SAME_TIME) + _SAME_TIME
-        ready_CU = np.where(best_CU, ready_CU, np.inf)
-        best_CU = ready_CU <= self._least(ready_CU) * (1 + _SAME_TIME) + _SAME_TIME
-        chosen_C: Ints = np.where(best_CU, self._step_CU, np.iinfo(np.int64).max).argmin(axis=1)
+        best_CR = start_CR <= self._least(start_CR) * (1 + _SAME_TIME) + _SAME_TIME
+        ready_CR = np.where(best_CR, ready_CR, np.inf)
+        best_CR = ready_CR <= self._least(ready_CR) * (1 + _SAME_TIME) + _SAME_TIME
+        chosen_C: Ints = np.where(best_CR, self._step_CR, np.iinfo(np.int64).max).argmin(axis=1)
         return chosen_C
 
     @staticmethod
-    def _least(values_CU: Floats) -> Floats:
+    def _least(values_CR: Floats) -> Floats:
         """The least of each row, as a column. Column by column: numpy's own reduction over a short last axis is slow."""
-        least_C = values_CU[:, 0]
-        for unit in range(1, values_CU.shape[1]):
-            least_C = np.minimum(least_C, values_CU[:, unit])
+        least_C = values_CR[:, 0]
+        for row in range(1, values_CR.shape[1]):
+            least_C = np.minimum(least_C, values_CR[:, row])
         return least_C[:, None]
 
-    def _end_unit(self, rows: Ints, unit: Ints, arrive_ms: Floats) -> None:
-        """A unit is back. The step of its group (an image, or without lanes all images) ends with the last of them."""
-        self._done_ms_CU[rows, unit] = arrive_ms
-        self._ready_ms_CU[rows, unit] = np.inf
-        size = self._units.branches if self._units.has_lanes else self._units.count
-        members = (unit // size * size)[:, None] + np.arange(size)[None, :]
-        done_ms = self._done_ms_CU[rows[:, None], members].max(axis=1)
+    def _end_row(self, candidates: Ints, row: Ints, arrive_ms: Floats) -> None:
+        """A row is back. The step of its group (an image, or without lanes all images) ends with the last of them."""
+        self._done_ms_CR[candidates, row] = arrive_ms
+        self._ready_ms_CR[candidates, row] = np.inf
+        size = self._step_rows.branches if self._step_rows.has_lanes else self._step_rows.count
+        members = (row // size * size)[:, None] + np.arange(size)[None, :]
+        done_ms = self._done_ms_CR[candidates[:, None], members].max(axis=1)
         is_over = np.isfinite(done_ms)
-        over_rows, over_members = rows[is_over][:, None], members[is_over]
-        self._ready_ms_CU[over_rows, over_members] = done_ms[is_over][:, None]
-        self._stage_CU[over_rows, over_members] = 0
-        self._step_CU[over_rows, over_members] += 1
-        self._done_ms_CU[over_rows, over_members] = np.inf
+        over_candidates, over_members = candidates[is_over][:, None], members[is_over]
+        self._ready_ms_CR[over_candidates, over_members] = done_ms[is_over][:, None]
+        self._stage_CR[over_candidates, over_members] = 0
+        self._step_CR[over_candidates, over_members] += 1
+        self._done_ms_CR[over_candidates, over_members] = np.inf

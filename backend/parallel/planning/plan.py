@@ -160,7 +160,7 @@ class Plan(HasStrategy):
         return tuple(dict.fromkeys(slot for replica in self.replicas for slot in replica.used_slots))
 
     @property
-    def has_control_apart(self) -> bool:
+    def has_control_elsewhere(self) -> bool:
         """Whether a ControlNet runs on another slot than those of the replica that it runs for."""
         return any(
             slot not in replica.used_slots for slots in self.control_slots.values() for replica, slot in zip(self.replicas, slots, strict=True)
@@ -169,6 +169,6 @@ class Plan(HasStrategy):
     @property
     def predicted_speedup(self) -> float:
         """Against one slot; 1.0 where nothing is predicted, inf for a plan over several slots of a network that fits none of them."""
-        if self.is_single and not self.has_control_apart:
+        if self.is_single and not self.has_control_elsewhere:
             return 1.0
         return self.single_ms / self.predicted_ms if self.predicted_ms > 0 and self.single_ms > 0 else 1.0

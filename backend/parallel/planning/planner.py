@@ -1,6 +1,6 @@
 """Decides which slots compute a sampling run, and how: the plan with the least predicted time among those that fit. Pure arithmetic.
 
-Measured speed comes in through the facts: the caller keeps a smoothed speed per slot (FLOPs of a unit / its measured ms) and passes fresh
+Measured speed comes in through the facts: the caller keeps a smoothed speed per slot (FLOPs of a row / its measured ms) and passes fresh
 `SlotFacts` whenever it plans again; measured times per piece come in through the profile (`costs.with_measured_ms`). Nothing is kept here.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 from typing import Literal
 
-from backend.parallel.planning.copy_costs import Apart, CopyCosts
+from backend.parallel.planning.copy_costs import CopyCosts, SharedControls
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, merge_pieces
 from backend.parallel.planning.partition import MOST_NESTED, PartitionJob, partition
-from backend.parallel.planning.pipeline import Units
+from backend.parallel.planning.pipeline import StepRows
 from backend.parallel.planning.plan import HasStrategy, Plan, ReplicaPlan, Strategy
 from backend.parallel.planning.slot_facts import Link as Link
 from backend.parallel.planning.slot_facts import LinkTable
@@ -41,8 +41,8 @@ class JobShape:
 
     `branches` per image: 2 with CFG, 1 without. `may_use_lanes`: images may have sampler loops of their own. `components` are networks whose
     slot the planner chooses; one that was placed already is in the `fixed_bytes` of its slot instead. A ControlNet among them
-    (`runs_per_unit`) has a copy with every whole copy, or runs on one slot for all, whichever is faster; where a copy is cut it runs on
-    `rider_slot`, or, where that is open, where it is best.
+    (`runs_per_row`) has a copy with every whole copy, or runs on one slot for all, whichever is faster; where a copy is cut it runs on
+    `control_slot`, or, where that is open, where it is best.
     `rows_per_forward`: rows that a whole copy takes at once; stages take one. `max_crossing_bytes` per step is kept by cuts where the other
     rules can be kept as well.
     """
@@ -54,21 +54,21 @@ class JobShape:
     components: tuple[ComponentCost, ...] = ()
     rows_per_forward: int = 2
     max_crossing_bytes: int | None = None
-    rider_slot: int | None = None
+    control_slot: int | None = None
     is_async: bool = True
 
     @property
-    def num_units(self) -> int:
+    def num_rows(self) -> int:
         return self.images * self.branches
 
     @property
-    def units(self) -> Units:
-        return Units(images=self.images, branches=self.branches, has_lanes=self.may_use_lanes)
+    def step_rows(self) -> StepRows:
+        return StepRows(images=self.images, branches=self.branches, has_lanes=self.may_use_lanes)
 
     @property
-    def riders(self) -> tuple[ComponentCost, ...]:
-        """Components that run for every unit."""
-        return tuple(component for component in self.components if component.runs_per_unit)
+    def control_networks(self) -> tuple[ComponentCost, ...]:
+        """Components that run for every row."""
+        return tuple(component for component in self.components if component.runs_per_row)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,36 +83,36 @@ class _Candidate(HasStrategy):
     crossing_bytes: int
     component_slots: dict[str, int]
     dealt: tuple[int, ...]
-    rider_slots: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    control_slots: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def num_slots(self) -> int:
-        return len({slot for group in self.groups for slot in group}.union(*self.rider_slots.values()))
+        return len({slot for group in self.groups for slot in group}.union(*self.control_slots.values()))
 
     @property
-    def control_apart(self) -> dict[str, int]:
+    def shared_control_slots(self) -> dict[str, int]:
         """ControlNets that run on one slot for all copies, where that is not the only copy's."""
-        return {name: slots[0] for name, slots in self.rider_slots.items() if len(set(slots)) == 1 and (slots[0],) != self.slot_indexes}
+        return {name: slots[0] for name, slots in self.control_slots.items() if len(set(slots)) == 1 and (slots[0],) != self.slot_indexes}
 
     @property
     def slot_indexes(self) -> tuple[int, ...]:
         return tuple(sorted(slot for group in self.groups for slot in group))
 
 
-def deal_units(num_units: int, speeds: Sequence[float], busy_ms: Sequence[float] = ()) -> tuple[int, ...]:
-    """Units per replica so that the last is done as early as possible; a tie goes to the lower index.
+def deal_by_speed(num_rows: int, speeds: Sequence[float], busy_ms: Sequence[float] = ()) -> tuple[int, ...]:
+    """Rows per replica so that the last is done as early as possible; a tie goes to the lower index.
 
     `busy_ms`: what each has to do before, in the unit of time of 1 / speed. One after the other goes where it would be done first, which is
-    optimal for equal units on machines of different speed.
+    optimal for equal rows on machines of different speed.
     Raises: ValueError without a replica, or for a speed that is not positive.
     """
     if not speeds or not all(speed > 0 for speed in speeds):
-        raise ValueError(f"{num_units} units were to be dealt by the speeds {list(speeds)}; there must be one at least, and each above 0.")
+        raise ValueError(f"{num_rows} rows were to be dealt by the speeds {list(speeds)}; there must be one at least, and each above 0.")
     dealt = [0] * len(speeds)
     starts = busy_ms or [0.0] * len(speeds)
     heap = [(starts[index] + 1.0 / speed, index) for index, speed in enumerate(speeds)]
     heapq.heapify(heap)
-    for _ in range(num_units):
+    for _ in range(num_rows):
         _, index = heapq.heappop(heap)
         dealt[index] += 1
         heapq.heappush(heap, (starts[index] + (dealt[index] + 1) / speeds[index], index))
@@ -179,7 +179,7 @@ class _Planner:
 
     def _best_of_many(self, single: _Candidate | None) -> _Candidate | None:
         """The best plan over several slots. Cuts are looked at only where they could beat what is known."""
-        known = self._best(chain(self._replica_sets(), self._beside()))
+        known = self._best(chain(self._replica_sets(), self._singles_with_control_elsewhere()))
         limit_ms = min((candidate.step_ms for candidate in (known, single) if candidate is not None), default=math.inf)
         layers = self._best(self._layer_cuts(limit_ms))
         limit_ms = min(limit_ms, layers.step_ms if layers else math.inf)
@@ -205,23 +205,23 @@ class _Planner:
 
     def _replica_sets(self) -> Iterator[_Candidate]:
         for subset in self._subsets(2):
-            for apart in self._copies.rider_places(subset):
-                candidate = self._whole_copies(subset, "replicas", apart)
+            for shared_controls in self._copies.shared_control_places(subset):
+                candidate = self._whole_copies(subset, "replicas", shared_controls)
                 if candidate is not None:
                     yield candidate
 
-    def _beside(self) -> Iterator[_Candidate]:
+    def _singles_with_control_elsewhere(self) -> Iterator[_Candidate]:
         """One copy, with ControlNets on other slots."""
         for slot in self._slots:
-            for apart in self._copies.rider_places((slot,)):
-                candidate = self._whole_copies((slot,), "single", apart) if apart else None
+            for shared_controls in self._copies.shared_control_places((slot,)):
+                candidate = self._whole_copies((slot,), "single", shared_controls) if shared_controls else None
                 if candidate is not None:
                     yield candidate
 
     def _layer_cuts(self, limit_ms: float) -> Iterator[_Candidate]:
         subsets = [subset for subset in self._subsets(2) if len(subset) <= MOST_NESTED or len(self._slots) in (len(subset), len(subset) + 1)]
-        for subset in self._unlike(sorted(subsets, key=len, reverse=True)):
-            if self._least_ms(subset) * (1 + SAME_TIME) < limit_ms:
+        for subset in self._distinct(sorted(subsets, key=len, reverse=True)):
+            if self._lower_bound_ms(subset) * (1 + SAME_TIME) < limit_ms:
                 candidate = self._grouped((subset,), "layers")
                 if candidate is not None:
                     limit_ms = min(limit_ms, candidate.step_ms)
@@ -229,7 +229,7 @@ class _Planner:
 
     def _hybrids(self, limit_ms: float) -> Iterator[_Candidate]:
         for groups in self._groupings():
-            if self._least_ms(tuple(slot for group in groups for slot in group)) * (1 + SAME_TIME) < limit_ms:
+            if self._lower_bound_ms(tuple(slot for group in groups for slot in group)) * (1 + SAME_TIME) < limit_ms:
                 candidate = self._grouped(groups, "hybrid")
                 if candidate is not None:
                     limit_ms = min(limit_ms, candidate.step_ms)
@@ -251,7 +251,7 @@ class _Planner:
                     seen.add(frozenset(chosen))
                     yield tuple(slot for slot in self._slots if slot.index in chosen)
 
-    def _unlike(self, subsets: Iterable[tuple[SlotFacts, ...]]) -> Iterator[tuple[SlotFacts, ...]]:
+    def _distinct(self, subsets: Iterable[tuple[SlotFacts, ...]]) -> Iterator[tuple[SlotFacts, ...]]:
         """Of subsets that differ in nothing but numbers of slots only the first."""
         seen = set()
         for subset in subsets:
@@ -288,23 +288,23 @@ class _Planner:
                 dealt[at if turn % 2 == 0 else num_groups - 1 - at].append(slot)
             yield tuple(tuple(sorted(group, key=lambda slot: slot.index)) for group in dealt)
 
-    def _least_ms(self, slots: Sequence[SlotFacts]) -> float:
-        """What no plan on these slots can beat: perfect sharing of the work, and one unit's way."""
-        work = self._profile.work_per_row + sum(component.flops_per_row for component in self._job.riders)
-        return max(self._job.num_units * work / sum(slot.speed for slot in slots), work / max(slot.speed for slot in slots))
+    def _lower_bound_ms(self, slots: Sequence[SlotFacts]) -> float:
+        """What no plan on these slots can beat: perfect sharing of the work, and one row's way."""
+        work = self._profile.work_per_row + sum(component.flops_per_row for component in self._job.control_networks)
+        return max(self._job.num_rows * work / sum(slot.speed for slot in slots), work / max(slot.speed for slot in slots))
 
     # whole copies
 
-    def _whole_copies(self, slots: tuple[SlotFacts, ...], strategy: Strategy, apart: Apart | None = None) -> _Candidate | None:
-        costs = self._copies.with_riders_on(apart or {})
+    def _whole_copies(self, slots: tuple[SlotFacts, ...], strategy: Strategy, shared_controls: SharedControls | None = None) -> _Candidate | None:
+        costs = self._copies.with_shared_controls(shared_controls or {})
         speeds = [1.0 / costs.copy_ms(slot, 1) for slot in slots]
-        dealt = deal_units(self._job.num_units, speeds, [costs.busy_ms(slot) for slot in slots])
+        dealt = deal_by_speed(self._job.num_rows, speeds, [costs.busy_ms(slot) for slot in slots])
         if len(slots) > 1 and min(dealt) == 0:
             return None
         peak_bytes, component_slots = costs.place(slots, dealt)
-        if not self._fits(peak_bytes, (*slots, *costs.apart.values())):
+        if not self._fits(peak_bytes, (*slots, *costs.shared_controls.values())):
             return None
-        away = sum(units for slot, units in zip(slots, dealt) if self._table.crosses(self._primary, slot))
+        away = sum(rows for slot, rows in zip(slots, dealt) if self._table.crosses(self._primary, slot))
         pieces = merge_pieces([cost.piece for cost in self._profile.pieces])
         return _Candidate(
             strategy=strategy,
@@ -315,33 +315,35 @@ class _Planner:
             crossing_bytes=away * self._profile.copy_bytes_per_row + costs.residual_bytes(slots, dealt),
             component_slots=component_slots,
             dealt=dealt,
-            rider_slots={rider.name: tuple(costs.apart.get(rider.name, slot).index for slot in slots) for rider in self._job.riders},
+            control_slots={
+                control.name: tuple(costs.shared_controls.get(control.name, slot).index for slot in slots) for control in self._job.control_networks
+            },
         )
 
     def _fits(self, peak_bytes: dict[int, int], slots: Sequence[SlotFacts]) -> bool:
         """Whether every device the slots are on has room; what is fixed on a device counts once."""
         for device in {slot.device for slot in slots}:
-            mates = [slot for slot in self._slots if slot.device == device]
-            shared_bytes = sum(slot.fixed_bytes for slot in mates) - max(slot.fixed_bytes for slot in mates)
-            if sum(peak_bytes[slot.index] for slot in mates) - shared_bytes > min(slot.budget_bytes for slot in mates):
+            neighbors = [slot for slot in self._slots if slot.device == device]
+            shared_bytes = sum(slot.fixed_bytes for slot in neighbors) - max(slot.fixed_bytes for slot in neighbors)
+            if sum(peak_bytes[slot.index] for slot in neighbors) - shared_bytes > min(slot.budget_bytes for slot in neighbors):
                 return False
         return True
 
     # copies cut over slots
 
     def _grouped(self, groups: tuple[tuple[SlotFacts, ...], ...], strategy: Strategy) -> _Candidate | None:
-        """Copies, each over a group of slots, with units dealt by the groups' throughput."""
+        """Copies, each over a group of slots, with rows dealt by the groups' throughput."""
         speeds = [sum(slot.speed for slot in group) for group in groups]
-        dealt = deal_units(self._job.num_units, speeds)
+        dealt = deal_by_speed(self._job.num_rows, speeds)
         if min(dealt) == 0:
             return None
-        parts = [self._group(group, units, place) for place, (group, units) in enumerate(zip(groups, dealt))]
+        parts = [self._group(group, rows, place) for place, (group, rows) in enumerate(zip(groups, dealt))]
         found = [part for part in parts if part is not None]
         if len(found) < len(parts):
             return None
         peak_bytes = {slot.index: slot.fixed_bytes for slot in self._slots}
         component_slots: dict[str, int] = {}
-        rider_slots = {rider.name: tuple(part.component_slots[rider.name] for part in found) for rider in self._job.riders}
+        control_slots = {control.name: tuple(part.component_slots[control.name] for part in found) for control in self._job.control_networks}
         for part in found:
             peak_bytes.update({index: part.peak_bytes[index] for group in part.groups for index in group})
             component_slots.update(part.component_slots)
@@ -354,28 +356,28 @@ class _Planner:
             crossing_bytes=sum(part.crossing_bytes for part in found),
             component_slots=component_slots,
             dealt=dealt,
-            rider_slots=rider_slots,
+            control_slots=control_slots,
         )
 
-    def _group(self, group: tuple[SlotFacts, ...], num_units: int, place: int) -> _Candidate | None:
-        """One copy. Components that do not run per unit are put on the first group's slots."""
-        movable = self._job.components if place == 0 else self._job.riders
+    def _group(self, group: tuple[SlotFacts, ...], num_rows: int, place: int) -> _Candidate | None:
+        """One copy. Components that do not run per row are put on the first group's slots."""
+        movable = self._job.components if place == 0 else self._job.control_networks
         if len(group) == 1:
-            job = replace(self._job, images=num_units, branches=1, components=movable)
+            job = replace(self._job, images=num_rows, branches=1, components=movable)
             planner = _Planner(self._profile, group, self._links, job)
             return planner._whole_copies(group, "single")
         found = partition(
             self._profile, group if len(group) == 2 else tuple(map(_rounded, group)), self._links,
             PartitionJob(
-                units=self._share_of_units(num_units), movable=movable, max_crossing_bytes=self._job.max_crossing_bytes, least_slots=len(group),
-                rider_slot=self._rider_slot(group),
+                step_rows=self._share_of_rows(num_rows), movable=movable, max_crossing_bytes=self._job.max_crossing_bytes, least_slots=len(group),
+                control_slot=self._control_slot(group),
                 is_async=self._job.is_async,
             ),
         )  # fmt: skip
-        if found is None or not self._devices_hold(group, found.peak_bytes):
+        if found is None or not self._group_fits(group, found.peak_bytes):
             return None
-        kernels_ms = num_units * self._profile.num_kernels * max(slot.kernel_ms for slot in group)
-        away_ms, away_bytes = self._way_to(group[0], num_units)
+        kernels_ms = num_rows * self._profile.num_kernels * max(slot.kernel_ms for slot in group)
+        away_ms, away_bytes = self._transfer_to(group[0], num_rows)
         return _Candidate(
             strategy="layers",
             groups=(tuple(slot.index for slot in group),),
@@ -384,26 +386,26 @@ class _Planner:
             peak_bytes=found.peak_bytes,
             crossing_bytes=found.crossing_bytes + away_bytes,
             component_slots=found.component_slots,
-            dealt=(num_units,),
+            dealt=(num_rows,),
         )
 
-    def _rider_slot(self, group: tuple[SlotFacts, ...]) -> int | None:
-        return self._job.rider_slot if any(slot.index == self._job.rider_slot for slot in group) else None
+    def _control_slot(self, group: tuple[SlotFacts, ...]) -> int | None:
+        return self._job.control_slot if any(slot.index == self._job.control_slot for slot in group) else None
 
-    def _way_to(self, slot: SlotFacts, num_units: int) -> tuple[float, int]:
+    def _transfer_to(self, slot: SlotFacts, num_rows: int) -> tuple[float, int]:
         """Latents and results between the primary and a group's first slot."""
         if not self._table.crosses(self._primary, slot):
             return 0.0, 0
         num_bytes = self._profile.copy_bytes_per_row
-        return 2 * self._table.latency_ms(self._primary, slot) + num_bytes * self._table.ms_per_byte(self._primary, slot), num_units * num_bytes
+        return 2 * self._table.latency_ms(self._primary, slot) + num_bytes * self._table.ms_per_byte(self._primary, slot), num_rows * num_bytes
 
-    def _share_of_units(self, num_units: int) -> Units:
-        """A copy's units: whole images where it can be, else branches that end their step together."""
-        if num_units % self._job.branches == 0:
-            return Units(images=num_units // self._job.branches, branches=self._job.branches, has_lanes=self._job.may_use_lanes)
-        return Units(images=1, branches=num_units)
+    def _share_of_rows(self, num_rows: int) -> StepRows:
+        """A copy's rows: whole images where it can be, else branches that end their step together."""
+        if num_rows % self._job.branches == 0:
+            return StepRows(images=num_rows // self._job.branches, branches=self._job.branches, has_lanes=self._job.may_use_lanes)
+        return StepRows(images=1, branches=num_rows)
 
-    def _devices_hold(self, group: Sequence[SlotFacts], peak_bytes: dict[int, int]) -> bool:
+    def _group_fits(self, group: Sequence[SlotFacts], peak_bytes: dict[int, int]) -> bool:
         return self._fits({**{slot.index: slot.fixed_bytes for slot in self._slots}, **peak_bytes}, group)
 
     # words
@@ -419,17 +421,17 @@ class _Planner:
             crossing_bytes=chosen.crossing_bytes,
             lanes=self._job.images if chosen.is_cut and self._job.may_use_lanes else 1,
             component_slots=chosen.component_slots,
-            control_slots=chosen.rider_slots,
+            control_slots=chosen.control_slots,
         )
 
     def _streaming_plan(self, prefix: str) -> Plan:
         slot = max(self._slots, key=lambda one: (one.free_bytes, one.speed, -one.index))
-        need_bytes = self._profile.weight_bytes + self._profile.working_bytes_per_row() + sum(one.weight_bytes for one in self._job.riders)
+        need_bytes = self._profile.weight_bytes + self._profile.working_bytes_per_row() + sum(one.weight_bytes for one in self._job.control_networks)
         reason = (
             f"{prefix}the {self._profile.name} needs {_gb(need_bytes)} and fits neither one slot nor all of them together; the roomiest, slot "
             f"{slot.index}, has {_gb(max(0, slot.free_bytes))} for it, so weights stream to slot {slot.index}"
         )
-        step_ms = self._copies.copy_ms(slot, self._job.num_units)
+        step_ms = self._copies.copy_ms(slot, self._job.num_rows)
         pieces = merge_pieces([cost.piece for cost in self._profile.pieces])
         return Plan(
             strategy="single",
@@ -438,11 +440,11 @@ class _Planner:
             predicted_ms=step_ms,
             single_ms=math.inf,
             predicted_bytes={one.index: one.budget_bytes if one is slot else one.fixed_bytes for one in self._slots},
-            control_slots={rider.name: (slot.index,) for rider in self._job.riders},
+            control_slots={control.name: (slot.index,) for control in self._job.control_networks},
         )
 
     def _describe(self, chosen: _Candidate, single: _Candidate | None) -> str:
-        if chosen.is_single and not chosen.control_apart:
+        if chosen.is_single and not chosen.shared_control_slots:
             return f"slot {chosen.slot_indexes[0]} alone: {chosen.step_ms:.3g} ms predicted a step"
         if chosen.is_single:
             what = f"the {self._profile.name} on slot {chosen.slot_indexes[0]}"
@@ -452,7 +454,7 @@ class _Planner:
             what = f"layers of one copy over {_slots_text(chosen.slot_indexes)}, {self._shares_text(chosen)}"
         else:
             what = f"{len(chosen.groups)} copies on {' / '.join(_slots_text(group) for group in chosen.groups)}, {self._sharing_text(chosen)}"
-        what += "".join(f", {name} beside on slot {slot}" for name, slot in chosen.control_apart.items())
+        what += "".join(f", {name} on slot {slot}" for name, slot in chosen.shared_control_slots.items())
         if single is None:
             return f"{what}, as the {self._profile.name} fits no single slot: {chosen.step_ms:.3g} ms predicted a step"
         return f"{what}: {single.step_ms / chosen.step_ms:.2f}x predicted of {_slots_text(single.slot_indexes)} alone"
@@ -460,7 +462,7 @@ class _Planner:
     def _sharing_text(self, chosen: _Candidate) -> str:
         if self._job.images == 1 and self._job.branches == 2 and chosen.dealt == (1, 1):
             return "cond and uncond side by side"
-        return f"{self._job.num_units} units dealt {':'.join(str(units) for units in chosen.dealt)}"
+        return f"{self._job.num_rows} rows dealt {':'.join(str(rows) for rows in chosen.dealt)}"
 
     def _shares_text(self, chosen: _Candidate) -> str:
         held = " and ".join(_gb(chosen.peak_bytes[index]) for index in chosen.slot_indexes)
@@ -470,8 +472,8 @@ class _Planner:
         alone = f"slot {single.slot_indexes[0]} alone, {single.step_ms:.3g} ms predicted a step"
         if len(self._slots) == 1:
             return f"{alone}: it is the only slot"
-        if self._job.num_units == 1:
-            return f"{alone}: one image without CFG is one unit, which several slots cannot share"
+        if self._job.num_rows == 1:
+            return f"{alone}: one image without CFG is one row, which several slots cannot share"
         if best is None:
             return f"{alone}: no plan over several slots that fits is predicted to be faster"
         several = f"{best.strategy} on {_slots_text(best.slot_indexes)}"
@@ -480,8 +482,8 @@ class _Planner:
     def _why_not(self, wanted: str) -> str:
         if wanted != "single" and len(self._slots) == 1:
             return "there is one slot"
-        if wanted == "replicas" and self._job.num_units == 1:
-            return "there is one unit a step"
+        if wanted == "replicas" and self._job.num_rows == 1:
+            return "there is one row a step"
         if wanted == "hybrid" and len(self._slots) < 3:
             return "there are two slots"
         need_bytes = self._profile.weight_bytes + self._profile.working_bytes_per_row()
@@ -506,9 +508,9 @@ def _set_partitions(slots: tuple[SlotFacts, ...]) -> Iterator[tuple[tuple[SlotFa
         return
     first, rest = slots[0], slots[1:]
     for length in range(len(rest) + 1):
-        for mates in combinations(rest, length):
-            for others in _set_partitions(tuple(slot for slot in rest if slot not in mates)):
-                yield ((first, *mates), *others)
+        for neighbors in combinations(rest, length):
+            for others in _set_partitions(tuple(slot for slot in rest if slot not in neighbors)):
+                yield ((first, *neighbors), *others)
 
 
 def _slots_text(indexes: Sequence[int]) -> str:

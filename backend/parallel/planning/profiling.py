@@ -212,7 +212,7 @@ def _count_pieces(program: Program, state: ProgramState, count: CountFlops) -> t
         made = [*own, *(reading for reading in readings if index == 0 and reading.source < 0)]
         left.update({(one.source, one.name): (before if one.source < 0 else sizes).get(one.name, 0) for one in made})
         goes_on = [one.name for one in own if index + 1 in one.readers] if index + 1 < len(pieces) else [program.output]
-        beside = [] if piece.end_block is None else [name for name in goes_on if name not in program.segments[piece.segment].produces]
+        carried = [] if piece.end_block is None else [name for name in goes_on if name not in program.segments[piece.segment].produces]
         costs.append(
             PieceCost(
                 piece=piece,
@@ -220,8 +220,8 @@ def _count_pieces(program: Program, state: ProgramState, count: CountFlops) -> t
                 flops_per_row=count.flops - flops,
                 work_per_row=count.flops - flops,
                 num_kernels=count.num_kernels - kernels,
-                hidden_bytes_per_row=sum(sizes[name] for name in goes_on if name not in beside),
-                residual_bytes_per_row=sum(sizes[name] for name in beside),
+                hidden_bytes_per_row=sum(sizes[name] for name in goes_on if name not in carried),
+                residual_bytes_per_row=sum(sizes[name] for name in carried),
                 skip_bytes_per_row=sum(left[one.source, one.name] for one in made if _is_skip(one)),
                 takes=tuple(
                     TakenSkip(max(one.source, 0), left[one.source, one.name]) for one in readings if _is_skip(one) and one.readers[-1] == index
@@ -288,7 +288,7 @@ def _count_controlnet(config_text: str, latent_height: int, latent_width: int, c
         }
     return _count_component(
         "ControlNet", controlnet,
-        lambda: controlnet(x_BCHW, torch.empty(1, device="meta"), context_BLD, hint_BCHW, return_dict=False, **extra), runs_per_unit=True,
+        lambda: controlnet(x_BCHW, torch.empty(1, device="meta"), context_BLD, hint_BCHW, return_dict=False, **extra), runs_per_row=True,
     )  # fmt: skip
 
 
@@ -306,7 +306,7 @@ def _count_vae_decoder(config_text: str, latent_height: int, latent_width: int, 
     return _count_component("VAE", vae, lambda: vae.decode(latent_BCHW, return_dict=False))
 
 
-def _count_component(name: str, network: nn.Module, forward: Callable[[], object], *, runs_per_unit: bool = False) -> ComponentCost:
+def _count_component(name: str, network: nn.Module, forward: Callable[[], object], *, runs_per_row: bool = False) -> ComponentCost:
     count = CountFlops(network)
     with torch.no_grad(), count, FusedAttention(count):
         forward()
@@ -316,5 +316,5 @@ def _count_component(name: str, network: nn.Module, forward: Callable[[], object
         flops_per_row=count.flops,
         working_bytes_per_row=count.peak_bytes,
         num_kernels=count.num_kernels,
-        runs_per_unit=runs_per_unit,
+        runs_per_row=runs_per_row,
     )

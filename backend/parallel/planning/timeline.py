@@ -16,7 +16,7 @@ from backend.profiler import Recording, Span
 Interval = tuple[int, int]
 WaitCause = Literal["copy", "other slots", "plan", "load", "save", "host"]
 HOST_KINDS: tuple[Literal["plan", "load", "save"], ...] = ("plan", "load", "save")
-NETWORK_KINDS = ("unit", "stage")
+NETWORK_KINDS = ("network", "stage")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +33,7 @@ class Lane:
     slot: int
     busy: tuple[Interval, ...]
     waits: tuple[Wait, ...]
-    num_units: int
+    num_stage_runs: int
 
     @property
     def busy_ns(self) -> int:
@@ -127,8 +127,8 @@ def _lane(recording: Recording, slot: int, busy: dict[int, tuple[Interval, ...]]
         waits += [Wait(cause=cause, start_ns=start, end_ns=end) for start, end in intersect(left, times)]
         left = subtract(left, times)
     waits += [Wait(cause="host", start_ns=start, end_ns=end) for start, end in left]
-    num_units = sum(span.slot == slot and span.kind in NETWORK_KINDS for span in recording.spans)
-    return Lane(slot=slot, busy=busy[slot], waits=tuple(sorted(waits, key=lambda wait: wait.start_ns)), num_units=num_units)
+    num_stage_runs = sum(span.slot == slot and span.kind in NETWORK_KINDS for span in recording.spans)
+    return Lane(slot=slot, busy=busy[slot], waits=tuple(sorted(waits, key=lambda wait: wait.start_ns)), num_stage_runs=num_stage_runs)
 
 
 def _causes(recording: Recording, slot: int, busy: dict[int, tuple[Interval, ...]]) -> list[tuple[WaitCause, tuple[Interval, ...]]]:

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from backend.parallel.planning.pipeline import StageTime, Units, simulate_pipeline
-from backend.parallel.planning.planner import deal_units
+from backend.parallel.planning.pipeline import StageTime, StepRows, simulate_pipeline
+from backend.parallel.planning.planner import deal_by_speed
 from backend.parallel.planning.simulation import DATA_DIR, SimulatedJob, parse_cards, parse_picture_size, simulate
 
 
@@ -42,7 +42,7 @@ def _compare_published(row: dict[str, str | int | float]) -> Comparison:
 
 
 def study_comparisons() -> tuple[Comparison, ...]:
-    """Computed by a study of the field for slots without transfer times: pipelines and dealt units."""
+    """Computed by a study of the field for slots without transfer times: pipelines and dealt rows."""
     return (*_pipelines(), *_deals())
 
 
@@ -61,21 +61,21 @@ def _pipelines() -> Iterator[Comparison]:
     )
     for what, runs, images, expected, expected_to in rows:
         stages = [StageTime(slot=slot, run_ms=run_ms) for slot, run_ms in runs]
-        step_ms = simulate_pipeline(stages, Units(images=images, branches=2)).step_ms
+        step_ms = simulate_pipeline(stages, StepRows(images=images, branches=2)).step_ms
         yield Comparison(what=what, predicted=2 * images * 100.0 / step_ms, expected=expected, expected_to=expected_to)
 
 
 def _deals() -> Iterator[Comparison]:
-    for num_units, speeds, expected in (
+    for num_rows, speeds, expected in (
         (2, (1.0, 0.6), 1.20),
         (3, (1.0, 0.6), 1.50),
         (4, (1.0, 0.6), 1.33),
         (8, (1.0, 0.6), 1.60),
         (2, (1.0, 0.4), 1.00),
     ):
-        dealt = deal_units(num_units, speeds)
-        predicted = num_units / max(units / speed for units, speed in zip(dealt, speeds))
-        yield Comparison(what=f"{num_units} units on slots of speed {speeds[0]} and {speeds[1]}", predicted=predicted, expected=expected)
+        dealt = deal_by_speed(num_rows, speeds)
+        predicted = num_rows / max(rows / speed for rows, speed in zip(dealt, speeds))
+        yield Comparison(what=f"{num_rows} rows on slots of speed {speeds[0]} and {speeds[1]}", predicted=predicted, expected=expected)
 
 
 def validation_tables() -> str:

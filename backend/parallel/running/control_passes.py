@@ -16,7 +16,7 @@ from backend.nn.program import Addition, ControlLists
 from backend.parallel.exchange.copies import Copiers
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.running.failures import Cancelled, as_failure
-from backend.parallel.running.residuals import ControlPlace, Parcels, ResidualChain
+from backend.parallel.running.residuals import ControlPlace, ResidualChain, Transfers
 from backend.parallel.running.row_batch import RowBatch
 from backend.parallel.running.stopwatch import Stopwatch
 
@@ -52,8 +52,8 @@ class ControlPasses:
     def _target(self, batch: RowBatch, addition: Addition) -> torch.device:
         return batch.route.devices[batch.route.addition_slots[addition]]
 
-    def _start_link(self, batch: RowBatch, part: ControlLists | ControlTask, kinds: frozenset[str]) -> tuple[int, Future[Parcels]]:
-        slot, future = batch.route.stages[0].slot, Future[Parcels]()
+    def _start_link(self, batch: RowBatch, part: ControlLists | ControlTask, kinds: frozenset[str]) -> tuple[int, Future[Transfers]]:
+        slot, future = batch.route.stages[0].slot, Future[Transfers]()
         try:
             if isinstance(part, Mapping):
                 future.set_result(self._ship(batch, {kind: residuals for kind, residuals in part.items() if kind in kinds}))
@@ -66,7 +66,7 @@ class ControlPasses:
             future.set_exception(as_failure(slot, error))
             return slot, future
 
-    def _run(self, batch: RowBatch, task: ControlTask, place: ControlPlace) -> Parcels:
+    def _run(self, batch: RowBatch, task: ControlTask, place: ControlPlace) -> Transfers:
         """On a slot's worker: a ControlNet's pass, its residuals leaving for the slots that add them."""
         if batch.run.has_failed or self._is_cancelled():
             raise Cancelled
@@ -81,7 +81,7 @@ class ControlPasses:
             batch.run.has_failed = True
             raise
 
-    def _ship(self, batch: RowBatch, residuals: ControlLists) -> Parcels:
+    def _ship(self, batch: RowBatch, residuals: ControlLists) -> Transfers:
         """The residuals on their way to where they are added, in the order of their use."""
         named = batch.route.replica.program.name_residuals(residuals)
         return {addition: self._copiers.ship(residual, batch.route.addition_slots[addition]) for addition, residual in named.items()}

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from backend import profiler
 from backend.nn.network_call import NetworkCall
 from backend.nn.program import Addition
-from backend.parallel.exchange.copies import Copiers, Held, when_arrived
-from backend.parallel.exchange.transport import Parcel
+from backend.parallel.exchange.copies import Copiers, LocalTensor, when_arrived
+from backend.parallel.exchange.transport import Transfer
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.planning.plan import Piece, ReplicaPlan
 from backend.parallel.running.control_passes import ControlPasses
@@ -94,7 +94,7 @@ class Executor:
         """The network's output for all rows, on the call's device. Raises: Cancelled, SlotFailure."""
         recorder = profiler.recorder()
         run = Run(next(self._numbers), recorder.step)
-        batches = [RowBatch(call.take_rows(first, end), route, run, recorder.next_unit()) for route, first, end in self._deal_rows(call.num_rows)]
+        batches = [RowBatch(call.take_rows(first, end), route, run, recorder.next_batch()) for route, first, end in self._deal_rows(call.num_rows)]
         for batch in batches:
             if len(batch.route.devices) == 1:  # others may wait for what this batch's slot computes for them, so that comes first
                 self._controls.start(batch)
@@ -159,9 +159,9 @@ class Executor:
         assert state is not None
         state.tensors = {}
         for name, is_last in [*here.reads.items(), *((name, False) for name in batch.route.replica.program.constants)]:
-            parcel = batch.parcels.pop((name, here.slot), None) if is_last else batch.parcels.get((name, here.slot))
-            if parcel is not None:
-                state.tensors[name] = parcel.receive()
+            transfer = batch.transfers.pop((name, here.slot), None) if is_last else batch.transfers.get((name, here.slot))
+            if transfer is not None:
+                state.tensors[name] = transfer.receive()
         if any(state.options.get(name) for name in _HOOK_OPTIONS):
             for name in _TENSOR_OPTIONS:
                 if isinstance(state.options.get(name), Tensor):
@@ -233,7 +233,7 @@ class Executor:
 
     def _send(self, batch: RowBatch, leaving: Sequence[Leaving], tensors: dict[str, Tensor]) -> None:
         """Tensors that other stages read leave at once; the same tensor under two names goes to a slot once."""
-        sent: dict[tuple[int, int], Parcel] = {}
+        sent: dict[tuple[int, int], Transfer] = {}
         for one in leaving:
             tensor = tensors.get(one.name)
             if tensor is None:
@@ -241,8 +241,8 @@ class Executor:
             for slot in one.slots:
                 key = (id(tensor), slot)
                 if key not in sent:
-                    sent[key] = Held(tensor) if slot == batch.here.slot else self._copiers.ship(tensor, slot)
-                batch.parcels[one.name, slot] = sent[key]
+                    sent[key] = LocalTensor(tensor) if slot == batch.here.slot else self._copiers.ship(tensor, slot)
+                batch.transfers[one.name, slot] = sent[key]
         for one in leaving:
             if not one.is_read_here:
                 tensors.pop(one.name, None)
@@ -253,13 +253,13 @@ class Executor:
         assert state is not None
         if batch.is_last_stage:
             output = state.tensors[batch.route.replica.program.output]
-            batch.state, batch.parcels = None, {}
+            batch.state, batch.transfers = None, {}
             batch.result.set_result(self._fleet.transport.ship(output, batch.call.device))
             return
         left_slot = batch.here.slot
         state.tensors = {}
         batch.stage += 1
-        awaited = [parcel for name in batch.here.reads if (parcel := batch.parcels.get((name, batch.here.slot))) is not None]
+        awaited = [transfer for name in batch.here.reads if (transfer := batch.transfers.get((name, batch.here.slot))) is not None]
         when_arrived(awaited, lambda failure: self._go_on(batch, left_slot, failure))
 
     def _go_on(self, batch: RowBatch, left_slot: int, failure: BaseException | None) -> None:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def losing_silent_slots() -> Iterator[None]:
+def dropping_dead_slots() -> Iterator[None]:
     """Around a job: where an error ends it because a device stopped working, the slot is lost from now on, and the error says which.
 
     Work on a slot's own thread notices by itself; this is for all else a job does on devices: encoding, decoding, copies between them.
@@ -33,7 +33,7 @@ def losing_silent_slots() -> Iterator[None]:
         if isinstance(error, SlotLost) or memory_management.is_out_of_memory(error):
             raise
         fleet = current_fleet()
-        lose_silent_slots(fleet)
+        drop_dead_slots(fleet)
         lost = [SlotLost(slot, error) for slot in fleet.slots if slot.torch_device in memory_management.lost_devices() - known]
         if not lost:
             raise
@@ -41,14 +41,14 @@ def losing_silent_slots() -> Iterator[None]:
         raise lost[0] from error
 
 
-def find_silent_slots(fleet: Fleet) -> list[SlotLost]:
+def find_dead_slots(fleet: Fleet) -> list[SlotLost]:
     """Working slots whose devices do not even do the least work."""
     return [lost for lost in map(_probe, fleet.working_slots) if lost is not None]
 
 
-def lose_silent_slots(fleet: Fleet) -> list[SlotLost]:
+def drop_dead_slots(fleet: Fleet) -> list[SlotLost]:
     """Give no more work to slots that do not answer; which those are."""
-    lost = find_silent_slots(fleet)
+    lost = find_dead_slots(fleet)
     lose_slots(fleet, lost)
     return lost
 

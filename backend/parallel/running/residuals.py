@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from backend.nn.deferred_control import add_residual
 from backend.nn.program import Addition
-from backend.parallel.exchange.transport import Parcel
+from backend.parallel.exchange.transport import Transfer
 
-Parcels = dict[Addition, Parcel]
+Transfers = dict[Addition, Transfer]
 """Residuals on their way, by where they are added."""
 
 
@@ -36,7 +36,7 @@ class ResidualChain:
     `kinds`: the lists (`Addition.kind`) that may get something. Whoever comes to a place of another kind need not wait.
     """
 
-    def __init__(self, links: Sequence[tuple[int, Future[Parcels]]], kinds: Collection[str]) -> None:
+    def __init__(self, links: Sequence[tuple[int, Future[Transfers]]], kinds: Collection[str]) -> None:
         self._links = tuple(links)
         self.kinds = frozenset(kinds)
         self._lock = threading.Lock()
@@ -70,13 +70,13 @@ class ResidualChain:
         """What the links add in one place, oldest first, on the thread and the device that adds it; once. All links are done."""
         total: Tensor | None = None
         for _, future in self._links:
-            parcel = future.result().pop(addition, None)
-            if parcel is not None:
-                total = add_residual(parcel.receive(), total) if total is not None else parcel.receive()
+            transfer = future.result().pop(addition, None)
+            if transfer is not None:
+                total = add_residual(transfer.receive(), total) if total is not None else transfer.receive()
         return total
 
 
-def _failure_of(future: Future[Parcels]) -> BaseException | None:
+def _failure_of(future: Future[Transfers]) -> BaseException | None:
     try:
         return future.exception()
     except CancelledError as error:

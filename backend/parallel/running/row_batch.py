@@ -11,7 +11,7 @@ import torch
 from backend import profiler
 from backend.nn.network_call import NetworkCall
 from backend.nn.program import ProgramState
-from backend.parallel.exchange.transport import Parcel
+from backend.parallel.exchange.transport import Transfer
 from backend.parallel.planning.plan import Piece
 from backend.parallel.running.failures import Cancelled, as_failure
 from backend.parallel.running.residuals import ResidualChain
@@ -32,21 +32,21 @@ class Run:
 class RowBatch:
     """Rows of a call on their way through a route.
 
-    `stage` is where they are, `parts` what is left of it: pieces or parts of them, each with the number of its piece in the stage. `parcels` are
+    `stage` is where they are, `parts` what is left of it: pieces or parts of them, each with the number of its piece in the stage. `transfers` are
     tensors on their way to later stages, by name and slot. `busy_ms`: time of the running stage before the rows waited for residuals.
     """
 
     call: NetworkCall
     route: Route
     run: Run
-    profile_number: int = -1
-    result: Future[Parcel] = field(default_factory=Future)
+    number: int = -1
+    result: Future[Transfer] = field(default_factory=Future)
     stage: int = 0
     parts: list[tuple[int, Piece]] = field(default_factory=list)
     busy_ms: float = 0.0
     state: ProgramState | None = None
     control: ResidualChain | None = None
-    parcels: dict[tuple[str, int], Parcel] = field(default_factory=dict)
+    transfers: dict[tuple[str, int], Transfer] = field(default_factory=dict)
 
     @property
     def here(self) -> RouteStage:
@@ -63,7 +63,7 @@ class RowBatch:
         """End here; the other rows of the call stop at their next piece."""
         self.run.has_failed = True
         self.state = None
-        self.parcels = {}
+        self.transfers = {}
         with suppress(InvalidStateError):  # two threads may see the same failure
             self.result.set_exception(as_failure(slot, error))
 
@@ -78,13 +78,13 @@ class RowBatch:
 
     def facts(self) -> dict[str, int]:
         """What a span of these rows is marked with."""
-        return {"unit": self.profile_number, "stage": self.stage, "step": self.run.step, "rows": self.call.num_rows}
+        return {"batch": self.number, "stage": self.stage, "step": self.run.step, "rows": self.call.num_rows}
 
     def note_stage(self, started: Mark, ended: Mark) -> None:
         """Count a stage that is done, and record it where a recorder runs."""
-        profiler.meter().count_unit(self.here.slot)
+        profiler.meter().count_stage_run(self.here.slot)
         count = len(self.route.stages)
-        kind, name = ("unit", "whole network") if count == 1 else ("stage", f"stage {self.stage + 1} of {count}")
+        kind, name = ("network", "whole network") if count == 1 else ("stage", f"stage {self.stage + 1} of {count}")
         self._note(kind, name, self.here.slot, self.here.device, started, ended)
 
     def note_part(self, started: Mark, ended: Mark) -> None:

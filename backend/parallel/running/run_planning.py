@@ -9,12 +9,12 @@ from dataclasses import replace
 from backend import memory_management
 from backend.devices.slot import Slot
 from backend.nn.owner import owner_of
+from backend.parallel.placing.control_networks import ControlLink, PlannedControlNetwork, collect_control_networks, control_network_costs
 from backend.parallel.placing.fleet import Fleet
-from backend.parallel.placing.riders import ControlLink, Rider, collect_riders, rider_costs
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, with_measured_ms
-from backend.parallel.planning.live_facts import guess_speed, profile_of, slot_facts, speed_of, without_others
+from backend.parallel.planning.live_facts import assuming_idle_evicted, guess_speed, profile_of, slot_facts, speed_of
 from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan
-from backend.parallel.planning.planner import JobShape, deal_units, make_plan
+from backend.parallel.planning.planner import JobShape, deal_by_speed, make_plan
 from backend.parallel.planning.profiling import profile_controlnet
 from backend.parallel.running import status
 from backend.parallel.running.bound_hooks import find_bound_hook
@@ -33,9 +33,9 @@ class RunPlanning:
         self.unet, self.fleet, self.request = unet, fleet, request
         self._shape = tuple(shape)
         self.work = f"{owner_of(unet.model).serial} {self._shape[2]}x{self._shape[3]}"
-        self.riders = collect_riders(controls, self.work)
+        self.control_networks = collect_control_networks(controls, self.work)
         self.budgets = SlotBudgets()
-        self.trial = StepTrial(fleet, f"{self.work} {request.images}x{request.branches} {len(self.riders)}")
+        self.trial = StepTrial(fleet, f"{self.work} {request.images}x{request.branches} {len(self.control_networks)}")
         self.profile, self.is_measured = self._make_profile()
 
     # costs
@@ -98,16 +98,16 @@ class RunPlanning:
             steps=self.request.steps,
             may_use_lanes=self.request.may_use_lanes,
             is_async=self.request.asynchronous,
-            components=rider_costs(self.riders, self.control_cost, self.fleet, self.work) if self.riders else (),
-            rider_slot=self.home_slots[0] if len(self.fleet.working_slots) > 2 else None,
+            components=control_network_costs(self.control_networks, self.control_cost, self.fleet, self.work) if self.control_networks else (),
+            control_slot=self.home_slots[0] if len(self.fleet.working_slots) > 2 else None,
         )
         links = self.fleet.links
         status.set_links(links, self.fleet.verdicts)
-        own = {network for rider in self.riders for network in rider.networks}
+        own = {network for control in self.control_networks for network in control.networks}
         rooms = [slot_facts(slot, self.unet, self.fleet, self.work, self.budgets.share_of(slot.index), own) for slot in self.usable_slots()]
         plans = [make_plan(self.profile, rooms, links, job, strategy=self.request.strategy)]
         if any(room.fixed_bytes for room in rooms) and plans[0].is_single:
-            emptied = [without_others(room) for room in rooms]
+            emptied = [assuming_idle_evicted(room) for room in rooms]
             plans.append(make_plan(self.profile, emptied, links, job, strategy=self.request.strategy))
         plan = min(plans, key=lambda plan: plan.predicted_ms or float("inf"))
         trial = self.trial.without_gain
@@ -122,23 +122,23 @@ class RunPlanning:
     def deal_rows(self, plan: Plan, num_rows: int) -> Sequence[int]:
         """Rows by the speed of each replica: that of its slot, or of its slowest where it has several. Example: 4 rows on speeds 1 and 3: 1, 3."""
         speeds = [min(self.speed(slot) for slot in replica.used_slots) * len(replica.used_slots) for replica in plan.replicas]
-        if not self.riders:
-            return deal_units(num_rows, speeds)
+        if not self.control_networks:
+            return deal_by_speed(num_rows, speeds)
         row_ms = [self.profile.work_per_row / speed for speed in speeds]
         busy_ms = [0.0] * len(speeds)
-        for rider in self.riders:
-            slots = plan.control_slots[rider.name]
+        for control in self.control_networks:
+            slots = plan.control_slots[control.name]
             for place, replica in enumerate(plan.replicas):
                 if slots[place] in replica.used_slots and len(set(slots)) > 1:
-                    row_ms[place] += self._rider_ms(rider, slots[place])
+                    row_ms[place] += self._control_ms(control, slots[place])
                 elif slots[place] in replica.used_slots:
-                    busy_ms[place] += num_rows * self._rider_ms(rider, slots[place])
-        return deal_units(num_rows, [1.0 / ms for ms in row_ms], busy_ms)
+                    busy_ms[place] += num_rows * self._control_ms(control, slots[place])
+        return deal_by_speed(num_rows, [1.0 / ms for ms in row_ms], busy_ms)
 
-    def _rider_ms(self, rider: Rider, slot: int) -> float:
+    def _control_ms(self, control: PlannedControlNetwork, slot: int) -> float:
         """Time of a ControlNet's passes for a row."""
-        speed = self.fleet.speeds.speed_of(slot, rider.work) or self.speed(slot)
-        return rider.links * self.control_cost.flops_per_row / speed
+        speed = self.fleet.speeds.speed_of(slot, control.work) or self.speed(slot)
+        return control.links * self.control_cost.flops_per_row / speed
 
     def rows_at_once(self, plan: Plan, replica: ReplicaPlan, share: int) -> int:
         """All rows of a share at once on one slot, and where lanes keep all slots busy, as larger batches take less per row; else row by row.

@@ -23,16 +23,16 @@ from backend import memory_management, profiler
 from backend.memory.errors import OutOfMemory
 from backend.nn.network_call import NetworkCall
 from backend.nn.owner import owner_of
+from backend.parallel.placing.control_networks import ControlLink, place_control_networks
 from backend.parallel.placing.fleet import Fleet, current_fleet
 from backend.parallel.placing.placement import PlacedPlan, place_plan, place_whole
-from backend.parallel.placing.riders import ControlLink, place_riders
 from backend.parallel.planning.live_facts import guess_speed as guess_speed
 from backend.parallel.planning.live_facts import work_of_pieces
 from backend.parallel.planning.plan import Plan, ReplicaPlan
 from backend.parallel.running import status
 from backend.parallel.running.bound_hooks import find_bound_hook as find_bound_hook
 from backend.parallel.running.executor import Executor, SlotFailure
-from backend.parallel.running.lost_slots import find_silent_slots, lose_slots
+from backend.parallel.running.lost_slots import find_dead_slots, lose_slots
 from backend.parallel.running.run_gate import RunGate
 from backend.parallel.running.run_planning import RunPlanning
 from backend.parallel.running.sampling_request import SamplingRequest as SamplingRequest
@@ -55,13 +55,13 @@ class SamplingSession:
         request: SamplingRequest,
         fleet: Fleet,
         *,
-        beside: Sequence[ModelPatcher] = (),
+        extra_models: Sequence[ModelPatcher] = (),
         controls: Sequence[ControlLink] = (),
         preserved_bytes: int = 0,
     ) -> None:
         self.unet, self.fleet, self.request = unet, fleet, request
         self.planning = RunPlanning(unet, shape, request, fleet, controls)
-        self._beside, self._preserved_bytes = tuple(beside), preserved_bytes
+        self._extra_models, self._preserved_bytes = tuple(extra_models), preserved_bytes
         self._gate, self._generation = RunGate(), 0
         self._num_calls, self._first_s, self._last_s = 0, 0.0, 0.0
         fleet.is_divided = request.may_divide
@@ -76,7 +76,7 @@ class SamplingSession:
 
     @property
     def deferred_networks(self) -> frozenset[nn.Module]:
-        return frozenset(rider.network for rider in self.planning.riders)
+        return frozenset(control.network for control in self.planning.control_networks)
 
     def close(self) -> None:
         """Let the network run as it does without a plan. Copies stay on their slots until something else needs the room."""
@@ -96,8 +96,8 @@ class SamplingSession:
     def _tell_status(self, measured_ms: float | None = None) -> None:
         """What the page and the API show of the plan."""
         num_rows = self.request.num_rows
-        units = self._deal(num_rows) if len(self.plan.replicas) > 1 else (num_rows,)
-        status.set_current_plan(self.plan, units=units, measured_ms=measured_ms)
+        rows = self._deal(num_rows) if len(self.plan.replicas) > 1 else (num_rows,)
+        status.set_current_plan(self.plan, rows=rows, measured_ms=measured_ms)
         status.set_speeds({slot.index: self.planning.speed(slot.index) for slot in self.fleet.working_slots})
 
     # placing
@@ -124,17 +124,19 @@ class SamplingSession:
     def _adopt(self, plan: Plan) -> None:
         """Place what the plan needs and run by it from now on. Raises: OutOfMemory, SlotLost."""
         self.plan, planning = plan, self.planning
-        if plan.is_single and set(plan.used_slots) <= set(planning.home_slots) and not plan.has_control_apart:
+        if plan.is_single and set(plan.used_slots) <= set(planning.home_slots) and not plan.has_control_elsewhere:
             self._run_at_home()
             return
-        controls, riding = place_riders(planning.riders, plan, self.fleet, planning.control_cost) if planning.riders else ((), ())
+        controls, control_patchers = (
+            place_control_networks(planning.control_networks, plan, self.fleet, planning.control_cost) if planning.control_networks else ((), ())
+        )
         self._placed = place_plan(
             self.unet,
             plan,
             self.fleet,
             working_bytes=planning.working_bytes(plan),
             preserved_bytes=self._preserved_bytes,
-            beside=(*self._beside, *riding),
+            extra_models=(*self._extra_models, *control_patchers),
             work_per_row=work_of_pieces(plan, planning.profile),
             controls=controls,
         )
@@ -156,7 +158,7 @@ class SamplingSession:
         place_whole(self.unet)
         self._placed = self._executor = None
         self.unet.model.runner = None
-        models = [self.unet, *self._beside, *(rider.patcher for rider in self.planning.riders)]
+        models = [self.unet, *self._extra_models, *(control.patcher for control in self.planning.control_networks)]
         need_bytes = self.planning.working_bytes(self.plan)
         memory_management.load_models_gpu(models, memory_required=need_bytes, hard_memory_preservation=self._preserved_bytes)
         memory_management.hold_models(models)
@@ -232,7 +234,7 @@ class SamplingSession:
         with self._gate.alone():
             if generation == self._generation:
                 self._generation += 1
-                self._adopt_anew()
+                self._replan()
 
     def _reconsider(self, generation: int) -> None:
         """When all pieces have been measured: cut again where the times say so."""
@@ -245,7 +247,7 @@ class SamplingSession:
             self._generation += 1
             planning.use_new_times()
             if planning.make_plan().replicas != self.plan.replicas:
-                self._adopt_anew()
+                self._replan()
 
     def _recover(self, failure: SlotFailure, generation: int) -> None:
         with self._gate.alone():
@@ -264,7 +266,7 @@ class SamplingSession:
         """Slots that do not answer any more. Only asked for when a device reported an error of its own."""
         if not isinstance(failure.cause, (SlotLost, torch.AcceleratorError)) or memory_management.is_out_of_memory(failure.cause):
             return []
-        return find_silent_slots(self.fleet)
+        return find_dead_slots(self.fleet)
 
     def _go_on_without(self, lost: Sequence[SlotLost]) -> None:
         """Plan without these slots, where the network itself is not on one of them."""
@@ -274,7 +276,7 @@ class SamplingSession:
         if gone & own or not self.fleet.working_slots:
             raise lost[0]
         logger.warning("%s The step is done again without it.", lost[0])
-        self._adopt_anew()
+        self._replan()
 
     def _make_room(self, slot: int) -> None:
         """First what is idle leaves the slot, then the slot gets less of the network, then none."""
@@ -285,9 +287,9 @@ class SamplingSession:
             memory_management.free_memory(0, device, free_all=True)
             return
         self.planning.budgets.give_less(slot, device)
-        self._adopt_anew()
+        self._replan()
 
-    def _adopt_anew(self) -> None:
+    def _replan(self) -> None:
         if self._executor is not None:
             self._executor.close()
         memory_management.hold_models([])
@@ -297,19 +299,19 @@ class SamplingSession:
 
 
 def begin_session(
-    unet: UnetPatcher, shape: Sequence[int], request: SamplingRequest, *, beside: Sequence[ModelPatcher] = (),
+    unet: UnetPatcher, shape: Sequence[int], request: SamplingRequest, *, extra_models: Sequence[ModelPatcher] = (),
     controls: Sequence[ControlLink] = (), preserved_bytes: int = 0,
 ) -> SamplingSession | None:  # fmt: skip
     """A session for a run over latents of `shape` (B, C, H, W); None where there is one slot only. Raises: OutOfMemory.
 
-    `beside` are models that come along on the UNet's device, `controls` links whose networks the plan finds places for.
+    `extra_models` are models that come along on the UNet's device, `controls` links whose networks the plan finds places for.
     """
     fleet = current_fleet()
     if len(fleet.working_slots) < 2:
         status.set_current_plan(None)
         profiler.recorder().note_plan(None)
         return None
-    session = SamplingSession(unet, shape, request, fleet, beside=beside, controls=controls, preserved_bytes=preserved_bytes)
+    session = SamplingSession(unet, shape, request, fleet, extra_models=extra_models, controls=controls, preserved_bytes=preserved_bytes)
     owner_of(unet.model).put(session)
     logger.info("%s", session.plan.reason)
     return session

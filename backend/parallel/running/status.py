@@ -47,14 +47,14 @@ class SlotStatus:
 class PlanStatus(HasStrategy):
     """The plan in force. `replicas` counts whole copies of the network, `stages` are the slots each goes through, in order.
 
-    `units` is how many forwards of one step each replica takes. Times are of one step of all the images.
+    `rows` is how many rows of one step each replica takes. Times are of one step of all the images.
     """
 
     strategy: Strategy
     reason: str
     replicas: int
     stages: tuple[tuple[int, ...], ...]
-    units: tuple[int, ...]
+    rows: tuple[int, ...]
     predicted_ms: float | None
     measured_ms: float | None
     predicted_bytes: Mapping[int, int]
@@ -85,9 +85,9 @@ _now = _Now()
 # telling
 
 
-def set_current_plan(plan: Plan | None, *, units: Sequence[int] = (), measured_ms: float | None = None) -> None:
-    """The plan that jobs run by from now on; None for none. `units`: forwards of a step for each replica."""
-    _now.plan = None if plan is None else _describe_plan(plan, tuple(units), measured_ms)
+def set_current_plan(plan: Plan | None, *, rows: Sequence[int] = (), measured_ms: float | None = None) -> None:
+    """The plan that jobs run by from now on; None for none. `rows`: rows of a step for each replica."""
+    _now.plan = None if plan is None else _describe_plan(plan, tuple(rows), measured_ms)
 
 
 def set_speeds(speeds: Mapping[int, float]) -> None:
@@ -101,13 +101,13 @@ def set_links(links: Sequence[Link], verdicts: Verdicts) -> None:
     _now.links = tuple(_describe_link(link, *known.get((link.source, link.target), ("unknown", "not tested"))) for link in links)
 
 
-def _describe_plan(plan: Plan, units: tuple[int, ...], measured_ms: float | None) -> PlanStatus:
+def _describe_plan(plan: Plan, rows: tuple[int, ...], measured_ms: float | None) -> PlanStatus:
     return PlanStatus(
         strategy=plan.strategy,
         reason=plan.reason,
         replicas=len(plan.replicas),
         stages=tuple(tuple(stage.slot for stage in replica.stages) for replica in plan.replicas),
-        units=units,
+        rows=rows,
         predicted_ms=plan.predicted_ms or None,
         measured_ms=measured_ms,
         predicted_bytes=dict(plan.predicted_bytes),

@@ -25,9 +25,9 @@ from backend.nn.owner import owner_of
 from backend.parallel.placing.fleet import Fleet, current_fleet
 from backend.parallel.placing.replica_modules import ReplicaModules, ReplicaPatcher
 from backend.parallel.planning.live_facts import guess_speed
-from backend.parallel.planning.planner import deal_units
+from backend.parallel.planning.planner import deal_by_speed
 from backend.parallel.planning.vae_cost import DecoderSize, LinkCost, decode_macs, divide_rows, worth_splitting
-from backend.parallel.running.lost_slots import lose_silent_slots
+from backend.parallel.running.lost_slots import drop_dead_slots
 from backend.parallel.running.worker import SlotLost, SlotWorker
 from backend.parallel.vae.split import CannotSplit, DecoderShard, SplitDecoder, Submit
 from backend.patcher.vae import DecodeJob
@@ -59,7 +59,7 @@ def decode_on_all_slots(job: DecodeJob, latents_BCHW: Tensor) -> Tensor | None:
     except (CannotSplit, OutOfMemory, torch.OutOfMemoryError) as error:
         logger.info("The VAE decodes on one slot: %s", error)
     except (SlotLost, torch.AcceleratorError) as error:
-        lose_silent_slots(fleet)
+        drop_dead_slots(fleet)
         if job.device in memory_management.lost_devices():
             raise
         logger.warning("The VAE decodes on one slot: %s", error)
@@ -91,7 +91,7 @@ def _decode(job: DecodeJob, latents_BCHW: Tensor, fleet: Fleet, slots: Sequence[
     networks = _place(job, slots, min(1.0, rows_share * _HALO_MARGIN))
     parts = []
     if num_dealt:
-        parts.append(_deal(job, latents_BCHW[:num_dealt], fleet, slots, networks, deal_units(num_dealt, speeds), work, macs))
+        parts.append(_deal(job, latents_BCHW[:num_dealt], fleet, slots, networks, deal_by_speed(num_dealt, speeds), work, macs))
     if num_dealt < num_images:
         shards = [
             DecoderShard(

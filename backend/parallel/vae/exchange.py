@@ -33,33 +33,33 @@ class SplitStalledError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class Message:
     """Tensors on the receiver's device; on devices with streams, the event after which they may be read."""
 
     tensors: tuple[Tensor, ...]
     ready: Any = None
 
 
-def pack(tensors: Sequence[Tensor], device: torch.device) -> Parcel:
+def pack(tensors: Sequence[Tensor], device: torch.device) -> Message:
     """Copies on `device`, made by the calling thread; what is there already is handed over itself, so nobody may change it any more."""
     moved = tuple(tensor.to(device) for tensor in tensors)
     if device.type not in _WITH_STREAMS:
-        return Parcel(moved)
+        return Message(moved)
     module: Any = torch.get_device_module(device)
     ready = module.Event()
     ready.record(module.current_stream(device))
-    return Parcel(moved, ready)
+    return Message(moved, ready)
 
 
-def unpack(parcel: Parcel) -> tuple[Tensor, ...]:
+def unpack(message: Message) -> tuple[Tensor, ...]:
     """The tensors, safe to use on the calling thread's stream."""
-    if parcel.ready is not None and parcel.tensors:
-        device = parcel.tensors[0].device
+    if message.ready is not None and message.tensors:
+        device = message.tensors[0].device
         stream: Any = torch.get_device_module(device).current_stream(device)
-        stream.wait_event(parcel.ready)
-        for tensor in parcel.tensors:
+        stream.wait_event(message.ready)
+        for tensor in message.tensors:
             tensor.record_stream(stream)
-    return parcel.tensors
+    return message.tensors
 
 
 class Board:
@@ -68,27 +68,27 @@ class Board:
     def __init__(self, *, stall_s: float) -> None:
         self._stall_s = stall_s
         self._changed = threading.Condition()
-        self._parcels: dict[Key, Parcel] = {}
+        self._messages: dict[Key, Message] = {}
         self._is_aborted = False
         self._accused: dict[int, str] = {}
 
-    def post(self, key: Key, parcel: Parcel) -> None:
+    def post(self, key: Key, message: Message) -> None:
         """Raises: ReleasedError after an abort."""
         with self._changed:
             self._raise_if_aborted(key[1])
-            self._parcels[key] = parcel
+            self._messages[key] = message
             self._changed.notify_all()
 
-    def take(self, key: Key) -> Parcel:
-        """The parcel, once: it is gone from the board. Raises: ReleasedError, SplitStalledError."""
+    def take(self, key: Key) -> Message:
+        """The message, once: it is gone from the board. Raises: ReleasedError, SplitStalledError."""
         deadline_s = time.monotonic() + self._stall_s
         with self._changed:
-            while key not in self._parcels:
+            while key not in self._messages:
                 self._raise_if_aborted(key[2])
-                if not self._changed.wait(deadline_s - time.monotonic()) and key not in self._parcels:
+                if not self._changed.wait(deadline_s - time.monotonic()) and key not in self._messages:
                     raise SplitStalledError(self._describe_stall(key))
             self._raise_if_aborted(key[2])
-            return self._parcels.pop(key)
+            return self._messages.pop(key)
 
     def abort(self, *, accused: int | None = None, because: BaseException | None = None) -> None:
         """End every wait, now and later; what was posted is let go.
@@ -100,7 +100,7 @@ class Board:
             self._is_aborted = True
             if accused is not None:
                 self._accused[accused] = f"Copying to this device failed: {because}"
-            self._parcels.clear()
+            self._messages.clear()
             self._changed.notify_all()
 
     def raise_if_aborted(self, rank: int) -> None:
@@ -137,8 +137,8 @@ class StripLinks:
         """Ranks of all the other strips."""
         return tuple(rank for rank in range(len(self.devices)) if rank != self.rank)
 
-    def swap(self, letters: Mapping[int, Sequence[Tensor]]) -> dict[int, tuple[Tensor, ...]]:
-        """Give each rank in `letters` its tensors and wait for what these ranks give in the same swap. Both sides must name each other.
+    def swap(self, outgoing: Mapping[int, Sequence[Tensor]]) -> dict[int, tuple[Tensor, ...]]:
+        """Give each rank in `outgoing` its tensors and wait for what these ranks give in the same swap. Both sides must name each other.
 
         The tensors may be read by others from now on: never change them in place.
         """
@@ -146,11 +146,11 @@ class StripLinks:
             self.before_exchange()
         self.board.raise_if_aborted(self.rank)
         self.num_exchanges += 1
-        for peer, tensors in letters.items():
+        for peer, tensors in outgoing.items():
             self.board.post((self.num_exchanges, self.rank, peer), self._pack_for(peer, tensors))
-        return {peer: unpack(self.board.take((self.num_exchanges, peer, self.rank))) for peer in letters}
+        return {peer: unpack(self.board.take((self.num_exchanges, peer, self.rank))) for peer in outgoing}
 
-    def _pack_for(self, peer: int, tensors: Sequence[Tensor]) -> Parcel:
+    def _pack_for(self, peer: int, tensors: Sequence[Tensor]) -> Message:
         try:
             return pack(tensors, self.devices[peer])
         except torch.AcceleratorError as error:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from backend.devices.slot import canonical_device
 from backend.parallel.planning.vae_cost import divide_rows
-from backend.parallel.vae.exchange import Board, Parcel, ReleasedError, SplitStalledError, StripLinks, pack, unpack
+from backend.parallel.vae.exchange import Board, Message, ReleasedError, SplitStalledError, StripLinks, pack, unpack
 from backend.parallel.vae.layers import CannotSplit, StripNetwork, read_strip_network
 from backend.parallel.vae.strip import DecoderStrip
 
@@ -115,8 +115,8 @@ class SplitDecoder:
         strips = self._divide(latent_1CHW.shape[2])
         board = Board(stall_s=self._stall_s)
         tasks = [partial(self._run_strip, strips, rank, _cut(latent_1CHW, strip), board) for rank, strip in enumerate(strips)]
-        parcels = _run_together([strip.shard for strip in strips], tasks, board)
-        return torch.cat([unpack(parcel)[0] for parcel in parcels], dim=2)
+        messages = _run_together([strip.shard for strip in strips], tasks, board)
+        return torch.cat([unpack(message)[0] for message in messages], dim=2)
 
     def _divide(self, num_rows: int) -> tuple[_Strip, ...]:
         """Strips from top to bottom, in the order of the shards; a shard without rows takes no part."""
@@ -127,7 +127,7 @@ class SplitDecoder:
             if count
         )
 
-    def _run_strip(self, strips: Sequence[_Strip], rank: int, latent: Parcel, board: Board) -> Parcel:
+    def _run_strip(self, strips: Sequence[_Strip], rank: int, latent: Message, board: Board) -> Message:
         """In the worker's thread."""
         strip, num_rows = strips[rank], strips[-1].end
         devices = tuple(canonical_device(one.shard.device) for one in strips)
@@ -170,15 +170,15 @@ def _describe_weights(network: Any) -> dict[str, tuple[torch.Size, torch.dtype]]
     }
 
 
-def _cut(latent_1CHW: Tensor, strip: _Strip) -> Parcel:
+def _cut(latent_1CHW: Tensor, strip: _Strip) -> Message:
     """The strip's rows and one more on either side where there is one, still where the latent is: its worker fetches them."""
     rows_1CHW = latent_1CHW[:, :, max(0, strip.start - 1) : strip.end + 1]
     return pack((rows_1CHW,), rows_1CHW.device)
 
 
-def _run_together(shards: Sequence[DecoderShard], tasks: Sequence[Callable[[], Parcel]], board: Board) -> list[Parcel]:
+def _run_together(shards: Sequence[DecoderShard], tasks: Sequence[Callable[[], Message]], board: Board) -> list[Message]:
     """All tasks at once, each on its shard's worker; their results in order. Ends only when no task runs any more."""
-    futures: list[Future[Parcel]] = []
+    futures: list[Future[Message]] = []
     cause: BaseException | None = None
     try:
         _submit_all(shards, tasks, board, futures)
@@ -194,7 +194,7 @@ def _run_together(shards: Sequence[DecoderShard], tasks: Sequence[Callable[[], P
         cause = None
 
 
-def _submit_all(shards: Sequence[DecoderShard], tasks: Sequence[Callable[[], Parcel]], board: Board, futures: list[Future[Parcel]]) -> None:
+def _submit_all(shards: Sequence[DecoderShard], tasks: Sequence[Callable[[], Message]], board: Board, futures: list[Future[Message]]) -> None:
     with _submitting:
         for shard, task in zip(shards, tasks):
             future = shard.run(task)
@@ -202,13 +202,13 @@ def _submit_all(shards: Sequence[DecoderShard], tasks: Sequence[Callable[[], Par
             future.add_done_callback(partial(_abort_unless_done, board))
 
 
-def _abort_unless_done(board: Board, future: Future[Parcel]) -> None:
+def _abort_unless_done(board: Board, future: Future[Message]) -> None:
     """For strips that never began: cancelled while they waited in line, or their worker is lost."""
     if future.cancelled() or future.exception() is not None:
         board.abort()
 
 
-def _find_cause(futures: Sequence[Future[Parcel]]) -> BaseException | None:
+def _find_cause(futures: Sequence[Future[Message]]) -> BaseException | None:
     """The first strip's error that is no consequence of another's. All failed strips' frames are emptied, so that their tensors are free.
 
     A device's error comes last, as both ends of a failed copy have one: where a worker found its slot lost, that says more.

@@ -117,8 +117,8 @@ class DecoderStrip:
     def _fetch_affine(self, norm: nn.GroupNorm, x_1CHW: Tensor, *, with_halo: bool = False) -> tuple[tuple[Tensor, Tensor], Halo]:
         """(scale, shift) per channel that normalise over the whole picture, and the neighbours' raw rows from the same exchange."""
         own_2G = _moments(x_1CHW, norm.num_groups)
-        letters = {peer: (own_2G, *(self._row_for(peer, x_1CHW) if with_halo else ())) for peer in self._links.peers}
-        received = self._links.swap(letters)
+        outgoing = {peer: (own_2G, *(self._row_for(peer, x_1CHW) if with_halo else ())) for peer in self._links.peers}
+        received = self._links.swap(outgoing)
         moments = [received[rank][0] if rank in received else own_2G for rank in range(len(self._shares_R1))]
         above, below = (received[peer][1] if with_halo and peer is not None else None for peer in (self._above, self._below))
         return self._join_moments(norm, torch.stack(moments)), Halo(above, below)

@@ -159,9 +159,9 @@ def test_copies_are_independent(gpus: tuple[torch.device, ...]) -> None:
     back = x.cpu()
     x += 1
     assert on_cpu.tolist() == [1.0, 1.0] and back.tolist() == [1.0, 1.0]
-    twin = copy.deepcopy(x)
+    copied = copy.deepcopy(x)
     x += 1
-    assert twin.tolist() == [2.0, 2.0]
+    assert copied.tolist() == [2.0, 2.0]
 
 
 # bytes
@@ -377,8 +377,8 @@ def test_a_virtual_gpu_that_is_not_there_is_named(gpus: tuple[torch.device, ...]
 
 def test_a_deep_copied_module_is_on_the_device_and_counted(gpus: tuple[torch.device, ...], first: VirtualDevice) -> None:
     module = nn.Linear(4, 4).to(gpus[0])
-    twin = copy.deepcopy(module)
-    assert twin.weight is not module.weight and twin.weight.device == gpus[0] and isinstance(twin.weight, nn.Parameter)
+    copied = copy.deepcopy(module)
+    assert copied.weight is not module.weight and copied.weight.device == gpus[0] and isinstance(copied.weight, nn.Parameter)
     assert first.live_bytes == 2 * (16 + 4) * 4
 
 

@@ -163,8 +163,8 @@ def test_a_cut_network_gives_the_same(two_gpus: Fleet) -> None:
     assert torch.allclose(result, _whole(2), atol=1e-4)
 
 
-def _beside(unet: UnetPatcher, **request: Any) -> SamplingSession:
-    """One picture without CFG: one unit, whose ControlNet has the other slot."""
+def _session_with_control_elsewhere(unet: UnetPatcher, **request: Any) -> SamplingSession:
+    """One picture without CFG: one row, whose ControlNet has the other slot."""
     session = _prepare(unet, "auto", images=1, branches=1, **request)
     assert session is not None
     assert (session.plan.strategy, session.plan.used_slots) == ("single", (0,))
@@ -173,14 +173,14 @@ def _beside(unet: UnetPatcher, **request: Any) -> SamplingSession:
 
 def test_a_single_unit_has_its_controlnet_on_the_other_slot(two_gpus: Fleet) -> None:
     unet = _unet({})
-    session = _beside(unet)
+    session = _session_with_control_elsewhere(unet)
     assert session.plan.control_slots == {"ControlNet": (1,)}
-    assert "ControlNet beside on slot 1" in session.plan.reason
+    assert "ControlNet on slot 1" in session.plan.reason
     assert virtual_gpu.get_device(1).live_bytes > 0
     result = _denoise(unet, images=1, cond_scale=1.0)
-    (rider,) = session.planning.riders
-    assert two_gpus.speeds.speed_of(1, rider.work) is not None
-    assert two_gpus.speeds.speed_of(0, rider.work) is None
+    (control,) = session.planning.control_networks
+    assert two_gpus.speeds.speed_of(1, control.work) is not None
+    assert two_gpus.speeds.speed_of(0, control.work) is None
     sampling_cleanup(unet)
     assert torch.allclose(result, _whole(1, images=1, cond_scale=1.0), atol=1e-4)
 
@@ -188,7 +188,7 @@ def test_a_single_unit_has_its_controlnet_on_the_other_slot(two_gpus: Fleet) -> 
 @pytest.mark.parametrize("faults", [Faults(out_of_memory_share=1.0), Faults(lost_at_operation=40)], ids=["full", "lost"])
 def test_a_failing_slot_of_a_controlnet_does_not_change_the_picture(two_gpus: Fleet, faults: Faults) -> None:
     unet = _unet({})
-    session = _beside(unet)
+    session = _session_with_control_elsewhere(unet)
     virtual_gpu.get_device(1).set_faults(faults)
     result = _denoise(unet, images=1, cond_scale=1.0)
     assert session.plan.control_slots == {"ControlNet": (0,)}
@@ -288,7 +288,7 @@ def _alone(program: Program, control: Residuals) -> Tensor:
 
 
 def test_a_controlnet_runs_while_the_unit_is_on_its_way_in_and_the_unit_waits_outside_its_worker(program: Program) -> None:
-    """The pass ends only when the unit has done its last input block and the worker does something else."""
+    """The pass ends only when the row has done its last input block and the worker does something else."""
     network, way_in_done = nn.Linear(1, 1), threading.Event()
     last_input = sum(segment.kind == "input" for segment in program.segments) - 1
 

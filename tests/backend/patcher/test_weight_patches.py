@@ -206,22 +206,22 @@ def test_a_twin_gets_the_same_weights(devices: tuple[torch.device, ...]) -> None
     one.add_patches(filename="a", patches=patches())
     one.refresh_loras()
 
-    twin = patcher(copy.deepcopy(model), devices[1])
-    assert twin.lora_loader is not one.lora_loader
-    move_module(twin.model, devices[1])
-    twin.copy_patches_from(one)
-    twin.refresh_loras()
-    assert_same(weights(twin.model), weights(model))
+    replica = patcher(copy.deepcopy(model), devices[1])
+    assert replica.lora_loader is not one.lora_loader
+    move_module(replica.model, devices[1])
+    replica.copy_patches_from(one)
+    replica.refresh_loras()
+    assert_same(weights(replica.model), weights(model))
 
     one.lora_patches = {}
     one.refresh_loras()
-    assert not torch.equal(twin.model[0].weight.to("cpu"), model[0].weight.to("cpu"))  # each has its own state
-    twin.copy_patches_from(one)
-    twin.refresh_loras()
-    assert_same(weights(twin.model), before)
+    assert not torch.equal(replica.model[0].weight.to("cpu"), model[0].weight.to("cpu"))  # each has its own state
+    replica.copy_patches_from(one)
+    replica.refresh_loras()
+    assert_same(weights(replica.model), before)
 
 
-def test_a_network_built_from_the_originals_becomes_a_twin(devices: tuple[torch.device, ...]) -> None:
+def test_a_network_built_from_the_originals_becomes_a_replica(devices: tuple[torch.device, ...]) -> None:
     model = network(torch.float16)
     before, one = weights(model), patcher(model, devices[0])
     assert_same(dict(unpatched_tensors(model)), before)
@@ -232,11 +232,11 @@ def test_a_network_built_from_the_originals_becomes_a_twin(devices: tuple[torch.
 
     built = network(torch.float16, seed=5)
     built.load_state_dict({name: tensor.to("cpu") for name, tensor in unpatched_tensors(model).items()})
-    twin = patcher(built)
-    twin.copy_patches_from(one)
-    twin.refresh_loras()
+    replica = patcher(built)
+    replica.copy_patches_from(one)
+    replica.refresh_loras()
     assert_same(weights(built), weights(model))
-    assert all(twin.lora_loader.backup[name] is original for name, original in one.lora_loader.backup.items())  # kept once on the host
+    assert all(replica.lora_loader.backup[name] is original for name, original in one.lora_loader.backup.items())  # kept once on the host
 
 
 def test_networks_of_other_weights_share_no_originals() -> None:

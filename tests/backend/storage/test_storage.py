@@ -126,12 +126,12 @@ def test_the_stored_weight_comes_back_when_the_layer_raises() -> None:
 def test_a_deep_copy_dequantizes_its_own_weights() -> None:
     module = network()
     set_types(module, torch.float8_e4m3fn, torch.float32)
-    twin = copy.deepcopy(module)
-    twin[0].weight.data = torch.zeros(8, 8).to(torch.float8_e4m3fn)
+    copied = copy.deepcopy(module)
+    copied[0].weight.data = torch.zeros(8, 8).to(torch.float8_e4m3fn)
     x = numbers(2, 8)
-    assert torch.equal(twin[0](x), twin[0].bias.float().expand(2, -1))
-    assert not torch.equal(module[0](x), twin[0](x))
-    assert twin[0].weight.dtype == module[0].weight.dtype == torch.float8_e4m3fn
+    assert torch.equal(copied[0](x), copied[0].bias.float().expand(2, -1))
+    assert not torch.equal(module[0](x), copied[0](x))
+    assert copied[0].weight.dtype == module[0].weight.dtype == torch.float8_e4m3fn
 
 
 def test_computing_in_holds_for_the_block_alone() -> None:

@@ -149,13 +149,13 @@ def test_multi_gpu_tells_of_slots_plan_and_links(server: Server) -> None:
     plan = Plan(
         strategy="replicas", replicas=tuple(ReplicaPlan(pieces=(Piece(0),), slots=(slot,)) for slot in (0, 1)), reason="why", predicted_bytes={0: 7}
     )
-    status.set_current_plan(plan, units=(1, 1), measured_ms=3.5)
+    status.set_current_plan(plan, rows=(1, 1), measured_ms=3.5)
     status.set_links([Link(source=0, target=1)], {})
     answer = server.get("/sdapi/v1/multi-gpu")
     status.set_current_plan(None)
     status.set_links((), {})
     assert answer["plan"] == {
-        "strategy": "replicas", "reason": "why", "replicas": 2, "stages": [[0], [1]], "units": [1, 1],
+        "strategy": "replicas", "reason": "why", "replicas": 2, "stages": [[0], [1]], "rows": [1, 1],
         "predicted_ms": None, "measured_ms": 3.5, "predicted_bytes": {"0": 7},
     }  # fmt: skip
     assert list(answer["links"][0]) == ["source", "target", "route", "reason", "bytes_per_ms", "latency_ms"]

@@ -21,10 +21,10 @@ def _slot(index: int, **fields: object) -> SlotStatus:
 
 BOTH = (_slot(0), _slot(1))
 REPLICAS = PlanStatus(
-    strategy="replicas", reason="2 replicas on slots 0 and 1", replicas=2, stages=((0,), (1,)), units=(1, 1), predicted_ms=None, measured_ms=None,
+    strategy="replicas", reason="2 replicas on slots 0 and 1", replicas=2, stages=((0,), (1,)), rows=(1, 1), predicted_ms=None, measured_ms=None,
     predicted_bytes={},
 )  # fmt: skip
-SINGLE = replace(REPLICAS, strategy="single", replicas=1, stages=((0,),), units=(1,), reason="slot 0 alone: the link is slow")
+SINGLE = replace(REPLICAS, strategy="single", replicas=1, stages=((0,),), rows=(1,), reason="slot 0 alone: the link is slow")
 
 
 def test_the_table_has_a_line_per_slot_in_columns_that_somebody_fills() -> None:
@@ -44,7 +44,7 @@ def test_the_table_has_a_line_per_slot_in_columns_that_somebody_fills() -> None:
         (None, BOTH, False, "Only slot 0 computes: start with --multi-gpu to use the others."),
         (SINGLE, BOTH, True, "Slot 1 is idle: slot 0 alone: the link is slow. Larger pictures, or more of them at once (Batch size), give it work."),
         (
-            replace(REPLICAS, units=(1, 0)), BOTH, True,
+            replace(REPLICAS, rows=(1, 0)), BOTH, True,
             "Slot 1 is idle: 2 replicas on slots 0 and 1. More pictures at once (Batch size) give it work.",
         ),
         (

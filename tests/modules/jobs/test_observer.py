@@ -98,10 +98,10 @@ def test_a_profile_agrees_with_what_the_virtual_gpus_counted(app: Application, g
         assert slot.operations == device.num_operations - before[slot.slot]
     links = {tuple(link.link.split(" > ")): link.bytes for link in job.links}
     assert links == {pair: size - sent.get(pair, 0) for pair, size in gpus.transport.stats.bytes_by_pair().items() if size != sent.get(pair, 0)}
-    assert {slot.slot for slot in job.slots if slot.units} == {slot for replica in job.plans[-1].replicas for slot in replica.stage_slots}
+    assert {slot.slot for slot in job.slots if slot.stage_runs} == {slot for replica in job.plans[-1].replicas for slot in replica.stage_slots}
     assert [step.step for step in job.steps] == [0, 1, 2, 3]
-    assert {unit.step for unit in job.units} == {0, 1, 2, 3}
-    assert sum(unit.rows for unit in job.units) == 4 * 4  # in each step two pictures with two prompts each
+    assert {batch.step for batch in job.batches} == {0, 1, 2, 3}
+    assert sum(batch.rows for batch in job.batches) == 4 * 4  # in each step two pictures with two prompts each
     kinds = {span.kind for span in job.spans}
     assert {"text encoder", "VAE", "save", "load", "plan"} - kinds <= {"text encoder"}  # prompts may come from the last job
 
@@ -131,7 +131,7 @@ def test_every_piece_runs_inside_a_span_of_its_slot(
         run(_request(steps=3))
         app.models.unload()
     _check(jobs[-1])
-    stages = [span for span in recordings[-1].spans if span.kind in ("unit", "stage") and span.name != "time embedding"]
+    stages = [span for span in recordings[-1].spans if span.kind in ("network", "stage") and span.name != "time embedding"]
     assert {thread for thread, _, _ in pieces} == {"slot-0", "slot-1"}
     for thread, began_ns, ended_ns in pieces:
         assert any(f"slot-{span.slot}" == thread and span.start_ns <= began_ns and ended_ns <= span.end_ns for span in stages)
@@ -142,8 +142,8 @@ def test_one_slot_has_a_profile_too(app: Application, jobs: list[JobRecord]) -> 
     job = jobs[-1]
     _check(job)
     (slot,) = job.slots
-    assert (job.plans[0].strategy, slot.units, slot.device) == ("single", 3, "cpu")
-    assert {"unit", "VAE"} <= set(slot.busy_ms_by_kind)
+    assert (job.plans[0].strategy, slot.stage_runs, slot.device) == ("single", 3, "cpu")
+    assert {"network", "VAE"} <= set(slot.busy_ms_by_kind)
 
 
 def test_img2img_has_its_encoding_in_it(app: Application, jobs: list[JobRecord]) -> None:

@@ -18,9 +18,9 @@ def make_job(number: int = 0) -> JobRecord:
     """Two slots for 100 ms; the second gets a copy and then computes."""
     ms = 1_000_000
     spans = (
-        Span(kind="unit", name="whole network", slot=0, start_ns=10 * ms, end_ns=60 * ms, unit=0, step=0, rows=1),
+        Span(kind="network", name="whole network", slot=0, start_ns=10 * ms, end_ns=60 * ms, batch=0, step=0, rows=1),
         Span(kind="copy", name="copy", slot=1, start_ns=12 * ms, end_ns=20 * ms, num_bytes=4096, link="cuda:0 > cuda:1"),
-        Span(kind="unit", name="whole network", slot=1, start_ns=20 * ms, end_ns=90 * ms, unit=1, step=0, rows=1),
+        Span(kind="network", name="whole network", slot=1, start_ns=20 * ms, end_ns=90 * ms, batch=1, step=0, rows=1),
         Span(kind="save", name="save a picture", slot=None, start_ns=91 * ms, end_ns=95 * ms),
     )
     request = RequestRecord(
@@ -47,7 +47,7 @@ def test_a_record_has_what_the_spans_say() -> None:
     assert (second.busy_ms, second.wait_ms_by_cause) == (70.0, {"copy": 8.0, "other slots": 2.0, "host": 16.0, "save": 4.0})
     assert (first.driver_utilization_percent, second.driver_utilization_percent) == (None, 50.0)
     assert (job.communication.exposed_share, job.links[0].bytes, job.steps[0].host_end_ms) == (1.0, 4096, 90.0)
-    assert [(unit.unit, unit.slots) for unit in job.units] == [(0, [0]), (1, [1])]
+    assert [(batch.batch, batch.slots) for batch in job.batches] == [(0, [0]), (1, [1])]
 
 
 def test_only_the_last_jobs_are_kept_and_older_files_rotate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ SLOT = SlotStatus(
     peak_bytes=20 * GIB, speed=0.6, utilization=97, temperature=66, power=300.0, holders=(("KModel", 10 * GIB), ("VAE & more", 2 * GIB)),
 )  # fmt: skip
 PLAN = PlanStatus(
-    strategy="replicas", reason="each card has a copy, 1.9x", replicas=2, stages=((0,), (1,)), units=(1, 1), predicted_ms=100.4, measured_ms=None,
+    strategy="replicas", reason="each card has a copy, 1.9x", replicas=2, stages=((0,), (1,)), rows=(1, 1), predicted_ms=100.4, measured_ms=None,
     predicted_bytes={},
 )  # fmt: skip
 

@@ -99,7 +99,7 @@ def test_pieces_of_a_staged_copy_cover_the_tensor_once(shape: tuple[int, ...], m
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice", "transposed", "expanded"])
-def test_the_flat_order_of_a_dense_tensor_is_that_of_its_twin(layout: str) -> None:
+def test_the_flat_order_of_a_dense_tensor_is_that_of_its_copy(layout: str) -> None:
     tensor = torch.randn(2, 3, 4, 5)
     made = {
         "contiguous": tensor,
@@ -109,11 +109,11 @@ def test_the_flat_order_of_a_dense_tensor_is_that_of_its_twin(layout: str) -> No
         "expanded": tensor[:1].expand(4, -1, -1, -1),
     }[layout]
     dense = transport._make_dense(made)
-    twin = transport._new_like(dense, CPU)
-    for source, target in zip(transport._split_flat(dense), transport._split_flat(twin)):
+    made_there = transport._new_like(dense, CPU)
+    for source, target in zip(transport._split_flat(dense), transport._split_flat(made_there)):
         target.copy_(source)
-    assert torch.equal(twin, made)
-    assert twin.stride() == dense.stride()
+    assert torch.equal(made_there, made)
+    assert made_there.stride() == dense.stride()
 
 
 # CUDA's order of events, played
@@ -244,11 +244,11 @@ def test_whatever_the_pace_of_the_streams_what_was_produced_is_what_is_consumed(
         with cuda.stream(producing):
             tensor: Any = FakeTensor(cuda, CUDA0, [None] * len(values))
             producing.queue.append(lambda tensor=tensor, values=values: tensor.write(values))
-            parcel = copies.copy(tensor, CUDA1, staged=staged)
+            transfer = copies.copy(tensor, CUDA1, staged=staged)
         with cuda.stream(consuming):
-            arrived: Any = parcel.receive()
+            arrived: Any = transfer.receive()
             consuming.queue.append(lambda arrived=arrived: seen.append(arrived.read()))
-    again: Any = parcel.receive()
+    again: Any = transfer.receive()
     cuda.current_stream(CUDA1).queue.append(lambda: seen.append(again.read()))
     cuda.run(seed)
     assert Counter(map(tuple, seen)) == {(1, 2, 3): 1, (4, 5): 2}
@@ -272,10 +272,10 @@ def test_both_ends_are_kept_for_the_streams_that_use_them(staged: bool) -> None:
 def test_a_copy_waits_for_no_work_of_the_target_and_holds_up_none_of_the_source(staged: bool) -> None:
     cuda = FakeCuda()
     source_stream, target_stream = cuda.streams
-    parcel = CudaCopies(cuda).copy(FakeTensor(cuda, CUDA0, [1]), CUDA1, staged=staged)  # type: ignore[arg-type]
+    transfer = CudaCopies(cuda).copy(FakeTensor(cuda, CUDA0, [1]), CUDA1, staged=staged)  # type: ignore[arg-type]
     assert [work for work in source_stream.queue if isinstance(work, FakeEvent)] == []
     assert target_stream.queue == []
-    parcel.receive()
+    transfer.receive()
     assert len(target_stream.queue) == 1
 
 
@@ -288,9 +288,9 @@ def test_two_streams_of_one_card_hand_over_in_order(seed: int) -> None:
     with cuda.stream(one):
         tensor: Any = FakeTensor(cuda, CUDA0, [None])
         one.queue.append(lambda: tensor.write([7]))
-        parcel = copies.share(tensor)
+        transfer = copies.share(tensor)
     with cuda.stream(other):
-        assert parcel.receive() is tensor
+        assert transfer.receive() is tensor
         other.queue.append(lambda: seen.append(tensor.read()))
     cuda.run(seed)
     assert seen == [[7]]

@@ -73,7 +73,7 @@ def test_vae_decoder_and_controlnet_have_the_known_sizes() -> None:
     assert vae.flops_per_row / 2 == pytest.approx(5.24e12, rel=0.005)
     assert vae.weight_bytes == 2 * 83_653_863
     assert controlnet.weight_bytes / 2 == pytest.approx(1.251e9, rel=0.001)
-    assert controlnet.runs_per_unit and not vae.runs_per_unit
+    assert controlnet.runs_per_row and not vae.runs_per_row
     assert text.weight_bytes == 2 * (123_060_480 + 694_659_840)
 
 

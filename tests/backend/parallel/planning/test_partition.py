@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, contains
 from backend.parallel.planning.partition import MOST_IMBALANCE, MOST_WEIGHT_SHARE, SAME_TIME, Partition, PartitionJob, partition
-from backend.parallel.planning.pipeline import StageTime, Units, simulate_pipeline
+from backend.parallel.planning.pipeline import StageTime, StepRows, simulate_pipeline
 from backend.parallel.planning.simulation import component_costs, profile_model
 from backend.parallel.planning.slot_facts import Link, SlotFacts
 from tests.support.parallel_costs import GB, ROW_MS, fast_links, make_profile, make_slot
@@ -44,8 +44,8 @@ def assert_is_whole(profile: ModelProfile, found: Partition, slots: list[SlotFac
     assert sum(found.weight_bytes.values()) == profile.weight_bytes
 
 
-def speedup(profile: ModelProfile, found: Partition, units: Units) -> float:
-    return units.count * ROW_MS / found.step_ms
+def speedup(profile: ModelProfile, found: Partition, step_rows: StepRows) -> float:
+    return step_rows.count * ROW_MS / found.step_ms
 
 
 # numbers of segments and slots, equal or not
@@ -55,7 +55,7 @@ def speedup(profile: ModelProfile, found: Partition, units: Units) -> float:
 def test_any_number_of_pieces_over_any_number_of_slots(num_pieces: int, num_slots: int) -> None:
     profile = make_profile([1.0] * num_pieces)
     slots = [make_slot(profile, index) for index in range(num_slots)]
-    cut(profile, slots, fast_links(num_slots), least_slots=1, units=Units(images=2))
+    cut(profile, slots, fast_links(num_slots), least_slots=1, step_rows=StepRows(images=2))
 
 
 def test_one_slot_gets_all() -> None:
@@ -89,17 +89,17 @@ def test_fixed_bytes_count() -> None:
 def test_a_u_cut_is_found_for_one_image_and_a_straight_one_for_many() -> None:
     profile = make_profile([1.0] * 12, [GB] * 4 + [2 * GB] * 4 + [GB] * 4)  # light outside, as UNets are
     slots = [make_slot(profile, index) for index in range(2)]
-    one = cut(profile, slots, fast_links(2), units=Units(images=1))
-    assert speedup(profile, one, Units(images=1)) == pytest.approx(1.5)
+    one = cut(profile, slots, fast_links(2), step_rows=StepRows(images=1))
+    assert speedup(profile, one, StepRows(images=1)) == pytest.approx(1.5)
     assert len(one.replica.stages) == 3
-    many = cut(profile, slots, fast_links(2), units=Units(images=4))
-    assert speedup(profile, many, Units(images=4)) == pytest.approx(2.0)
+    many = cut(profile, slots, fast_links(2), step_rows=StepRows(images=4))
+    assert speedup(profile, many, StepRows(images=4)) == pytest.approx(2.0)
 
 
 def test_a_fast_slot_gets_more() -> None:
     profile = make_profile([1.0] * 16)
     slots = [make_slot(profile, 0, total_bytes=24 * GB), make_slot(profile, 1, speed=0.6, total_bytes=12 * GB)]
-    found = cut(profile, slots, fast_links(2), units=Units(images=4))
+    found = cut(profile, slots, fast_links(2), step_rows=StepRows(images=4))
     assert found.weight_bytes[0] == 10 * 10**6
     assert found.step_ms == pytest.approx(8 * ROW_MS / 1.6, rel=0.01)
 
@@ -109,8 +109,8 @@ def test_slow_links_make_for_little_traffic() -> None:
     profile = make_profile([1.0] * 12, num_skips=4, state_bytes=10**6)
     slots = [make_slot(profile, index) for index in range(2)]
     slow = tuple(Link(source=one, target=1 - one, bytes_per_ms=5e4, latency_ms=0.1) for one in (0, 1))
-    fast = cut(profile, slots, fast_links(2), units=Units(images=4))
-    careful = cut(profile, slots, slow, units=Units(images=4))
+    fast = cut(profile, slots, fast_links(2), step_rows=StepRows(images=4))
+    careful = cut(profile, slots, slow, step_rows=StepRows(images=4))
     assert careful.crossing_bytes <= fast.crossing_bytes
     assert careful.crossing_bytes < 8 * 5 * 10**6  # the state and four skips, as a straight cut would send
 
@@ -127,7 +127,7 @@ def test_slots_of_one_device_send_nothing() -> None:
 def test_sdxl_on_two_equal_cards(sdxl: ModelProfile) -> None:
     found = cut(sdxl, cards(sdxl, 24, 24))
     assert found.rules_kept
-    assert speedup(sdxl, found, Units()) > 1.44  # 1.33 is what a straight cut gives
+    assert speedup(sdxl, found, StepRows()) > 1.44  # 1.33 is what a straight cut gives
     assert len(found.replica.stages) == 3
 
 
@@ -136,7 +136,7 @@ def test_a_limit_on_crossing_bytes_is_kept_where_the_rules_allow(sdxl: ModelProf
     found = cut(sdxl, cards(sdxl, 24, 24), movable=others, max_crossing_bytes=12_000_000)
     assert found.rules_kept
     assert found.crossing_bytes < 12_000_000
-    assert speedup(sdxl, found, Units()) > 1.33
+    assert speedup(sdxl, found, StepRows()) > 1.33
 
 
 def test_searching_is_quick(sdxl: ModelProfile) -> None:
@@ -150,10 +150,10 @@ def test_searching_is_quick(sdxl: ModelProfile) -> None:
 
 @pytest.mark.parametrize("count", [3, 4])
 def test_more_cards_keep_the_rules_too(sdxl: ModelProfile, count: int) -> None:
-    found = cut(sdxl, cards(sdxl, *(24,) * count), units=Units(images=2))
+    found = cut(sdxl, cards(sdxl, *(24,) * count), step_rows=StepRows(images=2))
     assert found.rules_kept
     assert len(found.replica.used_slots) == count
-    assert speedup(sdxl, found, Units(images=2)) > 0.6 * count
+    assert speedup(sdxl, found, StepRows(images=2)) > 0.6 * count
 
 
 # movable components
@@ -169,7 +169,7 @@ def test_components_make_up_for_what_a_slot_does_not_hold() -> None:
 
 def test_a_controlnet_runs_before_every_unit_and_is_paid_for() -> None:
     profile = make_profile([1.0] * 12, num_skips=3)
-    control = ComponentCost(name="ControlNet", weight_bytes=100, flops_per_row=4.0, runs_per_unit=True)
+    control = ComponentCost(name="ControlNet", weight_bytes=100, flops_per_row=4.0, runs_per_row=True)
     slots = [make_slot(profile, index) for index in range(2)]
     with_control = cut(profile, slots, fast_links(2), movable=(control,))
     without = cut(profile, slots, fast_links(2))
@@ -188,7 +188,7 @@ networks = st.integers(1, 7).flatmap(
     )
 )
 slot_lists = st.lists(st.tuples(st.sampled_from([0.5, 1.0, 2.0]), st.integers(4, 60)), min_size=1, max_size=3)
-unit_sets = st.builds(Units, images=st.integers(1, 2), branches=st.integers(1, 2), has_lanes=st.booleans())
+row_sets = st.builds(StepRows, images=st.integers(1, 2), branches=st.integers(1, 2), has_lanes=st.booleans())
 
 
 def make_case(network: tuple[list[float], list[int], int], facts: list[tuple[float, int]]) -> tuple[ModelProfile, list[SlotFacts]]:
@@ -199,7 +199,7 @@ def make_case(network: tuple[list[float], list[int], int], facts: list[tuple[flo
     ]  # fmt: skip
 
 
-def straight_cuts(profile: ModelProfile, slots: list[SlotFacts], units: Units) -> list[tuple[bool, float]]:
+def straight_cuts(profile: ModelProfile, slots: list[SlotFacts], step_rows: StepRows) -> list[tuple[bool, float]]:
     """Of every straight cut in every order that fits: whether it keeps the rules, and its time without transfers. The brute force."""
     found = []
     count = len(profile.pieces)
@@ -218,16 +218,18 @@ def straight_cuts(profile: ModelProfile, slots: list[SlotFacts], units: Units) -
             is_even = all(min(group) >= (1 - 0.9 * MOST_IMBALANCE) * max(group) for group in alike if len(group) > 1)
             keeps_rules = is_even and (len(runs) == 1 or max(weights.values()) <= MOST_WEIGHT_SHARE * profile.weight_bytes)
             stages = [StageTime(slot=slot.index, run_ms=sum(cost.work_per_row for cost in pieces) / slot.speed) for slot, pieces in runs]
-            found.append((keeps_rules, simulate_pipeline(stages, units).step_ms))
+            found.append((keeps_rules, simulate_pipeline(stages, step_rows).step_ms))
     return found
 
 
 @settings(max_examples=80, deadline=None)
-@given(network=networks, facts=slot_lists, units=unit_sets)
-def test_at_least_as_good_as_every_straight_cut(network: tuple[list[float], list[int], int], facts: list[tuple[float, int]], units: Units) -> None:
+@given(network=networks, facts=slot_lists, step_rows=row_sets)
+def test_at_least_as_good_as_every_straight_cut(
+    network: tuple[list[float], list[int], int], facts: list[tuple[float, int]], step_rows: StepRows
+) -> None:
     profile, slots = make_case(network, facts)
-    found = partition(profile, slots, fast_links(len(slots)), PartitionJob(units=units))
-    known = straight_cuts(profile, slots, units)
+    found = partition(profile, slots, fast_links(len(slots)), PartitionJob(step_rows=step_rows))
+    known = straight_cuts(profile, slots, step_rows)
     if found is None:
         assert not known
         return
@@ -239,10 +241,12 @@ def test_at_least_as_good_as_every_straight_cut(network: tuple[list[float], list
 
 
 @settings(max_examples=40, deadline=None)
-@given(network=networks, facts=slot_lists, units=unit_sets)
-def test_predicted_time_is_that_of_the_stages(network: tuple[list[float], list[int], int], facts: list[tuple[float, int]], units: Units) -> None:
+@given(network=networks, facts=slot_lists, step_rows=row_sets)
+def test_predicted_time_is_that_of_the_stages(
+    network: tuple[list[float], list[int], int], facts: list[tuple[float, int]], step_rows: StepRows
+) -> None:
     profile, slots = make_case(network, facts)
-    found = partition(profile, slots, fast_links(len(slots)), PartitionJob(units=units))
+    found = partition(profile, slots, fast_links(len(slots)), PartitionJob(step_rows=step_rows))
     if found is None:
         return
     speeds = {slot.index: slot.speed for slot in slots}
@@ -250,7 +254,7 @@ def test_predicted_time_is_that_of_the_stages(network: tuple[list[float], list[i
     for stage in found.replica.stages:
         work = sum(cost.work_per_row for cost in profile.pieces if any(contains(piece, cost.piece) for piece in stage.pieces))
         stages.append(StageTime(slot=stage.slot, run_ms=work / speeds[stage.slot]))
-    assert found.step_ms == pytest.approx(simulate_pipeline(stages, units).step_ms, rel=1e-4)
+    assert found.step_ms == pytest.approx(simulate_pipeline(stages, step_rows).step_ms, rel=1e-4)
 
 
 @settings(max_examples=40, deadline=None)

@@ -10,7 +10,7 @@ from backend.parallel.planning.pipeline import (
     WARM_UP_STEPS,
     StageArrays,
     StageTime,
-    Units,
+    StepRows,
     join_candidates,
     lower_bounds,
     simulate_many,
@@ -22,31 +22,31 @@ from backend.parallel.planning.validation import study_comparisons
 def run(*runs: tuple[int, float], images: int = 1, branches: int = 2, has_lanes: bool = True, is_async: bool = True, send_ms: float = 0.0) -> float:
     """Speed-up against one slot that does all of it."""
     stages = [StageTime(slot=slot, run_ms=run_ms, send_ms=send_ms) for slot, run_ms in runs]
-    units = Units(images=images, branches=branches, has_lanes=has_lanes)
-    return units.count * sum(run_ms for _, run_ms in runs) / simulate_pipeline(stages, units, is_async=is_async).step_ms
+    step_rows = StepRows(images=images, branches=branches, has_lanes=has_lanes)
+    return step_rows.count * sum(run_ms for _, run_ms in runs) / simulate_pipeline(stages, step_rows, is_async=is_async).step_ms
 
 
-def simulate_plainly(stages: list[StageTime], units: Units, is_async: bool) -> float:
-    """The same rules written down unit by unit, with no arrays: the reference."""
+def simulate_plainly(stages: list[StageTime], step_rows: StepRows, is_async: bool) -> float:
+    """The same rules written down row by row, with no arrays: the reference."""
     free: dict[int, float] = {}
-    ready = [0.0] * units.count
-    stage, step = [0] * units.count, [0] * units.count
-    done: list[float | None] = [None] * units.count
-    size = units.branches if units.has_lanes else units.count
+    ready = [0.0] * step_rows.count
+    stage, step = [0] * step_rows.count, [0] * step_rows.count
+    done: list[float | None] = [None] * step_rows.count
+    size = step_rows.branches if step_rows.has_lanes else step_rows.count
 
     def run_until(goal: int) -> float:
         while True:
-            waiting = [unit for unit in range(units.count) if done[unit] is None and step[unit] < goal]
+            waiting = [row for row in range(step_rows.count) if done[row] is None and step[row] < goal]
             if not waiting:
                 return max(ready)
-            unit = min(waiting, key=lambda u: (round(max(ready[u], free.get(stages[stage[u]].slot, 0.0)), 6), round(ready[u], 6), step[u], u))
-            now = stages[stage[unit]]
-            end = max(ready[unit], free.get(now.slot, 0.0)) + now.run_ms
+            row = min(waiting, key=lambda u: (round(max(ready[u], free.get(stages[stage[u]].slot, 0.0)), 6), round(ready[u], 6), step[u], u))
+            now = stages[stage[row]]
+            end = max(ready[row], free.get(now.slot, 0.0)) + now.run_ms
             free[now.slot] = end if is_async else end + now.send_ms
-            ready[unit], stage[unit] = end + now.send_ms, stage[unit] + 1
-            if stage[unit] == len(stages):
-                done[unit] = ready[unit]
-                group = range(unit // size * size, unit // size * size + size)
+            ready[row], stage[row] = end + now.send_ms, stage[row] + 1
+            if stage[row] == len(stages):
+                done[row] = ready[row]
+                group = range(row // size * size, row // size * size + size)
                 times = [done[mate] for mate in group]
                 if None not in times:
                     for mate in group:
@@ -88,7 +88,7 @@ def test_transfers_hide_behind_other_units_only_when_asynchronous() -> None:
 
 
 def test_busy_shares() -> None:
-    result = simulate_pipeline([StageTime(slot=7, run_ms=20), StageTime(slot=3, run_ms=60), StageTime(slot=7, run_ms=20)], Units())
+    result = simulate_pipeline([StageTime(slot=7, run_ms=20), StageTime(slot=3, run_ms=60), StageTime(slot=7, run_ms=20)], StepRows())
     assert set(result.busy_share) == {7, 3}
     assert result.busy_share[3] == pytest.approx(2 * 60 / result.step_ms)
     assert result.busy_share[7] == pytest.approx(2 * 40 / result.step_ms)
@@ -96,39 +96,39 @@ def test_busy_shares() -> None:
 
 def test_many_images_are_scaled_from_fewer() -> None:
     stages = [StageTime(slot=0, run_ms=50), StageTime(slot=1, run_ms=50)]
-    assert simulate_pipeline(stages, Units(images=60)).step_ms == pytest.approx(15 * simulate_pipeline(stages, Units(images=4)).step_ms)
+    assert simulate_pipeline(stages, StepRows(images=60)).step_ms == pytest.approx(15 * simulate_pipeline(stages, StepRows(images=4)).step_ms)
 
 
 def test_no_units_are_refused() -> None:
     with pytest.raises(ValueError, match="0 images"):
-        Units(images=0)
+        StepRows(images=0)
 
 
 stage_lists = st.lists(
     st.builds(StageTime, slot=st.integers(0, 2), run_ms=st.integers(0, 40).map(float), send_ms=st.integers(0, 5).map(float)), min_size=1, max_size=5
 )
-unit_sets = st.builds(Units, images=st.integers(1, 3), branches=st.integers(1, 3), has_lanes=st.booleans())
+row_sets = st.builds(StepRows, images=st.integers(1, 3), branches=st.integers(1, 3), has_lanes=st.booleans())
 
 
 @settings(max_examples=150, deadline=None)
-@given(stages=stage_lists, units=unit_sets, is_async=st.booleans())
-def test_equals_the_plain_simulation(stages: list[StageTime], units: Units, is_async: bool) -> None:
-    assert simulate_pipeline(stages, units, is_async=is_async).step_ms == pytest.approx(simulate_plainly(stages, units, is_async), abs=1e-6)
+@given(stages=stage_lists, step_rows=row_sets, is_async=st.booleans())
+def test_equals_the_plain_simulation(stages: list[StageTime], step_rows: StepRows, is_async: bool) -> None:
+    assert simulate_pipeline(stages, step_rows, is_async=is_async).step_ms == pytest.approx(simulate_plainly(stages, step_rows, is_async), abs=1e-6)
 
 
 @settings(max_examples=100, deadline=None)
-@given(stages=stage_lists, units=unit_sets)
-def test_no_schedule_beats_the_lower_bound_or_loses_to_one_after_the_other(stages: list[StageTime], units: Units) -> None:
+@given(stages=stage_lists, step_rows=row_sets)
+def test_no_schedule_beats_the_lower_bound_or_loses_to_one_after_the_other(stages: list[StageTime], step_rows: StepRows) -> None:
     arrays = StageArrays(
         np.array([[stage.slot for stage in stages]]),
         np.array([[stage.run_ms for stage in stages]]),
         np.array([[stage.send_ms for stage in stages]]),
     )
-    step_ms = simulate_many(arrays, units)[0]
-    bound = lower_bounds(arrays, units)[0]
-    in_turn = units.count * sum(stage.run_ms + stage.send_ms for stage in stages)
+    step_ms = simulate_many(arrays, step_rows)[0]
+    bound = lower_bounds(arrays, step_rows)[0]
+    in_turn = step_rows.count * sum(stage.run_ms + stage.send_ms for stage in stages)
     assert step_ms <= in_turn * (1 + 1e-9) + 1e-9
-    # In lanes single steps of an image may overlap the others', so the bound on one unit's way is per image, the bound on work for all.
+    # In lanes single steps of an image may overlap the others', so the bound on one row's way is per image, the bound on work for all.
     assert step_ms >= bound * (1 - 1e-9) - 1e-9
 
 
@@ -137,16 +137,16 @@ def test_candidates_do_not_disturb_each_other() -> None:
     arrays = StageArrays(
         np.array([[0, 1, -1], [0, 1, 0]]), np.array([[50.0, 50.0, 0.0], [30.0, 30.0, 40.0]]), np.zeros((2, 3))
     )  # fmt: skip
-    times = simulate_many(arrays, Units())
+    times = simulate_many(arrays, StepRows())
     assert times[0] == pytest.approx(150.0)
     assert times[1] == pytest.approx(
-        simulate_pipeline([StageTime(slot=0, run_ms=30), StageTime(slot=1, run_ms=30), StageTime(slot=0, run_ms=40)], Units()).step_ms
+        simulate_pipeline([StageTime(slot=0, run_ms=30), StageTime(slot=1, run_ms=30), StageTime(slot=0, run_ms=40)], StepRows()).step_ms
     )
 
 
 def test_candidates_of_unlike_length_take_side_by_side_what_they_take_alone() -> None:
     one = StageArrays(np.array([[0, 1, 0]]), np.array([[3.0, 5.0, 2.0]]), np.array([[0.5, 0.25, 0.0]]))
     two = StageArrays(np.array([[0], [1]]), np.array([[7.0], [9.0]]), np.array([[0.0], [1.0]]))
-    units = Units(images=2)
-    together = simulate_many(join_candidates([one, two]), units)
-    assert together.tolist() == [*simulate_many(one, units), *simulate_many(two, units)]
+    step_rows = StepRows(images=2)
+    together = simulate_many(join_candidates([one, two]), step_rows)
+    assert together.tolist() == [*simulate_many(one, step_rows), *simulate_many(two, step_rows)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, contains
 from backend.parallel.planning.plan import Plan
-from backend.parallel.planning.planner import LEAST_GAIN, JobShape, SlotFacts, deal_units, make_plan
+from backend.parallel.planning.planner import LEAST_GAIN, JobShape, SlotFacts, deal_by_speed, make_plan
 from tests.support.parallel_costs import GB, ROW_MS, fast_links, make_profile, make_slot
 
 NETWORK = make_profile([1.0] * 12, [GB // 2] * 4 + [GB] * 4 + [GB // 2] * 4)
@@ -53,11 +53,11 @@ def assert_is_sound(profile: ModelProfile, slots: list[SlotFacts], plan: Plan) -
     assert plan.predicted_ms > 0
 
 
-# dealing units
+# dealing rows
 
 
 @pytest.mark.parametrize(
-    ("num_units", "speeds", "expected"),
+    ("num_rows", "speeds", "expected"),
     [
         (2, (1.0, 1.0), (1, 1)),
         (3, (1.0, 1.0), (2, 1)),
@@ -70,24 +70,24 @@ def assert_is_sound(profile: ModelProfile, slots: list[SlotFacts], plan: Plan) -
         (7, (3.0,), (7,)),
     ],
 )
-def test_units_are_dealt_by_speed(num_units: int, speeds: tuple[float, ...], expected: tuple[int, ...]) -> None:
-    assert deal_units(num_units, speeds) == expected
+def test_rows_are_dealt_by_speed(num_rows: int, speeds: tuple[float, ...], expected: tuple[int, ...]) -> None:
+    assert deal_by_speed(num_rows, speeds) == expected
 
 
 @settings(max_examples=100, deadline=None)
-@given(num_units=st.integers(0, 6), speeds=st.lists(st.floats(0.1, 4.0), min_size=1, max_size=3))
-def test_no_other_way_to_deal_is_done_earlier(num_units: int, speeds: list[float]) -> None:
-    dealt = deal_units(num_units, speeds)
-    others = [way for way in product(range(num_units + 1), repeat=len(speeds)) if sum(way) == num_units]
+@given(num_rows=st.integers(0, 6), speeds=st.lists(st.floats(0.1, 4.0), min_size=1, max_size=3))
+def test_no_other_way_to_deal_is_done_earlier(num_rows: int, speeds: list[float]) -> None:
+    dealt = deal_by_speed(num_rows, speeds)
+    others = [way for way in product(range(num_rows + 1), repeat=len(speeds)) if sum(way) == num_rows]
     assert dealt in others
-    best = min(max(units / speed for units, speed in zip(way, speeds)) for way in others)
-    assert max(units / speed for units, speed in zip(dealt, speeds)) <= best * (1 + 1e-9)
+    best = min(max(rows / speed for rows, speed in zip(way, speeds)) for way in others)
+    assert max(rows / speed for rows, speed in zip(dealt, speeds)) <= best * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("speeds", [(), (1.0, 0.0), (-1.0,)])
 def test_dealing_to_nobody_is_refused(speeds: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="there must be one at least"):
-        deal_units(2, speeds)
+        deal_by_speed(2, speeds)
 
 
 # which plan
@@ -105,7 +105,7 @@ def test_two_cards_and_cfg_take_a_branch_each() -> None:
 def test_one_unit_stays_on_one_slot() -> None:
     plan = plan_for(slots_of(24, 24), branches=1)
     assert plan.strategy == "single"
-    assert "one unit" in plan.reason
+    assert "one row" in plan.reason
 
 
 def test_one_slot() -> None:
@@ -130,17 +130,17 @@ def test_the_fastest_slot_that_holds_the_network_is_the_single_one() -> None:
 
 
 @pytest.mark.parametrize(("images", "speeds", "speedup"), [(1, (1.0, 0.6), 1.2), (4, (1.0, 0.6), 1.6), (2, (1.0, 0.6), 1.33)])
-def test_unequal_cards_reach_what_whole_units_allow(images: int, speeds: tuple[float, ...], speedup: float) -> None:
+def test_unequal_cards_reach_what_whole_rows_allow(images: int, speeds: tuple[float, ...], speedup: float) -> None:
     plan = plan_for(slots_of(24, 24, speeds=speeds), "replicas", images=images)
     assert plan.predicted_speedup == pytest.approx(speedup, rel=0.01)
 
 
-def test_more_slots_than_units_use_no_more_than_help() -> None:
+def test_more_slots_than_rows_use_no_more_than_help() -> None:
     plan = plan_for(slots_of(24, 24, 24, 24))
     assert plan.used_slots == (0, 1)
 
 
-def test_three_slots_for_four_units_are_no_better_than_two() -> None:
+def test_three_slots_for_four_rows_are_no_better_than_two() -> None:
     assert plan_for(slots_of(24, 24, 24), "replicas", images=2).used_slots == (0, 1)
     assert plan_for(slots_of(24, 24, 24), "replicas", images=3).used_slots == (0, 1, 2)
 
@@ -217,7 +217,7 @@ def test_forced_strategies_are_honoured() -> None:
     [
         ((24,), "layers", 2, "single", "layers was asked for but there is one slot"),
         ((24,), "replicas", 2, "single", "replicas was asked for but there is one slot"),
-        ((24, 24), "replicas", 1, "single", "replicas was asked for but there is one unit a step"),
+        ((24, 24), "replicas", 1, "single", "replicas was asked for but there is one row a step"),
         ((6, 6), "replicas", 2, "layers", "replicas was asked for but does not fit"),
         ((6, 6), "single", 2, "layers", "single was asked for but does not fit"),
         ((2, 2), "layers", 2, "single", "layers was asked for but does not fit"),
@@ -260,7 +260,7 @@ def test_components_go_to_slots_with_room() -> None:
 
 
 def test_every_whole_copy_has_its_controlnet() -> None:
-    control = ComponentCost(name="ControlNet", weight_bytes=3 * GB, flops_per_row=6.0, runs_per_unit=True)
+    control = ComponentCost(name="ControlNet", weight_bytes=3 * GB, flops_per_row=6.0, runs_per_row=True)
     with_control = plan_for(slots_of(24, 24), components=(control,))
     assert with_control.predicted_ms == pytest.approx(1.5 * ROW_MS, rel=0.01)
     assert all(num_bytes > 11 * GB for num_bytes in with_control.predicted_bytes.values())
@@ -268,17 +268,17 @@ def test_every_whole_copy_has_its_controlnet() -> None:
     assert plan_for(slots_of(7, 7), components=(control,)).strategy == "layers"
 
 
-def test_a_controlnet_runs_beside_the_way_in_of_the_only_unit() -> None:
+def test_a_controlnet_runs_beside_the_way_in_of_the_only_row() -> None:
     """Five twelfths of the network come before the first residual. A ControlNet that takes as long as they do hides behind them."""
     network, slots = CONTROLLED, slots_of(24, 24)
-    control = ComponentCost(name="ControlNet", weight_bytes=3 * GB, flops_per_row=5.0, runs_per_unit=True)
+    control = ComponentCost(name="ControlNet", weight_bytes=3 * GB, flops_per_row=5.0, runs_per_row=True)
     job = JobShape(branches=1, components=(control,))
     plan = make_plan(network, slots, fast_links(2), job)
     assert (plan.strategy, plan.used_slots, plan.control_slots) == ("single", (0,), {"ControlNet": (1,)})
-    assert plan.has_control_apart
+    assert plan.has_control_elsewhere
     assert plan.predicted_ms == pytest.approx(ROW_MS, rel=0.01)
     assert plan.predicted_speedup == pytest.approx(17 / 12, rel=0.01)
-    assert "ControlNet beside on slot 1" in plan.reason
+    assert "ControlNet on slot 1" in plan.reason
     assert plan.predicted_bytes[1] > 3 * GB
     alone = make_plan(network, slots, fast_links(2), job, strategy="single")
     assert alone.control_slots == {"ControlNet": alone.used_slots}
@@ -288,7 +288,7 @@ def test_a_controlnet_runs_beside_the_way_in_of_the_only_unit() -> None:
 
 def test_controlnets_have_a_slot_each_where_copies_of_both_fit_nowhere() -> None:
     """Two of 3 GB beside two copies of 8 GB on cards of 12 GB: both slots do the same work."""
-    controls = tuple(ComponentCost(name=name, weight_bytes=3 * GB, flops_per_row=6.0, runs_per_unit=True) for name in ("a", "b"))
+    controls = tuple(ComponentCost(name=name, weight_bytes=3 * GB, flops_per_row=6.0, runs_per_row=True) for name in ("a", "b"))
     roomy, tight = plan_for(slots_of(24, 24), components=controls), plan_for(slots_of(12, 12), components=controls)
     assert roomy.control_slots == {"a": (0, 1), "b": (0, 1)}
     assert tight.strategy == "replicas"
@@ -296,18 +296,18 @@ def test_controlnets_have_a_slot_each_where_copies_of_both_fit_nowhere() -> None
     assert tight.predicted_ms == pytest.approx(2.0 * ROW_MS, rel=0.01)
 
 
-def test_a_slot_with_a_controlnet_for_all_gets_fewer_units() -> None:
-    """Eight units, and a ControlNet of half their work that fits on the second slot only: six units for the first slot, whose residuals are
+def test_a_slot_with_a_controlnet_for_all_gets_fewer_rows() -> None:
+    """Eight rows, and a ControlNet of half their work that fits on the second slot only: six rows for the first slot, whose residuals are
     there after 300 ms, when 250 of its 600 are done."""
-    control = ComponentCost(name="ControlNet", weight_bytes=6 * GB, flops_per_row=6.0, runs_per_unit=True)
+    control = ComponentCost(name="ControlNet", weight_bytes=6 * GB, flops_per_row=6.0, runs_per_row=True)
     plan = make_plan(CONTROLLED, slots_of(9, 24), fast_links(2), JobShape(images=4, components=(control,)), strategy="replicas")
     assert plan.control_slots == {"ControlNet": (1, 1)}
     assert plan.predicted_ms == pytest.approx(650, rel=0.01)
-    assert deal_units(8, (1.0, 1.0), (0.0, 4.0)) == (6, 2)
+    assert deal_by_speed(8, (1.0, 1.0), (0.0, 4.0)) == (6, 2)
 
 
 def test_a_cut_with_a_controlnet_says_where_it_is() -> None:
-    control = ComponentCost(name="ControlNet", weight_bytes=GB, flops_per_row=3.0, runs_per_unit=True)
+    control = ComponentCost(name="ControlNet", weight_bytes=GB, flops_per_row=3.0, runs_per_row=True)
     plan = plan_for(slots_of(24, 24), "layers", components=(control,))
     assert plan.component_slots["ControlNet"] in (0, 1)
     assert plan.predicted_ms > plan_for(slots_of(24, 24), "layers").predicted_ms

@@ -38,7 +38,7 @@ def test_sets_of_intervals_are_sets_of_nanoseconds(one: list[tuple[int, int]], o
 
 _spans = st.builds(
     lambda kind, slot, ends: _span(kind, slot, min(ends), max(ends)),
-    st.sampled_from(["unit", "stage", "VAE", "text encoder", "copy", "load", "save", "plan"]),
+    st.sampled_from(["network", "stage", "VAE", "text encoder", "copy", "load", "save", "plan"]),
     st.sampled_from([0, 1, 2, None]),
     st.tuples(st.integers(0, END_NS), st.integers(0, END_NS)),
 )
@@ -57,16 +57,16 @@ def test_busy_and_waiting_times_cover_the_recording_once(spans: list[Span]) -> N
 
 def test_a_wait_is_put_down_to_the_first_cause_there_is() -> None:
     recording = _recording(
-        _span("unit", 0, 0, 20), _span("copy", 1, 15, 25), _span("unit", 1, 25, 40), _span("load", None, 10, 18), _span("save", None, 50, 55)
+        _span("network", 0, 0, 20), _span("copy", 1, 15, 25), _span("network", 1, 25, 40), _span("load", None, 10, 18), _span("save", None, 50, 55)
     )  # fmt: skip
     first, second = lanes_of(recording, [0, 1])
     assert first.wait_ns == {"other slots": 15, "host": 20, "save": 5}
     assert second.wait_ns == {"other slots": 15, "copy": 10, "save": 5, "host": 15}
-    assert (first.num_units, second.num_units) == (1, 1)
+    assert (first.num_stage_runs, second.num_stage_runs) == (1, 1)
 
 
 def test_communication_beside_computation_is_hidden() -> None:
-    recording = _recording(_span("unit", 1, 0, 20), _span("copy", 1, 10, 30), _span("copy", 0, 0, 5), _span("copy", None, 0, 60))
+    recording = _recording(_span("network", 1, 0, 20), _span("copy", 1, 10, 30), _span("copy", 0, 0, 5), _span("copy", None, 0, 60))
     seen = communication_of(recording, lanes_of(recording, [0, 1]))
     assert (seen.copy_ns, seen.exposed_ns, seen.exposed_share) == (25, 15, 0.6)
     silent = communication_of(_recording(), lanes_of(_recording(), [0]))
@@ -74,14 +74,14 @@ def test_communication_beside_computation_is_hidden() -> None:
 
 
 def test_a_step_lasts_from_its_first_unit_to_its_last() -> None:
-    recording = _recording(_span("stage", 0, 0, 10, 0), _span("stage", 1, 8, 12, 0), _span("unit", 0, 30, 40, 1), _span("stage", 1, 20, 25, 0))
+    recording = _recording(_span("stage", 0, 0, 10, 0), _span("stage", 1, 8, 12, 0), _span("network", 0, 30, 40, 1), _span("stage", 1, 20, 25, 0))
     first, second = steps_of(recording)
     assert (first.step, first.start_ns, first.end_ns, first.network_ns) == (0, 0, 25, 17)
     assert (second.step, second.network_ns) == (1, 10)
 
 
 def test_overlapping_work_of_one_slot_counts_once() -> None:
-    (lane,) = lanes_of(_recording(_span("unit", 0, 0, 30), _span("VAE", 0, 20, 40)), [0])
+    (lane,) = lanes_of(_recording(_span("network", 0, 0, 30), _span("VAE", 0, 20, 40)), [0])
     assert lane.busy_ns == 40
 
 

@@ -1,4 +1,4 @@
-"""Units through replicas and stages. Reference: the program run row by row in one place, with the same shapes, bit for bit."""
+"""Rows through replicas and stages. Reference: the program run row by row in one place, with the same shapes, bit for bit."""
 
 from __future__ import annotations
 

@@ -111,10 +111,10 @@ def test_the_plan_is_the_one_that_was_told() -> None:
         strategy="layers", replicas=(ReplicaPlan(pieces=pieces, slots=(0, 1, 0)),), reason="two slots hold it", predicted_ms=20.0,
         predicted_bytes={0: 5, 1: 6},
     )  # fmt: skip
-    status.set_current_plan(plan, units=(2,), measured_ms=21.5)
+    status.set_current_plan(plan, rows=(2,), measured_ms=21.5)
     told = status.current_plan()
     assert told is not None
-    assert (told.strategy, told.reason, told.replicas, told.stages, told.units) == ("layers", "two slots hold it", 1, ((0, 1, 0),), (2,))
+    assert (told.strategy, told.reason, told.replicas, told.stages, told.rows) == ("layers", "two slots hold it", 1, ((0, 1, 0),), (2,))
     assert (told.predicted_ms, told.measured_ms, dict(told.predicted_bytes)) == (20.0, 21.5, {0: 5, 1: 6})
 
 

@@ -34,7 +34,7 @@ from backend.parallel.planning.vae_cost import (
 )
 from backend.parallel.running.worker import SlotLost, SlotWorker
 from backend.parallel.vae import exchange
-from backend.parallel.vae.exchange import Board, Parcel, StripLinks, pack, unpack
+from backend.parallel.vae.exchange import Board, Message, StripLinks, pack, unpack
 from backend.parallel.vae.split import CannotSplit, DecoderShard, SplitDecoder, SplitStalledError
 from backend.parallel.vae.strip import _moments_by_group, _moments_in_kernel
 
@@ -354,13 +354,13 @@ def test_a_strip_that_never_begins_releases_the_others(workers: Workers, run: An
 # --- exchange ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_parcels_leave_the_board() -> None:
+def test_messages_leave_the_board() -> None:
     board = Board(stall_s=60.0)
     links = [StripLinks(board=board, rank=rank, devices=(CPU, CPU)) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda one: one.swap({1 - one.rank: (torch.tensor(one.rank),)}), links))
     assert [int(found[0][1][0]), int(found[1][0][0])] == [1, 0]
-    assert not board._parcels
+    assert not board._messages
 
 
 class _FakeStreams:
@@ -395,11 +395,11 @@ def test_on_devices_with_streams_the_receiver_waits_for_the_copy(monkeypatch: py
     gpus, streams = virtual_gpu.install((MIB, MIB)), _FakeStreams()
     monkeypatch.setattr(exchange, "_WITH_STREAMS", ("vgpu",))
     monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
-    parcel = pack((torch.ones(2, device=gpus[0]),), gpus[1])
+    message = pack((torch.ones(2, device=gpus[0]),), gpus[1])
     assert streams.log == ["stream of vgpu:1", "record"]
-    assert parcel.tensors[0].device == gpus[1]
+    assert message.tensors[0].device == gpus[1]
     received: Any = _FakeTensor(gpus[1])
-    unpack(Parcel((received,), parcel.ready))
+    unpack(Message((received,), message.ready))
     assert streams.log[2:] == ["stream of vgpu:1", "wait"]
     assert received.users == [streams]
 

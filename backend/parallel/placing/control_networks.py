@@ -40,7 +40,7 @@ class CopyableNetwork(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Rider:
+class PlannedControlNetwork:
     """One network that runs for every unit; `links` of the chain use it. `work` is what its measured speeds are kept for."""
 
     name: str
@@ -59,18 +59,20 @@ class Rider:
         return {self.network, *owner_of(self.network).part(ReplicaModules).networks}
 
 
-def collect_riders(links: Sequence[ControlLink], work: str) -> tuple[Rider, ...]:
+def collect_control_networks(links: Sequence[ControlLink], work: str) -> tuple[PlannedControlNetwork, ...]:
     """The networks of a chain's links, each once. `work` names the size that times are measured for."""
     patchers = {owner_of(link.control_model_wrapped.model).serial: link.control_model_wrapped for link in links}
-    riders = []
+    control_networks = []
     for number, (key, patcher) in enumerate(patchers.items()):
         name = "ControlNet" if len(patchers) == 1 else f"ControlNet {number + 1}"
         count = sum(link.control_model_wrapped.model is patcher.model for link in links)
-        riders.append(Rider(name=name, patcher=patcher, links=count, work=f"{work} beside {key}"))
-    return tuple(riders)
+        control_networks.append(PlannedControlNetwork(name=name, patcher=patcher, links=count, work=f"{work} beside {key}"))
+    return tuple(control_networks)
 
 
-def rider_costs(riders: Sequence[Rider], cost: ComponentCost, fleet: Fleet, work: str) -> tuple[ComponentCost, ...]:
+def control_network_costs(
+    control_networks: Sequence[PlannedControlNetwork], cost: ComponentCost, fleet: Fleet, work: str
+) -> tuple[ComponentCost, ...]:
     """Costs for the planner, from those of a ControlNet for this denoiser; where times were measured, its work is scaled to them.
 
     Work counts by the speed at which a slot does the denoiser's, named `work`.
@@ -78,43 +80,43 @@ def rider_costs(riders: Sequence[Rider], cost: ComponentCost, fleet: Fleet, work
     return tuple(
         replace(
             cost,
-            name=rider.name,
-            weight_bytes=count_module_bytes(rider.network).total_bytes,
-            flops_per_row=cost.flops_per_row * rider.links * _slowness(rider, fleet, work),
-            num_kernels=cost.num_kernels * rider.links,
+            name=control.name,
+            weight_bytes=count_module_bytes(control.network).total_bytes,
+            flops_per_row=cost.flops_per_row * control.links * _slowness(control, fleet, work),
+            num_kernels=cost.num_kernels * control.links,
         )
-        for rider in riders
+        for control in control_networks
     )
 
 
-def _slowness(rider: Rider, fleet: Fleet, work: str) -> float:
+def _slowness(control: PlannedControlNetwork, fleet: Fleet, work: str) -> float:
     """How much slower slots do this network's work than the denoiser's, on average of those where both were measured; 1 where none was."""
-    pairs = [(fleet.speeds.speed_of(slot.index, work), fleet.speeds.speed_of(slot.index, rider.work)) for slot in fleet.working_slots]
+    pairs = [(fleet.speeds.speed_of(slot.index, work), fleet.speeds.speed_of(slot.index, control.work)) for slot in fleet.working_slots]
     ratios = [whole / own for whole, own in pairs if whole and own]
     return sum(ratios) / len(ratios) if ratios else 1.0
 
 
-def place_riders(
-    riders: Sequence[Rider], plan: Plan, fleet: Fleet, cost: ComponentCost
+def place_control_networks(
+    control_networks: Sequence[PlannedControlNetwork], plan: Plan, fleet: Fleet, cost: ComponentCost
 ) -> tuple[list[Mapping[nn.Module, ControlPlace]], list[ModelPatcher]]:
     """For each replica of a plan where its ControlNets run, and the patchers that have to be resident for it, each once."""
     patchers: dict[int, ModelPatcher] = {}
     places: list[dict[nn.Module, ControlPlace]] = [{} for _ in plan.replicas]
-    for rider in riders:
-        for found, slot in zip(places, plan.control_slots[rider.name], strict=True):
-            patcher = _patcher_on(rider, fleet.device(slot))
+    for control in control_networks:
+        for found, slot in zip(places, plan.control_slots[control.name], strict=True):
+            patcher = _patcher_on(control, fleet.device(slot))
             patchers[id(patcher)] = patcher
-            found[rider.network] = ControlPlace(slot=slot, network=patcher.model, work=rider.work, work_per_row=cost.flops_per_row)
+            found[control.network] = ControlPlace(slot=slot, network=patcher.model, work=control.work, work_per_row=cost.flops_per_row)
     return list(places), list(patchers.values())
 
 
-def _patcher_on(rider: Rider, device: torch.device) -> ModelPatcher:
-    if device == rider.patcher.load_device:
-        return rider.patcher
-    copies = owner_of(rider.network).part(ReplicaModules)
+def _patcher_on(control: PlannedControlNetwork, device: torch.device) -> ModelPatcher:
+    if device == control.patcher.load_device:
+        return control.patcher
+    copies = owner_of(control.network).part(ReplicaModules)
     if device not in copies:
         with META:
-            empty = rider.network.make_empty()  # type: ignore[operator]
-        copies[device] = ReplicaPatcher.make(rider.patcher, empty, device)
-    copies[device].source = rider.patcher
+            empty = control.network.make_empty()  # type: ignore[operator]
+        copies[device] = ReplicaPatcher.make(control.patcher, empty, device)
+    copies[device].source = control.patcher
     return copies[device]
