@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backend import memory_management, profiler
-from backend.families.family import Conditioning, Family, TextEngine
+from backend.families.family import GUIDANCE, Conditioning, Family, TextEngine
 from backend.patcher.weight_patches import without_weight_patches
 from backend.storage.kinds import storage_of
 from backend.unfinished_files import replacing
@@ -80,7 +80,8 @@ class ForgeDiffusionEngine:
         self.family, self.family_title, self.denoiser_title = parts.family.name, parts.family.title, parts.family.denoiser_title
         self.latent_format = parts.family.latent
         self.matched_guesses: Sequence[str] = (self.family,)
-        self.use_distilled_cfg_scale = parts.family.guidance.distilled is not None
+        program = parts.unet.model.program
+        self.use_distilled_cfg_scale = parts.family.guidance.distilled is not None and GUIDANCE in program.reads
         for flag in parts.family.forge_flags:
             setattr(self, flag, True)
         for name, value in parts.family.text_settings.items():
@@ -106,10 +107,19 @@ class ForgeDiffusionEngine:
     def get_learned_conditioning(self, prompt: Sequence[str]) -> Conditioning:
         """Conditions of a list of prompts: (B, L, C) fp32, or {"crossattn": (B, L, C), "vector": (B, V), ...}, as the family's recipe gives them.
 
-        A list with attributes `width`, `height` and `is_negative_prompt` (SdConditioning) tells the recipe the picture's size.
+        A list with attributes `width`, `height` and `is_negative_prompt` (SdConditioning) tells the recipe the picture's size. Where the network
+        takes distilled guidance, "guidance" (B,) fp32 is among them: the list's `distilled_cfg_scale`, else the family's default.
         """
         self._load_text_encoders()
-        return self.family_facts.encode(self, prompt)
+        conditions = self.family_facts.encode(self, prompt)
+        return self._with_guidance(conditions, prompt) if self.use_distilled_cfg_scale else conditions
+
+    def _with_guidance(self, conditions: Conditioning, prompt: Sequence[str]) -> Conditioning:
+        asked, default = getattr(prompt, "distilled_cfg_scale", None), self.family_facts.guidance.distilled
+        by_name = {"crossattn": conditions} if isinstance(conditions, Tensor) else conditions
+        text_BLC = by_name["crossattn"]
+        scale = float(default if asked is None else asked)  # type: ignore[arg-type]  # a family without a default takes no guidance
+        return {**by_name, GUIDANCE: torch.full((text_BLC.shape[0],), scale, device=text_BLC.device)}
 
     def set_clip_skip(self, clip_skip: int) -> None:
         """1 reads the text encoders' last layer, 2 the one before; a family's minimum stays."""

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Conditioning = Tensor | dict[str, Tensor]
 """What a prompt becomes: text (B, L, D), or "crossattn" with further tensors of one row per prompt."""
 
+GUIDANCE = "guidance"
+"""The condition (B,), and the network's input of that name, that carries distilled guidance."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundDenoiser:
@@ -88,7 +91,11 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Guidance:
-    """`distilled`: the default of a number that the network takes in place of CFG, None where it takes none."""
+    """`distilled`: the default of the number that the network takes in place of CFG, None for a family without one.
+
+    A network of the family takes it where its program reads "guidance" (Flux.1-dev does, schnell does not). The engine then adds that condition to
+    what `encode` returns, from the request's distilled CFG scale.
+    """
 
     distilled: float | None = None
 

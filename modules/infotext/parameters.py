@@ -108,8 +108,9 @@ def parse_generation_parameters(x: str, skip_fields: Sequence[str] | None = None
         _take_out_styles(params, application)
     for key, value in DEFAULTS.items():
         params.setdefault(key, value)
-    if "CFG scale" in params:  # who wrote no other one, used the same in the hires pass
-        params.setdefault("Hires CFG Scale", params["CFG scale"])
+    for first_pass, second_pass in (("CFG scale", "Hires CFG Scale"), ("Distilled CFG Scale", "Hires Distilled CFG Scale")):
+        if first_pass in params:  # who wrote no other one, used the same in the hires pass
+            params.setdefault(second_pass, params[first_pass])
     if options is None or options.auto_backcompat:
         backcompat(params)
     for key in skip_fields:

@@ -3,7 +3,7 @@
 Reading order: `request` (what a user asks for; `p`), `validation` (numbers in range, names that exist), `conditions` (prompts encoded),
 `networks` (what the prompts name is added to the networks), `txt2img` or `img2img` (one batch sampled), `hires` and `refiner` (a second
 pass, a second model), `latents` (between pixels and latents), `compositing` (masks, pasting back), `pictures` (infotext, saving, grid),
-`result` (`Processed`). Beside them: `chosen_script`, `nans`, `saving`, `tiling`.
+`result` (`Processed`). Beside them: `chosen_script`, `model_facts`, `nans`, `saving`, `tiling`.
 
 Example: `process_images(StableDiffusionProcessingTxt2Img(prompt="a cat", steps=20))` makes the request sound, loads the checkpoint it
 means, and for each batch runs `p.setup_conds()`, `p.sample()` (-> `txt2img.sample_txt2img`), decodes, and hands the pictures to

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from backend.text_processing.composition import split_composition, strip_comments
 from modules.errors import RequestError
+from modules.processing.model_facts import reads_size, takes_distilled_guidance
 from modules.prompts import extra_networks
 from modules.prompts import schedules as prompt_parser
 from modules.prompts.schedules import SdConditioning
@@ -91,8 +92,9 @@ def apply_prompt_options(p: StableDiffusionProcessing) -> None:
 def setup_conditions(p: StableDiffusionProcessing) -> None:
     """Fill `c` and `uc` of the batch. With CFG scale 1 the negative prompt is not encoded: it has no part in the picture."""
     apply_prompt_options(p)
-    prompts = SdConditioning(p.prompts, width=p.width, height=p.height)
-    negative_prompts = SdConditioning(p.negative_prompts, width=p.width, height=p.height, is_negative_prompt=True)
+    facts: dict[str, Any] = {"width": p.width, "height": p.height, "distilled_cfg_scale": p.distilled_cfg_scale}
+    prompts = SdConditioning(p.prompts, **facts)
+    negative_prompts = SdConditioning(p.negative_prompts, **facts, is_negative_prompt=True)
     p.firstpass_steps = num_denoiser_calls(p.sampler_name, p.steps)
     p.step_multiplier = max(p.firstpass_steps // max(p.steps, 1), 1)
     p.c = _cached(p, prompt_parser.get_multicond_learned_conditioning, prompts, p.firstpass_steps, p.cached_c, p.extra_network_data)
@@ -107,9 +109,9 @@ def setup_hires_conditions(p: StableDiffusionProcessingTxt2Img) -> None:
         p.hr_c, p.hr_uc = p.c, p.uc
         return
     apply_prompt_options(p)
-    width, height = p.hr_upscale_to_x, p.hr_upscale_to_y
-    prompts = SdConditioning(p.hr_prompts, width=width, height=height)
-    negative_prompts = SdConditioning(p.hr_negative_prompts, width=width, height=height, is_negative_prompt=True)
+    facts: dict[str, Any] = {"width": p.hr_upscale_to_x, "height": p.hr_upscale_to_y, "distilled_cfg_scale": p.hr_distilled_cfg}
+    prompts = SdConditioning(p.hr_prompts, **facts)
+    negative_prompts = SdConditioning(p.hr_negative_prompts, **facts, is_negative_prompt=True)
     steps = num_denoiser_calls(p.hr_sampler_name or p.sampler_name, p.hr_second_pass_steps or p.steps)
     make_c, make_uc = prompt_parser.get_multicond_learned_conditioning, prompt_parser.get_learned_conditioning
     p.hr_c = _cached(p, make_c, prompts, p.firstpass_steps, p.cached_hr_c, p.hr_extra_network_data, hires_steps=steps)
@@ -137,12 +139,12 @@ def _prompts_of_pass(p: Any, sampler_name: str | None) -> tuple[SdConditioning, 
     """(prompts, negative prompts, networks they name, steps of the second pass) of the pass that runs."""
     if p.is_hr_pass and not p.options.hires_fix_use_firstpass_conds:
         texts, negative_texts, data = p.hr_prompts, p.hr_negative_prompts, p.hr_extra_network_data
-        size = {"width": p.hr_upscale_to_x, "height": p.hr_upscale_to_y}
+        facts = {"width": p.hr_upscale_to_x, "height": p.hr_upscale_to_y, "distilled_cfg_scale": p.hr_distilled_cfg}
         hires_steps: int | None = num_denoiser_calls(sampler_name, p.hr_second_pass_steps or p.steps)
     else:
         texts, negative_texts, data, hires_steps = p.prompts, p.negative_prompts, p.extra_network_data, None
-        size = {"width": p.width, "height": p.height}
-    return SdConditioning(texts, **size), SdConditioning(negative_texts, **size, is_negative_prompt=True), data, hires_steps
+        facts = {"width": p.width, "height": p.height, "distilled_cfg_scale": p.distilled_cfg_scale}
+    return SdConditioning(texts, **facts), SdConditioning(negative_texts, **facts, is_negative_prompt=True), data, hires_steps
 
 
 def _is_weighted(conditions: prompt_parser.MulticondLearnedConditioning) -> bool:
@@ -179,7 +181,8 @@ def _cache_key(p: StableDiffusionProcessing, prompts: SdConditioning, steps: int
     return (
         tuple(prompts),
         bool(prompts.is_negative_prompt),
-        (prompts.width, prompts.height) if _reads_size(engine) else None,
+        (prompts.width, prompts.height) if reads_size(engine) else None,
+        prompts.distilled_cfg_scale if takes_distilled_guidance(engine) else None,
         (steps, hires_steps) if any("[" in prompt for prompt in prompts) else None,
         getattr(engine, "load_number", id(engine)),
         str(engine.current_lora_hash),
@@ -188,12 +191,6 @@ def _cache_key(p: StableDiffusionProcessing, prompts: SdConditioning, steps: int
         tuple(p.options[name] for name in _ENCODING_OPTIONS),
         _network_key(network_data),
     )
-
-
-def _reads_size(engine: Any) -> bool:
-    """Whether the picture's size is part of a condition; an extension's own model says it by Forge's name."""
-    family = getattr(engine, "family_facts", None)
-    return bool(engine.is_sdxl) if family is None else bool(family.reads_size)
 
 
 def _network_key(network_data: Any) -> tuple[Any, ...]:

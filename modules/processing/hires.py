@@ -24,6 +24,7 @@ from modules.processing.latents import (
     pixels_to_pil,
     upscale_latent,
 )
+from modules.processing.model_facts import takes_distilled_guidance
 from modules.processing.networks import activate_networks, prepare_networks
 from modules.processing.refiner import refining
 from modules.processing.request import LATENT_UPSCALE_MODES, opt_f
@@ -138,6 +139,8 @@ def _note(p: StableDiffusionProcessingTxt2Img) -> None:
         params["Hires schedule type"] = p.hr_scheduler
     if p.hr_cfg != p.cfg_scale:
         params["Hires CFG Scale"] = p.hr_cfg
+    if takes_distilled_guidance(p.sd_model) and p.hr_distilled_cfg != p.distilled_cfg_scale:
+        params["Hires Distilled CFG Scale"] = p.hr_distilled_cfg
     for key, prompts, first_pass in (
         ("Hires prompt", p.all_hr_prompts, p.all_prompts),
         ("Hires negative prompt", p.all_hr_negative_prompts, p.all_negative_prompts),

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from modules.infotext.text import build_infotext
+from modules.processing.model_facts import takes_distilled_guidance
 from modules.version import program_version
 
 if TYPE_CHECKING:
@@ -217,6 +218,7 @@ def _main_parameters(p: StableDiffusionProcessing, seed: int, subseed: int) -> d
         "Sampler": p.sampler_name,
         "Schedule type": p.scheduler,
         "CFG scale": _short(p.cfg_scale),
+        "Distilled CFG Scale": _short(p.distilled_cfg_scale) if takes_distilled_guidance(p.sd_model) else None,
         "Image CFG scale": getattr(p, "image_cfg_scale", None),
         "Seed": seed,
         "Face restoration": p.options.face_restoration_model if p.restore_faces else None,

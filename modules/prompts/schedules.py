@@ -43,7 +43,7 @@ class SdConditioning(list[str]):
         self.is_negative_prompt = is_negative_prompt or getattr(source, "is_negative_prompt", False)
         self.width = width or getattr(source, "width", None)
         self.height = height or getattr(source, "height", None)
-        self.distilled_cfg_scale = distilled_cfg_scale or getattr(source, "distilled_cfg_scale", None)
+        self.distilled_cfg_scale = getattr(source, "distilled_cfg_scale", None) if distilled_cfg_scale is None else distilled_cfg_scale
 
 
 class ScheduledPromptConditioning(NamedTuple):
@@ -181,12 +181,12 @@ def _stack_any(conds: Sequence[Any]) -> Any:
 
 
 def stack_conds(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(B, ...) of tensors that may differ in their first dimension, their number of tokens.
+    """(B, ...) of tensors that may differ in their first dimension, their number of tokens; (B,) of numbers.
 
     Shorter ones are repeated to a common multiple: attention over the same tokens n times is attention over them once. Where that would be out of
     all proportion, their last token is repeated instead, as A1111 does.
     """
-    lengths = {len(tensor) for tensor in tensors}
+    lengths = {len(tensor) if tensor.ndim else 1 for tensor in tensors}
     if len(lengths) == 1:
         return torch.stack(list(tensors))
     num_tokens = math.lcm(*lengths)

@@ -24,6 +24,8 @@ from backend.families.family import Family
 from backend.families.key_map import KeyMap, Rows, cut_rows
 from backend.families.latent_format import LatentFormat
 from backend.loader import load_checkpoint
+from backend.modules.k_model import KModel
+from backend.nn.network_call import NetworkCall
 from backend.parallel.planning.preview import preview_plan
 from backend.parallel.running import status
 from modules.application import Application
@@ -59,6 +61,7 @@ def data_dir(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(tensors, checkpoints / "glyphs.safetensors")
     merged = {key: tensor + change[key][0] @ change[key][1] if key in change else tensor for key, tensor in tensors.items()}
     save_file(merged, checkpoints / "merged.safetensors")
+    save_file({key: tensor for key, tensor in tensors.items() if "guidance" not in key}, checkpoints / "quick.safetensors")
     (folder / "models" / "Lora").mkdir()
     lora = {}
     for key, (up, down) in change.items():
@@ -115,6 +118,41 @@ def test_one_slot_makes_pictures(expected: dict[str, np.ndarray]) -> None:
 def test_a_lora_on_the_file_s_fused_matrices_is_the_same_change_of_the_network_s_own(expected: dict[str, np.ndarray]) -> None:
     assert not np.array_equal(expected["lora"], expected["plain"])
     assert np.abs(expected["lora"] - expected["merged"]).max() <= 1
+
+
+def test_the_request_s_distilled_guidance_reaches_the_network_as_a_row(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both passes, of each branch, where the network takes it; a file of the family whose network takes none gets none."""
+    calls: list[NetworkCall] = []
+    run_network = KModel.run_network
+
+    def record(model: KModel, call: NetworkCall) -> Tensor:
+        calls.append(call)
+        return run_network(model, call)
+
+    monkeypatch.setattr(KModel, "run_network", record)
+
+    def guidance_rows() -> list[list[float]]:
+        rows = [call.rows["guidance"].tolist() for call in calls if "guidance" in call.rows]
+        calls.clear()
+        return list(map(list, dict.fromkeys(map(tuple, rows))))
+
+    job: dict[str, Any] = {**JOB, "sampler_name": "Euler", "override_settings": {"sd_model_checkpoint": "glyphs"}}
+    hires = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+    with virtual_fleet(1), installed_application(data_dir) as app:
+        app.options.live_previews_enable = False
+        weak = run(txt2img(**job, distilled_cfg_scale=0.0))
+        assert guidance_rows() == [[0.0] * 4]
+        strong = run(txt2img(**{**job, **hires, "distilled_cfg_scale": 5.0, "hr_distilled_cfg": 7.5, "cfg_scale": 1.0, "hr_cfg": 1.0}))
+        assert guidance_rows() == [[5.0] * 2, [7.5] * 2]
+        assert "CFG scale: 3, Distilled CFG Scale: 0, Seed" in weak.infotexts[0]
+        assert "Distilled CFG Scale: 5, Seed" in strong.infotexts[0] and "Hires Distilled CFG Scale: 7.5" in strong.infotexts[0]
+        assert app.models.engine is not None
+        conditions = app.models.engine.get_learned_conditioning(["a letter"])
+        assert isinstance(conditions, dict) and conditions["guidance"].tolist() == [2.0]
+        assert not np.array_equal(_pictures(app, distilled_cfg_scale=0.0), _pictures(app, distilled_cfg_scale=5.0))
+        calls.clear()
+        quick = run(txt2img(**{**job, "override_settings": {"sd_model_checkpoint": "quick"}}))
+        assert guidance_rows() == [] and "Distilled" not in quick.infotexts[0] and not app.models.engine.use_distilled_cfg_scale
 
 
 @pytest.mark.parametrize("strategy", ["replicas", "layers"])

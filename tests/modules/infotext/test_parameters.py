@@ -47,7 +47,8 @@ def test_what_is_left_out_has_its_default() -> None:
     assert parsed["Schedule type"] == "Automatic"
     assert parsed["RNG"] == "GPU"
     assert parsed["Hires sampler"] == "Use same sampler"
-    assert parsed["Hires CFG Scale"] == "7"
+    assert parsed["Hires CFG Scale"] == "7" and "Hires Distilled CFG Scale" not in parsed
+    assert parse("Steps: 20, CFG scale: 1, Distilled CFG Scale: 4, Seed: 1")["Hires Distilled CFG Scale"] == "4"
     assert "Hires CFG Scale" not in infotext_utils.parse_generation_parameters("only a prompt")
 
 

@@ -43,7 +43,7 @@ def test_sd_conditioning_copies_what_it_is_not_told() -> None:
     first = SdConditioning(["a", "b"], is_negative_prompt=True, width=64, height=128, distilled_cfg_scale=3.5)
     for copy in (SdConditioning(first), SdConditioning(["c"], copy_from=first)):
         assert (copy.is_negative_prompt, copy.width, copy.height, copy.distilled_cfg_scale) == (True, 64, 128, 3.5)
-    assert SdConditioning(first, width=32).width == 32
+    assert SdConditioning(first, width=32).width == 32 and SdConditioning(first, distilled_cfg_scale=0.0).distilled_cfg_scale == 0.0
     plain = SdConditioning(["a"])
     assert (list(plain), plain.is_negative_prompt, plain.width, plain.height) == (["a"], False, None, None)
 
@@ -167,6 +167,7 @@ def test_lengths_are_evened_without_a_trace(num_chunks: list[int]) -> None:
 def test_equal_lengths_are_left_alone() -> None:
     conds = [torch.randn(77, 4), torch.randn(77, 4)]
     assert torch.equal(prompt_parser.stack_conds(conds), torch.stack(conds))
+    assert prompt_parser.stack_conds([torch.tensor(3.5), torch.tensor(3.5)]).tolist() == [3.5, 3.5]
 
 
 def test_lengths_out_of_proportion_repeat_the_last_token() -> None:

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from backend.checkpoint_file import TensorFile
 from backend.checkpoint_layout import Layout, Part
 from backend.checkpoint_prediction import FLOW, PredictionSpec
-from backend.families.family import Component, Family, FoundDenoiser, PageDefaults
+from backend.families.family import Component, Family, FoundDenoiser, Guidance, PageDefaults
 from backend.families.key_map import KeyMap, equal_rows
 from backend.families.latent_format import LatentFormat
 from backend.families.unet_family import kl_vae
@@ -39,13 +39,21 @@ class Block(nn.Module):
 
 
 class Glyphs(nn.Module):
-    def __init__(self, width: int, num_blocks: int) -> None:
+    def __init__(self, width: int, num_blocks: int, has_guidance: bool = True) -> None:
         super().__init__()
+        self.guidance = nn.Linear(1, width) if has_guidance else None
         self.enter, self.time, self.leave = nn.Linear(LATENT.channels, width), nn.Linear(1, width), nn.Linear(width, LATENT.channels)
         self.blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
 
-    def forward(self, x_BCHW: Tensor, timesteps_B: Tensor, context_BLD: Tensor) -> Tensor:
-        time_BD = self.time(timesteps_B[:, None].to(x_BCHW.dtype) / 1000)
+    def embed_time(self, timesteps_B: Tensor, guidance_B: Tensor | None, dtype: torch.dtype) -> Tensor:
+        time_BD = self.time(timesteps_B[:, None].to(dtype) / 1000)
+        if self.guidance is None:
+            return time_BD  # type: ignore[no-any-return]
+        assert guidance_B is not None
+        return time_BD + self.guidance(guidance_B[:, None].to(dtype))  # type: ignore[no-any-return]
+
+    def forward(self, x_BCHW: Tensor, timesteps_B: Tensor, context_BLD: Tensor, guidance_B: Tensor | None = None) -> Tensor:
+        time_BD = self.embed_time(timesteps_B, guidance_B, x_BCHW.dtype)
         tokens = torch.cat([context_BLD, self.enter(x_BCHW.flatten(2).transpose(1, 2))], dim=1)
         for block in self.blocks:
             tokens = block(tokens, time_BD)
@@ -76,7 +84,8 @@ class Entrance:
 
     @property
     def named_layers(self) -> NamedLayers:
-        return (("enter", self.network.enter), ("time", self.network.time))
+        layers = (("enter", self.network.enter), ("time", self.network.time))
+        return layers if self.network.guidance is None else (*layers, ("guidance", self.network.guidance))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, layer in self.named_layers:
@@ -92,16 +101,18 @@ class GlyphProgram(Program):
     ) -> ProgramState:
         network, x_BCHW = self.embedding.network, rows["x"]
         tokens = torch.cat([rows["context"], network.enter(x_BCHW.flatten(2).transpose(1, 2))], dim=1)
-        time_BD = network.time(rows["timesteps"][:, None].to(x_BCHW.dtype) / 1000)
+        time_BD = network.embed_time(rows["timesteps"], rows.get("guidance"), x_BCHW.dtype)
         return ProgramState({"tokens": tokens, "time": time_BD}, dict(residuals or {}), {**(options or {}), "latent_shape": x_BCHW.shape})
 
     def example_rows(self, *, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
         width = self.embedding.network.enter.out_features
-        return {
+        rows = {
             "x": torch.empty(1, LATENT.channels, latent_height, latent_width, device="meta", dtype=dtype),
             "timesteps": torch.empty(1, device="meta"),
+            "guidance": torch.empty(1, device="meta"),
             "context": torch.empty(1, LENGTH, width, device="meta", dtype=dtype),
         }
+        return {name: tensor for name, tensor in rows.items() if name in self.reads}
 
     def working_bytes(self, shape: Sequence[int], itemsize: int) -> float:
         return 64.0 * self.embedding.network.enter.out_features * shape[0] * shape[2] * shape[3] * itemsize
@@ -116,7 +127,7 @@ def build_glyph_program(network: Any) -> GlyphProgram:
     return GlyphProgram(
         embedding=Entrance(network),
         segments=(*blocks, segment(LeaveSegment, "leave", 0, "flow")),
-        reads=("x", "timesteps", "context"),
+        reads=("x", "timesteps", "context") if network.guidance is None else ("x", "timesteps", "context", "guidance"),
         inputs=("tokens",),
         constants=("time",),
         output="flow",
@@ -132,7 +143,8 @@ def identify(file: TensorFile) -> FoundDenoiser | None:
         return None
     num_blocks = len({key.split(".")[2] for key in file.infos if key.startswith(f"{PREFIX}blocks.")})
     width = info.shape[1]
-    return FoundDenoiser(part=Part(PREFIX, Layout.LDM), config={"width": width, "num_blocks": num_blocks}, context_width=width)
+    config = {"width": width, "num_blocks": num_blocks, "has_guidance": f"{PREFIX}guidance.weight" in file.infos}
+    return FoundDenoiser(part=Part(PREFIX, Layout.LDM), config=config, context_width=width)
 
 
 def key_map(network: Any) -> KeyMap:
@@ -227,6 +239,7 @@ FAMILY = Family(
     encode=lambda model, prompt: model.run_text_engine(0, prompt),
     join_checkpoint=join,
     default_schedule="simple",
+    guidance=Guidance(distilled=2.0),
     defaults=PageDefaults(schedule="Simple", cfg=4.0, width_px=64, height_px=64),
     denoiser_title="transformer",
 )
