@@ -220,7 +220,7 @@ def _build_engine(
     denoiser, vae = family.build_denoiser(found), family.vae.build(sources.vae.file, sources.vae.part)
     texts = {encoder.name: encoder.build(sources.texts[encoder.name].file, sources.texts[encoder.name].part) for encoder in family.text_encoders}
     key_map = family.key_map(denoiser)
-    denoiser_plan = _checked(plan_denoiser(denoiser, main, found.part, key_map.original), sources.denoiser, family.denoiser_title)
+    denoiser_plan = _checked(plan_denoiser(denoiser, main, found.part, key_map.places), sources.denoiser, family.denoiser_title)
     vae_plan = _checked(family.vae.plan(vae, sources.vae.file, sources.vae.part), sources.vae, "VAE")
     text_plans = {encoder.name: _plan_text(encoder, texts[encoder.name], sources.texts[encoder.name]) for encoder in family.text_encoders}
     # Everything has been checked; only now are weights read, so that a wrong file costs no memory.
@@ -295,7 +295,8 @@ def _load_denoiser(
     family, file = sources.family, sources.main
     num_parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     wanted_dtype = wanted_dtype or dtype_from_flag(config.unet_dtype or config.all_in)
-    types = choose_denoiser_types(matrix_dtypes(file, sources.found.part), num_parameters, wanted=wanted_dtype)
+    stored = matrix_dtypes(file, sources.found.part)
+    types = choose_denoiser_types(stored, num_parameters, wanted=wanted_dtype, supported=family.compute_dtypes)
     storage_dtype, computation_dtype = types.storage_dtype, types.computation_dtype
     load_device = memory_management.unet_inital_load_device(num_parameters, storage_dtype)
     assign_tensors(denoiser, plan, file, storage_dtype=storage_dtype, computation_dtype=computation_dtype, device=load_device)

@@ -5,7 +5,7 @@ Knows key layouts and shapes; families and configurations are told by others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,7 +19,9 @@ from backend.checkpoint_layout import Layout, Part
 from backend.storage.running import is_cast_layer
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-PlaceOf = Callable[[str], tuple[str, tuple[int, int, int] | None]]
+SharedRows = tuple[int, int, int, bool]
+"""From, to, of how many; and whether the file has the second half of them first."""
+PlacesOf = Callable[[str], Sequence[tuple[str, SharedRows | None]]]
 
 _QKV_THIRDS = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 _IGNORED_ENDINGS = ("position_ids", "logit_scale", "num_batches_tracked")
@@ -27,12 +29,12 @@ _IGNORED_ENDINGS = ("position_ids", "logit_scale", "num_batches_tracked")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSource:
-    """Where one parameter comes from. `third`: which third of the rows (fused q, k, v); `rows`: rows (from, to, of how many) of a shared matrix;
+    """Where one parameter comes from. `third`: which third of the rows (fused q, k, v); `rows`: rows of a shared matrix;
     `transposed`: rows and columns swapped."""
 
     key: str
     third: int | None = None
-    rows: tuple[int, int, int] | None = None
+    rows: SharedRows | None = None
     transposed: bool = False
 
 
@@ -54,16 +56,11 @@ def build_empty(make: Callable[[], ModuleT]) -> ModuleT:
     return module
 
 
-def plan_denoiser(denoiser: nn.Module, file: TensorFile, part: Part, place_of: PlaceOf) -> LoadPlan:
-    """Sources of a denoiser's parameters. `place_of` gives the original name of each, and the rows where it shares a matrix."""
+def plan_denoiser(denoiser: nn.Module, file: TensorFile, part: Part, places_of: PlacesOf) -> LoadPlan:
+    """Sources of a denoiser's parameters. `places_of` gives the original names of each, the first is the usual one, and its rows of the matrix."""
     if part.layout is Layout.DIFFUSERS:
         return _plan(denoiser, file, part, lambda key: [TensorSource(key=part.prefix + key)])
-
-    def source(key: str) -> list[TensorSource]:
-        name, rows = place_of(key)
-        return [TensorSource(key=part.prefix + name, rows=rows)]
-
-    return _plan(denoiser, file, part, source)
+    return _plan(denoiser, file, part, lambda key: [TensorSource(key=part.prefix + name, rows=rows) for name, rows in places_of(key)])
 
 
 def plan_controlnet(controlnet: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
@@ -137,7 +134,7 @@ def _plan(module: nn.Module, file: TensorFile, part: Part, candidates: Callable[
 
 def _fits(stored: tuple[int, ...], wanted: tuple[int, ...], source: TensorSource) -> bool:
     if source.rows is not None:
-        first, end, total = source.rows
+        first, end, total, _ = source.rows
         return stored == (total, *wanted[1:]) and end - first == wanted[0]
     if source.third is not None:
         return len(stored) == len(wanted) and stored == (3 * wanted[0], *wanted[1:])
@@ -196,7 +193,7 @@ def assign_tensors(
     for name, target in list(module.state_dict().items()):
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
-        dtype = storage_dtype if is_cast_layer(owner_name, owner) else computation_dtype or storage_dtype
+        dtype = storage_dtype if is_cast_layer(owner) else computation_dtype or storage_dtype
         tensor = _materialise(file, plan.sources[name], tuple(target.shape), dtype, device)
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
     _fill_buffers(module, device)
@@ -207,6 +204,8 @@ def _materialise(file: TensorFile, source: TensorSource, shape: tuple[int, ...],
     if source.third is not None:
         rows = (source.third * shape[0], (source.third + 1) * shape[0])
     tensor = file.read(source.key, dtype=dtype, device=device, rows=rows)
+    if source.rows is not None and source.rows[3]:
+        tensor = torch.cat([*reversed(tensor.chunk(2))])
     if source.transposed:
         tensor = tensor.T.contiguous()
     return tensor.reshape(shape)

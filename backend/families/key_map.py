@@ -1,7 +1,8 @@
 """KeyMap: names of one network's weights in the family's original files, both ways, with rows where several weights of ours make one of theirs.
 
 Loader, saver and LoRA all read it. Example: diffusers splits what Flux's files call `double_blocks.0.img_attn.qkv` in three;
-`transformer_blocks.0.attn.to_k` then has rows 3072 to 6144 of 9216. Knows no files and no devices.
+`transformer_blocks.0.attn.to_k` then has rows 3072 to 6144 of 9216. Of `norm_out.linear` the files have the halves the other way round.
+Knows no files and no devices.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from backend.storage.kinds import storage_of
 
 
 class Rows(NamedTuple):
-    """Rows `first` to before `end` of an original matrix that has `total`."""
+    """Rows `first` to before `end` of an original matrix that has `total`. `swapped`: our first half of them is the original's second."""
 
     first: int
     end: int
     total: int
+    swapped: bool = False
 
 
 class OriginalPlace(NamedTuple):
@@ -35,11 +37,14 @@ class OriginalPlace(NamedTuple):
 class KeyMap:
     """`modules`: name of a module here -> its name in the original layout; the longest leading name counts, others are named alike.
 
-    `rows`: name of a module here -> its rows of the original's.
+    `rows`: name of a module here -> its rows of the original's. `respelled`: endings of original names -> how some files write them.
+    `lora_names`: further names that LoRAs have for a layer -> our modules that make it together, with their rows of it.
     """
 
     modules: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, Rows] = field(default_factory=dict)
+    respelled: Mapping[str, str] = field(default_factory=dict)
+    lora_names: Mapping[str, Mapping[str, Rows]] = field(default_factory=dict)
 
     def original(self, key: str) -> OriginalPlace:
         """Where the original has this weight or module of ours."""
@@ -49,6 +54,12 @@ class KeyMap:
                 return OriginalPlace(self.modules[head] + key[len(head) :], self.rows.get(head))
             head = head.rpartition(".")[0]
         return OriginalPlace(key, None)
+
+    def places(self, key: str) -> tuple[OriginalPlace, ...]:
+        """Where files have this weight of ours: the original's name first, then other spellings of it."""
+        place = self.original(key)
+        others = (place.key.removesuffix(ending) + other for ending, other in self.respelled.items() if place.key.endswith(ending))
+        return (place, *(OriginalPlace(name, place.rows) for name in others))
 
     def ours(self, key: str) -> str | None:
         """Our name of a weight or module of the original layout that is one of ours as a whole; None for a part that several of ours share."""
@@ -76,7 +87,7 @@ class KeyMap:
             if place.rows is None:
                 whole[place.key] = tensor
             else:
-                parts.setdefault(place.key, {})[place.rows.first] = tensor
+                parts.setdefault(place.key, {})[place.rows.first] = swap_halves(tensor) if place.rows.swapped else tensor
         return {**whole, **{key: _join([pieces[first] for first in sorted(pieces)]) for key, pieces in parts.items()}}
 
     @property
@@ -93,6 +104,13 @@ def _join(tensors: list[Tensor]) -> Tensor:
     return type(stored[0]).concat(stored).tensor if len(stored) > 1 else tensors[0]
 
 
+def swap_halves(tensor: Tensor) -> Tensor:
+    """Its rows, the second half before the first. A storage of any kind is cut and joined as it is stored. Its own inverse."""
+    storage, middle = storage_of(tensor), tensor.shape[0] // 2
+    halves = [storage.rows(middle, tensor.shape[0]), storage.rows(0, middle)]
+    return type(storage).concat(halves).tensor
+
+
 def equal_rows(names: tuple[str, ...], total: int) -> dict[str, Rows]:
     """Rows of modules that share one matrix in equal parts, in order (q, k, v)."""
     length = total // len(names)
@@ -103,4 +121,5 @@ def cut_rows(tensor: Tensor, rows: Rows) -> Tensor:
     """The rows as a tensor of their own. Raises: ValueError for a tensor of another length."""
     if tensor.shape[0] != rows.total:
         raise ValueError(f"a tensor of {tensor.shape[0]} rows was given where the original has {rows.total}")
-    return torch.narrow(tensor, 0, rows.first, rows.end - rows.first)
+    cut = torch.narrow(tensor, 0, rows.first, rows.end - rows.first)
+    return swap_halves(cut) if rows.swapped else cut

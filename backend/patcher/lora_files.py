@@ -27,7 +27,7 @@ from backend.patcher.lora_keys import (
     shared_lora_keys_unet,
     split_key,
 )
-from backend.patcher.lora_math import DiffPatch, GloraPatch, Ia3Patch, LohaPatch, LokrPatch, LoraPatch, OftPatch, RowsPatch, SetPatch
+from backend.patcher.lora_math import DiffPatch, GloraPatch, Ia3Patch, LohaPatch, LokrPatch, LoraPatch, OftPatch, SetPatch, patch_of_rows
 from backend.patcher.unet import UnetPatcher
 from backend.patcher.weight_patches import WeightPatch
 from backend.text_processing.embedding import PLAIN_KEY
@@ -195,7 +195,7 @@ def _load_shared(layers: Mapping[str, Parts], to_load: Mapping[str, Mapping[str,
             unmatched[layer] = parts
             continue
         for target, rows in targets.items():
-            patches.update({f"{target.removesuffix('weight')}{attribute}": RowsPatch(patch=patch, rows=rows) for attribute, patch in built.items()})
+            patches.update({f"{target.removesuffix('weight')}{attribute}": patch_of_rows(patch, rows) for attribute, patch in built.items()})
     return patches, unmatched
 
 

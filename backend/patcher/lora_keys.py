@@ -26,6 +26,8 @@ _PARTS: dict[str, str] = {
     ".lora.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
+    ".up.weight": "up",
+    ".down.weight": "down",
     ".lora_B.weight": "up",
     ".lora_A.weight": "down",
     ".lora_B.default.weight": "up",
@@ -80,10 +82,10 @@ def model_lora_keys_unet(model: nn.Module, key_map: dict[str, str] | None = None
 
 
 def shared_lora_keys_unet(model: nn.Module) -> dict[str, dict[str, Rows]]:
-    """Names of layers that the original has as one and the KModel's network as several -> the weights of these, with their rows of it."""
+    """Names of layers that files have as one and the KModel's network as several -> the weights of these, with their rows of it."""
     network: Any = model
     found: dict[str, dict[str, Rows]] = {}
-    for original, parts in network.key_map.shared():
+    for original, parts in (*network.key_map.shared(), *network.key_map.lora_names.items()):
         targets = {f"{UNET_PREFIX}{layer}.weight": rows for layer, rows in parts.items()}
         found.update(dict.fromkeys(_unet_aliases(original, None), targets))
     return found
@@ -94,7 +96,10 @@ def _unet_aliases(layer: str, original: str | None) -> Iterator[str]:
         if name is not None:
             yield f"lora_unet_{_flat(name)}"
             yield f"lycoris_{_flat(name)}"
+            yield f"lora_transformer_{_flat(name)}"  # OneTrainer
             yield f"{UNET_PREFIX}{name}"
+            yield f"transformer.{name}"
+            yield name
     processor = re.sub(r"\.to_([qkv]|out)(\.0)?$", r".processor.to_\1", layer)  # diffusers before 0.22
     for name in dict.fromkeys((layer, processor, layer.removesuffix(".0") if layer.endswith(".to_out.0") else layer)):
         yield name

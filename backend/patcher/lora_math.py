@@ -394,25 +394,46 @@ _FORGE_KINDS: dict[str, Callable[[Sequence[Any]], WeightPatch]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RowsPatch(WeightPatch):
-    """Rows (first, end, total) of a change that is written for a larger matrix, of which the weight is these rows.
+    """Rows (first, end, total, swapped) of a change that is written for a larger matrix, of which the weight is these rows; where they are
+    swapped, with its second half first.
 
     The other rows are zeros while the change is made, so it holds for every change whose rows do not depend on each other.
     """
 
     patch: WeightPatch
-    rows: tuple[int, int, int]
+    rows: tuple[int, int, int, bool]
 
     def merge(self, weight: Tensor, strength: float) -> Tensor:
-        first, end, total = self.rows
+        first, end, total, swapped = self.rows
         whole = weight.new_zeros(total, *weight.shape[1:])
-        whole[first:end] = weight
-        return self.patch.merge(whole, strength)[first:end]
+        whole[first:end] = _swap_halves(weight) if swapped else weight
+        merged = self.patch.merge(whole, strength)[first:end]
+        return _swap_halves(merged) if swapped else merged
 
     def explain_misfit(self, shape: torch.Size) -> str | None:
-        first, end, total = self.rows
+        first, end, total, _ = self.rows
         if shape[0] != end - first:
             return f"the change has {end - first} rows for it"
         return self.patch.explain_misfit(torch.Size((total, *shape[1:])))
 
     def on(self, device: torch.device) -> RowsPatch:
         return replace(self, patch=self.patch.on(device))
+
+
+def _swap_halves(weight: Tensor) -> Tensor:
+    return torch.cat([*reversed(weight.chunk(2))])
+
+
+def patch_of_rows(patch: WeightPatch, rows: tuple[int, int, int, bool]) -> WeightPatch:
+    """The change of some rows of the matrix that a patch is for; of products and differences only those rows are kept."""
+    first, end, total, swapped = rows
+
+    def cut(tensor: Tensor) -> Tensor:
+        return _swap_halves(tensor[first:end]) if swapped else tensor[first:end].clone()
+
+    if getattr(patch, "dora_scale", None) is None:
+        if type(patch) is LoraPatch and patch.mid is None and patch.up.ndim and patch.up.shape[0] == total:
+            return replace(patch, up=cut(patch.up))
+        if type(patch) is DiffPatch and patch.diff.ndim and patch.diff.shape[0] == total:
+            return replace(patch, diff=cut(patch.diff))
+    return RowsPatch(patch=patch, rows=rows)

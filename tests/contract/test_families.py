@@ -257,3 +257,13 @@ def test_a_key_map_names_both_ways_and_joins_what_shares_a_matrix() -> None:
     assert torch.equal(cut_rows(joined["one.linear1.weight"], rows["a.mlp"]), mlp)
     with pytest.raises(ValueError, match=r"3 rows.*7"):
         cut_rows(torch.zeros(3, 3), rows["a.q"])
+
+
+def test_a_key_map_swaps_halves_and_knows_other_spellings() -> None:
+    """As Flux's last norm, whose shift comes before its scale in the files."""
+    names = KeyMap(modules={"norm": "ada.1"}, rows={"norm": Rows(0, 4, 4, swapped=True)}, respelled={".scale": ".weight"})
+    ours = torch.arange(8.0).reshape(4, 2)
+    theirs = names.to_original({"norm.weight": ours})["ada.1.weight"]
+    assert theirs[:, 0].tolist() == [4.0, 6.0, 0.0, 2.0] and torch.equal(cut_rows(theirs, Rows(0, 4, 4, swapped=True)), ours)
+    assert [place.key for place in names.places("key.scale")] == ["key.scale", "key.weight"]
+    assert names.places("norm.weight") == (("ada.1.weight", Rows(0, 4, 4, swapped=True)),)
