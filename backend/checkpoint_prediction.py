@@ -33,12 +33,13 @@ _MAX_YAML_BYTES = 2**20
 class PredictionSpec:
     """`kind` is "epsilon", "v_prediction" or "flow"; `source` says who said so.
 
-    `sigma_range` (least, greatest) is set for continuous EDM schedules, as in CosXL.
+    `sigma_range` (least, greatest) is set for continuous EDM schedules, as in CosXL. `shift` is of a flow's times, 1 moves none.
     """
 
     kind: str
     has_zero_terminal_snr: bool = False
     sigma_range: tuple[float, float] | None = None
+    shift: float = 1.0
     source: str
 
     @property

@@ -5,7 +5,7 @@ The loader builds by it, and the plan that is shown before loading counts by it,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +22,27 @@ class DenoiserTypes:
     computation_dtype: torch.dtype
 
 
-def choose_denoiser_types(stored: Iterable[torch.dtype], num_parameters: int, *, wanted: torch.dtype | None = None) -> DenoiserTypes:
-    """`stored`: the types of the file's matrices. `wanted` (an option or a flag) goes before the file, the file before the device's rule."""
+HALF_AND_FULL = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def choose_denoiser_types(
+    stored: Iterable[torch.dtype],
+    num_parameters: int,
+    *,
+    wanted: torch.dtype | None = None,
+    supported: Sequence[torch.dtype] = HALF_AND_FULL,
+) -> DenoiserTypes:
+    """`stored`: the types of the file's matrices. `wanted` (an option or a flag) goes before the file, the file before the device's rule.
+
+    `supported`: what the network may compute in, best first. Where the device's rule decides, a weight that would be cast from one half type to
+    another at every use is stored in the type that is computed in.
+    """
     device = memory_management.get_torch_device()
-    storage_dtype = wanted or _worth_keeping(list(stored), device)
-    return DenoiserTypes(
-        storage_dtype=storage_dtype or memory_management.unet_dtype(device, num_parameters),
-        computation_dtype=memory_management.get_computation_dtype(device, num_parameters),
-    )
+    computation_dtype = memory_management.get_computation_dtype(device, num_parameters, supported)
+    storage_dtype = wanted or _worth_keeping(list(stored), device) or memory_management.unet_dtype(device, num_parameters, supported)
+    if wanted is None and storage_dtype != computation_dtype and storage_dtype.itemsize == computation_dtype.itemsize:
+        storage_dtype = computation_dtype
+    return DenoiserTypes(storage_dtype=storage_dtype, computation_dtype=computation_dtype)
 
 
 def _worth_keeping(stored: list[torch.dtype], device: torch.device) -> torch.dtype | None:

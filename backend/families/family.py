@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from backend.checkpoint_file import TensorFile
 from backend.checkpoint_layout import Part
 from backend.checkpoint_prediction import PredictionSpec
+from backend.families.inpainting import mask_before_picture
 from backend.families.key_map import KeyMap
 from backend.families.latent_format import LatentFormat
 from backend.modules.k_prediction import AbstractPrediction
@@ -124,7 +126,9 @@ class Family:
     `key_map`: of a built denoiser. `build_program` cuts it into segments. `find_prediction` (file, found, loaded denoiser) says what it
     predicts. `native_size_px`: side of the pictures that it was trained on, by its prediction. `encode` is the text recipe;
     `text_settings` are numbers that it reads from the model and callers may set. `default_schedule` is what Automatic means where the
-    sampler leaves it open. `forge_flags` are the names by which extensions ask ("is_sdxl"). `join_checkpoint` (denoiser, VAE, text
+    sampler leaves it open. `join_inpaint` (mask in pixels, masked picture's latents) gives the further channels of an inpainting model.
+    `compute_dtypes`: what its network may compute in, best first; a device takes the first that it runs at full rate. `forge_flags` are the
+    names by which extensions ask ("is_sdxl"). `join_checkpoint` (denoiser, VAE, text
     encoders) writes a single file's tensors.
     """
 
@@ -147,6 +151,8 @@ class Family:
     join_checkpoint: Callable[[nn.Module, nn.Module, Sequence[nn.Module]], dict[str, Tensor]]
     text_settings: Mapping[str, float] = field(default_factory=dict)
     reads_size: bool = False
+    join_inpaint: Callable[[Tensor, Tensor], Tensor] = mask_before_picture
+    compute_dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
     default_schedule: str = "automatic"
     guidance: Guidance = Guidance()
     defaults: PageDefaults = PageDefaults()

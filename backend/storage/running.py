@@ -17,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from backend.storage.kinds import storage_of
 
 
-def is_cast_layer(name: str, layer: nn.Module) -> bool:
-    """Whether this layer's weights may be stored compactly: linear, convolution and embedding layers, norms left out."""
-    return isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding)) and "norm" not in name
+def is_cast_layer(layer: nn.Module) -> bool:
+    """Whether this layer's weights may be stored compactly: linear, convolution and embedding layers, also those that make a norm's scales."""
+    return isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding))
 
 
 def set_types(module: nn.Module, storage_dtype: torch.dtype, computation_dtype: torch.dtype) -> None:
@@ -30,8 +30,8 @@ def set_types(module: nn.Module, storage_dtype: torch.dtype, computation_dtype: 
     if storage_dtype == computation_dtype:
         nn.Module.to(module, storage_dtype)  # diffusers' own `to` warns about every change of type
         return
-    for name, layer in module.named_modules():
-        is_cast = is_cast_layer(name, layer)
+    for layer in module.modules():
+        is_cast = is_cast_layer(layer)
         _cast_own_tensors(layer, storage_dtype if is_cast else computation_dtype)
         if is_cast:
             _Dequantizer(layer, computation_dtype)

@@ -6,7 +6,7 @@ format's to say. Pixels as tensors are BCHW, 0..1 unless it says otherwise. Must
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from backend.families.inpainting import mask_before_picture
 from backend.families.latent_format import LatentFormat
 from backend.patcher.vae import NansError
 from modules import devices
@@ -85,7 +86,7 @@ def upscale_latent(samples_BCHW: Tensor, width_px: int, height_px: int, mode: di
     return functional.interpolate(samples_BCHW, size=size, mode=mode["mode"], antialias=mode["antialias"])
 
 
-# Image conditioning: an inpainting model's UNet takes a mask and the masked picture beside the latents (5 more channels). Others take none;
+# Image conditioning: an inpainting model takes a mask and the masked picture beside the latents (5 more channels for a UNet). Others take none;
 # they get a tensor of size 1, as extensions expect, and the denoiser is not given it (the model says what it takes, not the shape).
 
 
@@ -99,8 +100,14 @@ def txt2img_image_conditioning(model: Any, x_BCHW: Tensor, width_px: int, height
         return no_image_conditioning(x_BCHW)
     gray_BCHW = torch.full((1, 3, height_px, width_px), 0.5)
     masked_BCHW = encode_pixels(model, gray_BCHW).to(x_BCHW)
-    conditioning_BCHW = torch.cat([torch.ones_like(masked_BCHW[:, :1]), masked_BCHW], dim=1)
+    conditioning_BCHW = _join_inpaint(model)(torch.ones_like(gray_BCHW[:, :1]), masked_BCHW)
     return conditioning_BCHW.expand(x_BCHW.shape[0], -1, -1, -1)
+
+
+def _join_inpaint(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """How the model's family makes channels of mask and masked picture; Stable Diffusion's way for a model without a family."""
+    family = getattr(model, "family_facts", None)
+    return mask_before_picture if family is None else family.join_inpaint
 
 
 def inpainting_image_conditioning(
@@ -118,8 +125,7 @@ def inpainting_image_conditioning(
     mask_B1HW = _pixel_mask(image_mask, source_BCHW, round_mask)
     shown_BCHW = torch.lerp(source_BCHW, source_BCHW * (1 - mask_B1HW), mask_weight)
     masked_BCHW = encode_pixels(model, shown_BCHW * 0.5 + 0.5).to(latent_BCHW)
-    small_mask = functional.interpolate(mask_B1HW, size=latent_BCHW.shape[-2:]).to(latent_BCHW)
-    return torch.cat([small_mask.expand(masked_BCHW.shape[0], -1, -1, -1), masked_BCHW], dim=1)
+    return _join_inpaint(model)(mask_B1HW, masked_BCHW)
 
 
 def _pixel_mask(image_mask: Any, source_BCHW: Tensor, round_mask: bool) -> Tensor:

@@ -56,7 +56,8 @@ def _profile(family: Family, found: FoundDenoiser, stored: Sequence[torch.dtype]
     """Costs of the network as the loader would keep it: the bytes it stores, the type it computes in."""
     denoiser = family.build_denoiser(found)
     num_parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    types = choose_denoiser_types(stored, num_parameters, wanted=memory_management.unet_dtype_from_flags())
+    wanted = memory_management.unet_dtype_from_flags()
+    types = choose_denoiser_types(stored, num_parameters, wanted=wanted, supported=family.compute_dtypes)
     set_types(denoiser, types.storage_dtype, types.computation_dtype)
     profile = profile_network(denoiser, family.build_program, latent_height=side, latent_width=side, dtype=types.computation_dtype)
     return with_stored_bytes(profile, family.build_program(denoiser))
