@@ -1,0 +1,141 @@
+"""Which files hold a Flux.1 transformer, of which kind, and with what arguments it is built. Reads names and shapes only.
+
+Kinds by shape: "dev" (takes distilled guidance; also Krea-dev and Kontext, which have its shapes), "schnell" (takes none), "fill" (384 inputs a
+token: picture, masked picture and mask).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from backend.checkpoint_file import CheckpointError, TensorFile
+from backend.checkpoint_layout import Layout, Part
+from backend.families.family import FoundDenoiser
+
+LATENT_CHANNELS, CELL = 16, 2
+PLAIN_INPUTS, CONTROL_INPUTS, FILL_INPUTS = 64, 128, 384
+DEV, SCHNELL, FILL = "dev", "schnell", "fill"
+
+_ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "")
+_DIFFUSERS_PREFIXES = ("transformer.", "model.diffusion_model.", "")
+_NORMS = ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.norm.key_norm.weight")
+_RELATIVES = (
+    (("nerf_image_embedder.", "nerf_blocks.", "nerf_final_layer"), "Chroma Radiance, which works on pixels"),
+    (("distilled_guidance_layer.",), "Chroma"),
+    (("early_stream_modulations.",), "Flux.3"),
+    (("double_stream_modulation_img.", "double_stream_modulation_txt."), "Flux.2"),
+)
+_CONTROLNET_MARKS = ("controlnet_blocks.", "controlnet_x_embedder.", "controlnet_single_blocks.", "input_hint_block.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """The names by which one layout tells its shapes."""
+
+    image_in: str
+    text_in: str
+    vector_in: str
+    guidance_in: str
+    out: str
+    norms: tuple[str, ...]
+    double: str
+    single: str
+
+
+_ORIGINAL = _Names(
+    "img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "guidance_in.in_layer.weight", "final_layer.linear.weight", _NORMS,
+    "double_blocks.", "single_blocks.",
+)  # fmt: skip
+_DIFFUSERS = _Names(
+    "x_embedder.weight", "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight",
+    "time_text_embed.guidance_embedder.linear_1.weight", "proj_out.weight", ("transformer_blocks.0.attn.norm_k.weight",),
+    "transformer_blocks.", "single_transformer_blocks.",
+)  # fmt: skip
+
+
+def identify_flux(file: TensorFile) -> tuple[str, FoundDenoiser] | None:
+    """The kind of Flux.1 in the file, and where and what it is. Raises: CheckpointError for relatives that are not supported, by name."""
+    for layout, names, prefixes in ((Layout.LDM, _ORIGINAL, _ORIGINAL_PREFIXES), (Layout.DIFFUSERS, _DIFFUSERS, _DIFFUSERS_PREFIXES)):
+        for prefix in prefixes:
+            if not _is_flux_like(file, prefix, names):
+                continue
+            shapes = {key.removeprefix(prefix): info.shape for key, info in file.infos.items() if key.startswith(prefix)}
+            if any(key.startswith(_CONTROLNET_MARKS) for key in shapes):
+                return None
+            _refuse_relatives(file, shapes)
+            return _describe(file, Part(prefix, layout), shapes, names)
+    return None
+
+
+def _is_flux_like(file: TensorFile, prefix: str, names: _Names) -> bool:
+    """Flux's blocks, or those of a relative that has them too. SD3 in diffusers' layout has no single blocks."""
+    has_norm = any(prefix + norm in file.infos for norm in names.norms)
+    return has_norm and any(key.startswith(prefix + names.single) for key in file.infos)
+
+
+def _refuse_relatives(file: TensorFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for marks, title in _RELATIVES:
+        if any(key.startswith(marks) for key in shapes):
+            raise CheckpointError(
+                f"{file.path.name}: is {title}. This is not supported; use a Flux.1 model (dev, Krea-dev, Kontext, schnell or Fill)."
+            )
+
+
+def _describe(file: TensorFile, part: Part, shapes: Mapping[str, tuple[int, ...]], names: _Names) -> tuple[str, FoundDenoiser]:
+    def shape(key: str) -> tuple[int, ...]:
+        if len(shapes.get(key, ())) != 2:
+            raise CheckpointError(
+                f"{file.path.name}: looks like Flux.1, but misses {part.prefix}{key}. The file is incomplete: download it again, or convert it again "
+                "from its source."
+            )
+        return shapes[key]
+
+    width, inputs = shape(names.image_in)
+    head_width = next(shapes[norm][0] for norm in names.norms if norm in shapes)
+    has_guidance = names.guidance_in in shapes
+    if inputs == CONTROL_INPUTS:
+        raise CheckpointError(
+            f"{file.path.name}: is a Flux.1 model that is steered by a picture of edges or depth (Canny, Depth: {inputs} inputs a token). "
+            "This is not supported; use Flux.1 dev, Krea-dev, Kontext, schnell or Fill."
+        )
+    if inputs not in (PLAIN_INPUTS, FILL_INPUTS) or head_width < 8 or head_width % 2 or width % head_width:
+        raise CheckpointError(
+            f"{file.path.name}: looks like Flux.1, but takes {inputs} inputs a token and is {width} wide with heads {head_width} wide. "
+            "Such a model is not known; check that the right file was downloaded."
+        )
+    config: dict[str, Any] = {
+        "in_channels": inputs,
+        "out_channels": shape(names.out)[0],
+        "num_layers": _count(shapes, names.double),
+        "num_single_layers": _count(shapes, names.single),
+        "attention_head_dim": head_width,
+        "num_attention_heads": width // head_width,
+        "joint_attention_dim": shape(names.text_in)[1],
+        "pooled_projection_dim": shape(names.vector_in)[1],
+        "guidance_embeds": has_guidance,
+        "axes_dims_rope": rope_widths(head_width),
+    }
+    kind = FILL if inputs == FILL_INPUTS else DEV if has_guidance else SCHNELL
+    return kind, FoundDenoiser(part=part, config=config, is_inpaint=kind == FILL)
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], start: str) -> int:
+    """How many blocks there are, without a gap."""
+    numbers = {key.removeprefix(start).partition(".")[0] for key in shapes if key.startswith(start)}
+    count = 0
+    while str(count) in numbers:
+        count += 1
+    return count
+
+
+def rope_widths(head_width: int) -> tuple[int, int, int]:
+    """How a head's numbers are shared among the three position axes: an eighth for the picture's number, the rest for row and column.
+
+    128 -> (16, 56, 56). Narrow heads get the next share that leaves two even halves: 16 -> (4, 6, 6).
+    """
+    first = head_width // 8 + head_width // 8 % 2
+    while (head_width - first) % 4 or first == 0:
+        first += 2
+    return first, (head_width - first) // 2, (head_width - first) // 2

@@ -1,0 +1,108 @@
+"""What Flux.1's blocks compute, over diffusers' modules: their own forward, or the same with a residual stream in fp32.
+
+The streams of a trained Flux outgrow fp16. Where the network computes in fp16, streams, modulations and norms are therefore fp32, and only what goes
+through matrices and attention is fp16: the stream's type is the stream's own, the modulation's type is the network's.
+
+Shapes: B rows, L tokens of text and picture, T of text, D width of a token, N heads, K width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
+
+from backend.attention import attention_function
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines (L, K), fp32."""
+
+
+class FluxAttentionProcessor:
+    """Attention of a block over the joined tokens, text before picture, as the user chose it (`backend.attention`)."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rope | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        query_BLNK, key_BLNK, value_BLNK = _project(attn, hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
+        num_text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        if encoder_hidden_states is not None:
+            layers, norms = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
+            text = _project(attn, encoder_hidden_states, layers, norms)
+            query_BLNK, key_BLNK, value_BLNK = (torch.cat(pair, dim=1) for pair in zip(text, (query_BLNK, key_BLNK, value_BLNK)))
+        if image_rotary_emb is not None:
+            query_BLNK = apply_rotary_emb(query_BLNK, image_rotary_emb, sequence_dim=1)
+            key_BLNK = apply_rotary_emb(key_BLNK, image_rotary_emb, sequence_dim=1)
+        query_BNLK, key_BNLK, value_BNLK = query_BLNK.transpose(1, 2), key_BLNK.transpose(1, 2), value_BLNK.transpose(1, 2)
+        mixed_BLD = attention_function(query_BNLK, key_BNLK, value_BNLK, attn.heads, attention_mask, skip_reshape=True)
+        if encoder_hidden_states is None:
+            return mixed_BLD
+        image_BLD = attn.to_out[1](attn.to_out[0](mixed_BLD[:, num_text:].contiguous()))
+        return image_BLD, attn.to_add_out(mixed_BLD[:, :num_text].contiguous())
+
+
+def _project(attn: Any, tokens_BLD: Tensor, layers: tuple[nn.Module, ...], norms: tuple[nn.Module, nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, normed by head, and values."""
+    query_BLNK, key_BLNK, value_BLNK = (layer(tokens_BLD).unflatten(-1, (-1, attn.head_dim)) for layer in layers)
+    return norms[0](query_BLNK), norms[1](key_BLNK), value_BLNK
+
+
+def run_double_block(block: Any, image_BLD: Tensor, text_BTD: Tensor, modulation_BD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """(picture, text) behind a block with two streams."""
+    if image_BLD.dtype == modulation_BD.dtype:
+        text_BTD, image_BLD = block(hidden_states=image_BLD, encoder_hidden_states=text_BTD, temb=modulation_BD, image_rotary_emb=rope)
+        return image_BLD, text_BTD
+    image_mods, text_mods = (_modulate(norm, modulation_BD, 6) for norm in (block.norm1, block.norm1_context))
+    attended = block.attn(
+        hidden_states=_norm(block.norm1.norm, image_BLD, image_mods[1], image_mods[0], modulation_BD.dtype),
+        encoder_hidden_states=_norm(block.norm1_context.norm, text_BTD, text_mods[1], text_mods[0], modulation_BD.dtype),
+        image_rotary_emb=rope,
+    )
+    streams = []
+    for stream, mixed, mods, norm, feed_forward in zip(
+        (image_BLD, text_BTD), attended, (image_mods, text_mods), (block.norm2, block.norm2_context), (block.ff, block.ff_context), strict=True
+    ):
+        stream = stream + mods[2] * mixed.float()
+        inner = feed_forward(_norm(norm, stream, mods[4], mods[3], modulation_BD.dtype))
+        streams.append(stream + mods[5] * inner.float())
+    return streams[0], streams[1]
+
+
+def run_single_block(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, rope: Rope) -> Tensor:
+    """Text and picture behind a block with one stream, attention and MLP beside each other."""
+    if tokens_BLD.dtype == modulation_BD.dtype:
+        normed_BLD, gate_BD = block.norm(tokens_BLD, emb=modulation_BD)
+        mlp_BLD = block.act_mlp(block.proj_mlp(normed_BLD))
+        mixed_BLD = block.attn(hidden_states=normed_BLD, image_rotary_emb=rope)
+        return tokens_BLD + gate_BD.unsqueeze(1) * block.proj_out(torch.cat([mixed_BLD, mlp_BLD], dim=2))  # type: ignore[no-any-return]
+    shift, scale, gate = _modulate(block.norm, modulation_BD, 3)
+    normed_BLD = _norm(block.norm.norm, tokens_BLD, scale, shift, modulation_BD.dtype)
+    mlp_BLD = block.act_mlp(block.proj_mlp(normed_BLD))
+    mixed_BLD = block.attn(hidden_states=normed_BLD, image_rotary_emb=rope)
+    return tokens_BLD + gate * block.proj_out(torch.cat([mixed_BLD, mlp_BLD], dim=2)).float()  # type: ignore[no-any-return]
+
+
+def run_last_layer(network: Any, image_BLD: Tensor, modulation_BD: Tensor) -> Tensor:
+    """Norm and projection to the numbers of a token."""
+    if image_BLD.dtype != modulation_BD.dtype:
+        scale, shift = _modulate(network.norm_out, modulation_BD, 2)
+        return network.proj_out(_norm(network.norm_out.norm, image_BLD, scale, shift, modulation_BD.dtype))  # type: ignore[no-any-return]
+    return network.proj_out(network.norm_out(image_BLD, modulation_BD))  # type: ignore[no-any-return]
+
+
+def _modulate(norm: Any, modulation_BD: Tensor, count: int) -> tuple[Tensor, ...]:
+    """A norm's shifts, scales and gates, (B, 1, D) each, fp32."""
+    numbers: Tensor = norm.linear(norm.silu(modulation_BD)).float()
+    return tuple(part.unsqueeze(1) for part in numbers.chunk(count, dim=1))
+
+
+def _norm(norm: nn.Module, stream_BLD: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """A norm without weights of its own, in the stream's type; the result in the network's."""
+    return (norm(stream_BLD) * (1 + scale) + shift).to(dtype)  # type: ignore[no-any-return]

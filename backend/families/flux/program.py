@@ -1,0 +1,267 @@
+"""Flux.1 as a list of segments over diffusers' FluxTransformer2DModel, named as hooks of the field name its blocks.
+
+    start               patches of 2x2 latents become tokens; "image", "text", and the constants "modulation", "rope cosines", "rope sines"
+    double_block 0..    consumes and produces "image" and "text"
+    single_block 0..    the first joins them to "tokens" (text before picture), the others move that on
+    last 0              "flow": the picture's tokens, normed, projected and put back into latents
+
+A cut between two single blocks is one tensor. On one device the fold is bit for bit the library's own `forward` in fp32. In half precision times and
+guidance keep fp32 up to their sinusoids, where the library rounds them first; in fp16 the streams are fp32 (layers.py).
+
+Shapes: B rows, C latent channels, H W latent rows and columns, L tokens, D width of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from backend.families.flux.layers import FluxAttentionProcessor, Rope, run_double_block, run_last_layer, run_single_block
+from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, Segment, TransformerOptions
+
+IMAGE, TEXT, TOKENS, MODULATION, COSINES, SINES, FLOW = "image", "text", "tokens", "modulation", "rope cosines", "rope sines", "flow"
+DOUBLE, SINGLE, LAST = "double_block", "single_block", "last"
+CELL = 2
+TIME_SCALE = 1000.0
+"""Times (0..1) and guidance go into their sinusoids so many times as large."""
+DEFAULT_GUIDANCE = 3.5
+EXAMPLE_TEXT_TOKENS = 512
+PEAK_NUMBERS = 22
+"""Numbers alive at the peak of a pass, per token and number of its width: a single block's four times as wide MLP, its output joined to attention's,
+the stream and rotated queries and keys in fp32. Counted on the meta device with fused attention; a test holds the estimate over the count."""
+SAFETY = 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What the way out must know of the way in: rows and columns of the latents, and tokens of text."""
+
+    height: int
+    width: int
+    num_text: int
+
+
+_SIZES = "flux_sizes"
+"""Name of the sizes among the state's options, which go along with it."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FluxSegment(Segment):
+    """One block, with the hooks that may replace it."""
+
+    def __call__(self, state: ProgramState, first_block: int = 0, end_block: int | None = None) -> None:
+        state.options["block"] = self.key
+        self._run(state)
+        self.add_residuals(state, at_end=True)
+
+    def _run(self, state: ProgramState) -> None:
+        raise NotImplementedError
+
+    def _replacement(self, state: ProgramState) -> Callable[..., Mapping[str, Tensor]] | None:
+        """A hook in the block's place: patches_replace["dit"][("double_block", 3)]."""
+        found: Callable[..., Mapping[str, Tensor]] | None = state.options.get("patches_replace", {}).get("dit", {}).get(self.key)
+        return found
+
+
+def _rope(state: ProgramState) -> Rope:
+    return state.tensors[COSINES], state.tensors[SINES]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DoubleSegment(FluxSegment):
+    """A block with two streams. A replacement gets and returns "img" and "txt"."""
+
+    def _run(self, state: ProgramState) -> None:
+        (block,), tensors, rope = self.layers, state.tensors, _rope(state)
+        replace = self._replacement(state)
+        if replace is None:
+            tensors[IMAGE], tensors[TEXT] = run_double_block(block, tensors[IMAGE], tensors[TEXT], tensors[MODULATION], rope)
+            return
+
+        def original(args: Mapping[str, Any]) -> dict[str, Tensor]:
+            image, text = run_double_block(block, args["img"], args["txt"], args["vec"], args["pe"])
+            return {"img": image, "txt": text}
+
+        args = {"img": tensors[IMAGE], "txt": tensors[TEXT], "vec": tensors[MODULATION], "pe": rope, "transformer_options": state.options}
+        out = replace(args, {"original_block": original})
+        tensors[IMAGE], tensors[TEXT] = out["img"], out["txt"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SingleSegment(FluxSegment):
+    """A block with one stream; `joins`: it is the first one. A replacement gets and returns "img", all tokens."""
+
+    joins: bool
+
+    def _run(self, state: ProgramState) -> None:
+        (block,), tensors, rope = self.layers, state.tensors, _rope(state)
+        if self.joins:
+            tensors[TOKENS] = torch.cat([tensors.pop(TEXT), tensors.pop(IMAGE)], dim=1)
+        replace = self._replacement(state)
+        if replace is None:
+            tensors[TOKENS] = run_single_block(block, tensors[TOKENS], tensors[MODULATION], rope)
+            return
+
+        def original(args: Mapping[str, Any]) -> dict[str, Tensor]:
+            return {"img": run_single_block(block, args["img"], args["vec"], args["pe"])}
+
+        args = {"img": tensors[TOKENS], "vec": tensors[MODULATION], "pe": rope, "transformer_options": state.options}
+        tensors[TOKENS] = replace(args, {"original_block": original})["img"]
+
+    def _add(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """To the picture's tokens, which are the last."""
+        num_text = hidden.shape[1] - residual.shape[1]
+        if num_text < 0 or residual.shape[-1] != hidden.shape[-1]:
+            return super()._add(hidden, residual)
+        return torch.cat([hidden[:, :num_text], hidden[:, num_text:] + residual.to(hidden)], dim=1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LastSegment(FluxSegment):
+    """The picture's tokens back to latents."""
+
+    network: Any
+
+    def _run(self, state: ProgramState) -> None:
+        sizes: _Sizes = state.options[_SIZES]
+        image_BLD = state.tensors.pop(TOKENS)[:, sizes.num_text :] if TOKENS in state.tensors else state.tensors.pop(IMAGE)
+        flow_BLD = run_last_layer(self.network, image_BLD, state.tensors[MODULATION])
+        state.tensors[FLOW] = unpack(flow_BLD, sizes.height, sizes.width)
+
+
+@dataclass(frozen=True, eq=False)
+class FluxEmbedding:
+    """What comes before the blocks: the embedders of picture, text, and of time, guidance and pooled text, whose sum modulates every block."""
+
+    network: Any
+
+    @property
+    def named_layers(self) -> NamedLayers:
+        return tuple((name, self.network.get_submodule(name)) for name in ("x_embedder", "context_embedder", "time_text_embed", "pos_embed"))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, layer in self.named_layers:
+            yield from layer.named_parameters(prefix=name)
+
+    def modulate(self, times_B: Tensor, guidance_B: Tensor | None, pooled_BV: Tensor) -> Tensor:
+        """(B, D). `guidance_B` is read by a network that was distilled with it, 3.5 where there is none."""
+        embed, dtype = self.network.time_text_embed, pooled_BV.dtype
+        sum_BD: Tensor = embed.timestep_embedder(embed.time_proj(times_B.float() * TIME_SCALE).to(dtype))
+        if self.network.config.guidance_embeds:
+            guidance_B = torch.full_like(times_B, DEFAULT_GUIDANCE) if guidance_B is None else guidance_B
+            sum_BD = sum_BD + embed.guidance_embedder(embed.time_proj(guidance_B.float() * TIME_SCALE).to(dtype))
+        return sum_BD + embed.text_embedder(pooled_BV)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FluxProgram(Program):
+    """Rows: "x" latents (B, 16, H, W), or 96 channels for Fill; "timesteps" times 0..1; "context" T5's features; "y" CLIP's pooled text;
+    "guidance" (B,) for a network that takes it."""
+
+    embedding: FluxEmbedding
+
+    def start(
+        self, rows: Mapping[str, Tensor], *, residuals: Mapping[Addition, Tensor] | None = None, options: TransformerOptions | None = None
+    ) -> ProgramState:
+        network, x_BCHW, context_BLD = self.embedding.network, rows["x"], rows["context"]
+        if "y" not in rows:
+            raise ValueError(
+                f"Flux takes the pooled text of CLIP-L, and none was given; pass it as y, shape (batch, {network.config.pooled_projection_dim})."
+            )
+        num_rows, height, width = x_BCHW.shape[0], x_BCHW.shape[2], x_BCHW.shape[3]
+        modulation_BD = self.embedding.modulate(rows["timesteps"], rows.get("guidance"), rows["y"].to(x_BCHW.dtype))
+        image_BLD, text_BLD = network.x_embedder(pack(x_BCHW)), network.context_embedder(context_BLD)
+        if x_BCHW.dtype == torch.float16:
+            image_BLD, text_BLD = image_BLD.float(), text_BLD.float()
+        ids_L3 = torch.cat([text_BLD.new_zeros(text_BLD.shape[1], 3), picture_ids(-(-height // CELL), -(-width // CELL)).to(text_BLD)])
+        cosines_LK, sines_LK = network.pos_embed(ids_L3)
+        tensors = {IMAGE: image_BLD, TEXT: text_BLD.expand(num_rows, -1, -1), MODULATION: modulation_BD, COSINES: cosines_LK, SINES: sines_LK}
+        own_options = {**(options or {}), _SIZES: _Sizes(height, width, text_BLD.shape[1])}
+        return ProgramState(tensors, dict(residuals or {}), own_options)
+
+    def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
+        """Entry i of "input" goes behind double block i, entry i of "output" behind single block i."""
+        found: dict[Addition, Tensor] = {}
+        for addition in (one for segment in self.segments for one in segment.adds):
+            residuals = (control or {}).get(addition.kind)
+            if isinstance(residuals, (list, tuple)) and addition.number < len(residuals):
+                residual = residuals[addition.number]
+                if residual is not None:
+                    found[addition] = residual
+        return found
+
+    def example_rows(self, *, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        config = self.embedding.network.config
+        rows = {
+            "x": torch.empty(1, config.in_channels // CELL**2, latent_height, latent_width, device="meta", dtype=dtype),
+            "timesteps": torch.empty(1, device="meta"),
+            "context": torch.empty(1, max(context_length, EXAMPLE_TEXT_TOKENS), config.joint_attention_dim, device="meta", dtype=dtype),
+            "y": torch.empty(1, config.pooled_projection_dim, device="meta", dtype=dtype),
+        }
+        if config.guidance_embeds:
+            rows["guidance"] = torch.empty(1, device="meta")
+        return rows
+
+    def working_bytes(self, shape: Sequence[int], itemsize: int) -> float:
+        num_tokens = EXAMPLE_TEXT_TOKENS + -(-shape[2] // CELL) * -(-shape[3] // CELL)
+        return SAFETY * PEAK_NUMBERS * shape[0] * num_tokens * self.embedding.network.inner_dim * itemsize  # type: ignore[no-any-return]
+
+
+def build_flux_program(network: Any) -> FluxProgram:
+    """Cut a FluxTransformer2DModel into its blocks. Its attention is the chosen one from now on."""
+    network.set_attn_processor(FluxAttentionProcessor())
+    streams, num_singles = (IMAGE, TEXT), len(network.single_transformer_blocks)
+    doubles: list[Segment] = [
+        DoubleSegment(
+            kind=DOUBLE, number=number, named_layers=((f"transformer_blocks.{number}", block),), consumes=streams, produces=streams,
+            adds=(Addition("input", number, IMAGE),),
+        )
+        for number, block in enumerate(network.transformer_blocks)
+    ]  # fmt: skip
+    singles: list[Segment] = [
+        SingleSegment(
+            kind=SINGLE, number=number, named_layers=((f"single_transformer_blocks.{number}", block),),
+            consumes=(TOKENS,) if number else streams, produces=(TOKENS,), adds=(Addition("output", number, TOKENS),), joins=number == 0,
+        )
+        for number, block in enumerate(network.single_transformer_blocks)
+    ]  # fmt: skip
+    ends = tuple((name, network.get_submodule(name)) for name in ("norm_out", "proj_out"))
+    last = LastSegment(
+        kind=LAST, number=0, named_layers=ends, consumes=(TOKENS,) if num_singles else (IMAGE,), produces=(FLOW,), network=network
+    )  # fmt: skip
+    return FluxProgram(
+        embedding=FluxEmbedding(network),
+        segments=(*doubles, *singles, last),
+        reads=("x", "timesteps", "context", "y", *(("guidance",) if network.config.guidance_embeds else ())),
+        inputs=streams,
+        constants=(MODULATION, COSINES, SINES),
+        output=FLOW,
+        control_kinds=("input", "output"),
+    )
+
+
+def pack(x_BCHW: Tensor) -> Tensor:
+    """Latents as tokens of 2x2, (B, H/2 * W/2, 4 C), channel by channel. Odd sides grow by what is at the other edge."""
+    if x_BCHW.shape[2] % CELL or x_BCHW.shape[3] % CELL:
+        x_BCHW = functional.pad(x_BCHW, (0, x_BCHW.shape[3] % CELL, 0, x_BCHW.shape[2] % CELL), mode="circular")
+    batch, channels, height, width = x_BCHW.shape
+    cells = x_BCHW.reshape(batch, channels, height // CELL, CELL, width // CELL, CELL)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * CELL**2)
+
+
+def unpack(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
+    """The inverse: latents (B, C, height, width)."""
+    rows, columns = -(-height // CELL), -(-width // CELL)
+    cells = tokens_BLD.reshape(tokens_BLD.shape[0], rows, columns, -1, CELL, CELL)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(tokens_BLD.shape[0], -1, rows * CELL, columns * CELL)[:, :, :height, :width]
+
+
+def picture_ids(rows: int, columns: int, number: int = 0) -> Tensor:
+    """Positions of a picture's tokens, (rows * columns, 3): the picture's number, row and column."""
+    places = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1).reshape(-1, 2)
+    return functional.pad(places, (1, 0), value=number)
