@@ -1,6 +1,6 @@
 """`python -m backend.parallel.simulate --gpus 2xRTX3090,1xRTX4090 --model sdxl --size 2048x2048`: what would these cards do?
 
-A command: it alone in the engine reads a command line, and nothing imports it. What it prints is computed in simulation.py.
+A command-line program, the only part of the engine that reads a command line. Nothing imports it; simulation.py computes what it prints.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the prediction; 2 with a message for what is not known."""
+    """Print the prediction. Returns the exit code: 2, with a message on stderr, for an unknown card, model, size or link."""
     options = make_parser().parse_args(arguments)
     try:
         text = validation_tables() if options.validate else report(simulate(_job_of(options)))
@@ -50,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _job_of(options: argparse.Namespace) -> SimulatedJob:
     if not options.gpus:
-        raise SimulationError("No cards were given; name them like --gpus 2xRTX3090,1xRTX4090, or use --validate.")
+        raise SimulationError("No cards were given. Name them with --gpus, as in --gpus 2xRTX3090,1xRTX4090, or use --validate.")
     if options.batch < 1:
-        raise SimulationError(f"--batch {options.batch} was given; there must be one image at least.")
+        raise SimulationError(f"--batch is {options.batch}; it must be at least 1.")
     width_px, height_px = parse_picture_size(options.size)
     return SimulatedJob(
         cards=parse_cards(options.gpus),

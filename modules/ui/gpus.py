@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 REFRESH_S = 2
 _NOTHING_RUNS = "<div hidden class='idle'></div>"
 _UNKNOWN = "–"
-_DONE = "Rows done"
+_DONE = "Stage runs"
 _OPTIONAL = ("Use", "Temp.", _DONE)
 LOG_FOLDER, TIMELINE = "logs", "timeline.png"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}

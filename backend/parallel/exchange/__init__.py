@@ -1,8 +1,7 @@
 """Moves tensors between slots.
 
-Reading order: `transport` (the way a copy takes: same device, peer, through the host), `copies` (copies that run while the slots compute),
-`link_speeds` (measured once and kept).
+Reading order: `transport` (the route of a copy: same device, peer, through the host), `copies` (copies that run while the slots compute),
+`link_speeds` (measured once and cached).
 
-Example: a state of 5 MB from slot 0 to slot 1 without a peer link goes to pinned host memory and from there to slot 1, on streams of their
-own.
+Example: without a peer link, a 5 MB state from slot 0 to slot 1 goes to pinned host memory and from there to slot 1, on separate streams.
 """

@@ -17,7 +17,7 @@ from backend.parallel.running.failures import blaming
 
 @dataclass(frozen=True, slots=True)
 class LocalTensor:
-    """A tensor that stays where it is until the same slot needs it again."""
+    """A tensor that stays on its slot until the same slot needs it again."""
 
     tensor: Tensor
 
@@ -27,7 +27,7 @@ class LocalTensor:
 
 @dataclass(frozen=True, slots=True)
 class Copying:
-    """A tensor that a copier is bringing."""
+    """A tensor that a copier thread is copying."""
 
     future: Future[Tensor]
 
@@ -36,10 +36,10 @@ class Copying:
 
 
 class Copiers:
-    """Ships tensors to slots. CUDA copies run beside computation by themselves; for other devices a thread per source waits for them, so that a
-    slow link does not hold up computation.
+    """Sends tensors to slots. CUDA copies overlap with computation by themselves. For other devices, one thread per source does the copying, so
+    that a slow link does not delay computation.
 
-    `asynchronous`: without it each copy is awaited where it starts.
+    `asynchronous`: if False, each copy is waited for where it starts.
     """
 
     def __init__(self, fleet: Fleet, *, asynchronous: bool) -> None:
@@ -48,7 +48,7 @@ class Copiers:
         self._lock = threading.Lock()
 
     def ship(self, tensor: Tensor, slot: int) -> Transfer:
-        """Start a copy to a slot's device. Raises: SlotFailure of that slot where it has no room (or `receive` does)."""
+        """Start a copy to a slot's device. Raises: SlotFailure of that slot if it runs out of memory, here or in `receive`."""
         target, transport = self._fleet.device(slot), self._fleet.transport
         if tensor.device == target or not self._asynchronous or "cuda" in (tensor.device.type, target.type):
             return blaming(slot, lambda: transport.ship(tensor, target))
@@ -74,7 +74,7 @@ def _without_gradients(run: Callable[[], Tensor]) -> Tensor:
 
 
 def when_arrived(transfers: Iterable[Transfer], then: Callable[[BaseException | None], None]) -> None:
-    """`then(failure or None)`, once, when no copier is at any of the transfers any more: by the thread that ends the last, or at once by this one."""
+    """Call `then(failure or None)` once no copier is working on the transfers: on the thread that finishes the last, or immediately on this one."""
     copying = [transfer.future for transfer in transfers if isinstance(transfer, Copying)]
     if not copying:
         then(None)

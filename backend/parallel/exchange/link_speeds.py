@@ -1,4 +1,4 @@
-"""How fast tensors go between slots, for the planner. Asks the link test's verdicts; what they do not know is estimated or measured here."""
+"""How fast tensors move between slots, for the planner. Takes the link test's verdicts, and estimates or measures what they do not cover."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from backend.parallel.planning.slot_facts import HOST_BYTES_PER_MS, HOST_LATENCY
 _TIMED_BYTES = 8 * 2**20
 _NUM_TIMED = 3
 _THREAD_LATENCY_MS = 0.05
-"""What it takes to hand something from one worker's thread to another's, which comes with every copy."""
+"""Time to hand something from one worker's thread to another's, which every copy needs."""
 
 
 def measure_links(slots: Sequence[Slot], verdicts: Verdicts | None = None) -> tuple[Link, ...]:
-    """A link for every ordered pair of slots. Takes some milliseconds at its first call; `verdicts` are those of `link_verdicts`."""
+    """A link for every ordered pair of slots. The first call takes a few milliseconds. `verdicts` come from `link_verdicts`."""
     known = verdicts or {}
     pairs = [(source, target) for source in slots for target in slots if source.index != target.index]
     return tuple(_measure_link(source, target, known.get((source.index, target.index))) for source, target in pairs)
@@ -45,7 +45,7 @@ def _measure(source: torch.device, target: torch.device, verdict: Verdict | None
 
 
 def _in_main_memory(source: torch.device, target: torch.device) -> tuple[float, float]:
-    """Copies to and from virtual GPUs are copies in main memory, as slow as the link that a fault on request plays."""
+    """Copies to and from virtual GPUs are copies in main memory, slowed to the link speed that an injected fault simulates."""
     bytes_per_ms, latency_ms = host_bytes_per_ms(), _THREAD_LATENCY_MS
     for device in (source, target):
         faults = virtual_gpu.get_device(device).faults if device.type == virtual_gpu.DEVICE_TYPE else None
@@ -57,7 +57,7 @@ def _in_main_memory(source: torch.device, target: torch.device) -> tuple[float, 
 
 @functools.lru_cache(maxsize=1)
 def host_bytes_per_ms() -> float:
-    """Speed of a copy in main memory."""
+    """Speed of a copy within main memory."""
     return _TIMED_BYTES / _shortest_ms(torch.zeros(_TIMED_BYTES, dtype=torch.uint8).clone)
 
 

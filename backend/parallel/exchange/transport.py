@@ -1,8 +1,8 @@
-"""The way of a tensor from one slot's device to another's. Knows no plan, no network and no worker.
+"""Moves a tensor from one slot's device to another's. Knows no plan, no network and no worker.
 
-CUDA in short: a copy waits for what the producing stream did, runs on streams of its own so that neither card stops computing, and the
-consuming stream waits for it. Tensors are kept for the streams that use them (`record_stream`), so nobody has to hold them. A pair of cards
-copies from card to card only where the link test trusts that (`Verdict`), else through page-locked main memory.
+CUDA in short: a copy waits for the producing stream, runs on separate streams so that neither card stops computing, and the consuming stream
+waits for it. `record_stream` keeps tensors alive for the streams that use them, so the caller need not. Two cards copy directly only if the link
+test trusts the pair (`Verdict`); otherwise the copy goes through page-locked main memory.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ DevicePair = tuple[torch.device, torch.device]
 
 _HOST_LIKE = ("cpu", "vgpu")
 _STAGE_CHUNK_BYTES = 4 * 2**20
-"""A staged copy goes in pieces of this, so that the second half of the way begins before the first has ended."""
+"""A staged copy is split into chunks of this size, so that its second half can start before the first is complete."""
 
 
 class TransportStats(CopyCounter):
-    """Bytes and number of copies per ordered pair of devices. What stays on its device is not counted."""
+    """Bytes and number of copies per ordered pair of devices. Tensors that stay on their device do not count."""
 
 
 class Transfer(Protocol):
-    """A tensor on its way, made by `Transport.ship`."""
+    """A tensor in transit, made by `Transport.ship`."""
 
     def receive(self) -> torch.Tensor:
-        """The tensor on its target, ready for the work that the calling thread enqueues next. May be called by many threads, each for itself."""
+        """The tensor on its target device, ready for the work that the calling thread enqueues next. Several threads may call it."""
         ...
 
 
 class Transport(Protocol):
-    """Brings tensors from device to device."""
+    """Moves tensors between devices."""
 
     stats: TransportStats
 
     def ship(self, tensor: torch.Tensor, target: torch.device) -> Transfer:
-        """Start the way of `tensor`. To be called in the thread that produced it, as its current stream is the one the copy waits for."""
+        """Start moving `tensor`. Call it in the thread that produced the tensor: the copy waits for that thread's current stream."""
         ...
 
     def send(self, tensor: torch.Tensor, target: torch.device) -> torch.Tensor:
-        """`ship` and `receive` in one thread: `tensor` on `target`, the same object where it is there already."""
+        """`ship` and `receive` in one thread: `tensor` on `target`, or the same object if it is already there."""
         ...
 
 
 def make_transport(verdicts: Verdicts | None = None, slots: Sequence[Slot] = ()) -> Transport:
-    """A transport that copies from card to card where `verdicts` (by the indices of `slots`) trust it. Without them nothing is trusted."""
+    """A transport that copies directly between cards that `verdicts` (by indexes of `slots`) trust. Without verdicts it trusts no pair."""
     device_of = {slot.index: slot.torch_device for slot in slots}
     trusted = {
         (device_of[source], device_of[target]): verdict
@@ -65,7 +65,7 @@ def make_transport(verdicts: Verdicts | None = None, slots: Sequence[Slot] = ())
 
 
 def choose_route(source: torch.device, target: torch.device, verdicts: Mapping[DevicePair, Verdict]) -> Route:
-    """The kind of copy between two devices. Card to card only where a verdict says so. Pure."""
+    """The kind of copy between two devices; directly between cards only if a verdict says so. Pure."""
     if source == target:
         return "same"
     if source.type == "cpu" or target.type == "cpu" or (source.type in _HOST_LIKE and target.type in _HOST_LIKE):
@@ -76,7 +76,7 @@ def choose_route(source: torch.device, target: torch.device, verdicts: Mapping[D
 
 @dataclass(frozen=True, slots=True)
 class _Arrived:
-    """A tensor that needs no waiting for."""
+    """A tensor that is already there."""
 
     tensor: torch.Tensor
 
@@ -86,7 +86,7 @@ class _Arrived:
 
 @dataclass(frozen=True, slots=True)
 class _OnStream:
-    """A tensor on a CUDA device that is there once `event` has passed."""
+    """A tensor on a CUDA device that is complete once `event` has passed."""
 
     tensor: torch.Tensor
     event: Any
@@ -100,7 +100,7 @@ class _OnStream:
 
 
 class DeviceTransport:
-    """A transport over all kinds of devices that torch has. Safe to use from many threads."""
+    """A transport for all kinds of devices that torch supports. Thread-safe."""
 
     def __init__(self, verdicts: Mapping[DevicePair, Verdict], cuda: Any = torch.cuda) -> None:
         self.stats = TransportStats()
@@ -119,7 +119,7 @@ class DeviceTransport:
         timer = profiler.recorder().time_copy(source, target, tensor.nbytes)
         if target.type == "cuda":
             return self._to_cuda(tensor, target, route, timer)
-        # To the host a copy is awaited, as the host reads without asking a stream.
+        # Wait for a copy to the host: the host reads without checking a stream.
         timer.start()
         arrived = tensor.to(target) if route == "direct" else tensor.to("cpu").to(target)
         timer.stop()
@@ -133,18 +133,18 @@ class DeviceTransport:
 
 @dataclass(slots=True)
 class CudaCopies:
-    """Copies between CUDA devices on streams of their own, one per device and ordered pair. `cuda` is `torch.cuda`."""
+    """Copies between CUDA devices on separate streams, one per device and ordered pair. `cuda` is `torch.cuda`."""
 
     cuda: Any
     _streams: dict[tuple[torch.device, DevicePair], Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def share(self, tensor: torch.Tensor) -> Transfer:
-        """A tensor for another stream of its own device: nothing moves, the stream only waits for what was enqueued so far."""
+        """A tensor for another stream on its own device. Nothing moves; the stream only waits for what was enqueued so far."""
         return _OnStream(tensor, self._mark(self.cuda.current_stream(tensor.device)), self.cuda)
 
     def bring(self, tensor: torch.Tensor, target: torch.device, timer: NoTimer = NO_TIMER) -> Transfer:
-        """From main memory. The caller waits for this copy unless the tensor is page-locked, but never for what the card computes."""
+        """Copy from main memory. The caller waits for the copy unless the tensor is page-locked, but never for the card's computation."""
         in_stream = self._stream(target, (tensor.device, target))
         timer.start(in_stream)
         with self.cuda.stream(in_stream):
@@ -153,7 +153,7 @@ class CudaCopies:
         return _OnStream(arrived, self._mark(in_stream), self.cuda)
 
     def copy(self, tensor: torch.Tensor, target: torch.device, *, staged: bool, timer: NoTimer = NO_TIMER) -> Transfer:
-        """From card to card, or through main memory. Returns at once; the copy waits for the tensor's producer by itself."""
+        """Copy from card to card, directly or through main memory. Returns at once; the copy itself waits for the tensor's producer."""
         source = tensor.device
         out_stream, in_stream = self._stream(source, (source, target)), self._stream(target, (source, target))
         with self.cuda.device(source):
@@ -171,15 +171,15 @@ class CudaCopies:
         return _OnStream(arriving, self._mark(in_stream), self.cuda)
 
     def _copy_peer(self, source: torch.Tensor, target: torch.Tensor, out_stream: Any, in_stream: Any) -> None:
-        """torch enqueues such a copy on the source's current stream, and orders it with the target's current stream on both sides.
+        """torch enqueues such a copy on the source's current stream and orders it with the target's current stream on both sides.
 
-        Both are ours here, so the copy waits for no computation on the target and holds up none.
+        Both are our copy streams here, so the copy neither waits for computation on the target nor delays it.
         """
         with self.cuda.stream(in_stream), self.cuda.stream(out_stream):
             target.copy_(source, non_blocking=True)
 
     def _copy_staged(self, source: torch.Tensor, target: torch.Tensor, out_stream: Any, in_stream: Any) -> None:
-        """Piece by piece to page-locked memory and on. torch's host allocator keeps a piece until the copies that use it are done."""
+        """Copy chunk by chunk through page-locked memory. torch's host allocator keeps each chunk until the copies that use it are done."""
         for out_piece, in_piece in zip(_split_flat(source), _split_flat(target)):
             host = _new_pinned(out_piece)
             with self.cuda.stream(out_stream):
@@ -201,7 +201,7 @@ class CudaCopies:
 
 
 def _make_dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where its elements lie without gaps in an order that `empty_like` keeps, else a copy."""
+    """The tensor itself if its elements lie without gaps in an order that `empty_like` preserves, else a copy."""
     formats = [torch.contiguous_format] + ([torch.channels_last] if tensor.dim() == 4 else [])
     return tensor if any(tensor.is_contiguous(memory_format=one) for one in formats) else tensor.contiguous()
 
@@ -215,6 +215,6 @@ def _new_pinned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _split_flat(dense: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Views of a tensor's elements in the order of memory, no longer than a piece of a staged copy."""
+    """Views of a tensor's elements in memory order, each at most one chunk of a staged copy."""
     flat = dense.as_strided((dense.numel(),), (1,))
     return torch.split(flat, max(1, _STAGE_CHUNK_BYTES // dense.element_size())) if dense.numel() else ()

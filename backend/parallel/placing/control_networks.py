@@ -1,7 +1,6 @@
-"""ControlNets as a plan takes them along: what each costs, and its copies on the slots where it runs.
+"""The ControlNets of a plan: what each costs, and its copies on the slots where it runs.
 
-A ControlNet on the device that its own patcher calls home is the network itself; elsewhere it is a replica module. Must not know hints, chains or
-samplers.
+On its patcher's own load device a ControlNet is the network itself; elsewhere it is a replica module. Must not know hints, chains or samplers.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from backend.patcher.base import ModelPatcher
 
 
 class ControlLink(Protocol):
-    """A link of a chain whose passes may be done anywhere."""
+    """A ControlNet in a chain that may run on any slot."""
 
     control_model_wrapped: ModelPatcher
     name: str
 
 
 class CopyableNetwork(Protocol):
-    """A network that can be made again."""
+    """A network that can make an empty copy of itself."""
 
     def make_empty(self) -> nn.Module:
-        """One of the same kind with the same names and types, without weights where a context says so."""
+        """A network of the same kind with the same names and types; without weights inside `META`."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PlannedControlNetwork:
-    """One network that runs for every unit; `links` of the chain use it. `work` is what its measured speeds are kept for."""
+    """One ControlNet's network, which runs for every row. `links` is how many links of the chain use it, `work` the key of its measured speeds."""
 
     name: str
     patcher: ModelPatcher
@@ -55,12 +54,12 @@ class PlannedControlNetwork:
 
     @property
     def networks(self) -> set[nn.Module]:
-        """The network and its replica modules: all that memory management knows of it by."""
+        """The network and its replica modules: all modules under which memory management knows it."""
         return {self.network, *owner_of(self.network).part(ReplicaModules).networks}
 
 
 def collect_control_networks(links: Sequence[ControlLink], work: str) -> tuple[PlannedControlNetwork, ...]:
-    """The networks of a chain's links, each once. `work` names the size that times are measured for."""
+    """The networks of a chain's links, each once. `work` is the denoiser's key for measured speeds."""
     patchers = {owner_of(link.control_model_wrapped.model).serial: link.control_model_wrapped for link in links}
     control_networks = []
     for number, (key, patcher) in enumerate(patchers.items()):
@@ -73,9 +72,10 @@ def collect_control_networks(links: Sequence[ControlLink], work: str) -> tuple[P
 def control_network_costs(
     control_networks: Sequence[PlannedControlNetwork], cost: ComponentCost, fleet: Fleet, work: str
 ) -> tuple[ComponentCost, ...]:
-    """Costs for the planner, from those of a ControlNet for this denoiser; where times were measured, its work is scaled to them.
+    """Costs for the planner, from the cost of one ControlNet for this denoiser.
 
-    Work counts by the speed at which a slot does the denoiser's, named `work`.
+    The planner divides work by a slot's speed at the denoiser's work (`work`), so each ControlNet's FLOPs are scaled by how much slower it was
+    measured to run.
     """
     return tuple(
         replace(
@@ -90,7 +90,7 @@ def control_network_costs(
 
 
 def _slowness(control: PlannedControlNetwork, fleet: Fleet, work: str) -> float:
-    """How much slower slots do this network's work than the denoiser's, on average of those where both were measured; 1 where none was."""
+    """How much slower this network runs than the denoiser, averaged over slots where both were measured; 1 if there is no such slot."""
     pairs = [(fleet.speeds.speed_of(slot.index, work), fleet.speeds.speed_of(slot.index, control.work)) for slot in fleet.working_slots]
     ratios = [whole / own for whole, own in pairs if whole and own]
     return sum(ratios) / len(ratios) if ratios else 1.0
@@ -99,7 +99,7 @@ def _slowness(control: PlannedControlNetwork, fleet: Fleet, work: str) -> float:
 def place_control_networks(
     control_networks: Sequence[PlannedControlNetwork], plan: Plan, fleet: Fleet, cost: ComponentCost
 ) -> tuple[list[Mapping[nn.Module, ControlPlace]], list[ModelPatcher]]:
-    """For each replica of a plan where its ControlNets run, and the patchers that have to be resident for it, each once."""
+    """Where each replica's ControlNets run, and the patchers that must be resident for that, each once."""
     patchers: dict[int, ModelPatcher] = {}
     places: list[dict[nn.Module, ControlPlace]] = [{} for _ in plan.replicas]
     for control in control_networks:

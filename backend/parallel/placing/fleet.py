@@ -1,6 +1,6 @@
-"""The slots of this process at work: a worker each, the transport between them, how fast each was seen to be, and which are lost.
+"""The slots of this process: a worker for each, the transport between them, their measured speeds, and which of them are lost.
 
-Knows no network and no plan. One fleet belongs to one configuration of memory management.
+Knows no network and no plan. A fleet belongs to one configuration of memory management.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ SMOOTHING = 0.3
 
 @dataclass(slots=True)
 class SpeedBook:
-    """Measured speeds, smoothed: floating-point operations per ms, by slot and kind of work (a model at a size). Safe to use from many threads."""
+    """Smoothed measured speeds in FLOPs per ms, by slot and kind of work (a model at a size). Thread-safe."""
 
     _flops_per_ms: dict[tuple[int, str], float] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def record(self, slot: int, work: str, flops: float, busy_ms: float) -> None:
-        """A slot did so much in so long. What took no time says nothing."""
+        """A slot did `flops` of work in `busy_ms`. Work or time of 0 is ignored."""
         if flops <= 0 or busy_ms <= 0:
             return
         with self._lock:
@@ -45,12 +45,12 @@ class SpeedBook:
             self._flops_per_ms[slot, work] = now if before is None else before + SMOOTHING * (now - before)
 
     def speed_of(self, slot: int, work: str) -> float | None:
-        """Operations per ms; None before the first measurement."""
+        """FLOPs per ms; None before the first measurement."""
         with self._lock:
             return self._flops_per_ms.get((slot, work))
 
     def forget(self, work: str) -> None:
-        """Begin anew with a kind of work whose amount is counted otherwise from now on."""
+        """Drop the speeds for a kind of work, because its amount is counted differently from now on."""
         with self._lock:
             for key in [key for key in self._flops_per_ms if key[1] == work]:
                 del self._flops_per_ms[key]
@@ -58,13 +58,13 @@ class SpeedBook:
 
 @dataclass(slots=True)
 class PieceBook:
-    """Measured times of a network's pieces, by kind of work, as on a slot of speed 1. Safe to use from many threads."""
+    """Measured times of a network's pieces by kind of work, scaled to a slot of speed 1. Thread-safe."""
 
     _by_work: dict[str, dict[Piece, float]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def record(self, work: str, piece: Piece, busy_ms: float) -> None:
-        """The first measurement counts; others of the same piece are averaged with it."""
+        """Record a measurement. Later ones of the same piece are averaged with it."""
         with self._lock:
             known = self._by_work.setdefault(work, {})
             known[piece] = busy_ms if piece not in known else (known[piece] + busy_ms) / 2
@@ -76,7 +76,7 @@ class PieceBook:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """Measured ms of one step of one kind of work: divided as planned, and on the first slot alone."""
+    """Measured ms of a step of one kind of work: divided as planned, and on the first slot alone."""
 
     divided_ms: float
     alone_ms: float
@@ -87,7 +87,7 @@ class Trial:
 
 
 class Fleet:
-    """The compute slots with their workers. `primary` holds the latents and combines what the others compute."""
+    """The compute slots with their workers. `primary` has the latents and combines what the others compute."""
 
     def __init__(self, slots: tuple[Slot, ...]) -> None:
         self.slots = slots
@@ -95,7 +95,7 @@ class Fleet:
         self.pieces = PieceBook()
         self.trials: dict[str, Trial] = {}
         self.is_divided = True
-        """Whether work is to be divided at all; what the latest run asked for counts for what comes with it (decoding)."""
+        """Whether to divide work at all. The latest sampling run sets it, and the decoding after it follows."""
         self._lost: set[int] = set()
         self._workers: dict[int, SlotWorker] = {}
         self._transport: Transport | None = None
@@ -119,12 +119,12 @@ class Fleet:
         return tuple(slot for slot in self.slots if slot.index not in self._lost)
 
     def lose(self, index: int) -> None:
-        """Give no more work to a slot until the program starts again."""
+        """Give this slot no more work until the program restarts."""
         with self._lock:
             self._lost.add(index)
 
     def worker(self, index: int) -> SlotWorker:
-        """The slot's worker; its thread starts with the first question. Raises: SlotLost."""
+        """The slot's worker. Its thread starts at the first call. Raises: SlotLost."""
         with self._lock:
             worker = self._workers.get(index)
             if worker is None:
@@ -137,7 +137,7 @@ class Fleet:
 
     @property
     def transport(self) -> Transport:
-        """Links between CUDA devices are tested at the first question, in a process of their own."""
+        """The transport between the slots. The first access tests the links between CUDA devices in a subprocess."""
         with self._lock:
             if self._transport is None:
                 self._transport = make_transport(self._find_verdicts(), self.slots)
@@ -145,14 +145,14 @@ class Fleet:
 
     @property
     def links(self) -> tuple[Link, ...]:
-        """How fast tensors go between the working slots."""
+        """How fast tensors move between the working slots."""
         with self._lock:
             verdicts = self._find_verdicts()
         return measure_links(self.working_slots, verdicts)
 
     @property
     def verdicts(self) -> Verdicts:
-        """Which pairs of cards may copy directly; empty where there are no two cards."""
+        """Which pairs of cards may copy directly; empty with fewer than two cards."""
         with self._lock:
             return self._find_verdicts() or {}
 
@@ -186,7 +186,7 @@ _current = _Current()
 
 
 def current_fleet() -> Fleet:
-    """The fleet of the slots that memory management is configured with now; workers of a former configuration are closed."""
+    """The fleet of the slots in memory management's current configuration. Closes the workers of an earlier configuration."""
     store = memory_management.current_store()
     with _current.lock:
         if _current.fleet is None or _current.store is not store:

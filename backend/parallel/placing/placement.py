@@ -1,6 +1,6 @@
-"""Puts a plan's networks where it says: copies of the denoiser on other slots (replica modules), and the stages of one network over several devices.
+"""Puts a plan's networks in place: copies of the denoiser on other slots (replica modules), and the stages of one network on several devices.
 
-The bytes are moved by memory management, which counts and evicts them like any other model. Names of parameters are the same in every copy.
+Memory management moves the bytes, and counts and evicts them like those of any model. Every copy has the same parameter names.
 Must not know guidance or samplers.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class UNetStage(nn.Module):
-    """The layers of one device, as one thing that moves. It shares the modules with the network and owns none."""
+    """The layers on one device, moved as one module. It shares its modules with the network and owns none."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class UNetStage(nn.Module):
 
 @dataclass(eq=False)
 class StagePatcher:
-    """A stage as memory management places it. It may stream when its device is too small."""
+    """A stage as memory management sees it. Its weights may stream if the device is too small."""
 
     model: UNetStage
     load_device: torch.device
@@ -48,14 +48,14 @@ class StagePatcher:
     must_be_whole: bool = False
 
     def prepare_load(self, device: torch.device) -> None:
-        """A stage of a replica module that holds no weights gets them."""
+        """If the stage belongs to a replica module without weights, copy them."""
         if self.replica is not None:
             self.replica.fill(self.model, device)
 
 
 @dataclass(eq=False)
 class PlacedPlan:
-    """A plan whose networks are in place, and what memory management holds for it."""
+    """A plan whose networks are in place, and the patchers that memory management keeps resident for it."""
 
     plan: Plan
     replicas: tuple[Replica, ...]
@@ -64,18 +64,18 @@ class PlacedPlan:
 
 @dataclass(eq=False)
 class Copies:
-    """What plans have made of one network so far; kept by its owner, used again by later plans."""
+    """The copies and stages that plans have made of one network. Its owner keeps them for later plans."""
 
     replicas: ReplicaModules = field(default_factory=ReplicaModules)
     stages: dict[tuple[int, torch.device], tuple[frozenset[int], StagePatcher]] = field(default_factory=dict)
 
     @property
     def networks(self) -> set[nn.Module]:
-        """All that memory management knows of them by."""
+        """The modules under which memory management knows these copies and stages."""
         return self.replicas.networks | {stage.model for _, stage in self.stages.values()}
 
     def release_stages(self, network: nn.Module) -> None:
-        """Forget the stages of a network; its weights stay where they are."""
+        """Forget a network's stages. Its weights stay where they are."""
         for key in [key for key in self.stages if key[0] == owner_of(network).serial]:
             _, stage = self.stages.pop(key)
             memory_management.unload_model_clones(stage)
@@ -90,9 +90,9 @@ def place_plan(
     extra_models: Sequence[ModelPatcher] = (), work_per_row: Mapping[Piece, float] | None = None,
     controls: Sequence[Mapping[nn.Module, ControlPlace]] = (),
 ) -> PlacedPlan:  # fmt: skip
-    """Make the plan's networks resident, with room for `working_bytes` on each device, and hold them. `extra_models` come along (ControlNets).
+    """Make the plan's networks resident, with room for `working_bytes` on each device, and protect them from eviction.
 
-    `controls`: for each replica where its ControlNets run.
+    `extra_models` (ControlNets) are loaded with them. `controls`: for each replica, where its ControlNets run.
 
     Raises: OutOfMemory, SlotLost.
     """
@@ -108,12 +108,12 @@ def place_plan(
 
 
 def place_whole(unet: UnetPatcher) -> None:
-    """Let the network be one thing again, for memory management to place; weights move when it does."""
+    """Undo a split into stages, so that memory management places the network as a whole. Weights move when it does."""
     copies_of(unet.model).release_stages(unet.model)
 
 
 class _Placer:
-    """Gives each replica of a plan a network, and lists what has to be loaded."""
+    """Gives each replica of a plan a network, and lists what must be loaded."""
 
     def __init__(self, unet: UnetPatcher, fleet: Fleet) -> None:
         self.unet, self.fleet = unet, fleet
@@ -148,7 +148,7 @@ class _Placer:
         return network
 
     def _can_be_shared(self) -> bool:
-        """Whether two workers may run one network at once: not where layers are changed for the time they run."""
+        """Whether two workers may run one network at once: not if layers change while they run."""
         network = self.unet.model
         return network.storage_dtype == network.computation_dtype and not self.unet.has_online_lora()
 
@@ -163,7 +163,7 @@ class _Placer:
         return copied
 
     def _add_stages(self, network: KModel, replica: ReplicaPlan, copied: ReplicaPatcher | None) -> None:
-        """One patcher per device with all layers that run there; the time embedding belongs to the first."""
+        """One patcher per device, with all layers that run there. The time embedding belongs to the first device."""
         self._is_split = True
         by_device: dict[torch.device, list[nn.Module]] = {
             self.fleet.device(replica.slots[0]): [layer for _, layer in network.program.embedding.named_layers]
@@ -188,10 +188,10 @@ class _Placer:
         return stage
 
     def vacate_former_places(self) -> None:
-        """What stood for a network as a whole stands for it no more where it is split now.
+        """Unload the patcher of a whole network if the network is split into stages now.
 
-        Layers that change their slot leave the old one before any arrives on the new: where two slots swap layers, one would hold both for a
-        moment, and its peak would be that moment's.
+        Layers that change slots leave the old slot before any arrives on the new one. Otherwise, when two slots swap layers, one of them would
+        have both for a moment, which would raise its peak.
         """
         for stage in self.patchers:
             if isinstance(stage, StagePatcher):
@@ -203,7 +203,7 @@ class _Placer:
                 memory_management.unload_model_clones(copied)
 
     def finish(self) -> None:
-        """Attributes and weights as the job's patcher wants them, on all devices at once."""
+        """Apply the job's patches to attributes and weights, on all devices at once."""
         if owner_of(self.unet.model).serial in {key[0] for key in self.copies.stages}:
             self.unet.model.predictor.to(self.unet.load_device)
             self.unet.forge_patch_model(None)
@@ -216,7 +216,7 @@ class _Placer:
 
 
 def _vacate_other_slots(stage: StagePatcher) -> None:
-    """Have the stage's layers that are on other slots' devices wait where it waits itself."""
+    """Move the stage's layers that are on other slots' devices to the stage's offload device."""
     for layer in stage.model.layers:
         devices = {tensor.device for tensor in (*layer.parameters(), *layer.buffers())}
         if devices - {stage.load_device, stage.offload_device, META, torch.device("cpu")}:
@@ -224,7 +224,7 @@ def _vacate_other_slots(stage: StagePatcher) -> None:
 
 
 def _changing_weights(device: torch.device, run: Callable[[], object]) -> None:
-    """Raises: OutOfMemory of that device."""
+    """`run()`. Raises: OutOfMemory for `device` if it runs out of memory."""
     try:
         run()
     except torch.OutOfMemoryError as error:

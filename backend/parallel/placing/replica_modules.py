@@ -1,4 +1,4 @@
-"""Replica modules: copies of a network on other slots, with the same names of parameters and the same changes of weights.
+"""Replica modules: copies of a network on other slots, with the same parameter names and the same weight patches.
 
 Must not know what the network is for.
 """
@@ -19,18 +19,18 @@ from backend.storage.kinds import storage_of
 
 
 class ReplicaModules(dict[Hashable, "ReplicaPatcher"]):
-    """Replica modules of one network, by where they are for. Kept by the network's owner, used again by later runs."""
+    """Replica modules of one network, by place. The network's owner keeps them for later runs."""
 
     @property
     def networks(self) -> set[nn.Module]:
-        """All that memory management knows of them by."""
+        """The modules under which memory management knows the replica modules."""
         return {patcher.model for patcher in self.values()}
 
 
 class ReplicaPatcher(ModelPatcher):
-    """A copy of a network for another slot. It holds weights only while it is on a device: it leaves by forgetting them.
+    """A copy of a network for another slot. It has weights only while it is on a device; when it is unloaded it drops them.
 
-    Changes of weights are asked for with `copy_patches_from` and made by `refresh_replica`, which the slot's worker runs.
+    `copy_patches_from` requests weight patches; `refresh_replica`, which the slot's worker runs, applies them.
     """
 
     must_be_whole = True
@@ -38,10 +38,10 @@ class ReplicaPatcher(ModelPatcher):
 
     @property
     def source(self) -> ModelPatcher:
-        """The patcher whose network this copies. Held weakly: the network keeps its replica modules, not the other way round."""
+        """The patcher whose network this copies. A weak reference: the network keeps its replica modules alive, not the other way around."""
         source = self._source()
         if source is None:
-            raise RuntimeError(f"The network that a copy on {self.load_device} belongs to is gone. Copies are placed anew for every run.")
+            raise RuntimeError(f"A copy on {self.load_device} was used after its network was deleted. Place copies again for every run.")
         return source
 
     @source.setter
@@ -50,7 +50,7 @@ class ReplicaPatcher(ModelPatcher):
 
     @classmethod
     def make(cls, source: ModelPatcher, empty: nn.Module, device: torch.device) -> ReplicaPatcher:
-        """A copy without weights. `empty` is a network like the source's with the same names, on the meta device."""
+        """A copy without weights. `empty` is a network of the same kind with the same names, on the meta device."""
         made = cls(empty, load_device=device, offload_device=META, current_device=META)
         made.size = source.model_size()
         made.source = source
@@ -62,7 +62,7 @@ class ReplicaPatcher(ModelPatcher):
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def fill(self, part: nn.Module, device: torch.device) -> None:
-        """Copy the source's weights, as they were made, for those tensors of `part` that have none. Raises: torch.OutOfMemoryError."""
+        """Copy the source's unpatched weights into those tensors of `part` that have none. Raises: torch.OutOfMemoryError."""
         empty = {id(tensor) for tensor in (*part.parameters(), *part.buffers()) if tensor.device == META}
         if not empty:
             return
@@ -80,9 +80,9 @@ class ReplicaPatcher(ModelPatcher):
                     registry[name] = placed[id(tensor)]
 
     def refresh_loras(self) -> None:
-        """Left to `refresh_replica`, so that all devices change their weights at once."""
+        """Does nothing: `refresh_replica` does it, so that all devices patch their weights at once."""
 
     def refresh_replica(self) -> None:
-        """Have the weights as the source's patcher wants them."""
+        """Patch the weights like the source's."""
         self.copy_patches_from(self.source)
         super().refresh_loras()

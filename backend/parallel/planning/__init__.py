@@ -1,10 +1,10 @@
-"""From numbers to a plan: no tensors, no devices.
+"""Turns numbers into a plan, without tensors or devices.
 
 Reading order: `slot_facts` (a slot: speed, budget, links), `costs` and `profiling` (pieces of a network: bytes, operations), `pipeline`
-(how long units take through stages), `partition` (the best cut), `planner` (which kind of plan), `plan` (the frozen result); `live_facts`
-asks this process, `preview` answers what if, `simulation`, `timeline` and `validation` answer for cards that are not here. Beside them:
-`copy_costs`, `vae_cost`.
+(how long rows take through stages), `partition` (the best cut), `planner` (which kind of plan), `plan` (the frozen result). `live_facts`
+reads the numbers from this process, `preview` plans for a checkpoint before it is loaded, `simulation` and `validation` plan for cards this
+machine does not have, `timeline` turns a recording into each slot's time. `copy_costs` and `vae_cost` price whole copies and a split VAE decode.
 
-Example: 26 segments, two slots of 8 GB, a network of 10 GB: no slot holds a copy, so `planner` asks `partition` for cuts; each is timed by
-`pipeline`; the one that fits both budgets and takes least becomes `Plan(strategy="layers", ...)`.
+Example: 26 segments, two 8 GB slots, a 10 GB network. No slot has room for a copy, so `planner` asks `partition` for cuts and `pipeline` times
+each one. The fastest cut that fits both budgets becomes `Plan(strategy="layers", ...)`.
 """

@@ -1,7 +1,7 @@
-"""What whole copies of a network cost with the ControlNets that belong to them: time, bytes, and where the ControlNets may be. Numbers only.
+"""What whole copies of a network and their ControlNets cost: time, bytes, and where the ControlNets may run. Numbers only.
 
-A ControlNet either has a copy with every copy of the network, and runs there for the rows of that copy; or it runs on one slot for the rows of
-all copies, before anything else there, while the copies elsewhere are on their way in.
+A ControlNet is either copied along with every copy of the network and runs there for that copy's rows, or it is shared: it runs on one slot for
+the rows of all copies, before anything else there, while the copies on other slots run the segments before the first residual.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from backend.parallel.planning.planner import JobShape
 
 SharedControls = Mapping[str, SlotFacts]
-"""ControlNets that run on one slot for all copies; the others go with every copy."""
+"""ControlNets that run on one slot for all copies, with that slot. The others are copied with every copy of the network."""
 
 _MOST_PLACES = 300
 
 
 @dataclass(frozen=True, slots=True)
 class CopyCosts:
-    """Costs of a job's whole copies, for one choice of where the ControlNets are."""
+    """Costs of a job's whole copies for one choice of shared ControlNets."""
 
     profile: ModelProfile
     slots: tuple[SlotFacts, ...]
@@ -39,11 +39,11 @@ class CopyCosts:
 
     @property
     def copied(self) -> tuple[ComponentCost, ...]:
-        """ControlNets that go with every copy."""
+        """ControlNets that are copied with every copy of the network."""
         return tuple(control for control in self.job.control_networks if control.name not in self.shared_controls)
 
     def shared_control_places(self, copies: tuple[SlotFacts, ...]) -> Iterator[dict[str, SlotFacts]]:
-        """Ways to have ControlNets apart from these copies; the first has none apart."""
+        """Choices of ControlNets to share among these copies and of their slots. The first choice shares none."""
         control_networks = self.job.control_networks
         options: list[SlotFacts | None] = [None, *(slot for slot in self.slots if len(copies) > 1 or slot is not copies[0])]
         while len(options) > 2 and len(options) ** len(control_networks) > _MOST_PLACES:
@@ -56,7 +56,7 @@ class CopyCosts:
     # time
 
     def copy_ms(self, slot: SlotFacts, num_rows: int) -> float:
-        """Time of so many rows on a copy with the ControlNets that go with it, the way of latents and results included."""
+        """Time of `num_rows` rows on a copy with its copied ControlNets, including the transfer of latents and results."""
         num_bytes = num_rows * self.profile.copy_bytes_per_row
         primary = self.slots[0]
         way_ms = self.table.latency_ms(primary, slot) + self.table.latency_ms(slot, primary)
@@ -79,13 +79,14 @@ class CopyCosts:
         )
 
     def busy_ms(self, slot: SlotFacts) -> float:
-        """Time of the ControlNets that run on this slot for all copies."""
+        """Time of the shared ControlNets on this slot."""
         return self._control_networks_ms(
             slot, self.job.num_rows, [control for control in self.job.control_networks if self.shared_controls.get(control.name) is slot]
         )
 
     def ends_ms(self, slots: Sequence[SlotFacts], dealt: Sequence[int]) -> list[float]:
-        """When each copy is done: after the ControlNets on its slot comes its way in, and once residuals from elsewhere are there the rest."""
+        """When each copy is done. It runs its slot's ControlNets, then the segments before the first residual, waits for residuals from other
+        slots, and runs the rest."""
         ends, rows_so_far = [], 0
         for slot, num_rows in zip(slots, dealt):
             rows_so_far += num_rows
@@ -96,17 +97,17 @@ class CopyCosts:
         return ends
 
     def _ready_ms(self, source: SlotFacts, target: SlotFacts, rows_so_far: int, num_rows: int) -> float:
-        """When residuals of the first `rows_so_far` rows have been made on a slot, and those of one copy's `num_rows` have come to it."""
+        """When `source` has made the residuals of the first `rows_so_far` rows and those of the copy's `num_rows` have arrived at `target`."""
         way_ms = self.table.latency_ms(source, target) + num_rows * self.profile.control_bytes_per_row * self.table.ms_per_byte(source, target)
         return self.busy_ms(source) * rows_so_far / self.job.num_rows + way_ms
 
     def forwards(self, num_rows: int) -> list[int]:
-        """Rows of each forward."""
+        """How many rows each forward takes."""
         most = max(1, self.job.rows_per_forward)
         return [most] * (num_rows // most) + ([num_rows % most] if num_rows % most else [])
 
     def launches_ms(self, slots: Sequence[SlotFacts], dealt: Sequence[int]) -> float:
-        """Launches of all slots, which add up."""
+        """Launch time of all slots together: they share one interpreter."""
         kernels = self.profile.num_kernels + sum(control.num_kernels for control in self.copied)
         own_ms = sum(len(self.forwards(num_rows)) * kernels * slot.kernel_ms for slot, num_rows in zip(slots, dealt))
         num_forwards = len(self.forwards(self.job.num_rows))
@@ -119,14 +120,14 @@ class CopyCosts:
     # bytes
 
     def residual_bytes(self, slots: Sequence[SlotFacts], dealt: Sequence[int]) -> int:
-        """Residuals that cross in a step."""
+        """Bytes of residuals that cross between devices in a step."""
         crossing_rows = sum(
             num_rows for slot, num_rows in zip(slots, dealt) for other in self.shared_controls.values() if self.table.crosses(other, slot)
         )
         return crossing_rows * self.profile.control_bytes_per_row
 
     def place(self, slots: Sequence[SlotFacts], dealt: Sequence[int]) -> tuple[dict[int, int], dict[str, int]]:
-        """Peak bytes per slot and where the components are. Slots of one device share weights."""
+        """Peak bytes per slot, and the slot of each component. Slots on one device share weights."""
         peak_bytes = {slot.index: slot.fixed_bytes for slot in self.slots}
         holders: set[str] = set()
         weights = self.profile.weight_bytes + sum(control.weight_bytes for control in self.copied)
@@ -148,6 +149,6 @@ class CopyCosts:
         return peak_bytes, component_slots
 
     def _add_shared_control(self, peak_bytes: dict[int, int], control: ComponentCost, slot: SlotFacts, copies: Sequence[SlotFacts]) -> None:
-        """Weights, the residuals of all rows, and working memory where the network's own is not there anyway."""
+        """Charge weights, the residuals of all rows and, unless the slot has a copy of the network anyway, working memory."""
         working = 0 if slot in copies else max(1, self.job.rows_per_forward) * control.working_bytes_per_row
         peak_bytes[slot.index] += control.weight_bytes + working + self.job.num_rows * self.profile.control_bytes_per_row

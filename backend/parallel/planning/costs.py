@@ -1,6 +1,6 @@
-"""What a network costs, piece by piece: bytes, work, and what crosses where it is cut. Numbers only; knows no slots, no plans and no tensors.
+"""What a network costs, piece by piece: bytes, work, and the bytes that cross each cut. Numbers only; knows no slots, plans or tensors.
 
-Everything "per row" is for one row of a batch (one image, one branch) at the profile's picture size, and grows linearly with the rows.
+"Per row" means one row of a batch (one image, one branch) at the profile's picture size. Costs grow linearly with the number of rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from backend.nn.piece import Piece
 
 @dataclass(frozen=True, slots=True)
 class TakenSkip:
-    """A tensor that a piece takes from an earlier one, `source` by its index, other than the one right before it."""
+    """A tensor that a piece takes from an earlier piece other than the one directly before it. `source` is the earlier piece's index."""
 
     source: int
     bytes_per_row: int
@@ -21,13 +21,13 @@ class TakenSkip:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PieceCost:
-    """One piece at its finest: a segment, or one block of its transformer.
+    """One piece at the finest level: a segment, or one block of its transformer.
 
-    `work_per_row` is what times are computed from: the FLOPs (two per multiply-add), or, once times were measured, the piece's share of
-    them in the same unit. `num_kernels` is how many operations a forward launches. `hidden_bytes_per_row` is what the next piece reads of it,
-    `residual_bytes_per_row` what must go along with that where a segment is cut. `skip_bytes_per_row` is what it leaves for later pieces, `takes`
-    what it takes of earlier ones. `control_bytes_per_row` are the ControlNet residuals that are added in it.
-    `working_bytes_per_row` is the most that lives while it runs, without weights and without the skips that wait for others.
+    `work_per_row` is what times are computed from: FLOPs (two per multiply-add) or, once times have been measured, the piece's share of them
+    in FLOPs. `num_kernels` is how many operations a forward launches. `hidden_bytes_per_row` is what the next piece reads,
+    `residual_bytes_per_row` what must travel with it if the segment is cut here. `skip_bytes_per_row` is what it leaves for later pieces, `takes`
+    what it takes from earlier ones. `control_bytes_per_row` are the ControlNet residuals added in it.
+    `working_bytes_per_row` is the peak while it runs, without weights and without skips that wait for other pieces.
     """
 
     piece: Piece
@@ -45,10 +45,10 @@ class PieceCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelProfile:
-    """A network at one picture size and number type.
+    """A network at one picture size and dtype.
 
-    `embedding_bytes` are the weights of the time embedding, which stay with the first piece; its result (`emb_bytes_per_row`) goes wherever
-    a piece runs, and so does the context; latents come and results go every step.
+    `embedding_bytes` are the weights of the time embedding, which stay with the first piece. Its result (`emb_bytes_per_row`) and the context
+    are sent to every slot that runs a piece. Latents arrive and results leave in every step.
     """
 
     name: str
@@ -61,7 +61,7 @@ class ModelProfile:
 
     def __post_init__(self) -> None:
         if not self.pieces:
-            raise ValueError(f"The profile of {self.name} has no pieces; there must be at least one.")
+            raise ValueError(f"The profile of {self.name} has no pieces; it needs at least one.")
         for index, cost in enumerate(self.pieces):
             for taken in cost.takes:
                 if not 0 <= taken.source < index:
@@ -69,7 +69,7 @@ class ModelProfile:
 
     @property
     def copy_bytes_per_row(self) -> int:
-        """What goes to a whole copy on another device and comes back, per row and step."""
+        """Bytes per row and step to a whole copy on another device and back."""
         return self.latent_bytes_per_row + self.context_bytes_per_row + self.output_bytes_per_row
 
     @property
@@ -91,7 +91,7 @@ class ModelProfile:
 
     @property
     def share_before_control(self) -> float:
-        """Share of the work that is done before the first residual is added; 0 where none is known to be."""
+        """Share of the work before the first residual is added; 0 if no piece is known to add one."""
         first = next((index for index, cost in enumerate(self.pieces) if cost.control_bytes_per_row), 0)
         return sum(cost.work_per_row for cost in self.pieces[:first]) / max(self.work_per_row, 1e-9)
 
@@ -104,7 +104,7 @@ class ModelProfile:
         return sum(cost.skip_bytes_per_row for cost in self.pieces)
 
     def working_bytes_per_row(self) -> int:
-        """Peak of one row's activations with the whole network in one place, skips included."""
+        """Peak of one row's activations with the whole network on one slot, including skips."""
         held_bytes, peak_bytes = 0, 0
         for cost in self.pieces:
             held_bytes -= sum(taken.bytes_per_row for taken in cost.takes)
@@ -115,7 +115,7 @@ class ModelProfile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComponentCost:
-    """A network beside the UNet. One that `runs_per_row` (a ControlNet) runs before the UNet for every row, the others once per picture."""
+    """Another network next to the UNet. With `runs_per_row` (a ControlNet) it runs before the UNet for every row, otherwise once per picture."""
 
     name: str
     weight_bytes: int
@@ -126,10 +126,10 @@ class ComponentCost:
 
 
 def with_measured_ms(profile: ModelProfile, measured_ms: Mapping[Piece, float]) -> ModelProfile:
-    """The profile with work shared out as the measured times say; the sum of the work stays what it was.
+    """The profile with work divided among pieces in proportion to measured times. The total work does not change.
 
-    Times may be of finer or coarser pieces than the profile's. One measured as a whole is shared among its parts by FLOPs; what was not
-    measured keeps its FLOPs and the measured rest is scaled to the FLOPs of what was.
+    Times may be for finer or coarser pieces than the profile's. The time of a coarser piece is divided among its parts by FLOPs. Pieces that
+    were not measured keep their FLOPs; the measured pieces together keep theirs.
     """
     shares = [_measured_share(cost, profile.pieces, measured_ms) for cost in profile.pieces]
     known_flops = sum(cost.flops_per_row for cost, share in zip(profile.pieces, shares) if share is not None)
@@ -144,7 +144,7 @@ def with_measured_ms(profile: ModelProfile, measured_ms: Mapping[Piece, float]) 
 
 
 def _measured_share(cost: PieceCost, pieces: Sequence[PieceCost], measured_ms: Mapping[Piece, float]) -> float | None:
-    """The piece's own time, or its part by FLOPs of the smallest measured piece around it; None where none was measured."""
+    """The piece's own time, or its share by FLOPs of the smallest measured piece that contains it; None if no such piece was measured."""
     around = [piece for piece in measured_ms if contains(piece, cost.piece)]
     if not around:
         return None
@@ -154,14 +154,14 @@ def _measured_share(cost: PieceCost, pieces: Sequence[PieceCost], measured_ms: M
 
 
 def contains(outer: Piece, inner: Piece) -> bool:
-    """Whether all of `inner` is in `outer`."""
+    """Whether `inner` lies completely within `outer`."""
     if outer.segment != inner.segment or inner.first_block < outer.first_block:
         return False
     return outer.end_block is None or (inner.end_block is not None and inner.end_block <= outer.end_block)
 
 
 def merge_pieces(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
-    """Neighbouring parts of one segment joined: 4[0:1], 4[1:2], 4[2:] -> 4."""
+    """Joins adjacent parts of a segment: 4[0:1], 4[1:2], 4[2:] -> 4."""
     merged: list[Piece] = []
     for piece in pieces:
         last = merged[-1] if merged else None

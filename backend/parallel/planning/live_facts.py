@@ -1,4 +1,4 @@
-"""What the planner is told of this process: costs of a denoiser, and its slots as they are now. Decides nothing."""
+"""What the planner is told about this process: a denoiser's costs, and the current state of the slots. Decides nothing."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ FLOPS_PER_MS_OF_VIRTUAL_GPU = 1e7
 FLOPS_PER_MS_OF_UNKNOWN_GPU = 1e10
 FLOPS_PER_MS_OF_CUDA_THROUGHPUT = 4e5
 """Half-precision work per ms for each unit of `DeviceFacts.throughput` (multiprocessors times MHz), from published SDXL step times of the
-RTX 4090 and the A100. First guesses all of them: measured speeds take their place with the first units."""
+RTX 4090 and the A100. All four constants are first guesses; measured speeds replace them as soon as rows have run."""
 
 
 def profile_of(network: KModel, shape: Sequence[int]) -> ModelProfile:
-    """Costs of a denoiser's network for one row of latents (B, C, H, W), with the bytes that its weights are stored in.
+    """Costs of a denoiser's network for one row of latents (B, C, H, W), with its weights counted as they are stored.
 
-    Networks of one class and configuration share what was counted.
+    Networks of the same class and configuration share one count.
     """
     height, width = int(shape[2]), int(shape[3])
     profile = profile_network(
@@ -45,10 +45,10 @@ def profile_of(network: KModel, shape: Sequence[int]) -> ModelProfile:
 def slot_facts(
     slot: Slot, unet: UnetPatcher, fleet: Fleet, work: str, budget_share: float, placed_by_plan: Set[nn.Module] = frozenset()
 ) -> SlotFacts:
-    """A slot as the planner sees it now: what is free or could be, and how fast it was seen to be at this work.
+    """A slot as the planner sees it now: the bytes that are free or can be freed, and its measured speed at this work.
 
-    What earlier plans made of this network counts as the network's own, not as something else that holds the slot; so do the networks in
-    `placed_by_plan`, which the plan finds places for as well.
+    Copies that earlier plans made of this network count as the network's own, not as other models on the slot. So do the networks in
+    `placed_by_plan`, which the plan also places.
     """
     store, device = memory_management.current_store(), slot.torch_device
     (room,) = store.rooms([slot], unet.model)
@@ -70,19 +70,19 @@ def slot_facts(
 
 
 def _merge_bytes(unet: UnetPatcher) -> int:
-    """Room that changing weights takes: the largest weight in fp32, its change, and their sum."""
+    """Memory needed to patch weights: the largest weight in fp32, its change, and their sum."""
     if not unet.lora_patches:
         return 0
     return 3 * 4 * max(parameter.numel() for parameter in unet.model.parameters())
 
 
 def assuming_idle_evicted(room: SlotFacts) -> SlotFacts:
-    """The slot as it would be when all that no job holds has left."""
+    """The slot's facts as if every idle model had been evicted."""
     return replace(room, fixed_bytes=0)
 
 
 def speed_of(slot: Slot, fleet: Fleet, work: str) -> float:
-    """Operations per ms: measured, else a guess from what the device says of itself."""
+    """FLOPs per ms: measured, else a guess from what the device reports about itself."""
     return fleet.speeds.speed_of(slot.index, work) or guess_speed(slot)
 
 
@@ -97,6 +97,6 @@ def guess_speed(slot: Slot) -> float:
 
 
 def work_of_pieces(plan: Plan, profile: ModelProfile) -> dict[Piece, float]:
-    """Work of the plan's pieces, which may be made of several of the profile's."""
+    """Work of each of the plan's pieces. One of them may consist of several of the profile's."""
     wanted = {piece for replica in plan.replicas for piece in replica.pieces}
     return {piece: sum(cost.work_per_row for cost in profile.pieces if contains(piece, cost.piece)) for piece in wanted}

@@ -1,22 +1,22 @@
 """Cuts one copy of a network over slots: which piece runs where. Pure arithmetic over costs; knows no tensors and no devices.
 
-**The family searched.** Slots in some order s1 .. sk hold nested rings: s1 the outermost pieces on the way in and out, s2 the next, sk the
-middle. Runs may be empty, so straight cuts (nothing on the way out), the U-cut (two slots) and slots that stay empty are members.
+**Which cuts are searched.** The slots, in some order s1 .. sk, form nested rings: s1 runs the outermost pieces at both ends of the network, s2
+the next ones, sk the middle. A run may be empty, so straight cuts (empty second halves), the U-cut (two slots) and unused slots are included.
 
 **The objective**, in this order:
-1. What fits: peak bytes of every slot within its budget, and no fewer slots at work than asked for. If nothing does, there is no partition.
-2. Most rules kept, of: no slot that holds more than 65 % of the weights (where two or more slots work); slots of one size (`total_bytes`)
-   within 10 % of each other in peak bytes; a limit on crossing bytes, if one was given.
-3. The least time of a step (see pipeline.py). Times within 1 % of the least count as the same: the prediction is not better than that.
-4. Fewest bytes that cross, then fewest changes of slot, then least time.
+1. It fits: every slot's peak bytes are within its budget, and at least as many slots work as requested. If no cut fits, there is no partition.
+2. Most rules kept, of: no slot has more than 65 % of the weights (if two or more slots work); slots of equal size (`total_bytes`) are within
+   10 % of each other in peak bytes; crossing bytes stay below the limit, if there is one.
+3. Least time of a step (see pipeline.py). Times within 1 % of the least count as equal: the prediction is no better than that.
+4. Fewest crossing bytes, then fewest changes of slot, then least time.
 
-**What is exact.** For two slots every cut between any two pieces is considered, and for more slots every one between segments, then between
-blocks around the best of those (a segment's length to either side, all boundaries, until nothing improves). Where a network's cuts number
-below EXHAUSTIVE_LIMIT the search is exact at block granularity for any number of slots. With more than MOST_NESTED slots the search starts
-from cuts in proportion to speed instead of from all cuts between segments, and is local.
+**What is exact.** For two slots, every cut between any two pieces is considered. For more slots, every cut between segments, then cuts between
+blocks around the best of those (up to a segment's length to either side, all boundaries, until nothing improves). If a network has fewer than
+EXHAUSTIVE_LIMIT cuts, the search is exact at block granularity for any number of slots. With more than MOST_NESTED slots the search is local and
+starts from cuts in proportion to speed instead of from all cuts between segments.
 
-Peak bytes of a slot: what is fixed there, the weights of its pieces, the time embedding's (first slot), the largest working memory of its
-pieces, and for every row that may be on its way the skips that it keeps, the state at its boundaries and residuals of a ControlNet.
+A slot's peak bytes: its fixed bytes, the weights of its pieces, the time embedding's weights (first slot), the largest working memory of its
+pieces, and for every row that may be in flight the skips it keeps, the state at its boundaries and a ControlNet's residuals.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ _MOST_ROUNDS = 12
 class PartitionJob:
     """What the copy is for.
 
-    `movable` are components whose slot is still open: they are put where most room is left, largest first; one that runs per row (a
-    ControlNet) before the UNet on the copy's slot where the objective is best, or on `control_slot`, and its work counts. `least_slots` is
-    how many slots must get pieces, where there are as many pieces. `rows_per_forward` is how many rows run at once.
+    `movable` are components without a slot yet. They go where most room is left, largest first. One that runs per row (a ControlNet) runs
+    before the UNet on `control_slot`, or if that is None on the copy's slot with the best objective, and its work counts. `least_slots` is how
+    many slots must get pieces, if there are that many pieces. `rows_per_forward` is how many rows run at once.
     """
 
     step_rows: StepRows = field(default_factory=StepRows)
@@ -75,10 +75,10 @@ class PartitionJob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partition:
-    """The cut that was chosen and what it is predicted to cost.
+    """The chosen cut and its predicted cost.
 
-    `peak_bytes` per slot index (slots without pieces as well), `crossing_bytes` per step of all rows, of these `control_bytes` residuals of
-    a ControlNet. `rules_kept` says whether every rule of the objective is.
+    `peak_bytes` is per slot index (including slots without pieces), `crossing_bytes` per step of all rows; `control_bytes` of these are a
+    ControlNet's residuals. `rules_kept`: whether the cut keeps every rule of the objective.
     """
 
     replica: ReplicaPlan
@@ -92,14 +92,14 @@ class Partition:
 
 
 def partition(profile: ModelProfile, slots: Sequence[SlotFacts], links: Sequence[Link] = (), job: PartitionJob | None = None) -> Partition | None:
-    """The best cut over some or all of the slots (see above); None where none fits. The primary, which holds the latents, is `slots[0]`."""
+    """The best cut over some or all of the slots (see above); None if none fits. `slots[0]` is the primary, which has the latents."""
     return _partition(profile, tuple(slots), tuple(links), job or PartitionJob())
 
 
 @lru_cache(maxsize=256)
 def _partition(profile: ModelProfile, slots: tuple[SlotFacts, ...], links: tuple[Link, ...], job: PartitionJob) -> Partition | None:
     if not slots:
-        raise ValueError("A network is to be cut over no slots; give at least one.")
+        raise ValueError("A cut over no slots was requested. Give at least one slot.")
     table = LinkTable(links)
     evaluators = [
         _Evaluator(profile, slots, order, table, job, control_position)
@@ -115,7 +115,8 @@ def _partition(profile: ModelProfile, slots: tuple[SlotFacts, ...], links: tuple
 
 
 def _orders(slots: tuple[SlotFacts, ...], table: LinkTable) -> list[tuple[int, ...]]:
-    """Ways to nest the slots. Of orders that differ in nothing but numbers only one; the first slot is apart, as it is the primary."""
+    """Ways to nest the slots, without orders that differ only in the index of interchangeable slots. The primary (first) slot is never
+    interchangeable."""
     kinds = [(position == 0, slot.facts_without_index()) for position, slot in enumerate(slots)]
     seen, orders = set(), []
     for order in permutations(range(len(slots))) if len(slots) <= MOST_NESTED else _long_orders(slots):
@@ -128,7 +129,7 @@ def _orders(slots: tuple[SlotFacts, ...], table: LinkTable) -> list[tuple[int, .
 
 
 def _long_orders(slots: tuple[SlotFacts, ...]) -> list[tuple[int, ...]]:
-    """For many slots: as they come, and by room, both ways."""
+    """For many slots: in the given order, and by free bytes, ascending and descending."""
     by_room = sorted(range(len(slots)), key=lambda position: (slots[position].free_bytes, -position))
     return [tuple(range(len(slots))), tuple(by_room), tuple(reversed(by_room))]
 
@@ -141,7 +142,7 @@ def _control_positions(job: PartitionJob, slots: tuple[SlotFacts, ...]) -> list[
 
 @dataclass(frozen=True, slots=True)
 class _Score:
-    """A cut that fits, and its place in the objective."""
+    """A cut that fits, and its values for the objective."""
 
     evaluator: _Evaluator
     cuts: Ints
@@ -160,7 +161,7 @@ def _pick(scores: Sequence[_Score]) -> _Score:
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """Everything about many cuts but their time."""
+    """Everything about many cuts except their time."""
 
     stages: StageArrays
     peak_CK: Floats
@@ -174,7 +175,7 @@ class _Numbers:
 
 
 class _Evaluator:
-    """Costs of cuts for one order of slots. A cut is the 2k-2 inner boundaries of the 2k-1 runs, not decreasing."""
+    """Costs of cuts for one order of slots. A cut is the 2k-2 inner boundaries of the 2k-1 runs, in non-decreasing order."""
 
     def __init__(
         self,
@@ -214,7 +215,7 @@ class _Evaluator:
         self._crosses = np.array([[links.crosses(source, target) for target in self.slots] for source in self.slots])
 
     def measure(self, cuts_CB: Ints) -> _Numbers:
-        """All numbers of many cuts, but their time."""
+        """All numbers of many cuts except their time."""
         num_cuts, num_slots = len(cuts_CB), len(self.slots)
         edges = np.concatenate([np.zeros((num_cuts, 1), np.int64), cuts_CB, np.full((num_cuts, 1), self.num_pieces)], axis=1)
         peak = np.tile(np.array([slot.fixed_bytes for slot in self.slots], dtype=np.float64), (num_cuts, 1))
@@ -244,13 +245,13 @@ class _Evaluator:
         return _Numbers(stages, peak, weight, crossing, changes, excess, broken, breach, places)
 
     def _slot_of(self, edges: Ints, piece: int) -> Ints:
-        """Position of the slot that has the piece."""
+        """Position of the slot that runs the piece."""
         run_C = (edges[:, 1:-1] <= piece).sum(axis=1)
         position_C: Ints = np.array(self.run_slots, dtype=np.int64)[run_C]
         return position_C
 
     def _make_stages(self, edges: Ints) -> tuple[StageArrays, Floats, Ints, Floats]:
-        """Stages without empty runs, neighbours on one slot joined; bytes that cross at the boundaries, changes of slot, bytes kept there."""
+        """Stages without empty runs, adjacent runs on one slot joined; bytes that cross the boundaries, changes of slot, bytes kept there."""
         num_cuts, num_runs = len(edges), len(self.run_slots)
         rows = np.arange(num_cuts)
         slot_CS = np.full((num_cuts, num_runs + 2), -1, dtype=np.int64)
@@ -291,9 +292,9 @@ class _Evaluator:
         send_ms[rows[where], at[where]] += ms[where]
 
     def _follow_skips(self, edges: Ints) -> tuple[Floats, Floats, Floats]:
-        """Bytes of skips that cross, bytes that wait on each slot, ms of sending per slot that sends.
+        """Bytes of skips that cross, bytes that wait on each slot, and sending time in ms per sending slot.
 
-        A skip that is the state at a boundary, and goes to the same slot, is sent once.
+        A skip that is also the state at a boundary, and goes to the same slot, is sent once.
         """
         crossing, kept, send_ms = np.zeros(len(edges)), np.zeros((len(edges), len(self.slots))), np.zeros((len(edges), len(self.slots)))
         rows = np.arange(len(edges))
@@ -309,14 +310,14 @@ class _Evaluator:
         return crossing, kept, send_ms
 
     def _delay_by_skips(self, stages: StageArrays, skip_ms: Floats) -> None:
-        """Skips are sent while the slot computes on; what takes longer than its first stage delays the state behind it."""
+        """Skips are sent while the slot keeps computing. Sending that takes longer than its first stage delays the state sent after it."""
         rows = np.arange(len(skip_ms))
         for slot in range(len(self.slots)):
             first = (stages.slot_CS == slot).argmax(axis=1)
             stages.send_ms_CS[rows, first] += np.maximum(0.0, skip_ms[:, slot] - stages.run_ms_CS[rows, first])
 
     def _shared_crossing(self, edges: Ints, is_used: Bools) -> Floats:
-        """The context to the first slot, from there context and time embedding to every other."""
+        """The context goes to the first slot, and from there with the time embedding to every other slot."""
         first = self._slot_of(edges, 0)
         crossing: Floats = np.where(self._crosses[0, first], self.profile.context_bytes_per_row, 0.0)
         for slot in range(len(self.slots)):
@@ -325,7 +326,7 @@ class _Evaluator:
         return crossing
 
     def _control_crossing(self, edges: Ints) -> tuple[Floats, Floats]:
-        """Bytes of residuals that cross, and the time of sending them, which is taken to hide behind nothing."""
+        """Bytes of residuals that cross, and the time to send them, assuming none of it overlaps with computation."""
         crossing, send_ms = np.zeros(len(edges)), np.zeros(len(edges))
         if self.control_position is None:
             return crossing, send_ms
@@ -337,7 +338,7 @@ class _Evaluator:
         return crossing, send_ms
 
     def _add_components(self, peak: Floats, edges: Ints) -> tuple[Ints, ...]:
-        """Charge movable components; returns the slot of each of the others per cut."""
+        """Charge the movable components. Returns, for each that does not run per row, its slot's position per cut."""
         if self.control_position is not None:
             self._add_control_networks(peak, edges, self.control_position)
         budgets = np.array([slot.budget_bytes for slot in self.slots], dtype=np.float64)
@@ -349,7 +350,7 @@ class _Evaluator:
         return tuple(places)
 
     def _add_control_networks(self, peak: Floats, edges: Ints, control_position: int) -> None:
-        """A ControlNet's weights and work, all its residuals where they were made, and copies of those that are added elsewhere."""
+        """Charge a ControlNet's weights and working memory, all residuals where they are made, and a copy of each that is added elsewhere."""
         for component in self._control_networks:
             peak[:, control_position] += component.weight_bytes + component.working_bytes_per_row * self.job.rows_per_forward
         for index, cost in enumerate(self.profile.pieces):
@@ -359,7 +360,7 @@ class _Evaluator:
                 peak[np.arange(len(edges)), target] += np.where(target == control_position, 0.0, num_bytes)
 
     def _rules(self, peak: Floats, weight: Floats, is_used: Bools, crossing: Floats) -> tuple[Floats, Floats]:
-        """How many rules each cut breaks, and by how much in all."""
+        """How many rules each cut breaks, and by how much in total."""
         is_alone = is_used.sum(axis=1) < 2
         share = np.where(is_alone, 0.0, weight.max(axis=1) / max(1, self.profile.weight_bytes) - MOST_WEIGHT_SHARE)
         imbalance = np.full(len(peak), -1.0)
@@ -379,7 +380,7 @@ class _Evaluator:
         return float(self._work[end] - self._work[first])
 
     def cuts_of_shares(self, shares: Sequence[float]) -> Ints:
-        """Boundaries that give the runs work in these proportions."""
+        """Boundaries that divide the work among the runs in these proportions."""
         goals = np.cumsum(np.asarray(shares, dtype=np.float64))[:-1] / sum(shares) * self._work[-1]
         return np.maximum.accumulate(np.searchsorted(self._work, goals).clip(0, self.num_pieces)).astype(np.int64)
 
@@ -430,7 +431,7 @@ def _prefix(values: Sequence[float]) -> Floats:
 
 
 def search(evaluators: Sequence[_Evaluator]) -> list[_Score]:
-    """Of all orders of slots the cuts that fit, keep most rules and are within SAME_TIME of the fastest such. Empty where none fits."""
+    """Among all orders of slots, the cuts that fit, keep the most rules and are within SAME_TIME of the fastest of these. Empty if none fits."""
     first = evaluators[0]
     if _count_cuts(first.num_pieces + 1, first.num_cuts) <= EXHAUSTIVE_LIMIT:
         cuts_CB = _all_cuts(tuple(range(first.num_pieces + 1)), first.num_cuts)
@@ -441,7 +442,7 @@ def search(evaluators: Sequence[_Evaluator]) -> list[_Score]:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """Where the refinement of one order of slots begins."""
+    """Where the refinement for one order of slots begins."""
 
     evaluator: _Evaluator
     seeds: Ints
@@ -460,7 +461,7 @@ def _count_cuts(num_positions: int, num_cuts: int) -> int:
 
 @lru_cache(maxsize=8)
 def _all_cuts(positions: tuple[int, ...], num_cuts: int) -> Ints:
-    """Every not decreasing choice of boundaries."""
+    """Every non-decreasing choice of boundaries."""
     if num_cuts == 0:
         return np.zeros((1, 0), dtype=np.int64)
     flat = np.fromiter(chain.from_iterable(combinations_with_replacement(positions, num_cuts)), dtype=np.int64)
@@ -468,7 +469,8 @@ def _all_cuts(positions: tuple[int, ...], num_cuts: int) -> Ints:
 
 
 def _coarse_cuts(evaluator: _Evaluator, limit: int) -> Ints:
-    """Cuts between segments; for many slots, between as many groups of segments as can be gone through; for more, in proportion to speed."""
+    """Cuts between segments, merging segments until there are at most `limit` cuts. For more than MOST_NESTED slots, cuts in proportion to
+    speed."""
     pieces = evaluator.profile.pieces
     positions = [0, *(index for index, cost in enumerate(pieces) if index and cost.piece.first_block == 0), len(pieces)]
     if len(evaluator.slots) > MOST_NESTED:
@@ -480,7 +482,7 @@ def _coarse_cuts(evaluator: _Evaluator, limit: int) -> Ints:
 
 
 def _proportional_cuts(evaluator: _Evaluator) -> Ints:
-    """Straight and nested cuts whose runs have work in proportion to speed."""
+    """A straight and a nested cut whose runs have work in proportion to speed."""
     speeds = [evaluator.slots[position].speed for position in evaluator.order]
     runs = [evaluator.slots[position].speed / 2 for position in evaluator.run_slots]
     runs[len(speeds) - 1] *= 2
@@ -490,7 +492,7 @@ def _proportional_cuts(evaluator: _Evaluator) -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """Cuts of one order of slots that fit and keep most rules."""
+    """The cuts for one order of slots that fit and keep the most rules."""
 
     evaluator: _Evaluator
     cuts_CB: Ints
@@ -509,7 +511,7 @@ def _make_pool(evaluator: _Evaluator, cuts_CB: Ints) -> _Pool | None:
 
 
 def _finalists(candidates: Sequence[tuple[_Evaluator, Ints]]) -> list[_Score]:
-    """All orders are timed together: the fastest cut of one spares the slower ones of the others their simulation."""
+    """Times all orders together, so that the fastest cut of one saves simulating slower cuts of the others."""
     pools = [pool for evaluator, cuts_CB in candidates if (pool := _make_pool(evaluator, cuts_CB)) is not None]
     fewest = min((pool.rules_broken for pool in pools), default=0.0)
     pools = [pool for pool in pools if pool.rules_broken == fewest]
@@ -529,7 +531,7 @@ def _finalists(candidates: Sequence[tuple[_Evaluator, Ints]]) -> list[_Score]:
 
 
 def _fastest_ms(stages: StageArrays, job: PartitionJob) -> Floats:
-    """Times of the candidates that may be the fastest; infinity for those whose lower bound says that they are not."""
+    """Times of the candidates that may be the fastest; infinity for those whose lower bound rules them out."""
     bounds_C = lower_bounds(stages, job.step_rows)
     order = np.argsort(bounds_C, kind="stable")
     step_ms_C, least_ms, start = np.full(len(order), np.inf), np.inf, 0
@@ -543,7 +545,7 @@ def _fastest_ms(stages: StageArrays, job: PartitionJob) -> Floats:
 
 
 def _refine(evaluator: _Evaluator, seeds: Ints) -> Ints:
-    """All cuts met on the way from the seeds to where no shift of one or two boundaries improves."""
+    """All cuts visited on the way from the seeds to cuts that no shift of one or two boundaries improves."""
     met = [seeds]
     for _ in range(_MOST_ROUNDS):
         around = np.unique(np.concatenate([_neighbours(cuts, evaluator.num_pieces) for cuts in seeds]), axis=0)
@@ -556,7 +558,7 @@ def _refine(evaluator: _Evaluator, seeds: Ints) -> Ints:
 
 
 def _best_first(evaluator: _Evaluator, cuts_CB: Ints) -> tuple[Ints, tuple[float, ...]]:
-    """Positions of the best cuts and the rank of the first: what fits, then most rules kept, then broken least, then fastest."""
+    """Positions of the best cuts, and the rank of the first. Order: fits, then fewest rules broken, then broken by least, then fastest."""
     numbers = evaluator.measure(cuts_CB)
     bounds = lower_bounds(numbers.stages, evaluator.job.step_rows)
     rough = np.lexsort((bounds, numbers.breach_C, numbers.broken_C, numbers.excess_C))[:_TRIED]
@@ -568,7 +570,7 @@ def _best_first(evaluator: _Evaluator, cuts_CB: Ints) -> tuple[Ints, tuple[float
 
 
 def _neighbours(cuts: Ints, num_pieces: int) -> Ints:
-    """The cuts with one boundary shifted by up to _REACH, or two by one of a few lengths; and the cuts themselves."""
+    """The cuts, and the cuts with one boundary shifted by up to _REACH or two boundaries by a few fixed lengths."""
     count = len(cuts)
     shifts = [np.zeros(count, dtype=np.int64)]
     steps = [step for step in range(-_REACH, _REACH + 1) if step]

@@ -1,11 +1,11 @@
-"""Predicts how long rows take that flow through stages on several slots: a discrete event simulation. Numbers only.
+"""Predicts how long rows take to flow through stages on several slots: a discrete event simulation. Numbers only.
 
-The rules it shares with the executor:
-- A slot runs one stage of one row at a time. Of the rows that could start first, the one ready longest goes; then the one of the earlier
-  step; then the lower image and branch.
-- A row moves on when its stage and the transfer behind it are done. With asynchronous transfers the slot goes on at once.
-- A step of an image ends when all its branches are through and back. Images with lanes of their own then go on alone; without lanes every
-  image waits for the last.
+It follows the executor's rules:
+- A slot runs one stage of one row at a time. Among the rows that could start first, the one that has been ready longest goes; then the one of
+  the earlier step; then the lower image and branch.
+- A row moves on when its stage and the transfer after it are done. With asynchronous transfers the slot continues at once.
+- A step of an image ends when all its branches have passed all stages and are back. With lanes each image then continues by itself; without
+  lanes every image waits for the last one.
 
 Arrays: C candidates (ways to cut), R rows, S stages.
 """
@@ -23,17 +23,17 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 WARM_UP_STEPS = 4
-"""Steps until the pipe has its rhythm."""
+"""Steps until the pipeline reaches its steady state."""
 MEASURED_STEPS = 6
-"""Steps the time of a step is averaged over; even, as rhythms of two steps are common."""
+"""Steps over which the step time is averaged. Even, because cycles of two steps are common."""
 MOST_IMAGES = 4
-"""More images than this only lengthen the same rhythm: the time is scaled up from this many."""
+"""More images than this only repeat the same cycle, so the time is scaled up from this many."""
 _SAME_TIME = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageTime:
-    """One run on a slot and the way from it to the next stage (from the last: to where the steps are combined)."""
+    """One stage on a slot, and the transfer to the next stage (from the last: to where the branches are combined)."""
 
     slot: int
     run_ms: float
@@ -42,7 +42,7 @@ class StageTime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRows:
-    """What a step has to do: every image once for every branch."""
+    """The rows of a step: every image once for every branch."""
 
     images: int = 1
     branches: int = 2
@@ -50,7 +50,7 @@ class StepRows:
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.branches < 1:
-            raise ValueError(f"A step of {self.images} images and {self.branches} branches was asked for; there is at least one of each.")
+            raise ValueError(f"A step of {self.images} images and {self.branches} branches was requested; it needs at least one of each.")
 
     @property
     def count(self) -> int:
@@ -59,7 +59,7 @@ class StepRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineTime:
-    """Time of one step of all images in the pipe's rhythm, and the share of it that each slot is busy."""
+    """Time of one step of all images in the steady state, and the share of it that each slot is busy."""
 
     step_ms: float
     busy_share: dict[int, float]
@@ -67,7 +67,7 @@ class PipelineTime:
 
 @dataclass(frozen=True, slots=True)
 class StageArrays:
-    """Many candidates with the same number of stages. `slot_CS` counts slots from 0; -1 is no stage (it takes no time and no slot)."""
+    """Many candidates with the same number of stages. `slot_CS` counts slots from 0; -1 pads a candidate (no time, no slot)."""
 
     slot_CS: Ints
     run_ms_CS: Floats
@@ -78,7 +78,7 @@ class StageArrays:
 
 
 def join_candidates(arrays: Sequence[StageArrays]) -> StageArrays:
-    """All candidates in one; those of fewer stages get stages that are none."""
+    """All candidates in one; those with fewer stages are padded."""
     most = max(one.slot_CS.shape[1] for one in arrays)
 
     def padded(values_CS: npt.NDArray[Any], fill: float) -> npt.NDArray[Any]:
@@ -92,7 +92,7 @@ def join_candidates(arrays: Sequence[StageArrays]) -> StageArrays:
 
 
 def simulate_pipeline(stages: Sequence[StageTime], step_rows: StepRows, *, is_async: bool = True) -> PipelineTime:
-    """The time of one way to place stages. Slots may be numbered anyhow."""
+    """The time of one placement of stages. Any slot numbers will do."""
     names = list(dict.fromkeys(stage.slot for stage in stages))
     arrays = StageArrays(
         np.array([[names.index(stage.slot) for stage in stages]], dtype=np.int64),
@@ -115,7 +115,7 @@ def simulate_many(arrays: StageArrays, step_rows: StepRows, *, is_async: bool = 
 
 
 def lower_bounds(arrays: StageArrays, step_rows: StepRows) -> Floats:
-    """What no schedule can beat: the busiest slot's work, and one row's way through all stages."""
+    """Lower bound for any schedule: the busiest slot's work, and one row's path through all stages."""
     num_slots = int(arrays.slot_CS.max(initial=0)) + 1
     busy_CS = [np.where(arrays.slot_CS == slot, arrays.run_ms_CS, 0.0).sum(axis=1) for slot in range(num_slots)]
     path_C = (arrays.run_ms_CS + arrays.send_ms_CS).sum(axis=1)
@@ -124,20 +124,20 @@ def lower_bounds(arrays: StageArrays, step_rows: StepRows) -> Floats:
 
 
 class _Simulation:
-    """All candidates side by side: every turn starts one stage of one row in each of them."""
+    """Simulates all candidates at once: every turn starts one stage of one row in each of them."""
 
     def __init__(self, arrays: StageArrays, step_rows: StepRows, is_async: bool) -> None:
         self._step_rows, self._is_async = step_rows, is_async
         num_candidates, self._num_stages = arrays.slot_CS.shape
         self._candidates_C: Ints = np.arange(num_candidates)
-        # Flat arrays (_F) and positions in them: numpy takes from these in a fraction of the time that pairs of indices need.
+        # Flat arrays (_F) and positions in them: numpy indexes these in a fraction of the time that pairs of indices take.
         self._slot_F, self._run_ms_F, self._send_ms_F = (
             self._with_end(arrays.slot_CS, -1),
             self._with_end(arrays.run_ms_CS),
             self._with_end(arrays.send_ms_CS),
         )
         self._first_stage_C1 = self._candidates_C[:, None] * (self._num_stages + 1)
-        # The last column is the place of "no stage": always free.
+        # The last column is the slot of padding stages: always free.
         num_free = int(arrays.slot_CS.max(initial=0)) + 2
         self._slot_F[self._slot_F < 0] = num_free - 1
         self._free_ms_F: Floats = np.zeros(num_candidates * num_free)
@@ -152,11 +152,12 @@ class _Simulation:
 
     @staticmethod
     def _with_end(values_CS: npt.NDArray[Any], fill: float = 0.0) -> npt.NDArray[Any]:
-        """Flat, with one more stage behind the last: where rows are that wait for others."""
+        """Flat, with one more stage after the last, where rows wait for others."""
         return np.pad(values_CS, ((0, 0), (0, 1)), constant_values=fill).reshape(-1)
 
     def run_until(self, num_steps: int) -> Floats:
-        """When each candidate has ended that many steps of every image. A row that is there waits, so all candidates take as many turns."""
+        """When each candidate has finished `num_steps` steps of every image. A row that gets there waits, so all candidates take equally many
+        turns."""
         self._goal = num_steps
         remaining_CR = np.maximum(0, (num_steps - self._step_CR) * self._num_stages - self._stage_CR)
         waiting_CR = np.isfinite(self._done_ms_CR)
@@ -187,7 +188,7 @@ class _Simulation:
             self._end_row(candidates_C[is_through_C], row_C[is_through_C], arrive_C[is_through_C])
 
     def _choose(self, start_CR: Floats, ready_CR: Floats) -> Ints:
-        """First by start, then by how long it is ready, then by step, then by number."""
+        """The row that starts earliest; ties by how long it has been ready, then by step, then by row number."""
         best_CR = start_CR <= self._least(start_CR) * (1 + _SAME_TIME) + _SAME_TIME
         ready_CR = np.where(best_CR, ready_CR, np.inf)
         best_CR = ready_CR <= self._least(ready_CR) * (1 + _SAME_TIME) + _SAME_TIME
@@ -196,14 +197,14 @@ class _Simulation:
 
     @staticmethod
     def _least(values_CR: Floats) -> Floats:
-        """The least of each row, as a column. Column by column: numpy's own reduction over a short last axis is slow."""
+        """The minimum of each candidate, as a column. Column by column: numpy's own reduction over a short last axis is slow."""
         least_C = values_CR[:, 0]
         for row in range(1, values_CR.shape[1]):
             least_C = np.minimum(least_C, values_CR[:, row])
         return least_C[:, None]
 
     def _end_row(self, candidates: Ints, row: Ints, arrive_ms: Floats) -> None:
-        """A row is back. The step of its group (an image, or without lanes all images) ends with the last of them."""
+        """A row is back. The step of its group (one image; without lanes all images) ends with the last row of the group."""
         self._done_ms_CR[candidates, row] = arrive_ms
         self._ready_ms_CR[candidates, row] = np.inf
         size = self._step_rows.branches if self._step_rows.has_lanes else self._step_rows.count

@@ -1,6 +1,6 @@
-"""What runs where: the frozen decision that the planner makes and the executor carries out. Holds no tensors and knows no devices.
+"""What runs where: the frozen decision that the planner makes and the executor carries out. Contains no tensors and knows no devices.
 
-A plan names slots by their index and pieces of the network by their place in its program.
+A plan names slots by index and pieces of the network by their position in its program.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ Strategy = Literal["single", "replicas", "layers", "hybrid"]
 
 
 class HasStrategy:
-    """Questions about a strategy, so that nobody compares its name."""
+    """Properties of a strategy, so that no caller compares its name."""
 
     __slots__ = ()
     strategy: Strategy
 
     @property
     def is_single(self) -> bool:
-        """One copy on one slot; ControlNets may be elsewhere."""
+        """One copy on one slot; ControlNets may run on other slots."""
         return self.strategy == "single"
 
     @property
     def is_replicated(self) -> bool:
-        """Several copies, each whole on its slot."""
+        """Several copies, each complete on its own slot."""
         return self.strategy == "replicas"
 
     @property
@@ -38,7 +38,7 @@ class HasStrategy:
 
     @property
     def is_cut(self) -> bool:
-        """Some copy is cut over slots, so that rows flow through stages."""
+        """At least one copy is cut over slots, so rows flow through stages."""
         return self.strategy in ("layers", "hybrid")
 
 
@@ -54,8 +54,9 @@ class Stage:
 class ReplicaPlan:
     """One whole copy of the network: its pieces in the order they run, and the slot of each.
 
-    A slot may come more than once: in a U-cut it has the first and the last pieces. Example: pieces 0, 1[0:2], 1[2:], 2 on slots 0, 0, 1, 0.
-    Raises: ValueError where pieces are not in order, or one between them is left out.
+    A slot may appear more than once: in a U-cut one slot runs the first and the last pieces. Example: pieces 0, 1[0:2], 1[2:], 2 on slots
+    0, 0, 1, 0.
+    Raises: ValueError if pieces are out of order or one is missing.
     """
 
     pieces: tuple[Piece, ...]
@@ -64,7 +65,7 @@ class ReplicaPlan:
     def __post_init__(self) -> None:
         if not self.pieces or len(self.pieces) != len(self.slots):
             raise ValueError(
-                f"A replica of {len(self.pieces)} pieces was given {len(self.slots)} slots; each piece needs one, and there is at least one piece."
+                f"A replica of {len(self.pieces)} pieces was given {len(self.slots)} slots. A replica has at least one piece, and one slot per piece."
             )
         ends = [None, *self.pieces[:-1]]
         wrong = next((piece for before, piece in zip(ends, self.pieces) if not _follows(before, piece)), None)
@@ -72,21 +73,21 @@ class ReplicaPlan:
             wrong = self.pieces[-1]
         if wrong is not None:
             raise ValueError(
-                f"A replica of the pieces {', '.join(map(str, self.pieces))} is wrong at {wrong}. A plan names every segment once, in order and with "
-                "all of its blocks; make it from this network's profile."
+                f"A replica of the pieces {', '.join(map(str, self.pieces))} is wrong at {wrong}. A plan names every segment once, in order, with "
+                "all of its blocks. Make the plan from this network's profile."
             )
         if min(self.slots) < 0:
-            raise ValueError(f"A replica was put on slot {min(self.slots)}; slots are numbered from 0, as in --device-id.")
+            raise ValueError(f"A replica was put on slot {min(self.slots)}. Slots are numbered from 0, as in --device-id.")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Runs of pieces between two changes of slot, in order."""
+        """Consecutive pieces on the same slot, in order."""
         runs = groupby(zip(self.pieces, self.slots), key=lambda placed: placed[1])
         return tuple(Stage(slot=slot, pieces=tuple(piece for piece, _ in run)) for slot, run in runs)
 
     @property
     def used_slots(self) -> tuple[int, ...]:
-        """Each slot once, in the order of first use."""
+        """Each slot once, in order of first use."""
         return tuple(dict.fromkeys(self.slots))
 
     def pieces_on(self, slot: int) -> tuple[Piece, ...]:
@@ -94,7 +95,7 @@ class ReplicaPlan:
 
 
 def _follows(before: Piece | None, piece: Piece) -> bool:
-    """Whether a piece begins where the one before it ends; the first begins the network."""
+    """Whether a piece begins where the previous one ends. The first piece begins the network."""
     if piece.end_block is not None and piece.end_block <= piece.first_block:
         return False
     if before is None or before.end_block is None:
@@ -106,10 +107,10 @@ def _follows(before: Piece | None, piece: Piece) -> bool:
 class Plan(HasStrategy):
     """The decision for one sampling run.
 
-    `predicted_ms` is the time of one step of all the images, `single_ms` the same on the fastest single slot that holds the network (inf
-    where none does). `predicted_bytes` is the peak per slot, `crossing_bytes` what goes from slot to slot in a step. `lanes` is how many
-    sampler loops run side by side. `component_slots` says where the planner put networks whose slot was open, `control_slots` where each
-    ControlNet runs for each of the replicas. `reason` is one sentence for the user.
+    `predicted_ms` is the time of one step of all images, `single_ms` the same on the fastest single slot with room for the network (inf if no
+    slot has room). `predicted_bytes` is the peak per slot, `crossing_bytes` what moves between slots per step. `lanes` is how many sampler
+    loops run at once. `component_slots` is where the planner put networks that had no slot yet, `control_slots` where each ControlNet runs for
+    each replica. `reason` is one sentence for the user.
     Raises: ValueError for a plan that contradicts itself.
     """
 
@@ -126,7 +127,7 @@ class Plan(HasStrategy):
 
     def __post_init__(self) -> None:
         if not self.replicas:
-            raise ValueError(f"A plan ({self.strategy}) was made without a replica; there must be at least one copy of the network.")
+            raise ValueError(f"A plan ({self.strategy}) has no replica. It needs at least one copy of the network.")
         fault = self._fault_of_replicas() or self._fault_of_lanes() or self._fault_of_controls()
         if fault is not None:
             raise ValueError(f"A plan ({self.strategy}) {fault}.")
@@ -134,41 +135,41 @@ class Plan(HasStrategy):
     def _fault_of_replicas(self) -> str | None:
         count, slots = len(self.replicas), [slot for replica in self.replicas for slot in replica.used_slots]
         if twice := sorted({slot for slot in slots if slots.count(slot) > 1}):
-            return f"has slot {twice[0]} in two replicas; a slot computes for one"
+            return f"has slot {twice[0]} in two replicas; a slot computes for one replica"
         if (self.is_single or self.is_one_cut) is not (count == 1):
-            return f"has {count} replicas; single and layers have one, replicas and hybrid more"
+            return f"has {count} replicas; single and layers have one, replicas and hybrid have more"
         if not self.is_cut and any(len(replica.used_slots) > 1 for replica in self.replicas):
-            return "has a replica over several slots; that is layers or hybrid"
+            return "has a replica over several slots; only layers and hybrid may"
         if len({replica.pieces[-1].segment for replica in self.replicas}) > 1:
-            return "has replicas of unlike length; each holds every segment of the network"
+            return "has replicas of different lengths; each must contain every segment of the network"
         return None
 
     def _fault_of_lanes(self) -> str | None:
         if self.lanes < 1 or (self.lanes > 1 and not self.is_cut):
-            return f"has {self.lanes} lanes; there is at least one, and more only where a copy is cut over slots"
+            return f"has {self.lanes} lanes; there must be at least one, and more only if a copy is cut over slots"
         return None
 
     def _fault_of_controls(self) -> str | None:
         for name, slots in self.control_slots.items():
             if len(slots) != len(self.replicas):
-                return f"has {len(slots)} slots for {name} and {len(self.replicas)} replicas; each has one"
+                return f"has {len(slots)} slots for {name} and {len(self.replicas)} replicas; each replica needs one"
         return None
 
     @property
     def used_slots(self) -> tuple[int, ...]:
-        """Slots that compute the network, each once, in the order of first use."""
+        """Slots that compute the network, each once, in order of first use."""
         return tuple(dict.fromkeys(slot for replica in self.replicas for slot in replica.used_slots))
 
     @property
     def has_control_elsewhere(self) -> bool:
-        """Whether a ControlNet runs on another slot than those of the replica that it runs for."""
+        """Whether a ControlNet runs on a slot outside the replica it runs for."""
         return any(
             slot not in replica.used_slots for slots in self.control_slots.values() for replica, slot in zip(self.replicas, slots, strict=True)
         )
 
     @property
     def predicted_speedup(self) -> float:
-        """Against one slot; 1.0 where nothing is predicted, inf for a plan over several slots of a network that fits none of them."""
+        """Compared with one slot. 1.0 without a prediction; inf for a plan over several slots when no single slot has room for the network."""
         if self.is_single and not self.has_control_elsewhere:
             return 1.0
         return self.single_ms / self.predicted_ms if self.predicted_ms > 0 and self.single_ms > 0 else 1.0

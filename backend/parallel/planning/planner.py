@@ -1,7 +1,7 @@
 """Decides which slots compute a sampling run, and how: the plan with the least predicted time among those that fit. Pure arithmetic.
 
-Measured speed comes in through the facts: the caller keeps a smoothed speed per slot (FLOPs of a row / its measured ms) and passes fresh
-`SlotFacts` whenever it plans again; measured times per piece come in through the profile (`costs.with_measured_ms`). Nothing is kept here.
+Measured speeds enter through the facts: the caller keeps a smoothed speed per slot (FLOPs of a row / its measured ms) and passes fresh
+`SlotFacts` each time it plans. Measured times per piece enter through the profile (`costs.with_measured_ms`). The planner keeps no state.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from backend.parallel.planning.slot_facts import SlotFacts as SlotFacts
 WantedStrategy = Literal["auto", "single", "replicas", "layers", "hybrid"]
 
 LEAST_GAIN = 1.05
-"""A plan over several slots must be predicted to be this much faster than one slot, else one slot is used."""
+"""A plan over several slots is used only if it is predicted to be this much faster than one slot."""
 SAME_TIME = 0.01
 _ALL_SUBSETS_UP_TO = 6
 _ALL_GROUPINGS_UP_TO = 4
 _SPEED_STEP = 1.03
 _BYTES_STEP = 2**26
-"""Cuts over more than two slots take seconds to search: speeds in steps of 3 % and bytes in steps of 64 MiB make them be found again."""
+"""Searching cuts over more than two slots takes seconds. Rounding speeds to 3 % and bytes to 64 MiB lets the cache find an earlier search."""
 _GB = 1e9
 
 
@@ -39,12 +39,12 @@ _GB = 1e9
 class JobShape:
     """What a sampling run asks for.
 
-    `branches` per image: 2 with CFG, 1 without. `may_use_lanes`: images may have sampler loops of their own. `components` are networks whose
-    slot the planner chooses; one that was placed already is in the `fixed_bytes` of its slot instead. A ControlNet among them
-    (`runs_per_row`) has a copy with every whole copy, or runs on one slot for all, whichever is faster; where a copy is cut it runs on
-    `control_slot`, or, where that is open, where it is best.
-    `rows_per_forward`: rows that a whole copy takes at once; stages take one. `max_crossing_bytes` per step is kept by cuts where the other
-    rules can be kept as well.
+    `branches` per image: 2 with CFG, 1 without. `may_use_lanes`: each image may have its own sampler loop. `components` are networks whose slot
+    the planner chooses; a network that is already placed is part of its slot's `fixed_bytes` instead. A ControlNet among them (`runs_per_row`)
+    is copied with every whole copy or runs on one slot for all of them, whichever is faster. If a copy is cut, the ControlNet runs on
+    `control_slot`, or on the best slot if that is None.
+    `rows_per_forward`: rows that a whole copy takes at once; a stage takes one. Cuts respect `max_crossing_bytes` per step if the other rules
+    allow it.
     """
 
     images: int = 1
@@ -91,7 +91,7 @@ class _Candidate(HasStrategy):
 
     @property
     def shared_control_slots(self) -> dict[str, int]:
-        """ControlNets that run on one slot for all copies, where that is not the only copy's."""
+        """ControlNets that run on one slot for all copies, unless that is the slot of the only copy."""
         return {name: slots[0] for name, slots in self.control_slots.items() if len(set(slots)) == 1 and (slots[0],) != self.slot_indexes}
 
     @property
@@ -100,14 +100,14 @@ class _Candidate(HasStrategy):
 
 
 def deal_by_speed(num_rows: int, speeds: Sequence[float], busy_ms: Sequence[float] = ()) -> tuple[int, ...]:
-    """Rows per replica so that the last is done as early as possible; a tie goes to the lower index.
+    """Rows per replica such that the last row is done as early as possible. A tie goes to the lower index.
 
-    `busy_ms`: what each has to do before, in the unit of time of 1 / speed. One after the other goes where it would be done first, which is
-    optimal for equal rows on machines of different speed.
+    `busy_ms`: how long each replica is busy before its first row, in the time unit of 1 / speed. Each row in turn goes to the replica that
+    would finish it first, which is optimal for equal rows at different speeds. Example: 4 rows at speeds 1.0 and 0.6 -> (3, 1).
     Raises: ValueError without a replica, or for a speed that is not positive.
     """
     if not speeds or not all(speed > 0 for speed in speeds):
-        raise ValueError(f"{num_rows} rows were to be dealt by the speeds {list(speeds)}; there must be one at least, and each above 0.")
+        raise ValueError(f"{num_rows} rows cannot be dealt by the speeds {list(speeds)}. Give at least one speed, and only speeds above 0.")
     dealt = [0] * len(speeds)
     starts = busy_ms or [0.0] * len(speeds)
     heap = [(starts[index] + 1.0 / speed, index) for index, speed in enumerate(speeds)]
@@ -120,14 +120,14 @@ def deal_by_speed(num_rows: int, speeds: Sequence[float], busy_ms: Sequence[floa
 
 
 def make_plan(profile: ModelProfile, slots: Sequence[SlotFacts], links: Sequence[Link], job: JobShape, *, strategy: WantedStrategy = "auto") -> Plan:
-    """The plan for a run. The first of the slots is the primary: it holds the latents.
+    """The plan for a run. The first slot is the primary: it has the latents.
 
-    auto: the least predicted time among the plans that fit, one slot unless several are predicted LEAST_GAIN faster or the network fits no
-    single slot. A named strategy is carried out where it fits; where not, auto decides and the reason says so.
+    auto picks the least predicted time among the plans that fit: one slot, unless several are predicted to be LEAST_GAIN times faster or no
+    single slot has room for the network. A named strategy is used if it fits; otherwise auto decides and the reason says so.
     Raises: ValueError without slots.
     """
     if not slots:
-        raise ValueError("A plan over no slots was asked for; give at least one slot (--device-id).")
+        raise ValueError("A plan over no slots was requested. Give at least one slot (--device-id).")
     return _Planner(profile, tuple(slots), tuple(links), job).make(strategy)
 
 
@@ -170,7 +170,7 @@ class _Planner:
         return self._as_plan(best, single, f"{prefix}{self._describe(best, single)}")
 
     def _best_single(self) -> _Candidate | None:
-        """The fastest slot, but for home where that is about as fast: a move copies the weights, and measured speeds waver."""
+        """The home slot if it is about as fast as the fastest, else the fastest: moving copies the weights, and measured speeds fluctuate."""
         found = list(self._singles())
         best = self._best(iter(found))
         homes = {slot.index for slot in self._slots if slot.is_home}
@@ -178,7 +178,7 @@ class _Planner:
         return at_home if best is not None and at_home is not None and at_home.step_ms <= best.step_ms * LEAST_GAIN else best
 
     def _best_of_many(self, single: _Candidate | None) -> _Candidate | None:
-        """The best plan over several slots. Cuts are looked at only where they could beat what is known."""
+        """The best plan over several slots. Cuts are searched only if they could beat the best plan found so far."""
         known = self._best(chain(self._replica_sets(), self._singles_with_control_elsewhere()))
         limit_ms = min((candidate.step_ms for candidate in (known, single) if candidate is not None), default=math.inf)
         layers = self._best(self._layer_cuts(limit_ms))
@@ -187,7 +187,7 @@ class _Planner:
         return self._best(candidate for candidate in (known, layers, hybrid) if candidate is not None)
 
     def _best(self, candidates: Iterator[_Candidate]) -> _Candidate | None:
-        """Least time; within SAME_TIME fewer slots, then fewer bytes that cross, then lower slots."""
+        """Least time. Within SAME_TIME: fewer slots, then fewer crossing bytes, then lower slot indexes."""
         pool = list(candidates)
         if not pool:
             return None
@@ -211,7 +211,7 @@ class _Planner:
                     yield candidate
 
     def _singles_with_control_elsewhere(self) -> Iterator[_Candidate]:
-        """One copy, with ControlNets on other slots."""
+        """One copy with ControlNets on other slots."""
         for slot in self._slots:
             for shared_controls in self._copies.shared_control_places((slot,)):
                 candidate = self._whole_copies((slot,), "single", shared_controls) if shared_controls else None
@@ -236,7 +236,7 @@ class _Planner:
                     yield candidate
 
     def _subsets(self, least: int) -> Iterator[tuple[SlotFacts, ...]]:
-        """Sets of slots worth trying: all of them for few slots, else the fastest and the roomiest so many."""
+        """Sets of slots worth trying: all sets of a few slots; of many slots, for each size the fastest and those with the most free bytes."""
         count = len(self._slots)
         if count <= _ALL_SUBSETS_UP_TO:
             for length in range(least, count + 1):
@@ -252,7 +252,7 @@ class _Planner:
                     yield tuple(slot for slot in self._slots if slot.index in chosen)
 
     def _distinct(self, subsets: Iterable[tuple[SlotFacts, ...]]) -> Iterator[tuple[SlotFacts, ...]]:
-        """Of subsets that differ in nothing but numbers of slots only the first."""
+        """Skips subsets whose slots differ from an earlier subset's only in their index."""
         seen = set()
         for subset in subsets:
             signature = self._signature(subset)
@@ -261,13 +261,13 @@ class _Planner:
                 yield subset
 
     def _signature(self, group: tuple[SlotFacts, ...]) -> tuple[tuple[str, ...], ...]:
-        """What a group is but for numbers: its slots and the links between them and to the primary."""
+        """A group without slot indexes: its slots' facts, and the links between them and to the primary."""
         ends = (*group, *(() if self._primary in group else (self._primary,)))
         links = sorted(repr(self._table.facts(one, other)) for one in ends for other in ends)
         return tuple(sorted(f"{slot is self._primary} {slot.facts_without_index()}" for slot in group)), tuple(links)
 
     def _groupings(self) -> Iterator[tuple[tuple[SlotFacts, ...], ...]]:
-        """Ways to form several copies of which one at least is cut over slots."""
+        """Ways to form several copies, at least one of them cut over slots."""
         count = len(self._slots)
         if count < 3:
             return
@@ -289,7 +289,7 @@ class _Planner:
             yield tuple(tuple(sorted(group, key=lambda slot: slot.index)) for group in dealt)
 
     def _lower_bound_ms(self, slots: Sequence[SlotFacts]) -> float:
-        """What no plan on these slots can beat: perfect sharing of the work, and one row's way."""
+        """Lower bound for any plan on these slots: the work shared perfectly, and one row on the fastest slot."""
         work = self._profile.work_per_row + sum(component.flops_per_row for component in self._job.control_networks)
         return max(self._job.num_rows * work / sum(slot.speed for slot in slots), work / max(slot.speed for slot in slots))
 
@@ -321,7 +321,7 @@ class _Planner:
         )
 
     def _fits(self, peak_bytes: dict[int, int], slots: Sequence[SlotFacts]) -> bool:
-        """Whether every device the slots are on has room; what is fixed on a device counts once."""
+        """Whether every device of these slots has room. A device's fixed bytes count once."""
         for device in {slot.device for slot in slots}:
             neighbors = [slot for slot in self._slots if slot.device == device]
             shared_bytes = sum(slot.fixed_bytes for slot in neighbors) - max(slot.fixed_bytes for slot in neighbors)
@@ -332,7 +332,7 @@ class _Planner:
     # copies cut over slots
 
     def _grouped(self, groups: tuple[tuple[SlotFacts, ...], ...], strategy: Strategy) -> _Candidate | None:
-        """Copies, each over a group of slots, with rows dealt by the groups' throughput."""
+        """Copies, each over a group of slots, with rows dealt by each group's throughput."""
         speeds = [sum(slot.speed for slot in group) for group in groups]
         dealt = deal_by_speed(self._job.num_rows, speeds)
         if min(dealt) == 0:
@@ -360,7 +360,7 @@ class _Planner:
         )
 
     def _group(self, group: tuple[SlotFacts, ...], num_rows: int, place: int) -> _Candidate | None:
-        """One copy. Components that do not run per row are put on the first group's slots."""
+        """One copy over one group. Components that do not run per row go to the first group's slots."""
         movable = self._job.components if place == 0 else self._job.control_networks
         if len(group) == 1:
             job = replace(self._job, images=num_rows, branches=1, components=movable)
@@ -393,14 +393,14 @@ class _Planner:
         return self._job.control_slot if any(slot.index == self._job.control_slot for slot in group) else None
 
     def _transfer_to(self, slot: SlotFacts, num_rows: int) -> tuple[float, int]:
-        """Latents and results between the primary and a group's first slot."""
+        """ms and bytes to move latents and results between the primary and a group's first slot."""
         if not self._table.crosses(self._primary, slot):
             return 0.0, 0
         num_bytes = self._profile.copy_bytes_per_row
         return 2 * self._table.latency_ms(self._primary, slot) + num_bytes * self._table.ms_per_byte(self._primary, slot), num_rows * num_bytes
 
     def _share_of_rows(self, num_rows: int) -> StepRows:
-        """A copy's rows: whole images where it can be, else branches that end their step together."""
+        """A copy's rows: whole images if possible, else branches of one image that end their step together."""
         if num_rows % self._job.branches == 0:
             return StepRows(images=num_rows // self._job.branches, branches=self._job.branches, has_lanes=self._job.may_use_lanes)
         return StepRows(images=1, branches=num_rows)
@@ -428,8 +428,8 @@ class _Planner:
         slot = max(self._slots, key=lambda one: (one.free_bytes, one.speed, -one.index))
         need_bytes = self._profile.weight_bytes + self._profile.working_bytes_per_row() + sum(one.weight_bytes for one in self._job.control_networks)
         reason = (
-            f"{prefix}the {self._profile.name} needs {_gb(need_bytes)} and fits neither one slot nor all of them together; the roomiest, slot "
-            f"{slot.index}, has {_gb(max(0, slot.free_bytes))} for it, so weights stream to slot {slot.index}"
+            f"{prefix}the {self._profile.name} needs {_gb(need_bytes)} and fits neither one slot nor all of them together; slot {slot.index} has "
+            f"the most room, {_gb(max(0, slot.free_bytes))}, so weights stream to slot {slot.index}"
         )
         step_ms = self._copies.copy_ms(slot, self._job.num_rows)
         pieces = merge_pieces([cost.piece for cost in self._profile.pieces])
@@ -492,7 +492,7 @@ class _Planner:
 
 
 def _rounded(slot: SlotFacts) -> SlotFacts:
-    """The facts with less detail, on the safe side for bytes, so that small changes from run to run find the cut that was searched before."""
+    """The facts rounded, bytes to the safe side, so that small changes between runs find the cut of an earlier search."""
     return replace(
         slot,
         speed=_SPEED_STEP ** round(math.log(slot.speed, _SPEED_STEP)),

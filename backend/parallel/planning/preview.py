@@ -1,4 +1,4 @@
-"""The plan that a checkpoint's pictures would run by, from the file's header and the slots as they are now. Loads no weights."""
+"""The plan that a checkpoint's pictures would use, from the file's header and the current state of the slots. Loads no weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from backend.storage.running import set_types
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preview:
-    """A plan, and what it was made for."""
+    """A plan and what it was made for."""
 
     plan: Plan
     model: str
@@ -37,11 +37,11 @@ class Preview:
 
 
 def preview_plan(path: Path, *, images: int = 1, strategy: WantedStrategy = "auto") -> Preview:
-    """The plan for square pictures of the family's usual size with CFG. Speeds are guesses until a job has run. Raises: CheckpointError."""
+    """The plan for square pictures of the family's native size with CFG. Speeds are guesses until a job has run. Raises: CheckpointError."""
     with open_tensor_file(path) as file:
         identified = identify(file)
         if identified is None:
-            raise CheckpointError(f"{path.name}: holds no UNet, so there is nothing to plan. Name a checkpoint with --ckpt.")
+            raise CheckpointError(f"{path.name}: contains no UNet, so there is nothing to plan. Name a checkpoint with --ckpt.")
         family, found = identified
         stored = matrix_dtypes(file, found.part)
         prediction = read_prediction(file, prefix=found.part.prefix)
@@ -53,7 +53,7 @@ def preview_plan(path: Path, *, images: int = 1, strategy: WantedStrategy = "aut
 
 
 def _profile(family: Family, found: FoundDenoiser, stored: Sequence[torch.dtype], side: int) -> ModelProfile:
-    """Costs of the network as the loader would keep it: the bytes it stores, the type it computes in."""
+    """Costs of the network as the loader would load it: with its storage type and its computation type."""
     denoiser = family.build_denoiser(found)
     num_parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     wanted = memory_management.unet_dtype_from_flags()

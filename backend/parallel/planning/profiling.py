@@ -1,6 +1,6 @@
-"""Counts a network's costs by running it on the meta device: shapes are real, numbers are not, no weights are made. Takes seconds.
+"""Counts a network's costs by running it on the meta device: real shapes, no numbers, no weights allocated. Takes seconds.
 
-FLOPs come from torch's own formulas per operation; attention is counted as one fused operation, since that is how every device runs it.
+FLOPs come from torch's own formulas per operation. Attention counts as one fused operation, because that is how every device runs it.
 Must not know slots or plans.
 """
 
@@ -42,7 +42,7 @@ _lock = threading.Lock()
 
 
 class CountFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """FLOPs, launched operations and live bytes of what runs inside."""
+    """Counts the FLOPs, launched operations and live bytes of what runs inside it."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -79,7 +79,7 @@ class CountFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class FusedAttention(TorchFunctionMode):
-    """Counts attention as two matrix products and makes only its output, not its scores."""
+    """Counts attention as two matrix products and allocates only its output, not its scores."""
 
     def __init__(self, count: CountFlops) -> None:
         super().__init__()
@@ -110,9 +110,9 @@ def profile_unet(
     name: str = "UNet",
     measured_ms: Mapping[Piece, float] | None = None,
 ) -> ModelProfile:
-    """Costs of a diffusers UNet of this config, counted on the meta device: no weights are made. `dtype`: float16 where none is given.
+    """Costs of a diffusers UNet of this config, counted on the meta device without allocating weights. `dtype` defaults to float16.
 
-    Kept per config, shape and dtype. `measured_ms` replaces the shares of work (see `with_measured_ms`).
+    Cached per config, shape and dtype. `measured_ms` replaces the shares of work (see `with_measured_ms`).
     Raises: ValueError for a UNet that cannot be cut into segments.
     """
     key = (UNet2DConditionModel, _as_text(config))
@@ -124,7 +124,7 @@ def profile_unet(
 def profile_network(
     network: nn.Module, build: Callable[[Any], Program], *, latent_height: int, latent_width: int, context_length: int = 77, dtype: torch.dtype
 ) -> ModelProfile:
-    """Costs of any network that `build` makes a program of, counted on the meta device. Kept per class, configuration, shape and dtype."""
+    """Costs of any network for which `build` makes a program, counted on the meta device. Cached per class, configuration, shape and dtype."""
     key = (type(network), _as_text(without_original_names(network.config)) if isinstance(network, ConfigMixin) else _describe_weights(network))
     size = _Size(latent_height, latent_width, context_length, dtype)
     name = "UNet" if isinstance(network, UNet2DConditionModel) else type(network).__name__
@@ -133,7 +133,7 @@ def profile_network(
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """What a network's costs depend on beside its architecture."""
+    """What a network's costs depend on besides its architecture."""
 
     latent_height: int
     latent_width: int
@@ -145,7 +145,7 @@ _counts: OrderedDict[tuple[Any, _Size, str], ModelProfile] = OrderedDict()
 
 
 def _counted(key: Any, size: _Size, build: Callable[[Any], Program], make_empty: Callable[[], nn.Module], name: str) -> ModelProfile:
-    """The profile of a network without weights, counted once per key, size and name; the latest are kept."""
+    """The profile of a network without weights, counted once per key, size and name. The most recently used are cached."""
     with _lock:
         found = _counts.get((key, size, name))
         if found is None:
@@ -162,12 +162,12 @@ def _counted(key: Any, size: _Size, build: Callable[[Any], Program], make_empty:
 
 
 def _describe_weights(network: nn.Module) -> str:
-    """Names and shapes: two networks of one class with the same ones are taken for alike."""
+    """Names and shapes. Two networks of one class for which they agree are treated as equal."""
     return str([(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()])
 
 
 def count_program(program: Program, network: nn.Module, rows: Mapping[str, Tensor], *, name: str) -> ModelProfile:
-    """Costs of any program, for one row of inputs. `network` owns its weights; both are on the meta device."""
+    """Costs of a program for one row of inputs. `network` owns the weights; both are on the meta device."""
     count = CountFlops(network)
     with torch.no_grad(), count, FusedAttention(count):
         state = program.start(rows)
@@ -192,7 +192,7 @@ def _make_unet(config_text: str, dtype: torch.dtype) -> Any:
 
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """All weights in `dtype`; the library's own `to` warns that it would do so."""
+    """All weights in `dtype`. Bypasses the library's own `to`, which warns about this cast."""
     return nn.Module.to(network, dtype=dtype).eval()
 
 
@@ -203,7 +203,7 @@ def _count_pieces(program: Program, state: ProgramState, count: CountFlops) -> t
     costs: list[PieceCost] = []
     for index, piece in enumerate(pieces):
         flow = program.flow(piece)
-        before = {name: tensor.nbytes for name, tensor in state.tensors.items()}  # numbers only: tensors held here would count as alive
+        before = {name: tensor.nbytes for name, tensor in state.tensors.items()}  # numbers only: a reference would count as a live tensor
         flops, kernels = count.flops, count.num_kernels
         count.peak_bytes = count.live_bytes
         program.run_piece(piece, state)
@@ -235,7 +235,7 @@ def _count_pieces(program: Program, state: ProgramState, count: CountFlops) -> t
 
 
 def _is_skip(reading: Reading) -> bool:
-    """Whether a tensor waits for a piece behind the next. It counts until its last reader."""
+    """Whether a tensor waits for a piece after the next one. It counts until its last reader."""
     return reading.readers[-1] > max(reading.source, 0) + 1
 
 
@@ -248,25 +248,25 @@ def _widest(context_width: int | tuple[int, ...] | list[int]) -> int:
 
 
 def _as_text(config: Mapping[str, Any]) -> str:
-    """The config as a key: private entries (where it was read from, versions) do not matter."""
+    """The config as a key, without private entries (where it was read from, versions)."""
     return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True, default=str)
 
 
 def with_stored_bytes(profile: ModelProfile, program: Program) -> ModelProfile:
-    """The profile with the bytes that the weights of this very network take in memory, whatever they are computed in."""
+    """The profile with the bytes that this network's weights take in memory, whatever type they are computed in."""
     pieces = tuple(replace(cost, weight_bytes=module_stored_bytes(layer for _, layer in program.piece_layers(cost.piece))) for cost in profile.pieces)
     return replace(profile, pieces=pieces, embedding_bytes=module_stored_bytes(layer for _, layer in program.embedding.named_layers))
 
 
 def controlnet_config(unet: Any) -> dict[str, Any]:
-    """Arguments of the ControlNetModel that belongs to a UNet."""
+    """Arguments for a ControlNetModel that matches a UNet."""
     return {name: unet.config[name] for name in _SHARED_WITH_UNET}
 
 
 def profile_controlnet(
     unet_config: Mapping[str, Any], *, latent_height: int, latent_width: int, context_length: int = 77, dtype: torch.dtype | None = None
 ) -> ComponentCost:
-    """Costs of the ControlNet that belongs to a UNet of this config: a copy of its way in, and one convolution per residual."""
+    """Costs of a ControlNet that matches a UNet of this config: a copy of its encoder half, and one convolution per residual."""
     with _lock:
         return _count_controlnet(_as_text(unet_config), latent_height, latent_width, context_length, dtype or torch.float16)
 
@@ -293,7 +293,7 @@ def _count_controlnet(config_text: str, latent_height: int, latent_width: int, c
 
 
 def profile_vae_decoder(config: Mapping[str, Any], *, latent_height: int, latent_width: int, dtype: torch.dtype | None = None) -> ComponentCost:
-    """Costs of a VAE: the bytes of all of it, the FLOPs and the working memory of one decode."""
+    """Costs of a VAE: the bytes of the whole model, the FLOPs and working memory of one decode."""
     with _lock:
         return _count_vae_decoder(_as_text(config), latent_height, latent_width, dtype or torch.float16)
 

@@ -1,6 +1,6 @@
-"""Predicts plan, time and bytes for cards that are not here: the planner over facts from cards.json and costs counted on the meta device.
+"""Predicts plan, time and bytes for cards this machine does not have, from the facts in cards.json and costs counted on the meta device.
 
-Knows no command line (simulate.py has it) and touches no device.
+Knows no command line (simulate.py does) and touches no device.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from backend.parallel.planning.planner import JobShape, Link, SlotFacts, WantedS
 DATA_DIR = Path(__file__).resolve().parent
 GIB = 2**30
 RESERVED_BYTES = GIB
-"""Of each card, for the driver's context and what else is on it."""
+"""Reserved on each card for the driver's context and other programs."""
 WEIGHT_READ_SHARE = 0.5
-"""Share of a card's bandwidth at which a forward of one row reads weights; fitted to the published times of one row against two."""
+"""Share of a card's bandwidth at which a forward of one row reads weights. Fitted to published times of one row versus two."""
 KERNEL_MS = 0.014
-"""Launching one operation from Python; fitted to the report that two RTX 4090 are slower than one with SD 1.5 at 512x512. Worker threads share
-one interpreter, so launches of all slots add up."""
+"""Time to launch one operation from Python. Fitted to the report that two RTX 4090s are slower than one for SD 1.5 at 512x512. Worker threads
+share one interpreter, so launches of all slots add up."""
 _BYTES_PER_WEIGHT = 2
 _LATENT_PX = 8
 _VAE_CONFIG = {
@@ -35,12 +35,12 @@ _VAE_CONFIG = {
 
 
 class SimulationError(ValueError):
-    """Something was asked for that is not known; the message lists what is."""
+    """An unknown card, model or link was requested. The message lists the known ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
-    """A card's public figures. `effective_tflops`: what a UNet gets of it."""
+    """A card's public figures. `effective_tflops` is what a UNet achieves on it."""
 
     name: str
     memory_gib: float
@@ -52,7 +52,7 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimulatedJob:
-    """What is to be predicted. `strategy` as in --multi-gpu-strategy. `link`: host, pcie or nvlink; None for what the cards have."""
+    """What to predict. `strategy` is as in --multi-gpu-strategy. `link` is host, pcie or nvlink; None means what the cards have."""
 
     cards: tuple[str, ...]
     model: str = "sdxl"
@@ -101,12 +101,12 @@ def link_names() -> tuple[str, ...]:
 
 
 def find_card(name: str) -> Card:
-    """The card of that name; upper and lower case, blanks, dashes and a leading GeForce do not matter. Raises: SimulationError."""
+    """The card with that name, ignoring case, spaces, dashes, underscores and the words GeForce, NVIDIA and Tesla. Raises: SimulationError."""
     wanted = _plain(name)
     for known, facts in _data()["cards"].items():
         if _plain(known) == wanted:
             return Card(name=known, **{key: facts[key] for key in ("memory_gib", "effective_tflops", "bandwidth_gb_s", "link", "basis")})
-    raise SimulationError(f"--gpus names the card {name!r}, which cards.json does not know. Known are: {', '.join(card_names())}.")
+    raise SimulationError(f"--gpus names the card {name!r}, which is not in cards.json. Known cards: {', '.join(card_names())}.")
 
 
 def _plain(name: str) -> str:
@@ -119,7 +119,7 @@ def parse_cards(text: str) -> tuple[str, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"(?:(\d+)\s*[x*]\s*)?(\S.*)", part.strip())
         if match is None or match[1] == "0":
-            raise SimulationError(f"--gpus {text!r} has a part {part!r} that is no card; write it like 2xRTX3090,1xRTX4090.")
+            raise SimulationError(f"--gpus {text!r}: {part!r} does not name a card. Write it like 2xRTX3090,1xRTX4090.")
         names += [find_card(match[2]).name] * int(match[1] or 1)
     return tuple(names)
 
@@ -128,14 +128,14 @@ def parse_picture_size(text: str) -> tuple[int, int]:
     """ "2048x1024" -> (2048, 1024). Raises: SimulationError."""
     match = re.fullmatch(r"(\d+)[xX](\d+)", text.strip())
     if match is None or min(int(match[1]), int(match[2])) < 64:
-        raise SimulationError(f"--size {text!r} is no picture size; write width and height in pixels, 64 or more, like 1024x1024.")
+        raise SimulationError(f"--size {text!r} is not a picture size. Give width and height in pixels, at least 64 each, like 1024x1024.")
     return int(match[1]), int(match[2])
 
 
 def model_config(name: str) -> dict[str, Any]:
-    """Title, UNet config, parameters of the text encoders. Raises: SimulationError."""
+    """Title, UNet config and the text encoders' numbers of parameters. Raises: SimulationError."""
     if name not in _models():
-        raise SimulationError(f"--model {name!r} is not known. Known are: {', '.join(model_names())}.")
+        raise SimulationError(f"--model {name!r} is unknown. Known models: {', '.join(model_names())}.")
     found: dict[str, Any] = _models()[name]
     return found
 
@@ -149,7 +149,7 @@ def profile_model(name: str, width_px: int, height_px: int) -> ModelProfile:
 
 
 def component_costs(name: str, width_px: int, height_px: int, *, has_controlnet: bool) -> tuple[ComponentCost, ...]:
-    """Text encoders, VAE and, if wanted, a ControlNet, in half precision."""
+    """Costs of text encoders, VAE and, with `has_controlnet`, a ControlNet, in half precision."""
     from backend.parallel.planning.profiling import profile_controlnet, profile_vae_decoder  # imports the network libraries
 
     config = model_config(name)
@@ -176,10 +176,10 @@ def card_slots(names: Sequence[str]) -> tuple[SlotFacts, ...]:
 
 
 def card_links(names: Sequence[str], link: str | None = None) -> tuple[Link, ...]:
-    """Links between all cards: the wanted kind, else the better kind that both have. Raises: SimulationError."""
+    """Links between all cards: of the given kind, else the better kind that both cards have. Raises: SimulationError."""
     kinds = _data()["links"]
     if link is not None and link not in kinds:
-        raise SimulationError(f"--link {link!r} is not known. Known are: {', '.join(kinds)}.")
+        raise SimulationError(f"--link {link!r} is unknown. Known links: {', '.join(kinds)}.")
     ends = [find_card(name) for name in names]
     links = []
     for source, one in enumerate(ends):
@@ -191,7 +191,7 @@ def card_links(names: Sequence[str], link: str | None = None) -> tuple[Link, ...
 
 
 def simulate(job: SimulatedJob) -> Simulation:
-    """Plan, time and bytes. Raises: SimulationError for names that are not known."""
+    """Plan, time and bytes. Raises: SimulationError for unknown names."""
     profile = profile_model(job.model, job.width_px, job.height_px)
     slots, links = card_slots(job.cards), card_links(job.cards, job.link)
     components = component_costs(job.model, job.width_px, job.height_px, has_controlnet=job.has_controlnet)

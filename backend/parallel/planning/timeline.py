@@ -1,7 +1,7 @@
-"""From the spans of a recording to each slot's time: when it was busy, and what it waited for when it was not. Pure; knows no devices.
+"""Turns the spans of a recording into each slot's time: when it was busy, and what it waited for when it was not. Pure; knows no devices.
 
-A slot's busy and waiting times cover the recording without gap or overlap. A moment in which a slot does nothing is put down to the first of:
-a copy to that slot is under way; another slot computes; the host plans, loads or saves; the host does something else (guidance, sampler, Python).
+A slot's busy and waiting times cover the recording without gap or overlap. An idle moment is attributed to the first of these that applies:
+a copy to that slot is in progress; another slot computes; the host plans, loads or saves; the host does something else (guidance, sampler, Python).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Wait:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lane:
-    """One slot's time. `busy` are disjoint and in order; `waits` are what is left of the recording, in order."""
+    """One slot's time. `busy` intervals are disjoint and in order; `waits` cover the rest of the recording, in order."""
 
     slot: int
     busy: tuple[Interval, ...]
@@ -49,7 +49,7 @@ class Lane:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """The network's part of a sampler's step: from its first unit's start to its last one's end, and how long any slot computed."""
+    """The network's part of a sampler step: from the start of its first row to the end of its last, and how long any slot computed."""
 
     step: int
     start_ns: int
@@ -59,7 +59,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Communication:
-    """Time that copies to slots took, and how much of it the receiving slot stood still."""
+    """Time that copies to slots took, and the part of it in which the receiving slot was idle."""
 
     copy_ns: int
     exposed_ns: int
@@ -99,7 +99,7 @@ def intersect(one: Sequence[Interval], other: Sequence[Interval]) -> tuple[Inter
 
 
 def subtract(one: Sequence[Interval], other: Sequence[Interval]) -> tuple[Interval, ...]:
-    """What lies in `one` and not in `other`."""
+    """The parts of `one` that are not in `other`."""
     if not one:
         return ()
     edges = [one[0][0], *(edge for interval in other for edge in interval), one[-1][1]]
@@ -115,7 +115,7 @@ def total(intervals: Iterable[Interval]) -> int:
 
 
 def lanes_of(recording: Recording, slots: Sequence[int]) -> tuple[Lane, ...]:
-    """A lane for every slot, in their order."""
+    """A lane for every slot, in the order of `slots`."""
     busy = {slot: union(_times(span for span in recording.spans if span.slot == slot and span.kind != "copy")) for slot in slots}
     return tuple(_lane(recording, slot, busy) for slot in slots)
 

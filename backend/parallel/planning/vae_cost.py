@@ -1,6 +1,6 @@
-"""What a split VAE decode costs before it is done: rows of each slot, multiplications, exchanges, bytes that cross, and whether it pays.
+"""Predicts the cost of a split VAE decode: rows per slot, multiplications, exchanges, crossing bytes, and whether splitting pays.
 
-Pure arithmetic on sizes; knows no tensors, devices or threads. Sizes are latent rows and columns.
+Pure arithmetic on sizes; knows no tensors, devices or threads. Sizes are in latent rows and columns.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 MIN_SPEEDUP = 1.05
-"""Below this predicted gain a picture is decoded whole, as plans for the UNet are."""
+"""Below this predicted gain a picture is decoded whole. The planner uses the same limit for the UNet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderSize:
-    """What the cost depends on; the defaults are SD 1.x's and SDXL's. `widths` from the outermost level to the innermost."""
+    """What the cost depends on. The defaults fit SD 1.x and SDXL. `widths` go from the outermost level to the innermost."""
 
     widths: tuple[int, ...] = (128, 256, 512, 512)
     resnets_per_level: int = 3
@@ -44,16 +44,16 @@ class DecoderSize:
 
     @property
     def num_exchanges(self) -> int:
-        """Times that a strip waits for others: one for each group norm, one for keys and values, one for each doubling."""
+        """How often a strip waits for others: once per group norm, once for keys and values, once per upsampling."""
         num_norms = 2 * (2 + self.resnets_per_level * len(self.widths)) + 1
         return num_norms + 2 * self.has_attention + len(self.widths) - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinkCost:
-    """`exchange_s`: what one exchange takes with nothing in it (threads woken, small copies begun); `bytes_per_s`: each slot's way in.
+    """`exchange_s`: time of an empty exchange (waking threads, starting small copies). `bytes_per_s`: how fast bytes arrive at each slot.
 
-    The defaults are those of two cards without peer access, through host memory.
+    The defaults are for two cards without peer access, which copy through host memory.
     """
 
     exchange_s: float = 3e-4
@@ -62,7 +62,8 @@ class LinkCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitEstimate:
-    """`rows` of each slot (0: it takes no part), seconds whole on the fastest slot and split, bytes that arrive at the busiest slot."""
+    """`rows` per slot (0: the slot is not used), seconds for a whole decode on the fastest slot and for the split one, and bytes that arrive
+    at the slot that receives most."""
 
     rows: tuple[int, ...]
     whole_s: float
@@ -75,14 +76,14 @@ class SplitEstimate:
 
 
 def divide_rows(num_rows: int, speeds: Sequence[float]) -> tuple[int, ...]:
-    """Rows of each slot such that the last one is done as early as possible: every row goes to the slot that would end it first.
+    """Rows per slot such that the last row is done as early as possible: each row goes to the slot that would finish it first.
 
-    A slot too slow for a single row gets none. Ties go to the earlier slot.
+    A slot that is too slow for even one row gets none. Ties go to the earlier slot.
 
     Raises: ValueError for no slots, no rows, or speeds that are not above 0.
     """
     if num_rows < 1 or not speeds or not all(math.isfinite(speed) and speed > 0 for speed in speeds):
-        raise ValueError(f"{num_rows} rows were to be divided over speeds {tuple(speeds)}; give at least one row and speeds above 0.")
+        raise ValueError(f"{num_rows} rows cannot be divided by the speeds {tuple(speeds)}. Give at least one row, and finite speeds above 0.")
     rows = [0] * len(speeds)
     for _ in range(num_rows):
         rows[min(range(len(speeds)), key=lambda slot: (rows[slot] + 1) / speeds[slot])] += 1
@@ -90,7 +91,7 @@ def divide_rows(num_rows: int, speeds: Sequence[float]) -> tuple[int, ...]:
 
 
 def decode_macs(height: int, width: int, size: DecoderSize = DecoderSize()) -> int:
-    """Multiplications of one whole decode: convolutions and attention; 5.24e12 for SDXL at 128x128."""
+    """Multiplications of one whole decode, for convolutions and attention: 5.24e12 for SDXL at 128x128."""
     pixels, widest = height * width, size.widths[-1]
     macs = 9 * pixels * size.latent_channels * widest + 2 * _resnet_macs(pixels, widest, widest)
     if size.has_attention:
@@ -110,7 +111,7 @@ def _resnet_macs(pixels: int, before: int, after: int) -> int:
 
 
 def arriving_bytes(rows: Sequence[int], width: int, bytes_per_number: int, size: DecoderSize = DecoderSize()) -> tuple[int, ...]:
-    """Bytes that come to each slot from the others during one decode; the latent and the picture are not in it."""
+    """Bytes that arrive at each slot from the others during one decode, not counting the latent and the picture."""
     taking_part = [slot for slot, count in enumerate(rows) if count]
     total, found = sum(rows), [0] * len(rows)
     for position, slot in enumerate(taking_part):
@@ -123,7 +124,7 @@ def arriving_bytes(rows: Sequence[int], width: int, bytes_per_number: int, size:
 
 
 def _halo_numbers(width: int, size: DecoderSize) -> int:
-    """Numbers in the rows that one neighbour sends."""
+    """How many numbers are in the rows that one neighbor sends."""
     widest = before = size.widths[-1]
     numbers = 4 * widest * width
     for level, channels in enumerate(reversed(size.widths)):
@@ -150,10 +151,10 @@ def estimate_split(
     bytes_per_number: int = 2,
     size: DecoderSize = DecoderSize(),
 ) -> SplitEstimate:
-    """Split over slots of these relative speeds, where the fastest decodes the whole in `whole_s` (measured, or macs by the device's rate).
+    """A split over slots of these relative speeds, where the fastest decodes the whole in `whole_s` (measured, or macs / the device's rate).
 
-    A split takes as long as its slowest strip computes, its exchanges take to meet, and the bytes take to come to the busiest slot; no
-    overlap is counted, as each exchange is waited for.
+    Its time is the sum of the slowest strip's computation, the exchanges, and the transfer of the bytes that arrive at the busiest slot. No
+    overlap is assumed, because every exchange is waited for.
     """
     rows = divide_rows(height, speeds)
     slowest_s = max(count / height * max(speeds) / speed for count, speed in zip(rows, speeds)) * whole_s
@@ -174,11 +175,11 @@ def worth_splitting(
     bytes_per_number: int = 2,
     size: DecoderSize = DecoderSize(),
 ) -> bool:
-    """Whether a split is predicted to gain at least MIN_SPEEDUP over the fastest slot alone.
+    """Whether a split is predicted to be at least MIN_SPEEDUP times as fast as the fastest slot alone.
 
-    Computing shrinks with the slots, the 34 exchanges of SDXL's decoder do not: at 0.3 ms each they cost 10 ms, a fifth of a 512x512
-    picture's decode on a fast card and more than all of a 128x128 picture's. One slot, or one latent row, is never worth it. `whole_s` is what
-    one decode took, where that was measured; else `macs_per_s` stands for it (the default is a large card's in half precision).
+    More slots shorten the computation, but not the 34 exchanges of SDXL's decoder: at 0.3 ms each they cost 10 ms, a fifth of the decode of a
+    512x512 picture on a fast card and more than the whole decode of a 128x128 one. With one slot or one latent row the answer is always no.
+    `whole_s` is the measured time of one decode. Without it, the time is estimated from `macs_per_s` (default: a large card in half precision).
     """
     if num_slots < 2 or height < 2:
         return False

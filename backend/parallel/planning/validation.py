@@ -1,4 +1,4 @@
-"""Holds predictions against figures that others published or computed. `python -m backend.parallel.simulate --validate` prints the tables."""
+"""Compares predictions with figures that others published or computed. `python -m backend.parallel.simulate --validate` prints the tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backend.parallel.planning.simulation import DATA_DIR, SimulatedJob, parse_c
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """A speed-up by our prediction and by theirs; `expected_to` is the upper end where theirs is a range."""
+    """A speedup as we predict it and as others give it. `expected_to` is the upper end if theirs is a range."""
 
     what: str
     predicted: float
@@ -22,13 +22,13 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Share of theirs by which ours is off; 0 within a range."""
+        """Relative error of our prediction; 0 within a range."""
         nearest = min(max(self.predicted, self.expected), self.expected_to or self.expected)
         return self.predicted / nearest - 1.0
 
 
 def published_comparisons() -> tuple[Comparison, ...]:
-    """Measured by others on two cards."""
+    """Speedups that others measured on two cards."""
     rows = json.loads((DATA_DIR / "published.json").read_text(encoding="utf-8"))
     return tuple(_compare_published(row) for row in rows)
 
@@ -42,7 +42,7 @@ def _compare_published(row: dict[str, str | int | float]) -> Comparison:
 
 
 def study_comparisons() -> tuple[Comparison, ...]:
-    """Computed by a study of the field for slots without transfer times: pipelines and dealt rows."""
+    """Speedups that a study of the field computed for slots without transfer times: pipelines and dealt rows."""
     return (*_pipelines(), *_deals())
 
 

@@ -1,4 +1,4 @@
-"""Hooks inside the network that hold tensors or modules of their own, which bind the network to their device. Knows no plan."""
+"""Finds hooks inside the network that carry their own tensors or modules, which ties the network to their device. Knows no plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def find_bound_hook(options: dict[str, object]) -> str | None:
-    """The first hook inside the network that holds tensors or modules of its own, by its name; such a hook binds the network to their device."""
+    """The name of the first hook inside the network that carries its own tensors or modules; None if no hook does."""
     for hook in _hooks_of(options):
         cells = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or () if _is_filled(cell)]
         held = [hook, *cells, *getattr(getattr(hook, "__self__", None), "__dict__", {}).values(), *getattr(hook, "__dict__", {}).values()]

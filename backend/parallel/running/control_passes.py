@@ -1,6 +1,6 @@
-"""ControlNets' passes as tasks of their own on their slots, whose residuals go to where they are added.
+"""Runs ControlNet passes as separate tasks on their slots, and sends the residuals to the slots that add them.
 
-Knows no plan and no sampler; a row batch says which rows, its replica where each ControlNet runs.
+Knows no plan and no sampler. A row batch says which rows; its replica says where each ControlNet runs.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from backend.parallel.running.stopwatch import Stopwatch
 
 
 class ControlPasses:
-    """Starts the deferred residuals of row batches, and sends those that are there."""
+    """Starts the passes for deferred residuals of row batches, and sends the residuals that already exist."""
 
     def __init__(self, fleet: Fleet, copiers: Copiers, is_cancelled: Callable[[], bool]) -> None:
         self._fleet, self._copiers, self._is_cancelled = fleet, copiers, is_cancelled
 
     def start(self, batch: RowBatch) -> None:
-        """Give ControlNets' passes to their slots, and send what is there already. Once per batch."""
+        """Submit ControlNet passes to their slots, and send residuals that already exist. Runs once per batch."""
         deferred = batch.call.control
         if batch.control is None and isinstance(deferred, DeferredControl):
             kinds = _pending_kinds(deferred)
@@ -36,7 +36,7 @@ class ControlPasses:
             batch.control = ResidualChain(links, kinds)
 
     def send_ready(self, batch: RowBatch) -> dict[Addition, Tensor]:
-        """Residuals that are there from the start, each sent to the slot that adds it; of a deferred chain those of lists that no pass fills."""
+        """Send the residuals that exist from the start to the slots that add them. In a deferred chain: those of lists that no pass fills."""
         program, control = batch.route.replica.program, batch.call.control
         ready: dict[Addition, Tensor] = {}
         if isinstance(control, DeferredControl):
@@ -62,12 +62,12 @@ class ControlPasses:
             slot = place.slot
             task = part.on(self._fleet.device(slot), self._fleet.transport.send)
             return slot, self._fleet.worker(slot).submit(lambda: self._run(batch, task, place), priority=(batch.run.number,))
-        except RuntimeError as error:  # no room there, or the slot is lost: the rows find out when they need the residuals
+        except RuntimeError as error:  # out of memory there, or the slot is lost: the rows find out when they need the residuals
             future.set_exception(as_failure(slot, error))
             return slot, future
 
     def _run(self, batch: RowBatch, task: ControlTask, place: ControlPlace) -> Transfers:
-        """On a slot's worker: a ControlNet's pass, its residuals leaving for the slots that add them."""
+        """On a slot's worker: run a ControlNet pass and send its residuals to the slots that add them."""
         if batch.run.has_failed or self._is_cancelled():
             raise Cancelled
         try:
@@ -82,13 +82,13 @@ class ControlPasses:
             raise
 
     def _ship(self, batch: RowBatch, residuals: ControlLists) -> Transfers:
-        """The residuals on their way to where they are added, in the order of their use."""
+        """Start sending the residuals to the slots that add them, in order of use."""
         named = batch.route.replica.program.name_residuals(residuals)
         return {addition: self._copiers.ship(residual, batch.route.addition_slots[addition]) for addition, residual in named.items()}
 
 
 def _pending_kinds(deferred: DeferredControl) -> frozenset[str]:
-    """Lists that a pass still fills."""
+    """Lists that a pass has yet to fill."""
     return frozenset(kind for part in deferred.parts if not isinstance(part, Mapping) for kind in part.kinds)
 
 

@@ -1,17 +1,17 @@
-"""Carries out a plan for calls of the network: rows go to replicas and through their stages, results come back in order.
+"""Carries out a plan for calls of the network: rows go to replicas and through their stages, and results come back in order.
 
-Each slot's worker runs the stages of its slot; rows that have finished a stage go to the next slot's worker. A tensor that a later stage reads
-is sent as soon as it exists. Rows that come to a place whose residual is still being computed leave their worker and come back when it is there.
-Nothing here waits inside a worker for another worker, so nothing can block for good.
+Each slot's worker runs the stages on its slot; rows that have finished a stage go to the next slot's worker. A tensor that a later stage reads
+is sent as soon as it exists. Rows that need a residual that is still being computed leave their worker and return once it has arrived.
+No worker ever waits for another worker, so there can be no deadlock.
 
 Example: two rows (cond, uncond) through a UNet cut over slots 0 and 1, as `run` does it:
 
     slot 0: cond stage 0      uncond stage 0     (idle)
     slot 1: (idle)            cond stage 1       uncond stage 1
-    `routing` said that "skip 3" and "hidden" of stage 0 go to slot 1; `copies` brings them while slot 0 works on uncond.
+    `routing` decided that "skip 3" and "hidden" of stage 0 go to slot 1; `copies` transfers them while slot 0 works on uncond.
 
-The parts: `routing` which tensors go where, `copies` how they travel, `control_passes` ControlNets, `row_batch` one batch and its record, `failures`.
-Must not know guidance, samplers, memory policy, families of networks or how the plan was made.
+Parts: `routing` (which tensors go where), `copies` (how they travel), `control_passes` (ControlNets), `row_batch` (one batch and its record),
+`failures`. Must not know guidance, samplers, memory policy, families of networks or how the plan was made.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _TENSOR_OPTIONS = ("sigmas", "cond_mark")
 
 
 class Executor:
-    """Runs calls over the replicas of a plan. `run` may be called from many threads at once: their rows share the slots."""
+    """Runs calls on the replicas of a plan. `run` may be called from several threads at once; their rows share the slots."""
 
     def __init__(
         self,
@@ -66,10 +66,10 @@ class Executor:
         replicas: copies of the network whose weights are in place.
         deal: how many of n rows each replica gets; `deal(3)` gives (2, 1).
         rows_per_batch: how many rows of a replica's share go through it at once.
-        work: names the model and size that measured speeds are kept for.
-        asynchronous: copies between slots run beside computation; without it each is awaited where it starts. The result is the same.
-        is_cancelled: asked before every piece.
-        on_piece: told the ms per row of each piece at its finest in one run, number `measured_run` (the first warms the machine up).
+        work: the key of measured speeds, which names the model and size.
+        asynchronous: copies between slots overlap with computation. If False, each copy is waited for where it starts. The result is the same.
+        is_cancelled: checked before every piece.
+        on_piece: called with the ms per row of each finest piece in run number `measured_run` (the first run warms the machine up).
         """
         self._fleet = fleet
         self._routes = tuple(make_route(replica, fleet.device) for replica in replicas)
@@ -83,7 +83,7 @@ class Executor:
 
     @property
     def deferred_networks(self) -> frozenset[nn.Module]:
-        """ControlNets that every replica has a place for."""
+        """ControlNets that every replica has a slot for."""
         every = [frozenset(route.replica.controls) for route in self._routes]
         return frozenset.intersection(*every) if every else frozenset()
 
@@ -96,14 +96,14 @@ class Executor:
         run = Run(next(self._numbers), recorder.step)
         batches = [RowBatch(call.take_rows(first, end), route, run, recorder.next_batch()) for route, first, end in self._deal_rows(call.num_rows)]
         for batch in batches:
-            if len(batch.route.devices) == 1:  # others may wait for what this batch's slot computes for them, so that comes first
+            if len(batch.route.devices) == 1:  # other batches may wait for residuals from this batch's slot, so these passes go first
                 self._controls.start(batch)
         for batch in batches:
             self._start(batch)
         return self._gather(batches, call.device)
 
     def _deal_rows(self, num_rows: int) -> list[tuple[Route, int, int]]:
-        """Rows to routes, in order, so many at once as `rows_per_batch` says."""
+        """Assign rows to routes in order, `rows_per_batch` at once."""
         dealt, first = [], 0
         for route, share in zip(self._routes, self._deal(num_rows)):
             step = max(1, self._rows_per_batch(route.replica.plan, share))
@@ -112,7 +112,7 @@ class Executor:
         return dealt
 
     def _gather(self, batches: Sequence[RowBatch], device: torch.device) -> Tensor:
-        """Results in the order of rows. All batches have ended when this returns or raises, so that nothing runs behind the caller's back."""
+        """Results in row order. All batches have ended when this returns or raises, so nothing keeps running after it."""
         failures = [failure for failure in (batch.result.exception() for batch in batches) if failure is not None]
         failures += [as_failure(slot, error) for batch in batches if batch.control is not None for slot, error in batch.control.failures()]
         if failures:
@@ -120,16 +120,16 @@ class Executor:
         outputs = [batch.result.result().receive() for batch in batches]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    # a batch's way
+    # the path of a batch
 
     def _start(self, batch: RowBatch) -> None:
-        """Send the inputs to the first stage's device and the residuals to where they are added."""
+        """Send the inputs to the first stage's device and the residuals to the slots that add them."""
         try:
             self._controls.start(batch)
             arriving = batch.call.on(batch.here.device, self._fleet.transport.send)
             residuals = self._controls.send_ready(batch)
             self._submit(batch, lambda: self._enter(batch, arriving, residuals))
-        except RuntimeError as error:  # no room there, or the slot is lost
+        except RuntimeError as error:  # out of memory there, or the slot is lost
             batch.fail(batch.here.slot, error)
 
     def _submit(self, batch: RowBatch, task: Callable[[], None]) -> None:
@@ -144,7 +144,7 @@ class Executor:
             batch.fail(batch.here.slot, error)
 
     def _enter(self, batch: RowBatch, call: NetworkCall, residuals: dict[Addition, Tensor]) -> None:
-        """On the first stage's worker: the state before the first segment, and what of it other stages read."""
+        """On the first stage's worker: make the state before the first segment, and send what other stages read of it."""
         program, route = batch.route.replica.program, batch.route
         with profiler.recorder().measure("stage", "time embedding", slot=batch.here.slot, device=batch.here.device, **batch.facts()):
             state = batch.state = program.start(call.rows, residuals=residuals, options=call.options)
@@ -154,7 +154,7 @@ class Executor:
         self._run_stage(batch)
 
     def _resume(self, batch: RowBatch) -> None:
-        """On a later stage's worker: take in what arrived."""
+        """On a later stage's worker: receive the tensors that arrived."""
         state, here = batch.state, batch.here
         assert state is not None
         state.tensors = {}
@@ -169,7 +169,7 @@ class Executor:
         self._run_stage(batch)
 
     def _run_stage(self, batch: RowBatch) -> None:
-        """The stage's pieces, from where the batch is. Before one whose residual is not there yet, the batch leaves the worker."""
+        """Run the rest of the stage's pieces. If a piece needs a residual that has not arrived, the batch leaves the worker before it."""
         state, here = batch.state, batch.here
         assert state is not None
         batch.parts = batch.parts or self._parts_of(batch)
@@ -194,7 +194,7 @@ class Executor:
         self._leave(batch)
 
     def _parts_of(self, batch: RowBatch) -> list[tuple[int, Piece]]:
-        """The stage's pieces; by transformer blocks where a residual that is added behind them may be late."""
+        """The stage's pieces. One that adds a possibly late residual at its end is split into transformer blocks."""
         program, kinds = batch.route.replica.program, frozenset[str]() if batch.control is None else batch.control.kinds
         parts: list[tuple[int, Piece]] = []
         for place, piece in enumerate(batch.here.pieces):
@@ -203,7 +203,7 @@ class Executor:
         return parts
 
     def _take_residuals(self, batch: RowBatch, part: Piece) -> bool:
-        """Have what a part adds ready; False while a ControlNet is still at it. Raises: SlotFailure where one failed."""
+        """Put the residuals that a part adds into the state. False if a ControlNet is still computing them. Raises: SlotFailure if one failed."""
         if batch.control is None:
             return True
         additions = [one for one in batch.route.replica.program.flow(part).adds if one.kind in batch.control.kinds]
@@ -220,7 +220,7 @@ class Executor:
         return True
 
     def _run_part(self, batch: RowBatch, part: Piece) -> None:
-        """One part; while pieces are measured, block by block with the time of each."""
+        """Run one part; while pieces are being measured, block by block and timed."""
         program, state, here = batch.route.replica.program, batch.state, batch.here
         assert state is not None
         if self._on_piece is None or batch.run.number != self._measured_run:
@@ -232,7 +232,7 @@ class Executor:
             watch.stop(partial(_tell_piece, self._on_piece, here.slot, finest, batch.call.num_rows))
 
     def _send(self, batch: RowBatch, leaving: Sequence[Leaving], tensors: dict[str, Tensor]) -> None:
-        """Tensors that other stages read leave at once; the same tensor under two names goes to a slot once."""
+        """Send tensors that other stages read, at once. The same tensor under two names goes to a slot once."""
         sent: dict[tuple[int, int], Transfer] = {}
         for one in leaving:
             tensor = tensors.get(one.name)
@@ -248,7 +248,7 @@ class Executor:
                 tensors.pop(one.name, None)
 
     def _leave(self, batch: RowBatch) -> None:
-        """On to the next stage once all that it reads has come, or home."""
+        """Go to the next stage once everything it reads has arrived; after the last stage, return the output."""
         state = batch.state
         assert state is not None
         if batch.is_last_stage:

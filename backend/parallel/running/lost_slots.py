@@ -1,4 +1,4 @@
-"""Slots whose devices have stopped working: finding them, giving them no more work, and naming them in the error that ends a job.
+"""Slots whose devices have died: finds them, gives them no more work, and names them in the error that ends a job.
 
 Knows no plan and no network.
 """
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def dropping_dead_slots() -> Iterator[None]:
-    """Around a job: where an error ends it because a device stopped working, the slot is lost from now on, and the error says which.
+    """Around a job: if it fails because a device died, drop that device's slot and name it in the error.
 
-    Work on a slot's own thread notices by itself; this is for all else a job does on devices: encoding, decoding, copies between them.
-    Raises: SlotLost in place of the device's own error.
+    A slot's worker thread detects this by itself. This covers everything else a job does on devices: encoding, decoding, copies between them.
+    Raises: SlotLost instead of the device's own error.
     """
     known = memory_management.lost_devices()
     try:
@@ -42,30 +42,30 @@ def dropping_dead_slots() -> Iterator[None]:
 
 
 def find_dead_slots(fleet: Fleet) -> list[SlotLost]:
-    """Working slots whose devices do not even do the least work."""
+    """Working slots whose devices fail even a trivial computation."""
     return [lost for lost in map(_probe, fleet.working_slots) if lost is not None]
 
 
 def drop_dead_slots(fleet: Fleet) -> list[SlotLost]:
-    """Give no more work to slots that do not answer; which those are."""
+    """Drop the slots whose devices are dead. Returns them."""
     lost = find_dead_slots(fleet)
     lose_slots(fleet, lost)
     return lost
 
 
 def lose_slots(fleet: Fleet, lost: Sequence[SlotLost]) -> None:
-    """Give them no more work, and forget what was on their devices."""
+    """Give these slots no more work, and forget what was on their devices."""
     for one in lost:
         fleet.lose(one.slot.index)
         memory_management.lose_device(one.slot.torch_device)
 
 
 def _probe(slot: Slot) -> SlotLost | None:
-    """Why a slot's device does not even do the least work; None where it does."""
+    """The error of a trivial computation on the slot's device; None if the device is alive."""
     try:
         torch.ones(1, device=slot.torch_device).add(1).cpu()
     except torch.AcceleratorError as error:
         return SlotLost(slot, error)
-    except RuntimeError:  # no room, or anything else that a living device says
+    except RuntimeError:  # out of memory, or anything else that a live device reports
         return None
     return None

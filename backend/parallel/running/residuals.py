@@ -1,6 +1,6 @@
-"""Residuals of ControlNets for rows on their way: computed on their slots meanwhile, and added up where they are used.
+"""ControlNet residuals for rows in flight: computed on the ControlNets' slots meanwhile, and summed where they are added.
 
-Knows no plan and no queue; whoever computes residuals hands in their futures.
+Knows no plan and no queue. The caller provides the futures of the residuals.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from backend.nn.program import Addition
 from backend.parallel.exchange.transport import Transfer
 
 Transfers = dict[Addition, Transfer]
-"""Residuals on their way, by where they are added."""
+"""Residuals in transit, by where they are added."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControlPlace:
-    """Where a ControlNet runs for a replica's rows: its slot, the copy of the network there, and what measured speeds are kept for."""
+    """Where a ControlNet runs for a replica's rows: its slot, the copy of the network there, and the key of its measured speeds."""
 
     slot: int
     network: nn.Module
@@ -31,9 +31,9 @@ class ControlPlace:
 
 
 class ResidualChain:
-    """Residuals of a chain of ControlNets, oldest first: each a future, with the slot that works on it.
+    """Residuals of a chain of ControlNets, oldest first: a future each, with the slot that computes it.
 
-    `kinds`: the lists (`Addition.kind`) that may get something. Whoever comes to a place of another kind need not wait.
+    `kinds`: the lists (`Addition.kind`) that may receive residuals. Additions of other kinds need not wait.
     """
 
     def __init__(self, links: Sequence[tuple[int, Future[Transfers]]], kinds: Collection[str]) -> None:
@@ -43,16 +43,16 @@ class ResidualChain:
 
     @property
     def is_ready(self) -> bool:
-        """Whether all links are done, or have failed."""
+        """Whether all links are done or have failed."""
         return all(future.done() for _, future in self._links)
 
     def failures(self) -> list[tuple[int, BaseException]]:
-        """Slot and error of the links that failed. Waits for all."""
+        """Slot and error of each link that failed. Waits for all links."""
         found = [(slot, _failure_of(future)) for slot, future in self._links]
         return [(slot, failure) for slot, failure in found if failure is not None]
 
     def when_ready(self, then: Callable[[], None]) -> None:
-        """`then()`, once, by the thread that ends the last link, or at once by this one."""
+        """Call `then()` once: on the thread that finishes the last link, or immediately on this one."""
         left = len(self._links)
 
         def count_down(_: object) -> None:
@@ -67,7 +67,7 @@ class ResidualChain:
             future.add_done_callback(count_down)
 
     def take(self, addition: Addition) -> Tensor | None:
-        """What the links add in one place, oldest first, on the thread and the device that adds it; once. All links are done."""
+        """The sum of the links' residuals for one addition, oldest first. Call it once, when all links are done, on the adding slot's thread."""
         total: Tensor | None = None
         for _, future in self._links:
             transfer = future.result().pop(addition, None)

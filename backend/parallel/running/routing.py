@@ -1,7 +1,7 @@
-"""The way of rows through one replica: its stages, and which tensors leave each for which slots. Read from the program's declaration alone.
+"""The route of rows through one replica: its stages, and which tensors each sends to which slots. Derived only from the program's declarations.
 
-Example: a UNet whose pieces are on slots 0, 1, 0 (a U-cut). Stage 0 leaves its hidden state for slot 1, and skips for itself (they are held) or,
-where slot 1 has the output segment, for slot 1. Stage 1 reads "hidden", stage 2 reads "hidden" and the skips of stage 0.
+Example: a UNet whose pieces are on slots 0, 1, 0 (a U-cut). Stage 0 sends its hidden state to slot 1. Its skips stay on slot 0, or go to slot 1
+if the output segment that reads them is there. Stage 1 reads "hidden"; stage 2 reads "hidden" and the skips of stage 0.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from backend.parallel.running.residuals import ControlPlace
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replica:
-    """One copy of the network in place: its program, whose weights are where `plan` says. `controls`: where ControlNets run for it, by their own
-    network."""
+    """A resident copy of the network: its program, whose weights are where `plan` says. `controls`: where each ControlNet, keyed by its own
+    network, runs for this replica."""
 
     program: Program
     plan: ReplicaPlan
@@ -30,7 +30,7 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """A tensor that other stages read. `is_read_here`: whether the stage that left it reads it too."""
+    """A tensor that other stages read. `is_read_here`: whether the stage that sends it reads it too."""
 
     name: str
     slots: tuple[int, ...]
@@ -39,7 +39,7 @@ class Leaving:
 
 @dataclass(frozen=True, slots=True)
 class RouteStage:
-    """Consecutive pieces on one slot. `leaves`: for each piece what leaves behind it. `reads`: tensors of other stages, by name, and whether
+    """Consecutive pieces on one slot. `leaves`: for each piece, what is sent after it. `reads`: tensors of other stages, by name, and whether
     this is the last stage on its slot that reads them."""
 
     slot: int
@@ -51,7 +51,7 @@ class RouteStage:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Stages in order, the devices of their slots, what `Program.start` leaves for other stages than the first, and the slot that adds each
+    """Stages in order, the devices of their slots, what `Program.start` sends to stages other than the first, and the slot that adds each
     control residual."""
 
     replica: Replica

@@ -1,4 +1,4 @@
-"""Rows of a call that go through a replica together, and what is recorded of them. Does nothing by itself."""
+"""Rows of a call that go through a replica together, and what is recorded about them. Passive data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from backend.profiler import Mark
 
 @dataclass(slots=True)
 class Run:
-    """What the rows of one call share: their place in the queue, and whether some of them have failed, so that the others may stop."""
+    """What the rows of one call share: their position in the queue, and whether some have failed, so that the others can stop."""
 
     number: int
     step: int = -1
@@ -30,10 +30,10 @@ class Run:
 
 @dataclass(slots=True, eq=False)
 class RowBatch:
-    """Rows of a call on their way through a route.
+    """Rows of a call on a route.
 
-    `stage` is where they are, `parts` what is left of it: pieces or parts of them, each with the number of its piece in the stage. `transfers` are
-    tensors on their way to later stages, by name and slot. `busy_ms`: time of the running stage before the rows waited for residuals.
+    `stage` is where they are, `parts` what is left of it: pieces or parts of pieces, each with its piece's number in the stage. `transfers` are
+    tensors in transit to later stages, by name and slot. `busy_ms`: time of the current stage before the rows waited for residuals.
     """
 
     call: NetworkCall
@@ -60,7 +60,7 @@ class RowBatch:
         self.busy_ms += busy_ms
 
     def fail(self, slot: int, error: BaseException) -> None:
-        """End here; the other rows of the call stop at their next piece."""
+        """End these rows. The other rows of the call stop at their next piece."""
         self.run.has_failed = True
         self.state = None
         self.transfers = {}
@@ -68,7 +68,7 @@ class RowBatch:
             self.result.set_exception(as_failure(slot, error))
 
     def fail_if_unfinished(self, slot: int, done: Future[None]) -> None:
-        """A task that never ran (its worker was lost or closed) ends its rows too."""
+        """Fail the rows if their task never ran (its worker was lost or closed)."""
         if done.cancelled():
             self.fail(slot, Cancelled())
         elif (error := done.exception()) is not None:
@@ -77,18 +77,18 @@ class RowBatch:
     # the record
 
     def facts(self) -> dict[str, int]:
-        """What a span of these rows is marked with."""
+        """What identifies these rows in a span."""
         return {"batch": self.number, "stage": self.stage, "step": self.run.step, "rows": self.call.num_rows}
 
     def note_stage(self, started: Mark, ended: Mark) -> None:
-        """Count a stage that is done, and record it where a recorder runs."""
+        """Count a finished stage, and record it if a recorder is on."""
         profiler.meter().count_stage_run(self.here.slot)
         count = len(self.route.stages)
         kind, name = ("network", "whole network") if count == 1 else ("stage", f"stage {self.stage + 1} of {count}")
         self._note(kind, name, self.here.slot, self.here.device, started, ended)
 
     def note_part(self, started: Mark, ended: Mark) -> None:
-        """Record the part of a stage that was done before its rows waited for residuals."""
+        """Record the part of a stage that ran before its rows waited for residuals."""
         self._note("stage", "before residuals", self.here.slot, self.here.device, started, ended)
 
     def note_control(self, slot: int, device: torch.device, started: Mark, ended: Mark) -> None:

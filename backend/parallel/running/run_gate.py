@@ -1,4 +1,4 @@
-"""Many runs at a time, or one change of the plan."""
+"""Allows many runs at a time, or one change of the plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class RunGate:
-    """Lets runs in side by side, and whoever wants to change the plan when none is under way."""
+    """Lets several runs in at once, and lets in a change of the plan only while no run is in progress."""
 
     _running: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -28,7 +28,7 @@ class RunGate:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Holds new runs back and waits for those under way."""
+        """Wait for the runs in progress, and keep new ones out."""
         with self._changed:
             self._changed.wait_for(lambda: self._running == 0)
             yield

@@ -1,4 +1,4 @@
-"""Plans for one sampling run: costs and slots as they are now go in, a plan and how its rows are dealt come out. Moves nothing."""
+"""Plans one sampling run: takes costs and the current state of the slots, returns a plan and how to deal its rows. Moves nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunPlanning:
-    """Makes plans for runs of `unet` over latents of `shape` (B, C, H, W). `work` names the model and size that measured speeds are kept for."""
+    """Makes plans for runs of `unet` over latents of `shape` (B, C, H, W). `work` is the key of measured speeds: the model and the size."""
 
     def __init__(self, unet: UnetPatcher, shape: Sequence[int], request: SamplingRequest, fleet: Fleet, controls: Sequence[ControlLink] = ()) -> None:
         self.unet, self.fleet, self.request = unet, fleet, request
@@ -41,28 +41,28 @@ class RunPlanning:
     # costs
 
     def _make_profile(self) -> tuple[ModelProfile, bool]:
-        """Costs of the network's pieces: by FLOPs before the first run, by measured time after; and which of the two."""
+        """Costs of the network's pieces, and whether they are measured: by FLOPs before the first run, by measured times after it."""
         profile, times = profile_of(self.unet.model, self._shape), self.fleet.pieces.times_of(self.work)
         is_measured = {cost.piece for cost in profile.pieces} <= times.keys()
         return (with_measured_ms(profile, times), True) if is_measured else (profile, False)
 
     def note_piece(self, slot: int, piece: Piece, busy_ms: float) -> None:
-        """Times of slots of unlike speed are made alike by what is guessed of the slots."""
+        """Record a piece's time, scaled to the primary slot by the slots' guessed speeds."""
         self.fleet.pieces.record(self.work, piece, busy_ms * guess_speed(self.fleet.slot(slot)) / guess_speed(self.fleet.primary))
 
     @property
     def has_new_times(self) -> bool:
-        """Whether all pieces have been measured, and the profile does not know."""
+        """Whether all pieces have been measured but the profile does not use the times yet."""
         return not self.is_measured and {cost.piece for cost in self.profile.pieces} <= self.fleet.pieces.times_of(self.work).keys()
 
     def use_new_times(self) -> None:
-        """Cost pieces by their measured times from now on."""
+        """Base the pieces' costs on measured times from now on."""
         self.profile, self.is_measured = self._make_profile()
         self.fleet.speeds.forget(self.work)
 
     @property
     def control_cost(self) -> ComponentCost:
-        """Costs of one ControlNet for this denoiser and size."""
+        """Cost of one ControlNet for this denoiser and size."""
         height, width = self._shape[2:]
         model = self.unet.model
         return profile_controlnet(model.diffusion_model.config, latent_height=height, latent_width=width, dtype=model.computation_dtype)
@@ -71,11 +71,11 @@ class RunPlanning:
 
     @property
     def home_slots(self) -> tuple[int, ...]:
-        """Slots of the device that the UNet's patcher calls home, where the latents are."""
+        """Slots on the UNet patcher's load device, where the latents are."""
         return tuple(slot.index for slot in self.fleet.working_slots if slot.torch_device == self.unet.load_device)
 
     def usable_slots(self) -> tuple[Slot, ...]:
-        """Slots the plan may use; the first at home where no other has room left."""
+        """Slots the plan may use. If none has room left: the first home slot."""
         bound = find_bound_hook(self.unet.model_options.get("transformer_options", {}))
         home = [slot for slot in self.fleet.working_slots if slot.index in self.home_slots]
         slots = tuple(slot for slot in self.fleet.working_slots if self.budgets.share_of(slot.index) > 0)
@@ -91,7 +91,7 @@ class RunPlanning:
     # the plan
 
     def make_plan(self) -> Plan:
-        """The best plan as things are now; one slot where a trial showed that dividing does not pay."""
+        """The best plan for the current state of the slots; one slot if a trial showed that dividing does not pay."""
         job = JobShape(
             images=self.request.images,
             branches=self.request.branches,
@@ -120,7 +120,7 @@ class RunPlanning:
     # rows and bytes
 
     def deal_rows(self, plan: Plan, num_rows: int) -> Sequence[int]:
-        """Rows by the speed of each replica: that of its slot, or of its slowest where it has several. Example: 4 rows on speeds 1 and 3: 1, 3."""
+        """Rows for each replica by its speed: its slots' slowest speed times their number. Example: 4 rows at speeds 1 and 3 -> 1, 3."""
         speeds = [min(self.speed(slot) for slot in replica.used_slots) * len(replica.used_slots) for replica in plan.replicas]
         if not self.control_networks:
             return deal_by_speed(num_rows, speeds)
@@ -136,14 +136,15 @@ class RunPlanning:
         return deal_by_speed(num_rows, [1.0 / ms for ms in row_ms], busy_ms)
 
     def _control_ms(self, control: PlannedControlNetwork, slot: int) -> float:
-        """Time of a ControlNet's passes for a row."""
+        """Time of a ControlNet's passes for one row."""
         speed = self.fleet.speeds.speed_of(slot, control.work) or self.speed(slot)
         return control.links * self.control_cost.flops_per_row / speed
 
     def rows_at_once(self, plan: Plan, replica: ReplicaPlan, share: int) -> int:
-        """All rows of a share at once on one slot, and where lanes keep all slots busy, as larger batches take less per row; else row by row.
+        """How many rows of a replica's share to run at once.
 
-        Fewer where a device has no room for so many.
+        All of them on one slot, or if lanes keep all slots busy, because larger batches take less time per row. Otherwise one. Fewer if a device
+        has no room for that many.
         """
         if share < 2 or (len(replica.used_slots) > 1 and plan.lanes < len(replica.used_slots)):
             return 1
@@ -154,7 +155,7 @@ class RunPlanning:
         return num_rows
 
     def working_bytes(self, plan: Plan) -> int:
-        """Estimate for one slot: its share of the rows at once on one slot or in replicas, a row or two where rows flow through stages."""
+        """Estimated working memory of one slot: for its whole share of rows on one slot or in replicas, for one or two rows in stages."""
         num_rows = self.request.num_rows
         if plan.is_replicated:
             num_rows = max(self.deal_rows(plan, num_rows))
@@ -163,6 +164,6 @@ class RunPlanning:
         return self.estimate_bytes(num_rows)
 
     def estimate_bytes(self, num_rows: int) -> int:
-        """Working memory of so many rows at once."""
+        """Estimated working memory of `num_rows` rows at once."""
         estimate = self.unet.model_options.get("memory_peak_estimation_modifier", self.unet.memory_required)
         return int(estimate([num_rows, *self._shape[1:]]))

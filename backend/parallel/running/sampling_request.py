@@ -1,4 +1,4 @@
-"""What a sampling run asks of the plan, as a value. Knows no slots and no network."""
+"""What a sampling run asks for, as a value. Knows no slots and no network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backend.parallel.planning.planner import WantedStrategy
 class SamplingRequest:
     """`branches`: conditions per picture and step. `strategy`: auto, replicas, layers, hybrid or single.
 
-    Example: two pictures with CFG, four rows a step, are `SamplingRequest(images=2, branches=2)`.
+    Example: two pictures with CFG (four rows per step) are `SamplingRequest(images=2, branches=2)`.
     """
 
     images: int = 1

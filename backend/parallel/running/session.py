@@ -1,13 +1,13 @@
-"""A sampling run over several slots: the plan is made, its networks are placed, calls are run, and when a slot fails the plan shrinks.
+"""A sampling run over several slots: makes the plan, places its networks, runs calls, and shrinks the plan when a slot fails.
 
-One session serves one run. Knows no samplers, prompts or options; what the run is like comes in a `SamplingRequest`.
+One session serves one run. Knows no samplers, prompts or options; a `SamplingRequest` describes the run.
 
-Example of a run of two pictures on two slots:
+Example: two pictures on two slots.
 
-    begin_session   `run_planning` makes the plan "2 replicas", `placement` loads a replica module on slot 1, the KModel's runner is the session
-    run             per step: the executor deals four rows 2:2; `step_trial` has one early step done alone, to see that dividing pays
-    slot 1 is full  `_recover`: what is idle leaves it; the second time `slot_budgets` gives it less and the plan is made again; the step is repeated
-    end_session     the runner is gone; replica modules stay until something needs their room
+    begin_session   `run_planning` makes the plan "2 replicas", `placement` loads a replica module on slot 1, the session becomes the KModel's runner
+    run             per step the executor deals four rows 2:2; `step_trial` runs one early step on one slot to check that dividing pays
+    slot 1 is full  `_recover` evicts idle models from it and repeats the step; the second time `slot_budgets` gives it less and the session replans
+    end_session     the runner is removed; replica modules stay until something needs their room
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class SamplingSession:
-    """The plan in force for one run. `plan` may change while it lasts. It is the network's `Runner` while other slots have a part in it."""
+    """The current plan of one run. `plan` may change during the run. The session is the network's `Runner` while the plan uses other slots."""
 
     plan: Plan
 
@@ -71,7 +71,7 @@ class SamplingSession:
 
     @property
     def is_parallel(self) -> bool:
-        """Whether the network runs elsewhere than in the calling thread."""
+        """Whether the network runs on worker threads instead of the calling thread."""
         return self._executor is not None
 
     @property
@@ -79,7 +79,7 @@ class SamplingSession:
         return frozenset(control.network for control in self.planning.control_networks)
 
     def close(self) -> None:
-        """Let the network run as it does without a plan. Copies stay on their slots until something else needs the room."""
+        """Let the network run without a plan again. Copies stay on their slots until something else needs the room."""
         self._tell_status(self.measured_ms)
         self.unet.model.runner = None
         if self._executor is not None:
@@ -87,14 +87,14 @@ class SamplingSession:
 
     @property
     def measured_ms(self) -> float | None:
-        """Time of a step of all the pictures so far; None before the second step, and where the network runs as without a plan."""
+        """Average time of a step of all pictures so far; None before the second step, and if the calling thread runs the network itself."""
         if self._num_calls < 2 * max(1, self.plan.lanes):
             return None
         num_steps = self._num_calls / max(1, self.plan.lanes)
         return (self._last_s - self._first_s) * 1000.0 / num_steps
 
     def _tell_status(self, measured_ms: float | None = None) -> None:
-        """What the page and the API show of the plan."""
+        """Publish what the page and the API show about the plan."""
         num_rows = self.request.num_rows
         rows = self._deal(num_rows) if len(self.plan.replicas) > 1 else (num_rows,)
         status.set_current_plan(self.plan, rows=rows, measured_ms=measured_ms)
@@ -103,7 +103,7 @@ class SamplingSession:
     # placing
 
     def _adopt_fitting(self) -> None:
-        """Adopt the best plan whose networks find room; a slot without room gets less. Raises: OutOfMemory where one slot is too small."""
+        """Adopt the best plan that fits. A slot that runs out of memory gets a smaller share. Raises: OutOfMemory if one slot is too small."""
         while True:
             with profiler.recorder().measure("plan", "make a plan"):
                 plan = self.planning.make_plan()
@@ -122,7 +122,7 @@ class SamplingSession:
                 self.planning.budgets.give_less(slot, self.fleet.device(slot))
 
     def _adopt(self, plan: Plan) -> None:
-        """Place what the plan needs and run by it from now on. Raises: OutOfMemory, SlotLost."""
+        """Place what the plan needs and use the plan from now on. Raises: OutOfMemory, SlotLost."""
         self.plan, planning = plan, self.planning
         if plan.is_single and set(plan.used_slots) <= set(planning.home_slots) and not plan.has_control_elsewhere:
             self._run_at_home()
@@ -154,7 +154,7 @@ class SamplingSession:
         self.unet.model.runner = self
 
     def _run_at_home(self) -> None:
-        """The plan of one slot: the whole network there, run by the calling thread (`KModel.run_here`)."""
+        """Place the network for a plan of one slot: whole, run by the calling thread (`KModel.run_here`)."""
         place_whole(self.unet)
         self._placed = self._executor = None
         self.unet.model.runner = None
@@ -172,9 +172,9 @@ class SamplingSession:
     # running
 
     def run(self, call: NetworkCall) -> Tensor:
-        """The network's output for all rows. A step that a slot could not do is done again with less on that slot.
+        """The network's output for all rows. If a slot runs out of memory or dies, the step is repeated with less on that slot or without it.
 
-        Raises: Cancelled; OutOfMemory where one slot is too small too; SlotLost where the weights went with the slot; SlotFailure.
+        Raises: Cancelled; OutOfMemory if even one slot is too small; SlotLost if the weights were on the lost slot; SlotFailure.
         """
         while True:
             generation = self._generation
@@ -203,7 +203,7 @@ class SamplingSession:
         return output
 
     def _run_alone(self, call: NetworkCall, executor: Executor) -> Tensor:
-        """The step on this slot; as planned where it has no room for all rows, which ends the trial."""
+        """Run the step on this slot alone. If it has no room for all rows, run it as planned and end the trial."""
         try:
             return self.unet.model.run_here(call)
         except torch.OutOfMemoryError:
@@ -213,7 +213,7 @@ class SamplingSession:
 
     @property
     def _is_tried(self) -> bool:
-        """Whether one early step is to be done alone: where whole copies were chosen freely and this slot holds one."""
+        """Whether to run one early step on one slot: if the planner chose replicas itself and this slot has one of them."""
         planning = self.planning
         return (
             self.request.is_free
@@ -228,7 +228,7 @@ class SamplingSession:
     # another plan
 
     def _judge_trial(self, generation: int) -> None:
-        """Divide no more where the trial showed that it does not pay."""
+        """Stop dividing if the trial showed that it does not pay."""
         if not self.planning.trial.judge():
             return
         with self._gate.alone():
@@ -237,7 +237,7 @@ class SamplingSession:
                 self._replan()
 
     def _reconsider(self, generation: int) -> None:
-        """When all pieces have been measured: cut again where the times say so."""
+        """Once all pieces have been measured, cut the network again if the times give another cut."""
         planning = self.planning
         if not self.plan.is_one_cut or not planning.has_new_times:
             return
@@ -252,7 +252,7 @@ class SamplingSession:
     def _recover(self, failure: SlotFailure, generation: int) -> None:
         with self._gate.alone():
             if generation != self._generation:
-                return  # another lane has seen to it
+                return  # another lane has already recovered
             self._generation += 1
             lost = self._find_lost(failure)
             if lost:
@@ -263,26 +263,26 @@ class SamplingSession:
                 raise failure from failure.cause
 
     def _find_lost(self, failure: SlotFailure) -> list[SlotLost]:
-        """Slots that do not answer any more. Only asked for when a device reported an error of its own."""
+        """Slots whose devices are dead. Checked only if a device reported an error."""
         if not isinstance(failure.cause, (SlotLost, torch.AcceleratorError)) or memory_management.is_out_of_memory(failure.cause):
             return []
         return find_dead_slots(self.fleet)
 
     def _go_on_without(self, lost: Sequence[SlotLost]) -> None:
-        """Plan without these slots, where the network itself is not on one of them."""
+        """Plan without these slots, unless the network's own weights are on one of them."""
         lose_slots(self.fleet, lost)
         gone = {one.slot.torch_device for one in lost}
         own = {tensor.device for tensor in self.unet.model.parameters()}
         if gone & own or not self.fleet.working_slots:
             raise lost[0]
-        logger.warning("%s The step is done again without it.", lost[0])
+        logger.warning("%s The step is repeated without it.", lost[0])
         self._replan()
 
     def _make_room(self, slot: int) -> None:
-        """First what is idle leaves the slot, then the slot gets less of the network, then none."""
+        """The first time, evict idle models from the slot; after that give the slot less of the network, and finally none."""
         device = self.fleet.device(slot)
         if self.planning.budgets.is_first_shortage(slot):
-            logger.warning("Out of memory on slot %d (%s) in a step: what is idle leaves it, and the step is done again.", slot, device)
+            logger.warning("Out of memory on slot %d (%s) during a step: idle models are evicted, and the step is repeated.", slot, device)
             memory_management.soft_empty_cache(force=True)
             memory_management.free_memory(0, device, free_all=True)
             return
@@ -302,9 +302,9 @@ def begin_session(
     unet: UnetPatcher, shape: Sequence[int], request: SamplingRequest, *, extra_models: Sequence[ModelPatcher] = (),
     controls: Sequence[ControlLink] = (), preserved_bytes: int = 0,
 ) -> SamplingSession | None:  # fmt: skip
-    """A session for a run over latents of `shape` (B, C, H, W); None where there is one slot only. Raises: OutOfMemory.
+    """A session for a run over latents of `shape` (B, C, H, W); None with fewer than two working slots. Raises: OutOfMemory.
 
-    `extra_models` are models that come along on the UNet's device, `controls` links whose networks the plan finds places for.
+    `extra_models` are loaded on the UNet's device; `controls` are ControlNets that the plan places.
     """
     fleet = current_fleet()
     if len(fleet.working_slots) < 2:

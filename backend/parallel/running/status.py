@@ -1,6 +1,6 @@
-"""What the slots, the plan and the links are like now, for people to look at. Reads only; asking costs about a millisecond.
+"""The current state of slots, plan and links, for display. Read-only; a query takes about a millisecond.
 
-Whoever makes plans tells this module the plan in force. It must not know pages or HTTP.
+Code that makes plans reports the current plan here. Must not know pages or HTTP.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from backend.parallel.planning.slot_facts import Link
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotStatus:
-    """One slot now. `speed` is relative to the first slot. What nobody tells is None.
+    """The current state of one slot. `speed` is relative to the first slot. Unknown values are None.
 
-    `resident_bytes` are weights that memory management placed, `holders` their names and bytes; `peak_bytes` the most that tensors ever took.
-    `utilization` is in percent, `temperature` in degrees Celsius, `power` in watts. Slots that share a device have the same bytes.
+    `resident_bytes` are weights that memory management placed, `holders` their names and bytes, `peak_bytes` the most that tensors ever used.
+    `utilization` is in percent, `temperature` in degrees Celsius, `power` in watts. Slots on the same device report the same bytes.
     """
 
     index: int
@@ -45,9 +45,9 @@ class SlotStatus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanStatus(HasStrategy):
-    """The plan in force. `replicas` counts whole copies of the network, `stages` are the slots each goes through, in order.
+    """The current plan. `replicas` counts whole copies of the network; `stages` lists each copy's slots in order.
 
-    `rows` is how many rows of one step each replica takes. Times are of one step of all the images.
+    `rows` is how many rows of one step each replica takes. Times are for one step of all images.
     """
 
     strategy: Strategy
@@ -62,7 +62,7 @@ class PlanStatus(HasStrategy):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinkStatus:
-    """The way from one slot to another: `route` as in `backend.devices.links`, and its speed as planned with."""
+    """The link from one slot to another: `route` as in `backend.devices.links`, and the speed that plans assume."""
 
     source: int
     target: int
@@ -86,17 +86,17 @@ _now = _Now()
 
 
 def set_current_plan(plan: Plan | None, *, rows: Sequence[int] = (), measured_ms: float | None = None) -> None:
-    """The plan that jobs run by from now on; None for none. `rows`: rows of a step for each replica."""
+    """Set the plan that jobs use from now on, or None. `rows`: rows of a step for each replica."""
     _now.plan = None if plan is None else _describe_plan(plan, tuple(rows), measured_ms)
 
 
 def set_speeds(speeds: Mapping[int, float]) -> None:
-    """Speeds of slots as measured, in any unit, by index."""
+    """Set the measured speeds of slots by index, in any unit."""
     _now.speeds = dict(speeds)
 
 
 def set_links(links: Sequence[Link], verdicts: Verdicts) -> None:
-    """The links that plans are made with, and why tensors go as they do."""
+    """Set the links that plans use, with the reasons for their routes."""
     known = {pair: (verdict.route, verdict.reason) for pair, verdict in verdicts.items()}
     _now.links = tuple(_describe_link(link, *known.get((link.source, link.target), ("unknown", "not tested"))) for link in links)
 
@@ -130,7 +130,7 @@ def current_links() -> tuple[LinkStatus, ...]:
 
 
 def describe_slots() -> tuple[SlotStatus, ...]:
-    """Every slot that the flags name, whether it computes or stands idle; lost ones too."""
+    """Every slot that the flags name: busy, idle and lost."""
     slots = memory_management.current_store().all_slots
     cards = read_telemetry() if any(slot.torch_device.type == "cuda" for slot in slots) else ()
     holders = {row.device: row.holders for row in memory_management.describe_devices()}
@@ -170,7 +170,7 @@ def _describe_slot(slot: Slot, card: GpuTelemetry | None, holders_by_device: Map
 
 
 def _describe_lost(slot: Slot) -> SlotStatus:
-    """Nothing is asked of a device that does not answer."""
+    """A lost slot, without querying its dead device."""
     return SlotStatus(
         index=slot.index,
         name=slot.name,
@@ -185,7 +185,7 @@ def _describe_lost(slot: Slot) -> SlotStatus:
 
 
 def _room(device: torch.device, card: GpuTelemetry | None) -> tuple[int, int]:
-    """Total and free bytes. A card that nothing runs on yet is asked through its driver: torch would take memory on it for the question."""
+    """Total and free bytes. An unused card is queried through its driver, because torch would allocate memory on it to answer."""
     if device.type == "cuda" and card is not None and not _has_context(device):
         return card.total_bytes, card.total_bytes - card.used_bytes
     now = read_device_bytes(device)

@@ -1,4 +1,4 @@
-"""How long a slot was busy, told without making it wait. Knows no units and no plan."""
+"""Measures how long a slot is busy without making it wait. Knows no rows and no plan."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from backend.profiler import Mark
 
 
 class Stopwatch:
-    """Time that a slot was busy with a stage: on CUDA by events that are read later, without waiting; elsewhere by the clock."""
+    """Times how long a slot is busy with a stage: on CUDA by events that are read later, without waiting; elsewhere by the clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.started: Mark = profiler.recorder().mark(device)
 
     def stop(self, tell: Callable[[float], None]) -> Mark:
-        """The moment; the milliseconds since the start are told now or, on CUDA, when they are known."""
+        """Mark the end. Calls `tell` with the milliseconds since the start: now or, on CUDA, once they are known. Returns the mark."""
         ended = profiler.mark_now(self._device)
         if isinstance(ended, int):
             tell((ended - self.started) / 1e6)
@@ -30,7 +30,7 @@ class Stopwatch:
 
 
 class _EventReader:
-    """Pairs of CUDA events that have not passed yet; each new pair looks whether older ones have."""
+    """Pairs of CUDA events that have not completed. Adding a pair reports the older pairs that have."""
 
     _waiting: list[tuple[Any, Any, Callable[[float], None]]] = []
     _lock = threading.Lock()

@@ -1,8 +1,8 @@
-"""One long-lived thread per slot, which does all work on it. Knows no plan: it is given functions, and does them in order of priority.
+"""One long-lived thread per slot, which does all work on it. Knows no plan: it runs the functions it is given, in order of priority.
 
 The thread owns the slot's device: tasks run with it as the current device and with the slot's number of CPU threads. On CUDA they run on the
-device's default stream, so that weights that other threads placed there are ordered with them; only of two slots on one card each has a
-stream of its own.
+device's default stream, so that they are ordered with weights that other threads placed there. Only when two slots share a card does each
+worker use its own stream.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Priority = tuple[float, ...]
 
 
 class SlotLost(RuntimeError):
-    """A slot's device or thread is gone for good. `slot` is it, `cause` what ended it."""
+    """A slot's device or thread is gone for good. `slot` is the slot, `cause` what ended it."""
 
     def __init__(self, slot: Slot, cause: BaseException) -> None:
         self.slot, self.cause = slot, cause
@@ -42,7 +42,7 @@ class SlotLost(RuntimeError):
 
 @dataclass(order=True, slots=True)
 class _Task:
-    """Lower `priority` first, then in the order of submission."""
+    """Lower `priority` first, then in order of submission."""
 
     priority: Priority
     number: int
@@ -52,7 +52,7 @@ class _Task:
 
 @dataclass(slots=True)
 class _State:
-    """What the thread and the worker share; the thread does not hold the worker, so a dropped worker ends its thread."""
+    """What the thread and the worker share. The thread has no reference to the worker, so dropping the worker ends the thread."""
 
     slot: Slot
     own_stream: bool
@@ -67,7 +67,7 @@ class SlotWorker:
     """The worker of one slot. Its thread is a daemon: it never keeps the program from ending."""
 
     def __init__(self, slot: Slot, *, own_stream: bool = False) -> None:
-        """`own_stream`: tasks run on a CUDA stream of this worker, for a card that has another slot too."""
+        """`own_stream`: run tasks on a separate CUDA stream, for a card with more than one slot."""
         self.slot = slot
         self._numbers = count()
         self._state = _State(slot, own_stream and slot.torch_device.type == "cuda")
@@ -75,7 +75,7 @@ class SlotWorker:
         num_threads = torch.get_num_threads()
         self._thread.start()
         self._state.started.wait()
-        # torch also keeps the number for threads to come; they shall have what this thread has.
+        # The new thread's setting also becomes torch's default for later threads; restore this thread's number for them.
         torch.set_num_threads(num_threads)
         self._finalizer = weakref.finalize(self, _end, self._state)
         self._finalizer.atexit = False
@@ -87,19 +87,19 @@ class SlotWorker:
 
     @property
     def num_pending(self) -> int:
-        """Tasks that have not begun, cancelled ones included."""
+        """Tasks that have not started, including cancelled ones."""
         return self._state.tasks.qsize()
 
     @property
     def is_own_thread(self) -> bool:
-        """Whether the caller is this worker's thread, where waiting for another of its tasks would wait forever."""
+        """Whether the caller is this worker's thread. Waiting there for another task of this worker would deadlock."""
         return threading.current_thread() is self._thread
 
     def submit(self, fn: Callable[..., Result], *args: Any, priority: Priority = ()) -> Future[Result]:
-        """`fn(*args)` on the slot, after all pending tasks of lower or equal `priority`.
+        """Run `fn(*args)` on the slot, after all pending tasks of lower or equal `priority`.
 
-        Pending tasks can be cancelled through their future. `fn` runs without gradients, in inference mode where the submitting thread is
-        in it, and sees that thread's context variables. What it raises goes to the future. Raises: SlotLost; RuntimeError after `close`.
+        A pending task can be cancelled through its future. `fn` runs without gradients, in inference mode if the submitting thread is in it,
+        and sees that thread's context variables. Its exceptions go to the future. Raises: SlotLost; RuntimeError after `close`.
         """
         future: Future[Result] = Future()
         run = _with_state_of_this_thread(self._state, lambda: fn(*args))
@@ -108,16 +108,16 @@ class SlotWorker:
             if self._state.lost is not None:
                 raise self._state.lost
             if self._state.closed:
-                raise RuntimeError(f"{self.slot} was given work after its worker was closed. Make a new SlotWorker.")
+                raise RuntimeError(f"{self.slot} was given work after its worker was closed. Create a new SlotWorker.")
             self._state.tasks.put(task)
         return future
 
     def warm_up(self) -> Future[None]:
-        """Make the device's context and start its libraries before the first real work."""
+        """Create the device's context and load its libraries before the first real work."""
         return self.submit(_touch, self.slot.torch_device)
 
     def close(self, *, wait: bool = False) -> None:
-        """Cancel what has not begun and let the thread end after what runs now; with `wait`, until it has."""
+        """Cancel tasks that have not started and let the thread end after the current one. With `wait`, return when it has ended."""
         _end(self._state)
         if wait and not self.is_own_thread:
             self._thread.join()
@@ -127,7 +127,7 @@ class SlotWorker:
 
 
 def _serve(state: _State) -> None:
-    """The thread's life: set up, tasks by priority, until closed or lost."""
+    """The thread's main function: set up, then run tasks by priority until closed or lost."""
     try:
         _set_up_thread(state.slot)
     except RuntimeError as error:
@@ -151,11 +151,11 @@ def _do_tasks(state: _State) -> None:
             return
         if task.future.set_running_or_notify_cancel():
             _run(state, task)
-        del task  # or its result would live until the next one comes
+        del task  # otherwise its result would live until the next task arrives
 
 
 def _set_up_thread(slot: Slot) -> None:
-    torch.get_num_threads()  # torch sets a new thread's number on its first question, which must not come after ours
+    torch.get_num_threads()  # torch sets a new thread's number at the first query, which must come before our own setting
     if slot.cpu_threads is not None:
         torch.set_num_threads(slot.cpu_threads)
     if slot.torch_device.type == "cuda":
@@ -165,7 +165,7 @@ def _set_up_thread(slot: Slot) -> None:
 def _run(state: _State, task: _Task) -> None:
     try:
         result = task.run()
-    except BaseException as error:  # noqa: BLE001 - the future carries it to whoever waits
+    except BaseException as error:  # noqa: BLE001 - the future passes it to the waiting thread
         _fail(state, task.future, error)
     else:
         task.future.set_result(result)
@@ -179,12 +179,12 @@ def _fail(state: _State, future: Future[Any], error: BaseException) -> None:
 
 
 def _is_gone(device: torch.device) -> bool:
-    """Whether the device fails even at the least work. A CUDA device does so after an error that spoiled its context."""
+    """Whether the device fails even a trivial computation, as a CUDA device does after an error that corrupted its context."""
     try:
         _touch(device)
     except torch.AcceleratorError:
         return True
-    except RuntimeError:  # no room, or anything else that a living device says
+    except RuntimeError:  # out of memory, or anything else that a live device reports
         return False
     return False
 
@@ -194,7 +194,7 @@ def _touch(device: torch.device) -> None:
 
 
 def _lose(state: _State, cause: BaseException) -> SlotLost:
-    """From here on everything fails with the same error."""
+    """Mark the slot lost. From now on every task fails with the same error."""
     lost = SlotLost(state.slot, cause)
     with state.lock:
         state.lost = lost
@@ -211,7 +211,7 @@ def _end(state: _State) -> None:
         if state.closed:
             return
         state.closed = True
-        # Wakes the thread if it waits for work.
+        # Wake the thread if it is waiting for work.
         state.tasks.put(_Task((), -1, lambda: None, Future()))
     _cancel_pending(state)
 
@@ -219,7 +219,7 @@ def _end(state: _State) -> None:
 def _cancel_pending(state: _State) -> None:
     with state.lock:
         pending = _drain(state)
-        # The thread may have been about to wait: what wakes it must not be taken away with the rest.
+        # The thread may be about to wait, and draining removed the task that wakes it: add another.
         state.tasks.put(_Task((), -1, lambda: None, Future()))
     for task in pending:
         task.future.cancel()
@@ -238,7 +238,7 @@ def _drain(state: _State) -> list[_Task]:
 
 
 def _with_state_of_this_thread(state: _State, run: Callable[[], Result]) -> Callable[[], Result]:
-    """`run` with the calling thread's context variables and inference mode, and ordered after what it enqueued so far."""
+    """`run` with the calling thread's context variables and inference mode, ordered after what that thread has enqueued so far."""
     context = contextvars.copy_context()
     inference = torch.is_inference_mode_enabled()
     ready = _mark_stream(state.slot.torch_device) if state.own_stream else None
@@ -258,7 +258,7 @@ def _mark_stream(device: torch.device) -> Any:
 
 @contextmanager
 def _on_device(state: _State, ready: Any) -> Iterator[None]:
-    """The slot's device as the current one. On a stream of its own, the task waits for `ready`, and later work of others for the task."""
+    """Make the slot's device current. On a separate stream, the task also waits for `ready`, and the default stream then waits for the task."""
     device = state.slot.torch_device
     if device.type != "cuda":
         yield

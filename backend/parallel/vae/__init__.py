@@ -1,7 +1,8 @@
-"""One VAE decode over all slots: pictures dealt out, or a picture cut into strips of rows.
+"""VAE decoding on all slots: deals whole pictures to slots, or cuts one picture into strips of rows.
 
-Reading order: `decoding` (which of the two pays), `split` (a decoder cut into layers), `layers` and `strip` (a strip's rows through each),
-`exchange` (rows at the edges that neighbours need, sums for a norm).
+Reading order: `decoding` (which of the two pays), `split` (one picture over several slots), `layers` and `strip` (a strip's rows through the
+decoder's layers), `exchange` (boundary rows for neighbors, statistics for norms).
 
-Example: 1024 latent rows on two slots: each has 512 and, at each convolution, one row of the other; group norms add their sums of both.
+Example: 1024 latent rows on two slots. Each slot has 512 rows and gets one row from the other at each convolution; group norms combine the
+statistics of both.
 """

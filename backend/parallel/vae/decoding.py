@@ -1,8 +1,8 @@
-"""VAE decoding with every slot: several pictures are dealt to the slots, one picture is split over them row by row.
+"""VAE decoding on every slot: deals several pictures to the slots, or splits the rows of one picture over them.
 
-The numbers are those of decoding each picture whole and alone (a split one up to rounding). Knows no samplers, options or pages.
+The result equals decoding each picture whole and alone (for a split picture up to rounding). Knows no samplers, options or pages.
 
-Shapes: BCHW latents as the network has them, and pictures -1..1.
+Shapes: BCHW latents as the network takes them, and pictures in -1..1.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _SHARED_LINK = LinkCost(exchange_s=1e-4, bytes_per_s=4e9)
-"""Slots in one memory: only threads to wake."""
+"""Slots that share one memory: an exchange only wakes threads."""
 _HALO_MARGIN = 1.25
-"""A strip holds its neighbours' boundary rows too, and all keys and values of the attention."""
+"""A strip also needs its neighbors' boundary rows, and all keys and values of the attention."""
 
 
 def decode_on_all_slots(job: DecodeJob, latents_BCHW: Tensor) -> Tensor | None:
-    """A `SlotDecoder`: pictures on the job's output device in fp32, -1..1; None where one slot has to do it, or a failure leaves it to one.
+    """A `SlotDecoder`: pictures on the job's output device in fp32, -1..1. None if one slot should decode, including after a failure.
 
-    Raises: Cancelled; SlotLost or torch.AcceleratorError where the VAE's own weights went with a slot.
+    Raises: Cancelled; SlotLost or torch.AcceleratorError if the VAE's own weights were on a lost slot.
     """
     fleet = current_fleet()
     slots = fleet.working_slots
@@ -104,7 +104,7 @@ def _decode(job: DecodeJob, latents_BCHW: Tensor, fleet: Fleet, slots: Sequence[
 
 
 def _timed(worker: SlotWorker, slot: Slot) -> Submit:
-    """The worker's `submit`, with a span around what it is given. A strip's waits for its neighbours are inside."""
+    """The worker's `submit` with a span around each function. The span includes a strip's waits for its neighbors."""
 
     def submit(function: Callable[[], Result], /) -> Future[Result]:
         def run() -> Result:
@@ -121,7 +121,7 @@ def _link_of(slots: Sequence[Slot]) -> LinkCost:
 
 
 def _place(job: DecodeJob, slots: Sequence[Slot], share: float) -> dict[int, AutoencoderKL]:
-    """The VAE on every slot's device, with room for a share of the decode: its own network where it is, replica modules elsewhere.
+    """Put the VAE on every slot's device, with room for a share of the decode: the network itself on its device, replica modules elsewhere.
 
     Raises: OutOfMemory.
     """
@@ -134,7 +134,7 @@ def _place(job: DecodeJob, slots: Sequence[Slot], share: float) -> dict[int, Aut
 
 
 def _replica_on(job: DecodeJob, device: torch.device) -> ReplicaPatcher:
-    """Made once per device and number type, and kept by the network's owner."""
+    """The replica on a device. Made once per device and dtype, and kept by the network's owner."""
     replicas = owner_of(job.network).part(ReplicaModules)
     key = (device, job.dtype)
     if key not in replicas:
@@ -153,7 +153,7 @@ def _deal(
     work: str,
     macs: int,
 ) -> Tensor:
-    """Whole pictures, one at a time on each slot; in the order of the latents."""
+    """Decode whole pictures, one at a time on each slot. Returns them in the order of the latents."""
     done: list[Future[Tensor]] = []
     for slot, share in zip(slots, shares):
         record = partial(fleet.speeds.record, slot.index, work, 2.0 * macs)
@@ -168,7 +168,7 @@ def _deal(
 
 
 def _decode_one(network: Any, latent_1CHW: Tensor, slot: Slot, job: DecodeJob, record_ms: Callable[[float], None]) -> Tensor:
-    """On the slot's worker."""
+    """Decode one picture, on the slot's worker."""
     started = time.perf_counter()
     with profiler.recorder().measure("VAE", "decode", device=slot.torch_device, slot=slot.index, rows=1):
         picture_1CHW: Tensor = network.decode(latent_1CHW.to(device=slot.torch_device, dtype=job.dtype), return_dict=False)[0]

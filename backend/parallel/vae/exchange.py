@@ -1,10 +1,10 @@
-"""Where strips of one picture meet: tensors handed from worker to worker, and the way out for all when one of them fails.
+"""How the strips of one picture exchange tensors between workers, and how all of them stop when one fails.
 
-Knows no network. A `Board` lives for one decode; every strip has `StripLinks` to it. Strips run the same program, so the n-th swap of one
-meets the n-th swap of the others; nothing depends on which thread comes first.
+Knows no network. A `Board` lives for one decode; every strip has `StripLinks` to it. All strips run the same program, so the n-th swap of one
+matches the n-th swap of the others, whichever thread comes first.
 
 CUDA: a worker copies with `.to(device)` in its own thread, which torch orders between the two devices' current streams, and records an
-event behind the copy; the receiver's stream waits for it and is written down as a user of the memory. No host synchronisation.
+event after the copy. The receiver's stream waits for the event and is recorded as a user of the memory. No host synchronization.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ Key = tuple[int, int, int]
 
 
 class ReleasedError(RuntimeError):
-    """Another strip ended the decode. Never the cause, so never what the caller sees while there is one."""
+    """Another strip ended the decode. This is never the cause; the caller gets the cause instead."""
 
 
 class SplitStalledError(RuntimeError):
-    """A strip waited for another one longer than allowed."""
+    """A strip waited for another strip longer than allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Tensors on the receiver's device; on devices with streams, the event after which they may be read."""
+    """Tensors on the receiver's device and, on devices with streams, the event after which they may be read."""
 
     tensors: tuple[Tensor, ...]
     ready: Any = None
 
 
 def pack(tensors: Sequence[Tensor], device: torch.device) -> Message:
-    """Copies on `device`, made by the calling thread; what is there already is handed over itself, so nobody may change it any more."""
+    """A message with copies on `device`, made by the calling thread. Tensors already there are passed as they are, so never change them later."""
     moved = tuple(tensor.to(device) for tensor in tensors)
     if device.type not in _WITH_STREAMS:
         return Message(moved)
@@ -63,7 +63,7 @@ def unpack(message: Message) -> tuple[Tensor, ...]:
 
 
 class Board:
-    """Letter boxes of one decode. Every wait ends: by the letter, by `abort`, or after `stall_s` seconds."""
+    """The mailboxes of one decode. Every wait ends: with the message, by `abort`, or after `stall_s` seconds."""
 
     def __init__(self, *, stall_s: float) -> None:
         self._stall_s = stall_s
@@ -73,14 +73,14 @@ class Board:
         self._accused: dict[int, str] = {}
 
     def post(self, key: Key, message: Message) -> None:
-        """Raises: ReleasedError after an abort."""
+        """Leave a message for its receiver. Raises: ReleasedError after an abort."""
         with self._changed:
             self._raise_if_aborted(key[1])
             self._messages[key] = message
             self._changed.notify_all()
 
     def take(self, key: Key) -> Message:
-        """The message, once: it is gone from the board. Raises: ReleasedError, SplitStalledError."""
+        """Wait for the message and remove it from the board. Raises: ReleasedError, SplitStalledError."""
         deadline_s = time.monotonic() + self._stall_s
         with self._changed:
             while key not in self._messages:
@@ -91,10 +91,10 @@ class Board:
             return self._messages.pop(key)
 
     def abort(self, *, accused: int | None = None, because: BaseException | None = None) -> None:
-        """End every wait, now and later; what was posted is let go.
+        """End every wait, now and later, and drop all messages.
 
-        A copy to another device fails in the sender's thread when either device is lost. The receiver, `accused`, then raises the device's error
-        as well, so that its own worker looks whether it is the one.
+        A copy to another device fails in the sender's thread when either device is dead. The receiver, `accused`, then raises the device's error
+        too, so that its own worker checks whether its device is the dead one.
         """
         with self._changed:
             self._is_aborted = True
@@ -104,7 +104,7 @@ class Board:
             self._changed.notify_all()
 
     def raise_if_aborted(self, rank: int) -> None:
-        """For the strip of this rank. Raises: ReleasedError; torch.AcceleratorError when a copy to its device failed."""
+        """For the strip with this rank. Raises: ReleasedError; torch.AcceleratorError if a copy to its device failed."""
         with self._changed:
             self._raise_if_aborted(rank)
 
@@ -112,19 +112,19 @@ class Board:
         if rank in self._accused:
             raise torch.AcceleratorError(self._accused[rank])
         if self._is_aborted:
-            raise ReleasedError("Another strip of the picture stopped, so this one did too; the other one's error says why.")
+            raise ReleasedError("This strip stopped because another strip of the picture did. See the other strip's error for the cause.")
 
     def _describe_stall(self, key: Key) -> str:
         step, sender, receiver = key
         return (
             f"Strip {receiver} of a split VAE decode waited {self._stall_s:g} s for strip {sender} at exchange {step}. "
-            "Its worker is stuck, or both strips were given to one worker thread. Give every strip a worker of its own, or decode whole."
+            "That strip's worker is stuck, or both strips were given to the same worker thread. Give every strip its own worker, or decode whole."
         )
 
 
 @dataclass(slots=True)
 class StripLinks:
-    """One strip's side of the board. `devices` by rank; used by the strip's own thread only."""
+    """One strip's access to the board. `devices` are by rank. Used only by the strip's own thread."""
 
     board: Board
     rank: int
@@ -134,13 +134,13 @@ class StripLinks:
 
     @property
     def peers(self) -> tuple[int, ...]:
-        """Ranks of all the other strips."""
+        """Ranks of all other strips."""
         return tuple(rank for rank in range(len(self.devices)) if rank != self.rank)
 
     def swap(self, outgoing: Mapping[int, Sequence[Tensor]]) -> dict[int, tuple[Tensor, ...]]:
-        """Give each rank in `outgoing` its tensors and wait for what these ranks give in the same swap. Both sides must name each other.
+        """Send each rank in `outgoing` its tensors and wait for what these ranks send in the same swap. Both sides must name each other.
 
-        The tensors may be read by others from now on: never change them in place.
+        Other strips may read the tensors from now on: never change them in place.
         """
         if self.before_exchange is not None:
             self.before_exchange()

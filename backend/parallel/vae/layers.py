@@ -1,6 +1,6 @@
-"""The decoder of an AutoencoderKL as the parts that a strip runs, with every part checked to be one the split computes exactly.
+"""The decoder of an AutoencoderKL as the parts a strip runs. Checks that the split computes every part exactly.
 
-Reads modules and never changes them; knows no slots and no rows.
+Reads modules but never changes them; knows no slots and no rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CannotSplit(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpBlock:
-    """Resnets of one level and the convolution behind its doubling; None at the last level."""
+    """The resnets of one level, and the convolution after its upsampling (None at the last level)."""
 
     resnets: tuple[Any, ...]
     upsample_conv: nn.Conv2d | None
@@ -35,7 +35,7 @@ class UpBlock:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StripNetwork:
-    """The decoder's modules in the order they run. `mid_attentions` has one entry for each mid resnet but the first; None where there is none."""
+    """The decoder's modules in the order they run. `mid_attentions` has one entry, possibly None, for each mid resnet except the last."""
 
     post_quant_conv: nn.Conv2d | None
     conv_in: nn.Conv2d
@@ -58,9 +58,9 @@ class StripNetwork:
 def read_strip_network(vae: Any, device: torch.device) -> StripNetwork:
     """The parts of an AutoencoderKL whose weights are on `device`.
 
-    Raises: CannotSplit for tiling, other kinds of layers, hooks on layers, or weights that are elsewhere.
+    Raises: CannotSplit for tiling, unknown kinds of layers, hooks on layers, or weights on another device.
     """
-    _require(not vae.use_tiling, "the VAE is set to decode in tiles (use_tiling), which gives another picture than decoding whole")
+    _require(not vae.use_tiling, "the VAE is set to decode in tiles (use_tiling), which gives a different picture than decoding whole")
     replaced = [name for name in ("decode", "_decode") if name in vae.__dict__]
     _require(not replaced, f"its {', '.join(replaced)} has been replaced by an extension")
     _require(type(vae.decoder) is Decoder, f"its decoder is a {type(vae.decoder).__name__}")
@@ -68,7 +68,7 @@ def read_strip_network(vae: Any, device: torch.device) -> StripNetwork:
     for name, module in (*_named(decoder, "decoder"), *_named(vae.post_quant_conv, "post_quant_conv")):
         _check_untouched(name, module)
     _check_weights(vae, device)
-    _require(type(decoder.conv_act) is nn.SiLU, f"its last activation is {type(decoder.conv_act).__name__}; the split knows SiLU")
+    _require(type(decoder.conv_act) is nn.SiLU, f"its last activation is {type(decoder.conv_act).__name__}; the split supports only SiLU")
     return StripNetwork(
         post_quant_conv=None if vae.post_quant_conv is None else _conv(vae.post_quant_conv, "post_quant_conv", side=1),
         conv_in=_conv(decoder.conv_in, "conv_in"),
@@ -90,7 +90,7 @@ def _named(module: nn.Module | None, name: str) -> Iterator[tuple[str, nn.Module
 
 
 def _check_untouched(name: str, module: Any) -> None:
-    """Strips compute from the layers' weights, so a hook or a forward put in the layer's place would be passed by."""
+    """Strips compute from the layers' weights, so they would bypass a hook or a replaced forward."""
     hooks = [kind for kind in ("_forward_hooks", "_forward_pre_hooks") if getattr(module, kind)]
     replaced = [attribute for attribute in ("forward", "_conv_forward") if attribute in module.__dict__]
     _require(not hooks, f"{name} has forward hooks (its weights stream in, or an extension watches it)")
@@ -114,7 +114,7 @@ def _conv(conv: Any, name: str, *, side: int = 3) -> nn.Conv2d:
     _require(type(conv) is nn.Conv2d, f"{name} is a {type(conv).__name__}, not a plain convolution")
     is_known = conv.kernel_size == (side, side) and conv.padding in (((side - 1) // 2,) * 2, "same") and conv.padding_mode == "zeros"
     is_dense = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1
-    _require(is_known and is_dense, f"{name} is {conv}; strips know {side}x{side} with zeros around the picture")
+    _require(is_known and is_dense, f"{name} is {conv}; strips support only {side}x{side} with zero padding around the picture")
     found: nn.Conv2d = conv
     return found
 
@@ -129,8 +129,8 @@ def _resnet(block: Any, name: str) -> Any:
     _require(type(block) is ResnetBlock2D, f"{name} is a {type(block).__name__}")
     _require(block.time_emb_proj is None and block.time_embedding_norm in ("default", "group"), f"{name} takes a time embedding")
     _require(block.upsample is None and block.downsample is None, f"{name} changes the size of the picture")
-    _require(type(block.nonlinearity) is nn.SiLU, f"{name} uses {type(block.nonlinearity).__name__}; the split knows SiLU")
-    _require(block.dropout.p == 0 or not block.training, f"{name} drops out at random (the network is in training mode)")
+    _require(type(block.nonlinearity) is nn.SiLU, f"{name} uses {type(block.nonlinearity).__name__}; the split supports only SiLU")
+    _require(block.dropout.p == 0 or not block.training, f"{name} has active dropout (the network is in training mode)")
     _norm(block.norm1, f"{name}.norm1"), _norm(block.norm2, f"{name}.norm2")
     _conv(block.conv1, f"{name}.conv1"), _conv(block.conv2, f"{name}.conv2")
     if block.conv_shortcut is not None:
@@ -140,7 +140,7 @@ def _resnet(block: Any, name: str) -> Any:
 
 def _mid_resnets(mid_block: Any) -> tuple[Any, ...]:
     _require(type(mid_block) is UNetMidBlock2D, f"its mid block is a {type(mid_block).__name__}")
-    _require(len(mid_block.resnets) == len(mid_block.attentions) + 1, "its mid block has not one resnet more than attentions")
+    _require(len(mid_block.resnets) == len(mid_block.attentions) + 1, "its mid block does not have exactly one more resnet than attentions")
     return tuple(_resnet(block, f"mid_block.resnets.{index}") for index, block in enumerate(mid_block.resnets))
 
 
@@ -148,13 +148,13 @@ def _attention(attention: Any) -> Any:
     _require(type(attention) is Attention, f"its mid attention is a {type(attention).__name__}")
     processor = type(attention.processor)
     _require(
-        processor in (AttnProcessor, AttnProcessor2_0, AttentionProcessorForge), f"its mid attention is done by {processor.__name__}, unknown here"
+        processor in (AttnProcessor, AttnProcessor2_0, AttentionProcessorForge), f"its mid attention uses the unknown processor {processor.__name__}"
     )
     extras = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
     extra = [extra for extra in extras if getattr(attention, extra, None) is not None]
     _require(not extra, f"its mid attention has {', '.join(extra)}")
     _require(attention.scale_qk and not attention.fused_projections, "its mid attention is unscaled or has fused projections")
-    _require(attention.to_out[1].p == 0 or not attention.training, "its mid attention drops out at random (the network is in training mode)")
+    _require(attention.to_out[1].p == 0 or not attention.training, "its mid attention has active dropout (the network is in training mode)")
     for name in ("to_q", "to_k", "to_v"):
         _require(type(getattr(attention, name)) is nn.Linear, f"its mid attention's {name} is a {type(getattr(attention, name)).__name__}")
     _require(type(attention.to_out[0]) is nn.Linear, f"its mid attention's to_out is a {type(attention.to_out[0]).__name__}")
@@ -175,6 +175,6 @@ def _up_block(block: Any, name: str) -> UpBlock:
 
 def _upsample_conv(upsampler: Any, name: str) -> nn.Conv2d:
     is_plain = type(upsampler) is Upsample2D and upsampler.use_conv and not upsampler.use_conv_transpose
-    _require(is_plain and upsampler.interpolate and upsampler.norm is None, f"{name}.upsamplers.0 is not nearest doubling and a convolution")
+    _require(is_plain and upsampler.interpolate and upsampler.norm is None, f"{name}.upsamplers.0 is not nearest-neighbor doubling and a convolution")
     conv = upsampler.conv if upsampler.name == "conv" else upsampler.Conv2d_0
     return _conv(conv, f"{name}.upsamplers.0.conv")

@@ -1,9 +1,9 @@
-"""Decode one latent on several slots at once, exactly: every slot computes a strip of the picture's rows.
+"""Decodes one latent on several slots at once, exactly: every slot computes a strip of the picture's rows.
 
-`SplitDecoder` divides the rows, hands each slot its strip and puts the picture together; the strips' own work is in `split_vae_strip`,
-what the split cannot do is found by `split_vae_layers`, and whether it pays by `split_vae_cost.worth_splitting`.
+`SplitDecoder` divides the rows, gives each slot its strip and joins the picture. `strip` does a strip's work, `layers` finds what cannot be
+split, and `planning.vae_cost.worth_splitting` decides whether splitting pays.
 
-Shapes: BCHW latents and pictures, 1CHW one of them.
+Shapes: BCHW latents and pictures; 1CHW a single one.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ T = TypeVar("T")
 
 _STALL_S = 600.0
 _submitting = threading.Lock()
-"""Held while one decode's strips are given to their workers, so that all workers get the strips of two decodes in the same order. Each strip
-waits for its others, so two decodes in opposite orders on two workers would wait for each other."""
+"""Locked while one decode's strips are submitted, so that all workers get the strips of two decodes in the same order. Strips of a decode wait for
+each other, so two decodes in opposite orders on two workers would deadlock."""
 
 
 class Submit(Protocol):
@@ -50,9 +50,9 @@ class Submit(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderShard:
-    """One slot's part. `network` is an AutoencoderKL with all its weights on `device`; slots on one device may share it.
+    """One slot's part. `network` is an AutoencoderKL with all its weights on `device`; slots on the same device may share it.
 
-    `run` must have a thread of its own among the shards. `speed` is relative; rows are given in proportion.
+    `run` must use a different thread for each shard. `speed` is relative; rows are dealt in proportion to it.
     """
 
     network: AutoencoderKL
@@ -74,8 +74,8 @@ class _Strip:
 class SplitDecoder:
     """Decodes on all shards at once. Pictures equal `vae.decode` up to rounding. May be called from several threads.
 
-    `output_device` is where pictures go. `before_exchange` is called by every strip before each of its exchanges, in the worker's thread: what
-    it raises ends the decode (to cancel). `stall_s`: a strip waits no longer for another one.
+    `output_device` is where pictures go. Every strip calls `before_exchange` before each of its exchanges, in its worker's thread; an exception
+    there ends the decode (for cancelling). `stall_s` is how long a strip waits for another one.
 
     Raises: CannotSplit for fewer than two shards, networks that differ, or a network with parts that strips do not know.
     """
@@ -89,7 +89,7 @@ class SplitDecoder:
         stall_s: float = _STALL_S,
     ) -> None:
         if len(shards) < 2:
-            raise CannotSplit(f"A VAE decode was to be split over {len(shards)} slots; it takes two or more. Decode whole.")
+            raise CannotSplit(f"A VAE decode cannot be split over {len(shards)} slots; it takes at least two. Decode whole.")
         self._shards = tuple(shards)
         self._networks = tuple(read_strip_network(shard.network, shard.device) for shard in shards)
         self._output_device = canonical_device(output_device or torch.device("cpu"))
@@ -103,10 +103,10 @@ class SplitDecoder:
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) latents, scaled as the network wants them, to (B, 3, 8H, 8W) in the network's type on the output device.
+        """Decode (B, C, H, W) latents, scaled as the network takes them, to (B, 3, 8H, 8W) in the network's dtype on the output device.
 
-        Image by image, each split over all slots. Raises: what a worker raised, or SplitStalledError. Nothing runs any more then, and what the
-        strips held is free, so the caller may try again or decode whole.
+        Image by image, each split over all slots. Raises: what a worker raised, or SplitStalledError. By then nothing runs any more and the
+        strips' memory is free, so the caller may try again or decode whole.
         """
         pictures = [self._decode_one(latents_BCHW[index : index + 1]) for index in range(latents_BCHW.shape[0])]
         return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
@@ -119,7 +119,7 @@ class SplitDecoder:
         return torch.cat([unpack(message)[0] for message in messages], dim=2)
 
     def _divide(self, num_rows: int) -> tuple[_Strip, ...]:
-        """Strips from top to bottom, in the order of the shards; a shard without rows takes no part."""
+        """Strips from top to bottom, in the order of the shards. A shard without rows gets none."""
         rows = divide_rows(num_rows, [shard.speed for shard in self._shards])
         return tuple(
             _Strip(shard=shard, network=network, start=end - count, end=end)
@@ -128,7 +128,7 @@ class SplitDecoder:
         )
 
     def _run_strip(self, strips: Sequence[_Strip], rank: int, latent: Message, board: Board) -> Message:
-        """In the worker's thread."""
+        """Decode one strip, in the worker's thread."""
         strip, num_rows = strips[rank], strips[-1].end
         devices = tuple(canonical_device(one.shard.device) for one in strips)
         links = StripLinks(board=board, rank=rank, devices=devices, before_exchange=self._before_exchange)
@@ -156,7 +156,7 @@ def _check_alike(shards: Sequence[DecoderShard]) -> None:
     for shard, found in zip(shards, shapes):
         if found != shapes[0]:
             raise CannotSplit(
-                f"The VAE on {shard.device} differs in layers or number type from the one on {shards[0].device}. Give all slots the same one."
+                f"The VAE on {shard.device} differs in layers or dtype from the one on {shards[0].device}. Give all slots the same VAE."
             )
 
 
@@ -171,13 +171,13 @@ def _describe_weights(network: Any) -> dict[str, tuple[torch.Size, torch.dtype]]
 
 
 def _cut(latent_1CHW: Tensor, strip: _Strip) -> Message:
-    """The strip's rows and one more on either side where there is one, still where the latent is: its worker fetches them."""
+    """The strip's rows plus one on each side if there is one, still on the latent's device: the strip's worker fetches them."""
     rows_1CHW = latent_1CHW[:, :, max(0, strip.start - 1) : strip.end + 1]
     return pack((rows_1CHW,), rows_1CHW.device)
 
 
 def _run_together(shards: Sequence[DecoderShard], tasks: Sequence[Callable[[], Message]], board: Board) -> list[Message]:
-    """All tasks at once, each on its shard's worker; their results in order. Ends only when no task runs any more."""
+    """Run all tasks at once, each on its shard's worker, and return their results in order. Returns only when no task runs any more."""
     futures: list[Future[Message]] = []
     cause: BaseException | None = None
     try:
@@ -190,7 +190,7 @@ def _run_together(shards: Sequence[DecoderShard], tasks: Sequence[Callable[[], M
     finally:
         board.abort()
         wait(futures)
-        futures.clear()  # an error's traceback must not keep what keeps the error
+        futures.clear()  # otherwise the error's traceback and this frame keep each other alive
         cause = None
 
 
@@ -203,21 +203,21 @@ def _submit_all(shards: Sequence[DecoderShard], tasks: Sequence[Callable[[], Mes
 
 
 def _abort_unless_done(board: Board, future: Future[Message]) -> None:
-    """For strips that never began: cancelled while they waited in line, or their worker is lost."""
+    """For strips that never started: cancelled in the queue, or their worker is lost."""
     if future.cancelled() or future.exception() is not None:
         board.abort()
 
 
 def _find_cause(futures: Sequence[Future[Message]]) -> BaseException | None:
-    """The first strip's error that is no consequence of another's. All failed strips' frames are emptied, so that their tensors are free.
+    """The first error that is not a consequence of another. Clears the frames of all failed strips, which frees their tensors.
 
-    A device's error comes last, as both ends of a failed copy have one: where a worker found its slot lost, that says more.
+    Device errors come last: both ends of a failed copy have one, and a worker that found its slot lost says more.
     """
     errors = [found for future in futures if not future.cancelled() and (found := future.exception()) is not None]
     for found in errors:
         traceback.clear_frames(found.__traceback__)
     causes: list[BaseException] = [found for found in errors if not isinstance(found, ReleasedError)]
     if any(future.cancelled() for future in futures):
-        causes.append(CancelledError("A strip of a split VAE decode was cancelled before it began."))
+        causes.append(CancelledError("A strip of a split VAE decode was cancelled before it started."))
     causes.sort(key=lambda found: isinstance(found, torch.AcceleratorError))
     return next(iter([*causes, *errors]), None)

@@ -1,9 +1,9 @@
-"""One strip's forward: rows of a picture through the decoder, with what it needs of the other strips' rows fetched on the way.
+"""One strip's forward: runs a strip of rows through the decoder, fetching what it needs from other strips.
 
-Every 3x3 convolution needs one row of each neighbour, every group norm the statistics of the whole picture. A norm stands before nearly
-every convolution here, so both cross together: raw boundary rows and the strip's mean and variance in one exchange; each side then
-normalises the foreign row itself. Statistics are fp32 (fp64 for fp64 weights) and are put together in the order of the strips, so all
-strips (on devices of one kind) have the same bits. Never writes into modules: strips on one device share them.
+Every 3x3 convolution needs one row from each neighbor, every group norm the statistics of the whole picture. Nearly every convolution here
+follows a norm, so one exchange carries both: raw boundary rows, and the strip's mean and variance. Each side then normalizes the received row
+itself. Statistics are fp32 (fp64 for fp64 weights) and are combined in strip order, so all strips (on devices of one kind) get the same
+bits. Never writes to modules: strips on one device share them.
 
 Shapes: 1 one picture, C channels, H rows of this strip, W columns, G groups, R strips, L tokens of this strip, T tokens of the picture, D = C.
 """
@@ -25,19 +25,19 @@ from backend.parallel.vae.layers import StripNetwork
 
 _REDUCE_IN_ONE_KERNEL = ("cuda", "xpu", "mps")
 _HALF_PIECES = 4
-"""Half precision is widened to fp32 for the statistics in so many pieces, so that the widened copy stays small."""
+"""For the statistics, half precision is converted to fp32 in this many pieces, which keeps the converted copy small."""
 
 
 @dataclass(frozen=True, slots=True)
 class Halo:
-    """The neighbours' nearest rows, 1C1W; None at the picture's edge, where convolutions see zeros."""
+    """The neighbors' nearest rows, 1C1W; None at the picture's edge, where convolutions see zeros."""
 
     above: Tensor | None
     below: Tensor | None
 
 
 class DecoderStrip:
-    """The program of one strip. `row_shares` is every strip's part of the picture's rows, summing to 1."""
+    """Decodes one strip. `row_shares` is each strip's share of the picture's rows; they sum to 1."""
 
     def __init__(self, network: StripNetwork, row_shares: Sequence[float], links: StripLinks) -> None:
         self._network, self._links = network, links
@@ -47,7 +47,7 @@ class DecoderStrip:
         self._shares_R1 = torch.tensor(list(row_shares), dtype=_wide(network.dtype)).unsqueeze(1).to(links.devices[links.rank])
 
     def decode(self, latent_1CHW: Tensor) -> Tensor:
-        """Own latent rows, and one more of each neighbour, to own picture rows."""
+        """The strip's picture rows, from its latent rows plus one row from each neighbor."""
         network = self._network
         x = self._conv_in(latent_1CHW)
         for resnet, attention in _interleave(network.mid_resnets, network.mid_attentions):
@@ -69,7 +69,7 @@ class DecoderStrip:
     # --- layers -----------------------------------------------------------------------------------------------------------------------
 
     def _conv_in(self, latent_1CHW: Tensor) -> Tensor:
-        """The zeros around the picture come behind the first 1x1 convolution, whose bias they must not see."""
+        """Adds the zero padding after the first 1x1 convolution, whose bias must not affect it."""
         conv = self._network.post_quant_conv
         x_1CHW = latent_1CHW if conv is None else functional.conv2d(latent_1CHW, conv.weight, conv.bias)
         padded = functional.pad(x_1CHW, (0, 0, int(self._above is None), int(self._below is None)))
@@ -88,7 +88,7 @@ class DecoderStrip:
         return hidden if block.output_scale_factor == 1 else hidden.div_(float(block.output_scale_factor))
 
     def _attention(self, attention: Any, x_1CHW: Tensor) -> Tensor:
-        """Own queries against the keys and values of all rows."""
+        """The strip's queries against the keys and values of all rows."""
         scale, shift = self._fetch_affine(attention.group_norm, x_1CHW)[0]
         x_1LD = _affine(x_1CHW, scale, shift, torch.empty_like(x_1CHW)).flatten(2).transpose(1, 2)
         q_1LD = attention.to_q(x_1LD)
@@ -106,7 +106,7 @@ class DecoderStrip:
     # --- what crosses -----------------------------------------------------------------------------------------------------------------
 
     def _normalise_padded(self, norm: nn.GroupNorm, x_1CHW: Tensor) -> Tensor:
-        """Group norm over the whole picture, SiLU, and a row more above and below: the neighbour's, or zeros."""
+        """Group norm over the whole picture and SiLU, padded by one row above and below: the neighbor's, or zeros."""
         (scale, shift), halo = self._fetch_affine(norm, x_1CHW, with_halo=True)
         padded = _empty_padded(x_1CHW, x_1CHW.shape[2], x_1CHW.shape[3])
         _affine(x_1CHW, scale, shift, padded[:, :, 1:-1])
@@ -115,7 +115,7 @@ class DecoderStrip:
         return functional.silu(padded, inplace=True)  # zeros stay zeros
 
     def _fetch_affine(self, norm: nn.GroupNorm, x_1CHW: Tensor, *, with_halo: bool = False) -> tuple[tuple[Tensor, Tensor], Halo]:
-        """(scale, shift) per channel that normalise over the whole picture, and the neighbours' raw rows from the same exchange."""
+        """(scale, shift) per channel that normalize over the whole picture, and the neighbors' raw rows from the same exchange."""
         own_2G = _moments(x_1CHW, norm.num_groups)
         outgoing = {peer: (own_2G, *(self._row_for(peer, x_1CHW) if with_halo else ())) for peer in self._links.peers}
         received = self._links.swap(outgoing)
@@ -129,13 +129,13 @@ class DecoderStrip:
         return Halo(above, below)
 
     def _row_for(self, peer: int, x_1CHW: Tensor) -> tuple[Tensor, ...]:
-        """The row next to a neighbour, as a copy: a view would keep the whole strip alive. Nothing for others."""
+        """The row next to a neighbor, as a copy because a view would keep the whole strip alive. Empty for other peers."""
         if peer == self._above:
             return (x_1CHW[:, :, :1].clone(),)
         return (x_1CHW[:, :, -1:].clone(),) if peer == self._below else ()
 
     def _join_moments(self, norm: nn.GroupNorm, moments_R2G: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of all rows from the strips' own (Chan, Golub and LeVeque, 1979), as scale and shift of each channel."""
+        """Combine the strips' means and variances (Chan, Golub and LeVeque, 1979) into the scale and shift of each channel."""
         mean_RG, variance_RG = moments_R2G.unbind(1)
         mean_G = (self._shares_R1 * mean_RG).sum(0)
         variance_G = (self._shares_R1 * (variance_RG + (mean_RG - mean_G).square())).sum(0)
@@ -146,7 +146,7 @@ class DecoderStrip:
 
 
 def _interleave(resnets: Sequence[Any], attentions: Sequence[Any | None]) -> list[tuple[Any, Any | None]]:
-    """Each resnet with the attention behind it; the last one has none."""
+    """Each resnet with the attention after it; None for the last resnet."""
     return list(zip_longest(resnets, attentions))
 
 
@@ -163,7 +163,7 @@ def _affine(x_1CHW: Tensor, scale: Tensor, shift: Tensor, target: Tensor) -> Ten
 
 
 def _convolve_padded(conv: nn.Conv2d, padded_1CHW: Tensor) -> Tensor:
-    """A 3x3 convolution whose rows above and below are in the tensor already."""
+    """A 3x3 convolution of a tensor that already includes the rows above and below."""
     return functional.conv2d(padded_1CHW, conv.weight, conv.bias, padding=(0, 1))
 
 
@@ -172,7 +172,7 @@ def _empty_padded(like: Tensor, height: int, width: int) -> Tensor:
 
 
 def _double_padded(x_1CHW: Tensor, halo: Halo) -> Tensor:
-    """Nearest doubling straight into a tensor with a row more above and below; of the doubled foreign row only the nearer half is needed."""
+    """Nearest-neighbor doubling into a tensor with one more row above and below. Only the nearer half of a doubled neighbor row is needed."""
     height, width = x_1CHW.shape[2:]
     padded = _empty_padded(x_1CHW, 2 * height, 2 * width)
     _double_columns(x_1CHW, padded[:, :, 1:-1:2])
@@ -191,12 +191,12 @@ def _double_columns(x_1CHW: Tensor, target: Tensor) -> None:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type statistics are kept in."""
+    """The dtype of the statistics."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _moments(x_1CHW: Tensor, num_groups: int) -> Tensor:
-    """Mean and (biased) variance of each group, 2G, the variance from differences to the mean."""
+    """Mean and (biased) variance of each group, shape 2G. The variance is computed from differences to the mean."""
     x_GKHW = x_1CHW.view(num_groups, -1, *x_1CHW.shape[2:])
     return _moments_in_kernel(x_GKHW) if x_1CHW.device.type in _REDUCE_IN_ONE_KERNEL else _moments_by_group(x_GKHW)
 
@@ -209,7 +209,7 @@ def _moments_in_kernel(x_GKHW: Tensor) -> Tensor:
 
 
 def _moments_by_group(x_GKHW: Tensor) -> Tensor:
-    """The CPU's own `var_mean` is ten times slower than a subtraction and a norm, which are vectorised and use the cache."""
+    """On the CPU, `var_mean` is ten times slower than a subtraction and a norm, which are vectorized and use the cache."""
     wide = _wide(x_GKHW.dtype)
     mean_G = x_GKHW.mean(dim=(1, 2, 3), dtype=wide)
     scratch_KHW = torch.empty(x_GKHW.shape[1:], dtype=wide, device=x_GKHW.device)

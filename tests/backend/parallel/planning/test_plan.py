@@ -33,7 +33,7 @@ def test_a_replica_needs_a_slot_per_piece() -> None:
 
 
 def test_a_plan_needs_a_replica() -> None:
-    with pytest.raises(ValueError, match="without a replica"):
+    with pytest.raises(ValueError, match="has no replica"):
         Plan(strategy="single", replicas=(), reason="")
 
 
@@ -87,7 +87,7 @@ def test_slots_are_numbered_from_0() -> None:
         ({"strategy": "replicas", "replicas": (_whole_on(0),)}, "has 1 replicas; single and layers have one"),
         ({"strategy": "single", "replicas": (U_CUT,)}, "over several slots"),
         ({"strategy": "replicas", "replicas": (U_CUT, _whole_on(0))}, "over several slots"),
-        ({"strategy": "replicas", "replicas": (_whole_on(0), _whole_on(1, 3))}, "unlike length"),
+        ({"strategy": "replicas", "replicas": (_whole_on(0), _whole_on(1, 3))}, "different lengths"),
         ({"strategy": "layers", "replicas": (U_CUT,), "lanes": 0}, "has 0 lanes"),
         ({"strategy": "replicas", "replicas": (_whole_on(0), _whole_on(1)), "lanes": 2}, "has 2 lanes"),
         ({"strategy": "single", "replicas": (WHOLE,), "control_slots": {"ControlNet": (0, 1)}}, "2 slots for ControlNet and 1 replicas"),

@@ -86,7 +86,7 @@ def test_no_other_way_to_deal_is_done_earlier(num_rows: int, speeds: list[float]
 
 @pytest.mark.parametrize("speeds", [(), (1.0, 0.0), (-1.0,)])
 def test_dealing_to_nobody_is_refused(speeds: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="there must be one at least"):
+    with pytest.raises(ValueError, match="Give at least one speed"):
         deal_by_speed(2, speeds)
 
 

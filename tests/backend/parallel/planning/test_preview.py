@@ -34,7 +34,7 @@ def test_a_checkpoint_has_a_plan_before_it_is_loaded(tmp_path: Path, family: str
 def test_a_file_without_a_network_says_so(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
-    with virtual_fleet(2), pytest.raises(CheckpointError, match="holds no UNet"):
+    with virtual_fleet(2), pytest.raises(CheckpointError, match="contains no UNet"):
         preview_plan(path)
 
 
