@@ -30,6 +30,10 @@ def _any_start(*starts: str) -> Callable[[Collection[str]], bool]:
     return lambda keys: any(key.startswith(starts) for key in keys)
 
 
+def _any_end(end: str) -> Callable[[Collection[str]], bool]:
+    return lambda keys: any(key.endswith(end) for key in keys)
+
+
 def _has_all(*names: str) -> Callable[[Collection[str]], bool]:
     return lambda keys: all(name in keys for name in names)
 
@@ -125,8 +129,13 @@ KINDS: tuple[FileKind, ...] = (
         matches=_any_start("vision_model.", "visual.transformer.", "visual.blocks."),
     ),
     FileKind(
+        name="a UMT5 text encoder",
+        remedy="UMT5 belongs to the video model Wan, which is not supported",
+        matches=_any_end("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"),
+    ),
+    FileKind(
         name="a T5 text encoder",
-        remedy="T5 belongs to Flux and SD3, which are not supported",
+        remedy=_belongs("models/text_encoder", " and choose it under 'VAE / Text Encoder' beside a checkpoint that reads T5"),
         matches=_any_start("encoder.block.0.layer.0.SelfAttention", "enc.blk.", "shared.weight"),
     ),
     FileKind(

@@ -21,7 +21,7 @@ from backend.checkpoint_file import CheckpointError as CheckpointError
 from backend.checkpoint_file import TensorFile, open_tensor_file
 from backend.checkpoint_layout import Part
 from backend.checkpoint_prediction import PredictionSpec
-from backend.denoiser_types import choose_denoiser_types
+from backend.denoiser_types import choose_denoiser_types, choose_text_encoder_types
 from backend.diffusion_engine.base import EngineParts, ForgeDiffusionEngine, ModelConfig
 from backend.diffusion_engine.faces import FACES
 from backend.families import registry
@@ -35,7 +35,6 @@ from backend.patcher.clip import CLIP
 from backend.patcher.unet import UnetPatcher
 from backend.patcher.vae import VAE
 from backend.state_dict import LoadPlan, assign_tensors, check_plan, matrix_dtypes, plan_denoiser
-from backend.storage.kinds import is_compact
 from backend.storage.running import set_types
 from backend.text_processing.textual_inversion import EmbeddingDatabase
 
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _QUANTISED_KEYS = ("bitsandbytes__nf4", "bitsandbytes__fp4", ".scale_weight", ".comfy_quant", ".weight_scale")
-_PICK_MODULE = "and choose it under 'VAE / Text Encoder'"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,11 +117,19 @@ def _dtype_text(dtype: torch.dtype) -> str:
 
 
 def _find_sources(main: TensorFile, extras: Sequence[TensorFile]) -> _Sources:
-    _refuse_quantised(main)
+    for file in (main, *extras):
+        _refuse_quantised(file)
     family, found = _identify(main)
     for extra in extras:
         _refuse_useless_extra(extra, family)
-    return _Sources(family=family, found=found, main=main, vae=_find_vae(main, extras, family, found), texts=_find_texts(main, extras, family, found))
+    vae, texts = _find_vae(main, extras, family, found), _find_texts(main, extras, family, found)
+    missing = [encoder for encoder in family.text_encoders if encoder.name not in texts]
+    if vae is None or missing:
+        raise CheckpointError(_missing_parts_message(main, extras, family, found, missing, lacks_vae=vae is None))
+    _check_widths(main, family, texts, found)
+    for extra in extras:
+        _refuse_misfit(extra, family, found)
+    return _Sources(family=family, found=found, main=main, vae=vae, texts=texts)
 
 
 def _refuse_quantised(file: TensorFile) -> None:
@@ -160,34 +166,34 @@ def _refuse_useless_extra(file: TensorFile, family: Family) -> None:
     raise CheckpointError(f"{file.path.name}: was chosen as VAE / Text Encoder, but {what}. Take it out of 'VAE / Text Encoder'.")
 
 
-def _find_vae(main: TensorFile, extras: Sequence[TensorFile], family: Family, found: FoundDenoiser) -> _Located:
+def _refuse_misfit(file: TensorFile, family: Family, found: FoundDenoiser) -> None:
+    """A file with a VAE or text encoder that looks right and is another model's."""
+    if any(component.takes(file, part, found) for component in (family.vae, *family.text_encoders) for part in component.find(file)):
+        return
+    raise CheckpointError(
+        f"{file.path.name}: was chosen as VAE / Text Encoder, but this {family.title} checkpoint reads neither of what is in it; it belongs to "
+        "another model. Take it out of 'VAE / Text Encoder'."
+    )
+
+
+def _find_vae(main: TensorFile, extras: Sequence[TensorFile], family: Family, found: FoundDenoiser) -> _Located | None:
+    """The VAE; files named later take the place of earlier ones."""
     for file in [*reversed(extras), main]:
         for part in family.vae.find(file):
             if family.vae.takes(file, part, found):
                 return _Located(file=file, part=part)
-    raise CheckpointError(
-        f"{main.path.name}: has no VAE. Put an {family.title} VAE into models/VAE {_PICK_MODULE}, or use a checkpoint that has one."
-    )
+    return None
 
 
 def _find_texts(main: TensorFile, extras: Sequence[TensorFile], family: Family, found: FoundDenoiser) -> dict[str, _Located]:
-    """The family's text encoders by name; files named later take the place of earlier ones."""
+    """Those of the family's text encoders that are there, by name; files named later take the place of earlier ones."""
     taken: dict[str, _Located] = {}
-    seen: list[_Located] = []
     for file in [main, *extras]:
         for encoder in family.text_encoders:
             for part in encoder.find(file):
-                located = _Located(file=file, part=part)
-                seen.append(located)
                 if encoder.takes(file, part, found):
-                    taken[encoder.name] = located
-    missing = [encoder for encoder in family.text_encoders if encoder.name not in taken]
-    if missing:
-        others = [located for located in dict.fromkeys(seen) if located not in taken.values()]
-        raise CheckpointError(_missing_text_message(main, family, missing, others, found))
-    texts = {encoder.name: taken[encoder.name] for encoder in family.text_encoders}
-    _check_widths(main, family, texts, found)
-    return texts
+                    taken[encoder.name] = _Located(file=file, part=part)
+    return {encoder.name: taken[encoder.name] for encoder in family.text_encoders if encoder.name in taken}
 
 
 def _check_widths(main: TensorFile, family: Family, texts: Mapping[str, _Located], found: FoundDenoiser) -> None:
@@ -200,14 +206,41 @@ def _check_widths(main: TensorFile, family: Family, texts: Mapping[str, _Located
         )
 
 
-def _missing_text_message(main: TensorFile, family: Family, missing: Sequence[Component], others: Sequence[_Located], found: FoundDenoiser) -> str:
-    names = " and no ".join(encoder.title for encoder in missing)
-    message = f"{main.path.name}: has no {names} text encoder, which {family.title} needs. "
-    if others and found.context_width:
-        width = missing[0].width
-        wrong = ", ".join(f"the one in {located.file.path.name} is {width(located.file, located.part)} wide" for located in others)
-        message += f"Its {family.denoiser_title} reads text features {found.context_width} wide; {wrong}. "
-    return f"{message}Put the text encoder's file into models/text_encoder {_PICK_MODULE}, or use a checkpoint that has one."
+def _missing_parts_message(
+    main: TensorFile, extras: Sequence[TensorFile], family: Family, found: FoundDenoiser, missing: Sequence[Component], *, lacks_vae: bool
+) -> str:
+    """Every part that is not there, by name, file and folder."""
+    needs = [f"a {encoder.title} text encoder" for encoder in missing]
+    places = []
+    if missing:
+        files = [encoder.usual_file or "the text encoder's file" for encoder in missing]
+        places.append(f"{_join_names(list(dict.fromkeys(files)))} into models/text_encoder")
+    if lacks_vae:
+        needs.append("a VAE")
+        places.append(f"{family.vae.usual_file or f'an {family.title} VAE'} into models/VAE")
+    pick, has = ("choose them", "them") if len(needs) > 1 else ("choose it", "one")
+    return (
+        f"{main.path.name} needs {_join_names(needs)}: put {_join_names(places)} and {pick} under 'VAE / Text Encoder', or use a checkpoint that has "
+        f"{has}.{_misfits_text(main, extras, family, found, missing)}"
+    )
+
+
+def _misfits_text(main: TensorFile, extras: Sequence[TensorFile], family: Family, found: FoundDenoiser, missing: Sequence[Component]) -> str:
+    """Text encoders that are there and do not fit, with both widths."""
+    if not found.context_width:
+        return ""
+    widths = {
+        f"the one in {file.path.name} is {encoder.width(file, part)} wide": None
+        for encoder in missing
+        for file in (main, *extras)
+        for part in encoder.find(file)
+        if encoder.width(file, part)
+    }
+    return f" Its {family.denoiser_title} reads text features {found.context_width} wide; {', '.join(widths)}." if widths else ""
+
+
+def _join_names(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
 
 
 # --- building -----------------------------------------------------------------------------------------------------------------------
@@ -271,12 +304,12 @@ def _count_bytes(networks: Iterable[nn.Module], dtype: torch.dtype) -> int:
 def _load_clip(encoders: dict[str, nn.Module], plans: dict[str, LoadPlan], sources: _Sources, config: BackendConfig) -> CLIP:
     flag_dtype = dtype_from_flag(config.clip_dtype or config.all_in)
     device = memory_management.text_encoder_device(_count_bytes(encoders.values(), flag_dtype or memory_management.text_encoder_dtype()))
-    storage_dtype = flag_dtype or memory_management.text_encoder_dtype(device)
-    computes_directly = not is_compact(storage_dtype) and memory_management.supports_dtype(device, storage_dtype)
-    computation_dtype = storage_dtype if computes_directly else memory_management.get_computation_dtype(device)
     for slot, encoder in encoders.items():
-        assign_tensors(encoder, plans[slot], sources.texts[slot].file, storage_dtype=storage_dtype, computation_dtype=computation_dtype)
-        set_types(encoder, storage_dtype, computation_dtype)
+        located = sources.texts[slot]
+        num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
+        types = choose_text_encoder_types(matrix_dtypes(located.file, located.part), num_parameters, device, wanted=flag_dtype)
+        assign_tensors(encoder, plans[slot], located.file, storage_dtype=types.storage_dtype, computation_dtype=types.computation_dtype)
+        set_types(encoder, types.storage_dtype, types.computation_dtype)
     tokenizers = {encoder.name: encoder.make_tokenizer() for encoder in sources.family.text_encoders if encoder.make_tokenizer is not None}
     return CLIP(encoders, tokenizers)
 

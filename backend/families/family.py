@@ -51,7 +51,7 @@ class Component:
 
     `find`: where such networks lie in a file, which may be the checkpoint or an additional module. `takes`: whether one of them is this component of
     that denoiser. `build` makes it from its shapes, `plan` names the source of each weight. `width`: of the text features it gives.
-    `reads_embeddings`: textual inversion has vectors of its width.
+    `reads_embeddings`: textual inversion has vectors of its width. `usual_file`: what users know its file by, with its size, for a message.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Component:
     width: Callable[[TensorFile, Part], int] = lambda file, part: 0
     make_tokenizer: Callable[[], Any] | None = None
     reads_embeddings: bool = False
+    usual_file: str = ""
 
 
 class TextEngine(Protocol):
@@ -125,8 +126,9 @@ class Family:
     `identify` finds the family's denoiser in a file. Raises CheckpointError for a relative that is not supported, by name.
     `key_map`: of a built denoiser. `build_program` cuts it into segments. `find_prediction` (file, found, loaded denoiser) says what it
     predicts. `native_size_px`: side of the pictures that it was trained on, by its prediction. `encode` is the text recipe;
-    `text_settings` are numbers that it reads from the model and callers may set. `default_schedule` is what Automatic means where the
-    sampler leaves it open. `join_inpaint` (mask in pixels, masked picture's latents) gives the further channels of an inpainting model.
+    `text_settings` are numbers that it reads from the model and callers may set. `attends_jointly`: text and picture share one attention, where
+    a text repeated would count twice; conditions of different lengths then never join by repetition. `default_schedule` is what Automatic means
+    where the sampler leaves it open. `join_inpaint` (mask in pixels, masked picture's latents) gives the further channels of an inpainting model.
     `compute_dtypes`: what its network may compute in, best first; a device takes the first that it runs at full rate. `forge_flags` are the
     names by which extensions ask ("is_sdxl"). `join_checkpoint` (denoiser, VAE, text
     encoders) writes a single file's tensors.
@@ -151,6 +153,7 @@ class Family:
     join_checkpoint: Callable[[nn.Module, nn.Module, Sequence[nn.Module]], dict[str, Tensor]]
     text_settings: Mapping[str, float] = field(default_factory=dict)
     reads_size: bool = False
+    attends_jointly: bool = False
     join_inpaint: Callable[[Tensor, Tensor], Tensor] = mask_before_picture
     compute_dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
     default_schedule: str = "automatic"

@@ -150,7 +150,8 @@ WRONG_FOLDER = {
     "a Flux checkpoint": ({"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": (8,)}, "not supported"),
     "a Stable Diffusion 3 checkpoint": ({"model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": (8,)}, "not supported"),
     "a Chroma checkpoint": ({"distilled_guidance_layer.in_proj.bias": (8,), "double_blocks.0.x": (8,)}, "not supported"),
-    "a T5 text encoder": ({"encoder.block.0.layer.0.SelfAttention.k.weight": (8, 8)}, "T5 belongs to Flux and SD3"),
+    "a T5 text encoder": ({"encoder.block.0.layer.0.SelfAttention.k.weight": (8, 8)}, "models/text_encoder"),
+    "a UMT5 text encoder": ({"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": (8, 8)}, "video model Wan"),
     "an AnimateDiff motion module": ({"down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": (8,)}, "video is not supported"),
     "a hypernetwork": ({"768.0.linear.0.weight": (8, 8), "320.0.linear.0.weight": (8, 8)}, "Hypernetworks are not supported"),
     "something unknown": ({"foo.bar": (2,)}, "matches no known model (1 tensors, the first is foo.bar)"),
@@ -205,8 +206,8 @@ def test_a_unet_without_text_is_refused(good, tmp_path):
 @pytest.mark.parametrize(
     ("prefix", "words"),
     [
-        ("first_stage_model.", "has no VAE. Put an SD 1.x VAE into models/VAE and choose it under 'VAE / Text Encoder'"),
-        ("cond_stage_model.", "has no CLIP-L text encoder, which SD 1.x needs. Put the text encoder's file into models/text_encoder"),
+        ("first_stage_model.", "part.safetensors needs a VAE: put an SD 1.x VAE into models/VAE and choose it under 'VAE / Text Encoder'"),
+        ("cond_stage_model.", "needs a CLIP-L text encoder: put the text encoder's file into models/text_encoder and choose it"),
     ],
 )
 def test_parts_that_a_file_lacks(prefix, words, good, tmp_path):
@@ -225,7 +226,7 @@ def test_text_encoder_of_another_family_is_named_with_both_widths(good, good_xl,
     assert "reads text features 64 wide; the one in bigg.safetensors is 96 wide" in message
     lacks_l = tmp_path / "lacks_l.safetensors"
     save_file({key: tensor for key, tensor in tensors.items() if not key.startswith(key_layout.SDXL_CLIP_L_PREFIX)}, lacks_l)
-    assert "has no CLIP-L text encoder, which SDXL needs" in _refusal(lacks_l)
+    assert "lacks_l.safetensors needs a CLIP-L text encoder" in _refusal(lacks_l)
 
 
 def test_a_lora_chosen_as_vae_is_named(good, tmp_path):

@@ -1,0 +1,110 @@
+"""T5-XXL as a family's text encoder (Flux.1, SD3, Chroma): where it lies in files, its configuration from shapes, its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import cast
+
+from torch import nn
+
+from backend.checkpoint_file import CheckpointError, TensorFile
+from backend.checkpoint_layout import Layout, Part
+from backend.families.family import Component, FoundDenoiser
+from backend.nn.t5 import T5Shape, T5TextEncoder, t5_config
+from backend.state_dict import LoadPlan, build_empty, plan_as_named
+from backend.text_processing.t5_tokenizer import VOCAB_LENGTH, build_t5_tokenizer
+
+NAME = "t5xxl"
+_PREFIXES = ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", "t5xxl.transformer.", "t5xxl.", "text_encoder_3.", "text_encoder_2.")
+_PREFIXES_ALONE = ("transformer.", "")
+_BLOCK = "encoder.block.0.layer.0.SelfAttention."
+_TABLES = ("shared.weight", "encoder.embed_tokens.weight")
+_UMT5_BIAS = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+"""UMT5 has a position bias in each block, T5 in the first."""
+
+
+def t5xxl(takes: Callable[[TensorFile, Part, FoundDenoiser], bool]) -> Component:
+    """T5 v1.1's encoder of any width."""
+    return Component(
+        name=NAME,
+        title="T5-XXL",
+        find=lambda file: find_t5(file.infos),
+        takes=takes,
+        build=build_t5,
+        plan=plan_t5,
+        width=lambda file, part: read_t5_shape(file, part).width,
+        make_tokenizer=build_t5_tokenizer,
+        usual_file="t5xxl_fp16.safetensors (9.5 GB)",
+    )
+
+
+def find_t5(keys: Collection[str]) -> Sequence[Part]:
+    """Every T5 encoder in a file; UMT5, which has other tokens, is none."""
+    return [
+        Part(prefix, Layout.TRANSFORMERS, NAME)
+        for prefix in (*_PREFIXES, *_PREFIXES_ALONE)
+        if f"{prefix}{_BLOCK}q.weight" in keys and f"{prefix}{_UMT5_BIAS}" not in keys
+    ]
+
+
+def read_t5_shape(file: TensorFile, part: Part) -> T5Shape:
+    """Raises: CheckpointError when a tensor that tells the shape is missing or of no T5's shape."""
+    vocab_length, width = _shape(file, part, next((name for name in _TABLES if part.prefix + name in file.infos), _TABLES[0]))
+    inner_width, _ = _shape(file, part, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")
+    attention_width, _ = _shape(file, part, f"{_BLOCK}q.weight")
+    num_buckets, num_heads = _shape(file, part, f"{_BLOCK}relative_attention_bias.weight")
+    if not num_heads or attention_width % num_heads or num_buckets < 4 or num_buckets % 4:
+        raise CheckpointError(
+            f"{file.path.name}: its T5 text encoder has a position bias of {num_buckets}x{num_heads} beside attention {attention_width} wide, which "
+            "no T5 has. It is damaged, or a mixture of two models; use another file."
+        )
+    if vocab_length < VOCAB_LENGTH:
+        raise CheckpointError(
+            f"{file.path.name}: its T5 text encoder knows {vocab_length} tokens; T5 has {VOCAB_LENGTH}. "
+            "It was cut, or belongs to another model; use t5xxl_fp16.safetensors or another whole file."
+        )
+    return T5Shape(
+        vocab_length=vocab_length,
+        width=width,
+        inner_width=inner_width,
+        num_heads=num_heads,
+        head_width=attention_width // num_heads,
+        num_layers=_count_blocks(file.infos, f"{part.prefix}encoder.block."),
+        num_buckets=num_buckets,
+    )
+
+
+def _shape(file: TensorFile, part: Part, name: str) -> tuple[int, int]:
+    info = file.infos.get(part.prefix + name)
+    if info is None:
+        raise CheckpointError(
+            f"{file.path.name}: its T5 text encoder misses {part.prefix}{name}. The file is incomplete, or a T5 of the first version, which no "
+            "picture model reads: download it again, or use t5xxl_fp16.safetensors."
+        )
+    if len(info.shape) != 2 or not all(info.shape):
+        raise CheckpointError(
+            f"{file.path.name}: {part.prefix}{name} has the shape {'x'.join(map(str, info.shape)) or 'of a number'}; it is a matrix in a T5 text "
+            "encoder. The file is damaged; use another one."
+        )
+    return info.shape[0], info.shape[1]
+
+
+def _count_blocks(keys: Collection[str], start: str) -> int:
+    """Blocks numbered from 0 on without a gap."""
+    numbers = {key[len(start) :].partition(".")[0] for key in keys if key.startswith(start)}
+    count = 0
+    while str(count) in numbers:
+        count += 1
+    return count
+
+
+def build_t5(file: TensorFile, part: Part) -> nn.Module:
+    """Without memory."""
+    config = t5_config(read_t5_shape(file, part))
+    return build_empty(lambda: cast("nn.Module", T5TextEncoder(config)))
+
+
+def plan_t5(encoder: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
+    """Sources of its parameters; files have the tokens' table under either of two names, or both."""
+    table = next((name for name in _TABLES if part.prefix + name in file.infos), _TABLES[0])
+    return plan_as_named(encoder, file, lambda key: part.prefix + (table if key in _TABLES else key))

@@ -1,0 +1,106 @@
+"""SentencePiece's model files: the pieces with their scores, and the table of characters that are written alike.
+
+Reads the protobuf wire format as far as these files use it. Linear in the file's length; what is not asked for is skipped. Must not know which
+model the pieces belong to.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_PIECES, _NORMALIZER, _CHARSMAP = 1, 3, 2
+_TEXT, _SCORE = 1, 2
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_MAX_VARINT_BYTES = 10
+
+
+class SentencePieceError(ValueError):
+    """The bytes are no SentencePiece model."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentencePieceModel:
+    """`pieces`: (text, log probability) by id. `charsmap`: the precompiled normalisation, as the library `tokenizers` takes it."""
+
+    pieces: tuple[tuple[str, float], ...]
+    charsmap: bytes
+
+
+def read_sentencepiece(data: bytes) -> SentencePieceModel:
+    """Raises: SentencePieceError."""
+    pieces: list[tuple[str, float]] = []
+    charsmap = b""
+    for field, value in _fields(memoryview(data)):
+        if field == _PIECES:
+            pieces.append(_read_piece(_as_bytes(value)))
+        elif field == _NORMALIZER:
+            charsmap = next((bytes(_as_bytes(inner)) for name, inner in _fields(_as_bytes(value)) if name == _CHARSMAP), charsmap)
+    if not pieces:
+        raise SentencePieceError("the SentencePiece model has no pieces")
+    return SentencePieceModel(tuple(pieces), charsmap)
+
+
+def _read_piece(data: memoryview) -> tuple[str, float]:
+    text, score = "", 0.0
+    for field, value in _fields(data):
+        if field == _TEXT:
+            text = _as_text(_as_bytes(value))
+        elif field == _SCORE:
+            score = _as_float(_as_bytes(value))
+    return text, score
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """(number, value) of each field; groups, which nobody writes any more, are an error."""
+    position = 0
+    while position < len(data):
+        tag, position = _read_varint(data, position)
+        kind = tag & 7
+        if kind == _VARINT:
+            value, position = _read_varint(data, position)
+            yield tag >> 3, value
+            continue
+        if kind == _BYTES:
+            length, position = _read_varint(data, position)
+        elif kind in (_FIXED64, _FIXED32):
+            length = 8 if kind == _FIXED64 else 4
+        else:
+            raise SentencePieceError(f"the SentencePiece model has a field of unknown kind {kind} at byte {position}")
+        if position + length > len(data):
+            raise SentencePieceError(f"the SentencePiece model ends in the middle of a field of {length} bytes")
+        yield tag >> 3, data[position : position + length]
+        position += length
+
+
+def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
+    """Seven bits a byte, the lowest first; (value, position behind it)."""
+    value = 0
+    for place in range(_MAX_VARINT_BYTES):
+        if position + place >= len(data):
+            break
+        byte = data[position + place]
+        value |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            return value, position + place + 1
+    raise SentencePieceError(f"the SentencePiece model has an unfinished number at byte {position}")
+
+
+def _as_bytes(value: memoryview | int) -> memoryview:
+    if isinstance(value, int):
+        raise SentencePieceError("the SentencePiece model has a number where a text belongs")
+    return value
+
+
+def _as_text(data: memoryview) -> str:
+    try:
+        return bytes(data).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SentencePieceError(f"the SentencePiece model has a piece that is not UTF-8 ({error})") from error
+
+
+def _as_float(data: memoryview) -> float:
+    if len(data) != 4:
+        raise SentencePieceError(f"the SentencePiece model has a score of {len(data)} bytes; it takes 4")
+    return float(struct.unpack("<f", data)[0])

@@ -1,0 +1,146 @@
+"""Prompts to conditions with T5: emphasis and BREAK as for CLIP, but no windows: one run of tokens that grows with the prompt.
+
+Shapes: B prompts, L tokens, D width of the encoder. Must not know prompt schedules, model families or options: what varies is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backend.text_processing.clip_tokenizer import tokenize_plain
+from backend.text_processing.emphasis import DEFAULT_EMPHASIS, apply_emphasis, resolve_emphasis_name
+from backend.text_processing.parsing import parse_prompt_attention
+from backend.text_processing.t5_tokenizer import END_TOKEN_ID, PAD_TOKEN_ID
+
+MIN_LENGTH = 256
+MAX_LENGTH = 4096
+"""Tokens between two BREAKs. Attention over more takes memory with the square of them; no network was trained on a tenth of it."""
+
+
+class PromptTooLongError(ValueError):
+    """A prompt has more tokens than can be encoded at once; the message says how many and what to do."""
+
+
+@dataclass(slots=True)
+class T5Chunk:
+    """What stands between two BREAKs, its end token last."""
+
+    tokens: list[int] = field(default_factory=list)
+    multipliers: list[float] = field(default_factory=list)
+
+    def padded(self, length: int) -> T5Chunk:
+        num_missing = length - len(self.tokens)
+        return T5Chunk(self.tokens + [PAD_TOKEN_ID] * num_missing, self.multipliers + [1.0] * num_missing)
+
+
+class T5TextProcessingEngine:
+    """Callable: prompts in, conditions z_BLD out, always float32.
+
+    Texts of one call have one length: that of the longest, at least `min_length`, padded with 0, which the encoder reads as any token (as it was
+    trained with Flux and SD3). Each text is encoded by itself, so that a row does not depend on what else is in the call, its padding aside.
+    Not safe to call from two threads at once.
+    """
+
+    comma_padding_backtrack = 0
+
+    def __init__(self, text_encoder: nn.Module, tokenizer: Any, emphasis_name: str = DEFAULT_EMPHASIS, min_length: int = MIN_LENGTH) -> None:
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.min_length = min_length
+        self.emphasis_name = resolve_emphasis_name(emphasis_name)
+        self.id_end, self.id_pad = END_TOKEN_ID, PAD_TOKEN_ID
+        self._used_weights = False
+
+    # what a caller sets
+
+    def set_emphasis(self, name: str) -> None:
+        """Chooses the emphasis mode for the prompts that follow; an unknown name is reported and means "Original"."""
+        self.emphasis_name = resolve_emphasis_name(name)
+
+    def set_clip_skip(self, clip_skip: int) -> None:
+        """T5 is always read at its end."""
+
+    def take_generation_params(self) -> dict[str, str]:
+        """What an infotext should say of the prompts encoded since this was last asked: "Emphasis" where it is not the default."""
+        is_worth_saying = self._used_weights and self.emphasis_name != DEFAULT_EMPHASIS
+        self._used_weights = False
+        return {"Emphasis": self.emphasis_name} if is_worth_saying else {}
+
+    # prompts to tokens
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without end tokens, however long."""
+        return tokenize_plain(self.tokenizer, texts)
+
+    def tokenize_line(self, line: str) -> tuple[list[T5Chunk], int]:
+        """(chunks without padding, tokens without end tokens) of one prompt without schedules.
+
+        Raises: PromptTooLongError.
+        """
+        spans = parse_prompt_attention(line, self.emphasis_name)
+        chunks = [T5Chunk()]
+        for span, tokens in zip(spans, self.tokenize([span.text for span in spans])):
+            if span.is_break:
+                chunks.append(T5Chunk())
+                continue
+            chunks[-1].tokens += tokens
+            chunks[-1].multipliers += [span.weight] * len(tokens)
+        num_tokens = sum(len(chunk.tokens) for chunk in chunks)
+        longest = max(len(chunk.tokens) for chunk in chunks) + 1
+        if longest > MAX_LENGTH:
+            raise PromptTooLongError(
+                f"prompt: {longest} tokens were given to T5 at once; at most {MAX_LENGTH} are encoded. Shorten the prompt, or part it with BREAK."
+            )
+        for chunk in chunks:
+            chunk.tokens.append(self.id_end)
+            chunk.multipliers.append(1.0)
+        return chunks, num_tokens
+
+    def process_texts(self, texts: Sequence[str]) -> tuple[list[list[T5Chunk]], int]:
+        """(the chunks of each prompt, the highest token count among them)."""
+        lines = {text: self.tokenize_line(text) for text in texts}
+        return [lines[text][0] for text in texts], max((count for _, count in lines.values()), default=0)
+
+    def get_prompt_lengths(self, text: str) -> tuple[int, int]:
+        """(tokens used, tokens that fit without growing) for the counter beside the prompt box."""
+        _, num_tokens = self.process_texts([text])
+        return num_tokens, max(self.min_length - 1, num_tokens)
+
+    # tokens to vectors
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """The condition z_BLD of each prompt. What follows a BREAK is encoded by itself and joined on; prompts with fewer parts get empty ones."""
+        chunks_of_prompt, _ = self.process_texts(texts)
+        self._used_weights |= any(weight != 1.0 for chunks in chunks_of_prompt for chunk in chunks for weight in chunk.multipliers)
+        num_chunks = max((len(chunks) for chunks in chunks_of_prompt), default=1)
+        length = max([self.min_length, *(len(chunk.tokens) for chunks in chunks_of_prompt for chunk in chunks)])
+        empty = T5Chunk([self.id_end], [1.0])
+        known: dict[tuple[tuple[int, ...], tuple[float, ...]], Tensor] = {}
+        rows = []
+        for chunks in chunks_of_prompt:
+            full = [chunk.padded(length) for chunk in [*chunks, *[empty] * (num_chunks - len(chunks))]]
+            for chunk in full:
+                key = (tuple(chunk.tokens), tuple(chunk.multipliers))
+                if key not in known:
+                    known[key] = self.process_tokens(chunk.tokens, chunk.multipliers)
+            rows.append(torch.cat([known[tuple(chunk.tokens), tuple(chunk.multipliers)] for chunk in full]))
+        return torch.stack(rows)
+
+    def process_tokens(self, tokens: Sequence[int], multipliers: Sequence[float]) -> Tensor:
+        """The features z_LD of one padded run of tokens, with emphasis applied."""
+        z_1LD = self.encode_with_transformers(torch.tensor([list(tokens)]))
+        weights_1L = torch.tensor([list(multipliers)], dtype=z_1LD.dtype, device=z_1LD.device)
+        return apply_emphasis(self.emphasis_name, z_1LD, weights_1L)[0]
+
+    def encode_with_transformers(self, tokens_BL: Tensor) -> Tensor:
+        """z_BLD of token rows, without a mask."""
+        encoder: Any = self.text_encoder
+        device = encoder.get_input_embeddings().weight.device
+        with torch.no_grad():
+            features: Tensor = encoder(input_ids=tokens_BL.to(device)).last_hidden_state
+        return features.float()
