@@ -200,7 +200,7 @@ def test_there_is_a_plan_before_it_is_loaded(data_dir: Path) -> None:
 def test_an_incomplete_file_says_what_is_missing(data_dir: Path, tmp_path: Path) -> None:
     tensors = load_file(data_dir / "models" / "Stable-diffusion" / "glyphs.safetensors")
     for missing, message in (
-        ("letters.table.weight", "no letter text encoder, which Glyphs needs"),
+        ("letters.table.weight", "part.safetensors needs a letter text encoder: put"),
         ("glyph.head.project.weight", "its transformer misses 1"),
     ):
         path = tmp_path / "part.safetensors"
