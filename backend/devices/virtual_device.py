@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,7 @@ class Faults:
     `link_bytes_per_s`, `link_latency_s`: the time every copy to or from the device takes at least.
     """
 
-    out_of_memory_at: frozenset[int] = frozenset()
+    out_of_memory_at: Container[int] = frozenset()
     out_of_memory_share: float = 0.0
     lost_at_operation: int | None = None
     link_bytes_per_s: float | None = None

@@ -36,10 +36,26 @@ def count_module_bytes(module: nn.Module, keep: Callable[[torch.Tensor], bool] =
     return ModuleBytes(total_bytes=total_bytes, weight_bytes=weight_bytes)
 
 
+def count_bytes_on(module: nn.Module, device: torch.device) -> tuple[int, int]:
+    """(bytes of the distinct tensors of `module`, those of them that lie on `device`), in one walk."""
+    total_bytes = here_bytes = 0
+    for _, tensor in _own_tensors_of_all(module):
+        tensor_bytes = storage_of(tensor).stored_bytes
+        total_bytes += tensor_bytes
+        here_bytes += tensor_bytes if tensor.device == device else 0
+    return total_bytes, here_bytes
+
+
 def _own_tensors_of_all(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Distinct parameters and buffers of the tree, with their names in the module that has them. Faster than torch's own walks."""
+    """Distinct parameters and buffers of the tree, with their names in the module that has them. Faster than walks of generators in generators."""
     seen: set[int] = set()
-    for child in module.modules():
+    pending: list[nn.Module] = [module]
+    while pending:
+        child = pending.pop()
+        if id(child) in seen:
+            continue
+        seen.add(id(child))
+        pending += [below for below in reversed(child._modules.values()) if below is not None]
         for registry in (child._parameters, child._buffers):
             for name, tensor in registry.items():
                 if tensor is not None and id(tensor) not in seen:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from backend.devices.slot import canonical_device
-from backend.memory.module_bytes import count_module_bytes, move_module
+from backend.memory.module_bytes import count_bytes_on, move_module
 from backend.memory.streaming import StreamedModel, start_streaming, stop_streaming
 
 logger = logging.getLogger(__name__)
@@ -72,8 +72,7 @@ class LoadedModel:
     def compute_inclusive_exclusive_memory(self) -> None:
         """Refresh the bytes already on the device and those not on it."""
         module = self._module()
-        total_bytes = count_module_bytes(module).total_bytes if module is not None else 0
-        self.inclusive_memory = count_module_bytes(module, lambda tensor: tensor.device == self.device).total_bytes if module is not None else 0
+        total_bytes, self.inclusive_memory = count_bytes_on(module, self.device) if module is not None else (0, 0)
         self.exclusive_memory = total_bytes - self.inclusive_memory
 
     def model_load(self, model_gpu_memory_when_using_cpu_swap: int = -1, *, pin: bool = False, ahead: bool = False) -> nn.Module | None:

@@ -34,6 +34,20 @@ CAP_BYTES = 256 * 2**20
 WAIT_S = 300.0
 
 
+GREY_LEVELS = 1
+"""Conditions that run one by one round as a batch of one does."""
+SLACK_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sound:
+    """What a job that nobody disturbs gives and leaves: its pictures, bytes on the devices that belong to no model, threads."""
+
+    pictures: np.ndarray
+    unheld_bytes: int
+    num_threads: int
+
+
 @dataclass
 class Bed:
     """An application whose jobs run under one plan."""
@@ -57,6 +71,41 @@ class Bed:
         """All pictures of a job. Raises what the job raised; TimeoutError for one that hangs."""
         return np.concatenate([pixels(image) for image in job.wait(timeout_s=WAIT_S).images])
 
+    def settle(self) -> Sound:
+        """The first jobs measure, and cut the network anew. The garbage collector leaves out what lives then: that would take most of the time."""
+        for _ in range(3):
+            pictures = self.picture(self.submit())
+        sound = Sound(pictures=pictures, unheld_bytes=self.unheld_bytes(), num_threads=self.num_threads())
+        gc.freeze()
+        return sound
+
+    def differs(self, pictures: np.ndarray, sound: Sound) -> str:
+        """By how much pictures differ from the sound ones, in words; empty where they are the same."""
+        if pictures.shape != sound.pictures.shape:
+            return f"{pictures.shape} in place of {sound.pictures.shape}"
+        difference = int(np.abs(pictures - sound.pictures).max())
+        return f"{difference} grey levels" if difference > GREY_LEVELS else ""
+
+    def check_next(self, sound: Sound) -> list[str]:
+        """The next job's pictures, and what it leaves on devices and in threads: all that is not as it was."""
+        found = []
+        try:
+            difference = self.differs(self.picture(self.submit()), sound)
+        except Exception as error:  # noqa: BLE001 - whatever comes is what a campaign looks for
+            return [f"the next job failed: {type(error).__name__}: {error}"]
+        if difference:
+            found.append(f"the next job's pictures differ by {difference}")
+        if (grown := self.unheld_bytes() - sound.unheld_bytes) > SLACK_BYTES:
+            found.append(f"{grown} bytes more than before are on the devices and belong to no model")
+        if (more := self.num_threads() - sound.num_threads) > 0:
+            found.append(f"{more} threads more than before")
+        return found
+
+    def check_emptied(self) -> list[str]:
+        """When everything is unloaded, the devices are empty."""
+        left = self.unload()
+        return [f"after unloading everything {left} bytes stay on the devices"] if left > SLACK_BYTES else []
+
     def live_bytes(self) -> int:
         """Bytes that tensors hold on all devices."""
         gc.collect()
@@ -69,6 +118,7 @@ class Bed:
 
     def unload(self) -> int:
         """Everything leaves the devices; bytes that stay all the same."""
+        gc.unfreeze()
         for device in self.devices:
             device.set_faults(None)
         self.app.models.unload()
@@ -82,7 +132,7 @@ class Bed:
 
 _JOB: dict[str, Any] = {
     "prompt": "a red cat <lora:paint:0.7>", "steps": 2, "batch_size": 2, "do_not_save_grid": True, "do_not_save_samples": True, "enable_hr": True,
-    "hr_scale": 1.5, "hr_upscaler": "Latent", "hr_second_pass_steps": 2, "denoising_strength": 0.9,
+    "hr_scale": 1.5, "hr_upscaler": "Latent", "hr_second_pass_steps": 1, "denoising_strength": 0.9,
 }  # fmt: skip
 
 

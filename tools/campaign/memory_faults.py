@@ -1,6 +1,6 @@
 """Out-of-memory faults at every n-th allocation of a guided job, under each plan: the same picture or a clear failure, and the next job is right.
 
-python -m tools.campaign.memory_faults --faults 1000
+python -m tools.campaign.memory_faults --faults 1000 --progress faults.jsonl
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass
+from pathlib import Path
 
 from backend.devices.virtual_device import Faults
 from backend.memory.errors import OutOfMemory
-from tools.campaign.guided_job import PLANS, Bed, guided_bed
-from tools.campaign.reporting import write_report
+from tools.campaign.guided_job import PLANS, Bed, Sound, guided_bed
+from tools.campaign.progress import Progress
+from tools.campaign.reporting import BENCHMARKS, Report, write_report
 
-SLACK_BYTES = 2**20
-GREY_LEVELS = 1
-"""Conditions that run one by one round as a batch of one does."""
-_LASTING = 10**6
+_LASTING = 10**9
+SAME, CLEAR, NOT_REACHED, OTHER = "same picture", "clear failure", "not reached", "other"
 QUESTION = (
     "Out-of-memory faults at every n-th allocation of a job of two pictures with ControlNet, LoRA and hires fix on "
     "virtual GPUs: is the picture the same (within one grey level) or the failure clear (every device named), is "
@@ -31,91 +29,84 @@ QUESTION = (
 )
 
 
-@dataclass
-class Outcome:
-    """What became of the faults under one plan. `found` are those that were not as promised."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a fault strikes: a device, the number of an allocation there, and whether all behind it fail too."""
 
-    plan: str
-    counts: Counter[str] = field(default_factory=Counter)
-    found: list[str] = field(default_factory=list)
-    num_allocations: int = 0
+    slot: int
+    at: int
+    lasts: bool
 
-    def row(self) -> dict[str, object]:
-        """A line of the report."""
-        counted = {name: self.counts[name] for name in ("same picture", "clear failure", "not reached")}
-        return {
-            "plan": self.plan,
-            "faults": sum(self.counts.values()),
-            "allocations a job": self.num_allocations,
-            **counted,
-            "found": len(self.found),
-        }
+    def __str__(self) -> str:
+        return f"slot {self.slot}, allocation {self.at}{' and all behind it' if self.lasts else ''}"
 
 
-def run_plan(plan: str, num_faults: int) -> Outcome:
-    """`num_faults` jobs with a fault each, and a sound one after each. Every other fault is a single allocation, the rest last to the job's end."""
-    outcome = Outcome(plan)
+def place_faults(num_faults: int, counts: Sequence[int]) -> list[Place]:
+    """`num_faults` places, dealt to the devices in turn and spread over the `counts` allocations that a job makes on each."""
+    slots = len(counts)
+    rounds = -(-num_faults // slots)
+    return [
+        Place(slot=number % slots, at=1 + counts[number % slots] * (number // slots) // rounds, lasts=number // slots % 4 == 3)
+        for number in range(num_faults)
+    ]
+
+
+def run_plan(plan: str, num_faults: int, progress: Progress | None = None) -> Progress:
+    """`num_faults` jobs with a fault each, and a sound one after each. What `progress` has is not done again."""
+    progress = progress or Progress()
+    left = [number for number in range(num_faults) if number not in progress.done(plan)]
+    if not left:
+        return progress
     with guided_bed(plan) as bed:
-        for _ in range(3):  # the first jobs measure, and cut the network anew
-            expected = bed.picture(bed.submit())
-        levels = bed.unheld_bytes(), bed.num_threads()
-        counts = _count_allocations(bed)
-        outcome.num_allocations = sum(counts)
-        for number in range(num_faults):
-            slot = number % len(bed.devices)
-            at = 1 + counts[slot] * (number // len(bed.devices)) * len(bed.devices) // max(num_faults, 1)
-            _disturb(bed, outcome, slot, at, lasts=number // len(bed.devices) % 4 == 3, expected=expected)
-            _check_next(bed, outcome, f"slot {slot}, allocation {at}", expected, levels)
-        check_emptied(bed, outcome.found)
-    return outcome
+        sound = bed.settle()
+        places = place_faults(num_faults, _count_allocations(bed))
+        for number in left:
+            started, place = time.perf_counter(), places[number]
+            result, found = _disturb(bed, place, sound)
+            found += [f"after {place}: {text}" for text in bed.check_next(sound)]
+            progress.add(plan, number, result, found, time.perf_counter() - started)
+        if found := bed.check_emptied():
+            progress.add(plan, -1, OTHER, found, 0.0)
+    return progress
 
 
 def _count_allocations(bed: Bed) -> list[int]:
     for device in bed.devices:
         device.set_faults(Faults())
     bed.picture(bed.submit())
-    return [max(device.num_allocations, 1) for device in bed.devices]
+    counts = [max(device.num_allocations, 1) for device in bed.devices]
+    for device in bed.devices:
+        device.set_faults(None)
+    return counts
 
 
-def _disturb(bed: Bed, outcome: Outcome, slot: int, at: int, *, lasts: bool, expected: np.ndarray) -> None:
-    """One job with a fault: a single one, or one that `lasts` for all allocations behind it."""
-    places = frozenset(range(at, at + _LASTING)) if lasts else frozenset({at})
-    bed.devices[slot].set_faults(Faults(out_of_memory_at=places))
-    where = f"slot {slot}, allocation {at}{' and all behind it' if lasts else ''}"
+def _disturb(bed: Bed, place: Place, sound: Sound) -> tuple[str, list[str]]:
+    """One job with a fault: what came of it, and what was not as promised."""
+    device = bed.devices[place.slot]
+    device.set_faults(Faults(out_of_memory_at=range(place.at, _LASTING if place.lasts else place.at + 1)))
     try:
-        difference = int(np.abs(bed.picture(bed.submit()) - expected).max())
+        difference = bed.differs(bed.picture(bed.submit()), sound)
     except OutOfMemory as error:
-        outcome.counts["clear failure"] += 1
-        if not all(f"vgpu:{index} " in str(error) for index in range(len(bed.devices))):
-            outcome.found.append(f"{where}: the failure names not every device: {error}")
+        names_all = all(f"vgpu:{index} " in str(error) for index in range(len(bed.devices)))
+        return CLEAR, [] if names_all else [f"{place}: the failure names not every device: {error}"]
     except Exception as error:  # noqa: BLE001 - whatever else comes is what the campaign looks for
-        outcome.counts["unclear failure"] += 1
-        outcome.found.append(f"{where}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return OTHER, [f"{place}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
     else:
-        reached = bed.devices[slot].num_allocations >= at
-        outcome.counts["same picture" if reached else "not reached"] += 1
-        if difference > GREY_LEVELS:
-            outcome.found.append(f"{where}: another picture, by {difference} grey levels")
+        reached = device.num_allocations >= place.at
+        return SAME if reached else NOT_REACHED, [f"{place}: another picture, by {difference}"] if difference else []
     finally:
-        for device in bed.devices:
-            device.set_faults(None)
+        device.set_faults(None)
 
 
-def _check_next(bed: Bed, outcome: Outcome, where: str, expected: np.ndarray, levels: tuple[int, int]) -> None:
-    """The next job's picture, and what it leaves on devices and in threads."""
-    difference = int(np.abs(bed.picture(bed.submit()) - expected).max())
-    if difference > GREY_LEVELS:
-        outcome.found.append(f"after {where}: the next job's picture differs by {difference} grey levels")
-    if (grown := bed.unheld_bytes() - levels[0]) > SLACK_BYTES:
-        outcome.found.append(f"after {where}: {grown} bytes more than before are on the devices and belong to no model")
-    if (more := bed.num_threads() - levels[1]) > 0:
-        outcome.found.append(f"after {where}: {more} threads more than before")
-
-
-def check_emptied(bed: Bed, found: list[str]) -> None:
-    """When everything is unloaded, the devices are empty."""
-    if (left := bed.unload()) > SLACK_BYTES:
-        found.append(f"after unloading everything {left} bytes stay on the devices")
+def summarize(progress: Progress) -> list[dict[str, object]]:
+    """A line of the report for each plan."""
+    rows: list[dict[str, object]] = []
+    for plan in dict.fromkeys(case.plan for case in progress.cases):
+        cases = [case for case in progress.of(plan) if case.number >= 0]
+        counts = Counter(case.result for case in cases)
+        counted = {name: counts[name] for name in (SAME, CLEAR, NOT_REACHED)}
+        rows.append({"plan": plan, "faults": len(cases), **counted, "found": sum(len(case.found) for case in progress.of(plan))})
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,21 +114,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=1000, help="faults in all, shared among the plans")
     parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=list(PLANS))
+    parser.add_argument("--progress", type=Path, help="a file that keeps what is done; the next run goes on from there")
+    parser.add_argument("--report-folder", type=Path, default=BENCHMARKS)
     chosen = parser.parse_args(arguments)
     logging.disable(logging.CRITICAL)  # every failed job would be told at length
-    started = time.perf_counter()
-    outcomes = [run_plan(plan, max(1, chosen.faults // len(chosen.plans))) for plan in chosen.plans]
-    found = [f"{one.plan}: {text}" for one in outcomes for text in one.found]
-    path = write_report(
-        "memory_faults",
-        question=QUESTION,
-        command=f"python -m tools.campaign.memory_faults --faults {chosen.faults} --plans {' '.join(chosen.plans)}",
-        rows=[one.row() for one in outcomes],
-        found=found,
-        seconds=time.perf_counter() - started,
-    )
+    progress = Progress(chosen.progress)
+    for plan in chosen.plans:
+        run_plan(plan, max(1, chosen.faults // len(chosen.plans)), progress)
+        path = write_report(
+            Report(
+                name="memory_faults",
+                question=QUESTION,
+                command=f"python -m tools.campaign.memory_faults --faults {chosen.faults} --plans {' '.join(chosen.plans)}",
+                rows=summarize(progress),
+                found=progress.found,
+                seconds=progress.seconds,
+                commits=progress.commits,
+            ),
+            chosen.report_folder,
+        )
     sys.stdout.write(path.read_text(encoding="utf-8"))
-    return 1 if found else 0
+    return 1 if progress.found else 0
 
 
 if __name__ == "__main__":

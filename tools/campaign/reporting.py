@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,15 +13,29 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def write_report(name: str, *, question: str, command: str, rows: Sequence[Mapping[str, object]], found: Sequence[str], seconds: float) -> Path:
-    """One table row for each part of the campaign; `found` are its findings, word for word. Returns the file."""
-    columns = list(rows[0])
-    machine = f"{platform.machine()}, {platform.system()}"
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A campaign's name, what it asks, how it was run, and what it saw: a table row for each part, and its findings, word for word."""
+
+    name: str
+    question: str
+    command: str
+    rows: Sequence[Mapping[str, object]]
+    found: Sequence[str]
+    seconds: float
+    commits: Sequence[str] = ()
+
+
+def write_report(report: Report, folder: Path = BENCHMARKS) -> Path:
+    """Write it, or write it anew. Returns the file."""
+    columns = list(report.rows[0])
     versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
-    facts = [f"- command: `{command}`", f"- time: {seconds:.0f} s", f"- machine: {machine}", f"- versions: {versions}"]
-    table = [_line(columns), f"|{' --- |' * len(columns)}", *(_line([row[column] for column in columns]) for row in rows)]
-    lines = [f"# {name}", "", question, "", *facts, "", *table, "", "## Found", "", *(f"- {text}" for text in found or ["Nothing."]), ""]
-    path = BENCHMARKS / f"campaign_{name}.md"
+    facts = [f"- command: `{report.command}`", f"- time: {report.seconds:.0f} s", f"- machine: {platform.machine()}, {platform.system()}"]
+    facts += [f"- versions: {versions}", *([f"- commits: {', '.join(report.commits)}"] if report.commits else [])]
+    table = [_line(columns), f"|{' --- |' * len(columns)}", *(_line([row[column] for column in columns]) for row in report.rows)]
+    found = [f"- {text}" for text in report.found or ["Nothing."]]
+    lines = [f"# {report.name}", "", report.question, "", *facts, "", *table, "", "## Found", "", *found, ""]
+    path = folder / f"campaign_{report.name}.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
