@@ -34,7 +34,8 @@ class UNetLevel:
 class UNetShape:
     """What the shapes of a UNet say.
 
-    `mid_depth` is 0 where the middle is a lone resnet (SSD-1B). `vector_width` is the width of SDXL's extra vector, None without one.
+    `mid_depth` is 0 where the middle is a lone resnet (SSD-1B); distilled members (small-sd, tiny-sd) have no middle at all. `vector_width` is the
+    width of SDXL's extra vector, None without one.
     """
 
     in_channels: int
@@ -44,6 +45,7 @@ class UNetShape:
     context_width: int
     has_linear_projections: bool
     vector_width: int | None
+    has_middle: bool = True
 
 
 class _Names:
@@ -79,6 +81,16 @@ class _Names:
             )
         return found
 
+    def refuse_gaps(self, lead: str) -> None:
+        """Raises: CheckpointError where blocks are numbered with gaps."""
+        numbers = {int(found[1]) for found in map(re.compile(re.escape(lead) + r"(\d{1,4})\.").match, self.shapes) if found}
+        missing = sorted(set(range(max(numbers, default=-1) + 1)) - numbers)
+        if missing:
+            raise CheckpointError(
+                f"{self._file_name}: its {self._what} has no {self.prefix}{lead}{missing[0]}, but later ones. The file is incomplete, or a distilled "
+                "model (BK-SDM: small-sd, tiny-sd) that was converted with the numbers of the whole one: use it in diffusers' layout."
+            )
+
     def has(self, start: str) -> bool:
         return any(name.startswith(start) for name in self.shapes)
 
@@ -102,11 +114,6 @@ def read_unet_shape(file: TensorFile, part: Part) -> UNetShape:
         vector = "add_embedding.linear_1.weight" if names.has("add_embedding.") else "class_embedding.linear_1.weight"
     if not levels:
         raise CheckpointError(f"{file.path.name}: its UNet has no blocks that could be read. The file is incomplete; download it again.")
-    if not names.has("middle_block.") and not names.has("mid_block."):
-        raise CheckpointError(
-            f"{file.path.name}: its UNet has no middle block: it is a distilled model such as small-sd or tiny-sd (BK-SDM). "
-            "Such models are not supported; use the model that it was distilled from."
-        )
     mid_depth = names.count(mid + "transformer_blocks.{}.")
     attention = mid if mid_depth else names.first_ending(".transformer_blocks.0.attn2.to_k.weight") + "."
     return UNetShape(
@@ -117,6 +124,7 @@ def read_unet_shape(file: TensorFile, part: Part) -> UNetShape:
         context_width=names.shape(f"{attention}transformer_blocks.0.attn2.to_k.weight")[1],
         has_linear_projections=len(names.shape(f"{attention}proj_in.weight")) == 2,
         vector_width=names.shape(vector)[1] if names.has(vector) else None,
+        has_middle=names.has("middle_block.") or names.has("mid_block."),
     )
 
 
@@ -147,6 +155,8 @@ def read_controlnet_shape(file: TensorFile, part: Part) -> UNetShape:
 
 
 def _ldm_levels(names: _Names) -> tuple[UNetLevel, ...]:
+    names.refuse_gaps("input_blocks.")
+    names.refuse_gaps("output_blocks.")
     widths: list[int] = []
     downs: list[list[int]] = [[]]
     for position in range(1, names.count("input_blocks.{}.")):
@@ -203,7 +213,7 @@ def unet_config(shape: UNetShape, family: str) -> dict[str, Any]:
         "down_block_types": ["CrossAttnDownBlock2D" if any(level.depths_down) else "DownBlock2D" for level in shape.levels],
         "up_block_types": ["CrossAttnUpBlock2D" if any(level.depths_up) else "UpBlock2D" for level in reversed(shape.levels)],
         "cross_attention_dim": shape.context_width,
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if shape.mid_depth else "UNetMidBlock2D",
+        "mid_block_type": None if not shape.has_middle else "UNetMidBlock2DCrossAttn" if shape.mid_depth else "UNetMidBlock2D",
         "use_linear_projection": shape.has_linear_projections,
         "attention_head_dim": 8 if family == SD15 else [head_count(width) for width in widths],  # diffusers' name; it means the number of heads
     }

@@ -6,7 +6,7 @@ Must not know adapters, units or folders. Shapes: N pictures, L tokens (one per 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,19 @@ class ClipVision:
             model, load_device=memory_management.get_torch_device(), offload_device=torch.device("cpu"), current_device=torch.device("cpu")
         )
 
-    def encode_image(self, picture: np.ndarray, *, hidden_states: bool) -> Tensor:
-        """Of a picture (H, W, 3), uint8, and of none: the last layer's input (2, L, D) or the projection (2, P), none first."""
+    def encode_images(self, pictures: Sequence[np.ndarray], *, hidden_states: bool) -> Tensor:
+        """Of I pictures (H, W, 3), uint8, and of none: the last layer's input (1 + I, L, D) or the projection (1 + I, P), none first."""
         memory_management.load_models_gpu([self.patcher])
         model: Any = self.patcher.model
         device, dtype = self.patcher.load_device, next(model.parameters()).dtype
-        pixels = prepare_picture(picture, int(model.config.image_size)).to(device, dtype)
+        pixels = torch.cat([prepare_picture(picture, int(model.config.image_size)) for picture in pictures]).to(device, dtype)
         with torch.inference_mode():
             if hidden_states:
-                both = model(torch.cat([torch.zeros_like(pixels), pixels]), output_hidden_states=True)
+                both = model(torch.cat([torch.zeros_like(pixels[:1]), pixels]), output_hidden_states=True)
                 found: Tensor = both.hidden_states[-2]
                 return found
             embeds: Tensor = model(pixels).image_embeds
-            return torch.cat([torch.zeros_like(embeds), embeds])
+            return torch.cat([torch.zeros_like(embeds[:1]), embeds])
 
 
 def prepare_picture(picture: np.ndarray, side_px: int) -> Tensor:

@@ -138,7 +138,9 @@ def _refuse_faces(file: TensorFile) -> None:
 
 @dataclass(eq=False)
 class Prompting:
-    """One picture's keys and values by place, rows for no picture and the picture, with what the unit asks. `mask_B1HW` says where it acts."""
+    """Keys and values by place of one picture for all rows, or of one for each picture of the batch (none first), with what the unit asks.
+
+    `mask_B1HW` says where it acts."""
 
     pairs: Mapping[Place, tuple[Tensor, Tensor]]
     weight: float = 1.0
@@ -179,12 +181,18 @@ class PicturePrompts:
         for prompt in self.prompts:
             if prompt.is_always_on or prompt.acts_at(float(extra["sigmas"][0])):
                 key_2TD, value_2TD = prompt.pair_on(place, q_BLD.device)
-                kinds = [0 if row in extra["uncond_indices"] else 1 for row in range(q_BLD.shape[0])]
+                kinds = _shown_to_rows(extra, q_BLD.shape[0], key_2TD.shape[0] - 1)
                 shown_BLD = attention_function(q_BLD, key_2TD[kinds], value_2TD[kinds], heads)
                 if prompt.mask_B1HW is not None:
                     shown_BLD = shown_BLD * _mask_of_tokens(prompt.mask_B1HW, q_BLD, extra["original_shape"])
                 result_BLD = result_BLD + prompt.weight * shown_BLD
         return result_BLD
+
+
+def _shown_to_rows(extra: dict[str, Any], num_rows: int, num_pictures: int) -> list[int]:
+    """For each row which of (none, first picture, second ...) it sees: none in the negative branch, else the one at its place in the batch."""
+    places: Sequence[int] = extra.get("picture_indices") or [0] * num_rows
+    return [0 if row in extra["uncond_indices"] else 1 + places[row] % num_pictures for row in range(num_rows)]
 
 
 def _mask_of_tokens(mask_B1HW: Tensor, q_BLD: Tensor, original_shape: Sequence[int]) -> Tensor:

@@ -7,6 +7,8 @@ Standard library only: the launcher writes by it too.
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import os
 import re
 import secrets
@@ -30,6 +32,17 @@ def is_unfinished_name(name: str) -> bool:
 
 
 @contextlib.contextmanager
+def creating(path: Path) -> Iterator[Path]:
+    """As `replacing`, for a new file: Raises FileExistsError at the end when `path` is there by then, and leaves it as it is."""
+    unfinished = unfinished_name(path)
+    try:
+        yield unfinished
+        publish_new(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write under. What is there at the end takes the place of `path` in one step; after an error it is gone, and `path` is as before."""
     unfinished = unfinished_name(path)
@@ -38,6 +51,33 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def publish_new(temporary: Path, final: Path) -> None:
+    """Give a finished temporary file its name, in one step. Raises FileExistsError when the name is taken, also by a file made meanwhile."""
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        raise
+    except OSError:
+        _publish_without_links(temporary, final)
+    else:
+        temporary.unlink()
+
+
+def _publish_without_links(temporary: Path, final: Path) -> None:
+    """For file systems without hard links: claim the name by a file beside it, then rename if it is free. A claim whose owner died stays."""
+    if os.name == "nt":
+        temporary.rename(final)  # fails on Windows when the name is taken
+        return
+    claim = final.with_name(f".{hashlib.sha256(os.fsencode(final.name)).hexdigest()[:16]}.claim")
+    os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        if final.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
+        temporary.replace(final)
+    finally:
+        claim.unlink()
 
 
 def replace_content(path: Path, content: bytes) -> None:

@@ -25,7 +25,7 @@ class PreprocessorReference(Preprocessor):
         unit, engine = kwargs.get("unit"), process.sd_model
         latent_BCHW = engine.encode_first_stage(cond * 2.0 - 1.0)
         seed = int((getattr(process, "seeds", None) or [0])[0])
-        noise_BCHW = torch.randn(latent_BCHW.shape, generator=torch.Generator().manual_seed(seed))
+        noise_BCHW = torch.randn(latent_BCHW[:1].shape, generator=torch.Generator().manual_seed(seed))
         fidelity = float(getattr(unit, "threshold_a", -1.0))
         to_sigma = engine.forge_objects.unet.model.predictor.percent_to_sigma
         reference = Reference(

@@ -40,9 +40,9 @@ class IPAdapterPatcher(ControlModelPatcher):
         return IPAdapterPatcher(read_ip_adapter(TensorsInMemory(Path(ckpt_path), state_dict)))
 
     def process_after_running_preprocessors(self, process: Any, params: Any, *args: Any, **kwargs: Any) -> None:
-        """See the unit's picture, once a job. Raises: ControlNetError where the picture tower is missing."""
+        """See the unit's pictures, once a job. Raises: ControlNetError where the picture tower is missing."""
         tower = find_tower(self.model_patcher)
-        params.features = tower.encode_image(params.hint.picture, hidden_states=self.model_patcher.reads_hidden_states)
+        params.features = tower.encode_images([hint.picture for hint in params.hints], hidden_states=self.model_patcher.reads_hidden_states)
 
     def process_before_every_sampling(self, process: Any, cond: Any, mask: Any, *args: Any, **kwargs: Any) -> None:
         """Have the pass see the picture. Raises: ControlNetError for an adapter of another family."""

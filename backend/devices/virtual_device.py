@@ -36,13 +36,14 @@ class Faults:
 
 @dataclass(slots=True)
 class VirtualDevice:
-    """One virtual GPU. `charge` and `release` are called for every storage that is born and dies on it."""
+    """One virtual GPU. `charge` and `release` are called for every storage that is born and dies on it; `num_refused` counts faults on request."""
 
     name: str
     cap_bytes: int
     peak_bytes: int = 0
     num_allocations: int = 0
     num_operations: int = 0
+    num_refused: int = 0
     faults: Faults | None = None
     _random: random.Random = field(default_factory=random.Random, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -62,7 +63,7 @@ class VirtualDevice:
         """Start (or stop, with None) going wrong; counting begins anew."""
         with self._lock:
             self.faults = faults
-            self.num_allocations = self.num_operations = 0
+            self.num_allocations = self.num_operations = self.num_refused = 0
             self._random.seed(faults.seed if faults else 0)
 
     def reset_peak(self) -> None:
@@ -78,6 +79,7 @@ class VirtualDevice:
             if live_bytes + need_bytes > self.cap_bytes:
                 raise torch.OutOfMemoryError(self._describe_shortage(need_bytes))
             if self.faults is not None and self._fails_now(self.faults):
+                self.num_refused += 1
                 raise torch.OutOfMemoryError(f"{self._describe_shortage(need_bytes)} (Fault on request, allocation {self.num_allocations}.)")
             self._live_bytes = live_bytes + need_bytes
             self.peak_bytes = max(self.peak_bytes, self._live_bytes)

@@ -101,6 +101,7 @@ def _options_of_rows(options: TransformerOptions, first: int, end: int, num_rows
         "cond_or_uncond": kinds[first // num_pictures : end // num_pictures] if aligned else row_kinds,
         "cond_indices": [row for row, kind in enumerate(row_kinds) if kind == 0],
         "uncond_indices": [row for row, kind in enumerate(row_kinds) if kind == 1],
+        "picture_indices": [row % num_pictures for row in range(first, end)],
     }
     if isinstance(options.get("cond_mark"), Tensor):
         described["cond_mark"] = options["cond_mark"][first:end]

@@ -221,7 +221,7 @@ def build_program(unet: UNet2DConditionModel) -> UNetProgram:
     has_vector = bool(unet.config.addition_embed_type)
     embedding_names = ["time_proj", "time_embedding", *(["add_embedding"] if has_vector else [])]
     inputs = _input_segments(unet)
-    segments = [*inputs, _middle_segment(unet), *_output_segments(unet, len(inputs)), _last_segment(unet)]
+    segments = [*inputs, *_middle_segments(unet), *_output_segments(unet, len(inputs)), _last_segment(unet)]
     return UNetProgram(
         embedding=TimeEmbedding(_named(unet, embedding_names), unet),
         segments=tuple(segments),
@@ -254,15 +254,18 @@ def _input_segments(unet: Any) -> list[UNetSegment]:
     ]  # fmt: skip
 
 
-def _middle_segment(unet: Any) -> UNetSegment:
+def _middle_segments(unet: Any) -> list[UNetSegment]:
+    """One; none in distilled UNets (small-sd, tiny-sd)."""
+    if unet.mid_block is None:
+        return []
     block, names = unet.mid_block, ["mid_block.resnets.0"]
     for index in range(len(block.attentions)):
         names += [f"mid_block.attentions.{index}", f"mid_block.resnets.{index + 1}"]
     layers = _named(unet, names)
-    return UNetSegment(
+    return [UNetSegment(
         kind="middle", number=0, named_layers=layers, consumes=(HIDDEN,), produces=(HIDDEN,), adds=(Addition("middle", 0, HIDDEN),),
         exchanges=_find_exchanges(layers), inner=_INNER,
-    )  # fmt: skip
+    )]  # fmt: skip
 
 
 def _output_segments(unet: Any, num_inputs: int) -> list[UNetSegment]:
@@ -316,7 +319,8 @@ def _resnet_runs(block: Any, prefix: str) -> list[list[str]]:
 def _refuse_unknown_parts(unet: Any) -> None:
     known = (DownBlock2D, CrossAttnDownBlock2D, UNetMidBlock2DCrossAttn, UNetMidBlock2D, UpBlock2D, CrossAttnUpBlock2D)
     config = unet.config
-    unknown = sorted({type(block).__name__ for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) if not isinstance(block, known)})
+    middle = [] if unet.mid_block is None else [unet.mid_block]
+    unknown = sorted({type(block).__name__ for block in (*unet.down_blocks, *middle, *unet.up_blocks) if not isinstance(block, known)})
     unknown += [name for name in ("encoder_hid_dim_type", "class_embed_type", "time_embedding_act_fn", "num_class_embeds") if config.get(name)]
     unknown += [f"addition_embed_type={config.addition_embed_type}"] if config.addition_embed_type not in (None, "text_time") else []
     unknown += [name for name in ("dual_cross_attention", "center_input_sample") if config.get(name)]

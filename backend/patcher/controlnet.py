@@ -279,6 +279,12 @@ class ControlBase:
         return
 
 
+def _layers(config: Any) -> list[int]:
+    """Resnets of each level on the way in."""
+    per_level, levels = config.layers_per_block, len(config.block_out_channels)
+    return [per_level] * levels if isinstance(per_level, int) else list(per_level)
+
+
 def _with_channels(hint: Tensor, channels: int, name: str) -> Tensor:
     if hint.shape[1] == channels:
         return hint
@@ -345,6 +351,12 @@ class ControlNet(ControlBase):
                     f"{self.name} does not fit the checkpoint in use: {what} are {own[name]} wide, the checkpoint's {theirs[name]}. It is made for "
                     f"{family_of(own)}, the checkpoint is {family_of(theirs)}; choose a ControlNet of the checkpoint's family."
                 )
+        if _layers(own) != _layers(theirs) or theirs.mid_block_type is None:
+            raise ControlNetError(
+                f"{self.name} does not fit the checkpoint in use: it has {_layers(own)} layers per level, and the checkpoint {_layers(theirs)}"
+                f"{' and no middle' if theirs.mid_block_type is None else ''}. A distilled checkpoint takes no ControlNet of the whole one; "
+                "choose the checkpoint that it was distilled from."
+            )
 
     def pre_run(self, model: KModel, percent_to_timestep_function: Callable[[float], float]) -> None:
         """Before the first step: noise levels, and the predictor that scales latents. Raises: ControlNetError."""

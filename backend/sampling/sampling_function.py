@@ -363,7 +363,7 @@ def _find_control(
 
 
 def _describe_batch(options: ModelOptions, kinds: list[int], sigma_B: Tensor) -> dict[str, Any]:
-    """Transformer options with what the batch holds: `cond_or_uncond` per branch, the other keys per row."""
+    """Transformer options with what the batch holds: `cond_or_uncond` per branch, the rest per row. `picture_indices` are places in the batch."""
     batch_size = sigma_B.shape[0]
     row_kinds = [kind for kind in kinds for _ in range(batch_size)]
     return {
@@ -373,6 +373,7 @@ def _describe_batch(options: ModelOptions, kinds: list[int], sigma_B: Tensor) ->
         "cond_mark": torch.tensor(row_kinds, device=sigma_B.device, dtype=sigma_B.dtype),
         "cond_indices": [row for row, kind in enumerate(row_kinds) if kind == COND],
         "uncond_indices": [row for row, kind in enumerate(row_kinds) if kind == UNCOND],
+        "picture_indices": [*range(batch_size)] * len(kinds),
     }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backend.text_processing.clip_tokenizer import tokenize_plain
 from backend.text_processing.embedding import EmbeddingError
-from backend.unfinished_files import replacing
+from backend.unfinished_files import creating, replacing
 
 if TYPE_CHECKING:
     from backend.text_processing.classic_engine import ClassicTextProcessingEngine
@@ -57,19 +57,27 @@ def write_embedding(
 ) -> Path:
     """Write a new file, whole or not at all: `.pt` in A1111's form for one text encoder, `.safetensors` for a pair (SDXL).
 
-    Raises: EmbeddingError when there is one of that name already and `overwrite` is not set.
+    Raises: EmbeddingError when there is one of that name already, or another writer makes it meanwhile, and `overwrite` is not set.
     """
     name = clean_name(name)
     path = folder / f"{name}{'.pt' if len(tables) == 1 else '.safetensors'}"
-    if path.exists() and not overwrite:
-        raise EmbeddingError(f"there is an embedding {path.name} already; choose another name, or ask for the old one to be overwritten")
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
-        if len(tables) == 1:
-            facts = {"name": name, "step": 0, "sd_checkpoint": sd_checkpoint, "sd_checkpoint_name": sd_checkpoint_name}
-            torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": next(iter(tables.values()))}, **facts}, unfinished)
-        else:
-            from safetensors.torch import save_file  # only when something is saved
-
-            save_file({key: table.contiguous() for key, table in tables.items()}, unfinished)
+    try:
+        with (replacing if overwrite else creating)(path) as unfinished:
+            if path.exists() and not overwrite:
+                raise FileExistsError(path)
+            _save_tables(unfinished, name, tables, {"sd_checkpoint": sd_checkpoint, "sd_checkpoint_name": sd_checkpoint_name})
+    except FileExistsError as error:
+        remedy = "choose another name, or ask for the old one to be overwritten"
+        raise EmbeddingError(f"there is an embedding {path.name} already; {remedy}") from error
     return path
+
+
+def _save_tables(path: Path, name: str, tables: Mapping[str, Tensor], checkpoint: Mapping[str, str | None]) -> None:
+    if len(tables) == 1:
+        facts = {"name": name, "step": 0, **checkpoint}
+        torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": next(iter(tables.values()))}, **facts}, path)
+        return
+    from safetensors.torch import save_file  # only when something is saved
+
+    save_file({key: table.contiguous() for key, table in tables.items()}, path)

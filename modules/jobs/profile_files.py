@@ -1,12 +1,15 @@
 """What --profile leaves in logs/: profile.json with the last jobs, trace.json and timeline.png of the last one. Knows no devices and no requests.
 
-Each file is replaced as a whole, so that a crash leaves the one before.
+Each file is replaced as a whole, so that a crash leaves the one before. A file of that name which no profile wrote keeps its place and its name: ours
+is then called webui-profile.json, and so on.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from backend.unfinished_files import replace_content
-from modules.jobs.profile_record import JobRecord, ProfileFile
+from modules.jobs.profile_record import TITLE, JobRecord, ProfileFile
 from modules.version import program_version
 
 log = logging.getLogger(__name__)
@@ -22,15 +25,38 @@ log = logging.getLogger(__name__)
 PROFILE, TRACE, TIMELINE = "profile.json", "trace.json", "timeline.png"
 JOBS_PER_FILE = 10
 NUM_OLD_FILES = 3
+_HEAD_BYTES = 1024
+_BEGINNINGS = {
+    ".json": re.compile(rb'\s*\{\s*"(version":\s*\d+,\s*"program"|displayTimeUnit":"ms","otherData":\{"job"):'),
+    ".png": re.compile(rb"\x89PNG.*" + TITLE.encode(), re.DOTALL),
+}
 
 
 def write_profile(folder: Path, job: JobRecord) -> None:
     """Add a job to profile.json, and write its trace and its timeline. Raises: OSError."""
     from modules.jobs.profile_timeline import draw_timeline  # imports matplotlib
 
-    _add_job(folder, job)
-    replace_content(folder / TRACE, json.dumps(chrome_trace(job), separators=(",", ":")).encode())
-    replace_content(folder / TIMELINE, draw_timeline(job))
+    _add_job(own_place(folder, PROFILE), job)
+    replace_content(own_place(folder, TRACE), json.dumps(chrome_trace(job), separators=(",", ":")).encode())
+    replace_content(own_place(folder, TIMELINE), draw_timeline(job))
+
+
+def own_place(folder: Path, name: str) -> Path:
+    """Where the file `name` of the profile is, or goes: under its name, or with `webui-` before it as long as something else has that name."""
+    path = folder / name
+    while path.exists() and not is_ours(path):
+        log.info("%s is no profile of this program, and stays; the profile is called webui-%s.", path, path.name)
+        path = path.with_name(f"webui-{path.name}")
+    return path
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a profile wrote this file: told by what it begins with, whatever version it is of. Raises: OSError."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    return _BEGINNINGS[path.suffix].match(head) is not None
 
 
 def read_profile(path: Path) -> ProfileFile | None:
@@ -44,8 +70,7 @@ def read_profile(path: Path) -> ProfileFile | None:
         return None
 
 
-def _add_job(folder: Path, job: JobRecord) -> None:
-    path = folder / PROFILE
+def _add_job(path: Path, job: JobRecord) -> None:
     before = read_profile(path)
     if before is None or len(before.jobs) >= JOBS_PER_FILE:
         _rotate(path)
@@ -55,11 +80,12 @@ def _add_job(folder: Path, job: JobRecord) -> None:
 
 
 def _rotate(path: Path) -> None:
-    """profile.json becomes profile.1.json, that profile.2.json, and so on; the oldest goes."""
-    for number in range(NUM_OLD_FILES, 0, -1):
-        source = path if number == 1 else path.with_suffix(f".{number - 1}.json")
+    """profile.json becomes profile.1.json, that profile.2.json, and so on; the oldest goes. A name that something else has is passed over."""
+    names = [path, *(path.with_suffix(f".{number}.json") for number in range(1, NUM_OLD_FILES + 1))]
+    places = [place for place in names if not place.exists() or is_ours(place)]
+    for source, target in reversed(list(itertools.pairwise(places))):
         if source.exists():
-            source.replace(path.with_suffix(f".{number}.json"))
+            source.replace(target)
 
 
 # the trace that chrome://tracing and Perfetto read: times in microseconds, one "thread" for each slot's work and one for copies to it

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from backend.profiler import Recording, Span
 
 VERSION: Final = 1
+TITLE: Final = "profile of a job"
+"""By it a timeline.png is known as ours."""
 Outcome = Literal["finished", "interrupted", "failed"]
 
 

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from modules.jobs.profile_record import JobRecord
+from modules.jobs.profile_record import TITLE, JobRecord
 
 COLORS = {
     "network": "#3b7dd8",
@@ -46,7 +46,7 @@ def draw_timeline(job: JobRecord) -> bytes:
     axes.set_title(_title(job), loc="left", fontsize=9)
     axes.legend(handles=_legend(job), loc="upper center", bbox_to_anchor=(0.5, -0.26 - 0.2 / len(lanes)), ncols=7, frameon=False, fontsize=8)
     written = io.BytesIO()
-    figure.savefig(written, format="png")
+    figure.savefig(written, format="png", metadata={"Title": TITLE})
     return written.getvalue()
 
 

@@ -6,8 +6,6 @@ A file is written under a temporary name in its own folder, flushed to disk and 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +15,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image, PngImagePlugin
 
-from backend.unfinished_files import unfinished_name
+from backend.unfinished_files import publish_new, unfinished_name
 from modules.infotext.stealth import add_stealth_infotext
 from modules.pictures.metadata import user_comment_exif
 from modules.pictures.resizing import flatten, with_alpha_channel
@@ -134,33 +132,6 @@ def temporary_file(folder: Path, name: str) -> Iterator[tuple[Path, BinaryIO]]:
             yield path, file
     finally:
         path.unlink(missing_ok=True)
-
-
-def publish_new(temporary: Path, final: Path) -> None:
-    """Give a finished temporary file its name, in one step. Raises FileExistsError when the name is taken, also by a file made meanwhile."""
-    try:
-        os.link(temporary, final)
-    except FileExistsError:
-        raise
-    except OSError:
-        _publish_without_links(temporary, final)
-    else:
-        temporary.unlink()
-
-
-def _publish_without_links(temporary: Path, final: Path) -> None:
-    """For file systems without hard links: claim the name by a file beside it, then rename if it is free. A claim whose owner died stays."""
-    if os.name == "nt":
-        temporary.rename(final)  # fails on Windows when the name is taken
-        return
-    claim = final.with_name(f".{hashlib.sha256(os.fsencode(final.name)).hexdigest()[:16]}.claim")
-    os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    try:
-        if final.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
-        temporary.replace(final)
-    finally:
-        claim.unlink()
 
 
 def write_whole(write: Callable[[BinaryIO], object], names: Iterable[Path], *, replace: bool = False) -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from modules.jobs.gpu_report import STATES, describe_idleness
+from modules.jobs.profile_files import TIMELINE, own_place
 
 if TYPE_CHECKING:
     from backend.parallel.running.status import PlanStatus, SlotStatus
@@ -23,7 +24,7 @@ _NOTHING_RUNS = "<div hidden class='idle'></div>"
 _UNKNOWN = "–"
 _DONE = "Stage runs"
 _OPTIONAL = ("Use", "Temp.", _DONE)
-LOG_FOLDER, TIMELINE = "logs", "timeline.png"
+LOG_FOLDER = "logs"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
 
@@ -71,7 +72,7 @@ def timeline_html(app: Application) -> str:
     if not app.config.backend.profile:
         return ""
     try:
-        picture = (app.config.data_dir / LOG_FOLDER / TIMELINE).read_bytes()
+        picture = own_place(app.config.data_dir / LOG_FOLDER, TIMELINE).read_bytes()
     except OSError:  # no job yet, or it was deleted
         return ""
     coded = base64.b64encode(picture).decode()

@@ -18,7 +18,7 @@ from backend import key_layout, loader, memory_management
 from backend.args import BackendConfig
 from backend.devices.probing import probe_devices
 from backend.loader import CheckpointError, load_checkpoint
-from tests.support.checkpoints import FAMILIES, ReferenceModels, write_checkpoint
+from tests.support.checkpoints import DISTILLED, FAMILIES, ReferenceModels, write_checkpoint
 from tools.demo_model import networks as demo
 
 CONFIG = BackendConfig()
@@ -92,6 +92,16 @@ def test_loaded_networks_equal_those_the_file_was_written_from(checkpoint, famil
     assert (engine.is_sd1, engine.is_sd2, engine.is_sdxl) == (family == "sd15", family.startswith("sd2"), family == "sdxl")
     assert engine.forge_objects.unet.model.predictor.prediction_type == reference.prediction
     assert engine.native_size_px == {"sd15": 512, "sd20": 512, "sd21_v": 768, "sdxl": 1024}[family]
+
+
+@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+@pytest.mark.parametrize("family", DISTILLED)
+def test_distilled_members_without_a_middle_load(checkpoint, family, layout):
+    reference = checkpoint(family, layout=layout)
+    engine = load_checkpoint(reference.path, config=CONFIG)
+    assert engine.is_sd1 and engine.forge_objects.unet.model.diffusion_model.config.mid_block_type is None
+    _assert_same_weights(_networks(engine)[0], reference.unet)
+    _assert_same_outputs(engine, reference)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd20", "sdxl"])

@@ -373,6 +373,31 @@ def test_an_ip_adapter_asks_for_its_image_encoder_and_then_sees_the_picture(site
     assert "does not fit the checkpoint" in site.refused(unit, override_settings={"sd_model_checkpoint": "sdxl.safetensors"})
 
 
+_UNITS: list[dict[str, Any]] = [
+    {"model": "canny_1", "module": "None"},
+    {"model": "ip-adapter", "module": "CLIP-ViT-H"},
+    {"module": "reference_only"},
+]
+
+
+@pytest.mark.parametrize("unit", _UNITS)
+def test_a_unit_without_picture_takes_each_initial_picture_of_a_batch_for_itself(site: Site, unit: dict[str, Any]) -> None:
+    write_tower(Path(shared.preprocessor_dir) / "clip_vision" / "any.safetensors", build_tower())
+    pictures = [_picture(3), _file(Image.new("RGB", (SIDE_PX, SIDE_PX), (250, 250, 0)))]
+    body = {"prompt": "x", "seed": 1, "steps": 3, "width": SIDE_PX, "height": SIDE_PX, "denoising_strength": 0.8, "init_images": pictures}
+
+    def run(maps: int, **fields: Any) -> list[np.ndarray]:
+        units = {"ControlNet": {"args": [{**unit, **fields}]}}
+        return [_pixels(text) for text in site.post("/sdapi/v1/img2img", {**body, "batch_size": 2, "alwayson_scripts": units})["images"]][-2 - maps :]
+
+    own = run(2)
+    for place, picture in enumerate(pictures):
+        given = run(1, image=picture)
+        same, other = (np.abs(own[row] - given[row]).mean() for row in (place, 1 - place))
+        assert same < 0.001 and other > 0.01
+        assert np.array_equal(own[2 + place], given[2])
+
+
 def test_a_control_lora_is_a_model_like_others(site: Site) -> None:
     plain, guided = site.txt2img(steps=2), site.txt2img(_unit(site, model="control-lora"), steps=2)
     assert not np.array_equal(_first(plain), _first(guided))

@@ -52,7 +52,7 @@ def _ip_adapter(unet: UnetPatcher, models: ReferenceModels, folder: Path) -> Une
     with open_tensor_file(write_adapter_file(folder / "ip.safetensors", adapter_tables(models, "plus"))) as file:
         adapter = read_ip_adapter(file)
     tower = load_clip_vision(write_tower(folder / "tower.safetensors", build_tower()))
-    return apply_ip_adapter(unet, adapter, tower.encode_image(np.asarray(reference_picture()), hidden_states=True))
+    return apply_ip_adapter(unet, adapter, tower.encode_images([np.asarray(reference_picture())], hidden_states=True))
 
 
 KINDS: dict[str, tuple[str, Apply | None]] = {

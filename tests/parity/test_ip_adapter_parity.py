@@ -70,7 +70,7 @@ class _Site:
         return images
 
     def seen(self, unet: UnetPatcher, adapter: IPAdapter, picture: Any, **asked: Any) -> UnetPatcher:
-        features = self.ours.encode_image(np.asarray(picture), hidden_states=adapter.reads_hidden_states)
+        features = self.ours.encode_images([np.asarray(picture)], hidden_states=adapter.reads_hidden_states)
         return apply_ip_adapter(unet, adapter, features, **asked)
 
 

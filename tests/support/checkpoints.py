@@ -25,12 +25,14 @@ from backend.key_layout import join_checkpoint
 
 FAMILIES = ("sd15", "sd20", "sd21_v", "sdxl")
 REFINER = "sdxl_refiner"
+DISTILLED = ("small-sd", "tiny-sd")
+"""SD1 with one resnet per level and no middle block (BK-SDM small and tiny, by their published configurations)."""
 VOCAB_LENGTH = 49408
 EOS_TOKEN_ID = 49407
 SDXL_TIME_IDS_WIDTH = 6 * 256
 SDXL_PROJECTION_DIM = 64
 MOST_KEPT, MOST_KEPT_WIDTH = 8, 64
-LATENT_SCALE = {"sd15": 0.18215, "sd20": 0.18215, "sd21_v": 0.18215, "sdxl": 0.13025, REFINER: 0.13025}
+LATENT_SCALE = {"sd15": 0.18215, "sd20": 0.18215, "sd21_v": 0.18215, "sdxl": 0.13025, REFINER: 0.13025, **dict.fromkeys(DISTILLED, 0.18215)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,8 +152,8 @@ _kept = _Kept()
 
 def build_models(path: Path, family: str, *, width: int = 32, seed: int = 0, prediction: str = "epsilon", inpaint: bool = False) -> ReferenceModels:
     """The networks alone, nothing written."""
-    if family not in (*FAMILIES, REFINER):
-        raise ValueError(f"family {family!r} is none of {', '.join((*FAMILIES, REFINER))}")
+    if family not in LATENT_SCALE:
+        raise ValueError(f"family {family!r} is none of {', '.join(LATENT_SCALE)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoders = _build_text_encoders(family)
@@ -198,6 +200,15 @@ def _build_unet(family: str, width: int, *, in_channels: int, context_width: int
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=SDXL_TIME_IDS_WIDTH + SDXL_PROJECTION_DIM,
         )
+    if family == "tiny-sd":
+        return UNet2DConditionModel(
+            **{**common, "layers_per_block": 1},
+            block_out_channels=(width, 2 * width, 4 * width),
+            down_block_types=("CrossAttnDownBlock2D",) * 3,
+            mid_block_type=None,
+            up_block_types=("CrossAttnUpBlock2D",) * 3,
+            attention_head_dim=8,
+        )
     widths_4 = (width, 2 * width, 4 * width, 4 * width)
     if family == REFINER:
         return UNet2DConditionModel(
@@ -212,7 +223,9 @@ def _build_unet(family: str, width: int, *, in_channels: int, context_width: int
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=5 * 256 + SDXL_PROJECTION_DIM,
         )
-    is_sd1 = family == "sd15"
+    is_sd1 = family in ("sd15", "small-sd")
+    if family == "small-sd":
+        common |= {"layers_per_block": 1, "mid_block_type": None}
     return UNet2DConditionModel(
         **common,
         block_out_channels=widths_4,
@@ -237,7 +250,7 @@ def _build_vae(width: int, latent_scale: float) -> AutoencoderKL:
 
 
 def _build_text_encoders(family: str) -> tuple[Any, ...]:
-    if family == "sd15":
+    if family in ("sd15", *DISTILLED):
         return (CLIPTextModel(_text_config(width=64, num_layers=4, activation="quick_gelu")),)
     if family in ("sdxl", REFINER):
         clip_l = CLIPTextModel(_text_config(width=64, num_layers=3, activation="quick_gelu"))
@@ -298,7 +311,7 @@ def _round_weights(module: nn.Module, dtype: torch.dtype) -> None:
 
 def _state_dict(models: ReferenceModels, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
     if layout == "ldm":
-        joined = join_checkpoint(models.family, models.unet, models.vae, models.text_encoders)
+        joined = join_checkpoint("sd15" if models.family in DISTILLED else models.family, models.unet, models.vae, models.text_encoders)
     elif layout == "diffusers":
         parts: dict[str, nn.Module] = {"unet": models.unet, "vae": models.vae}
         parts.update({("text_encoder", "text_encoder_2")[index]: encoder for index, encoder in enumerate(models.text_encoders)})

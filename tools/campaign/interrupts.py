@@ -28,8 +28,8 @@ QUESTION = (
 )
 
 
-def run_plan(plan: str, num_interrupts: int, progress: Progress | None = None, *, seed: int = 0) -> Progress:
-    """`num_interrupts` jobs that are stopped at a random operation of one of their devices, and a whole one after each.
+def run_plan(plan: str, num_interrupts: int, progress: Progress | None = None, *, seed: int = 0, whole_after: int = 1) -> Progress:
+    """`num_interrupts` jobs that are stopped at a random operation of one of their devices, and a whole one after every `whole_after` of them.
 
     What `progress` has is not done again."""
     progress = progress or Progress()
@@ -44,9 +44,10 @@ def run_plan(plan: str, num_interrupts: int, progress: Progress | None = None, *
             kind, slot = chance.choice(KINDS), chance.randrange(len(counts))
             at = chance.randrange(counts[slot])
             ended, found = _stop_one(bed, kind, slot, at)
-            found += [f"after a {kind} at operation {at} of slot {slot}: {text}" for text in bed.check_next(sound)]
+            if number % whole_after == whole_after - 1:
+                found += [f"after a {kind} at operation {at} of slot {slot}: {text}" for text in bed.check_next(sound)]
             progress.add(plan, number, f"{kind}, {ended}", found, time.perf_counter() - started)
-        if found := bed.check_emptied():
+        if found := [*bed.check_next(sound), *bed.check_emptied()]:
             progress.add(plan, -1, "unloading", found, 0.0)
     return progress
 
@@ -97,19 +98,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--interrupts", type=int, default=500, help="interrupts and skips in all, shared among the plans")
     parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=list(PLANS))
+    parser.add_argument("--whole-after", type=int, default=1, help="how many are stopped in a row before a whole job is compared")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--progress", type=Path, help="a file that keeps what is done; the next run goes on from there")
     parser.add_argument("--report-folder", type=Path, default=BENCHMARKS)
     chosen = parser.parse_args(arguments)
     logging.disable(logging.CRITICAL)  # every failed job would be told at length
     progress = Progress(chosen.progress)
+    command = f"python -m tools.campaign.interrupts --interrupts {chosen.interrupts} --whole-after {chosen.whole_after}"
+    command += f" --plans {' '.join(chosen.plans)}"
     for plan in chosen.plans:
-        run_plan(plan, max(1, chosen.interrupts // len(chosen.plans)), progress, seed=chosen.seed)
+        run_plan(plan, max(1, chosen.interrupts // len(chosen.plans)), progress, seed=chosen.seed, whole_after=chosen.whole_after)
         path = write_report(
             Report(
                 name="interrupts",
                 question=QUESTION,
-                command=f"python -m tools.campaign.interrupts --interrupts {chosen.interrupts} --plans {' '.join(chosen.plans)} --seed {chosen.seed}",
+                command=command,
                 rows=summarize(progress),
                 found=progress.found,
                 seconds=progress.seconds,

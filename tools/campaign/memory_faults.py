@@ -1,6 +1,6 @@
 """Out-of-memory faults at every n-th allocation of a guided job, under each plan: the same picture or a clear failure, and the next job is right.
 
-python -m tools.campaign.memory_faults --faults 1000 --progress faults.jsonl
+python -m tools.campaign.memory_faults --faults 1000 --per-job 5 --progress faults.jsonl
 """
 
 from __future__ import annotations
@@ -25,48 +25,57 @@ SAME, CLEAR, NOT_REACHED, OTHER = "same picture", "clear failure", "not reached"
 QUESTION = (
     "Out-of-memory faults at every n-th allocation of a job of two pictures with ControlNet, LoRA and hires fix on "
     "virtual GPUs: is the picture the same (within one grey level) or the failure clear (every device named), is "
-    "the next job right, and do bytes and threads come back? One fault in four lasts to the end of its job."
+    "the next job right, and do bytes and threads come back? In one job of four the fault lasts to the end."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a fault strikes: a device, the number of an allocation there, and whether all behind it fail too."""
+    """Where a job's faults strike: a device and the numbers of allocations there. One that lasts strikes at all allocations behind it too."""
 
     slot: int
-    at: int
-    lasts: bool
+    at: tuple[int, ...]
+    lasts: bool = False
 
     def __str__(self) -> str:
-        return f"slot {self.slot}, allocation {self.at}{' and all behind it' if self.lasts else ''}"
+        return f"slot {self.slot}, allocations {', '.join(map(str, self.at))}{' and all behind it' if self.lasts else ''}"
+
+    def faults(self) -> Faults:
+        """What the device is told."""
+        return Faults(out_of_memory_at=range(self.at[0], _LASTING) if self.lasts else frozenset(self.at))
 
 
-def place_faults(num_faults: int, counts: Sequence[int]) -> list[Place]:
-    """`num_faults` places, dealt to the devices in turn and spread over the `counts` allocations that a job makes on each."""
-    slots = len(counts)
-    rounds = -(-num_faults // slots)
-    return [
-        Place(slot=number % slots, at=1 + counts[number % slots] * (number // slots) // rounds, lasts=number // slots % 4 == 3)
-        for number in range(num_faults)
-    ]
+def place_faults(num_faults: int, counts: Sequence[int], per_job: int = 1) -> list[Place]:
+    """Jobs with `num_faults` in all, dealt to the devices in turn, spread over the `counts` allocations that a job makes on each.
+
+    Three jobs in four have `per_job` faults far from each other, the fourth has one that lasts."""
+    slots, jobs = len(counts), -(-num_faults // per_job)
+    rounds = -(-jobs // slots)
+    places = []
+    for number in range(jobs):
+        slot, turn = number % slots, number // slots
+        at = tuple(1 + counts[slot] * (turn + place * rounds) // (rounds * per_job) for place in range(per_job))
+        lasts = turn % 4 == 3
+        places.append(Place(slot=slot, at=at[turn // 4 % per_job :][:1] if lasts else at, lasts=lasts))
+    return places
 
 
-def run_plan(plan: str, num_faults: int, progress: Progress | None = None) -> Progress:
-    """`num_faults` jobs with a fault each, and a sound one after each. What `progress` has is not done again."""
+def run_plan(plan: str, num_faults: int, progress: Progress | None = None, *, per_job: int = 1) -> Progress:
+    """Jobs with `num_faults` in all, and a sound one after each. What `progress` has is not done again."""
     progress = progress or Progress()
-    left = [number for number in range(num_faults) if number not in progress.done(plan)]
+    left = [number for number in range(-(-num_faults // per_job)) if number not in progress.done(plan)]
     if not left:
         return progress
     with guided_bed(plan) as bed:
         sound = bed.settle()
-        places = place_faults(num_faults, _count_allocations(bed))
+        places = place_faults(num_faults, _count_allocations(bed), per_job)
         for number in left:
             started, place = time.perf_counter(), places[number]
-            result, found = _disturb(bed, place, sound)
+            result, struck, found = _disturb(bed, place, sound)
             found += [f"after {place}: {text}" for text in bed.check_next(sound)]
-            progress.add(plan, number, result, found, time.perf_counter() - started)
+            progress.add(plan, number, result, found, time.perf_counter() - started, struck=struck)
         if found := bed.check_emptied():
-            progress.add(plan, -1, OTHER, found, 0.0)
+            progress.add(plan, -1, OTHER, found, 0.0, struck=0)
     return progress
 
 
@@ -80,10 +89,17 @@ def _count_allocations(bed: Bed) -> list[int]:
     return counts
 
 
-def _disturb(bed: Bed, place: Place, sound: Sound) -> tuple[str, list[str]]:
-    """One job with a fault: what came of it, and what was not as promised."""
+def _disturb(bed: Bed, place: Place, sound: Sound) -> tuple[str, int, list[str]]:
+    """One job with faults: what came of it, how many struck (one that lasts counts once), and what was not as promised."""
     device = bed.devices[place.slot]
-    device.set_faults(Faults(out_of_memory_at=range(place.at, _LASTING if place.lasts else place.at + 1)))
+    device.set_faults(place.faults())
+    result, found = _run_disturbed(bed, place, sound)
+    struck = min(device.num_refused, 1) if place.lasts else device.num_refused
+    device.set_faults(None)
+    return result if struck else NOT_REACHED, struck, found
+
+
+def _run_disturbed(bed: Bed, place: Place, sound: Sound) -> tuple[str, list[str]]:
     try:
         difference = bed.differs(bed.picture(bed.submit()), sound)
     except OutOfMemory as error:
@@ -91,11 +107,7 @@ def _disturb(bed: Bed, place: Place, sound: Sound) -> tuple[str, list[str]]:
         return CLEAR, [] if names_all else [f"{place}: the failure names not every device: {error}"]
     except Exception as error:  # noqa: BLE001 - whatever else comes is what the campaign looks for
         return OTHER, [f"{place}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
-    else:
-        reached = device.num_allocations >= place.at
-        return SAME if reached else NOT_REACHED, [f"{place}: another picture, by {difference}"] if difference else []
-    finally:
-        device.set_faults(None)
+    return SAME, [f"{place}: another picture, by {difference}"] if difference else []
 
 
 def summarize(progress: Progress) -> list[dict[str, object]]:
@@ -105,7 +117,8 @@ def summarize(progress: Progress) -> list[dict[str, object]]:
         cases = [case for case in progress.of(plan) if case.number >= 0]
         counts = Counter(case.result for case in cases)
         counted = {name: counts[name] for name in (SAME, CLEAR, NOT_REACHED)}
-        rows.append({"plan": plan, "faults": len(cases), **counted, "found": sum(len(case.found) for case in progress.of(plan))})
+        struck = sum(case.struck for case in cases)
+        rows.append({"plan": plan, "faults": struck, "jobs": len(cases), **counted, "found": sum(len(case.found) for case in progress.of(plan))})
     return rows
 
 
@@ -114,18 +127,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=1000, help="faults in all, shared among the plans")
     parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=list(PLANS))
+    parser.add_argument("--per-job", type=int, default=1, help="faults in one job, far from each other")
     parser.add_argument("--progress", type=Path, help="a file that keeps what is done; the next run goes on from there")
     parser.add_argument("--report-folder", type=Path, default=BENCHMARKS)
     chosen = parser.parse_args(arguments)
     logging.disable(logging.CRITICAL)  # every failed job would be told at length
     progress = Progress(chosen.progress)
+    command = f"python -m tools.campaign.memory_faults --faults {chosen.faults} --per-job {chosen.per_job}"
+    command += f" --plans {' '.join(chosen.plans)}"
     for plan in chosen.plans:
-        run_plan(plan, max(1, chosen.faults // len(chosen.plans)), progress)
+        run_plan(plan, max(1, chosen.faults // len(chosen.plans)), progress, per_job=chosen.per_job)
         path = write_report(
             Report(
                 name="memory_faults",
                 question=QUESTION,
-                command=f"python -m tools.campaign.memory_faults --faults {chosen.faults} --plans {' '.join(chosen.plans)}",
+                command=command,
                 rows=summarize(progress),
                 found=progress.found,
                 seconds=progress.seconds,

@@ -13,12 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Case `number` of one plan: what came of it in a word, what was not as promised, how long it took, and the commit that it ran on."""
+    """Case `number` of one plan: what came of it in a word, what was not as promised, how many disturbances reached it, how long it took, on which
+    commit."""
 
     plan: str
     number: int
     result: str
     found: tuple[str, ...] = ()
+    struck: int = 1
     seconds: float = 0.0
     commit: str = ""
 
@@ -31,9 +33,9 @@ class Progress:
         self.commit = _commit()
         self.cases: list[Case] = list(_read(path)) if path is not None and path.exists() else []
 
-    def add(self, plan: str, number: int, result: str, found: list[str], seconds: float) -> None:
+    def add(self, plan: str, number: int, result: str, found: list[str], seconds: float, *, struck: int = 1) -> None:
         """A case that is over."""
-        case = Case(plan=plan, number=number, result=result, found=tuple(found), seconds=round(seconds, 2), commit=self.commit)
+        case = Case(plan=plan, number=number, result=result, found=tuple(found), struck=struck, seconds=round(seconds, 2), commit=self.commit)
         self.cases.append(case)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:

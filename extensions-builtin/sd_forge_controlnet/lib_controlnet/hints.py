@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +38,24 @@ class Hint:
         return cond.contiguous(), torch.from_numpy(mask)[None, None]
 
 
-def make_hint(p: Any, unit: ControlNetUnit, preprocessor: Any, number: int) -> Hint:
-    """The hint of a unit. Raises RequestError where there is no picture or it cannot be read."""
-    picture, mask = read_pictures(p, unit, number)
+def make_hints(p: Any, unit: ControlNetUnit, preprocessor: Any, number: int) -> list[Hint]:
+    """The hints of a unit: one for all pictures, or where img2img starts from several and the unit brings none, each one's own.
+
+    Raises RequestError where there is no picture or one cannot be read."""
+    count = 1 if as_given(unit) is not None else max(len(getattr(p, "init_images", None) or ()), 1)
+    return [_make_hint(p, unit, preprocessor, number, place) for place in range(count)]
+
+
+def stack_hints(hints: Sequence[Hint], width_px: int, height_px: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(hints (1 or I, 3, height, width), mask (1 or I, 1, height, width) or None) in the size of a pass; a mask that all share is there once."""
+    pairs = [hint.tensors(width_px, height_px) for hint in hints]
+    masks = [mask for _, mask in pairs if mask is not None]
+    shared = masks[:1] if all(torch.equal(mask, masks[0]) for mask in masks) else masks
+    return torch.cat([cond for cond, _ in pairs]), torch.cat(shared) if masks else None
+
+
+def _make_hint(p: Any, unit: ControlNetUnit, preprocessor: Any, number: int, place: int) -> Hint:
+    picture, mask = read_pictures(p, unit, number, place)
     mode = resize_mode_of(p, unit)
     if preprocessor.corp_image_with_a1111_mask_when_in_img2img_inpaint_tab:
         picture, mask = crop_to_inpainted_part(p, picture, mask, mode)
@@ -66,15 +81,15 @@ def choose_resolution(p: Any, unit: ControlNetUnit, preprocessor: Any, picture: 
     return int(own["value"]) if unit.processor_res <= 0 else int(min(max(unit.processor_res, 64), 4096))
 
 
-def read_pictures(p: Any, unit: ControlNetUnit, number: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """(picture (H, W, 3), mask (H, W) 0..1 or None): the unit's own, else img2img's."""
+def read_pictures(p: Any, unit: ControlNetUnit, number: int, place: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
+    """(picture (H, W, 3), mask (H, W) 0..1 or None): the unit's own, else img2img's at `place` of its batch."""
     picture = as_array(as_given(unit))
     mask = _as_mask(unit.mask_image)
     if picture is None:
         initial = getattr(p, "init_images", None)
         if not initial:
             raise RequestError(f"ControlNet unit {number} is enabled but has no image. Give it one, or disable the unit.")
-        picture = np.asarray(flatten(initial[0], p.options.img2img_background_color))
+        picture = np.asarray(flatten(initial[place], p.options.img2img_background_color))
         if mask is None and getattr(p, "image_mask", None) is not None:
             mask = _as_mask(inpaint_mask(p, blurred=False))
     if mask is not None and mask.shape != picture.shape[:2]:

@@ -12,7 +12,7 @@ from backend.patcher.controlnet import ControlNetError, soft_weights, zero_weigh
 from lib_controlnet import api, global_state
 from lib_controlnet.enums import ControlMode, ControlNetUnionControlType, HiResFixOption
 from lib_controlnet.external_code import ControlNetUnit
-from lib_controlnet.hints import Hint, make_hint
+from lib_controlnet.hints import Hint, make_hints, stack_hints
 from modules import shared
 from modules.errors import RequestError
 from modules.processing.latents import latent_format_of
@@ -20,13 +20,15 @@ from modules.processing.latents import latent_format_of
 
 @dataclass
 class ActiveUnit:
-    """An enabled unit of a job, with its model and hint. `features`: what the model keeps of the hint for the passes."""
+    """An enabled unit of a job, with its model and hints: one for all pictures, or one for each.
+
+    `features`: what the model keeps of the hints for the passes."""
 
     number: int
     unit: ControlNetUnit
     preprocessor: Any
     model: Any
-    hint: Hint
+    hints: list[Hint]
     features: Any = None
 
 
@@ -61,7 +63,7 @@ def prepare_unit(p: Any, unit: ControlNetUnit, number: int) -> ActiveUnit:
         unit.union_control_type = None
     elif unit.union_control_type is None:
         unit.union_control_type = find_union_type(preprocessor, unit, number)
-    return ActiveUnit(number, unit, preprocessor, model, make_hint(p, unit, preprocessor, number))
+    return ActiveUnit(number, unit, preprocessor, model, make_hints(p, unit, preprocessor, number))
 
 
 def find_union_type(preprocessor: Any, unit: ControlNetUnit, number: int) -> ControlNetUnionControlType:
@@ -79,7 +81,7 @@ def find_union_type(preprocessor: Any, unit: ControlNetUnit, number: int) -> Con
 
 
 def see_hint(p: Any, one: ActiveUnit) -> None:
-    """Let the unit's model see its hint before the first pass. Raises RequestError."""
+    """Let the unit's model see its hints before the first pass. Raises RequestError."""
     if one.model is None:
         return
     try:
@@ -89,9 +91,9 @@ def see_hint(p: Any, one: ActiveUnit) -> None:
 
 
 def add_detected_map(p: Any, one: ActiveUnit) -> None:
-    """The map behind the job's pictures, unless the settings say no."""
+    """The maps behind the job's pictures, unless the settings say no."""
     if one.unit.save_detected_map and not shared.opts.control_net_no_detectmap:
-        p.extra_result_images.append(Image.fromarray(one.hint.picture))
+        p.extra_result_images += [Image.fromarray(hint.picture) for hint in one.hints]
 
 
 def acts_in_pass(unit: ControlNetUnit, p: Any) -> bool:
@@ -104,7 +106,7 @@ def acts_in_pass(unit: ControlNetUnit, p: Any) -> bool:
 def patch_pass(p: Any, one: ActiveUnit, x: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     """Hint and weights in the size of the pass, and the model at the head of the chain."""
     factor = latent_format_of(p.sd_model).factor
-    cond, mask = one.hint.tensors(int(x.shape[3]) * factor, int(x.shape[2]) * factor)
+    cond, mask = stack_hints(one.hints, int(x.shape[3]) * factor, int(x.shape[2]) * factor)
     kwargs = {**kwargs, "unit": one.unit, "params": one, "cond_original": cond, "mask_original": mask}
     cond, mask = one.preprocessor.process_before_every_sampling(p, cond, mask, *args, **kwargs)
     model = one.model

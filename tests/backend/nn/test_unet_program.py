@@ -14,10 +14,10 @@ from torch import Tensor
 
 from backend.attention import attention_pytorch
 from backend.nn.unet_program import build_program
-from tests.support.checkpoints import SDXL_PROJECTION_DIM, build_models
+from tests.support.checkpoints import DISTILLED, SDXL_PROJECTION_DIM, build_models
 from tools.demo_model import networks
 
-CASES = ("sd15", "sd15-inpaint", "sd21_v", "sdxl", "sdxl-inpaint", "refiner", "no_middle_attention", "demo")
+CASES = ("sd15", "sd15-inpaint", "sd21_v", "sdxl", "sdxl-inpaint", "refiner", "no_middle_attention", *DISTILLED, "demo")
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -27,6 +27,8 @@ def unet(request: pytest.FixtureRequest) -> UNet2DConditionModel:
         return networks.build_unet().eval().requires_grad_(False)
     if request.param in ("refiner", "no_middle_attention"):
         return _build_relative(request.param)
+    if request.param in DISTILLED:
+        return build_models(Path("none"), request.param).unet
     family, _, inpaint = request.param.partition("-")
     return build_models(Path("none"), family, inpaint=bool(inpaint)).unet
 
@@ -136,7 +138,8 @@ def test_control_residuals_are_added_as_the_library_adds_them(unet: UNet2DCondit
     down = [torch.randn(shape, generator=generator) * 0.1 for shape in shapes]
     middle = torch.randn(shapes[-1], generator=generator) * 0.1
     control = {"output": down, "middle": [middle], "input": []}
-    expected = _library(unet, inputs, down_block_additional_residuals=down, mid_block_additional_residual=middle)
+    added = middle if unet.mid_block is not None else torch.zeros_like(middle)  # without a middle there is nothing that takes it
+    expected = _library(unet, inputs, down_block_additional_residuals=down, mid_block_additional_residual=added)
     assert torch.equal(_run(unet, inputs, control=control), expected)
     assert len(control["output"]) == len(shapes), "the caller's lists are left alone"
 
@@ -152,7 +155,7 @@ def test_input_residuals_act_before_the_skip_is_stored(unet: UNet2DConditionMode
 
 def test_a_residual_that_does_not_fit_is_left_out_with_a_warning(unet: UNet2DConditionModel, caplog: pytest.LogCaptureFixture) -> None:
     inputs = _inputs(unet)
-    output = _run(unet, inputs, control={"middle": [torch.ones(2, 7, 3, 3)]})
+    output = _run(unet, inputs, control={"input" if unet.mid_block is None else "middle": [torch.ones(2, 7, 3, 3)]})
     assert torch.equal(output, _library(unet, inputs))
     assert "does not fit" in caplog.text
 

@@ -179,6 +179,12 @@ def test_a_link_is_a_copy_with_the_same_network(unet: UnetPatcher, network: Cont
     assert (link.copy().strength, link.copy().timestep_percent_range, link.copy().previous_controlnet) == (0.5, (0.2, 0.8), None)
 
 
+def test_a_controlnet_of_the_whole_checkpoint_does_not_fit_the_distilled_one(network: ControlNet) -> None:
+    small = UnetPatcher(KModel(build_models(Path("none"), "small-sd").unet, Prediction()), CPU, CPU)
+    with pytest.raises(ControlNetError, match=r"2, 2, 2, 2. layers per level, and the checkpoint .1, 1, 1, 1. and no middle"):
+        _run(apply_controlnet_advanced(small, network, hint(), 1.0, 0.0, 1.0))
+
+
 def test_a_hint_is_cut_to_the_middle_and_resized(unet: UnetPatcher, network: ControlNet) -> None:
     wide = torch.zeros(1, 3, 32, 96)
     wide[..., 32:64] = hint(32)

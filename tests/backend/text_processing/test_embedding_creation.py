@@ -63,6 +63,21 @@ def test_nothing_is_written_over_unasked(tmp_path: Path) -> None:
     assert found is not None and found.vectors == 2
 
 
+def test_of_two_that_make_the_same_name_at_once_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second file is made between the first one's look and its last step."""
+    facts: dict[str, Any] = {"sd_checkpoint": None, "sd_checkpoint_name": None}
+    save = torch.save
+
+    def save_late(content: Any, path: Path) -> None:
+        save(content, path)
+        (tmp_path / "a.pt").write_bytes(b"the other's")
+
+    monkeypatch.setattr(torch, "save", save_late)
+    with pytest.raises(EmbeddingError, match="already"):
+        write_embedding(tmp_path, "a", {"clip_l": torch.zeros(1, 8)}, overwrite=False, **facts)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.pt", b"the other's")]
+
+
 @pytest.mark.parametrize(("name", "kept"), [("my cat", "my cat"), ("../../x", "....x"), ("a/b\\c:d", "abcd"), ("Ünï-1_2.3", "Ünï-1_2.3")])
 def test_names_stay_in_the_folder(name: str, kept: str) -> None:
     assert clean_name(name) == kept

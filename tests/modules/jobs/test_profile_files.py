@@ -8,7 +8,7 @@ import pytest
 from backend.profiler import Recording, Span
 from modules.jobs import profile_files
 from modules.jobs.profile_files import JOBS_PER_FILE, NUM_OLD_FILES, chrome_trace, read_profile, write_profile
-from modules.jobs.profile_record import JobFacts, JobRecord, PeakRecord, RequestRecord, SampleRecord, SlotFigures, build_job
+from modules.jobs.profile_record import TITLE, JobFacts, JobRecord, PeakRecord, RequestRecord, SampleRecord, SlotFigures, build_job
 from modules.jobs.profile_timeline import draw_timeline
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "profile.md"
@@ -50,8 +50,11 @@ def test_a_record_has_what_the_spans_say() -> None:
     assert [(batch.batch, batch.slots) for batch in job.batches] == [(0, [0]), (1, [1])]
 
 
+PICTURE = b"\x89PNG and so on, " + TITLE.encode()
+
+
 def test_only_the_last_jobs_are_kept_and_older_files_rotate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modules.jobs.profile_timeline.draw_timeline", lambda job: b"picture")
+    monkeypatch.setattr("modules.jobs.profile_timeline.draw_timeline", lambda job: PICTURE)
     for number in range(JOBS_PER_FILE * (NUM_OLD_FILES + 2) + 1):
         write_profile(tmp_path, make_job(number))
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -63,14 +66,34 @@ def test_only_the_last_jobs_are_kept_and_older_files_rotate(tmp_path: Path, monk
     assert before.jobs[-1].id == f"job-{JOBS_PER_FILE * (NUM_OLD_FILES + 2) - 1}"
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"version": 99, "program": "x", "jobs": []}', '{"version": 1, "program": "x", "jobs": [{}]}'])
-def test_a_file_of_something_else_is_put_aside(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", ['{"version": 99, "program": "x", "jobs": []}', '{"version": 1, "program": "x", "jobs": [{}]}'])
+def test_a_file_of_another_version_is_put_aside(tmp_path: Path, content: str) -> None:
     (tmp_path / "profile.json").write_text(content)
     write_profile(tmp_path, make_job())
     assert (tmp_path / "profile.1.json").read_text() == content
     written = read_profile(tmp_path / "profile.json")
     assert written is not None
     assert written.jobs == [make_job()]
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"name": "somebody", "jobs": []}'])
+def test_files_that_no_profile_wrote_keep_their_place_and_their_name(tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modules.jobs.profile_timeline.draw_timeline", lambda job: PICTURE)
+    names = ("profile.json", "webui-profile.2.json", "trace.json", "timeline.png")
+    for name in names:
+        (tmp_path / name).write_text(content)
+    (tmp_path / "webui-trace.json").mkdir()
+    for number in range(JOBS_PER_FILE * (NUM_OLD_FILES + 2) + 1):
+        write_profile(tmp_path, make_job(number))
+    assert {name: (tmp_path / name).read_text() for name in names} == dict.fromkeys(names, content)
+    assert sorted({path.name for path in tmp_path.iterdir()} - set(names)) == [
+        *("webui-profile.1.json", "webui-profile.3.json", "webui-profile.json"),
+        *("webui-timeline.png", "webui-trace.json", "webui-webui-trace.json"),
+    ]
+    newest, older = (read_profile(tmp_path / f"webui-profile.{middle}json") for middle in ("", "3."))
+    assert newest is not None and older is not None
+    last = JOBS_PER_FILE * (NUM_OLD_FILES + 2)
+    assert (newest.jobs[-1].id, older.jobs[-1].id) == (f"job-{last}", f"job-{last - 1 - JOBS_PER_FILE}")
 
 
 def test_the_trace_has_a_thread_for_each_slot_and_its_copies() -> None:
@@ -88,7 +111,7 @@ def test_the_trace_has_a_thread_for_each_slot_and_its_copies() -> None:
 
 def test_the_timeline_is_a_picture_without_a_screen() -> None:
     png = draw_timeline(make_job())
-    assert png.startswith(b"\x89PNG")
+    assert png.startswith(b"\x89PNG") and TITLE.encode() in png[:1024]
     empty = make_job().model_copy(update={"spans": [], "plans": [], "slots": []})
     assert draw_timeline(empty).startswith(b"\x89PNG")
 
