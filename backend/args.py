@@ -1,6 +1,6 @@
-"""What the engine can be told: one frozen value, and the flags it is read from.
+"""The engine's configuration: one frozen value, and the flags it is read from.
 
-Knows no argv, no environment and no options page; imports in milliseconds. The parser is handed in by whoever owns the command line.
+Knows no argv, no environment and no options page; imports in milliseconds. The owner of the command line passes in the parser.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _MIN_VIRTUAL_GPU_BYTES = 2**20
 
 
 class ConfigError(ValueError):
-    """Two settings contradict each other, or one has a value that does not exist."""
+    """Two settings contradict each other, or one has an invalid value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackendConfig:
-    """Everything the engine is told at start; `BackendConfig()` is a single automatic device.
+    """The engine's settings at startup. `BackendConfig()` means one automatically chosen device.
 
-    `device_ids` are as typed: `"0"` is the first CUDA (or virtual) GPU, `"cpu"` a CPU slot; empty means the best device there is.
-    Whether those devices exist is for `backend.devices.probe_devices` to say.
+    `device_ids` are as typed: `"0"` is the first CUDA (or virtual) GPU, `"cpu"` a CPU slot; empty means the best available device.
+    `backend.devices.probe_devices` checks whether those devices exist.
 
     Raises:
-        ConfigError: a value that does not exist, or device 0 twice without `allow_shared_slots`.
+        ConfigError: an invalid value, or a GPU named twice without `allow_shared_slots`.
     """
 
     device_ids: tuple[str, ...] = ()
@@ -75,25 +75,25 @@ class BackendConfig:
         _check_choice("--all-in", self.all_in, (None, "fp32", "fp16"))
         self._check_devices()
         if self.force_upcast_attention and self.disable_attention_upcast:
-            raise ConfigError("--force-upcast-attention and --disable-attention-upcast ask for opposite things. Leave one out.")
+            raise ConfigError("--force-upcast-attention and --disable-attention-upcast contradict each other. Leave one out.")
 
     def _check_devices(self) -> None:
         for device_id in self.device_ids:
             if not _DEVICE_ID.fullmatch(device_id):
                 raise ConfigError(
-                    f"--device-id {','.join(self.device_ids)}: {device_id!r} is no device. Use GPU numbers or cpu, as in 0,1 or cpu,cpu."
+                    f"--device-id {','.join(self.device_ids)}: {device_id!r} is not a device. Use GPU numbers or cpu, as in 0,1 or cpu,cpu."
                 )
         gpu_ids = [device_id for device_id in self.device_ids if device_id != "cpu"]
         twice = sorted({device_id for device_id in gpu_ids if gpu_ids.count(device_id) > 1})
         if twice and not self.allow_shared_slots:
             raise ConfigError(
-                f"--device-id {','.join(self.device_ids)}: device {twice[0]} is named more than once, which makes two slots share one card's memory "
+                f"--device-id {','.join(self.device_ids)}: device {twice[0]} is named more than once, so two slots would share one card's memory "
                 "and cores. Name each device once, or add --allow-shared-slots if that is what you want."
             )
         if self.vram_mode == "cpu" and gpu_ids:
             raise ConfigError(f"--always-cpu computes on the CPU, but --device-id names device {gpu_ids[0]}. Leave one out.")
         if self.vram_mode == "cpu" and self.virtual_gpus_bytes:
-            raise ConfigError("--always-cpu uses no GPU, but --virtual-gpus makes some. Leave one out.")
+            raise ConfigError("--always-cpu uses no GPU, but --virtual-gpus creates some. Leave one out.")
         if any(need_bytes < _MIN_VIRTUAL_GPU_BYTES for need_bytes in self.virtual_gpus_bytes):
             raise ConfigError("--virtual-gpus: a virtual GPU needs at least 1MB. Give sizes with their unit, as in 6GB,4GB.")
         if self.cpu_threads_per_slot is not None and self.cpu_threads_per_slot < 1:
@@ -103,31 +103,31 @@ class BackendConfig:
 def _check_choice(what: str, value: str | None, choices: tuple[str | None, ...]) -> None:
     if value not in choices:
         known = ", ".join(choice for choice in choices if choice is not None)
-        raise ConfigError(f"{what}: {value!r} is not known. Choose one of: {known}.")
+        raise ConfigError(f"{what}: {value!r} is unknown. Choose one of: {known}.")
 
 
 def parse_device_ids(text: str) -> tuple[str, ...]:
     """`"0, cuda:1,CPU"` -> `("0", "1", "cpu")`.
 
     Raises:
-        ConfigError: nothing between two commas, or a name that is no device.
+        ConfigError: an empty part, or a name that is not a device.
     """
     names = [part.strip().lower().removeprefix("cuda:") for part in text.split(",")]
     for name in names:
         if not _DEVICE_ID.fullmatch(name):
-            raise ConfigError(f"--device-id {text}: {name!r} is no device. Use GPU numbers or cpu, separated by commas, as in 0,1 or cpu,cpu.")
+            raise ConfigError(f"--device-id {text}: {name!r} is not a device. Use GPU numbers or cpu, separated by commas, as in 0,1 or cpu,cpu.")
     return tuple(str(int(name)) if name.isdecimal() else name for name in names)
 
 
 def parse_bytes(text: str) -> int:
-    """`"6GB"`, `"6GiB"` and `"6G"` are all 6 * 2**30 bytes, as makers of GPUs count; `"512MB"` is 512 * 2**20.
+    """`"6GB"`, `"6GiB"` and `"6G"` are all 6 * 2**30 bytes, as GPU makers count; `"512MB"` is 512 * 2**20.
 
     Raises:
-        ConfigError: no number, or a unit that is not known.
+        ConfigError: not a number, or an unknown unit.
     """
     match = _AMOUNT.fullmatch(text.strip())
     if match is None:
-        raise ConfigError(f"{text!r} is no amount of memory. Give a number with its unit, as in 6GB or 512MB.")
+        raise ConfigError(f"{text!r} is not an amount of memory. Give a number with its unit, as in 6GB or 512MB.")
     return int(float(match["number"]) * _UNIT_BYTES[match["unit"].upper()])
 
 
@@ -135,7 +135,7 @@ def parse_virtual_gpus(text: str) -> tuple[int, ...]:
     """`"6GB,4GB"` -> bytes of each virtual GPU.
 
     Raises:
-        ConfigError: a part that is no amount of memory.
+        ConfigError: a part that is not an amount of memory.
     """
     try:
         return tuple(parse_bytes(part) for part in text.split(","))
@@ -144,7 +144,7 @@ def parse_virtual_gpus(text: str) -> tuple[int, ...]:
 
 
 def add_backend_arguments(parser: ArgumentParser) -> None:
-    """Adds the engine's flags; `backend_config_from_namespace` reads what they leave in the namespace."""
+    """Add the engine's flags. `backend_config_from_namespace` reads the parsed values."""
     _add_device_arguments(parser)
     _add_precision_arguments(parser)
     _add_attention_arguments(parser)
@@ -154,14 +154,14 @@ def add_backend_arguments(parser: ArgumentParser) -> None:
 def _add_device_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("devices")
     group.add_argument("--device-id", metavar="0,1,2", help="devices to compute on, in order: GPU numbers, or cpu, or cpu,cpu")
-    group.add_argument("--gpu-device-id", type=int, metavar="N", help="let the program see this one GPU only (sets CUDA_VISIBLE_DEVICES)")
+    group.add_argument("--gpu-device-id", type=int, metavar="N", help="let the program see only this GPU (sets CUDA_VISIBLE_DEVICES)")
     group.add_argument("--multi-gpu", action="store_true", help="compute one picture on all devices of --device-id, or on all GPUs")
     group.add_argument("--multi-gpu-strategy", choices=STRATEGIES, default="auto", help="how the work is divided (default: the predicted fastest)")
     group.add_argument("--allow-shared-slots", action="store_true", help="allow one GPU to be named twice in --device-id, for testing")
     group.add_argument(
-        "--virtual-gpus", metavar="6GB,4GB", help="GPUs with this much memory each, played on the CPU, for testing and for a look at plans"
+        "--virtual-gpus", metavar="6GB,4GB", help="simulate GPUs with this much memory each on the CPU, for testing and for trying out plans"
     )
-    group.add_argument("--cpu-threads-per-slot", type=int, metavar="N", help="threads of each CPU slot (default: the cores shared out evenly)")
+    group.add_argument("--cpu-threads-per-slot", type=int, metavar="N", help="threads of each CPU slot (default: the cores, divided evenly)")
     group.add_argument("--profile", action="store_true", help="write logs/profile.json: what each device did and when")
     group.add_argument("--disable-gpu-warning", action="store_true", help="do not warn about a GPU with little memory or an idle one")
 
@@ -179,7 +179,7 @@ def _add_precision_arguments(parser: ArgumentParser) -> None:
         group.add_argument(f"--clip-in-{dtype}", action="store_true", help=f"store the text encoders in {dtype}")
     group.add_argument("--no-half", action="store_true", help="same as --all-in-fp32")
     group.add_argument("--no-half-vae", action="store_true", help="same as --vae-in-fp32")
-    group.add_argument("--pytorch-deterministic", action="store_true", help="only algorithms that give the same bits every time")
+    group.add_argument("--pytorch-deterministic", action="store_true", help="use only algorithms that give the same bits every time")
 
 
 def _add_attention_arguments(parser: ArgumentParser) -> None:
@@ -187,7 +187,7 @@ def _add_attention_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--xformers", action="store_true", help="install xformers and use it for attention")
     group.add_argument("--disable-xformers", action="store_true", help="never use xformers, even when it is installed")
     for kind, same in (("pytorch", "opt-sdp-attention"), ("split", "opt-split-attention"), ("quad", "opt-sub-quad-attention")):
-        group.add_argument(f"--attention-{kind}", action="store_true", help=f"always this kind of attention: {kind}")
+        group.add_argument(f"--attention-{kind}", action="store_true", help=f"always use this kind of attention: {kind}")
         group.add_argument(f"--{same}", action="store_true", help=f"same as --attention-{kind}")
     group.add_argument("--opt-sdp-no-mem-attention", action="store_true", help="same as --attention-pytorch")
     group.add_argument("--force-upcast-attention", action="store_true", help="compute attention scores in 32 bits")
@@ -196,23 +196,23 @@ def _add_attention_arguments(parser: ArgumentParser) -> None:
 
 def _add_memory_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("memory")
-    group.add_argument("--always-gpu", action="store_true", help="keep everything on the GPU, intermediate results too")
+    group.add_argument("--always-gpu", action="store_true", help="keep everything on the GPU, including intermediate results")
     group.add_argument("--always-high-vram", action="store_true", help="do not take models off the GPU after use")
-    group.add_argument("--always-normal-vram", action="store_true", help="load what is used, take off what is not when room is needed")
+    group.add_argument("--always-normal-vram", action="store_true", help="load models as they are used, unload idle ones when room is needed")
     group.add_argument("--always-low-vram", action="store_true", help="keep part of the UNet in main memory")
     group.add_argument("--always-no-vram", action="store_true", help="keep nearly all of the UNet in main memory")
     group.add_argument("--always-cpu", action="store_true", help="compute on the CPU")
     group.add_argument("--medvram", action="store_true", help="one model at a time on the GPU: --always-normal-vram with --always-offload-from-vram")
     group.add_argument("--lowvram", action="store_true", help="same as --always-low-vram")
     group.add_argument("--use-cpu", nargs="+", default=[], metavar="PART", help="'all' or 'sd': same as --always-cpu; other parts have no effect")
-    group.add_argument("--always-offload-from-vram", action="store_true", help="take every model off the GPU as soon as it has done its part")
-    group.add_argument("--cpu-offload", action="store_true", help="keep weights in main memory and bring them over as they are needed")
-    group.add_argument("--pin-shared-memory", action="store_true", help="page-locked main memory for weights that are brought over")
-    group.add_argument("--cuda-stream", action="store_true", help="bring weights over while the GPU computes")
+    group.add_argument("--always-offload-from-vram", action="store_true", help="take every model off the GPU as soon as it is done")
+    group.add_argument("--cpu-offload", action="store_true", help="keep weights in main memory and copy them to the GPU as they are needed")
+    group.add_argument("--pin-shared-memory", action="store_true", help="use page-locked main memory for weights that are copied as needed")
+    group.add_argument("--cuda-stream", action="store_true", help="copy weights while the GPU computes")
     group.add_argument("--cuda-malloc", action="store_true", help="use CUDA's own asynchronous allocator")
 
 
-# Flags of which at most one can be meant: (flag, what it asks for). Two flags that ask for the same thing agree.
+# Flags that exclude each other: (flag, value). Two flags with the same value do not conflict.
 _VRAM_FLAGS = (
     ("always_gpu", "always_gpu"),
     ("always_high_vram", "high"),
@@ -245,11 +245,11 @@ def flag_name(dest: str) -> str:
 
 
 def _pick_one(ns: Namespace, table: tuple[tuple[str, str], ...]) -> str | None:
-    """The value the given flags of one table ask for; None when none was given."""
+    """The value of the given flags of one table; None if none was given. Raises: ConfigError if they differ."""
     given = [(dest, value) for dest, value in table if getattr(ns, dest, False)]
     values = {value for _, value in given}
     if len(values) > 1:
-        raise ConfigError(f"{' and '.join(flag_name(dest) for dest, _ in given)} ask for different things. Leave only one of them.")
+        raise ConfigError(f"{' and '.join(flag_name(dest) for dest, _ in given)} contradict each other. Keep only one of them.")
     return given[0][1] if given else None
 
 
@@ -264,7 +264,7 @@ def _pick_vram_mode(ns: Namespace) -> str:
 def _pick_attention(ns: Namespace) -> str:
     kind = _pick_one(ns, _ATTENTION_FLAGS)
     if kind == "xformers" and ns.disable_xformers:
-        raise ConfigError("--xformers and --disable-xformers ask for opposite things. Leave one out.")
+        raise ConfigError("--xformers and --disable-xformers contradict each other. Leave one out.")
     return kind or ("pytorch" if ns.disable_xformers else "auto")
 
 
@@ -276,8 +276,8 @@ def backend_config_from_namespace(ns: Namespace) -> BackendConfig:
     """
     if ns.gpu_device_id is not None and ns.device_id is not None:
         raise ConfigError(
-            f"--gpu-device-id {ns.gpu_device_id} and --device-id {ns.device_id} both choose devices, and the first changes what numbers the second "
-            "counts. Use --device-id alone."
+            f"--gpu-device-id {ns.gpu_device_id} and --device-id {ns.device_id} both choose devices, and the first changes the numbers that the "
+            "second counts. Use only --device-id."
         )
     if ns.gpu_device_id is not None and ns.gpu_device_id < 0:
         raise ConfigError(f"--gpu-device-id {ns.gpu_device_id}: give the number of a GPU, counted from 0.")
@@ -301,6 +301,6 @@ def backend_config_from_namespace(ns: Namespace) -> BackendConfig:
 
 
 def _read_plain_flags(ns: Namespace) -> dict[str, Any]:
-    """The on/off flags that have the name of their field."""
+    """The on/off flags that have the same name as their field."""
     names = ("cpu_offload", "pin_shared_memory", "cuda_stream", "cuda_malloc", "vae_in_cpu", "profile", "disable_gpu_warning")
     return {name: getattr(ns, name) for name in (*names, "force_upcast_attention", "disable_attention_upcast")}

@@ -1,7 +1,7 @@
-"""Where models live, under the names that extensions know; each name aware of many devices.
+"""Where models are, under the names that extensions know, all of them aware of several devices.
 
-`configure(config, slots)` comes first; what is used without it configures a default on first use. Importing this module probes nothing.
-The decisions are pure modules in `backend.memory`, the bytes move in `backend.memory.store`. It knows no page and no job.
+Call `configure(config, slots)` first; otherwise the first use configures a default. Importing this module probes nothing.
+The decisions are pure modules in `backend.memory`; `backend.memory.store` moves the bytes. Knows no page and no job.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ VAE_ALWAYS_TILED = False
 lowvram_available = True
 directml_enabled = False
 current_inference_memory = DEFAULT_INFERENCE_BYTES
-"""Bytes kept for activations; the GPU Weights slider sets it through `set_inference_memory`."""
+"""Bytes reserved for activations; the GPU Weights slider sets it through `set_inference_memory`."""
 
 _DEVICE_NAMES = re.compile(r"\b(vgpu|cuda|xpu|mps):(\d+)|\bGPU (\d+)")
 _HALF_AND_FULL = (torch.float16, torch.bfloat16, torch.float32)
@@ -59,7 +59,7 @@ _HALF_AND_FULL = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(slots=True)
 class _Configured:
-    """What `configure` was told; one per process."""
+    """What `configure` set; one per process."""
 
     store: MemoryStore | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -72,7 +72,7 @@ _configured = _Configured()
 
 
 def configure(config: BackendConfig, slots: Sequence[Slot]) -> None:
-    """Take these flags and slots from now on. Models placed before are taken off their devices first."""
+    """Use these flags and slots from now on. First takes models placed earlier off their devices."""
     with _configured.lock:
         if _configured.store is not None:
             _configured.store.unload_all()
@@ -80,7 +80,7 @@ def configure(config: BackendConfig, slots: Sequence[Slot]) -> None:
 
 
 def current_store() -> MemoryStore:
-    """The configured store; configures a default (all flags off, the first device) when nobody did."""
+    """The configured store. If none is configured yet, configures a default: all flags off, the first device."""
     store = _configured.store
     return store if store is not None else _configure_default()
 
@@ -94,18 +94,18 @@ def _configure_default() -> MemoryStore:
 
 
 def set_inference_memory(inference_bytes: int) -> None:
-    """Keep so many bytes of a device for activations."""
+    """Reserve this many bytes of a device for activations."""
     global current_inference_memory  # noqa: PLW0603 - the surface has it as a module variable, which extensions set too
     current_inference_memory = max(0, int(inference_bytes))
 
 
 def minimum_inference_memory() -> int:
-    """Bytes of the primary device kept for activations."""
+    """Bytes of the primary device reserved for activations."""
     return reserve_bytes(current_inference_memory, current_store().bytes_of(get_torch_device()).total_bytes)
 
 
 def _state_facts() -> dict[str, Callable[[], Any]]:
-    """Names that are values elsewhere and need the devices here; read through the module's `__getattr__`."""
+    """Names that are module variables in Forge but depend on the devices here. The module's `__getattr__` reads them."""
     return {
         "vram_state": lambda: vram_state_of(get_torch_device()),
         "set_vram_to": lambda: vram_state_of(get_torch_device()),
@@ -140,7 +140,7 @@ def _config() -> BackendConfig:
 
 
 def _device(device: DeviceLike) -> torch.device:
-    """The primary compute device for None."""
+    """The device; the primary one for None."""
     return get_torch_device() if device is None else canonical_device(device)
 
 
@@ -163,14 +163,14 @@ def compute_slots() -> tuple[Slot, ...]:
 
 
 def synchronize(device: DeviceLike) -> None:
-    """Wait until a device has done all it was given. Others than accelerators do at once what they are told."""
+    """Wait until a device has finished all its work. Devices other than accelerators work synchronously."""
     device = _device(device)
     if device.type in ("cuda", "xpu", "mps"):
         getattr(torch, device.type).synchronize()
 
 
 def lose_device(device: DeviceLike) -> None:
-    """A device has stopped working: its slots take no more work, and what was on it is gone. The next device becomes the primary."""
+    """Drop a dead device: its slots take no more work, and everything on it is gone. If it was the primary, the next device becomes it."""
     current_store().lose(_device(device))
 
 
@@ -180,7 +180,7 @@ def lost_devices() -> frozenset[torch.device]:
 
 
 def get_torch_device_name(device: DeviceLike) -> str:
-    """ "cuda:0 NAME : allocator" for CUDA, "device NAME" for others."""
+    """ "cuda:0 NAME : allocator" for CUDA, "device NAME" for other devices."""
     device, facts = _device(device), _facts(device)
     allocator = f" : {torch.cuda.get_allocator_backend()}" if device.type == "cuda" else ""
     return f"{device} {facts.name}{allocator}"
@@ -235,7 +235,7 @@ def get_total_memory(dev: DeviceLike = ..., torch_total_too: Literal[False] = ..
 @overload
 def get_total_memory(dev: DeviceLike = ..., *, torch_total_too: Literal[True]) -> tuple[int, int]: ...
 def get_total_memory(dev: DeviceLike = None, torch_total_too: bool = False) -> int | tuple[int, int]:
-    """Bytes of a device; with `torch_total_too` also what torch's allocator holds of it."""
+    """Bytes of a device; with `torch_total_too` also the bytes that torch's allocator has reserved."""
     now = current_store().bytes_of(_device(dev))
     return (now.total_bytes, now.reserved_bytes) if torch_total_too else now.total_bytes
 
@@ -245,23 +245,23 @@ def get_free_memory(dev: DeviceLike = ..., torch_free_too: Literal[False] = ...)
 @overload
 def get_free_memory(dev: DeviceLike = ..., *, torch_free_too: Literal[True]) -> tuple[int, int]: ...
 def get_free_memory(dev: DeviceLike = None, torch_free_too: bool = False) -> int | tuple[int, int]:
-    """Bytes a new tensor may take: the driver's free bytes and the allocator's idle ones; with `torch_free_too` also the latter alone."""
+    """Bytes a new tensor may use: the driver's free bytes plus the allocator's idle bytes; with `torch_free_too` also the latter alone."""
     now = current_store().bytes_of(_device(dev))
     return (now.free_bytes, now.idle_bytes) if torch_free_too else now.free_bytes
 
 
 def state_dict_size(sd: Mapping[str, object], exclude_device: DeviceLike = None) -> int:
-    """Bytes of the tensors, leaving out those on `exclude_device`."""
+    """Bytes of the tensors, except those on `exclude_device`."""
     return count_state_dict_bytes(sd, None if exclude_device is None else _device(exclude_device))
 
 
 def state_dict_parameters(sd: Mapping[str, object]) -> int:
-    """Elements of the tensors."""
+    """Number of elements of all tensors."""
     return count_state_dict_parameters(sd)
 
 
 def state_dict_dtype(sd: Mapping[str, object]) -> torch.dtype:
-    """The type most tensors have."""
+    """The most common dtype of the tensors."""
     return most_common_dtype(sd)
 
 
@@ -279,14 +279,14 @@ def module_size(
 def module_size(
     module: nn.Module, exclude_device: DeviceLike = None, include_device: DeviceLike = None, return_split: bool = False
 ) -> int | tuple[int, int, int]:
-    """Bytes of a module's distinct tensors, on or off a device; with `return_split` (total, "weight" tensors, others)."""
+    """Bytes of a module's distinct tensors, optionally only those on or off a device; with `return_split` (total, "weight" tensors, others)."""
     exclude, include = (None if one is None else _device(one) for one in (exclude_device, include_device))
     counted = count_module_bytes(module, lambda tensor: tensor.device != exclude and (include is None or tensor.device == include))
     return (counted.total_bytes, counted.weight_bytes, counted.other_bytes) if return_split else counted.total_bytes
 
 
 def module_move(module: nn.Module, device: DeviceLike, recursive: bool = True, excluded_pattens: Sequence[str] = ()) -> nn.Module:
-    """Move a module's own tensors, or its whole tree, and leave what a shell-style pattern on dotted names excludes. Returns the module."""
+    """Move a module's whole tree, or only its own tensors, except names that match a shell-style pattern. Returns the module."""
     move_module(module, _device(device), recursive=recursive, excluded_patterns=excluded_pattens)
     return module
 
@@ -297,9 +297,9 @@ def compute_model_gpu_memory_when_using_cpu_swap(current_free_mem: int, inferenc
 
 
 def build_module_profile(model: nn.Module, model_gpu_memory_when_using_cpu_swap: int) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
-    """Layers that would stay on the device, layers of which only small parameters would, layers that would stream.
+    """Layers that would stay on the device, layers of which only small parameters would stay, and layers that would stream.
 
-    The middle list is empty: a layer moves as one here.
+    The middle list is always empty: here a layer moves as a whole.
     """
     by_name = dict(model.named_modules())
     layers = list_layers(model)
@@ -311,9 +311,9 @@ def build_module_profile(model: nn.Module, model_gpu_memory_when_using_cpu_swap:
 
 
 def load_models_gpu(models: Iterable[Placeable], memory_required: int = 0, hard_memory_preservation: int = 0) -> None:
-    """Make models resident on their load devices, with room for `memory_required` bytes of work beside them.
+    """Make models resident on their load devices, with room for `memory_required` bytes of working memory.
 
-    Others leave by least recent use; what does not fit whole streams. Raises: OutOfMemory.
+    Evicts the least recently used others; a model that does not fit whole streams. Raises: OutOfMemory.
     """
     with profiler.recorder().measure("load", "move models"):
         current_store().load(
@@ -325,20 +325,20 @@ def load_models_gpu(models: Iterable[Placeable], memory_required: int = 0, hard_
 
 
 def load_model_gpu(model: Placeable) -> None:
-    """`load_models_gpu` for one."""
+    """`load_models_gpu` for one model."""
     load_models_gpu([model])
 
 
 def free_memory(memory_required: int, device: DeviceLike, keep_loaded: Sequence[object] = (), free_all: bool = False) -> None:
     """Evict from a device, least recently used first, until more than `memory_required` bytes are free.
 
-    `keep_loaded` names residents or patchers that stay.
+    `keep_loaded`: residents or patchers that stay.
     """
     current_store().free(int(memory_required), _device(device), keep=_entries_of(keep_loaded), free_all=free_all)
 
 
 def unload_model_clones(model: Placeable) -> None:
-    """Forget residents of this patcher's network without moving weights."""
+    """Drop the entries of this patcher's network without moving weights."""
     current_store().forget_network(model)
 
 
@@ -348,12 +348,12 @@ def unload_all_models() -> None:
 
 
 def cleanup_models() -> None:
-    """Forget residents that nobody holds any more."""
+    """Drop the entries of networks that no longer exist."""
     current_store().drop_dead()
 
 
 def soft_empty_cache(force: bool = False) -> None:
-    """Give idle allocator memory back: of every device with `force`, else where the state is below NORMAL or a load asked for it."""
+    """Release idle allocator memory: on every device with `force`, else if the state is below NORMAL or a load requested it."""
     store = current_store()
     for device in dict.fromkeys(slot.torch_device for slot in store.slots):
         state = store.state_of(device)
@@ -362,29 +362,29 @@ def soft_empty_cache(force: bool = False) -> None:
 
 
 def describe_devices() -> tuple[DeviceRow, ...]:
-    """A line per device: total, free, and who holds what."""
+    """A row per device: total, free, and the models on it."""
     return current_store().describe()
 
 
 def out_of_memory(what: str, device: DeviceLike = None, need_bytes: int | None = None) -> OutOfMemory:
-    """The error to raise when `what` found no room, with the table of all devices."""
+    """The error to raise when `what` runs out of memory, with the table of all devices."""
     return current_store().out_of_memory(what, _device(device), need_bytes)
 
 
 def hold_models(models: Iterable[Placeable]) -> None:
-    """Until the next call, nothing evicts these: a job is working with them. An empty list when it has ended."""
+    """Protect a job's models from eviction until the next call. Pass an empty list when the job has ended."""
     current_store().hold(models)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch, of a library below it, or ours means that a device has no room."""
+    """Whether an error of torch, of a library below it, or of ours means that a device is out of memory."""
     return recovery.is_out_of_memory(error)
 
 
 def run_with_recovery(run: Callable[[], Result], *, what: str, device: DeviceLike = None, keep: Iterable[object] | None = None) -> Result:
-    """`run()`; when it finds no room on `device`, again after giving back idle memory, after evicting all but `keep`, and streaming `keep`.
+    """`run()`. If `device` runs out of memory, repeats it after releasing idle memory, after evicting all but `keep`, and while streaming `keep`.
 
-    `keep` names the patchers that `run` uses, by default those that were loaded last. `run` must be one that can start anew and give the same.
+    `keep`: the patchers that `run` uses, by default those loaded last. `run` must be repeatable with the same result.
     Raises: OutOfMemory with the table.
     """
     store = current_store()
@@ -399,7 +399,7 @@ def run_with_recovery(run: Callable[[], Result], *, what: str, device: DeviceLik
 
 @contextmanager
 def explaining_shortages(what: str) -> Iterator[None]:
-    """A shortage that nothing inside could mend becomes OutOfMemory: what was being done, and who holds what on every device. Raises: OutOfMemory."""
+    """Turns an out-of-memory error from inside into OutOfMemory, with `what` was being done and the models on every device. Raises: OutOfMemory."""
     try:
         yield
     except RuntimeError as error:
@@ -410,14 +410,14 @@ def explaining_shortages(what: str) -> Iterator[None]:
 
 
 def explain_shortage(error: Exception, what: str) -> Exception:
-    """OutOfMemory with the table of all devices for a shortage at `what` that is not told so already; any other error as it is."""
+    """OutOfMemory with the table of all devices for an out-of-memory error that is not one already; any other error unchanged."""
     if isinstance(error, OutOfMemory) or not recovery.is_out_of_memory(error):
         return error
     return current_store().out_of_memory(what, _device_in(error), None)
 
 
 def _device_in(error: BaseException) -> torch.device:
-    """The device that an error names first; the one that computes where it names none."""
+    """The first device that an error's message names; the primary one if it names none."""
     named = _DEVICE_NAMES.search(str(error))
     if named is None:
         return get_torch_device()
@@ -425,14 +425,14 @@ def _device_in(error: BaseException) -> torch.device:
 
 
 def _entries_of(models: Iterable[object]) -> list[LoadedModel]:
-    """Residents among `models`, which may be patchers, their clones, or residents themselves."""
+    """The residents for `models`, which may be patchers, their clones, or residents."""
     held = list(models)
     modules = {id(getattr(model, "model", None)) for model in held}
     return [entry for entry in current_store().residents if entry in held or id(entry.real_model) in modules]
 
 
 def release_after_job() -> None:
-    """Between jobs: on devices whose state is below NORMAL, and with `--always-offload-from-vram`, models leave and idle memory goes back."""
+    """Between jobs, evict all models and release idle memory on devices below NORMAL, and everywhere with `--always-offload-from-vram`."""
     store = current_store()
     for device in dict.fromkeys(entry.device for entry in store.residents):
         if store.config.always_offload or VRAMState.DISABLED < store.state_of(device) < VRAMState.NORMAL_VRAM:
@@ -440,7 +440,7 @@ def release_after_job() -> None:
     soft_empty_cache()
 
 
-# where parts go and in which type
+# where parts go, and in which dtype
 
 
 def unet_offload_device() -> torch.device:
@@ -448,7 +448,7 @@ def unet_offload_device() -> torch.device:
 
 
 def unet_inital_load_device(parameters: int, dtype: torch.dtype) -> torch.device:
-    """Where a UNet is read to: straight to the device when it fits there, else to the host."""
+    """Where a UNet is loaded to: directly to the device if it fits there, else to the host."""
     device = get_torch_device()
     if vram_state_of() == VRAMState.HIGH_VRAM:
         return device
@@ -459,7 +459,7 @@ def unet_inital_load_device(parameters: int, dtype: torch.dtype) -> torch.device
 
 
 def text_encoder_device(model_bytes: int = 0) -> torch.device:
-    """Where text encoders work: on another slot than the UNet's when there is one that holds `model_bytes`."""
+    """Where text encoders run: on a slot other than the UNet's if one has room for `model_bytes`."""
     return _component_device("text encoder", model_bytes)
 
 
@@ -468,12 +468,12 @@ def text_encoder_offload_device() -> torch.device:
 
 
 def vae_device(model_bytes: int = 0) -> torch.device:
-    """Where the VAE works: on another slot than the UNet's when there is one that holds `model_bytes`."""
+    """Where the VAE runs: on a slot other than the UNet's if one has room for `model_bytes`."""
     return cpu if _config().vae_in_cpu else _component_device("VAE", model_bytes)
 
 
 def _component_device(name: str, model_bytes: int) -> torch.device:
-    """The roomiest slot of the primary's kind that is not the primary, so that the UNet need not leave; else the primary."""
+    """The slot of the primary's kind with the most room, other than the primary, so that the UNet can stay; else the primary."""
     primary, *others = compute_slots()
     others = [slot for slot in others if slot.torch_device.type == primary.torch_device.type]
     placement = select_slot(ModelNeed(name=name, weights_bytes=model_bytes), current_store().rooms(others))
@@ -481,7 +481,7 @@ def _component_device(name: str, model_bytes: int) -> torch.device:
 
 
 def select_gpu_by_available_memory(model: Placeable | nn.Module, memory_required: int = 0) -> Placement:
-    """The compute slot where a model and its working memory fit best; `slot_index` None, with the numbers in `reason`, where they fit nowhere."""
+    """The compute slot where a model and its working memory fit best. If they fit nowhere, `slot_index` is None and `reason` has the numbers."""
     module: nn.Module = model if isinstance(model, nn.Module) else model.model
     need = ModelNeed(name=type(module).__name__, weights_bytes=count_module_bytes(module).total_bytes, working_bytes=int(memory_required))
     return select_slot(need, current_store().rooms(compute_slots(), module))
@@ -496,20 +496,20 @@ def intermediate_device() -> torch.device:
 
 
 def unet_dtype(device: DeviceLike = None, model_params: int = 0, supported_dtypes: Sequence[torch.dtype] = _HALF_AND_FULL) -> torch.dtype:
-    """Storage type of a UNet: the flag's, else by the device."""
+    """Storage type of a UNet: the flag's, else the best for the device."""
     pressure = _pressure(device, model_params, only_storage=True)
     return unet_dtype_from_flags() or dtype_policy.choose_dtype(_facts(device), supported_dtypes, pressure)
 
 
 def unet_dtype_from_flags() -> torch.dtype | None:
-    """Storage type of a UNet that a flag asks for."""
+    """Storage type of a UNet from a flag; None without one."""
     return dtype_from_flag(_config().unet_dtype or _config().all_in)
 
 
 def get_computation_dtype(
     inference_device: DeviceLike = None, parameters: int = 0, supported_dtypes: Sequence[torch.dtype] = _HALF_AND_FULL
 ) -> torch.dtype:
-    """Type to compute in: full precision on a CPU, the best half type the device runs at full rate elsewhere."""
+    """Type to compute in: full precision on a CPU, elsewhere the best half type that the device runs at full rate."""
     forced = dtype_from_flag(_config().all_in)
     if forced is not None and dtype_policy.supports_dtype(_facts(inference_device), forced):
         return forced
@@ -524,7 +524,7 @@ def text_encoder_dtype(device: DeviceLike = None) -> torch.dtype:
 
 
 def vae_dtype(device: DeviceLike = None, allowed_dtypes: Sequence[torch.dtype] = ()) -> torch.dtype:
-    """Type of a VAE: the flag's, else the best the device runs without overflow."""
+    """Type of a VAE: the flag's, else the best that the device runs without overflow."""
     forced = dtype_from_flag(_config().vae_dtype or ("fp32" if _config().all_in == "fp32" else None))
     if forced is not None:
         return forced
@@ -550,7 +550,7 @@ def _pressure(device: DeviceLike, parameters: int, *, only_storage: bool = False
 
 
 def supports_dtype(device: DeviceLike, dtype: torch.dtype) -> bool:
-    """Whether the device computes in `dtype` at a sensible rate."""
+    """Whether the device computes in `dtype` at a reasonable rate."""
     return dtype_policy.supports_dtype(_facts(device), dtype)
 
 
@@ -561,7 +561,7 @@ def supports_cast(device: DeviceLike, dtype: torch.dtype) -> bool:
 
 
 def pick_weight_dtype(dtype: torch.dtype | None, fallback_dtype: torch.dtype, device: DeviceLike = None) -> torch.dtype:
-    """`dtype` where it is no wider than the fallback and the device can cast it, else the fallback."""
+    """`dtype` if it is no wider than the fallback and the device can cast it, else the fallback."""
     if dtype is None or dtype.itemsize > fallback_dtype.itemsize or not supports_cast(device, dtype):
         return fallback_dtype
     return dtype
@@ -572,12 +572,12 @@ def device_supports_non_blocking(device: DeviceLike) -> bool:
 
 
 def device_should_use_non_blocking(device: DeviceLike) -> bool:
-    """False: an unordered copy is only safe where its stream is known, and those places ask for it themselves."""
+    """False: an unordered copy is safe only where its stream is known, and that code requests it itself."""
     return False
 
 
 def cast_to_device(tensor: torch.Tensor, device: DeviceLike, dtype: torch.dtype, copy: bool = False) -> torch.Tensor:
-    """A tensor on `device` in `dtype`; the same one where nothing changes and no copy is asked for."""
+    """A tensor on `device` in `dtype`; the same object if nothing changes and no copy is requested."""
     return tensor.to(device=_device(device), dtype=dtype, copy=copy)
 
 
@@ -589,7 +589,7 @@ def _xformers_is_installed() -> bool:
 
 
 def xformers_enabled() -> bool:
-    """Whether attention should go through xformers: a GPU that has its kernels, the package, and no flag against it."""
+    """Whether to use xformers for attention: a flag requests it, the package is installed, and the GPU has its kernels."""
     if _facts(None).kind not in ("cuda", "rocm") or _config().attention not in ("auto", "xformers"):
         return False
     return _config().attention == "xformers" and _xformers_is_installed()
@@ -608,7 +608,7 @@ def pytorch_attention_flash_attention() -> bool:
 
 
 def force_upcast_attention_dtype() -> torch.dtype | None:
-    """fp32 when a flag asks for attention scores in full precision, else None."""
+    """fp32 if a flag requests attention scores in full precision, else None."""
     return torch.float32 if _config().force_upcast_attention else None
 
 
@@ -617,6 +617,6 @@ def force_channels_last() -> bool:
 
 
 def can_install_bnb() -> bool:
-    """Whether bitsandbytes' kernels can run: CUDA 11.7 or later."""
+    """Whether bitsandbytes' kernels can run, which needs CUDA 11.7 or later."""
     version = torch.version.cuda
     return is_nvidia() and version is not None and tuple(int(part) for part in version.split(".")[:2]) >= (11, 7)

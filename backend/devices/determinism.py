@@ -1,4 +1,4 @@
-"""What --pytorch-deterministic switches on in torch. The variable that cuBLAS reads is set before torch is imported, by the launcher."""
+"""What --pytorch-deterministic enables in torch. The launcher sets the variable that cuBLAS reads, before torch is imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from backend.args import BackendConfig
 
 
 def apply_determinism(config: BackendConfig) -> None:
-    """Have torch use algorithms that give the same bits every time; an operation that has none warns and runs."""
+    """Make torch use algorithms that give the same bits every time. An operation without one warns and runs anyway."""
     if config.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False

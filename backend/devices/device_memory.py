@@ -17,8 +17,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 class DeviceBytes:
     """Memory of one device at one moment, in bytes.
 
-    `free_bytes` is what a new tensor may take: what the driver calls free and what torch's allocator holds without using it.
-    `reserved_bytes` is what that allocator holds, `idle_bytes` the unused part of it.
+    `free_bytes` is what a new tensor may use: the driver's free bytes plus the idle bytes of torch's allocator.
+    `reserved_bytes` is what that allocator has reserved, `idle_bytes` the unused part of it.
     """
 
     total_bytes: int
@@ -28,7 +28,7 @@ class DeviceBytes:
 
 
 def read_device_bytes(device: torch.device) -> DeviceBytes:
-    """Ask the driver (or the operating system) and torch's allocator."""
+    """Memory of a device, from its driver (or the operating system) and torch's allocator."""
     if device.type == "cuda":
         return _read_cuda(device)
     if device.type == "xpu":
@@ -41,7 +41,7 @@ def read_device_bytes(device: torch.device) -> DeviceBytes:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give torch's idle memory on `device` back to the driver. Nothing to do on a device without an allocator of its own."""
+    """Return torch's idle memory on `device` to the driver. Does nothing on a device without a caching allocator."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
@@ -97,7 +97,7 @@ def _read_host() -> DeviceBytes:
 
 
 def _container_used_bytes() -> int:
-    """Bytes a memory-limited container cannot give back: all it uses less the file cache that the kernel drops on need."""
+    """Bytes in use in a memory-limited container, without the file cache that the kernel can drop."""
     used_bytes = _read_number(_CGROUP / "memory.current") or 0
     return max(0, used_bytes - _reclaimable_bytes())
 
@@ -112,7 +112,7 @@ def _reclaimable_bytes() -> int:
 
 
 def _read_number(path: Path) -> int | None:
-    """The number in a one-number file; None when the file is absent or says "max"."""
+    """The number in a file that contains one number; None if the file does not exist or says "max"."""
     try:
         text = path.read_text(encoding="ascii").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""What devices this process can see. The only place that asks torch about devices; decisions are in `probing`."""
+"""Which devices this process can see. The only place that queries torch about devices; decisions are in `probing`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DeviceFacts:
     """One device as its driver describes it.
 
     `kind` is "cpu", "cuda", "rocm", "mps", "xpu" or "virtual"; `compute_capability` is CUDA's (major, minor), None elsewhere.
-    `throughput` is an unmeasured estimate in arbitrary units that only compares devices of one machine; 0 means unknown.
+    `throughput` is an unmeasured estimate in arbitrary units, useful only to compare devices of one machine; 0 means unknown.
     """
 
     torch_device: torch.device
@@ -31,7 +31,7 @@ class DeviceFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inventory:
-    """All devices of the machine, GPUs in the order `--device-id` counts them."""
+    """All devices of the machine, with GPUs in the order in which `--device-id` counts them."""
 
     gpus: tuple[DeviceFacts, ...]
     cpu: DeviceFacts
@@ -40,13 +40,13 @@ class Inventory:
 
 
 def take_inventory(virtual_gpus_bytes: tuple[int, ...] = ()) -> Inventory:
-    """Look at the machine. With virtual GPUs asked for, they are made and are the only GPUs."""
+    """List the machine's devices. If virtual GPUs are requested, create them; they are then the only GPUs."""
     gpus = _virtual_facts(virtual_gpus_bytes) if virtual_gpus_bytes else _real_gpu_facts()
     return Inventory(gpus=gpus, cpu=describe_device(torch.device("cpu")), num_cpu_cores=_num_usable_cores(), torch_build=str(torch.__version__))
 
 
 def describe_device(device: torch.device) -> DeviceFacts:
-    """Facts of one device. Those of real ones are asked for once per process."""
+    """Facts about one device, cached for real ones."""
     return _describe_virtual(device) if device.type == virtual_gpu.DEVICE_TYPE else _describe_real(device)
 
 
@@ -78,7 +78,7 @@ def _num_xpu() -> int:
 
 
 def _num_usable_cores() -> int:
-    """Physical cores, but never more than this process may run on."""
+    """Physical cores, but no more than this process may run on."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 

@@ -1,8 +1,8 @@
-"""Whether cards may copy to each other directly. Some drivers offer it and then hang, or deliver wrong bytes without an error.
+"""Tests whether cards may copy to each other directly. Some drivers offer this and then hang, or deliver wrong bytes without an error.
 
-So each pair is tested in a process of its own with a time limit before it is trusted; else tensors go through main memory. What was found
-is kept in a file for these cards, this driver and this start of the system: firmware settings that break such copies (ACS, IOMMU) change with
-a restart only. `judge` is pure; `link_verdicts` starts the process.
+So each pair is tested in a subprocess with a time limit before it is trusted; otherwise tensors go through main memory. Results are cached in a
+file for these cards, this driver and this boot: firmware settings that break such copies (ACS, IOMMU) change only with a reboot.
+`judge` is pure; `link_verdicts` starts the subprocess.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from backend.unfinished_files import replace_content
 logger = logging.getLogger(__name__)
 
 CardPair = tuple[int, int]
-"""Numbers of two CUDA devices, as torch counts them in this process: from, to."""
+"""Indexes of two CUDA devices in this process: from, to."""
 Report = Mapping[str, Any]
-"""What `link_probe` said of a pair."""
+"""What `link_probe` reported about a pair."""
 Ending = Literal["done", "hang", "crash"]
 
 FIRST_LINE_LIMIT_S = 90.0
-"""For a process that imports torch and makes CUDA contexts."""
+"""Time for a process to import torch and create CUDA contexts."""
 LINE_LIMIT_S = 30.0
-"""For a pair; a link of 0.1 GB/s would take this long."""
+"""Time for one pair. A link of 0.1 GB/s would take this long."""
 
 _DEFAULT_CACHE_FILE = Path(__file__).parents[2] / "cache" / "links.json"
 _ROOT_DIR = Path(__file__).parents[2]
 
-_ENDINGS: Mapping[Ending, str] = {"hang": "its test did not end in time", "crash": "its test crashed", "done": "its test told nothing"}
+_ENDINGS: Mapping[Ending, str] = {"hang": "its test did not end in time", "crash": "its test crashed", "done": "its test reported nothing"}
 _WRONG = "wrong bytes"
 WRONG_DATA_REMEDY = (
-    "Pictures are right all the same, as tensors go through main memory. To have the direct way: switch ACS off or the IOMMU to pass-through in "
-    "the firmware or by the kernel's options (iommu=pt), update the driver, and keep NCCL_P2P_DISABLE=1 for other programs until then."
+    "Pictures are still correct, because tensors go through main memory. To get direct copies, turn off ACS or set the IOMMU to pass-through in "
+    "the firmware or with the kernel option iommu=pt, and update the driver. Until then set NCCL_P2P_DISABLE=1 for other programs."
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeResult:
-    """What a run of the test's process left: a report per finished pair, and how it ended, `during` which pair."""
+    """The result of one run of the subprocess: a report per finished pair, how it ended, and `during` which pair."""
 
     reports: Mapping[CardPair, Report]
     ending: Ending
@@ -65,7 +65,7 @@ Runner = Callable[[Sequence[CardPair]], ProbeResult]
 
 @dataclass(slots=True)
 class _Cache:
-    """Where verdicts are kept between runs, and those of this run."""
+    """The file that stores verdicts between runs, and the verdicts of this run."""
 
     path: Path = _DEFAULT_CACHE_FILE
     known: dict[str, Verdict] | None = None
@@ -76,13 +76,13 @@ _lock = threading.Lock()
 
 
 def keep_verdicts_in(folder: Path) -> None:
-    """Keep what tests find in `folder`/links.json; without this call in the program's own cache folder."""
+    """Store test results in `folder`/links.json. The default is the program's own cache folder."""
     with _lock:
         _cache.path, _cache.known = folder / "links.json", None
 
 
 def link_verdicts(slots: Sequence[Slot]) -> dict[tuple[int, int], Verdict]:
-    """The route between every two slots, by their indices. Tests links between CUDA devices that nobody tested yet (seconds each)."""
+    """The route for every ordered pair of slots, by index. Tests untested links between CUDA devices (seconds each)."""
     pairs = [(source, target) for source in slots for target in slots if source.index != target.index]
     cards = sorted({(_card(source), _card(target)) for source, target in pairs if _is_card_pair(source, target)})
     by_card = _verdicts_of_cards(cards) if cards else {}
@@ -98,14 +98,14 @@ def verdict_of(source: Slot, target: Slot) -> Verdict:
 
 
 def trivial_verdict(source: Slot, target: Slot) -> Verdict:
-    """For slots of which at least one is no CUDA device, or which share one. Pure."""
+    """The verdict for slots that share a device, or of which at least one is not a CUDA device. Pure."""
     if source.torch_device == target.torch_device:
         return Verdict(route="same", reason="one device", latency_ms=0.0)
     types = {source.torch_device.type, target.torch_device.type}
     if "cpu" in types:
-        return Verdict(route="direct", reason="main memory is one end")
+        return Verdict(route="direct", reason="one end is main memory")
     if types == {"vgpu"}:
-        return Verdict(route="direct", reason="virtual GPUs live in main memory")
+        return Verdict(route="direct", reason="virtual GPUs are in main memory")
     return Verdict(route="staged", reason="devices of different or untested kinds")
 
 
@@ -118,11 +118,11 @@ def _card(slot: Slot) -> int:
     return slot.torch_device.index or 0
 
 
-# deciding
+# decisions
 
 
 def judge(report: Report | None, ending: Ending = "done") -> Verdict:
-    """What a pair's test means. No report: the process ended (`ending`) before this pair was done. Pure."""
+    """The verdict for a pair's report. None means that the process ended (`ending`) before this pair was done. Pure."""
     if report is None:
         return Verdict(route="staged", reason=_ENDINGS[ending])
     staged = report.get("staged", {})
@@ -133,12 +133,12 @@ def judge(report: Report | None, ending: Ending = "done") -> Verdict:
         return replace(through_host, reason=f"direct copies delivered {report['wrong_bytes']} {_WRONG}")
     direct = report["direct"]
     if staged and staged["bytes_per_ms"] > direct["bytes_per_ms"] and staged["latency_ms"] < direct["latency_ms"]:
-        return replace(through_host, reason=f"direct copies are right but slower ({direct['bytes_per_ms'] / 1e6:.1f} GB/s)")
+        return replace(through_host, reason=f"direct copies are correct but slower ({direct['bytes_per_ms'] / 1e6:.1f} GB/s)")
     return Verdict(route="peer", reason="checked", bytes_per_ms=direct["bytes_per_ms"], latency_ms=direct["latency_ms"])
 
 
 def run_all(pairs: Sequence[CardPair], run: Runner) -> dict[CardPair, Verdict]:
-    """Verdicts of all pairs. After a hang or a crash the pairs that are left are tried in a new process.
+    """Verdicts for all pairs. After a hang or crash, the remaining pairs are tested in a new process.
 
     A pair that fails in one direction is trusted in neither.
     """
@@ -148,7 +148,7 @@ def run_all(pairs: Sequence[CardPair], run: Runner) -> dict[CardPair, Verdict]:
         result = run(left)
         verdicts.update({pair: judge(report) for pair, report in result.reports.items() if pair in left})
         left = [pair for pair in left if pair not in verdicts]
-        # A process that fails before its first pair would fail before the next one, too.
+        # A process that fails before its first pair would also fail before the next one.
         guilty = {result.during, result.during[::-1]} if result.during in left and result.during is not None else set(left)
         verdicts.update({pair: judge(None, result.ending) for pair in left if pair in guilty})
         left = [pair for pair in left if pair not in verdicts]
@@ -169,7 +169,7 @@ def _is_failure(verdict: Verdict) -> bool:
 
 
 def run_probe(pairs: Sequence[CardPair]) -> ProbeResult:
-    """Start the test's process, follow its lines, and end it when one does not come in time."""
+    """Start the subprocess, read its lines, and kill it if one does not arrive in time."""
     process = subprocess.Popen(
         [sys.executable, "-m", "backend.devices.link_probe"],
         stdin=subprocess.PIPE,
@@ -185,7 +185,7 @@ def run_probe(pairs: Sequence[CardPair]) -> ProbeResult:
     try:
         with process.stdin:
             process.stdin.write(json.dumps({"pairs": list(pairs)}))
-    except OSError:  # it ended before it read
+    except OSError:  # it ended before reading its input
         return ProbeResult(reports={}, ending="crash")
     try:
         return follow(_lines_in_time(lines), len(pairs))
@@ -194,7 +194,7 @@ def run_probe(pairs: Sequence[CardPair]) -> ProbeResult:
 
 
 def follow(lines: Iterator[str | None], num_pairs: int) -> ProbeResult:
-    """Reports from the lines of the test's process, until all are there. None among the lines: the next one did not come in time. Pure."""
+    """Read reports from the subprocess's lines until all are complete. A None means that the next line did not arrive in time. Pure."""
     reports: dict[CardPair, Report] = {}
     during: CardPair | None = None
     for line in lines:
@@ -212,7 +212,7 @@ def follow(lines: Iterator[str | None], num_pairs: int) -> ProbeResult:
 
 
 def _parse(line: str) -> dict[str, Any]:
-    """What a library printed between our lines says nothing."""
+    """A line as JSON; empty for anything that a library printed between our lines."""
     try:
         said = json.loads(line)
     except ValueError:
@@ -228,7 +228,7 @@ def _read_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
 
 
 def _lines_in_time(lines: queue.Queue[str | None]) -> Iterator[str | None]:
-    """Lines until the process ends; None as the last one where it said nothing for too long."""
+    """Lines until the process ends. The last is None if it was silent for too long."""
     limit_s = FIRST_LINE_LIMIT_S
     while True:
         try:
@@ -243,15 +243,15 @@ def _lines_in_time(lines: queue.Queue[str | None]) -> Iterator[str | None]:
 
 
 def _end_process(process: subprocess.Popen[str]) -> None:
-    """A process that a card keeps hanging in the kernel cannot be ended; it is left."""
+    """Kill the process. One that hangs in the kernel because of a card cannot be killed and is left."""
     process.kill()
     try:
         process.wait(timeout=5)
     except subprocess.TimeoutExpired:
-        logger.warning("The link test (process %d) hangs in the driver and cannot be ended; restart the system when it suits.", process.pid)
+        logger.warning("The link test (process %d) hangs in the driver and cannot be killed. Reboot when convenient.", process.pid)
 
 
-# keeping
+# the cache
 
 
 def _verdicts_of_cards(pairs: Sequence[CardPair], run: Runner = run_probe) -> dict[CardPair, Verdict]:
@@ -262,7 +262,7 @@ def _verdicts_of_cards(pairs: Sequence[CardPair], run: Runner = run_probe) -> di
         known = _read_cache()
         new = [pair for pair in pairs if keys[pair] not in known]
         if new:
-            logger.info("Testing the links between %d cards; this is done once after each start of the system.", len(cards))
+            logger.info("Testing the links between %d cards, once after each boot.", len(cards))
             for pair, verdict in run_all(new, run).items():
                 known[keys[pair]] = verdict
                 _log_verdict(pair, verdict)
@@ -283,7 +283,7 @@ def _identify_card(card: int) -> str:
 
 
 def _identify_system() -> str:
-    """Driver, torch's CUDA and this start of the system."""
+    """The driver, torch's CUDA version and this boot."""
     cards = read_telemetry()
     driver = cards[0].driver if cards else "?"
     return f"driver {driver}, CUDA {torch.version.cuda or torch.version.hip}, boot {_identify_boot()}"
@@ -303,22 +303,22 @@ def _read_cache() -> dict[str, Verdict]:
 
 
 def _load_verdicts(path: Path) -> dict[str, Verdict]:
-    """What the file has; nothing where it is absent or damaged."""
+    """The file's verdicts; empty if it does not exist or is damaged."""
     try:
         entries = read_json_file(path)
         return {key: Verdict(**entry) for key, entry in entries.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        logger.warning("%s cannot be read (%s); links are tested again.", path, error)
+        logger.warning("%s cannot be read (%s). Links will be tested again.", path, error)
         return {}
 
 
 def _write_cache(verdicts: Mapping[str, Verdict]) -> None:
-    """Written beside, then renamed, so that the file is whole or old."""
+    """Write the file atomically: it is either complete or the old one."""
     fields = ("route", "reason", "bytes_per_ms", "latency_ms")
     entries = {key: {name: getattr(verdict, name) for name in fields} for key, verdict in verdicts.items()}
     try:
         replace_content(_cache.path, json.dumps(entries, indent=1).encode())
     except OSError as error:
-        logger.warning("%s cannot be written (%s); links are tested again at the next start.", _cache.path, error)
+        logger.warning("%s cannot be written (%s). Links will be tested again at the next start.", _cache.path, error)

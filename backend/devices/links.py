@@ -1,4 +1,4 @@
-"""What is known of the way from one slot to another: by which route tensors go, and how fast. Knows no test and no transport."""
+"""What is known about the link from one slot to another: its route and speed. Knows no test and no transport."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 Route = Literal["same", "direct", "peer", "staged"]
-"""same: one device, nothing moves. direct: one side is main memory, or both are virtual. peer: from card to card. staged: through main memory."""
+"""same: one device, nothing moves. direct: one end is main memory, or both are virtual. peer: from card to card. staged: through main memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """How tensors go from one slot to another, and why. Speeds are measured; None where nobody measured.
+    """How tensors move from one slot to another, and why. Speeds are measured, or None.
 
     A tensor of n bytes takes about `latency_ms + n / bytes_per_ms`.
     """
@@ -28,4 +28,4 @@ class Verdict:
 
 
 Verdicts = Mapping[tuple[int, int], Verdict]
-"""By (source, target): indices of slots."""
+"""By (source, target) slot index."""

@@ -1,4 +1,4 @@
-"""The most memory that tensors took on a device since the last reset. Never makes a context on a card for the question."""
+"""The most memory that tensors used on a device since the last reset. A query never creates a context on a card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backend.devices import virtual_gpu
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeakBytes:
-    """By tensors, and by the allocator that keeps more than they need. None where nobody counts."""
+    """Peak bytes of tensors, and of the allocator, which reserves more than they need. None if nobody counts them."""
 
     allocated_bytes: int | None
     reserved_bytes: int | None
@@ -31,7 +31,7 @@ def read_peak(device: torch.device) -> PeakBytes:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let the peak begin again at what is there now."""
+    """Restart the peak from the current usage."""
     if device.type == "cuda" and _has_context():
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "xpu":

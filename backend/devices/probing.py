@@ -1,4 +1,4 @@
-"""From flags and what the machine has to slots. `choose_slots` is pure; `probe_devices` looks at the machine for it."""
+"""Turns flags and the machine's devices into slots. `choose_slots` is pure; `probe_devices` queries the machine for it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class DeviceError(ValueError):
-    """The flags ask for devices that cannot be had; the message lists what exists."""
+    """The flags ask for devices that are not available. The message lists the devices that exist."""
 
 
 def probe_devices(config: BackendConfig) -> tuple[Slot, ...]:
-    """The slots of this process, first the primary. Logs one line of slots and one of GPUs that stay idle.
+    """The slots of this process, the primary first. Logs one line of slots and one of GPUs that stay idle.
 
     Raises: DeviceError.
     """
@@ -36,7 +36,7 @@ def probe_devices(config: BackendConfig) -> tuple[Slot, ...]:
 def choose_slots(inventory: Inventory, config: BackendConfig) -> tuple[Slot, ...]:
     """Slots for the devices that the flags name, in that order.
 
-    Nothing named: every GPU with `--multi-gpu`, else the first one; without GPUs, or with `--always-cpu`, one CPU slot.
+    Without a name: every GPU with `--multi-gpu`, otherwise the first. Without GPUs, or with `--always-cpu`: one CPU slot.
     Raises: DeviceError.
     """
     if config.vram_mode == "cpu" and not _names_only_cpus(config.device_ids):
@@ -52,7 +52,7 @@ def choose_slots(inventory: Inventory, config: BackendConfig) -> tuple[Slot, ...
 
 
 def describe_idle_gpus(inventory: Inventory, slots: tuple[Slot, ...], config: BackendConfig) -> str:
-    """One line naming the GPUs that no work will reach and the flag that would change it; empty when there is none."""
+    """One line with the GPUs that will get no work and the flag that would change that; empty if there are none."""
     working = {slot.torch_device for slot in (slots if config.multi_gpu else slots[:1])}
     idle = [f"{facts.torch_device} ({facts.name})" for facts in inventory.gpus if facts.torch_device not in working]
     if not idle:
@@ -71,7 +71,7 @@ def _names_only_cpus(device_ids: tuple[str, ...]) -> bool:
 
 
 def _find_device(name: str, inventory: Inventory) -> DeviceFacts:
-    """A device by its number among the GPUs, by its torch name ("cuda:1", "mps"), or "cpu"."""
+    """A device by its GPU number, its torch name ("cuda:1", "mps"), or "cpu"."""
     wanted = name.strip().lower()
     if wanted == "cpu":
         return inventory.cpu
@@ -79,7 +79,7 @@ def _find_device(name: str, inventory: Inventory) -> DeviceFacts:
         names = {str(index), str(facts.torch_device)} | ({facts.torch_device.type} if index == 0 else set())
         if wanted in names:
             return facts
-    raise DeviceError(f"--device-id {name}: there is no such device. Present: {_list_devices(inventory)}. {_device_remedy(inventory)}")
+    raise DeviceError(f"--device-id {name}: there is no such device. Available: {_list_devices(inventory)}. {_device_remedy(inventory)}")
 
 
 def _list_devices(inventory: Inventory) -> str:
@@ -89,10 +89,10 @@ def _list_devices(inventory: Inventory) -> str:
 
 def _device_remedy(inventory: Inventory) -> str:
     if inventory.gpus:
-        return "Name one of these, or leave --device-id out to use the first."
+        return "Name one of these, or omit --device-id to use the first."
     return (
-        f"torch {inventory.torch_build} sees no GPU: check the driver (nvidia-smi) and that torch is a build for your GPU, "
-        "or name cpu, or try --virtual-gpus 4GB,4GB."
+        f"torch {inventory.torch_build} sees no GPU: check the driver (nvidia-smi) and that torch is built for your GPU, "
+        "or use --device-id cpu, or try --virtual-gpus 4GB,4GB."
     )
 
 
@@ -101,7 +101,7 @@ def _refuse_shared(chosen: tuple[DeviceFacts, ...], config: BackendConfig) -> No
     shared = [device for device, count in counts.items() if count > 1]
     if shared and not config.allow_shared_slots:
         raise DeviceError(
-            f"--device-id {','.join(config.device_ids)}: names {shared[0]} {counts[shared[0]]} times. One device is one slot; "
+            f"--device-id {','.join(config.device_ids)}: names {shared[0]} {counts[shared[0]]} times. One device is one slot. Name it once, or "
             "add --allow-shared-slots to put several slots on it (for tests of order and numerics, not for speed)."
         )
 

@@ -1,4 +1,4 @@
-"""A slot: one compute place. Knows no memory state and no model."""
+"""A slot: one place to compute. Knows no memory state and no model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A compute place that a plan may name.
+    """A place to compute that a plan may name.
 
-    `index` is the position in `--device-id` (or in the list of all devices), `total_bytes` what the slot may hold at most.
-    `relative_speed` is an estimate against the first slot of the fleet (1.0) until something measures it.
+    `index` is the position in `--device-id` (or in the list of all devices), `total_bytes` the most memory the slot may use.
+    `relative_speed` is an estimate relative to the first slot (1.0), used until a speed is measured.
     Two slots may share one torch device.
     """
 
@@ -36,12 +36,12 @@ class Slot:
 
 
 def format_bytes(size_bytes: int) -> str:
-    """ "23.7 GiB", or "512 MiB" below one GiB."""
+    """ "23.7 GiB"; below one GiB, "512 MiB"."""
     return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
 
 
 def canonical_device(device: torch.device | str) -> torch.device:
-    """The device as tensors on it report it: "cuda" is cuda:0, "cpu:0" is cpu."""
+    """The device as tensors on it report it: "cuda" becomes cuda:0, "cpu:0" becomes cpu."""
     device = torch.device(device)
     if device.type in ("cpu", "meta"):
         return torch.device(device.type)

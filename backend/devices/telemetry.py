@@ -1,6 +1,6 @@
-"""What the driver says of NVIDIA cards: use, temperature, power, link. Through NVML; no driver or no package is not an error.
+"""What the driver reports about NVIDIA cards through NVML: use, temperature, power, link. A missing driver or package is not an error.
 
-Knows no slots: `read_telemetry` lists all cards the driver has, `find_telemetry` picks the one behind a torch device.
+Knows no slots: `read_telemetry` lists all cards of the driver, `find_telemetry` picks the one behind a torch device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuTelemetry:
-    """One card at one moment. What a card does not tell (laptops and old cards leave things out) is None."""
+    """One card at one moment. Values that the card does not report (laptops and old cards omit some) are None."""
 
     uuid: str
     name: str
@@ -41,7 +41,7 @@ class GpuTelemetry:
 
 
 def read_telemetry() -> tuple[GpuTelemetry, ...]:
-    """All cards of the driver, in its order; empty without NVIDIA driver or without the package nvidia-ml-py."""
+    """All cards of the driver, in its order; empty without an NVIDIA driver or without the package nvidia-ml-py."""
     nvml = _import_nvml()
     if nvml is None:
         return ()
@@ -60,7 +60,7 @@ def read_telemetry() -> tuple[GpuTelemetry, ...]:
 
 
 def find_telemetry(device: torch.device, cards: tuple[GpuTelemetry, ...]) -> GpuTelemetry | None:
-    """The card behind a CUDA device, found by its UUID: torch's numbers and the driver's differ where CUDA_VISIBLE_DEVICES is set."""
+    """The card behind a CUDA device, found by UUID: torch's indexes differ from the driver's if CUDA_VISIBLE_DEVICES is set."""
     if device.type != "cuda" or not cards:
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -69,7 +69,7 @@ def find_telemetry(device: torch.device, cards: tuple[GpuTelemetry, ...]) -> Gpu
 
 def _import_nvml() -> Any:
     try:
-        import pynvml  # optional: only NVIDIA machines have a use for it
+        import pynvml  # optional: useful only on NVIDIA machines
     except ImportError:
         return None
     return pynvml
@@ -100,5 +100,5 @@ def _read_card(nvml: Any, handle: Any) -> GpuTelemetry:
 
 
 def _text(value: str | bytes) -> str:
-    """NVML's older bindings answer in bytes."""
+    """Text from NVML, whose older bindings return bytes."""
     return value.decode() if isinstance(value, bytes) else value

@@ -1,6 +1,6 @@
-"""Bookkeeping of one virtual GPU: its cap, what lives on it, what moved, and the faults it was told to have.
+"""Bookkeeping for one virtual GPU: its cap, live bytes, copies, and injected faults.
 
-Bytes and counters only; it knows no tensors. Safe to use from many threads.
+Bytes and counters only; knows no tensors. Thread-safe.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Faults:
-    """What shall go wrong on a device, counted from when the faults are set. The same value gives the same faults.
+    """Faults to inject on a device, counted from when they are set. Equal values give equal faults.
 
     `out_of_memory_at`: which allocations fail (1 is the next one). `out_of_memory_share`: share of allocations that fail at random.
-    `lost_at_operation`: from this operation on, all fail as they do on a card that fell off the bus.
-    `link_bytes_per_s`, `link_latency_s`: the time every copy to or from the device takes at least.
+    `lost_at_operation`: from this operation on, all fail as on a card that fell off the bus.
+    `link_bytes_per_s`, `link_latency_s`: set the minimum time of every copy to or from the device.
     """
 
     out_of_memory_at: Container[int] = frozenset()
@@ -36,7 +36,7 @@ class Faults:
 
 @dataclass(slots=True)
 class VirtualDevice:
-    """One virtual GPU. `charge` and `release` are called for every storage that is born and dies on it; `num_refused` counts faults on request."""
+    """One virtual GPU. `charge` and `release` are called for every storage created and freed on it; `num_refused` counts injected failures."""
 
     name: str
     cap_bytes: int
@@ -60,19 +60,19 @@ class VirtualDevice:
         return max(0, self.cap_bytes - self.live_bytes)
 
     def set_faults(self, faults: Faults | None) -> None:
-        """Start (or stop, with None) going wrong; counting begins anew."""
+        """Set the faults (None for no faults) and restart their counters."""
         with self._lock:
             self.faults = faults
             self.num_allocations = self.num_operations = self.num_refused = 0
             self._random.seed(faults.seed if faults else 0)
 
     def reset_peak(self) -> None:
-        """Let the peak begin again at what lives now."""
+        """Restart the peak from the live bytes."""
         with self._lock:
             self.peak_bytes = self._count_live()
 
     def charge(self, need_bytes: int) -> None:
-        """Count a new storage. Raises: torch.OutOfMemoryError at the cap, or where a fault says so."""
+        """Count a new storage. Raises: torch.OutOfMemoryError at the cap, or for an injected fault."""
         with self._lock:
             self.num_allocations += 1
             live_bytes = self._count_live()
@@ -80,23 +80,23 @@ class VirtualDevice:
                 raise torch.OutOfMemoryError(self._describe_shortage(need_bytes))
             if self.faults is not None and self._fails_now(self.faults):
                 self.num_refused += 1
-                raise torch.OutOfMemoryError(f"{self._describe_shortage(need_bytes)} (Fault on request, allocation {self.num_allocations}.)")
+                raise torch.OutOfMemoryError(f"{self._describe_shortage(need_bytes)} (Injected fault, allocation {self.num_allocations}.)")
             self._live_bytes = live_bytes + need_bytes
             self.peak_bytes = max(self.peak_bytes, self._live_bytes)
 
     def release(self, freed_bytes: int) -> None:
-        """Count a storage that died. Takes no lock: the garbage collector may call it inside any other method."""
+        """Count a freed storage. Takes no lock: the garbage collector may call it inside any other method."""
         self._released.append(freed_bytes)
 
     def begin_operation(self) -> None:
-        """Count an operation that runs on the device. Raises: torch.AcceleratorError when the device is lost."""
+        """Count an operation on the device. Raises: torch.AcceleratorError if the device is lost."""
         self.num_operations += 1
         faults = self.faults
         if faults is not None and faults.lost_at_operation is not None and self.num_operations >= faults.lost_at_operation:
-            raise torch.AcceleratorError(f"{self.name} error: the device is lost. (Fault on request, operation {self.num_operations}.)")
+            raise torch.AcceleratorError(f"{self.name} error: the device is lost. (Injected fault, operation {self.num_operations}.)")
 
     def delay_copy(self, moved_bytes: int) -> None:
-        """Wait as long as a slow link would take; no time at all without that fault."""
+        """Wait as long as the injected slow link would take; without that fault return at once."""
         faults = self.faults
         if faults is None:
             return
@@ -109,7 +109,7 @@ class VirtualDevice:
         return by_chance or self.num_allocations in faults.out_of_memory_at
 
     def _count_live(self) -> int:
-        """Settle what was released since the last count. The caller holds the lock."""
+        """Live bytes, after subtracting what was released since the last count. The caller holds the lock."""
         while self._released:
             self._live_bytes -= self._released.popleft()
         return self._live_bytes

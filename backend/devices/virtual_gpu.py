@@ -1,10 +1,10 @@
-"""Virtual GPUs: a torch device type of our own ("vgpu") whose tensors live in CPU memory and compute with the CPU's kernels.
+"""Virtual GPUs: our own torch device type ("vgpu"), whose tensors are in CPU memory and are computed with CPU kernels.
 
-It refuses to mix tensors of two devices, counts every byte of every tensor and every byte that crosses between devices, has a cap per
-device and raises `torch.OutOfMemoryError` at it, and fails on request. For tests, for demonstrations, and for people without GPUs
-who want to see a plan work. Inference only. What it does not count: scratch memory inside a CPU kernel.
+It refuses to mix tensors of two devices, counts every byte of every tensor and every byte copied between devices, raises
+`torch.OutOfMemoryError` at a cap per device, and injects faults. For tests, for demonstrations, and for people without GPUs who want to
+see a plan work. Inference only. Scratch memory inside a CPU kernel is not counted.
 
-Installing is for the whole process: torch knows one such device type at most, and `Module.to` is told to swap parameters in place.
+Installation affects the whole process: torch supports only one such device type, and `Module.to` is set to swap parameters in place.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _TAKEN_WHOLE = (
     "layer_norm",
     "reshape",
 )
-"""Composite operations that torch takes apart otherwise on a foreign device than on the CPU (the first four), or at a cost here."""
+"""Composite operations to run whole: torch decomposes the first four differently than on the CPU, and decomposing the others is slow here."""
 
 
 @dataclass(slots=True)
 class _Installed:
     libraries: list[torch.library.Library] = field(default_factory=list)
-    """Registrations live as long as these do."""
+    """The registrations live as long as these objects."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -51,9 +51,9 @@ _installed = _Installed()
 
 
 def install(caps_bytes: Sequence[int]) -> tuple[torch.device, ...]:
-    """Make the virtual GPUs "vgpu:0", "vgpu:1", ... with these caps, in place of those of an earlier call.
+    """Create the virtual GPUs "vgpu:0", "vgpu:1", ... with these caps, replacing those of an earlier call.
 
-    Tensors of an earlier call live on and count on the devices they were made on, which mix with no new one.
+    Tensors from an earlier call stay valid and count on their old devices, which do not mix with the new ones.
     """
     with _installed.lock:
         if not _installed.libraries:
@@ -64,12 +64,12 @@ def install(caps_bytes: Sequence[int]) -> tuple[torch.device, ...]:
 
 
 def installed_devices() -> tuple[torch.device, ...]:
-    """The virtual GPUs there are now."""
+    """The current virtual GPUs."""
     return tuple(torch.device(DEVICE_TYPE, index) for index in range(len(virtual_tensor.devices)))
 
 
 def get_device(device: torch.device | str | int) -> VirtualDevice:
-    """The bookkeeping of one virtual GPU. Raises: RuntimeError when it does not exist."""
+    """The bookkeeping of one virtual GPU. Raises: RuntimeError if it does not exist."""
     index = device if isinstance(device, int) else int(str(device).partition(":")[2] or 0)
     if index >= len(virtual_tensor.devices):
         raise RuntimeError(f"{device} does not exist; there are {len(virtual_tensor.devices)} virtual GPUs. Name more with --virtual-gpus.")
@@ -77,7 +77,7 @@ def get_device(device: torch.device | str | int) -> VirtualDevice:
 
 
 def copied_bytes() -> dict[tuple[str, str], int]:
-    """Bytes that crossed from one device to another, by (source, target), since the last reset."""
+    """Bytes copied from one device to another since the last reset, by (source, target)."""
     return virtual_tensor.copies.bytes_by_pair()
 
 
@@ -101,7 +101,7 @@ def _register_device_type() -> None:
 
 
 class _BackendModule:
-    """What torch asks of a device type's module, and shows as `torch.vgpu`."""
+    """The module that torch requires of a device type, available as `torch.vgpu`."""
 
     def is_available(self) -> bool:
         return bool(virtual_tensor.devices)
@@ -116,10 +116,10 @@ class _BackendModule:
         return 0
 
     def synchronize(self, device: object = None) -> None:
-        """Nothing is ever in flight."""
+        """Does nothing: no work is ever pending."""
 
     def empty_cache(self) -> None:
-        """There is no allocator that keeps memory."""
+        """Does nothing: there is no caching allocator."""
 
     def memory_allocated(self, device: torch.device | str | int = 0) -> int:
         return get_device(device).live_bytes
@@ -131,7 +131,7 @@ class _BackendModule:
         return get_device(device).free_bytes, get_device(device).cap_bytes
 
     def manual_seed_all(self, seed: int) -> None:
-        """Random numbers come from the CPU's generator, which torch seeds itself."""
+        """Does nothing: random numbers come from the CPU's generator, which torch seeds itself."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]

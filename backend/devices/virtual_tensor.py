@@ -1,8 +1,8 @@
-"""The tensor of a virtual GPU and how torch's operations run on it. `virtual_gpu` says what it is for, and installs it.
+"""The tensor of a virtual GPU, and how torch's operations run on it. `virtual_gpu` explains its purpose and installs it.
 
-A `VirtualTensor` reports a device "vgpu:N" and holds the CPU tensor that has the numbers. Operations arrive in `__torch_dispatch__` and
-run on the CPU tensors; operations without tensors (`torch.empty(..., device="vgpu:0")`) arrive in `run_factory`. Both end in
-`_run_on_device`; the few that may see two devices have handlers of their own.
+A `VirtualTensor` reports a device "vgpu:N" and wraps the CPU tensor with the numbers. Operations arrive in `__torch_dispatch__` and run on the
+CPU tensors; operations without tensors (`torch.empty(..., device="vgpu:0")`) arrive in `run_factory`. Both end in `_run_on_device`; the few
+operations that may involve two devices have their own handlers.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ devices: list[VirtualDevice] = []
 _CPU = torch.device("cpu")
 _MAY_HOLD_TENSORS = (torch.Tensor, list, tuple)
 _charges: dict[int, weakref.ref[_Charge]] = {}
-"""What is charged, by the address of the CPU storage."""
+"""The charges, by address of the CPU storage."""
 
 
 class _Charge:
-    """The bytes of one CPU storage on one virtual GPU. All tensors that view the storage share it; the last one's death releases it."""
+    """The bytes of one CPU storage on one virtual GPU, shared by all tensors that view the storage and released with the last of them."""
 
     __slots__ = ("__weakref__", "address", "device", "need_bytes", "storage")
 
@@ -78,7 +78,7 @@ class VirtualTensor(torch.Tensor):
         return self
 
     def __init__(self, *args: object) -> None:
-        """All is done in `__new__`: torch makes the object there."""
+        """Does nothing: torch creates the object in `__new__`."""
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it without func and as no class method
@@ -93,7 +93,7 @@ class VirtualTensor(torch.Tensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         if not isinstance(value, VirtualTensor):
-            raise RuntimeError(f"The data of a tensor on {self.device} was set to a tensor on {value.device}. Move with .to() instead.")
+            raise RuntimeError(f"The data of a tensor on {self.device} was set to a tensor on {value.device}. Use .to() to move it instead.")
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.cpu_tensor, self.virtual_device, self.charge = value.cpu_tensor, value.virtual_device, value.charge
 
@@ -119,7 +119,7 @@ class VirtualTensor(torch.Tensor):
 
 
 class _Unwrapping:
-    """Takes the CPU tensors out of an operation's arguments, and holds them all to one device."""
+    """Extracts the CPU tensors from an operation's arguments, and checks that all are on one device."""
 
     __slots__ = ("by_cpu_tensor", "cpu_only", "device", "virtual_device")
 
@@ -152,9 +152,9 @@ def _mixed(one: torch.device | None, other: torch.device | None) -> RuntimeError
 
 
 def _run_on_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation whose tensors are all on one device. Its results are there too, unless `device=` names another place.
+    """Run an operation whose tensors are all on one device. Its results are on the same device unless `device=` names another.
 
-    A CPU tensor without dimensions is a number, which torch lets through on any device.
+    A 0-dim CPU tensor counts as a number, which torch accepts on any device.
     """
     found = _Unwrapping()
     take = found.take
@@ -176,7 +176,7 @@ def _run_on_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _wrap(result: Any, device: torch.device, virtual_device: VirtualDevice, known: dict[int, VirtualTensor]) -> Any:
-    """Results as tensors of the device; what is one of the arguments comes back as that argument."""
+    """Results as tensors on the device. A result that is one of the arguments is returned as that argument."""
     if isinstance(result, torch.Tensor):
         same = known.get(id(result))
         return same if same is not None else VirtualTensor(result, device, virtual_device)
@@ -186,7 +186,7 @@ def _wrap(result: Any, device: torch.device, virtual_device: VirtualDevice, know
 
 
 def _virtual_device_of(device: torch.device) -> VirtualDevice | None:
-    """The virtual GPU that a device names; None for another kind. Raises: RuntimeError for one that does not exist."""
+    """The virtual GPU that a device names; None for other kinds. Raises: RuntimeError if it does not exist."""
     if device.type in ("cpu", "meta"):
         return None
     index = device.index or 0
@@ -196,12 +196,12 @@ def _virtual_device_of(device: torch.device) -> VirtualDevice | None:
 
 
 def run_factory(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """An operation that makes a tensor on a virtual GPU out of none."""
+    """Run an operation without tensor arguments that creates a tensor on a virtual GPU."""
     return _run_on_device(func, args, kwargs)
 
 
 def make_whole_kernel(func: Any) -> Callable[..., Any]:
-    """A kernel that runs a composite operation as one, so that the CPU's own way of doing it is taken."""
+    """A kernel that runs a composite operation whole, so that it uses the CPU's own implementation."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
@@ -215,7 +215,7 @@ def make_whole_kernel(func: Any) -> Callable[..., Any]:
 
 
 def _record_copy(source: torch.Tensor, target: torch.device, target_virtual: VirtualDevice | None) -> None:
-    """Count bytes that cross; wait for a slow link; fail on a lost device."""
+    """Count copied bytes, wait for a slow link, and fail on a lost device."""
     source_virtual = source.virtual_device if isinstance(source, VirtualTensor) else None
     crosses = source_virtual is not target_virtual
     for virtual_device in {id(one): one for one in (source_virtual, target_virtual) if one is not None}.values():
@@ -231,7 +231,7 @@ def _cpu_tensor_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _copy_into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """`target.copy_(source)`, in every direction."""
+    """`target.copy_(source)` in any direction."""
     target: torch.Tensor = args[0]
     source: torch.Tensor = args[1]
     _record_copy(source, target.device, target.virtual_device if isinstance(target, VirtualTensor) else None)
@@ -240,12 +240,12 @@ def _copy_into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torc
 
 
 def copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """What `target.copy_(source)` becomes inside `torch.tensor(..., device=)`, where torch passes `__torch_dispatch__` by."""
+    """`target.copy_(source)` inside `torch.tensor(..., device=)`, where torch bypasses `__torch_dispatch__`."""
     return _copy_into(None, (target, source), {})
 
 
 def _convert(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`_to_copy`: a copy of a tensor in another type, on another device, or both."""
+    """`_to_copy`: a copy of a tensor with another dtype, on another device, or both."""
     source: VirtualTensor = args[0]
     target = canonical_device(kwargs["device"]) if kwargs.get("device") is not None else source.device
     virtual_device = source.virtual_device if target == source.device else _virtual_device_of(target)
@@ -258,18 +258,18 @@ def _convert(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _detach(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor:
-    """Another tensor of the same storage; works on a lost device too, as it touches nothing there."""
+    """Another tensor with the same storage. Works even on a lost device, because it runs nothing there."""
     source: VirtualTensor = args[0]
     return VirtualTensor(source.cpu_tensor.detach(), source.device, source.virtual_device)
 
 
 def _decompose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """In inference mode composite operations arrive whole; those that end in `_to_copy` are taken apart."""
+    """Decompose an operation. In inference mode composite operations arrive whole, including those that end in `_to_copy`."""
     return func.decompose(*args, **kwargs)
 
 
 def _index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Indexing: indices may be on the CPU, the indexed tensor and what is put there may not."""
+    """Indexing: indices may be on the CPU; the indexed tensor and assigned values may not."""
     indexed, indices, rest = args[0], args[1], args[2:]
     if not isinstance(indexed, VirtualTensor):
         raise RuntimeError(f"Indices should be either on {indexed.device} or on the CPU: the indexed tensor is on {indexed.device}.")
@@ -278,7 +278,7 @@ def _index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _change_shape_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`unsqueeze_` and its like change what torch knows of the tensor, too."""
+    """`unsqueeze_` and similar operations also change the shape that torch has stored for the wrapper."""
     func(args[0].cpu_tensor, *args[1:], **kwargs)
     with no_dispatch():
         func(*args, **kwargs)
@@ -286,7 +286,7 @@ def _change_shape_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    raise NotImplementedError(f"{func} is not possible on a virtual GPU. Make a new tensor instead of changing this one's storage.")
+    raise NotImplementedError(f"{func} is not possible on a virtual GPU. Create a new tensor instead of changing this one's storage.")
 
 
 def _is_same_kind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

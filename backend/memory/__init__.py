@@ -1,1 +1,1 @@
-"""Pure parts under `backend.memory_management`: states, budgets, eviction, placement; and the store that carries them out."""
+"""The parts behind `backend.memory_management`: pure decisions (states, budgets, eviction, placement) and the store that carries them out."""

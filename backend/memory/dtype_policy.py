@@ -1,6 +1,6 @@
-"""Which number types a device stores and computes with. Pure: facts of a device in, answer out.
+"""Which dtypes a device stores and computes with. Pure: device facts in, answer out.
 
-The rules by CUDA compute capability are hardware facts: half precision arrived with 5.3/6.x, runs at full rate from 7.0, and bfloat16 from 8.0.
+The rules by CUDA compute capability are hardware facts: half precision exists from 5.3/6.x, runs at full rate from 7.0, bfloat16 from 8.0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NAMES_SLOW_FP16 = ("1060", "1070", "1080", "P40", "P4", "P100", "TITAN X")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPressure:
-    """How much a model weighs against what is free; decides whether a slow but small type is worth storing."""
+    """A model's size against free memory: decides whether a slow but small type is worth storing."""
 
     parameters: int = 0
     free_bytes: int = 0
@@ -41,16 +41,16 @@ class MemoryPressure:
 
 
 def dtype_from_flag(name: str | None) -> torch.dtype | None:
-    """Torch's type for a flag's word. Raises: ValueError for a word no flag has."""
+    """The torch dtype for a flag's value. Raises: ValueError for an unknown value."""
     if name is None:
         return None
     if name not in DTYPES_BY_FLAG:
-        raise ValueError(f"Number type {name!r} is not known; use one of {', '.join(DTYPES_BY_FLAG)}.")
+        raise ValueError(f"Number type {name!r} is unknown. Use one of {', '.join(DTYPES_BY_FLAG)}.")
     return DTYPES_BY_FLAG[name]
 
 
 def uses_fp16(facts: DeviceFacts, pressure: MemoryPressure) -> bool:
-    """Whether half precision is right on this device for a model of this weight."""
+    """Whether half precision suits this device and a model of this size."""
     if facts.kind in ("cpu", "virtual"):
         return False
     if facts.kind in ("mps", "xpu", "rocm"):
@@ -66,7 +66,7 @@ def uses_fp16(facts: DeviceFacts, pressure: MemoryPressure) -> bool:
 
 
 def uses_bf16(facts: DeviceFacts, pressure: MemoryPressure) -> bool:
-    """Whether bfloat16 is right on this device for a model of this weight."""
+    """Whether bfloat16 suits this device and a model of this size."""
     if facts.kind in ("cpu", "virtual", "mps"):
         return False
     if facts.kind in ("xpu", "rocm"):
@@ -77,7 +77,7 @@ def uses_bf16(facts: DeviceFacts, pressure: MemoryPressure) -> bool:
 
 
 def choose_dtype(facts: DeviceFacts, supported: Sequence[torch.dtype], pressure: MemoryPressure) -> torch.dtype:
-    """First of `supported` (best first) that suits the device; fp32 when none of the half types does."""
+    """The first of `supported` (best first) that suits the device; fp32 if no half type does."""
     suits = {torch.float16: uses_fp16, torch.bfloat16: uses_bf16}
     for dtype in supported:
         if dtype in suits and suits[dtype](facts, pressure):
@@ -86,7 +86,7 @@ def choose_dtype(facts: DeviceFacts, supported: Sequence[torch.dtype], pressure:
 
 
 def choose_vae_dtypes(facts: DeviceFacts) -> tuple[torch.dtype, ...]:
-    """Types for a VAE, best first. Stable Diffusion's VAEs overflow in fp16, so that is never chosen by itself."""
+    """Types for a VAE, best first. Stable Diffusion's VAEs overflow in fp16, so it is never chosen automatically."""
     if facts.kind == "xpu" or (facts.kind == "cuda" and (facts.compute_capability or (0, 0))[0] >= 8):
         return (torch.bfloat16, torch.float32)
     return (torch.float32,)

@@ -1,4 +1,4 @@
-"""Out of memory as an error of its own: what was asked for, and who holds what on every device."""
+"""The out-of-memory error: what was requested, and which models use how much on every device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceRow:
-    """One device's line in the table; `holders` are (name, bytes) of the models on it."""
+    """One device's row in the table. `holders` are (name, bytes) of the models on it."""
 
     device: str
     name: str
@@ -20,14 +20,14 @@ class DeviceRow:
 
     def __str__(self) -> str:
         held = ", ".join(f"{name} {size_bytes / MIB:.0f} MiB" for name, size_bytes in self.holders) or "no model"
-        return f"{self.device} ({self.name}): total {self.total_bytes / MIB:.0f} MiB, free {self.free_bytes / MIB:.0f} MiB, held by {held}"
+        return f"{self.device} ({self.name}): total {self.total_bytes / MIB:.0f} MiB, free {self.free_bytes / MIB:.0f} MiB, used by {held}"
 
 
 class OutOfMemory(RuntimeError):
-    """A device has not the room for what was asked, after everything that could leave has left."""
+    """A device has no room for the request, even after everything that could be evicted was."""
 
     def __init__(self, what: str, *, device: str, need_bytes: int | None, table: Sequence[DeviceRow], remedy: str = "") -> None:
         self.what, self.device, self.need_bytes, self.table = what, device, need_bytes, tuple(table)
-        asked = f", which asks for {need_bytes / MIB:.0f} MiB" if need_bytes is not None else ""
-        remedy = remedy or "Make the picture or the batch smaller, or start with --lowvram, or free the device of other programs."
-        super().__init__("\n  ".join([f"{device} ran out of memory at {what}{asked}. {remedy}", *(str(row) for row in self.table)]))
+        asked = f", which needs {need_bytes / MIB:.0f} MiB" if need_bytes is not None else ""
+        remedy = remedy or "Make the picture or the batch smaller, start with --lowvram, or close other programs that use the device."
+        super().__init__("\n  ".join([f"{device} ran out of memory during {what}{asked}. {remedy}", *(str(row) for row in self.table)]))

@@ -1,4 +1,4 @@
-"""Who leaves a device when room is needed. Pure: numbers in, victims out; the store moves the bytes."""
+"""Which models to evict from a device when room is needed. Pure: numbers in, victims out; the store moves the bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resident:
-    """Weights on a device: whose (a number the caller chooses), how many bytes leaving would free there, and whether a running job holds them."""
+    """Weights on a device: `key` (the caller's number for the model), the bytes that evicting it frees, and whether a running job uses it."""
 
     key: int
     frees_bytes: int
@@ -16,9 +16,9 @@ class Resident:
 
 
 def plan_eviction(residents_newest_first: Sequence[Resident], *, need_bytes: int, free_bytes: int, evict_all: bool = False) -> tuple[Resident, ...]:
-    """Victims in the order they leave: least recently used first, until `free_bytes` plus what they free exceeds `need_bytes`.
+    """Victims in eviction order: least recently used first, until `free_bytes` plus what they free exceeds `need_bytes`.
 
-    Pinned residents never leave. With `evict_all` everyone else does. When all of it is not enough, all leave; the caller measures again.
+    Pinned residents are never evicted. With `evict_all` all others are. If that is not enough, the caller finds out by measuring again.
     """
     victims: list[Resident] = []
     for resident in reversed(residents_newest_first):

@@ -1,6 +1,6 @@
-"""How a streamed layer's weights come to the device: when the layer is due, or one layer ahead while the device computes.
+"""How a streamed layer's weights get to the device: when the layer runs, or one layer ahead while the device computes.
 
-`AheadFetcher` decides and knows no streams; `CudaAheadCopies` has CUDA's side of it. Neither knows networks or budgets.
+`AheadFetcher` decides and knows no streams; `CudaAheadCopies` does the CUDA part. Neither knows networks or budgets.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from torch import Tensor
 
 
 class Fetcher(Protocol):
-    """Called around each streamed layer's work, always by the thread that runs the network."""
+    """Called before and after each streamed layer runs, always by the thread that runs the network."""
 
     layers_in_flight: int
-    """Layers that may be on the device at one time."""
+    """How many streamed layers may be on the device at once."""
 
     def fetch(self, layer: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors on the device, in order, ready for what the calling thread enqueues next."""
+        """The tensors on the device, in order, ready for the work that the calling thread enqueues next."""
         ...
 
     def release(self, layer: str, *, has_failed: bool) -> None:
-        """The layer's work is enqueued, or has raised an error; nobody holds what was fetched any more."""
+        """The layer's work has been enqueued or has failed. Nobody references the fetched tensors any more."""
         ...
 
 
 @dataclass(slots=True)
 class DirectFetcher:
-    """Weights come when their layer is due, on the stream that computes."""
+    """Copies weights when their layer runs, on the computing stream."""
 
     device: torch.device
     layers_in_flight: int = 1
@@ -39,22 +39,22 @@ class DirectFetcher:
         return [_copy_to(tensor, self.device) for tensor in tensors]
 
     def release(self, layer: str, *, has_failed: bool) -> None:
-        """What was fetched is freed in the order of the stream."""
+        """Does nothing: the stream frees the fetched tensors in order."""
 
 
 class AheadCopies(Protocol):
-    """Copies that run beside computation."""
+    """Copies that overlap with computation."""
 
     def begin(self, tensors: Sequence[Tensor]) -> Any:
         """Start copying. Raises: torch.OutOfMemoryError."""
         ...
 
     def finish(self, copy: Any) -> list[Tensor]:
-        """The copies; what the calling thread enqueues next waits for them."""
+        """The copies. Work that the calling thread enqueues next waits for them."""
         ...
 
     def mark(self) -> Any:
-        """A mark behind all that the calling thread has enqueued."""
+        """A mark after everything that the calling thread has enqueued."""
         ...
 
     def wait(self, mark: Any) -> None:
@@ -63,7 +63,7 @@ class AheadCopies(Protocol):
 
 
 class _Version(NamedTuple):
-    """A tensor as it was when its copy began."""
+    """A tensor and its version when its copy began."""
 
     tensor: Tensor
     version: int
@@ -85,11 +85,10 @@ class _Coming:
 
 @dataclass(slots=True)
 class AheadFetcher:
-    """While one layer computes, the weights of the layer that came after it last time are copied.
+    """While one layer computes, copies the weights of the layer that followed it last time.
 
-    The first layer of a pass is never copied ahead: between passes weights may change. A guess that was wrong, or weights that changed, cost
-    a copy and nothing else. The host waits for the layer before the one that computes, so no more than two layers are on the device however far
-    the host runs ahead.
+    The first layer of a pass is never copied ahead, because weights may change between passes. A wrong guess or changed weights only cost a
+    copy. The host waits for the layer before the one that computes, so at most two layers are on the device, however far the host runs ahead.
     """
 
     tensors_of: Callable[[str], Sequence[Tensor]]
@@ -106,7 +105,7 @@ class AheadFetcher:
         self._learn(layer)
         if coming is not None and coming.is_of(layer, tensors):
             return self.copies.finish(coming.copy)
-        del coming  # its memory is needed
+        del coming  # free its memory
         self._let_compute(None)
         return self.copies.finish(self.copies.begin(tensors))
 
@@ -127,13 +126,13 @@ class AheadFetcher:
         self._last = layer
 
     def _let_compute(self, mark: Any) -> None:
-        """Wait for what computed before; only what `mark` stands behind may be under way after it."""
+        """Wait for the previous layer's work. After that only the work up to `mark` may still be running."""
         before, self._computing = self._computing, mark
         if before is not None:
             self.copies.wait(before)
 
     def _begin(self, layer: str) -> _Coming | None:
-        """Nothing where there is no room: the layer is fetched when it is due, with the means there are for that."""
+        """Start copying a layer's weights. None if there is no room: the layer is then fetched when it runs, with recovery."""
         tensors = self.tensors_of(layer)
         try:
             copy = self.copies.begin(tensors)
@@ -144,14 +143,14 @@ class AheadFetcher:
 
 @dataclass(slots=True)
 class CudaAheadCopies:
-    """Copies on a stream of their own. `cuda` is `torch.cuda`."""
+    """Copies on a separate stream. `cuda` is `torch.cuda`."""
 
     device: torch.device
     cuda: Any = torch.cuda
     _stream: Any = None
 
     def begin(self, tensors: Sequence[Tensor]) -> Any:
-        """From page-locked memory the copy runs beside everything else; from other memory the host waits for it."""
+        """Start copying. From page-locked memory the copy is asynchronous; from other memory the host waits for it."""
         if self._stream is None:
             self._stream = self.cuda.Stream(device=self.device)
         with self.cuda.stream(self._stream):
@@ -161,7 +160,7 @@ class CudaAheadCopies:
         return arriving, event
 
     def finish(self, copy: Any) -> list[Tensor]:
-        """The memory belongs to the copying stream, so the allocator is told which stream uses it now."""
+        """The memory belongs to the copy stream, so this tells the allocator which stream uses it now."""
         arriving, event = copy
         stream = self.cuda.current_stream(self.device)
         stream.wait_event(event)
@@ -187,5 +186,5 @@ def _copy_to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts changes in place. Tensors made in inference mode have no count; they are taken as they are."""
+    """The count of in-place changes. Tensors made in inference mode have none and count as unchanged."""
     return 0 if tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""Bytes of modules and state dicts, and the walk that moves them. Knows no budgets."""
+"""Counts the bytes of modules and state dicts, and moves modules. Knows no budgets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModuleBytes:
 
 
 def count_module_bytes(module: nn.Module, keep: Callable[[torch.Tensor], bool] = lambda tensor: True) -> ModuleBytes:
-    """Bytes of the distinct tensors of `module` for which `keep` holds; a tensor shared by two names counts once."""
+    """Bytes of the distinct tensors of `module` for which `keep` is true. A tensor with two names counts once."""
     total_bytes = weight_bytes = 0
     for name, tensor in _own_tensors_of_all(module):
         if keep(tensor):
@@ -37,7 +37,7 @@ def count_module_bytes(module: nn.Module, keep: Callable[[torch.Tensor], bool] =
 
 
 def count_bytes_on(module: nn.Module, device: torch.device) -> tuple[int, int]:
-    """(bytes of the distinct tensors of `module`, those of them that lie on `device`), in one walk."""
+    """(bytes of `module`'s distinct tensors, bytes of those on `device`), in one walk."""
     total_bytes = here_bytes = 0
     for _, tensor in _own_tensors_of_all(module):
         tensor_bytes = storage_of(tensor).stored_bytes
@@ -47,7 +47,7 @@ def count_bytes_on(module: nn.Module, device: torch.device) -> tuple[int, int]:
 
 
 def _own_tensors_of_all(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Distinct parameters and buffers of the tree, with their names in the module that has them. Faster than walks of generators in generators."""
+    """Distinct parameters and buffers of the tree, with their names in their own module. Faster than nested generators."""
     seen: set[int] = set()
     pending: list[nn.Module] = [module]
     while pending:
@@ -64,17 +64,17 @@ def _own_tensors_of_all(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def count_state_dict_bytes(state: Mapping[str, object], exclude_device: torch.device | None = None) -> int:
-    """Bytes of the tensors in a state dict, leaving out those on `exclude_device`."""
+    """Bytes of the tensors in a state dict, except those on `exclude_device`."""
     return sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor) and value.device != exclude_device)
 
 
 def count_state_dict_parameters(state: Mapping[str, object]) -> int:
-    """Elements of the tensors in a state dict."""
+    """Number of elements of all tensors in a state dict."""
     return sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor))
 
 
 def most_common_dtype(state: Mapping[str, object]) -> torch.dtype:
-    """The type that most tensors of a state dict have; fp32 for an empty one."""
+    """The most common dtype of the tensors in a state dict; fp32 if it is empty."""
     counts = Counter(value.dtype for value in state.values() if isinstance(value, torch.Tensor))
     return counts.most_common(1)[0][0] if counts else torch.float32
 
@@ -84,9 +84,9 @@ def most_common_dtype(state: Mapping[str, object]) -> torch.dtype:
 def move_module(module: nn.Module, device: torch.device, *, recursive: bool = True, excluded_patterns: Sequence[str] = ()) -> None:
     """Move parameters and buffers to `device`: the whole tree, or only the module's own.
 
-    A tensor whose dotted name, seen from `module`, matches one of the shell-style patterns stays; so does everything under a
-    module whose name matches. A tensor shared by two names is moved once and stays shared. Called in inference mode, it leaves it
-    for the move: parameters made there could not be used outside.
+    A tensor stays if its dotted name, relative to `module`, matches one of the shell-style patterns. So does everything under a module whose
+    name matches. A tensor with two names is moved once and stays shared. The move runs outside inference mode, because parameters made in it
+    could not be used elsewhere.
     """
     if recursive and not excluded_patterns:
         module.to(device)
@@ -108,12 +108,12 @@ def _move_own_tensors(module: nn.Module, device: torch.device, prefix: str, patt
 
 
 def as_same_kind(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`tensor` as a Parameter where `like` is one, with its requires_grad."""
+    """`tensor`, wrapped as a Parameter with the same requires_grad if `like` is one."""
     return nn.Parameter(tensor, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else tensor
 
 
 def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a pattern matches the name or one of the modules above it."""
+    """Whether a pattern matches the name or the name of a module above it."""
     parts = name.split(".") if name else []
     heads = [".".join(parts[: length + 1]) for length in range(len(parts))]
     return any(fnmatchcase(head, pattern) for head in heads for pattern in patterns)

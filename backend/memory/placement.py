@@ -1,4 +1,4 @@
-"""Which slot a model goes to. Pure: bytes in, slot out; the same numbers always give the same answer."""
+"""Which slot a model goes to. Pure: bytes in, slot out; equal numbers always give the same answer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotRoom:
-    """What one slot has at one moment.
+    """The room on one slot at one moment.
 
-    `free_bytes` is free now, `evictable_bytes` would become free if everything that no job holds left, `reserve_bytes` nobody may take.
-    `present_bytes` is what the slot already holds of the model in question; it is counted in neither of the others.
+    `free_bytes` is free now, `evictable_bytes` is used by idle models that could be evicted, `reserve_bytes` must stay free.
+    `present_bytes` is the part of the model in question that is already on the slot; it is not part of the other numbers.
     """
 
     index: int
@@ -24,13 +24,13 @@ class SlotRoom:
     present_bytes: int = 0
 
     def left_bytes(self, need_bytes: int) -> int:
-        """Room that remains after taking `need_bytes`, evicting if it must; negative when it does not fit."""
+        """Room left after using `need_bytes`, evicting if necessary; negative if it does not fit."""
         return self.free_bytes + self.evictable_bytes + self.present_bytes - self.reserve_bytes - need_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelNeed:
-    """A model to place: its weights, and the memory its work takes beside them."""
+    """A model to place: its weights, and the memory needed to run it."""
 
     name: str
     weights_bytes: int
@@ -43,7 +43,7 @@ class ModelNeed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """Where a model goes: `slot_index`, or None where it fits on no slot whole. `resident_bytes` of its weights stay there, the rest streams."""
+    """Where a model goes. `slot_index` is None if there is no slot for it. `resident_bytes` of its weights stay there, the rest streams."""
 
     need: ModelNeed
     slot_index: int | None
@@ -56,10 +56,10 @@ class Placement:
 
 
 def select_slot(need: ModelNeed, rooms: Sequence[SlotRoom]) -> Placement:
-    """The slot where the model and its work fit whole with the most room left relative to the card.
+    """The slot where the model and its working memory fit whole with the largest share of the card left.
 
-    A slot that already holds half of the model or more comes before others, one where nothing must leave before one where something
-    must; ties go to the lower index. Fits nowhere: a placement without a slot, with the numbers in its reason.
+    Prefers a slot that already has at least half of the model, then one where nothing must be evicted; ties go to the lower index. If it fits
+    nowhere, the placement has no slot, and its reason has the numbers.
     """
     fitting = [room for room in rooms if room.left_bytes(need.total_bytes) >= 0]
     if not fitting:
@@ -71,10 +71,11 @@ def select_slot(need: ModelNeed, rooms: Sequence[SlotRoom]) -> Placement:
 
 
 def plan_placements(needs: Sequence[ModelNeed], rooms: Sequence[SlotRoom]) -> tuple[Placement, ...]:
-    """A slot for each of the models that one picture takes, in the order given. They work in turn, so a slot keeps room for its hungriest.
+    """A slot for each model that one picture needs, in the given order. Models run one at a time, so a slot reserves only its largest working
+    memory.
 
-    Large models choose first. One that fits nowhere whole gets the slot where most of it can stay, and streams the rest; where not even
-    its work fits it gets no slot.
+    Large models choose first. A model that fits nowhere whole gets the slot where the most of it can stay, and streams the rest. If not even its
+    working memory fits, it gets no slot.
     """
     shares = {room.index: _Share(room) for room in rooms}
     order = sorted(range(len(needs)), key=lambda position: (-needs[position].total_bytes, position))
@@ -91,7 +92,7 @@ def plan_placements(needs: Sequence[ModelNeed], rooms: Sequence[SlotRoom]) -> tu
 
 
 class _Share:
-    """A slot's room while a plan is made: weights add up, of working memory only the largest counts."""
+    """A slot's room while placing several models: weights add up, and only the largest working memory counts."""
 
     def __init__(self, room: SlotRoom) -> None:
         self.room = room
@@ -99,7 +100,7 @@ class _Share:
         self.working_bytes = 0
 
     def room_for(self, need: ModelNeed) -> SlotRoom:
-        """The room as `need` sees it: its own work may use what the hungriest so far set aside."""
+        """The room for `need`, whose work may use the working memory already set aside."""
         taken_bytes = self.weights_bytes + max(0, self.working_bytes - need.working_bytes)
         return replace(self.room, free_bytes=self.room.free_bytes - taken_bytes)
 
@@ -129,6 +130,6 @@ def _explain_no_room(need: ModelNeed, rooms: Sequence[SlotRoom]) -> str:
     by_slot = ", ".join(f"slot {room.index} {max(0, room.left_bytes(0)) / MIB:.0f}" for room in rooms)
     together_bytes = sum(max(0, room.left_bytes(0)) for room in rooms)
     return (
-        f"{need.name} fits on no slot whole: it needs {need.weights_bytes / MIB:.0f} MiB for weights and {need.working_bytes / MIB:.0f} MiB to work; "
+        f"{need.name} fits on no slot whole: it needs {need.weights_bytes / MIB:.0f} MiB for weights and {need.working_bytes / MIB:.0f} MiB to run; "
         f"room in MiB: {by_slot or 'no slot'}; together {together_bytes / MIB:.0f}"
     )

@@ -1,4 +1,4 @@
-"""What to do when a device runs out of memory in the middle of work: known remedies, the mildest first, and the work once more after each.
+"""Recovers when a device runs out of memory during work: applies remedies, the mildest first, and repeats the work after each.
 
 Knows no models: a remedy is a function that frees something and says what.
 """
@@ -16,7 +16,7 @@ from backend.memory.errors import OutOfMemory
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Remedy = Callable[[], str]
-"""Frees memory and says in a few words what it did; "" when there was nothing to do."""
+"""Frees memory and says in a few words what it did; "" if there was nothing to do."""
 
 _SIGNS = (
     "out of memory",
@@ -29,16 +29,16 @@ _SIGNS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device has no room: torch's own class, ours, and what libraries below say in words."""
+    """Whether an error means that a device is out of memory: torch's class, ours, or a known message of an underlying library."""
     if isinstance(error, (torch.OutOfMemoryError, OutOfMemory)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def run_with_remedies(run: Callable[[], Result], remedies: Iterable[Remedy], what: str) -> Result:
-    """`run()`; when it runs out of memory, again after each remedy that did something. `run` must be one that can start anew.
+    """`run()`. If it runs out of memory, repeats it after each remedy that did something. `run` must be repeatable.
 
-    Raises: what `run` raises, when it is something else or no remedy is left.
+    Raises: what `run` raises, if it is something else or no remedy is left.
     """
     result, error = _attempt(run)
     for remedy in remedies:
@@ -46,7 +46,7 @@ def run_with_remedies(run: Callable[[], Result], remedies: Iterable[Remedy], wha
             break
         done = remedy()
         if done:
-            logger.warning("Out of memory at %s: %s; doing it again.", what, done)
+            logger.warning("Out of memory during %s: %s; trying again.", what, done)
             result, error = _attempt(run)
     if error is not None:
         raise error
@@ -55,7 +55,7 @@ def run_with_remedies(run: Callable[[], Result], remedies: Iterable[Remedy], wha
 
 
 def _attempt(run: Callable[[], Result]) -> tuple[tuple[Result] | None, BaseException | None]:
-    """The result, or the out-of-memory error without its frames: those would keep the tensors of the failed attempt alive."""
+    """The result, or the out-of-memory error without its traceback, which would keep the failed attempt's tensors alive."""
     try:
         return (run(),), None
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""One model on one device: its weak identity, its bytes, and the moves on and off. Knows no budgets and no other models."""
+"""One model on one device: a weak reference to it, its bytes, and loading and unloading. Knows no budgets and no other models."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Placeable(Protocol):
-    """What the store asks of a model patcher.
+    """What the store requires of a model patcher.
 
-    It may also have `prepare_load(device)`, which gives weights to a network that has none, `must_be_whole`, which says that it cannot stream,
+    It may also have `prepare_load(device)`, which gives weights to a network without any, `must_be_whole`, which means that it cannot stream,
     `forge_patch_model(device)`, `forge_unpatch_model(device)`, `model_patches_to(device)` and `refresh_loras()`.
     """
 
@@ -32,7 +32,7 @@ class Placeable(Protocol):
 
 
 class LoadedModel:
-    """A model that the store has placed. Holds it by weak reference: when nobody else does, the entry is dead and its bytes are gone."""
+    """A model that the store has placed. It has only weak references: when nobody else keeps the model, the entry is dead and its bytes are free."""
 
     def __init__(self, model: Placeable) -> None:
         self._patcher = weakref.ref(model)
@@ -47,12 +47,12 @@ class LoadedModel:
 
     @property
     def model(self) -> Placeable | None:
-        """The patcher, while somebody keeps it."""
+        """The patcher, while it exists."""
         return self._patcher()
 
     @property
     def real_model(self) -> nn.Module | None:
-        """The network, while somebody keeps it."""
+        """The network, while it exists."""
         return self._module()
 
     @property
@@ -60,23 +60,23 @@ class LoadedModel:
         return self._module() is not None
 
     def holds(self, model: Placeable) -> bool:
-        """Whether the entry stands for this patcher's network on this patcher's device."""
+        """Whether this is the entry for this patcher's network on this patcher's device."""
         return self._module() is model.model and self.device == canonical_device(model.load_device)
 
     def adopt(self, model: Placeable) -> None:
-        """Stand for another patcher of the same network from now on. What the former swapped in the network is put back."""
+        """Switch to another patcher of the same network. Undoes what the previous patcher swapped in the network."""
         if self._patcher() is not model:
             self._patcher = weakref.ref(model)
             self._call("forge_unpatch_model", None)
 
     def compute_inclusive_exclusive_memory(self) -> None:
-        """Refresh the bytes already on the device and those not on it."""
+        """Recount the bytes on the device and the bytes not on it."""
         module = self._module()
         total_bytes, self.inclusive_memory = count_bytes_on(module, self.device) if module is not None else (0, 0)
         self.exclusive_memory = total_bytes - self.inclusive_memory
 
     def model_load(self, model_gpu_memory_when_using_cpu_swap: int = -1, *, pin: bool = False, ahead: bool = False) -> nn.Module | None:
-        """Put the network on the device: whole with -1, else so much of it, and stream the rest, from page-locked memory or ahead of use."""
+        """Load the network: whole with -1, else that many bytes, streaming the rest (from page-locked memory, or ahead of use)."""
         module = self._module()
         if module is None:
             return None
@@ -93,14 +93,14 @@ class LoadedModel:
         return module
 
     def apply_patches(self) -> None:
-        """Have the network, where it is, as its patcher wants it: attributes swapped, hooks moved, LoRAs merged."""
+        """Apply the patcher to the network where it is: swap attributes, move hooks, merge LoRAs."""
         self._call("forge_patch_model", None)
         self._call("model_patches_to", self.device)
         self._call("refresh_loras")
         self.compute_inclusive_exclusive_memory()
 
     def model_unload(self, avoid_model_moving: bool = False) -> None:
-        """Take the network off the device; with `avoid_model_moving` only undo what loading added."""
+        """Take the network off the device. With `avoid_model_moving`, only undo what loading added."""
         module = self._module()
         self._stop_streaming()
         self.model_accelerated = False

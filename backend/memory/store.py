@@ -1,6 +1,6 @@
-"""The store: which models are on which device, and the moves that make room. Decisions are the pure modules beside it.
+"""The store: which models are on which device, and the moves that make room. The decisions are in the pure modules of this package.
 
-One lock guards it; a model that loads holds it. It knows no job, no page and no settings beyond BackendConfig.
+One lock guards it and is held while a model loads. Knows no job, no page and no settings except BackendConfig.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _STREAM_SHARES = (0.5, 0.0)
 
 
 class MemoryStore:
-    """Residents of all devices, most recently used first."""
+    """The resident models of all devices, most recently used first."""
 
     def __init__(self, config: BackendConfig, slots: Sequence[Slot]) -> None:
         if not slots:
-            raise ValueError("A memory store was asked for without slots; probe_devices gives at least one.")
+            raise ValueError("A memory store was created without slots. Pass the slots from probe_devices, which returns at least one.")
         self.config = config
         self.all_slots = self.slots = tuple(slots)
-        """All that were there at first, and those that work."""
+        """`all_slots`: the slots at startup. `slots`: those that still work."""
         self.residents: list[LoadedModel] = []
         self.wants_empty_cache = False
         self.lost_devices: frozenset[torch.device] = frozenset()
@@ -63,7 +63,7 @@ class MemoryStore:
         return describe_device(device)
 
     def state_of(self, device: torch.device) -> VRAMState:
-        """VRAM state of a device; one that is no slot counts as DISABLED (the host) or NORMAL."""
+        """VRAM state of a device. A device without a slot counts as DISABLED (the host) or NORMAL."""
         fallback = VRAMState.DISABLED if device.type == "cpu" else VRAMState.NORMAL_VRAM
         return self._states.get(device, fallback)
 
@@ -71,7 +71,7 @@ class MemoryStore:
         return read_device_bytes(device)
 
     def lose(self, device: torch.device) -> None:
-        """Forget a device that has stopped working, with all that was on it; the last one stays, as there must be one."""
+        """Drop a dead device and everything on it. The last slot stays, because there must be one."""
         with self._lock:
             self.lost_devices |= {device}
             self.residents[:] = [entry for entry in self.residents if entry.device != device]
@@ -80,11 +80,11 @@ class MemoryStore:
     # loading
 
     def load(self, models: Iterable[Placeable], *, memory_required_bytes: int, inference_bytes: int, preserved_bytes: int) -> None:
-        """Make all `models` resident on their load devices, evicting others by least recent use, streaming what does not fit.
+        """Make all `models` resident on their load devices, evicting the least recently used others and streaming what does not fit.
 
-        Others leave until `memory_required_bytes` of working memory fit beside the models. Only where `inference_bytes`, the least to
-        keep for work, do not fit beside them do the models themselves stream: work can be done in smaller parts, streaming slows it all.
-        `preserved_bytes` are kept from everyone. Raises: OutOfMemory; RuntimeError for a device that is lost.
+        Others are evicted until `memory_required_bytes` of working memory fit as well. The models themselves stream only if not even
+        `inference_bytes`, the minimum for work, fit: work can be done in smaller parts, but streaming slows down everything.
+        `preserved_bytes` always stay free. Raises: OutOfMemory; RuntimeError for a lost device.
         """
         with self._lock:
             self.drop_dead()
@@ -103,8 +103,8 @@ class MemoryStore:
         for model in models:
             if canonical_device(model.load_device) in self.lost_devices:
                 raise RuntimeError(
-                    f"{type(model.model).__name__} was to be loaded on {model.load_device}, which has stopped working. Read the model anew: "
-                    "its parts are then given to the devices that are left."
+                    f"{type(model.model).__name__} cannot be loaded on {model.load_device}, which has stopped working. Load the checkpoint again; "
+                    "its parts then go to the remaining devices."
                 )
 
     def _make_room(self, device: torch.device, entries: Sequence[LoadedModel], work_bytes: int) -> None:
@@ -113,7 +113,7 @@ class MemoryStore:
         self.free(need_bytes, device, keep=entries)
 
     def _find_or_enter(self, model: Placeable) -> LoadedModel:
-        """The entry of a model, moved or put to the front of the list; an entry of the same network elsewhere is dropped."""
+        """The entry of a model, moved to or added at the front of the list. An entry of the same network on another device is dropped."""
         entry = next((one for one in self.residents if one.holds(model)), None)
         self.forget_network(model, but=entry)
         if entry is None:
@@ -137,14 +137,14 @@ class MemoryStore:
         self._log_placed(entry)
 
     def _give_up(self, entry: LoadedModel) -> OutOfMemory:
-        """Take a model that found no room off its device again, and say so."""
+        """Unload a model that did not fit, and make the error."""
         self.residents.remove(entry)
         entry.model_unload()
         self.empty_cache(entry.device, collect=True)
         return self.out_of_memory(f"loading {entry.name}", entry.device, entry.exclusive_memory)
 
     def _choose_budget(self, entry: LoadedModel, keep_free_bytes: int) -> int:
-        """-1: whole; else bytes that may be resident while the rest streams."""
+        """-1 for the whole model, else the bytes that may be resident while the rest streams."""
         state = self.state_of(entry.device)
         if (
             getattr(entry.model, "must_be_whole", False)
@@ -165,7 +165,7 @@ class MemoryStore:
             logger.info("%s on %s: %.0f MiB.", entry.name, entry.device, entry.inclusive_memory / 2**20)
         else:
             logger.info(
-                "%s on %s: %.0f MiB resident, %.0f MiB streamed from main memory (it does not fit whole, or a flag asks for it).",
+                "%s on %s: %.0f MiB resident, %.0f MiB streamed from main memory (it does not fit whole, or a flag requires it).",
                 entry.name,
                 entry.device,
                 entry.streamed.resident_bytes / 2**20,
@@ -175,7 +175,7 @@ class MemoryStore:
     # freeing
 
     def free(self, need_bytes: int, device: torch.device, *, keep: Sequence[LoadedModel] = (), free_all: bool = False) -> None:
-        """Evict from `device`, least recently used first, until more than `need_bytes` are free or only `keep` and what a job holds is left."""
+        """Evict from `device`, least recently used first, until more than `need_bytes` are free or only `keep` and the job's models are left."""
         with self._lock:
             self.drop_dead()
             before = self.bytes_of(device)
@@ -198,10 +198,10 @@ class MemoryStore:
     def _evict(self, entry: LoadedModel) -> None:
         self.residents.remove(entry)
         entry.model_unload()
-        logger.debug("%s left %s.", entry.name, entry.device)
+        logger.debug("%s was evicted from %s.", entry.name, entry.device)
 
     def hold(self, models: Iterable[Placeable]) -> None:
-        """From now on these may not be evicted, in place of those held before; none of them when a job has ended."""
+        """Protect these models from eviction, instead of those held before. Pass none when a job has ended."""
         with self._lock:
             self._held = weakref.WeakSet(model.model for model in models)
 
@@ -220,20 +220,20 @@ class MemoryStore:
             self.empty_cache(device, collect=True)
 
     def forget_network(self, model: Placeable, but: LoadedModel | None = None) -> None:
-        """Drop the entries of a patcher's network without moving a weight."""
+        """Drop the entries of a patcher's network without moving weights."""
         with self._lock:
             for entry in [one for one in self.residents if one is not but and one.real_model is model.model]:
                 entry.model_unload(avoid_model_moving=True)
                 self.residents.remove(entry)
 
     def drop_dead(self) -> None:
-        """Drop the entries whose network nobody holds any more."""
+        """Drop the entries whose network no longer exists."""
         with self._lock:
             self._in_use = [entry for entry in self._in_use if entry.is_alive]
             self.residents[:] = [entry for entry in self.residents if entry.is_alive]
 
     def empty_cache(self, device: torch.device, *, collect: bool = False) -> None:
-        """Give idle memory of a device back; with `collect` also what only reference cycles hold, which takes a walk over the whole heap."""
+        """Return a device's idle memory to the driver. With `collect`, first run a full garbage collection, which frees reference cycles."""
         if collect:
             gc.collect()
         empty_cache(device)
@@ -242,9 +242,9 @@ class MemoryStore:
     # recovering
 
     def remedies(self, device: torch.device, keep: Sequence[LoadedModel] | None = None) -> tuple[Remedy, ...]:
-        """What may be done when work on `device` that uses `keep` finds no room, the mildest first.
+        """Remedies, mildest first, for work on `device` that runs out of memory while it uses `keep`.
 
-        Without `keep`, those of the last `load` count as used, and those that a job holds.
+        `keep` defaults to the models of the last `load` and those that a job holds.
         """
         if keep is None:
             keep = [entry for entry in self.residents if entry in self._in_use or self._is_held(entry)]
@@ -255,17 +255,17 @@ class MemoryStore:
         before = self.bytes_of(device)
         self.empty_cache(device, collect=True)
         freed_bytes = self.bytes_of(device).free_bytes - before.free_bytes
-        return "idle memory was given back" if before.idle_bytes > 0 or freed_bytes > 0 else ""
+        return "idle memory was released" if before.idle_bytes > 0 or freed_bytes > 0 else ""
 
     def _evict_others(self, device: torch.device, keep: Sequence[LoadedModel]) -> str:
         with self._lock:
             before = list(self.residents)
             self.free(0, device, keep=keep, free_all=True)
             left = [entry.name for entry in before if entry not in self.residents]
-        return f"{', '.join(left)} left {device}" if left else ""
+        return f"{', '.join(left)} evicted from {device}" if left else ""
 
     def _stream_more(self, entry: LoadedModel, share: float) -> str:
-        """Keep only so large a share of the network's resident weights on the device."""
+        """Keep only this share of the network's resident weights on the device."""
         with self._lock:
             entry.compute_inclusive_exclusive_memory()
             if not entry.is_alive or entry.offload_device == entry.device or entry.inclusive_memory == 0:
@@ -277,7 +277,7 @@ class MemoryStore:
     # choosing
 
     def rooms(self, slots: Sequence[Slot], model: nn.Module | None = None) -> tuple[SlotRoom, ...]:
-        """What each slot has for `model` now: free, evictable, and what it already holds of it."""
+        """The room that each slot has for `model` now: free, evictable, and the part of the model already there."""
         return tuple(self._room(slot, model) for slot in slots)
 
     def _room(self, slot: Slot, model: nn.Module | None) -> SlotRoom:
@@ -291,10 +291,10 @@ class MemoryStore:
             present_bytes=0 if model is None else count_module_bytes(model, lambda tensor: tensor.device == device).total_bytes,
         )
 
-    # telling
+    # describing
 
     def describe(self) -> tuple[DeviceRow, ...]:
-        """A line per device: total, free, and who holds what."""
+        """A row per device: total, free, and the models on it."""
         rows = []
         for device in dict.fromkeys(slot.torch_device for slot in self.slots):
             now, facts = self.bytes_of(device), self.facts(device)
@@ -303,7 +303,7 @@ class MemoryStore:
         return tuple(rows)
 
     def out_of_memory(self, what: str, device: torch.device, need_bytes: int | None) -> OutOfMemory:
-        """The error for `what`, with the table as it is now."""
+        """The error for `what`, with the current table of devices."""
         return OutOfMemory(what, device=str(device), need_bytes=need_bytes, table=self.describe())
 
     def _choose_state(self, slot: Slot) -> VRAMState:
@@ -311,7 +311,7 @@ class MemoryStore:
 
 
 def _is_placed(entry: LoadedModel, budget_bytes: int) -> bool:
-    """Whether a model is already on its device as the budget says; a streamed one may differ by a tenth, to spare moves."""
+    """Whether a model is already on its device as the budget requires. A streamed one may differ by a tenth, to avoid moves."""
     if budget_bytes < 0 or entry.streamed is None:
         return budget_bytes < 0 and entry.streamed is None and entry.exclusive_memory == 0
     return abs(budget_bytes - entry.streamed.resident_bytes) <= _BUDGET_SLACK * budget_bytes
@@ -323,7 +323,7 @@ def _bytes_freed(entry: LoadedModel) -> int:
 
 
 def _unique(models: Iterable[Placeable]) -> list[Placeable]:
-    """Models without repeats of one network, first kept."""
+    """The models without repeated networks; the first of each is kept."""
     seen: dict[int, Placeable] = {}
     for model in models:
         seen.setdefault(id(model.model), model)

@@ -1,7 +1,7 @@
-"""Models larger than their budget: part of the layers stays on the device, the others come for their own forward and leave after it.
+"""Streams models larger than their budget: some layers stay on the device, the others are there only during their own forward.
 
-`choose_resident_layers` is pure. Hooks on the layers do the rest, so the network does not know. An embedding table never comes: its few
-rows are looked up on the host.
+`choose_resident_layers` is pure. Hooks on the layers do the rest, so the network need not know. An embedding table is never copied: its rows are
+looked up on the host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from backend.storage.kinds import stored_bytes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerBytes:
-    """Own tensors (not its children's) of one module of a tree; `fetch_bytes` of them come to the device when the layer streams."""
+    """Bytes of one module's own tensors (not its children's). `fetch_bytes` of them go to the device when the layer streams."""
 
     name: str
     own_bytes: int
@@ -30,7 +30,7 @@ class LayerBytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamedModel:
-    """What `start_streaming` did, and what `stop_streaming` takes to undo it."""
+    """What `start_streaming` did, and what `stop_streaming` needs to undo it."""
 
     resident_bytes: int
     streamed_bytes: int
@@ -38,7 +38,7 @@ class StreamedModel:
 
 
 def list_layers(module: nn.Module) -> tuple[LayerBytes, ...]:
-    """Every module of the tree that has tensors of its own."""
+    """Every module of the tree that has its own tensors."""
     sizes = ((name, child, _own_bytes(child)) for name, child in module.named_modules())
     return tuple(
         LayerBytes(name=name, own_bytes=own_bytes, fetch_bytes=0 if isinstance(child, nn.Embedding) else own_bytes)
@@ -48,10 +48,10 @@ def list_layers(module: nn.Module) -> tuple[LayerBytes, ...]:
 
 
 def choose_resident_layers(layers: Sequence[LayerBytes], budget_bytes: int, layers_in_flight: int = 1) -> frozenset[str]:
-    """Names of the layers that stay: from small to large while the budget lasts.
+    """Names of the layers that stay on the device: from small to large, while the budget lasts.
 
-    The large layers stream because few large copies are cheaper than many small ones. The largest of them needs room too while
-    it computes (with `layers_in_flight` above 1 so many do, as others come meanwhile), and the budget leaves it, unless everything fits.
+    Large layers stream because a few large copies are cheaper than many small ones. Unless everything fits, the budget also reserves room for the
+    `layers_in_flight` largest layers, which are on the device while they compute or are copied ahead.
     """
     total_bytes = sum(layer.own_bytes for layer in layers)
     if total_bytes <= budget_bytes:
@@ -72,8 +72,8 @@ def choose_resident_layers(layers: Sequence[LayerBytes], budget_bytes: int, laye
 def start_streaming(module: nn.Module, device: torch.device, budget_bytes: int, *, pin: bool = False, ahead: bool = False) -> StreamedModel:
     """Place what the budget allows on `device`, leave the rest on the host and fetch it layer by layer.
 
-    With `pin` the host copies are page-locked, so that a copy may run beside computation (CUDA only); with `ahead` it does, one layer ahead,
-    which needs room for one layer more.
+    With `pin` the host copies are page-locked, so that copies can overlap with computation (CUDA only). With `ahead` each layer is copied while
+    the one before it computes, which needs room for one more layer.
     """
     layers, by_name = list_layers(module), dict(module.named_modules())
     fetcher = _choose_fetcher(by_name, device, ahead=ahead)
@@ -121,7 +121,7 @@ def _place_own_tensors(module: nn.Module, device: torch.device, *, pin: bool) ->
 
 
 def _look_up_on_host(module: nn.Embedding, device: torch.device) -> list[RemovableHandle]:
-    """Indices go to the host, rows come to the device."""
+    """Send indices to the host and the looked-up rows to the device."""
 
     def to_host(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(_follow(arg, torch.device("cpu")) for arg in args)
@@ -133,9 +133,9 @@ def _look_up_on_host(module: nn.Embedding, device: torch.device) -> list[Removab
 
 
 def _fetch_for_forward(name: str, module: nn.Module, device: torch.device, fetcher: Fetcher) -> list[RemovableHandle]:
-    """Fetch before the layer's forward, put the host's tensors back after it, also when it raised.
+    """Fetch the weights before the layer's forward, and put the host's tensors back after it, even if it fails.
 
-    Inputs come along: a caller that asked the layer where its weights are was told the host.
+    Also moves the inputs: a caller that checked where the layer's weights are got the host.
     """
     host: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
 

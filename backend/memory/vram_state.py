@@ -1,4 +1,4 @@
-"""States of a device's memory, and the rule that chooses one. Pure."""
+"""The states of a device's memory, and the rule that chooses one. Pure."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from enum import Enum, IntEnum
 
 
 class VRAMState(IntEnum):
-    """How a device is used for weights; values as users and extensions know them."""
+    """How a device is used for weights. The values are those that users and extensions know."""
 
     DISABLED = 0
-    """No GPU: the host computes and weights stay where they are."""
+    """No GPU: the host computes, and weights stay where they are."""
     NO_VRAM = 1
     """Weights always stay on the host and stream through the device."""
     LOW_VRAM = 2
-    """Weights leave the device as soon as a job is done with them; large models stream."""
+    """Weights leave the device after every job; large models stream."""
     NORMAL_VRAM = 3
-    """Weights stay until something else needs the room; what is too large streams in part."""
+    """Weights stay until something else needs the room; models that are too large stream in part."""
     HIGH_VRAM = 4
-    """Weights are placed whole and stay."""
+    """Weights are loaded whole and stay."""
     SHARED = 5
     """Host and device are the same memory: moving gains nothing."""
 
@@ -38,13 +38,13 @@ _BY_FLAG = {
     "no": VRAMState.NO_VRAM,
 }
 _SMALL_CARD_BYTES = 5 * 2**30
-"""At or under this a card holds no SDXL UNet in half precision (5.1 GB), so its weights leave after every job."""
+"""A card of at most this size has no room for an SDXL UNet in half precision (5.1 GB), so weights leave it after every job."""
 
 
 def choose_vram_state(kind: str, vram_mode: str, total_bytes: int) -> VRAMState:
     """State for a device of `kind` ("cpu", "cuda", "rocm", "xpu", "mps", "virtual") under the flag `vram_mode`.
 
-    Without a flag a real card that cannot hold the larger family's network whole starts LOW, others NORMAL.
+    Without a flag, a real card that is too small for an SDXL UNet starts as LOW, others as NORMAL.
     """
     if kind == "cpu":
         return VRAMState.DISABLED

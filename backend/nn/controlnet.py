@@ -1,7 +1,7 @@
-"""ControlNets as callables that give residuals: diffusers' modules, run as the original networks are called.
+"""ControlNets as callables that return residuals: diffusers' modules with the original networks' arguments.
 
-The library's own `forward` wants SDXL's pooled text and sizes apart and embeds the hint anew in every step; here they come as one vector, as
-checkpoints take it, and an embedded hint may be handed in. Must not know samplers, conditions, devices or files.
+The library's own `forward` takes SDXL's pooled text and sizes separately and embeds the hint again in every step. Here they are one vector, as in
+the checkpoints, and an embedded hint may be passed in. Must not know samplers, conditions, devices or files.
 
 Shapes: B rows, C channels, H W latent rows and columns, E width of the time embedding, L tokens, D width of a token, V width of SDXL's vector.
 """
@@ -21,7 +21,7 @@ HINT_STEP_PX = 8
 
 
 class ControlNetwork(nn.Module):
-    """A ControlNet (Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models") over diffusers' module."""
+    """A ControlNet (Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models") around diffusers' module."""
 
     def __init__(self, model: ControlNetModel) -> None:
         super().__init__()
@@ -35,19 +35,19 @@ class ControlNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored in, which is what the network computes in."""
+        """The dtype in which weights are stored and computed."""
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 
     def make_empty(self) -> ControlNetwork:
-        """A network of the same kind with the same names and types and weights of its own, to be filled. In eval mode, without gradients."""
+        """A new network of the same kind with the same names and types, whose weights are yet to be filled. Without gradients, in the same mode."""
         model = type(self.model).from_config(self.config)
         nn.Module.to(model, self.dtype)  # diffusers' own `to` warns about every change of type
         other = type(self)(model)
         return other.requires_grad_(False).train(self.training)
 
     def embed_hint(self, hint: Tensor) -> Tensor:
-        """A hint (B, 3, 8 H, 8 W) from 0 to 1 in the latents' size, as wide as the first level. The same in every step."""
+        """Embed a hint (B, 3, 8 H, 8 W) in 0..1 to the latents' size and the first level's width. The result is the same in every step."""
         embedded: Tensor = self.model.controlnet_cond_embedding(hint)
         return embedded
 
@@ -61,10 +61,10 @@ class ControlNetwork(nn.Module):
         hint_embedding: Tensor | None = None,
         **kwargs: Any,
     ) -> list[Tensor]:
-        """Residuals of the skips, outermost first, and last that of the middle.
+        """Residuals of the skips, outermost first, then that of the middle.
 
         `x` (B, C, H, W) scaled latents, `timesteps` (B,), `context` (B, L, D), `y` (B, V). The hint, or its embedding, may have fewer rows than
-        `x` where the number divides that of `x`: they are repeated.
+        `x` if their number divides that of `x`; they are then repeated.
         """
         embedding = self.embed_hint(hint) if hint_embedding is None else hint_embedding
         emb_BE = self._embed_time(x, timesteps, y)
@@ -76,7 +76,7 @@ class ControlNetwork(nn.Module):
         if self.config.addition_embed_type is None:
             return emb_BE
         if y_BV is None:
-            raise ValueError("This ControlNet is made for SDXL and takes its vector of pooled text and sizes, which the model in use does not give.")
+            raise ValueError("This ControlNet is for SDXL: it needs a vector of pooled text and sizes, which this model does not have.")
         aug_BE: Tensor = self.model.add_embedding(y_BV.to(emb_BE.dtype))
         return emb_BE + aug_BE
 
@@ -99,5 +99,5 @@ def _context_of(block: Any, context_BLD: Tensor | None) -> dict[str, Tensor | No
 
 
 def repeat_rows(rows: Tensor, count: int) -> Tensor:
-    """Rows repeated as a whole until there are `count`."""
+    """All rows repeated until there are `count`."""
     return rows if rows.shape[0] in (1, count) else rows.repeat(count // rows.shape[0], *[1] * (rows.ndim - 1))

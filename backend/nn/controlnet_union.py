@@ -1,6 +1,6 @@
-"""ControlNet Union for SDXL as a callable: one network that reads several kinds of hints, told which by a number. diffusers' module.
+"""ControlNet Union for SDXL as a callable: one network for several kinds of hints, chosen by a number. Wraps diffusers' module.
 
-Must not know samplers, conditions, devices or files. Shapes as in controlnet.py; T hints' and latents' tokens, K kinds.
+Must not know samplers, conditions, devices or files. Shapes as in controlnet.py; T tokens of hint and latents, K kinds.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import Tensor
 from backend.nn.controlnet import ControlNetwork, repeat_rows
 
 UNION_TYPES = ("OpenPose", "Depth", "Soft Edge", "Hard Edge", "Normal Map", "Segmentation", "Tile", "Inpaint")
-"""What the numbers mean in the published files; those with six kinds end before Tile."""
+"""What the numbers mean in the published files. Files with six kinds end before Tile."""
 
 
 class UnionNetwork(ControlNetwork):
-    """A ControlNet Union over diffusers' ControlNetUnionModel, for one hint at a time.
+    """A ControlNet Union around diffusers' ControlNetUnionModel, for one hint at a time.
 
-    The published code lets the tokens of a hint attend over the rows of the batch, where equal rows make it attend to itself. Here every row
-    attends to itself alone: that is the same for one picture, and a picture does not depend on those beside it.
+    In the published code a hint's tokens attend across the rows of the batch, so with equal rows a hint attends to itself. Here every row attends
+    only to itself: the same for one picture, and a picture does not depend on others in its batch.
     """
 
     @property
     def num_types(self) -> int:
-        """How many kinds of hints the network knows."""
+        """How many kinds of hints the network supports."""
         return int(self.config.num_control_type)
 
     def forward(
@@ -39,7 +39,7 @@ class UnionNetwork(ControlNetwork):
         control_type: int = 0,
         **kwargs: Any,
     ) -> list[Tensor]:
-        """As the base class; `control_type` is the number of the hint's kind."""
+        """Like the base class. `control_type` is the number of the hint's kind."""
         hint_BCHW = repeat_rows(self.embed_hint(hint) if hint_embedding is None else hint_embedding, x.shape[0])
         emb_BE = self._embed_time(x, timesteps, y) + self._embed_type(control_type, x)
         hidden_BCHW = self.model.conv_in(x)
@@ -52,11 +52,11 @@ class UnionNetwork(ControlNetwork):
         return emb_1E
 
     def _fuse(self, hidden_BCHW: Tensor, hint_BCHW: Tensor, control_type: int) -> Tensor:
-        """The hint with a bias per channel that the kind, the hint's mean and the latents' mean decide."""
+        """The hint plus a bias per channel, computed from the kind, the hint's mean and the latents' mean."""
         hint_BCHW = hint_BCHW.expand(hidden_BCHW.shape[0], -1, -1, -1)
         own_BC = hint_BCHW.mean(dim=(2, 3)) + self.model.task_embedding[control_type]
         tokens_BTC = torch.stack([own_BC, hidden_BCHW.mean(dim=(2, 3))], dim=1)
-        mixed = tokens_BTC.reshape(1, -1, tokens_BTC.shape[-1])  # the library's order is (tokens, rows, channels): each is alone in its row
+        mixed = tokens_BTC.reshape(1, -1, tokens_BTC.shape[-1])  # the library's order is (tokens, rows, channels), so each row stays separate
         for layer in self.model.transformer_layes:
             mixed = layer(mixed)
         bias_BC = self.model.spatial_ch_projs(mixed.view(tokens_BTC.shape)[:, 0])

@@ -1,4 +1,4 @@
-"""ControlNets' residuals that are still to be computed: which rows, with which networks, and how they add up. Knows no slots and no plan.
+"""ControlNet residuals that are yet to be computed: for which rows, with which networks, and how they add up. Knows no slots and no plan.
 
 Shapes: B rows, C channels, H W latent rows and columns.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Residuals = dict[str, list[Tensor | None]]
-"""What is added, by kind of place in the network (`Addition.kind`); the last of a list is taken first."""
+"""Residuals by kind of place in the network (`Addition.kind`). The last of each list is used first."""
 Send = Callable[[Tensor, torch.device], Tensor]
 
 
@@ -22,21 +22,21 @@ class ControlTask(Protocol):
 
     @property
     def kinds(self) -> frozenset[str]:
-        """The lists that it fills. Whoever runs a call waits for the task where the first entry of one of them is added."""
+        """The lists that it fills. The runner of a call waits for the task where the first entry of one of them is added."""
         ...
 
     @property
     def network(self) -> nn.Module:
-        """The ControlNet's own network; a task may run with a copy of it."""
+        """The ControlNet's own network. A task may run with a copy of it."""
         ...
 
     @property
     def home(self) -> torch.device:
-        """Where `network` runs."""
+        """The device of `network`."""
         ...
 
     def rows(self, first: int, end: int) -> ControlTask:
-        """The task for rows `first` to before `end` alone."""
+        """The task for rows [`first`, `end`) only."""
         ...
 
     def on(self, device: torch.device, send: Send) -> ControlTask:
@@ -44,24 +44,24 @@ class ControlTask(Protocol):
         ...
 
     def run(self, network: nn.Module) -> Residuals:
-        """Residuals (B, C, H, W) on the inputs' device, with the weights of `network`, which is there too."""
+        """Residuals (B, C, H, W), computed on the inputs' device with `network`, which must be there too."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeferredControl:
-    """What a chain of ControlNets adds to a call, oldest link first: residuals that are there already, and tasks."""
+    """What a chain of ControlNets adds to a call, oldest link first: residuals that already exist, and tasks."""
 
     parts: tuple[Residuals | ControlTask, ...]
 
     def rows(self, first: int, end: int, num_rows: int) -> DeferredControl:
-        """The same for rows `first` to before `end` of `num_rows`."""
+        """The same for rows [`first`, `end`) of `num_rows`."""
         return DeferredControl(
             tuple(part.rows(first, end) if not isinstance(part, dict) else residual_rows(part, first, end, num_rows) for part in self.parts)
         )
 
     def compute(self, device: torch.device) -> Residuals:
-        """Residuals of the chain on `device`, by the calling thread, with the ControlNets' own networks where they are."""
+        """Compute the chain's residuals in the calling thread, with the ControlNets' own networks on their devices. Returns them on `device`."""
         total: Residuals = {}
         for part in self.parts:
             total = add_residuals(part if isinstance(part, dict) else _run_at_home(part, device), total)
@@ -79,7 +79,7 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def residual_rows(control: Mapping[str, Sequence[Tensor | None]], first: int, end: int, num_rows: int) -> Residuals:
-    """Residuals of these rows; one of a single row counts for all."""
+    """The residuals for these rows. A residual with a single row applies to all."""
     return {
         kind: [one if one is None or one.shape[0] != num_rows else one[first:end] for one in residuals]
         for kind, residuals in control.items()
@@ -88,7 +88,7 @@ def residual_rows(control: Mapping[str, Sequence[Tensor | None]], first: int, en
 
 
 def add_residuals(own: Residuals, before: Mapping[str, Sequence[Tensor | None]]) -> Residuals:
-    """Sums where both have a residual; `own` is changed. Lists are filled from the front, so equal indices are equal places."""
+    """Add `before` to `own`, which is modified. Lists are filled from the front, so equal indexes mean equal places."""
     for kind, residuals in before.items():
         mine = own.setdefault(kind, [])
         mine += [None] * (len(residuals) - len(mine))
@@ -99,5 +99,5 @@ def add_residuals(own: Residuals, before: Mapping[str, Sequence[Tensor | None]])
 
 
 def add_residual(own: Tensor | None, before: Tensor) -> Tensor:
-    """A link's residual plus that of the links before it."""
+    """A link's residual plus the sum of the links before it."""
     return before if own is None else own + before.to(own)

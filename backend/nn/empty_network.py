@@ -1,4 +1,4 @@
-"""A network like another with the same names and types and no weights: what a copy on another slot begins as. Knows no families and no slots."""
+"""Makes a network like another, with the same names and types but no weights: the start of a copy on another slot. Knows no families and no slots."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def make_empty_network(network: Network) -> Network:
-    """On the meta device, in the same mode, without gradients and without hooks.
+    """A network of the same kind on the meta device, in the same mode, without gradients and without hooks.
 
-    A network of the library is made again from its configuration, and has that type's weights until whoever wraps it sets them. Any other is
+    A diffusers network is built again from its configuration, with the library's default dtypes, which the caller then sets. Any other network is
     copied without its numbers.
     """
     if isinstance(network, ConfigMixin):
@@ -29,7 +29,7 @@ def make_empty_network(network: Network) -> Network:
 
 
 def copy_without_weights(network: Network) -> Network:
-    """A deep copy whose tensors are of the same shape and type, on the meta device, without gradients."""
+    """A deep copy whose tensors have the same shape and dtype, on the meta device, without gradients."""
     memo: dict[int, Any] = {}
     for tensor in (*network.parameters(), *network.buffers()):
         empty = torch.empty_like(tensor, device=META)

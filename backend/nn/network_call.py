@@ -1,4 +1,4 @@
-"""One call of the network as a value: what goes in, and its rows. A row is one picture for one branch. Knows no devices, no plan and no family.
+"""One call of the network as a value: its inputs, and its rows. A row is one picture for one branch. Knows no devices, no plan and no family.
 
 Shapes: B rows, then whatever the network takes.
 """
@@ -20,10 +20,11 @@ Control = ControlLists
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class NetworkCall:
-    """Inputs of a network, scaled and in the type it computes in. `options` are Forge's transformer options, shared until the state copies them.
+    """Inputs of a network, scaled and in its computation dtype. `options` are Forge's transformer options, shared until the state copies them.
 
-    `rows`: every input by its name; "x" is the noisy latents. The first dimension of each counts rows, and an input of one row counts for all.
-    `control` may be deferred: whoever runs the call computes the residuals beside it. Raises: ValueError for an input of another number of rows.
+    `rows`: every input by name; "x" is the noisy latents. The first dim of each is rows; an input with one row applies to all.
+    `control` may be deferred: the runner then computes the residuals while it runs the call. Raises: ValueError for an input with a different
+    number of rows.
     """
 
     rows: Mapping[str, Tensor]
@@ -32,12 +33,12 @@ class NetworkCall:
 
     def __post_init__(self) -> None:
         if "x" not in self.rows:
-            raise ValueError(f"A call of the network was given {', '.join(self.rows) or 'nothing'} and no latents; name them x.")
+            raise ValueError(f"A call of the network got {', '.join(self.rows) or 'no inputs'} but no latents. Pass the latents as x.")
         unlike = {name: tuple(tensor.shape) for name, tensor in self.rows.items() if tensor.ndim == 0 or tensor.shape[0] not in (1, self.num_rows)}
         if unlike:
             raise ValueError(
-                f"A call of {self.num_rows} rows was given {unlike}; the first dimension of every input counts its rows, and is 1 where one "
-                "counts for all."
+                f"A call of {self.num_rows} rows got {unlike}. The first dimension of every input must be {self.num_rows}, or 1 if it applies to "
+                "all rows."
             )
 
     @property
@@ -49,12 +50,12 @@ class NetworkCall:
         return self.rows["x"].device
 
     def start(self, program: Program) -> ProgramState:
-        """The state before the first segment, on the device that the inputs are on. Deferred residuals are computed first."""
+        """The state before the first segment, on the inputs' device. Computes deferred residuals first."""
         control = self.control.compute(self.device) if isinstance(self.control, DeferredControl) else self.control
         return program.start(self.rows, residuals=program.name_residuals(control), options=self.options)
 
     def take_rows(self, first: int, end: int) -> NetworkCall:
-        """The call for rows `first` to before `end` alone; its options say what these rows are."""
+        """The call for rows [`first`, `end`) only, with options that describe these rows."""
         if first == 0 and end == self.num_rows:
             return self
         return NetworkCall(
@@ -64,18 +65,18 @@ class NetworkCall:
         )
 
     def on(self, device: torch.device, send: Callable[[Tensor, torch.device], Tensor]) -> NetworkCall:
-        """The call with its inputs sent to `device`, all but the control residuals, which each go where they are added."""
+        """The call with its inputs sent to `device`, except the control residuals, which go where they are added."""
         if device == self.device:
             return self
         return replace(self, rows={name: send(tensor, device) for name, tensor in self.rows.items()})
 
 
 class Runner(Protocol):
-    """Runs calls of a network elsewhere than in the calling thread: a sampling session over several slots, or a network cut by hand."""
+    """Runs calls of a network outside the calling thread: a sampling session over several slots, or a network cut by hand."""
 
     @property
     def deferred_networks(self) -> frozenset[nn.Module]:
-        """ControlNets whose residuals it computes itself, so that calls may bring them deferred."""
+        """ControlNets whose residuals the runner computes itself, so that calls may defer them."""
         ...
 
     def run(self, call: NetworkCall) -> Tensor:
@@ -90,7 +91,7 @@ def _control_rows(control: ControlLists | DeferredControl | None, first: int, en
 
 
 def _options_of_rows(options: TransformerOptions, first: int, end: int, num_rows: int) -> TransformerOptions:
-    """Options whose description of the batch holds for a part of its rows. A condition is a chunk of as many rows as there are pictures."""
+    """Options that describe a part of the batch's rows. A condition is a chunk of as many rows as there are pictures."""
     kinds = options.get("cond_or_uncond")
     if not kinds:
         return options

@@ -1,7 +1,7 @@
-"""What belongs to a network beside its weights: one owner per network, which holds what the layers above keep with it.
+"""What belongs to a network besides its weights: one owner per network, which keeps the objects that higher layers attach to it.
 
-The owner is the only thing that hangs on a module. Parts are kept by their class, so that this file knows none of them: changed weights
-(`LoraLoader`), swapped attributes, replica modules, the session in force.
+The owner is the only attribute set on a module. Parts are keyed by class, so that this file need not know them: patched weights (`LoraLoader`),
+swapped attributes, replica modules, the current session.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ _serials = count(1)
 
 
 class NetworkOwner:
-    """Holds the parts of one network. `serial` names the network for good: unlike an `id`, it is never given again.
+    """Keeps the parts of one network. `serial` identifies the network for good: unlike an `id`, it is never reused.
 
-    A deep copy of the network gets an owner of its own with copies of those parts that say what a copy of a network begins with
-    (`copied_for`); the others stay behind.
+    A deep copy of the network gets its own owner. Parts with a `copied_for` method decide what the copy starts with; others are not copied.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -42,23 +41,23 @@ class NetworkOwner:
         return found
 
     def part(self, kind: type[Part], make: Callable[[], Part] | None = None) -> Part:
-        """The part of that class, made when first asked for."""
+        """The part of that class, made at the first request."""
         if kind not in self._parts:
             self._parts[kind] = (make or kind)()
         found: Part = self._parts[kind]
         return found
 
     def put(self, part: object) -> None:
-        """Keep a part, in place of an earlier one of its class."""
+        """Keep a part, replacing an earlier one of its class."""
         self._parts[type(part)] = part
 
     def take(self, kind: type[Part]) -> Part | None:
-        """The part of that class, which is kept no more."""
+        """Remove and return the part of that class."""
         found: Part | None = self._parts.pop(kind, None)
         return found
 
     def copied_for(self, network: nn.Module) -> NetworkOwner:
-        """The owner that a copy of the network begins with."""
+        """The owner for a copy of the network."""
         owner = NetworkOwner(network)
         for kind, part in self._parts.items():
             if hasattr(part, "copied_for"):
@@ -73,7 +72,7 @@ class NetworkOwner:
 
 
 def owner_of(network: nn.Module) -> NetworkOwner:
-    """The network's owner; made when first asked for. A shallow copy of a network gets one of its own."""
+    """The network's owner, made at the first request. A shallow copy of a network gets its own owner."""
     owner: NetworkOwner | None = network.__dict__.get(_ATTRIBUTE)
     if owner is None:
         owner = network.__dict__[_ATTRIBUTE] = NetworkOwner(network)
@@ -83,7 +82,7 @@ def owner_of(network: nn.Module) -> NetworkOwner:
 
 
 def copy_without_owner(network: Network, memo: dict[int, Any]) -> Network:
-    """A deep copy that begins with nothing of what belongs to the network. `memo` as `copy.deepcopy` takes it."""
+    """A deep copy without any parts of the network's owner. `memo` is as in `copy.deepcopy`."""
     for module in network.modules():
         if _ATTRIBUTE in module.__dict__:
             memo[id(module.__dict__[_ATTRIBUTE])] = None

@@ -1,4 +1,4 @@
-"""The name of a placeable run of layers: a segment of a program, or a part of one. Holds no tensors."""
+"""The name of a placeable run of layers: a segment of a program, or part of one. Contains no tensors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, order=True)
 class Piece:
-    """What is placed as one: a segment of the program, or a run of its transformer's blocks.
+    """The smallest thing to place: a segment of the program, or a run of its transformer's blocks.
 
-    `segment` is the position in `Program.segments`. A piece that begins at block 0 also has what runs before the blocks (the resnet, the
-    transformer's projection in), one that ends at None also what runs after them (projection out, further layers).
+    `segment` is the position in `Program.segments`. A piece that begins at block 0 includes what runs before the blocks (the resnet, the
+    transformer's input projection); one that ends at None includes what runs after them (output projection, further layers).
     """
 
     segment: int

@@ -1,16 +1,16 @@
-"""A network as a list of segments over named tensors. A segment declares what it reads and what it leaves; whoever places, costs or runs a
-program reads that declaration. Knows no family of networks, no device, no sampler and no plan.
+"""A network as a list of segments over named tensors. A segment declares what it reads and produces; the code that places, costs or runs a
+program relies only on that declaration. Knows no family of networks, no device, no sampler and no plan.
 
 Example, a transformer of two blocks over picture and text tokens:
 
-    start       leaves "image", "text" and the constants "modulation", "rope"
+    start       produces "image", "text" and the constants "modulation", "rope"
     block 0     consumes ("image", "text"), produces ("image", "text"), adds Addition("block", 0, target="image")
     block 1     the same with number 1
     last 0      consumes ("image",), produces ("image",)
 
-Cut behind block 0, "image" and "text" cross to the other slot; the constants are on both from the start.
+If it is cut after block 0, "image" and "text" cross to the other slot; both slots have the constants from the start.
 
-Shapes: B rows, the rest is the network's own.
+Shapes: B rows; the rest is up to the network.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from backend.nn.piece import Piece
 logger = logging.getLogger(__name__)
 
 TransformerOptions = dict[str, Any]
-"""Forge's `transformer_options`: hooks, what the batch holds, and where in the network the pass is (`block`, `block_index`, ...)."""
+"""Forge's `transformer_options`: hooks, what the batch contains, and the current place in the network (`block`, `block_index`, ...)."""
 NamedLayers = tuple[tuple[str, nn.Module], ...]
 ControlLists = Mapping[str, Sequence[Tensor | None]]
-"""Control residuals as ControlNets give them, by kind of place; the last of a list is taken first."""
+"""Control residuals as ControlNets return them, by kind of place. The last of each list is used first."""
 Told = Literal["halo rows", "norm sums", "keys and values"]
 
 _MISFIT = (
-    "A ControlNet residual of shape %s does not fit the %s block %s of shape %s and is left out. "
-    "The ControlNet is made for another kind of model, or for another picture size."
+    "A ControlNet residual of shape %s does not fit the %s block %s of shape %s and is ignored. "
+    "The ControlNet is for another kind of model or another picture size: choose one made for this model."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """Where a control residual lands: entry `number`, counted from the end, of the list `kind` is added to the tensor `target`.
+    """Where a control residual is added: entry `number`, counted from the end, of the list `kind` goes to the tensor `target`.
 
-    `at_end`: behind the segment's layers, else before them.
+    `at_end`: after the segment's layers, else before them.
     """
 
     kind: str
@@ -56,9 +56,9 @@ class Addition:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What slots that compute tiles of one row must tell each other where `layer` runs, by its name in the network.
+    """What slots that compute tiles of the same row must exchange where `layer` (its name in the network) runs.
 
-    `halo_rows`: rows of its input that a convolution reads beyond its own, on either side.
+    `halo_rows`: how many input rows a convolution reads beyond its own tile, on each side.
     """
 
     told: Told
@@ -68,9 +68,9 @@ class Exchange:
 
 @dataclass(slots=True)
 class ProgramState:
-    """The state between two segments. One unit of work owns one state; a segment changes it in place.
+    """The state between two segments. Each batch of rows has its own state, which segments change in place.
 
-    `tensors` are those alive here and now, by name. `residuals` are control residuals still to be added.
+    `tensors` are the live tensors by name. `residuals` are the control residuals yet to be added.
     """
 
     tensors: dict[str, Tensor]
@@ -85,7 +85,7 @@ class ProgramState:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What a piece reads, leaves and adds. Constants are not in it: every piece may read them."""
+    """What a piece reads, produces and adds, without constants, which every piece may read."""
 
     consumes: tuple[str, ...]
     produces: tuple[str, ...]
@@ -94,11 +94,11 @@ class Flow:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Segment(ABC):
-    """The smallest placeable run of layers. `named_layers` are its modules under their names in the network.
+    """The smallest placeable run of layers. `named_layers` are its modules with their names in the network.
 
-    `consumes`: tensors it reads, but for constants. `produces`: tensors it leaves, new or in place of those of the same name. `adds`: control
-    residuals it takes. `exchanges`: what tiles of one row would tell each other in it. `inner`: tensors that go along where it is cut between
-    two of its blocks; the parts behind the first read these alone.
+    `consumes`: tensors it reads, except constants. `produces`: tensors it makes or replaces. `adds`: control residuals it adds. `exchanges`: what
+    tiles of one row would have to exchange in it. `inner`: tensors that cross if it is cut between two of its blocks; the parts after the first
+    read only these.
     """
 
     kind: str
@@ -112,7 +112,7 @@ class Segment(ABC):
 
     @abstractmethod
     def __call__(self, state: Any, first_block: int = 0, end_block: int | None = None) -> None:
-        """Move the state past this segment, or past the part of it from one of its blocks to before another."""
+        """Advance the state past this segment, or past its blocks [`first_block`, `end_block`)."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -124,7 +124,7 @@ class Segment(ABC):
         return tuple(layer for _, layer in self.named_layers)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters under their names in the whole network."""
+        """Parameters with their names in the whole network."""
         for name, layer in self.named_layers:
             yield from layer.named_parameters(prefix=name)
 
@@ -133,15 +133,15 @@ class Segment(ABC):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks between which the segment may be cut; 0 where it may not."""
+        """Number of blocks between which the segment may be cut; 0 if it may not be."""
         return 0
 
     def part_layers(self, first_block: int = 0, end_block: int | None = None) -> NamedLayers:
-        """The modules with the weights of a part: all before the blocks when it begins at 0, all behind them when it ends at None."""
+        """The modules with a part's weights. Includes those before the blocks if it begins at 0, and those after them if it ends at None."""
         return self.named_layers
 
     def add_residuals(self, state: ProgramState, *, at_end: bool) -> None:
-        """Add what is due before or behind the layers. A residual of another shape is left out with a warning."""
+        """Add the residuals that belong before or after the layers. One with the wrong shape is ignored with a warning."""
         for addition in self.adds:
             if addition.at_end is at_end and (residual := state.residuals.pop(addition, None)) is not None:
                 state.tensors[addition.target] = self._add(state.tensors[addition.target], residual)
@@ -154,7 +154,7 @@ class Segment(ABC):
 
 
 class Embedding(Protocol):
-    """What runs before the first segment and has weights of its own. It goes with the first piece."""
+    """What runs before the first segment and has weights. It is placed with the first piece."""
 
     @property
     def named_layers(self) -> NamedLayers: ...
@@ -166,10 +166,10 @@ class Embedding(Protocol):
 class Program(ABC):
     """Embedding and segments of one network, in the order they run.
 
-    `reads` names the inputs of a call that it takes ("x" is the noisy latents). `inputs` and `constants` are the tensors that `start` leaves:
-    segments take the former; the latter are there for all of them and never change (embeddings, text, RoPE tables). `output` names the result.
+    `reads` names the inputs of a call that it uses ("x" is the noisy latents). `start` produces `inputs` and `constants`: segments consume the
+    former; all segments may read the latter, which never change (embeddings, text, RoPE tables). `output` names the result.
     `control_kinds` are the lists that a ControlNet for this network fills.
-    Raises: ValueError where a segment reads what nothing before it leaves.
+    Raises: ValueError if a segment reads something that nothing before it produces.
     """
 
     embedding: Embedding
@@ -186,34 +186,34 @@ class Program(ABC):
             _check_flow(segment, there, set(self.constants))
             there.update(segment.produces)
         if self.output not in there:
-            raise ValueError(f"No segment leaves the output {self.output!r}; there are {', '.join(sorted(there))}.")
+            raise ValueError(f"No segment produces the output {self.output!r}. Name one of {', '.join(sorted(there))}, or add it to `produces`.")
 
     @abstractmethod
     def start(
         self, rows: Mapping[str, Tensor], *, residuals: Mapping[Addition, Tensor] | None = None, options: TransformerOptions | None = None
     ) -> ProgramState:
-        """A fresh state for these rows, before the first segment. `options` and `residuals` are copied (shallow), as segments change them."""
+        """A new state for these rows, before the first segment. `options` and `residuals` are copied (shallow), because segments change them."""
 
     @abstractmethod
     def example_rows(self, *, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Inputs of one row, as empty tensors on the meta device, for counting costs."""
+        """Inputs of one row as empty tensors on the meta device, for counting costs."""
 
     @abstractmethod
     def working_bytes(self, shape: Sequence[int], itemsize: int) -> float:
-        """Estimate of the memory that a pass over latents (B, C, H, W) takes beside the weights."""
+        """Estimated memory that a pass over latents (B, C, H, W) takes in addition to the weights."""
 
     def run(self, state: ProgramState) -> Tensor:
-        """All segments on the device the state is on; returns the network's output."""
+        """Run all segments on the state's device. Returns the network's output."""
         for segment in self.segments:
             segment(state)
         return state.tensors[self.output]
 
     def run_piece(self, piece: Piece, state: ProgramState) -> None:
-        """Move the state past one piece; its tensors are on the piece's device."""
+        """Advance the state past one piece. Its tensors must be on the piece's device."""
         self.segments[piece.segment](state, piece.first_block, piece.end_block)
 
     def flow(self, piece: Piece) -> Flow:
-        """The declaration of a piece: its segment's, or that of a part of it."""
+        """The declaration of a piece: its segment's, adjusted if it is a part."""
         segment = self.segments[piece.segment]
         is_first, is_last = piece.first_block == 0, piece.end_block is None
         return Flow(
@@ -223,7 +223,7 @@ class Program(ABC):
         )
 
     def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
-        """Residuals by where they are added. Entries of a list that no segment takes are left out."""
+        """Residuals by where they are added. Entries that no segment adds are dropped."""
         found: dict[Addition, Tensor] = {}
         for addition in (one for segment in self.segments for one in segment.adds):
             residuals = (control or {}).get(addition.kind)
@@ -236,25 +236,25 @@ class Program(ABC):
     # pieces
 
     def piece_layers(self, piece: Piece) -> NamedLayers:
-        """The modules with the weights of a piece, under their names in the network."""
+        """The modules with a piece's weights, with their names in the network."""
         return self.segments[piece.segment].part_layers(piece.first_block, piece.end_block)
 
     def finest_parts(self, piece: Piece) -> tuple[Piece, ...]:
-        """A piece as its transformer blocks, where it has some; in the order they run."""
+        """A piece split into its transformer blocks, if it has any, in the order they run."""
         count = max(1, self.segments[piece.segment].num_blocks)
         end = count if piece.end_block is None else piece.end_block
         return tuple(Piece(piece.segment, index, None if index == count - 1 else index + 1) for index in range(piece.first_block, end))
 
     def finest_pieces(self) -> tuple[Piece, ...]:
-        """Every transformer block a piece of its own, where a segment can be cut; in the order they run."""
+        """The finest pieces, in the order they run: every transformer block on its own where a segment can be cut."""
         return tuple(part for whole in self.whole_pieces() for part in self.finest_parts(whole))
 
     def whole_pieces(self) -> tuple[Piece, ...]:
-        """Every segment a piece."""
+        """One piece per segment."""
         return tuple(Piece(number) for number in range(len(self.segments)))
 
     def segment(self, kind: str, number: int = 0) -> Segment:
-        """The segment of that name. Raises: KeyError."""
+        """The segment with that name. Raises: KeyError."""
         for segment in self.segments:
             if segment.key == (kind, number):
                 return segment
@@ -262,22 +262,24 @@ class Program(ABC):
 
 
 def _check_flow(segment: Segment, there: set[str], constants: set[str]) -> None:
-    """Raises: ValueError where a segment reads what is not there, or replaces a constant."""
+    """Raises: ValueError if a segment reads a missing tensor or replaces a constant."""
     needed = [*segment.consumes, *(one.target for one in segment.adds if not one.at_end)]
     missing = [name for name in needed if name not in there]
     missing += [one.target for one in segment.adds if one.at_end and one.target not in there | set(segment.produces)]
     if missing:
         raise ValueError(
-            f"Segment {segment.kind} {segment.number} reads {', '.join(missing)}, which nothing before it leaves; there are "
-            f"{', '.join(sorted(there))}. A segment before it has to name them in `produces`, or the program in `inputs`."
+            f"Segment {segment.kind} {segment.number} reads {', '.join(missing)}, which nothing before it produces. Available: "
+            f"{', '.join(sorted(there))}. Name it in `produces` of an earlier segment, or in `inputs` of the program."
         )
     if replaced := sorted(constants.intersection(segment.produces)):
-        raise ValueError(f"Segment {segment.kind} {segment.number} produces {', '.join(replaced)}, which the program calls constant.")
+        raise ValueError(
+            f"Segment {segment.kind} {segment.number} produces the program's constant {', '.join(replaced)}. Rename it, or drop it from `constants`."
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A tensor on its way through a list of pieces: left by one piece (-1: by `start`), read by others."""
+    """A tensor within a list of pieces: produced by one piece (-1: by `start`), read by others."""
 
     name: str
     source: int
@@ -285,9 +287,9 @@ class Reading:
 
 
 def trace_tensors(program: Program, pieces: Sequence[Piece]) -> tuple[Reading, ...]:
-    """Who reads what, constants aside, in the order the tensors come into being. What nobody reads is not in it.
+    """Which pieces read which tensors, except constants, in the order the tensors are produced. Omits tensors that nobody reads.
 
-    For a UNet of two levels the skip of piece 0 reads `Reading("skip 0", 0, (5,))`.
+    Example: in a UNet of two levels the skip of piece 0 is `Reading("skip 0", 0, (5,))`.
     """
     latest: dict[str, list[int]] = {name: [-1] for name in program.inputs}
     found = list(latest.items())

@@ -1,4 +1,4 @@
-"""T2I-Adapters as callables that give features: diffusers' module (Mou et al. 2023, "T2I-Adapter"), and where its features are added.
+"""T2I-Adapters as callables that return features: diffusers' module (Mou et al. 2023, "T2I-Adapter"), and where its features are added.
 
 Must not know samplers, conditions, devices or files.
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class AdapterNetwork(nn.Module):
-    """A T2I-Adapter over diffusers' module. `hint_channels` is 1 for those that read grey hints."""
+    """A T2I-Adapter around diffusers' module. `hint_channels` is 1 for adapters that read gray hints."""
 
     def __init__(self, model: LibraryAdapter) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class AdapterNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored in, which is what the network computes in."""
+        """The dtype in which weights are stored and computed."""
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 
@@ -34,7 +34,7 @@ class AdapterNetwork(nn.Module):
 
     @property
     def hint_step_px(self) -> int:
-        """The hint's sides are multiples of this."""
+        """The hint's sides must be multiples of this."""
         return int(self.model.config.downscale_factor)
 
     @property
@@ -47,16 +47,16 @@ class AdapterNetwork(nn.Module):
         return list(self.model.config.channels)
 
     def forward(self, hint: Tensor) -> list[Tensor]:
-        """Features of a hint (B, C, height, width) from 0 to 1, outermost first. They do not depend on the step."""
+        """Features of a hint (B, C, height, width) in 0..1, outermost first. They do not depend on the step."""
         features: list[Tensor] = self.model(hint)
         return features
 
 
 def place_features(features: Sequence[Tensor], config: Any) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """(residuals of the input blocks, of the middle) for a UNet of this config, in the order the UNet takes them: the last first.
+    """(residuals of the input blocks, of the middle) for a UNet of this config, in the order the UNet uses them: the last first.
 
-    A level with attention takes its feature behind its last transformer, one without behind its last layer (its downsampler, where it has one);
-    what is left over goes to the middle.
+    A level with attention adds its feature after its last transformer, a level without attention after its last layer (its downsampler, if it has
+    one). A remaining feature goes to the middle.
     """
     left = list(features)
     inputs: list[Tensor | None] = [None]

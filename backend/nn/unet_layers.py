@@ -1,6 +1,6 @@
-"""Runs one layer of the UNet: the library's own forward where nothing is hooked, the same arithmetic step by step where a hook wants in.
+"""Runs one layer of the UNet: with the library's own forward, or with the same arithmetic step by step if a hook is set inside it.
 
-The layers are diffusers' modules and are always called as modules, so that weight streaming and layer-wise casting see them.
+The layers are diffusers' modules and are always called as modules, so that weight streaming and layer-wise casting work.
 Must not know segments, devices or samplers. Shapes as in unet_state.py.
 """
 
@@ -28,7 +28,7 @@ _BLOCK_PATCHES = ("attn1_patch", "attn2_patch", "attn1_output_patch", "attn2_out
 
 @dataclass(frozen=True, slots=True)
 class LayerRange:
-    """A part of a segment's layers: from one transformer block to before another. The whole segment is from 0 to None."""
+    """A part of a segment's layers: transformer blocks [`first_block`, `end_block`). The whole segment is 0 to None."""
 
     first_block: int = 0
     end_block: int | None = None
@@ -48,7 +48,7 @@ def run_layers(
     upsample_size: tuple[int, int] | None = None,
     part: LayerRange = WHOLE,
 ) -> Tensor:
-    """The layers of one segment in order, with `block_inner_modifiers` around each; or the part of them that `part` says.
+    """Run the layers of one segment, or of `part` of it, in order, with `block_inner_modifiers` around each.
 
     A part that ends inside a transformer returns its tokens (B, L, D) and leaves the transformer's input in the state.
     """
@@ -66,7 +66,7 @@ def run_layers(
 
 
 def _layers_of_part(layers: Sequence[nn.Module], part: LayerRange) -> tuple[int, int]:
-    """Positions of the first layer of a part and behind its last."""
+    """Position of a part's first layer, and the position after its last."""
     if part.is_whole:
         return 0, len(layers)
     at = next(index for index, layer in enumerate(layers) if isinstance(layer, Transformer2DModel))
@@ -74,7 +74,7 @@ def _layers_of_part(layers: Sequence[nn.Module], part: LayerRange) -> tuple[int,
 
 
 def find_norm_wrapper(options: TransformerOptions) -> NormWrapper | None:
-    """The hook around GroupNorms. Extensions in the field set it under either spelling."""
+    """The hook around GroupNorms. Existing extensions use either spelling."""
     wrapper: NormWrapper | None = options.get("group_norm_wrapper") or options.get("groupnorm_wrapper")
     return wrapper
 
@@ -111,7 +111,7 @@ def _run_spatial_transformer(layer: Any, hidden_BCHW: Tensor, state: UNetState) 
 
 
 def has_block_hooks(options: TransformerOptions) -> bool:
-    """Whether a hook acts inside a transformer block."""
+    """Whether a hook is set inside a transformer block."""
     patches, replacements = options.get("patches") or {}, options.get("patches_replace") or {}
     return any(patches.get(name) for name in _BLOCK_PATCHES) or any(replacements.get(name) for name in ("attn1", "attn2"))
 
@@ -122,7 +122,7 @@ def _run_hooked_transformer(layer: Any, hidden_BCHW: Tensor, state: UNetState) -
 
 
 def _run_transformer_part(layer: Any, hidden: Tensor, state: UNetState, part: LayerRange) -> Tensor:
-    """Part of a transformer: takes BCHW when it has the first block and tokens else, gives BCHW when it has the last block and tokens else."""
+    """Part of a transformer. Takes BCHW if it has the first block, else tokens; returns BCHW if it has the last block, else tokens."""
     result = _run_blocks(layer, hidden, state, part)
     if part.end_block is None:
         state.options["transformer_index"] = state.options.get("transformer_index", 0) + 1

@@ -5,11 +5,11 @@
     output 0..n  per level its resnets (with their transformers); the level's upsampler belongs to its last segment
     last 0       norm, activation, conv_out
 
-Data flow: every segment reads "hidden" and leaves it. Input segment i also leaves "skip i", which output segment n - i reads and takes out of
-the state. Time embedding and text are constants.
+Data flow: every segment reads and produces "hidden". Input segment i also produces "skip i", which output segment n - i reads and removes from the
+state. Time embedding and text are constants.
 
-On one device the fold over the list is bit for bit the library's own `forward`. The program owns no weights: names of parameters
-are the network's. It must not know devices, samplers or how a plan places the segments. Shapes as in unet_state.py.
+On one device, running the list gives the same bits as the library's own `forward`. The program owns no weights; parameter names are the
+network's. Must not know devices, samplers or how a plan places the segments. Shapes as in unet_state.py.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from backend.nn.unet_layers import LayerRange, find_norm_wrapper, run_layers
 from backend.nn.unet_state import CONTEXT, EMBEDDING, HIDDEN, TRANSFORMER_INPUT, UNetState, concat_skip, skip_name
 
 PEAK_NUMBERS = {True: 26, False: 16}
-"""Numbers alive at the peak of a forward pass, per latent position and channel of the outer level, with transformers on that level (SD1.x, SD2.x)
-and without (SDXL and its refiner). Counted with fused attention; the same at every size and batch (benchmarks/memory_estimates.md)."""
+"""Live numbers at the peak of a forward pass, per latent position and channel of the outer level: with transformers on that level (SD1.x, SD2.x)
+and without (SDXL and its refiner). Counted with fused attention; the same for every size and batch (benchmarks/memory_estimates.md)."""
 SAFETY = 2.0
-"""The estimate over what tensors take: room for the scratch memory of kernels and for what an allocator rounds up."""
+"""Factor on top of what tensors take, for kernels' scratch memory and allocator rounding."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,12 +49,12 @@ class UNetSegment(Segment):
 
     @property
     def num_blocks(self) -> int:
-        """Transformer blocks between which the segment may be cut; 0 where it has no transformer, or more than one."""
+        """Number of transformer blocks between which the segment may be cut; 0 if it has no transformer, or more than one."""
         transformers = [layer for layer in self.layers if isinstance(layer, Transformer2DModel)]
         return len(transformers[0].transformer_blocks) if len(transformers) == 1 else 0
 
     def part_layers(self, first_block: int = 0, end_block: int | None = None) -> NamedLayers:
-        """The modules with the weights of a part: all before the blocks when it begins at 0, all behind them when it ends at None."""
+        """The modules with a part's weights. Includes those before the blocks if it begins at 0, and those after them if it ends at None."""
         if first_block == 0 and end_block is None:
             return self.named_layers
         at = next(index for index, layer in enumerate(self.layers) if isinstance(layer, Transformer2DModel))
@@ -79,14 +79,14 @@ class UNetSegment(Segment):
             self._leave(state)
 
     def _enter(self, state: UNetState) -> None:
-        """What comes before the block modifiers."""
+        """Runs before the block modifiers."""
         return
 
     def _run_layers(self, state: UNetState, part: LayerRange) -> None:
         state.hidden_BCHW = run_layers(self.layers, state.hidden_BCHW, state, part=part)
 
     def _leave(self, state: UNetState) -> None:
-        """What comes after the block modifiers."""
+        """Runs after the block modifiers."""
         return
 
     def _modify(self, state: UNetState, when: str) -> None:
@@ -96,7 +96,7 @@ class UNetSegment(Segment):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class InputSegment(UNetSegment):
-    """Runs its layers and leaves the result as a skip too."""
+    """Runs its layers and also keeps the result as a skip."""
 
     skip: str
 
@@ -111,7 +111,7 @@ class InputSegment(UNetSegment):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OutputSegment(UNetSegment):
-    """Takes a skip, joins it to the hidden state and runs its layers. An upsampler meets the size of the next skip."""
+    """Joins a skip to the hidden state and runs its layers. An upsampler matches the size of the next skip."""
 
     skip: str
     next_skip: str | None
@@ -126,9 +126,9 @@ class OutputSegment(UNetSegment):
         state.hidden_BCHW = run_layers(self.layers, state.hidden_BCHW, state, self._odd_upsample_size(state), part=part)
 
     def _odd_upsample_size(self, state: UNetState) -> tuple[int, int] | None:
-        """The next skip's size where doubling would miss it (latents whose sides 2^levels does not divide, down to 1x1), else None.
+        """The next skip's size if doubling would miss it (latents whose sides are not multiples of 2^levels, down to 1x1), else None.
 
-        Only an upsampler looks at it; segments without one keep their size."""
+        Only an upsampler uses it; segments without one keep their size."""
         if self.next_skip is None:
             return None
         height, width = state.skip_sizes[self.next_skip]
@@ -152,19 +152,19 @@ class LastSegment(UNetSegment):
 
 @dataclass(frozen=True, eq=False)
 class TimeEmbedding:
-    """Timesteps (and SDXL's vector of pooled text and sizes) to the embedding that every resnet reads. Runs before the first segment."""
+    """Turns timesteps (and SDXL's vector of pooled text and sizes) into the embedding that every resnet reads. Runs before the first segment."""
 
     named_layers: NamedLayers
     unet: Any
 
     def __call__(self, timesteps_B: Tensor, y_BV: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """`y_BV`: pooled text and embedded sizes side by side, as the checkpoint's label embedding takes them."""
+        """`y_BV`: pooled text and embedded sizes concatenated, as the checkpoint's label embedding takes them."""
         unet = self.unet
         emb_BE: Tensor = unet.time_embedding(unet.time_proj(timesteps_B).to(dtype))
         if unet.config.addition_embed_type is None:
             return emb_BE
         if y_BV is None:
-            raise ValueError("This UNet (SDXL) takes a vector of pooled text and sizes, and none was given; pass it as y, shape (batch, "
+            raise ValueError("This UNet (SDXL) needs a vector of pooled text and sizes, and got none. Pass it as y, with shape (batch, "
                              f"{unet.config.projection_class_embeddings_input_dim}).")  # fmt: skip
         aug_BE: Tensor = unet.add_embedding(y_BV.to(emb_BE.dtype))
         return emb_BE + aug_BE
@@ -176,7 +176,7 @@ class TimeEmbedding:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UNetProgram(Program):
-    """A UNet's program. Rows: "x" scaled latents, "timesteps", "context" (text), and "y" (SDXL's vector) where the network has one."""
+    """A UNet's program. Rows: "x" scaled latents, "timesteps", "context" (text), and "y" (SDXL's vector) if the network takes one."""
 
     embedding: TimeEmbedding
 
@@ -210,13 +210,13 @@ class UNetProgram(Program):
         return SAFETY * numbers * shape[0] * shape[2] * shape[3] * itemsize
 
     def skip_source(self, output_number: int) -> int:
-        """Number of the input segment whose skip the given output segment reads."""
+        """The number of the input segment whose skip this output segment reads."""
         num_inputs = sum(isinstance(segment, InputSegment) for segment in self.segments)
         return num_inputs - 1 - output_number
 
 
 def build_program(unet: UNet2DConditionModel) -> UNetProgram:
-    """Cut a UNet of the SD1.x, SD2.x or SDXL kind into segments. Raises: ValueError for parts the program does not know."""
+    """Cut a UNet of the SD1.x, SD2.x or SDXL kind into segments. Raises: ValueError for unknown parts."""
     _refuse_unknown_parts(unet)
     has_vector = bool(unet.config.addition_embed_type)
     embedding_names = ["time_proj", "time_embedding", *(["add_embedding"] if has_vector else [])]
@@ -294,8 +294,8 @@ def _last_segment(unet: Any) -> UNetSegment:
 
 
 def _find_exchanges(named_layers: NamedLayers) -> tuple[Exchange, ...]:
-    """Rows that convolutions read beyond their own, sums of group norms, keys and values of self-attention. Cross-attention needs nothing: the
-    text is there in whole."""
+    """Rows that convolutions read beyond their tile, sums of group norms, keys and values of self-attention. Cross-attention needs no exchange:
+    every slot has all of the text."""
     found: list[Exchange] = []
     for name, layer in named_layers:
         for child_name, child in layer.named_modules(prefix=name):
@@ -309,7 +309,7 @@ def _find_exchanges(named_layers: NamedLayers) -> tuple[Exchange, ...]:
 
 
 def _resnet_runs(block: Any, prefix: str) -> list[list[str]]:
-    """Per resnet of a level: its name, and its transformer's where the level has them."""
+    """For each resnet of a level: its name, and its transformer's if the level has transformers."""
     has_attention = isinstance(block, (CrossAttnDownBlock2D, CrossAttnUpBlock2D))
     return [
         [f"{prefix}.resnets.{index}", *([f"{prefix}.attentions.{index}"] if has_attention else [])] for index in range(len(block.resnets))
@@ -328,4 +328,4 @@ def _refuse_unknown_parts(unet: Any) -> None:
     unknown += ["resnet_time_scale_shift=" + config.resnet_time_scale_shift] if config.resnet_time_scale_shift != "default" else []
     unknown += ["resnet_skip_time_act"] if config.resnet_skip_time_act else []
     if unknown:
-        raise ValueError(f"This UNet has parts that cannot be cut into segments: {', '.join(unknown)}. UNets of SD1.x, SD2.x and SDXL can.")
+        raise ValueError(f"This UNet has parts that cannot be cut into segments: {', '.join(unknown)}. Use a UNet of SD1.x, SD2.x or SDXL.")

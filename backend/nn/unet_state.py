@@ -1,4 +1,4 @@
-"""What travels through a UNet's segments for one unit of work: the names of its tensors. Knows no device, no model and no sampler.
+"""The state that passes through a UNet's segments for one batch of rows, and the names of its tensors. Knows no device, no model and no sampler.
 
 Shapes: B batch, C channels, H W latent rows and columns, E width of the time embedding, L tokens, D width of a token.
 """
@@ -17,14 +17,14 @@ HIDDEN, EMBEDDING, CONTEXT, TRANSFORMER_INPUT = "hidden", "embedding", "context"
 
 
 def skip_name(number: int) -> str:
-    """The skip that input segment `number` leaves."""
+    """The name of the skip that input segment `number` produces."""
     return f"skip {number}"
 
 
 @dataclass(slots=True)
 class UNetState(ProgramState):
-    """A UNet's state. Between two parts of one transformer `hidden_BCHW` holds its tokens (B, L, D), and `transformer_input_BCHW` what will be
-    added to its output. `skip_sizes` are rows and columns of every skip so far: an upsampler meets the size of the next one."""
+    """A UNet's state. Between two parts of one transformer, `hidden_BCHW` is its tokens (B, L, D), and `transformer_input_BCHW` what will be
+    added to its output. `skip_sizes` are the rows and columns of every skip so far; an upsampler matches the size of the next one."""
 
     skip_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -57,5 +57,5 @@ class UNetState(ProgramState):
 
 
 def concat_skip(hidden_BCHW: Tensor, skip_BCHW: Tensor) -> Tensor:
-    """Hidden state and skip side by side, channels first as the library does it."""
+    """Hidden state and skip concatenated along channels, hidden state first, as the library does it."""
     return torch.cat([hidden_BCHW, skip_BCHW], dim=1)

@@ -52,7 +52,7 @@ def _job_of(options: argparse.Namespace) -> SimulatedJob:
     if not options.gpus:
         raise SimulationError("No cards were given. Name them with --gpus, as in --gpus 2xRTX3090,1xRTX4090, or use --validate.")
     if options.batch < 1:
-        raise SimulationError(f"--batch is {options.batch}; it must be at least 1.")
+        raise SimulationError(f"--batch {options.batch} was given; it must be at least 1.")
     width_px, height_px = parse_picture_size(options.size)
     return SimulatedJob(
         cards=parse_cards(options.gpus),

@@ -1,4 +1,4 @@
-"""Storage: one weight as it lies in memory, and what everybody may ask of it. Must not know networks, layers or files.
+"""Storage: one weight as it is stored in memory, and the operations on it. Must not know networks, layers or files.
 
 Shapes: rows are the first dim, as in a linear layer's weight (outputs, inputs).
 """
@@ -16,9 +16,9 @@ StorageT = TypeVar("StorageT", bound="Storage")
 
 
 class Storage(ABC):
-    """A weight in memory. `tensor` is what a module holds as its parameter; its values are what `dequantize` gives.
+    """A weight in memory. `tensor` is the module's parameter; `dequantize` returns its values.
 
-    A kind whose parameter is packed (fewer bytes than its numbers would take) overrides `shape` and `stored_bytes` too.
+    A kind with packed parameters (fewer bytes than the numbers would take) also overrides `shape` and `stored_bytes`.
     """
 
     __slots__ = ("tensor",)
@@ -33,7 +33,7 @@ class Storage(ABC):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weight that the layer computes with."""
+        """Shape of the weight that the layer computes with."""
         return self.tensor.shape
 
     @property
@@ -42,37 +42,37 @@ class Storage(ABC):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that lie in memory."""
+        """Bytes in memory."""
         return self.tensor.nbytes
 
     # values
 
     @abstractmethod
     def dequantize(self, out_dtype: torch.dtype, *, copy: bool = False) -> Tensor:
-        """The values in `out_dtype` on the weight's device; with `copy` always a tensor of its own."""
+        """The values in `out_dtype` on the weight's device; with `copy` always a new tensor."""
 
     def computes_in(self, dtype: torch.dtype) -> bool:
-        """Whether a layer that computes in `dtype` takes the stored tensor as it is."""
+        """Whether a layer that computes in `dtype` can use the stored tensor as it is."""
         return self.tensor.dtype == dtype
 
     @abstractmethod
     def run_dtype(self, computation_dtype: torch.dtype) -> torch.dtype:
-        """The type in which a layer that computes in `computation_dtype` is given the weight."""
+        """The dtype of the weight that a layer which computes in `computation_dtype` gets."""
 
     def matmul_if_it_can(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """`x @ weight.T + bias` straight from what is stored; None where the weight has to be dequantized first."""
+        """`x @ weight.T + bias` directly from the stored weight; None if it must be dequantized first."""
         return None
 
     @abstractmethod
     def requantize(self: StorageT, value: Tensor, *, seed: int) -> StorageT:
-        """`value` (fp32, any device) in this kind and on its own device. `seed` is for kinds that round at random: the same one, the same weight."""
+        """`value` (fp32, any device) stored as this kind, on its own device. `seed` is for kinds that round at random: equal seeds, equal weights."""
 
     def overwrite(self, value: Tensor, *, seed: int) -> None:
-        """`value` (fp32, any device) into this very memory, so that pinned memory and whoever holds the weight stay as they are."""
+        """Write `value` (fp32, any device) into this memory, so that pinned memory and other references to the weight stay valid."""
         self.copy_from(self.requantize(value, seed=seed))
 
     def copy_from(self: StorageT, other: StorageT) -> None:
-        """Another weight of this kind and shape, bit for bit, into this very memory."""
+        """Copy another weight of this kind and shape, bit for bit, into this memory."""
         with torch.inference_mode(self.tensor.is_inference()), torch.no_grad():
             self.tensor.copy_(other.tensor)
 
@@ -85,22 +85,22 @@ class Storage(ABC):
     # rows
 
     def rows(self: StorageT, first: int, end: int) -> StorageT:
-        """Rows `first` to before `end`, as a view."""
+        """Rows [`first`, `end`), as a view."""
         return type(self)(self.tensor[first:end])
 
     @classmethod
     def concat(cls: type[StorageT], parts: Sequence[StorageT]) -> StorageT:
-        """Weights of one kind below each other (q, k and v to one fused matrix)."""
+        """Weights of one kind stacked along rows (q, k and v to one fused matrix)."""
         return cls(torch.cat([part.tensor for part in parts]))
 
     # places
 
     def to(self: StorageT, device: torch.device, *, copy: bool = False) -> StorageT:
-        """The weight on `device`, as it is stored; with `copy` always in memory of its own."""
+        """The weight on `device`, as it is stored; with `copy` always in new memory."""
         return type(self)(self.tensor.detach().to(device, copy=copy))
 
     def to_host(self: StorageT) -> StorageT:
-        """A copy of its own on the host, page-locked for a weight on a CUDA device."""
+        """A new copy on the host, page-locked for a weight on a CUDA device."""
         if self.device.type == "cuda":
             return type(self)(torch.empty(self.tensor.shape, dtype=self.tensor.dtype, pin_memory=True).copy_(self.tensor))
         return self.to(torch.device("cpu"), copy=True)

@@ -1,7 +1,7 @@
-"""Weights kept in eight bits without a scale (e4m3fn, e5m2): cast to the computation type for the time a layer runs.
+"""Weights stored in eight bits without a scale (e4m3fn, e5m2) and cast to the computation type while a layer runs.
 
-Changes of weights are rounded at random to one of the two neighbours, so that the mean is kept: rounding to the nearest would drop nearly every
-small change. Drawn on the host from a seed, so that every copy of a network gets the same weights.
+Patched weights are rounded at random to one of the two neighbors, which preserves the mean: rounding to nearest would drop nearly every small
+change. The noise is drawn on the host from a seed, so that every copy of a network gets the same weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 
 
 class Fp8Storage(Storage):
-    """fp8 by cast."""
+    """fp8 without a scale."""
 
     __slots__ = ()
 
@@ -34,7 +34,7 @@ class Fp8Storage(Storage):
 
 
 def round_at_random(value: Tensor, dtype: torch.dtype, *, seed: int) -> Tensor:
-    """fp32 in an fp8 type: one of the two neighbours, drawn so that the mean is kept.
+    """fp32 values in an fp8 type: each becomes one of its two neighbors, drawn so that the mean is preserved.
 
     Stochastic rounding as in Gupta et al. 2015, "Deep Learning with Limited Numerical Precision", section 3.
     """

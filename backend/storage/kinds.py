@@ -12,19 +12,19 @@ from backend.storage.fp8 import MANTISSA_BITS, Fp8Storage
 from backend.storage.plain import PlainStorage
 
 KINDS: tuple[type[Storage], ...] = (Fp8Storage, PlainStorage)
-"""Asked in this order; the last one takes every tensor."""
+"""Tried in this order. The last one accepts every tensor."""
 
 
 def storage_of(tensor: Tensor) -> Storage:
-    """The weight that a module holds as `tensor`."""
+    """The storage of a module's tensor."""
     for kind in KINDS:
         if kind.holds(tensor):
             return kind(tensor)
-    raise TypeError(f"no kind of storage takes a tensor of type {tensor.dtype}")
+    raise TypeError(f"No kind of storage accepts a tensor of type {tensor.dtype}.")
 
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes in memory of all of them together."""
+    """Bytes in memory of all the tensors."""
     return sum(storage_of(tensor).stored_bytes for tensor in tensors)
 
 
@@ -34,5 +34,5 @@ def module_stored_bytes(modules: Iterable[nn.Module]) -> int:
 
 
 def is_compact(dtype: torch.dtype) -> bool:
-    """Whether weights kept in `dtype` have to be dequantized to compute."""
+    """Whether weights stored in `dtype` must be dequantized to compute."""
     return dtype in MANTISSA_BITS

@@ -1,4 +1,4 @@
-"""Weights kept in a type that layers compute in: fp32, fp16, bf16 (and buffers of whole numbers, which nobody quantizes)."""
+"""Weights stored in a type that layers compute in: fp32, fp16, bf16 (and integer buffers, which are never quantized)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from backend.storage.base import Storage
 
 
 class PlainStorage(Storage):
-    """Every number in a type of its own; nothing to undo."""
+    """Plain numbers; nothing to dequantize."""
 
     __slots__ = ()
 
@@ -31,7 +31,7 @@ class PlainStorage(Storage):
         return PlainStorage(value.to(self.tensor.dtype))
 
     def overwrite(self, value: Tensor, *, seed: int) -> None:
-        """Rounds on the way where both are on one device; rounds first where a link is between, so that fewer bytes cross."""
+        """Rounds while copying on one device. Between devices it rounds first, so that fewer bytes cross."""
         rounded = value if value.device == self.device else value.to(self.tensor.dtype)
         with torch.inference_mode(self.tensor.is_inference()), torch.no_grad():
             self.tensor.copy_(rounded)

@@ -1,7 +1,7 @@
-"""Layers whose weights are stored in another way than they are computed with: dequantized for the time the layer runs, by hooks on the layer.
+"""Dequantizes weights while a layer runs, by hooks on the layer, if they are stored differently than they are computed with.
 
-The stored tensor itself is never touched. Hooks that fetch a streamed layer come before these (they are prepended), hooks that change weights
-come between these and the layer.
+The stored tensor itself never changes. Hooks that fetch a streamed layer run before these (they are prepended); hooks that change weights run
+between these and the layer.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def is_cast_layer(layer: nn.Module) -> bool:
 
 
 def set_types(module: nn.Module, storage_dtype: torch.dtype, computation_dtype: torch.dtype) -> None:
-    """Weights of cast layers in `storage_dtype`, all others in `computation_dtype`; layers then compute in `computation_dtype`.
+    """Store the weights of cast layers in `storage_dtype` and all others in `computation_dtype`; layers compute in `computation_dtype`.
 
-    A weight that is so already keeps its memory. Whole numbers and buffers that no layer casts keep their type.
+    A weight that already has its type keeps its memory. Integers, and buffers that no layer casts, keep their type.
     """
     if storage_dtype == computation_dtype:
-        nn.Module.to(module, storage_dtype)  # diffusers' own `to` warns about every change of type
+        nn.Module.to(module, storage_dtype)  # diffusers' own `to` warns about every change of dtype
         return
     for layer in module.modules():
         is_cast = is_cast_layer(layer)
@@ -47,7 +47,7 @@ def _cast_own_tensors(layer: nn.Module, dtype: torch.dtype) -> None:
 
 
 class _Dequantizer:
-    """Hooks of one layer. A deep copy of the layer gets hooks of its own: nothing here but the type outlives a forward."""
+    """The hooks of one layer. A deep copy of the layer gets its own hooks, because only the dtype outlives a forward."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -79,7 +79,7 @@ class _Dequantizer:
 
 @contextmanager
 def computing_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """While open, every layer of the module computes in `dtype`, whatever its weights are stored in; the stored ones stay untouched."""
+    """Inside this context every layer of the module computes in `dtype`, however its weights are stored. The stored weights do not change."""
     hooks = [_Dequantizer(layer, dtype) for layer in module.modules() if layer._parameters]
     try:
         yield

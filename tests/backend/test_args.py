@@ -76,13 +76,13 @@ def test_each_flag_changes_its_field_alone(words: str, changed: dict[str, object
     ("words", "says"),
     [
         ("--device-id 0,0", "--allow-shared-slots"),
-        ("--device-id 0,a", "'a' is no device"),
-        ("--device-id 0,", "'' is no device"),
-        ("--device-id -1", "'-1' is no device"),
+        ("--device-id 0,a", "'a' is not a device"),
+        ("--device-id 0,", "'' is not a device"),
+        ("--device-id -1", "'-1' is not a device"),
         ("--gpu-device-id 1 --device-id 0", "--gpu-device-id 1 and --device-id 0"),
         ("--gpu-device-id -2", "counted from 0"),
         ("--virtual-gpus 6XB", "6XB"),
-        ("--virtual-gpus 4GB,", "no amount of memory"),
+        ("--virtual-gpus 4GB,", "not an amount of memory"),
         ("--virtual-gpus 6", "at least 1MB"),
         ("--cpu-threads-per-slot 0", "at least 1"),
         ("--always-gpu --medvram", "--always-gpu and --medvram"),
@@ -94,8 +94,8 @@ def test_each_flag_changes_its_field_alone(words: str, changed: dict[str, object
         ("--unet-in-fp16 --unet-in-bf16", "--unet-in-bf16 and --unet-in-fp16"),
         ("--no-half-vae --vae-in-fp16", "--vae-in-fp16 and --no-half-vae"),
         ("--xformers --attention-split", "--xformers and --attention-split"),
-        ("--xformers --disable-xformers", "opposite"),
-        ("--force-upcast-attention --disable-attention-upcast", "opposite"),
+        ("--xformers --disable-xformers", "contradict"),
+        ("--force-upcast-attention --disable-attention-upcast", "contradict"),
     ],
 )
 def test_contradictions_name_the_flags(words: str, says: str) -> None:

@@ -287,9 +287,9 @@ def test_out_of_memory_names_device_and_holders() -> None:
     error = memory_management.out_of_memory("decoding 512x512", need_bytes=8 * MIB)
     assert isinstance(error, OutOfMemory)
     assert str(error).splitlines() == [
-        "vgpu:0 ran out of memory at decoding 512x512, which asks for 8 MiB. "
-        "Make the picture or the batch smaller, or start with --lowvram, or free the device of other programs.",
-        "  vgpu:0 (virtual GPU): total 4 MiB, free 3 MiB, held by Linear 1 MiB",
+        "vgpu:0 ran out of memory during decoding 512x512, which needs 8 MiB. "
+        "Make the picture or the batch smaller, start with --lowvram, or close other programs that use the device.",
+        "  vgpu:0 (virtual GPU): total 4 MiB, free 3 MiB, used by Linear 1 MiB",
     ]
 
 

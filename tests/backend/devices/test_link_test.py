@@ -39,7 +39,7 @@ def test_a_checked_link_is_used_with_its_own_speed() -> None:
     [
         (WRONG, "direct copies delivered 4096 wrong bytes"),
         (NO_PEER, "the driver offers no direct copies between these cards"),
-        ({**GOOD, "direct": {"bytes_per_ms": 1e6, "latency_ms": 0.3}}, "direct copies are right but slower (1.0 GB/s)"),
+        ({**GOOD, "direct": {"bytes_per_ms": 1e6, "latency_ms": 0.3}}, "direct copies are correct but slower (1.0 GB/s)"),
     ],
 )
 def test_else_tensors_go_through_main_memory_at_its_speed(report: dict[str, Any], reason: str) -> None:
@@ -52,7 +52,7 @@ def test_a_link_that_is_faster_but_not_sooner_is_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ending", "reason"), [("hang", "its test did not end in time"), ("crash", "its test crashed"), ("done", "its test told nothing")]
+    ("ending", "reason"), [("hang", "its test did not end in time"), ("crash", "its test crashed"), ("done", "its test reported nothing")]
 )
 def test_without_a_report_nothing_is_trusted(ending: Any, reason: str) -> None:
     verdict = judge(None, ending)

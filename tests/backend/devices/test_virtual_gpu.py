@@ -149,7 +149,7 @@ def test_data_can_be_exchanged_on_the_device_only(gpus: tuple[torch.device, ...]
     x.data = torch.ones(3, device=gpus[0])
     assert (x * 2).tolist() == [2.0, 2.0, 2.0]
     assert x.data.tolist() == [1.0, 1.0, 1.0]
-    with pytest.raises(RuntimeError, match=r"Move with \.to\(\) instead"):
+    with pytest.raises(RuntimeError, match=r"Use \.to\(\) to move it instead"):
         x.data = torch.ones(3)
 
 
@@ -228,7 +228,7 @@ def test_free_and_total_are_what_memory_management_reads(gpus: tuple[torch.devic
 def test_out_of_memory_on_request(gpus: tuple[torch.device, ...], first: VirtualDevice) -> None:
     first.set_faults(Faults(out_of_memory_at=frozenset({2})))
     torch.zeros(1, device=gpus[0])
-    with pytest.raises(torch.OutOfMemoryError, match="Fault on request, allocation 2"):
+    with pytest.raises(torch.OutOfMemoryError, match="Injected fault, allocation 2"):
         torch.zeros(1, device=gpus[0])
     torch.zeros(1, device=gpus[0])
     first.set_faults(None)

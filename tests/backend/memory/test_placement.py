@@ -53,7 +53,7 @@ def test_no_room_is_told_with_the_numbers() -> None:
     placement = select_slot(need(5, 1, "UNet"), [room(0, 4, 4), room(1, 4, 3)])
     assert placement.slot_index is None
     assert placement.reason == (
-        "UNet fits on no slot whole: it needs 5120 MiB for weights and 1024 MiB to work; room in MiB: slot 0 4096, slot 1 3072; together 7168"
+        "UNet fits on no slot whole: it needs 5120 MiB for weights and 1024 MiB to run; room in MiB: slot 0 4096, slot 1 3072; together 7168"
     )
 
 

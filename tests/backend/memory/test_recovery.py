@@ -130,7 +130,7 @@ def test_others_leave_before_the_model_at_work_streams(gpu: torch.device, caplog
     assert torch.equal(result, expected)
     assert [entry.real_model for entry in memory_management.current_loaded_models] == [used.model]
     assert memory_management.current_loaded_models[0].streamed is None
-    assert "Out of memory at a step: Sequential left vgpu:0; doing it again." in caplog.text
+    assert "Out of memory during a step: Sequential evicted from vgpu:0; trying again." in caplog.text
 
 
 def test_the_model_at_work_streams_in_the_end(gpu: torch.device) -> None:
@@ -147,7 +147,7 @@ def test_the_model_at_work_streams_in_the_end(gpu: torch.device) -> None:
 def test_what_cannot_work_ends_in_the_table(gpu: torch.device) -> None:
     used = patcher(64, gpu)
     memory_management.load_models_gpu([used])
-    with pytest.raises(OutOfMemory, match=r"vgpu:0 ran out of memory at a step\. .*\n  vgpu:0 \(virtual GPU\): total 1 MiB"):
+    with pytest.raises(OutOfMemory, match=r"vgpu:0 ran out of memory during a step\. .*\n  vgpu:0 \(virtual GPU\): total 1 MiB"):
         memory_management.run_with_recovery(work_with(used, gpu, 2000), what="a step", device=gpu, keep=[used])
     assert torch.equal(work_with(used, gpu, 1)(), used.model(torch.arange(32.0, device=gpu)).cpu())
 

@@ -206,8 +206,8 @@ def test_out_of_memory_says_who_holds_what(make_store) -> None:
     assert (error.device, error.need_bytes) == ("vgpu:0", 64 * KIB)
     assert [row.device for row in error.table] == ["vgpu:0", "vgpu:1"]
     assert error.table[1].holders == (("Net", 24 * KIB),)
-    assert str(error).startswith("vgpu:0 ran out of memory at loading Net, which asks for 0 MiB.")
-    assert "vgpu:1 (virtual GPU): total 0 MiB, free 0 MiB, held by Net 0 MiB" in str(error)
+    assert str(error).startswith("vgpu:0 ran out of memory during loading Net, which needs 0 MiB.")
+    assert "vgpu:1 (virtual GPU): total 0 MiB, free 0 MiB, used by Net 0 MiB" in str(error)
     assert isinstance(error.__cause__, torch.OutOfMemoryError)
     assert live_kib(GPU_0) == 0 and next(large.model.parameters()).device == CPU
 

@@ -189,14 +189,14 @@ def test_a_segment_that_reads_what_nobody_leaves_is_refused(network: TokenNetwor
     broken = replace(program.segments[0], consumes=("picture", "depth"))
     with pytest.raises(ValueError, match="joint 0 reads depth"):
         replace(program, segments=(broken, *program.segments[1:]))
-    with pytest.raises(ValueError, match="produces modulation, which the program calls constant"):
+    with pytest.raises(ValueError, match="produces modulation, the program's constant"):
         replace(program, segments=(replace(program.segments[0], produces=("picture", "modulation")), *program.segments[1:]))
-    with pytest.raises(ValueError, match="No segment leaves the output 'answer'"):
+    with pytest.raises(ValueError, match="No segment produces the output 'answer'"):
         replace(program, segments=program.segments[:-1])
 
 
 def test_a_call_without_latents_or_of_unlike_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match="no latents; name them x"):
+    with pytest.raises(ValueError, match="no latents. Pass the latents as x"):
         NetworkCall(rows={"text": torch.zeros(1, 2)})
     with pytest.raises(ValueError, match="2 rows was given"):
         NetworkCall(rows={"x": torch.zeros(2, 1), "text": torch.zeros(3, 2)})

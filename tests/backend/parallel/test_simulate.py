@@ -86,11 +86,11 @@ def test_strategy_and_link_are_taken(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "2xRTX3090", "--model", "flux"], "--model 'flux' is not known. Known are: sd15, sd21, sdxl"),
+        (["--gpus", "2xRTX3090", "--model", "flux"], "--model 'flux' is unknown. Known models: sd15, sd21, sdxl"),
         (["--gpus", "2xRTX3090", "--size", "big"], "--size 'big'"),
         (["--gpus", "0xRTX3090"], "--gpus '0xRTX3090'"),
-        (["--gpus", "RTX3090,"], "has a part ''"),
-        (["--gpus", "RTX3090", "--link", "wifi"], "--link 'wifi' is not known. Known are: host, pcie, nvlink"),
+        (["--gpus", "RTX3090,"], "'' does not name a card"),
+        (["--gpus", "RTX3090", "--link", "wifi"], "--link 'wifi' is unknown. Known links: host, pcie, nvlink"),
         (["--gpus", "RTX3090", "--batch", "0"], "--batch 0"),
         ([], "No cards were given"),
     ],
@@ -103,7 +103,7 @@ def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str], arguments
 def test_cards_are_found_however_they_are_spelt() -> None:
     assert find_card("GeForce RTX 3090").name == find_card("rtx-3090").name == "RTX3090"
     assert parse_cards("2xRTX3090, rtx4090") == ("RTX3090", "RTX3090", "RTX4090")
-    with pytest.raises(SimulationError, match="Known are: RTX2080Ti"):
+    with pytest.raises(SimulationError, match="Known cards: RTX2080Ti"):
         find_card("Voodoo2")
 
 

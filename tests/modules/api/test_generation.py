@@ -331,7 +331,7 @@ def test_the_engines_out_of_memory_error_shows_its_table(server: Server) -> None
     server.maker.before = failing(OutOfMemory("the VAE", device="cuda:0", need_bytes=2 << 30, table=[row]))
     answer = server.client.post("/sdapi/v1/txt2img", json={})
     assert answer.status_code == 507
-    assert "cuda:0 (Card): total 8192 MiB, free 1024 MiB, held by unet 5120 MiB" in answer.json()["detail"]
+    assert "cuda:0 (Card): total 8192 MiB, free 1024 MiB, used by unet 5120 MiB" in answer.json()["detail"]
 
 
 def test_without_a_checkpoint_the_answer_says_where_to_put_one_and_it_works_then(start_server: ServerFactory, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_shortages_that_do_not_end_fail_the_job_with_the_table(app: Application,
     num_allocations, _ = count_work(app)
     virtual_gpu.get_device(0).set_faults(Faults(out_of_memory_at=frozenset(range(num_allocations // 2, 100 * num_allocations))))
     job = submit(app, txt2img())
-    with pytest.raises(OutOfMemory, match=r"vgpu:0 ran out of memory at .*\n.*vgpu:0 \(virtual GPU\): total 256 MiB"):
+    with pytest.raises(OutOfMemory, match=r"vgpu:0 ran out of memory during .*\n.*vgpu:0 \(virtual GPU\): total 256 MiB"):
         job.wait(timeout_s=300)
     assert app.state.job == ""
     assert_next_job_works(app, undisturbed)
@@ -166,7 +166,7 @@ def test_a_shortage_of_any_job_tells_of_all_devices(app: Application) -> None:
     configure(app, 256)
     run(txt2img())
     virtual_gpu.get_device(0).set_faults(Faults(out_of_memory_at=frozenset({1})))
-    with pytest.raises(OutOfMemory, match=r"vgpu:0 ran out of memory at the job extras.*\n.*vgpu:0 \(virtual GPU\): .* held by .*KModel"):
+    with pytest.raises(OutOfMemory, match=r"vgpu:0 ran out of memory during the job extras.*\n.*vgpu:0 \(virtual GPU\): .* used by .*KModel"):
         app.jobs.submit(None, "extras", _takes_a_tensor).wait(timeout_s=60)
     virtual_gpu.get_device(0).set_faults(None)
 
@@ -174,7 +174,7 @@ def test_a_shortage_of_any_job_tells_of_all_devices(app: Application) -> None:
 def test_a_shortage_between_the_networks_tells_of_all_devices(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(app, 256)
     monkeypatch.setattr(KDiffusionSampler, "_set_brownian_range", lambda *args: _takes_a_tensor())
-    explained = pytest.raises(OutOfMemory, match=r"ran out of memory at making the picture.*\n.*vgpu:0 \(virtual GPU\)")
+    explained = pytest.raises(OutOfMemory, match=r"ran out of memory during making the picture.*\n.*vgpu:0 \(virtual GPU\)")
     with shortage_in(monkeypatch, KDiffusionSampler, "_set_brownian_range"), explained:
         run(txt2img())
 
