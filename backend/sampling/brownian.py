@@ -1,7 +1,7 @@
-"""A Brownian path over an interval of noise levels, drawn by halving, so that any two samplers that ask at the same levels get the same noise.
+"""A Brownian path over an interval of noise levels, built by halving, so that two samplers that use the same levels get the same noise.
 
-The path is the one torchsde.BrownianTree gives for the same entropy, bit for bit; it is drawn here because the normal numbers may have to come
-from Philox instead of torch, and because several threads sample at once. Must not know samplers or images.
+The path equals torchsde.BrownianTree's for the same entropy, bit for bit. It is built here because the normal numbers may have to come from Philox
+instead of torch, and because several threads sample at once. Must not know samplers or images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 RandnFromSeed = Callable[[int], Tensor]
-"""Normal numbers of the path's shape from a seed; the same for the same seed."""
+"""Normal numbers of the path's shape from a seed; equal seeds give equal numbers."""
 
 _DIGITS = 6
 _POOL_SIZE = 24
@@ -22,11 +22,11 @@ _CACHED_NODES = 45
 
 
 class BrownianPath:
-    """W(stop) - W(start) for levels in [low, high]. One thread at a time."""
+    """Increments W(stop) - W(start) for levels in [low, high]. Not thread-safe."""
 
     def __init__(self, low: float, high: float, entropy: int, randn: RandnFromSeed) -> None:
         if not low < high:
-            raise ValueError(f"a Brownian path from {low} to {high} was asked for; its start must be below its end.")
+            raise ValueError(f"A Brownian path from {low} to {high} was requested; its start must be below its end.")
         self.low, self.high = round(float(low), _DIGITS), round(float(high), _DIGITS)
         self._entropy, self._randn = entropy, randn
         seed = int(np.random.SeedSequence(entropy=entropy, pool_size=_POOL_SIZE).generate_state(3)[0])
@@ -34,7 +34,7 @@ class BrownianPath:
         self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
 
     def increment(self, start: float, stop: float) -> Tensor:
-        """The path's change from `start` to `stop`, start below stop; levels outside of the interval count as its ends."""
+        """The path's change from `start` to `stop`, with start below stop. Levels outside the interval are clamped to it."""
         start, stop = (round(min(max(float(level), self.low), self.high), _DIGITS) for level in (start, stop))
         if start >= stop:
             return self._whole * 0
@@ -45,7 +45,7 @@ class BrownianPath:
         return total
 
     def _cover(self, start: float, stop: float, low: float, high: float, node: tuple[int, int], change: Tensor) -> list[Tensor]:
-        """Changes over the dyadic pieces of [low, high] that make up [start, stop]. `node` is (depth, position)."""
+        """The changes over the dyadic pieces of [low, high] that cover [start, stop]. `node` is (depth, position)."""
         if start <= low and stop >= high:
             return [change]
         middle = round(0.5 * (high + low), _DIGITS)
@@ -59,7 +59,7 @@ class BrownianPath:
         return pieces
 
     def _left_half(self, node: tuple[int, int], low: float, middle: float, high: float, change: Tensor) -> Tensor:
-        """The Brownian bridge at the middle; Levy's construction."""
+        """The change over the left half, from a Brownian bridge at the middle (Levy's construction)."""
         if node in self._cache:
             self._cache.move_to_end(node)
             return self._cache[node]

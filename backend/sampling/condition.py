@@ -1,4 +1,4 @@
-"""What guides a denoising step, ready for batching: text, vectors and concatenated latents that know how to join and how to fit a batch.
+"""The conditions of a denoising step, ready for batching: text, vectors and concatenated latents that can be joined and fitted to a batch.
 
 Must not know prompts, networks or samplers.
 
@@ -17,15 +17,15 @@ from torch import Tensor
 Area = tuple[int, int, int, int]
 """(rows, columns, first row, first column) of latents."""
 CompiledCondition = dict[str, Any]
-"""`model_conds`: Conditions by the name of the argument they become; and how the condition takes part: `strength`, `area`, `mask`,
+"""`model_conds`: Conditions by the name of the argument they become. The other keys say how the condition applies: `strength`, `area`, `mask`,
 `mask_strength`, `timestep_start`, `timestep_end`, `control`."""
 
 MAX_TOKEN_REPEATS = 4
-"""Conditions whose joint length would be more than so many times the shorter one are run apart."""
+"""Conditions whose joint length would exceed the shorter one by more than this factor run in separate calls."""
 
 
 def fit_batch(tensor: Tensor, batch_size: int) -> Tensor:
-    """Repeat along the batch, or cut, to `batch_size`."""
+    """Repeat or cut along the batch to `batch_size`."""
     if tensor.shape[0] < batch_size:
         tensor = tensor.repeat([math.ceil(batch_size / tensor.shape[0])] + [1] * (tensor.ndim - 1))
     return tensor[:batch_size] if tensor.shape[0] > batch_size else tensor
@@ -41,7 +41,7 @@ class Condition:
         return type(self)(cond)
 
     def process_cond(self, batch_size: int, device: torch.device, **kwargs: Any) -> Condition:
-        """For a batch of that size on that device. `area`: part of the latents that is run."""
+        """The condition for a batch of this size on this device. `area`: the part of the latents that runs."""
         return self._copy_with(fit_batch(self.cond, batch_size).to(device))
 
     def can_concat(self, other: Condition) -> bool:
@@ -54,7 +54,7 @@ class Condition:
 
 
 class ConditionNoiseShape(Condition):
-    """A tensor of the latents' rows and columns."""
+    """A tensor with the latents' rows and columns."""
 
     def process_cond(self, batch_size: int, device: torch.device, **kwargs: Any) -> Condition:
         cond, area = self.cond, kwargs.get("area")
@@ -64,7 +64,7 @@ class ConditionNoiseShape(Condition):
 
 
 class ConditionCrossAttn(Condition):
-    """Text (B, L, D). Different lengths join by repeating tokens: attention over every token k times is attention over every token once."""
+    """Text (B, L, D). Different lengths are joined by repeating tokens: attention over k copies of every token equals attention over one."""
 
     def can_concat(self, other: Condition) -> bool:
         if type(self) is not type(other):
@@ -82,7 +82,7 @@ class ConditionCrossAttn(Condition):
 
 
 class ConditionConstant(Condition):
-    """A value that is the same for the whole batch."""
+    """A value shared by the whole batch."""
 
     def process_cond(self, batch_size: int, device: torch.device, **kwargs: Any) -> Condition:
         return self._copy_with(self.cond)
@@ -112,7 +112,7 @@ def compile_conditions(cond: Tensor | Mapping[str, Tensor] | None) -> list[Compi
 def compile_weighted_conditions(cond: Tensor | Mapping[str, Tensor], weights: Sequence[Sequence[tuple[int, float]]]) -> list[CompiledCondition]:
     """Conditions of composed prompts ("a AND b :0.5"). `weights`: per image its parts as (row of `cond`, weight).
 
-    Images with fewer parts than others take part in the rest with weight 0. `strength` is a number, or (B, 1, 1, 1) where images differ.
+    An image with fewer parts than others has weight 0 in the rest. `strength` is a number, or (B, 1, 1, 1) if images differ.
     """
     results: list[CompiledCondition] = []
     for part in range(max((len(parts) for parts in weights), default=0)):

@@ -1,7 +1,7 @@
-"""Samplers that add noise, for flow models: run in the variables in which they are written, where x = x0 + sigma * noise.
+"""Runs samplers that add noise on flow models, in the variables for which they are written: x = x0 + sigma * noise.
 
-A flow's x = (1 - t) x0 + t * noise divided by 1 - t is x0 + sigma * noise with sigma = t / (1 - t): the same process in other variables, with the
-same signal-to-noise ratio, so formulas of SDE solvers, DDIM and LCM hold as they are. At t = 1 sigma is infinite; LAST_TIME stands for it.
+A flow's x = (1 - t) x0 + t * noise, divided by 1 - t, is x0 + sigma * noise with sigma = t / (1 - t): the same process in other variables, with
+the same signal-to-noise ratio. So the formulas of SDE solvers, DDIM and LCM apply unchanged. At t = 1 sigma is infinite, so t is capped at LAST_TIME.
 
 Shapes as in sampler_types.py.
 """
@@ -19,7 +19,7 @@ Sample = Callable[..., Tensor]
 
 
 def in_noise_variables(function: Sample) -> Sample:
-    """The sampler for a flow model: times in, the flow's latents out; steps are reported in the flow's variables."""
+    """The sampler for a flow model: takes times, returns the flow's latents, and reports steps in the flow's variables."""
 
     def sample(
         denoise: Denoise, x_BCHW: Tensor, sigmas_T: Tensor, *, settings: SamplerSettings, noise: NoiseSource, on_step: OnStep | None = None
@@ -50,7 +50,7 @@ def _in_time(info: StepInfo) -> StepInfo:
 
 
 class _FlowDenoise:
-    """The flow model's x0 for latents and noise levels of the other form."""
+    """The flow model's x0 for latents and noise levels in the form x0 + sigma * noise."""
 
     def __init__(self, denoise: Denoise) -> None:
         self._denoise = denoise

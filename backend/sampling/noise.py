@@ -1,6 +1,6 @@
-"""Noise per image from seeds: the start of a picture, the noise added on the way, variations, and Brownian paths.
+"""Noise per image from seeds: the initial noise, the noise added during sampling, variations, and Brownian paths.
 
-Every image has generators of its own, so that a picture does not depend on its place in the batch. Must not know samplers, options or jobs.
+Every image has its own generators, so that a picture does not depend on its position in the batch. Must not know samplers, options or jobs.
 
 Shapes: B batch, C channels, H W latent rows and columns.
 """
@@ -23,7 +23,7 @@ PIXELS_PER_LATENT = 8
 
 
 class NoiseGenerator:
-    """A stream of normal numbers of one seed. "CPU": torch on the host; "GPU": torch on `device`; "NV": a CUDA GPU's numbers, made on the host."""
+    """A stream of normal numbers from one seed. "CPU": torch on the host; "GPU": torch on `device`; "NV": a CUDA GPU's numbers, made on the host."""
 
     def __init__(self, seed: int, source: str, device: torch.device) -> None:
         self._device = torch.device("cpu") if source == "CPU" or device.type == "mps" else device
@@ -31,19 +31,19 @@ class NoiseGenerator:
         self._torch = None if source == "NV" else torch.Generator(self._device).manual_seed(_as_torch_seed(seed))
 
     def randn(self, shape: Sequence[int]) -> Tensor:
-        """fp32, on the source's device."""
+        """Normal numbers, fp32, on the source's device."""
         if self._philox is not None:
             return torch.from_numpy(self._philox.randn(shape))
         return torch.randn(tuple(shape), generator=self._torch, device=self._device)
 
 
 class ImageNoise:
-    """The noise of a batch of images. `first()` starts them, `next()` goes on; both give (B, C, H, W) fp32 on `device`.
+    """The noise of a batch of images. `first()` returns the initial noise, `next()` the following; both are (B, C, H, W) fp32 on `device`.
 
-    `shape`: (C, H, W). `subseeds` with a `subseed_strength` above 0 turn each start towards another seed's (a variation). `seed_resize_from_h`
-    and `_w` (pixels): the start is that of a picture of that size, cut or set into the middle. `eta_noise_seed_delta`: shift of the seeds of
-    all noise after the first. `brownian_range`: noise levels that Brownian paths span whatever a sampler asks for, so that a shortened
-    schedule (img2img) sees the path of the whole one.
+    `shape`: (C, H, W). `subseeds` with a `subseed_strength` above 0 move each initial noise toward another seed's (a variation).
+    `seed_resize_from_h` and `_w` (pixels): use the initial noise of a picture of that size, cut or placed in the middle. `eta_noise_seed_delta`:
+    added to the seeds for all noise after the first. `brownian_range`: noise levels that Brownian paths always span, so that a shortened
+    schedule (img2img) gets the path of the full one.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class ImageNoise:
         brownian_range: tuple[float, float] | None = None,
     ) -> None:
         if source not in SOURCES:
-            raise ValueError(f"noise source {source!r} was asked for; there are {', '.join(SOURCES)}.")
+            raise ValueError(f"Noise source {source!r} is unknown. Use one of {', '.join(SOURCES)}.")
         if len(shape) != 3:
-            raise ValueError(f"noise of shape {tuple(shape)} was asked for; it is (channels, rows, columns) of one image.")
+            raise ValueError(f"Noise of shape {tuple(shape)} was requested. Give (channels, rows, columns) of one image.")
         self.shape = (int(shape[0]), int(shape[1]), int(shape[2]))
         self.seeds = [int(seed) for seed in seeds]
         self.subseeds = [int(seed) for seed in subseeds or ()]
@@ -78,7 +78,7 @@ class ImageNoise:
         self._is_first = True
 
     def first(self) -> Tensor:
-        """The start of each image."""
+        """The initial noise of each image."""
         self._is_first = False
         starts = [self._start(index, seed) for index, seed in enumerate(self.seeds)]
         if self.eta_noise_seed_delta:
@@ -86,9 +86,9 @@ class ImageNoise:
         return torch.stack(starts).to(self.device)
 
     def next(self, x_BCHW: Tensor | None = None) -> Tensor:
-        """The next noise of each image; the first call gives what `first()` gives. Like `x_BCHW` in type and device if it is given.
+        """The next noise of each image; the first call is like `first()`. With `x_BCHW`, in its dtype and on its device.
 
-        Raises: ValueError if `x_BCHW` is of another shape than this noise.
+        Raises: ValueError if `x_BCHW` has a different shape than this noise.
         """
         noise_BCHW = self.first() if self._is_first else torch.stack([generator.randn(self.shape) for generator in self._generators])
         if x_BCHW is None:
@@ -97,10 +97,10 @@ class ImageNoise:
         return noise_BCHW.to(x_BCHW)
 
     def brownian(self, x_BCHW: Tensor, sigma_min: float, sigma_max: float) -> BrownianNoise:
-        """Unit noise (sigma, sigma_next) from one Brownian path per image, seeded with the image's seed."""
+        """A function (sigma, sigma_next) -> unit noise, from one Brownian path per image with the image's seed."""
         self._check_shape(x_BCHW)
         low, high = self.brownian_range or (sigma_min, sigma_max)
-        if not low < high:  # a schedule of one level: nothing is ever asked of the path
+        if not low < high:  # a schedule with one level never uses the path
             high = low + 1.0
         paths = [BrownianPath(low, high, abs(seed), lambda node_seed: self._generator(node_seed).randn(self.shape)) for seed in self.seeds]
 
@@ -112,7 +112,7 @@ class ImageNoise:
         return between
 
     def of_image(self, index: int) -> ImageNoise:
-        """The noise of one image of the batch. It draws from that image's generators, so that the batch's noise goes on where it stopped."""
+        """The noise of one image of the batch. It shares that image's generators, so the batch's noise continues where this one stops."""
         one = copy.copy(self)
         one.seeds, one._generators = self.seeds[index : index + 1], self._generators[index : index + 1]
         one.subseeds = self.subseeds[index : index + 1]
@@ -120,7 +120,10 @@ class ImageNoise:
 
     def _check_shape(self, x_BCHW: Tensor) -> None:
         if tuple(x_BCHW.shape) != (len(self.seeds), *self.shape):
-            raise ValueError(f"noise for latents of shape {tuple(x_BCHW.shape)} was asked of a source for {(len(self.seeds), *self.shape)}.")
+            raise ValueError(
+                f"Noise for latents of shape {tuple(x_BCHW.shape)} was requested from a source of shape {(len(self.seeds), *self.shape)}. "
+                "Make the source with the latents' shape and one seed per image."
+            )
 
     def _generator(self, seed: int) -> NoiseGenerator:
         return NoiseGenerator(seed, self.source, self.device)
@@ -135,7 +138,7 @@ class ImageNoise:
 
 
 def slerp(share: float, low_CHW: Tensor, high_CHW: Tensor) -> Tensor:
-    """Spherical interpolation along the rows' axis: `share` 0 gives `low`, 1 gives `high`. Shoemake 1985, eq. 11; nearly parallel inputs: linear."""
+    """Spherical interpolation along the rows: `share` 0 returns `low`, 1 returns `high`. Shoemake 1985, eq. 11; linear if nearly parallel."""
     low_unit, high_unit = low_CHW / low_CHW.norm(dim=1, keepdim=True), high_CHW / high_CHW.norm(dim=1, keepdim=True)
     cosine = (low_unit * high_unit).sum(dim=1, keepdim=True)
     if cosine.mean() > 0.9995:
@@ -146,7 +149,7 @@ def slerp(share: float, low_CHW: Tensor, high_CHW: Tensor) -> Tensor:
 
 
 def _set_into_middle(whole_CHW: Tensor, part_CHW: Tensor) -> Tensor:
-    """`whole` with `part` over its middle; what of the part does not fit is cut on both sides."""
+    """`whole` with `part` placed in its middle. A part that is too large is cut on both sides."""
     result = whole_CHW.clone()
     into, out_of = [slice(None)], [slice(None)]
     for whole, part in zip(whole_CHW.shape[1:], part_CHW.shape[1:]):
@@ -159,5 +162,5 @@ def _set_into_middle(whole_CHW: Tensor, part_CHW: Tensor) -> Tensor:
 
 
 def _as_torch_seed(seed: int) -> int:
-    """torch takes -2^63 to 2^64 - 1; others wrap around."""
+    """The seed as torch accepts it (-2^63 to 2^64 - 1). Others wrap around."""
     return seed if -(2**63) <= seed < 2**64 else seed % 2**64

@@ -1,4 +1,4 @@
-"""Normal numbers as a CUDA GPU makes them, on the host: Philox 4x32-10 and Box-Muller. Must not know torch, pictures or seeds' meaning."""
+"""A CUDA GPU's normal numbers, computed on the host: Philox 4x32-10 and Box-Muller. Must not know torch, pictures or what seeds mean."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def philox_4x32(counter: Words, key: Words, num_rounds: int = 10) -> Words:
 class PhiloxGenerator:
     """A stream of normal numbers equal to torch.randn's on a CUDA GPU with that seed, call by call.
 
-    Each number has a thread of its own, as on a GPU with as many threads as numbers (more than 80,000 on the cards in use); a tensor with more
-    numbers than the GPU has threads would be filled in another order there.
+    Each number has its own thread, as on a GPU with at least as many threads as numbers (current cards have more than 80,000). A GPU would fill a
+    tensor with more numbers than it has threads in a different order.
     """
 
     def __init__(self, seed: int) -> None:
@@ -49,7 +49,7 @@ class PhiloxGenerator:
         self.offset = 0
 
     def randn(self, shape: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Normal numbers, fp32. Box-Muller as in CUDA's curand_normal: the sine of each pair."""
+        """Normal numbers, fp32. Box-Muller as in CUDA's curand_normal, using the sine of each pair."""
         num_values = int(np.prod(shape, dtype=np.int64))
         counter = np.zeros((4, num_values), dtype=np.uint32)
         counter[0] = self.offset

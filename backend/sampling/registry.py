@@ -1,4 +1,4 @@
-"""The samplers by the names users know, with what a caller must know to run each. Must not know networks, pages or options."""
+"""The samplers by the names users know, and what a caller must know to run each. Must not know networks, pages or options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
 
 
 class SamplerFunction(Protocol):
-    """Samples from `x_BCHW` at the first noise level down the levels (T,)."""
+    """Samples from `x_BCHW` at the first noise level down through the levels (T,)."""
 
     def __call__(
         self, denoise: Denoise, x_BCHW: Tensor, sigmas_T: Tensor, *, settings: SamplerSettings, noise: NoiseSource, on_step: OnStep | None = None
@@ -32,11 +32,11 @@ class SamplerFunction(Protocol):
 class SamplerSpec:
     """A sampler by name.
 
-    `options` are those that Forge's API shows: scheduler (what Automatic means), second_order (two network calls a step), brownian_noise,
-    uses_ensd, discard_next_to_last_sigma, solver_type. `automatic_schedule`: what Automatic means where the options do not say so.
-    `eta_option` is the setting that holds its eta, if it has one, `eta_default` what that is by itself. `extra_params`: the s_ settings it reads.
-    `needs_uncond`: it reads the denoiser's unconditional x0, so guidance may not be cut short at CFG 1. `cfg_multiplier` scales the CFG value.
-    `flow_form`: how it samples a flow model: "own" formulas, in the variables of "noise" (flow_form.py), or "none".
+    `options` are those in Forge's API: scheduler (what Automatic means), second_order (two network calls per step), brownian_noise, uses_ensd,
+    discard_next_to_last_sigma, solver_type. `automatic_schedule`: what Automatic means if the options do not say. `eta_option` is the setting for
+    its eta, if it has one, and `eta_default` that setting's default. `extra_params`: the s_ settings it reads. `needs_uncond`: it reads the
+    denoiser's unconditional x0, so the unconditional pass must run even at CFG 1. `cfg_multiplier` scales the CFG value. `flow_form`: how it samples
+    a flow model: with its "own" formulas, in the variables of "noise" (flow_form.py), or not at all ("none").
     """
 
     name: str
@@ -52,13 +52,13 @@ class SamplerSpec:
     flow_form: FlowForm = "own"
 
     def function_for(self, predictor: AbstractPrediction) -> SamplerFunction:
-        """The function that samples a model of this prediction. Raises: ValueError where there is none."""
+        """The function that samples a model with this prediction. Raises: ValueError if there is none."""
         if not predictor.is_flow or self.flow_form == "own":
             return self.function
         if self.flow_form == "none":
             usable = ", ".join(spec.name for spec in SAMPLERS if spec.flow_form != "none")
             raise ValueError(
-                f"sampler {self.name!r} was asked for with a flow model; it places its steps by noise levels that flow models do not have. "
+                f"Sampler {self.name!r} was requested for a flow model, but it places its steps by noise levels that flow models do not have. "
                 f"Use one of {usable}."
             )
         return in_noise_variables(self.function)
@@ -68,16 +68,16 @@ class SamplerSpec:
         return bool(self.options.get("second_order"))
 
     def resolve_schedule(self, name: str | None, *, default: str = "automatic") -> str:
-        """The schedule's own name for what a user chose; Automatic is this sampler's schedule, else the model's `default`. Raises: ValueError."""
+        """The schedule's name for the user's choice. Automatic means this sampler's schedule, else the model's `default`. Raises: ValueError."""
         chosen = find_schedule(name or "automatic").name
         if chosen == "automatic":
             chosen = str(self.options.get("scheduler", self.automatic_schedule))
         return default if chosen == "automatic" else chosen
 
     def with_unipc_skip_type(self, skip_type: str) -> SamplerSpec:
-        """This sampler with the setting uni_pc_skip_type, which says what Automatic means for UniPC and nothing else. Raises: ValueError."""
+        """This sampler with the setting uni_pc_skip_type, which only changes what Automatic means for UniPC. Raises: ValueError."""
         if skip_type not in UNIPC_SKIP_SCHEDULES:
-            raise ValueError(f"uni_pc_skip_type {skip_type!r} was asked for; there are {', '.join(UNIPC_SKIP_SCHEDULES)}.")
+            raise ValueError(f"uni_pc_skip_type {skip_type!r} is unknown. Use one of {', '.join(UNIPC_SKIP_SCHEDULES)}.")
         return replace(self, automatic_schedule=UNIPC_SKIP_SCHEDULES[skip_type]) if self.name == "UniPC" else self
 
     def compute_sigmas(
@@ -89,9 +89,9 @@ class SamplerSpec:
         *,
         always_discard: bool = False,
     ) -> Tensor:
-        """Noise levels (num_steps + 1,) for this sampler, the penultimate one discarded where it (or `always_discard`) wants that.
+        """Noise levels (num_steps + 1,) for this sampler, without the next-to-last one if the sampler (or `always_discard`) requires that.
 
-        Raises: ValueError for a sampler or a schedule that the model's prediction has no form of.
+        Raises: ValueError for a sampler or a schedule that does not work with the model's prediction.
         """
         self.function_for(predictor)
         discards = always_discard or bool(self.options.get("discard_next_to_last_sigma"))
@@ -100,11 +100,11 @@ class SamplerSpec:
 
 
 def find_sampler(name: str) -> SamplerSpec:
-    """The sampler of that name or alias, capitals or not. Raises: ValueError."""
+    """The sampler with that name or alias, ignoring case. Raises: ValueError."""
     for spec in SAMPLERS:
         if name.lower() in (spec.name.lower(), *spec.aliases):
             return spec
-    raise ValueError(f"sampler {name!r} was asked for; there are {', '.join(spec.name for spec in SAMPLERS)}.")
+    raise ValueError(f"Sampler {name!r} is unknown. Use one of {', '.join(spec.name for spec in SAMPLERS)}.")
 
 
 def _spec(name: str, function: SamplerFunction, *aliases: str, options: Mapping[str, Any] | None = None, **fields: Any) -> SamplerSpec:

@@ -1,9 +1,9 @@
-"""What a sampler is given and what it tells: settings, noise, the step report, and the walk that all samplers share.
+"""A sampler's inputs and reports: settings, noise, step info, and the walk that all samplers share.
 
-A sampler is a pure function of (denoise, x, sigmas); everything that varies sits behind `denoise`. Must not know networks, guidance or devices.
+A sampler is a pure function of (denoise, x, sigmas); everything that varies is behind `denoise`. Must not know networks, guidance or devices.
 
-Noise levels are sigmas of x = x0 + sigma * noise, or for flow models (`settings.is_flow`) times of x = (1 - t) x0 + t * noise. The flow from noise to
-picture has one form in both, dx/dsigma = (x - x0) / sigma, so samplers that add no noise are the same for both.
+Noise levels are sigmas of x = x0 + sigma * noise or, for flow models (`settings.is_flow`), times of x = (1 - t) x0 + t * noise. The flow from noise
+to picture has the same form in both, dx/dsigma = (x - x0) / sigma, so samplers that add no noise are the same for both.
 
 Shapes: B batch, C channels, H W latent rows and columns, T noise levels (one more than steps).
 """
@@ -24,7 +24,7 @@ BrownianNoise = Callable[[float, float], Tensor]
 class Denoise(Protocol):
     """x0 (B, C, H, W) of noisy latents at noise levels (B,).
 
-    A denoiser used with CFG++ also has `last_uncond_BCHW`: the unconditional x0 of its latest call.
+    A denoiser for CFG++ also has `last_uncond_BCHW`: the unconditional x0 of its latest call.
     """
 
     def __call__(self, x_BCHW: Tensor, sigma_B: Tensor, /) -> Tensor: ...
@@ -34,7 +34,7 @@ class NoiseSource(Protocol):
     """Gaussian noise with one generator per image."""
 
     def next(self, x_BCHW: Tensor) -> Tensor:
-        """Fresh unit noise like `x_BCHW`."""
+        """New unit noise like `x_BCHW`."""
         ...
 
     def brownian(self, x_BCHW: Tensor, sigma_min: float, sigma_max: float) -> BrownianNoise:
@@ -44,10 +44,10 @@ class NoiseSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerSettings:
-    """Options of samplers. A sampler reads those it has a use for.
+    """Options for samplers. Each sampler reads the ones it uses.
 
-    `eta`: share of fresh noise; None is the sampler's own default. `s_*`: stochastic churn of Karras et al. 2022, algorithm 2. `is_flow`: noise
-    levels are times of a rectified flow.
+    `eta`: share of fresh noise; None means the sampler's own default. `s_*`: stochastic churn of Karras et al. 2022, algorithm 2. `is_flow`:
+    noise levels are times of a rectified flow.
     """
 
     eta: float | None = None
@@ -62,9 +62,9 @@ class SamplerSettings:
 
     def __post_init__(self) -> None:
         if self.uni_pc_variant not in ("bh1", "bh2"):
-            raise ValueError(f"UniPC variant {self.uni_pc_variant!r} was asked for; there are bh1 and bh2.")
+            raise ValueError(f"UniPC variant {self.uni_pc_variant!r} is unknown. Use bh1 or bh2.")
         if self.uni_pc_order < 1:
-            raise ValueError(f"UniPC order {self.uni_pc_order} was asked for; it is 1 or more.")
+            raise ValueError(f"UniPC order {self.uni_pc_order} was requested; it must be at least 1.")
 
     def eta_or(self, default: float) -> float:
         return default if self.eta is None else self.eta
@@ -72,7 +72,7 @@ class SamplerSettings:
 
 @dataclass(frozen=True, slots=True)
 class StepInfo:
-    """What a step saw: its index, its noise level, the noisy latents that went in, and the denoised latents."""
+    """One step: its index, its noise level, its noisy input latents, and the denoised latents."""
 
     index: int
     sigma: float
@@ -81,27 +81,27 @@ class StepInfo:
 
 
 OnStep = Callable[[StepInfo], None]
-"""Called once per step after its first denoising. Raising ends the sampling."""
+"""Called once per step, after the step's first denoising. An exception ends the sampling."""
 
 
 class Walk:
-    """The way down the noise levels: host copies of the levels, the denoiser with its batch of levels, and the report of each step."""
+    """The walk down the noise levels: host copies of the levels, the denoiser for a whole batch, and the report of each step."""
 
     def __init__(self, denoise: Denoise, sigmas_T: Tensor, on_step: OnStep | None) -> None:
         self.sigmas: list[float] = [float(sigma) for sigma in sigmas_T.tolist()]
         self.on_step = on_step
         self._denoise = denoise
         if len(self.sigmas) < 2:
-            raise ValueError(f"Sampling takes two noise levels or more, and was given {len(self.sigmas)}: {self.sigmas}.")
+            raise ValueError(f"Sampling needs at least two noise levels, and got {len(self.sigmas)}: {self.sigmas}.")
         if self.sigmas[0] <= 0 or not all(math.isfinite(sigma) for sigma in self.sigmas):
-            raise ValueError(f"Sampling starts at a noise level above 0 and goes through finite ones; the schedule is {self.sigmas}.")
+            raise ValueError(f"The first noise level must be above 0 and all levels finite; the schedule is {self.sigmas}.")
 
     @property
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
 
     def __iter__(self) -> Iterator[tuple[int, float, float]]:
-        """(index, sigma, next sigma) of each step."""
+        """(index, sigma, sigma_next) of each step."""
         return iter((index, self.sigmas[index], self.sigmas[index + 1]) for index in range(self.num_steps))
 
     def denoise(self, x_BCHW: Tensor, sigma: float) -> Tensor:
@@ -120,7 +120,7 @@ class Walk:
 
     @property
     def positive_range(self) -> tuple[float, float]:
-        """Smallest level above 0, and the largest."""
+        """The smallest level above 0, and the largest."""
         return min(sigma for sigma in self.sigmas if sigma > 0), max(self.sigmas)
 
 
@@ -130,7 +130,7 @@ def derivative(x_BCHW: Tensor, denoised_BCHW: Tensor, sigma: float) -> Tensor:
 
 
 def split_ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
-    """(sigma_down, sigma_up): where to go without noise, and how much noise then leads to `sigma_next`.
+    """(sigma_down, sigma_up): step to `sigma_down` without noise; noise of `sigma_up` then leads to `sigma_next`.
 
     With eta 1 this is the posterior of the diffusion (Ho et al. 2020, eq. 7, in sigmas).
     """
@@ -141,10 +141,10 @@ def split_ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float,
 
 
 def split_ancestral_flow(time: float, time_next: float, eta: float) -> tuple[float, float, float]:
-    """(time_down, kept, time_up) of a rectified flow: go down to `time_down` without noise, then x * kept + noise * time_up is at `time_next`.
+    """(time_down, kept, time_up) of a rectified flow: step to `time_down` without noise; x * kept + noise * time_up is then at `time_next`.
 
-    eta moves `time_down` from `time_next` (0) to `time_next`^2 / `time` (1). What is kept brings the picture's share from 1 - time_down to
-    1 - time_next, and the noise fills up the variance: time_up^2 = time_next^2 - (kept * time_down)^2.
+    eta moves `time_down` from `time_next` (eta 0) to `time_next`^2 / `time` (eta 1). `kept` scales the picture's share from 1 - time_down to
+    1 - time_next, and the noise supplies the missing variance: time_up^2 = time_next^2 - (kept * time_down)^2.
     """
     if eta == 0 or time_next == 0:
         return time_next, 1.0, 0.0
@@ -154,7 +154,7 @@ def split_ancestral_flow(time: float, time_next: float, eta: float) -> tuple[flo
 
 
 def split_step(settings: SamplerSettings, sigma: float, sigma_next: float, eta: float) -> tuple[float, float, float]:
-    """(sigma_down, kept, sigma_up) of an ancestral step, as the model's noise levels are meant."""
+    """(sigma_down, kept, sigma_up) of an ancestral step, for the model's kind of noise levels."""
     if settings.is_flow:
         return split_ancestral_flow(sigma, sigma_next, eta)
     sigma_down, sigma_up = split_ancestral(sigma, sigma_next, eta)
@@ -167,9 +167,9 @@ def add_noise(x_BCHW: Tensor, fresh_BCHW: Tensor, kept: float, amount: float) ->
 
 
 def churn(x_BCHW: Tensor, sigma: float, num_steps: int, settings: SamplerSettings, noise: NoiseSource) -> tuple[Tensor, float]:
-    """Latents raised to a higher noise level by fresh noise, and that level. Karras et al. 2022, algorithm 2, lines 4 to 6.
+    """Raise latents to a higher noise level with fresh noise. Returns them and the level. Karras et al. 2022, algorithm 2, lines 4 to 6.
 
-    A draw is made in every step once churn is on, so that the range (s_tmin, s_tmax) does not shift later draws.
+    With churn on, every step draws noise, so that the range (s_tmin, s_tmax) does not shift later draws.
     """
     if settings.s_churn <= 0:
         return x_BCHW, sigma

@@ -1,7 +1,7 @@
 """The DPM-Solver family: fast, adaptive, and DPM-Solver++ in its one-step, multistep and stochastic forms.
 
-In these formulas time is t = -log sigma, half the log signal-to-noise ratio in the variance-exploding form. See sampler_types.py for what samplers
-share and for the shapes. Must not know networks, guidance or devices.
+In these formulas time is t = -log sigma, half the log signal-to-noise ratio in the variance-exploding form. See sampler_types.py for what
+all samplers share and for shapes. Must not know networks, guidance or devices.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def sample_dpmpp_2m_sde_heun(
 def _sample_2m_sde(
     walk: Walk, x_BCHW: Tensor, settings: SamplerSettings, noise: NoiseSource, slope_weight: Callable[[float, float], float]
 ) -> Tensor:
-    """`slope_weight(decay, ratio)`: weight of the change of x0 over the last step, `ratio` = last step over this one."""
+    """`slope_weight(decay, ratio)`: weight of the change of x0 over the last step, where `ratio` = last step / this step."""
     eta, brownian = settings.eta_or(1.0), noise.brownian(x_BCHW, *walk.positive_range)
     old_BCHW: Tensor | None = None
     for index, sigma, sigma_next in walk:
@@ -117,7 +117,7 @@ def sample_dpmpp_3m_sde(
 ) -> Tensor:
     """SDE-DPM-Solver++(3M): quadratic extrapolation of x0 from three steps. Lu et al. 2022 (DPM-Solver++), section 5, third order of appendix A.
 
-    As published and as everybody has it, the quadratic term has half the weight that third order would need, so the measured order is 2.
+    As published and as commonly implemented, the quadratic term has half the weight that third order would need, so the measured order is 2.
     """
     walk, eta = Walk(denoise, sigmas_T, on_step), settings.eta_or(1.0)
     brownian = noise.brownian(x_BCHW, *walk.positive_range)
@@ -162,15 +162,15 @@ def _sde_noise(sigma_next: float, step: float, eta: float, settings: SamplerSett
 
 
 def _blend(denoised_BCHW: Tensor, x_BCHW: Tensor, kept: float) -> Tensor:
-    """The exact step of a constant x0: that share of the distance to it is kept."""
+    """The exact step for a constant x0: keeps the share `kept` of the distance to it."""
     return denoised_BCHW + (x_BCHW - denoised_BCHW) * kept
 
 
-# DPM-Solver on predicted noise
+# DPM-Solver with predicted noise
 
 
 class _NoiseSolver:
-    """DPM-Solver steps of order 1 to 3 from one state; noise predictions at equal points are shared. Lu et al. 2022, "DPM-Solver", appendix B."""
+    """DPM-Solver steps of order 1 to 3 from one state, sharing noise predictions at equal points. Lu et al. 2022, "DPM-Solver", appendix B."""
 
     def __init__(self, walk: Walk, x_BCHW: Tensor, sigma: float) -> None:
         self._walk, self._x_BCHW, self.sigma = walk, x_BCHW, sigma
@@ -198,7 +198,7 @@ class _NoiseSolver:
         return self._first_order(sigma_next) - change_BCHW * (sigma_next / r2 * (math.expm1(step) / step - 1))
 
     def _change_at(self, share: float, sigma_next: float) -> Tensor:
-        """How the predicted noise has changed after that share of the step, reached by a first-order step."""
+        """The change of the predicted noise after `share` of the step, reached by a first-order step."""
         key = (share, sigma_next)
         if key not in self._later:
             sigma = self._sigma_at(share, sigma_next)
@@ -214,9 +214,9 @@ class _NoiseSolver:
 def sample_dpm_fast(
     denoise: Denoise, x_BCHW: Tensor, sigmas_T: Tensor, *, settings: SamplerSettings, noise: NoiseSource, on_step: OnStep | None = None
 ) -> Tensor:
-    """DPM-Solver-fast: steps of order 3, the rest of order 1 or 2, as many network calls as steps. Lu et al. 2022 (DPM-Solver), section 3.4.
+    """DPM-Solver-fast: steps of order 3, then one of order 1 or 2, as many network calls as steps. Lu et al. 2022 (DPM-Solver), section 3.4.
 
-    Takes the two ends of the schedule and spaces its own steps evenly in log sigma; ends at the last level above 0.
+    Uses only the two ends of the schedule and spaces its own steps evenly in log sigma. Ends at the last level above 0.
     """
     walk, eta = Walk(denoise, sigmas_T, on_step), settings.eta_or(1.0)
     sigma_min, sigma_max = _open_range(walk)
@@ -235,7 +235,7 @@ def sample_dpm_fast(
 
 
 def fast_orders(num_calls: int) -> list[int]:
-    """Orders of DPM-Solver-fast's steps: they sum to the number of network calls."""
+    """The orders of DPM-Solver-fast's steps, which sum to the number of network calls."""
     thirds, rest = divmod(num_calls, 3)
     return [3] * (thirds - 1) + [2, 1] if rest == 0 else [3] * thirds + [rest]
 
@@ -248,10 +248,10 @@ ADAPTIVE_MAX_STEPS = 1000
 def sample_dpm_adaptive(
     denoise: Denoise, x_BCHW: Tensor, sigmas_T: Tensor, *, settings: SamplerSettings, noise: NoiseSource, on_step: OnStep | None = None
 ) -> Tensor:
-    """DPM-Solver-23 with step sizes from the difference of orders 2 and 3. Lu et al. 2022 (DPM-Solver), appendix C, algorithm 5.
+    """DPM-Solver-23 with step sizes from the difference between orders 2 and 3. Lu et al. 2022 (DPM-Solver), appendix C, algorithm 5.
 
-    Takes the two ends of the schedule only; ends at the last level above 0. Step sizes follow an integral controller with an arctangent
-    limiter (Soederlind and Wang 2006, "Adaptive Time-Stepping and Computational Stability").
+    Uses only the two ends of the schedule. Ends at the last level above 0. An integral controller with an arctangent limiter sets the step sizes
+    (Soederlind and Wang 2006, "Adaptive Time-Stepping and Computational Stability").
     """
     walk, eta = Walk(denoise, sigmas_T, on_step), settings.eta_or(1.0)
     sigma_min, sigma = _open_range(walk)
@@ -277,17 +277,17 @@ def sample_dpm_adaptive(
 
 
 def _adaptive_error(low_BCHW: Tensor, high_BCHW: Tensor, previous_BCHW: Tensor) -> float:
-    """Root mean square of the two orders' difference in units of the tolerance."""
+    """Root mean square of the difference between the two orders, relative to the tolerance."""
     tolerance = (ADAPTIVE_RTOL * torch.maximum(low_BCHW.abs(), previous_BCHW.abs())).clamp(min=ADAPTIVE_ATOL)
     return float(((low_BCHW - high_BCHW) / tolerance).square().mean().sqrt())
 
 
 def _open_range(walk: Walk) -> tuple[float, float]:
-    """Last level above 0, and the first."""
+    """The last level above 0, and the first level."""
     return walk.positive_range[0], walk.sigmas[0]
 
 
 def _split_not_below(sigma: float, sigma_next: float, eta: float, sigma_min: float) -> tuple[float, float]:
-    """As split_ancestral, but never down past `sigma_min`."""
+    """Like split_ancestral, but with sigma_down at least `sigma_min`."""
     sigma_down = max(sigma_min, split_ancestral(sigma, sigma_next, eta)[0])
     return sigma_down, math.sqrt(max(0.0, sigma_next**2 - sigma_down**2))

@@ -1,6 +1,6 @@
 """Samplers that remember earlier steps: LMS, PLMS, IPNDM, DEIS, UniPC.
 
-Each is its formula; see sampler_types.py for what they share and for the shapes. Must not know networks, guidance or devices.
+Each is its formula. See sampler_types.py for what they share and for shapes. Must not know networks, guidance or devices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from backend.sampling.sampler_types import Denoise, NoiseSource, OnStep, SamplerSettings, Walk, derivative
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
-"""Weights of the newest slope first, for even steps; Hairer, Norsett and Wanner 1993, section III.1."""
+"""Weights for even steps, the newest slope first. Hairer, Norsett and Wanner 1993, section III.1."""
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def sample_ipndm_v(
 ) -> Tensor:
     """IPNDM with weights for uneven steps, order 4. Zhang and Chen 2023, "Fast Sampling of Diffusion Models with Exponential Integrator", section 3.
 
-    With exact weights that is the linear multistep method, so its pictures are those of LMS.
+    With exact weights this is the linear multistep method, so its pictures equal those of LMS.
     """
     return _sample_adams(Walk(denoise, sigmas_T, on_step), x_BCHW, order=4, coordinate=lambda sigma: sigma)
 
@@ -47,7 +47,7 @@ def sample_deis(
 
 
 def _sample_adams(walk: Walk, x_BCHW: Tensor, *, order: int, coordinate: Callable[[float], float], first_order_to_zero: bool = False) -> Tensor:
-    """x + integral over sigma of the polynomial in `coordinate` through the latest slopes."""
+    """x plus the integral over sigma of the polynomial in `coordinate` through the latest slopes."""
     slopes: deque[Tensor] = deque(maxlen=order)
     for index, sigma, sigma_next in walk:
         slopes.appendleft(derivative(x_BCHW, walk.step(index, x_BCHW, sigma), sigma))
@@ -67,7 +67,7 @@ def _weighted(slopes: Sequence[Tensor] | deque[Tensor], weights: Sequence[float]
 def integrate_lagrange(nodes: Sequence[float], start: float, stop: float, coordinate: Callable[[float], float]) -> list[float]:
     """For each node, the integral over sigma in [start, stop] of its Lagrange polynomial in `coordinate(sigma)`.
 
-    Gauss-Legendre quadrature with 64 points: exact for polynomials in sigma, to rounding for the smooth coordinates here.
+    Gauss-Legendre quadrature with 64 points: exact for polynomials in sigma, and up to rounding for the smooth coordinates used here.
     """
     if len(nodes) == 1:
         return [stop - start]
@@ -93,7 +93,7 @@ _VP_BETA_MIN = math.log(_VP_SIGMA_MAX**2 + 1) - _VP_BETA_D / 2
 def variance_preserving_time(sigma: float) -> float:
     """Time at which the variance-preserving SDE with linear beta has this noise level. Karras et al. 2022, table 1 and appendix C.1.
 
-    The SDE is fixed by sigma 0.002 at time 0.001 and sigma 80 at time 1, the range of that paper.
+    The SDE is fixed by sigma 0.002 at time 0.001 and sigma 80 at time 1, the paper's range.
     """
     return (math.sqrt(_VP_BETA_MIN**2 + 2 * _VP_BETA_D * math.log(sigma**2 + 1)) - _VP_BETA_MIN) / _VP_BETA_D
 
@@ -135,7 +135,7 @@ def sample_unipc(
 ) -> Tensor:
     """UniPC with x0 predictions: a multistep predictor, corrected once the next x0 is known. Zhao et al. 2023, "UniPC", algorithms 5 to 8.
 
-    Half log SNR is -log sigma here. The step to zero is first order, where predictor and x0 agree.
+    Half the log SNR is -log sigma here. The step to zero is first order, where the predictor equals x0.
     """
     walk = Walk(denoise, sigmas_T, on_step)
     history: deque[tuple[float, Tensor]] = deque(maxlen=settings.uni_pc_order)  # (sigma, x0), newest first
@@ -156,7 +156,7 @@ def sample_unipc(
 def _unipc_update(
     x_BCHW: Tensor, history: deque[tuple[float, Tensor]], order: int, sigma_next: float, variant: str, corrected_by_BCHW: Tensor | None
 ) -> Tensor:
-    """UniP of `order` from the newest state in `history` to `sigma_next`; UniC where the x0 found there is given."""
+    """UniP of `order` from the newest state in `history` to `sigma_next`; UniC if the x0 there is given."""
     sigma, newest_BCHW = history[0]
     step = math.log(sigma / sigma_next)
     ratios = [math.log(sigma / history[back][0]) / step for back in range(1, order)]
@@ -172,7 +172,7 @@ def _unipc_update(
 
 
 def _unipc_weights(ratios: Sequence[float], negative_step: float, shrink: float, scale: float) -> list[float]:
-    """Solves the order conditions, sum_m a_m r_m^(k-1) = k! phi_(k+1)(-h) (-h)^k / B(h); theorem 3.1. One ratio: a half, as the paper sets it."""
+    """Solves the order conditions, sum_m a_m r_m^(k-1) = k! phi_(k+1)(-h) (-h)^k / B(h); theorem 3.1. For one ratio 1/2, as in the paper."""
     if len(ratios) <= 1:
         return [0.5] * len(ratios)
     rows, right, phi, factorial = [], [], shrink / negative_step - 1, 1.0

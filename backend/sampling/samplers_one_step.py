@@ -1,6 +1,6 @@
-"""Samplers that look at one step at a time: Euler, Heun, DPM2 and their ancestral forms, DDIM, DDPM, LCM, Restart.
+"""Samplers without memory of earlier steps: Euler, Heun, DPM2 and their ancestral forms, DDIM, DDPM, LCM, Restart.
 
-Each is its formula; see sampler_types.py for what they share and for the shapes. Must not know networks, guidance or devices.
+Each is its formula. See sampler_types.py for what they share and for shapes. Must not know networks, guidance or devices.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def sample_euler_ancestral(
 def sample_heun(
     denoise: Denoise, x_BCHW: Tensor, sigmas_T: Tensor, *, settings: SamplerSettings, noise: NoiseSource, on_step: OnStep | None = None
 ) -> Tensor:
-    """Heun steps with churn; the last step to zero is Euler's. Karras et al. 2022, algorithm 2."""
+    """Heun steps with churn; the last step, to zero, is an Euler step. Karras et al. 2022, algorithm 2."""
     walk = Walk(denoise, sigmas_T, on_step)
     for index, sigma, sigma_next in walk:
         x_BCHW, sigma_hat = churn(x_BCHW, sigma, walk.num_steps, settings, noise)
@@ -79,10 +79,10 @@ def _heun_step(walk: Walk, x_BCHW: Tensor, denoised_BCHW: Tensor, sigma: float, 
 def sample_heunpp2(
     denoise: Denoise, x_BCHW: Tensor, sigmas_T: Tensor, *, settings: SamplerSettings, noise: NoiseSource, on_step: OnStep | None = None
 ) -> Tensor:
-    """Heun++: the slopes of the next one or two levels averaged with weights that fall with their noise.
+    """Heun++: averages the slopes of the next one or two levels with weights that fall with their noise.
 
     Source: the published definition of Heun++ (sd-webui-samplers-scheduler, MIT): weights sigma / (k sigma_0) for the k - 1 later slopes, the
-    rest for the first; k = 3, at the last but one step 2, at the last step Euler.
+    rest for the first; k = 3, in the next-to-last step 2, and the last step is Euler.
     """
     walk = Walk(denoise, sigmas_T, on_step)
     for index, sigma, sigma_next in walk:
@@ -140,7 +140,7 @@ def _midpoint_step(walk: Walk, x_BCHW: Tensor, denoised_BCHW: Tensor, sigma: flo
 def sample_ddim(
     denoise: Denoise, x_BCHW: Tensor, sigmas_T: Tensor, *, settings: SamplerSettings, noise: NoiseSource, on_step: OnStep | None = None
 ) -> Tensor:
-    """DDIM; eta 0 (the default) adds no noise, eta 1 is DDPM. Song et al. 2020, "Denoising Diffusion Implicit Models", eq. 12 and 16."""
+    """DDIM. eta 0 (the default) adds no noise, eta 1 is DDPM. Song et al. 2020, "Denoising Diffusion Implicit Models", eq. 12 and 16."""
     walk, eta = Walk(denoise, sigmas_T, on_step), settings.eta_or(0.0)
     for index, sigma, sigma_next in walk:
         denoised_BCHW = walk.step(index, x_BCHW, sigma)
@@ -154,7 +154,7 @@ def sample_ddim_cfgpp(
 ) -> Tensor:
     """DDIM that renoises with the unconditional noise. Chung et al. 2024, "CFG++: Manifold-constrained Classifier Free Guidance", algorithm 2.
 
-    Reads the denoiser's `last_uncond_BCHW`; without one it is DDIM.
+    Reads the denoiser's `last_uncond_BCHW`; without it this is DDIM.
     """
     walk, eta = Walk(denoise, sigmas_T, on_step), settings.eta_or(0.0)
     for index, sigma, sigma_next in walk:
@@ -177,7 +177,7 @@ def _ddim_step(
 def sample_ddpm(
     denoise: Denoise, x_BCHW: Tensor, sigmas_T: Tensor, *, settings: SamplerSettings, noise: NoiseSource, on_step: OnStep | None = None
 ) -> Tensor:
-    """The posterior of the diffusion, step by step. Ho et al. 2020, "Denoising Diffusion Probabilistic Models", eq. 6 and 7, in sigmas."""
+    """Samples the posterior of the diffusion in every step. Ho et al. 2020, "Denoising Diffusion Probabilistic Models", eq. 6 and 7, in sigmas."""
     walk = Walk(denoise, sigmas_T, on_step)
     for index, sigma, sigma_next in walk:
         denoised_BCHW = walk.step(index, x_BCHW, sigma)
@@ -207,13 +207,14 @@ RESTART_SIGMA_MIN, RESTART_SIGMA_MAX = 0.1, 2.0
 def sample_restart(
     denoise: Denoise, x_BCHW: Tensor, sigmas_T: Tensor, *, settings: SamplerSettings, noise: NoiseSource, on_step: OnStep | None = None
 ) -> Tensor:
-    """Heun steps; near the end of the way back up by noise and down again. Xu et al. 2023, "Restart Sampling", algorithm 1.
+    """Heun steps that, near the end, add noise back and go down again. Xu et al. 2023, "Restart Sampling", algorithm 1.
 
-    From 20 steps on, part of the steps is spent on restarts between noise levels 0.1 and 2: 9 steps once, from 36 a quarter of them twice.
+    With 20 steps or more, some steps are spent on restarts between noise levels 0.1 and 2: one restart of 9 steps; with 36 or more, two restarts of
+    a quarter of the steps each.
     """
     walk = Walk(denoise, sigmas_T, on_step)
     steps = restart_steps(walk.sigmas)
-    reached = steps[0][0]  # the first level, but for rounding, which must not draw noise
+    reached = steps[0][0]  # equals the first level up to rounding, which must not cause a draw of noise
     for index, (sigma, sigma_next) in enumerate(steps):
         if sigma > reached:
             x_BCHW = x_BCHW + noise.next(x_BCHW) * (settings.s_noise * math.sqrt(sigma**2 - reached**2))
@@ -223,7 +224,7 @@ def sample_restart(
 
 
 def restart_steps(sigmas: list[float]) -> list[tuple[float, float]]:
-    """The (sigma, next sigma) pairs of Restart for a schedule that ends in 0; without restarts below 20 steps."""
+    """The (sigma, sigma_next) pairs of Restart for a schedule that ends with 0. No restarts below 20 steps."""
     num_steps = len(sigmas) - 1
     if num_steps < 20:
         return list(pairwise(sigmas))

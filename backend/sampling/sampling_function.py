@@ -1,6 +1,6 @@
-"""Guidance: from conditions and a noisy batch to the denoised batch, with Forge's hooks around it, and what brackets a sampling run.
+"""Guidance: turns conditions and a noisy batch into the denoised batch, with Forge's hooks around it; and the start and end of a sampling run.
 
-Each condition becomes a branch (one pass of the whole batch of images); branches that fit together run in one network call as far as memory allows.
+Each condition becomes a branch (one pass over the whole batch of images). Branches with matching shapes run in one network call if memory allows.
 Must not know prompts, samplers, options or pages.
 
 Shapes: B batch, C channels, H W latent rows and columns.
@@ -36,7 +36,7 @@ ModelOptions = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Branch:
-    """One condition to be run. `weight` is a number, (B, 1, 1, 1) or of the area's shape; `area` None is the whole picture."""
+    """One condition to run. `weight` is a number, (B, 1, 1, 1) or has the area's shape. `area` None means the whole picture."""
 
     kind: int
     input_BCHW: Tensor
@@ -56,7 +56,7 @@ class _Branch:
 
 
 class _Mean:
-    """Weighted mean of the outputs of one branch. `total_weight` is their plain sum of weights."""
+    """Weighted mean of the outputs of all conditions of one kind (COND or UNCOND)."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -75,7 +75,7 @@ class _Mean:
         self._sum, self._weight = total, weight
 
     def result(self, like_BCHW: Tensor) -> Tensor:
-        """Zeros for a branch that did not run, and where no condition lies."""
+        """The mean; zeros if nothing was added, and where no condition applies."""
         if self._sum is None:
             return torch.zeros_like(like_BCHW)
         if isinstance(self._weight, float):
@@ -87,7 +87,7 @@ class _Mean:
 
 
 def sampling_function(self: Any, denoiser_params: Any, cond_scale: float, cond_composition: Sequence[Sequence[tuple[int, float]]]) -> Any:
-    """Forge's entry: `self` is the caller's denoiser (with `inner_model` and `p`), `denoiser_params` holds x, sigma, image_cond, text_cond and
+    """Forge's entry point. `self` is the caller's denoiser (with `inner_model` and `p`), `denoiser_params` has x, sigma, image_cond, text_cond and
     text_uncond. Returns (denoised, cond_pred, uncond_pred)."""
     engine = getattr(self.inner_model, "inner_model", self.inner_model)
     return denoise_guided(
@@ -117,8 +117,8 @@ def denoise_guided(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(denoised, cond_pred, uncond_pred), all x0 (B, C, H, W) in fp32.
 
-    `cond_composition`: per image its parts as (row of `text_cond`, weight); None is one row per image with weight 1. `image_cond` is joined to the
-    latents' channels (inpainting models); None for a model that takes none. No shape says so: a latent may have one row and one column.
+    `cond_composition`: per image its parts as (row of `text_cond`, weight); None means one row per image with weight 1. `image_cond` is concatenated
+    to the latents' channels (inpainting models); pass None for other models. Its shape cannot tell, as a latent may have one row and one column.
     """
     cond = compile_conditions(text_cond) if cond_composition is None else compile_weighted_conditions(text_cond, cond_composition)
     uncond = compile_conditions(text_uncond)
@@ -152,10 +152,10 @@ def sampling_function_inner(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Classifier-free guidance: uncond + scale * (cond - uncond) on x0. Ho and Salimans 2022, eq. 6.
 
-    At scale 1 the unconditional branch is not run (unless prompt weights do not sum to 1, or an extension asked for it).
-    Hooks: pre-CFG functions may change everything that goes in; a CFG function replaces the formula (it works on x minus prediction); post-CFG
-    functions may change the result.
-    `return_full`: also the predictions of both branches; the unconditional one is zeros if it was not run.
+    At scale 1 the unconditional branch is skipped, unless prompt weights do not sum to 1 or an extension requires it.
+    Hooks: pre-CFG functions may change all inputs; a CFG function replaces the formula (it works on x minus prediction); post-CFG functions may
+    change the result.
+    `return_full`: also return the predictions of both branches. The unconditional one is zeros if it did not run.
     """
     options: ModelOptions = {} if model_options is None else model_options
     cut_short = math.isclose(cond_scale, 1.0) and _is_one(_total_strength(cond)) and not options.get("disable_cfg1_optimization", False)
@@ -198,7 +198,7 @@ def _is_one(total: float | Tensor) -> bool:
 def _compose(cond_pred: Tensor, uncond_pred: Tensor, cond_scale: float, total: float | Tensor) -> Tensor:
     """uncond + scale * sum of weights * (weighted mean of the parts - uncond). Liu et al. 2022, "Compositional Visual Generation", eq. 11.
 
-    `total` is the sum of weights. Where it is zero, `cond_pred` is the plain weighted sum, and uncond cancels out of it.
+    `total` is the sum of weights. Where it is zero, `cond_pred` is the plain weighted sum, in which uncond cancels.
     """
     if _is_one(total):
         return uncond_pred + (cond_pred - uncond_pred) * cond_scale
@@ -238,7 +238,7 @@ def calc_cond_uncond_batch(
     timestep: Tensor,
     model_options: ModelOptions,
 ) -> tuple[Tensor, Tensor]:
-    """x0 of both branches, each the weighted mean of its conditions. A branch that is None gives zeros. Raises: OutOfMemory."""
+    """x0 for cond and uncond, each the weighted mean over its conditions. Zeros for one that is None. Raises: OutOfMemory."""
     waiting = [_make_branch(kind, one, x_in, timestep) for kind, conditions in ((COND, cond), (UNCOND, uncond or ())) for one in conditions]
     branches = [branch for branch in waiting if branch is not None]
     means = {COND: _Mean(), UNCOND: _Mean()}
@@ -252,7 +252,7 @@ def calc_cond_uncond_batch(
 
 
 def _make_branch(kind: int, compiled: CompiledCondition, x_BCHW: Tensor, sigma_B: Tensor) -> _Branch | None:
-    """None if the condition does not act at this noise level."""
+    """The branch for a condition; None if the condition does not apply at this noise level."""
     sigma = float(sigma_B[0]) if "timestep_start" in compiled or "timestep_end" in compiled else 0.0
     if sigma > compiled.get("timestep_start", math.inf) or sigma < compiled.get("timestep_end", 0.0):
         return None
@@ -267,14 +267,14 @@ def _make_branch(kind: int, compiled: CompiledCondition, x_BCHW: Tensor, sigma_B
 
 
 def _weigh(compiled: CompiledCondition, x_BCHW: Tensor, part_BCHW: Tensor) -> float | Tensor:
-    """Strength, times the mask or, without one, a ramp at the area's edges inside the picture."""
+    """The condition's strength, times its mask or, without one, times a ramp at the area's edges inside the picture."""
     strength, area = compiled.get("strength", 1.0), compiled.get("area")
     strength = strength.to(x_BCHW) if isinstance(strength, Tensor) else float(strength)
     mask_BHW: Tensor | None = compiled.get("mask")
     if mask_BHW is not None:
         if mask_BHW.shape[1:] != x_BCHW.shape[2:]:
             raise ValueError(
-                f"a condition's mask has {tuple(mask_BHW.shape[1:])} rows and columns, the latents have {tuple(x_BCHW.shape[2:])}; they must agree."
+                f"A condition's mask has {tuple(mask_BHW.shape[1:])} rows and columns, the latents {tuple(x_BCHW.shape[2:])}. Resize the mask."
             )
         rows = slice(None) if area is None else slice(area[2], area[2] + area[0])
         columns = slice(None) if area is None else slice(area[3], area[3] + area[1])
@@ -285,7 +285,7 @@ def _weigh(compiled: CompiledCondition, x_BCHW: Tensor, part_BCHW: Tensor) -> fl
 
 
 def _feather(area: Area, x_BCHW: Tensor, part_BCHW: Tensor) -> Tensor:
-    """Ones that rise from the edges which do not lie on the picture's edge."""
+    """Ones, with ramps at the edges that are not on the picture's edge."""
     ramps = []
     for dim in (0, 1):
         length, start, whole = area[dim], area[2 + dim], x_BCHW.shape[2 + dim]
@@ -301,7 +301,7 @@ def _slices(area: Area) -> tuple[slice, slice, slice, slice]:
 
 
 def _pick_batch(model: KModel, branches: Sequence[_Branch], device: torch.device) -> list[_Branch]:
-    """As many branches that fit the first one as there is memory for, the last conditions first (so uncond goes before cond)."""
+    """As many branches that fit the first one as memory allows, the last conditions first (so uncond comes before cond)."""
     fitting = [branch for branch in reversed(branches) if branch.fits(branches[0])]
     if len(fitting) == 1 or model.runner is not None:
         return fitting  # a plan deals rows to slots itself
@@ -322,7 +322,7 @@ def _run_batch(model: KModel, batch: Sequence[_Branch], sigma_B: Tensor, options
     try:
         return list(_call_model(model, batch, sigma_B, options).chunk(len(batch)))
     except torch.OutOfMemoryError:
-        logger.info("%s ran out of memory with %d conditions at once; they are run one by one.", device, len(batch))
+        logger.info("%s ran out of memory with %d conditions at once; running them one by one.", device, len(batch))
     memory_management.soft_empty_cache(force=True)
     return [output for branch in batch for output in _run_batch(model, [branch], sigma_B, options)]
 
@@ -353,7 +353,7 @@ def _call_model(model: KModel, batch: Sequence[_Branch], sigma_B: Tensor, option
 def _find_control(
     model: KModel, control: Any, x_BCHW: Tensor, sigma_B: Tensor, arguments: dict[str, Any], num_branches: int, options: ModelOptions
 ) -> Any:
-    """Residuals of a chain; deferred where the plan in force computes them beside the denoiser."""
+    """Residuals of a chain; deferred if the current plan computes them on other slots or in parallel with the denoiser."""
     if model.deferred_networks:
         links = list_deferrable(control, options)
         if links and all(link.control_model in model.deferred_networks for link in links):
@@ -363,7 +363,7 @@ def _find_control(
 
 
 def _describe_batch(options: ModelOptions, kinds: list[int], sigma_B: Tensor) -> dict[str, Any]:
-    """Transformer options with what the batch holds: `cond_or_uncond` per branch, the rest per row. `picture_indices` are places in the batch."""
+    """Transformer options describing the batch: `cond_or_uncond` per branch, the rest per row. `picture_indices` are positions in the batch."""
     batch_size = sigma_B.shape[0]
     row_kinds = [kind for kind in kinds for _ in range(batch_size)]
     return {
@@ -381,10 +381,10 @@ def _describe_batch(options: ModelOptions, kinds: list[int], sigma_B: Tensor) ->
 
 
 def sampling_prepare(unet: UnetPatcher, x: Tensor, request: SamplingRequest | None = None) -> SamplingSession | None:
-    """Put the denoiser and what it takes along in place, with room for cond and uncond at once, and tell ControlNets the noise levels.
+    """Load the denoiser and its extra models, with room for cond and uncond at once, and give ControlNets the noise levels.
 
-    With several slots a plan says where; `request` tells it what the run will be like. Returns the session that carries the plan out, None
-    with one slot. Raises: OutOfMemory.
+    With several slots a plan decides where; `request` describes the run for it. Returns the session that carries out the plan, or None with one
+    slot. Raises: OutOfMemory.
     """
     batch, channels, height, width = x.shape
     request = request or SamplingRequest(images=batch)
@@ -413,13 +413,13 @@ def _warn_of_little_memory(device: torch.device) -> None:
     free_bytes = memory_management.get_free_memory(device)
     if free_bytes < LITTLE_FREE_BYTES:
         logger.warning(
-            "%s has %.0f MiB free for denoising, which may be slow. Lower GPU Weights, the size or the batch; --disable-gpu-warning silences this.",
+            "%s has %.0f MiB free for denoising, which may be slow. Lower GPU Weights, the size or the batch. --disable-gpu-warning hides this.",
             device, free_bytes / 2**20,
         )  # fmt: skip
 
 
 def sampling_cleanup(unet: UnetPatcher) -> None:
-    """Let ControlNets drop what they kept for the run, end the plan, and let models leave their devices again."""
+    """End the plan, allow models to be evicted again, and let ControlNets drop what they kept for the run."""
     end_session(unet)
     memory_management.hold_models([])
     for control in unet.list_controlnets():

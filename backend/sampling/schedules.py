@@ -1,6 +1,6 @@
-"""Schedules: the noise levels a sampler walks down, as functions of the number of steps and the model's table.
+"""Schedules: the noise levels for a sampler, as functions of the number of steps and the model's table.
 
-Every schedule gives n levels, descending, and then 0. Must not know samplers, networks or devices; everything is on the host.
+Every schedule returns n descending levels followed by 0. Must not know samplers, networks or devices; everything is on the host.
 
 Shapes: T = n + 1 noise levels.
 """
@@ -21,8 +21,8 @@ OLD_KARRAS_RANGE = (0.1, 10.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleSettings:
-    """What a user may set. `sigma_min`, `sigma_max`, `rho`: None takes the model's or the schedule's own. `is_sdxl` picks the table of
-    the schedules that were fitted to a model family."""
+    """What a user may set. `sigma_min`, `sigma_max`, `rho`: None means the model's or the schedule's own value. `is_sdxl` picks the table of
+    schedules that were fitted to a model family."""
 
     sigma_min: float | None = None
     sigma_max: float | None = None
@@ -35,12 +35,12 @@ class ScheduleSettings:
         for name in ("sigma_min", "sigma_max", "rho", "beta_alpha", "beta_beta"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"schedule setting {name}={value} was asked for; it is a number above 0.")
+                raise ValueError(f"The schedule setting {name} is {value}; it must be a finite number above 0.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleInputs:
-    """What a schedule's formula sees: `sigma_min` and `sigma_max` with the user's overrides, the model's table, the settings."""
+    """The inputs of a schedule's formula: `sigma_min` and `sigma_max` with the user's overrides, the model's table, the settings."""
 
     num_steps: int
     sigma_min: float
@@ -61,7 +61,7 @@ class ScheduleInputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleSpec:
-    """A schedule by name. `default_rho` is -1 where the formula has none; `need_inner_model`: it reads the model's table.
+    """A schedule by name. `default_rho` is -1 if the formula has none. `need_inner_model`: it reads the model's table.
     `is_fitted_to_diffusion`: its levels are a table for Stable Diffusion."""
 
     name: str
@@ -74,13 +74,13 @@ class ScheduleSpec:
 
 
 def compute_sigmas(name: str, num_steps: int, predictor: AbstractPrediction, settings: ScheduleSettings | None = None) -> Tensor:
-    """Noise levels (num_steps + 1,), fp32 on the host, descending, the last 0. `name`: a name, label or alias.
+    """Noise levels (num_steps + 1,), fp32 on the host, descending, ending with 0. `name` is a name, label or alias.
 
-    Raises: ValueError for an unknown schedule, fewer than one step, or a range that is upside down.
+    Raises: ValueError for an unknown schedule, fewer than one step, or a range with sigma_min above sigma_max.
     """
     settings, spec = settings or ScheduleSettings(), find_schedule(name)
     if num_steps < 1:
-        raise ValueError(f"{num_steps} sampling steps were asked for; there must be 1 or more.")
+        raise ValueError(f"{num_steps} sampling steps were requested; there must be at least 1.")
     inputs = ScheduleInputs(
         num_steps=num_steps,
         sigma_min=settings.sigma_min or float(predictor.sigma_min),
@@ -92,24 +92,24 @@ def compute_sigmas(name: str, num_steps: int, predictor: AbstractPrediction, set
     if predictor.is_flow:
         _check_flow(spec, inputs)
     if inputs.sigma_min >= inputs.sigma_max:
-        raise ValueError(f"a schedule from sigma {inputs.sigma_max} down to {inputs.sigma_min} was asked for; sigma_max must be above sigma_min.")
+        raise ValueError(f"A schedule from sigma {inputs.sigma_max} down to {inputs.sigma_min} was requested; sigma_max must be above sigma_min.")
     return spec.function(inputs).float()
 
 
 def _check_flow(spec: ScheduleSpec, inputs: ScheduleInputs) -> None:
     if spec.is_fitted_to_diffusion:
         usable = ", ".join(other.label for other in SCHEDULES if not other.is_fitted_to_diffusion)
-        raise ValueError(f"schedule {spec.label!r} was asked for with a flow model; its levels are Stable Diffusion's. Use one of {usable}.")
+        raise ValueError(f"Schedule {spec.label!r} was requested for a flow model, but its levels are Stable Diffusion's. Use one of {usable}.")
     if inputs.sigma_max > 1:
-        raise ValueError(f"a schedule from sigma {inputs.sigma_max} was asked for; noise levels of a flow model lie between 0 and 1.")
+        raise ValueError(f"A schedule from sigma {inputs.sigma_max} was requested; noise levels of a flow model must be between 0 and 1.")
 
 
 def find_schedule(name: str) -> ScheduleSpec:
-    """The schedule of that name, label or alias. Raises: ValueError."""
+    """The schedule with that name, label or alias. Raises: ValueError."""
     for spec in (*SCHEDULES, *_UNLISTED):
         if name in (spec.name, spec.label, *spec.aliases):
             return spec
-    raise ValueError(f"schedule {name!r} was asked for; there are {', '.join(spec.label for spec in SCHEDULES)}.")
+    raise ValueError(f"Schedule {name!r} is unknown. Use one of {', '.join(spec.label for spec in SCHEDULES)}.")
 
 
 def discard_next_to_last_sigma(sigmas_T: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
 
 
 def _uniform(inputs: ScheduleInputs) -> Tensor:
-    """Evenly spaced timesteps, first and last included (Nichol and Dhariwal 2021, "Improved DDPM", section 4), over the model's whole range."""
+    """Evenly spaced timesteps over the model's whole range, including first and last (Nichol and Dhariwal 2021, "Improved DDPM", section 4)."""
     return _at_timesteps(inputs, torch.linspace(len(inputs.table) - 1, 0, inputs.num_steps))
 
 
@@ -149,13 +149,13 @@ def _polyexponential(inputs: ScheduleInputs) -> Tensor:
 
 
 def _sgm_uniform(inputs: ScheduleInputs) -> Tensor:
-    """Evenly spaced timesteps without the last one (the spacing of Stability's sgm code, "trailing" in Lin et al. 2023, table 2)."""
+    """Evenly spaced timesteps without the last one (the spacing in Stability's sgm code, "trailing" in Lin et al. 2023, table 2)."""
     start, end = _timestep_range(inputs)
     return _at_timesteps(inputs, torch.linspace(start, end, inputs.num_steps + 1)[:-1])
 
 
 def _quadratic_timesteps(inputs: ScheduleInputs) -> Tensor:
-    """Timesteps even in their square root, without the last one. Song et al. 2020 (DDIM), appendix D.2, "quadratic"."""
+    """Timesteps with evenly spaced square roots, without the last one. Song et al. 2020 (DDIM), appendix D.2, "quadratic"."""
     start, end = (timestep + 1 for timestep in _timestep_range(inputs))
     return _at_timesteps(inputs, torch.linspace(math.sqrt(start), math.sqrt(end), inputs.num_steps + 1)[:-1] ** 2 - 1)
 
@@ -167,7 +167,7 @@ def _normal(inputs: ScheduleInputs) -> Tensor:
 
 
 def _kl_optimal(inputs: ScheduleInputs) -> Tensor:
-    """Evenly spaced in atan(sigma). Sabour et al. 2024, "Align Your Steps", section 3.1 (optimal for Gaussian data), ended at 0."""
+    """Evenly spaced in atan(sigma). Sabour et al. 2024, "Align Your Steps", section 3.1 (optimal for Gaussian data), ending at 0."""
     ramp = torch.arange(inputs.num_steps, dtype=torch.float64) / inputs.num_steps
     return _end_with_zero((ramp * math.atan(inputs.sigma_min) + (1 - ramp) * math.atan(inputs.sigma_max)).tan())
 
@@ -188,7 +188,7 @@ def _ddim(inputs: ScheduleInputs) -> Tensor:
 
 def _beta(inputs: ScheduleInputs) -> Tensor:
     """Quantiles of a beta distribution over sigma. Lee et al. 2024, "Beta Sampling is All You Need"."""
-    from scipy import stats  # heavy, and only this schedule wants it
+    from scipy import stats  # heavy, and only this schedule needs it
 
     ramp = 1 - torch.linspace(0, 1, inputs.num_steps, dtype=torch.float64).numpy()
     quantiles = torch.from_numpy(stats.beta.ppf(ramp, inputs.settings.beta_alpha, inputs.settings.beta_beta))
@@ -196,7 +196,7 @@ def _beta(inputs: ScheduleInputs) -> Tensor:
 
 
 def _turbo(inputs: ScheduleInputs) -> Tensor:
-    """Whole timesteps N, N - N/n, ... as SDXL Turbo was distilled (Sauer et al. 2023, "Adversarial Diffusion Distillation", section 3)."""
+    """Integer timesteps N, N - N/n, ... for which SDXL Turbo was distilled (Sauer et al. 2023, "Adversarial Diffusion Distillation", section 3)."""
     table = inputs.table
     timesteps = (torch.arange(inputs.num_steps, 0, -1, dtype=torch.float64) * (len(table) / inputs.num_steps) - 1).round().long()
     return _end_with_zero(_fit_range(inputs, table[timesteps.clamp(0, len(table) - 1)]))
@@ -215,10 +215,10 @@ def _fitted(sd1: Sequence[float], sdxl: Sequence[float]) -> Callable[[ScheduleIn
 # Sabour et al. 2024, "Align Your Steps: Optimizing Sampling Schedules in Diffusion Models": the ten-step tables on the project's page.
 _AYS_SD1 = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
 _AYS_SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
-# Chen et al. 2024, "On the Trajectory Regularity of ODE-based Diffusion Sampling" (GITS): ten-step tables in use for these families.
+# Chen et al. 2024, "On the Trajectory Regularity of ODE-based Diffusion Sampling" (GITS): the ten-step tables in use for these families.
 _GITS_SD1 = (14.615, 4.617, 2.507, 1.236, 0.702, 0.402, 0.240, 0.156, 0.104, 0.094, 0.029)
 _GITS_SDXL = (14.615, 4.734, 2.567, 1.529, 0.987, 0.652, 0.418, 0.268, 0.179, 0.127, 0.029)
-# The same authors' 32-level tables, as users have them.
+# The same authors' 32-level tables in common use.
 _AYS_32_SD1 = (
     14.615, 11.23951352, 8.64363081, 6.64729424, 5.57250862, 4.71648546, 3.99196065, 3.5195609, 3.13490466, 2.79228788, 2.48773628,
     2.21663865, 1.97508351, 1.7793172, 1.61475335, 1.46540953, 1.314849, 1.16642497, 1.03475547, 0.91573744, 0.80748169, 0.71202361,
@@ -232,7 +232,7 @@ _AYS_32_SDXL = (
 
 
 def _interpolate_log(levels: Tensor, num_steps: int) -> Tensor:
-    """`num_steps` levels along the table, linear in log sigma, ends kept."""
+    """`num_steps` levels along the table, linear in log sigma, keeping both ends."""
     position = torch.linspace(0, len(levels) - 1, num_steps, dtype=torch.float64)
     low = position.floor().long().clamp(max=len(levels) - 2)
     weight, logs = position - low, levels.log()
@@ -253,7 +253,7 @@ def _at_timesteps(inputs: ScheduleInputs, timesteps: Tensor) -> Tensor:
 
 
 def _fit_range(inputs: ScheduleInputs, sigmas: Tensor) -> Tensor:
-    """Levels from a table, stretched to the range the user set, if one was set."""
+    """Levels from a table, stretched to the user's range if one is set."""
     if inputs.is_model_range or len(sigmas) < 2:
         return sigmas
     share = (sigmas - sigmas[-1]) / (sigmas[0] - sigmas[-1])
@@ -280,4 +280,4 @@ SCHEDULES: tuple[ScheduleSpec, ...] = (
 )
 
 _UNLISTED = (ScheduleSpec(name="quadratic_timesteps", label="Quadratic timesteps", function=_quadratic_timesteps, need_inner_model=True),)
-"""Schedules that a sampler's own setting asks for."""
+"""Schedules that are only chosen through a sampler's own setting."""

@@ -1,7 +1,7 @@
-"""Tokens laid into chunks of 75: BREAK, commas that keep phrases together, room for textual-inversion vectors.
+"""Splits tokens into chunks of 75: handles BREAK, keeps phrases together at commas, and makes room for textual-inversion vectors.
 
-A text encoder reads 77 places: a start token, 75 tokens, an end token. Longer prompts are read chunk by chunk. Must not know text, and of
-embeddings only how many vectors they have.
+A text encoder reads 77 positions: a start token, 75 tokens, an end token. Longer prompts are encoded chunk by chunk. Must not know text; knows only
+the number of vectors of embeddings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from backend.text_processing.embedding import Embedding
 
 
 class PromptChunkFix(NamedTuple):
-    """`embedding` replaces the token embeddings from `offset` on, counted without the start token."""
+    """`embedding` replaces the token embeddings from `offset` on, not counting the start token."""
 
     offset: int
     embedding: Embedding
@@ -21,7 +21,7 @@ class PromptChunkFix(NamedTuple):
 
 @dataclass(slots=True)
 class PromptChunk:
-    """One window of the text encoder; complete when it has `chunk_length + 2` tokens, with the start and end token."""
+    """One window of the text encoder. It is complete with `chunk_length + 2` tokens, including the start and end token."""
 
     tokens: list[int] = field(default_factory=list)
     multipliers: list[float] = field(default_factory=list)
@@ -30,7 +30,8 @@ class PromptChunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkLayout:
-    """`comma_backtrack`: a phrase cut by a chunk's end moves on whole if its comma is at most that many tokens back; 0 cuts anywhere."""
+    """`comma_backtrack`: a phrase that a chunk's end would cut moves to the next chunk if its comma is at most that many tokens back; 0 cuts
+    anywhere."""
 
     chunk_length: int
     start_token: int
@@ -43,14 +44,14 @@ class ChunkLayout:
         return PromptChunk([self.start_token] + [self.end_token] * (num_places - 1), [1.0] * num_places)
 
     def complete(self, chunk: PromptChunk) -> PromptChunk:
-        """The chunk with its start token, and end tokens to its full length."""
+        """The chunk with its start token, padded to full length with end tokens."""
         num_missing = self.chunk_length - len(chunk.tokens)
         tokens = [self.start_token, *chunk.tokens, *[self.end_token] * (num_missing + 1)]
         return PromptChunk(tokens, [1.0, *chunk.multipliers, *[1.0] * (num_missing + 1)], chunk.fixes)
 
 
 class ChunkBuilder:
-    """Takes tokens one by one; `finish` gives the chunks. Used once."""
+    """Takes tokens one by one; `finish` returns the chunks. Use it once."""
 
     def __init__(self, layout: ChunkLayout) -> None:
         self.layout = layout
@@ -64,7 +65,7 @@ class ChunkBuilder:
         self._open.multipliers.append(weight)
 
     def add_embedding(self, first_token: int, embedding: Embedding, weight: float) -> None:
-        """Vectors stay together; more of them than a chunk holds are cut."""
+        """Add an embedding's vectors, all in one chunk. Vectors beyond a chunk's length are dropped."""
         self.make_room_for(first_token)
         num_vectors = min(embedding.vectors, self.layout.chunk_length)
         if len(self._open.tokens) + num_vectors > self.layout.chunk_length:
@@ -74,7 +75,7 @@ class ChunkBuilder:
         self._open.multipliers += [weight] * num_vectors
 
     def make_room_for(self, token: int) -> None:
-        """Begins a new chunk if this one is full, taking along what follows a comma that is near enough."""
+        """Start a new chunk if this one is full, and move what follows a nearby comma into it."""
         position = len(self._open.tokens)
         if token == self.layout.comma_token:
             self._last_comma = position
@@ -89,7 +90,7 @@ class ChunkBuilder:
         self._last_comma = None
 
     def finish(self) -> tuple[list[PromptChunk], int]:
-        """(chunks, token count). Every chunk but the last counts as full, since its rest can hold nothing more. At least one chunk."""
+        """(chunks, token count), with at least one chunk. Every chunk except the last counts as full, because nothing more fits in it."""
         num_tokens = len(self.chunks) * self.layout.chunk_length + len(self._open.tokens)
         if self._open.tokens or not self.chunks:
             self.next_chunk()

@@ -1,7 +1,7 @@
-"""Prompts to conditions with a CLIP text encoder: chunks, emphasis, clip skip, textual inversion, pooled output.
+"""Turns prompts into conditions with a CLIP text encoder: chunks, emphasis, clip skip, textual inversion, pooled output.
 
-Shapes: B prompts, L tokens (77 for each chunk), C channels of the encoder, P of its projection. The text encoder is transformers' `CLIPTextModel`
-or `CLIPTextModelWithProjection`. Must not know prompt schedules, model families or options: what varies is an argument.
+Shapes: B prompts, L tokens (77 per chunk), C channels of the encoder, P of its projection. The text encoder is transformers' `CLIPTextModel` or
+`CLIPTextModelWithProjection`. Must not know prompt schedules, model families or options: everything that varies is an argument.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ COMMA_PADDING_BACKTRACK = 20
 
 
 class ClassicTextProcessingEngine:
-    """Callable: prompts in, conditions out, always float32.
+    """A callable from prompts to conditions, always float32.
 
-    `embeddings` is shared by the encoders of one model, so that an embedding is known to all of them or to none; without it the engine makes
-    its own from `embedding_dir`. Not safe to call from two threads at once.
+    The encoders of one model share `embeddings`, so that either all or none of them know an embedding. Without it the engine makes its own database
+    from `embedding_dir`. Not thread-safe.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ class ClassicTextProcessingEngine:
     # what a caller sets
 
     def set_emphasis(self, name: str) -> None:
-        """Chooses the emphasis mode for the prompts that follow; an unknown name is reported and means "Original"."""
+        """Set the emphasis mode for later prompts. An unknown name is logged and means "Original"."""
         self.emphasis_name = resolve_emphasis_name(name)
 
     def set_clip_skip(self, clip_skip: int) -> None:
-        """1 reads the last layer, 2 the one before it; never less than the family's minimum, never more than there are layers."""
+        """Set which layer to read: 1 for the last, 2 for the one before it. Limited to the family's minimum and the number of layers."""
         self.clip_skip = max(1, clip_skip)
 
     def take_generation_params(self) -> dict[str, str]:
-        """What an infotext should say of the prompts encoded since this was last asked: "TI hashes", "TI", and "Emphasis" where not the default."""
+        """Infotext entries for the prompts encoded since the last call: "TI hashes", "TI", and "Emphasis" if it is not the default."""
         used = list(self._used_embeddings.values())
         params = _infotext_of(used, self.emphasis_name if self._used_weights else DEFAULT_EMPHASIS)
         self._used_embeddings, self._used_weights = {}, False
@@ -104,7 +104,7 @@ class ClassicTextProcessingEngine:
         return (z_BLC, encoded[0][1]) if self.return_pooled else z_BLC
 
     def process_texts(self, texts: Sequence[str]) -> tuple[list[list[PromptChunk]], int]:
-        """(the chunks of each prompt, the highest token count among them)."""
+        """(chunks of each prompt, highest token count of any prompt)."""
         lines = {text: self.tokenize_line(text) for text in texts}
         return [lines[text][0] for text in texts], max((count for _, count in lines.values()), default=0)
 
@@ -120,18 +120,18 @@ class ClassicTextProcessingEngine:
         return builder.finish()
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without start and end tokens, however long."""
+        """Token ids of each text of any length, without start and end tokens."""
         return tokenize_plain(self.tokenizer, texts)
 
     def empty_chunk(self) -> PromptChunk:
         return self._layout().empty_chunk()
 
     def get_target_prompt_token_count(self, token_count: int) -> int:
-        """The tokens that fit in as many chunks as `token_count` needs."""
+        """How many tokens fit in the number of chunks that `token_count` needs."""
         return math.ceil(max(token_count, 1) / self.chunk_length) * self.chunk_length
 
     def get_prompt_lengths(self, text: str) -> tuple[int, int]:
-        """(tokens used, tokens that fit) for a prompt without schedules, as the counter beside the prompt box shows them."""
+        """(tokens used, tokens that fit) for a prompt without schedules, as the counter next to the prompt box shows them."""
         _, token_count = self.process_texts([text])
         return token_count, self.get_target_prompt_token_count(token_count)
 
@@ -163,17 +163,17 @@ class ClassicTextProcessingEngine:
     # chunks to vectors
 
     def process_chunks(self, chunks: Sequence[PromptChunk]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(z_BLC, pooled_BP) of one complete chunk per prompt, L = 77, with emphasis applied."""
+        """(z_BLC, pooled_BP) for one complete chunk per prompt, L = 77, with emphasis applied."""
         with _injected(self._token_embedding(), [chunk.fixes for chunk in chunks], self.embedding_key):
             z_BLC, pooled_BP = self.encode_with_transformers(torch.tensor([self._pad(chunk.tokens) for chunk in chunks]))
         weights_BL = torch.tensor([chunk.multipliers for chunk in chunks], dtype=z_BLC.dtype, device=z_BLC.device)
         return apply_emphasis(self.emphasis_name, z_BLC, weights_BL), pooled_BP
 
     def encode_with_transformers(self, tokens_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(z_BLC, pooled_BP) of token rows that begin with the start token and hold an end token.
+        """(z_BLC, pooled_BP) for token rows that begin with the start token and contain an end token.
 
-        z is the output of the layer that clip skip names, through the final layer norm where the family wants it. The pooled vector always
-        comes from the last layer at the first end token, projected with `text_projection`.
+        z is the output of the layer chosen by clip skip, through the final layer norm if the family uses it. The pooled vector always comes from
+        the last layer at the first end token, projected if `text_projection` is set.
         """
         clip = self._clip()
         tokens_BL = tokens_BL.to(self._token_embedding().weight.device)
@@ -197,14 +197,14 @@ class ClassicTextProcessingEngine:
         return min(max(self.clip_skip, self.minimal_clip_skip), num_layers)
 
     def _pad(self, tokens: Sequence[int]) -> list[int]:
-        """The tokens with all that follows the first end token replaced by the padding token."""
+        """The tokens, with everything after the first end token replaced by the padding token."""
         num_kept = list(tokens).index(self.id_end) + 1
         return [*tokens[:num_kept], *[self.id_pad] * (len(tokens) - num_kept)] if self.id_pad != self.id_end else list(tokens)
 
 
 @contextmanager
 def _injected(token_embedding: nn.Embedding, fixes_of_row: Sequence[Sequence[PromptChunkFix]], key: str) -> Iterator[None]:
-    """While open, textual-inversion vectors replace the token embeddings at their places; afterwards the layer is as it was."""
+    """Inside this context textual-inversion vectors replace the token embeddings at their positions. Afterwards the layer is unchanged."""
     if not any(fixes_of_row):
         yield
         return
@@ -224,7 +224,7 @@ def _injected(token_embedding: nn.Embedding, fixes_of_row: Sequence[Sequence[Pro
 
 
 def _place_vectors(row_LC: torch.Tensor, fix: PromptChunkFix, key: str) -> None:
-    first = fix.offset + 1  # the start token comes before
+    first = fix.offset + 1  # after the start token
     num_vectors = min(fix.embedding.vectors, len(row_LC) - 1 - first)
     row_LC[first : first + num_vectors] = fix.embedding.vectors_for(key)[:num_vectors].to(row_LC)
 

@@ -1,7 +1,7 @@
 """CLIP's byte-pair tokenizer, rebuilt from its merge table without a model hub.
 
-The merge table is OpenAI CLIP's (MIT licence, see `data/NOTICE.md`). The vocabulary follows from it: 256 bytes, the same 256 with an end-of-word
-mark, one entry per merge and two special tokens: 49,408 in all.
+The merge table is OpenAI CLIP's (MIT license, see `data/NOTICE.md`). It determines the vocabulary: 256 bytes, the same 256 with an end-of-word mark,
+one entry per merge, and two special tokens: 49,408 in total.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def build_clip_tokenizer(*, pad_token_id: int = EOS_TOKEN_ID) -> CLIPTokenizer:
 
     `pad_token_id` is the end token for CLIP-L and 0 ("!") for OpenCLIP H and bigG.
     """
-    from transformers import CLIPTokenizer  # heavy: only when text is first encoded
+    from transformers import CLIPTokenizer  # heavy: imported when text is first encoded
 
     vocab = build_vocab()
     pad_token = next(token for token, index in vocab.items() if index == pad_token_id)
@@ -57,6 +57,6 @@ def build_clip_tokenizer(*, pad_token_id: int = EOS_TOKEN_ID) -> CLIPTokenizer:
 
 
 def tokenize_plain(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, without start and end tokens, however long it is."""
+    """Token ids of each text of any length, without start and end tokens."""
     ids: list[list[int]] = tokenizer(list(texts), truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
     return ids

@@ -1,4 +1,4 @@
-"""Prompts joined by AND, each with a weight, and prompts with comments. Pure text. Must not know schedules or models."""
+"""Splits prompts joined by AND, each with a weight, and strips comments. Pure text. Must not know schedules or models."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Subprompt(NamedTuple):
 
 
 def split_composition(prompt: str) -> list[Subprompt]:
-    """The parts between ANDs. A part that ends in ":" and a number has that weight, else 1; a prompt without AND is one part.
+    """The parts between ANDs. A part that ends in ":" and a number has that weight, otherwise 1. A prompt without AND is one part.
 
-    Blanks before AND, the weight and the end are cut; those after AND stay.
+    Spaces before AND, before the weight and at the end are removed; those after AND stay.
     """
     return [_split_weight(part) for part in _AND.split(prompt)]
 
@@ -32,5 +32,5 @@ def _split_weight(part: str) -> Subprompt:
 
 
 def strip_comments(text: str) -> str:
-    """The prompt without what follows a `#` on its line."""
+    """The prompt without comments: a `#` and the rest of its line."""
     return _COMMENT.sub("\n", text)

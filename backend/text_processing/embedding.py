@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 
 PLAIN_KEY = ""
-"""The key of vectors in a file that does not say which text encoder they are for."""
+"""The key of vectors from a file that does not name their text encoder."""
 
 
 class EmbeddingError(ValueError):
-    """A file holds no embedding, or none that this model can take. The message is the reason."""
+    """A file contains no embedding, or none that this model can use. The message is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Embedding:
-    """`vectors_by_encoder` holds (L, C) float32 tensors by text encoder ("clip_l", "clip_g", ...), or one under `PLAIN_KEY`.
+    """`vectors_by_encoder`: (L, C) float32 tensors by text encoder ("clip_l", "clip_g", ...), or a single one under `PLAIN_KEY`.
 
     Raises:
         EmbeddingError: there are no vectors, they are not finite (L, C) tables, or the encoders' L differ.
@@ -37,7 +37,7 @@ class Embedding:
 
     def __post_init__(self) -> None:
         if not self.vectors_by_encoder:
-            raise EmbeddingError("it holds no vectors")
+            raise EmbeddingError("it contains no vectors")
         for key, table_LC in self.vectors_by_encoder.items():
             _check_table(key, table_LC)
         lengths = {key: len(table_LC) for key, table_LC in self.vectors_by_encoder.items()}
@@ -46,12 +46,12 @@ class Embedding:
 
     @property
     def vectors(self) -> int:
-        """L: how many tokens of a prompt it takes up."""
+        """L: how many tokens of a prompt the embedding takes up."""
         return len(next(iter(self.vectors_by_encoder.values())))
 
     @property
     def widths(self) -> dict[str, int]:
-        """C of each text encoder."""
+        """C for each text encoder."""
         return {key: table_LC.shape[-1] for key, table_LC in self.vectors_by_encoder.items()}
 
     @property
@@ -61,12 +61,12 @@ class Embedding:
 
     @property
     def shorthash(self) -> str:
-        """The first 12 digits of the file's SHA-256."""
+        """The first 12 hex digits of the file's SHA-256."""
         return self.hash[:12]
 
     @property
     def vec(self) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Forge's view: the one table, or a table by encoder."""
+        """Forge's view: the only table, or tables by encoder."""
         tables = dict(self.vectors_by_encoder)
         return next(iter(tables.values())) if len(tables) == 1 else tables
 
@@ -101,7 +101,7 @@ def _check_table(key: str, table_LC: torch.Tensor) -> None:
         kind = f"{str(table_LC.dtype).removeprefix('torch.')} tensor of shape {tuple(table_LC.shape)}"
         raise EmbeddingError(f"{key or 'its tensor'} is a {kind}, not a table of vectors")
     if not bool(torch.isfinite(table_LC).all()):
-        raise EmbeddingError(f"{key or 'its tensor'} holds values that are not finite")
+        raise EmbeddingError(f"{key or 'its tensor'} contains values that are not finite")
 
 
 def _listed(numbers: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""A new textual-inversion embedding: vectors that start from the words of a text, written for training programs to go on from.
+"""Creates a textual-inversion embedding: vectors initialized from the words of a text, as a starting point for training programs.
 
 Shapes: L vectors, C channels of a text encoder. Must not know requests or pages.
 """
@@ -25,17 +25,17 @@ _MAX_NAME_BYTES = 200
 
 
 def clean_name(name: str) -> str:
-    """`name` as a file can have it: letters, digits and `._- `. Raises: EmbeddingError when nothing is left."""
+    """`name` as a file name: letters, digits and `._- ` only. Raises: EmbeddingError if nothing is left or it is too long."""
     kept = "".join(char for char in name if char.isalnum() or char in _KEPT_SIGNS).strip()
     if not kept.strip("._- "):
-        raise EmbeddingError(f"{name!r} is no name for an embedding; use letters and digits")
+        raise EmbeddingError(f"{name!r} cannot name an embedding; use letters and digits")
     if len(kept.encode()) > _MAX_NAME_BYTES:
-        raise EmbeddingError(f"{kept[:40]!r}... ({len(kept):,} letters) is too long for a file's name; use {_MAX_NAME_BYTES} letters at most")
+        raise EmbeddingError(f"{kept[:40]!r}... ({len(kept):,} letters) is too long for a file name; use at most {_MAX_NAME_BYTES} letters")
     return kept
 
 
 def first_vectors(text_engines: Sequence[ClassicTextProcessingEngine], num_vectors: int, init_text: str) -> dict[str, Tensor]:
-    """(L, C) by text encoder: the token vectors of `init_text`, spread over `num_vectors`; zeros for an empty text."""
+    """(L, C) by text encoder: the token vectors of `init_text`, spread over `num_vectors`; zeros if the text is empty."""
     return {engine.embedding_key: _spread(_token_vectors(engine, init_text or "*"), num_vectors, fill=bool(init_text)) for engine in text_engines}
 
 
@@ -55,9 +55,9 @@ def _spread(words_LC: Tensor, num_vectors: int, *, fill: bool) -> Tensor:
 def write_embedding(
     folder: Path, name: str, tables: Mapping[str, Tensor], *, overwrite: bool, sd_checkpoint: str | None, sd_checkpoint_name: str | None
 ) -> Path:
-    """Write a new file, whole or not at all: `.pt` in A1111's form for one text encoder, `.safetensors` for a pair (SDXL).
+    """Write a new file atomically: `.pt` in A1111's format for one text encoder, `.safetensors` for a pair (SDXL).
 
-    Raises: EmbeddingError when there is one of that name already, or another writer makes it meanwhile, and `overwrite` is not set.
+    Raises: EmbeddingError if the file exists, or another writer creates it meanwhile, and `overwrite` is not set.
     """
     name = clean_name(name)
     path = folder / f"{name}{'.pt' if len(tables) == 1 else '.safetensors'}"
@@ -68,8 +68,8 @@ def write_embedding(
                 raise FileExistsError(path)
             _save_tables(unfinished, name, tables, {"sd_checkpoint": sd_checkpoint, "sd_checkpoint_name": sd_checkpoint_name})
     except FileExistsError as error:
-        remedy = "choose another name, or ask for the old one to be overwritten"
-        raise EmbeddingError(f"there is an embedding {path.name} already; {remedy}") from error
+        remedy = "choose another name, or request that it be overwritten"
+        raise EmbeddingError(f"there is already an embedding {path.name}; {remedy}") from error
     return path
 
 

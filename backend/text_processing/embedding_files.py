@@ -1,7 +1,7 @@
-"""Textual-inversion files to embeddings: `.pt` / `.bin`, `.safetensors`, and pictures that carry one.
+"""Reads textual-inversion files: `.pt` / `.bin`, `.safetensors`, and pictures that contain an embedding.
 
-Files come from anywhere, so nothing in them is run: pickles are read as plain tensors only, pictures as JSON, and sizes are bounded. Must not know
-which model is loaded.
+Files come from anywhere, so nothing in them is executed: pickles are read only as plain tensors, pictures as JSON, and sizes are limited. Must not
+know which model is loaded.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ PNG_TEXT_KEY = "sd-ti-embedding"
 MAX_JSON_BYTES = 64 * 2**20
 MAX_FILE_BYTES = 512 * 2**20
 MAX_PICTURE_PX = 16_000_000
-"""A picture that carries an embedding is small; a larger one is somebody's preview."""
+"""A picture with an embedding is small; a larger one is a preview."""
 MAX_NAME_LETTERS = 255
 
 _Pixels = npt.NDArray[np.uint8]
 
-# Everything a damaged or hostile file has been seen to raise in the libraries below.
+# Everything that damaged or hostile files have been observed to raise in the underlying libraries.
 _PYTHON_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, SyntaxError, ArithmeticError, AssertionError)
 _READ_ERRORS = (*_PYTHON_ERRORS, struct.error, pickle.UnpicklingError, SafetensorError, zlib.error, Image.DecompressionBombError, MemoryError)
 
 
 def read_embedding(path: Path) -> Embedding | None:
-    """The embedding in a file, named after its stem or what a picture says; None for a picture that carries none.
+    """The embedding in a file, named after the file's stem or, in a picture, by its content. None for a picture without one.
 
     Raises:
-        EmbeddingError: the file cannot be read, or holds something else.
+        EmbeddingError: the file cannot be read, or contains something else.
     """
     try:
         content = read_file(path, max_bytes=MAX_FILE_BYTES)
@@ -80,14 +80,14 @@ def _to_embedding(path: Path, data: Mapping[str, Any], content: bytes) -> Embedd
 
 
 def _usable_name(name: str) -> str:
-    """A name that somebody can write in a prompt. Raises: EmbeddingError."""
+    """A name that can be written in a prompt. Raises: EmbeddingError."""
     if len(name) > MAX_NAME_LETTERS or not name.isprintable():
         raise EmbeddingError(f"it calls itself {name[:40]!a}{'...' if len(name) > 40 else ''} ({len(name):,} letters), which no prompt can name")
     return name
 
 
 def _find_tables(data: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of the three layouts: A1111's `string_to_param`, tables by text encoder, one tensor under any name (diffusers)."""
+    """The tensors of any of three layouts: A1111's `string_to_param`, tables by text encoder, or one tensor under any name (diffusers)."""
     if "string_to_param" in data:
         params = dict(data["string_to_param"].items())
         return {PLAIN_KEY: _only_one(params)}
@@ -99,15 +99,15 @@ def _find_tables(data: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 def _only_one(tensors: Mapping[Any, Any]) -> torch.Tensor:
     if len(tensors) != 1:
-        raise EmbeddingError(f"it holds {len(tensors)} tensors where an embedding has one, or one for each text encoder")
+        raise EmbeddingError(f"it contains {len(tensors)} tensors; an embedding has one, or one per text encoder")
     tensor = next(iter(tensors.values()))
     if not isinstance(tensor, torch.Tensor):
-        raise EmbeddingError(f"it holds a {type(tensor).__name__} where its vectors should be")
+        raise EmbeddingError(f"it contains a {type(tensor).__name__} where its vectors should be")
     return tensor
 
 
 def _as_table(tensor: torch.Tensor) -> torch.Tensor:
-    """A detached float32 table; one vector alone becomes a table of one."""
+    """A detached float32 table. A single vector becomes a table with one row."""
     tensor = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
     return tensor.unsqueeze(0) if tensor.ndim == 1 else tensor
 
@@ -129,16 +129,16 @@ def _read_tensors(path: Path, content: bytes) -> Mapping[str, Any]:
         return tensors
     data = _load_pickle(path)
     if not isinstance(data, Mapping):
-        raise EmbeddingError(f"it holds a {type(data).__name__}, not an embedding")
+        raise EmbeddingError(f"it contains a {type(data).__name__}, not an embedding")
     return data
 
 
 def _load_pickle(path: Path) -> Any:
-    """Tensors, containers and torch's own `ParameterDict` (in files of the first trainers) are read; anything else is refused, never run."""
+    """Read tensors, containers and torch's `ParameterDict` (in files of the first trainers). Anything else is refused, never executed."""
     try:
         return load_content(path, safe=[torch.nn.ParameterDict])
     except UnsafePickleError as error:
-        raise EmbeddingError("it is no plain tensor file, or would run code when opened, and was not opened; a .safetensors file is safe") from error
+        raise EmbeddingError("it is not a plain tensor file, or would run code if opened, and was not opened; use a .safetensors file") from error
     except DamagedPickleError as error:
         raise EmbeddingError(f"it cannot be read: {error}") from error
 
@@ -160,7 +160,7 @@ def _read_picture(path: Path) -> Mapping[str, Any] | None:
 def _parse_json(content: bytes) -> Mapping[str, Any]:
     data = _with_tensors(parse_json(content, max_bytes=MAX_JSON_BYTES))
     if not isinstance(data, dict):
-        raise EmbeddingError(f"the picture carries a {type(data).__name__}, not an embedding")
+        raise EmbeddingError(f"the picture contains a {type(data).__name__}, not an embedding")
     return data
 
 
@@ -173,10 +173,10 @@ def _with_tensors(value: Any) -> Any:
 
 
 def read_hidden_bytes(pixels_HW3: _Pixels) -> bytes | None:
-    """What A1111's picture embeddings hide in the low four bits of two blocks, left and right of the picture; None if there is nothing.
+    """The data that A1111's picture embeddings hide in the low four bits of two blocks, left and right of the picture; None if there is none.
 
-    Each block is set off by an all-black column. The left one holds the low halves of the bytes, the right one the high halves, both masked with
-    the stream of `_mask_nibbles`; the bytes are a zlib stream, then padding.
+    An all-black column separates each block from the picture. The left block has the low halves of the bytes, the right block the high halves, both
+    masked with the stream of `_mask_nibbles`. The bytes are a zlib stream followed by padding.
     """
     nibbles_HW3 = _without_black_border(pixels_HW3) & 0x0F
     black_columns = np.flatnonzero(nibbles_HW3.max(axis=(0, 2), initial=0) == 0)
@@ -203,9 +203,9 @@ def _without_black_border(pixels_HW3: _Pixels) -> _Pixels:
 
 
 def _mask_nibbles(num_nibbles: int) -> _Pixels:
-    """A linear congruential stream (Numerical Recipes' constants, from 0): the low half of each value modulo 255.
+    """A linear congruential stream (Numerical Recipes' constants, starting at 0): the low half of each value modulo 255.
 
-    Jumping ahead by doubling: if s -> a·s + c maps k values on, then applying it to the k values known gives the next k.
+    Computed by doubling: if s -> a·s + c advances by k values, applying it to the first k values gives the next k.
     """
     states = np.array([1013904223], dtype=np.uint64)
     factor, offset = 1664525, 1013904223
@@ -220,5 +220,5 @@ def _inflate(content: bytes) -> bytes:
     stream = zlib.decompressobj()
     data = stream.decompress(content, MAX_JSON_BYTES)
     if stream.unconsumed_tail or not stream.eof:
-        raise EmbeddingError(f"the data in the picture is cut short or larger than {math.ceil(MAX_JSON_BYTES / 2**20)} MiB")
+        raise EmbeddingError(f"the data in the picture is truncated or larger than {math.ceil(MAX_JSON_BYTES / 2**20)} MiB")
     return data

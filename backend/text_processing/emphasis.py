@@ -1,4 +1,4 @@
-"""What a prompt's weights do to the text encoder's output: the four emphasis modes.
+"""How a prompt's weights change the text encoder's output: the four emphasis modes.
 
 Shapes: B prompts, L tokens, C channels. Must not know how weights are written in a prompt.
 """
@@ -24,16 +24,16 @@ EMPHASIS_HELP: Final = {
 
 
 def resolve_emphasis_name(name: str) -> str:
-    """The mode's own spelling; an unknown name is reported and becomes "Original"."""
+    """The mode's canonical spelling. An unknown name is logged and becomes "Original"."""
     for known in EMPHASIS_NAMES:
         if known.casefold() == name.strip().casefold():
             return known
-    log.warning("Emphasis mode %r is unknown; %r is used. Known modes: %s.", name, DEFAULT_EMPHASIS, ", ".join(EMPHASIS_NAMES))
+    log.warning("Emphasis mode %r is unknown; using %r. Known modes: %s.", name, DEFAULT_EMPHASIS, ", ".join(EMPHASIS_NAMES))
     return DEFAULT_EMPHASIS
 
 
 def apply_emphasis(name: str, z_BLC: torch.Tensor, weights_BL: torch.Tensor) -> torch.Tensor:
-    """z scaled by the weights as mode `name` says. Prompts whose weights are all one come back bit-equal.
+    """z scaled by the weights according to mode `name`. Prompts whose weights are all 1 are returned bit for bit.
 
     "Original" restores each prompt's own mean, so that a prompt's condition does not depend on what else is in the batch.
     """

@@ -1,6 +1,6 @@
-"""Emphasis in prompts: `(a)`, `(a:1.3)`, `[a]`, escapes and BREAK, as weighted spans of text.
+"""Parses emphasis in prompts: `(a)`, `(a:1.3)`, `[a]`, escapes and BREAK, into weighted spans of text.
 
-Pure text in, plain values out. Must not know tokens, tensors or prompt schedules: a schedule has been resolved before its text comes here.
+Pure text in, plain values out. Must not know tokens, tensors or prompt schedules: schedules are resolved before this.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from itertools import groupby
 ROUND_BRACKET_WEIGHT = 1.1
 SQUARE_BRACKET_WEIGHT = 1 / 1.1
 MAX_ORDERED_FACTORS = 16
-"""Up to this many brackets around a text, its weight is their product in the order they close, rounding included. Deeper ones are multiplied from
-the outside inwards, which can be done once for all texts in them."""
+"""With up to this many brackets around a text, its weight is their product in the order they close, rounding included. Deeper nesting is multiplied
+from the outside in, which can be done once for all texts inside."""
 
 _TOKEN = re.compile(
     r"""
-    (?P<escape> \\ [()\[\]\\]? )                              # a lone backslash escapes nothing and vanishes
+    (?P<escape> \\ [()\[\]\\]? )                              # a lone backslash escapes nothing and is dropped
   | (?P<open> [(\[] )
   | : \s* (?P<weight> [+-]? (?: \d+ (?: \.\d* )? | \.\d+ ) ) \s* \)  # ":1.3)" closes a round bracket with a weight
   | (?P<close> [)\]] )
@@ -32,7 +32,7 @@ _BREAK = re.compile(r"\bBREAK\b")
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A run of text with one weight; or, with `is_break`, the place where a new chunk begins."""
+    """A run of text with one weight; with `is_break`, the point where a new chunk begins."""
 
     text: str
     weight: float = 1.0
@@ -43,10 +43,10 @@ BREAK = Span("BREAK", -1.0, is_break=True)
 
 
 def parse_prompt_attention(text: str, emphasis: str = "Original") -> list[Span]:
-    """The spans of `text` in order, neighbors of equal weight joined; never empty. Linear in the length of `text`, however deep brackets nest.
+    """The spans of `text` in order, never empty, with neighbors of equal weight joined. Linear in the length of `text`, however deep brackets nest.
 
-    Round brackets multiply by 1.1 or by the weight they name, square brackets divide by 1.1, nesting multiplies. A bracket left open reaches to
-    the end; one that closes nothing is text. With the emphasis mode "None" only BREAK means anything.
+    Round brackets multiply by 1.1 or by their explicit weight, square brackets divide by 1.1, and nesting multiplies. An unclosed bracket extends to
+    the end; a bracket that closes nothing is text. With the emphasis mode "None" only BREAK has a meaning.
     """
     if emphasis == "None":
         return _split_at_breaks(text)
@@ -58,7 +58,7 @@ def parse_prompt_attention(text: str, emphasis: str = "Original") -> list[Span]:
 
 @dataclass(slots=True, eq=False)
 class _Bracket:
-    """An opened bracket. `around` is the next one of its shape around it; `closed_at` orders brackets by when they close."""
+    """An opened bracket. `around` is the next enclosing bracket of its shape; `closed_at` orders brackets by when they close."""
 
     around: _Bracket | None
     depth: int
@@ -68,7 +68,7 @@ class _Bracket:
 
 
 class _EmphasisReader:
-    """Collects spans and the innermost bracket of either shape around each. Shapes may cross: `([a)b]` weights a twice and b once."""
+    """Collects spans, and for each the innermost enclosing bracket of either shape. Shapes may cross: `([a)b]` weights a twice and b once."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -95,7 +95,7 @@ class _EmphasisReader:
     def finish(self) -> list[Span]:
         self._close_all("(", ROUND_BRACKET_WEIGHT)
         self._close_all("[", SQUARE_BRACKET_WEIGHT)
-        for bracket in self.brackets:  # those around come first
+        for bracket in self.brackets:  # enclosing brackets come first
             bracket.product = bracket.factor * (bracket.around.product if bracket.around else 1.0)
         spans: list[Span] = []
         known, weight = None, 1.0
@@ -122,7 +122,7 @@ class _EmphasisReader:
         self._set_factor(bracket, factor)
 
     def _close_all(self, shape: str, factor: float) -> None:
-        """Brackets left open count as closed at the end, the outermost first."""
+        """Close the unclosed brackets at the end, the outermost first."""
         for bracket in reversed(list(_chain(self.innermost[shape]))):
             self._set_factor(bracket, factor)
 
@@ -132,14 +132,14 @@ class _EmphasisReader:
 
 
 def _chain(bracket: _Bracket | None) -> Iterator[_Bracket]:
-    """A bracket and those of its shape around it, from the inside out."""
+    """A bracket and the enclosing ones of its shape, from the inside out."""
     while bracket is not None:
         yield bracket
         bracket = bracket.around
 
 
 def _weight(round_one: _Bracket | None, square_one: _Bracket | None) -> float:
-    """The product of all factors around a text; see MAX_ORDERED_FACTORS."""
+    """The product of all factors around a text. See MAX_ORDERED_FACTORS."""
     if sum(bracket.depth for bracket in (round_one, square_one) if bracket) > MAX_ORDERED_FACTORS:
         return math.prod(bracket.product for bracket in (round_one, square_one) if bracket)
     around = sorted((*_chain(round_one), *_chain(square_one)), key=lambda bracket: bracket.closed_at)
@@ -147,12 +147,12 @@ def _weight(round_one: _Bracket | None, square_one: _Bracket | None) -> float:
 
 
 def _finite(weight: float) -> float:
-    """Thousands of nested brackets overflow; such a weight says nothing."""
+    """The weight, or 1 if thousands of nested brackets made it overflow."""
     return weight if math.isfinite(weight) else 1.0
 
 
 def _split_at_breaks(text: str) -> list[Span]:
-    """`text` cut at each BREAK, without the blanks around it."""
+    """`text` split at each BREAK, without the spaces around it."""
     first, *others = _BREAK.split(text)
     if not others:
         return [Span(text)]

@@ -1,8 +1,8 @@
-"""Prompts that change while a picture is made: `[before:after:when]`, `[after:when]`, `[before::when]`, `[a|b|c]`.
+"""Prompts that change during sampling: `[before:after:when]`, `[after:when]`, `[before::when]`, `[a|b|c]`.
 
-A prompt is read into a tree that can be written back letter by letter, and asked for its text at a step. What is not well formed is text, exactly as
-A1111 has it: an unbalanced bracket, a colon that belongs to nothing, and everything around them; a `|` or a backslash that belongs to nothing makes
-the whole prompt text. Must not know what brackets mean for emphasis, nor tokens or models.
+A prompt is parsed into a tree that can be written back exactly and evaluated at a step. Malformed syntax is text, exactly as in A1111: an unbalanced
+bracket or a stray colon, and everything around them, is text; a stray `|` or backslash makes the whole prompt text. Must not know what brackets mean
+for emphasis, nor tokens or models.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from lark import Lark, Token, Tree
 from lark.lark import PostLex
 
 MAX_DEPTH = 100
-"""Brackets nested deeper say nothing a picture could show; such a prompt is text."""
+"""A prompt with deeper nesting is treated as text."""
 MAX_KEPT_CHARS = 10_000
-"""Trees of longer prompts are not kept for the next time: what a client sends must not stay in memory."""
+"""Trees of longer prompts are not cached, so that a client cannot fill memory."""
 
 GRAMMAR = r"""
     start: _item*
@@ -52,7 +52,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Brackets:
-    """Emphasis: brackets that stay in the text, around a prompt that may change. `kind` is "()" or "[]"."""
+    """Emphasis brackets, which stay in the text, around a prompt that may change. `kind` is "()" or "[]"."""
 
     kind: str
     content: Prompt
@@ -60,7 +60,7 @@ class Brackets:
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """`[before:after:when]`; `before` is None for `[after:when]`. `when` is as written, blanks included."""
+    """`[before:after:when]`; `before` is None for `[after:when]`. `when` is as written, including spaces."""
 
     before: Prompt | None
     after: Prompt
@@ -69,7 +69,7 @@ class Switch:
 
 @dataclass(frozen=True, slots=True)
 class Alternation:
-    """`[a|b|c]`: one option a step, in turn."""
+    """`[a|b|c]`: one option per step, in turn."""
 
     options: tuple[Prompt, ...]
 
@@ -99,10 +99,10 @@ def _write_node(node: Node) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassSteps:
-    """Which steps a `when` counts: the first pass's, or with `num_hires_steps` those of the pass after it.
+    """Which steps a `when` counts: those of the first pass or, with `num_hires_steps`, those of the hires pass.
 
-    In the first pass 0.5 is half of its steps and 7 its 7th step. In the hires pass fractions run from 1 to 2 and whole numbers go on after the
-    first pass's last step. The old scheduling knows one pass only and takes every number below 1 for a fraction.
+    In the first pass 0.5 means half of its steps and 7 its 7th step. In the hires pass fractions run from 1 to 2, and integers continue after the
+    first pass's last step. The old scheduling knows only one pass and treats every number below 1 as a fraction.
     """
 
     num_base_steps: int
@@ -118,7 +118,7 @@ class PassSteps:
         return self.num_hires_steps is None or self.use_old_scheduling
 
     def switch_step(self, when: str) -> int:
-        """The last step before the switch; 0 or less if it has happened when the pass begins."""
+        """The last step before the switch; 0 if it happens before the pass begins."""
         number = float(when)
         if self.use_old_scheduling:
             step = number * self.num_steps if number < 1 else number
@@ -130,9 +130,9 @@ class PassSteps:
 
 
 def schedule_prompt(text: str, steps: PassSteps) -> list[tuple[int, str]]:
-    """[(last step, text), ...] in order of steps, counted from 1; the last entry ends with the pass. Never raises on any text."""
+    """[(last step, text), ...] in order of steps, counted from 1. The last entry ends with the pass. Accepts any text without raising."""
     prompt = parse_prompt(text)
-    texts: dict[str, str] = {}  # a text that comes again takes no memory again
+    texts: dict[str, str] = {}  # repeated texts share memory
     schedule = []
     for last_step in sorted({steps.num_steps, *_change_steps(prompt, steps)}):
         text_at_step = "".join(_text_at(prompt, last_step, steps))
@@ -141,7 +141,7 @@ def schedule_prompt(text: str, steps: PassSteps) -> list[tuple[int, str]]:
 
 
 def _change_steps(prompt: Prompt, steps: PassSteps) -> Collection[int]:
-    """The last step before each change anywhere in the prompt: every step, if there is one alternation."""
+    """The last step before each change anywhere in the prompt: every step if there is an alternation."""
     found: set[int] = set()
     for node in _all_nodes(prompt):
         if isinstance(node, Alternation):
@@ -152,7 +152,7 @@ def _change_steps(prompt: Prompt, steps: PassSteps) -> Collection[int]:
 
 
 def _all_nodes(prompt: Prompt) -> Iterator[Node]:
-    """The nodes of a prompt and of all prompts in it."""
+    """The nodes of a prompt and of all nested prompts."""
     waiting = [*prompt]
     while waiting:
         node = waiting.pop()
@@ -181,15 +181,15 @@ def _text_at(prompt: Prompt, step: int, steps: PassSteps) -> Iterator[str]:
             yield from _text_at((node.before or ()) if step <= steps.switch_step(node.when) else node.after, step, steps)
 
 
-# reading
+# parsing
 
 
 class _AllText(Exception):
-    """The prompt has a mark that belongs to nothing, and so is text as a whole."""
+    """The prompt has a stray mark, so all of it is text."""
 
 
 def parse_prompt(text: str) -> Prompt:
-    """The tree of a prompt. `write_prompt` gives `text` back, whatever it is. Linear in the length of `text`."""
+    """The tree of a prompt. `write_prompt` always restores `text` exactly. Linear in the length of `text`."""
     return _known_prompt(text) if len(text) <= MAX_KEPT_CHARS else _parse(text)
 
 
@@ -214,9 +214,9 @@ _Item: TypeAlias = Token | Tree[Token]
 
 
 class _StrayBrackets(PostLex):
-    """Retypes brackets without a partner as text, so that the grammar sees balanced ones only.
+    """Turns unmatched brackets into text, so that the grammar sees only balanced ones.
 
-    A bracket that closes another kind spoils all that are open: each of them would have to hold it.
+    A bracket that closes another kind invalidates all open ones, because each of them would have to contain it.
     """
 
     always_accept = ()
@@ -243,10 +243,10 @@ class _StrayBrackets(PostLex):
 
 
 def _read_prompt(items: Iterable[_Item]) -> tuple[Prompt, bool]:
-    """(nodes, whether they may stand inside a switch or an alternation: no mark among them belongs to nothing).
+    """(nodes, whether they contain no stray marks and so may be part of a switch or an alternation).
 
     Raises:
-        _AllText: a `|` or backslash belongs to nothing.
+        _AllText: there is a stray `|` or backslash.
     """
     nodes: list[Node] = []
     is_sound = True
@@ -264,7 +264,7 @@ def _read_prompt(items: Iterable[_Item]) -> tuple[Prompt, bool]:
 
 
 def _read_round(items: Sequence[_Item]) -> tuple[Prompt, bool]:
-    """`(prompt)` or `(prompt:weight)`, whose weight may be a prompt itself."""
+    """`(prompt)` or `(prompt:weight)`; the weight may itself be a prompt."""
     parts = [_read_prompt(part) for part in _split(items, "COLON")]
     nodes, is_sound = _join_parts([part for part, _ in parts]), len(parts) <= 2 and all(is_part_sound for _, is_part_sound in parts)
     return ((Brackets("()", nodes),), True) if is_sound else (_as_text("(", nodes, ")"), False)

@@ -1,4 +1,4 @@
-"""The embeddings a model can use: found in folders, kept by name, recognised in a prompt's tokens.
+"""The embeddings a model can use: finds them in folders, keeps them by name, recognizes them in a prompt's tokens.
 
 Must not know file formats (`embedding_files`) or chunks (`chunks`).
 """
@@ -28,9 +28,9 @@ class _ReadFile:
 
 
 class EmbeddingDatabase:
-    """`widths`: channels of each text encoder of the model, {"clip_l": 768} or {"clip_l": 768, "clip_g": 1280}.
+    """`widths`: channels of each of the model's text encoders, {"clip_l": 768} or {"clip_l": 768, "clip_g": 1280}.
 
-    `word_embeddings` are ready for use; `skipped_embeddings` were made for other models; `skip_reasons` says why, also of files that cannot be read.
+    `word_embeddings` are ready for use; `skipped_embeddings` are for other models; `skip_reasons` says why, including for unreadable files.
     """
 
     def __init__(self, tokenizer: Any, widths: Mapping[str, int]) -> None:
@@ -46,7 +46,7 @@ class EmbeddingDatabase:
         self._by_first_token: dict[int, list[tuple[list[int], Embedding]]] = {}
 
     def add_embedding_dir(self, path: str | Path) -> None:
-        """A folder to look in, subfolders too, from the next load on. Of two files with one name the first folder's counts."""
+        """Add a folder to search, including subfolders, from the next load on. If two files have the same name, the first folder wins."""
         if Path(path) not in self.embedding_dirs:
             self.embedding_dirs.append(Path(path))
 
@@ -54,16 +54,16 @@ class EmbeddingDatabase:
         self.embedding_dirs.clear()
 
     def register_embedding(self, embedding: Embedding) -> None:
-        """Makes an embedding from no file usable, under its name.
+        """Make an embedding without a file usable under its name.
 
         Raises:
-            EmbeddingError: it was made for another kind of model.
+            EmbeddingError: it is for another kind of model.
         """
         self._registered[embedding.name] = embedding.fitted(self.widths)
         self._rebuild()
 
     def use_bundled(self, embeddings: Mapping[str, Embedding]) -> list[str]:
-        """Exactly these came with files that a job uses (LoRA), and count before others of their names; why some cannot be used."""
+        """Set the embeddings bundled with files that a job uses (LoRA). They take precedence by name. Returns why some cannot be used."""
         fitted, reasons = {}, []
         for name, embedding in embeddings.items():
             try:
@@ -77,7 +77,7 @@ class EmbeddingDatabase:
         return reasons
 
     def load_textual_inversion_embeddings(self, force_reload: bool = False) -> None:
-        """Brings the database in line with the folders; files that have not changed are not read again unless `force_reload`."""
+        """Update the database from the folders. Unchanged files are not read again unless `force_reload`."""
         found = {path: _stamp(path) for folder in self.embedding_dirs for path in _walk_files(folder)}
         known = {} if force_reload else self._files
         if found == {path: read.stamp for path, read in known.items()}:
@@ -87,7 +87,7 @@ class EmbeddingDatabase:
         log.info("Textual inversion: %d embeddings loaded, %d skipped.", len(self.word_embeddings), len(self.skip_reasons))
 
     def find_embedding_at_position(self, tokens: Sequence[int], offset: int) -> tuple[Embedding | None, int]:
-        """(embedding, number of tokens its name takes) if a known name begins at `offset`; the longest name wins. Else (None, 0)."""
+        """(embedding, number of tokens in its name) if a known name begins at `offset`, else (None, 0). The longest name wins."""
         for name_tokens, embedding in self._by_first_token.get(tokens[offset], ()):
             if list(tokens[offset : offset + len(name_tokens)]) == name_tokens:
                 return embedding, len(name_tokens)
@@ -95,7 +95,7 @@ class EmbeddingDatabase:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any usable embedding does: what a condition that was kept depends on."""
+        """A digest that changes whenever a usable embedding changes. Cached conditions depend on it."""
         lines = [f"{name}\0{embedding.hash or id(embedding)}" for name, embedding in sorted(self.word_embeddings.items())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -149,5 +149,5 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _walk_files(folder: Path) -> Iterator[Path]:
-    """Embedding files below a folder, in order of name. A missing folder holds none."""
+    """Embedding files below a folder, sorted by name; none if the folder does not exist."""
     return (path for path in find_files(folder, TENSOR_SUFFIXES | PICTURE_SUFFIXES) if _stamp(path)[1] > 0)

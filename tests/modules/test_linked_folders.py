@@ -74,5 +74,5 @@ def test_a_misspelt_vae_is_told_the_nearest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a" * 4000, "\u00e9" * 150])
 def test_an_embedding_s_name_that_no_file_can_have_is_refused(name: str) -> None:
-    with pytest.raises(EmbeddingError, match=r"letters\) is too long for a file's name"):
+    with pytest.raises(EmbeddingError, match=r"letters\) is too long for a file name"):
         clean_name(name)

@@ -153,8 +153,8 @@ class _Planner:
         }
         found = self._best(makers[wanted]())
         if found is not None:
-            return self._as_plan(found, single, f"{self._describe(found, single)}; {wanted} was asked for")
-        return self._choose(single, f"{wanted} was asked for but {self._why_not(wanted)}; ")
+            return self._as_plan(found, single, f"{self._describe(found, single)}; {wanted} was requested")
+        return self._choose(single, f"{wanted} was requested but {self._why_not(wanted)}; ")
 
     # the choice
 

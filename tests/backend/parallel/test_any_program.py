@@ -196,7 +196,7 @@ def test_a_segment_that_reads_what_nobody_leaves_is_refused(network: TokenNetwor
 
 
 def test_a_call_without_latents_or_of_unlike_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match="no latents. Pass the latents as x"):
+    with pytest.raises(ValueError, match="but no latents"):
         NetworkCall(rows={"text": torch.zeros(1, 2)})
     with pytest.raises(ValueError, match="2 rows was given"):
         NetworkCall(rows={"x": torch.zeros(2, 1), "text": torch.zeros(3, 2)})

@@ -80,7 +80,7 @@ def test_small_cards_share_one_copy_with_a_controlnet(capsys: pytest.CaptureFixt
 
 def test_strategy_and_link_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
     printed = output_of(capsys, "--gpus", "2xRTX3090", "--strategy", "layers", "--link", "nvlink")
-    assert "layers was asked for" in printed
+    assert "layers was requested" in printed
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,7 @@ def test_names_aliases_and_schedules_resolve() -> None:
     assert unipc.with_unipc_skip_type("logSNR").resolve_schedule("Automatic") == "exponential"
     assert unipc.with_unipc_skip_type("time_quadratic").compute_sigmas(None, 5, Prediction()).shape == (6,)
     assert find_sampler("Euler").with_unipc_skip_type("logSNR") is find_sampler("Euler")
-    with pytest.raises(ValueError, match="sampler 'Euler b' was asked for; there are DPM"):
+    with pytest.raises(ValueError, match="Sampler 'Euler b' is unknown. Use one of DPM"):
         find_sampler("Euler b")
     with pytest.raises(ValueError, match="'sideways'"):
         unipc.with_unipc_skip_type("sideways")
@@ -328,7 +328,7 @@ def test_settings_and_schedules_that_cannot_be_are_refused() -> None:
         SamplerSettings(uni_pc_variant="bh3")
     with pytest.raises(ValueError, match="order 0"):
         SamplerSettings(uni_pc_order=0)
-    with pytest.raises(ValueError, match="two noise levels or more"):
+    with pytest.raises(ValueError, match="at least two noise levels"):
         _run(find_sampler("Euler"), _start(), torch.tensor([1.0]))
     with pytest.raises(ValueError, match="above 0"):
         _run(find_sampler("Euler"), _start(), torch.tensor([0.0, 0.0]))

@@ -85,5 +85,5 @@ def test_names_stay_in_the_folder(name: str, kept: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "..", "///", " - "])
 def test_names_of_nothing(name: str) -> None:
-    with pytest.raises(EmbeddingError, match="no name"):
+    with pytest.raises(EmbeddingError, match="cannot name"):
         clean_name(name)

@@ -83,7 +83,7 @@ class _Bomb:
 
 
 BROKEN: dict[str, tuple[str, Any, str]] = {
-    "not a pickle": ("a.pt", b"not a pickle at all", "cannot be read|no plain tensor file"),
+    "not a pickle": ("a.pt", b"not a pickle at all", "cannot be read|not a plain tensor file"),
     "empty pickle": ("a.pt", b"", "cannot be read"),
     "broken safetensors": ("a.safetensors", b"\xff" * 40, "cannot be read"),
     "broken picture": ("a.png", b"\x89PNG\r\n\x1a\n" + b"\0" * 30, "cannot be read"),

@@ -120,4 +120,4 @@ def test_a_new_embedding_is_made_of_words_and_means_them(server: Server) -> None
     server.post("/sdapi/v1/create/embedding", {**body, "overwrite_old": True, "init_text": ""})
     (folder / "my cat.pt").unlink()
     nameless = server.client.post("/sdapi/v1/create/embedding", json={"name": "../"})
-    assert "no name for an embedding" in nameless.json()["detail"]
+    assert "cannot name an embedding" in nameless.json()["detail"]

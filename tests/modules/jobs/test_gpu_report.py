@@ -48,8 +48,8 @@ def test_the_table_has_a_line_per_slot_in_columns_that_somebody_fills() -> None:
             "Slot 1 is idle: 2 replicas on slots 0 and 1. More pictures at once (Batch size) give it work.",
         ),
         (
-            replace(SINGLE, reason="slot 0 alone; single was asked for"), (*BOTH, _slot(2)), True,
-            "Slots 1 and 2 are idle: slot 0 alone; single was asked for. "
+            replace(SINGLE, reason="slot 0 alone; single was requested"), (*BOTH, _slot(2)), True,
+            "Slots 1 and 2 are idle: slot 0 alone; single was requested. "
             "Choose auto as the setting multi_gpu_strategy, or leave --multi-gpu-strategy out.",
         ),
         (

@@ -209,18 +209,18 @@ def test_forced_strategies_are_honoured() -> None:
     layers = plan_for(slots, "layers")
     assert layers.strategy == "layers"
     assert set(layers.used_slots) == {0, 1}
-    assert "layers was asked for" in layers.reason
+    assert "layers was requested" in layers.reason
 
 
 @pytest.mark.parametrize(
     ("sizes", "strategy", "branches", "used", "words"),
     [
-        ((24,), "layers", 2, "single", "layers was asked for but there is one slot"),
-        ((24,), "replicas", 2, "single", "replicas was asked for but there is one slot"),
-        ((24, 24), "replicas", 1, "single", "replicas was asked for but there is one row a step"),
-        ((6, 6), "replicas", 2, "layers", "replicas was asked for but does not fit"),
-        ((6, 6), "single", 2, "layers", "single was asked for but does not fit"),
-        ((2, 2), "layers", 2, "single", "layers was asked for but does not fit"),
+        ((24,), "layers", 2, "single", "layers was requested but there is one slot"),
+        ((24,), "replicas", 2, "single", "replicas was requested but there is one slot"),
+        ((24, 24), "replicas", 1, "single", "replicas was requested but there is one row a step"),
+        ((6, 6), "replicas", 2, "layers", "replicas was requested but does not fit"),
+        ((6, 6), "single", 2, "layers", "single was requested but does not fit"),
+        ((2, 2), "layers", 2, "single", "layers was requested but does not fit"),
     ],
 )
 def test_what_cannot_be_forced_says_why(sizes: tuple[float, ...], strategy: str, branches: int, used: str, words: str) -> None:
