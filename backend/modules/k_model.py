@@ -1,7 +1,7 @@
 """KModel: one denoising step of one batch, from noisy latents and a noise level to the denoised latents.
 
-A KModel joins a UNet (as a program of segments) and its prediction; it does not know where its weights live. `split_unet_across_gpus` cuts
-one over slots from outside. Must not know guidance, samplers or prompts.
+A KModel combines a UNet (as a program of segments) with its prediction. It does not know where its weights are; `split_unet_across_gpus` cuts one
+over slots from outside. Must not know guidance, samplers or prompts.
 
 Shapes: B batch, C channels, H W latent rows and columns, L tokens, D width of a token, V width of SDXL's vector.
 """
@@ -39,16 +39,16 @@ BuildProgram = Callable[[Any], Program]
 
 @dataclass(slots=True)
 class _InForce:
-    """Who runs the network; none runs a copy of it."""
+    """The network's current runner. A copy of the network starts without one."""
 
     runner: Runner | None = None
 
 
 class KModel(nn.Module):
-    """A denoiser. `diffusion_model` owns all weights; `program` runs it, and `build_program` made it: what is peculiar to a family is in there.
+    """A denoiser. `diffusion_model` owns all weights; `program`, made by `build_program`, runs it and contains everything specific to its family.
 
-    `storage_dtype` is what the weights are kept in, `computation_dtype` what the layers compute in. Where they differ (fp8 storage),
-    each layer's weights are dequantized for the time it runs.
+    Weights are stored in `storage_dtype`, and layers compute in `computation_dtype`. If these differ (fp8 storage), each layer's weights are
+    dequantized while it runs.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class KModel(nn.Module):
 
     @property
     def runner(self) -> Runner | None:
-        """Runs the network on all rows of a call while a plan over several slots is in force."""
+        """Runs the network on all rows of a call while there is a plan over several slots."""
         return owner_of(self).part(_InForce).runner
 
     @runner.setter
@@ -85,11 +85,11 @@ class KModel(nn.Module):
 
     @property
     def deferred_networks(self) -> frozenset[nn.Module]:
-        """ControlNets whose residuals the runner computes itself, so that calls may bring them deferred."""
+        """ControlNets whose residuals the runner computes itself, so that calls may defer them."""
         return frozenset() if self.runner is None else self.runner.deferred_networks
 
     def make_empty(self) -> KModel:
-        """A denoiser of the same kind with the same names and types, on the meta device."""
+        """A denoiser of the same kind, with the same names and types, on the meta device."""
         empty = KModel(
             make_empty_network(self.diffusion_model),
             copy.deepcopy(self.predictor).to(META),
@@ -115,9 +115,9 @@ class KModel(nn.Module):
     ) -> Tensor:
         """x0 (B, C, H, W) in fp32 of noisy latents `x` at noise levels `t` (B,).
 
-        `c_concat` (B, C', H, W): mask and masked picture of an inpainting model. `c_crossattn` (B, L, D): text. `y` (B, V): SDXL's
-        pooled text and sizes. `control`: ControlNet residuals, there or deferred. Other tensors (Flux's `guidance`) go in under their own names;
-        the network gets those inputs that its program reads.
+        `c_concat` (B, C', H, W): mask and masked picture for an inpainting model. `c_crossattn` (B, L, D): text. `y` (B, V): SDXL's pooled text
+        and sizes. `control`: ControlNet residuals, computed or deferred. Other tensors (Flux's `guidance`) are passed under their own names. The
+        network gets the inputs that its program reads.
         """
         sigma, dtype = t, self.computation_dtype
         model_input = self.predictor.calculate_input(sigma, x)
@@ -130,11 +130,11 @@ class KModel(nn.Module):
         return self.predictor.calculate_denoised(sigma, self.run_network(call).float(), x)
 
     def run_network(self, call: NetworkCall) -> Tensor:
-        """All rows of a call, as the plan says; the result is on the call's device."""
+        """Run all rows of a call according to the plan. The result is on the call's device."""
         return self.run_here(call) if self.runner is None else self.runner.run(call)
 
     def run_here(self, call: NetworkCall) -> Tensor:
-        """All rows in one pass, on the device that the call and the weights are on."""
+        """Run all rows in one pass, on the device of the call and the weights."""
         recorder = profiler.recorder()
         with recorder.measure("network", "whole network", device=call.device, batch=recorder.next_batch(), rows=call.num_rows):
             output = self.program.run(call.start(self.program))
@@ -142,13 +142,13 @@ class KModel(nn.Module):
         return output
 
     def memory_required(self, input_shape: Sequence[int]) -> float:
-        """Estimate of the working memory, in bytes, of a forward pass over (B, C, H, W)."""
+        """Estimated working memory, in bytes, of a forward pass over (B, C, H, W)."""
         return self.program.working_bytes(input_shape, self.computation_dtype.itemsize)
 
 
 @dataclass(eq=False)
 class SplitUNet:
-    """A denoiser whose pieces are on several slots. `undo` brings everything back; used in a `with`, leaving it does."""
+    """A denoiser whose pieces are on several slots. `undo`, or leaving a `with` block, reverses the split."""
 
     model: KModel
     plan: ReplicaPlan
@@ -157,7 +157,7 @@ class SplitUNet:
     _executor: Executor
 
     def undo(self) -> None:
-        """Every tensor where it was before the split, and the network run as before it."""
+        """Move every tensor back to where it was before the split, and restore the previous runner."""
         self.model.runner = self._runner_before
         self._executor.close()
         for module, device in self._devices.items():
@@ -171,11 +171,11 @@ class SplitUNet:
 
 
 def split_unet_across_gpus(unet: KModel | ModelPatcher, plan: Plan | ReplicaPlan) -> SplitUNet:
-    """Move the UNet's pieces to their slots, as the first copy of `plan` says, and run it there until `undo`.
+    """Move the UNet's pieces to their slots according to the first replica of `plan`, and run it there until `undo`.
 
-    The time embedding goes with the first piece; the prediction's tables stay, as the latents do. Names of parameters do not change. Nothing
-    is counted or evicted here: a job's sampling run places plans through memory management. Raises: torch.OutOfMemoryError with the network
-    back where it was; ValueError for a plan of other pieces.
+    The time embedding goes with the first piece; the prediction's tables stay with the latents. Parameter names do not change. Nothing is counted
+    or evicted here: a job's sampling run places plans through memory management. Raises: torch.OutOfMemoryError, after moving the network back;
+    ValueError for a plan with other pieces.
     """
     model = unet if isinstance(unet, KModel) else cast("KModel", unet.model)
     replica = plan if isinstance(plan, ReplicaPlan) else plan.replicas[0]
@@ -198,16 +198,16 @@ def split_unet_across_gpus(unet: KModel | ModelPatcher, plan: Plan | ReplicaPlan
 
 
 def _check_pieces(program: Program, replica: ReplicaPlan) -> None:
-    """Raises: ValueError when the plan's pieces are not the network's, each once and in order."""
+    """Raises: ValueError if the plan's pieces are not the network's pieces, each once and in order."""
     parts = [part for piece in replica.pieces if piece.segment < len(program.segments) for part in program.finest_parts(piece)]
     if parts != list(program.finest_pieces()):
         raise ValueError(
             f"A plan of the pieces {', '.join(map(str, replica.pieces))} was given for a UNet of {len(program.segments)} segments. "
-            "A plan names every segment once, in order; make it from this network's profile."
+            "A plan must name every segment once, in order. Make it from this network's profile."
         )
 
 
 def _own_device(module: nn.Module) -> torch.device | None:
-    """Where a module's own tensors are; None for a module without."""
+    """The device of a module's own tensors; None for a module without tensors."""
     tensors = (*module._parameters.values(), *module._buffers.values())
     return next((tensor.device for tensor in tensors if tensor is not None), None)

@@ -1,8 +1,8 @@
-"""What a network's output means: noise levels, timesteps, and the way from model output to the denoised picture.
+"""What a network's output means: noise levels, timesteps, and how to get the denoised picture from the model output.
 
 Noise levels of diffusion models are sigmas in the variance-exploding form x = x0 + sigma * noise (Karras et al. 2022); the networks were trained in
-the variance-preserving form (Ho et al. 2020), sigma = sqrt((1 - alpha_bar) / alpha_bar). Those of flow models are times, x = (1 - t) x0 + t * noise
-(Liu et al. 2022, "Flow Straight and Fast"), and the network predicts the flow noise - x0. Must not know networks, devices or samplers.
+the variance-preserving form (Ho et al. 2020), sigma = sqrt((1 - alpha_bar) / alpha_bar). Noise levels of flow models are times, x = (1 - t) x0 +
+t * noise (Liu et al. 2022, "Flow Straight and Fast"); the network predicts the flow noise - x0. Must not know networks, devices or samplers.
 
 Shapes: B batch, C channels, H W rows and columns, N timesteps the model was trained on.
 """
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "const", "edm")
 NEARLY_PURE_NOISE_SIGMA = 999999999.9
-"""What percent 0 maps to, so that a range that starts at 0 % holds every sigma."""
+"""What percent 0 maps to, so that a range starting at 0 % contains every sigma."""
 TERMINAL_ALPHA_BAR = 4.8973451890853435e-08
-"""Stands for 0 in a zero-SNR schedule, as sigma would be infinite; the value that other UIs use, so pictures agree."""
+"""Replaces 0 in a zero-SNR schedule, where sigma would be infinite. Other UIs use the same value, so pictures agree."""
 
 
 class AbstractPrediction(nn.Module, ABC):
@@ -37,7 +37,7 @@ class AbstractPrediction(nn.Module, ABC):
         if prediction_type == "eps":
             prediction_type = "epsilon"
         if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction type {prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}.")
+            raise ValueError(f"Prediction type {prediction_type!r} is unknown. Use one of {', '.join(PREDICTION_TYPES)}.")
         self.sigma_data = sigma_data
         self.prediction_type = prediction_type
 
@@ -51,22 +51,22 @@ class AbstractPrediction(nn.Module, ABC):
 
     @abstractmethod
     def timestep(self, sigma: Tensor) -> Tensor:
-        """What the network is told of a noise level, same shape, fp32."""
+        """The network's time input for a noise level, same shape, fp32."""
 
     @abstractmethod
     def position(self, sigma: Tensor) -> Tensor:
-        """Where in the table a noise level is, whole or fractional, same shape, fp32."""
+        """A noise level's position in the table, integer or fractional, same shape, fp32."""
 
     @abstractmethod
     def sigma(self, timestep: Tensor) -> Tensor:
-        """The noise level at a place in the table, whole or fractional, same shape, fp32."""
+        """The noise level at a position in the table, integer or fractional, same shape, fp32."""
 
     @abstractmethod
     def percent_to_sigma(self, percent: float) -> float:
-        """The noise level when `percent` (0..1) of the way is done. 0 gives a level above all, 1 gives 0."""
+        """The noise level after `percent` (0..1) of sampling. 0 returns a level above all others, 1 returns 0."""
 
     def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
-        """The picture at noise level `sigma`, scaled to what the network was trained on. `sigma` is (B,) or broadcasts."""
+        """The picture at noise level `sigma`, scaled as the network was trained. `sigma` is (B,) or broadcasts."""
         if self.prediction_type == "const":
             return noise
         sigma = _like_picture(sigma, noise)
@@ -86,8 +86,8 @@ class AbstractPrediction(nn.Module, ABC):
         return kept - model_output * scale if self.prediction_type == "v_prediction" else kept + model_output * scale
 
     def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
-        """The start of sampling: a latent picture with noise of level `sigma`. `max_denoise` scales the noise by sqrt(1 + sigma^2),
-        the exact variance-preserving start, instead of sigma."""
+        """The start of sampling: a latent picture with noise of level `sigma`. `max_denoise` scales the noise by sqrt(1 + sigma^2), the exact
+        variance-preserving start, instead of by sigma."""
         sigma = _like_picture(sigma, noise)
         if self.prediction_type == "const":
             return sigma * noise + (1.0 - sigma) * latent_image
@@ -95,12 +95,12 @@ class AbstractPrediction(nn.Module, ABC):
         return noise * scale + latent_image
 
     def inverse_noise_scaling(self, sigma: Tensor, latent: Tensor) -> Tensor:
-        """Undoes the scaling of the latent picture in `noise_scaling`."""
+        """Undo the scaling of the latent picture in `noise_scaling`."""
         return latent / (1.0 - _like_picture(sigma, latent)) if self.prediction_type == "const" else latent
 
 
 class Prediction(AbstractPrediction):
-    """A model trained on N discrete timesteps. Between them, timesteps are interpolated over log sigma.
+    """A model trained on N discrete timesteps. Timesteps between them are interpolated in log sigma.
 
     Buffers: `alphas_cumprod`, `sigmas` (ascending) and `log_sigmas`, (N,) fp32.
     """
@@ -122,7 +122,7 @@ class Prediction(AbstractPrediction):
         zero_terminal_snr: bool = False,
         quantize_timesteps: bool = False,
     ) -> None:
-        """`alphas_cumprod` (N,) takes the place of the schedule by name. `quantize_timesteps` rounds to whole timesteps."""
+        """`alphas_cumprod` (N,) replaces the named schedule. `quantize_timesteps` rounds to integer timesteps."""
         super().__init__(sigma_data, prediction_type)
         self.quantize_timesteps = quantize_timesteps
         alphas_bar = _alphas_bar(beta_schedule, linear_start, linear_end, timesteps) if alphas_cumprod is None else alphas_cumprod.double()
@@ -130,7 +130,7 @@ class Prediction(AbstractPrediction):
         self.set_sigmas(rescale_zero_terminal_snr_sigmas(sigmas) if zero_terminal_snr else sigmas)
 
     def set_sigmas(self, sigmas: Tensor) -> None:
-        """Replace the table of noise levels, ascending (N,)."""
+        """Replace the table of noise levels, (N,) ascending."""
         self.register_buffer("sigmas", sigmas.float())
         self.register_buffer("log_sigmas", sigmas.log().float())
         self.register_buffer("alphas_cumprod", (1.0 / (sigmas**2 + 1.0)).float())
@@ -141,7 +141,7 @@ class Prediction(AbstractPrediction):
     def timestep(self, sigma: Tensor) -> Tensor:
         """The timestep of a noise level, same shape, fp32: linear in log sigma between table entries, clamped to the table.
 
-        Source: Karras et al. 2022, appendix C.3.1, with log-linear interpolation in place of rounding.
+        Source: Karras et al. 2022, appendix C.3.1, with log-linear interpolation instead of rounding.
         """
         table, log_sigma = self.log_sigmas.to(sigma.device), sigma.float().log()
         high = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, len(table) - 1)
@@ -152,7 +152,7 @@ class Prediction(AbstractPrediction):
         return (high - 1) + weight
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        """The noise level of a timestep, whole or fractional, same shape, fp32."""
+        """The noise level of a timestep, integer or fractional, same shape, fp32."""
         table, position = self.log_sigmas.to(timestep.device), timestep.float().clamp(0, len(self.log_sigmas) - 1)
         low = position.floor().long()
         weight = position - low
@@ -160,7 +160,7 @@ class Prediction(AbstractPrediction):
         return ((1 - weight) * table[low] + weight * table[high]).exp()
 
     def percent_to_sigma(self, percent: float) -> float:
-        """The noise level when `percent` (0..1) of the timesteps are done. 0 gives a level above all, 1 gives 0."""
+        """The noise level after `percent` (0..1) of the timesteps. 0 returns a level above all others, 1 returns 0."""
         if percent <= 0.0:
             return NEARLY_PURE_NOISE_SIGMA
         if percent >= 1.0:
@@ -171,9 +171,9 @@ class Prediction(AbstractPrediction):
 class FlowPrediction(AbstractPrediction):
     """Rectified flow: noise levels are times t, x = (1 - t) x0 + t * noise, and the network predicts noise - x0.
 
-    `shift` a moves times to where pictures of that size need them, t' = a t / (1 + (a - 1) t) (Esser et al. 2024, "Scaling Rectified Flow
-    Transformers", section 5.3.2); `shift_from_mu` gives it for a schedule that is written with e^mu. `multiplier` is what a time is told to the
-    network with, `time_is_clean` that it is told 1 - t.
+    `shift` a moves times to suit the picture's size, t' = a t / (1 + (a - 1) t) (Esser et al. 2024, "Scaling Rectified Flow Transformers", section
+    5.3.2); `shift_from_mu` computes it for a schedule written with e^mu. The network's time input is t * `multiplier`, or (1 - t) * `multiplier`
+    with `time_is_clean`.
     Buffers: `sigmas` (N,) fp32, the shifted times 1/N .. 1.
     """
 
@@ -185,9 +185,9 @@ class FlowPrediction(AbstractPrediction):
         self.set_shift(shift)
 
     def set_shift(self, shift: float) -> None:
-        """Raises: ValueError for a shift that is not above 0."""
+        """Set the shift and its table. Raises: ValueError for a shift that is not above 0."""
         if not (math.isfinite(shift) and shift > 0):
-            raise ValueError(f"a shift of {shift} was asked for; it is a number above 0, and 1 shifts nothing.")
+            raise ValueError(f"A shift of {shift} was requested; it must be a finite number above 0 (1 means no shift).")
         self.shift = shift
         times = torch.arange(1, self.num_timesteps + 1, dtype=torch.float64) / self.num_timesteps
         self.register_buffer("sigmas", shift_time(times, shift).float())
@@ -220,12 +220,13 @@ def unshift_time(time: Tensor, shift: float) -> Tensor:
 
 
 def shift_from_mu(mu: float) -> float:
-    """e^mu: s = e^mu / (e^mu + 1/t - 1) is the shift by that number."""
+    """e^mu: s = e^mu / (e^mu + 1/t - 1) equals a shift by this number."""
     return math.exp(mu)
 
 
 def mu_of_tokens(tokens: int, *, few: tuple[int, float] = (256, 0.5), many: tuple[int, float] = (4096, 1.15)) -> float:
-    """mu on the line through two (tokens, mu), as Flux sets it by the picture's size (4096 tokens are 1024x1024): more tokens, more noise."""
+    """mu on the line through two (tokens, mu) points, as Flux derives it from the picture's size (4096 tokens for 1024x1024): more tokens, more
+    noise."""
     slope = (many[1] - few[1]) / (many[0] - few[0])
     return few[1] + slope * (tokens - few[0])
 
@@ -247,9 +248,9 @@ def k_prediction_from_diffusers_scheduler(scheduler: Any) -> Prediction:
     config = scheduler.config
     kind = config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
-        raise NotImplementedError(f"A scheduler with prediction type {kind!r} was given; epsilon and v_prediction are known.")
+        raise NotImplementedError(f"A scheduler has prediction type {kind!r}; only epsilon and v_prediction are supported.")
     if config.get("beta_schedule") != "scaled_linear":
-        raise NotImplementedError(f"A scheduler with beta schedule {config.get('beta_schedule')!r} was given; scaled_linear is known.")
+        raise NotImplementedError(f"A scheduler has beta schedule {config.get('beta_schedule')!r}; only scaled_linear is supported.")
     return Prediction(
         prediction_type=kind,
         linear_start=config["beta_start"],
@@ -260,16 +261,16 @@ def k_prediction_from_diffusers_scheduler(scheduler: Any) -> Prediction:
 
 
 def _alphas_bar(schedule: str, start: float, end: float, num_timesteps: int) -> Tensor:
-    """Products of 1 - beta, (N,) fp64. "scaled_linear": betas linear in their root, as Stable Diffusion was trained."""
+    """Cumulative products of 1 - beta, (N,) fp64. "scaled_linear": square roots of betas are linear, as Stable Diffusion was trained."""
     if schedule == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, num_timesteps, dtype=torch.float64) ** 2
     elif schedule == "linear":
         betas = torch.linspace(start, end, num_timesteps, dtype=torch.float64)
     else:
-        raise ValueError(f"beta schedule {schedule!r} is none of scaled_linear, linear.")
+        raise ValueError(f"Beta schedule {schedule!r} is unknown. Use scaled_linear or linear.")
     return torch.cumprod(1.0 - betas, dim=0)
 
 
 def _like_picture(sigma: Tensor, picture: Tensor) -> Tensor:
-    """Sigma with trailing dims of one, to broadcast over a picture."""
+    """Sigma with trailing dims of size 1, to broadcast over a picture."""
     return sigma.view(sigma.shape[:1] + (1,) * (picture.ndim - 1)) if sigma.ndim == 1 else sigma

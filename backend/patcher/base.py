@@ -1,7 +1,7 @@
 """ModelPatcher: a network with its devices and the hooks of one job, under Forge's names.
 
-Clones share the network and own their hooks and weight patches. Moving the network is done for the memory store, which decides when; it has
-the patches of whichever clone is in use put in. Must not know samplers, prompts or files. `weight_patches` changes the weights.
+Clones share the network but have their own hooks and weight patches. The memory store decides when the network moves, and applies the patches of
+the clone in use. Must not know samplers, prompts or files. `weight_patches` changes the weights.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from backend.patcher.weight_patches import LoraLoader, LoraPatches, Step, Weight
 
 ModelOptions = dict[str, Any]
 PatchKey = str | tuple[Any, ...]
-"""A weight's name, or (name, (dimension, start, length)) for a part of it, or that and a function for what is added."""
+"""A weight's name; (name, (dimension, start, length)) for a part of it; or these and a function applied to what is added."""
 
 
 def copy_options(value: Any) -> Any:
-    """Options with their dicts and lists copied and their leaves (functions, tensors, objects) shared."""
+    """A copy of options with new dicts and lists and shared leaves (functions, tensors, objects)."""
     if isinstance(value, dict):
         return {key: copy_options(item) for key, item in value.items()}
     return [copy_options(item) for item in value] if isinstance(value, list) else value
@@ -33,7 +33,7 @@ def copy_options(value: Any) -> Any:
 def set_model_options_patch_replace(
     model_options: ModelOptions, patch: object, name: str, block_name: str, number: int, transformer_index: int | None = None
 ) -> ModelOptions:
-    """Replace attention `name` of one block; dicts on the way are copied, so other holders of the options keep theirs."""
+    """Replace attention `name` of one block. Copies the dicts along the path, so that other users of the options keep theirs."""
     options = dict(model_options["transformer_options"])
     replacements = options["patches_replace"] = dict(options.get("patches_replace", {}))
     key = (block_name, number) if transformer_index is None else (block_name, number, transformer_index)
@@ -45,14 +45,14 @@ def set_model_options_patch_replace(
 def set_model_options_post_cfg_function(
     model_options: ModelOptions, post_cfg_function: object, disable_cfg1_optimization: bool = False
 ) -> ModelOptions:
-    """Append a function to be called after guidance."""
+    """Append a function that is called after guidance."""
     return _append_cfg_function(model_options, "sampler_post_cfg_function", post_cfg_function, disable_cfg1_optimization)
 
 
 def set_model_options_pre_cfg_function(
     model_options: ModelOptions, pre_cfg_function: object, disable_cfg1_optimization: bool = False
 ) -> ModelOptions:
-    """Append a function to be called before the conditions are run."""
+    """Append a function that is called before the conditions run."""
     return _append_cfg_function(model_options, "sampler_pre_cfg_function", pre_cfg_function, disable_cfg1_optimization)
 
 
@@ -64,17 +64,17 @@ def _append_cfg_function(model_options: ModelOptions, name: str, function: objec
 
 
 class _SwappedAttributes(dict[str, object]):
-    """Attributes of a network as they were before patches, by their dotted path."""
+    """A network's attributes before they were swapped, by dotted path."""
 
     def copied_for(self, network: nn.Module) -> _SwappedAttributes:
-        """A copy of the network has the swapped attributes, so it can go back to the same."""
+        """The same backup: a copy of the network has the swapped attributes too, and can undo them."""
         return _SwappedAttributes(self)
 
 
 class ModelPatcher:
-    """`model` on `load_device` while in use and on `offload_device` else; `current_device` says where it is now.
+    """`model` is on `load_device` while in use, otherwise on `offload_device`; `current_device` is where it is now.
 
-    `model_options` holds the hooks. `object_patches` are attributes of the network that are swapped while it is loaded.
+    `model_options` contains the hooks. `object_patches` are attributes of the network that are swapped while it is loaded.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class ModelPatcher:
 
     @property
     def object_patches_backup(self) -> dict[str, object]:
-        """What the swapped attributes were; kept by the network's owner, so that every clone can put them back."""
+        """The original values of swapped attributes. The network's owner keeps them, so that every clone can restore them."""
         return owner_of(self.model).part(_SwappedAttributes)
 
     # basics
@@ -109,7 +109,7 @@ class ModelPatcher:
         return self.size
 
     def clone(self) -> ModelPatcher:
-        """The same network with hooks of its own."""
+        """A patcher for the same network with its own hooks."""
         return self._copy_hooks_to(type(self)(self.model, self.load_device, self.offload_device, self.size, self.current_device))
 
     def _copy_hooks_to(self, other: ModelPatcher) -> ModelPatcher:
@@ -119,28 +119,28 @@ class ModelPatcher:
         return other
 
     def is_clone(self, other: object) -> bool:
-        """Whether the other patcher holds the same network."""
+        """Whether the other patcher has the same network."""
         return getattr(other, "model", None) is self.model
 
     def memory_required(self, input_shape: Sequence[int]) -> float:
-        """The network's estimate of its working memory, in bytes; 0 for a network that gives none."""
+        """The network's estimate of its working memory in bytes; 0 if it has no estimate."""
         estimate: Callable[..., float] | None = getattr(self.model, "memory_required", None)
         return 0.0 if estimate is None else estimate(input_shape)
 
     def model_dtype(self) -> torch.dtype | None:
-        """The type the network computes in."""
+        """The dtype in which the network computes."""
         dtype: torch.dtype | None = getattr(self.model, "computation_dtype", None)
         return dtype or next((parameter.dtype for parameter in self.model.parameters()), None)
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Tensor]:
-        """The network's state dict, or the part of it whose keys start with `filter_prefix`."""
+        """The network's state dict, optionally only the keys that start with `filter_prefix`."""
         return {key: value for key, value in self.model.state_dict().items() if filter_prefix is None or key.startswith(filter_prefix)}
 
     # weights
 
     @property
     def lora_loader(self) -> LoraLoader:
-        """What is changed in the network's weights now; one for all clones."""
+        """The current changes of the network's weights, shared by all clones."""
         return loader_of(self.model)
 
     def add_patches(
@@ -152,10 +152,10 @@ class ModelPatcher:
         strength_model: float = 1.0,
         online_mode: bool = False,
     ) -> set[PatchKey]:
-        """Ask for changes of weights, by name: a WeightPatch each, or a Forge tuple such as ("lora", (up, down, alpha, mid, dora_scale)).
+        """Request weight changes by name: a WeightPatch each, or a Forge tuple such as ("lora", (up, down, alpha, mid, dora_scale)).
 
-        Returns the keys that name a weight of this network; the others are left out. The weights change when the network is loaded next, or
-        with `refresh_loras`. Nothing is added when one does not fit. Raises: WeightPatchError.
+        Returns the keys that name a weight of this network; other keys are ignored. The weights change when the network is next loaded, or with
+        `refresh_loras`. If one patch does not fit, none is added. Raises: WeightPatchError.
         """
         identifier = (filename, float(strength_patch), float(strength_model), online_mode)
         steps = {name: list(old) for name, old in self.lora_patches.get(identifier, {}).items()}
@@ -174,25 +174,25 @@ class ModelPatcher:
         return used
 
     def _translate_weight_name(self, name: str) -> str:
-        """Our name of a weight from another naming; the same name where there is none."""
+        """Our name for a weight given by a foreign name, or `name` itself."""
         return name
 
     def copy_patches_from(self, other: ModelPatcher) -> None:
-        """Ask for the same changes of weights as another patcher, of this network or of one with the same names.
+        """Request the same weight changes as another patcher of this network or of one with the same names.
 
-        Where the originals are equal too, the host keeps them once for both.
+        If the originals are equal too, the host keeps them once for both.
         """
         self.lora_patches = dict(other.lora_patches)
         self.lora_loader.pool = other.lora_loader.pool
 
     def has_online_lora(self) -> bool:
-        """Whether a change is to be added while layers run, not merged into the stored weights."""
+        """Whether any change is added while layers run instead of being merged into the stored weights."""
         return any(online_mode for _, _, _, online_mode in self.lora_patches)
 
     def refresh_loras(self) -> None:
-        """Have the network's weights as this patcher wants them, each on its device. Nothing to do: nothing is touched.
+        """Apply this patcher's weight changes, each on the weight's device. Unchanged weights are not touched.
 
-        Raises: WeightPatchError, torch.OutOfMemoryError; then the network has no patches at all.
+        Raises: WeightPatchError, torch.OutOfMemoryError. The network then has no patches at all.
         """
         self.lora_loader.refresh(self.lora_patches, self.offload_device, compute_device=self.load_device)
 
@@ -203,7 +203,7 @@ class ModelPatcher:
         self.object_patches[name] = obj
 
     def get_model_object(self, name: str) -> Any:
-        """The attribute at a dotted path, with this patcher's swaps and without those of others."""
+        """The attribute at a dotted path, with this patcher's swaps but not those of others."""
         if name in self.object_patches:
             return self.object_patches[name]
         return self.object_patches_backup.get(name, _get_attribute(self.model, name))
@@ -211,7 +211,7 @@ class ModelPatcher:
     # moving
 
     def model_patches_to(self, device: torch.device) -> None:
-        """Move hooks that have a `to` to `device`."""
+        """Move hooks with a `to` method to `device`."""
         options = self.model_options["transformer_options"]
         for hooks in [*options.get("patches", {}).values(), *options.get("patches_replace", {}).values()]:
             for key, hook in list(hooks.items() if isinstance(hooks, dict) else enumerate(hooks)):
@@ -222,7 +222,7 @@ class ModelPatcher:
             self.model_options["model_function_wrapper"] = wrapper.to(device)
 
     def forge_patch_model(self, target_device: torch.device | None = None) -> nn.Module:
-        """Swap the patched attributes in, and move the network to `target_device` if one is given."""
+        """Swap in the patched attributes, and move the network to `target_device` if given."""
         for name, value in self.object_patches.items():
             self.object_patches_backup.setdefault(name, _get_attribute(self.model, name))
             _set_attribute(self.model, name, value)
@@ -230,7 +230,7 @@ class ModelPatcher:
         return self.model
 
     def forge_unpatch_model(self, target_device: torch.device | None = None) -> None:
-        """Put the swapped attributes back, and move the network to `target_device` if one is given."""
+        """Restore the swapped attributes, and move the network to `target_device` if given."""
         for name, value in self.object_patches_backup.items():
             _set_attribute(self.model, name, value)
         self.object_patches_backup.clear()
@@ -244,7 +244,7 @@ class ModelPatcher:
     # hooks around guidance
 
     def set_model_sampler_cfg_function(self, sampler_cfg_function: Callable[..., Tensor], disable_cfg1_optimization: bool = False) -> None:
-        """Replace the guidance formula. The function takes a dict of arguments, or (cond, uncond, cond_scale)."""
+        """Replace the guidance formula with a function of a dict of arguments, or of (cond, uncond, cond_scale)."""
         if len(inspect.signature(sampler_cfg_function).parameters) == 3:
             old_form = sampler_cfg_function
             self.model_options["sampler_cfg_function"] = lambda args: old_form(args["cond"], args["uncond"], args["cond_scale"])
@@ -283,12 +283,12 @@ class ModelPatcher:
     # hooks inside the network
 
     def set_model_patch(self, patch: object, name: str) -> None:
-        """Append a hook to those called `name`."""
+        """Append a hook to the hooks called `name`."""
         patches = self.model_options["transformer_options"].setdefault("patches", {})
         patches[name] = [*patches.get(name, []), patch]
 
     def set_model_patch_replace(self, patch: object, name: str, block_name: str, number: int, transformer_index: int | None = None) -> None:
-        """Replace attention `name` ("attn1" or "attn2") in a block, or in one transformer block of it."""
+        """Replace attention `name` ("attn1" or "attn2") in a block, or in one of its transformer blocks."""
         self.model_options = set_model_options_patch_replace(self.model_options, patch, name, block_name, number, transformer_index)
 
     def set_model_attn1_patch(self, patch: object) -> None:
@@ -332,7 +332,9 @@ def _check_fit(name: str, shape: torch.Size, step: Step, filename: str) -> None:
         dimension, _, length = step.offset
         part = torch.Size([*shape[:dimension], length, *shape[dimension + 1 :]])
     if (misfit := step.patch.explain_misfit(part)) is not None:
-        raise WeightPatchError(f"{filename} does not fit this model: {name} is {tuple(part)}, {misfit}. Nothing of it was applied.")
+        raise WeightPatchError(
+            f"{filename} does not fit this model: {name} is {tuple(part)}, {misfit}. Nothing was applied; choose a file made for this model."
+        )
 
 
 def _get_attribute(root: object, path: str) -> Any:
@@ -351,7 +353,7 @@ def _set_attribute(root: nn.Module, path: str, value: object) -> None:
 
 
 def _registries(holder: object, value: object) -> Iterator[dict[str, Any]]:
-    """Where a module would keep an attribute of another kind than `value`, which would hide or refuse the new one."""
+    """A module's registries for attributes of other kinds than `value`, where an old entry would hide or refuse the new one."""
     if isinstance(holder, nn.Module):
         yield from (
             registry

@@ -1,4 +1,4 @@
-"""The text encoders of a model as one thing that can be placed on a device, with the tokenizers that belong to them."""
+"""A model's text encoders as one network that can be placed on a device, with their tokenizers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ObjectDict:
         try:
             return self.__dict__["_objects"][name]
         except KeyError as error:
-            raise AttributeError(f"there is no {name!r} here, only {', '.join(self.__dict__.get('_objects', {}))}") from error
+            raise AttributeError(f"There is no {name!r} here, only {', '.join(self.__dict__.get('_objects', {}))}.") from error
 
     def __getitem__(self, name: str) -> Any:
         return self._objects[name]
@@ -36,7 +36,7 @@ class ObjectDict:
 
 
 class CLIP:
-    """Text encoders with their tokenizers and their patcher. A clone shares the networks and has patches of its own."""
+    """Text encoders with their tokenizers and their patcher. A clone shares the networks but has its own patches."""
 
     def __init__(
         self, model_dict: Mapping[str, nn.Module] | None = None, tokenizer_dict: Mapping[str, Any] | None = None, no_init: bool = False
@@ -60,5 +60,5 @@ class CLIP:
         return copy
 
     def add_patches(self, *args: Any, **kwargs: Any) -> set[Any]:
-        """Changes of the encoders' weights; names start with the slot's: "clip_l.encoder...". As `ModelPatcher.add_patches`."""
+        """Like `ModelPatcher.add_patches`. Names start with the encoder's: "clip_l.encoder..."."""
         return self.patcher.add_patches(*args, **kwargs)

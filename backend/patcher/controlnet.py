@@ -1,4 +1,4 @@
-"""What a sampling run asks for residuals: a chain of ControlNets, each with its hint, strength, range of steps and weights, under Forge's names.
+"""The chain of ControlNets that gives a sampling run its residuals, each with hint, strength, range of steps and weights, under Forge's names.
 
 A link is made for one job; copies share the network. Must not know prompts, files, preprocessors or pages.
 
@@ -28,29 +28,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Weighting = Mapping[str, Sequence[float]]
-"""Per kind of segment a factor for each residual."""
+"""A factor for each residual, per kind of segment."""
 
 NUM_SOFT_WEIGHTS = 12
 SOFT_STEP = 0.825
 _HINT_PEAK_NUMBERS = 48
-"""Numbers alive per pixel while a hint is embedded: input, output and scratch of a convolution of 16 channels at full size."""
+"""Live numbers per pixel while a hint is embedded: input, output and scratch memory of a 16-channel convolution at full size."""
 
 
 class ControlNetError(ValueError):
-    """A ControlNet cannot be used here; the message says which, why, and what to do."""
+    """A ControlNet cannot be used here. The message says which, why, and what to do."""
 
 
 def soft_weights(*, is_sdxl: bool) -> dict[str, list[float]]:
-    """The weights of the modes that lean to one side: from 0.825 ** 12 at the outermost skip upwards, so that the outer levels follow the prompt.
+    """The weights of the modes that favor the prompt or ControlNet: from 0.825 ** 12 at the outermost skip upward, so the outer levels follow the
+    prompt.
 
-    SDXL has nine skips, so its middle goes on with the series.
+    SDXL has nine skips, so its middle continues the series.
     """
     series = [SOFT_STEP ** (NUM_SOFT_WEIGHTS - index) for index in range(NUM_SOFT_WEIGHTS)]
     return {"input": series, "middle": [SOFT_STEP**3 if is_sdxl else 1.0], "output": list(series)}
 
 
 def zero_weights() -> dict[str, list[float]]:
-    """Weights that switch a branch off."""
+    """Weights that turn a branch off."""
     return {"input": [0.0] * NUM_SOFT_WEIGHTS, "middle": [0.0], "output": [0.0] * NUM_SOFT_WEIGHTS}
 
 
@@ -67,10 +68,10 @@ def apply_controlnet_advanced(
     advanced_sigma_weighting: Callable[[Tensor], float] | None = None,
     advanced_mask_weighting: Tensor | None = None,
 ) -> UnetPatcher:
-    """A clone of `unet` with one more link, which acts between two shares of the timesteps (0..1).
+    """A clone of `unet` with one more link, which is active between two fractions of the timesteps (0..1).
 
-    `image_bchw`: the hint, from 0 to 1, a row for all pictures or one each. Weights: per residual for the positive and the negative branch, per
-    picture, by noise level, and by place (a mask (I or 1, 1, H, W)). Raises: ControlNetError for a ControlNet of another family.
+    `image_bchw`: the hint in 0..1, one row for all pictures or one each. Weights: per residual for the positive and the negative branch, per
+    picture, by noise level, and by position (a mask (I or 1, 1, H, W)). Raises: ControlNetError for a ControlNet of another family.
     """
     link = controlnet.copy_for(unet.model).set_cond_hint(image_bchw, strength, (start_percent, end_percent))
     link.positive_advanced_weighting = positive_advanced_weighting
@@ -88,7 +89,7 @@ def apply_controlnet_advanced(
 
 
 def compute_controlnet_weighting(control: Residuals, cnet: ControlBase) -> Residuals:
-    """The residuals times all weights of a link; the dict is changed in place."""
+    """Multiply the residuals by all weights of a link, in place."""
     rows = find_row_weights(cnet)
     for kind, residuals in control.items():
         for index, residual in enumerate(residuals):
@@ -98,7 +99,7 @@ def compute_controlnet_weighting(control: Residuals, cnet: ControlBase) -> Resid
 
 
 def find_row_weights(cnet: ControlBase) -> Tensor | float:
-    """Frame and sigma weights together: one number, or (B, 1, 1, 1)."""
+    """The product of frame and sigma weights: a number, or (B, 1, 1, 1)."""
     options = cnet.transformer_options
     weight: Tensor | float = 1.0
     if cnet.advanced_sigma_weighting is not None:
@@ -108,22 +109,22 @@ def find_row_weights(cnet: ControlBase) -> Tensor | float:
         branches = len(options["cond_or_uncond"])
         if frames_I.shape[0] * branches != options["cond_mark"].shape[0]:
             raise ControlNetError(
-                f"A ControlNet has weights for {frames_I.shape[0]} pictures, and {options['cond_mark'].shape[0] // branches} are made at once; give "
-                "one weight for each picture of a batch."
+                f"A ControlNet has weights for {frames_I.shape[0]} pictures, but the batch has {options['cond_mark'].shape[0] // branches}. Give one "
+                "weight per picture of the batch."
             )
         weight = frames_I.repeat(branches).view(-1, 1, 1, 1).to(options["cond_mark"].device) * weight
     return weight
 
 
 def weigh_residual(residual_BCHW: Tensor, cnet: ControlBase, kind: str, index: int, rows: Tensor | float) -> Tensor:
-    """One residual times the weights of a link. `rows`: its `find_row_weights`."""
+    """One residual times the weights of a link. `rows` comes from `find_row_weights`."""
     mark_B: Tensor | None = cnet.transformer_options.get("cond_mark")
     weight: Tensor | float = rows
     if cnet.positive_advanced_weighting is not None or cnet.negative_advanced_weighting is not None:
         positive = _weight_of(cnet.positive_advanced_weighting, kind, index)
         negative = _weight_of(cnet.negative_advanced_weighting, kind, index)
         if mark_B is None:
-            raise ControlNetError("A ControlNet weighs the branches differently, but was not told which row belongs to which branch.")
+            raise ControlNetError("A ControlNet weights the branches differently, but `cond_mark`, which says each row's branch, is missing. Set it.")
         weight = (positive * (1.0 - mark_B) + negative * mark_B).view(-1, 1, 1, 1) * weight
     if cnet.advanced_mask_weighting is not None:
         mask_B1HW = interpolate(cnet.advanced_mask_weighting.to(residual_BCHW.device, torch.float32), size=residual_BCHW.shape[-2:], mode="bilinear")
@@ -140,7 +141,7 @@ def _weight_of(weighting: Weighting | None, kind: str, index: int) -> float:
         return 1.0
     weights = weighting.get(kind, ())
     if index >= len(weights):
-        raise ControlNetError(f"A ControlNet's weights have {len(weights)} numbers for its {kind} residuals, and there are more of those.")
+        raise ControlNetError(f"A ControlNet has {len(weights)} weights for its {kind} residuals, but more residuals. Give one weight for each.")
     return weights[index]
 
 
@@ -154,7 +155,7 @@ _WIDTHS = (("levels", "block_out_channels"), ("text features", "cross_attention_
 
 
 class ControlBase:
-    """One link of the chain. `cond_hint_original` is the hint as given, `cond_hint` that of the size and place it is used in."""
+    """One link of the chain. `cond_hint_original` is the hint as given, `cond_hint` the hint in the size and on the device where it is used."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.cond_hint_original: Tensor | None = None
@@ -176,56 +177,56 @@ class ControlBase:
     # what a job sets
 
     def set_cond_hint(self, cond_hint: Tensor, strength: float = 1.0, timestep_percent_range: tuple[float, float] = (0.0, 1.0)) -> ControlBase:
-        """Give the hint (I or 1, 3, height, width) from 0 to 1, its strength, and the shares of the timesteps between which it acts."""
+        """Set the hint (I or 1, 3, height, width) in 0..1, its strength, and the fractions of the timesteps between which it is active."""
         self.cond_hint_original, self.cond_hint = cond_hint, None
         self.strength, self.timestep_percent_range = strength, timestep_percent_range
         return self
 
     def set_previous_controlnet(self, controlnet: ControlBase | None) -> ControlBase:
-        """Have the residuals of another link added to one's own."""
+        """Set the link whose residuals are added to this one's."""
         self.previous_controlnet = controlnet
         return self
 
     def copy(self) -> ControlBase:
         """The same network with the same settings, in no chain."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is copied.")
+        raise NotImplementedError(f"{type(self).__name__} does not implement copy().")
 
     def copy_for(self, model: KModel) -> ControlBase:
-        """A copy that gives residuals for this denoiser. Raises: ControlNetError where it cannot be made."""
+        """A copy that returns residuals for this denoiser. Raises: ControlNetError if that is impossible."""
         return self.copy()
 
     def copy_to(self, other: ControlBase) -> None:
-        """Give another link of the same network one's settings."""
+        """Copy this link's settings to another link of the same network."""
         for name in _SETTINGS:
             setattr(other, name, getattr(self, name))
 
     def check_fits(self, model: KModel) -> None:
-        """Raises: ControlNetError where the network cannot give residuals for this denoiser."""
+        """Raises: ControlNetError if the network cannot return residuals for this denoiser."""
         return
 
     # what a run calls
 
     def pre_run(self, model: KModel, percent_to_timestep_function: Callable[[float], float]) -> None:
-        """Before the first step: the noise levels between which this link acts."""
+        """Before the first step: compute the noise levels between which this link is active."""
         start, end = self.timestep_percent_range
         self.timestep_range = (percent_to_timestep_function(start), percent_to_timestep_function(end))
 
     def cleanup(self) -> None:
-        """After the last step: forget what was kept for the run."""
+        """After the last step: drop what was kept for the run."""
         self.cond_hint, self.timestep_range, self.transformer_options = None, None, {}
 
     def get_models(self) -> list[ModelPatcher]:
-        """Networks that have to be on their devices while sampling, of the whole chain, each once."""
+        """Networks of the whole chain that must be on their devices while sampling, each once."""
         return [] if self.previous_controlnet is None else self.previous_controlnet.get_models()
 
     def inference_memory_requirements(self, dtype: torch.dtype | None) -> int:
-        """Bytes that stay taken beside the denoiser's own working memory, for the whole chain."""
+        """Bytes the whole chain needs in addition to the denoiser's working memory."""
         return 0 if self.previous_controlnet is None else self.previous_controlnet.inference_memory_requirements(dtype)
 
     def get_control(self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int) -> Residuals | None:
-        """Residuals of the chain for noisy latents `x_noisy` (B, C, H, W) at noise levels `t` (B,); None where no link acts.
+        """Residuals of the chain for noisy latents `x_noisy` (B, C, H, W) at noise levels `t` (B,); None if no link is active.
 
-        `cond`: the network's arguments. `batched_number`: branches in the batch, each with a row per picture.
+        `cond`: the network's arguments. `batched_number`: branches in the batch, each with one row per picture.
         """
         before = None if self.previous_controlnet is None else self.previous_controlnet.get_control(x_noisy, t, cond, batched_number)
         if not self.acts_at(float(t[0])):
@@ -235,7 +236,7 @@ class ControlBase:
         return self.control_merge(self._find_residuals(x_noisy, t, cond, batched_number), before)
 
     def get_own_control(self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int) -> Residuals:
-        """What this link alone adds, as `get_control`, at a noise level where it acts."""
+        """Like `get_control`, but only this link's residuals, at a noise level where it is active."""
         return self.control_merge(self._find_residuals(x_noisy, t, cond, batched_number), None)
 
     def acts_at(self, sigma: float) -> bool:
@@ -243,16 +244,16 @@ class ControlBase:
         return self.timestep_range is None or self.timestep_range[1] <= sigma <= self.timestep_range[0]
 
     def _find_residuals(self, x_BCHW: Tensor, sigma_B: Tensor, cond: dict[str, Any], batched_number: int) -> Residuals:
-        raise NotImplementedError(f"{type(self).__name__} gives no residuals.")
+        raise NotImplementedError(f"{type(self).__name__} does not implement _find_residuals().")
 
     def control_merge(self, own: Residuals, before: Residuals | None) -> Residuals:
-        """One's own residuals times strength and weights, plus those of the links before."""
+        """This link's residuals times strength and weights, plus those of the links before."""
         for residuals in own.values():
             residuals[:] = [None if residual is None else self.scale(residual) for residual in residuals]
         return add_residuals(compute_controlnet_weighting(own, self), before or {})
 
     def scale(self, residual_BCHW: Tensor) -> Tensor:
-        """A residual times strength, averaged over the picture where the network is made for that."""
+        """A residual times the strength, averaged over the picture if the network requires that."""
         if self.global_average_pooling:
             residual_BCHW = residual_BCHW.mean(dim=(2, 3), keepdim=True).expand(residual_BCHW.shape).contiguous()
         return residual_BCHW if self.strength == 1.0 else residual_BCHW * self.strength
@@ -260,18 +261,18 @@ class ControlBase:
     # hints
 
     def _fit_hint(self, x_BCHW: Tensor, batched_number: int, dtype: torch.dtype, channels: int = 3, step_px: int = HINT_STEP_PX) -> Tensor:
-        """The hint in the size of the latents, or up to `step_px` more, a row for all pictures or one for each, on this link's device."""
+        """The hint in the latents' size, rounded up to a multiple of `step_px`, with one row for all pictures or one each, on this link's device."""
         height, width = (-(-side * HINT_STEP_PX // step_px) * step_px for side in x_BCHW.shape[-2:])
         if self.cond_hint is None or self.cond_hint.shape[-2:] != (height, width) or self.cond_hint.dtype != dtype:
             if self.cond_hint_original is None:
-                raise ControlNetError(f"{self.name} was added to a run without a hint; call set_cond_hint first.")
+                raise ControlNetError(f"{self.name} was added to a run without a hint. Call set_cond_hint first.")
             hint = _with_channels(self.cond_hint_original, channels, self.name)
             self.cond_hint = _crop_and_resize(hint, height, width).to(self.device, dtype)
             self._forget_embedding()
         pictures = x_BCHW.shape[0] // batched_number
         if self.cond_hint.shape[0] not in (1, pictures):
             raise ControlNetError(
-                f"{self.name} was given {self.cond_hint.shape[0]} hints for a batch of {pictures} pictures; give one, or one for each picture."
+                f"{self.name} got {self.cond_hint.shape[0]} hints for a batch of {pictures} pictures. Give one hint, or one per picture."
             )
         return self.cond_hint
 
@@ -292,11 +293,11 @@ def _with_channels(hint: Tensor, channels: int, name: str) -> Tensor:
         return hint.mean(dim=1, keepdim=True)
     if hint.shape[1] == 1:
         return hint.expand(-1, channels, -1, -1)
-    raise ControlNetError(f"{name} takes hints of {channels} channels and was given one of {hint.shape[1]}.")
+    raise ControlNetError(f"{name} got a hint with {hint.shape[1]} channels. Give one with {channels}.")
 
 
 def _crop_and_resize(hint_BCHW: Tensor, height: int, width: int) -> Tensor:
-    """The hint's middle part of the wanted proportions, resized by taking the nearest pixel."""
+    """The hint's middle part with the target's proportions, resized to the nearest pixel."""
     old_height, old_width = hint_BCHW.shape[-2:]
     if (old_height, old_width) == (height, width):
         return hint_BCHW
@@ -308,7 +309,7 @@ def _crop_and_resize(hint_BCHW: Tensor, height: int, width: int) -> Tensor:
 
 
 class ControlNet(ControlBase):
-    """A ControlNet over a network that is shared by all copies."""
+    """A ControlNet whose network is shared by all copies."""
 
     def __init__(
         self,
@@ -341,15 +342,15 @@ class ControlNet(ControlBase):
         return other
 
     def check_fits(self, model: KModel) -> None:
-        """Raises: ControlNetError where widths or the extra vector differ from the denoiser's."""
+        """Raises: ControlNetError if widths or the extra vector differ from the denoiser's."""
         own, theirs = self.control_model.config, model.diffusion_model.config
         has_attention = "Cross" in "".join(own.down_block_types) or "Cross" in (own.mid_block_type or "")
         for what, name in _WIDTHS:
             is_read = name != "cross_attention_dim" or has_attention
             if is_read and _plain(own[name]) != _plain(theirs[name]):
                 raise ControlNetError(
-                    f"{self.name} does not fit the checkpoint in use: {what} are {own[name]} wide, the checkpoint's {theirs[name]}. It is made for "
-                    f"{family_of(own)}, the checkpoint is {family_of(theirs)}; choose a ControlNet of the checkpoint's family."
+                    f"{self.name} does not fit the checkpoint in use: {what} are {own[name]} wide, the checkpoint's {theirs[name]}. It is for "
+                    f"{family_of(own)} but the checkpoint is {family_of(theirs)}. Choose a ControlNet of the checkpoint's family."
                 )
         if _layers(own) != _layers(theirs) or theirs.mid_block_type is None:
             raise ControlNetError(
@@ -359,13 +360,13 @@ class ControlNet(ControlBase):
             )
 
     def pre_run(self, model: KModel, percent_to_timestep_function: Callable[[float], float]) -> None:
-        """Before the first step: noise levels, and the predictor that scales latents. Raises: ControlNetError."""
+        """Before the first step: compute noise levels, and set the predictor that scales latents. Raises: ControlNetError."""
         super().pre_run(model, percent_to_timestep_function)
         self.check_fits(model)
         self._predictor = model.predictor
 
     def cleanup(self) -> None:
-        """After the last step: forget what was kept for the run."""
+        """After the last step: drop what was kept for the run."""
         super().cleanup()
         self._predictor = None
         self._forget_embedding()
@@ -376,7 +377,7 @@ class ControlNet(ControlBase):
         return found if any(self.control_model_wrapped.is_clone(one) for one in found) else [*found, self.control_model_wrapped]
 
     def inference_memory_requirements(self, dtype: torch.dtype | None) -> int:
-        """Residuals of a positive and a negative row per hint, and the hint's embedding; the pass itself takes turns with the denoiser's."""
+        """Bytes for the residuals of a positive and a negative row per hint, and the hint's embedding. Its pass alternates with the denoiser's."""
         hint = self.cond_hint_original
         own = 0
         if hint is not None:
@@ -389,19 +390,19 @@ class ControlNet(ControlBase):
         self._embeddings.clear()
 
     def pass_options(self) -> dict[str, Any]:
-        """What else the network is called with: numbers and texts that hold for all rows."""
+        """Further arguments of the network: numbers and texts that apply to all rows."""
         return {}
 
     @property
     def has_common_pass(self) -> bool:
-        """Whether the pass is `prepare_pass` and then the network as its file has it, so that it can be done anywhere and row by row."""
+        """Whether the pass is just `prepare_pass` and the unpatched network, so that it can run on any slot and row by row."""
         is_ours = type(self)._find_residuals is ControlNet._find_residuals and type(self)._run is ControlNet._run
         return is_ours and not self.control_model_wrapped.lora_patches
 
     def prepare_pass(self, x_BCHW: Tensor, sigma_B: Tensor, cond: dict[str, Any], batched_number: int) -> tuple[dict[str, Tensor | None], Tensor]:
-        """What the network is called with, where the latents are, and the hint in the latents' size."""
+        """The network's arguments, on the latents' device, and the hint in the latents' size."""
         if self._predictor is None:
-            raise ControlNetError(f"{self.name} was asked for residuals outside a run; call pre_run first.")
+            raise ControlNetError(f"{self.name} was asked for residuals outside a run. Call pre_run first.")
         dtype = self.manual_cast_dtype or self.control_model.dtype
         hint = self._fit_hint(x_BCHW, batched_number, dtype)
         arguments = {
@@ -429,25 +430,25 @@ class ControlNet(ControlBase):
         return residuals
 
     def has_embedding(self, device: torch.device) -> bool:
-        """Whether the run's hint was embedded on a device."""
+        """Whether the run's hint has been embedded on a device."""
         return device in self._embeddings
 
     def embed_hint(self, hint: Tensor, network: Any) -> Tensor:
-        """The embedding of the run's hint by a copy of the network on the hint's device, made once on each device."""
+        """The embedding of the run's hint, computed by a copy of the network on the hint's device. Computed once per device."""
         found = self._embeddings.get(hint.device)
         if found is None:
             found = network.embed_hint(hint)
-            memory_management.synchronize(hint.device)  # other threads may read it, whose streams know nothing of this one's
+            memory_management.synchronize(hint.device)  # other threads may read it on streams that are not ordered with this one
             self._embeddings[hint.device] = found
         return found
 
     def embedding_on(self, device: torch.device) -> Tensor:
-        """The embedding that was made on a device."""
+        """The embedding that was computed on a device."""
         return self._embeddings[device]
 
 
 class T2IAdapter(ControlBase):
-    """A T2I-Adapter over a network that is shared by all copies. Its features are added on the UNet's way in and are made once a run."""
+    """A T2I-Adapter whose network is shared by all copies. Its features are computed once per run and added in the UNet's input blocks."""
 
     def __init__(self, t2i_model: AdapterNetwork, device: torch.device | None = None, *, patcher: ModelPatcher | None = None) -> None:
         self.control_model_wrapped = patcher or ModelPatcher(
@@ -468,25 +469,25 @@ class T2IAdapter(ControlBase):
         return other
 
     def check_fits(self, model: KModel) -> None:
-        """Raises: ControlNetError where the features' widths are not those of the denoiser's levels."""
+        """Raises: ControlNetError if the features' widths differ from those of the denoiser's levels."""
         theirs = model.diffusion_model.config
         widths = list(theirs.block_out_channels)
         is_sdxl = theirs.projection_class_embeddings_input_dim is not None
         if self.t2i_model.is_for_sdxl is not is_sdxl or self.t2i_model.widths[: len(widths)] != widths[: len(self.t2i_model.widths)]:
             own = "SDXL" if self.t2i_model.is_for_sdxl else "SD 1.x"
             raise ControlNetError(
-                f"{self.name} does not fit the checkpoint in use: it is a T2I-Adapter for {own} with levels "
-                f"{self.t2i_model.widths} wide, the checkpoint is {family_of(theirs)} with {widths}. Choose one of the checkpoint's family."
+                f"{self.name} does not fit the checkpoint in use: it is a T2I-Adapter for {own} with levels {self.t2i_model.widths} wide, but the "
+                f"checkpoint is {family_of(theirs)} with {widths}. Choose one of the checkpoint's family."
             )
 
     def pre_run(self, model: KModel, percent_to_timestep_function: Callable[[float], float]) -> None:
-        """Before the first step: noise levels, and where features are added. Raises: ControlNetError."""
+        """Before the first step: compute noise levels, and note where to add features. Raises: ControlNetError."""
         super().pre_run(model, percent_to_timestep_function)
         self.check_fits(model)
         self._unet_config = model.diffusion_model.config
 
     def cleanup(self) -> None:
-        """After the last step: forget what was kept for the run."""
+        """After the last step: drop what was kept for the run."""
         super().cleanup()
         self._unet_config = self._features = None
 
@@ -496,7 +497,7 @@ class T2IAdapter(ControlBase):
         return found if any(self.control_model_wrapped.is_clone(one) for one in found) else [*found, self.control_model_wrapped]
 
     def inference_memory_requirements(self, dtype: torch.dtype | None) -> int:
-        """Features of a row per hint, doubled for the pass that makes them."""
+        """Bytes for the features of one row per hint, doubled for the pass that computes them."""
         hint, own = self.cond_hint_original, 0
         if hint is not None:
             positions = hint.shape[0] * hint.shape[-1] * hint.shape[-2] // HINT_STEP_PX**2
@@ -508,7 +509,7 @@ class T2IAdapter(ControlBase):
 
     def _find_residuals(self, x_BCHW: Tensor, sigma_B: Tensor, cond: dict[str, Any], batched_number: int) -> Residuals:
         if self._unet_config is None:
-            raise ControlNetError(f"{self.name} was asked for residuals outside a run; call pre_run first.")
+            raise ControlNetError(f"{self.name} was asked for residuals outside a run. Call pre_run first.")
         network = self.t2i_model
         hint = self._fit_hint(x_BCHW, batched_number, network.dtype, network.hint_channels, network.hint_step_px)
         if self._features is None:
@@ -521,11 +522,11 @@ class T2IAdapter(ControlBase):
 
 
 RESIDUAL_KINDS = frozenset(("middle", "output"))
-"""The lists that `place_residuals` fills: a ControlNet adds nothing on the way in."""
+"""The lists that `place_residuals` fills: a ControlNet adds nothing in the input blocks."""
 
 
 def place_residuals(residuals: Sequence[Tensor]) -> Residuals:
-    """A ControlNet's residuals, outermost first and the middle's last, by where they are added."""
+    """A ControlNet's residuals (outermost first, the middle's last) by where they are added."""
     return {"input": [], "middle": [residuals[-1]], "output": list(residuals[:-1])}
 
 
@@ -534,14 +535,14 @@ def _plain(value: Any) -> Any:
 
 
 def family_of(config: Any) -> str:
-    """What people call the family of a network of this config."""
+    """The common name of the family of a network with this config."""
     if config["projection_class_embeddings_input_dim"] is not None:
         return "SDXL"
     return {768: "SD 1.x", 1024: "SD 2.x"}.get(config["cross_attention_dim"], f"a model with text features {config['cross_attention_dim']} wide")
 
 
 def _residual_numbers(config: Any, pixels: int) -> int:
-    """Numbers in all residuals of one row."""
+    """How many numbers all residuals of one row have."""
     positions, widths = pixels // HINT_STEP_PX**2, list(config.block_out_channels)
     levels = sum((config.layers_per_block + 1) * width * positions // 4**level for level, width in enumerate(widths))
     return int(levels + widths[0] * positions)

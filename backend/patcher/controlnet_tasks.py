@@ -1,4 +1,4 @@
-"""A chain of ControlNets as tasks: each pass may be done on any slot and for any of a step's rows. Knows no slots and no plan.
+"""A chain of ControlNets as tasks: each pass can run on any slot and for any of a step's rows. Knows no slots and no plan.
 
 Shapes: B rows (a row is one picture for one branch), C channels, H W latent rows and columns.
 """
@@ -24,8 +24,8 @@ PASS_HOOKS = ("controlnet_conditioning_modifiers", "controlnet_model_function_wr
 class ControlNetTask:
     """A ControlNet's pass for some rows of a step.
 
-    `settings` is the link, with those of its weights that depend on rows cut to the task's. `pictures`: for each row the place of its picture in
-    the batch. `row_weights`: one number, or (B, 1, 1, 1).
+    `settings` is the link with its row-dependent weights cut to the task's rows. `pictures`: each row's picture index in the batch.
+    `row_weights`: a number, or (B, 1, 1, 1).
     """
 
     link: ControlNet
@@ -48,7 +48,7 @@ class ControlNetTask:
         return self.link.load_device
 
     def rows(self, first: int, end: int) -> ControlNetTask:
-        """The task for rows `first` to before `end` alone."""
+        """The task for rows [`first`, `end`) only."""
         part, mask_B1HW, mark_B = slice(first, end), self.settings.advanced_mask_weighting, self.settings.transformer_options.get("cond_mark")
         if mask_B1HW is not None and mask_B1HW.shape[0] > 1:
             mask_B1HW = mask_B1HW[[row % mask_B1HW.shape[0] for row in range(first, end)]]
@@ -61,7 +61,7 @@ class ControlNetTask:
         )
 
     def on(self, device: torch.device, send: Send) -> ControlNetTask:
-        """The task with its inputs sent to `device`; the hint only where it was not embedded yet."""
+        """The task with its inputs sent to `device`; the hint only if it has not been embedded there."""
         mask_B1HW, mark_B = self.settings.advanced_mask_weighting, self.settings.transformer_options.get("cond_mark")
         return replace(
             self,
@@ -74,7 +74,7 @@ class ControlNetTask:
         )
 
     def run(self, network: nn.Module) -> Residuals:
-        """Residuals times strength and weights, computed by a copy of the network on the inputs' device."""
+        """Residuals times strength and weights, computed with `network`, a copy on the inputs' device."""
         x_BCHW = self.arguments["x"]
         assert x_BCHW is not None
         known = self.link.has_embedding(x_BCHW.device)
@@ -96,7 +96,7 @@ def _with_rows(settings: ControlNet, mark_B: Tensor | None, mask_B1HW: Tensor | 
 
 
 def list_deferrable(chain: ControlBase | None, options: Mapping[str, Any]) -> list[ControlNet]:
-    """ControlNets of a chain, oldest first, whose passes may be tasks; none where a hook sees a whole pass or what comes of it.
+    """A chain's ControlNets, oldest first, whose passes may be tasks; none if a hook must see a whole pass or its result.
 
     `options`: the denoiser's model options.
     """
@@ -119,7 +119,7 @@ def list_links(chain: ControlBase | None) -> list[ControlBase]:
 
 
 def defer_control(chain: ControlBase, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int) -> DeferredControl | None:
-    """What a chain adds: tasks of its deferrable ControlNets, the rest computed here; None where no link acts. Arguments as of `get_control`."""
+    """A chain's residuals: tasks for deferrable ControlNets, others computed here; None if no link is active. Arguments as in `get_control`."""
     parts: list[Residuals | ControlTask] = []
     for link in list_links(chain):
         if not link.acts_at(float(t[0])):

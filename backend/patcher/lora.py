@@ -1,4 +1,4 @@
-"""What Forge has under this name: reading LoRA state dicts, their names, and the formulas. The work is in the `lora_*` modules."""
+"""Forge's names for LoRA: state dicts, layer names, and formulas. The implementation is in the `lora_*` modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def merge_lora_to_weight(patches: Iterable[Any], weight: Tensor, key: str = "online_lora", computation_dtype: torch.dtype = torch.float32) -> Tensor:
-    """`weight` after patches [strength_patch, value, strength_model, offset, function], in its own type."""
+    """`weight` after patches [strength_patch, value, strength_model, offset, function], in its own dtype."""
     steps = [Step(strength, as_weight_patch(value), model, offset, function) for strength, value, model, offset, function in patches]
     return merge_recipe(weight.to(torch.float32, copy=True), steps).to(weight.dtype)
 
@@ -33,7 +33,7 @@ def merge_lora_to_weight(patches: Iterable[Any], weight: Tensor, key: str = "onl
 def weight_decompose(
     dora_scale: Tensor, weight: Tensor, lora_diff: Tensor, alpha: float, strength: float, computation_dtype: torch.dtype, function: Any = None
 ) -> Tensor:
-    """DoRA of a weight and its LoRA difference, which `alpha` scales."""
+    """DoRA of a weight and its LoRA difference times `alpha`."""
     difference = lora_diff.to(weight.device, computation_dtype) * alpha
     added = difference if function is None else function(difference)
     return decompose_weight(dora_scale.to(weight.device, computation_dtype), weight, added, strength)

@@ -1,4 +1,4 @@
-"""LoRA files: read, understood, and turned into weight patches for the networks at hand, whole or not at all.
+"""Reads LoRA files and turns them into weight patches for the loaded networks, completely or not at all.
 
 Knows no prompts and no folders. `lora_keys` has the names, `lora_math` the formulas.
 """
@@ -41,14 +41,14 @@ Parts = dict[str, Tensor]
 
 
 class LoraError(ValueError):
-    """A file that cannot be used as a LoRA with the loaded model; the message says which, why, and what to do."""
+    """A file cannot be used as a LoRA with the loaded model. The message says which, why, and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraFile:
-    """What a file holds: the parts of each layer's change, by the name the file gives the layer. `strange_keys` are no part of anything.
+    """A file's content: the parts of each layer's change, by the file's name for the layer. `strange_keys` belong to no layer.
 
-    `embeddings` are textual inversions that came with it: by name, the vectors for each text encoder.
+    `embeddings` are bundled textual inversions: by name, the vectors for each text encoder.
     """
 
     name: str
@@ -59,13 +59,13 @@ class LoraFile:
 
     @property
     def family(self) -> str | None:
-        """The model family it was made for, as far as it can be told."""
+        """The model family it was made for, if it can be determined."""
         return family_in_metadata(self.metadata) or family_of_layers({name: _inputs_of(parts) for name, parts in self.layers.items()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraPatchSet:
-    """Patches by weight name for the UNet and the text encoders, and the layers that have no place in them."""
+    """Patches by weight name for the UNet and the text encoders, and the layers that match neither."""
 
     unet: Mapping[str, WeightPatch]
     clip: Mapping[str, WeightPatch]
@@ -74,7 +74,7 @@ class LoraPatchSet:
 
 
 def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
-    """Read a `.safetensors`, `.pt` or `.ckpt` file of tensors. Raises: LoraError."""
+    """Read a `.safetensors`, `.pt` or `.ckpt` file. Raises: LoraError."""
     try:
         with open_tensor_file(path) as file:
             tensors = {key: file.read(key) for key in file.infos}
@@ -84,7 +84,7 @@ def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
 
 
 def parse_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoraFile:
-    """The parts of each layer's change. Raises: LoraError when there are none."""
+    """The parts of each layer's change. Raises: LoraError if there are none."""
     layers: dict[str, Parts] = {}
     strange: list[str] = []
     embeddings: dict[str, dict[str, Tensor]] = {}
@@ -96,21 +96,21 @@ def parse_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
             strange.append(key)
         else:
             layers.setdefault(split[0], {})[split[1]] = tensor
-    plain = [layer for layer, parts in layers.items() if parts.keys() == {"ia3"}]  # a mere weight: a checkpoint's, not a LoRA's
+    plain = [layer for layer, parts in layers.items() if parts.keys() == {"ia3"}]  # a plain weight, as in a checkpoint
     for layer in plain:
         strange.append(f"{layer}.weight")
         del layers[layer]
     if not layers:
         first = ", ".join(list(tensors)[:3])
         raise LoraError(
-            f"{name}: this is no LoRA; none of its {len(tensors)} tensors is part of one (first: {first}). Put it where its kind belongs."
+            f"{name}: this is not a LoRA; none of its {len(tensors)} tensors is part of one (first: {first}). Move it to the folder for its kind."
         )
     _add_peft_alphas(layers, metadata or {})
     return LoraFile(name=name, layers=layers, metadata=metadata or {}, strange_keys=tuple(strange), embeddings=embeddings)
 
 
 def _add_peft_alphas(layers: Mapping[str, Parts], metadata: Mapping[str, str]) -> None:
-    """What diffusers writes about its adapters, {"unet.r": 8, "unet.lora_alpha": 4, "unet.alpha_pattern": {...}, ...}, as alphas of the layers."""
+    """Set the layers' alphas from diffusers' adapter metadata, {"unet.r": 8, "unet.lora_alpha": 4, "unet.alpha_pattern": {...}, ...}."""
     try:
         facts: Any = parse_json(metadata.get("lora_adapter_metadata", "{}"))
     except ForeignJsonError:
@@ -133,9 +133,9 @@ def _add_peft_alphas(layers: Mapping[str, Parts], metadata: Mapping[str, str]) -
 
 
 def match_lora(file: LoraFile, unet: UnetPatcher, clip: CLIP | None, *, model_family: str = "the loaded model") -> LoraPatchSet:
-    """The file's changes for these networks. Layers without a place are listed, and logged in one line.
+    """The file's patches for these networks. Layers that match nothing are returned, and logged in one line.
 
-    Raises: LoraError when half of the layers or more have no place, or one does not fit in shape; nothing of the file is to be applied then.
+    Raises: LoraError if more than half of the layers match nothing, or if one has the wrong shape. Nothing of the file may be applied then.
     """
     unet_names = model_lora_keys_unet(unet.model)
     clip_names = model_lora_keys_clip(clip.cond_stage_model) if clip is not None else {}
@@ -147,21 +147,21 @@ def match_lora(file: LoraFile, unet: UnetPatcher, clip: CLIP | None, *, model_fa
     except LoraError as error:
         raise LoraError(f"LoRA {file.name}: {error}") from error
     if len(unmatched) > _SHARE_THAT_MUST_FIT * len(file.layers):
-        raise LoraError(_explain_foreign(file, model_family, f"{len(unmatched)} of its {len(file.layers)} layers have no place in it", unmatched))
+        raise LoraError(_explain_foreign(file, model_family, f"{len(unmatched)} of its {len(file.layers)} layers do not exist in it", unmatched))
     models = [(unet.model, unet_patches)] + ([(clip.cond_stage_model, clip_patches)] if clip is not None else [])
     misfits = [misfit for model, patches in models for misfit in _find_misfits(dict(model.named_parameters(remove_duplicate=False)), patches)]
     if misfits:
         raise LoraError(_explain_foreign(file, model_family, f"{len(misfits)} of its {len(file.layers)} layers do not fit", misfits))
     left_over = [*unmatched, *file.strange_keys]
     if left_over:
-        logger.warning("LoRA %s: %d layers or keys have no place in the model and are left out (%s).", file.name, len(left_over), _first(left_over))
+        logger.warning("LoRA %s: %d layers or keys do not exist in the model and are ignored (%s).", file.name, len(left_over), _first(left_over))
     return LoraPatchSet(unet=unet_patches, clip=clip_patches, unmatched=tuple(left_over), embeddings=file.embeddings)
 
 
 def load_lora(lora: Mapping[str, Any], to_load: Mapping[str, str]) -> tuple[dict[str, WeightPatch], dict[str, Any]]:
-    """(patches by weight name, what has no place): `to_load` has a weight's name for every name a file may give its layer.
+    """(patches by weight name, unmatched layers). `to_load` maps every name a file may use for a layer to the weight's name.
 
-    `lora` is a state dict as a file has it, or layers with their parts.
+    `lora` is a file's state dict, or layers with their parts.
     """
     is_parsed = all(isinstance(value, Mapping) for value in lora.values())
     layers: Mapping[str, Parts] = lora if is_parsed else parse_lora("LoRA", lora).layers
@@ -186,7 +186,7 @@ def _built(layer: str, parts: Parts) -> dict[str, WeightPatch]:
 
 
 def _load_shared(layers: Mapping[str, Parts], to_load: Mapping[str, Mapping[str, Rows]]) -> tuple[dict[str, WeightPatch], dict[str, Parts]]:
-    """Changes of layers that the file has as one and the network as several (q, k and v): each of ours takes its rows."""
+    """Patches for layers that are one in the file and several in the network (q, k and v): each of ours gets its rows."""
     patches: dict[str, WeightPatch] = {}
     unmatched: dict[str, Parts] = {}
     for layer, parts in layers.items():
@@ -203,29 +203,29 @@ def _find_misfits(parameters: Mapping[str, Tensor], patches: Mapping[str, Weight
     misfits = []
     for name, patch in patches.items():
         if name not in parameters:
-            misfits.append(f"{name}: the model has none")
+            misfits.append(f"{name} does not exist in the model")
         elif (misfit := _explain_misfit(patch, parameters[name].shape)) is not None:
             misfits.append(f"{name} is {tuple(parameters[name].shape)}, {misfit}")
     return misfits
 
 
 def _explain_misfit(patch: WeightPatch, shape: torch.Size) -> str | None:
-    """Also by merging without numbers, on the meta device: factors may not fit each other."""
+    """Why a patch does not fit a shape, if it does not. Also tries to merge on the meta device, since the factors may not fit each other."""
     try:
         misfit = patch.explain_misfit(shape)
         if misfit is None:
             patch.on(torch.device("meta")).merge(torch.empty(shape, device="meta"), 1.0)
         return misfit
     except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:  # tensors of too few dimensions
-        return f"the change has parts of odd shapes ({error})"
+        return f"the change has parts with invalid shapes ({error})"
 
 
 def _explain_foreign(file: LoraFile, model_family: str, what: str, names: Sequence[str] | Mapping[str, Any]) -> str:
     family = file.family
-    made_for = f" It looks made for {family}; choose a checkpoint of that family" if family and family != model_family else ""
-    remedy = made_for or " It may be made for another model family or damaged; choose another checkpoint"
+    made_for = f" It seems to be made for {family}; choose a checkpoint of that family" if family and family != model_family else ""
+    remedy = made_for or " It may be for another model family or damaged; choose another checkpoint"
     return (
-        f"LoRA {file.name} does not fit {model_family}: {what} ({_first(names)}).{remedy}, or take it out of the prompt. Nothing of it was applied."
+        f"LoRA {file.name} does not fit {model_family}: {what} ({_first(names)}).{remedy}, or remove it from the prompt. Nothing of it was applied."
     )
 
 
@@ -238,13 +238,13 @@ def _first(names: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def build_patches(parts: Parts) -> dict[str, WeightPatch]:
-    """The changes of one layer: of its "weight", its "bias", or both. None where parts are missing."""
+    """The patches of one layer: for its "weight", its "bias", or both. Empty if parts are missing."""
     patches: dict[str, WeightPatch] = {}
     if "magnitude" in parts:  # PEFT's: always of outputs, (O,) or, for a convolution, (1, O, 1, 1)
         parts = {**parts, "dora_scale": parts["magnitude"].flatten()}
     build = next((build for needed, build in _BUILDERS if needed <= parts.keys()), None)
     if build is not None and "dora_scale" in parts and build not in _BUILDERS_WITH_DORA:
-        raise ValueError("it has DoRA's lengths beside a kind of change that has none")
+        raise ValueError("it has DoRA magnitudes, which this kind of change does not support")
     if build is not None:
         patches["weight"] = build(parts)
     if "diff_b" in parts:
@@ -305,6 +305,6 @@ _BUILDERS_WITH_DORA = (_build_lora, _build_loha, _build_lokr, _build_diff)
 
 
 def _inputs_of(parts: Parts) -> int:
-    """Inputs of the layer that a change was made for; 0 where that cannot be told from one part."""
+    """Number of inputs of the layer that a change was made for; 0 if one part does not tell."""
     factor = parts.get("down", parts.get("diff"))
     return factor.shape[1] if factor is not None and factor.ndim >= 2 else 0

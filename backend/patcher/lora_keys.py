@@ -1,7 +1,7 @@
-"""Names in LoRA files: which layer of the loaded networks a name means, and which part of its change a tensor is.
+"""Names in LoRA files: which layer of the loaded networks a name refers to, and which part of its change a tensor is.
 
-A key is a layer's name and the name of a part: "lora_unet_mid_block_attentions_0_proj_in" + ".lora_up.weight". The layer names that trainers write
-are listed for every layer of the networks at hand, so nothing has to be guessed. Knows no formulas and no files.
+A key is a layer's name plus a part's name: "lora_unet_mid_block_attentions_0_proj_in" + ".lora_up.weight". All layer names that trainers use are
+listed for every layer of the loaded networks, so nothing has to be guessed. Knows no formulas and no files.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ _PARTS: dict[str, str] = {
     ".on_input": "on_input",
     ".weight": "ia3",
 }
-"""How a part's name ends a key -> the part. Longer endings are looked for first."""
+"""Ending of a key -> the part. Longer endings are tried first."""
 _ENDINGS = sorted(_PARTS, key=len, reverse=True)
 
 PEFT_PREFIX = "base_model.model."
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(layer name as the file writes it, part); None for a key that is none of a LoRA's."""
+    """(layer name as in the file, part); None for a key that is not part of a LoRA."""
     for ending in _ENDINGS:
         if key.endswith(ending):
             return key.removesuffix(ending).removeprefix(PEFT_PREFIX), _PARTS[ending]
@@ -70,7 +70,7 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def model_lora_keys_unet(model: nn.Module, key_map: dict[str, str] | None = None) -> dict[str, str]:
-    """Adds to `key_map`: every name of every layer of a KModel's UNet -> the name of its weight in the KModel."""
+    """Add to `key_map`, for every layer of a KModel's UNet, all its names -> the name of its weight in the KModel."""
     key_map = {} if key_map is None else key_map
     network: Any = model
     for layer in _layer_names(network.diffusion_model):
@@ -82,7 +82,7 @@ def model_lora_keys_unet(model: nn.Module, key_map: dict[str, str] | None = None
 
 
 def shared_lora_keys_unet(model: nn.Module) -> dict[str, dict[str, Rows]]:
-    """Names of layers that files have as one and the KModel's network as several -> the weights of these, with their rows of it."""
+    """For layers that are one in files and several in the KModel's network: their names -> the weights of ours, with their rows."""
     network: Any = model
     found: dict[str, dict[str, Rows]] = {}
     for original, parts in (*network.key_map.shared(), *network.key_map.lora_names.items()):
@@ -108,7 +108,7 @@ def _unet_aliases(layer: str, original: str | None) -> Iterator[str]:
 
 
 def model_lora_keys_clip(model: nn.Module, key_map: dict[str, str] | None = None) -> dict[str, str]:
-    """Adds to `key_map`: every name of every layer of the text encoders (a JointTextEncoder) -> the name of its weight there."""
+    """Add to `key_map`, for every layer of the text encoders (a JointTextEncoder), all its names -> the name of its weight there."""
     key_map = {} if key_map is None else key_map
     assert isinstance(model, nn.ModuleDict)
     is_second = False
@@ -121,10 +121,10 @@ def model_lora_keys_clip(model: nn.Module, key_map: dict[str, str] | None = None
 
 
 def _text_aliases(layer: str, slot: str, *, is_second: bool) -> Iterator[str]:
-    """`layer` without "text_model."; text_projection is written without that level too."""
+    """`layer` has no "text_model."; text_projection is written without that level anyway."""
     full = layer if layer.startswith("text_projection") else f"text_model.{layer}"
     kohya, diffusers = (("lora_te2",), "text_encoder_2") if is_second else (("lora_te", "lora_te1"), "text_encoder")
-    if slot == "clip_g" and not is_second:  # the SDXL refiner's only one is the base's second
+    if slot == "clip_g" and not is_second:  # the SDXL refiner's only encoder is the base's second
         kohya = (*kohya, "lora_te2")
     for prefix in kohya:
         yield f"{prefix}_{_flat(full)}"
@@ -171,7 +171,7 @@ _FAMILY_BY_CONTEXT_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "
 
 
 def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
-    """The family that a trainer wrote into the file, or None."""
+    """The family that a trainer recorded in the file, or None."""
     for key in ("ss_base_model_version", "modelspec.architecture"):
         version = metadata.get(key, "").lower()
         for starts, family in _FAMILY_BY_VERSION:
@@ -181,7 +181,7 @@ def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
 
 
 def family_of_layers(context_widths: Mapping[str, int]) -> str | None:
-    """The family that layer names speak of; `context_widths` has each name with the number of inputs its change takes, 0 for unknown."""
+    """The family that layer names imply. `context_widths` maps each name to the number of inputs of its change, 0 if unknown."""
     for marks, family in _FAMILY_BY_LAYER:
         if any(mark in name for name in context_widths for mark in marks):
             return family

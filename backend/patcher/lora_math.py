@@ -1,11 +1,11 @@
-"""Formulas of weight patches: low-rank sums and products, full differences, replaced weights, rescaled and rotated ones. Knows no files and no names.
+"""Formulas of weight patches: low-rank sums and products, full differences, replaced, rescaled and rotated weights. Knows no files and no names.
 
 Sources: LoRA, Hu et al. 2021, section 4.1; its convolutions, LoHa and LoKr, Yeh et al. 2023 ("Navigating Text-To-Image Customization: From LyCORIS
 Fine-Tuning to Model Evaluation", section 3 and appendix); DoRA, Liu et al. 2024, equation 5; (IA)3, Liu et al. 2022, section 3.3; OFT, Qiu et al.
 2023, section 3.
 
-Shapes: O output and I input channels of a weight (O, I) or (O, I, kernel), R rank of the decomposition. All tensors of a formula are fp32 on the
-weight's device while it runs.
+Shapes: O output and I input channels of a weight (O, I) or (O, I, kernel), R rank of the decomposition. All tensors in a formula are fp32 on the
+weight's device.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TensorPatch(WeightPatch):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class AddedPatch(TensorPatch):
-    """What adds a difference to the weight; with `dora_scale` the sum keeps its direction and gets the trained length."""
+    """Adds a difference to the weight. With `dora_scale` the sum keeps its direction and gets the trained magnitude."""
 
     dora_scale: Tensor | None = None
 
@@ -49,11 +49,11 @@ class AddedPatch(TensorPatch):
         return self.explain_difference(shape) or explain_lengths(self.dora_scale, shape)
 
     def explain_difference(self, shape: torch.Size) -> str | None:
-        """Why the difference does not fit a weight of that shape, if it does not."""
+        """Why the difference does not fit a weight of this shape; None if it fits."""
         return None
 
     def difference(self, shape: torch.Size) -> Tensor:
-        """What is added at strength 1, fp32 of `shape`; the patch has been read."""
+        """What is added at strength 1, fp32 of `shape`. Call it on a patch from `_read`."""
         raise NotImplementedError
 
     def merge(self, weight: Tensor, strength: float) -> Tensor:
@@ -66,7 +66,7 @@ class AddedPatch(TensorPatch):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LoraPatch(AddedPatch):
-    """up (O, R, ...) @ down (R, I, ...) * alpha / R; `mid` (R, R, kernel) stands between them. Without alpha the product is taken as it is."""
+    """up (O, R, ...) @ down (R, I, ...) * alpha / R, with `mid` (R, R, kernel) between them if given. Without alpha the product is not scaled."""
 
     up: Tensor
     down: Tensor
@@ -80,7 +80,7 @@ class LoraPatch(AddedPatch):
     def merge(self, weight: Tensor, strength: float) -> Tensor:
         if self.mid is not None or self.dora_scale is not None or not weight.is_contiguous():
             return AddedPatch.merge(self, weight, strength)
-        patch = self._read(weight)  # the usual kind, in one pass over the weight
+        patch = self._read(weight)  # the common case, in one pass over the weight
         weight.view(weight.shape[0], -1).addmm_(patch.up.flatten(1), patch.down.flatten(1), alpha=self._scale * strength)
         return weight
 
@@ -101,7 +101,7 @@ class LoraPatch(AddedPatch):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LohaPatch(AddedPatch):
-    """(w1_a @ w1_b) * (w2_a @ w2_b), elementwise, * alpha / R; with `t1`, `t2` (R, R, kernel) each factor is built around its core."""
+    """(w1_a @ w1_b) * (w2_a @ w2_b) elementwise, * alpha / R. With `t1`, `t2` (R, R, kernel) each factor is built around its core."""
 
     w1_a: Tensor
     w1_b: Tensor
@@ -124,7 +124,7 @@ class LohaPatch(AddedPatch):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LokrPatch(AddedPatch):
-    """The Kronecker product of two matrices, each whole (`w1`, `w2`) or as a product; * alpha / R where one of them is a product."""
+    """The Kronecker product of two matrices, each whole (`w1`, `w2`) or a product; * alpha / R if one of them is a product."""
 
     w1: Tensor | None = None
     w1_a: Tensor | None = None
@@ -158,7 +158,7 @@ class LokrPatch(AddedPatch):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GloraPatch(TensorPatch):
-    """W @ A + B, A of the inputs and B of the weight, both low-rank, * alpha / R. Files of either order of the factors are read."""
+    """W @ A + B, with A on the inputs and B like the weight, both low-rank, * alpha / R. Accepts either order of the factors."""
 
     a1: Tensor
     a2: Tensor
@@ -185,7 +185,7 @@ class GloraPatch(TensorPatch):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DiffPatch(AddedPatch):
-    """The difference itself, of the weight's shape."""
+    """The difference itself, in the weight's shape."""
 
     diff: Tensor
 
@@ -198,7 +198,7 @@ class DiffPatch(AddedPatch):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SetPatch(TensorPatch):
-    """The weight's new values, taken in proportion to the strength."""
+    """New values for the weight, interpolated by the strength."""
 
     value: Tensor
 
@@ -211,7 +211,7 @@ class SetPatch(TensorPatch):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Ia3Patch(TensorPatch):
-    """Each output's (or input's) weights times 1 + its trained number."""
+    """Multiplies each output's (or input's) weights by 1 + its trained number."""
 
     scale: Tensor
     on_input: bool = False
@@ -228,10 +228,10 @@ class Ia3Patch(TensorPatch):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class OftPatch(TensorPatch):
-    """The outputs rotated in groups: `blocks` (groups, size, size) are made skew and turned into rotations by Cayley's transform.
+    """Rotates the outputs in groups: `blocks` (groups, size, size) are made skew-symmetric and turned into rotations by Cayley's transform.
 
-    `constraint` (from alpha) limits the blocks' common norm to `constraint * O`; `rescale` multiplies outputs afterwards. With `is_rotation`
-    the blocks are the rotations themselves, as the first LyCORIS wrote them under the name `oft_diag`.
+    `constraint` (from alpha) limits the blocks' joint norm to `constraint * O`; `rescale` then multiplies the outputs. With `is_rotation` the
+    blocks are the rotations themselves, as early LyCORIS versions wrote them as `oft_diag`.
     """
 
     blocks: Tensor
@@ -267,23 +267,23 @@ class OftPatch(TensorPatch):
 
 
 def decompose_weight(dora_scale: Tensor, weight: Tensor, difference: Tensor, strength: float) -> Tensor:
-    """DoRA: the sum of weight and difference with the lengths `dora_scale`, in proportion to the strength.
+    """DoRA: the sum of weight and difference, normalized to the magnitudes `dora_scale`, interpolated by the strength.
 
-    Lengths of a shape (O,) or (O, 1, ...) belong to outputs, those of a shape (1, I, ...) to inputs. Raises: WeightPatchError for other shapes.
+    Magnitudes of shape (O,) or (O, 1, ...) are for outputs, those of shape (1, I, ...) for inputs. Raises: WeightPatchError for other shapes.
     """
     total = weight + difference
     kept = axis_of_lengths(dora_scale, weight.shape)
     if kept is None:
-        raise WeightPatchError(f"DoRA's lengths are {tuple(dora_scale.shape)}; they do not fit a weight of {tuple(weight.shape)}.")
+        raise WeightPatchError(f"DoRA magnitudes of shape {tuple(dora_scale.shape)} do not fit a weight of shape {tuple(weight.shape)}.")
     lengths = torch.linalg.vector_norm(total, dim=[axis for axis in range(weight.ndim) if axis != kept], keepdim=True)
     scaled = total * (dora_scale.reshape(lengths.shape) / lengths.clamp_min(torch.finfo(torch.float32).eps))
     return scaled if strength == 1.0 else torch.lerp(weight, scaled, strength)
 
 
 def axis_of_lengths(dora_scale: Tensor, shape: torch.Size) -> int | None:
-    """Which axis of a weight the lengths belong to: 0 (outputs), 1 (inputs), None where they fit neither.
+    """Which dim of a weight the magnitudes belong to: 0 (outputs), 1 (inputs), or None if they fit neither.
 
-    (1, N, 1, 1) with N = O and not I is PEFT's way to write the outputs of a convolution; with N = I it is kohya's way to write inputs.
+    (1, N, 1, 1) with N = O but not I is PEFT's format for the outputs of a convolution; with N = I it is kohya's format for inputs.
     """
     count = dora_scale.numel()
     if dora_scale.ndim == 0 or len(shape) < 2 or count != max(dora_scale.shape):
@@ -297,20 +297,20 @@ def axis_of_lengths(dora_scale: Tensor, shape: torch.Size) -> int | None:
 
 
 def explain_lengths(dora_scale: Tensor | None, shape: torch.Size) -> str | None:
-    """Why DoRA's lengths do not fit a weight of that shape, if they do not."""
+    """Why DoRA magnitudes do not fit a weight of this shape; None if they fit."""
     fits = dora_scale is None or axis_of_lengths(dora_scale, shape) is not None
-    return None if fits or dora_scale is None else f"DoRA's lengths are {tuple(dora_scale.shape)}"
+    return None if fits or dora_scale is None else f"the DoRA magnitudes are {tuple(dora_scale.shape)}"
 
 
 def _expand(left: Tensor, right: Tensor, core: Tensor | None) -> Tensor:
-    """left (O, R) @ right (R, I); around a core (R, R, kernel) left is (R, O) and right (R, I)."""
+    """left (O, R) @ right (R, I). With a core (R, R, kernel), left is (R, O) and right (R, I)."""
     return left @ right if core is None else torch.einsum("rs...,ro,si->oi...", core, left, right)
 
 
 def _whole_or_product(whole: Tensor | None, left: Tensor | None, right: Tensor | None, core: Tensor | None) -> Tensor:
     if whole is not None:
         return whole
-    assert left is not None and right is not None  # explain_misfit has looked
+    assert left is not None and right is not None  # explain_misfit has checked
     return _expand(left, right, core)
 
 
@@ -323,17 +323,17 @@ def _shape_of_factor(whole: Tensor | None, left: Tensor | None, right: Tensor | 
     return (left.shape[1], right.shape[1] * math.prod(core.shape[2:])) if core is not None else (left.shape[0], right.shape[1])
 
 
-# what extensions hand over
+# patches from extensions
 
 
 ExtraWeightCalculator = Callable[[Tensor, float, Any], Tensor]
 extra_weight_calculators: dict[str, ExtraWeightCalculator] = {}
-"""Kinds of patches that extensions add: (fp32 weight, strength, values) -> changed weight."""
+"""Kinds of patches added by extensions: (fp32 weight, strength, values) -> changed weight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ExtraPatch(WeightPatch):
-    """A patch of an extension's own kind."""
+    """A patch of a kind that an extension added."""
 
     kind: str
     values: Any
@@ -343,14 +343,14 @@ class ExtraPatch(WeightPatch):
 
 
 def as_weight_patch(value: object) -> WeightPatch:
-    """A patch from what Forge's extensions write: ("lora", (up, down, alpha, mid, dora_scale)), ("diff", (tensor,)), (tensor,) and so on.
+    """A patch from the tuples of Forge's extensions: ("lora", (up, down, alpha, mid, dora_scale)), ("diff", (tensor,)), (tensor,) and so on.
 
-    Raises: WeightPatchError for a kind that nobody knows.
+    Raises: WeightPatchError for an unknown kind.
     """
     if isinstance(value, WeightPatch):
         return value
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise WeightPatchError(f"A weight patch was given as {type(value).__name__}; it must be a WeightPatch or a tuple (kind, values).")
+        raise WeightPatchError(f"A weight patch is a {type(value).__name__}; it must be a WeightPatch or a tuple (kind, values).")
     if isinstance(value[0], Tensor):
         return DiffPatch(diff=value[0])
     kind, values = value[0], value[1] if len(value) > 1 else ()
@@ -359,7 +359,7 @@ def as_weight_patch(value: object) -> WeightPatch:
     build = _FORGE_KINDS.get(kind)
     if build is None:
         known = ", ".join([*_FORGE_KINDS, *extra_weight_calculators])
-        raise WeightPatchError(f"A weight patch of kind {kind!r} was given; known are {known}. Register others in extra_weight_calculators.")
+        raise WeightPatchError(f"Weight patch kind {kind!r} is unknown. Use one of {known}, or register it in extra_weight_calculators.")
     return build(values)
 
 
@@ -394,10 +394,9 @@ _FORGE_KINDS: dict[str, Callable[[Sequence[Any]], WeightPatch]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RowsPatch(WeightPatch):
-    """Rows (first, end, total, swapped) of a change that is written for a larger matrix, of which the weight is these rows; where they are
-    swapped, with its second half first.
+    """Applies a patch for a larger matrix, of which the weight is the rows (first, end, total, swapped); if swapped, with its second half first.
 
-    The other rows are zeros while the change is made, so it holds for every change whose rows do not depend on each other.
+    The other rows are zeros while the patch is applied, so this works for every patch whose rows do not depend on each other.
     """
 
     patch: WeightPatch
@@ -425,7 +424,7 @@ def _swap_halves(weight: Tensor) -> Tensor:
 
 
 def patch_of_rows(patch: WeightPatch, rows: tuple[int, int, int, bool]) -> WeightPatch:
-    """The change of some rows of the matrix that a patch is for; of products and differences only those rows are kept."""
+    """The part of a patch for some rows of its matrix. For products and differences, only those rows are kept."""
     first, end, total, swapped = rows
 
     def cut(tensor: Tensor) -> Tensor:

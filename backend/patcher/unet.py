@@ -1,4 +1,4 @@
-"""UnetPatcher: the denoiser's patcher, with what a sampling run takes along: ControlNets, extra models, extra memory, extra hooks.
+"""UnetPatcher: the denoiser's patcher, with everything else a sampling run needs: ControlNets, extra models, extra memory, extra hooks.
 
 Must not know samplers, prompts or files.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class UnetPatcher(ModelPatcher):
-    """`controlnet_linked_list` is the newest ControlNet, each knowing its `previous_controlnet`."""
+    """`controlnet_linked_list` is the newest ControlNet; each has a `previous_controlnet`."""
 
     model: KModel
 
@@ -32,7 +32,7 @@ class UnetPatcher(ModelPatcher):
 
     @classmethod
     def from_model(cls, model: KModel, load_device: torch.device | None = None, offload_device: torch.device | None = None) -> UnetPatcher:
-        """A patcher for a KModel; without devices, those that memory management picks for a UNet."""
+        """A patcher for a KModel. The devices default to those that memory management chooses for a UNet."""
         parameters = next(model.parameters())
         return cls(
             model,
@@ -51,7 +51,7 @@ class UnetPatcher(ModelPatcher):
         return other
 
     def clone(self) -> UnetPatcher:
-        """The same network with hooks, ControlNets and extra models of its own."""
+        """A patcher for the same network with its own hooks, ControlNets and extra models."""
         clone = super().clone()
         assert isinstance(clone, UnetPatcher)
         return clone
@@ -59,7 +59,7 @@ class UnetPatcher(ModelPatcher):
     # weights
 
     def _translate_weight_name(self, name: str) -> str:
-        """Names of the original layout ("diffusion_model.input_blocks...") are understood too: extensions use them."""
+        """Also accepts names in the original layout ("diffusion_model.input_blocks..."), which extensions use."""
         prefix = "diffusion_model."
         if not name.startswith(prefix):
             return name
@@ -67,7 +67,7 @@ class UnetPatcher(ModelPatcher):
         return name if ours is None else prefix + ours
 
     def load_frozen_patcher(self, filename: str, state_dict: Mapping[str, Tensor], strength: float) -> None:
-        """Weight patches written as `weight name::kind::index`."""
+        """Add weight patches whose keys are `weight name::kind::index`."""
         found: dict[str, dict[str, dict[int, Tensor]]] = {}
         for key, tensor in state_dict.items():
             name, kind, index = key.split("::")
@@ -77,18 +77,18 @@ class UnetPatcher(ModelPatcher):
             patches = {name: (kind, tuple(parts[index] for index in sorted(parts))) for name, parts in values.items()}
             self.add_patches(filename=filename, patches=patches, strength_patch=strength)
 
-    # what a sampling run takes along
+    # what else a sampling run needs
 
     def add_extra_preserved_memory_during_sampling(self, memory_in_bytes: int) -> None:
-        """Keep that much more memory free while sampling."""
+        """Keep this much more memory free while sampling."""
         self.extra_preserved_memory_during_sampling += memory_in_bytes
 
     def add_extra_model_patcher_during_sampling(self, model_patcher: ModelPatcher) -> None:
-        """Have another model on its device while sampling."""
+        """Keep another model on its device while sampling."""
         self.extra_model_patchers_during_sampling.append(model_patcher)
 
     def add_extra_torch_module_during_sampling(self, m: nn.Module, cast_to_unet_dtype: bool = True) -> ModelPatcher:
-        """Have a module on the UNet's device while sampling, in the type the UNet computes in unless told otherwise."""
+        """Keep a module on the UNet's device while sampling, by default in the UNet's computation dtype."""
         if cast_to_unet_dtype:
             m.to(self.model_dtype())
         patcher = ModelPatcher(model=m, load_device=self.load_device, offload_device=self.offload_device)
@@ -120,18 +120,18 @@ class UnetPatcher(ModelPatcher):
         self.model_options.setdefault("transformer_options", {})[k] = v
 
     def add_conditioning_modifier(self, modifier: object, ensure_uniqueness: bool = False) -> None:
-        """(model, x, timestep, uncond, cond, cond_scale, model_options, seed) in, the same tuple out; called before every step."""
+        """Before every step, call a function that maps (model, x, timestep, uncond, cond, cond_scale, model_options, seed) to such a tuple."""
         self.append_model_option("conditioning_modifiers", modifier, ensure_uniqueness)
 
     def add_sampler_pre_cfg_function(self, modifier: object, ensure_uniqueness: bool = False) -> None:
         self.append_model_option("sampler_pre_cfg_function", modifier, ensure_uniqueness)
 
     def set_memory_peak_estimation_modifier(self, modifier: object) -> None:
-        """A function (input_shape) -> bytes in place of the network's own estimate."""
+        """Set a function (input_shape) -> bytes that replaces the network's own estimate."""
         self.model_options["memory_peak_estimation_modifier"] = modifier
 
     def add_alphas_cumprod_modifier(self, modifier: object, ensure_uniqueness: bool = False) -> None:
-        """Kept for extensions that call it; nothing reads it."""
+        """Kept for extensions that call it; nothing uses it."""
         self.append_model_option("alphas_cumprod_modifiers", modifier, ensure_uniqueness)
 
     def add_block_modifier(self, modifier: object, ensure_uniqueness: bool = False) -> None:
@@ -146,7 +146,7 @@ class UnetPatcher(ModelPatcher):
         self.append_transformer_option("controlnet_conditioning_modifiers", modifier, ensure_uniqueness)
 
     def set_group_norm_wrapper(self, wrapper: object) -> None:
-        """(norm_layer, h, transformer_options) -> h, in place of the resnets' and the last norm."""
+        """(norm_layer, h, transformer_options) -> h, which replaces the resnets' norms and the last norm."""
         self.set_transformer_option("group_norm_wrapper", wrapper)
 
     def set_controlnet_model_function_wrapper(self, wrapper: object) -> None:

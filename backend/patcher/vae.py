@@ -1,7 +1,7 @@
-"""The VAE as the rest of the engine uses it: pictures to latents and back, in batches that fit, in tiles where they do not, and in fp32 where
-half precision overflows.
+"""The VAE as the engine uses it: pictures to latents and back, in batches that fit, in tiles if a picture does not fit, and in fp32 if half
+precision overflows.
 
-Shapes: BHWC pictures with values 0..1; BCHW latents as the network has them, not yet scaled for the UNet.
+Shapes: BHWC pictures with values 0..1; BCHW latents as the network outputs them, not scaled for the UNet.
 """
 
 from __future__ import annotations
@@ -31,23 +31,22 @@ _PUBLISHED_WIDTH = 128
 _SAFETY = 2.0
 _ENCODE_BYTES_PER_PIXEL = _SAFETY * 643
 _DECODE_BYTES_PER_PIXEL = _SAFETY * 768
-"""Working memory of the published networks per picture pixel and byte of the number type; narrower ones need less in proportion. The second
-factor is what tensors take at the peak (benchmarks/memory_estimates.md), the first leaves room for the scratch memory of kernels."""
+"""Working memory of the published networks per pixel and byte of the dtype; narrower networks need proportionally less. The second factor is what
+tensors take at the peak (benchmarks/memory_estimates.md); the first leaves room for kernels' scratch memory."""
 _DECODE_TILES = (64, 32, 16)
 _ENCODE_TILES = (512, 256, 128)
-"""Sides of tiles, in latent and in picture pixels, from what is tried first when memory runs out to what is tried last."""
+"""Sides of tiles, in latent and in picture pixels, in the order they are tried after running out of memory."""
 
 
 class NansError(RuntimeError):
-    """The VAE gave NaN in full precision: the latents or the file are broken."""
+    """The VAE returned NaN in full precision: the latents or the file are broken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DecodeJob:
-    """What has to be known to decode latents elsewhere than in the VAE's own way.
+    """What a SlotDecoder needs to decode latents.
 
-    `network` is on `device` when `patcher` is loaded; results are wanted on `output_device`, in fp32, -1..1. `need_bytes`: working memory of one
-    latent.
+    `network` is on `device` when `patcher` is loaded. Results go to `output_device`, in fp32, -1..1. `need_bytes`: working memory for one latent.
     """
 
     network: nn.Module
@@ -59,16 +58,16 @@ class DecodeJob:
 
 
 class SlotDecoder(Protocol):
-    """Decodes latents BCHW with several slots; None where one slot has to do it."""
+    """Decodes latents BCHW on several slots. Returns None if one slot should do it."""
 
     def __call__(self, job: DecodeJob, latents_BCHW: Tensor, /) -> Tensor | None: ...
 
 
 class VAE:
-    """An AutoencoderKL with its patcher. A clone shares the network and has model options of its own.
+    """An AutoencoderKL with its patcher. A clone shares the network but has its own model options.
 
-    `auto_fp32`: when half precision gives NaN, go over to fp32 for good and do the picture again; without it NaN goes through.
-    `slot_decoder` decodes with several slots where there are some; without one the VAE's own device does it.
+    `auto_fp32`: if half precision gives NaN, switch to fp32 permanently and repeat the picture; otherwise return the NaN.
+    `slot_decoder` decodes on several slots if there are several; without it the VAE's own device decodes.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class VAE:
         if no_init:
             return
         if model is None:
-            raise ValueError("VAE(model): a network is needed; VAE(no_init=True) makes an empty one.")
+            raise ValueError("VAE() was called without a network. Pass a model, or use VAE(no_init=True) for an empty one.")
         self.first_stage_model = model
         self.slot_decoder = slot_decoder
         self.device = device or memory_management.vae_device(count_module_bytes(model).total_bytes)
@@ -106,7 +105,7 @@ class VAE:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """The type the network is in now; clones share it."""
+        """The network's current dtype, which clones share."""
         return next(self.first_stage_model.parameters()).dtype
 
     def clone(self) -> VAE:
@@ -118,7 +117,7 @@ class VAE:
     # --- working memory -------------------------------------------------------------------------------------------------------------
 
     def memory_used_encode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Bytes to encode one picture of pixel shape (..., H, W)."""
+        """Bytes to encode one picture of shape (..., H, W)."""
         return int(_ENCODE_BYTES_PER_PIXEL * shape[-2] * shape[-1] * dtype.itemsize * self._width_share)
 
     def memory_used_decode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -128,12 +127,12 @@ class VAE:
     # --- decode ---------------------------------------------------------------------------------------------------------------------
 
     def decode(self, samples_in: Tensor) -> Tensor:
-        """Latents BCHW -> pictures BHWC, 0..1, fp32 on the output device. A `model_vae_decode_wrapper` in the patcher's options goes around it."""
+        """Latents BCHW -> pictures BHWC, 0..1, fp32 on the output device. A `model_vae_decode_wrapper` in the patcher's options wraps it."""
         wrapper = self.patcher.model_options.get("model_vae_decode_wrapper")
         return self.decode_inner(samples_in) if wrapper is None else cast("Tensor", wrapper(self.decode_inner, samples_in))
 
     def decode_inner(self, samples_in: Tensor) -> Tensor:
-        """Whole pictures, as many at a time as fit; tiles when one picture does not."""
+        """Decode whole pictures, as many at once as fit; in tiles if one picture does not fit."""
         if memory_management.VAE_ALWAYS_TILED:
             return self.decode_tiled(samples_in)
         if samples_in.shape[0] == 1 and (shared_BHWC := self.decode_on_all_slots(samples_in)) is not None:
@@ -147,7 +146,7 @@ class VAE:
 
     @torch.no_grad()
     def decode_on_all_slots(self, samples_in: Tensor) -> Tensor | None:
-        """Latents BCHW -> pictures BHWC, 0..1, each decoded alone: dealt to the slots, or split over them. None where one slot has to do it."""
+        """Latents BCHW -> pictures BHWC, 0..1, each decoded alone: dealt to the slots or split over them. None if one slot should do it."""
         decode = self.slot_decoder
         if decode is None or len(memory_management.compute_slots()) < 2 or memory_management.VAE_ALWAYS_TILED:
             return None
@@ -171,7 +170,7 @@ class VAE:
 
     @torch.no_grad()
     def decode_tiled(self, samples: Tensor, tile_x: int = 64, tile_y: int = 64, overlap: int = 16) -> Tensor:
-        """Latents BCHW -> pictures BHWC, 0..1, from tiles of `tile_x` by `tile_y` latent pixels; three tilings, averaged."""
+        """Latents BCHW -> pictures BHWC, 0..1, in tiles of `tile_x` by `tile_y` latent pixels, averaged over three tilings."""
         out_channels = cast("int", cast("Any", self.first_stage_model).config.out_channels)
         tiling, scale = Tiling(tile_w=tile_x, tile_h=tile_y, overlap=overlap), Fraction(self.downscale_ratio)
         self._load(self.memory_used_decode((tile_y, tile_x), self.vae_dtype))
@@ -189,13 +188,13 @@ class VAE:
     def encode(self, pixel_samples: Tensor) -> Tensor:
         """Pictures BHWC, 0..1 -> latents BCHW, fp32 on the output device: the mean of the posterior, the same at every call.
 
-        In the patcher's options a `model_vae_encode_wrapper` goes around it and a `model_vae_regulation` draws from the posterior instead.
+        In the patcher's options, a `model_vae_encode_wrapper` wraps it and a `model_vae_regulation` replaces the mean of the posterior.
         """
         wrapper = self.patcher.model_options.get("model_vae_encode_wrapper")
         return self.encode_inner(pixel_samples) if wrapper is None else cast("Tensor", wrapper(self.encode_inner, pixel_samples))
 
     def encode_inner(self, pixel_samples: Tensor) -> Tensor:
-        """Whole pictures, as many at a time as fit; tiles when one picture does not."""
+        """Encode whole pictures, as many at once as fit; in tiles if one picture does not fit."""
         if memory_management.VAE_ALWAYS_TILED:
             return self.encode_tiled(pixel_samples)
         pixels_BCHW = pixel_samples.movedim(-1, 1)
@@ -208,7 +207,7 @@ class VAE:
 
     @torch.no_grad()
     def encode_tiled(self, pixel_samples: Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64) -> Tensor:
-        """Pictures BHWC, 0..1 -> latents BCHW, from tiles of `tile_x` by `tile_y` pixels; three tilings, averaged."""
+        """Pictures BHWC, 0..1 -> latents BCHW, in tiles of `tile_x` by `tile_y` pixels, averaged over three tilings."""
         pixels_BCHW = pixel_samples.movedim(-1, 1)
         tiling, scale = Tiling(tile_w=tile_x, tile_h=tile_y, overlap=overlap), Fraction(1, self.downscale_ratio)
         self._load(self.memory_used_encode((tile_y, tile_x), self.vae_dtype))
@@ -224,7 +223,7 @@ class VAE:
     # --- shared ---------------------------------------------------------------------------------------------------------------------
 
     def _unless_out_of_memory(self, run: Callable[[], Tensor]) -> Tensor | None:
-        """`run()`, or None with the device's idle memory given back. The caller goes on outside the handler, so that the failed try is freed."""
+        """`run()`, or None after releasing idle memory. The caller continues outside the handler, so that the failed attempt's memory is free."""
         try:
             return run()
         except (memory_management.OOM_EXCEPTION, OutOfMemory):
@@ -233,7 +232,7 @@ class VAE:
         return None
 
     def _in_smaller_tiles(self, run: Callable[[int], Tensor], tiles: tuple[int, ...]) -> Tensor:
-        """`run(tile)` with the largest tile side that there is memory for. Raises: OutOfMemory when the smallest is too large."""
+        """`run(tile)` with the largest tile side that memory allows. Raises: OutOfMemory if the smallest is too large."""
         for tile in tiles[:-1]:
             result = self._unless_out_of_memory(partial(run, tile))
             if result is not None:
@@ -242,7 +241,7 @@ class VAE:
         return run(tiles[-1])
 
     def _with_recovery(self, run: Callable[[], Tensor], doing: str) -> Tensor:
-        """`run()` checked for NaN; again with less and less else on the device when memory runs out. Raises: OutOfMemory, NansError."""
+        """`run()`, checked for NaN and repeated with more and more memory freed if it runs out. Raises: OutOfMemory, NansError."""
         return memory_management.run_with_recovery(
             lambda: self._checked(run, doing), what=f"{doing} tiles with the VAE", device=self.device, keep=[self.patcher]
         )
@@ -270,9 +269,9 @@ class VAE:
         return total.div_(len(variants))
 
     def _checked(self, run: Callable[[], Tensor], doing: str) -> Tensor:
-        """`run()`, again in fp32 when it gives NaN in half precision.
+        """`run()`, repeated in fp32 if it gives NaN in half precision.
 
-        Raises: NansError when fp32 gives NaN too.
+        Raises: NansError if fp32 gives NaN too.
         """
         result = run()
         if not bool(result.isnan().any()):
@@ -281,8 +280,8 @@ class VAE:
             if not self.auto_fp32:
                 return result
             logger.warning(
-                "The VAE produced NaN while %s in %s. It is automatically reverted to 32-bit floats and the picture is done again. "
-                "Start with --no-half-vae to use 32 bit from the start, or switch off 'Repeat a failed VAE pass in 32 bits' (auto_vae_precision).",
+                "The VAE produced NaN while %s in %s. It is switched to 32-bit floats and the picture is repeated. Start with --no-half-vae to use "
+                "32 bits from the start, or turn off 'Repeat a failed VAE pass in 32 bits' (auto_vae_precision).",
                 doing,
                 str(self.vae_dtype).removeprefix("torch."),
             )
@@ -290,7 +289,7 @@ class VAE:
             result = run()
         if bool(result.isnan().any()):
             raise NansError(
-                f"The VAE produced NaN while {doing}, in 32-bit floats too. The latents are broken, or the VAE file is: try another sampler or seed, "
+                f"The VAE produced NaN while {doing}, even in 32-bit floats. The latents or the VAE file are broken: try another sampler or seed, "
                 "lower the CFG scale, or choose another VAE."
             )
         return result
@@ -302,7 +301,7 @@ class VAE:
 
 
 def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    nn.Module.to(model, dtype)  # diffusers' own `to` warns about each change of type
+    nn.Module.to(model, dtype)  # diffusers' own `to` warns about every change of dtype
 
 
 def _size_text(x_BCHW: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""A picture function applied tile by tile, the seams blended. Knows no VAE: only how many output pixels one input pixel makes.
+"""Applies a picture function tile by tile and blends the seams. Knows no VAE, only how many output pixels one input pixel makes.
 
 Shapes: B batch, C channels, H, W of the input; h, w of the output.
 """
@@ -22,7 +22,7 @@ class Tiling:
     overlap: int
 
     def variants(self) -> tuple[Tiling, Tiling, Tiling]:
-        """The tiling itself, one of flatter and one of taller tiles of the same area; averaging the three hides what seams remain."""
+        """The tiling itself, one with flatter and one with taller tiles of the same area. Averaging the three hides the remaining seams."""
         return (
             self,
             Tiling(tile_w=self.tile_w * 2, tile_h=self.tile_h // 2, overlap=self.overlap),
@@ -39,11 +39,11 @@ def run_tiled(
     out_channels: int,
     output_device: torch.device,
 ) -> Tensor:
-    """`function` over overlapping tiles of `x_BCHW`, fp32 on `output_device`.
+    """`function` applied to overlapping tiles of `x_BCHW`, fp32 on `output_device`.
 
-    Each tile fades in over its overlap from every inner border; the sum is divided by the sum of the fades, so a function that acts
-    on each pixel alone gives what it would give on the whole. `scale`: output pixels per input pixel (8 for a decoder, 1/8 for an encoder).
-    One picture at a time.
+    Each tile fades in over its overlap from every inner border, and the sum is divided by the sum of the fades. So a function that acts on each pixel
+    alone gives the same result as on the whole picture. `scale`: output pixels per input pixel (8 for a decoder, 1/8 for an encoder). Processes one
+    picture at a time.
     """
     _, _, height, width = x_BCHW.shape
     out_shape = (out_channels, int(height * scale), int(width * scale))
@@ -73,9 +73,9 @@ def _run_one(
 
 
 def spans(length: int, tile: int, overlap: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of tiles that cover `length`, each `tile` long where there is room, neighbours sharing at least `overlap`.
+    """(start, end) of tiles that cover `length`, each `tile` long if there is room, with neighbors sharing at least `overlap`.
 
-    The last tile moves back rather than being short, so that every tile gives the network as much context as it can.
+    The last tile is moved back instead of being shorter, so that every tile gives the network as much context as possible.
     """
     if tile >= length:
         yield 0, length
@@ -88,7 +88,7 @@ def spans(length: int, tile: int, overlap: int) -> Iterator[tuple[int, int]]:
 
 
 def _fade(length: int, overlap: int, *, starts: bool, ends: bool) -> Tensor:
-    """Weights along one axis: rising over `overlap` from a border to a neighbour, 1 elsewhere; never 0."""
+    """Weights along one dim: rising over `overlap` from a border to a neighbor, 1 elsewhere, never 0."""
     weights = torch.ones(length)
     ramp = (torch.arange(min(overlap, length), dtype=torch.float32) + 1) / (overlap + 1)
     if not starts:

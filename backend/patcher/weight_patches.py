@@ -1,12 +1,12 @@
-"""Weight patches: changes of a network's weights (LoRA and its kin), put in and taken out exactly, each weight on the device where it lies.
+"""Weight patches: changes of a network's weights (LoRA and similar), applied and undone exactly, each weight on its current device.
 
-A `ModelPatcher` lists the changes it wants. The `LoraLoader` of its network brings the weights there from whatever they are now: it keeps the
-original of each changed weight on the host, always changes from the original, and restores by copying it back. Must not know file formats,
-prompts, or where a network ought to be.
+A `ModelPatcher` lists the changes it wants. The `LoraLoader` of its network applies them, whatever the weights' current state: it keeps the original
+of each changed weight on the host, always starts from the original, and restores by copying it back. Must not know file formats, prompts, or where
+a network should be.
 
-Streamed layers: their host copy is changed, so what is fetched is changed already. Layers stored in fp8: the sum is rounded to one of the two
-neighbours at random (seeded by the weight's name, the same everywhere), since rounding to the nearest would drop nearly every small change.
-In online mode the stored weight stays as it is and the change is added each time its layer runs, in the type the layer computes in.
+Streamed layers: the host copy is patched, so fetched weights already are. Layers stored in fp8: the sum is rounded to one of its two neighbors at
+random (seeded by the weight's name, so equal everywhere), because rounding to nearest would drop nearly every small change.
+In online mode the stored weight does not change, and the change is added each time its layer runs, in the layer's computation dtype.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class WeightPatch(ABC):
 
     @abstractmethod
     def merge(self, weight: Tensor, strength: float) -> Tensor:
-        """The changed weight. `weight` is fp32, may be overwritten, and says the device; tensors of the patch are brought there."""
+        """The changed weight. `weight` is fp32 and may be overwritten. The patch's tensors are moved to its device."""
 
     def explain_misfit(self, shape: torch.Size) -> str | None:
-        """Why the change cannot be made on a weight of that shape, if it cannot."""
+        """Why the change does not fit a weight of this shape; None if it fits."""
         return None
 
     def on(self, device: torch.device) -> WeightPatch:
-        """The same change with its tensors on `device`, for use again and again."""
+        """The same change with its tensors on `device`, for repeated use."""
         return self
 
 
@@ -67,7 +67,7 @@ LoraPatches = dict[LoraIdentifier, dict[str, list[Step]]]
 
 
 def merge_recipe(weight: Tensor, recipe: Iterable[Step]) -> Tensor:
-    """`weight` (fp32, not kept intact) after all steps."""
+    """`weight` (fp32, may be overwritten) after all steps."""
     for step in recipe:
         if step.strength_model != 1.0:
             weight = weight * step.strength_model
@@ -89,14 +89,14 @@ def _merge_step(weight: Tensor, step: Step) -> Tensor:
 
 
 class OriginalPool:
-    """Originals that networks of the same weights share, so that each is kept once on the host, as long as one of them needs it."""
+    """Originals shared by networks with the same weights, so that the host keeps each only once, for as long as one of them needs it."""
 
     def __init__(self) -> None:
         self._tensors: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
     def share(self, name: str, original: Tensor) -> Tensor:
-        """The tensor kept under that name if it is equal to `original`, bit for bit; else `original`, which is kept from now on."""
+        """The tensor stored under that name if it equals `original` bit for bit; otherwise store and return `original`."""
         with self._lock:
             kept = self._tensors.get(name)
         if kept is not None and storage_of(kept).is_same(storage_of(original)):
@@ -107,9 +107,9 @@ class OriginalPool:
 
 
 class LoraLoader:
-    """What is changed in one network's weights now, and how to bring it elsewhere. Kept by the network's owner, for all patchers.
+    """The current changes of one network's weights, and how to apply others. The network's owner keeps it for all patchers.
 
-    `backup` maps names to the originals of merged weights, on the host; nobody writes to them, and replica modules share them through `pool`.
+    `backup` maps names to the originals of merged weights, on the host. They are read-only, and replica modules share them through `pool`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -124,10 +124,10 @@ class LoraLoader:
 
     @property
     def model(self) -> nn.Module:
-        """The network. Held weakly: it keeps its loader, so that a network that nobody else holds goes at once."""
+        """The network. A weak reference, because the network keeps its loader: an unused network is freed at once."""
         model = self._model()
         if model is None:
-            raise RuntimeError("The network whose weights were to be changed is gone; its patcher must hold it.")
+            raise RuntimeError("The network whose weights should change has been deleted. Keep its patcher, which keeps the network.")
         return model
 
     @property
@@ -143,9 +143,9 @@ class LoraLoader:
         *,
         compute_device: torch.device | None = None,
     ) -> None:
-        """Have the weights as `lora_patches` says. Weights whose recipe is the same as before are not touched.
+        """Apply `lora_patches`. Weights whose recipe has not changed are not touched.
 
-        A weight on the host is merged on `compute_device` and comes back. When a merge fails all weights are as they were made, without any patch.
+        A weight on the host is merged on `compute_device` and copied back. If a merge fails, all weights are restored without any patch.
         Raises: WeightPatchError; torch.OutOfMemoryError.
         """
         wanted = tuple(lora_patches.items())
@@ -163,13 +163,13 @@ class LoraLoader:
         self.loaded_hash = str(list(lora_patches))
 
     def restore(self) -> None:
-        """Every weight as it was made."""
+        """Restore every weight's original."""
         self._loaded, self.loaded_hash = (), str([])
         self._refresh_online({})
         self._refresh_merged({}, None)
 
     def originals(self) -> dict[str, Tensor]:
-        """Every parameter and saved buffer by name, without changes."""
+        """Every parameter and saved buffer by name, without patches."""
         return {**self.model.state_dict(), **self.backup}
 
     # merged into the stored weight
@@ -188,7 +188,7 @@ class LoraLoader:
 
     def _merge(self, name: str, parameter: Tensor, recipe: Recipe, compute_device: torch.device | None) -> None:
         original = self.backup.get(name)
-        source = parameter.detach() if original is None else original  # the same values, and nearer
+        source = parameter.detach() if original is None else original  # equal values, and closer
         if original is None:
             original = self.backup[name] = self.pool.share(name, storage_of(parameter).to_host().tensor)
         device = parameter.device if compute_device is None or parameter.device.type != "cpu" else compute_device
@@ -198,7 +198,7 @@ class LoraLoader:
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise WeightPatchError(f"A weight patch cannot be put on {name} {tuple(original.shape)}: {error}") from error
+            raise WeightPatchError(f"A weight patch cannot be applied to {name} of shape {tuple(original.shape)}: {error}") from error
         storage_of(parameter).overwrite(merged, seed=zlib.crc32(name.encode()))
         self._merged[name] = recipe
 
@@ -218,7 +218,7 @@ class LoraLoader:
         self._online = dict(recipes)
 
     def copied_for(self, model: nn.Module) -> LoraLoader:
-        """The loader of a copy of the network: patches and originals are shared, since nobody writes to them."""
+        """The loader for a copy of the network. Patches and originals are shared, because they are read-only."""
         copied = LoraLoader(model)
         copied.pool = self.pool
         copied.backup, copied._merged, copied._online = dict(self.backup), dict(self._merged), dict(self._online)
@@ -227,14 +227,14 @@ class LoraLoader:
 
 
 def loader_of(model: nn.Module) -> LoraLoader:
-    """The network's loader; made when first asked for."""
+    """The network's loader, made at the first request."""
     return owner_of(model).part(LoraLoader, lambda: LoraLoader(model))
 
 
 def unpatched_tensors(module: nn.Module) -> Mapping[str, Tensor]:
     """Every parameter and saved buffer of a patcher's network (`patcher.model`, not a part of it) by name, without weight patches.
 
-    Unchanged ones are the network's own tensors, originals of changed ones lie on the host: `copy.load_state_dict` takes them as they are.
+    Unpatched tensors are the network's own; originals of patched ones are on the host. `copy.load_state_dict` accepts them as they are.
     """
     loader = owner_of(module).find(LoraLoader)
     return module.state_dict() if loader is None else loader.originals()
@@ -245,7 +245,7 @@ def _are_same(one: tuple[tuple[LoraIdentifier, Any], ...], other: tuple[tuple[Lo
 
 
 def _collect_recipes(wanted: Iterable[tuple[LoraIdentifier, dict[str, list[Step]]]]) -> tuple[dict[str, Recipe], dict[str, Recipe]]:
-    """(merged, online): name -> its steps in the order they were asked for."""
+    """(merged, online): name -> its steps in the order of the requests."""
     merged: dict[str, Recipe] = {}
     online: dict[str, Recipe] = {}
     for (_, _, _, is_online), patches in wanted:
@@ -259,19 +259,19 @@ def _collect_recipes(wanted: Iterable[tuple[LoraIdentifier, dict[str, list[Step]
 
 
 def _set_online_merge(layer: nn.Module, recipes: dict[str, Recipe] | None) -> None:
-    """Put the changes of one layer in place of those it has; None takes them away."""
+    """Replace the online changes of one layer; None removes them."""
     for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
         for hook_id in [hook_id for hook_id, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _OnlineMerge)]:
             del hooks[hook_id]
             layer._forward_hooks_always_called.pop(hook_id, None)
     if recipes:
         merge = _OnlineMerge(recipes)
-        layer.register_forward_pre_hook(merge.enter)  # after those that fetch the weight
-        layer.register_forward_hook(merge.leave, prepend=True, always_call=True)  # before those that let it go
+        layer.register_forward_pre_hook(merge.enter)  # after the hooks that fetch the weight
+        layer.register_forward_hook(merge.leave, prepend=True, always_call=True)  # before the hooks that release it
 
 
 class _OnlineMerge:
-    """Hooks of one layer: its changed weights for the time it runs. Patches stay on the device where they were used last."""
+    """The hooks of one layer, which swap in changed weights while it runs. Patches stay on the device where they were last used."""
 
     def __init__(self, recipes: Mapping[str, Recipe]) -> None:
         self._recipes = dict(recipes)
@@ -310,7 +310,7 @@ def _as_parameter(tensor: Tensor, like: nn.Parameter) -> nn.Parameter:
 
 @contextlib.contextmanager
 def without_weight_patches(model: nn.Module) -> Iterator[None]:
-    """The network as it was made, for the time of a `with`: for saving it."""
+    """A context in which the network has its original weights, for saving it."""
     loader = loader_of(model)
     loaded = dict(loader._loaded)
     loader.refresh({}, compute_device=loader._compute_device)

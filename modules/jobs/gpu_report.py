@@ -90,7 +90,7 @@ def _idle(plan: PlanStatus, slots: Sequence[SlotStatus]) -> list[int]:
 
 
 def _way_out(plan: PlanStatus) -> str:
-    if "was asked for" in plan.reason:
+    if "was requested" in plan.reason:
         return "Choose auto as the setting multi_gpu_strategy, or leave --multi-gpu-strategy out."
     if plan.is_replicated:
         return "More pictures at once (Batch size) give it work."

@@ -84,5 +84,5 @@ def test_the_kind_matters_and_one_that_is_not_there_is_refused(loaded: Loaded, t
     link, noise = _link(build_union(loaded.models, num_types=6), tmp_path), _noise()
     pictures = [loaded.our_picture(apply_controlnet_advanced(loaded.unet, link.of_type(kind), hint(), 1.0, 0.0, 1.0), noise) for kind in (0, 1)]
     assert not torch.equal(*pictures)
-    with pytest.raises(ControlNetError, match=r"union\.safetensors does not know hints of the kind Tile; it knows OpenPose"):
+    with pytest.raises(ControlNetError, match=r"union\.safetensors does not support Tile hints\. Use one of OpenPose"):
         link.of_type(6)

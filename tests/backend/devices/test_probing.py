@@ -60,7 +60,7 @@ def test_other_makers_are_found_by_name_and_by_number(kind: str, name: str) -> N
 
 def test_unknown_device_is_answered_with_what_exists() -> None:
     with pytest.raises(
-        DeviceError, match=r"--device-id 5: there is no such device\. Present: 0 = cuda:0 \(GPU 24G, 24\.0 GiB\), 1 = cuda:1 .*cpu \(8 cores"
+        DeviceError, match=r"--device-id 5: there is no such device\. Available: 0 = cuda:0 \(GPU 24G, 24\.0 GiB\), 1 = cuda:1 .*cpu \(8 cores"
     ):
         devices_of(make_inventory(24, 12), device_ids=("0", "5"))
 

@@ -103,7 +103,7 @@ def test_a_mask_weighs_places_at_every_size() -> None:
 
 
 def test_too_few_weights_are_reported() -> None:
-    with pytest.raises(ControlNetError, match="1 numbers for its output residuals"):
+    with pytest.raises(ControlNetError, match="1 weights for its output residuals"):
         _control(_link(positive_advanced_weighting={"middle": [1.0], "output": [1.0]}))
 
 

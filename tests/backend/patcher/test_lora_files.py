@@ -248,7 +248,7 @@ def test_a_few_unknown_layers_are_said_in_one_line(caplog: pytest.LogCaptureFixt
         found = match(tensors)
     assert len(found.unmatched) == 6
     assert [record.message for record in caplog.records if "LoRA test" in record.message] == [
-        "LoRA test: 6 layers or keys have no place in the model and are left out (first: lora_unet_new_0, lora_unet_new_1, lora_unet_new_2)."
+        "LoRA test: 6 layers or keys do not exist in the model and are ignored (first: lora_unet_new_0, lora_unet_new_1, lora_unet_new_2)."
     ]
 
 
@@ -259,7 +259,7 @@ def test_a_layer_without_all_its_parts_has_no_place() -> None:
 
 
 def test_what_is_no_lora_is_refused() -> None:
-    with pytest.raises(LoraError, match="this is no LoRA"):
+    with pytest.raises(LoraError, match="this is not a LoRA"):
         parse_lora("checkpoint", {"model.diffusion_model.out.2.weight": torch.ones(2, 2)})
 
 
@@ -344,7 +344,7 @@ def test_a_damaged_layer_is_refused_before_merging_by_the_files_name(change: dic
 
 def test_lengths_beside_a_kind_that_has_none_are_refused() -> None:
     out, _ = shape_of(QUERY)
-    with pytest.raises(LoraError, match="DoRA's lengths beside"):
+    with pytest.raises(LoraError, match="DoRA magnitudes, which this kind"):
         match({f"{LAYER}.oft_blocks": torch.zeros(2, out // 2, out // 2), f"{LAYER}.dora_scale": torch.ones(out, 1)})
 
 

@@ -240,7 +240,7 @@ def test_lengths_of_a_convolution_are_read_in_every_way_they_are_written(shape: 
 @pytest.mark.parametrize("shape", [(), (5,), (1, 5, 1, 1), (5, 1), (2, 3), (0,), (1, 1, 6, 1), (6, 4, 3, 3)])
 def test_lengths_that_do_not_fit_are_seen_before_anything_is_merged(shape: tuple[int, ...]) -> None:
     patch = LoraPatch(up=rand(6, 2, 1, 1), down=rand(2, 4, 3, 3), dora_scale=torch.ones(shape))
-    assert "DoRA's lengths" in str(patch.explain_misfit(torch.Size((6, 4, 3, 3))))
+    assert "DoRA magnitudes" in str(patch.explain_misfit(torch.Size((6, 4, 3, 3))))
     for other in (LohaPatch(w1_a=rand(6, 2), w1_b=rand(2, 36), w2_a=rand(6, 2), w2_b=rand(2, 36), dora_scale=torch.ones(shape)),
                   DiffPatch(diff=rand(6, 4, 3, 3), dora_scale=torch.ones(shape))):  # fmt: skip
         assert other.explain_misfit(torch.Size((6, 4, 3, 3))) is not None

@@ -309,7 +309,7 @@ def test_names_aliases_and_schedules_resolve() -> None:
     assert unipc.with_unipc_skip_type("logSNR").resolve_schedule("Automatic") == "exponential"
     assert unipc.with_unipc_skip_type("time_quadratic").compute_sigmas(None, 5, Prediction()).shape == (6,)
     assert find_sampler("Euler").with_unipc_skip_type("logSNR") is find_sampler("Euler")
-    with pytest.raises(ValueError, match="Sampler 'Euler b' is unknown. Use one of DPM"):
+    with pytest.raises(ValueError, match=r"Sampler 'Euler b' is unknown\. Use one of DPM"):
         find_sampler("Euler b")
     with pytest.raises(ValueError, match="'sideways'"):
         unipc.with_unipc_skip_type("sideways")

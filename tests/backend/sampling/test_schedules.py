@@ -157,7 +157,7 @@ def test_discarding_the_penultimate() -> None:
 
 
 def test_nonsense_is_refused_with_what_would_do(predictor: Prediction) -> None:
-    with pytest.raises(ValueError, match="Schedule 'quick' is unknown. Use one of Automatic, Uniform"):
+    with pytest.raises(ValueError, match=r"Schedule 'quick' is unknown\. Use one of Automatic, Uniform"):
         compute_sigmas("quick", 5, predictor)
     with pytest.raises(ValueError, match="0 sampling steps"):
         compute_sigmas("karras", 0, predictor)
