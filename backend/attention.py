@@ -1,9 +1,9 @@
-"""Attention over (batch, tokens, heads * width) tensors under Forge's names, and the choice between them.
+"""Attention implementations over (batch, tokens, heads * width) tensors under Forge's names, and the choice among them.
 
-`attention_function` is what hooks and networks call; `configure_attention` chooses what it runs, once, from BackendConfig.
+Hooks and networks call `attention_function`; `configure_attention` chooses once, from BackendConfig, what it runs.
 Must not know UNets, samplers or prompts.
 
-Shapes: B batch, L query tokens, M key tokens, N heads, K width of a head, D = N * K, C channels, H W rows and columns.
+Shapes: B batch, L query tokens, M key tokens, N heads, K head width, D = N * K, C channels, H W rows and columns.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SPLIT_SCORE_BYTES = 512 * 2**20
-"""Scores that `attention_split` holds at one time."""
+"""Bytes of scores that `attention_split` keeps in memory at once."""
 SUB_QUAD_QUERY_CHUNK = 512
 SUB_QUAD_KEY_CHUNK = 4096
 
 
 class AttentionFunction(Protocol):
-    """`skip_reshape`: q, k, v come as (B, N, L, K) already."""
+    """`skip_reshape`: q, k, v are already (B, N, L, K)."""
 
     def __call__(
         self,
@@ -58,7 +58,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, heads: int, skip_reshape: bool) ->
 
 
 def _fit_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask that broadcasts to (B, N, L, M): bool (True = look) or added to the scores."""
+    """A mask that broadcasts to (B, N, L, M): bool (True = attend), or numbers added to the scores."""
     if mask is None:
         return None
     while mask.ndim < 4:
@@ -69,7 +69,7 @@ def _fit_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def attention_pytorch(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, attn_precision: torch.dtype | None = None, skip_reshape: bool = False
 ) -> Tensor:
-    """torch's scaled dot product attention."""
+    """Torch's scaled dot product attention."""
     q_BNLK, k_BNMK, v_BNMK = _prepare(q, k, v, heads, skip_reshape)
     return _join_heads(functional.scaled_dot_product_attention(q_BNLK, k_BNMK, v_BNMK, attn_mask=_fit_mask(mask, q.dtype)))
 
@@ -77,7 +77,7 @@ def attention_pytorch(
 def attention_basic(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, attn_precision: torch.dtype | None = None, skip_reshape: bool = False
 ) -> Tensor:
-    """All scores at once, softmax in `attn_precision` (the inputs' own type when None)."""
+    """All scores at once, with softmax in `attn_precision` (None: the inputs' dtype)."""
     q_BNLK, k_BNMK, v_BNMK = _prepare(q, k, v, heads, skip_reshape)
     return _join_heads(_attend_rows(q_BNLK, k_BNMK, v_BNMK, _fit_mask(mask, q.dtype), attn_precision))
 
@@ -85,7 +85,7 @@ def attention_basic(
 def attention_split(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, attn_precision: torch.dtype | None = None, skip_reshape: bool = False
 ) -> Tensor:
-    """Exact attention over runs of query rows, so that the scores held at one time stay below SPLIT_SCORE_BYTES."""
+    """Exact attention over ranges of query rows, so that the scores in memory at once stay below SPLIT_SCORE_BYTES."""
     q_BNLK, k_BNMK, v_BNMK = _prepare(q, k, v, heads, skip_reshape)
     batch, num_heads, num_queries, _ = q_BNLK.shape
     row_bytes = batch * num_heads * k_BNMK.shape[2] * (attn_precision or q.dtype).itemsize
@@ -101,7 +101,7 @@ def attention_split(
 def attention_sub_quad(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, attn_precision: torch.dtype | None = None, skip_reshape: bool = False
 ) -> Tensor:
-    """Attention in memory below quadratic: chunks of queries against chunks of keys with a running softmax.
+    """Attention with less than quadratic memory: chunks of queries against chunks of keys, with a running softmax.
 
     Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (2021), section 3.
     """
@@ -118,7 +118,7 @@ def attention_sub_quad(
 def attention_xformers(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, attn_precision: torch.dtype | None = None, skip_reshape: bool = False
 ) -> Tensor:
-    """xformers' memory-efficient attention, which wants (B, L, N, K)."""
+    """The memory-efficient attention of xformers, which takes (B, L, N, K)."""
     from xformers import ops  # optional package
 
     q_BNLK, k_BNMK, v_BNMK = _prepare(q, k, v, heads, skip_reshape)
@@ -165,7 +165,7 @@ def _attend_key_chunks(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, mask: Ten
     return output
 
 
-# single head over pictures, as a VAE's middle block has it
+# single head over pictures, for a VAE's middle block
 
 
 def _attend_picture(q_BCHW: Tensor, k_BCHW: Tensor, v_BCHW: Tensor, attend: AttentionFunction) -> Tensor:
@@ -184,7 +184,7 @@ def normal_attention_single_head_spatial(q: Tensor, k: Tensor, v: Tensor) -> Ten
 
 
 def slice_attention_single_head_spatial(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One head over the (B, C, H, W) positions, in runs of rows."""
+    """One head over the (B, C, H, W) positions, in ranges of rows."""
     return _attend_picture(q, k, v, attention_split)
 
 
@@ -204,7 +204,7 @@ _FUNCTIONS: dict[str, tuple[AttentionFunction, Callable[[Tensor, Tensor, Tensor]
 
 
 class _Choice:
-    """What runs now; one object so that a later choice reaches every importer of `attention_function`."""
+    """The current choice. One shared object, so that a later choice reaches every importer of `attention_function`."""
 
     name: str = "pytorch"
     precision: torch.dtype | None = None
@@ -227,17 +227,17 @@ def attention_function_single_head_spatial(q: Tensor, k: Tensor, v: Tensor) -> T
 
 
 def get_attn_precision(attn_precision: torch.dtype | None = torch.float32) -> torch.dtype | None:
-    """The type scores are to be computed in; None: the inputs' own. Set by --force-upcast-attention and --disable-attention-upcast."""
+    """The dtype to compute scores in (None: the inputs'). Set by --force-upcast-attention and --disable-attention-upcast."""
     return None if _choice.upcast_disabled else _choice.precision or attn_precision
 
 
 def configure_attention(config: BackendConfig) -> str:
-    """Choose the attention the flags ask for and return its name. One that cannot run here gives way to torch's, with one warning."""
+    """Choose the attention requested by the flags, and return its name. If it cannot run here, warn once and use torch's."""
     wanted = "pytorch" if config.attention == "auto" else config.attention
     if wanted not in _FUNCTIONS:
-        raise ValueError(f"attention {config.attention!r} was asked for; there are auto, {', '.join(_FUNCTIONS)}.")
+        raise ValueError(f"Attention {config.attention!r} is unknown. Use one of auto, {', '.join(_FUNCTIONS)}.")
     if wanted == "xformers" and not _xformers_works():
-        logger.warning("xformers is not usable here; torch's scaled dot product attention is used instead.")
+        logger.warning("xformers does not work here (not installed, built for another torch, or no CUDA); torch's attention is used instead.")
         wanted = "pytorch"
     _choice.name = wanted
     _choice.precision = torch.float32 if config.force_upcast_attention else None
@@ -254,7 +254,7 @@ def _xformers_works() -> bool:
 
 
 class AttentionProcessorForge:
-    """Lets a diffusers attention layer run the chosen attention."""
+    """Makes a diffusers attention layer run the chosen attention."""
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: object
@@ -276,7 +276,7 @@ class AttentionProcessorForge:
 
 
 def install_attention(network: nn.Module) -> None:
-    """Have a diffusers network use the chosen attention. torch's needs nothing: it is what the library runs by itself."""
+    """Make a diffusers network use the chosen attention. Torch's needs no change: the library uses it by default."""
     set_processor: Callable[[object], None] | None = getattr(network, "set_attn_processor", None)
     if set_processor is not None and (_choice.name != "pytorch" or _choice.precision is not None):
         set_processor(AttentionProcessorForge())

@@ -1,7 +1,7 @@
-"""From the shapes in a file to the configuration of its networks: widths, depths, heads, context. No tensor is read, no hub is asked.
+"""Derives the configuration of networks (widths, depths, heads, context) from the shapes in a file. Reads no tensors and asks no hub.
 
-Heads cannot be read off shapes, so the families' rule stands in: SD1.x has 8 per level; SD2.x and SDXL have heads 64 wide, and where a level's
-width is no multiple of 64 (narrow members), heads as wide as the width's largest divisor below 64. CLIP's heads follow the second rule.
+Shapes do not tell the number of heads, so the families' rule is used: SD1.x has 8 per level; SD2.x and SDXL have heads 64 wide or, if a level's
+width is not a multiple of 64 (narrow variants), as wide as the width's largest divisor below 64. CLIP's heads follow the second rule.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SD15, SD20, SDXL, SDXL_REFINER = "sd15", "sd20", "sdxl", "sdxl_refiner"
 INPAINT_CHANNELS = 9
 _NORM_GROUPS = 32
 _UNREAD_CONTEXT_WIDTH = 32
-"""What a network without attention is told of the text's width."""
+"""The text width given to a network without attention."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,10 +32,10 @@ class UNetLevel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UNetShape:
-    """What the shapes of a UNet say.
+    """A UNet's structure, derived from its shapes.
 
-    `mid_depth` is 0 where the middle is a lone resnet (SSD-1B); distilled members (small-sd, tiny-sd) have no middle at all. `vector_width` is the
-    width of SDXL's extra vector, None without one.
+    `mid_depth` is 0 if the middle block is a single resnet (SSD-1B); distilled variants (small-sd, tiny-sd) have no middle block. `vector_width` is
+    the width of SDXL's extra vector, None without one.
     """
 
     in_channels: int
@@ -49,7 +49,7 @@ class UNetShape:
 
 
 class _Names:
-    """Names and shapes of one part, its prefix taken off."""
+    """Names and shapes of one part, without its prefix."""
 
     def __init__(self, file: TensorFile, part: Part, what: str) -> None:
         self._file_name, self._what = file.path.name, what
@@ -59,36 +59,36 @@ class _Names:
     def shape(self, key: str) -> tuple[int, ...]:
         if key not in self.shapes:
             raise CheckpointError(
-                f"{self._file_name}: looks like a checkpoint, but its {self._what} misses {self.prefix}{key}. The file is incomplete: "
+                f"{self._file_name}: looks like a checkpoint, but its {self._what} lacks {self.prefix}{key}. The file is incomplete: "
                 "download it again, or convert it again from its source."
             )
         return self.shapes[key]
 
     def count(self, pattern: str) -> int:
-        """How many of `pattern` with 0, 1, 2 ... for `{}` lead some name, without a gap."""
+        """How many consecutive numbers 0, 1, 2, ... for `{}` in `pattern` give the start of some name."""
         index = 0
         while self.has(pattern.format(index)):
             index += 1
         return index
 
     def first_ending(self, ending: str) -> str:
-        """The first name that ends so, without the ending."""
+        """The first name with this ending, without the ending."""
         found = next((name.removesuffix(ending) for name in self.shapes if name.endswith(ending)), None)
         if found is None:
             raise CheckpointError(
-                f"{self._file_name}: its {self._what} has no tensor {self.prefix}*{ending}, so it reads no text. "
-                "The file is incomplete, or a model without prompts, which is not supported."
+                f"{self._file_name}: its {self._what} has no tensor {self.prefix}*{ending}, so it does not use text. "
+                "The file is incomplete, or the model takes no prompts, which is not supported. Choose another file."
             )
         return found
 
     def refuse_gaps(self, lead: str) -> None:
-        """Raises: CheckpointError where blocks are numbered with gaps."""
+        """Raises: CheckpointError if the block numbers have gaps."""
         numbers = {int(found[1]) for found in map(re.compile(re.escape(lead) + r"(\d{1,4})\.").match, self.shapes) if found}
         missing = sorted(set(range(max(numbers, default=-1) + 1)) - numbers)
         if missing:
             raise CheckpointError(
                 f"{self._file_name}: its {self._what} has no {self.prefix}{lead}{missing[0]}, but later ones. The file is incomplete, or a distilled "
-                "model (BK-SDM: small-sd, tiny-sd) that was converted with the numbers of the whole one: use it in diffusers' layout."
+                "model (BK-SDM: small-sd, tiny-sd) converted with the full model's numbers: use it in diffusers' layout."
             )
 
     def has(self, start: str) -> bool:
@@ -129,7 +129,7 @@ def read_unet_shape(file: TensorFile, part: Part) -> UNetShape:
 
 
 def read_controlnet_shape(file: TensorFile, part: Part) -> UNetShape:
-    """A ControlNet as a UNet that ends with its middle: no output channels, no depths on the way up. `context_width` is 0 without attention.
+    """A ControlNet as a UNet that ends with its middle block: no output channels, no depths on the way up. `context_width` is 0 without attention.
 
     Raises: CheckpointError when a tensor that tells the shape is missing.
     """
@@ -203,7 +203,7 @@ def _join_levels(widths: Sequence[int], downs: Sequence[Sequence[int]], ups_oute
 
 
 def unet_config(shape: UNetShape, family: str) -> dict[str, Any]:
-    """Arguments for diffusers' UNet2DConditionModel. Raises: CheckpointError when the shape is one that class cannot have."""
+    """Arguments for diffusers' UNet2DConditionModel. Raises: CheckpointError for a shape that class does not support."""
     widths = [level.width for level in shape.levels]
     config: dict[str, Any] = {
         "in_channels": shape.in_channels,
@@ -230,12 +230,12 @@ _CONTROLNET_FIELDS = (
 
 
 def controlnet_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a ControlNet's configuration shares with its UNet's."""
+    """The fields of a configuration that a ControlNet shares with its UNet."""
     return {name: config[name] for name in _CONTROLNET_FIELDS if name in config}
 
 
 def controlnet_config(file: TensorFile, part: Part, shape: UNetShape, family: str) -> dict[str, Any]:
-    """Arguments for diffusers' ControlNetModel. Raises: CheckpointError when the shape is one that class cannot have."""
+    """Arguments for diffusers' ControlNetModel. Raises: CheckpointError for a shape that class does not support."""
     config = controlnet_fields(unet_config(shape, family))
     if not isinstance(config["layers_per_block"], int):
         raise CheckpointError(
@@ -252,7 +252,7 @@ def controlnet_config(file: TensorFile, part: Part, shape: UNetShape, family: st
 
 
 def union_config(file: TensorFile, part: Part, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A ControlNet's arguments with what diffusers' ControlNetUnionModel takes beside them. Raises: CheckpointError when a tensor is missing."""
+    """A ControlNet's arguments plus those of diffusers' ControlNetUnionModel. Raises: CheckpointError when a tensor is missing."""
     names = _Names(file, part, "ControlNet Union")
     num_types, width = names.shape("task_embedding")
     return {
@@ -266,7 +266,7 @@ def union_config(file: TensorFile, part: Part, config: Mapping[str, Any]) -> dic
 
 
 def hint_widths(file: TensorFile, part: Part) -> tuple[int, ...]:
-    """Channels of a hint, then the widths of the layers that read it, outermost first. Raises: CheckpointError where there are none."""
+    """A hint's channels, then the widths of the layers that read it, outermost first. Raises: CheckpointError if there are none."""
     names = _Names(file, part, "ControlNet")
     if part.layout is Layout.LDM:
         stored = [name for name in names.shapes if re.fullmatch(r"input_hint_block\.\d+\.weight", name)]
@@ -281,10 +281,10 @@ def hint_widths(file: TensorFile, part: Part) -> tuple[int, ...]:
 
 
 def _depth_config(shape: UNetShape) -> dict[str, Any]:
-    """Transformer blocks per level: plain numbers where a level is even and the same both ways, else layer by layer (distilled SDXL)."""
+    """Transformer blocks: one number per level if uniform and equal on both ways, else one per layer (distilled SDXL)."""
     is_even = all(len({*level.depths_down, *level.depths_up}) == 1 for level in shape.levels)
     last = shape.levels[-1].depths_down
-    mid_depth = shape.mid_depth or last[0] or 1  # the class takes the middle's number from the last level's
+    mid_depth = shape.mid_depth or last[0] or 1  # the class takes the middle block's number from the last level's
     if is_even and last[0] in (0, mid_depth):
         depths = [level.depths_down[0] or 1 for level in shape.levels]
         return {"transformer_layers_per_block": _one_if_equal([*depths[:-1], mid_depth])}
@@ -294,14 +294,14 @@ def _depth_config(shape: UNetShape) -> dict[str, Any]:
         nested[-1] = mid_depth
     elif last[0] != mid_depth:
         raise CheckpointError(
-            f"The UNet has {shape.mid_depth} transformer blocks in the middle and {last[0]} beside it; diffusers' UNet can only have the same "
-            "number in both. This variant of the family is not supported; use another checkpoint."
+            f"The UNet has {shape.mid_depth} transformer blocks in its middle block and {last[0]} in its last level; diffusers' UNet needs the "
+            "same number in both. This variant of the family is not supported; use another checkpoint."
         )
     return {"transformer_layers_per_block": nested, "reverse_transformer_layers_per_block": reverse}
 
 
 def head_count(width: int) -> int:
-    """Heads of a layer this wide: 64 channels each, or the width's largest divisor below that."""
+    """Number of heads for a layer this wide: each has 64 channels, or the width's largest divisor below 64."""
     return width // max(size for size in range(1, min(width, 64) + 1) if width % size == 0)
 
 
@@ -313,9 +313,9 @@ def _one_if_equal(numbers: list[int]) -> int | list[int]:
 
 
 def vae_config(file: TensorFile, part: Part, *, channels: int, scale: float, family_title: str) -> dict[str, Any]:
-    """Arguments for diffusers' AutoencoderKL; `channels` and `scale` are of the family's latents.
+    """Arguments for diffusers' AutoencoderKL; `channels` and `scale` describe the family's latents.
 
-    Raises: CheckpointError when shapes are missing or are of another family's VAE.
+    Raises: CheckpointError when shapes are missing or belong to another family's VAE.
     """
     names = _Names(file, part, "VAE")
     level_name, layer_name = ("encoder.down.", ".block.") if part.layout is Layout.LDM else ("encoder.down_blocks.", ".resnets.")
@@ -348,7 +348,7 @@ def vae_config(file: TensorFile, part: Part, *, channels: int, scale: float, fam
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextShape:
-    """What the shapes of a CLIP text encoder say. `projected_width` is None without a projection."""
+    """A CLIP text encoder's structure, derived from its shapes. `projected_width` is None without a projection."""
 
     vocab_length: int
     width: int
@@ -390,7 +390,7 @@ def _projected_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
 
 
 def text_config(shape: TextShape, *, is_open_clip: bool, num_layers: int) -> dict[str, Any]:
-    """Arguments for transformers' CLIPTextConfig. OpenAI's CLIP-L uses its quick GELU and pads with the end token, OpenCLIP the exact GELU and 0."""
+    """Arguments for transformers' CLIPTextConfig. OpenAI's CLIP-L uses quick GELU and pads with the end token; OpenCLIP uses exact GELU and 0."""
     end_token_id = 49407
     return {
         "vocab_size": shape.vocab_length,

@@ -1,8 +1,7 @@
-"""Files of tensors, opened without reading them: names, shapes and types at once, each tensor when it is asked for.
+"""Opens files of tensors lazily: names, shapes and dtypes at once, each tensor when it is requested.
 
-What the tensors are for is not known here. A `.safetensors` file is mapped into memory and each tensor goes straight to its target type and
-device; its pages are handed back at once, so that a load never holds the file a second time in memory. The kind of a file is told by its
-first bytes, not by its name.
+Does not know what the tensors are for. A `.safetensors` file is memory-mapped, and each tensor goes straight to its target dtype and device; its
+pages are released at once, so that a load never has a second copy of the file in memory. A file's first bytes, not its name, determine its kind.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ _MAX_DIMS = 16
 _FOREIGN_MAGIC = {
     b"GGUF": "a GGUF file. GGUF weights are not supported; use the .safetensors version of this model",
     b"version https://git-lfs": "a Git LFS pointer, not the model itself. Fetch the real file (git lfs pull, or download it from the model's page)",
-    b"7z\xbc\xaf": "a 7z archive. Unpack it and put the model file inside into the folder",
-    b"Rar!": "a RAR archive. Unpack it and put the model file inside into the folder",
-    b"\x1f\x8b": "a gzip archive. Unpack it and put the model file inside into the folder",
+    b"7z\xbc\xaf": "a 7z archive. Unpack it and put the model file from it into the folder",
+    b"Rar!": "a RAR archive. Unpack it and put the model file from it into the folder",
+    b"\x1f\x8b": "a gzip archive. Unpack it and put the model file from it into the folder",
     b"\x89PNG": "a PNG picture, not a model. Open it in the PNG Info tab",
     b"\xff\xd8\xff": "a JPEG picture, not a model",
     b"\x89HDF": "a Keras/HDF5 file. Use the .safetensors version of this model",
@@ -57,7 +56,7 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Shape and stored type of one tensor."""
+    """Shape and stored dtype of one tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -68,14 +67,14 @@ class TensorInfo:
 
 
 class TensorFile(Protocol):
-    """An open file of tensors. `infos` is complete at once; `read` costs what the tensor costs."""
+    """An open file of tensors. `infos` is complete at once; `read` costs only the tensor that is read."""
 
     path: Path
     infos: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
 
     def read(self, key: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor (or its rows from, to) that shares no memory with the file, in `dtype` (None: as stored) on `device`."""
+        """A tensor (or its rows from, to) that shares no memory with the file, as `dtype` (None: as stored) on `device`."""
         ...
 
     def close(self) -> None: ...
@@ -83,9 +82,9 @@ class TensorFile(Protocol):
 
 @contextlib.contextmanager
 def open_tensor_file(path: Path) -> Iterator[TensorFile]:
-    """Open `path`, whatever kind of model file it is.
+    """Open a model file of any supported kind.
 
-    Raises: CheckpointError when it is missing, unreadable, truncated, empty, no file of tensors, or names code that is not data.
+    Raises: CheckpointError if it is missing, unreadable, truncated, empty, not a file of tensors, or could run code.
     """
     file = _open(path)
     try:
@@ -95,7 +94,7 @@ def open_tensor_file(path: Path) -> Iterator[TensorFile]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The free-text metadata of a `.safetensors` file; empty for other kinds. Reads the header alone.
+    """The free-text metadata of a `.safetensors` file; empty for other kinds. Reads only the header.
 
     Raises: CheckpointError as `open_tensor_file` does for a damaged header.
     """
@@ -129,7 +128,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise CheckpointError(f"{path.name}: cannot be read from {path.parent}: {reason}. Check that it is there and may be read.") from error
+        raise CheckpointError(f"{path.name}: cannot be read from {path.parent}: {reason}. Check that it exists and is readable.") from error
 
 
 def _looks_like_safetensors(head: bytes) -> bool:
@@ -144,9 +143,7 @@ def _describe_foreign(head: bytes) -> str:
             return f"is {what}"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:1] in (b"<", b"{") or all(32 <= byte < 127 or byte in b"\t\r\n" for byte in text):
-        return (
-            "is a text or web page, not a model; such a file is left by a download that asked for a login or failed. Download it again in the browser"
-        )
+        return "is a text or web page, not a model; a download that failed or required a login leaves such a file. Download it again in the browser"
     return f"is neither a .safetensors file nor a PyTorch .ckpt/.pt file; it may be damaged. {_REPEAT_DOWNLOAD.rstrip('.')}"
 
 
@@ -154,7 +151,7 @@ def _describe_foreign(head: bytes) -> str:
 
 
 class SafetensorsFile:
-    """A `.safetensors` file behind a read-only memory map: nothing is read until a tensor is asked for, nothing of it stays."""
+    """A `.safetensors` file behind a read-only memory map: tensors are read only when requested, and nothing stays in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -172,12 +169,12 @@ class SafetensorsFile:
             start, end = header[key]["data_offsets"]
             if end - start != info.stored_bytes:
                 raise CheckpointError(
-                    f"{self.path.name}: the place of {key[:200]} in the file does not fit its shape; the file is damaged. {_REPEAT_DOWNLOAD}"
+                    f"{self.path.name}: the size of {key[:200]} in the file does not match its shape; the file is damaged. {_REPEAT_DOWNLOAD}"
                 )
         promised = self._data_start + max((header[key]["data_offsets"][1] for key in self.infos), default=0)
         if promised > file_bytes:
             raise CheckpointError(
-                f"{self.path.name}: is cut short: {_mb(file_bytes)} are here, its header promises {_mb(promised)}. {_REPEAT_DOWNLOAD}"
+                f"{self.path.name}: is cut short: it has {_mb(file_bytes)}, but its header says {_mb(promised)}. {_REPEAT_DOWNLOAD}"
             )
 
     def read(self, key: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
@@ -194,15 +191,15 @@ class SafetensorsFile:
     def _view(self, info: TensorInfo, start: int) -> Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nothing writes to it
-            if start % info.dtype.itemsize:  # old writers did not align the data; a tensor has to
+            if start % info.dtype.itemsize:  # old writers did not align the data, but a tensor must be aligned
                 stored = torch.frombuffer(self._map, dtype=torch.uint8, count=info.stored_bytes, offset=start).clone().view(info.dtype)
             else:
                 stored = torch.frombuffer(self._map, dtype=info.dtype, count=prod(info.shape), offset=start)
         return stored.reshape(info.shape)
 
     def _give_back(self, start: int, stored_bytes: int) -> None:
-        """Drop the tensor's pages from this process; they are clean copies of the file."""
-        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows trims them by itself
+        """Release the tensor's pages from this process; they are clean copies of the file."""
+        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows does this by itself
             return
         page_start = start - start % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_DONTNEED, page_start, start + stored_bytes - page_start)
@@ -214,13 +211,13 @@ class SafetensorsFile:
 def _read_header(path: Path, stream: BinaryIO, head: bytes, file_bytes: int) -> tuple[dict[str, Any], int]:
     header_bytes = int.from_bytes(head[:8], "little")
     if header_bytes + 8 > file_bytes:
-        raise CheckpointError(f"{path.name}: is cut short inside its header ({_mb(file_bytes)} are here). {_REPEAT_DOWNLOAD}")
+        raise CheckpointError(f"{path.name}: is cut short inside its header (it has {_mb(file_bytes)}). {_REPEAT_DOWNLOAD}")
     try:
         header = parse_json(head[8:] + stream.read(header_bytes - 1))
     except ForeignJsonError as error:
         raise CheckpointError(f"{path.name}: its header cannot be read ({error}); the file is damaged. {_REPEAT_DOWNLOAD}") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path.name}: its header is no table of tensors; the file is damaged. {_REPEAT_DOWNLOAD}")
+        raise CheckpointError(f"{path.name}: its header is not a table of tensors; the file is damaged. {_REPEAT_DOWNLOAD}")
     return header, 8 + header_bytes
 
 
@@ -233,9 +230,9 @@ def _info_of(path: Path, key: str, entry: Any) -> TensorInfo:
     try:
         dtype_name, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path.name}: the header's entry of {key[:200]} is damaged. {_REPEAT_DOWNLOAD}") from error
+        raise CheckpointError(f"{path.name}: the header's entry for {key[:200]} is damaged. {_REPEAT_DOWNLOAD}") from error
     if not isinstance(dtype_name, str) or len(shape) > _MAX_DIMS or any(type(number) is not int or number < 0 for number in (*shape, start, end)):
-        raise CheckpointError(f"{path.name}: the header's entry of {key[:200]} is damaged. {_REPEAT_DOWNLOAD}")
+        raise CheckpointError(f"{path.name}: the header's entry for {key[:200]} is damaged. {_REPEAT_DOWNLOAD}")
     if dtype_name not in _DTYPES:
         raise CheckpointError(
             f"{path.name}: {key[:200]} is stored as {dtype_name[:20]}, which is not supported. Use an fp32, fp16, bf16 or fp8 version of this model."
@@ -247,7 +244,7 @@ def _info_of(path: Path, key: str, entry: Any) -> TensorInfo:
 
 
 class PickleFile:
-    """A `.ckpt`/`.pt` file read through PyTorch's restricted unpickler. Tensors of a zip archive stay on disk until they are asked for."""
+    """A `.ckpt`/`.pt` file read with PyTorch's restricted unpickler. Tensors of a zip archive stay on disk until requested."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -270,7 +267,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path.name}: {error}.") from error
     except checkpoint_pickle.DamagedPickleError as error:
         raise CheckpointError(
-            f"{path.name}: cannot be read as a PyTorch file; it is damaged or cut short ({_mb(path.stat().st_size)} are here; {error}). "
+            f"{path.name}: cannot be read as a PyTorch file; it is damaged or cut short (it has {_mb(path.stat().st_size)}; {error}). "
             f"{_REPEAT_DOWNLOAD}"
         ) from error
 

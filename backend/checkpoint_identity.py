@@ -1,6 +1,6 @@
-"""What a file of tensors is, told by its names: used to say where a file belongs that is no checkpoint.
+"""Identifies a file by its tensor names, to tell the user where a file belongs that is not a checkpoint.
 
-Knows names of other kinds of files, and how to read none of them.
+Knows the names of other kinds of files, but cannot read any of them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileKind:
-    """One kind of file: how to recognise it, what people call it, and the sentence that helps.
+    """One kind of file: how to recognize it, its common name, and what to do with it.
 
-    `never_holds_unet`: its keys may look like parts of a UNet, but they are not.
+    `never_holds_unet`: its keys may look like a UNet's, but are not.
     """
 
     name: str
@@ -125,7 +125,7 @@ KINDS: tuple[FileKind, ...] = (
     ),
     FileKind(
         name="a CLIP vision model",
-        remedy=_belongs("models/ControlNet", " if an IP-Adapter asks for it"),
+        remedy=_belongs("models/ControlNet", " if an IP-Adapter needs it"),
         matches=_any_start("vision_model.", "visual.transformer.", "visual.blocks."),
     ),
     FileKind(
@@ -135,7 +135,7 @@ KINDS: tuple[FileKind, ...] = (
     ),
     FileKind(
         name="a T5 text encoder",
-        remedy=_belongs("models/text_encoder", " and choose it under 'VAE / Text Encoder' beside a checkpoint that reads T5"),
+        remedy=_belongs("models/text_encoder", " and choose it under 'VAE / Text Encoder' with a checkpoint that uses T5"),
         matches=_any_start("encoder.block.0.layer.0.SelfAttention", "enc.blk.", "shared.weight"),
     ),
     FileKind(
@@ -145,12 +145,12 @@ KINDS: tuple[FileKind, ...] = (
     ),
     FileKind(
         name="a VAE",
-        remedy=_belongs("models/VAE", " and choose it under 'VAE / Text Encoder' beside a checkpoint"),
+        remedy=_belongs("models/VAE", " and choose it under 'VAE / Text Encoder' with a checkpoint"),
         matches=_any_start("decoder.conv_in.", "first_stage_model.decoder.", "vae.decoder.", "encoder.conv_in."),
     ),
     FileKind(
         name="a text encoder",
-        remedy=_belongs("models/text_encoder", " and choose it under 'VAE / Text Encoder' beside a checkpoint"),
+        remedy=_belongs("models/text_encoder", " and choose it under 'VAE / Text Encoder' with a checkpoint"),
         matches=_any_start(
             "text_model.",
             "transformer.resblocks.",
@@ -165,5 +165,5 @@ KINDS: tuple[FileKind, ...] = (
 
 
 def identify(keys: Collection[str]) -> FileKind | None:
-    """The kind of file that has these tensor names, or None when no known kind fits."""
+    """The kind of file with these tensor names, or None if no known kind matches."""
     return next((kind for kind in KINDS if kind.matches(keys)), None)

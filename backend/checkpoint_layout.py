@@ -1,4 +1,4 @@
-"""Where the parts of a checkpoint lie in a file: under which prefix, in which key layout. Tells names only; shapes are read elsewhere."""
+"""Finds the parts of a checkpoint in a file: their prefixes and key layouts. Reads names only; shapes are read elsewhere."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ class Layout(Enum):
     """How a part's keys are written."""
 
     LDM = "ldm"
-    """The original single-file names of UNet and VAE."""
+    """The original single-file names for UNet and VAE."""
     DIFFUSERS = "diffusers"
-    """diffusers' own names of UNet and VAE."""
+    """Diffusers' names for UNet and VAE."""
     TRANSFORMERS = "transformers"
-    """transformers' CLIP, with or without a `text_model.` level."""
+    """Transformers' names for CLIP, with or without a `text_model.` level."""
     OPEN_CLIP = "open_clip"
-    """OpenCLIP's text tower with fused attention projections."""
+    """OpenCLIP's names for its text tower, with fused attention projections."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One network in a file. `prefix` includes `text_model.` nowhere; `slot` is "clip_l" or "clip_g" where the prefix tells, else None."""
+    """One network in a file. `prefix` never includes `text_model.`; `slot` is "clip_l" or "clip_g" if the prefix says so, else None."""
 
     prefix: str
     layout: Layout
@@ -57,7 +57,7 @@ _OPEN_CLIP_PREFIXES = {
 
 
 def find_unet(keys: Collection[str]) -> Part | None:
-    """The denoiser, or None. A file that has any of its blocks counts: what is missing is reported when it is built."""
+    """The denoiser, or None. Any of its blocks is enough; missing parts are reported when it is built."""
     for prefix in _UNET_PREFIXES:
         if _any_starts(keys, f"{prefix}input_blocks.", f"{prefix}output_blocks.") and not _any_starts(keys, f"{prefix}input_hint_block."):
             return Part(prefix, Layout.LDM)
@@ -67,7 +67,7 @@ def find_unet(keys: Collection[str]) -> Part | None:
 
 
 def find_controlnet(keys: Collection[str]) -> Part | None:
-    """A ControlNet that belongs to a UNet, or None."""
+    """A ControlNet for a UNet, or None."""
     for prefix in _CONTROLNET_PREFIXES:
         if _any_starts(keys, f"{prefix}zero_convs.") and _any_starts(keys, f"{prefix}input_blocks."):
             return Part(prefix, Layout.LDM)
@@ -87,7 +87,7 @@ def find_vae(keys: Collection[str]) -> Part | None:
 
 
 def find_text_encoders(keys: Collection[str]) -> Sequence[Part]:
-    """Every CLIP text encoder in the file."""
+    """All CLIP text encoders in the file."""
     parts = []
     for prefix, slot in _CLIP_PREFIXES.items():
         if _any_starts(keys, f"{prefix}text_model.embeddings.", f"{prefix}text_model.encoder.", f"{prefix}embeddings.token_embedding."):

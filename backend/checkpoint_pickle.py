@@ -1,7 +1,7 @@
-"""Tensors out of a PyTorch pickle, with nothing in it run.
+"""Reads tensors from a PyTorch pickle without running any code in it.
 
-Only PyTorch's restricted unpickler reads. Checkpoints of 2022 were saved whole by their trainers and name callback classes of PyTorch Lightning
-and the like: such names, and only names from that short list of packages, are answered by an inert stand-in; any other foreign name refuses the file.
+Only PyTorch's restricted unpickler is used. Trainers in 2022 saved their whole state, so those checkpoints name callback classes of PyTorch
+Lightning and similar packages. Names from a short list of such packages become inert stand-ins; a file with any other foreign name is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TRAINER_NAMES = frozenset({"collections.defaultdict", "torch.optim.adamw.AdamW",
 _MAX_SHARED = 16
 _MAX_ENTRIES = 1_000_000
 _MAX_KEY_LETTERS = 2000
-# Everything a damaged file has been seen to raise in the readers below.
+# Every exception that a damaged file has been seen to raise in the readers below.
 _READ_ERRORS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, ArithmeticError, AssertionError, MemoryError,
     NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile,
@@ -39,15 +39,15 @@ WRAPPER_KEYS = ("state_dict", "params_ema", "params", "model_state_dict", "model
 
 
 class UnsafePickleError(Exception):
-    """The pickle names code that is not data, or uses instructions that only code needs."""
+    """The pickle names code, or uses instructions that only code needs."""
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Every named tensor of the file, unwrapped from a trainer's `state_dict` where there is one; zip archives are mapped, not read.
+    """All named tensors of the file, from a trainer's `state_dict` if it has one. Zip archives are mapped, not read.
 
     Raises:
-        UnsafePickleError: it names functions or classes that are neither tensors nor a known trainer's.
-        DamagedPickleError: it cannot be read, or would take much more memory than the file has bytes.
+        UnsafePickleError: it names functions or classes that are neither tensors nor from a known trainer.
+        DamagedPickleError: it cannot be read, or would need much more memory than the file has bytes.
     """
     tensors = _named_tensors(load_content(path))
     _check_extent(tensors.values(), path.stat().st_size)
@@ -55,7 +55,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_content(path: Path, safe: Sequence[type] = ()) -> Any:
-    """What the pickle holds, tensors as they lie in the file. `safe` are classes that may be made. Raises: as `load_tensors`."""
+    """The pickle's content, with tensors as stored. `safe`: classes it may instantiate. Raises: as `load_tensors`."""
     try:
         asked = scan_file(path)
         is_zip = zipfile.is_zipfile(path)
@@ -65,7 +65,7 @@ def load_content(path: Path, safe: Sequence[type] = ()) -> Any:
         if refused:
             raise UnsafePickleError(_refusal(", ".join(refused[:3])))
         with torch.serialization.safe_globals([*safe, *((_stand_in(name), name) for name in names)]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about newer pickle protocols: what they hold is read or refused all the same
+            warnings.simplefilter("ignore", UserWarning)  # about newer pickle protocols: their content is read or refused in the same way
             return _load(path, is_zip)
     except UnpicklingError as error:
         raise UnsafePickleError(_refusal(_named_in(error))) from error
@@ -78,12 +78,12 @@ def load_content(path: Path, safe: Sequence[type] = ()) -> Any:
 def _load(path: Path, is_zip: bool) -> Any:
     if path.suffix.lower() != ".safetensors":
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    with path.open("rb") as stream:  # a pickle under a wrong name: given the path, torch would go by the name
+    with path.open("rb") as stream:  # a pickle with a wrong suffix: given the path, torch would trust the suffix
         return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 def _check_extent(tensors: Iterable[Tensor], file_bytes: int) -> None:
-    """Tensors may share what is stored, and a few bytes may be called a table of any size."""
+    """Refuse tensors larger than the file allows: tensors may share storage, and a few bytes may be declared a tensor of any size."""
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors if _is_plain(tensor)]
     if max(sizes, default=0) > file_bytes or sum(sizes) > _MAX_SHARED * file_bytes:
         raise DamagedPickleError(f"its tensors would take {sum(sizes) / 1e6:,.0f} MB")
@@ -91,7 +91,7 @@ def _check_extent(tensors: Iterable[Tensor], file_bytes: int) -> None:
 
 def _is_plain(tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise DamagedPickleError("it holds sparse, quantised or empty tensors, which no model here is made of")
+        raise DamagedPickleError("it has sparse, quantized or meta tensors, which no supported model uses")
     return True
 
 
@@ -110,13 +110,13 @@ def _is_trainers(name: str) -> bool:
 
 def _refusal(what: str) -> str:
     return (
-        f"is a pickle with more than tensors in it ({what}), which could run code on this computer; it was not loaded and nothing in it was run. "
+        f"is a pickle that contains more than tensors ({what}) and could run code on this computer. It was not loaded, and nothing in it was run. "
         "Get the .safetensors version of this model, or convert it on a computer where you trust it"
     )
 
 
 class _StandIn:
-    """Takes the place of a trainer's class: accepts whatever the pickle gives it and does nothing."""
+    """Replaces a trainer's class: accepts any arguments and does nothing."""
 
     def __new__(cls, *_args: object, **_kwargs: object) -> _StandIn:
         return super().__new__(cls)
@@ -143,9 +143,9 @@ def _named_tensors(content: Any) -> dict[str, Tensor]:
 
 
 def _flatten(content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Tensors under dotted names; tables inside tables are followed, everything else is left out.
+    """Tensors under dotted names. Nested tables are followed, everything else is ignored.
 
-    One table may stand in many places: what is followed is counted, and depth is bounded by the scan except where a table holds itself.
+    The same table may appear many times, so entries are counted. The scan limits the depth, except for a table that contains itself.
     """
     found: dict[str, Tensor] = {}
     pending: list[tuple[str, Mapping[Any, Any], int]] = [("", content, 0)]
@@ -154,7 +154,7 @@ def _flatten(content: Mapping[Any, Any]) -> dict[str, Tensor]:
         prefix, table, depth = pending.pop()
         num_entries += len(table)
         if depth > MAX_DEPTH or num_entries > _MAX_ENTRIES:
-            raise DamagedPickleError("its tables hold each other")
+            raise DamagedPickleError("its tables contain each other")
         for key, value in table.items():
             name = f"{prefix}{_text_of(key)}"
             if isinstance(value, Tensor):

@@ -1,7 +1,7 @@
-"""What a checkpoint's UNet predicts: the noise (epsilon) or the velocity v.
+"""Finds out what a checkpoint's UNet predicts: the noise (epsilon) or the velocity v.
 
-Read in this order: marks in the file (`v_pred`, `ztsnr`, `edm_vpred.*`), its metadata, a `.yaml` beside it. SD 2.x files of 2022 carry no
-mark, so for them the UNet itself is asked (`predicts_velocity`). Everything else predicts noise.
+Sources, in this order: marker keys in the file (`v_pred`, `ztsnr`, `edm_vpred.*`), its metadata, a `.yaml` file next to it. SD 2.x files from 2022
+have none of these, so the UNet is run once to find out (`predicts_velocity`). Everything else predicts noise.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _MAX_YAML_BYTES = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictionSpec:
-    """`kind` is "epsilon", "v_prediction" or "flow"; `source` says who said so.
+    """`kind` is "epsilon", "v_prediction" or "flow"; `source` says where that was read.
 
-    `sigma_range` (least, greatest) is set for continuous EDM schedules, as in CosXL. `shift` is of a flow's times, 1 moves none.
+    `sigma_range` (least, greatest) is set for continuous EDM schedules, as in CosXL. `shift` applies to a flow's times; 1 means no shift.
     """
 
     kind: str
@@ -44,12 +44,12 @@ class PredictionSpec:
 
     @property
     def meaning(self) -> str:
-        """What the network's output is, for a log."""
+        """What the network predicts, for the log."""
         return _MEANINGS.get(self.kind, self.kind)
 
 
 def read_prediction(file: TensorFile, *, prefix: str = "") -> PredictionSpec | None:
-    """What the file, its metadata or the yaml beside it says; None when nothing does. `prefix` is the UNet's, where marks may lie too."""
+    """The prediction given by the file, its metadata or the yaml next to it, else None. `prefix`: the UNet's, which marker keys may have too."""
     marks = {key.removeprefix(prefix) for key in file.infos if key.count(".") <= 3}
     if {"edm_vpred.sigma_max", "edm_vpred.sigma_min"} <= marks:
         least, greatest = (float(file.read(_find(file, prefix, f"edm_vpred.sigma_{end}")).float().item()) for end in ("min", "max"))
@@ -86,14 +86,14 @@ def _kind_of(word: object) -> str | None:
 
 
 def _read_yaml(file: TensorFile) -> tuple[str, str] | None:
-    """The `parameterization` of the training configuration beside the checkpoint, under the same name with `.yaml`."""
+    """`parameterization` from the training configuration next to the checkpoint, which has the same name with `.yaml`."""
     path = file.path.with_suffix(".yaml")
     if not path.is_file() or path.stat().st_size > _MAX_YAML_BYTES:
         return None
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        logger.warning("%s beside the checkpoint cannot be read (%s); it is ignored.", path.name, error)
+        logger.warning("%s next to the checkpoint cannot be read (%s); it is ignored.", path.name, error)
         return None
     kind = _kind_of(_find_value(content, "parameterization"))
     return None if kind is None else (kind, path.name)
@@ -112,11 +112,11 @@ def _find_value(content: Any, name: str) -> Any:
 
 @torch.no_grad()
 def predicts_velocity(unet: UNet2DConditionModel) -> bool:
-    """Whether an SD 2.x UNet predicts v, told by running it once on a flat grey latent at the last timestep, 999.
+    """Whether an SD 2.x UNet predicts v, found by running it once on a flat gray latent at the last timestep, 999.
 
-    There x is nearly pure noise: x = 0.07 x0 + 0.998 eps. A flat 0.5 is no noise a trained network would name, so it takes it for a
-    strongly positive x0: a noise predictor then answers close to x, a velocity predictor close to -x0, which lies far below. The inputs and the
-    limit -1 are those the field has used for this test since 2022. Computed in fp32 whatever the weights are stored in.
+    There x is nearly pure noise: x = 0.07 x0 + 0.998 eps. To a trained network a flat 0.5 does not look like noise, so it assumes a strongly
+    positive x0: a noise predictor returns values close to x, a velocity predictor values close to -x0, which are far lower. The inputs and the
+    limit -1 have been used for this test since 2022. Computed in fp32 regardless of the stored dtype.
     """
     weight = next(unet.parameters())
     x_BCHW = torch.full((1, unet.config.in_channels, 8, 8), 0.5, device=weight.device)

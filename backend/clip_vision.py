@@ -1,6 +1,6 @@
-"""CLIP's picture tower from a file, as IP-Adapters need it: transformers' network, and the preparation of a picture.
+"""CLIP's picture tower from a file, for IP-Adapters: transformers' network, and the preparation of a picture.
 
-Must not know adapters, units or folders. Shapes: N pictures, L tokens (one per patch and one more), D width of a token, P width of the projection.
+Must not know adapters, units or folders. Shapes: N pictures, L tokens (one per patch, plus one), D token width, P projection width.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ logger = logging.getLogger(__name__)
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HEADS = {768: 12, 1024: 16, 1280: 16, 1664: 16}
-"""By width, of the published towers: B, L, H and bigG."""
+"""Number of heads by width, for the published towers B, L, H and bigG."""
 _QUICK_GELU_WIDTHS = ((768, 512), (1024, 768))
-"""(width, projected width) of OpenAI's own towers; those of OpenCLIP have the exact GELU."""
+"""(width, projected width) of OpenAI's towers; OpenCLIP's use the exact GELU."""
 _HEAD = "vision_model."
 
 
 def is_clip_vision(keys: Collection[str]) -> bool:
-    """Whether these are the names of a picture tower in transformers' layout."""
+    """Whether these are tensor names of a picture tower in transformers' layout."""
     return f"{_HEAD}embeddings.patch_embedding.weight" in keys
 
 
 def tower_widths(file: TensorFile) -> tuple[int, int]:
-    """(width of a token, width of the projection) of a picture tower's file."""
+    """(token width, projection width) of the picture tower in a file."""
     projection = file.infos.get("visual_projection.weight")
     return file.infos[f"{_HEAD}embeddings.patch_embedding.weight"].shape[0], 0 if projection is None else projection.shape[0]
 
 
 class ClipVision:
-    """A picture tower with its place in memory management."""
+    """A picture tower with its patcher for memory management."""
 
     def __init__(self, model: CLIPVisionModelWithProjection, path: Path) -> None:
         self.path = path
@@ -54,7 +54,7 @@ class ClipVision:
         )
 
     def encode_images(self, pictures: Sequence[np.ndarray], *, hidden_states: bool) -> Tensor:
-        """Of I pictures (H, W, 3), uint8, and of none: the last layer's input (1 + I, L, D) or the projection (1 + I, P), none first."""
+        """Encode an empty picture and I pictures (H, W, 3), uint8, in this order: last layer's input (1 + I, L, D), or projection (1 + I, P)."""
         memory_management.load_models_gpu([self.patcher])
         model: Any = self.patcher.model
         device, dtype = self.patcher.load_device, next(model.parameters()).dtype
@@ -69,7 +69,7 @@ class ClipVision:
 
 
 def prepare_picture(picture: np.ndarray, side_px: int) -> Tensor:
-    """The middle square as (1, 3, side, side), normalised as CLIP was trained."""
+    """The middle square as (1, 3, side, side), normalized as in CLIP's training."""
     image = Image.fromarray(picture).convert("RGB")
     scale = side_px / min(image.size)
     width, height = (side_px if side == min(image.size) else int(side * scale) for side in image.size)
@@ -81,10 +81,10 @@ def prepare_picture(picture: np.ndarray, side_px: int) -> Tensor:
 
 
 def load_clip_vision(path: Path) -> ClipVision:
-    """The picture tower in a file. Raises: CheckpointError for a file that is none, or is damaged."""
+    """The picture tower in a file. Raises: CheckpointError for a damaged file or another kind of file."""
     with open_tensor_file(path) as file:
         if not is_clip_vision(file.infos):
-            raise CheckpointError(f"{path.name}: is no CLIP vision model in transformers' layout (it lacks {_HEAD}embeddings.*).")
+            raise CheckpointError(f"{path.name}: is not a CLIP vision model in transformers' layout (no {_HEAD}embeddings.*). Choose another file.")
         config = _read_config(file)
         model = build_empty(lambda: CLIPVisionModelWithProjection(config))
         plan = plan_as_named(model, file, _stored_name)
@@ -103,7 +103,7 @@ def _read_config(file: TensorFile) -> CLIPVisionConfig:
     needed = [f"{_HEAD}embeddings.position_embedding.weight", f"{_HEAD}encoder.layers.0.mlp.fc1.weight", "visual_projection.weight"]
     missing = next((key for key in needed if key not in shapes), None)
     if missing is not None:
-        raise CheckpointError(f"{file.path.name}: its CLIP vision model misses {missing}. Take a file with the projection, or download it again.")
+        raise CheckpointError(f"{file.path.name}: its CLIP vision model lacks {missing}. Choose a file with the projection, or download it again.")
     width, _, patch_px, _ = shapes[f"{_HEAD}embeddings.patch_embedding.weight"]
     projected = shapes["visual_projection.weight"][0]
     num_layers = 1 + max(int(key.split(".")[3]) for key in shapes if key.startswith(f"{_HEAD}encoder.layers."))

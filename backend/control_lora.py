@@ -1,9 +1,9 @@
 """Control-LoRAs: ControlNets stored as low-rank differences from the encoder of the checkpoint they are used with.
 
-A file holds, under the original layout's names, `X.up` and `X.down` for a layer X (its weight is the checkpoint's plus up @ down), and whole
-tensors for what a UNet lacks or what was trained as a whole. It becomes a ControlNet when the checkpoint is known. Must not know pages or jobs.
+A file contains, under the original layout's names, `X.up` and `X.down` for a layer X (its weight is the checkpoint's plus up @ down), and full
+tensors for layers that a UNet lacks or that were trained fully. It becomes a ControlNet when the checkpoint is known. Must not know pages or jobs.
 
-Shapes: O outputs of a layer, I inputs times positions of its kernel, R rank.
+Shapes: O a layer's outputs, I its inputs times kernel positions, R rank.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ MARK = "lora_controlnet"
 
 
 def is_control_lora(keys: Collection[str]) -> bool:
-    """Whether these are the names of a Control-LoRA's tensors."""
+    """Whether these are tensor names of a Control-LoRA."""
     return MARK in keys or any(key.startswith("input_blocks.") and key.endswith(".down") for key in keys)
 
 
 def read_control_lora(file: TensorFile) -> ControlLora:
-    """The link for a Control-LoRA's file. Raises: CheckpointError for one that is incomplete."""
+    """The chain link for a Control-LoRA's file. Raises: CheckpointError for an incomplete file."""
     widths = hint_widths(file, Part("", Layout.LDM))
     tensors = {key: file.read(key) for key in file.infos if key != MARK}
     halves = [key for key in tensors if key.endswith((".up", ".down"))]
     alone = next((key for key in halves if _other_half(key) not in tensors), None)
     if alone is not None:
-        raise CheckpointError(f"{file.path.name}: is a Control-LoRA that holds {alone} and misses {_other_half(alone)}; download it again.")
+        raise CheckpointError(f"{file.path.name}: is a Control-LoRA with {alone} but without {_other_half(alone)}; download it again.")
     link = ControlLora(tensors, widths)
     link.name = file.path.name
     rank = max((tensors[key].shape[0] for key in halves if key.endswith(".down")), default=0)
@@ -58,9 +58,9 @@ def _other_half(key: str) -> str:
 
 
 class ControlLora(ControlBase):
-    """A ControlNet to be. The last one that was built is kept as long as its checkpoint is.
+    """Builds a ControlNet for a checkpoint. The one built last is kept as long as its checkpoint exists.
 
-    `control_weights` are the file's tensors, on the host. `hint_channels`: what the first layer reads of a hint, then the widths of its levels.
+    `control_weights` are the file's tensors, on the host. `hint_channels`: the hint's channels, then the widths of the hint embedding's levels.
     """
 
     def __init__(self, control_weights: Mapping[str, Tensor], hint_channels: tuple[int, ...], device: torch.device | None = None) -> None:
@@ -70,14 +70,14 @@ class ControlLora(ControlBase):
         self._built: WeakKeyDictionary[KModel, ControlNet] = WeakKeyDictionary()
 
     def copy(self) -> ControlLora:
-        """The same tensors with the same settings, in no chain."""
+        """The same tensors with the same settings, not in a chain."""
         other = ControlLora(self.control_weights, self.hint_channels, self.device)
         other._built = self._built
         self.copy_to(other)
         return other
 
     def copy_for(self, model: KModel) -> ControlNet:
-        """A ControlNet over the denoiser's own encoder, without its LoRAs. Raises: ControlNetError for a denoiser of another family."""
+        """A ControlNet built on the denoiser's encoder without its LoRAs. Raises: ControlNetError for a denoiser of another family."""
         found = self._built.get(model)
         if found is None:
             self._built.clear()
@@ -92,7 +92,7 @@ class ControlLora(ControlBase):
         fields = {**controlnet_fields(config), "in_channels": 4, "conditioning_channels": channels, "conditioning_embedding_out_channels": widths}
         if not isinstance(fields["layers_per_block"], int):
             raise ControlNetError(
-                f"{self.name} cannot be used with this checkpoint, whose levels have unlike numbers of resnets; choose another one."
+                f"{self.name} cannot be used with this checkpoint, whose levels have different numbers of resnets. Choose another checkpoint."
             )
         network = build_empty(lambda: ControlNetModel(**fields))
         names = controlnet_module_names(network.config)
@@ -107,7 +107,7 @@ class ControlLora(ControlBase):
         return network
 
     def _make_tensor(self, name: str, base: Tensor | None, shape: torch.Size, used: set[str]) -> Tensor:
-        """The tensor of this original name: the file's own or the checkpoint's, plus up @ down. `used` collects the file's keys."""
+        """The tensor with this original name: the file's or the checkpoint's, plus up @ down. `used` collects the file's keys."""
         layer, _, leaf = name.rpartition(".")
         whole, low, high = self.control_weights.get(name), f"{layer}.down", f"{layer}.up"
         if whole is not None:
@@ -115,7 +115,7 @@ class ControlLora(ControlBase):
         else:
             whole = base
         if whole is None:
-            raise ControlNetError(f"{self.name} misses {name}, which the checkpoint in use does not have either; download the file again.")
+            raise ControlNetError(f"{self.name} lacks {name}, and so does the checkpoint in use. Download the file again.")
         whole = whole[:, : shape[1]] if whole.ndim == 4 else whole  # an inpainting model's first layer reads mask and picture behind the latents
         if leaf != "weight" or low not in self.control_weights:
             return self._checked(whole, name, shape)
@@ -132,7 +132,7 @@ class ControlLora(ControlBase):
 
     def _misfit(self, own: str, theirs: str) -> str:
         return (
-            f"{self.name} does not fit the checkpoint in use: its {own}, the checkpoint has {theirs} there. "
+            f"{self.name} does not fit the checkpoint in use: its {own}, but the checkpoint has {theirs} there. "
             "Choose a Control-LoRA of the checkpoint's family."
         )
 
@@ -140,6 +140,6 @@ class ControlLora(ControlBase):
         left = [key for key in self.control_weights if key not in used]
         if left:
             raise ControlNetError(
-                f"{self.name} does not fit the checkpoint in use: {len(left)} of its {len(self.control_weights)} tensors (first: {left[0]}) have no "
-                f"place in a ControlNet for {family_of(config)}. Choose a Control-LoRA of the checkpoint's family."
+                f"{self.name} does not fit the checkpoint in use: {len(left)} of its {len(self.control_weights)} tensors (first: {left[0]}) do not "
+                f"exist in a ControlNet for {family_of(config)}. Choose a Control-LoRA of the checkpoint's family."
             )

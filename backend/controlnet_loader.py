@@ -1,6 +1,6 @@
-"""From a ControlNet's file to a link that can be put into a chain. The keys tell the kind and the family, never the file's name.
+"""Loads a ControlNet file as a link for a chain. The keys determine the kind and the family, never the file's name.
 
-Must not know pages, jobs or where files are listed.
+Must not know pages, jobs or lists of files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _LATENT_CHANNELS = 4
 _ADAPTER_STEPS_PX = (8, 16)
-"""Pixels that a T2I-Adapter for SD 1.x, for SDXL folds into channels."""
+"""Side in pixels of the squares that a T2I-Adapter for SD 1.x, for SDXL folds into channels."""
 _RESNETS_PER_LEVEL = 2
 _UNION_MARK = "task_embedding"
 _UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -46,7 +46,7 @@ _UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 class TensorsInMemory:
-    """A state dict in memory that reads like a file of tensors."""
+    """A state dict in memory with the interface of a file of tensors."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         self.path = path
@@ -60,18 +60,18 @@ class TensorsInMemory:
         return (stored if rows is None else stored[rows[0] : rows[1]]).to(device=device, dtype=dtype or stored.dtype, copy=True)
 
     def close(self) -> None:
-        """Let the tensors go."""
+        """Release the tensors."""
         self._tensors = {}
 
 
 def load_controlnet(path: Path) -> ControlBase:
-    """The ControlNet in a file. Raises: CheckpointError for a file that is none, or of a kind or family that is not supported, by name."""
+    """The ControlNet in a file. Raises: CheckpointError for another kind of file, or an unsupported kind or family, which the message names."""
     with open_tensor_file(path) as file:
         return build_control(file)
 
 
 def build_control(file: TensorFile) -> ControlBase:
-    """The link for a file of tensors. Raises: CheckpointError."""
+    """The chain link for a file of tensors. Raises: CheckpointError."""
     _refuse_unsupported(file)
     if is_control_lora(file.infos):
         return read_control_lora(file)
@@ -84,7 +84,7 @@ def build_control(file: TensorFile) -> ControlBase:
 
 
 def refuse_other_files(file: TensorFile) -> NoReturn:
-    """Say what a file is that no kind of control model took. Raises: CheckpointError."""
+    """Explain what a file is that matches no kind of control model. Raises: CheckpointError."""
     _refuse_unsupported(file)
     raise CheckpointError(_unknown_message(file))
 
@@ -94,7 +94,7 @@ def _refuse_unsupported(file: TensorFile) -> None:
         found = next((key for key in file.infos if key.removeprefix("control_model.").startswith(starts)), None)
         if found is not None:
             raise CheckpointError(
-                f"{file.path.name}: is {name} (it holds {found}), which is not supported. ControlNets for SD 1.x, SD 2.x and SDXL can be used."
+                f"{file.path.name}: is {name} (it has {found}), which is not supported. Use a ControlNet for SD 1.x, SD 2.x or SDXL."
             )
 
 
@@ -103,8 +103,8 @@ def _unknown_message(file: TensorFile) -> str:
     if kind is not None:
         return f"{file.path.name}: is {kind.name}, not a ControlNet. {kind.remedy}."
     return (
-        f"{file.path.name}: is no ControlNet that is known here ({len(file.infos)} tensors, the first is {next(iter(file.infos), 'missing')}). "
-        "ControlNets for SD 1.x, SD 2.x and SDXL can be used, in the original layout or diffusers'."
+        f"{file.path.name}: is not a supported ControlNet ({len(file.infos)} tensors, the first is {next(iter(file.infos), 'missing')}). "
+        "Use a ControlNet for SD 1.x, SD 2.x or SDXL, in the original layout or diffusers'."
     )
 
 
@@ -112,7 +112,7 @@ def _build_controlnet(file: TensorFile, part: Part) -> ControlNet:
     shape = checkpoint_config.read_controlnet_shape(file, part)
     if shape.in_channels != _LATENT_CHANNELS:
         raise CheckpointError(
-            f"{file.path.name}: is a ControlNet that reads {shape.in_channels} channels of latents; SD 1.x, SD 2.x and SDXL have {_LATENT_CHANNELS}."
+            f"{file.path.name}: is a ControlNet for {shape.in_channels} latent channels. Use one for SD 1.x, SD 2.x or SDXL ({_LATENT_CHANNELS})."
         )
     family = find_unet_family(file, shape)
     config = checkpoint_config.controlnet_config(file, part, shape, family)
@@ -133,7 +133,7 @@ def _build_controlnet(file: TensorFile, part: Part) -> ControlNet:
 
 
 def find_adapter(keys: Collection[str]) -> str | None:
-    """What stands before the names of a T2I-Adapter's layers, or None for another kind of file."""
+    """The prefix of a T2I-Adapter's layers, or None for another kind of file."""
     for prefix in ("adapter.", ""):
         if any(re.match(rf"{re.escape(prefix)}body\.\d+\.(block1|in_conv|resnets\.\d+\.block1|body\.\d+\.block1)\.weight$", key) for key in keys):
             return prefix
@@ -155,17 +155,17 @@ def _build_adapter(file: TensorFile) -> T2IAdapter:
 
 
 def _read_adapter(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """(arguments of the library's class, its names -> stored names). Raises: CheckpointError."""
+    """(arguments for the library's class, function from its names to stored names). Raises: CheckpointError."""
     is_light = "body.0.out_conv.weight" in shapes
     has_library_names = any(".resnets." in key for key in shapes)
     first = "body.0.in_conv.weight" if is_light else "conv_in.weight"
     if first not in shapes:
-        raise CheckpointError(f"{name}: its T2I-Adapter misses {first}. The file is incomplete; download it again.")
+        raise CheckpointError(f"{name}: its T2I-Adapter lacks {first}. The file is incomplete; download it again.")
     read = shapes[first][1]
     factor = next((step for step in _ADAPTER_STEPS_PX for channels in (1, 3) if read == channels * step**2), None)
     if factor is None:
         raise CheckpointError(
-            f"{name}: is a T2I-Adapter that reads {read} channels; those for SD 1.x and SDXL read hints in squares of 8 or 16 pixels."
+            f"{name}: is a T2I-Adapter with {read} input channels; those for SD 1.x and SDXL fold squares of 8 or 16 pixels. Use another adapter."
         )
     blocks = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("body."))
     inner = "resnets" if has_library_names else "body"

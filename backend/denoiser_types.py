@@ -1,6 +1,6 @@
-"""Which types weights are stored and computed in: what was asked for, else what the file has, else the device's rule.
+"""Choose the dtypes that weights are stored and computed in: the requested one, else the file's, else the device's default.
 
-The loader builds by it, and the plan that is shown before loading counts by it, so that both see the same bytes.
+The loader and the plan shown before loading both use it, so that they count the same bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from backend.storage.kinds import is_compact
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkTypes:
-    """`storage_dtype` of linear, convolution and embedding layers; `computation_dtype` of everything else, and of what layers compute in."""
+    """`storage_dtype`: of linear, convolution and embedding layers. `computation_dtype`: of everything else, and the dtype layers compute in."""
 
     storage_dtype: torch.dtype
     computation_dtype: torch.dtype
@@ -32,10 +32,10 @@ def choose_denoiser_types(
     wanted: torch.dtype | None = None,
     supported: Sequence[torch.dtype] = HALF_AND_FULL,
 ) -> NetworkTypes:
-    """`stored`: the types of the file's matrices. `wanted` (an option or a flag) goes before the file, the file before the device's rule.
+    """`stored`: the dtypes of the file's matrices. `wanted` (an option or a flag) takes precedence over the file, the file over the device's default.
 
-    `supported`: what the network may compute in, best first. Where the device's rule decides, a weight that would be cast from one half type to
-    another at every use is stored in the type that is computed in.
+    `supported`: dtypes the network may compute in, best first. When the device's default decides, a weight that would be cast from one half type to
+    another at every use is stored in the computation dtype instead.
     """
     device = memory_management.get_torch_device()
     computation_dtype = memory_management.get_computation_dtype(device, num_parameters, supported)
@@ -46,7 +46,7 @@ def choose_denoiser_types(
 
 
 def _worth_keeping(stored: list[torch.dtype], device: torch.device) -> torch.dtype | None:
-    """The compact type that most of the file's weights are in already, on a device that gains by keeping them so."""
+    """The compact dtype that most of the file's weights have, if the device benefits from keeping it."""
     if not stored:
         return None
     most = max(set(stored), key=stored.count)
@@ -54,13 +54,13 @@ def _worth_keeping(stored: list[torch.dtype], device: torch.device) -> torch.dty
 
 
 LARGE_PARAMETERS = 10**9
-"""Text encoders above this (T5, language models) are not made wider than their file has them: they rest in the host's memory between prompts."""
+"""Text encoders above this (T5, language models) keep their file's dtype if it is narrower: they stay in host memory between prompts."""
 
 
 def choose_text_encoder_types(
     stored: Iterable[torch.dtype], num_parameters: int, device: torch.device, *, wanted: torch.dtype | None = None
 ) -> NetworkTypes:
-    """Of one text encoder that works on `device`. `wanted` (a flag) goes before the device's rule; a large one keeps a narrower type of its file."""
+    """Types of a text encoder on `device`. `wanted` (a flag) beats the device's default; a large one keeps its file's dtype if that is narrower."""
     types = list(stored)
     storage_dtype = wanted or memory_management.text_encoder_dtype(device)
     if wanted is None and num_parameters > LARGE_PARAMETERS and types:

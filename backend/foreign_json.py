@@ -1,7 +1,7 @@
-"""JSON that others wrote, read within bounds: model headers, metadata, caches, descriptions beside models.
+"""Reads JSON that others wrote, within limits: model headers, metadata, caches, description files next to models.
 
-What comes out can be handed on to anything: it is no deeper than `MAX_DEPTH`, every text can be encoded, and every number is one that JSON and the
-usual 64 bits can hold (others stay the text they were). Imports no torch.
+The result is safe to pass on: it is no deeper than `MAX_DEPTH`, every text can be encoded, and every number fits JSON and 64 bits (other numbers
+stay text). Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_BYTES = 100 * 2**20
-"""The limit that the safetensors format itself sets for a header."""
+"""The safetensors format's limit for a header."""
 MAX_DEPTH = 64
 MAX_ITEMS = 4_000_000
-"""Tables, lists and entries of them. A table costs 32 times the two bytes it is written in."""
+"""Limit on tables, lists and their entries. A table takes 32 times the memory of the two bytes it is written in."""
 _MAX_DIGITS = 20
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SIDES = re.compile(r"\s*(\d{1,5})\s*(?:[xX]\s*(\d{1,5})\s*)?$")
 
 
 class ForeignJsonError(ValueError):
-    """Not JSON, or deeper or larger than is read; the message says which."""
+    """Not JSON, or too deep or too large; the message says which."""
 
 
 def parse_json(content: str | bytes, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
@@ -54,18 +54,18 @@ def read_json_file(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = M
 
 
 def read_file(path: Path, *, max_bytes: int) -> bytes:
-    """At most `max_bytes` + 1 bytes of a file. Raises: OSError, also for what is no file."""
+    """At most `max_bytes` + 1 bytes of a file. Raises: OSError, also if it is not a regular file."""
     with open_file(path) as stream:
         return stream.read(max_bytes + 1)
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A file open for reading. Raises: OSError, also for a pipe, socket or device, whose reader could wait for ever."""
+    """A file opened for reading. Raises: OSError, also for a pipe, socket or device, where reading could block forever."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for a writer
     try:
         descriptor = os.open(path, flags)
     except ValueError as error:  # a NUL in the name
-        raise OSError(errno.EINVAL, f"a file cannot have such a name ({error})", ascii(str(path))) from error
+        raise OSError(errno.EINVAL, f"a file cannot have this name ({error})", ascii(str(path))) from error
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
@@ -74,7 +74,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def describe_mode(mode: int) -> str:
-    """What a path is, in words."""
+    """The kind of file, in words."""
     kinds = (
         (stat.S_ISFIFO, "a pipe"),
         (stat.S_ISSOCK, "a socket"),
@@ -95,7 +95,7 @@ def _decode(content: bytes) -> str:
     try:
         return content.decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:
-        raise ForeignJsonError(f"it is no UTF-8 text: {error}") from error
+        raise ForeignJsonError(f"it is not UTF-8 text: {error}") from error
 
 
 def _float_or_text(digits: str) -> float | str:
@@ -122,7 +122,7 @@ def _children(value: Any) -> Iterable[Any]:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether no text in it can hold half a pair of UTF-16."""
+    """Whether it cannot contain an unpaired UTF-16 surrogate."""
     if _SURROGATE.search(text):
         return False
     try:
@@ -133,7 +133,7 @@ def _is_plain(text: str) -> bool:
 
 
 def _with_plain_texts(value: Any) -> Any:
-    """Half pairs of UTF-16, which no encoder takes, become question marks. Depth is bounded by now."""
+    """Replace unpaired UTF-16 surrogates, which no encoder accepts, with question marks. The depth has been checked by now."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, list):

@@ -1,10 +1,10 @@
-"""IP-Adapters (Ye et al. 2023, "IP-Adapter"): the tokens of a picture beside those of the text, in cross-attentions of their own.
+"""IP-Adapters (Ye et al. 2023, "IP-Adapter"): a picture's tokens in additional cross-attentions next to the text's.
 
-The file's layout and the networks that make tokens are diffusers'; what they do in the denoiser is a replacement of attn2. Keys and values of a
-picture do not change over a run: they are made once, kept on the host, and copied to each device that runs a part of the network.
+Diffusers defines the file's layout and the networks that make tokens; in the denoiser, an adapter replaces attn2. A picture's keys and values do
+not change during a run: they are computed once, kept on the host, and copied to each device that runs part of the network.
 Must not know pages, units or folders.
 
-Shapes: B rows, L tokens of the latents, T of the picture, D width of a token.
+Shapes: B rows, L tokens of the latents, T tokens of the picture, D token width.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _PROJECTION, _ATTENTION = "image_proj.", "ip_adapter."
 _FACE_WIDTH = 512
-"""What InsightFace's networks give: adapters that read it are for faces."""
+"""Width of InsightFace's embeddings: adapters that read it are for faces."""
 _TOWERS = {1024: "CLIP-ViT-H", 1280: "CLIP-ViT-bigG", 768: "CLIP-ViT-L"}
 _TOWERS_BY_WIDTH = {1280: "CLIP-ViT-H", 1664: "CLIP-ViT-bigG", 1024: "CLIP-ViT-L"}
 Place = tuple[Any, ...]
@@ -44,12 +44,12 @@ Place = tuple[Any, ...]
 
 
 def is_ip_adapter(keys: Collection[str]) -> bool:
-    """Whether these are the names of an IP-Adapter's tensors."""
+    """Whether these are tensor names of an IP-Adapter."""
     return any(key.startswith(_PROJECTION) for key in keys) and any(key.startswith(_ATTENTION) for key in keys)
 
 
 class AdapterLayers(nn.Module):
-    """What makes tokens of a picture's features, and what makes keys and values of them, in the order of the file's numbers."""
+    """The layers that turn a picture's features into tokens, and tokens into keys and values, in the order of the file's numbers."""
 
     def __init__(self, image_proj: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def _as_linear(weight: Tensor) -> nn.Linear:
 
 
 class IPAdapter:
-    """An adapter's network with its place in memory management. `feature_width`: what it reads of the picture tower."""
+    """An adapter's network with its patcher for memory management. `feature_width`: the width it reads from the picture tower."""
 
     def __init__(self, layers: AdapterLayers, name: str, feature_width: int) -> None:
         self.layers, self.name, self.feature_width = layers, name, feature_width
@@ -80,35 +80,37 @@ class IPAdapter:
 
     @property
     def reads_hidden_states(self) -> bool:
-        """Whether it reads all tokens of the tower's last but one layer, not its projection."""
+        """Whether it reads all tokens of the tower's second to last layer, not the projection."""
         return not isinstance(self.layers.image_proj, ImageProjection)
 
     @property
     def tower_name(self) -> str:
-        """What people call the picture tower it was made for."""
+        """The common name of the picture tower it was made for."""
         names = _TOWERS_BY_WIDTH if self.reads_hidden_states else _TOWERS
         return names.get(self.feature_width, f"a CLIP vision model {self.feature_width} wide")
 
     def make_keys_and_values(self, features: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """On the host, for features of no picture and of the picture."""
+        """Keys and values on the host, for the features of an empty picture and of the picture."""
         memory_management.load_models_gpu([self.patcher])
         own = next(self.layers.parameters()).dtype
         return [(key.to("cpu", dtype), value.to("cpu", dtype)) for key, value in self.layers(features.to(self.patcher.load_device, own))]
 
 
 def read_ip_adapter(file: TensorFile) -> IPAdapter:
-    """The adapter in a file. Raises: CheckpointError for one that is damaged, or for faces."""
+    """The adapter in a file. Raises: CheckpointError if it is damaged, or made for faces."""
     _refuse_faces(file)
     projection = {key.removeprefix(_PROJECTION): file.read(key, dtype=torch.float32) for key in file.infos if key.startswith(_PROJECTION)}
     numbers = sorted({int(key.split(".")[1]) for key in file.infos if key.startswith(_ATTENTION)})
     wanted = [f"{_ATTENTION}{number}.to_{what}_ip.weight" for number in numbers for what in ("k", "v")]
     missing = [key for key in wanted if key not in file.infos]
     if missing:
-        raise CheckpointError(f"{file.path.name}: is an IP-Adapter that misses {len(missing)} tensors (first: {missing[0]}); download it again.")
+        raise CheckpointError(f"{file.path.name}: is an IP-Adapter without {len(missing)} of its tensors (first: {missing[0]}); download it again.")
     try:
         image_proj = UNet2DConditionLoadersMixin()._convert_ip_adapter_image_proj_to_diffusers(projection, low_cpu_mem_usage=False)
     except (KeyError, RuntimeError, IndexError) as error:
-        raise CheckpointError(f"{file.path.name}: the part of this IP-Adapter that reads pictures is of no known kind ({error}).") from error
+        raise CheckpointError(
+            f"{file.path.name}: the image projection of this IP-Adapter is of an unsupported kind ({error}). Choose another file."
+        ) from error
     pairs = [tuple(file.read(key, dtype=torch.float32) for key in wanted[index : index + 2]) for index in range(0, len(wanted), 2)]
     layers = AdapterLayers(image_proj, [(key, value) for key, value in pairs])
     layers.eval().requires_grad_(False).to(pick_dtype(layers))
@@ -128,8 +130,8 @@ def _refuse_faces(file: TensorFile) -> None:
     inputs = [file.infos[key].shape[-1] for key in ("image_proj.proj_in.weight", "image_proj.proj.0.weight") if key in file.infos]
     if is_face or _FACE_WIDTH in inputs:
         raise CheckpointError(
-            f"{file.path.name}: is an adapter for faces (FaceID or InstantID), which reads what InsightFace finds in a picture. This is not "
-            "supported; IP-Adapters that read CLIP can be used: plain, light, plus, plus-face and full-face."
+            f"{file.path.name}: is an adapter for faces (FaceID or InstantID), which reads InsightFace embeddings. This is not supported. Use an "
+            "IP-Adapter that reads CLIP: plain, light, plus, plus-face or full-face."
         )
 
 
@@ -138,9 +140,9 @@ def _refuse_faces(file: TensorFile) -> None:
 
 @dataclass(eq=False)
 class Prompting:
-    """Keys and values by place of one picture for all rows, or of one for each picture of the batch (none first), with what the unit asks.
+    """Keys and values by place of one picture for all rows, or one per picture of the batch (empty picture first), with the unit's settings.
 
-    `mask_B1HW` says where it acts."""
+    `mask_B1HW` limits it to a region."""
 
     pairs: Mapping[Place, tuple[Tensor, Tensor]]
     weight: float = 1.0
@@ -151,14 +153,14 @@ class Prompting:
 
     @property
     def is_always_on(self) -> bool:
-        """Whether the noise level need not be asked for, which waits for the device."""
+        """Whether it is active at every noise level. Then the level need not be read, which would wait for the device."""
         return self.weight != 0.0 and self.sigma_range[0] <= 0.0 and self.sigma_range[1] >= NEARLY_PURE_NOISE_SIGMA
 
     def acts_at(self, sigma: float) -> bool:
         return self.weight != 0.0 and self.sigma_range[0] <= sigma <= self.sigma_range[1]
 
     def pair_on(self, place: Place, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The keys and values of a place, copied once to each device."""
+        """A place's keys and values, copied once to each device."""
         with self._lock:
             found = self._on.get((str(device), place))
             if found is None:
@@ -168,7 +170,7 @@ class Prompting:
 
 
 class PicturePrompts:
-    """The replacement of attn2: the text's attention, or what replaced it before, plus each picture's."""
+    """Replaces attn2: the text's attention, or its earlier replacement, plus each picture's attention."""
 
     def __init__(self, prompts: Sequence[Prompting], before: Mapping[Place, Callable[..., Tensor]]) -> None:
         self.prompts, self.before = tuple(prompts), dict(before)
@@ -190,13 +192,13 @@ class PicturePrompts:
 
 
 def _shown_to_rows(extra: dict[str, Any], num_rows: int, num_pictures: int) -> list[int]:
-    """For each row which of (none, first picture, second ...) it sees: none in the negative branch, else the one at its place in the batch."""
+    """For each row the index of its picture: 0 (the empty picture) in the negative branch, else 1 + the row's position in the batch."""
     places: Sequence[int] = extra.get("picture_indices") or [0] * num_rows
     return [0 if row in extra["uncond_indices"] else 1 + places[row] % num_pictures for row in range(num_rows)]
 
 
 def _mask_of_tokens(mask_B1HW: Tensor, q_BLD: Tensor, original_shape: Sequence[int]) -> Tensor:
-    """The mask at the size of a level, (1, L, 1)."""
+    """The mask in the size of a level, (1, L, 1)."""
     height, width = original_shape[-2:]
     while height * width > q_BLD.shape[1]:
         height, width = -(-height // 2), -(-width // 2)
@@ -204,7 +206,7 @@ def _mask_of_tokens(mask_B1HW: Tensor, q_BLD: Tensor, original_shape: Sequence[i
 
 
 def cross_attention_places(unet: UnetPatcher) -> list[tuple[Place, Any]]:
-    """Places of the cross-attentions with the layers, in the order of IP-Adapters' files: the way in, the way out, the middle."""
+    """The cross-attentions with their places, in the order of IP-Adapter files: input blocks, output blocks, middle block."""
     segments = sorted(unet.model.program.segments, key=lambda segment: ("input", "output", "middle", "last").index(segment.kind))
     found = []
     for segment in segments:
@@ -224,14 +226,14 @@ def apply_ip_adapter(
     percent_range: tuple[float, float] = (0.0, 1.0),
     mask_B1HW: Tensor | None = None,
 ) -> UnetPatcher:
-    """A clone of `unet` that also sees the picture of these features (none first). Raises: ControlNetError for an adapter of another family."""
+    """A clone of `unet` that also attends to a picture (features: empty picture first). Raises: ControlNetError for an adapter of another family."""
     places = cross_attention_places(unet)
     own = [(linear.out_features, linear.in_features) for linear in adapter.layers.to_k]
     theirs = [(attention.to_k.out_features, attention.to_k.in_features) for _, attention in places]
     if own != theirs:
         raise ControlNetError(
-            f"{adapter.name} does not fit the checkpoint in use: it is an IP-Adapter for {len(own)} cross-attentions over text {own[0][1]} wide, the "
-            f"checkpoint is {family_of(unet.model.diffusion_model.config)} with {len(theirs)} over text {theirs[0][1]} wide. "
+            f"{adapter.name} does not fit the checkpoint in use: it is an IP-Adapter for {len(own)} cross-attentions over text {own[0][1]} wide, but "
+            f"the checkpoint is {family_of(unet.model.diffusion_model.config)} with {len(theirs)} over text {theirs[0][1]} wide. "
             "Choose one of the checkpoint's family."
         )
     pairs = adapter.make_keys_and_values(features, unet.model.computation_dtype)
@@ -248,7 +250,7 @@ def _put_in(unet: UnetPatcher, prompt: Prompting, blocks: Collection[tuple[str, 
     others = {place: hook for place, hook in replacements.items() if not isinstance(hook, PicturePrompts)}
     hook = PicturePrompts([*(before.prompts if before else ()), prompt], {**(before.before if before else {}), **others})
     if find_bound_hook({"patches_replace": {"attn2": hook.before}}) is not None:
-        hook.held = torch.empty(0)  # what binds a hook to a slot binds the one that calls it
+        hook.held = torch.empty(0)  # a hook that calls a bound hook is bound too
     for place in [place for place in others if len(place) == 3]:
         patched.set_model_attn2_replace(hook, *place)
     for block in sorted(blocks):

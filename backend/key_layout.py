@@ -1,7 +1,7 @@
-"""Key names of diffusers and transformers networks, translated to the original single-file layout ("ldm").
+"""Translates key names of diffusers and transformers networks to the original single-file layout ("ldm").
 
-One direction is enough: a loader asks for each key of the network it has built under which name the file holds it, a writer renames what
-it has. Pure names and tensors; knows no files, no devices and no families beyond their prefixes.
+One direction is enough: a loader looks up the file's name for each key of the network it has built, a writer renames the keys it has. Works on
+names and tensors only; knows no files, no devices, and no families beyond their prefixes.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def unet_module_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """diffusers module name -> ldm module name for every module that moves, for any number of levels, resnets per level and attentions.
+    """Maps diffusers to ldm module names, for every renamed module and any number of levels, resnets per level and attentions.
 
-    `config` is a UNet2DConditionModel's config: read are down_block_types, up_block_types and layers_per_block (a number or one per level).
+    `config`: a UNet2DConditionModel's; down_block_types, up_block_types and layers_per_block (one number, or one per level) are read.
     """
     names = dict(_UNET_ENDS)
     names.update(_down_names(config))
@@ -103,7 +103,7 @@ def _up_names(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"up_blocks.{level}.attentions.{layer}", f"output_blocks.{position}.1"
             position += 1
         if level < len(block_types) - 1:
-            child = 2 if "CrossAttn" in block_types[level] else 1  # the upsampler follows whatever the block's last entry holds
+            child = 2 if "CrossAttn" in block_types[level] else 1  # the upsampler comes after the last entry's layers
             yield f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{position - 1}.{child}.conv"
 
 
@@ -119,20 +119,20 @@ def _resnet_names(diffusers: str, ldm: str) -> Iterator[tuple[str, str]]:
 
 
 def rename_by_module(key: str, names: Mapping[str, str]) -> str:
-    """`key` with its longest leading module name found in `names` replaced.
+    """`key` with its longest leading module name that is in `names` replaced.
 
-    Raises: KeyError when no leading part of `key` is known.
+    Raises: KeyError if no leading part of `key` is in `names`.
     """
     head = key
     while head:
         if head in names:
             return names[head] + key[len(head) :]
         head = head.rpartition(".")[0]
-    raise KeyError(f"{key} has no place in the original layout")
+    raise KeyError(f"{key} does not exist in the original layout")
 
 
 def unet_to_ldm(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A diffusers UNet state dict under original names, without the `model.diffusion_model.` prefix. Tensors are shared, not copied."""
+    """A diffusers UNet's state dict under the original names, without the `model.diffusion_model.` prefix. Tensors are shared, not copied."""
     names = unet_module_names(config)
     return {rename_by_module(key, names): tensor for key, tensor in state_dict.items()}
 
@@ -141,7 +141,7 @@ def unet_to_ldm(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
 
 
 def controlnet_module_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """diffusers module name -> ldm module name for every module of a ControlNetModel of this config: a UNet's way in, and what it adds."""
+    """Maps diffusers to ldm module names for a ControlNetModel with this config: a UNet's input half, and the ControlNet's own layers."""
     hint_convolutions = 2 * (len(config["conditioning_embedding_out_channels"]) - 1)
     names = {name: _UNET_ENDS[name] for name in _UNET_ENDS if not name.startswith("conv_norm_out") and name != "conv_out"}
     names.update(_down_names(config))
@@ -160,7 +160,7 @@ def controlnet_module_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def vae_key_to_ldm(key: str, num_levels: int) -> str:
-    """The original name of one AutoencoderKL key; decoder levels count the other way round there."""
+    """The original name of an AutoencoderKL key. There, decoder levels are numbered in reverse."""
     half, _, rest = key.partition(".")
     if half not in ("encoder", "decoder"):
         return key  # quant_conv, post_quant_conv
@@ -187,7 +187,7 @@ def _vae_half_to_ldm(rest: str, num_levels: int) -> str:
 
 
 def vae_to_ldm(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """An AutoencoderKL state dict under original names, without prefix. Attention weights (out, in) become 1x1 convolutions (out, in, 1, 1)."""
+    """An AutoencoderKL's state dict under the original names, without prefix. Attention weights (out, in) become 1x1 kernels (out, in, 1, 1)."""
     num_levels = len(config["up_block_types"])
     renamed = {vae_key_to_ldm(key, num_levels): tensor for key, tensor in state_dict.items()}
     return {key: _as_conv(tensor) if _is_attention_weight(key) else tensor for key, tensor in renamed.items()}
@@ -205,9 +205,9 @@ def _as_conv(tensor: Tensor) -> Tensor:
 
 
 def clip_to_text_model(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A CLIP text encoder's state dict with the `text_model.` level that original files and older transformers have.
+    """A CLIP text encoder's state dict with the `text_model.` level of original files and older transformers.
 
-    `text_projection` stays outside that level.
+    `text_projection` stays outside of that level.
     """
     return {_with_text_model(key): tensor for key, tensor in state_dict.items()}
 
@@ -231,7 +231,7 @@ def clip_to_open_clip(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def qkv_keys(key: str) -> tuple[str, str, str]:
-    """The keys of q, k and v, in the order OpenCLIP fuses them, from any one of the three."""
+    """The keys of q, k and v in the order in which OpenCLIP fuses them, given any of the three."""
     head, _, tail = key.partition(".self_attn.")
     kind = tail.rpartition(".")[2]
     query, key_, value = (f"{head}.self_attn.{part}.{kind}" for part in _QKV)
@@ -239,14 +239,14 @@ def qkv_keys(key: str) -> tuple[str, str, str]:
 
 
 def open_clip_key(key: str) -> str:
-    """The OpenCLIP name of one transformers key (without `text_model.`); the three of q, k and v share one name.
+    """The OpenCLIP name of a transformers key (without `text_model.`). q, k and v share one name.
 
-    Raises: KeyError for a key that no CLIP text encoder has.
+    Raises: KeyError for a key that is not in a CLIP text encoder.
     """
     if key in _OPEN_CLIP_ENDS:
         return _OPEN_CLIP_ENDS[key]
     if not key.startswith("encoder.layers."):
-        raise KeyError(f"{key} has no place in OpenCLIP's layout")
+        raise KeyError(f"{key} does not exist in OpenCLIP's layout")
     layer, _, inner = key.removeprefix("encoder.layers.").partition(".")
     block = f"transformer.resblocks.{layer}"
     for part in _QKV:
@@ -256,9 +256,9 @@ def open_clip_key(key: str) -> str:
 
 
 def append_unused_block(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP keys with the last block written once more.
+    """OpenCLIP keys with a second copy of the last block.
 
-    SD2.x files hold OpenCLIP H's full tower of 24 blocks and use 23 of them; readers expect the unused one to be there.
+    SD2.x files contain all 24 blocks of OpenCLIP H and use 23; readers expect the unused one to exist.
     """
     last = max(int(key.split(".")[2]) for key in state_dict if key.startswith("transformer.resblocks."))
     old, new = f"transformer.resblocks.{last}.", f"transformer.resblocks.{last + 1}."
@@ -273,13 +273,13 @@ def join_checkpoint(family: str, unet: nn.Module, vae: nn.Module, text_encoders:
     """One state dict in the original single-file layout of `family`: "sd15", "sd20" (or "sd21_v"), "sdxl" or "sdxl_refiner".
 
     Text encoders in the family's order: SDXL takes CLIP-L, then OpenCLIP bigG. Tensors are contiguous and share memory with the modules
-    where names alone change. Raises: ValueError for an unknown family or a wrong number of text encoders.
+    if only names change. Raises: ValueError for an unknown family or a wrong number of text encoders.
     """
     text_writers = _TEXT_WRITERS.get(family)
     if text_writers is None:
-        raise ValueError(f"family {family!r} has no single-file layout here; known are {', '.join(_TEXT_WRITERS)}")
+        raise ValueError(f"Family {family!r} has no single-file layout. Use one of {', '.join(_TEXT_WRITERS)}.")
     if len(text_writers) != len(text_encoders):
-        raise ValueError(f"family {family!r} has {len(text_writers)} text encoders, {len(text_encoders)} were given")
+        raise ValueError(f"Family {family!r} has {len(text_writers)} text encoders, but {len(text_encoders)} were given. Pass all of them.")
     joined = _prefixed(UNET_PREFIX, unet_to_ldm(unet.state_dict(), _config_of(unet)))
     joined.update(_prefixed(VAE_PREFIX, vae_to_ldm(vae.state_dict(), _config_of(vae))))
     for (prefix, write), encoder in zip(text_writers, text_encoders, strict=True):

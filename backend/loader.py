@@ -1,7 +1,7 @@
-"""From a checkpoint file to a loaded model.
+"""Loads a model from a checkpoint file.
 
-The keys and shapes of the file alone tell the family and every network's configuration; no hub and no configuration file is needed. Networks are
-built without memory, checked against the file, and then filled tensor by tensor in the type and on the device they shall have.
+The file's keys and shapes determine the family and every network's configuration; no hub and no configuration file is needed. Networks are
+built without memory, checked against the file, and then filled tensor by tensor in their final dtype on their final device.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_QUANTISED_KEYS = ("bitsandbytes__nf4", "bitsandbytes__fp4", ".scale_weight", ".comfy_quant", ".weight_scale")
+_QUANTIZED_KEYS = ("bitsandbytes__nf4", "bitsandbytes__fp4", ".scale_weight", ".comfy_quant", ".weight_scale")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Located:
-    """A part and the open file it lies in."""
+    """A part and the open file that contains it."""
 
     file: TensorFile
     part: Part
@@ -56,7 +56,7 @@ class _Located:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sources:
-    """What will be loaded from where."""
+    """What will be loaded, and from which file."""
 
     family: Family
     found: FoundDenoiser
@@ -77,10 +77,10 @@ def load_checkpoint(
     unet_storage_dtype: torch.dtype | None = None,
     embedding_dirs: Sequence[Path] = (),
 ) -> ForgeDiffusionEngine:
-    """The model in `path`. VAE and text encoders in `additional_modules` take the place of the file's own.
+    """The model in `path`. VAE and text encoders in `additional_modules` replace the file's.
 
-    `unet_storage_dtype` overrides the flags and the device's rule. Nothing is placed on a GPU before it is used, unless it fits there at once.
-    Raises: CheckpointError for any file that does not make a model; no file is changed, moved or deleted.
+    `unet_storage_dtype` overrides the flags and the device's default. Networks move to a GPU when they are first used, or at once if they fit.
+    Raises: CheckpointError for any file that is not a usable model. No file is changed, moved or deleted.
     """
     with ExitStack() as stack:
         main = stack.enter_context(open_tensor_file(Path(path)))
@@ -118,7 +118,7 @@ def _dtype_text(dtype: torch.dtype) -> str:
 
 def _find_sources(main: TensorFile, extras: Sequence[TensorFile]) -> _Sources:
     for file in (main, *extras):
-        _refuse_quantised(file)
+        _refuse_quantized(file)
     family, found = _identify(main)
     for extra in extras:
         _refuse_useless_extra(extra, family)
@@ -132,12 +132,11 @@ def _find_sources(main: TensorFile, extras: Sequence[TensorFile]) -> _Sources:
     return _Sources(family=family, found=found, main=main, vae=vae, texts=texts)
 
 
-def _refuse_quantised(file: TensorFile) -> None:
-    found = next((key for key in file.infos if key.endswith(_QUANTISED_KEYS)), None)
+def _refuse_quantized(file: TensorFile) -> None:
+    found = next((key for key in file.infos if key.endswith(_QUANTIZED_KEYS)), None)
     if found is not None:
         raise CheckpointError(
-            f"{file.path.name}: holds quantised weights ({found}), which are not supported. "
-            "Use an fp32, fp16, bf16 or plain fp8 version of this model."
+            f"{file.path.name}: has quantized weights ({found}), which are not supported. Use an fp32, fp16, bf16 or plain fp8 version of this model."
         )
 
 
@@ -150,10 +149,10 @@ def _identify(file: TensorFile) -> tuple[Family, FoundDenoiser]:
         what = kind.name if kind.name.endswith("checkpoint") else f"{kind.name}, not a checkpoint"
         raise CheckpointError(f"{file.path.name}: is {what}. {kind.remedy}.")
     if not file.infos:
-        raise CheckpointError(f"{file.path.name}: holds no tensors at all. Download it again, and compare its size with the one on the model's page.")
+        raise CheckpointError(f"{file.path.name}: has no tensors. Download it again, and compare its size with the one on the model's page.")
     raise CheckpointError(
         f"{file.path.name}: matches no known model ({len(file.infos)} tensors, the first is {next(iter(file.infos))}). "
-        f"{registry.known_lines()} checkpoints can be loaded. Check that the right file was downloaded."
+        f"{registry.known_lines()} checkpoints can be loaded. Check that you downloaded the right file."
     )
 
 
@@ -162,22 +161,22 @@ def _refuse_useless_extra(file: TensorFile, family: Family) -> None:
         return
     kind = checkpoint_identity.identify(file.infos)
     encoders = " or ".join(dict.fromkeys(encoder.title for encoder in family.text_encoders))
-    what = f"is {kind.name}. {kind.remedy}" if kind is not None else f"holds neither a VAE nor a {encoders} text encoder"
-    raise CheckpointError(f"{file.path.name}: was chosen as VAE / Text Encoder, but {what}. Take it out of 'VAE / Text Encoder'.")
+    what = f"is {kind.name}. {kind.remedy}" if kind is not None else f"has neither a VAE nor a {encoders} text encoder"
+    raise CheckpointError(f"{file.path.name}: was chosen as VAE / Text Encoder, but {what}. Remove it from 'VAE / Text Encoder'.")
 
 
 def _refuse_misfit(file: TensorFile, family: Family, found: FoundDenoiser) -> None:
-    """A file with a VAE or text encoder that looks right and is another model's."""
+    """Refuse a file with a VAE or text encoder that looks right but belongs to another model."""
     if any(component.takes(file, part, found) for component in (family.vae, *family.text_encoders) for part in component.find(file)):
         return
     raise CheckpointError(
-        f"{file.path.name}: was chosen as VAE / Text Encoder, but this {family.title} checkpoint reads neither of what is in it; it belongs to "
-        "another model. Take it out of 'VAE / Text Encoder'."
+        f"{file.path.name}: was chosen as VAE / Text Encoder, but this {family.title} checkpoint uses nothing in it; it belongs to another model. "
+        "Remove it from 'VAE / Text Encoder'."
     )
 
 
 def _find_vae(main: TensorFile, extras: Sequence[TensorFile], family: Family, found: FoundDenoiser) -> _Located | None:
-    """The VAE; files named later take the place of earlier ones."""
+    """The VAE. Later files override earlier ones."""
     for file in [*reversed(extras), main]:
         for part in family.vae.find(file):
             if family.vae.takes(file, part, found):
@@ -186,7 +185,7 @@ def _find_vae(main: TensorFile, extras: Sequence[TensorFile], family: Family, fo
 
 
 def _find_texts(main: TensorFile, extras: Sequence[TensorFile], family: Family, found: FoundDenoiser) -> dict[str, _Located]:
-    """Those of the family's text encoders that are there, by name; files named later take the place of earlier ones."""
+    """The family's text encoders that were found, by name. Later files override earlier ones."""
     taken: dict[str, _Located] = {}
     for file in [main, *extras]:
         for encoder in family.text_encoders:
@@ -202,14 +201,14 @@ def _check_widths(main: TensorFile, family: Family, texts: Mapping[str, _Located
         given = " and ".join(f"{encoder.title} {width} ({texts[encoder.name].file.path.name})" for encoder, width in widths.items())
         raise CheckpointError(
             f"{main.path.name}: its {family.denoiser_title} reads text features {found.context_width} wide, but the text encoders give {given}. "
-            "Choose text encoders of the same model family, or none."
+            "Choose text encoders of the checkpoint's model family, or none."
         )
 
 
 def _missing_parts_message(
     main: TensorFile, extras: Sequence[TensorFile], family: Family, found: FoundDenoiser, missing: Sequence[Component], *, lacks_vae: bool
 ) -> str:
-    """Every part that is not there, by name, file and folder."""
+    """Lists every missing part with its name, file and folder."""
     needs = [f"a {encoder.title} text encoder" for encoder in missing]
     places = []
     if missing:
@@ -226,7 +225,7 @@ def _missing_parts_message(
 
 
 def _misfits_text(main: TensorFile, extras: Sequence[TensorFile], family: Family, found: FoundDenoiser, missing: Sequence[Component]) -> str:
-    """Text encoders that are there and do not fit, with both widths."""
+    """Describes text encoders that were found but do not fit, with both widths."""
     if not found.context_width:
         return ""
     widths = {
@@ -256,7 +255,7 @@ def _build_engine(
     denoiser_plan = _checked(plan_denoiser(denoiser, main, found.part, key_map.places), sources.denoiser, family.denoiser_title)
     vae_plan = _checked(family.vae.plan(vae, sources.vae.file, sources.vae.part), sources.vae, "VAE")
     text_plans = {encoder.name: _plan_text(encoder, texts[encoder.name], sources.texts[encoder.name]) for encoder in family.text_encoders}
-    # Everything has been checked; only now are weights read, so that a wrong file costs no memory.
+    # Weights are read only now that everything has been checked, so that a wrong file costs no memory.
     clip = _load_clip(texts, text_plans, sources, config)
     vae_patcher = _load_vae(vae, vae_plan, sources, config)
     unet_patcher, prediction = _load_denoiser(denoiser, denoiser_plan, sources, config, unet_storage_dtype, key_map)
@@ -297,7 +296,7 @@ def _checked(plan: LoadPlan, located: _Located, what: str) -> LoadPlan:
 
 
 def _count_bytes(networks: Iterable[nn.Module], dtype: torch.dtype) -> int:
-    """What their weights will take in this type."""
+    """The size of their weights in this dtype."""
     return sum(parameter.numel() for network in networks for parameter in network.parameters()) * dtype.itemsize
 
 
@@ -356,6 +355,6 @@ def _build_embeddings(clip: CLIP, family: Family, folders: Sequence[Path]) -> Em
 
 
 def _native_size_px(file: TensorFile, family: Family, prediction: PredictionSpec) -> int:
-    """The side the model was trained on: the file's own word for it, else the family's."""
+    """The side length the model was trained on, from the file's metadata, else from the family."""
     sides = parse_resolution(file.metadata.get("modelspec.resolution"))
     return sides[0] if sides is not None and sides[0] > 0 else family.native_size_px(prediction)

@@ -1,7 +1,7 @@
-"""Which files lie under a folder: every list of models, embeddings and pictures is made here.
+"""Lists the files under a folder: every list of models, embeddings and pictures is made here.
 
-Linked folders are entered, each real folder once. What cannot be used is left out, and named in the log once: a pipe or device, which would block
-its reader; a broken link; a name that is not UTF-8, which neither JSON nor the page can carry. Imports no torch.
+Linked folders are followed, each real folder once. Unusable entries are skipped and named in the log once: a pipe or device, which would block
+its reader; a broken link; a name that is not UTF-8, which neither JSON nor the page can represent. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _DIGITS = re.compile("([0-9]+)")
 
 
 def find_files(root: Path, suffixes: Collection[str] | None = None) -> list[Path]:
-    """Files under `root` with one of the suffixes (lower case, with the dot; None: all), in natural order. A missing folder holds none."""
+    """Files under `root` with one of the suffixes (lower case, with the dot; None: all), in natural order. Empty for a missing folder."""
     wanted = None if suffixes is None else tuple(suffixes)
     return sorted(_walk(Path(root), wanted), key=lambda path: natural_key(path.as_posix()))
 
 
 def natural_key(text: str) -> list[tuple[bool, int, str]]:
-    """Sorts numbers in a text by their value: "beta 9" before "beta 10"."""
+    """A sort key that orders numbers in a text by value: "beta 9" before "beta 10"."""
     parts = _DIGITS.split(text)  # every other one is a number; numbers of one length sort as texts
     return [(False, len(part.lstrip("0")), part.lstrip("0")) if place % 2 else (True, 0, part.lower()) for place, part in enumerate(parts)]
 
 
 def _walk(root: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
-    """Real folders before linked ones, so that a file that is reached both ways keeps its own name."""
+    """Real folders before linked ones, so that a file that is reachable both ways keeps its real name."""
     seen: set[str] = set()
     pending: list[str] = [str(root)]
     linked: list[str] = []
@@ -55,9 +55,9 @@ def _scan(folder: str, *, is_root: bool) -> list[os.DirEntry[str]]:
             return sorted(entries, key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
         if not is_root:
-            say_once(f"The folder {folder!a} is gone; what was in it is left out.")
+            say_once(f"The folder {folder!a} is gone; its files are ignored.")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        say_once(f"The folder {_shown(folder)} cannot be read ({error}); what is in it is left out.")
+        say_once(f"The folder {_shown(folder)} cannot be read ({error}); its files are ignored.")
     return []
 
 
@@ -84,10 +84,10 @@ def _is_usable(entry: os.DirEntry[str]) -> bool:
     except UnicodeEncodeError:
         what = "its name is not UTF-8; rename it"
     except FileNotFoundError:
-        what = "it is a link to a file that is not there"
+        what = "it is a link to a missing file"
     except OSError as error:
         what = f"it cannot be read ({error.strerror or error})"
-    say_once(f"{_shown(entry.path)} is left out: {what}.")
+    say_once(f"{_shown(entry.path)} is ignored: {what}.")
     return False
 
 
@@ -97,5 +97,5 @@ def _shown(path: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def say_once(message: str) -> None:
-    """Warn of an odd file. Folders are listed with every request; the same words are said once."""
+    """Warn about an unusable file. Folders are listed with every request, so each message is logged only once."""
     logger.warning("%s", message)

@@ -1,7 +1,7 @@
-"""The numbers of a UNet under the names that the original code gave them, for extensions that read `diffusion_model.config["model_channels"]`.
+"""A UNet's configuration under the original code's names, for extensions that read `diffusion_model.config["model_channels"]`.
 
-Names and order: Forge's UNet (`model_channels`, `channel_mult`, `transformer_depth` by resnet of the way in, `transformer_depth_output` from the
-outermost level inwards). Must not know weights or devices.
+Names and order: Forge's UNet (`model_channels`, `channel_mult`, `transformer_depth` by resnet of the input blocks, `transformer_depth_output` from
+the outermost level inward). Must not know weights or devices.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _NAMES = frozenset(
 
 
 def add_original_names(unet: UNet2DConditionModel) -> None:
-    """`unet.config` then has the original names too."""
+    """Add the original names to `unet.config`."""
     unet.register_to_config(**_read_original(unet))
 
 
 def without_original_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The library's own configuration, as `from_config` wants it."""
+    """The library's configuration, as `from_config` takes it."""
     return {name: value for name, value in config.items() if name not in _NAMES}
 
 
@@ -57,7 +57,7 @@ def _read_original(unet: UNet2DConditionModel) -> dict[str, Any]:
 
 
 def _depths(block: nn.Module | None) -> list[int]:
-    """Transformer blocks behind each resnet of a block, 0 where there is no attention."""
+    """Transformer blocks after each resnet of a block; 0 without attention."""
     if block is None:
         return [0]
     attentions: Any = getattr(block, "attentions", None) or []

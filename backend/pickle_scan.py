@@ -1,7 +1,7 @@
-"""A look at a pickle's instructions before any of them is followed: its size, its depth, whether it is in balance, which names it asks for.
+"""Checks a pickle's instructions before any of them is executed: size, depth, stack balance, and the names it asks for.
 
-The reader that follows (PyTorch's restricted one) runs no foreign code, but trusts sizes and depth: Python's own hash of a tuple nested 100,000 deep
-ends the process. Nothing is built here; the work is one step for each instruction.
+The reader used afterwards (PyTorch's restricted one) runs no foreign code, but trusts sizes and depth: Python's hash of a tuple nested 100,000 deep
+kills the process. Nothing is built here; each instruction costs one step.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any, BinaryIO
 from backend.foreign_json import open_file
 
 MAX_PICKLE_BYTES = 16 * 2**20
-"""Names and shapes of a checkpoint take some hundred kB; its tensors lie outside the pickle."""
+"""A checkpoint's names and shapes take a few hundred kB; its tensors are outside the pickle."""
 MAX_DEPTH = 100
 _MAX_STORAGE_RECORDS = 200_000
 _LEGACY_PICKLES = 5
-"""In a file from before PyTorch 1.6: magic number, protocol, system, the content, names of storages."""
+"""In a file from before PyTorch 1.6: magic number, protocol, system, content, names of storages."""
 
 
 class DamagedPickleError(ValueError):
-    """No pickle, or one that is damaged or beyond all measure; the message says what is wrong."""
+    """Not a pickle, or damaged or far too large; the message says what is wrong."""
 
 
 @dataclass(slots=True)
 class _Depths:
-    """The unpickler's stack with the depth of each value in its place; None is a mark."""
+    """The unpickler's stack, with each value replaced by its depth; None is a mark."""
 
     stack: list[int | None] = field(default_factory=list)
     memo: dict[int, int] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class _Depths:
             return
         if opcode.name in ("GET", "BINGET", "LONG_BINGET"):
             if argument not in self.memo:
-                raise DamagedPickleError(f"it takes up value {argument}, which it never put down")
+                raise DamagedPickleError(f"it reads memo {argument}, which it never wrote")
             self.stack.append(self.memo[argument])
             return
         taken = self._take(opcode.stack_before)
@@ -53,7 +53,7 @@ class _Depths:
 
     def _top(self) -> int:
         if not self.stack or (top := self.stack[-1]) is None:
-            raise DamagedPickleError("it is out of balance: it takes values that are not there")
+            raise DamagedPickleError("its stack is unbalanced: it pops values that do not exist")
         return top
 
     def _take(self, kinds: list[Any]) -> list[int]:
@@ -63,7 +63,7 @@ class _Depths:
                 taken.append(self._top())
                 self.stack.pop()
             if not self.stack:
-                raise DamagedPickleError("it is out of balance: it ends a group that it never began")
+                raise DamagedPickleError("its stack is unbalanced: it ends a group that it never started")
             self.stack.pop()
             kinds = kinds[: kinds.index(pickletools.markobject)]
         for _ in kinds:
@@ -73,7 +73,7 @@ class _Depths:
 
 
 def scan_pickle(stream: BinaryIO) -> set[str]:
-    """Names ("package.module.name") that one pickle asks for; `stream` stands behind it afterwards. Raises: DamagedPickleError."""
+    """Names ("package.module.name") that a pickle asks for. Leaves `stream` at the pickle's end. Raises: DamagedPickleError."""
     depths, names = _Depths(), set()
     try:
         for opcode, argument in _instructions(stream):
@@ -93,7 +93,7 @@ def _instructions(stream: BinaryIO) -> Iterator[tuple[Any, Any]]:
     instructions = pickletools.genops(stream)
     while True:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # about texts with strange escapes
+            warnings.simplefilter("ignore", DeprecationWarning)  # about strings with invalid escapes
             step = next(instructions, None)
         if step is None:
             return
@@ -101,7 +101,7 @@ def _instructions(stream: BinaryIO) -> Iterator[tuple[Any, Any]]:
 
 
 def scan_file(path: Path) -> set[str]:
-    """Names that the pickles of a PyTorch file ask for, zip or older. Raises: DamagedPickleError, OSError."""
+    """Names that the pickles of a PyTorch file (zip or legacy) ask for. Raises: DamagedPickleError, OSError."""
     if zipfile.is_zipfile(path):
         return _scan_zip(path)
     names: set[str] = set()
@@ -134,13 +134,15 @@ def _check_entries(entries: list[zipfile.ZipInfo]) -> None:
     for entry in entries:
         is_storage = "/data/" in f"/{entry.filename}"
         if is_storage and entry.compress_type != zipfile.ZIP_STORED:
-            raise DamagedPickleError("its archive was packed again with compression, which PyTorch's files never have")
+            raise DamagedPickleError("its archive was repacked with compression, which PyTorch's files never have")
         if not is_storage and entry.file_size > MAX_PICKLE_BYTES:
-            raise DamagedPickleError(f"{entry.filename} in it unpacks to {entry.file_size / 1e6:,.0f} MB; {MAX_PICKLE_BYTES / 1e6:,.0f} MB are read")
+            raise DamagedPickleError(
+                f"{entry.filename} in it unpacks to {entry.file_size / 1e6:,.0f} MB; the limit is {MAX_PICKLE_BYTES // 10**6} MB"
+            )
 
 
 class _Bounded:
-    """A file that ends with an error after so many bytes: tensors lie behind the pickles, and no pickle is that long."""
+    """A file that raises an error after `max_bytes`: tensors come after the pickles, and no pickle is that long."""
 
     def __init__(self, file: BinaryIO, max_bytes: int) -> None:
         self._file, self._left = file, max_bytes

@@ -1,9 +1,9 @@
-"""What the slots did in a job, and when: spans of work and of copies, counted while the job runs and read out when it is over.
+"""Records what the slots did in a job, and when: spans of work and of copies, collected while the job runs and returned at its end.
 
-Off, which is the default, a recorder answers `is_on` with False and its other methods do nothing. On, a span costs two looks at the clock, on
-CUDA two events in the device's own stream, whose times are read later: nothing here ever waits for a device while a job runs.
+When off (the default), a recorder's `is_on` is False and its other methods do nothing. When on, a span costs two clock readings, or on CUDA two
+events in the device's current stream, whose times are read later: nothing here ever waits for a device while a job runs.
 
-A meter counts what is cheap enough to be counted always. Knows no jobs, settings, files or pages.
+A meter counts what is cheap enough to count always. Knows no jobs, settings, files or pages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["network", "stage", "text encoder", "ControlNet", "VAE", "copy", "plan", "load", "save"]
 Mark = Any
-"""A moment: nanoseconds of `time.perf_counter_ns`, or an event recorded on a CUDA stream."""
+"""A point in time: nanoseconds of `time.perf_counter_ns`, or an event recorded on a CUDA stream."""
 
 MAX_SPANS = 100_000
 _RESOLVE_EVERY = 64
@@ -34,10 +34,10 @@ _RESOLVE_EVERY = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """Something that took time. `slot` None is the host. Times are of `time.perf_counter_ns`.
+    """Something that took time. `slot` None is the host. Times come from `time.perf_counter_ns`.
 
-    `batch` tells which rows through the network it belongs to, `stage` how many stages they had behind them, `step` the sampler's step (both -1
-    where there is none). `num_bytes` and `link` ("cuda:0 > cuda:1") are of copies.
+    `batch` says which batch of rows the span belongs to, `stage` how many stages that batch had passed, `step` is the sampler's step (each -1 if
+    there is none). `num_bytes` and `link` ("cuda:0 > cuda:1") are for copies.
     """
 
     kind: Kind
@@ -55,9 +55,9 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recording:
-    """Everything that was recorded from `start_ns` to `end_ns`, spans in the order of their starts. `step_ends_ns` are moments on the host.
+    """Everything recorded from `start_ns` to `end_ns`, with spans in the order of their starts. `step_ends_ns` are host times.
 
-    `plans`: the plans that came into force, and when; None is one slot without a plan. `num_dropped` spans came after the list was full.
+    `plans`: the plans that took effect, and when; None is one slot without a plan. `num_dropped` spans were lost because the list was full.
     """
 
     start_ns: int
@@ -69,7 +69,7 @@ class Recording:
 
 
 def mark_now(device: torch.device) -> Mark:
-    """This moment in the work of the calling thread: on CUDA when the device's current stream gets here, else now."""
+    """The current point in the calling thread's work: on CUDA when the device's current stream gets here, else now."""
     return mark_stream(torch.cuda.current_stream(device)) if device.type == "cuda" else time.perf_counter_ns()
 
 
@@ -84,17 +84,17 @@ class NoTimer:
     """Times nothing."""
 
     def start(self, stream: Any = None) -> None:
-        """Nothing begins."""
+        """Does nothing."""
 
     def stop(self, stream: Any = None) -> None:
-        """Nothing ends."""
+        """Does nothing."""
 
 
 NO_TIMER = NoTimer()
 
 
 class CopyTimer(NoTimer):
-    """Times one copy: on the streams it is given, else by the clock."""
+    """Times one copy, on the given streams, else by the clock."""
 
     def __init__(self, recorder: Recorder, source: torch.device, target: torch.device, num_bytes: int) -> None:
         self._recorder, self._source, self._target, self._num_bytes = recorder, source, target, num_bytes
@@ -130,19 +130,19 @@ class NoRecorder:
         return NO_TIMER
 
     def add(self, start: Mark, end: Mark, **facts: Any) -> None:
-        """Forgotten."""
+        """Does nothing."""
 
     def note_plan(self, plan: Plan | None) -> None:
-        """Forgotten."""
+        """Does nothing."""
 
     def begin_steps(self) -> None:
-        """Forgotten."""
+        """Does nothing."""
 
     def note_step(self) -> None:
-        """Forgotten."""
+        """Does nothing."""
 
     def end_steps(self) -> None:
-        """Forgotten."""
+        """Does nothing."""
 
     def next_batch(self) -> int:
         return -1
@@ -167,7 +167,7 @@ class _Pending:
 
 
 class Recorder(NoRecorder):
-    """Records from when it is made until `finish`. Safe to use from many threads. Keeps no more than `max_spans` spans."""
+    """Records from its creation until `finish`. Thread-safe. Keeps at most `max_spans` spans."""
 
     is_on = True
 
@@ -186,7 +186,7 @@ class Recorder(NoRecorder):
         self._start_ns = time.perf_counter_ns()
 
     def slot_of(self, device: torch.device) -> int | None:
-        """The first slot of a device; None where the device is no slot."""
+        """The first slot on a device; None if the device has no slot."""
         return self._slot_of_device.get(canonical_device(device))
 
     @contextmanager
@@ -200,7 +200,7 @@ class Recorder(NoRecorder):
             self.add(start, self.mark(where), devices=(where, where), kind=kind, name=name, slot=slot, **facts)
 
     def measure(self, kind: Kind, name: str, *, device: torch.device | None = None, slot: int | None = None, **facts: Any) -> Any:
-        """A span around a block, on the device's current stream. Without a device it is the host's. Ends when the block fails, too."""
+        """Record a span around a block, on the device's current stream (None: the host), even if the block raises."""
         return self._measure(kind, name, device, slot, facts)
 
     def mark(self, device: torch.device) -> Mark:
@@ -219,15 +219,15 @@ class Recorder(NoRecorder):
         return next(self._batches)
 
     def note_plan(self, plan: Plan | None) -> None:
-        """A plan is in force from now on."""
+        """Note that a plan takes effect now."""
         self._plans.append((time.perf_counter_ns(), plan))
 
     def begin_steps(self) -> None:
-        """Sampling begins: what begins from now on belongs to the next step. Steps are numbered through all passes of the job."""
+        """Sampling begins: spans that start from now on belong to the next step. Steps are numbered across all passes of the job."""
         self.step = len(self._step_ends_ns)
 
     def note_step(self) -> None:
-        """The sampler has ended a step, or was cut off in it."""
+        """The sampler has finished a step, or was interrupted in it."""
         self._step_ends_ns.append(time.perf_counter_ns())
         self.step = len(self._step_ends_ns)
 
@@ -236,7 +236,7 @@ class Recorder(NoRecorder):
         self.step = -1
 
     def add(self, start: Mark, end: Mark, *, devices: tuple[torch.device, torch.device] | None = None, **facts: Any) -> None:
-        """A span between two marks; `devices` are those they were made on."""
+        """Add a span between two marks, which were made on `devices`."""
         facts.setdefault("step", self.step)
         for device in devices or ():
             if device.type == "cuda":
@@ -253,7 +253,7 @@ class Recorder(NoRecorder):
                     self._resolve_passed()
 
     def finish(self) -> Recording:
-        """End the recording and read the events that are left. Waits for them, so the job's own work has to be over."""
+        """End the recording and read the remaining events. Waits for them, so the job's work must be over."""
         end_ns = time.perf_counter_ns()
         with self._lock:
             while self._pending:
@@ -269,12 +269,12 @@ class Recorder(NoRecorder):
         )
 
     def _resolve_passed(self) -> None:
-        """Read what has passed, the oldest first, without waiting. The caller holds the lock."""
+        """Read the events that have passed, oldest first, without waiting. The caller holds the lock."""
         while self._pending and self._pending[0].has_passed():
             self._resolve(self._pending.popleft())
 
     def _resolve_last(self, pending: _Pending) -> None:
-        """A device that was lost answers no more; its spans go."""
+        """Wait for a span's events and read them. A lost device no longer answers; its spans are dropped."""
         try:
             pending.wait()
             self._resolve(pending)
@@ -292,7 +292,7 @@ class Recorder(NoRecorder):
         return at_ns + int(event.elapsed_time(mark) * 1e6)
 
     def _anchor(self, device: torch.device) -> None:
-        """An event whose time on the host is known, to count others of its device from. On an idle stream of its own it passes at once."""
+        """Record an event with known host time, the reference for its device's other events. It passes at once, on a separate idle stream."""
         with self._lock:
             if device not in self._anchors:
                 stream_type: Any = torch.cuda.Stream
@@ -301,7 +301,7 @@ class Recorder(NoRecorder):
 
 
 def _clip(span: Span, start_ns: int, end_ns: int) -> Span:
-    """What began before the recording or ended after it by the error of an anchor."""
+    """Cut off what lies outside the recording because of an anchor's error."""
     if start_ns <= span.start_ns and span.end_ns <= end_ns:
         return span
     first = min(max(span.start_ns, start_ns), end_ns)
@@ -317,7 +317,7 @@ def _slots_by_device(slots: Sequence[Slot]) -> dict[torch.device, int]:
 
 @dataclass(slots=True)
 class Meter:
-    """Counted in every job: runs of stages (or of the whole network) by slot, steps, and the time of sampling."""
+    """Counts kept in every job: runs of stages (or of the whole network) by slot, steps, and the time spent sampling."""
 
     slots: tuple[Slot, ...] = ()
     stage_runs: Counter[int] = field(default_factory=Counter)
@@ -326,7 +326,7 @@ class Meter:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count_stage_run(self, slot: int | None) -> None:
-        """A slot has carried rows through its part of the network."""
+        """Count that a slot ran its part of the network."""
         if slot is not None:
             with self._lock:
                 self.stage_runs[slot] += 1
@@ -349,22 +349,22 @@ _now = _Now()
 
 
 def recorder() -> NoRecorder:
-    """What the running job is recorded with: a `Recorder`, or one that does nothing."""
+    """The running job's recorder: a `Recorder`, or one that does nothing."""
     return _now.recorder
 
 
 def meter() -> Meter:
-    """Counts of the running job, or of the last one."""
+    """The counts of the running job, or of the last one."""
     return _now.meter
 
 
 def begin(slots: Sequence[Slot], *, is_on: bool) -> None:
-    """A job begins: count anew, and record it if `is_on`."""
+    """A job begins: reset the counts, and record the job if `is_on`."""
     _now.meter = Meter(tuple(slots))
     _now.recorder = Recorder(slots) if is_on else NoRecorder()
 
 
 def end() -> Recording | None:
-    """The job is over; what was recorded."""
+    """The job is over; return what was recorded."""
     finished, _now.recorder = _now.recorder, NoRecorder()
     return finished.finish() if isinstance(finished, Recorder) else None

@@ -1,6 +1,6 @@
-"""From the tensors of a file into a network built without memory: which stored tensor each parameter comes from, checked, then read one by one.
+"""Fills a network built without memory from a file: finds each parameter's stored tensor, checks them all, then reads them one by one.
 
-Knows key layouts and shapes; families and configurations are told by others.
+Knows key layouts and shapes; callers supply families and configurations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from backend.storage.running import is_cast_layer
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 SharedRows = tuple[int, int, int, bool]
-"""From, to, of how many; and whether the file has the second half of them first."""
+"""(first row, end row, total rows, whether the file stores the second half of these rows first)."""
 PlacesOf = Callable[[str], Sequence[tuple[str, SharedRows | None]]]
 
 _QKV_THIRDS = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
@@ -29,7 +29,7 @@ _IGNORED_ENDINGS = ("position_ids", "logit_scale", "num_batches_tracked")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSource:
-    """Where one parameter comes from. `third`: which third of the rows (fused q, k, v); `rows`: rows of a shared matrix;
+    """The stored tensor of one parameter. `third`: which third of its rows (fused q, k, v); `rows`: rows of a shared matrix;
     `transposed`: rows and columns swapped."""
 
     key: str
@@ -40,7 +40,7 @@ class TensorSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadPlan:
-    """Every parameter of a network with its source; `missing` and `unexpected` are keys as the file spells them."""
+    """All parameters of a network with their sources. `missing` and `unexpected` are keys in the file's spelling."""
 
     sources: Mapping[str, TensorSource]
     missing: tuple[str, ...]
@@ -49,7 +49,7 @@ class LoadPlan:
 
 
 def build_empty(make: Callable[[], ModuleT]) -> ModuleT:
-    """The network `make` builds, its parameters without memory (on the meta device), in eval mode and without gradients."""
+    """The network that `make` builds, with parameters on the meta device (no memory), in eval mode and without gradients."""
     with torch.device("meta"):
         module = make()
     module.eval().requires_grad_(False)
@@ -57,7 +57,7 @@ def build_empty(make: Callable[[], ModuleT]) -> ModuleT:
 
 
 def plan_denoiser(denoiser: nn.Module, file: TensorFile, part: Part, places_of: PlacesOf) -> LoadPlan:
-    """Sources of a denoiser's parameters. `places_of` gives the original names of each, the first is the usual one, and its rows of the matrix."""
+    """Sources of a denoiser's parameters. `places_of` returns each one's original names (the usual one first) with its rows of the matrix."""
     if part.layout is Layout.DIFFUSERS:
         return _plan(denoiser, file, part, lambda key: [TensorSource(key=part.prefix + key)])
     return _plan(denoiser, file, part, lambda key: [TensorSource(key=part.prefix + name, rows=rows) for name, rows in places_of(key)])
@@ -72,12 +72,12 @@ def plan_controlnet(controlnet: nn.Module, file: TensorFile, part: Part) -> Load
 
 
 def plan_as_named(network: nn.Module, file: TensorFile, rename: Callable[[str], str]) -> LoadPlan:
-    """Sources of a network's parameters where one function gives the stored name of each."""
+    """Sources of a network's parameters, whose stored names `rename` returns."""
     return _plan(network, file, Part("", Layout.DIFFUSERS), lambda key: [TensorSource(key=rename(key))])
 
 
 def plan_vae(vae: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
-    """Sources of an AutoencoderKL's parameters, in the original layout, diffusers' or diffusers' before its attention was renamed."""
+    """Sources of an AutoencoderKL's parameters, in the original layout, diffusers' layout, or diffusers' older layout with other attention names."""
     num_levels = len(cast("Mapping[str, Any]", vae.config)["up_block_types"])
 
     def candidates(key: str) -> list[TensorSource]:
@@ -140,7 +140,7 @@ def _fits(stored: tuple[int, ...], wanted: tuple[int, ...], source: TensorSource
         return len(stored) == len(wanted) and stored == (3 * wanted[0], *wanted[1:])
     if source.transposed:
         return stored == wanted[::-1]
-    return _without_tail_ones(stored) == _without_tail_ones(wanted)  # a 1x1 convolution may be stored as a matrix, and the other way round
+    return _without_tail_ones(stored) == _without_tail_ones(wanted)  # a 1x1 convolution may be stored as a matrix, and vice versa
 
 
 def _without_tail_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -158,21 +158,21 @@ def _shape_text(shape: tuple[int, ...]) -> str:
 
 
 def check_plan(plan: LoadPlan, file: TensorFile, what: str) -> None:
-    """Raises: CheckpointError when a parameter has no source or a source of another shape, with the count and the first of them."""
+    """Raises: CheckpointError if parameters have no source or one with another shape; the message has their count and the first one."""
     if plan.missing:
         raise CheckpointError(
-            f"{file.path.name}: its {what} misses {len(plan.missing)} of {len(plan.missing) + len(plan.sources)} tensors (first: {plan.missing[0]}). "
+            f"{file.path.name}: its {what} lacks {len(plan.missing)} of {len(plan.missing) + len(plan.sources)} tensors (first: {plan.missing[0]}). "
             "The file is incomplete: download it again, or convert it again from its source."
         )
     if plan.misshapen:
         raise CheckpointError(
             f"{file.path.name}: {len(plan.misshapen)} tensors of its {what} have shapes that do not fit together (first: {plan.misshapen[0]}). "
-            "It is damaged, or a mixture of two models; use another file."
+            "The file is damaged, or a mix of two models; use another file."
         )
 
 
 def matrix_dtypes(file: TensorFile, part: Part) -> list[torch.dtype]:
-    """Types in which a part's matrices and kernels are stored, one entry each."""
+    """Stored dtypes of a part's matrices and kernels, one entry each."""
     return [info.dtype for key, info in file.infos.items() if key.startswith(part.prefix) and len(info.shape) > 1]
 
 
@@ -185,21 +185,21 @@ def assign_tensors(
     computation_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Give every parameter of an empty network its stored tensor on `device`. One tensor at a time: nothing is held twice.
+    """Give every parameter of an empty network its stored tensor on `device`, one at a time, so that nothing is in memory twice.
 
-    Weights of linear, convolution and embedding layers take `storage_dtype`. Norms, which are never stored compactly, take
-    `computation_dtype` where that is another.
+    Weights of linear, convolution and embedding layers get `storage_dtype`. Norms, which are never stored compactly, get `computation_dtype`
+    if it is given.
     """
     for name, target in list(module.state_dict().items()):
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
         dtype = storage_dtype if is_cast_layer(owner) else computation_dtype or storage_dtype
-        tensor = _materialise(file, plan.sources[name], tuple(target.shape), dtype, device)
+        tensor = _materialize(file, plan.sources[name], tuple(target.shape), dtype, device)
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
     _fill_buffers(module, device)
 
 
-def _materialise(file: TensorFile, source: TensorSource, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def _materialize(file: TensorFile, source: TensorSource, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     rows = None if source.rows is None else source.rows[:2]
     if source.third is not None:
         rows = (source.third * shape[0], (source.third + 1) * shape[0])
@@ -212,11 +212,11 @@ def _materialise(file: TensorFile, source: TensorSource, shape: tuple[int, ...],
 
 
 def _fill_buffers(module: nn.Module, device: torch.device | str) -> None:
-    """Make the buffers real that no file holds: CLIP's position numbers are the only ones these networks have."""
+    """Create the buffers that no file contains. These networks have only one kind, CLIP's position numbers."""
     for name, buffer in list(_meta_buffers(module)):
         owner_name, _, leaf = name.rpartition(".")
         if leaf != "position_ids":
-            raise RuntimeError(f"buffer {name} of {type(module).__name__} was built without memory and nothing here knows its contents")
+            raise RuntimeError(f"Buffer {name} of {type(module).__name__} was built without memory; _fill_buffers must fill it.")
         positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
         module.get_submodule(owner_name).register_buffer(leaf, positions, persistent=False)
 
@@ -226,7 +226,7 @@ def _meta_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_state_dict(path: Path, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every tensor of a small file (LoRA, embedding, upscaler) in host memory, read as safely as a checkpoint.
+    """All tensors of a small file (LoRA, embedding, upscaler) in host memory, read as safely as a checkpoint's.
 
     Raises: CheckpointError for a file that cannot be read.
     """

@@ -1,7 +1,7 @@
-"""Files written whole or not at all, and the one form of name they have meanwhile: by it `modules/pictures/unfinished_files.py` knows what a
-killed run left.
+"""Writes files atomically, under one form of temporary name, by which `modules/pictures/unfinished_files.py` recognizes the leftovers of a
+killed run.
 
-Standard library only: the launcher writes by it too.
+Standard library only: the launcher uses it too.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from pathlib import Path
 
 _OURS = re.compile(r"\..+\.[0-9a-f]{12}\.tmp", re.DOTALL)
 _MAX_NAME_BYTES = 160
-"""With dot, digits and suffix this stays below the 255 that file systems allow."""
+"""With dot, digits and suffix, the name stays below the 255 bytes that file systems allow."""
 
 
 def unfinished_name(path: Path) -> Path:
-    """A new hidden name beside `path`: its name (or what fits of it), twelve hexadecimal digits, `.tmp`."""
+    """A new hidden name next to `path`: its name (shortened if needed), twelve hexadecimal digits, `.tmp`."""
     name = os.fsencode(path.name)[:_MAX_NAME_BYTES].decode("utf-8", "ignore")
     return path.with_name(f".{name or 'file'}.{secrets.token_hex(6)}.tmp")
 
 
 def is_unfinished_name(name: str) -> bool:
-    """Does it have the form that `unfinished_name` gives, and nothing else does?"""
+    """Whether it has the form of `unfinished_name`, which nothing else has."""
     return _OURS.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
 def creating(path: Path) -> Iterator[Path]:
-    """As `replacing`, for a new file: Raises FileExistsError at the end when `path` is there by then, and leaves it as it is."""
+    """Like `replacing`, for a new file. Raises: FileExistsError at the end if `path` exists by then, which stays unchanged."""
     unfinished = unfinished_name(path)
     try:
         yield unfinished
@@ -44,7 +44,7 @@ def creating(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write under. What is there at the end takes the place of `path` in one step; after an error it is gone, and `path` is as before."""
+    """A name to write to. At the end that file replaces `path` atomically; after an error it is deleted and `path` is unchanged."""
     unfinished = unfinished_name(path)
     try:
         yield unfinished
@@ -54,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def publish_new(temporary: Path, final: Path) -> None:
-    """Give a finished temporary file its name, in one step. Raises FileExistsError when the name is taken, also by a file made meanwhile."""
+    """Give a finished temporary file its name atomically. Raises: FileExistsError if the name is taken, even by a file created meanwhile."""
     try:
         os.link(temporary, final)
     except FileExistsError:
@@ -66,7 +66,7 @@ def publish_new(temporary: Path, final: Path) -> None:
 
 
 def _publish_without_links(temporary: Path, final: Path) -> None:
-    """For file systems without hard links: claim the name by a file beside it, then rename if it is free. A claim whose owner died stays."""
+    """For file systems without hard links: claim the name with a file next to it, then rename if it is free. A dead owner's claim stays."""
     if os.name == "nt":
         temporary.rename(final)  # fails on Windows when the name is taken
         return
@@ -81,9 +81,9 @@ def _publish_without_links(temporary: Path, final: Path) -> None:
 
 
 def replace_content(path: Path, content: bytes) -> None:
-    """`path` holds `content`, in a file that its owner alone may read. Readers see the old file or the whole new one, also after a crash.
+    """Write `content` to `path`, readable by its owner only. Readers see the old file or the complete new one, even after a crash.
 
-    Makes the folder. Raises: OSError.
+    Creates the folder. Raises: OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished, open(unfinished, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
@@ -93,7 +93,7 @@ def replace_content(path: Path, content: bytes) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add `text` to the end of a file, which is made: all of it, or the file is as long as before. Raises: OSError."""
+    """Append `text` to a file, which is created if missing. After an error the file is as long as before. Raises: OSError."""
     old_bytes = path.stat().st_size if path.exists() else None
     try:
         with path.open("ab") as file:

@@ -11,7 +11,7 @@ from backend.state_dict import read_state_dict
 
 
 def load_torch_file(ckpt: str, safe_load: bool = False, device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """Every tensor of the file on `device` (the host by default); pickled files are always read by the restricted unpickler.
+    """All tensors of a file on `device` (default: the host). Pickled files are always read by the restricted unpickler.
 
     Raises: CheckpointError for a file that cannot be read.
     """

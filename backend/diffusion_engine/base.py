@@ -1,6 +1,6 @@
-"""One loaded model: its networks with their patchers, under the names that extensions know. What is peculiar to its family is in `family_facts`.
+"""One loaded model: its networks with their patchers, under the names that extensions know. Everything specific to its family is in `family_facts`.
 
-Knows no files but the one it saves, no jobs and no options page.
+Knows no files except the one it saves, no jobs and no options page.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class ForgeObjects:
     clipvision: Any = None
 
     def shallow_copy(self) -> ForgeObjects:
-        """Another holder of the same patchers."""
+        """A second object with the same patchers."""
         return replace(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """What was found in the checkpoint: the family and the arguments its networks were built with."""
+    """The checkpoint's family, and the arguments its networks were built with."""
 
     family: str
     unet_config: Mapping[str, Any]
@@ -55,7 +55,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineParts:
-    """What an engine is made of. `native_size_px` is the side of the pictures the model was trained on."""
+    """The parts of an engine. `native_size_px` is the side length of the pictures the model was trained on."""
 
     family: Family
     config: ModelConfig
@@ -105,10 +105,10 @@ class ForgeDiffusionEngine:
 
     @torch.no_grad()
     def get_learned_conditioning(self, prompt: Sequence[str]) -> Conditioning:
-        """Conditions of a list of prompts: (B, L, C) fp32, or {"crossattn": (B, L, C), "vector": (B, V), ...}, as the family's recipe gives them.
+        """Conditions for a list of prompts: (B, L, C) fp32, or {"crossattn": (B, L, C), "vector": (B, V), ...}, as the family's recipe returns them.
 
-        A list with attributes `width`, `height` and `is_negative_prompt` (SdConditioning) tells the recipe the picture's size. Where the network
-        takes distilled guidance, "guidance" (B,) fp32 is among them: the list's `distilled_cfg_scale`, else the family's default.
+        A list with attributes `width`, `height` and `is_negative_prompt` (SdConditioning) tells the recipe the picture's size. If the network
+        takes distilled guidance, "guidance" (B,) fp32 is included: the list's `distilled_cfg_scale`, else the family's default.
         """
         self._load_text_encoders()
         conditions = self.family_facts.encode(self, prompt)
@@ -122,23 +122,23 @@ class ForgeDiffusionEngine:
         return {**by_name, GUIDANCE: torch.full((text_BLC.shape[0],), scale, device=text_BLC.device)}
 
     def set_clip_skip(self, clip_skip: int) -> None:
-        """1 reads the text encoders' last layer, 2 the one before; a family's minimum stays."""
+        """1 reads the text encoders' last layer, 2 the one before it. A family's minimum still applies."""
         for engine in self.text_engines:
             engine.set_clip_skip(clip_skip)
 
     def set_emphasis(self, name: str) -> None:
-        """Chooses how (word:1.2) acts: "None", "Ignore", "Original" or "No norm"."""
+        """Choose how (word:1.2) is applied: "None", "Ignore", "Original" or "No norm"."""
         for engine in self.text_engines:
             engine.set_emphasis(name)
 
     def get_prompt_lengths_on_ui(self, prompt: str) -> tuple[int, int]:
-        """(tokens used, tokens that fit) of a prompt without schedules."""
+        """(tokens used, tokens that fit) for a prompt without schedules."""
         return self.text_engines[0].get_prompt_lengths(prompt)
 
     def run_text_engine(self, index: int, prompt: Sequence[str]) -> Any:
-        """What one of the text engines makes of a prompt, on the UNet's device: a lost slot of the text encoder takes no conditions along.
+        """Encode a prompt with one text engine. The result is on the UNet's device, so that losing the text encoder's slot loses no conditions.
 
-        With less and less else on the text encoder's device when memory runs out. Raises: OutOfMemory."""
+        When memory runs out, more and more other models leave the text encoder's device. Raises: OutOfMemory."""
         patcher = self.forge_objects.clip.patcher
         run = partial(self.text_engines[index], prompt)
         with profiler.recorder().measure("text encoder", f"text encoder {index + 1}", device=patcher.load_device):
@@ -164,7 +164,7 @@ class ForgeDiffusionEngine:
 
     @torch.no_grad()
     def decode_first_stage_on_all_slots(self, x: Tensor) -> Tensor | None:
-        """As `decode_first_stage`, each picture alone and several at a time. None with one slot, and where an extension wraps decoding."""
+        """Like `decode_first_stage`, one picture per slot, on all slots at once. None with one slot, or if an extension wraps decoding."""
         vae = self.forge_objects.vae
         if vae.patcher.model_options.get("model_vae_decode_wrapper") is not None:
             return None
@@ -172,7 +172,7 @@ class ForgeDiffusionEngine:
         return None if pixels_BHWC is None else pixels_BHWC.movedim(-1, 1) * 2.0 - 1.0
 
     def get_first_stage_encoding(self, x: Tensor) -> Tensor:
-        """The latents themselves: `encode_first_stage` has drawn from the posterior and scaled already."""
+        """Returns the latents unchanged: `encode_first_stage` has already sampled the posterior and scaled."""
         return x
 
     # --- facts ----------------------------------------------------------------------------------------------------------------------
@@ -191,19 +191,19 @@ class ForgeDiffusionEngine:
         return self.forge_objects.clip.cond_stage_model
 
     def is_webui_legacy_model(self) -> bool:
-        """Whether the model belongs to the families the first WebUI knew."""
+        """Whether the original WebUI supported the model's family."""
         return self.is_sd1 or self.is_sd2 or self.is_sdxl or self.is_sd3
 
     # --- saving ---------------------------------------------------------------------------------------------------------------------
 
     def save_unet(self, filename: str | Path) -> str:
-        """Write the UNet alone in the original layout, without prefix, as `.safetensors`; whole or not at all. LoRA is left out."""
+        """Write only the UNet as `.safetensors` in the original layout, without prefix and LoRA. After an error there is no partial file."""
         model: Any = self.forge_objects.unet.model
         with without_weight_patches(model):
             return _save(model.key_map.to_original(model.diffusion_model.state_dict()), Path(filename), self.metadata)
 
     def save_checkpoint(self, filename: str | Path) -> str:
-        """Write the whole model as one `.safetensors` file in the original layout; whole or not at all."""
+        """Write the whole model as one `.safetensors` file in the original layout, without LoRA. After an error there is no partial file."""
         text_encoders = list(self.forge_objects.clip.cond_stage_model.values())
         with without_weight_patches(self.forge_objects.unet.model), without_weight_patches(self.forge_objects.clip.cond_stage_model):
             joined = self.family_facts.join_checkpoint(self._unet(), self.forge_objects.vae.first_stage_model, text_encoders)

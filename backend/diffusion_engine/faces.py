@@ -1,4 +1,4 @@
-"""Forge's class of engine by family. A family that Forge has no class for is a ForgeDiffusionEngine."""
+"""Forge's engine class by family. A family for which Forge has no class is a ForgeDiffusionEngine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forge's name of the engine of Stable Diffusion 1.x; the family is in backend/families/sd1."""
+"""The engine of Stable Diffusion 1.x under Forge's name; the family is in backend/families/sd1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forge's name of the engine of Stable Diffusion 2.x; the family is in backend/families/sd2."""
+"""The engine of Stable Diffusion 2.x under Forge's name; the family is in backend/families/sd2."""
 
 from __future__ import annotations
 

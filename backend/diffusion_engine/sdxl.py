@@ -1,6 +1,6 @@
-"""Forge's names of the engines of SDXL and its refiner; the families are in backend/families/sdxl and sdxl_refiner.
+"""The engines of SDXL and its refiner under Forge's names; the families are in backend/families/sdxl and sdxl_refiner.
 
-`sdxl_crop_top`, `sdxl_crop_left` (pixels) and the refiner's aesthetic scores are attributes that callers set.
+Callers set the attributes `sdxl_crop_top`, `sdxl_crop_left` (pixels) and the refiner's aesthetic scores.
 """
 
 from __future__ import annotations

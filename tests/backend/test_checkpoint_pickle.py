@@ -59,7 +59,7 @@ def test_code_is_refused_in_either_format(tmp_path: Path, is_zip: bool) -> None:
             return (print, ("never",))
 
     torch.save({"a": Runs()}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(CheckpointError, match="more than tensors in it"):
+    with pytest.raises(CheckpointError, match="contains more than tensors"):
         read(tmp_path / "a.ckpt")
 
 
@@ -86,7 +86,7 @@ def test_a_small_file_that_unpacks_to_much_is_refused_unread(tmp_path: Path, ent
 
 def test_an_archive_packed_again_with_compression_is_called_that(tmp_path: Path) -> None:
     torch.save(STORE, tmp_path / "a.ckpt")
-    with pytest.raises(CheckpointError, match="packed again with compression"):
+    with pytest.raises(CheckpointError, match="repacked with compression"):
         read(rewrite(tmp_path / "a.ckpt", lambda _, content: content, compression=zipfile.ZIP_DEFLATED))
 
 
@@ -111,13 +111,13 @@ def test_tables_that_hold_each_other_are_refused(tmp_path: Path) -> None:
     table: dict[str, Any] = {"weight": torch.ones(2)}
     table["again"] = table
     torch.save(table, tmp_path / "loop.pt")
-    with pytest.raises(CheckpointError, match="hold each other"):
+    with pytest.raises(CheckpointError, match="contain each other"):
         read(tmp_path / "loop.pt")
     tower: dict[str, Any] = {"weight": torch.ones(2)}
     for _ in range(40):
         tower = {"left": tower, "right": tower}
     torch.save(tower, tmp_path / "tower.pt")
-    with pytest.raises(CheckpointError, match="hold each other"):
+    with pytest.raises(CheckpointError, match="contain each other"):
         read(tmp_path / "tower.pt")
 
 

@@ -115,8 +115,8 @@ def test_a_shuffle_controlnet_pools_its_residuals(tmp_path: Path) -> None:
         (("control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight", "difference"), "differences"),
         (("first_stage_model.decoder.conv_in.weight",), "a VAE, not a ControlNet"),
         (("zero_convs.0.0.weight", "input_blocks.0.0.weight", "lora_controlnet"), "no layers that read the hint"),
-        (("body.0.block1.weight",), "T2I-Adapter misses conv_in.weight"),
-        (("what.weight",), "no ControlNet that is known"),
+        (("body.0.block1.weight",), "T2I-Adapter lacks conv_in.weight"),
+        (("what.weight",), "not a supported ControlNet"),
     ],
 )
 def test_other_files_are_refused_by_name(tmp_path: Path, keys: tuple[str, ...], words: str) -> None:

@@ -64,7 +64,7 @@ RAW_FILES = {
     "noise": (bytes(range(200, 256)) * 4, "is neither a .safetensors file nor a PyTorch"),
     "header promises more": ((10_000).to_bytes(8, "little") + b"{" + b" " * 100, "is cut short inside its header"),
     "header is no json": ((20).to_bytes(8, "little") + b"{nonsense}..........", "its header cannot be read"),
-    "header without tensors": ((2).to_bytes(8, "little") + b"{}" + b"\0" * 8, "holds no tensors at all"),
+    "header without tensors": ((2).to_bytes(8, "little") + b"{}" + b"\0" * 8, "has no tensors"),
     "zip of nothing": (b"PK\x03\x04" + b"\0" * 200, "cannot be read as a PyTorch file"),
     "pickle of nothing": (b"\x80\x02" + b"\xff" * 50, "damaged or cut short"),
 }
@@ -107,19 +107,19 @@ def _write_header(path: Path, header: dict, data: bytes) -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}, "does not fit its shape"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "entry of a is damaged"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": ["a", "b"]}, "entry of a is damaged"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]}, "entry of a is damaged"),
-        ({"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, "entry of a is damaged"),
-        ({"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}, "entry of a is damaged"),
-        ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "entry of a is damaged"),
-        ({"dtype": "F32", "shape": [10**30], "data_offsets": [0, 8]}, "entry of a is damaged"),
-        ({"dtype": "F32", "shape": [2**60, 2**60], "data_offsets": [0, 8]}, "does not fit its shape"),
-        ({"dtype": "F32", "shape": [1] * 70 + [2], "data_offsets": [0, 8]}, "entry of a is damaged"),
-        ({"dtype": "F32", "shape": "x"}, "entry of a is damaged"),
+        ({"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}, "does not match its shape"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "entry for a is damaged"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": ["a", "b"]}, "entry for a is damaged"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]}, "entry for a is damaged"),
+        ({"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, "entry for a is damaged"),
+        ({"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}, "entry for a is damaged"),
+        ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "entry for a is damaged"),
+        ({"dtype": "F32", "shape": [10**30], "data_offsets": [0, 8]}, "entry for a is damaged"),
+        ({"dtype": "F32", "shape": [2**60, 2**60], "data_offsets": [0, 8]}, "does not match its shape"),
+        ({"dtype": "F32", "shape": [1] * 70 + [2], "data_offsets": [0, 8]}, "entry for a is damaged"),
+        ({"dtype": "F32", "shape": "x"}, "entry for a is damaged"),
         ({"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}, "is stored as F4, which is not supported"),
-        (["no", "table"], "entry of a is damaged"),
+        (["no", "table"], "entry for a is damaged"),
     ],
 )
 def test_headers_that_lie(entry, words, tmp_path):
@@ -183,12 +183,12 @@ def _changed(source: Path, target: Path, **changes: torch.Tensor | None) -> Path
 def test_missing_keys_are_counted_and_the_first_is_named(good, tmp_path):
     first, second = "model.diffusion_model.time_embed.2.bias", "model.diffusion_model.output_blocks.3.0.in_layers.2.weight"
     message = _refusal(_changed(good, tmp_path / "gap.safetensors", **{first: None, second: None}))
-    assert "its UNet misses 2 of 686 tensors (first: model.diffusion_model." in message
+    assert "its UNet lacks 2 of 686 tensors (first: model.diffusion_model." in message
 
 
 def test_a_missing_tensor_that_tells_the_shape_is_named(good, tmp_path):
     message = _refusal(_changed(good, tmp_path / "gap.safetensors", **{"model.diffusion_model.input_blocks.0.0.weight": None}))
-    assert "its UNet misses model.diffusion_model.input_blocks.0.0.weight" in message
+    assert "its UNet lacks model.diffusion_model.input_blocks.0.0.weight" in message
 
 
 def test_shapes_that_do_not_fit_together(good, tmp_path):
@@ -200,7 +200,7 @@ def test_shapes_that_do_not_fit_together(good, tmp_path):
 def test_a_unet_without_text_is_refused(good, tmp_path):
     path = tmp_path / "unconditional.safetensors"
     save_file({key: tensor for key, tensor in load_file(good).items() if ".transformer_blocks." not in key}, path)
-    assert "so it reads no text" in _refusal(path)
+    assert "so it does not use text" in _refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_lora_chosen_as_vae_is_named(good, tmp_path):
         ({"model.diffusion_model.input_blocks.0.0.weight": _ones(32, 6, 3, 3)}, "6 input channels"),
         ({"edm_mean": _ones(4)}, "Playground v2.5"),
         ({"edm_vpred.sigma_max": _ones(), "edm_vpred.sigma_min": _ones()}, "CosXL"),
-        ({"model.diffusion_model.input_blocks.1.1.proj_in.weight.quant_state.bitsandbytes__nf4": _ones(4)}, "quantised weights"),
+        ({"model.diffusion_model.input_blocks.1.1.proj_in.weight.quant_state.bitsandbytes__nf4": _ones(4)}, "quantized weights"),
     ],
 )
 def test_relatives_that_are_not_supported_are_named(extra, words, good, tmp_path):

@@ -201,7 +201,7 @@ def test_an_incomplete_file_says_what_is_missing(data_dir: Path, tmp_path: Path)
     tensors = load_file(data_dir / "models" / "Stable-diffusion" / "glyphs.safetensors")
     for missing, message in (
         ("letters.table.weight", "part.safetensors needs a letter text encoder: put"),
-        ("glyph.head.project.weight", "its transformer misses 1"),
+        ("glyph.head.project.weight", "its transformer lacks 1"),
     ):
         path = tmp_path / "part.safetensors"
         save_file({key: tensor for key, tensor in tensors.items() if key != missing}, path)

@@ -140,7 +140,7 @@ def test_an_adapter_of_another_family_is_refused(site: _Site, tmp_path: Path) ->
     [
         ({"image_proj.proj_in.weight": (8, 512), "ip_adapter.1.to_k_ip.weight": (2, 2)}, "for faces"),
         ({"image_proj.proj.weight": (8, 8), "ip_adapter.1.to_k_ip.weight": (2, 2)}, "misses 1 tensors"),
-        ({"image_proj.x": (2,), "ip_adapter.1.to_k_ip.weight": (2, 2), "ip_adapter.1.to_v_ip.weight": (2, 2)}, "no known kind"),
+        ({"image_proj.x": (2,), "ip_adapter.1.to_k_ip.weight": (2, 2), "ip_adapter.1.to_v_ip.weight": (2, 2)}, "unsupported kind"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, keys: dict[str, tuple[int, ...]], words: str) -> None:
