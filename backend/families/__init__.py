@@ -1,8 +1,8 @@
-"""Families of networks: one folder each with everything that is peculiar to it, and nothing else knows it.
+"""Families of networks: one folder each, with everything specific to the family. Nothing else knows it.
 
-Reading order: `latent_format` and `key_map` (what a family is described with), `family` (the frozen `Family`), `registry` (which there are, in the
-order in which files are asked), `unet_family` (what the Stable Diffusion families share), then a folder: `sd1` is the shortest.
+Reading order: `latent_format` and `key_map` (parts of a description), `family` (the frozen `Family`), `registry` (the known families, in the order in
+which they are tried), `unet_family` (shared by the Stable Diffusion families), then a folder: `sd1` is the shortest.
 
-Adding a family: a folder here whose `__init__` has `FAMILY`, its test, its row in docs/families.md. Example: a file is opened, `identify(file)` asks
-each family in turn, `sdxl` finds a UNet with a vector of 2816 numbers, and the loader builds what `FAMILY` of that folder says.
+To add a family: a folder here whose `__init__` has `FAMILY`, its test, its row in docs/families.md. Example: a file is opened, `identify(file)` asks
+each family in turn, `sdxl` finds a UNet with a vector of 2816 numbers, and the loader builds what that folder's `FAMILY` describes.
 """

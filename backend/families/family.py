@@ -1,6 +1,6 @@
-"""Family: a frozen description of one family of networks, which loader, engine, LoRA, planner and page read.
+"""Family: a frozen description of one family of networks, read by loader, engine, LoRA, planner and page.
 
-Must not know files beyond their names and shapes, devices or jobs; what it builds is without memory.
+Must not know devices, jobs, or files beyond their names and shapes. The networks it builds take no memory.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from backend.text_processing.textual_inversion import EmbeddingDatabase
 
 Conditioning = Tensor | dict[str, Tensor]
-"""What a prompt becomes: text (B, L, D), or "crossattn" with further tensors of one row per prompt."""
+"""An encoded prompt: text (B, L, D), or "crossattn" with further tensors that have one row per prompt."""
 
 GUIDANCE = "guidance"
-"""The condition (B,), and the network's input of that name, that carries distilled guidance."""
+"""Name of the condition (B,), and of the network's input, for distilled guidance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundDenoiser:
-    """A denoiser in a file: where it lies, and the arguments that its network is built with.
+    """A denoiser in a file: its part, and the arguments for building its network.
 
-    `context_width` is the width of the text features that it reads, 0 where the family checks that itself. `is_inpaint`: it takes a mask and a
-    masked picture beside the latents.
+    `context_width` is the width of the text features it reads, 0 if the family checks that itself. `is_inpaint`: it takes a mask and a masked
+    picture in addition to the latents.
     """
 
     part: Part
@@ -47,11 +47,11 @@ class FoundDenoiser:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Component:
-    """A network beside the denoiser: a text encoder or the VAE.
+    """A text encoder or the VAE.
 
-    `find`: where such networks lie in a file, which may be the checkpoint or an additional module. `takes`: whether one of them is this component of
-    that denoiser. `build` makes it from its shapes, `plan` names the source of each weight. `width`: of the text features it gives.
-    `reads_embeddings`: textual inversion has vectors of its width. `usual_file`: what users know its file by, with its size, for a message.
+    `find` returns such networks in a file, which may be the checkpoint or an additional module. `takes`: whether one of them is this component of
+    that denoiser. `build` makes it from its shapes, `plan` names the source of each weight. `width`: the width of its text features.
+    `reads_embeddings`: textual inversion has vectors of its width. `usual_file`: its file's usual name and size, for messages.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Component:
 
 
 class TextEngine(Protocol):
-    """One text encoder as prompts meet it. ClassicTextProcessingEngine is CLIP's."""
+    """Turns prompts into conditions with one text encoder. ClassicTextProcessingEngine does it for CLIP."""
 
     comma_padding_backtrack: int
 
@@ -83,21 +83,21 @@ class TextEngine(Protocol):
 
 
 class Encoder(Protocol):
-    """The loaded model as a family's `encode` meets it: its engines by position, and the numbers of `text_settings` as attributes."""
+    """The loaded model as a family's `encode` sees it: its engines by position, and the `text_settings` as attributes."""
 
     native_size_px: int
 
     def run_text_engine(self, index: int, prompt: Sequence[str]) -> Any:
-        """What one of the text engines makes of a list of prompts, on the denoiser's device."""
+        """A list of prompts encoded by one of the text engines, on the denoiser's device."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Guidance:
-    """`distilled`: the default of the number that the network takes in place of CFG, None for a family without one.
+    """`distilled`: the default guidance number that the network takes instead of CFG, None for a family without it.
 
-    A network of the family takes it where its program reads "guidance" (Flux.1-dev does, schnell does not). The engine then adds that condition to
-    what `encode` returns, from the request's distilled CFG scale.
+    A network of the family takes it if its program reads "guidance" (Flux.1-dev does, schnell does not). The engine then adds that condition, with
+    the request's distilled CFG scale, to the result of `encode`.
     """
 
     distilled: float | None = None
@@ -105,7 +105,7 @@ class Guidance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PageDefaults:
-    """What the page proposes for the family."""
+    """The page's default values for the family."""
 
     sampler: str = "Euler"
     schedule: str = "Automatic"
@@ -116,22 +116,21 @@ class PageDefaults:
 
 
 BuildTextEngines = Callable[[Mapping[str, nn.Module], Mapping[str, Any], "EmbeddingDatabase"], Sequence[TextEngine]]
-"""(text encoders, tokenizers, embeddings), all by component, -> text engines."""
+"""(text encoders by component, tokenizers by component, embeddings) -> text engines."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """`rank` orders identification: families of a lower rank are asked first. `line` is the name that users know its models by.
+    """`rank` orders identification: families with a lower rank are asked first. `line` is the users' name for its models.
 
-    `identify` finds the family's denoiser in a file. Raises CheckpointError for a relative that is not supported, by name.
-    `key_map`: of a built denoiser. `build_program` cuts it into segments. `find_prediction` (file, found, loaded denoiser) says what it
-    predicts. `native_size_px`: side of the pictures that it was trained on, by its prediction. `encode` is the text recipe;
-    `text_settings` are numbers that it reads from the model and callers may set. `attends_jointly`: text and picture share one attention, where
-    a text repeated would count twice; conditions of different lengths then never join by repetition. `default_schedule` is what Automatic means
-    where the sampler leaves it open. `join_inpaint` (mask in pixels, masked picture's latents) gives the further channels of an inpainting model.
-    `compute_dtypes`: what its network may compute in, best first; a device takes the first that it runs at full rate. `forge_flags` are the
-    names by which extensions ask ("is_sdxl"). `join_checkpoint` (denoiser, VAE, text
-    encoders) writes a single file's tensors.
+    `identify` finds the family's denoiser in a file. It raises CheckpointError for an unsupported relative, which the message names.
+    `key_map` returns the names of a built denoiser. `build_program` cuts it into segments. `find_prediction` (file, found, loaded denoiser) says what
+    it predicts. `native_size_px`: side of its training pictures, given its prediction. `encode` is the text recipe; `text_settings` are numbers that
+    it reads from the model and callers may set. `attends_jointly`: text and picture share one attention, in which repeated text would count twice;
+    conditions of different lengths are then never joined by repetition. `default_schedule` is the meaning of Automatic if the sampler does not define
+    it. `join_inpaint` (mask in pixels, masked picture's latents) returns the extra channels of an inpainting model. `compute_dtypes`: dtypes its
+    network may compute in, best first; a device uses the first that it runs at full speed. `forge_flags`: attribute names that extensions check
+    ("is_sdxl"). `join_checkpoint` (denoiser, VAE, text encoders) returns the tensors of a single file.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""KeyMap: names of one network's weights in the family's original files, both ways, with rows where several weights of ours make one of theirs.
+"""KeyMap: maps a network's weight names to those in the family's original files and back, with rows if several of our weights form one of theirs.
 
-Loader, saver and LoRA all read it. Example: diffusers splits what Flux's files call `double_blocks.0.img_attn.qkv` in three;
-`transformer_blocks.0.attn.to_k` then has rows 3072 to 6144 of 9216. Of `norm_out.linear` the files have the halves the other way round.
+Loader, saver and LoRA use it. Example: diffusers splits `double_blocks.0.img_attn.qkv` of Flux's files in three, so
+`transformer_blocks.0.attn.to_k` has rows 3072 to 6144 of 9216. The files have the halves of `norm_out.linear` in reverse order.
 Knows no files and no devices.
 """
 
@@ -18,7 +18,7 @@ from backend.storage.kinds import storage_of
 
 
 class Rows(NamedTuple):
-    """Rows `first` to before `end` of an original matrix that has `total`. `swapped`: our first half of them is the original's second."""
+    """Rows `first` up to, but not including, `end` of an original matrix with `total` rows. `swapped`: our first half is the original's second."""
 
     first: int
     end: int
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
 
 class OriginalPlace(NamedTuple):
-    """Where a weight is in the original layout; `rows` is None for a whole one."""
+    """A weight's place in the original layout; `rows` is None for a whole weight."""
 
     key: str
     rows: Rows | None
@@ -35,10 +35,10 @@ class OriginalPlace(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class KeyMap:
-    """`modules`: name of a module here -> its name in the original layout; the longest leading name counts, others are named alike.
+    """`modules`: our module name -> name in the original layout; the longest leading name counts, other names are the same in both.
 
-    `rows`: name of a module here -> its rows of the original's. `respelled`: endings of original names -> how some files write them.
-    `lora_names`: further names that LoRAs have for a layer -> our modules that make it together, with their rows of it.
+    `rows`: our module name -> its rows of the original. `respelled`: ending of original names -> spelling in some files.
+    `lora_names`: further LoRA name for a layer -> our modules that form it, with their rows.
     """
 
     modules: Mapping[str, str] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class KeyMap:
     lora_names: Mapping[str, Mapping[str, Rows]] = field(default_factory=dict)
 
     def original(self, key: str) -> OriginalPlace:
-        """Where the original has this weight or module of ours."""
+        """The place of our weight or module in the original layout."""
         head = key
         while head:
             if head in self.modules:
@@ -56,13 +56,13 @@ class KeyMap:
         return OriginalPlace(key, None)
 
     def places(self, key: str) -> tuple[OriginalPlace, ...]:
-        """Where files have this weight of ours: the original's name first, then other spellings of it."""
+        """Possible places of our weight in files: the original name first, then its other spellings."""
         place = self.original(key)
         others = (place.key.removesuffix(ending) + other for ending, other in self.respelled.items() if place.key.endswith(ending))
         return (place, *(OriginalPlace(name, place.rows) for name in others))
 
     def ours(self, key: str) -> str | None:
-        """Our name of a weight or module of the original layout that is one of ours as a whole; None for a part that several of ours share."""
+        """Our name for a weight or module of the original layout; None if several of ours form it."""
         head = key
         while head:
             if head in self._backwards:
@@ -72,14 +72,14 @@ class KeyMap:
         return key
 
     def shared(self) -> Iterator[tuple[str, dict[str, Rows]]]:
-        """Every module of the original that several of ours make together: its name, and ours with their rows."""
+        """Every original module that several of ours form: its name, and ours with their rows."""
         found: dict[str, dict[str, Rows]] = {}
         for module, rows in self.rows.items():
             found.setdefault(self.modules.get(module, module), {})[module] = rows
         yield from found.items()
 
     def to_original(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights under their original names, joined where the original has one. Tensors are shared where names alone change."""
+        """Weights under their original names, joined where the original has one weight. Tensors are shared if only names change."""
         whole: dict[str, Tensor] = {}
         parts: dict[str, dict[int, Tensor]] = {}
         for key, tensor in state_dict.items():
@@ -105,7 +105,7 @@ def _join(tensors: list[Tensor]) -> Tensor:
 
 
 def swap_halves(tensor: Tensor) -> Tensor:
-    """Its rows, the second half before the first. A storage of any kind is cut and joined as it is stored. Its own inverse."""
+    """The tensor with the second half of its rows first. Any storage kind is cut and joined in its stored form. Its own inverse."""
     storage, middle = storage_of(tensor), tensor.shape[0] // 2
     halves = [storage.rows(middle, tensor.shape[0]), storage.rows(0, middle)]
     return type(storage).concat(halves).tensor
@@ -118,8 +118,8 @@ def equal_rows(names: tuple[str, ...], total: int) -> dict[str, Rows]:
 
 
 def cut_rows(tensor: Tensor, rows: Rows) -> Tensor:
-    """The rows as a tensor of their own. Raises: ValueError for a tensor of another length."""
+    """These rows of a tensor. Raises: ValueError for a tensor with another number of rows."""
     if tensor.shape[0] != rows.total:
-        raise ValueError(f"a tensor of {tensor.shape[0]} rows was given where the original has {rows.total}")
+        raise ValueError(f"the tensor has {tensor.shape[0]} rows, but the original has {rows.total}")
     cut = torch.narrow(tensor, 0, rows.first, rows.end - rows.first)
     return swap_halves(cut) if rows.swapped else cut

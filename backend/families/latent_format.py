@@ -1,4 +1,4 @@
-"""What a family's latents are: how many channels, how many pixels a side, and how the denoiser's numbers follow from the VAE's.
+"""Describes a family's latents: the number of channels, the pixels per side, and how the VAE's values map to the denoiser's.
 
 Shapes: B pictures, C latent channels, H W latent rows and columns.
 """
@@ -15,10 +15,10 @@ PreviewTable = tuple[tuple[float, float, float], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentFormat:
-    """The denoiser sees (z - shift) * scale, z being the VAE's latents; both are one number, or one for each channel.
+    """The denoiser sees (z - shift) * scale, where z are the VAE's latents; both are one number, or one per channel.
 
-    `factor`: pixels a side of a latent. `cell`: latents a side of what the denoiser takes as one token; pictures are whole cells.
-    `preview`: colours of each channel and then the constant, (C + 1) rows of red, green, blue in 0..1; None: fitted to the VAE when it is wanted.
+    `factor`: pixels per side of a latent. `cell`: latents per side of one token of the denoiser; pictures consist of whole cells.
+    `preview`: a color per channel and then the constant, (C + 1) rows of red, green, blue in 0..1; None: fitted to the VAE when needed.
     """
 
     channels: int
@@ -31,28 +31,28 @@ class LatentFormat:
     def __post_init__(self) -> None:
         for name in ("channels", "factor", "cell"):
             if getattr(self, name) < 1:
-                raise ValueError(f"LatentFormat {name}={getattr(self, name)} was given; it is 1 or more.")
+                raise ValueError(f"LatentFormat {name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("scale", "shift"):
             values = getattr(self, name)
             if isinstance(values, tuple) and len(values) != self.channels:
-                raise ValueError(f"LatentFormat {name} has {len(values)} numbers for {self.channels} channels; give one, or one for each channel.")
+                raise ValueError(f"LatentFormat {name} has {len(values)} numbers for {self.channels} channels. Give one, or one per channel.")
         if self.preview is not None and len(self.preview) != self.channels + 1:
             raise ValueError(
-                f"LatentFormat preview has {len(self.preview)} rows; {self.channels} channels and the constant take {self.channels + 1}."
+                f"LatentFormat preview has {len(self.preview)} rows; give {self.channels + 1}: one per channel and one for the constant."
             )
 
     @property
     def multiple_px(self) -> int:
-        """Sides of pictures are multiples of this."""
+        """Picture sides must be multiples of this."""
         return self.factor * self.cell
 
     def from_vae(self, z_BCHW: Tensor) -> Tensor:
-        """The VAE's latents as the denoiser sees them."""
+        """Convert the VAE's latents to the denoiser's."""
         centred_BCHW = z_BCHW if self.shift == 0.0 else z_BCHW - _like(self.shift, z_BCHW)
         return centred_BCHW * _like(self.scale, z_BCHW)
 
     def to_vae(self, x_BCHW: Tensor) -> Tensor:
-        """The denoiser's latents as the VAE takes them."""
+        """Convert the denoiser's latents to the VAE's."""
         z_BCHW = x_BCHW / _like(self.scale, x_BCHW)
         return z_BCHW if self.shift == 0.0 else z_BCHW + _like(self.shift, x_BCHW)
 

@@ -1,4 +1,4 @@
-"""Which families there are, in the order in which files are asked. A family is a folder with `FAMILY` in its `__init__`; nothing lists them."""
+"""The known families, in the order in which they are tried on a file. A family is a folder with `FAMILY` in its `__init__`; there is no list."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _built_in: list[Family] = []
 
 
 def all_families() -> tuple[Family, ...]:
-    """Every family, the lowest rank first. Folders are read when this is first asked."""
+    """All families, lowest rank first. The first call reads the folders."""
     if not _built_in:
         names = [info.name for info in pkgutil.iter_modules(_package.__path__) if info.ispkg]
         _built_in.extend(_family_of(importlib.import_module(f"{_package.__name__}.{name}")) for name in names)
@@ -32,11 +32,11 @@ def find_family(name: str) -> Family:
     for family in all_families():
         if family.name == name:
             return family
-    raise KeyError(f"family {name!r} was asked for; there are {', '.join(family.name for family in all_families())}")
+    raise KeyError(f"Family {name!r} is unknown. Use one of {', '.join(family.name for family in all_families())}.")
 
 
 def identify(file: TensorFile) -> tuple[Family, FoundDenoiser] | None:
-    """The first family that finds its denoiser in the file. Raises: CheckpointError for a relative that is not supported."""
+    """The first family that finds its denoiser in the file. Raises: CheckpointError for an unsupported relative."""
     for family in all_families():
         found = family.identify(file)
         if found is not None:
@@ -45,17 +45,17 @@ def identify(file: TensorFile) -> tuple[Family, FoundDenoiser] | None:
 
 
 def known_lines() -> str:
-    """What can be loaded, for a message: "SD 1.x, SD 2.x and SDXL"."""
+    """The loadable models, for a message: "SD 1.x, SD 2.x and SDXL"."""
     lines = sorted({family.line for family in all_families()})
     return f"{', '.join(lines[:-1])} and {lines[-1]}" if len(lines) > 1 else lines[0]
 
 
 def load_family(folder: Path) -> Family:
-    """The family in a folder elsewhere. Raises: ImportError where it is none."""
+    """The family in a folder outside this package. Raises: ImportError if there is none."""
     name = f"{_package.__name__}_of_{folder.parent.name}.{folder.name}".replace("-", "_")
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
     if spec is None or spec.loader is None:
-        raise ImportError(f"{folder} has no __init__.py, so it is no family")
+        raise ImportError(f"{folder} has no __init__.py, so it is not a family. Add one that defines FAMILY.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -64,7 +64,7 @@ def load_family(folder: Path) -> Family:
 
 @contextmanager
 def families_in(folder: Path) -> Iterator[tuple[Family, ...]]:
-    """The families in the folders of `folder` beside the others, for as long as the block lasts."""
+    """Add the families in the subfolders of `folder` for the duration of the block."""
     found = tuple(load_family(path.parent) for path in sorted(folder.glob("*/__init__.py")))
     _added.extend(found)
     try:
@@ -77,5 +77,5 @@ def families_in(folder: Path) -> Iterator[tuple[Family, ...]]:
 def _family_of(module: ModuleType) -> Family:
     family = getattr(module, "FAMILY", None)
     if not isinstance(family, Family):
-        raise ImportError(f"{module.__name__} has no FAMILY; a family's folder names one in its __init__")
+        raise ImportError(f"{module.__name__} has no FAMILY. Define one in its __init__.")
     return family

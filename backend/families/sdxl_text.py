@@ -1,9 +1,9 @@
-"""SDXL's text recipe: features of CLIP-L and OpenCLIP bigG side by side, and a vector of the pooled text and the picture's measures.
+"""SDXL's text recipe: concatenated features of CLIP-L and OpenCLIP bigG, and a vector of the pooled text and the picture's measures.
 
 The vector follows "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis" (Podell et al. 2023, section 2.2): each measure
-becomes 256 sinusoidal features as a timestep would.
+becomes 256 sinusoidal features, like a timestep.
 
-Shapes: B prompts, L tokens, C width of a token, P width of the pooled text.
+Shapes: B prompts, L tokens, C token width, P width of the pooled text.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def encode_base(side: Any, prompt: Sequence[str]) -> dict[str, Tensor]:
 
 
 def encode_refiner(side: Any, prompt: Sequence[str]) -> dict[str, Tensor]:
-    """bigG's text alone; an aesthetic score in place of the target size."""
+    """Text of bigG only; an aesthetic score instead of the target size."""
     crossattn_BLC, pooled_BP = side.run_text_engine(0, prompt)
     crossattn_BLC, pooled_BP = blank_empty_negative(prompt, crossattn_BLC, pooled_BP)
     width_px, height_px = picture_size_px(prompt, side.native_size_px)
@@ -82,14 +82,14 @@ def encode_refiner(side: Any, prompt: Sequence[str]) -> dict[str, Tensor]:
 
 
 def blank_empty_negative(prompt: Sequence[str], crossattn_BLC: Tensor, pooled_BP: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros in place of the text of an empty negative prompt, as SDXL was trained without text."""
+    """Replace the text of an empty negative prompt with zeros, which SDXL's training used for no text."""
     if getattr(prompt, "is_negative_prompt", False) and all(text == "" for text in prompt):
         return torch.zeros_like(crossattn_BLC), torch.zeros_like(pooled_BP)
     return crossattn_BLC, pooled_BP
 
 
 def picture_size_px(prompt: Sequence[str], native_size_px: int) -> tuple[float, float]:
-    """(width, height) the prompt list carries, else the model's own size."""
+    """(width, height) from the prompt list, else the model's native size."""
     return float(getattr(prompt, "width", None) or native_size_px), float(getattr(prompt, "height", None) or native_size_px)
 
 

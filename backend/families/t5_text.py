@@ -1,4 +1,4 @@
-"""T5-XXL as a family's text encoder (Flux.1, SD3, Chroma): where it lies in files, its configuration from shapes, its weights."""
+"""T5-XXL as a family's text encoder (Flux.1, SD3, Chroma): its places in files, its configuration from shapes, its weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UMT5_BIAS = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weig
 
 
 def t5xxl(takes: Callable[[TensorFile, Part, FoundDenoiser], bool]) -> Component:
-    """T5 v1.1's encoder of any width."""
+    """The encoder of T5 v1.1, of any width."""
     return Component(
         name=NAME,
         title="T5-XXL",
@@ -39,7 +39,7 @@ def t5xxl(takes: Callable[[TensorFile, Part, FoundDenoiser], bool]) -> Component
 
 
 def find_t5(keys: Collection[str]) -> Sequence[Part]:
-    """Every T5 encoder in a file; UMT5, which has other tokens, is none."""
+    """All T5 encoders in a file, without UMT5, which has other tokens."""
     return [
         Part(prefix, Layout.TRANSFORMERS, NAME)
         for prefix in (*_PREFIXES, *_PREFIXES_ALONE)
@@ -48,20 +48,20 @@ def find_t5(keys: Collection[str]) -> Sequence[Part]:
 
 
 def read_t5_shape(file: TensorFile, part: Part) -> T5Shape:
-    """Raises: CheckpointError when a tensor that tells the shape is missing or of no T5's shape."""
+    """Raises: CheckpointError if a tensor that determines the shape is missing, or has a shape that T5 cannot have."""
     vocab_length, width = _shape(file, part, next((name for name in _TABLES if part.prefix + name in file.infos), _TABLES[0]))
     inner_width, _ = _shape(file, part, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")
     attention_width, _ = _shape(file, part, f"{_BLOCK}q.weight")
     num_buckets, num_heads = _shape(file, part, f"{_BLOCK}relative_attention_bias.weight")
     if not num_heads or attention_width % num_heads or num_buckets < 4 or num_buckets % 4:
         raise CheckpointError(
-            f"{file.path.name}: its T5 text encoder has a position bias of {num_buckets}x{num_heads} beside attention {attention_width} wide, which "
-            "no T5 has. It is damaged, or a mixture of two models; use another file."
+            f"{file.path.name}: its T5 text encoder has a position bias of {num_buckets}x{num_heads} with attention {attention_width} wide, which no "
+            "T5 has. The file is damaged, or a mix of two models; use another file."
         )
     if vocab_length < VOCAB_LENGTH:
         raise CheckpointError(
             f"{file.path.name}: its T5 text encoder knows {vocab_length} tokens; T5 has {VOCAB_LENGTH}. "
-            "It was cut, or belongs to another model; use t5xxl_fp16.safetensors or another whole file."
+            "It was trimmed, or belongs to another model; use t5xxl_fp16.safetensors or another complete file."
         )
     return T5Shape(
         vocab_length=vocab_length,
@@ -78,19 +78,19 @@ def _shape(file: TensorFile, part: Part, name: str) -> tuple[int, int]:
     info = file.infos.get(part.prefix + name)
     if info is None:
         raise CheckpointError(
-            f"{file.path.name}: its T5 text encoder misses {part.prefix}{name}. The file is incomplete, or a T5 of the first version, which no "
-            "picture model reads: download it again, or use t5xxl_fp16.safetensors."
+            f"{file.path.name}: its T5 text encoder lacks {part.prefix}{name}. The file is incomplete, or a T5 v1.0, which no picture model "
+            "uses. Download it again, or use t5xxl_fp16.safetensors."
         )
     if len(info.shape) != 2 or not all(info.shape):
         raise CheckpointError(
-            f"{file.path.name}: {part.prefix}{name} has the shape {'x'.join(map(str, info.shape)) or 'of a number'}; it is a matrix in a T5 text "
-            "encoder. The file is damaged; use another one."
+            f"{file.path.name}: {part.prefix}{name} has the shape {'x'.join(map(str, info.shape)) or 'of a number'}, but a T5 text encoder has a "
+            "matrix there. The file is damaged; use another one."
         )
     return info.shape[0], info.shape[1]
 
 
 def _count_blocks(keys: Collection[str], start: str) -> int:
-    """Blocks numbered from 0 on without a gap."""
+    """Number of consecutive blocks, from 0."""
     numbers = {key[len(start) :].partition(".")[0] for key in keys if key.startswith(start)}
     count = 0
     while str(count) in numbers:
@@ -105,6 +105,6 @@ def build_t5(file: TensorFile, part: Part) -> nn.Module:
 
 
 def plan_t5(encoder: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
-    """Sources of its parameters; files have the tokens' table under either of two names, or both."""
+    """Sources of its parameters. Files have the token table under either of two names, or both."""
     table = next((name for name in _TABLES if part.prefix + name in file.infos), _TABLES[0])
     return plan_as_named(encoder, file, lambda key: part.prefix + (table if key in _TABLES else key))

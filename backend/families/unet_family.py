@@ -1,4 +1,4 @@
-"""What the Stable Diffusion families share: a UNet of diffusers, an AutoencoderKL, CLIP text encoders, and their places in files."""
+"""Shared by the Stable Diffusion families: diffusers' UNet, AutoencoderKL, CLIP text encoders, and their places in files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _UNCLIP_WIDTHS = (1536, 2048)
 
 
 def identify_unet(file: TensorFile, name: str) -> FoundDenoiser | None:
-    """The file's UNet where it is of the family `name`. Raises: CheckpointError for relatives of these families that are not supported."""
+    """The file's UNet if it belongs to the family `name`. Raises: CheckpointError for unsupported relatives of these families."""
     part = find_unet(file.infos)
     kind = checkpoint_identity.identify(file.infos)
     if part is None or (kind is not None and kind.never_holds_unet):
@@ -51,9 +51,9 @@ def identify_unet(file: TensorFile, name: str) -> FoundDenoiser | None:
 def find_unet_family(file: TensorFile, shape: UNetShape, *, text_prefixes: Sequence[str] = ()) -> str:
     """The name of a UNet's family: "sd15", "sd20", "sdxl" or "sdxl_refiner".
 
-    Published widths decide first (context 768, 1024, 1280, 2048); for other widths the extra vector, the text encoders in the file
-    and the kind of projections do.
-    Raises: CheckpointError for relatives that are not supported, by name.
+    Published widths (context 768, 1024, 1280, 2048) decide first; for other widths the extra vector, the file's text encoders, and the kind of
+    projections do.
+    Raises: CheckpointError for unsupported relatives, which the message names.
     """
     _refuse_relatives(file, shape)
     if shape.vector_width is not None:
@@ -83,7 +83,7 @@ def _refuse_relatives(file: TensorFile, shape: UNetShape) -> None:
 
 
 def describe_unet(part: Part, shape: UNetShape, name: str) -> FoundDenoiser:
-    """A UNet of this shape as a family's denoiser."""
+    """Describe a UNet of this shape as a family's denoiser."""
     return FoundDenoiser(
         part=part,
         config=checkpoint_config.unet_config(shape, name),
@@ -103,7 +103,7 @@ def unet_key_map(unet: nn.Module) -> KeyMap:
 
 
 def build_unet_program(unet: Any) -> Program:
-    """The program, and on the network the original names of its numbers for extensions that read them."""
+    """The program. Also adds the original configuration names to the network, for extensions that read them."""
     add_original_names(unet)
     return build_program(unet)
 
@@ -112,7 +112,7 @@ def build_unet_program(unet: Any) -> Program:
 
 
 def find_unet_prediction(file: TensorFile, found: FoundDenoiser, unet: nn.Module) -> PredictionSpec:
-    """What the file says, else noise. Raises: CheckpointError for a continuous EDM schedule."""
+    """The file's prediction type, else noise. Raises: CheckpointError for a continuous EDM schedule."""
     said = read_prediction(file, prefix=found.part.prefix)
     if said is None:
         return PredictionSpec(kind=EPSILON, source="the family's rule")
@@ -125,7 +125,7 @@ def find_unet_prediction(file: TensorFile, found: FoundDenoiser, unet: nn.Module
 
 
 def make_discrete_predictor(spec: PredictionSpec) -> Prediction:
-    """The noise schedule all these families were trained with."""
+    """The predictor with the noise schedule of all these families."""
     return Prediction(prediction_type=spec.kind, zero_terminal_snr=spec.has_zero_terminal_snr)
 
 
@@ -133,7 +133,7 @@ def make_discrete_predictor(spec: PredictionSpec) -> Prediction:
 
 
 def kl_vae(latent: LatentFormat, family_title: str) -> Component:
-    """An AutoencoderKL with that many latent channels, in the original layout or diffusers'."""
+    """An AutoencoderKL for these latents, in the original layout or diffusers'."""
     scale = latent.scale if isinstance(latent.scale, float) else 1.0
 
     def build(file: TensorFile, part: Part) -> nn.Module:
@@ -163,7 +163,7 @@ def clip_g(takes: Callable[[TensorFile, Part, FoundDenoiser], bool]) -> Componen
 
 
 def clip_h(takes: Callable[[TensorFile, Part, FoundDenoiser], bool], used_blocks: int) -> Component:
-    """OpenCLIP H, read before its last block: files hold the full tower, or the used blocks alone."""
+    """OpenCLIP H, read before its last block: files contain all blocks, or only the used ones."""
 
     def build(file: TensorFile, part: Part) -> nn.Module:
         num_layers = checkpoint_config.read_text_shape(file, part).num_layers
@@ -203,17 +203,17 @@ def _build_clip(file: TensorFile, part: Part, *, is_open_clip: bool = False, is_
 
 
 def text_width(file: TensorFile, part: Part) -> int:
-    """Width of the features that a CLIP text encoder gives."""
+    """Width of a CLIP text encoder's features."""
     return checkpoint_config.read_text_shape(file, part).width
 
 
 def is_the_only_one(file: TensorFile, part: Part, found: FoundDenoiser) -> bool:
-    """For a family with one text encoder: any that is as wide as the UNet reads."""
+    """For a family with one text encoder: any with the width that the UNet reads."""
     return text_width(file, part) == found.context_width
 
 
 def is_slot(name: str) -> Callable[[TensorFile, Part, FoundDenoiser], bool]:
-    """For a family with two text encoders: the one that a prefix, a published width or the layout shows to be `name`."""
+    """For a family with two text encoders: the one identified as `name` by prefix, published width or layout."""
 
     def takes(file: TensorFile, part: Part, found: FoundDenoiser) -> bool:
         shape = checkpoint_config.read_text_shape(file, part)
@@ -226,5 +226,5 @@ def is_slot(name: str) -> Callable[[TensorFile, Part, FoundDenoiser], bool]:
 
 
 def encode_text_alone(side: Any, prompt: Sequence[str]) -> Any:
-    """The one text encoder's features, (B, L, D)."""
+    """The features of the only text encoder, (B, L, D)."""
     return side.run_text_engine(0, prompt)

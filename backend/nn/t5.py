@@ -1,7 +1,7 @@
-"""T5's encoder as transformers has it, safe in half precision and with its table of tokens once.
+"""The T5 encoder of transformers, made safe for half precision, with a single token table.
 
-In fp16 the residual stream and the product in the feed-forward layers leave the range of the type (65504). So the stream is kept in fp32, and that
-product is scaled, token by token, by a power of two before the last matrix and back after it; matrices stay in the type they have.
+In fp16 the residual stream and the product in the feed-forward layers overflow (65504). So the stream is kept in fp32, and that product is scaled
+per token by a power of two before the last matrix and back after it; matrices keep their dtype.
 
 Shapes: B prompts, L tokens, D width, F width of the feed-forward layers.
 """
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 MAX_DISTANCE = 128
-"""Tokens further apart share a bucket of the position bias; the same in every published T5."""
+"""Tokens farther apart share a bucket of the position bias. The same in every published T5."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class T5Shape:
-    """What the shapes of a T5 encoder say."""
+    """A T5 encoder's structure, derived from its shapes."""
 
     vocab_length: int
     width: int
@@ -50,7 +50,7 @@ def t5_config(shape: T5Shape) -> T5Config:
 
 
 class T5TextEncoder(T5EncoderModel):  # type: ignore[misc]
-    """Token ids (B, L) in, features (B, L, D) out. Its names are transformers', except that the tokens' table is the stack's alone."""
+    """Token ids (B, L) in, features (B, L, D) out. Names are those of transformers, except that only the stack has the token table."""
 
     _tied_weights_keys: Any = None
 
@@ -73,7 +73,7 @@ class T5TextEncoder(T5EncoderModel):  # type: ignore[misc]
 
 
 class GatedDense(nn.Module):
-    """gelu(x wi_0) * (x wi_1), through wo. Unlike transformers' it never asks for a weight's type, which may be one that only stores."""
+    """gelu(x wi_0) * (x wi_1), through wo. Unlike transformers', it never reads a weight's dtype, which may be a storage-only one."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()

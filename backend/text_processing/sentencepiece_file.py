@@ -1,7 +1,7 @@
-"""SentencePiece's model files: the pieces with their scores, and the table of characters that are written alike.
+"""Reads SentencePiece's model files: the pieces with their scores, and the table of character normalization.
 
-Reads the protobuf wire format as far as these files use it. Linear in the file's length; what is not asked for is skipped. Must not know which
-model the pieces belong to.
+Supports the parts of the protobuf wire format that these files use. Linear in the file's length; other fields are skipped. Must not know which model
+the pieces belong to.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _MAX_VARINT_BYTES = 10
 
 
 class SentencePieceError(ValueError):
-    """The bytes are no SentencePiece model."""
+    """The bytes are not a SentencePiece model."""
 
 
 @dataclass(frozen=True, slots=True)
 class SentencePieceModel:
-    """`pieces`: (text, log probability) by id. `charsmap`: the precompiled normalisation, as the library `tokenizers` takes it."""
+    """`pieces`: (text, log probability) by id. `charsmap`: the precompiled normalization, as the library `tokenizers` takes it."""
 
     pieces: tuple[tuple[str, float], ...]
     charsmap: bytes
@@ -53,7 +53,7 @@ def _read_piece(data: memoryview) -> tuple[str, float]:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """(number, value) of each field; groups, which nobody writes any more, are an error."""
+    """(number, value) of each field. Groups, which are obsolete, are an error."""
     position = 0
     while position < len(data):
         tag, position = _read_varint(data, position)

@@ -1,6 +1,6 @@
-"""Prompts to conditions with T5: emphasis and BREAK as for CLIP, but no windows: one run of tokens that grows with the prompt.
+"""Encodes prompts with T5: emphasis and BREAK as for CLIP, but without windows: one sequence of tokens that grows with the prompt.
 
-Shapes: B prompts, L tokens, D width of the encoder. Must not know prompt schedules, model families or options: what varies is an argument.
+Shapes: B prompts, L tokens, D encoder width. Must not know prompt schedules, model families or options: everything variable is an argument.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from backend.text_processing.t5_tokenizer import END_TOKEN_ID, PAD_TOKEN_ID
 
 MIN_LENGTH = 256
 MAX_LENGTH = 4096
-"""Tokens between two BREAKs. Attention over more takes memory with the square of them; no network was trained on a tenth of it."""
+"""Most tokens between two BREAKs. Attention's memory grows with their square; networks were trained on less than a tenth of this."""
 
 
 class PromptTooLongError(ValueError):
-    """A prompt has more tokens than can be encoded at once; the message says how many and what to do."""
+    """A prompt has too many tokens to encode at once; the message says how many and what to do."""
 
 
 @dataclass(slots=True)
 class T5Chunk:
-    """What stands between two BREAKs, its end token last."""
+    """The tokens between two BREAKs, with the end token last."""
 
     tokens: list[int] = field(default_factory=list)
     multipliers: list[float] = field(default_factory=list)
@@ -41,8 +41,8 @@ class T5Chunk:
 class T5TextProcessingEngine:
     """Callable: prompts in, conditions z_BLD out, always float32.
 
-    Texts of one call have one length: that of the longest, at least `min_length`, padded with 0, which the encoder reads as any token (as it was
-    trained with Flux and SD3). Each text is encoded by itself, so that a row does not depend on what else is in the call, its padding aside.
+    All texts of one call are padded to the longest one, and at least to `min_length`, with 0, which the encoder reads like any token (as in Flux's
+    and SD3's training). Each text is encoded separately, so that apart from its padding a row does not depend on the other texts of the call.
     Not safe to call from two threads at once.
     """
 
@@ -59,14 +59,14 @@ class T5TextProcessingEngine:
     # what a caller sets
 
     def set_emphasis(self, name: str) -> None:
-        """Chooses the emphasis mode for the prompts that follow; an unknown name is reported and means "Original"."""
+        """Choose the emphasis mode for the following prompts. An unknown name is reported and means "Original"."""
         self.emphasis_name = resolve_emphasis_name(name)
 
     def set_clip_skip(self, clip_skip: int) -> None:
-        """T5 is always read at its end."""
+        """Does nothing: T5 is always read after its last layer."""
 
     def take_generation_params(self) -> dict[str, str]:
-        """What an infotext should say of the prompts encoded since this was last asked: "Emphasis" where it is not the default."""
+        """Infotext fields for the prompts encoded since the last call: "Emphasis" if it is not the default."""
         is_worth_saying = self._used_weights and self.emphasis_name != DEFAULT_EMPHASIS
         self._used_weights = False
         return {"Emphasis": self.emphasis_name} if is_worth_saying else {}
@@ -74,7 +74,7 @@ class T5TextProcessingEngine:
     # prompts to tokens
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without end tokens, however long."""
+        """Token ids of each text, of any length, without end tokens."""
         return tokenize_plain(self.tokenizer, texts)
 
     def tokenize_line(self, line: str) -> tuple[list[T5Chunk], int]:
@@ -94,7 +94,7 @@ class T5TextProcessingEngine:
         longest = max(len(chunk.tokens) for chunk in chunks) + 1
         if longest > MAX_LENGTH:
             raise PromptTooLongError(
-                f"prompt: {longest} tokens were given to T5 at once; at most {MAX_LENGTH} are encoded. Shorten the prompt, or part it with BREAK."
+                f"prompt: T5 got {longest} tokens at once, but the limit is {MAX_LENGTH}. Shorten the prompt, or split it with BREAK."
             )
         for chunk in chunks:
             chunk.tokens.append(self.id_end)
@@ -102,19 +102,19 @@ class T5TextProcessingEngine:
         return chunks, num_tokens
 
     def process_texts(self, texts: Sequence[str]) -> tuple[list[list[T5Chunk]], int]:
-        """(the chunks of each prompt, the highest token count among them)."""
+        """(chunks of each prompt, highest token count)."""
         lines = {text: self.tokenize_line(text) for text in texts}
         return [lines[text][0] for text in texts], max((count for _, count in lines.values()), default=0)
 
     def get_prompt_lengths(self, text: str) -> tuple[int, int]:
-        """(tokens used, tokens that fit without growing) for the counter beside the prompt box."""
+        """(tokens used, tokens that fit without growing) for the counter at the prompt box."""
         _, num_tokens = self.process_texts([text])
         return num_tokens, max(self.min_length - 1, num_tokens)
 
     # tokens to vectors
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """The condition z_BLD of each prompt. What follows a BREAK is encoded by itself and joined on; prompts with fewer parts get empty ones."""
+        """The condition z_BLD of each prompt. Parts after a BREAK are encoded separately and appended; prompts with fewer parts get empty ones."""
         chunks_of_prompt, _ = self.process_texts(texts)
         self._used_weights |= any(weight != 1.0 for chunks in chunks_of_prompt for chunk in chunks for weight in chunk.multipliers)
         num_chunks = max((len(chunks) for chunks in chunks_of_prompt), default=1)
@@ -132,7 +132,7 @@ class T5TextProcessingEngine:
         return torch.stack(rows)
 
     def process_tokens(self, tokens: Sequence[int], multipliers: Sequence[float]) -> Tensor:
-        """The features z_LD of one padded run of tokens, with emphasis applied."""
+        """The features z_LD of one padded sequence of tokens, with emphasis applied."""
         z_1LD = self.encode_with_transformers(torch.tensor([list(tokens)]))
         weights_1L = torch.tensor([list(multipliers)], dtype=z_1LD.dtype, device=z_1LD.device)
         return apply_emphasis(self.emphasis_name, z_1LD, weights_1L)[0]

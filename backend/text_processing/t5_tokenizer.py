@@ -16,7 +16,7 @@ PAD_TOKEN_ID = 0
 END_TOKEN_ID = 1
 VOCAB_LENGTH = 32100
 NUM_EXTRA_IDS = 100
-"""Marks of T5's own training task, the last ids of the vocabulary; a prompt has them only by writing `<extra_id_7>`."""
+"""Markers of T5's training task, the last ids of the vocabulary. A prompt gets one only by writing `<extra_id_7>`."""
 
 
 @cache

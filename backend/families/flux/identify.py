@@ -1,6 +1,6 @@
-"""Which files hold a Flux.1 transformer, of which kind, and with what arguments it is built. Reads names and shapes only.
+"""Finds Flux.1 transformers in files, with their kind and the arguments for building them. Reads names and shapes only.
 
-Kinds by shape: "dev" (takes distilled guidance; also Krea-dev and Kontext, which have its shapes), "schnell" (takes none), "fill" (384 inputs a
+Kinds by shape: "dev" (takes distilled guidance; also Krea-dev and Kontext, which have its shapes), "schnell" (takes none), "fill" (384 inputs per
 token: picture, masked picture and mask).
 """
 
@@ -32,7 +32,7 @@ _CONTROLNET_MARKS = ("controlnet_blocks.", "controlnet_x_embedder.", "controlnet
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """The names by which one layout tells its shapes."""
+    """Names of the tensors that determine the shape, in one layout."""
 
     image_in: str
     text_in: str
@@ -56,7 +56,7 @@ _DIFFUSERS = _Names(
 
 
 def identify_flux(file: TensorFile) -> tuple[str, FoundDenoiser] | None:
-    """The kind of Flux.1 in the file, and where and what it is. Raises: CheckpointError for relatives that are not supported, by name."""
+    """The kind of Flux.1 in the file and its description. Raises: CheckpointError for unsupported relatives, which the message names."""
     for layout, names, prefixes in ((Layout.LDM, _ORIGINAL, _ORIGINAL_PREFIXES), (Layout.DIFFUSERS, _DIFFUSERS, _DIFFUSERS_PREFIXES)):
         for prefix in prefixes:
             if not _is_flux_like(file, prefix, names):
@@ -70,7 +70,7 @@ def identify_flux(file: TensorFile) -> tuple[str, FoundDenoiser] | None:
 
 
 def _is_flux_like(file: TensorFile, prefix: str, names: _Names) -> bool:
-    """Flux's blocks, or those of a relative that has them too. SD3 in diffusers' layout has no single blocks."""
+    """Whether it has the blocks of Flux or a relative. SD3 in diffusers' layout has no single blocks."""
     has_norm = any(prefix + norm in file.infos for norm in names.norms)
     return has_norm and any(key.startswith(prefix + names.single) for key in file.infos)
 
@@ -87,7 +87,7 @@ def _describe(file: TensorFile, part: Part, shapes: Mapping[str, tuple[int, ...]
     def shape(key: str) -> tuple[int, ...]:
         if len(shapes.get(key, ())) != 2:
             raise CheckpointError(
-                f"{file.path.name}: looks like Flux.1, but misses {part.prefix}{key}. The file is incomplete: download it again, or convert it again "
+                f"{file.path.name}: looks like Flux.1, but lacks {part.prefix}{key}. The file is incomplete: download it again, or convert it again "
                 "from its source."
             )
         return shapes[key]
@@ -97,13 +97,13 @@ def _describe(file: TensorFile, part: Part, shapes: Mapping[str, tuple[int, ...]
     has_guidance = names.guidance_in in shapes
     if inputs == CONTROL_INPUTS:
         raise CheckpointError(
-            f"{file.path.name}: is a Flux.1 model that is steered by a picture of edges or depth (Canny, Depth: {inputs} inputs a token). "
+            f"{file.path.name}: is a Flux.1 model that takes a picture of edges or depth (Canny, Depth: {inputs} inputs per token). "
             "This is not supported; use Flux.1 dev, Krea-dev, Kontext, schnell or Fill."
         )
     if inputs not in (PLAIN_INPUTS, FILL_INPUTS) or head_width < 8 or head_width % 2 or width % head_width:
         raise CheckpointError(
-            f"{file.path.name}: looks like Flux.1, but takes {inputs} inputs a token and is {width} wide with heads {head_width} wide. "
-            "Such a model is not known; check that the right file was downloaded."
+            f"{file.path.name}: looks like Flux.1, but has {inputs} inputs per token, width {width} and heads {head_width} wide. "
+            "No such model is known; check that you downloaded the right file."
         )
     config: dict[str, Any] = {
         "in_channels": inputs,
@@ -122,7 +122,7 @@ def _describe(file: TensorFile, part: Part, shapes: Mapping[str, tuple[int, ...]
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], start: str) -> int:
-    """How many blocks there are, without a gap."""
+    """Number of consecutive blocks, from 0."""
     numbers = {key.removeprefix(start).partition(".")[0] for key in shapes if key.startswith(start)}
     count = 0
     while str(count) in numbers:
@@ -131,9 +131,9 @@ def _count(shapes: Mapping[str, tuple[int, ...]], start: str) -> int:
 
 
 def rope_widths(head_width: int) -> tuple[int, int, int]:
-    """How a head's numbers are shared among the three position axes: an eighth for the picture's number, the rest for row and column.
+    """Split a head's width among the three position axes: an eighth for the picture's index, the rest for row and column.
 
-    128 -> (16, 56, 56). Narrow heads get the next share that leaves two even halves: 16 -> (4, 6, 6).
+    128 -> (16, 56, 56). For narrow heads, the first part grows until two even halves remain: 16 -> (4, 6, 6).
     """
     first = head_width // 8 + head_width // 8 % 2
     while (head_width - first) % 4 or first == 0:

@@ -1,4 +1,4 @@
-"""Names of Flux.1's weights: diffusers' transformer (ours) and Black Forest Labs' files (the original).
+"""Maps names of Flux.1's weights between diffusers' transformer (ours) and Black Forest Labs' files (the original).
 
     transformer_blocks.0.attn.to_q, to_k, to_v               double_blocks.0.img_attn.qkv      rows in equal thirds
     single_transformer_blocks.0.attn.to_q .. proj_mlp        single_blocks.0.linear1           q, k, v, then the MLP's
@@ -52,7 +52,7 @@ RESPELLED = {"_norm.scale": "_norm.weight"}
 
 
 def flux_key_map(network: nn.Module) -> KeyMap:
-    """Of a built FluxTransformer2DModel of any depth and width."""
+    """The key map of a built FluxTransformer2DModel of any depth and width."""
     flux: Any = network
     width, mlp_width = flux.x_embedder.out_features, flux.single_transformer_blocks[0].proj_mlp.out_features if flux.single_transformer_blocks else 0
     modules = {name: original for name, original in _ENDS.items() if _has(network, name)}
@@ -94,20 +94,20 @@ def _add_single(
 
 
 def _add_norms(ours: str, original: str, names: Mapping[str, str], modules: dict[str, str]) -> None:
-    """Weights of norms are called scales there."""
+    """Add norm layers, whose weights are called scales in the original."""
     for name, other in names.items():
         modules[f"{ours}.{name}"] = f"{original}.{other}"
         modules[f"{ours}.{name}.weight"] = f"{original}.{other}.scale"
 
 
 def share_rows(names: Sequence[str], lengths: Sequence[int]) -> dict[str, Rows]:
-    """Rows of modules below each other in one matrix, in order."""
+    """Rows of modules that are stacked in one matrix, in order."""
     ends = [sum(lengths[: index + 1]) for index in range(len(lengths))]
     return {name: Rows(end - length, end, ends[-1]) for name, length, end in zip(names, lengths, ends, strict=True)}
 
 
 def _has(network: nn.Module, name: str) -> bool:
-    """Whether the network has that module: a network without guidance has no embedder for it."""
+    """Whether the network has this module. One without guidance has no embedder for it."""
     try:
         network.get_submodule(name)
     except AttributeError:

@@ -1,9 +1,9 @@
-"""What Flux.1's blocks compute, over diffusers' modules: their own forward, or the same with a residual stream in fp32.
+"""Runs Flux.1's blocks with diffusers' modules: their own forward, or the same with a residual stream in fp32.
 
-The streams of a trained Flux outgrow fp16. Where the network computes in fp16, streams, modulations and norms are therefore fp32, and only what goes
-through matrices and attention is fp16: the stream's type is the stream's own, the modulation's type is the network's.
+The streams of a trained Flux overflow fp16. If the network computes in fp16, streams, modulations and norms are therefore fp32, and only the inputs
+of matrices and attention are fp16. The modulation's dtype tells the network's; the stream may have another.
 
-Shapes: B rows, L tokens of text and picture, T of text, D width of a token, N heads, K width of a head.
+Shapes: B rows, L tokens of text and picture, T text tokens, D token width, N heads, K head width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 class FluxAttentionProcessor:
-    """Attention of a block over the joined tokens, text before picture, as the user chose it (`backend.attention`)."""
+    """A block's attention over the joined tokens, text before picture, with the chosen implementation (`backend.attention`)."""
 
     def __call__(
         self,
@@ -49,13 +49,13 @@ class FluxAttentionProcessor:
 
 
 def _project(attn: Any, tokens_BLD: Tensor, layers: tuple[nn.Module, ...], norms: tuple[nn.Module, nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys, normed by head, and values."""
+    """Queries and keys, normalized per head, and values."""
     query_BLNK, key_BLNK, value_BLNK = (layer(tokens_BLD).unflatten(-1, (-1, attn.head_dim)) for layer in layers)
     return norms[0](query_BLNK), norms[1](key_BLNK), value_BLNK
 
 
 def run_double_block(block: Any, image_BLD: Tensor, text_BTD: Tensor, modulation_BD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-    """(picture, text) behind a block with two streams."""
+    """(picture, text) after a block with two streams."""
     if image_BLD.dtype == modulation_BD.dtype:
         text_BTD, image_BLD = block(hidden_states=image_BLD, encoder_hidden_states=text_BTD, temb=modulation_BD, image_rotary_emb=rope)
         return image_BLD, text_BTD
@@ -76,7 +76,7 @@ def run_double_block(block: Any, image_BLD: Tensor, text_BTD: Tensor, modulation
 
 
 def run_single_block(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, rope: Rope) -> Tensor:
-    """Text and picture behind a block with one stream, attention and MLP beside each other."""
+    """Text and picture after a block with one stream, which has attention and MLP in parallel."""
     if tokens_BLD.dtype == modulation_BD.dtype:
         normed_BLD, gate_BD = block.norm(tokens_BLD, emb=modulation_BD)
         mlp_BLD = block.act_mlp(block.proj_mlp(normed_BLD))
@@ -90,7 +90,7 @@ def run_single_block(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, rope
 
 
 def run_last_layer(network: Any, image_BLD: Tensor, modulation_BD: Tensor) -> Tensor:
-    """Norm and projection to the numbers of a token."""
+    """Normalize the tokens and project them to latents."""
     if image_BLD.dtype != modulation_BD.dtype:
         scale, shift = _modulate(network.norm_out, modulation_BD, 2)
         return network.proj_out(_norm(network.norm_out.norm, image_BLD, scale, shift, modulation_BD.dtype))  # type: ignore[no-any-return]
@@ -104,5 +104,5 @@ def _modulate(norm: Any, modulation_BD: Tensor, count: int) -> tuple[Tensor, ...
 
 
 def _norm(norm: nn.Module, stream_BLD: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """A norm without weights of its own, in the stream's type; the result in the network's."""
+    """A norm without weights, computed in the stream's dtype; the result has the network's."""
     return (norm(stream_BLD) * (1 + scale) + shift).to(dtype)  # type: ignore[no-any-return]

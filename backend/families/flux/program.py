@@ -1,14 +1,14 @@
-"""Flux.1 as a list of segments over diffusers' FluxTransformer2DModel, named as hooks of the field name its blocks.
+"""Flux.1 as a list of segments over diffusers' FluxTransformer2DModel, with the block names that hooks use.
 
     start               patches of 2x2 latents become tokens; "image", "text", and the constants "modulation", "rope cosines", "rope sines"
     double_block 0..    consumes and produces "image" and "text"
-    single_block 0..    the first joins them to "tokens" (text before picture), the others move that on
-    last 0              "flow": the picture's tokens, normed, projected and put back into latents
+    single_block 0..    the first joins them to "tokens" (text before picture), the others update those
+    last 0              "flow": the picture's tokens, normalized, projected and put back into latents
 
-A cut between two single blocks is one tensor. On one device the fold is bit for bit the library's own `forward` in fp32. In half precision times and
-guidance keep fp32 up to their sinusoids, where the library rounds them first; in fp16 the streams are fp32 (layers.py).
+A cut between two single blocks transfers one tensor. On one device in fp32, running all segments is bit for bit the library's `forward`. In half
+precision, times and guidance stay fp32 up to their sinusoids, while the library rounds them first; in fp16 the streams are fp32 (layers.py).
 
-Shapes: B rows, C latent channels, H W latent rows and columns, L tokens, D width of a token.
+Shapes: B rows, C latent channels, H W latent rows and columns, L tokens, D token width.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ IMAGE, TEXT, TOKENS, MODULATION, COSINES, SINES, FLOW = "image", "text", "tokens
 DOUBLE, SINGLE, LAST = "double_block", "single_block", "last"
 CELL = 2
 TIME_SCALE = 1000.0
-"""Times (0..1) and guidance go into their sinusoids so many times as large."""
+"""Times (0..1) and guidance are multiplied by this before their sinusoids."""
 DEFAULT_GUIDANCE = 3.5
 EXAMPLE_TEXT_TOKENS = 512
 PEAK_NUMBERS = 22
-"""Numbers alive at the peak of a pass, per token and number of its width: a single block's four times as wide MLP, its output joined to attention's,
-the stream and rotated queries and keys in fp32. Counted on the meta device with fused attention; a test holds the estimate over the count."""
+"""Numbers in memory at a pass's peak, per token and unit of width: a single block's MLP (four times as wide), its output joined to attention's, the
+stream, and rotated queries and keys in fp32. Counted on the meta device with fused attention; a test keeps the estimate above the count."""
 SAFETY = 1.25
 
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """What the way out must know of the way in: rows and columns of the latents, and tokens of text."""
+    """Sizes that the last segment needs: rows and columns of the latents, and text tokens."""
 
     height: int
     width: int
@@ -47,7 +47,7 @@ class _Sizes:
 
 
 _SIZES = "flux_sizes"
-"""Name of the sizes among the state's options, which go along with it."""
+"""Key of the sizes in the state's options, which travel with the state."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -63,7 +63,7 @@ class FluxSegment(Segment):
         raise NotImplementedError
 
     def _replacement(self, state: ProgramState) -> Callable[..., Mapping[str, Tensor]] | None:
-        """A hook in the block's place: patches_replace["dit"][("double_block", 3)]."""
+        """A hook that replaces the block: patches_replace["dit"][("double_block", 3)]."""
         found: Callable[..., Mapping[str, Tensor]] | None = state.options.get("patches_replace", {}).get("dit", {}).get(self.key)
         return found
 
@@ -74,7 +74,7 @@ def _rope(state: ProgramState) -> Rope:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DoubleSegment(FluxSegment):
-    """A block with two streams. A replacement gets and returns "img" and "txt"."""
+    """A block with two streams. A replacement hook takes and returns "img" and "txt"."""
 
     def _run(self, state: ProgramState) -> None:
         (block,), tensors, rope = self.layers, state.tensors, _rope(state)
@@ -94,7 +94,7 @@ class DoubleSegment(FluxSegment):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SingleSegment(FluxSegment):
-    """A block with one stream; `joins`: it is the first one. A replacement gets and returns "img", all tokens."""
+    """A block with one stream; `joins`: it is the first one. A replacement hook takes and returns "img", all tokens."""
 
     joins: bool
 
@@ -114,7 +114,7 @@ class SingleSegment(FluxSegment):
         tensors[TOKENS] = replace(args, {"original_block": original})["img"]
 
     def _add(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """To the picture's tokens, which are the last."""
+        """Add to the picture's tokens, which come last."""
         num_text = hidden.shape[1] - residual.shape[1]
         if num_text < 0 or residual.shape[-1] != hidden.shape[-1]:
             return super()._add(hidden, residual)
@@ -123,7 +123,7 @@ class SingleSegment(FluxSegment):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LastSegment(FluxSegment):
-    """The picture's tokens back to latents."""
+    """Turns the picture's tokens back into latents."""
 
     network: Any
 
@@ -136,7 +136,7 @@ class LastSegment(FluxSegment):
 
 @dataclass(frozen=True, eq=False)
 class FluxEmbedding:
-    """What comes before the blocks: the embedders of picture, text, and of time, guidance and pooled text, whose sum modulates every block."""
+    """The layers before the blocks: embedders of picture, text, and of time, guidance and pooled text, whose sum modulates every block."""
 
     network: Any
 
@@ -149,7 +149,7 @@ class FluxEmbedding:
             yield from layer.named_parameters(prefix=name)
 
     def modulate(self, times_B: Tensor, guidance_B: Tensor | None, pooled_BV: Tensor) -> Tensor:
-        """(B, D). `guidance_B` is read by a network that was distilled with it, 3.5 where there is none."""
+        """(B, D). `guidance_B` (default 3.5) is used only by a network that was distilled with it."""
         embed, dtype = self.network.time_text_embed, pooled_BV.dtype
         sum_BD: Tensor = embed.timestep_embedder(embed.time_proj(times_B.float() * TIME_SCALE).to(dtype))
         if self.network.config.guidance_embeds:
@@ -171,7 +171,7 @@ class FluxProgram(Program):
         network, x_BCHW, context_BLD = self.embedding.network, rows["x"], rows["context"]
         if "y" not in rows:
             raise ValueError(
-                f"Flux takes the pooled text of CLIP-L, and none was given; pass it as y, shape (batch, {network.config.pooled_projection_dim})."
+                f"Flux needs the pooled text of CLIP-L, but none was given. Pass it as y, shape (batch, {network.config.pooled_projection_dim})."
             )
         num_rows, height, width = x_BCHW.shape[0], x_BCHW.shape[2], x_BCHW.shape[3]
         modulation_BD = self.embedding.modulate(rows["timesteps"], rows.get("guidance"), rows["y"].to(x_BCHW.dtype))
@@ -185,7 +185,7 @@ class FluxProgram(Program):
         return ProgramState(tensors, dict(residuals or {}), own_options)
 
     def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
-        """Entry i of "input" goes behind double block i, entry i of "output" behind single block i."""
+        """Entry i of "input" is added after double block i, entry i of "output" after single block i."""
         found: dict[Addition, Tensor] = {}
         for addition in (one for segment in self.segments for one in segment.adds):
             residuals = (control or {}).get(addition.kind)
@@ -213,7 +213,7 @@ class FluxProgram(Program):
 
 
 def build_flux_program(network: Any) -> FluxProgram:
-    """Cut a FluxTransformer2DModel into its blocks. Its attention is the chosen one from now on."""
+    """Cut a FluxTransformer2DModel into its blocks, and make it use the chosen attention."""
     network.set_attn_processor(FluxAttentionProcessor())
     streams, num_singles = (IMAGE, TEXT), len(network.single_transformer_blocks)
     doubles: list[Segment] = [
@@ -246,7 +246,7 @@ def build_flux_program(network: Any) -> FluxProgram:
 
 
 def pack(x_BCHW: Tensor) -> Tensor:
-    """Latents as tokens of 2x2, (B, H/2 * W/2, 4 C), channel by channel. Odd sides grow by what is at the other edge."""
+    """Latents as tokens of 2x2, (B, H/2 * W/2, 4 C), channel by channel. Odd sides are padded from the opposite edge."""
     if x_BCHW.shape[2] % CELL or x_BCHW.shape[3] % CELL:
         x_BCHW = functional.pad(x_BCHW, (0, x_BCHW.shape[3] % CELL, 0, x_BCHW.shape[2] % CELL), mode="circular")
     batch, channels, height, width = x_BCHW.shape
@@ -262,6 +262,6 @@ def unpack(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
 
 
 def picture_ids(rows: int, columns: int, number: int = 0) -> Tensor:
-    """Positions of a picture's tokens, (rows * columns, 3): the picture's number, row and column."""
+    """Positions of a picture's tokens, (rows * columns, 3): picture index, row, column."""
     places = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1).reshape(-1, 2)
     return functional.pad(places, (1, 0), value=number)

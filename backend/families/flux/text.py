@@ -21,17 +21,17 @@ from backend.text_processing.t5_engine import T5TextProcessingEngine
 from backend.text_processing.textual_inversion import EmbeddingDatabase
 
 T5, CLIP_L = 0, 1
-"""Places of the text engines; the counter beside the prompt box asks the first."""
+"""Positions of the text engines; the token counter at the prompt box uses the first."""
 
 
 def _takes_clip(file: TensorFile, part: Part, found: FoundDenoiser) -> bool:
-    """CLIP-L as wide as the vector that the network reads."""
+    """Takes a CLIP-L with the width of the network's pooled vector."""
     wanted = found.config.get("pooled_projection_dim")
     return is_slot("clip_l")(file, part, found) and (wanted is None or text_width(file, part) == wanted)
 
 
 TEXT_ENCODERS = (
-    # CLIP's tokens are not read, only its vector: it adds nothing to the width of the text.
+    # Only CLIP's vector is used, not its tokens: it adds nothing to the text's width.
     replace(clip_l(_takes_clip), width=lambda file, part: 0, usual_file="clip_l.safetensors (0.25 GB)"),
     t5xxl(lambda file, part, found: True),
 )

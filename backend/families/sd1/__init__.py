@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and its inpainting variant; also the narrow members of the family."""
+"""Stable Diffusion 1.x and its inpainting variant; also its narrow variants."""
 
 from __future__ import annotations
 

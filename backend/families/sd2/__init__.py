@@ -30,10 +30,10 @@ USED_BLOCKS = 23
 
 
 def find_prediction(file: TensorFile, found: FoundDenoiser, unet: nn.Module) -> PredictionSpec:
-    """Files of 2022 carry no mark, so the UNet itself is asked; the inpainting model predicts noise."""
+    """Files from 2022 have no marker key, so the UNet is run once to find out. The inpainting model predicts noise."""
     if found.is_inpaint or read_prediction(file, prefix=found.part.prefix) is not None:
         return find_unet_prediction(file, found, unet)
-    return PredictionSpec(kind=V_PREDICTION if predicts_velocity(unet) else EPSILON, source="told by a test run of the UNet")
+    return PredictionSpec(kind=V_PREDICTION if predicts_velocity(unet) else EPSILON, source="found by a test run of the UNet")
 
 
 FAMILY = Family(

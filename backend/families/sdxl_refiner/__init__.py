@@ -1,4 +1,4 @@
-"""The SDXL refiner: bigG alone, and an aesthetic score in place of the target size."""
+"""The SDXL refiner: bigG only, and an aesthetic score instead of the target size."""
 
 from __future__ import annotations
 

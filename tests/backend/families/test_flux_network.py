@@ -79,9 +79,9 @@ def test_other_files_are_none_or_say_what_they_are(tmp_path: Path) -> None:
     assert identify(tmp_path, {"transformer_blocks.0.attn.norm_k.weight": torch.zeros(16)}) is None
     with pytest.raises(CheckpointError, match="Canny, Depth"):
         identify(tmp_path, original_tensors(make_flux(in_channels=128, out_channels=64)))
-    with pytest.raises(CheckpointError, match=r"misses txt_in\.weight"):
+    with pytest.raises(CheckpointError, match=r"lacks txt_in\.weight"):
         identify(tmp_path, {key: tensor for key, tensor in tensors.items() if key != "txt_in.weight"})
-    with pytest.raises(CheckpointError, match="32 inputs a token"):
+    with pytest.raises(CheckpointError, match="32 inputs per token"):
         identify(tmp_path, original_tensors(make_flux(in_channels=32, out_channels=64)))
     odd = {**tensors, "double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(15)}
     with pytest.raises(CheckpointError, match="heads 15 wide"):

@@ -80,12 +80,12 @@ GATE = "encoder__block__0__layer__1__DenseReluDense__wi_0__weight"
     ("changes", "words"),
     [
         ({"shared__weight": torch.ones(1000, 32)}, "knows 1000 tokens; T5 has 32100"),
-        ({BIAS: torch.ones(32, 5)}, "position bias of 32x5 beside attention 24 wide"),
-        ({BIAS: torch.ones(32)}, "relative_attention_bias.weight has the shape 32; it is a matrix"),
+        ({BIAS: torch.ones(32, 5)}, "position bias of 32x5 with attention 24 wide"),
+        ({BIAS: torch.ones(32)}, "relative_attention_bias.weight has the shape 32, but a T5 text encoder has a matrix there"),
         ({BIAS: torch.ones(0, 3)}, "has the shape 0x3"),
-        ({GATE: None}, "misses encoder.block.0.layer.1.DenseReluDense.wi_0.weight. The file is incomplete, or a T5 of the first version"),
+        ({GATE: None}, "lacks encoder.block.0.layer.1.DenseReluDense.wi_0.weight. The file is incomplete, or a T5 v1.0"),
         ({GATE.replace("wi_0", "wi_1"): torch.ones(7, 7)}, "shapes that do not fit together"),
-        ({GATE.replace("wi_0", "wo"): None}, "misses 1 of 21 tensors"),
+        ({GATE.replace("wi_0", "wo"): None}, "lacks 1 of 21 tensors"),
     ],
 )
 def test_a_damaged_t5_is_refused_with_the_tensor(changes: dict[str, torch.Tensor | None], words: str, tmp_path: Path) -> None:

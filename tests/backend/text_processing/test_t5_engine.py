@@ -41,7 +41,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_more_tokens_than_attention_has_memory_for_are_refused_with_both_numbers() -> None:
-    with pytest.raises(PromptTooLongError, match=f"{MAX_LENGTH + 1} tokens were given to T5 at once; at most {MAX_LENGTH}"):
+    with pytest.raises(PromptTooLongError, match=f"T5 got {MAX_LENGTH + 1} tokens at once, but the limit is {MAX_LENGTH}"):
         engine()(["cat " * MAX_LENGTH])
     chunks, num_tokens = engine().tokenize_line("cat " * (MAX_LENGTH - 1) + "BREAK" + " cat" * 9)
     assert (len(chunks), num_tokens) == (2, MAX_LENGTH + 8)
