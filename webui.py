@@ -265,7 +265,7 @@ class EngineStart:
     def _import_networks(self) -> None:
         import importlib
 
-        with contextlib.suppress(Exception), network_imports:  # the first job meets what fails again
+        with contextlib.suppress(ImportError, OSError, RuntimeError), network_imports:  # the first job meets what fails again
             for name in ("backend.loader", "modules.processing.pictures", "modules.samplers.kdiffusion"):
                 importlib.import_module(name)
         gc.freeze()  # page and libraries stay: collections between jobs would walk half a million objects for nothing

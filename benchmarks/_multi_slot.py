@@ -14,8 +14,8 @@ import torch
 from backend import memory_management
 from backend.args import BackendConfig
 from backend.devices.probing import probe_devices
-from modules.app_config import AppConfig
 from modules.application import Application, build_application, install
+from modules.launch.cmd_args import config_for_tests
 from modules.processing import StableDiffusionProcessingTxt2Img, process_images
 from tests.support.checkpoints import write_checkpoint
 from tools.measure import Bench, Metrics, Variant
@@ -50,7 +50,7 @@ def make_application() -> Application:
     """An application with a narrow checkpoint in a temporary folder, kept until the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     write_checkpoint(folder / "models" / "Stable-diffusion" / "narrow.safetensors", "sd15", width=WIDTH)
-    app = build_application(AppConfig.for_tests(folder))
+    app = build_application(config_for_tests(folder))
     install(app)
     app.options.live_previews_enable = False
     app.options.samples_save = app.options.grid_save = False

@@ -6,7 +6,6 @@ Imports in milliseconds: no torch, no gradio, no probing.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,13 +96,3 @@ class AppConfig:
     def page_is_trusted(self) -> bool:
         """Whether who uses the page is a user of this machine, or knows a password: such a user may name folders."""
         return self.is_local or bool(self.gradio_auth)
-
-    @classmethod
-    def for_tests(cls, data_dir: Path, **overrides: Any) -> AppConfig:
-        """The configuration of `--data-dir DATA_DIR` without any other flag, with fields replaced; reads neither argv nor the environment."""
-        from modules.launch.cmd_args import parse_config  # it builds on this file
-
-        config = parse_config(["--data-dir", str(data_dir)], {})
-        same_name = {name: value for name, value in overrides.items() if name in config.flags}
-        overrides.setdefault("use_demo", False)  # or no test could be without a checkpoint
-        return dataclasses.replace(config, **{"flags": MappingProxyType({**config.flags, **same_name}), **overrides})

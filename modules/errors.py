@@ -78,15 +78,15 @@ def get_exceptions() -> list[dict[str, Any]]:
         return list(reversed(exception_records))
 
 
-def record_exception() -> None:
-    """Remember the exception being handled, for the system report."""
-    kind, error, traceback_ = sys.exc_info()
-    if kind is None or error is None:
+def record_exception(error: BaseException | None = None) -> None:
+    """Remember an exception, by default the one being handled, for the system report."""
+    error = sys.exc_info()[1] if error is None else error
+    if error is None:
         return
     with _records_lock:
         if exception_records and exception_records[-1]["exception"] == str(error):
             return
-        exception_records.append({"exception": str(error), "traceback": format_exception(error, traceback_)})
+        exception_records.append({"exception": str(error), "traceback": format_exception(error, error.__traceback__)})
         del exception_records[:-MAX_EXCEPTION_RECORDS]
 
 
@@ -115,9 +115,13 @@ def print_error_explanation(message: str) -> None:
     log.error("%s", message)
 
 
-def run(code: Callable[[], object], task: str) -> None:
-    """Call an extension's `code`; a failure is reported, not raised."""
+def run(code: Callable[[], object], task: str, *, passing: tuple[type[Exception], ...] = ()) -> bool:
+    """Call an extension's `code`; a failure is reported, not raised. Whether it went well. Raises: what `passing` names."""
     try:
         code()
-    except Exception as error:  # noqa: BLE001 - wall: third-party code behind the script host
+    except passing:
+        raise
+    except Exception as error:  # noqa: BLE001 - wall: code of extensions
         display(error, task)
+        return False
+    return True

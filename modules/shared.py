@@ -10,8 +10,8 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from modules.pictures.upscaler import available_upscalers
-from modules.processing.request import LATENT_UPSCALE_MODES
+from modules.pictures.upscaler_list import available_upscalers
+from modules.processing.constants import LATENT_UPSCALE_MODES
 from modules.settings.options import OptionHTML, OptionInfo, options_section
 from modules.settings.table import restricted_opts
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import webui
-from modules.app_config import AppConfig
 from modules.application import Application, build_application, install
-from modules.launch.cmd_args import parse_config
+from modules.launch.cmd_args import config_for_tests, parse_config
 from tests.support.event_loops import close_event_loops as close_event_loops
 
 
@@ -30,7 +29,7 @@ class _Server:
 
 @pytest.fixture
 def app(tmp_path: Path) -> Iterator[Application]:
-    app = build_application(AppConfig.for_tests(tmp_path, nowebui=True))
+    app = build_application(config_for_tests(tmp_path, nowebui=True))
     install(app)
     yield app
     app.close()

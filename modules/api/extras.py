@@ -16,7 +16,7 @@ from modules.errors import RequestError
 from modules.infotext import parameters as infotext_utils
 from modules.pictures.metadata import read_info_from_image
 from modules.pictures.postprocessing import ExtrasResult, ExtrasSettings, check_extras, goal_size_px, run_extras
-from modules.pictures.upscaler import available_upscalers
+from modules.pictures.upscaler_list import available_upscalers
 
 if TYPE_CHECKING:
     from modules.application import Application

@@ -199,7 +199,8 @@ def check_amount(body: models.GenerationRequest) -> None:
 
 def _check_hires(app: Application, body: models.StableDiffusionProcessingTxt2Img) -> None:
     """Raises RequestError for a second pass that cannot be: no scale, too large, or names that do not exist."""
-    from modules.pictures.upscaler import available_upscalers, find_upscaler
+    from modules.pictures.upscaler import find_upscaler
+    from modules.pictures.upscaler_list import available_upscalers
     from modules.processing import LATENT_UPSCALE_MODES
 
     width, height = (body.hr_resize_x, body.hr_resize_y) if body.hr_resize_x or body.hr_resize_y else (0, 0)

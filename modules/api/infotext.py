@@ -16,7 +16,8 @@ from modules.api.settings import check_settings, find_checkpoint
 from modules.errors import RequestError
 from modules.infotext import parameters
 from modules.infotext.fields import FIELDS_BY_TAB
-from modules.pictures.upscaler import available_upscalers, find_upscaler
+from modules.pictures.upscaler import find_upscaler
+from modules.pictures.upscaler_list import available_upscalers
 from modules.scripts import callbacks
 
 if TYPE_CHECKING:

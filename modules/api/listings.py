@@ -42,7 +42,7 @@ class ListingRoutes:
         ]
 
     def upscalers(self) -> list[models.UpscalerItem]:
-        from modules.pictures.upscaler import available_upscalers
+        from modules.pictures.upscaler_list import available_upscalers
 
         return [
             models.UpscalerItem(name=entry.name, model_name=entry.scaler.model_name, model_path=entry.data_path, model_url=None, scale=entry.scale)

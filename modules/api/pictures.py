@@ -20,6 +20,7 @@ from modules.api.limits import MAX_INPUT_PICTURE_PX
 from modules.errors import RequestError
 from modules.pictures.metadata import read_info_from_image
 from modules.pictures.resizing import fix_image
+from modules.pictures.unreadable import UNREADABLE
 from modules.pictures.writing import EncodeSettings, PictureText, encode_image, kind_that_holds, known_extensions
 
 _DATA_URL = re.compile(r"data:[\w.+-]*(?:/[\w.+-]*)?(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
@@ -73,7 +74,7 @@ def open_picture(data: bytes, name: str) -> Image.Image:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise PictureError(f"{name}: the picture is too large; {_LIMIT}.") from None
-    except Exception as error:  # noqa: BLE001 - Pillow's readers raise a dozen kinds of error for files that are no pictures
+    except UNREADABLE as error:
         raise PictureError(f"{name}: is not a picture that can be read ({_kind(data)}; {type(error).__name__}).") from None
     assert fixed is not None
     return fixed

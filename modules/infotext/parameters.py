@@ -1,18 +1,17 @@
 """Generation parameters under the names that extensions import: parsing with all defaults, settings that an infotext asks for, paste fields.
 
-The text form itself is modules/infotext/text.py; the buttons that fill a page's controls are modules/infotext/paste.py. Must not know tabs.
+Reading is modules/infotext/reading.py, the text form itself modules/infotext/text.py; the buttons that fill a page's controls are
+modules/infotext/paste.py. Must not know tabs.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import re
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from modules.errors import OptionError
-from modules.infotext.foreign import COMFY_SAMPLERS, COMFY_SCHEDULES
 from modules.infotext.paste import (
     ParamBinding,
     PasteField,
@@ -27,8 +26,8 @@ from modules.infotext.paste import (
     reset,
     send_image_and_dimensions,
 )
-from modules.infotext.text import build_infotext, iterate_pairs, parse_infotext, quote, unquote
-from modules.infotext.versions import backcompat
+from modules.infotext.reading import parse_generation_parameters
+from modules.infotext.text import build_infotext, iterate_pairs, quote, unquote
 from modules.jobs.context import installed_context
 
 __all__ = [
@@ -54,130 +53,11 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-DEFAULTS: Mapping[str, str] = {
-    "Clip skip": "1",
-    "Hires resize-1": "0",
-    "Hires resize-2": "0",
-    "Hires sampler": "Use same sampler",
-    "Hires schedule type": "Use same scheduler",
-    "Hires checkpoint": "Use same checkpoint",
-    "Hires prompt": "",
-    "Hires negative prompt": "",
-    "Mask mode": "Inpaint masked",
-    "Masked content": "original",
-    "Inpaint area": "Whole picture",
-    "Masked area padding": "32",
-    "RNG": "GPU",
-    "Schedule type": "Automatic",
-    "Schedule max sigma": "0",
-    "Schedule min sigma": "0",
-    "Schedule rho": "0",
-    "VAE Encoder": "Full",
-    "VAE Decoder": "Full",
-    "FP8 weight": "Disable",
-    "Cache FP16 weight for LoRA": "False",
-    "Refiner switch by sampling steps": "False",
-    "Emphasis": "Original",
-}
-"""What a missing key means. Written infotexts leave these out, so that pasting one must set them back."""
-
-OLD_FIRST_PASS_AREA_PX = 512 * 512
-_LARGEST_SIDE_PX = 1_000_000
 _MODULE_KEY = re.compile(r"(?:Hires )?Module \d+")
-_UNKNOWN_SAMPLER = "Undefined"
 
 
 def _application() -> Any:
     return installed_context()
-
-
-def parse_generation_parameters(x: str, skip_fields: Sequence[str] | None = None) -> dict[str, Any]:
-    """What an infotext says, as texts by key, with a default for every key it may leave out.
-
-    `skip_fields` (default: the setting infotext_skip_pasting) are keys to leave out. A text without parameters gives its prompts alone
-    and the defaults.
-    """
-    application = _application()
-    options = None if application is None else application.options
-    if skip_fields is None:
-        skip_fields = list(options.infotext_skip_pasting) if options is not None else []
-    params: dict[str, Any] = dict(parse_infotext(x))
-    _use_our_names(params)
-    _restore_old_hires_sizes(params, bool(options and options.use_old_hires_fix_width_height))
-    if application is not None:
-        _take_out_styles(params, application)
-    for key, value in DEFAULTS.items():
-        params.setdefault(key, value)
-    for first_pass, second_pass in (("CFG scale", "Hires CFG Scale"), ("Distilled CFG Scale", "Hires Distilled CFG Scale")):
-        if first_pass in params:  # who wrote no other one, used the same in the hires pass
-            params.setdefault(second_pass, params[first_pass])
-    if options is None or options.auto_backcompat:
-        backcompat(params)
-    for key in skip_fields:
-        params.pop(key, None)
-    return params
-
-
-def _use_our_names(params: MutableMapping[str, Any]) -> None:
-    """Samplers and schedules as other programs spell them, by the names they have here."""
-    sampler = params.get("Sampler")
-    if sampler is None:
-        return
-    if sampler == _UNKNOWN_SAMPLER:  # Civitai writes it for models that its own list does not know
-        del params["Sampler"]
-        return
-    name, schedule = _comfy_names(sampler)
-    if name is not None:
-        params["Sampler"] = name
-        if schedule is not None:
-            params.setdefault("Schedule type", schedule)
-    written = params.get("Schedule type")
-    if written is not None:
-        params["Schedule type"] = COMFY_SCHEDULES.get(written, written)
-
-
-def _comfy_names(sampler: str) -> tuple[str | None, str | None]:
-    """(sampler, schedule) of ComfyUI's spelling, which may join both by an underscore or a space."""
-    if sampler in COMFY_SAMPLERS:
-        return COMFY_SAMPLERS[sampler], None
-    for comfy_schedule, schedule in COMFY_SCHEDULES.items():
-        for joint in ("_", " "):
-            name = sampler.removesuffix(f"{joint}{comfy_schedule}")
-            if name != sampler and name in COMFY_SAMPLERS:
-                return COMFY_SAMPLERS[name], schedule
-    return None, None
-
-
-def old_first_pass_size_px(width_px: int, height_px: int) -> tuple[int, int]:
-    """The first pass that hires fix made before its sizes were written out: about 512x512 px in the picture's shape, sides multiples of 64."""
-    scale = math.sqrt(OLD_FIRST_PASS_AREA_PX / (width_px * height_px))
-    return math.ceil(scale * width_px / 64) * 64, math.ceil(scale * height_px / 64) * 64
-
-
-def _restore_old_hires_sizes(params: MutableMapping[str, Any], keep_old_meaning: bool) -> None:
-    """In old infotexts Size was the final size: it becomes `Hires resize`, and `First pass size` becomes Size."""
-    try:
-        first = int(params["First pass size-1"]), int(params["First pass size-2"])
-        final = int(params["Size-1"]), int(params["Size-2"])
-    except (KeyError, ValueError):
-        return
-    if keep_old_meaning or not all(0 < side <= _LARGEST_SIDE_PX for side in final):
-        return
-    if 0 in first:
-        first = old_first_pass_size_px(*final)
-    params.update({"Size-1": str(first[0]), "Size-2": str(first[1]), "Hires resize-1": str(final[0]), "Hires resize-2": str(final[1])})
-
-
-def _take_out_styles(params: MutableMapping[str, Any], application: Any) -> None:
-    """Find saved styles in the prompts, as the setting infotext_styles says: Ignore, Discard, Apply, Apply if any."""
-    mode = application.options.infotext_styles
-    styles = getattr(application, "styles", None)
-    if mode == "Ignore" or styles is None:
-        return
-    found, prompt, negative_prompt = styles.extract_styles_from_prompt(params.get("Prompt", ""), params.get("Negative prompt", ""))
-    params["Prompt"], params["Negative prompt"] = prompt, negative_prompt
-    if mode == "Apply" or (mode == "Apply if any" and found):
-        params["Styles array"] = found
 
 
 # Settings that an infotext asks for

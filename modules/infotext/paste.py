@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from modules.infotext.reading import parse_generation_parameters
 from modules.jobs.context import installed_context
 from modules.pictures.metadata import read_info_from_image
 
@@ -166,8 +167,6 @@ def connect_paste(button: Any, fields: Sequence[Any], input_comp: Any) -> None:
 def field_updates(fields: Sequence[Any], text: str) -> list[Any]:
     """A gradio update for each field; fields that the infotext says nothing about, or nothing fitting, stay as they are."""
     import gradio as gr  # heavy; see the module's docstring
-
-    from modules.infotext.parameters import parse_generation_parameters  # it re-exports this file
 
     params = parse_generation_parameters(text or "")
     updates: list[Any] = []

@@ -17,7 +17,7 @@ from modules.pictures.metadata import read_info_from_image
 from modules.pictures.resizing import fix_image
 from modules.processing import Processed, StableDiffusionProcessingImg2Img
 from modules.processing.chosen_script import process_with_scripts
-from modules.processing.request import opt_f
+from modules.processing.constants import opt_f
 from modules.scripts import callbacks as script_callbacks
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Generic, TypeVar
 
@@ -75,6 +76,28 @@ class FIFOLock:
 queue_lock = FIFOLock()
 
 
+class Kept:
+    """What was raised inside of keeping_errors()."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def take(self) -> Exception | None:
+        """The error, which is then not kept any longer."""
+        error, self.error = self.error, None
+        return error
+
+
+@contextmanager
+def keeping_errors() -> Iterator[Kept]:
+    """The wall around a job and around a handler of the page: what is raised inside goes no further, and is kept for whoever tells the user."""
+    kept = Kept()
+    try:
+        yield kept
+    except Exception as error:  # noqa: BLE001 - wall: the job worker
+        kept.error = error
+
+
 class Job(Generic[ResultT]):
     """A job in the line. `wait()` gives its result or raises what it raised."""
 
@@ -115,14 +138,14 @@ class Job(Generic[ResultT]):
 
     def carry_out(self) -> None:
         """Run it here and now; whatever it raises is kept for the waiter."""
-        try:
+        with keeping_errors() as kept:
             self.result = self.context.run(self.run)
-        except RequestError as error:
-            self.error = error
-        except Exception as error:
-            self.error = _explained(error, self.name)
-            errors.record_exception()
-            log.error("Job %s failed: %s: %s", self.name, type(self.error).__name__, self.error, exc_info=error)
+        error = self.error = kept.take()
+        if error is None or isinstance(error, RequestError):
+            return
+        self.error = _explained(error, self.name)
+        errors.record_exception(error)
+        log.error("Job %s failed: %s: %s", self.name, type(self.error).__name__, self.error, exc_info=error)
 
 
 def _explained(error: Exception, name: str) -> Exception:
@@ -292,10 +315,11 @@ def wrap_gradio_call(func: Callable[..., Any], extra_outputs: Sequence[Any] | No
     @wraps(func)
     def shown(*args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        try:
+        with keeping_errors() as kept:
             outputs = list(func(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001 - wall: handlers of the page
-            outputs = [*(extra_outputs if extra_outputs is not None else [None, ""]), error_html(error)]
+        if kept.error is not None:
+            outputs = [*(extra_outputs if extra_outputs is not None else [None, ""]), error_html(kept.error)]
+            kept.take()
         if add_stats:
             outputs[-1] = f"{outputs[-1]}{_time_html(time.perf_counter() - started)}"
         return tuple(outputs)

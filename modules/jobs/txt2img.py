@@ -8,7 +8,6 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from modules.application import current_application
 from modules.infotext.parameters import create_override_settings_dict
 from modules.processing import Processed, StableDiffusionProcessingTxt2Img, process_images
 
@@ -57,7 +56,7 @@ def txt2img_create_processing(id_task: str, request: Any, *args: Any, force_enab
 def txt2img(id_task: str, request: Any, *args: Any) -> Outputs:
     """Queue the request and wait for it: pictures, their facts as JSON, the parameters and the comments as HTML."""
     p = txt2img_create_processing(id_task, request, *args)
-    return handler_outputs(current_application().jobs.run_and_wait(id_task or None, "txt2img", lambda: process_images(p)))
+    return handler_outputs(p.context.jobs.run_and_wait(id_task or None, "txt2img", lambda: process_images(p)))
 
 
 def handler_outputs(processed: Processed) -> Outputs:

@@ -5,6 +5,7 @@ Imports in milliseconds. argv and the environment are handed in; this file reads
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -283,6 +284,14 @@ def split_command_line(text: str, *, windows: bool = os.name == "nt") -> list[st
         return shlex.split(text.replace("\\", "\\\\") if windows else text)
     except ValueError as error:
         raise FlagError(f"COMMANDLINE_ARGS={text}: cannot be read ({error}). Close every quotation mark.") from error
+
+
+def config_for_tests(data_dir: Path, **overrides: Any) -> AppConfig:
+    """The configuration of `--data-dir DATA_DIR` without any other flag, with fields replaced; reads neither argv nor the environment."""
+    config = parse_config(["--data-dir", str(data_dir)], {})
+    same_name = {name: value for name, value in overrides.items() if name in config.flags}
+    overrides.setdefault("use_demo", False)  # or no test could be without a checkpoint
+    return dataclasses.replace(config, **{"flags": MappingProxyType({**config.flags, **same_name}), **overrides})
 
 
 def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> AppConfig:

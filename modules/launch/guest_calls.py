@@ -45,14 +45,13 @@ def call_guest(code: Callable[[], Any], task: str, *, passing: tuple[type[Except
 
     Raises: what `passing` names.
     """
-    try:
+    results: list[Any] = [None]
+
+    def call() -> None:
         with as_guest():
-            return True, code()
-    except passing:
-        raise
-    except Exception as error:  # noqa: BLE001 - wall: code of extensions
-        errors.display(error, task)
-        return False, None
+            results.append(code())
+
+    return errors.run(call, task, passing=passing), results[-1]
 
 
 def end_of_path(path: str | None) -> str:

@@ -41,7 +41,8 @@ from modules.pictures.grids import (
 from modules.pictures.metadata import IGNORED_INFO_KEYS, image_data, read_info_from_image
 from modules.pictures.own_files import is_own_file, note_own_file, text_goes_with
 from modules.pictures.resizing import fix_image, flatten, resize_by_mode
-from modules.pictures.upscaler import LANCZOS, NEAREST, available_upscalers, find_upscaler
+from modules.pictures.upscaler import LANCZOS, NEAREST, find_upscaler
+from modules.pictures.upscaler_list import available_upscalers
 from modules.pictures.writing import EncodeSettings, ImageSaveError, PictureText, kind_that_holds, numbered_names, write_image, write_whole
 from modules.scripts import callbacks as script_callbacks
 from modules.scripts.hook_arguments import ImageGridLoopParams, ImageSaveParams

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 
 from modules.infotext.foreign import infotext_from_comfy, infotext_from_novelai, infotext_from_novelai_json
 from modules.infotext.stealth import read_info_from_image_stealth
+from modules.pictures.unreadable import UNREADABLE
 
 _USER_COMMENT = ExifTags.Base.UserComment
 _MAKE, _MODEL, _IMAGE_DESCRIPTION = ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.ImageDescription
@@ -91,7 +92,7 @@ def _exif_texts(image: Image.Image) -> dict[str, str]:
         exif = image.getexif()
         comment = exif.get_ifd(ExifTags.IFD.Exif).get(_USER_COMMENT)
         found = {name: exif.get(tag) for name, tag in (("Make", _MAKE), ("Model", _MODEL), ("ImageDescription", _IMAGE_DESCRIPTION))}
-    except Exception:  # noqa: BLE001 - Pillow's EXIF reader raises a dozen kinds of error for damaged blocks; a picture without EXIF is what is left
+    except UNREADABLE:  # a damaged block; a picture without EXIF is what is left
         return {}
     texts = {name: value for name, value in found.items() if isinstance(value, str)}
     if isinstance(comment, (bytes, str)) and comment:

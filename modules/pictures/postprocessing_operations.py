@@ -16,7 +16,7 @@ from PIL import Image
 from modules.jobs.context import installed_context
 from modules.pictures.postprocessing import BY_FACTOR, TO_SIZE, ExtrasSettings, check_extras, enlarge, goal_size_px, parameters_of
 from modules.pictures.resizing import CROP_AND_RESIZE, resize_by_mode
-from modules.pictures.upscaler import available_upscalers
+from modules.pictures.upscaler_list import available_upscalers
 from modules.scripts.postprocessing import PostprocessedImage, ScriptPostprocessing, ScriptPostprocessingRunner
 from modules.ui.components import FormRow, InputAccordion, ToolButton
 

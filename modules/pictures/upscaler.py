@@ -6,7 +6,6 @@ by pictures/upscaler_models.py.
 
 from __future__ import annotations
 
-import functools
 import os
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -16,7 +15,6 @@ from PIL import Image
 
 from backend.model_folders import find_files
 from modules.errors import RequestError
-from modules.jobs.context import installed_context
 from modules.nearest_names import say_nearest
 
 LANCZOS = Image.Resampling.LANCZOS
@@ -157,22 +155,6 @@ class UpscalerNearest(_Resampling):
 def builtin_upscalers() -> list[UpscalerData]:
     """The entries that are always there, in the order of the list."""
     return [entry for upscaler in (UpscalerNone(), UpscalerLanczos(), UpscalerNearest()) for entry in upscaler.scalers]
-
-
-@functools.lru_cache(maxsize=1)
-def _shared_list() -> list[UpscalerData]:
-    return builtin_upscalers()
-
-
-def available_upscalers() -> list[UpscalerData]:
-    """The list that page, API and extensions share (`shared.sd_upscalers`): what is built in, the model files there are now, and what extensions
-    have added to it."""
-    from modules.pictures.upscaler_models import replace_entries  # it extends this file's class
-
-    app = installed_context()
-    entries = _shared_list()
-    replace_entries(entries, None if app is None else app.upscaler_models)
-    return entries
 
 
 def find_upscaler(name: str | None, entries: Iterable[UpscalerData]) -> UpscalerData:

@@ -3,10 +3,11 @@
 Reading order: `request` (what a user asks for; `p`), `validation` (numbers in range, names that exist), `conditions` (prompts encoded),
 `networks` (what the prompts name is added to the networks), `txt2img` or `img2img` (one batch sampled), `hires` and `refiner` (a second
 pass, a second model), `latents` (between pixels and latents), `compositing` (masks, pasting back), `pictures` (infotext, saving, grid),
-`result` (`Processed`). Beside them: `chosen_script`, `model_facts`, `nans`, `saving`, `tiling`.
+`result` (`Processed`). Beside them: `chosen_script`, `constants`, `image_conditions`, `model_facts`, `nans`,
+`overrides` (methods that an extension may have replaced), `saving`, `tiling`.
 
 Example: `process_images(StableDiffusionProcessingTxt2Img(prompt="a cat", steps=20))` makes the request sound, loads the checkpoint it
-means, and for each batch runs `p.setup_conds()`, `p.sample()` (-> `txt2img.sample_txt2img`), decodes, and hands the pictures to
+means, and for each batch runs `conditions.setup_conditions(p)`, `txt2img.sample_txt2img(p, ...)`, decodes, and hands the pictures to
 `PictureCollector`, which saves them. A new field of a request goes into `request`; what it does goes into the file of the step that it
 changes.
 
@@ -24,13 +25,12 @@ from typing import TYPE_CHECKING, Any
 from modules.errors import RequestError
 from modules.jobs.context import JobContext
 from modules.jobs.queue import queue_lock
+from modules.processing.constants import LATENT_UPSCALE_MODES, opt_C, opt_f
+from modules.processing.overrides import overridden, step_of
 from modules.processing.request import (
-    LATENT_UPSCALE_MODES,
     StableDiffusionProcessing,
     StableDiffusionProcessingImg2Img,
     StableDiffusionProcessingTxt2Img,
-    opt_C,
-    opt_f,
 )
 from modules.processing.result import Processed, create_infotext, process_extra_images
 from modules.settings.options import active_overrides, write_text_atomically
@@ -149,12 +149,12 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     fix_seed(p)
     _describe_model(p, context)
     _set_folders(p)
-    setup_prompts(p)
+    step_of(p, "setup_prompts", setup_prompts)()
     set_all_seeds(p)
     p.run_hook("process")
     collector = PictureCollector(p, context.state)
     with torch.no_grad(), naming_nans(p):
-        p.init(p.all_prompts, p.all_seeds, p.all_subseeds)
+        _prepare(p)
         try:
             _run_batches(p, context, collector)
         finally:
@@ -219,6 +219,7 @@ def _run_batches(p: StableDiffusionProcessing, context: JobContext, collector: P
 
 def _run_batch(p: StableDiffusionProcessing, context: JobContext, collector: PictureCollector) -> bool:
     """One batch from its prompts to its pictures; False when no prompts are left for it."""
+    from modules.processing.conditions import parse_extra_network_prompts, setup_conditions
     from modules.processing.latents import decode_latent_batch, latent_format_of
     from modules.processing.networks import activate_networks
     from modules.processing.validation import fit_size_to_model
@@ -231,25 +232,54 @@ def _run_batch(p: StableDiffusionProcessing, context: JobContext, collector: Pic
         return False
     hook_values = {"batch_number": p.iteration, "prompts": p.prompts, "seeds": p.seeds, "subseeds": p.subseeds}
     p.run_hook("before_process_batch", **hook_values)
-    p.parse_extra_network_prompts()
+    step_of(p, "parse_extra_network_prompts", parse_extra_network_prompts)()
     activate_networks(p, p.extra_network_data)
     p.run_hook("process_batch", **hook_values)
-    p.setup_conds()
+    step_of(p, "setup_conds", setup_conditions)()
     _write_params(p, context, collector)
-    samples = p.sample(
-        conditioning=p.c,
-        unconditional_conditioning=p.uc,
-        seeds=p.seeds,
-        subseeds=p.subseeds,
-        subseed_strength=p.subseed_strength,
-        prompts=p.prompts,
-    )
-    sampled = PostSampleArgs(samples)
+    sampled = PostSampleArgs(_sample(p))
     p.run_hook_with("post_sample", sampled)
     samples = sampled.samples
     decoded = samples if getattr(samples, "already_decoded", False) else decode_latent_batch(p.sd_model, samples, check_for_nans=True)
     collector.add_batch(decoded)
     return True
+
+
+def _prepare(p: StableDiffusionProcessing) -> None:
+    """What all batches share."""
+    prepare = overridden(p, "init")
+    if prepare is not None:
+        prepare(p.all_prompts, p.all_seeds, p.all_subseeds)
+    elif isinstance(p, StableDiffusionProcessingImg2Img):
+        from modules.processing.img2img import prepare_img2img  # imports torch
+
+        prepare_img2img(p)
+    elif isinstance(p, StableDiffusionProcessingTxt2Img):
+        from modules.processing.txt2img import prepare_txt2img  # imports torch
+
+        prepare_txt2img(p)
+
+
+def _sample(p: StableDiffusionProcessing) -> Any:
+    """Latents of one batch, or decoded pictures."""
+    sample = overridden(p, "sample")
+    if sample is not None:
+        return sample(
+            conditioning=p.c,
+            unconditional_conditioning=p.uc,
+            seeds=p.seeds,
+            subseeds=p.subseeds,
+            subseed_strength=p.subseed_strength,
+            prompts=p.prompts,
+        )
+    if isinstance(p, StableDiffusionProcessingImg2Img):
+        from modules.processing.img2img import sample_img2img  # imports torch
+
+        return sample_img2img(p, p.c, p.uc)
+    from modules.processing.txt2img import sample_txt2img  # imports torch
+
+    assert isinstance(p, StableDiffusionProcessingTxt2Img)  # another class has its own
+    return sample_txt2img(p, p.c, p.uc)
 
 
 def _set_batch(p: StableDiffusionProcessing) -> None:

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from modules.errors import RequestError, UnknownCheckpointError
 from modules.pictures.resizing import resize_to
-from modules.pictures.upscaler import available_upscalers, find_upscaler
+from modules.pictures.upscaler import find_upscaler
+from modules.pictures.upscaler_list import available_upscalers
 from modules.processing.compositing import old_hires_fix_first_pass_dimensions
 from modules.processing.conditions import finish_prompt, rows_of, setup_hires_conditions
+from modules.processing.constants import LATENT_UPSCALE_MODES, opt_f
+from modules.processing.image_conditions import condition_on_picture
 from modules.processing.latents import (
     DecodedSamples,
     decode_latent_batch,
@@ -25,12 +28,11 @@ from modules.processing.latents import (
     upscale_latent,
 )
 from modules.processing.model_facts import takes_distilled_guidance
-from modules.processing.networks import activate_networks, prepare_networks
+from modules.processing.networks import activate_networks, prepare_networks, run_sampling_hook
+from modules.processing.overrides import step_of
 from modules.processing.refiner import refining
-from modules.processing.request import LATENT_UPSCALE_MODES, opt_f
 from modules.processing.result import create_infotext
 from modules.processing.saving import save_or_say
-from modules.processing.txt2img import run_sampling_hook
 from modules.processing.validation import check_area
 from modules.prompts import extra_networks
 from modules.samplers import noise as rng
@@ -58,7 +60,7 @@ def prepare_hires(p: StableDiffusionProcessingTxt2Img) -> None:
         p.hr_resize_x, p.hr_resize_y = p.width, p.height
         p.width, p.height = (side // opt_f * opt_f for side in (p.firstphase_width, p.firstphase_height))
         p.firstphase_width = p.firstphase_height = 0
-    p.calculate_target_resolution()
+    step_of(p, "calculate_target_resolution", plan_target_size)()
     _choose_checkpoint(p)
     _set_prompts(p)
     _note(p)
@@ -171,7 +173,8 @@ def _second_pass(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, deco
     sampler_name = p.hr_sampler_name or p.sampler_name
     p.sampler = registry.create_sampler(sampler_name, p.sd_model)
     latents_BCHW, pixels_BCHW = _upscaled(p, samples_BCHW, decoded_BCHW)
-    conditioning = p.img2img_image_conditioning(None if pixels_BCHW is None else pixels_BCHW * 2 - 1, latents_BCHW)
+    condition = step_of(p, "img2img_image_conditioning", condition_on_picture)
+    conditioning = condition(None if pixels_BCHW is None else pixels_BCHW * 2 - 1, latents_BCHW)
     p.rng = rng.ImageRNG(
         tuple(latents_BCHW.shape[1:]),
         p.seeds,

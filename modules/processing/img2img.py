@@ -18,11 +18,12 @@ from modules.errors import RequestError
 from modules.pictures import images, masking
 from modules.pictures.resizing import flatten, plain
 from modules.processing.compositing import blur_mask, create_binary_mask, overlay_of, paste_box, setup_color_correction
+from modules.processing.image_conditions import condition_on_picture
 from modules.processing.latents import encode_pixels, latent_format_of, mask_to_latent, pil_to_pixels, upscale_latent
-from modules.processing.networks import prepare_networks
+from modules.processing.networks import prepare_networks, run_sampling_hook
+from modules.processing.overrides import step_of
 from modules.processing.refiner import refining
 from modules.processing.saving import save_or_say
-from modules.processing.txt2img import run_sampling_hook
 from modules.samplers import noise as rng
 from modules.samplers import registry
 from modules.scripts.hook_arguments import MaskBlendArgs
@@ -45,7 +46,8 @@ def prepare_img2img(p: StableDiffusionProcessingImg2Img) -> None:
     p.init_latent = _encode(p, pixels_BCHW)
     _prepare_latent_mask(p)
     mask = p.image_mask if p.image_mask is not None and p.image_mask.size == (p.width, p.height) else None
-    p.image_conditioning = p.img2img_image_conditioning(pixels_BCHW * 2 - 1, p.init_latent, mask, p.mask_round)
+    condition = step_of(p, "img2img_image_conditioning", condition_on_picture)
+    p.image_conditioning = condition(pixels_BCHW * 2 - 1, p.init_latent, mask, p.mask_round)
 
 
 # Mask

@@ -19,7 +19,7 @@ from backend.families.inpainting import mask_before_picture
 from backend.families.latent_format import LatentFormat
 from backend.patcher.vae import NansError
 from modules import devices
-from modules.processing.request import opt_C, opt_f
+from modules.processing.constants import opt_C, opt_f
 
 
 class DecodedSamples(list[Tensor]):

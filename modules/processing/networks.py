@@ -11,6 +11,8 @@ from modules.processing.tiling import apply_tiling
 from modules.prompts import extra_networks
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from modules.processing.request import StableDiffusionProcessing
 
 
@@ -39,3 +41,10 @@ def prepare_networks(p: StableDiffusionProcessing) -> None:
     engine = p.sd_model
     engine.forge_objects = engine.forge_objects_after_applying_lora.shallow_copy()
     apply_tiling(engine, bool(p.tiling))
+
+
+def run_sampling_hook(p: StableDiffusionProcessing, x_BCHW: Tensor, noise_BCHW: Tensor, c: Any, uc: Any) -> Tensor:
+    """Let scripts patch the networks; returns the noise, theirs if they left one in modified_noise."""
+    p.run_hook("process_before_every_sampling", x=x_BCHW, noise=noise_BCHW, c=c, uc=uc)
+    modified, p.modified_noise = p.modified_noise, None
+    return noise_BCHW if modified is None else modified

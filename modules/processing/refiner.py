@@ -22,8 +22,10 @@ from backend.sampling.sampling_function import sampling_cleanup
 from modules.errors import RequestError
 from modules.jobs.live_preview import PreviewMaker
 from modules.processing.conditions import refiner_conditions
+from modules.processing.image_conditions import condition_on_nothing, condition_on_picture
 from modules.processing.latents import latent_format_of
 from modules.processing.networks import activate_networks, prepare_networks
+from modules.processing.overrides import step_of
 
 if TYPE_CHECKING:
     from modules.processing.request import StableDiffusionProcessing
@@ -134,6 +136,7 @@ def _image_conditioning(p: StableDiffusionProcessing, x_BCHW: Tensor) -> Tensor:
     source = p.image_conditioning_source
     if source is None or source[0] is None:  # latents that never were pixels: all of it is made anew
         factor = latent_format_of(p.sd_model).factor
-        return p.txt2img_image_conditioning(x_BCHW, x_BCHW.shape[-1] * factor, x_BCHW.shape[-2] * factor)
+        condition = step_of(p, "txt2img_image_conditioning", condition_on_nothing)
+        return condition(x_BCHW, x_BCHW.shape[-1] * factor, x_BCHW.shape[-2] * factor)
     with torch.no_grad():
-        return p.img2img_image_conditioning(*source)
+        return step_of(p, "img2img_image_conditioning", condition_on_picture)(*source)

@@ -12,6 +12,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from modules.jobs.context import JobContext, installed_context, required_context
+from modules.processing.overrides import a1111_method
 from modules.settings.options import Options, OptionsSnapshot
 from modules.settings.table import build_option_table
 
@@ -20,19 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-
-opt_C = 4
-opt_f = 8
-
-# what hires fix can do to latents without going through pixels: arguments of the interpolation
-LATENT_UPSCALE_MODES: dict[str, dict[str, Any]] = {
-    "Latent": {"mode": "bilinear", "antialias": False},
-    "Latent (antialiased)": {"mode": "bilinear", "antialias": True},
-    "Latent (bicubic)": {"mode": "bicubic", "antialias": False},
-    "Latent (bicubic antialiased)": {"mode": "bicubic", "antialias": True},
-    "Latent (nearest)": {"mode": "nearest", "antialias": False},
-    "Latent (nearest-exact)": {"mode": "nearest-exact", "antialias": False},
-}
 
 CondCache = list[Any]
 
@@ -250,18 +238,21 @@ class StableDiffusionProcessing:
             setattr(self, name, [None, None])
             setattr(StableDiffusionProcessing, name, [None, None])
 
+    @a1111_method
     def setup_prompts(self) -> None:
-        from modules.processing.conditions import setup_prompts  # it is written against this class
+        from modules.processing.conditions import setup_prompts  # for extensions; our steps call it directly
 
         setup_prompts(self)
 
+    @a1111_method
     def parse_extra_network_prompts(self) -> None:
-        from modules.processing.conditions import parse_extra_network_prompts  # it is written against this class
+        from modules.processing.conditions import parse_extra_network_prompts  # for extensions; our steps call it directly
 
         parse_extra_network_prompts(self)
 
+    @a1111_method
     def setup_conds(self) -> None:
-        from modules.processing.conditions import setup_conditions  # it is written against this class
+        from modules.processing.conditions import setup_conditions  # for extensions; our steps call it directly
 
         setup_conditions(self)
 
@@ -270,23 +261,19 @@ class StableDiffusionProcessing:
 
     # image conditioning of inpainting models
 
+    @a1111_method
     def txt2img_image_conditioning(self, x: Tensor, width: int | None = None, height: int | None = None) -> Tensor:
-        from modules.processing.latents import txt2img_image_conditioning  # imports torch
+        from modules.processing.image_conditions import condition_on_nothing  # imports torch
 
-        self.is_using_inpainting_conditioning = self.sd_model.is_inpaint
-        return txt2img_image_conditioning(self.sd_model, x, width or self.width, height or self.height)
+        return condition_on_nothing(self, x, width, height)
 
+    @a1111_method
     def img2img_image_conditioning(
         self, source_image: Tensor | None, latent_image: Tensor, image_mask: Any = None, round_image_mask: bool = True
     ) -> Tensor:
-        from modules.processing.latents import inpainting_image_conditioning  # imports torch
+        from modules.processing.image_conditions import condition_on_picture  # imports torch
 
-        self.is_using_inpainting_conditioning = self.sd_model.is_inpaint
-        self.image_conditioning_source = (source_image, latent_image, image_mask, round_image_mask)
-        self.inpainting_mask_weight = float(self.options.inpainting_mask_weight)
-        return inpainting_image_conditioning(
-            self.sd_model, source_image, latent_image, image_mask, round_mask=round_image_mask, mask_weight=self.inpainting_mask_weight
-        )
+        return condition_on_picture(self, source_image, latent_image, image_mask, round_image_mask)
 
     # steps
 
@@ -391,17 +378,19 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
         StableDiffusionProcessingTxt2Img.cached_hr_c = [None, None]
         StableDiffusionProcessingTxt2Img.cached_hr_uc = [None, None]
 
+    @a1111_method
     def calculate_target_resolution(self) -> None:
-        from modules.processing.hires import plan_target_size  # it is written against this class
+        from modules.processing.hires import plan_target_size  # for extensions; our steps call it directly
 
         plan_target_size(self)
 
+    @a1111_method
     def init(self, all_prompts: Sequence[str], all_seeds: Sequence[int], all_subseeds: Sequence[int]) -> None:
-        from modules.processing.hires import prepare_hires  # it is written against this class
+        from modules.processing.txt2img import prepare_txt2img  # imports torch
 
-        if self.enable_hr:
-            prepare_hires(self)
+        prepare_txt2img(self)
 
+    @a1111_method
     def sample(
         self,
         conditioning: Any,
@@ -415,6 +404,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
 
         return sample_txt2img(self, conditioning, unconditional_conditioning)
 
+    @a1111_method
     def sample_hr_pass(
         self,
         samples: Tensor,
@@ -469,11 +459,13 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
         self.image_mask = self.mask
         self.mask = None
 
+    @a1111_method
     def init(self, all_prompts: Sequence[str], all_seeds: Sequence[int], all_subseeds: Sequence[int]) -> None:
         from modules.processing.img2img import prepare_img2img  # imports torch
 
         prepare_img2img(self)
 
+    @a1111_method
     def sample(
         self,
         conditioning: Any,

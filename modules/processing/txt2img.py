@@ -11,13 +11,22 @@ import torch
 from torch import Tensor
 
 from modules.pictures.resizing import CROP_AND_RESIZE, flatten, resize_by_mode
+from modules.processing.hires import prepare_hires, sample_hires_pass
+from modules.processing.image_conditions import condition_on_nothing
 from modules.processing.latents import DecodedSamples, decode_latent_batch, encode_pixels, pil_to_pixels
-from modules.processing.networks import prepare_networks
+from modules.processing.networks import prepare_networks, run_sampling_hook
+from modules.processing.overrides import overridden, step_of
 from modules.processing.refiner import refining
 from modules.samplers import registry
 
 if TYPE_CHECKING:
-    from modules.processing.request import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img
+    from modules.processing.request import StableDiffusionProcessingTxt2Img
+
+
+def prepare_txt2img(p: StableDiffusionProcessingTxt2Img) -> None:
+    """What all batches share. Raises RequestError."""
+    if p.enable_hr:
+        prepare_hires(p)
 
 
 def sample_txt2img(p: StableDiffusionProcessingTxt2Img, c: Any, uc: Any) -> Tensor | DecodedSamples:
@@ -27,15 +36,19 @@ def sample_txt2img(p: StableDiffusionProcessingTxt2Img, c: Any, uc: Any) -> Tens
     if not p.enable_hr:
         return samples_BCHW
     decoded = None if p.latent_scale_mode is not None else torch.stack(decode_latent_batch(p.sd_model, samples_BCHW, check_for_nans=True))
-    return p.sample_hr_pass(samples_BCHW, decoded, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
+    second_pass = overridden(p, "sample_hr_pass")
+    if second_pass is not None:
+        return second_pass(samples_BCHW, decoded, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
+    return sample_hires_pass(p, samples_BCHW, decoded)
 
 
 def _first_pass(p: StableDiffusionProcessingTxt2Img, c: Any, uc: Any) -> Tensor:
     noise_BCHW = p.rng.first()
     prepare_networks(p)
     noise_BCHW = run_sampling_hook(p, noise_BCHW, noise_BCHW, c, uc)
+    conditioning = step_of(p, "txt2img_image_conditioning", condition_on_nothing)
     with refining(p):
-        samples: Tensor = p.sampler.sample(p, noise_BCHW, c, uc, image_conditioning=p.txt2img_image_conditioning(noise_BCHW))
+        samples: Tensor = p.sampler.sample(p, noise_BCHW, c, uc, image_conditioning=conditioning(noise_BCHW))
     return samples
 
 
@@ -45,10 +58,3 @@ def _first_pass_from_image(p: StableDiffusionProcessingTxt2Img) -> Tensor:
     image = flatten(p.firstpass_image, p.options.img2img_background_color)
     image = resize_by_mode(CROP_AND_RESIZE, image, p.width, p.height)
     return encode_pixels(p.sd_model, pil_to_pixels([image])).repeat(p.batch_size, 1, 1, 1)
-
-
-def run_sampling_hook(p: StableDiffusionProcessing, x_BCHW: Tensor, noise_BCHW: Tensor, c: Any, uc: Any) -> Tensor:
-    """Let scripts patch the networks; returns the noise, theirs if they left one in modified_noise."""
-    p.run_hook("process_before_every_sampling", x=x_BCHW, noise=noise_BCHW, c=c, uc=uc)
-    modified, p.modified_noise = p.modified_noise, None
-    return noise_BCHW if modified is None else modified

@@ -10,7 +10,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import RequestError, UnknownCheckpointError
-from modules.processing.request import opt_f
+from modules.processing.constants import opt_f
 from modules.samplers import registry
 from modules.settings.inert import find_inert, warn_once
 

@@ -1,6 +1,6 @@
 """Samplers and schedules by the names users know, and a sampler at work on a request. The formulas are in backend/sampling.
 
-Reading order: `registry` (which samplers there are, aliases, hidden ones), `schedules`, `noise` (from seeds), `kdiffusion` (noise levels,
+Reading order: `entries`, `registry` (which samplers there are, aliases, hidden ones), `schedules`, `noise` (from seeds), `kdiffusion` (noise levels,
 settings, progress, interruption of one run), `cfg_denoiser` (what is asked at every step), `lanes` (a loop per picture where a network is
 cut over slots), `common`.
 

@@ -15,7 +15,7 @@ from modules.jobs import live_preview
 from modules.jobs.context import required_context
 from modules.pictures.grids import choose_num_rows, lay_grid
 from modules.processing.latents import encode_pixels, pixels_to_pil
-from modules.samplers.registry import SamplerData
+from modules.samplers.entries import SamplerData
 
 __all__ = [
     "InterruptedException",

@@ -23,7 +23,7 @@ from backend.modules.k_prediction import rescale_zero_terminal_snr_sigmas
 from backend.parallel.running.executor import Cancelled
 from backend.parallel.running.session import SamplingRequest, SamplingSession
 from backend.sampling.flow_form import to_sigma
-from backend.sampling.registry import SamplerSpec, find_sampler
+from backend.sampling.registry import SAMPLERS, SamplerSpec, find_sampler
 from backend.sampling.sampler_types import OnStep, SamplerSettings, StepInfo
 from backend.sampling.sampling_function import sampling_cleanup, sampling_prepare
 from backend.sampling.schedules import OLD_KARRAS_RANGE, ScheduleSettings, discard_next_to_last_sigma
@@ -32,6 +32,7 @@ from modules.jobs.live_preview import PreviewMaker
 from modules.samplers import schedules as sd_schedulers
 from modules.samplers.cfg_denoiser import CFGDenoiser
 from modules.samplers.common import InterruptedException, setup_img2img_steps
+from modules.samplers.entries import entry_of
 from modules.samplers.lanes import may_use_lanes, run_in_lanes
 from modules.scripts import callbacks as script_callbacks
 from modules.scripts.hook_arguments import ExtraNoiseParams
@@ -415,6 +416,4 @@ def _noise_table(predictor: Any, p: Any) -> Iterator[None]:
 
 def samplers_data_k_diffusion() -> list[Any]:
     """The built-in entries of the sampler list; the name that extensions know."""
-    from modules.samplers import registry as sd_samplers  # the list is built from this file's class
-
-    return list(sd_samplers.built_in_samplers())
+    return [entry_of(spec, partial(KDiffusionSampler, spec)) for spec in SAMPLERS]

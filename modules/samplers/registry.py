@@ -6,31 +6,19 @@ Formulas and facts of the built-in ones are in backend/sampling/registry.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from backend.sampling.registry import SAMPLERS, SamplerSpec
 from modules.errors import UnknownSamplerError
 from modules.jobs.context import installed_context
 from modules.nearest_names import say_nearest
 from modules.samplers import schedules as sd_schedulers
+from modules.samplers.entries import SamplerData, entry_of
 from modules.samplers.schedules import Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-
-class SamplerData(NamedTuple):
-    """An entry of the list. `constructor(model)` makes the sampler."""
-
-    name: str
-    constructor: Callable[[Any], Any]
-    aliases: list[str]
-    options: dict[str, Any]
-
-    def total_steps(self, steps: int) -> int:
-        """How often the model is asked: twice a step by second-order samplers."""
-        return steps * 2 if self.options.get("second_order", False) else steps
 
 
 def _construct(model: Any, spec: SamplerSpec) -> Any:
@@ -40,7 +28,7 @@ def _construct(model: Any, spec: SamplerSpec) -> Any:
 
 
 def built_in_samplers() -> list[SamplerData]:
-    return [SamplerData(spec.name, functools.partial(_construct, spec=spec), list(spec.aliases), dict(spec.options)) for spec in SAMPLERS]
+    return [entry_of(spec, functools.partial(_construct, spec=spec)) for spec in SAMPLERS]
 
 
 all_samplers: list[SamplerData] = built_in_samplers()

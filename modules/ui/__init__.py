@@ -4,7 +4,7 @@ Reading order: `tabs` (`create_ui`: puts the tabs together and connects them), t
 `sections` and `toprow` (the groups they are made of), `requests` (from the values of controls to a request), `generation` (a click on
 Generate), `common` and `components` (parts that several tabs use), `paste` (infotext into controls), `settings`, `extras`, `pnginfo`,
 `extra_networks*` (cards of model files), `page` (style sheet, scripts, theme), `guard` and `page_files` (what a browser may name). Beside
-them: `choices`, `extensions`, `gpus`, `img2img_pictures`, `quicksettings`, `saving`, `scripts`, `style_dialog`, `styles`, `symbols`,
+them: `choices`, `extensions`, `gpus`, `img2img_pictures`, `quicksettings`, `saving`, `scripts`, `shown_text`, `style_dialog`, `styles`, `symbols`,
 `tokens`.
 
 Example: a new slider of txt2img is built in `sections`, placed in `txt2img`, gets its request field in `requests` and its infotext name in

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from modules.pictures.upscaler import available_upscalers
-from modules.processing.request import LATENT_UPSCALE_MODES
+from modules.pictures.upscaler_list import available_upscalers
+from modules.processing.constants import LATENT_UPSCALE_MODES
 from modules.samplers import registry
 from modules.samplers import schedules as sd_schedulers
 from modules.ui.page import THEMES

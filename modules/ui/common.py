@@ -1,12 +1,10 @@
-"""Parts that more than one tab uses: text as HTML, the refresh button, the result panel with its gallery and buttons.
+"""Parts that more than one tab uses: the refresh button, the result panel with its gallery and buttons; and the names that extensions import.
 
 Must not know how a picture is made, nor any single tab.
 """
 
 from __future__ import annotations
 
-import html
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,26 +12,21 @@ from typing import Any
 import gradio as gr
 
 from modules.ui.components import ToolButton
+from modules.ui.saving import save_files
+from modules.ui.shown_text import error_html, infotext_of, picture_at, plaintext_to_html, read_generation_info, update_generation_info
 
-
-def __getattr__(name: str) -> Any:
-    """`save_files`, which extensions import from here."""
-    if name != "save_files":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from modules.ui.saving import save_files  # it is built on this file
-
-    return save_files
-
-
-def plaintext_to_html(text: str, classname: str | None = None) -> str:
-    """`text` as one HTML paragraph: special characters escaped, line breaks kept."""
-    lines = "<br>\n".join(html.escape(line) for line in text.split("\n"))
-    return f"<p class='{html.escape(classname, quote=True)}'>{lines}</p>" if classname else f"<p>{lines}</p>"
-
-
-def error_html(message: str) -> str:
-    """An error in plain words, for the log under the gallery."""
-    return f"<div class='error'>{plaintext_to_html(message)}</div>"
+__all__ = [
+    "OutputPanel",
+    "create_output_panel",
+    "create_refresh_button",
+    "error_html",
+    "infotext_of",
+    "picture_at",
+    "plaintext_to_html",
+    "read_generation_info",
+    "save_files",
+    "update_generation_info",
+]
 
 
 def create_refresh_button(
@@ -54,38 +47,6 @@ def create_refresh_button(
     button = ToolButton(icon_name="refresh", elem_id=elem_id, elem_classes=["refresh-button"])
     button.click(fn=refresh, inputs=[], outputs=components, show_progress="hidden", queue=False, api_visibility="private")
     return button
-
-
-def read_generation_info(generation_info: str) -> dict[str, Any]:
-    """The JSON beside a gallery as a dict; empty when there is none or it is broken."""
-    try:
-        info = json.loads(generation_info or "{}")
-    except ValueError:
-        return {}
-    return info if isinstance(info, dict) else {}
-
-
-def infotext_of(generation_info: str, picture_index: int) -> str:
-    """The parameters of the gallery's picture number `picture_index`; those of the first for a number that does not exist; "" without any."""
-    infotexts = read_generation_info(generation_info).get("infotexts")
-    if not isinstance(infotexts, list) or not infotexts:
-        return ""
-    return str(infotexts[picture_index] if 0 <= picture_index < len(infotexts) else infotexts[0])
-
-
-def picture_at(gallery: Sequence[Any] | None, picture_index: float) -> str | None:
-    """The file of the gallery's picture number `picture_index` (the first for a number that does not exist); None for an empty gallery."""
-    if not gallery:
-        return None
-    index = int(picture_index)
-    entry = gallery[index if 0 <= index < len(gallery) else 0]
-    return str(entry[0] if isinstance(entry, (tuple, list)) else entry)
-
-
-def update_generation_info(generation_info: str, html_info: str, img_index: float) -> str:
-    """What to show under the gallery when its picture number `img_index` is selected; `html_info` when that is not known."""
-    text = infotext_of(generation_info, int(img_index))
-    return plaintext_to_html(text, "infotext") if text else html_info
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from modules.errors import OptionError
-from modules.ui.common import plaintext_to_html
+from modules.ui.shown_text import plaintext_to_html
 
 if TYPE_CHECKING:
     from modules.application import Application

@@ -19,9 +19,9 @@ from modules.pictures.images import save_image_with_geninfo
 from modules.pictures.metadata import read_info_from_image
 from modules.prompts import extra_networks
 from modules.settings.options import write_text_atomically
-from modules.ui.common import picture_at
 from modules.ui.page_files import picture_of_page
 from modules.ui.sections import HIDDEN_PART
+from modules.ui.shown_text import picture_at
 
 if TYPE_CHECKING:
     from modules.ui.extra_networks import ExtraNetworksPage

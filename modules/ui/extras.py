@@ -17,9 +17,10 @@ from modules.errors import RequestError
 from modules.pictures.postprocessing_jobs import BATCH, FOLDER, SINGLE, ExtrasJob, ExtrasProcessed, ExtrasRequest, requests_paths
 from modules.pictures.postprocessing_operations import build_runner
 from modules.scripts.postprocessing import ScriptPostprocessingRunner
-from modules.ui.common import OutputPanel, create_output_panel, picture_at
+from modules.ui.common import OutputPanel, create_output_panel
 from modules.ui.components import ResizeHandleRow
 from modules.ui.page_files import picture_of_page
+from modules.ui.shown_text import picture_at
 from modules.ui.toprow import create_generate_box
 
 if TYPE_CHECKING:

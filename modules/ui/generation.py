@@ -23,12 +23,13 @@ from PIL import Image, PngImagePlugin
 
 from backend.unfinished_files import replace_content
 from modules.errors import JobCancelled, RequestError
-from modules.ui.common import error_html, picture_at, plaintext_to_html, read_generation_info
+from modules.jobs.queue import keeping_errors
 from modules.ui.page_files import PICTURE_SUFFIXES, new_gallery_folder, pictures_of_page
+from modules.ui.shown_text import error_html, picture_at, plaintext_to_html, read_generation_info
 
 if TYPE_CHECKING:
     from modules.application import Application
-    from modules.jobs.queue import Job
+    from modules.jobs.queue import Job, keeping_errors
 
 log = logging.getLogger(__name__)
 
@@ -190,18 +191,22 @@ class GenerateHandler:
 
     async def _run(self, task_id: str, values: Mapping[str, Any]) -> Answer:
         started = time.perf_counter()
-        try:
+        with keeping_errors() as kept:
             request = self.build(values)
             job = self.app.jobs.submit(task_id or None, self.tab, lambda: self.process(request))
             processed = await wait_for_job(job)
-            return await self._answer(processed, time.perf_counter() - started)
-        except JobCancelled as error:
+            answer = await self._answer(processed, time.perf_counter() - started)
+        error = kept.take()
+        return answer if error is None else self._failed(error)
+
+    def _failed(self, error: Exception) -> Answer:
+        """The job worker has logged what happened inside a job."""
+        if isinstance(error, JobCancelled):
             return Answer(gallery=gr.skip(), generation_info=gr.skip(), infotext=gr.skip(), html_log=plaintext_to_html(str(error)))
-        except RequestError as error:
+        if isinstance(error, RequestError):
             return failure(str(error))
-        except Exception as error:  # noqa: BLE001 - wall: handler of the page; the job worker has logged what happened inside a job
-            log.error("%s failed: %s: %s", self.tab, type(error).__name__, error)
-            return failure(explain(error))
+        log.error("%s failed: %s: %s", self.tab, type(error).__name__, error)
+        return failure(explain(error))
 
     async def restore(self, task_id: str) -> tuple[Any, Any, Any, str]:
         """The answer of a job that was started before the page was loaded again; waits while it runs."""

@@ -21,8 +21,8 @@ from modules.infotext import parameters as infotext_utils
 from modules.infotext.fields import FIELDS_BY_TAB
 from modules.launch.guest_calls import call_guest
 from modules.scripts import callbacks
-from modules.ui.common import infotext_of, picture_at
 from modules.ui.page_files import picture_of_page
+from modules.ui.shown_text import infotext_of, picture_at
 
 if TYPE_CHECKING:
     from modules.application import Application

@@ -12,7 +12,7 @@ import gradio as gr
 from PIL import Image, UnidentifiedImageError
 
 from modules.pictures.images import read_info_from_image
-from modules.ui.common import plaintext_to_html
+from modules.ui.shown_text import plaintext_to_html
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ from modules.pictures.resizing import fix_image
 from modules.processing import Processed, StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img
 from modules.processing.chosen_script import process_with_scripts
 from modules.processing.compositing import create_binary_mask
-from modules.ui.common import infotext_of, picture_at
 from modules.ui.page_files import picture_of_page
 from modules.ui.scripts import arguments_from
 from modules.ui.sections import USE_SAME_CHOICES
+from modules.ui.shown_text import infotext_of, picture_at
 
 if TYPE_CHECKING:
     from modules.application import Application

@@ -21,11 +21,12 @@ from PIL import Image
 from backend.unfinished_files import append_text
 from modules.errors import RequestError
 from modules.pictures.writing import numbered_names, write_whole
-from modules.ui.common import OutputPanel, error_html, picture_at, plaintext_to_html, read_generation_info
 from modules.ui.page_files import PICTURE_SUFFIXES, ForeignFileError, file_below, picture_of_page
+from modules.ui.shown_text import error_html, picture_at, plaintext_to_html, read_generation_info
 
 if TYPE_CHECKING:
     from modules.application import Application
+    from modules.ui.common import OutputPanel
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from modules.ui.common import create_refresh_button, read_generation_info
+from modules.ui.common import create_refresh_button
 from modules.ui.components import DropdownMulti, FormRow, InputAccordion, ToolButton
+from modules.ui.shown_text import read_generation_info
 
 MIN_SIDE_PX = 64
 MAX_SIDE_PX = 2048

@@ -16,9 +16,9 @@ from gradio.components import Component
 
 from modules.errors import OptionError, RequestError
 from modules.settings.options import OptionInfo
-from modules.ui.common import error_html
 from modules.ui.components import DropdownMulti, FormRow, ToolButton
 from modules.ui.sections import slider
+from modules.ui.shown_text import error_html
 
 if TYPE_CHECKING:
     from modules.application import Application

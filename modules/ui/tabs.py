@@ -21,7 +21,7 @@ from modules.ui import page as ui_page
 from modules.ui import requests as ui_requests
 from modules.ui import scripts as ui_scripts
 from modules.ui import symbols as ui_symbols
-from modules.ui.common import OutputPanel, create_output_panel, create_refresh_button, plaintext_to_html
+from modules.ui.common import OutputPanel, create_output_panel, create_refresh_button
 from modules.ui.extensions import create_extensions_tab
 from modules.ui.extra_networks_tabs import register_default_pages
 from modules.ui.extras import ExtrasTab, build_extras, carry_out, connect_gallery_to_extras, connect_picture_to_extras, create_extras_tab
@@ -42,6 +42,7 @@ from modules.ui.quicksettings import (
 from modules.ui.saving import PictureSaver, connect_saving
 from modules.ui.sections import Defaults
 from modules.ui.settings import create_settings_tab
+from modules.ui.shown_text import plaintext_to_html
 from modules.ui.styles import connect_styles
 from modules.ui.tokens import TokenCounter, connect_token_counters
 from modules.ui.txt2img import Txt2imgTab, create_txt2img_tab

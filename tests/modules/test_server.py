@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from modules.app_config import AppConfig
+from modules.launch.cmd_args import config_for_tests
 from modules.launch.errors import SetupError
 from modules.server import SubpathApp, WebServer, create_fastapi_app, keep_page_last
 
@@ -39,7 +40,7 @@ def get(url: str, **headers: str) -> tuple[int, str, dict[str, str]]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> AppConfig:
-    return AppConfig.for_tests(tmp_path, port=free_port())
+    return config_for_tests(tmp_path, port=free_port())
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_port_in_use_is_a_plain_error_that_names_port_and_flag(server: WebServ
 
 
 def test_a_proxy_may_hand_on_its_prefix(tmp_path: Path) -> None:
-    config = AppConfig.for_tests(tmp_path, port=free_port(), subpath="webui")
+    config = config_for_tests(tmp_path, port=free_port(), subpath="webui")
     app = create_fastapi_app(config)
     app.router.routes.append(Route("/where", lambda request: PlainTextResponse(f"{request.url.path} {request.scope['root_path']}")))
     server = WebServer(config)
@@ -82,8 +83,8 @@ def test_a_proxy_may_hand_on_its_prefix(tmp_path: Path) -> None:
 
 
 def test_other_sites_are_let_in_by_the_flag_alone(tmp_path: Path) -> None:
-    closed = create_fastapi_app(AppConfig.for_tests(tmp_path))
-    opened = create_fastapi_app(AppConfig.for_tests(tmp_path, cors_origins=("https://example.org",)))
+    closed = create_fastapi_app(config_for_tests(tmp_path))
+    opened = create_fastapi_app(config_for_tests(tmp_path, cors_origins=("https://example.org",)))
     assert (len(closed.user_middleware), len(opened.user_middleware)) == (0, 1)
 
 

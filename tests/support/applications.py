@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from modules import application
-from modules.app_config import AppConfig
+from modules.launch.cmd_args import config_for_tests
 
 
 @contextmanager
 def installed_application(data_dir: Path, *, load: Any = None, **config: Any) -> Iterator[application.Application]:
     """An installed application whose data folder is `data_dir`; `load` replaces the reading of checkpoints. Closed and removed afterwards."""
     arguments = {} if load is None else {"load": load}
-    app = application.build_application(AppConfig.for_tests(data_dir, **config), **arguments)
+    app = application.build_application(config_for_tests(data_dir, **config), **arguments)
     application.install(app)
     try:
         yield app

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ MOST_KEPT, MOST_KEPT_WIDTH = 8, 64
 LATENT_SCALE = {"sd15": 0.18215, "sd20": 0.18215, "sd21_v": 0.18215, "sdxl": 0.13025, REFINER: 0.13025, **dict.fromkeys(DISTILLED, 0.18215)}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ReferenceModels:
     """What a file was written from: diffusers' and transformers' own modules, in eval mode, fp32, weights rounded to the file's dtype."""
 
@@ -85,7 +85,27 @@ def write_checkpoint(
     else:
         models, kept = _kept.get(facts)
         shutil.copyfile(kept, path)
-    return replace(models, path=path, unet=deepcopy(models.unet), vae=deepcopy(models.vae), text_encoders=deepcopy(models.text_encoders))
+    return CopiedModels(models, path)
+
+
+class CopiedModels(ReferenceModels):
+    """The same with networks of its own, each copied when it is first asked for: most tests look at none or one."""
+
+    def __init__(self, kept: ReferenceModels, path: Path) -> None:
+        self.__dict__.update({field.name: getattr(kept, field.name) for field in fields(kept)}, path=path)
+        for name in ("unet", "vae", "text_encoders"):
+            del self.__dict__[name]
+        self.__dict__["_kept"] = kept
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("unet", "vae", "text_encoders"):
+            raise AttributeError(name)
+        return self.__dict__.setdefault(name, deepcopy(getattr(self.__dict__["_kept"], name)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiedModels:
+        copied = CopiedModels(self.__dict__["_kept"], self.path)
+        copied.__dict__.update({name: deepcopy(self.__dict__[name], memo) for name in ("unet", "vae", "text_encoders") if name in self.__dict__})
+        return copied
 
 
 @dataclass(frozen=True, slots=True)

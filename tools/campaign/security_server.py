@@ -14,8 +14,8 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from modules import application
-from modules.app_config import AppConfig
 from modules.application import Application
+from modules.launch.cmd_args import config_for_tests
 
 MARK = "BAIT-7d1f4c"
 COLOR = (17, 201, 93)
@@ -103,7 +103,7 @@ def running_server(root: Path, **config: Any) -> Iterator[RunningServer]:
 
     data_dir = root / "data"
     bait = lay_bait(root, data_dir)
-    settings = AppConfig.for_tests(data_dir, **{"port": free_port(), "api": True, **config})
+    settings = config_for_tests(data_dir, **{"port": free_port(), "api": True, **config})
     app = application.build_application(settings)
     application.install(app)
     server = WebServer(settings)

@@ -29,14 +29,14 @@ def installed_product(checkpoint: Path = DEMO_CHECKPOINT, *, guides: Sequence[Pa
     `guides` are files of ControlNets and LoRAs, in folders named as in `models`; with any of them the built-in extensions are loaded too.
     """
     from modules import application  # the application's own imports are heavy
-    from modules.app_config import AppConfig
+    from modules.launch.cmd_args import config_for_tests
 
     with tempfile.TemporaryDirectory() as data_dir:
         for file, kind in ((checkpoint, "Stable-diffusion"), *((guide, guide.parent.name) for guide in guides)):
             folder = Path(data_dir) / "models" / kind
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder / file.name)
-        app = application.build_application(AppConfig.for_tests(Path(data_dir)))
+        app = application.build_application(config_for_tests(Path(data_dir)))
         app.options.live_previews_enable = False
         before = application.application_or_none()
         application.install(app)

@@ -12,6 +12,7 @@ from modules.checkpoints.cache import FileCache
 from modules.checkpoints.hashes import HashStore, partial_hash
 from modules.checkpoints.listing import CheckpointInfo, CheckpointRegistry, find_checkpoint_files, read_safetensors_metadata
 from modules.errors import NoCheckpointError, UnknownCheckpointError
+from modules.launch.cmd_args import config_for_tests
 from tests.modules.api.conftest import write_checkpoint_header
 
 
@@ -202,10 +203,9 @@ def test_a_file_outside_the_folders_keeps_its_own_name(tmp_path: Path) -> None:
 
 
 def test_the_demo_is_there_as_long_as_nothing_else_is(tmp_path: Path) -> None:
-    from modules.app_config import AppConfig
     from modules.application import build_application
 
-    app = build_application(AppConfig.for_tests(tmp_path, use_demo=True))
+    app = build_application(config_for_tests(tmp_path, use_demo=True))
     try:
         assert app.checkpoints.titles()[0].startswith("demo-")
         write_checkpoint_header(tmp_path / "models" / "Stable-diffusion" / "mine.safetensors")

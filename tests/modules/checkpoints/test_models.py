@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from backend.args import BackendConfig
-from modules.app_config import AppConfig
 from modules.application import Application, build_application
 from modules.checkpoints import models as sd_models
 from modules.checkpoints.models import ModelLoadError, ModelRequest, select_starting_checkpoint, unet_storage_dtype_from_option
 from modules.checkpoints.vae_files import UnknownModuleError
 from modules.errors import NoCheckpointError
+from modules.launch.cmd_args import config_for_tests
 
 
 def write_model(path: Path, *keys: str) -> Path:
@@ -57,7 +57,7 @@ def app(tmp_path: Path, loader: Loader) -> Application:
     for name in ("one", "two", "broken"):
         write_model(tmp_path / "models" / "Stable-diffusion" / f"{name}.safetensors")
     write_model(tmp_path / "models" / "VAE" / "nice.vae.safetensors")
-    return build_application(AppConfig.for_tests(tmp_path), load=loader)
+    return build_application(config_for_tests(tmp_path), load=loader)
 
 
 def test_the_same_request_is_loaded_once(app: Application, loader: Loader) -> None:
@@ -132,7 +132,7 @@ def test_an_unknown_module_is_an_error_that_names_the_folders(app: Application, 
 
 
 def test_a_checkpoint_put_there_later_is_found_without_restart(tmp_path: Path, loader: Loader) -> None:
-    app = build_application(AppConfig.for_tests(tmp_path), load=loader)
+    app = build_application(config_for_tests(tmp_path), load=loader)
     with pytest.raises(NoCheckpointError):
         app.models.ensure_loaded()
     write_model(tmp_path / "models" / "Stable-diffusion" / "new.safetensors")

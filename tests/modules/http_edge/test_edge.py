@@ -13,10 +13,10 @@ from fastapi import Request
 from fastapi.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from modules.app_config import AppConfig
 from modules.http_edge import bodies, edge
 from modules.http_edge.access import warn_of_open_parts
 from modules.http_edge.bodies import BodyRefused, BoundedBody, HeldBytes
+from modules.launch.cmd_args import config_for_tests
 from modules.server import create_fastapi_app
 
 ADDRESS = "http://127.0.0.1:7860"
@@ -24,7 +24,7 @@ EVIL = "http://evil.example"
 
 
 def client_for(tmp_path: Path, **config: Any) -> TestClient:
-    app = create_fastapi_app(AppConfig.for_tests(tmp_path, **config))
+    app = create_fastapi_app(config_for_tests(tmp_path, **config))
 
     async def echo(request: Request) -> int:
         return len(await request.body())
@@ -121,7 +121,7 @@ def test_bytes_that_come_earn_time() -> None:
 
 def test_who_listens_to_others_without_passwords_is_warned(tmp_path: Path) -> None:
     def warning(**config: Any) -> str | None:
-        return warn_of_open_parts(AppConfig.for_tests(tmp_path, **config))
+        return warn_of_open_parts(config_for_tests(tmp_path, **config))
 
     login = (("a", "b"),)
     assert warning() is None

@@ -8,7 +8,7 @@ import pytest
 
 from modules.app_config import SCRIPT_DIR, AppConfig
 from modules.launch import cmd_args
-from modules.launch.cmd_args import NO_EFFECT, NOT_YET, FlagError, build_parser, parse_config, split_command_line
+from modules.launch.cmd_args import NO_EFFECT, NOT_YET, FlagError, build_parser, config_for_tests, parse_config, split_command_line
 
 
 def config_of(*words: str, **environ: str) -> AppConfig:
@@ -221,7 +221,7 @@ def test_the_parser_is_there_under_its_old_name() -> None:
 
 
 def test_a_configuration_for_tests_has_all_flags(tmp_path: Path) -> None:
-    config = AppConfig.for_tests(tmp_path, port=5, sdxl=True)
+    config = config_for_tests(tmp_path, port=5, sdxl=True)
     assert (config.data_dir, config.port, config.sdxl) == (tmp_path, 5, True)
     assert (config.flags["port"], config.flags["sdxl"], config.flags["listen"]) == (5, True, False)
 

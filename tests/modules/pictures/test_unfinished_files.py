@@ -12,8 +12,8 @@ from backend.devices import link_test
 from backend.diffusion_engine.base import _save
 from backend.text_processing.embedding_creation import write_embedding
 from backend.unfinished_files import is_unfinished_name, replace_content, unfinished_name
-from modules.app_config import AppConfig
 from modules.application import build_application
+from modules.launch.cmd_args import config_for_tests
 from modules.launch.stamp import write_stamp
 from modules.pictures.unfinished_files import clear_unfinished, start_clearing
 from modules.pictures.writing import temporary_file, write_whole
@@ -44,7 +44,7 @@ def test_only_this_programs_own_old_files_are_cleared(tmp_path: Path) -> None:
 
 
 def test_a_start_clears_every_folder_that_is_written_to(tmp_path: Path) -> None:
-    config = AppConfig.for_tests(tmp_path)
+    config = config_for_tests(tmp_path)
     app = build_application(config)
     folders = [
         config.outputs_dir / "txt2img-images" / "day",

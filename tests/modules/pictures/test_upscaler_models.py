@@ -17,7 +17,8 @@ from torch import nn
 
 from modules.application import Application
 from modules.errors import RequestError
-from modules.pictures.upscaler import UpscalerData, UpscalerLanczos, available_upscalers, builtin_upscalers, find_upscaler
+from modules.pictures.upscaler import UpscalerData, UpscalerLanczos, builtin_upscalers, find_upscaler
+from modules.pictures.upscaler_list import available_upscalers
 from modules.pictures.upscaler_models import TileSettings, UpscalerModels, replace_entries, upscale_in_tiles
 from tests.support.applications import installed_application
 

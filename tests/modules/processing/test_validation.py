@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from modules import application
-from modules.app_config import AppConfig
 from modules.application import Application, build_application
 from modules.errors import OptionError, RequestError, UnknownSamplerError
+from modules.launch.cmd_args import config_for_tests
 from modules.processing.request import StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img
 from modules.processing.validation import fix_seed, get_fixed_seed, make_sound, set_all_seeds
 
 
 @pytest.fixture
 def app(tmp_path: Path) -> Iterator[Application]:
-    app = build_application(AppConfig.for_tests(tmp_path))
+    app = build_application(config_for_tests(tmp_path))
     application.install(app)
     yield app
     app.close()

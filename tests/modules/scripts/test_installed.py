@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from modules import scripts
-from modules.app_config import AppConfig
 from modules.application import Application
-from modules.launch.cmd_args import parse_config
+from modules.launch.cmd_args import config_for_tests, parse_config
 from modules.launch.extension_folders import active_folders
 from modules.launch.extensions import list_installers
 from modules.scripts import installed as extensions
@@ -55,7 +54,7 @@ def test_switches_and_flags_turn_them_off(app: Application, tmp_path: Path, capl
         assert listed(app, tmp_path) == []
     assert "setting disable_all_extensions" in caplog.text
     app.options.data["disable_all_extensions"] = "none"
-    by_flag = AppConfig.for_tests(app.config.data_dir, flags={**app.config.flags, "disable_extra_extensions": True})
+    by_flag = config_for_tests(app.config.data_dir, flags={**app.config.flags, "disable_extra_extensions": True})
     extensions.list_extensions(by_flag, app.options, builtin_dir=tmp_path / "builtin")
     assert [extension.name for extension in extensions.active()] == ["own"]
 

@@ -1,0 +1,23 @@
+"""The list of upscalers that page, API and extensions share."""
+
+from __future__ import annotations
+
+import functools
+
+from modules.jobs.context import installed_context
+from modules.pictures.upscaler import UpscalerData, builtin_upscalers
+from modules.pictures.upscaler_models import replace_entries
+
+
+@functools.lru_cache(maxsize=1)
+def _shared_list() -> list[UpscalerData]:
+    return builtin_upscalers()
+
+
+def available_upscalers() -> list[UpscalerData]:
+    """The list that page, API and extensions share (`shared.sd_upscalers`): what is built in, the model files there are now, and what extensions
+    have added to it."""
+    app = installed_context()
+    entries = _shared_list()
+    replace_entries(entries, None if app is None else app.upscaler_models)
+    return entries
