@@ -5,8 +5,8 @@ the next ones, sk the middle. A run may be empty, so straight cuts (empty second
 
 **The objective**, in this order:
 1. It fits: every slot's peak bytes are within its budget, and at least as many slots work as requested. If no cut fits, there is no partition.
-2. Most rules kept, of: no slot has more than 65 % of the weights (if two or more slots work); slots of equal size (`total_bytes`) are within
-   10 % of each other in peak bytes; crossing bytes stay below the limit, if there is one.
+2. Slots of equal size (`total_bytes`) are within 10 % of each other in peak bytes, wherever a cut that fits keeps that. Then most rules kept, of:
+   no slot has more than 65 % of the weights (if two or more slots work); crossing bytes stay below the limit, if there is one.
 3. Least time of a step (see pipeline.py). Times within 1 % of the least count as equal: the prediction is no better than that.
 4. Fewest crossing bytes, then fewest changes of slot, then least time.
 
@@ -42,6 +42,8 @@ Bools = npt.NDArray[np.bool_]
 
 MOST_WEIGHT_SHARE = 0.65
 MOST_IMBALANCE = 0.10
+BALANCE_RANK = 4
+"""The rule of balance counts more than the two others together."""
 SAME_TIME = 0.01
 EXHAUSTIVE_LIMIT = 60_000
 MOST_NESTED = 4
@@ -78,7 +80,8 @@ class Partition:
     """The chosen cut and its predicted cost.
 
     `peak_bytes` is per slot index (including slots without pieces), `crossing_bytes` per step of all rows; `control_bytes` of these are a
-    ControlNet's residuals. `rules_kept`: whether the cut keeps every rule of the objective.
+    ControlNet's residuals. `rules_kept`: whether the cut keeps every rule of the objective. `imbalance`: the largest gap between the peaks of slots
+    of one size, as a share of the higher.
     """
 
     replica: ReplicaPlan
@@ -89,6 +92,7 @@ class Partition:
     control_bytes: int
     component_slots: dict[str, int]
     rules_kept: bool
+    imbalance: float
 
 
 def partition(profile: ModelProfile, slots: Sequence[SlotFacts], links: Sequence[Link] = (), job: PartitionJob | None = None) -> Partition | None:
@@ -363,18 +367,21 @@ class _Evaluator:
         """How many rules each cut breaks, and by how much in total."""
         is_alone = is_used.sum(axis=1) < 2
         share = np.where(is_alone, 0.0, weight.max(axis=1) / max(1, self.profile.weight_bytes) - MOST_WEIGHT_SHARE)
-        imbalance = np.full(len(peak), -1.0)
+        over = np.full(len(peak), -1.0) if self.job.max_crossing_bytes is None else crossing / max(1, self.job.max_crossing_bytes) - 1.0
+        parts = [share, self._imbalance(peak) - MOST_IMBALANCE, over]
+        broken = sum((part > 0).astype(np.float64) * rank for part, rank in zip(parts, (1, BALANCE_RANK, 1)))
+        breach = sum(np.maximum(part, 0.0) for part in parts)
+        return np.asarray(broken), np.asarray(breach)
+
+    def _imbalance(self, peak: Floats) -> Floats:
+        """The largest gap between slots of one size, as a share of the fuller one's peak; 0 where no two are alike."""
+        imbalance = np.zeros(len(peak))
         for size in {slot.total_bytes for slot in self.slots}:
             alike = np.array([slot.total_bytes == size for slot in self.slots])
             most = np.where(alike, peak, 0.0).max(axis=1)
             least = np.where(alike, peak, np.inf).min(axis=1)
-            gap = np.where(alike.sum() > 1, (most - least) / np.maximum(most, 1.0) - MOST_IMBALANCE, -1.0)
-            imbalance = np.maximum(imbalance, gap)
-        over = np.full(len(peak), -1.0) if self.job.max_crossing_bytes is None else crossing / max(1, self.job.max_crossing_bytes) - 1.0
-        parts = [share, imbalance, over]
-        broken = sum((part > 0).astype(np.float64) for part in parts)
-        breach = sum(np.maximum(part, 0.0) for part in parts)
-        return np.asarray(broken), np.asarray(breach)
+            imbalance = np.maximum(imbalance, (most - least) / np.maximum(most, 1.0))
+        return imbalance
 
     def work_between(self, first: int, end: int) -> float:
         return float(self._work[end] - self._work[first])
@@ -420,6 +427,7 @@ class _Evaluator:
             control_bytes=int(self._control_crossing(edges)[0][0]) * self.job.step_rows.count,
             component_slots=components,
             rules_kept=bool(numbers.broken_C[0] == 0),
+            imbalance=float(self._imbalance(numbers.peak_CK)[0]),
         )
 
 

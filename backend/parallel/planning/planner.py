@@ -15,7 +15,7 @@ from typing import Literal
 
 from backend.parallel.planning.copy_costs import CopyCosts, SharedControls
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, merge_pieces
-from backend.parallel.planning.partition import MOST_NESTED, PartitionJob, partition
+from backend.parallel.planning.partition import MOST_IMBALANCE, MOST_NESTED, PartitionJob, partition
 from backend.parallel.planning.pipeline import StepRows
 from backend.parallel.planning.plan import HasStrategy, Plan, ReplicaPlan, Strategy
 from backend.parallel.planning.slot_facts import Link as Link
@@ -84,6 +84,7 @@ class _Candidate(HasStrategy):
     component_slots: dict[str, int]
     dealt: tuple[int, ...]
     control_slots: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    imbalance: float = 0.0
 
     @property
     def num_slots(self) -> int:
@@ -357,6 +358,7 @@ class _Planner:
             component_slots=component_slots,
             dealt=dealt,
             control_slots=control_slots,
+            imbalance=max(part.imbalance for part in found),
         )
 
     def _group(self, group: tuple[SlotFacts, ...], num_rows: int, place: int) -> _Candidate | None:
@@ -387,6 +389,7 @@ class _Planner:
             crossing_bytes=found.crossing_bytes + away_bytes,
             component_slots=found.component_slots,
             dealt=(num_rows,),
+            imbalance=found.imbalance,
         )
 
     def _control_slot(self, group: tuple[SlotFacts, ...]) -> int | None:
@@ -455,6 +458,8 @@ class _Planner:
         else:
             what = f"{len(chosen.groups)} copies on {' / '.join(_slots_text(group) for group in chosen.groups)}, {self._sharing_text(chosen)}"
         what += "".join(f", {name} on slot {slot}" for name, slot in chosen.shared_control_slots.items())
+        if chosen.imbalance > MOST_IMBALANCE:
+            what += f" ({chosen.imbalance:.0%} apart: of the cuts that fit, none keeps equal slots within {MOST_IMBALANCE:.0%} of each other)"
         if single is None:
             return f"{what}, as the {self._profile.name} fits no single slot: {chosen.step_ms:.3g} ms predicted a step"
         return f"{what}: {single.step_ms / chosen.step_ms:.2f}x predicted of {_slots_text(single.slot_indexes)} alone"

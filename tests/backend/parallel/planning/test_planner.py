@@ -53,6 +53,28 @@ def assert_is_sound(profile: ModelProfile, slots: list[SlotFacts], plan: Plan) -
     assert plan.predicted_ms > 0
 
 
+# balance
+
+
+def test_the_reason_says_where_no_cut_keeps_equal_slots_within_a_tenth() -> None:
+    """One piece holds 10 GB of 13: whatever the cut, the slots are 70 % apart at least."""
+    lumpy = make_profile([1.0] * 4, [10 * GB, GB, GB, GB])
+    slots = [make_slot(lumpy, index) for index in range(2)]
+    plan = make_plan(lumpy, slots, fast_links(2), JobShape(images=2), strategy="layers")
+    low, high = sorted(plan.predicted_bytes.values())
+    assert 1 - low / high >= 0.69
+    assert f"({1 - low / high:.0%} apart: of the cuts that fit, none keeps equal slots within 10% of each other)" in plan.reason
+    assert "apart" not in plan_for(slots_of(24, 24), "layers", images=2).reason
+
+
+def test_balance_goes_before_the_share_of_the_weights() -> None:
+    """The primary holds 6 GB of something else: with 1 GB of the network there, 7 GB of it on the other slot, 88 % of its weights."""
+    slots = [replace(slot, fixed_bytes=6 * GB if slot.index == 0 else 0) for slot in slots_of(24, 24)]
+    plan = plan_for(slots, "layers", images=2)
+    low, high = sorted(plan.predicted_bytes.values())
+    assert low >= 0.9 * high and "apart" not in plan.reason
+
+
 # dealing rows
 
 
