@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
 from functools import cache
 
 import pytest
 
-from tests.contract.sources import LAYERS, PACKAGES, ROOT_DIR, Source, imported_names, module_name, product_sources, runtime_nodes
+from tests.contract.sources import (
+    LAYERS,
+    PACKAGES,
+    ROOT_DIR,
+    Source,
+    find_cycles,
+    imported_names,
+    module_name,
+    product_sources,
+    read_imports,
+    runtime_nodes,
+)
 
 NOT_IN_BACKEND = {"gradio", "fastapi", "starlette", "uvicorn", "argparse", "gradio_client"}
 # A command of its own, `python -m backend.parallel.simulate`, that nothing imports: it predicts plans for cards without starting the WebUI.
@@ -55,7 +65,7 @@ def find_rank(module: str) -> int:
     ]
     if fitting:
         return max(fitting)[1]
-    imports = read_imports().get(module)
+    imports = read_imports(product_sources()).get(module)
     if imports is None or module.count(".") != 1:
         raise LookupError(f"{module} has no place in BACKEND_RANKS; give its package one")
     return max((find_rank(name) for name in imports if name.startswith("backend.")), default=0)
@@ -87,53 +97,9 @@ def test_the_search_finds_upward_imports_in_the_engine(name: str, text: str, num
     assert len(find_upward_imports_in_backend(make_source(name, text), modules)) == num_found
 
 
-def find_cycles(imports: Mapping[str, set[str]]) -> list[set[str]]:
-    """Groups of modules each of which imports every other, by whatever way (Tarjan 1972, strongly connected components)."""
-    order: dict[str, int] = {}
-    lowest: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[set[str]] = []
-
-    def visit(module: str) -> None:
-        order[module] = lowest[module] = len(order)
-        stack.append(module)
-        for other in sorted(imports[module]):
-            if other not in order:
-                visit(other)
-                lowest[module] = min(lowest[module], lowest[other])
-            elif other in stack:
-                lowest[module] = min(lowest[module], order[other])
-        if lowest[module] == order[module]:
-            at = stack.index(module)
-            group = set(stack[at:])
-            del stack[at:]
-            if len(group) > 1:
-                found.append(group)
-
-    for module in sorted(imports):
-        if module not in order:
-            visit(module)
-    return found
-
-
-@cache
-def read_imports() -> dict[str, set[str]]:
-    """What each module imports at run time, also inside functions."""
-    sources = {module_name(source): source for source in product_sources() if source.top in LAYERS}
-    return {name: {other for other in _imported_modules(source, sources) if other in sources and other != name} for name, source in sources.items()}
-
-
-def _imported_modules(source: Source, modules: Mapping[str, Source]) -> set[str]:
-    """`from package import file` asks for the file alone, whatever the package's own names are."""
-    found = {name for name, _ in imported_names(source)}
-    imports = [node for node in runtime_nodes(source.tree) if isinstance(node, ast.ImportFrom)]
-    taken = {node.module for node in imports for alias in node.names if f"{node.module}.{alias.name}" not in modules}
-    return found - ({node.module or "" for node in imports} - taken)
-
-
 def test_there_are_no_import_cycles() -> None:
     """Imports inside functions count too."""
-    assert find_cycles(read_imports()) == []
+    assert find_cycles(read_imports(product_sources())) == []
 
 
 # What a job runs through: none of it asks for the installed application, which has the page and the API too.
