@@ -24,6 +24,8 @@ for name in ("COMMANDLINE_ARGS", "TORCH_COMMAND", "REQS_FILE", "INDEX_URL", "TOR
 
 import pytest
 
+from tests.support.suite_order import COLLECTED, is_nightly_variant, place_of
+
 try:
     from hypothesis import settings as hypothesis_settings
 except ImportError:  # the launcher's own tests run without it
@@ -48,8 +50,13 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Nightly tests run where asked for. GPU tests skip with their reason; torch is asked only when there is one."""
+    """Nightly tests run where asked for, long files first. GPU tests skip with their reason; torch is asked only when there is one."""
+    config.stash[COLLECTED] = [item.nodeid for item in items]
+    for item in items:
+        if is_nightly_variant(item.nodeid):
+            item.add_marker(pytest.mark.nightly)
     _leave_out_nightly(config, items)
+    items.sort(key=lambda item: place_of(item.nodeid))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

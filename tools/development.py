@@ -15,6 +15,8 @@ from modules.launch.setup import TEST_FILE, Setup, install_packages, runtime_fil
 
 ROOT_DIR = Path(__file__).resolve().parents[1]
 MAX_WORKERS = 4
+SUITE_OPTIONS = ("--nightly", "--junitxml", "--durations")
+"""What may be said of a run of the whole suite, each with a value."""
 
 CHECKS = (
     ("format", ("ruff", "format", "--check", ".")),
@@ -39,12 +41,22 @@ def enter_environment(argv: Sequence[str], script: str) -> None:
 
 
 def pytest_arguments(argv: Sequence[str], num_cores: int | None = None) -> list[str]:
-    """The user's own arguments; without any but --nightly, the whole suite on all cores, each file's tests in one process."""
+    """The user's own arguments; without any but options of the whole suite, all of it on all cores, each file's tests in one process."""
     num_workers = min(num_cores or os.cpu_count() or 1, MAX_WORKERS)
-    is_whole_suite = not argv or argv[0].startswith("--nightly=") or (argv[0] == "--nightly" and len(argv) == 2)
-    if not is_whole_suite or num_workers == 1:
+    if num_workers == 1 or not _is_whole_suite(argv):
         return list(argv)
-    return ["-n", str(num_workers), "--dist", "loadfile", *argv]
+    return ["-n", str(num_workers), "--dist", "loadfile", "--no-loadscope-reorder", *argv]
+
+
+def _is_whole_suite(argv: Sequence[str]) -> bool:
+    words = list(argv)
+    while words:
+        option, _, value = words.pop(0).partition("=")
+        if option not in SUITE_OPTIONS:
+            return False
+        if not value and words:
+            words.pop(0)
+    return True
 
 
 def run_tests(argv: Sequence[str], script: str) -> int:

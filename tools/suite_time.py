@@ -1,6 +1,6 @@
 """Where the time of the test suite goes, by folder: `python -m tools.suite_time BEFORE.xml AFTER.xml` prints a Markdown table.
 
-The files are pytest's own: `python -m pytest -n 2 --dist loadfile --junitxml AFTER.xml`. One file gives the table of one run.
+The files are pytest's own: `python tools/test --junitxml AFTER.xml`. One file gives the table of one run.
 """
 
 from __future__ import annotations

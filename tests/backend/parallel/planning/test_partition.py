@@ -222,11 +222,24 @@ def straight_cuts(profile: ModelProfile, slots: list[SlotFacts], step_rows: Step
     return found
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(network=networks, facts=slot_lists, step_rows=row_sets)
 def test_at_least_as_good_as_every_straight_cut(
     network: tuple[list[float], list[int], int], facts: list[tuple[float, int]], step_rows: StepRows
 ) -> None:
+    check_against_straight_cuts(network, facts, step_rows)
+
+
+@pytest.mark.nightly
+@settings(max_examples=150, deadline=None)
+@given(network=networks, facts=slot_lists, step_rows=row_sets)
+def test_at_least_as_good_as_every_straight_cut_of_many_networks(
+    network: tuple[list[float], list[int], int], facts: list[tuple[float, int]], step_rows: StepRows
+) -> None:
+    check_against_straight_cuts(network, facts, step_rows)
+
+
+def check_against_straight_cuts(network: tuple[list[float], list[int], int], facts: list[tuple[float, int]], step_rows: StepRows) -> None:
     profile, slots = make_case(network, facts)
     found = partition(profile, slots, fast_links(len(slots)), PartitionJob(step_rows=step_rows))
     known = straight_cuts(profile, slots, step_rows)

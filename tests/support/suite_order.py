@@ -1,0 +1,62 @@
+"""Which variants of a test run in turns at night, and which files begin: what keeps the suite short without losing a case.
+
+Every test has variants that run every time; the rest of them wait for `--nightly`, of which CI runs a seventh a day.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+COLLECTED = pytest.StashKey[list[str]]()
+"""All tests that were found, before any was left out."""
+
+NIGHTLY_VARIANTS = (
+    # ControlNets: a family with another text encoder goes through the same code; of ranges, layouts and adapters one of each kind runs every time
+    r"parity/test_controlnet_parity\.py::(?!test_one_controlnet|.*refused).*\[sd20",
+    r"parity/test_controlnet_parity\.py::test_one_controlnet\[(sd15|sd20)-diffusers\]",
+    r"parity/test_controlnet_parity\.py::test_from_one_step_to_another\[(sdxl-.*|sd15-0\.34-0\.67)\]",
+    r"parity/test_controlnet_parity\.py::test_a_t2i_adapter\[(sd15-full_adapter-ldm-1|sd15-light_adapter-ldm-3|sdxl-full_adapter-ldm-1)\]",
+    r"parity/test_controlnet_split_parity\.py::.*\[(layers on 3-sd15|replicas on 3-sd15|layers on 2-sdxl|replicas on 2-sd15)\]",
+    r"parity/test_controlnet_split_parity\.py::.*\[(one virtual GPU-sdxl|layers on CPU slots-sd15)\]",
+    r"parity/test_controlnet_union_parity\.py::test_one_hint_of_a_kind\[3-6\]",
+    r"parity/test_ip_adapter_parity\.py::test_(a_range_of_steps\[sdxl\]|two_adapters.*\[sd15\]|each_kind\[sdxl-plain\])",
+    # LoRA: each family and each strategy run every time, not each pair
+    r"parity/test_lora_parity\.py::.*\[(layers on 3-sd15|single on 1-sdxl|layers on 2-sdxl|replicas on 2-sd15)\]",
+    # whole pictures: a sampler with history in batches, one without it alone
+    r"parity/test_pipeline_parity\.py::test_pictures_are_the_pipelines\[.*-(1-DPM\+\+ 2M|2-Euler)\]",
+    r"parity/test_pipeline_parity\.py::test_without_guidance\[(sd15-inpaint|sd20|sd21_v)\]",
+    # searching the cut over four slots, or over three for a second size, takes as long as ten other jobs
+    r"parity/test_split_parity\.py::.*\[layers on 4",
+    r"parity/test_split_parity\.py::.*\[layers on 3-hires\]",
+    r"parity/test_split_parity\.py::test_(a_picture_decoded_in_strips|copies_in_the_foreground).*\[(layers on 2|replicas on 3|layers on CPU slots)\]",
+    r"parity/test_split_parity\.py::test_units_of_several_rows.*-hires\]",
+    r"parity/test_split_parity\.py::test_one_slot_with_both_branches.*\[inpaint\]",
+)
+
+FIRST = ("tests/parity/", "tests/browser/", "tests/tools/", "tests/backend/parallel/", "tests/extensions_builtin/", "tests/modules/processing/")
+"""Folders whose files take long: begun last, one of them would keep one process busy when the others are done."""
+
+_nightly = re.compile("|".join(f"(?:{pattern})" for pattern in NIGHTLY_VARIANTS))
+
+
+def is_nightly_variant(nodeid: str) -> bool:
+    """Whether this variant of its test runs at night alone."""
+    return _nightly.search(nodeid) is not None
+
+
+def place_of(nodeid: str) -> int:
+    """Where a test's file goes in the order: numbers of FIRST, all others behind them."""
+    return next((place for place, folder in enumerate(FIRST) if nodeid.startswith(folder)), len(FIRST))
+
+
+def unmatched_patterns(nodeids: list[str]) -> list[str]:
+    """Patterns that name no test although tests of their file are there: the test was renamed."""
+    files = {nodeid.partition("::")[0] for nodeid in nodeids}
+    found = []
+    for pattern in NIGHTLY_VARIANTS:
+        file = pattern.partition("::")[0].replace("\\", "")
+        if any(name.endswith(file) for name in files) and not any(re.search(pattern, nodeid) for nodeid in nodeids):
+            found.append(pattern)
+    return found
