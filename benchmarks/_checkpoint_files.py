@@ -1,4 +1,4 @@
-"""Full-width checkpoint files of random numbers, and what loading one costs a fresh process. Linux only: memory is read from /proc."""
+"""Full-width checkpoint files of random numbers, and the cost of loading one in a new process. Linux only: memory is read from /proc."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def small_networks() -> tuple[UNet2DConditionModel, AutoencoderKL, list[nn.Modul
 
 
 def write_random(path: Path, family: str, networks: tuple[nn.Module, nn.Module, list[nn.Module]]) -> None:
-    """The networks' original-layout file in fp16, written tensor by tensor from a block of random numbers. `networks` may be on the meta device."""
+    """Write the networks' original-layout file in fp16, tensor by tensor from a block of random numbers. `networks` may be on the meta device."""
     shapes = {key: tuple(tensor.shape) for key, tensor in join_checkpoint(family, *networks).items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -121,7 +121,7 @@ def _load_here(path: Path, how: str) -> object:
     if how == "safetensors":
         from safetensors.torch import load_file
 
-        # What a loader does that keeps the file's tensors and copies them into networks of their own.
+        # Like a loader that keeps the file's tensors and copies them into networks.
         return {key: tensor.clone() for key, tensor in load_file(path).items()}
     from backend import memory_management
     from backend.args import BackendConfig
@@ -140,7 +140,7 @@ def _report_from_child(path: Path, how: str) -> None:
 
     torch.set_num_threads(1)
     before = _memory_mb()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets the high-water mark back
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark
     watch = _Watch()
     watch.start()
     began_s = time.perf_counter()
@@ -167,7 +167,7 @@ def _report_from_child(path: Path, how: str) -> None:
 
 
 def measure_in_child(path: Path, how: str) -> Mapping[str, float]:
-    """Load `path` in a fresh process: `how` is "fp16", "fp32" (this loader) or "safetensors" (load_file and a copy of every tensor)."""
+    """Load `path` in a new process: `how` is "fp16", "fp32" (this loader) or "safetensors" (load_file and a copy of every tensor)."""
     done = subprocess.run([sys.executable, "-m", "benchmarks._checkpoint_files", str(path), how], check=True, capture_output=True, text=True)
     numbers: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return numbers

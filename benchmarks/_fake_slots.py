@@ -1,4 +1,4 @@
-"""Cards that are not here, for counting bytes: torch's fake tensors on devices of their own, the product's executor and program, no numbers.
+"""Fake cards for counting bytes: torch's fake tensors on fake devices, with the product's executor and program, but no numbers.
 
 A fake tensor has shape, type and device but no data, and mixing devices raises: a full-size split runs in seconds, and every byte is where it
 would be.
@@ -35,7 +35,7 @@ DTYPE = torch.float16
 
 
 def fake_device(slot: int) -> torch.device:
-    """A device of a type that is nowhere in use; fake tensors need no kernels."""
+    """A device of an unused type; fake tensors need no kernels."""
     return torch.device("lazy", slot)
 
 
@@ -70,7 +70,7 @@ class DeviceBytes(TorchDispatchMode):
 
 
 class FakeFleet:
-    """What the executor asks of a fleet. Each slot has a thread; one works at a time, as fake tensors are not made for several."""
+    """The executor's interface to a fleet. Each slot has a thread; only one works at a time, as fake tensors are not thread-safe."""
 
     def __init__(self) -> None:
         self.mode, self.bytes, self.speeds = FakeTensorMode(allow_non_fake_inputs=True), DeviceBytes(), SpeedBook()
@@ -86,12 +86,12 @@ class FakeFleet:
         return self._workers.setdefault(slot, _FakeWorker(self))
 
     def run(self, task: Callable[[], Any]) -> Any:
-        """A task under fake tensors, its bytes counted."""
+        """Run a task with fake tensors and count its bytes."""
         with self._turn:
             return self._run_counted(task)
 
     def run_rows(self, num_rows: int, call: Callable[[], Any]) -> Any:
-        """A call of the executor: no slot begins before all its rows are on their way."""
+        """A call of the executor: no slot starts before all its rows are queued."""
         self._submitted, self._num_rows = 0, num_rows
         self._all_started.clear()
         return self._run_counted(call)
@@ -116,7 +116,7 @@ class FakeFleet:
 
 
 class _FakeWorker:
-    """Runs tasks in the order they come."""
+    """Runs tasks in order."""
 
     def __init__(self, fleet: FakeFleet) -> None:
         self._fleet = fleet
@@ -146,7 +146,7 @@ class _FakeWorker:
 
 
 class FakeModel:
-    """A UNet cut as planned, the other networks as weights, a ControlNet if wanted; on fake devices."""
+    """A UNet cut by a plan, the other networks as weights, and optionally a ControlNet, on fake devices."""
 
     def __init__(self, unet_config: Mapping[str, Any], plan: ReplicaPlan, *, controlnet_slot: int | None, other_bytes: Mapping[int, int]) -> None:
         self.fleet, self.plan = FakeFleet(), plan
@@ -170,7 +170,7 @@ class FakeModel:
         self.others = [torch.empty(num_bytes, dtype=torch.uint8, device=fake_device(slot)) for slot, num_bytes in other_bytes.items()]
 
     def step(self, *, num_rows: int, latent_side: int, steps: int = 2) -> int:
-        """Steps of the network for so many rows; bytes that crossed in the last."""
+        """Run steps of the network for this many rows; returns the bytes that crossed in the last one."""
         executor = Executor((Replica(program=self.program, plan=self.plan),), self.fleet, deal=lambda rows: (rows,), asynchronous=False)  # type: ignore[arg-type]
         for _ in range(steps):
             before = sum(self.fleet.transport.stats.bytes_by_pair().values())
@@ -189,7 +189,7 @@ class FakeModel:
         return NetworkCall(rows={"x": x_BCHW, "timesteps": timesteps_B, "context": context_BLD, "y": y_BV}, control=control)
 
     def _run_controlnet(self, x_BCHW: Tensor, timesteps_B: Tensor, context_BLD: Tensor) -> dict[str, Sequence[Tensor | None]]:
-        """Row by row, as a card with little room does it."""
+        """Row by row, like a card with little memory."""
         side, device = x_BCHW.shape[-1], self.controlnet_device
         hint_BCHW = torch.empty(1, 3, 8 * side, 8 * side, device=device, dtype=DTYPE)
         extra = {"text_embeds": torch.empty(1, 1280, device=device, dtype=DTYPE), "time_ids": torch.empty(1, 6, device=device)}
@@ -203,7 +203,7 @@ class FakeModel:
 
 
 def _materialize(network: nn.Module, device: torch.device) -> int:
-    """Weights in half precision on that device; their bytes."""
+    """Put half-precision weights on that device; returns their bytes."""
     num_bytes = 0
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):

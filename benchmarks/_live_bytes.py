@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that live at the same time, for networks on the meta device: full-size shapes without their memory and work."""
+"""Counts the bytes of simultaneously live tensors for networks on the meta device: full-size shapes without memory and work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, `peak_bytes` is the most that tensors made inside took at one time. Attention counts as a fused kernel: its result alone."""
+    """While active, `peak_bytes` is the peak of tensors created inside. Attention counts as a fused kernel, with only its result."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Jobs of the product on one CPU slot and on two, for the benches of plans: the same narrow SD1.x checkpoint, one core per slot, fp32."""
+"""Jobs of the product on one and two CPU slots, for benchmarks of plans: the same narrow SD1.x checkpoint, one core per slot, fp32."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOLERANCE = 2
 
 
 class _TimedRequest(StableDiffusionProcessingTxt2Img):
-    """Notes how long sampling took, from noise to latents."""
+    """Measures the time of sampling, from noise to latents."""
 
     sampling_s = 0.0
 
@@ -40,14 +40,14 @@ class _TimedRequest(StableDiffusionProcessingTxt2Img):
 
 
 def use_slots(device_ids: tuple[str, ...]) -> None:
-    """From now on these slots compute, each with one thread."""
+    """Use these slots from now on, each with one thread."""
     torch.set_num_threads(1)
     config = BackendConfig(multi_gpu=True, device_ids=device_ids, cpu_threads_per_slot=1)
     memory_management.configure(config, probe_devices(config))
 
 
 def make_application() -> Application:
-    """An application with a narrow checkpoint in a temporary folder, kept until the process ends."""
+    """An application with a narrow checkpoint in a temporary folder, which exists until the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     write_checkpoint(folder / "models" / "Stable-diffusion" / "narrow.safetensors", "sd15", width=WIDTH)
     app = build_application(config_for_tests(folder))
@@ -58,7 +58,7 @@ def make_application() -> Application:
 
 
 def run_job(app: Application, strategy: str, *, num_images: int, num_steps: int, side_px: int, cfg: float = CFG) -> tuple[Metrics, list[np.ndarray]]:
-    """Seconds of sampling, and the pictures."""
+    """The sampling time in seconds, and the pictures."""
     app.options.set("multi_gpu_strategy", strategy)
     request = _TimedRequest(
         prompt="a red cat", negative_prompt="a dog", seed=1, steps=num_steps, width=side_px, height=side_px, sampler_name="Euler", cfg_scale=cfg,
@@ -71,9 +71,9 @@ def run_job(app: Application, strategy: str, *, num_images: int, num_steps: int,
 def make_job_bench(
     strategy: str, *, num_images: int, num_steps: int, whole_request: bool, at_least: float, num_rounds: int = 7, side_px: int = 384
 ) -> Bench:
-    """One slot against two. The pictures of both are compared first.
+    """One slot against two. First, their pictures are compared.
 
-    Small pictures favour one slot, which runs both branches in one batch: below 512 pixels a batch of two takes less per row on a CPU.
+    Small pictures favor one slot, which runs both branches in one batch: below 512 pixels a batch of two takes less time per row on a CPU.
     """
 
     def make_variants() -> Mapping[str, Variant]:

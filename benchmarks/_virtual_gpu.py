@@ -1,4 +1,4 @@
-"""One guided UNet step and one VAE decode of SD1.x in a given width, on the CPU and on a virtual GPU."""
+"""One guided UNet step and one VAE decode of SD1.x with a given width, on the CPU and on a virtual GPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _make_step(width: int, side: int, device: torch.device) -> Callable[[], torc
 
 
 def _measured(step: Callable[[], torch.Tensor], device: virtual_gpu.VirtualDevice | None) -> Variant:
-    """With the processor's seconds, and on the virtual GPU its operations and its peak."""
+    """Adds CPU seconds and, on the virtual GPU, its operations and peak."""
 
     def call() -> Metrics:
         began_s = time.process_time()

@@ -1,4 +1,4 @@
-"""Seconds per step with one and two ControlNets: on one slot, before the denoiser on two slots, and where the plan puts them on two slots."""
+"""Seconds per step with one and two ControlNets: on one slot, before the denoiser on two slots, and as placed by the plan on two slots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEP = "step s"
 
 
 def _with_controlnets(app: Application, count: int) -> Any:
-    """The checkpoint's parts with so many random ControlNets of its own width, which act in all steps."""
+    """The checkpoint's parts with this many random ControlNets of the same width, active in all steps."""
     parts = app.models.ensure_loaded().forge_objects_original
     patched = parts.shallow_copy()
     for seed in range(count):
@@ -37,12 +37,12 @@ def _with_controlnets(app: Application, count: int) -> Any:
 
 
 @contextmanager
-def _chosen(app: Application, parts: Any, *, apart: bool) -> Iterator[None]:
-    """Jobs with these parts; without `apart` ControlNets run for all rows before the denoiser, as no plan knew of them."""
+def _chosen(app: Application, parts: Any, *, is_planned: bool) -> Iterator[None]:
+    """Jobs with these parts; without `is_planned`, ControlNets run for all rows before the denoiser, as if plans did not know them."""
     engine = app.models.ensure_loaded()
     original, defer = engine.forge_objects_original, sampling_function.list_deferrable
     engine.forge_objects_original = parts
-    if not apart:
+    if not is_planned:
         sampling_function.list_deferrable = lambda chain, options: []
     try:
         yield
@@ -57,15 +57,19 @@ def _make_variants() -> Mapping[str, Variant]:
     for count in (1, 2):
         parts = _with_controlnets(app, count)
         for cfg, rows in ((CFG, "CFG"), (1.0, "no CFG")):
-            for name, strategy, apart in (("one slot", "single", False), ("two slots, before", "auto", False), ("two slots, beside", "auto", True)):
-                variants[f"{count} ControlNet{'s' * (count > 1)}, {rows}: {name}"] = _make_variant(app, parts, cfg, strategy, apart)
+            for name, strategy, is_planned in (
+                ("one slot", "single", False),
+                ("two slots, before", "auto", False),
+                ("two slots, beside", "auto", True),
+            ):
+                variants[f"{count} ControlNet{'s' * (count > 1)}, {rows}: {name}"] = _make_variant(app, parts, cfg, strategy, is_planned)
     _compare(variants)
     return {name: (lambda run=run: run()[0]) for name, run in variants.items()}
 
 
-def _make_variant(app: Application, parts: Any, cfg: float, strategy: str, apart: bool) -> Callable[[], tuple[Metrics, list[np.ndarray]]]:
+def _make_variant(app: Application, parts: Any, cfg: float, strategy: str, is_planned: bool) -> Callable[[], tuple[Metrics, list[np.ndarray]]]:
     def run() -> tuple[Metrics, list[np.ndarray]]:
-        with _chosen(app, parts, apart=apart):
+        with _chosen(app, parts, is_planned=is_planned):
             metrics, pictures = run_job(app, strategy, num_images=1, num_steps=NUM_STEPS, side_px=SIDE_PX, cfg=cfg)
         return {STEP: metrics[UNET_PHASE] / NUM_STEPS}, pictures
 
@@ -73,7 +77,7 @@ def _make_variant(app: Application, parts: Any, cfg: float, strategy: str, apart
 
 
 def _compare(variants: Mapping[str, Callable[[], tuple[Metrics, list[np.ndarray]]]]) -> None:
-    """Raises: AssertionError where plans make unlike pictures. Runs that measure come before."""
+    """Raises: AssertionError if plans make different pictures. Measuring runs come first."""
     pictures: dict[str, list[np.ndarray]] = {}
     for name, run in variants.items():
         job = name.split(":")[0]

@@ -1,4 +1,4 @@
-"""Do two CPU slots of one thread each really work side by side? Two independent batches on one slot and on two."""
+"""Do two CPU slots with one thread each really work in parallel? Two independent batches on one slot and on two."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHANNELS, SIDE, NUM_REPEATS = 128, 32, 12
 
 
 class _Block(nn.Module):
-    """What a UNet does most: a 3x3 convolution with its norm, then a wide linear layer over the same pixels, with a gate."""
+    """A UNet's main work: a 3x3 convolution with its norm, then a wide, gated linear layer over the same pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def _make_variants() -> Mapping[str, Variant]:
 
 
 BENCH = Bench(
-    question="Do two CPU slots of one thread each really work side by side? Two batches of 12 blocks of convolution, norm and gated linear layers "
+    question="Do two CPU slots with one thread each really work in parallel? Two batches of 12 blocks of convolution, norm and gated linear layers "
     "(128 channels, 32x32, batch 2, fp32), both on one slot's worker and one on each of two.",
     make_variants=_make_variants,
     baseline="one slot",

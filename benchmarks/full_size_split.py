@@ -1,4 +1,4 @@
-"""Full-size SDXL cut over cards that are not here: are the bytes where the plan says? Counted with fake tensors through the product's executor."""
+"""Full-size SDXL cut over fake cards: are the bytes where the plan says? Counted with fake tensors and the product's executor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GB, MB = 1e9, 1e6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """Cards, and what the cut is for. With a ControlNet it is on slot 0, where the product runs it."""
+    """Cards, and the goal of the cut. A ControlNet is on slot 0, where the product runs it."""
 
     cards: tuple[str, ...]
     has_controlnet: bool = False
@@ -43,7 +43,7 @@ CASES: Mapping[str, Case] = {
 
 
 def cut_case(case: Case) -> Partition:
-    """The cut over all of the case's cards, text encoders and VAE placed beside it."""
+    """The cut over all cards of the case, with text encoders and VAE placed too."""
     found = partition(
         profile_model("sdxl", SIDE_PX, SIDE_PX),
         card_slots(case.cards),
@@ -61,7 +61,7 @@ def cut_case(case: Case) -> Partition:
 
 
 def count_case(case: Case) -> Metrics:
-    """Two steps of the cut network; bytes as they were, beside what was predicted."""
+    """Run two steps of the cut network; returns measured and predicted bytes."""
     found = cut_case(case)
     other_bytes: Counter[int] = Counter()
     for component in component_costs("sdxl", SIDE_PX, SIDE_PX, has_controlnet=False):

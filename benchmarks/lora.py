@@ -1,4 +1,4 @@
-"""Putting a LoRA on a full-width UNet, changing its strength and taking it away, against a copy of the same weights in memory."""
+"""Applying a LoRA to a full-width UNet, changing its strength and removing it, against a copy of the same weights in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GB = 1e9
 
 @cache
 def _network(name: str) -> tuple[nn.Module, dict[str, WeightPatch]]:
-    """A UNet of random fp16 weights and a LoRA over all its layers but norms and biases."""
+    """A UNet with random fp16 weights, and a LoRA for all its layers except norms and biases."""
     with torch.device("meta"):
         unet = sdxl_networks()[0] if name == "SDXL" else UNet2DConditionModel(cross_attention_dim=768)  # the library's default is SD1.x
     nn.Module.to(unet, torch.float16).to_empty(device="cpu").requires_grad_(False)

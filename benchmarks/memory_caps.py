@@ -1,4 +1,4 @@
-"""How small may a device be? One SDXL-layout picture under caps from roomy to barely possible."""
+"""How small may a device be? One picture with the SDXL layout under caps from large to barely possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far are the estimates of working memory from what is counted? Full-size SD1.5 and SDXL, 256 to 1024 pixels; narrow ones on a virtual GPU."""
+"""How far are the estimates of working memory from the counted bytes? Full-size SD1.5 and SDXL, 256 to 1024 pixels; narrow ones on a virtual GPU."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _make_variants() -> Mapping[str, Variant]:
 
 
 BENCH = Bench(
-    question="How far are the estimates of working memory from what is counted? Full-size SD1.5 and SDXL (UNet: one guided step, 2 rows; VAE: one "
+    question="How far are the estimates of working memory from the counted bytes? Full-size SD1.5 and SDXL (UNet: one guided step, 2 rows; VAE: one "
     "picture; fp16) on the meta device, where tensors have sizes and no memory, attention counted as a fused kernel; and the narrow networks of the "
     "tests in fp32 at 256 px on a virtual GPU, which counts what really lives. Scratch memory inside kernels is in neither count. Times are those "
     "of counting.",

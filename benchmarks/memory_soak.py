@@ -1,4 +1,4 @@
-"""Do bytes stay? 200 jobs that switch among three checkpoints, two sizes and LoRAs, on two virtual GPUs that cannot hold everything at once."""
+"""Does memory leak? 200 jobs that switch among three checkpoints, two sizes and LoRAs, on two virtual GPUs too small for everything at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _rss_mib() -> float:
 
 
 def soak() -> Metrics:
-    """Jobs in a fixed round; after each the live bytes of both devices are compared with the same place of the round before."""
+    """Repeat a fixed sequence of jobs; after each job, the live bytes of both devices are compared with those of the previous round."""
     config = BackendConfig(virtual_gpus_bytes=(64 * MIB, 48 * MIB), multi_gpu=True)
     memory_management.configure(config, probe_devices(config))
     places = list(itertools.product(FAMILIES, SIZES_PX, PROMPTS))

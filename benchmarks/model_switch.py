@@ -1,4 +1,4 @@
-"""How long does it take to switch checkpoints, and back? A, B, then A again, which still waits in main memory."""
+"""How long does it take to switch checkpoints and back? A, B, then A again, which is still in main memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MIB = 2**20
 
 
 class _ReadBytes:
-    """Counts the bytes of tensors that are read from checkpoint files."""
+    """Counts the bytes of tensors read from checkpoint files."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -84,14 +84,14 @@ def _write_wide(folder: Path) -> None:
 
 
 def _forget_file(path: Path) -> None:
-    """Have the system drop what it keeps of the file, where it lets itself be told, so that reading it goes to the disk."""
+    """Drop the file from the system's cache, if possible, so that it is read from disk."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _switch(app: Application, counter: _ReadBytes, name: str) -> tuple[float, float]:
-    """Seconds and MiB read until the checkpoint is the one in use."""
+    """Seconds, and MiB read, until the checkpoint is in use."""
     before, began_s = counter.num_bytes, time.perf_counter()
     app.models.ensure_loaded({**app.options.snapshot(), "sd_model_checkpoint": f"{name}.safetensors"})
     return time.perf_counter() - began_s, (counter.num_bytes - before) / MIB

@@ -1,4 +1,4 @@
-"""What does planning cost where one slot computes anyway?"""
+"""What does planning cost if only one slot computes anyway?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NUM_STEPS = 6
 
 
 def make_variants() -> Mapping[str, Variant]:
-    """The same job on one slot: without plans, as there is no other slot; and with a plan that chooses one slot of two."""
+    """The same job on one slot: without plans, with only one slot; and with a plan that chooses one slot of two."""
     app = make_application()
 
     def variant(device_ids: tuple[str, ...], strategy: str) -> Variant:

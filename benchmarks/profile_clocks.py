@@ -1,4 +1,4 @@
-"""How far the times in a profile are from clocks of their own."""
+"""How far are the times in a profile from independent clocks?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLEETS = {"virtual GPUs": partial(virtual_fleet, 2), "CPU slots": partial(cpu_fl
 
 
 class _Clocks:
-    """Time that each thread spent in the pieces of the network."""
+    """The time that each thread spent in the network's pieces."""
 
     def __init__(self) -> None:
         self.spent_s: Counter[str] = Counter()
@@ -41,7 +41,7 @@ class _Clocks:
 
 
 def make_variants() -> Mapping[str, Variant]:
-    """One job per kind of slot and plan, each with fresh slots; the worst slot counts."""
+    """One job per kind of slot and plan, each with new slots; the worst slot counts."""
     app = make_application()
     app.config = dataclasses.replace(app.config, backend=dataclasses.replace(app.config.backend, profile=True))
     jobs: list[JobRecord] = []

@@ -1,4 +1,4 @@
-"""What recording a job with --profile costs per step, against the same job without."""
+"""What does recording a job with --profile cost per step, compared with the same job without?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = "CPU s of the job"
 
 
 def make_variants() -> Mapping[str, Variant]:
-    """The same application with the flag and without. Files are left out: they are written when the job is over."""
+    """The same application with and without the flag. Files are not included: they are written after the job."""
     app = make_application()
     use_slots(TWO_SLOTS)
     observer.write_job = lambda folder, job: None  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Two slots, a copy each: how much faster is the UNet phase of four images?"""
+"""Two slots with a copy each: how much faster is the UNet phase of four images?"""
 
 from __future__ import annotations
 

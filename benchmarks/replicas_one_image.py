@@ -1,4 +1,4 @@
-"""Two slots, a branch each: how much faster is the UNet phase of one image?"""
+"""Two slots with a branch each: how much faster is the UNet phase of one image?"""
 
 from __future__ import annotations
 

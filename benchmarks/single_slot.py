@@ -1,4 +1,4 @@
-"""Does the sampling loop on one slot cost more than diffusers' own pipeline on the same weights?"""
+"""Does the sampling loop on one slot cost more than diffusers' pipeline with the same weights?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WIDTH, SIDE, NUM_STEPS, CFG = 64, 16, 20, 7.0
 
 
 def _with_cpu_seconds(run: Callable[[], Tensor]) -> Variant:
-    """The call's own processor seconds beside its wall time: the fairer number where the machine does other work too."""
+    """Adds the call's CPU seconds to its wall time: a fairer number if the machine is busy."""
 
     def call() -> Metrics:
         began_s = time.process_time()
@@ -83,7 +83,7 @@ def make_variants() -> Mapping[str, Variant]:
 
 BENCH = Bench(
     question=(
-        "Does the sampling loop on one slot cost more than diffusers' own pipeline on the same weights? One torch thread, fp32, a narrow SD1.x "
+        "Does the sampling loop on one slot cost more than diffusers' pipeline with the same weights? One torch thread, fp32, a narrow SD1.x "
         "network (64 to 256 channels), 128 pixels, 20 Euler steps with CFG 7, latents in and latents out; both answers are compared first."
     ),
     make_variants=make_variants,

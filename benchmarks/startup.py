@@ -1,4 +1,4 @@
-"""How long from the command to the page answering, on a start that installs nothing?"""
+"""How long does it take from the command until the page answers, on a start that installs nothing?"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _answers(url: str) -> bool:
 
 
 def start_and_ask(flags: tuple[str, ...], path: str) -> Metrics:
-    """Starts the program as a user does, asks until `path` answers, and ends the process.
+    """Start the program like a user, poll until `path` answers, and end the process.
 
     Raises:
         RuntimeError: it ended or did not answer within two minutes.
@@ -54,7 +54,7 @@ def start_and_ask(flags: tuple[str, ...], path: str) -> Metrics:
 
 
 def import_alone() -> Metrics:
-    """What the two largest packages cost when nothing else is done: the floor."""
+    """The time to import only the two largest packages: the lower bound."""
     subprocess.run([sys.executable, "-c", "import torch, gradio"], cwd=ROOT_DIR, check=True)
     return {}
 

@@ -1,4 +1,4 @@
-"""Text of SDXL's size on one CPU slot and on two: what a second copy of the encoders, or an encoder on each slot, would gain."""
+"""SDXL's text encoding on one and two CPU slots: the gain of a second copy of the encoders, or of one encoder per slot."""
 
 from __future__ import annotations
 

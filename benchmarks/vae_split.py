@@ -1,4 +1,4 @@
-"""How much sooner is one large picture decoded when two slots share it?"""
+"""How much faster is one large picture decoded by two slots?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def _one_strip(vae: Any, latents_BCHW: Tensor) -> Tensor:
-    """The split's own layers on one core with nobody to meet: what part of the gain is not the second core's."""
+    """The split's layers on one core without exchanges: the part of the gain that does not come from the second core."""
     with torch.no_grad():
         links = StripLinks(board=Board(stall_s=1.0), rank=0, devices=(CPU,))
         return DecoderStrip(read_strip_network(vae, CPU), (1.0,), links).decode(latents_BCHW)
@@ -43,7 +43,7 @@ def _compare(decode: Callable[[Tensor], Tensor], latents_BCHW: Tensor, expected_
 
 
 def make_variants(side: int = SIDE) -> Mapping[str, Variant]:
-    """The decoder of SD 1.x and SDXL at its published width, random weights, fp32; each slot is a thread with one torch thread of its own."""
+    """The decoder of SD 1.x and SDXL with its published width, random weights, fp32; each slot is a thread with one torch thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     vae = AutoencoderKL(
@@ -63,7 +63,7 @@ def make_variants(side: int = SIDE) -> Mapping[str, Variant]:
 
 BENCH = Bench(
     question=(
-        f"How much sooner is one large picture decoded when two slots share it? Published width, {8 * SIDE}x{8 * SIDE} pixels, fp32; slots are CPU "
+        f"How much faster is one large picture decoded by two slots? Published width, {8 * SIDE}x{8 * SIDE} pixels, fp32; slots are CPU "
         "cores, one torch thread each. 'Whole' is diffusers' own decode; 'one strip' is the split's code on one core, so the second core's part of "
         "the gain can be told from that of fewer copies."
     ),

@@ -1,4 +1,4 @@
-"""Does a virtual GPU cost time over the plain CPU? SD1.x at 0.4 of its width, 256 pixels."""
+"""Is a virtual GPU slower than the plain CPU? SD1.x with 0.4 of its width, 256 pixels."""
 
 from __future__ import annotations
 

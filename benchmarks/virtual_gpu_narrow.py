@@ -1,4 +1,4 @@
-"""Does a virtual GPU cost time over the plain CPU, where the arithmetic is little? Networks of the tests' width, 64 pixels."""
+"""Is a virtual GPU slower than the plain CPU when there is little arithmetic? Networks with the tests' width, 64 pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every attention against one plain softmax, and diffusers' attention layer with its own processor as the reference."""
+"""Every attention against a plain softmax. Reference for layers: diffusers' attention layer with its own processor."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_flag_chooses(flag: str) -> None:
     torch.testing.assert_close(attention.attention_function(q, k, v, 4), _reference(q, k, v, 4), rtol=1e-5, atol=1e-5)
 
 
-def test_xformers_gives_way_with_a_warning_where_it_cannot_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_xformers_is_replaced_with_a_warning_if_it_cannot_run(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("xformers may well run here")
@@ -103,7 +103,7 @@ def test_precision_flags() -> None:
 
 
 @pytest.mark.parametrize("spatial", [False, True])
-def test_the_processor_does_what_diffusers_own_does(spatial: bool) -> None:
+def test_the_processor_equals_diffusers(spatial: bool) -> None:
     layer = Attention(
         32, heads=4, dim_head=8, norm_num_groups=8 if spatial else None, residual_connection=spatial, bias=True, rescale_output_factor=2.0
     )

@@ -25,7 +25,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def lightning() -> Iterator[Any]:
-    """A class under a name of PyTorch Lightning, as its checkpoints of 2022 name them."""
+    """A class with a PyTorch Lightning name, as in its checkpoints from 2022."""
     names = ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint")
     modules = [types.ModuleType(name) for name in names]
     checkpoint = type("ModelCheckpoint", (), {"__module__": names[-1]})
@@ -64,7 +64,7 @@ def test_code_is_refused_in_either_format(tmp_path: Path, is_zip: bool) -> None:
 
 
 def rewrite(path: Path, change: Any, **write: Any) -> Path:
-    """The zip with each entry's content changed."""
+    """Rewrite a zip with changed entries."""
     with zipfile.ZipFile(path) as source:
         entries = {info.filename: source.read(info) for info in source.infolist()}
     with zipfile.ZipFile(path, "w", **write) as target:
@@ -107,7 +107,7 @@ def test_depth_that_would_end_the_process_is_refused() -> None:
         scan_pickle(io.BytesIO(nested))
 
 
-def test_tables_that_hold_each_other_are_refused(tmp_path: Path) -> None:
+def test_tables_that_contain_each_other_are_refused(tmp_path: Path) -> None:
     table: dict[str, Any] = {"weight": torch.ones(2)}
     table["again"] = table
     torch.save(table, tmp_path / "loop.pt")

@@ -1,4 +1,4 @@
-"""Which prediction a file is read as: by its marks, its metadata, the yaml beside it, and for SD 2.x by running the UNet."""
+"""The prediction type of a file: from marker keys, metadata, the yaml next to it, and for SD 2.x by running the UNet."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_metadata(metadata, kind, tmp_path):
         ("!!python/object/apply:os.mkdir [ran]", None),
     ],
 )
-def test_yaml_beside_the_file(text, kind, tmp_path, monkeypatch):
+def test_yaml_next_to_the_file(text, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = _write(tmp_path / "m.safetensors")
     path.with_suffix(".yaml").write_text(text, encoding="utf-8")
@@ -77,8 +77,8 @@ def test_marks_come_before_metadata_and_metadata_before_yaml(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
-def test_the_unet_is_asked_when_nothing_says(dtype, tmp_path):
-    """On the flat grey latent a velocity predictor answers strongly negative; here the output's bias stands in for its training."""
+def test_the_unet_is_run_when_the_file_says_nothing(dtype, tmp_path):
+    """On the flat gray latent a velocity predictor returns strongly negative values; here the output's bias replaces training."""
     unet = build_models(tmp_path / "x", "sd20").unet
     assert not predicts_velocity(unet)
     unet.conv_out.bias.sub_(2.0)

@@ -1,4 +1,4 @@
-"""ControlNet files: kind and family from the keys, both layouts against diffusers' own converter and its own forward pass."""
+"""ControlNet files: kind and family from the keys, both layouts against diffusers' converter and forward pass."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_file_without_a_prefix_and_a_state_dict_are_read_alike(models: Referen
 
 
 def test_the_original_layouts_names_are_those_the_library_converts() -> None:
-    """convert_controlnet_checkpoint knows these names by its own table (of SD 1.x files)."""
+    """convert_controlnet_checkpoint has its own table of these names (for SD 1.x files)."""
     controlnet = build_controlnet(build_models(Path("none"), "sd15"))
     stored = {f"control_model.{key}": tensor for key, tensor in ldm_state_dict(controlnet).items()}
     converted = convert_controlnet_checkpoint(stored, dict(controlnet.config))
@@ -86,7 +86,7 @@ def test_the_original_layouts_names_are_those_the_library_converts() -> None:
 
 
 def test_a_small_sdxl_controlnet_without_attention_is_read(tmp_path: Path) -> None:
-    """Like controlnet-canny-sdxl-1.0-small: no attention anywhere, a lone resnet in the middle."""
+    """Like controlnet-canny-sdxl-1.0-small: no attention, a single resnet in the middle block."""
     models = build_models(Path("none"), "sdxl")
     config = {**build_controlnet(models).config, "down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D"}
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""The families' engines. References: transformers' encoders, and the prompt encoding of diffusers' own pipelines."""
+"""The families' engines. References: transformers' encoders, and the prompt encoding of diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _cpu_engine():
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """(engine, reference) of each family, loaded once; tests leave them as they found them."""
+    """(engine, reference) of each family, loaded once; tests must leave them unchanged."""
     _configure_cpu()
     folder, cache = tmp_path_factory.mktemp("models"), {}
 
@@ -44,7 +44,7 @@ def loaded(tmp_path_factory):
 
 
 class _Prompts(UserList):
-    """A list of prompts that says what picture it is for."""
+    """A list of prompts with the size of its picture."""
 
     width = height = 0
     is_negative_prompt = False
@@ -161,7 +161,7 @@ def test_first_stage_scales_as_the_family_does(loaded, family):
 
 
 def test_denoised_latents_equal_those_of_the_reference_network(loaded):
-    """The whole way from a prompt to x0 at one noise level, against the formula x0 = x - sigma * eps with the library's UNet."""
+    """From a prompt to x0 at one noise level, against the formula x0 = x - sigma * eps with the library's UNet."""
     for family in ("sd15", "sdxl"):
         engine, reference = loaded(family)
         cond = engine.get_learned_conditioning(_prompts(["a red cat"], width=64, height=64))
@@ -177,7 +177,7 @@ def test_denoised_latents_equal_those_of_the_reference_network(loaded):
         torch.testing.assert_close(x0, x - sigma * eps, rtol=0, atol=1e-4)
 
 
-def test_objects_are_held_three_times_and_copied_shallowly(loaded):
+def test_objects_are_kept_three_times_and_copied_shallowly(loaded):
     engine, _ = loaded("sd15")
     copy = engine.forge_objects.shallow_copy()
     copy.unet = copy.unet.clone()

@@ -1,4 +1,4 @@
-"""The key maps, held against diffusers' own single-file conversion (the independent implementation of the other direction)."""
+"""The key maps against diffusers' single-file conversion (an independent implementation of the other direction)."""
 
 from __future__ import annotations
 

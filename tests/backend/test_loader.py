@@ -1,4 +1,4 @@
-"""Loading whole checkpoints. Reference: the diffusers and transformers networks the file was written from, weight by weight and output by output."""
+"""Loading checkpoints. Reference: the networks of diffusers and transformers that the file was written from, by weights and outputs."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def _cpu_engine():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Writes each kind of checkpoint, the common ones once: `checkpoint("sd15", layout="ldm")`. Nobody may change what is returned."""
+    """Writes each kind of checkpoint, common ones only once: `checkpoint("sd15", layout="ldm")`. Do not change the result."""
     folder, numbers = tmp_path_factory.mktemp("checkpoints"), count()
 
-    @lru_cache(maxsize=4)  # networks stay in memory as long as they are in here
+    @lru_cache(maxsize=4)  # networks stay in memory as long as they are in this dict
     def write(family, suffix=".safetensors", **kwargs):
         return write_checkpoint(folder / f"{next(numbers)}{suffix}", family, **kwargs)
 
@@ -127,7 +127,7 @@ def test_pickled_checkpoint_loads(checkpoint):
 
 
 def test_demo_shape_loads(tmp_path):
-    """Two levels, one resnet per level, a VAE with one too; its training size comes from the metadata."""
+    """Two levels, one resnet per level, also in the VAE; its training size comes from the metadata."""
     networks = demo.build_unet(), demo.build_vae(), demo.build_text_encoder()
     path = tmp_path / "demo.safetensors"
     save_file(key_layout.join_checkpoint("sd15", *networks[:2], networks[2:]), path, metadata={"modelspec.resolution": "64x64"})
@@ -156,7 +156,7 @@ def test_layer_by_layer_depths_are_derived(checkpoint, layout, tmp_path):
 
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
 def test_distilled_sdxl_with_a_lone_resnet_in_the_middle(checkpoint, layout, tmp_path):
-    """SSD-1B's shape, and that its program gives what the library's forward gives."""
+    """SSD-1B's shape; its program returns the same as the library's forward."""
     reference = checkpoint("sdxl", layout=layout)
     unet = _another_unet(
         reference,
@@ -207,7 +207,7 @@ def _without(path, target, *prefixes):
 
 
 @pytest.mark.parametrize("layout", ["bare ldm", "bare diffusers", "prefixed", "pt"])
-def test_vae_from_another_file_takes_the_place_of_the_files_own(checkpoint, layout, tmp_path):
+def test_vae_from_another_file_replaces_the_files_own(checkpoint, layout, tmp_path):
     reference = checkpoint("sd15")
     other = checkpoint("sd15", seed=5)
     ldm = key_layout.vae_to_ldm(other.vae.state_dict(), other.vae.config)
@@ -255,7 +255,7 @@ def test_bare_unet_with_parts_from_other_files(checkpoint, family, layout, tmp_p
 
 
 def test_text_encoder_without_its_text_model_level_is_read(checkpoint, tmp_path):
-    """Some SD1 files of 2023 were saved from a newer transformers and lack that level."""
+    """Some SD1 files from 2023 were saved with a newer transformers and lack that level."""
     reference = checkpoint("sd15")
     renamed = {key.replace(".transformer.text_model.", ".transformer."): tensor for key, tensor in load_file(reference.path).items()}
     save_file(renamed, tmp_path / "flat.safetensors")
@@ -263,7 +263,7 @@ def test_text_encoder_without_its_text_model_level_is_read(checkpoint, tmp_path)
 
 
 def test_sd2_text_encoder_of_23_blocks_is_used_whole(checkpoint, tmp_path):
-    """Files converted back from diffusers hold only the 23 blocks that are used; others hold 24 and the last is left out."""
+    """Files converted back from diffusers contain only the 23 used blocks; others contain 24, and the last is ignored."""
     reference = checkpoint("sd20")
     config = copy.deepcopy(reference.text_encoders[0].config)
     config.num_hidden_layers = 23
@@ -339,7 +339,7 @@ def test_nothing_stays_without_memory_and_position_numbers_are_real(checkpoint):
 
 
 def test_loaded_weights_do_not_depend_on_the_file(tmp_path):
-    """The file may be replaced or deleted while its model is in use; loading does not change it either."""
+    """The file may be replaced or deleted while its model is in use, and loading does not change it."""
     reference = write_checkpoint(tmp_path / "m.safetensors", "sd15")
     before = hashlib.sha256(reference.path.read_bytes()).digest()
     engine = load_checkpoint(reference.path, config=CONFIG)
@@ -358,7 +358,7 @@ def test_saved_checkpoint_loads_as_the_same_model(tmp_path):
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["sd15.safetensors", "sd20.safetensors", "sdxl.safetensors"]
 
 
-def test_loading_says_one_line(tmp_path, caplog):
+def test_loading_logs_one_line(tmp_path, caplog):
     reference = write_checkpoint(tmp_path / "m.safetensors", "sdxl", prediction="v_prediction")
     with caplog.at_level(logging.INFO, logger=loader.__name__):
         load_checkpoint(reference.path, config=CONFIG)
@@ -369,7 +369,7 @@ def test_loading_says_one_line(tmp_path, caplog):
 
 @pytest.mark.parametrize(("vram_mode", "read_to"), [("auto", "vgpu"), ("low", "cpu")])
 def test_model_on_a_virtual_gpu_equals_the_one_on_the_cpu(checkpoint, vram_mode, read_to):
-    """With room the UNet is read straight to the device; with little memory to the host, and moved when it is used."""
+    """With enough memory the UNet is read directly to the device; with little, to the host, and moved when used."""
     reference = checkpoint("sd15")
     prompts = ["a red cat"]
     x, sigma = torch.randn(1, 4, 8, 8) * 5, torch.tensor([5.0])

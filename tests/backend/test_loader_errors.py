@@ -1,4 +1,4 @@
-"""Files that make no model: each gets a sentence that says what it is and what to do. Nothing in a pickle runs, no file is touched."""
+"""Unusable files: each gets a message that says what it is and what to do. Nothing in a pickle runs, no file is changed."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_a_lora_chosen_as_vae_is_named(good, tmp_path):
         ({"model.diffusion_model.input_blocks.1.1.proj_in.weight.quant_state.bitsandbytes__nf4": _ones(4)}, "quantized weights"),
     ],
 )
-def test_relatives_that_are_not_supported_are_named(extra, words, good, tmp_path):
+def test_unsupported_relatives_are_named(extra, words, good, tmp_path):
     message = _refusal(_changed(good, tmp_path / "relative.safetensors", **extra))
     assert words in message and "supported" in message
 
@@ -277,8 +277,8 @@ def test_a_hostile_pickle_does_not_run(how, tmp_path):
         assert "mkdir" in message
 
 
-def test_a_trainers_classes_are_answered_by_stand_ins(tmp_path, monkeypatch):
-    """A file of 2022 as PyTorch Lightning wrote it: callback classes as keys, numpy numbers, an optimizer's state, a class of the trainer's."""
+def test_a_trainers_classes_become_stand_ins(tmp_path, monkeypatch):
+    """A file from 2022 by PyTorch Lightning: callback classes as keys, numpy numbers, an optimizer's state, a trainer class."""
     import sys
     import types
 
@@ -341,7 +341,7 @@ def test_wrappers_are_taken_off(content, keys, tmp_path):
 
 
 def test_tensors_of_every_type_and_place_are_read(tmp_path):
-    """Reference: safetensors' own reader. The header is shifted by one byte so that no tensor lies where its type would want it."""
+    """Reference: safetensors' own reader. The header is shifted by one byte, so that no tensor is aligned."""
     tensors = {
         "f32": torch.randn(5, 3),
         "f16": torch.randn(7).half(),
@@ -376,8 +376,8 @@ def test_metadata_of_other_files_is_empty(tmp_path):
         read_metadata(tmp_path / "gone.safetensors")
 
 
-def test_a_distilled_unet_with_the_numbers_of_the_whole_one_is_called_what_it_is(tmp_path: Path) -> None:
-    """As converters that know two resnets per level only write BK-SDM: 1, 3, 4, 6 ..."""
+def test_a_distilled_unet_with_the_full_models_block_numbers_is_identified(tmp_path: Path) -> None:
+    """Like BK-SDM written by converters that only support two resnets per level: 1, 3, 4, 6 ..."""
     whole = load_file(write_checkpoint(tmp_path / "whole.safetensors", "sd15").path)
     lead = "model.diffusion_model."
     dropped = (*(f"{lead}input_blocks.{number}." for number in (2, 5, 8, 11)), *(f"{lead}output_blocks.{number}." for number in (1, 4, 7, 10)))

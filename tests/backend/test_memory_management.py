@@ -1,4 +1,4 @@
-"""The face that extensions know: names, signatures and meaning, on a CPU, on virtual GPUs and with nothing configured."""
+"""The API that extensions use: names, signatures and meaning, on a CPU, on virtual GPUs and unconfigured."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """Each test starts and leaves the process as one that nobody configured."""
+    """Each test starts and leaves the process unconfigured."""
     yield
     memory_management.set_inference_memory(memory_management.DEFAULT_INFERENCE_BYTES)
     memory_management._configured.store = None
@@ -123,7 +123,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_importing_probes_nothing() -> None:
-    """In a process of its own: after the import no store exists and torch's CUDA was not asked."""
+    """In a new process: after the import no store exists and torch's CUDA was not queried."""
     code = (
         "import torch; torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0; "
         "import backend.memory_management as m; assert m._configured.store is None"
@@ -222,7 +222,7 @@ def test_names_work_on_virtual_gpus() -> None:
     assert model.current_device.type == "cpu"
 
 
-def test_text_encoder_and_vae_go_beside_the_unet_when_there_are_two_slots() -> None:
+def test_text_encoder_and_vae_go_to_the_second_slot() -> None:
     configure(virtual_gpus_bytes=(4 * MIB, 2 * MIB), multi_gpu=True)
     assert str(memory_management.text_encoder_device()) == str(memory_management.vae_device()) == "vgpu:1"
     assert str(memory_management.text_encoder_device(3 * MIB)) == "vgpu:0"  # too large for the second
@@ -232,7 +232,7 @@ def test_text_encoder_and_vae_go_beside_the_unet_when_there_are_two_slots() -> N
     assert str(memory_management.vae_device()) == "cpu"
 
 
-def test_a_cpu_slot_beside_a_gpu_takes_no_component() -> None:
+def test_a_cpu_slot_gets_no_component_if_there_is_a_gpu() -> None:
     configure(virtual_gpus_bytes=(4 * MIB,), device_ids=("0", "cpu"), multi_gpu=True)
     assert str(memory_management.vae_device()) == "vgpu:0"
 
@@ -264,7 +264,7 @@ def test_a_unet_is_read_straight_to_the_device_when_it_fits() -> None:
     assert str(memory_management.unet_inital_load_device(1, torch.float32)) == "cpu"
 
 
-def test_configuring_anew_takes_models_off() -> None:
+def test_configuring_again_unloads_models() -> None:
     configure(virtual_gpus_bytes=(4 * MIB,))
     model = patcher()
     memory_management.load_model_gpu(model)
@@ -280,7 +280,7 @@ def test_models_leave_devices_that_are_no_more() -> None:
     assert next(model.model.parameters()).device.type == "cpu"
 
 
-def test_out_of_memory_names_device_and_holders() -> None:
+def test_out_of_memory_names_device_and_models() -> None:
     configure(virtual_gpus_bytes=(4 * MIB,))
     model = patcher(1024)
     memory_management.load_model_gpu(model)

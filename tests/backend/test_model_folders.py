@@ -30,7 +30,7 @@ def test_linked_folders_are_entered_once_and_real_names_come_first(tmp_path: Pat
     assert outside.samefile(tmp_path / "root" / "linked" / "deep" / "b.pt")
 
 
-def test_odd_entries_are_left_out_and_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_entries_are_skipped_and_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = make(tmp_path / "1²3.safetensors")
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
@@ -55,7 +55,7 @@ def test_a_file_below_a_folder_whose_name_is_not_utf8_is_left_out(tmp_path: Path
 
 
 @pytest.mark.parametrize("folder", ["a\0b", "missing", "x" * 5000])
-def test_a_folder_that_cannot_be_holds_nothing(tmp_path: Path, folder: str) -> None:
+def test_an_impossible_folder_is_empty(tmp_path: Path, folder: str) -> None:
     assert find_files(tmp_path / folder) == []
 
 

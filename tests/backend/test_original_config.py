@@ -62,7 +62,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("family", list(PUBLISHED))
-def test_the_original_names_are_beside_the_librarys(family: str) -> None:
+def test_the_original_names_are_added_to_the_librarys(family: str) -> None:
     arguments, published = PUBLISHED[family]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**arguments)

@@ -1,4 +1,4 @@
-"""Recorders: what is recorded, what is not, and what CUDA events become. The CUDA is a fake that counts milliseconds."""
+"""Recorders: what is recorded, what is not, and the times of CUDA events. CUDA is a fake that counts milliseconds."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_many_threads_lose_no_span_and_no_count() -> None:
 
 
 class _Event:
-    """Passes at a fixed millisecond of its device."""
+    """Passes at a fixed time of its device, in ms."""
 
     clock_ms = 0.0
     num_synchronized = 0
@@ -171,7 +171,7 @@ def test_spans_of_a_lost_card_go_and_are_counted(fake_cuda: None, monkeypatch: p
     assert (recording.spans, recording.num_dropped) == ((), 1)
 
 
-def test_a_new_job_counts_anew() -> None:
+def test_a_new_job_resets_the_counts() -> None:
     profiler.begin([_slot(0, "cpu")], is_on=False)
     profiler.meter().count_stage_run(0)
     profiler.meter().count_stage_run(None)

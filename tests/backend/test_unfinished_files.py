@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, also where there is room for half of one."""
+"""Files are written completely or not at all, even on a disk with space for half of one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOM_BYTES = 4096
 
 @contextlib.contextmanager
 def files_end_at(num_bytes: int) -> Iterator[None]:
-    """No file of this process grows further: writes are cut off there, as on a full disk."""
+    """Limit the size of this process's files: writes end there, as on a full disk."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""The VAE: values held against diffusers' AutoencoderKL, then what it does when memory or number range run out."""
+"""The VAE: values against diffusers' AutoencoderKL, and its behavior when memory or number range are exceeded."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_out_of_memory_falls_back_to_tiles_with_a_message(network, monkeypatch, 
     assert "Out of memory while decoding 20x18 latents" in caplog.text
     assert seen[0] == (18, 20) and {(16, 16), (8, 20), (18, 8)} == set(seen[1:])
     assert decoded.shape == whole.shape
-    assert (decoded - whole).abs().mean() < 0.1  # tiles have norm statistics of their own
+    assert (decoded - whole).abs().mean() < 0.1  # each tile has its own norm statistics
 
 
 def test_encoding_falls_back_to_tiles_too(network, monkeypatch, caplog):
@@ -112,7 +112,7 @@ def test_encoding_falls_back_to_tiles_too(network, monkeypatch, caplog):
     assert latents.shape == (1, 4, 17, 20) and latents.isfinite().all()
 
 
-def test_tiled_from_the_start_when_asked(network, monkeypatch):
+def test_tiled_from_the_start_when_requested(network, monkeypatch):
     monkeypatch.setattr(memory_management, "VAE_ALWAYS_TILED", True)
     seen = _fails_above(network, monkeypatch, "decode", 64 * 64)
     VAE(network).decode(torch.randn(1, 4, 70, 8))
@@ -120,7 +120,7 @@ def test_tiled_from_the_start_when_asked(network, monkeypatch):
 
 
 @torch.no_grad()
-def test_one_tile_that_covers_everything_is_the_whole(network):
+def test_one_tile_that_covers_everything_equals_the_full_pass(network):
     vae = VAE(network)
     latents, pixels = torch.randn(2, 4, 5, 7), torch.rand(2, 40, 56, 3)
     torch.testing.assert_close(vae.decode_tiled(latents), vae.decode(latents), rtol=0, atol=1e-5)
@@ -129,7 +129,7 @@ def test_one_tile_that_covers_everything_is_the_whole(network):
 
 @pytest.mark.parametrize("shape", [(1, 3, 50, 71), (2, 3, 16, 16), (1, 3, 17, 200)])
 def test_blended_tiles_of_a_local_function_are_seamless(shape):
-    """Where a function acts on each pixel alone, tiles and fades must not show at all; closed-form reference."""
+    """If a function works on each pixel separately, tiles and fades must not be visible at all; closed-form reference."""
     x = torch.randn(shape)
     result = run_tiled(
         lambda tile: functional.interpolate(tile[:, :2] * 3 + 1, scale_factor=4, mode="nearest"),
@@ -223,7 +223,7 @@ def test_a_network_is_needed():
 
 
 def test_decode_on_a_virtual_gpu_that_is_too_small_for_whole_pictures(network, caplog, monkeypatch):
-    """Real accounting: every byte counts against the card's cap, the whole picture does not fit, tiles do."""
+    """Every byte counts against the card's cap; the full picture does not fit, tiles do."""
     latents = torch.randn(1, 4, 40, 40)
     whole = _reference_decode(network, latents)
     config = BackendConfig(virtual_gpus_bytes=(48 * 2**20,))

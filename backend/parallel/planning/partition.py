@@ -556,7 +556,7 @@ def _refine(evaluator: _Evaluator, seeds: Ints) -> Ints:
     """All cuts visited on the way from the seeds to cuts that no shift of one or two boundaries improves."""
     met = [seeds]
     for _ in range(_MOST_ROUNDS):
-        around = np.unique(np.concatenate([_neighbours(cuts, evaluator.num_pieces) for cuts in seeds]), axis=0)
+        around = np.unique(np.concatenate([_neighbors(cuts, evaluator.num_pieces) for cuts in seeds]), axis=0)
         met.append(around)
         better = around[_best_first(evaluator, around)[0][:_NUM_SEEDS]]
         if np.array_equal(better, seeds):
@@ -577,7 +577,7 @@ def _best_first(evaluator: _Evaluator, cuts_CB: Ints) -> tuple[Ints, tuple[float
     return best, (float(numbers.excess_C[at]), float(numbers.broken_C[at]), float(numbers.breach_C[at]), float(step_ms[fine[0]]))
 
 
-def _neighbours(cuts: Ints, num_pieces: int) -> Ints:
+def _neighbors(cuts: Ints, num_pieces: int) -> Ints:
     """The cuts, and the cuts with one boundary shifted by up to _REACH or two boundaries by a few fixed lengths."""
     count = len(cuts)
     shifts = [np.zeros(count, dtype=np.int64)]

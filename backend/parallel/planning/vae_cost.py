@@ -116,8 +116,8 @@ def arriving_bytes(rows: Sequence[int], width: int, bytes_per_number: int, size:
     total, found = sum(rows), [0] * len(rows)
     for position, slot in enumerate(taking_part):
         peers = len(taking_part) - 1
-        neighbours = min(position, 1) + min(peers - position, 1)
-        found[slot] = neighbours * _halo_numbers(width, size) * bytes_per_number + peers * _statistics_bytes(size, bytes_per_number)
+        neighbors = min(position, 1) + min(peers - position, 1)
+        found[slot] = neighbors * _halo_numbers(width, size) * bytes_per_number + peers * _statistics_bytes(size, bytes_per_number)
         if size.has_attention:
             found[slot] += 2 * (total - rows[slot]) * width * size.widths[-1] * bytes_per_number
     return tuple(found)

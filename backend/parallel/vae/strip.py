@@ -43,7 +43,7 @@ class DecoderStrip:
         self._network, self._links = network, links
         self._above = links.rank - 1 if links.rank > 0 else None
         self._below = links.rank + 1 if links.rank + 1 < len(row_shares) else None
-        self._neighbours = tuple(peer for peer in (self._above, self._below) if peer is not None)
+        self._neighbors = tuple(peer for peer in (self._above, self._below) if peer is not None)
         self._shares_R1 = torch.tensor(list(row_shares), dtype=_wide(network.dtype)).unsqueeze(1).to(links.devices[links.rank])
 
     def decode(self, latent_1CHW: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class DecoderStrip:
                 del x
                 x = _convolve_padded(block.upsample_conv, padded)
                 del padded
-        padded = self._normalise_padded(network.norm_out, x)
+        padded = self._normalize_padded(network.norm_out, x)
         del x
         return _convolve_padded(network.conv_out, padded)
 
@@ -76,10 +76,10 @@ class DecoderStrip:
         return _convolve_padded(self._network.conv_in, padded)
 
     def _resnet(self, block: Any, x_1CHW: Tensor) -> Tensor:
-        padded = self._normalise_padded(block.norm1, x_1CHW)
+        padded = self._normalize_padded(block.norm1, x_1CHW)
         hidden = _convolve_padded(block.conv1, padded)
         del padded
-        padded = self._normalise_padded(block.norm2, hidden)
+        padded = self._normalize_padded(block.norm2, hidden)
         del hidden
         hidden = _convolve_padded(block.conv2, padded)
         del padded
@@ -105,7 +105,7 @@ class DecoderStrip:
 
     # --- what crosses -----------------------------------------------------------------------------------------------------------------
 
-    def _normalise_padded(self, norm: nn.GroupNorm, x_1CHW: Tensor) -> Tensor:
+    def _normalize_padded(self, norm: nn.GroupNorm, x_1CHW: Tensor) -> Tensor:
         """Group norm over the whole picture and SiLU, padded by one row above and below: the neighbor's, or zeros."""
         (scale, shift), halo = self._fetch_affine(norm, x_1CHW, with_halo=True)
         padded = _empty_padded(x_1CHW, x_1CHW.shape[2], x_1CHW.shape[3])
@@ -124,7 +124,7 @@ class DecoderStrip:
         return self._join_moments(norm, torch.stack(moments)), Halo(above, below)
 
     def _fetch_halo(self, x_1CHW: Tensor) -> Halo:
-        received = self._links.swap({peer: self._row_for(peer, x_1CHW) for peer in self._neighbours})
+        received = self._links.swap({peer: self._row_for(peer, x_1CHW) for peer in self._neighbors})
         above, below = (None if peer is None else received[peer][0] for peer in (self._above, self._below))
         return Halo(above, below)
 

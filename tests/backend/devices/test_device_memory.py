@@ -1,4 +1,4 @@
-"""Bytes and facts of real devices, with made-up drivers; where a CUDA device is at hand, against its driver."""
+"""Bytes and facts of real devices, with fake drivers; if there is a CUDA device, against its driver."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOST = SimpleNamespace(total=32 * GIB, available=20 * GIB)
 
 @pytest.fixture(autouse=True)
 def forgotten() -> None:
-    """Facts of real devices are asked for once per process; here each test has its own machine."""
+    """Facts of real devices are cached per process; clear them, so that each test has its own machine."""
     inventory._describe_real.cache_clear()
 
 

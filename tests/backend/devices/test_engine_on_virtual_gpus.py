@@ -29,7 +29,7 @@ SIDE = 8  # latent pixels
 
 
 class Prompts(list):
-    """What SDXL reads the picture's size from."""
+    """Prompts with the picture size that SDXL reads."""
 
     width = height = 8 * SIDE
     is_negative_prompt = False
@@ -119,7 +119,7 @@ def test_with_two_gpus_the_unet_is_on_the_first_and_decoding_on_both(checkpoint:
     assert second.live_bytes > 15 * MIB
     crossing = virtual_gpu.copied_bytes()
     vae_bytes = memory_management.module_size(engine.first_stage_model)
-    assert 4 * SIDE * SIDE * 4 <= crossing["vgpu:0", "vgpu:1"] < MIB  # the latents, to the VAE, and what strips tell each other
+    assert 4 * SIDE * SIDE * 4 <= crossing["vgpu:0", "vgpu:1"] < MIB  # the latents, to the VAE, and the data that strips exchange
     assert crossing["vgpu:1", "vgpu:0"] < MIB + vae_bytes  # the conditions, and the copy of the VAE
 
 
@@ -195,7 +195,7 @@ def test_a_cap_below_what_the_largest_layer_needs_fails_with_numbers(checkpoint:
 @pytest.mark.parametrize("family", ["sd15", "sd20", "sdxl"])
 @torch.no_grad()
 def test_estimates_of_working_memory_are_twice_what_is_counted(tmp_path: Path, family: str, side: int) -> None:
-    """Narrow networks are held to it within a tenth; what does not grow with the picture, such as the text, is a larger part of theirs."""
+    """Within a tenth for narrow networks, where a larger share, such as the text, does not grow with the picture."""
     path = tmp_path / "narrow.safetensors"
     write_checkpoint(path, family)
     engine = load(path, virtual_gpus_bytes=(512 * MIB,))

@@ -1,4 +1,4 @@
-"""The link test: what each outcome means, processes that hang, crash and lie, and what is kept between runs."""
+"""The link test: the meaning of each outcome, processes that hang, crash or report nonsense, and what is kept between runs."""
 
 from __future__ import annotations
 
@@ -59,22 +59,22 @@ def test_without_a_report_nothing_is_trusted(ending: Any, reason: str) -> None:
     assert (verdict.route, verdict.reason, verdict.bytes_per_ms) == ("staged", reason, None)
 
 
-# running through pairs that fail
+# continuing after pairs that fail
 
 
 class FakeRunner:
-    """Plays cards: each pair has a report, or the way its test ends the process."""
+    """Fake cards: each pair has a report, or a way in which its test ends the process."""
 
-    def __init__(self, behaviour: dict[CardPair, Any]) -> None:
-        self.behaviour, self.runs = behaviour, list[list[CardPair]]()
+    def __init__(self, behavior: dict[CardPair, Any]) -> None:
+        self.behavior, self.runs = behavior, list[list[CardPair]]()
 
     def __call__(self, pairs: Sequence[CardPair]) -> ProbeResult:
         self.runs.append(list(pairs))
         reports = {}
         for pair in pairs:
-            if isinstance(self.behaviour[pair], str):
-                return ProbeResult(reports=reports, ending=self.behaviour[pair], during=pair)  # type: ignore[arg-type]
-            reports[pair] = self.behaviour[pair]
+            if isinstance(self.behavior[pair], str):
+                return ProbeResult(reports=reports, ending=self.behavior[pair], during=pair)  # type: ignore[arg-type]
+            reports[pair] = self.behavior[pair]
         return ProbeResult(reports=reports, ending="done")
 
 
@@ -113,7 +113,7 @@ def test_a_process_that_never_begins_is_not_started_again() -> None:
     assert len(calls) == 1
 
 
-# reading what the process says
+# reading the process's output
 
 
 def lines(*said: dict[str, Any] | str | None) -> Iterator[str | None]:
@@ -138,7 +138,7 @@ def test_nobody_waits_for_a_process_that_has_told_everything() -> None:
 
 
 def play_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
-    """Put `script` in the place of the test's process."""
+    """Replace the test's process with `script`."""
     path = tmp_path / "probe.py"
     path.write_text(script, encoding="utf-8")
     popen = link_test.subprocess.Popen
@@ -178,7 +178,7 @@ def test_the_probe_itself_says_its_lines(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_wrong_bytes_are_counted_wherever_a_copy_spoils_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On virtual GPUs, whose copies are right; then with one that loses its last byte, and one that never arrives."""
+    """On virtual GPUs, whose copies are correct; then with a copy that loses its last byte, and one that never arrives."""
     one, other = virtual_gpu.install((2**22, 2**22))
     assert link_probe.count_wrong_bytes(one, other, 5000, seed=1) == 0
     copy = torch.Tensor.copy_
@@ -201,7 +201,7 @@ def test_wrong_bytes_are_counted_wherever_a_copy_spoils_them(monkeypatch: pytest
 
 @pytest.fixture
 def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeRunner]:
-    """Two cards with a driver; their tests are played, and verdicts are kept in a folder of the test."""
+    """Two cards with a driver and fake link tests; verdicts are kept in the test's folder."""
     runner = FakeRunner({(0, 1): GOOD, (1, 0): WRONG})
     monkeypatch.setattr(link_test._verdicts_of_cards, "__defaults__", (runner,))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda card: SimpleNamespace(name="Card", uuid=f"uuid-{card}"))
@@ -233,13 +233,13 @@ def test_links_of_cards_are_tested_once_and_kept(cards: FakeRunner, tmp_path: Pa
     assert "NCCL_P2P_DISABLE" in caplog.text
     assert verdict_of(slots[2], slots[0]).route == "staged"
     assert len(cards.runs) == 1
-    link_test.keep_verdicts_in(tmp_path)  # as a new process would
+    link_test.keep_verdicts_in(tmp_path)  # like a new process
     assert link_verdicts(slots)[0, 2].reason == "direct copies delivered 4096 wrong bytes"
     assert len(cards.runs) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["links.json"]
 
 
-def test_another_driver_or_card_or_start_of_the_system_is_tested_anew(cards: FakeRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_driver_card_or_system_start_is_tested_again(cards: FakeRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slots = slots_on("cuda:0", "cuda:1")
     link_verdicts(slots)
     monkeypatch.setattr(link_test, "read_telemetry", lambda: (SimpleNamespace(driver="600.2"),))

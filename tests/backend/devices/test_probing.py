@@ -1,4 +1,4 @@
-"""Which slots come of which flags on which machine, with made-up machines."""
+"""The slots chosen by flags on fake machines."""
 
 from __future__ import annotations
 

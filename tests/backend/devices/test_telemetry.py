@@ -1,4 +1,4 @@
-"""Telemetry against a made-up NVML; on a machine with a card, against the card."""
+"""Telemetry with a fake NVML; on a machine with a card, also with the card."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NVMLError(Exception):
 
 
 class FakeNvml:
-    """Two cards; the second tells neither power nor link."""
+    """Two cards; the second reports neither power nor link."""
 
     NVMLError = NVMLError
     NVML_TEMPERATURE_GPU = 0

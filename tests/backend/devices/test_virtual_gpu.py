@@ -180,7 +180,7 @@ def test_every_byte_is_counted_and_given_back(gpus: tuple[torch.device, ...], fi
     assert first.peak_bytes == 0
 
 
-def test_the_cap_holds_and_the_error_has_the_numbers(gpus: tuple[torch.device, ...], first: VirtualDevice) -> None:
+def test_the_cap_is_enforced_and_the_error_has_the_numbers(gpus: tuple[torch.device, ...], first: VirtualDevice) -> None:
     held = torch.zeros(3 * MIB, dtype=torch.uint8, device=gpus[0])
     asked_and_true = r"vgpu:0 out of memory\. Tried to allocate 1\.50 MiB .* 4\.00 MiB: 3\.00 MiB are in use .* 1\.00 MiB are free"
     with pytest.raises(torch.OutOfMemoryError, match=asked_and_true):
@@ -201,7 +201,7 @@ def test_moved_bytes_are_counted_by_pair(gpus: tuple[torch.device, ...]) -> None
     assert virtual_gpu.copied_bytes() == {("cpu", "vgpu:0"): 40, ("vgpu:0", "vgpu:1"): 80, ("vgpu:1", "cpu"): 40}
 
 
-def test_counting_holds_under_threads(gpus: tuple[torch.device, ...], first: VirtualDevice) -> None:
+def test_counting_is_thread_safe(gpus: tuple[torch.device, ...], first: VirtualDevice) -> None:
     def work() -> None:
         x = torch.ones(64, device=gpus[0])
         for _ in range(200):
@@ -382,8 +382,8 @@ def test_a_deep_copied_module_is_on_the_device_and_counted(gpus: tuple[torch.dev
     assert first.live_bytes == 2 * (16 + 4) * 4
 
 
-def test_an_empty_likeness_on_the_meta_device_holds_nothing(gpus: tuple[torch.device, ...]) -> None:
-    """Copies of a network begin as such; numbers that happen to lie in memory must not pass for weights."""
+def test_an_empty_copy_on_the_meta_device_takes_no_bytes(gpus: tuple[torch.device, ...]) -> None:
+    """Copies of a network start this way; leftover numbers in memory must not be taken for weights."""
     tensor = torch.ones(3, device=gpus[0])
     assert torch.empty_like(tensor, device="meta").device.type == "meta"
     assert tensor.to("meta").device.type == "meta"

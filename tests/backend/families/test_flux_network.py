@@ -72,7 +72,7 @@ def test_relatives_are_refused_by_name(tmp_path: Path, extra: str, title: str, p
         identify(tmp_path, tensors)
 
 
-def test_other_files_are_none_or_say_what_they_are(tmp_path: Path) -> None:
+def test_other_files_are_ignored_or_refused_by_name(tmp_path: Path) -> None:
     tensors = original_tensors(make_flux())
     assert identify(tmp_path, {**tensors, "controlnet_blocks.0.weight": torch.zeros(2, 2)}) is None
     assert identify(tmp_path, {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.zeros(2, 2)}) is None
@@ -99,7 +99,7 @@ def test_the_key_map_writes_original_files(changes: dict[str, Any]) -> None:
 
 
 def test_the_library_s_converter_agrees_where_it_has_no_constants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It splits linear1 by the published width, which is replaced here."""
+    """The converter splits linear1 by the published width, which this test replaces."""
     flux = make_flux()
     source = convert_flux_transformer_checkpoint_to_diffusers.__code__
     constants = tuple({3072: WIDTH}.get(one, one) for one in source.co_consts)
@@ -180,7 +180,7 @@ def test_the_fold_is_the_library_s_forward_bit_for_bit(changes: dict[str, Any]) 
 
 
 def test_in_bfloat16_only_the_times_differ_from_the_library() -> None:
-    """Times that bfloat16 has exactly are the same there; the fold is then the same too."""
+    """Times that bfloat16 represents exactly are the same, and then all results are."""
     flux = make_flux().to(torch.bfloat16)
     rows = make_rows(flux, dtype=torch.bfloat16)
     rows["timesteps"], rows["guidance"] = torch.tensor([0.5, 0.25]), torch.tensor([4.0, 4.0])
@@ -254,8 +254,8 @@ def test_odd_sides_are_filled_and_cut_again() -> None:
     assert picture_ids(2, 3, 1).tolist() == [[1, 0, 0], [1, 0, 1], [1, 0, 2], [1, 1, 0], [1, 1, 1], [1, 1, 2]]
 
 
-def test_in_fp16_streams_are_fp32_and_survive_what_fp16_cannot_hold() -> None:
-    """A block adds 1.8e5 to the stream: the library clips that at 65504, fp32 keeps it. Reference: the library in fp32."""
+def test_in_fp16_streams_are_fp32_and_do_not_overflow() -> None:
+    """A block adds 1.8e5 to the stream: the library clips it at 65504, fp32 does not. Reference: the library in fp32."""
     flux = make_flux()
     block = flux.single_transformer_blocks[1]
     block.norm.linear.bias[2 * WIDTH :] = 6e4

@@ -1,4 +1,4 @@
-"""T5 in files as users have them: every place and spelling of its keys gives transformers' own weights; others are refused by name."""
+"""T5 in users' files: every prefix and spelling of its keys gives transformers' weights; other files are refused by name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
         ("text_encoder_3.", "both"),
     ],
 )
-def test_every_place_gives_transformers_own_features(prefix: str, table: str, tmp_path: Path) -> None:
+def test_every_prefix_gives_transformers_features(prefix: str, table: str, tmp_path: Path) -> None:
     more = {f"{prefix}logit_scale": torch.ones(())}
     encoder = load(write_t5(tmp_path / "t5.safetensors", t5_encoder(), prefix=prefix, table=table, more=more))
     assert not any(parameter.is_meta for parameter in encoder.parameters())
@@ -55,7 +55,7 @@ def test_every_plain_type_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
         assert torch.equal(value, t5_encoder().state_dict()[key].to(dtype).float())
 
 
-def test_the_table_of_tokens_is_held_once(tmp_path: Path) -> None:
+def test_the_token_table_is_in_memory_once(tmp_path: Path) -> None:
     encoder = load(write_t5(tmp_path / "t5.safetensors", t5_encoder(), table="both"))
     assert sum(parameter.numel() for parameter in encoder.parameters()) == sum(parameter.numel() for parameter in t5_encoder().parameters())
 

@@ -1,4 +1,4 @@
-"""Number types by hardware facts (CUDA compute capabilities as NVIDIA lists them)."""
+"""Dtypes chosen by hardware facts (CUDA compute capabilities from NVIDIA's list)."""
 
 from __future__ import annotations
 

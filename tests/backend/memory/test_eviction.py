@@ -1,4 +1,4 @@
-"""Who leaves, by example and by property."""
+"""Which models are evicted, by example and by property."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_with_room_nobody_leaves() -> None:
     assert victims(NEWEST_FIRST, need_bytes=4, free_bytes=5) == []
 
 
-def test_what_a_job_holds_stays_even_when_it_is_not_enough() -> None:
+def test_models_in_use_stay_even_when_memory_is_short() -> None:
     assert victims(NEWEST_FIRST, need_bytes=1000, free_bytes=0) == [3, 2, 0]
     assert victims(NEWEST_FIRST, need_bytes=0, free_bytes=0, evict_all=True) == [3, 2, 0]
 

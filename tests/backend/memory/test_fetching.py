@@ -1,4 +1,4 @@
-"""Weights that come ahead of their layer: what is guessed, what is refused, how much is in flight; and CUDA's streams, played."""
+"""Weights fetched before their layer runs: what is predicted, what is refused, how much is in flight; and fake CUDA streams."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CUDA0 = torch.device("cuda:0")
 
 
 class FakeCopies:
-    """Copies that are done when they are asked for; remembers the order of events and counts what lives."""
+    """Copies that finish when they are requested; records the order of events and counts live copies."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -56,7 +56,7 @@ class Layers:
         self.fetcher = AheadFetcher(self.weights.__getitem__, self.copies)
 
     def run(self, *names: str) -> list[float]:
-        """The number that each layer computes with."""
+        """The number that each layer used."""
         used = []
         for name in names:
             used.append(self.fetcher.fetch(name, self.weights[name])[0].item())
@@ -77,7 +77,7 @@ def test_the_first_pass_learns_and_the_next_ones_copy_ahead() -> None:
         *("begin 0", "finish 0", "compute 0", "begin 1", "finish 1", "compute 1", "begin 2", "finish 2", "compute 2")
     ]
     order = layers.copies.log
-    # Layer 1 began to come after layer 0 was enqueued and before it was known to be done.
+    # The copy of layer 1 began after layer 0 was enqueued and before it was known to be done.
     assert order.index("begin 1") < order.index("wait 4")
 
 
@@ -102,7 +102,7 @@ def test_the_first_layer_of_a_pass_is_never_copied_ahead() -> None:
 
 
 @given(passes=st.lists(st.lists(st.sampled_from("01234"), max_size=8), max_size=6))
-def test_whatever_the_order_every_layer_gets_its_own_weights(passes: list[list[str]]) -> None:
+def test_in_any_order_every_layer_gets_its_weights(passes: list[list[str]]) -> None:
     layers = Layers(5)
     for names in passes:
         assert layers.run(*names) == [float(name) for name in names]
@@ -112,7 +112,7 @@ def test_weights_that_changed_on_the_way_are_copied_again() -> None:
     layers = Layers(3)
     layers.run("0", "1", "2")
     layers.run("0")
-    layers.weights["1"][0].add_(10)  # as a LoRA does, in place
+    layers.weights["1"][0].add_(10)  # in place, like a LoRA
     assert layers.run("1") == [11]
     layers.weights["2"] = [torch.tensor(22.0)]  # or by another tensor
     assert layers.run("2") == [22]
@@ -152,7 +152,7 @@ class Net(nn.Module):
 
 
 class DirectCopies(FakeCopies):
-    """To a device, at once."""
+    """Copies to a device immediately."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -214,11 +214,11 @@ def test_only_cuda_copies_ahead() -> None:
     assert isinstance(streaming._choose_fetcher({}, CUDA0, ahead=True), AheadFetcher)
 
 
-# CUDA's streams, played
+# fake CUDA streams
 
 
 class FakeCuda:
-    """Notes what is asked of which stream."""
+    """Records the calls on each stream."""
 
     def __init__(self) -> None:
         self.log: list[str] = []

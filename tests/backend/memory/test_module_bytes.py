@@ -1,4 +1,4 @@
-"""Counting and moving modules; counts are checked against numbers worked out by hand."""
+"""Counting and moving modules; counts are compared with numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_state_dict_numbers() -> None:
     assert most_common_dtype({}) == torch.float32
 
 
-def test_the_whole_tree_moves_and_ties_hold(gpu: torch.device) -> None:
+def test_the_whole_tree_moves_and_ties_are_kept(gpu: torch.device) -> None:
     net = tied()
     move_module(net, gpu)
     assert {tensor.device for tensor in net.state_dict().values()} == {gpu}
@@ -103,5 +103,5 @@ def test_small_layers_stay_and_room_for_the_largest_is_left() -> None:
     assert choose_resident_layers([table], 49) == frozenset()
 
 
-def test_layers_are_the_modules_with_tensors_of_their_own() -> None:
+def test_layers_are_the_modules_with_tensors() -> None:
     assert [(layer.name, layer.own_bytes) for layer in list_layers(tied())] == [("0", 80), ("1", 72), ("2.0", 80)]

@@ -1,4 +1,4 @@
-"""Placement by room, with made-up fleets."""
+"""Placement by free memory, with made-up fleets."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ models = st.lists(st.builds(ModelNeed, name=st.just("m"), weights_bytes=bytes_up
 
 
 def peak_bytes(placements: tuple[Placement, ...], index: int) -> int:
-    """Counted anew, not as the planner does: all weights that stay, and at each moment the one that works."""
+    """Counted independently of the planner: all resident weights, and at each moment the layer that runs."""
     here = [placement for placement in placements if placement.slot_index == index]
     weights_bytes = sum(placement.resident_bytes for placement in here)
     return max((weights_bytes + placement.need.working_bytes for placement in here), default=0)

@@ -1,4 +1,4 @@
-"""Which models wait in main memory, by example and by property."""
+"""Which models stay in main memory, by example and by property."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_budget_is_a_share_of_all_and_of_what_is_free() -> None:
     budget_bytes=st.integers(0, 120),
     max_models=st.integers(0, 4),
 )
-def test_limits_hold_after_every_step(steps: list[tuple[int, int, bool]], budget_bytes: int, max_models: int) -> None:
+def test_limits_are_kept_after_every_step(steps: list[tuple[int, int, bool]], budget_bytes: int, max_models: int) -> None:
     recent: RecentModels[int] = RecentModels()
     for key, size, takes in steps:
         if takes:

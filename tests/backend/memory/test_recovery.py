@@ -1,4 +1,4 @@
-"""What happens when work runs out of memory, with made-up work and with models on a virtual GPU."""
+"""Recovery when work runs out of memory, with fake work and with models on a virtual GPU."""
 
 from __future__ import annotations
 

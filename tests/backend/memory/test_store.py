@@ -1,4 +1,4 @@
-"""Models come, leave and stream on virtual GPUs, with every byte counted by the devices themselves."""
+"""Models are loaded, evicted and streamed on virtual GPUs, which count every byte."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from backend.patcher.base import ModelPatcher
 
 KIB = 1024
 CPU = torch.device("cpu")
-GPU_0, GPU_1 = virtual_gpu.install((KIB, KIB))  # the names exist once the device type does
+GPU_0, GPU_1 = virtual_gpu.install((KIB, KIB))  # the names exist after the device type is registered
 
 
 class Net(nn.Module):
@@ -58,7 +58,7 @@ def live_kib(device: torch.device) -> float:
     return virtual_gpu.get_device(device).live_bytes / KIB
 
 
-def test_a_model_comes_whole_and_leaves_whole(make_store) -> None:
+def test_a_model_is_loaded_and_evicted_completely(make_store) -> None:
     store, model = make_store(100), patcher(4)
     load(store, model)
     assert live_kib(GPU_0) == 16 and model.current_device == GPU_0
@@ -79,7 +79,7 @@ def test_the_least_recently_used_leaves_and_only_it(make_store) -> None:
     assert two.current_device == CPU
 
 
-def test_what_the_call_holds_does_not_push_itself_out(make_store) -> None:
+def test_models_of_one_call_do_not_evict_each_other(make_store) -> None:
     store = make_store(64)
     one, two = patcher(5), patcher(5)
     load(store, one)
@@ -96,7 +96,7 @@ def test_devices_do_not_disturb_each_other(make_store) -> None:
     assert live_kib(GPU_0) == 20
 
 
-def test_a_network_that_nobody_holds_is_gone(make_store) -> None:
+def test_an_unreferenced_network_is_forgotten(make_store) -> None:
     store, model = make_store(64), patcher(4)
     load(store, model)
     del model
@@ -142,7 +142,7 @@ def test_what_does_not_fit_streams_and_gives_the_same_numbers(make_store) -> Non
     assert torch.equal(model.model(x), expected)
 
 
-def test_a_streamed_model_comes_whole_when_there_is_room(make_store) -> None:
+def test_a_streamed_model_is_loaded_completely_when_memory_is_free(make_store) -> None:
     store, model = make_store(40), patcher(16)
     load(store, model)
     virtual_gpu.get_device(GPU_0).cap_bytes = 400 * KIB
@@ -196,7 +196,7 @@ def test_high_vram_never_streams_and_its_models_stay(make_store) -> None:
     assert live_kib(GPU_0) == 20
 
 
-def test_out_of_memory_says_who_holds_what(make_store) -> None:
+def test_out_of_memory_names_what_uses_memory(make_store) -> None:
     store = make_store(40, 64, vram_mode="high")
     other, large = patcher(6, GPU_1), patcher(16)
     load(store, other)
@@ -218,7 +218,7 @@ def test_preserved_bytes_are_nobodys(make_store) -> None:
     assert store.residents[0].streamed is not None
 
 
-def test_free_makes_the_room_asked_for(make_store) -> None:
+def test_free_memory_frees_the_requested_bytes(make_store) -> None:
     store = make_store(64)
     one, two = patcher(4), patcher(4)
     load(store, one)
@@ -256,7 +256,7 @@ def test_many_loads_leave_bytes_where_they_were(make_store) -> None:
     assert live_kib(GPU_0) == 0
 
 
-def test_what_a_job_holds_is_never_evicted(make_store) -> None:
+def test_models_in_use_are_never_evicted(make_store) -> None:
     store = make_store(64)
     held, other = patcher(8), patcher(4)
     load(store, held)

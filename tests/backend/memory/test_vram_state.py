@@ -1,4 +1,4 @@
-"""Which state a device starts in, and how much may be loaded in part."""
+"""The initial state of a device, and how much of a model is loaded partially."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_it_denoises_as_the_library_does() -> None:
     assert denoised.dtype == torch.float32
 
 
-def test_an_inpainting_model_takes_mask_and_masked_picture() -> None:
+def test_an_inpainting_model_reads_mask_and_masked_picture() -> None:
     models = build_models(Path("none"), "sd15", inpaint=True)
     x, sigma, context = _inputs()
     concat = torch.randn(2, 5, 8, 8)

@@ -81,7 +81,7 @@ def test_percent_to_sigma() -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_denoised_is_the_librarys_pred_original_sample(prediction: str) -> None:
-    """diffusers' DDIM scheduler works on variance-preserving samples at whole timesteps; ours on variance-exploding ones."""
+    """Diffusers' DDIM scheduler works on variance-preserving samples at whole timesteps; ours on variance-exploding ones."""
     library = DDIMScheduler(**STABLE_DIFFUSION, prediction_type=prediction, clip_sample=False)
     library.set_timesteps(1000)
     predictor = Prediction(prediction_type=prediction)
@@ -93,7 +93,7 @@ def test_denoised_is_the_librarys_pred_original_sample(prediction: str) -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "edm"])
 def test_a_perfect_network_gives_back_the_picture(prediction: str) -> None:
-    """The output a perfect network gives, from each definition: epsilon = noise, v = alpha noise - s x0, edm's F (Karras 2022, eq. 8)."""
+    """A perfect network's output by each definition: epsilon = noise, v = alpha noise - s x0, edm's F (Karras 2022, eq. 8)."""
     predictor = Prediction(prediction_type=prediction)
     x0, noise, sigma_B = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.5, 9.0])
     sigma = sigma_B.view(2, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""A UNet cut over slots by hand. Reference: the same network whole."""
+"""A UNet cut over slots manually. Reference: the same network on one device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _denoise(model: KModel, device: torch.device) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("num_slots", "num_segments"), [(1, 26), (2, 26), (3, 26), (4, 26)])
-def test_a_split_network_gives_the_wholes_picture_and_comes_back_exactly(num_slots: int, num_segments: int) -> None:
+def test_a_split_network_gives_the_same_picture_and_is_restored_exactly(num_slots: int, num_segments: int) -> None:
     model = _model()
     whole = _denoise(model, torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Rows of a network call. Reference: the whole call, row by row."""
+"""Rows of a network call. Reference: the full call, row by row."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_residuals_follow_their_rows_and_single_ones_count_for_all() -> None:
 
 
 @torch.no_grad()
-def test_the_network_gives_every_row_what_it_gives_the_whole() -> None:
+def test_the_network_gives_every_row_the_same_result_as_in_the_full_call() -> None:
     program, call = build_program(build_models(Path("none"), "sd15").unet), _call()
     call = NetworkCall(rows=call.rows, options=call.options)
     whole = program.run(call.start(program))
@@ -76,7 +76,7 @@ def test_the_network_gives_every_row_what_it_gives_the_whole() -> None:
     assert torch.allclose(rows, whole, atol=1e-5)
 
 
-def test_a_call_stays_where_it_is_or_is_sent_whole() -> None:
+def test_a_call_stays_on_its_device_or_is_sent_completely() -> None:
     call, sent = _call(), []
 
     def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What belongs to a network beside its weights, when the network is copied and when it goes."""
+"""Objects that belong to a network besides its weights, when it is copied and when it is deleted."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from backend.nn.owner import owner_of
 
 
 class Session:
-    """Stays with the network it was begun for."""
+    """Stays with its original network."""
 
 
 class Changes:
-    """Goes along with a copy."""
+    """Is passed on to a copy."""
 
     def __init__(self, names: tuple[str, ...] = ()) -> None:
         self.names = names
@@ -33,7 +33,7 @@ def _network() -> nn.Module:
     return network
 
 
-def test_a_network_has_one_owner_with_one_part_of_a_kind() -> None:
+def test_a_network_has_one_owner_with_one_part_per_class() -> None:
     network = _network()
     session = owner_of(network).find(Session)
     assert owner_of(network) is owner_of(network)
@@ -51,7 +51,7 @@ def test_serials_are_never_given_again() -> None:
     assert len(seen) == 50
 
 
-def test_copies_take_what_says_so_and_share_no_owner() -> None:
+def test_copies_get_parts_that_allow_it_and_share_no_owner() -> None:
     network = _network()
     for other in (copy.deepcopy(network), copy.copy(network)):
         assert owner_of(other) is not owner_of(network)
@@ -73,7 +73,7 @@ def test_a_copy_without_weights_begins_with_nothing() -> None:
     assert owner_of(empty[0]).find(Changes) is None  # type: ignore[index]
 
 
-def test_a_network_goes_with_its_owner() -> None:
+def test_a_network_is_deleted_with_its_owner() -> None:
     network = _network()
     gone = weakref.ref(network)
     del network

@@ -1,4 +1,4 @@
-"""T5's encoder against transformers' own: in full precision, and where half precision and fp8 trip transformers'."""
+"""The T5 encoder against transformers': in full precision, and in half precision and fp8, where transformers' fails."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_in_half_precision_it_stays_near(dtype: torch.dtype) -> None:
 
 
 def _loud() -> Any:
-    """Gated products and a residual stream beyond 65504, as T5-XXL has them."""
+    """Gated products and a residual stream beyond 65504, as in T5-XXL."""
     encoder = copy.deepcopy(t5_encoder())
     for block in encoder.encoder.block:
         dense = block.layer[-1].DenseReluDense
@@ -57,14 +57,16 @@ def test_products_beyond_fp16_stay_finite_and_right() -> None:
     loud = _loud()
     expected = run(loud)
     naive = copy.deepcopy(loud).half()
-    assert not run(naive).isfinite().all() or (run(naive) - expected).abs().mean() > 0.1 * expected.abs().mean()  # the trap is real
+    assert (
+        not run(naive).isfinite().all() or (run(naive) - expected).abs().mean() > 0.1 * expected.abs().mean()
+    )  # transformers' encoder really overflows
     given = run(ours(loud).half())
     assert (given - expected).abs().mean() < 0.01 * expected.abs().mean()
 
 
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float16])
 def test_weights_stored_small_do_not_drag_the_activations_down(stored: torch.dtype) -> None:
-    """transformers casts activations to the type of `wo`'s weight, which fp8 would turn into noise."""
+    """Transformers casts activations to the dtype of `wo`'s weight, which would destroy them in fp8."""
     rounded = copy.deepcopy(t5_encoder())
     for name, parameter in rounded.named_parameters():
         if "norm" not in name:

@@ -1,4 +1,4 @@
-"""The program of segments against the library's own forward. Reference: diffusers' UNet2DConditionModel, called as it is."""
+"""The program of segments. Reference: the forward of diffusers' UNet2DConditionModel, unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def unet(request: pytest.FixtureRequest) -> UNet2DConditionModel:
 
 
 def _build_relative(name: str) -> UNet2DConditionModel:
-    """The SDXL refiner's shape (four levels, transformers in the two middle ones), and a slimmed SDXL's (no attention in the middle)."""
+    """The SDXL refiner's shape (four levels, transformers in the two middle ones), and a reduced SDXL's (no attention in the middle block)."""
     torch.manual_seed(1)
     is_refiner = name == "refiner"
     network = UNet2DConditionModel(
@@ -138,14 +138,14 @@ def test_control_residuals_are_added_as_the_library_adds_them(unet: UNet2DCondit
     down = [torch.randn(shape, generator=generator) * 0.1 for shape in shapes]
     middle = torch.randn(shapes[-1], generator=generator) * 0.1
     control = {"output": down, "middle": [middle], "input": []}
-    added = middle if unet.mid_block is not None else torch.zeros_like(middle)  # without a middle there is nothing that takes it
+    added = middle if unet.mid_block is not None else torch.zeros_like(middle)  # without a middle block nothing takes it
     expected = _library(unet, inputs, down_block_additional_residuals=down, mid_block_additional_residual=added)
     assert torch.equal(_run(unet, inputs, control=control), expected)
     assert len(control["output"]) == len(shapes), "the caller's lists are left alone"
 
 
 def test_input_residuals_act_before_the_skip_is_stored(unet: UNet2DConditionModel) -> None:
-    """What a T2I adapter adds: a residual of ones at input 0 is the same as a bias of one more in conv_in."""
+    """As a T2I-Adapter does: a residual of ones at input 0 equals a bias in conv_in that is larger by one."""
     inputs = _inputs(unet)
     ones = torch.ones(2, unet.config.block_out_channels[0], 16, 16)
     biased = copy.deepcopy(unet)
@@ -265,7 +265,7 @@ def test_a_replacement_for_one_block_index_acts_there_only() -> None:
     assert not torch.equal(changed, _library(unet, inputs))
 
 
-def test_an_attention_patch_may_change_keys_and_values_apart() -> None:
+def test_an_attention_patch_may_change_keys_and_values_separately() -> None:
     unet = build_models(Path("none"), "sd15").unet
     inputs = _inputs(unet)
     swapped = _run(unet, inputs, options={"patches": {"attn2_patch": [lambda n, context, value, extra: (n, context.roll(1, 1), value.roll(1, 1))]}})
@@ -335,7 +335,7 @@ def test_pieces_call_hooks_as_often_as_the_whole(unet: UNet2DConditionModel) -> 
     assert count(lambda options: _run_pieces(unet, inputs, options)) == whole
 
 
-def test_pieces_hold_every_weight_once(unet: UNet2DConditionModel) -> None:
+def test_pieces_have_every_weight_once(unet: UNet2DConditionModel) -> None:
     program = build_program(unet)
     held = [
         f"{name}.{key}" for piece in program.finest_pieces() for name, layer in program.piece_layers(piece) for key, _ in layer.named_parameters()

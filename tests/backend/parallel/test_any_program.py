@@ -1,4 +1,4 @@
-"""A network that is no UNet goes through the denoiser, the executor, the cost counter and the partition. Reference: its own `forward`."""
+"""A network that is not a UNet in the denoiser, the executor, the cost counter and the partition. Reference: its `forward`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _expect(network: TokenNetwork, rows: dict[str, Tensor], residuals: list[Tens
 
 
 def _executor(network: TokenNetwork, fleet: Fleet, slots: tuple[int, ...], controls: dict[nn.Module, ControlPlace] | None = None) -> Executor:
-    """One copy with a segment on each of the slots."""
+    """One copy with a segment on each slot."""
     program = build_token_program(copy.deepcopy(network))
     plan = ReplicaPlan(pieces=program.whole_pieces(), slots=slots)
     for _, layer in program.embedding.named_layers:
@@ -59,7 +59,7 @@ def _at_home(call: NetworkCall, fleet: Fleet) -> NetworkCall:
     return call.on(fleet.primary.torch_device, lambda tensor, device: tensor.to(device))
 
 
-def test_the_fold_is_the_networks_own_forward(network: TokenNetwork) -> None:
+def test_running_all_segments_equals_the_networks_forward(network: TokenNetwork) -> None:
     program, rows = build_token_program(network), make_token_rows(ROWS)
     assert torch.equal(program.run(NetworkCall(rows=rows).start(program)), network(*(rows[name] for name in ("x", "sigma", "text", "guidance"))))
 
@@ -79,7 +79,7 @@ def test_rows_go_through_any_cut_bit_for_bit(network: TokenNetwork, slots: tuple
 
 
 def test_only_what_the_next_stage_reads_crosses(network: TokenNetwork) -> None:
-    """Behind the first block both streams, behind the second the picture alone; the modulation goes to both slots once."""
+    """Both streams after the first block, only the picture after the second; the modulation goes to both slots once."""
     rows, picture, text, modulation = make_token_rows(1), SIDE * SIDE * WIDTH * 4, TEXT * WIDTH * 4, WIDTH * 4
     crossed = {}
     for slots in ((0, 1, 1), (0, 0, 1)):

@@ -1,6 +1,6 @@
-"""ControlNets on slots: rows of a pass, passes beside the denoiser's way in, and what happens when one fails.
+"""ControlNets on slots: rows of a pass, passes in parallel with the denoiser's input blocks, and failures.
 
-Reference: the chain's own `get_control` over all rows on one CPU slot, before the denoiser.
+Reference: the chain's `get_control` for all rows on one CPU slot, before the denoiser.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def two_gpus() -> Iterator[Fleet]:
 
 
 def _unet(*settings: Setting) -> UnetPatcher:
-    """A narrow denoiser at home on the primary slot, with a ControlNet for each of the settings."""
+    """A narrow denoiser on the primary slot, with a ControlNet for each of the settings."""
     models = build_models(Path("none"), "sd15")
     unet = UnetPatcher.from_model(KModel(models.unet, Prediction()), offload_device=torch.device("cpu"))
     for seed, setting in enumerate(settings):
@@ -105,8 +105,8 @@ def networks() -> tuple[KModel, tuple[ControlNetwork, ...]]:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @torch.no_grad()
-def test_rows_that_are_done_apart_are_those_of_the_whole_pass(setting: str, networks: tuple[KModel, tuple[ControlNetwork, ...]]) -> None:
-    """Two pictures, uncond before cond, as parts of one, two and one row; beside a second ControlNet without settings."""
+def test_rows_computed_separately_equal_those_of_the_full_pass(setting: str, networks: tuple[KModel, tuple[ControlNetwork, ...]]) -> None:
+    """Two pictures, uncond before cond, as parts of one, two and one row; with a second ControlNet without settings."""
     generator = torch.Generator().manual_seed(6)
     with configured_slots("cpu"):
         chain: ControlNet | None = None
@@ -139,8 +139,8 @@ def test_rows_that_are_done_apart_are_those_of_the_whole_pass(setting: str, netw
             assert expected.std() > 1e-3
 
 
-def test_rows_of_three_slots_make_the_whole_picture() -> None:
-    """Two copies of the denoiser with one ControlNet each, and the second ControlNet beside them on the third slot."""
+def test_rows_of_three_slots_make_the_full_picture() -> None:
+    """Two copies of the denoiser with one ControlNet each, and the second ControlNet on the third slot."""
     with virtual_fleet(3):
         unet = _unet({}, {})
         session = _prepare(unet, "replicas")
@@ -164,14 +164,14 @@ def test_a_cut_network_gives_the_same(two_gpus: Fleet) -> None:
 
 
 def _session_with_control_elsewhere(unet: UnetPatcher, **request: Any) -> SamplingSession:
-    """One picture without CFG: one row, whose ControlNet has the other slot."""
+    """One picture without CFG: one row, with the ControlNet on the other slot."""
     session = _prepare(unet, "auto", images=1, branches=1, **request)
     assert session is not None
     assert (session.plan.strategy, session.plan.used_slots) == ("single", (0,))
     return session
 
 
-def test_a_single_unit_has_its_controlnet_on_the_other_slot(two_gpus: Fleet) -> None:
+def test_a_single_row_has_its_controlnet_on_the_other_slot(two_gpus: Fleet) -> None:
     unet = _unet({})
     session = _session_with_control_elsewhere(unet)
     assert session.plan.control_slots == {"ControlNet": (1,)}
@@ -204,7 +204,7 @@ def test_a_cancelled_run_ends_with_controlnets_under_way(two_gpus: Fleet) -> Non
     sampling_cleanup(unet)
 
 
-def test_hooks_that_see_whole_passes_keep_them_whole(two_gpus: Fleet) -> None:
+def test_hooks_that_need_full_passes_keep_them_in_one_piece(two_gpus: Fleet) -> None:
     seen: list[int] = []
 
     def wrapper(x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor, y: object, model: ControlNet, inner_model: Any) -> list[Tensor]:
@@ -233,7 +233,7 @@ def program() -> Program:
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """Residuals of one row, given when `run` lets them go."""
+    """Residuals of one row, returned when `run` permits."""
 
     network: nn.Module
     give: Callable[[], Residuals]
@@ -287,8 +287,8 @@ def _alone(program: Program, control: Residuals) -> Tensor:
         return program.run(_call(program, control).start(program))
 
 
-def test_a_controlnet_runs_while_the_unit_is_on_its_way_in_and_the_unit_waits_outside_its_worker(program: Program) -> None:
-    """The pass ends only when the row has done its last input block and the worker does something else."""
+def test_a_controlnet_overlaps_the_input_blocks_and_the_row_waits_without_blocking_its_worker(program: Program) -> None:
+    """The pass ends only after the row's last input block, when the worker does something else."""
     network, way_in_done = nn.Linear(1, 1), threading.Event()
     last_input = sum(segment.kind == "input" for segment in program.segments) - 1
 
@@ -311,7 +311,7 @@ def test_a_controlnet_runs_while_the_unit_is_on_its_way_in_and_the_unit_waits_ou
 
 
 def test_links_add_up_in_their_order_on_any_slots(program: Program) -> None:
-    """Three numbers of unlike size: another order would round otherwise."""
+    """Three numbers of different magnitude: another order would round differently."""
     networks = [nn.Linear(1, 1) for _ in range(2)]
     found = [{kind: [one * scale for one in lists if one is not None] for kind, lists in _residuals(program, seed).items()} for seed, scale in
              ((1, 1.0), (2, 1e4), (3, 1e-3))]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What issue and design ask of SDXL at full size: balance, share and traffic, on the planner's numbers and counted with fake tensors."""
+"""Requirements of issue and design for full-size SDXL: balance, share and traffic, by the planner's numbers and counted with fake tensors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def cuts() -> dict[str, Partition]:
 
 
 @pytest.mark.parametrize("name", EQUAL_CARDS)
-def test_equal_cards_hold_within_a_tenth_of_each_other(cuts: dict[str, Partition], name: str) -> None:
+def test_equal_cards_get_bytes_within_a_tenth_of_each_other(cuts: dict[str, Partition], name: str) -> None:
     peaks = cuts[name].peak_bytes.values()
     assert min(peaks) >= (1 - MOST_IMBALANCE) * max(peaks)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_card_holds_more_than_two_thirds(cuts: dict[str, Partition], name: str) -> None:
+def test_no_card_gets_more_than_two_thirds(cuts: dict[str, Partition], name: str) -> None:
     found = cuts[name]
     assert max(found.weight_bytes.values()) <= MOST_WEIGHT_SHARE * sum(found.weight_bytes.values())
     assert set(found.replica.used_slots) == set(range(len(CASES[name].cards)))
@@ -38,7 +38,7 @@ def test_a_cut_with_little_traffic_exists_that_keeps_every_rule(cuts: dict[str, 
 
 
 def test_with_a_controlnet_its_residuals_are_what_is_added(cuts: dict[str, Partition]) -> None:
-    """12 MB cannot be met there with balanced cards: residuals of the inner blocks have to come from the card with the ControlNet."""
+    """12 MB is not possible with balanced cards: residuals of the inner blocks must come from the card with the ControlNet."""
     found = cuts["2x24 GB, ControlNet, at most 25 MB"]
     assert found.rules_kept
     assert found.crossing_bytes <= 25 * MB
@@ -49,7 +49,7 @@ def test_with_a_controlnet_its_residuals_are_what_is_added(cuts: dict[str, Parti
     "name", [*(pytest.param(name, marks=pytest.mark.nightly) for name in ("2x24 GB", "2x24 GB, at most 12 MB")), "2x24 GB, ControlNet, at most 25 MB"]
 )
 def test_counted_bytes_are_the_predicted_ones(cuts: dict[str, Partition], name: str) -> None:
-    """The split network run through the executor on fake tensors. Crossing bytes are exact but for timesteps and SDXL's vector, which stay."""
+    """The executor runs the split network on fake tensors. Crossing bytes are exact except for timesteps and SDXL's vector, which stay."""
     counted = count_case(CASES[name])
     assert abs(counted["peak prediction off by %"]) < 6
     assert counted["between cards %"] < 10
@@ -60,7 +60,7 @@ def test_counted_bytes_are_the_predicted_ones(cuts: dict[str, Partition], name: 
 @pytest.mark.parametrize(
     ("cards", "has_controlnet"), [(("RTX3090", "RTX3090"), False), (("RTX3090", "RTX3090"), True), (("RTX3090", "RTX3060"), False)]
 )
-def test_layers_that_are_asked_for_get_a_plan_over_both(cards: tuple[str, ...], has_controlnet: bool) -> None:
+def test_requested_layers_get_a_plan_over_both(cards: tuple[str, ...], has_controlnet: bool) -> None:
     components = component_costs("sdxl", 1024, 1024, has_controlnet=has_controlnet)
     job = JobShape(components=components)
     plan = make_plan(profile_model("sdxl", 1024, 1024), card_slots(cards), card_links(cards, "host"), job, strategy="layers")

@@ -37,7 +37,7 @@ def test_predictions_meet_published_figures() -> None:
         assert abs(row.error) <= (0.18 if row.what.startswith(FAR_OFF) else TOLERANCE), row
 
 
-def test_the_document_holds_what_the_command_prints() -> None:
+def test_the_document_contains_the_output_of_the_command() -> None:
     document = (ROOT_DIR / "docs" / "simulate.md").read_text(encoding="utf-8")
     for line in validation_tables().splitlines():
         assert line in document, f"docs/simulate.md misses {line!r}; paste the output of: python -m backend.parallel.simulate --validate"

@@ -1,4 +1,4 @@
-"""Links of the ControlNet chain: weights by branch, picture, noise level and place, hints, ranges, copies, hooks."""
+"""Links of the ControlNet chain: weights by branch, picture, noise level and position, hints, ranges, copies, hooks."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _rows(residual: Tensor | None) -> list[float]:
     return residual.flatten(1).mean(1).tolist()
 
 
-def test_branches_and_layers_have_weights_of_their_own() -> None:
+def test_branches_and_layers_have_separate_weights() -> None:
     positive, negative = {"middle": [0.5], "output": [0.25, 0.75]}, {"middle": [0.0], "output": [2.0, 0.0]}
     control = _control(_link(positive_advanced_weighting=positive, negative_advanced_weighting=negative, strength=2.0))
     assert _rows(control["middle"][0]) == [0, 0, 1, 1]
@@ -179,7 +179,7 @@ def test_a_link_is_a_copy_with_the_same_network(unet: UnetPatcher, network: Cont
     assert (link.copy().strength, link.copy().timestep_percent_range, link.copy().previous_controlnet) == (0.5, (0.2, 0.8), None)
 
 
-def test_a_controlnet_of_the_whole_checkpoint_does_not_fit_the_distilled_one(network: ControlNet) -> None:
+def test_a_controlnet_of_the_full_checkpoint_does_not_fit_the_distilled_one(network: ControlNet) -> None:
     small = UnetPatcher(KModel(build_models(Path("none"), "small-sd").unet, Prediction()), CPU, CPU)
     with pytest.raises(ControlNetError, match=r"2, 2, 2, 2. layers per level, and the checkpoint .1, 1, 1, 1. and no middle"):
         _run(apply_controlnet_advanced(small, network, hint(), 1.0, 0.0, 1.0))
@@ -217,8 +217,8 @@ def test_a_hint_is_embedded_once_a_run(unet: UnetPatcher, network: ControlNet, m
 
 
 def test_one_channel_hints_and_wrong_numbers_of_hints(unet: UnetPatcher, network: ControlNet) -> None:
-    grey = torch.full((1, 1, 64, 64), 0.5)
-    _run(apply_controlnet_advanced(unet, network, grey, 1.0, 0.0, 1.0))
+    gray = torch.full((1, 1, 64, 64), 0.5)
+    _run(apply_controlnet_advanced(unet, network, gray, 1.0, 0.0, 1.0))
     with pytest.raises(ControlNetError, match="3 hints for a batch of 1 pictures"):
         _run(apply_controlnet_advanced(unet, network, hint(batch=3), 1.0, 0.0, 1.0))
     with pytest.raises(ControlNetError, match="hints of 3 channels"):

@@ -1,4 +1,4 @@
-"""LoRA files of every naming and kind find their layers; names are checked against the converter of diffusers."""
+"""LoRA files with all kinds and naming schemes find their layers; names are compared with diffusers' converter."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def linear_layers(model: torch.nn.Module) -> dict[str, torch.Size]:
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_kohya_names_mean_what_diffusers_takes_them_for(family: str) -> None:
-    """Layers of the attentions under kohya's names, and what the converter of diffusers calls the same tensors: one weight for both."""
+    """Attention layers under kohya's names and under those of diffusers' converter: the same weight."""
     unet, _ = networks(family)
     config: Any = unet.model.diffusion_model.config
     originals = key_layout.unet_module_names(config)
@@ -223,7 +223,7 @@ def full_lora(family: str) -> dict[str, Tensor]:
     return tensors
 
 
-def test_a_whole_lora_matches_its_family_and_no_other() -> None:
+def test_a_full_lora_matches_its_family_and_no_other() -> None:
     assert match(full_lora("sd15")).unmatched == ()
     assert match(full_lora("sdxl"), "sdxl").unmatched == ()
     with pytest.raises(LoraError, match=r"test does not fit SD 1\.x: .* layers .*made for SDXL.*Nothing of it was applied"):
@@ -342,7 +342,7 @@ def test_a_damaged_layer_is_refused_before_merging_by_the_files_name(change: dic
         match({f"{LAYER}.{part}": tensor for part, tensor in parts.items()})
 
 
-def test_lengths_beside_a_kind_that_has_none_are_refused() -> None:
+def test_magnitudes_are_refused_for_kinds_without_them() -> None:
     out, _ = shape_of(QUERY)
     with pytest.raises(LoraError, match="DoRA magnitudes, which this kind"):
         match({f"{LAYER}.oft_blocks": torch.zeros(2, out // 2, out // 2), f"{LAYER}.dora_scale": torch.ones(out, 1)})

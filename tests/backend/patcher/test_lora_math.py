@@ -1,4 +1,4 @@
-"""Formulas against computations of another kind: layers run one after the other, NumPy's products, loops over indices, and the papers' properties."""
+"""Formulas against other computations: layers run in sequence, NumPy's products, loops over indices, and properties from the papers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def merged(patch: WeightPatch, weight: Tensor, strength: float = 1.0) -> Tensor:
     return patch.merge(weight.clone(), strength)
 
 
-def test_a_linear_lora_is_two_linear_layers_beside_the_first() -> None:
+def test_a_linear_lora_equals_two_parallel_linear_layers() -> None:
     weight, up, down, x = rand(6, 5), rand(6, 2), rand(2, 5), rand(3, 5)
     result = F.linear(x, merged(LoraPatch(up=up, down=down, alpha=4.0), weight, 0.5))
     torch.testing.assert_close(result, F.linear(x, weight) + 0.5 * (4.0 / 2) * F.linear(F.linear(x, down), up), **TOLERANCE)
@@ -93,7 +93,7 @@ def test_lokr_is_the_kronecker_product() -> None:
     w1, w2 = rand(2, 3), rand(4, 5)
     expected = np.kron(w1.numpy(), w2.numpy())
     zero = torch.zeros(8, 15)
-    torch.testing.assert_close(merged(LokrPatch(w1=w1, w2=w2, alpha=7.0), zero).numpy(), expected)  # whole factors know no rank, so no scale
+    torch.testing.assert_close(merged(LokrPatch(w1=w1, w2=w2, alpha=7.0), zero).numpy(), expected)  # full factors have no rank, so no scale
     a, b = rand(4, 2), rand(2, 5)
     expected = (6.0 / 2) * np.kron(w1.numpy(), a.numpy() @ b.numpy())
     torch.testing.assert_close(merged(LokrPatch(w1=w1, w2_a=a, w2_b=b, alpha=6.0), zero).numpy(), expected, **TOLERANCE)

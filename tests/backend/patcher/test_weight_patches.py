@@ -1,4 +1,4 @@
-"""Weight patches go in and out exactly, on whatever device each weight lies."""
+"""Weight patches are applied and removed exactly, on any device."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_patch_is_added_and_leaves_without_a_trace(dtype: torch.dtype) -> None
     before, one = weights(model), patcher(model)
     used = one.add_patches(filename="a", patches={**patches(), "9.weight": lora(2, 2, 0)}, strength_patch=0.5)
     assert used == {"0.weight", "1.weight", "2.bias"}
-    assert_same(weights(model), before)  # nothing changes before it is asked for
+    assert_same(weights(model), before)  # nothing changes before it is requested
 
     one.refresh_loras()
     up, down = patches()["0.weight"].up, patches()["0.weight"].down  # type: ignore[attr-defined]
@@ -105,7 +105,7 @@ def test_patches_of_several_files_add_up_and_a_file_may_be_named_twice() -> None
     torch.testing.assert_close(model[2].bias, (before["2.bias"] + 2) * 0.5 + 2)
 
 
-def test_clones_have_patches_of_their_own() -> None:
+def test_clones_have_separate_patches() -> None:
     model = network()
     before, one = weights(model), patcher(model)
     clone = one.clone()
@@ -180,7 +180,7 @@ def devices() -> tuple[torch.device, ...]:
     return virtual_gpu.install([64 * MIB, 64 * MIB])
 
 
-def test_each_weight_is_patched_where_it_lies(devices: tuple[torch.device, ...]) -> None:
+def test_each_weight_is_patched_on_its_device(devices: tuple[torch.device, ...]) -> None:
     model, plain = network(), network()
     before = weights(model)
     move_module(model, devices[0])
@@ -193,13 +193,13 @@ def test_each_weight_is_patched_where_it_lies(devices: tuple[torch.device, ...])
     assert (model[0].weight.device, model[2].bias.device) == devices
     assert {tensor.device for tensor in one.lora_loader.backup.values()} == {CPU}
 
-    move_module(model[0], devices[1])  # stages may move while patches are in
+    move_module(model[0], devices[1])  # stages may move while patches are applied
     one.lora_patches = {}
     one.refresh_loras()
     assert_same(weights(model), before)
 
 
-def test_a_twin_gets_the_same_weights(devices: tuple[torch.device, ...]) -> None:
+def test_a_replica_module_gets_the_same_weights(devices: tuple[torch.device, ...]) -> None:
     model = network(torch.float16)
     before, one = weights(model), patcher(model, devices[0])
     move_module(model, devices[0])
@@ -215,7 +215,7 @@ def test_a_twin_gets_the_same_weights(devices: tuple[torch.device, ...]) -> None
 
     one.lora_patches = {}
     one.refresh_loras()
-    assert not torch.equal(replica.model[0].weight.to("cpu"), model[0].weight.to("cpu"))  # each has its own state
+    assert not torch.equal(replica.model[0].weight.to("cpu"), model[0].weight.to("cpu"))  # each has its state
     replica.copy_patches_from(one)
     replica.refresh_loras()
     assert_same(weights(replica.model), before)
@@ -301,7 +301,7 @@ def test_fp8_storage_that_is_dequantized_layer_by_layer(online: bool) -> None:
     if online:
         torch.testing.assert_close(got, wanted)
         assert torch.equal(weights(model)["0.weight"].float(), before["0.weight"].float())
-    else:  # single weights are off by up to a step, their mean is not
+    else:  # single weights differ by up to one step, their mean does not
         assert not torch.equal(got, plain)
         assert abs((model[0].weight.float() - exact.model[0].weight).mean().item()) < 0.002
     one.lora_patches = {}

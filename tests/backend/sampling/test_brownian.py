@@ -1,4 +1,4 @@
-"""Brownian paths against torchsde's tree, which users' old pictures were made with."""
+"""Brownian paths against torchsde's tree, which made users' old pictures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_it_is_torchsdes_tree_bit_for_bit(entropy: int) -> None:
     assert torch.equal(path.increment(1.0, 1.00001), tree(1.0, 1.00001))
 
 
-def test_increments_add_up_in_whatever_order_they_are_asked() -> None:
+def test_increments_add_up_in_any_order_of_requests() -> None:
     forward, backward = BrownianPath(0.0, 10.0, 5, _randn), BrownianPath(0.0, 10.0, 5, _randn)
     first = [forward.increment(0.0, 1.25), forward.increment(1.25, 7.3), forward.increment(0.0, 7.3)]
     second = [backward.increment(0.0, 7.3), backward.increment(1.25, 7.3), backward.increment(0.0, 1.25)]

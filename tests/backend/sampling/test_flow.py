@@ -1,7 +1,7 @@
 """Rectified flow: the prediction, its schedules and its samplers. References: diffusers' FlowMatchEulerDiscreteScheduler, and closed forms.
 
-The closed form: data that are all one picture x0. Then x at time t is (1 - t) x0 + t * noise, every exact sampler's result is x0, and a step that
-adds noise must leave the noise's share at exactly the next time.
+Closed form: all data are one picture x0. Then x at time t is (1 - t) x0 + t * noise, every exact sampler returns x0, and after a step that adds
+noise, the share of noise must be exactly the next time.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def test_every_sampler_ends_at_the_only_picture_there_is(spec) -> None:  # type:
 
 @pytest.mark.parametrize("name", [spec.name for spec in SAMPLED if spec.eta_option or spec.name in ("LCM", "DDPM", "Euler", "Heun")])
 def test_a_step_leaves_as_much_noise_as_its_time_says(name: str) -> None:
-    """Around the only picture x0, latents at time t are Gaussian: mean (1 - t) x0, deviation t. Stopped half way, they have to be that."""
+    """Latents at time t are Gaussian around the only picture x0: mean (1 - t) x0, deviation t. Stopped halfway, they must be that."""
     x0 = torch.full((4, 4, 32, 32), 0.7)
     settings = SamplerSettings(is_flow=True, eta=1.0, s_churn=3.0 if name in ("Euler", "Heun") else 0.0)
     times = torch.tensor([1.0, 0.8, 0.6, 0.4])

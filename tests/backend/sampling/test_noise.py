@@ -1,4 +1,4 @@
-"""Noise per image. References: torch's own generators called as other UIs call them, closed forms."""
+"""Noise per image. References: torch's generators, used as in other UIs; closed forms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every sampler must do: order of convergence against a closed form, the right distribution, one picture per seed, honest reports."""
+"""Properties of every sampler: order of convergence against a closed form, correct distribution, one picture per seed, correct reports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = [spec.name for spec in SAMPLERS]
 STOCHASTIC = {spec.name for spec in SAMPLERS if spec.eta_default > 0} | {"DDPM", "LCM"}
 HIGH, LOW = 8.0, 0.2
 
-# Least measured order of the error in the number of steps. Methods that start with one Euler step end at order 2 whatever comes later.
+# Least measured order of convergence. Methods that start with one Euler step have at most order 2.
 ORDERS = {
     "Euler": 1, "Euler a": 1, "DDIM": 1, "DDIM CFG++": 1, "HeunPP2": 1, "Heun": 2, "DPM2": 2, "DPM2 a": 2, "DPM++ 2M": 2,
     "DPM++ 2S a": 2, "DPM++ SDE": 2, "DPM++ 2M SDE": 2, "DPM++ 2M SDE Heun": 2, "DPM++ 3M SDE": 2, "LMS": 2, "IPNDM_V": 2, "DEIS": 2, "UniPC": 3,
@@ -40,7 +40,7 @@ def _start(seed: int = 1, shape: tuple[int, ...] = (1, 4, 4, 4)) -> Tensor:
 
 
 def _run(spec: SamplerSpec, x: Tensor, sigmas: Tensor, *, denoise: Any = denoise_gaussian, on_step: Any = None, **settings: Any) -> Tensor:
-    """Without noise unless `eta` is given; eta=None is the sampler's own."""
+    """Without noise unless `eta` is given; eta=None uses the sampler's default."""
     chosen = SamplerSettings(**{"eta": 0.0, "uni_pc_lower_order_final": False, **settings})
     return spec.function(denoise, x, sigmas, settings=chosen, noise=one_stream(), on_step=on_step)
 
@@ -61,9 +61,9 @@ def _uneven(num_steps: int, rho: float) -> Tensor:
 
 @pytest.mark.parametrize(("name", "order"), ORDERS.items())
 def test_order_of_convergence(name: str, order: int) -> None:
-    """Doubling the steps divides the error by 2^order. Uneven steps; the noiseless form of stochastic samplers."""
+    """Doubling the steps divides the error by 2^order. Uneven steps; stochastic samplers without noise."""
     grids = [_uneven(num_steps, rho=3.0) for num_steps in (60, 120, 240)]
-    if name == "DPM fast":  # takes the ends only, and the last level above 0 as its end
+    if name == "DPM fast":  # takes only the ends, and the last level above 0 as its end
         grids = [torch.cat([grid[:-2], grid[-1:], torch.zeros(1, dtype=torch.float64)]) for grid in grids]
     errors = [_largest_error(name, grid) for grid in grids]
     assert _measure_order(errors) > order - 0.2, errors
@@ -77,7 +77,7 @@ def test_order_of_multistep_methods_on_even_steps(name: str, order: int) -> None
 
 @pytest.mark.parametrize(("name", "order"), [("DEIS", 3), ("LMS", 4), ("IPNDM_V", 4)])
 def test_order_once_the_history_is_full(name: str, order: int) -> None:
-    """The first interval is cut again and again in half, so that the low order of the first steps does not show."""
+    """The first interval is halved repeatedly, so that the low order of the first steps does not matter."""
 
     def errors_at(num_steps: int) -> float:
         grid = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_dpm_adaptive_keeps_its_tolerance(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("schedule", [spec.name for spec in SCHEDULES])
 def test_every_sampler_on_every_schedule_lands_on_the_data(name: str, schedule: str) -> None:
-    """25 steps of the model's range with the sampler's own noise: the pictures have the data's mean and nearly its spread."""
+    """25 steps over the model's range with the sampler's noise: the pictures have the data's mean and nearly its standard deviation."""
     predictor = Prediction()
     sigmas = compute_sigmas(schedule, 25, predictor)
     x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(2)) * sigmas[0]
@@ -116,8 +116,8 @@ def test_every_sampler_on_every_schedule_lands_on_the_data(name: str, schedule: 
 
 
 def _spread_tolerance(name: str, schedule: str) -> float:
-    """Errors of 25 steps that belong to the formulas: beta's last step falls from a noise level of about 1; steps even in time end with two long
-    ones in log sigma, over which these two extrapolate (their Automatic is exponential for that reason); LCM narrows by design."""
+    """Errors at 25 steps that the formulas cause: Beta's last step falls from a noise level of about 1; steps even in time end with two long
+    ones in log sigma, over which these two extrapolate (so their Automatic is exponential); LCM reduces the deviation by design."""
     if schedule == "beta" or (name in ("DPM++ 2M SDE Heun", "DPM++ 3M SDE") and schedule in ("automatic", "uniform", "normal", "ddim")):
         return 1.2
     return 0.6 if name == "LCM" else 0.2
@@ -145,7 +145,7 @@ def test_restart_adds_noise_from_twenty_steps_on() -> None:
 
 @pytest.mark.parametrize("schedule", [spec.name for spec in SCHEDULES])
 def test_restart_draws_noise_once_for_each_way_back_up(schedule: str) -> None:
-    """The first level may differ from the schedule's by rounding, which is no way up."""
+    """The first level may differ from the schedule's by rounding, which is not a step up."""
     noise, draws = one_stream(), []
     sigmas = compute_sigmas(schedule, 20, Prediction()).double()
     counting = OneStream(noise.generator)
@@ -168,7 +168,7 @@ def test_restart_spends_its_steps_where_it_says(num_steps: int, num_restarts: in
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "DPM adaptive"])
 def test_a_picture_does_not_depend_on_its_batch(name: str) -> None:
-    """DPM adaptive is left out: its steps follow the error over the whole batch."""
+    """Without DPM adaptive, whose steps depend on the error over the whole batch."""
     spec, seeds = find_sampler(name), [5, 6, 7]
     sigmas = karras_sigmas(22, 0.03, 14.6).float()
 
@@ -210,7 +210,7 @@ def test_an_exception_from_the_report_ends_the_sampling(name: str) -> None:
 
 @pytest.mark.parametrize("spec", SAMPLERS, ids=NAMES)
 def test_calls_of_the_network(spec: SamplerSpec) -> None:
-    """One per step, two for samplers of the second order (but for the last step); DPM fast exactly as many as steps."""
+    """One per step, two for second-order samplers (except in the last step); DPM fast makes exactly as many as steps."""
     calls = 0
 
     def counting(x: Tensor, sigma: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Samplers against diffusers' schedulers: same noise levels, same toy denoiser, same random numbers, in fp64.
 
-diffusers writes its updates in other variables (timesteps, alphas, predicted noise), which makes it an independent implementation.
+Diffusers formulates its updates in other variables (timesteps, alphas, predicted noise), which makes it an independent implementation.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _make(name: str, **config: Any) -> Any:
 
 
 def _run_exploding(scheduler: Any, x: Tensor, **step_args: Any) -> Tensor:
-    """A scheduler whose samples are x0 + sigma * noise. Its noise level is read off how it scales the model's input."""
+    """A scheduler with samples x0 + sigma * noise. Its noise level is derived from its scaling of the model's input."""
     for timestep in scheduler.timesteps:
         scale = scheduler.scale_model_input(torch.ones(1, dtype=torch.float64), timestep)
         sigma = (1 / scale**2 - 1).clamp(min=0).sqrt()
@@ -97,14 +97,14 @@ def test_deterministic_in_sigmas(sampler: Any, name: str, karras: bool) -> None:
 
 
 def _midpoints(scheduler: Any) -> Tensor:
-    """KDPM2's geometric middles again, from the levels in fp64."""
+    """KDPM2's geometric midpoints, recomputed from the levels in fp64."""
     levels = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2]])
     middles = levels.log().lerp(levels.roll(1).log(), 0.5).exp()
     return torch.cat([middles[:1], middles[1:].repeat_interleave(2), middles[-1:]])
 
 
 def test_euler_with_churn() -> None:
-    """The library asks the model before it churns; here the model is asked again at the churned place, as the paper has it."""
+    """The library calls the model before it churns; here it is called again afterward, as in the paper."""
     scheduler = _make("EulerDiscreteScheduler", use_karras_sigmas=True)
     sigmas, churn = _levels(scheduler), {"s_churn": 4.0, "s_tmin": 0.1, "s_tmax": 10.0, "s_noise": 1.003}
     generator, x = torch.Generator().manual_seed(0), _start() * sigmas[0]
@@ -129,7 +129,7 @@ def test_dpm_2_ancestral() -> None:
     scheduler = _make("KDPM2AncestralDiscreteScheduler")
     sigmas = _levels(scheduler)
     library = _run_exploding(scheduler, _start() * sigmas[0], generator=torch.Generator().manual_seed(0))
-    _check(_ours(samplers.sample_dpm_2_ancestral, sigmas), library, 1e-4)  # its middles and ancestral splits are fp32
+    _check(_ours(samplers.sample_dpm_2_ancestral, sigmas), library, 1e-4)  # its midpoints and ancestral splits are fp32
 
 
 @pytest.mark.parametrize("karras", [False, True], ids=["trailing", "karras"])
@@ -151,7 +151,7 @@ def test_dpmpp_2m_sde(sampler: Any, solver: str) -> None:
 
 
 def test_dpmpp_3m_without_noise() -> None:
-    """Of the stochastic third order, the library's version 0.42 has the sign of one constant wrong; test_sampler_properties.py tests that part."""
+    """The library's version 0.42 has one constant with the wrong sign in the stochastic third order; test_sampler_properties.py tests that part."""
     order = {"solver_order": 3, "solver_type": "heun", "lower_order_final": False}
     scheduler = _make("DPMSolverMultistepScheduler", use_exponential_sigmas=True, final_sigmas_type="zero", **order)
     sigmas = _levels(scheduler)

@@ -1,4 +1,4 @@
-"""Guidance against its formula, on a fake model whose answer can be read, and batched against separate on a real narrow UNet."""
+"""Guidance against its formula with a fake model, and batched against separate calls with a real narrow UNet."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_at_scale_one_the_unconditional_branch_is_not_run() -> None:
     assert model.calls[1]["x"].shape[0] == 4
 
 
-def test_both_predictions_are_returned_if_asked_for() -> None:
+def test_both_predictions_are_returned_if_requested() -> None:
     model = FakeModel()
     cond, uncond = compile_conditions(_text(3.0, 3.0)), compile_conditions(_text(1.0, 1.0))
     result = sampling_function_inner(model, _x(), SIGMA, uncond, cond, 2.0, return_full=True)
@@ -129,7 +129,7 @@ def test_prompts_of_other_lengths_share_a_call_and_keep_their_results() -> None:
 
 @pytest.mark.parametrize(("free_rows", "sizes"), [(100, [6]), (5, [4, 2]), (3, [2, 2, 2]), (1, [2, 2, 2])])
 def test_conditions_are_batched_as_far_as_memory_allows(free_rows: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three conditions of two rows each; a call is made only if its estimate is below the free bytes, and at least one condition runs."""
+    """Three conditions of two rows each; a call is made only if its estimate is below the free bytes, but at least one condition runs."""
     monkeypatch.setattr(memory_management, "get_free_memory", lambda device: free_rows + 0.5)
     model = FakeModel()
     cond = compile_weighted_conditions(_text(3.0, 5.0), [[(0, 1.0), (1, 1.0)]] * 2)
@@ -147,7 +147,7 @@ def test_running_out_of_memory_falls_back_to_one_by_one() -> None:
         _guide(FakeModel(fails_above=1), compile_conditions(_text(3.0, 3.0)), None, 1.0)
 
 
-def test_options_tell_what_the_batch_holds() -> None:
+def test_options_describe_the_batch() -> None:
     model = FakeModel()
     given = {"transformer_options": {"mine": 1}}
     _guide(model, compile_conditions(_text(3.0, 3.0)), compile_conditions(_text(1.0, 1.0)), 2.0, given)
@@ -259,7 +259,7 @@ def _patcher(family: str = "sd15", inpaint: bool = False) -> UnetPatcher:
     return UnetPatcher(KModel(unet, Prediction()), torch.device("cpu"), torch.device("cpu"))
 
 
-def test_controlnets_are_asked_once_per_call_and_bracket_the_run() -> None:
+def test_controlnets_are_called_once_per_call_and_bracket_the_run() -> None:
     unet, control = _patcher(), FakeControl()
     unet.add_patched_controlnet(control)
     unet.model.run_network = lambda call: call.rows["x"]  # type: ignore[method-assign]
@@ -325,7 +325,7 @@ def test_an_inpainting_model_gets_its_extra_channels_and_only_if_they_fit() -> N
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_batched_is_separate_on_a_real_unet(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within 1e-5: the library picks other kernels for other batch sizes."""
+    """Within 1e-5, as the library uses other kernels for other batch sizes."""
     unet, x = _patcher(family), _x()
     width = unet.model.diffusion_model.config.cross_attention_dim
 
@@ -337,8 +337,8 @@ def test_batched_is_separate_on_a_real_unet(family: str, monkeypatch: pytest.Mon
     arguments = {"text_cond": text(1, 154), "text_uncond": text(2, 77), "cond_scale": 7.0}
     together, *_ = denoise_guided(unet, x, SIGMA, **arguments)
     monkeypatch.setattr(memory_management, "get_free_memory", lambda device: 0)
-    apart, *_ = denoise_guided(unet, x, SIGMA, **arguments)
-    torch.testing.assert_close(together, apart, rtol=1e-5, atol=2e-4)
+    separate, *_ = denoise_guided(unet, x, SIGMA, **arguments)
+    torch.testing.assert_close(together, separate, rtol=1e-5, atol=2e-4)
 
 
 def test_latent_shaped_conditions_follow_the_area() -> None:

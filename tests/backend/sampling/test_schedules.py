@@ -66,7 +66,7 @@ def test_every_schedule_goes_down_to_zero_in_its_steps(name: str, num_steps: int
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_step_starts_at_the_top(predictor: Prediction, name: str) -> None:
-    expected = float(predictor.sigmas[1]) if name == "ddim" else float(predictor.sigma_max)  # DDIM's first timestep is 1, whatever the stride
+    expected = float(predictor.sigmas[1]) if name == "ddim" else float(predictor.sigma_max)  # DDIM's first timestep is 1 for every stride
     assert compute_sigmas(name, 1, predictor).tolist() == pytest.approx([expected, 0.0], rel=1e-3)
 
 
@@ -99,7 +99,7 @@ def test_polyexponential_bends_with_rho(predictor: Prediction) -> None:
 
 @pytest.mark.parametrize(("is_sdxl", "key"), [(False, "StableDiffusionSigmas"), (True, "StableDiffusionXLSigmas")])
 @pytest.mark.parametrize("name", ["align_your_steps", "align_your_steps_11"])
-def test_align_your_steps_holds_the_published_table(predictor: Prediction, name: str, is_sdxl: bool, key: str) -> None:
+def test_align_your_steps_has_the_published_table(predictor: Prediction, name: str, is_sdxl: bool, key: str) -> None:
     published = AysSchedules[key]  # ten levels and 0; the project's page ends with 0.029 before that
     sigmas = compute_sigmas(name, 11, predictor, ScheduleSettings(is_sdxl=is_sdxl))
     assert sigmas.tolist() == pytest.approx([*published[:-1], 0.029, 0.0])
@@ -122,7 +122,7 @@ def test_other_fitted_tables(predictor: Prediction, name: str, levels: int) -> N
 def test_a_range_the_user_sets_is_kept(predictor: Prediction, name: str) -> None:
     sigmas = compute_sigmas(name, 12, predictor, ScheduleSettings(sigma_min=0.1, sigma_max=10.0))
     assert float(sigmas[0]) == pytest.approx(10.0, rel=1e-3)
-    ends_early = name in ("sgm_uniform", "kl_optimal")  # their last level above 0 lies above sigma_min
+    ends_early = name in ("sgm_uniform", "kl_optimal")  # their last level above 0 is above sigma_min
     assert float(sigmas[-2]) > 0.1 if ends_early else float(sigmas[-2]) == pytest.approx(0.1, rel=1e-3)
 
 

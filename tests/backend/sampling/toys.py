@@ -1,4 +1,4 @@
-"""Denoisers and noise for sampler tests: problems whose answer is known, and a noise source that reads one torch generator."""
+"""Denoisers and noise for sampler tests: problems with known solutions, and a noise source that reads one torch generator."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ MEAN, SPREAD = 0.7, 0.5
 
 
 def denoise_gaussian(x_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
-    """E[x0 | x] when x0 is normal with MEAN and SPREAD. Linear, so the probability flow has a closed form."""
+    """E[x0 | x] for normal x0 with MEAN and SPREAD. Linear, so the probability flow has a closed form."""
     sigma = sigma_B.view(-1, 1, 1, 1)
     return (SPREAD**2 * x_BCHW + sigma**2 * MEAN) / (SPREAD**2 + sigma**2)
 
 
 def flow_gaussian(x_BCHW: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """Where the probability flow of `denoise_gaussian` leads: distances from the mean shrink with the marginal's spread."""
+    """The result of the probability flow of `denoise_gaussian`: distances from the mean shrink with the marginal's deviation."""
     return MEAN + (x_BCHW - MEAN) * math.sqrt((SPREAD**2 + sigma_next**2) / (SPREAD**2 + sigma**2))
 
 
 def denoise_two_peaks(x_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
-    """E[x0 | x] when x0 is near -1 or +1 (spread 0.3): smooth, not linear."""
+    """E[x0 | x] for x0 near -1 or +1 (deviation 0.3): smooth, not linear."""
     sigma = sigma_B.view(-1, 1, 1, 1)
     variance = 0.09 + sigma**2
     side = torch.tanh(x_BCHW / variance)
@@ -35,7 +35,7 @@ def denoise_two_peaks(x_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
 
 @dataclass
 class OneStream:
-    """Noise from one torch generator, as a library that draws one tensor after the other reads it."""
+    """Noise from one torch generator, drawn one tensor after the other like a library does."""
 
     generator: torch.Generator
     draw_dtype: torch.dtype | None = None

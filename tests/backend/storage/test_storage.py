@@ -1,4 +1,4 @@
-"""The storage protocol, every kind by every question. References: torch's own casts and matrix products."""
+"""The storage protocol: every method of every kind. References: torch's casts and matrix products."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_requantize_keeps_what_is_exact_and_the_memory_it_writes_to(dtype: torch
 
 
 @pytest.mark.parametrize("dtype", PLAIN)
-def test_a_plain_weight_multiplies_by_itself_and_fp8_says_it_cannot(dtype: torch.dtype) -> None:
+def test_a_plain_weight_multiplies_directly_and_fp8_reports_that_it_cannot(dtype: torch.dtype) -> None:
     x, bias = numbers(3, 4).to(dtype), numbers(6).to(dtype)
     weight = storage(dtype)
     got = weight.matmul_if_it_can(x, bias)
@@ -94,7 +94,7 @@ def test_fp8_rounding_keeps_the_mean_and_what_is_exact() -> None:
         assert torch.equal(round_at_random(tiny, dtype, seed=3).float()[2:], torch.tensor([1.0, -1.0]) * torch.finfo(dtype).max)
 
 
-# layers that dequantize while they run
+# layers that dequantize at run time
 
 
 def network() -> nn.Sequential:
@@ -134,7 +134,7 @@ def test_a_deep_copy_dequantizes_its_own_weights() -> None:
     assert copied[0].weight.dtype == module[0].weight.dtype == torch.float8_e4m3fn
 
 
-def test_computing_in_holds_for_the_block_alone() -> None:
+def test_computing_in_applies_only_to_the_block() -> None:
     module = network()[:1].to(torch.float16)
     x = numbers(2, 8)
     with computing_in(module, torch.float32):

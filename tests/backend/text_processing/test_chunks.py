@@ -48,7 +48,7 @@ def test_a_phrase_near_a_comma_moves_to_the_next_chunk_whole() -> None:
     head, phrase = [WORD] * 7, [11, 12, 13]
     chunks, counted = lay([*head, COMMA, *phrase])
     assert chunks == [[START, *head, COMMA, END, END, END], [START, *phrase] + [END] * 8]
-    assert counted == 13  # the first chunk's rest can hold nothing more
+    assert counted == 13  # nothing more fits into the first chunk
 
 
 def test_a_comma_too_far_back_or_no_backtrack_cuts_the_phrase() -> None:

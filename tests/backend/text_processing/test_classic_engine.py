@@ -1,4 +1,4 @@
-"""The engine against transformers' encoder called directly and against diffusers' own `encode_prompt`."""
+"""The engine against transformers' encoder, called directly, and diffusers' `encode_prompt`."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_plain_prompts_equal_diffusers_sd1() -> None:
 
 
 def test_clip_skip_equals_diffusers() -> None:
-    """diffusers counts the layers left out, A1111 the layer read: 3 here is 2 there.
+    """Diffusers counts the skipped layers, A1111 the layer read: 3 here is 2 there.
 
-    The encoder is one with a projection, since this diffusers looks for the final layer norm where transformers 5 has it only there.
+    The encoder has a projection, since this diffusers looks for the final layer norm where transformers 5 has it only in such encoders.
     """
     pipe = StableDiffusionPipeline.__new__(StableDiffusionPipeline)
     _give(pipe, text_encoder=encoder(projection=True), tokenizer=tokenizer())
@@ -75,7 +75,7 @@ def test_sdxl_clip_skip_never_goes_below_the_family_s_minimum() -> None:
     one, two, three = ([engine.set_clip_skip(skip), engine([PROMPT])][1] for skip in (1, 2, 3))
     assert torch.equal(one[0], two[0])
     assert not torch.equal(two[0], three[0])
-    assert torch.equal(two[1], three[1])  # the pooled vector does not move
+    assert torch.equal(two[1], three[1])  # the pooled vector does not change
 
 
 def test_a_clip_skip_beyond_the_layers_reads_the_first_layer() -> None:
@@ -249,7 +249,7 @@ def test_embeddings_come_from_a_folder(tmp_path: Any) -> None:
 
 
 def _give(pipe: Any, **parts: Any) -> None:
-    """Sets the parts `encode_prompt` reads on a pipeline without its other parts, whose building it does not need."""
+    """Set the parts that `encode_prompt` reads on a pipeline without the other parts."""
     for name, value in parts.items():
         object.__setattr__(pipe, name, value)
     from diffusers.configuration_utils import FrozenDict

@@ -53,7 +53,7 @@ def test_a_pair_of_encoders_is_read_back(tmp_path: Path) -> None:
     assert found.widths == {"clip_l": 8, "clip_g": 12}
 
 
-def test_nothing_is_written_over_unasked(tmp_path: Path) -> None:
+def test_nothing_is_overwritten_without_permission(tmp_path: Path) -> None:
     facts: dict[str, Any] = {"sd_checkpoint": None, "sd_checkpoint_name": None}
     write_embedding(tmp_path, "a", {"clip_l": torch.zeros(1, 8)}, overwrite=False, **facts)
     with pytest.raises(EmbeddingError, match="already"):
@@ -64,7 +64,7 @@ def test_nothing_is_written_over_unasked(tmp_path: Path) -> None:
 
 
 def test_of_two_that_make_the_same_name_at_once_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second file is made between the first one's look and its last step."""
+    """The second file is created between the first writer's check and its last step."""
     facts: dict[str, Any] = {"sd_checkpoint": None, "sd_checkpoint_name": None}
     save = torch.save
 

@@ -39,7 +39,7 @@ def test_original_restores_each_prompt_s_mean(z_BLC: torch.Tensor, weights_BL: t
 
 
 @pytest.mark.parametrize("name", EMPHASIS_NAMES)
-def test_a_prompt_does_not_feel_its_neighbours(name: str, z_BLC: torch.Tensor, weights_BL: torch.Tensor) -> None:
+def test_a_prompt_does_not_affect_other_prompts(name: str, z_BLC: torch.Tensor, weights_BL: torch.Tensor) -> None:
     together = apply_emphasis(name, z_BLC, weights_BL)
     alone = torch.cat([apply_emphasis(name, z_BLC[i : i + 1], weights_BL[i : i + 1]) for i in range(3)])
     assert torch.equal(together, alone)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from backend.text_processing.parsing import BREAK, Span, parse_prompt_attention
 
-# What A1111 users know each of these to mean.
+# The meaning of each in A1111.
 KNOWN = {
     "normal text": [("normal text", 1.0)],
     "an (important) word": [("an ", 1.0), ("important", 1.1), (" word", 1.0)],

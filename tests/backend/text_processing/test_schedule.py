@@ -20,7 +20,7 @@ from backend.text_processing.schedule import (
 
 TEN = PassSteps(num_base_steps=10)
 
-# What A1111 users know each of these to mean over ten steps.
+# The meaning of each over ten steps in A1111.
 KNOWN = {
     "test": [(10, "test")],
     "a [b:3]": [(3, "a "), (10, "a b")],
@@ -82,7 +82,7 @@ def test_what_is_malformed_is_text(text: str) -> None:
     assert schedule_prompt(text, TEN) == [(10, text)]
 
 
-def test_a_malformed_part_leaves_its_neighbours_alone() -> None:
+def test_a_malformed_part_does_not_affect_other_parts() -> None:
     assert schedule_prompt("[a:b] [c:3] :( [d", TEN) == [(3, "[a:b]  :( [d"), (10, "[a:b] c :( [d")]
     assert schedule_prompt("[a:[b:3]:c]", TEN) == [(3, "[a::c]"), (10, "[a:b:c]")]
 
@@ -124,7 +124,7 @@ def test_old_scheduling_knows_one_pass(num_hires_steps: int | None) -> None:
 
 
 @pytest.mark.parametrize("when", ["1e999", "9" * 500, "-1e999"])
-def test_numbers_without_bounds_are_held_in_the_pass(when: str) -> None:
+def test_numbers_out_of_range_are_clamped_to_the_pass(when: str) -> None:
     assert schedule_prompt(f"[a:b:{when}]", TEN) == [(10, "b" if when.startswith("-") else "a")]
 
 
@@ -154,7 +154,7 @@ def whens() -> st.SearchStrategy[str]:
 
 
 def normal(nodes: list[Node]) -> Prompt:
-    """Neighbouring texts joined, as the reader gives them."""
+    """Adjacent texts joined, as the reader returns them."""
     joined: list[Node] = []
     for node in nodes:
         if isinstance(node, Text) and joined and isinstance(joined[-1], Text):

@@ -1,4 +1,4 @@
-"""The engine against transformers' own encoder and tokenizer called directly."""
+"""The engine against transformers' encoder and tokenizer, called directly."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_long_prompt_grows_without_a_limit_at_77_or_512_and_others_are_padded_
     torch.testing.assert_close(given, torch.cat([expected_of(long, 601), expected_of(PROMPT, 601)]))
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+def test_a_row_does_not_depend_on_other_rows() -> None:
     assert torch.equal(engine()([PROMPT])[0], engine()(["a dog", PROMPT])[1])
 
 
@@ -48,7 +48,7 @@ def test_more_tokens_than_attention_has_memory_for_are_refused_with_both_numbers
 
 
 def test_weights_scale_the_output_of_their_tokens() -> None:
-    """ "a", "photo" and " of" are tokens of their own here, so the ids are those of the plain text, and the weighted rows follow by hand."""
+    """ "a", "photo" and " of" are separate tokens here, so the ids are those of the plain text, and the weighted rows can be computed by hand."""
     plain, weighted = engine(emphasis="No norm")(["cat dog bird"]), engine(emphasis="No norm")(["cat (dog:1.5) bird"])
     scale = torch.ones(24, 1)
     scale[1] = 1.5

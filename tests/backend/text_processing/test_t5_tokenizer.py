@@ -6,7 +6,7 @@ from backend.text_processing.clip_tokenizer import tokenize_plain
 from backend.text_processing.t5_tokenizer import VOCAB_LENGTH, read_vocabulary
 from tests.support.t5_encoders import t5_tokenizer
 
-# Ids that the tokenizer.json published with T5 gives, read by the library tokenizers.
+# Ids from T5's published tokenizer.json, read by the library tokenizers.
 PUBLISHED_PROMPTS = {
     "a photo of a cat": [3, 9, 1202, 13, 3, 9, 1712, 1],
     "A Cat, sitting.  on\n\ta mat!": [71, 3431, 6, 3823, 5, 30, 3, 9, 6928, 55, 1],

@@ -163,7 +163,7 @@ def test_picture_with_a_text_chunk(tmp_path: Path) -> None:
 
 
 def plain_mask(num_nibbles: int) -> list[int]:
-    """The generator in its textbook form, one value after the other."""
+    """The textbook form of the generator, one value after the other."""
     state, values = 0, []
     for _ in range(num_nibbles):
         state = (1664525 * state + 1013904223) % 2**32
@@ -172,7 +172,7 @@ def plain_mask(num_nibbles: int) -> list[int]:
 
 
 def hide(content: bytes, picture: np.ndarray) -> np.ndarray:
-    """A picture embedding as A1111 lays it out: low nibbles | black | picture | black | high nibbles, with decoration in the high bits."""
+    """A picture embedding in A1111's layout: low nibbles | black | picture | black | high nibbles, with decoration in the high bits."""
     height = picture.shape[0]
     row_bytes = height * 3
     packed = np.frombuffer(content + bytes(-len(content) % row_bytes), np.uint8)
@@ -244,7 +244,7 @@ def database(folder: Path, **widths: int) -> EmbeddingDatabase:
     return result
 
 
-def test_a_missing_folder_holds_none(tmp_path: Path) -> None:
+def test_a_missing_folder_is_empty(tmp_path: Path) -> None:
     assert database(tmp_path / "none").word_embeddings == {}
 
 

@@ -1,4 +1,4 @@
-"""Ways between devices: which route, what arrives, what is counted; and CUDA's order of events, played by streams that run at any pace."""
+"""Copies between devices: the route, the result, the counters; and CUDA's order of events, with fake streams that run at any speed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def two_virtual() -> tuple[torch.device, ...]:
         ("cpu", "cuda:1", "direct"),
         ("cuda:0", "cuda:1", "peer"),
         ("cuda:1", "cuda:0", "staged"),  # the other direction failed its test
-        ("cuda:0", "cuda:2", "staged"),  # nobody tested it
+        ("cuda:0", "cuda:2", "staged"),  # not tested
         ("xpu:0", "xpu:1", "staged"),
     ],
 )
@@ -116,12 +116,12 @@ def test_the_flat_order_of_a_dense_tensor_is_that_of_its_copy(layout: str) -> No
     assert made_there.stride() == dense.stride()
 
 
-# CUDA's order of events, played
+# CUDA's order of events, with fake streams
 
 
 @dataclass
 class FakeStream:
-    """Work that was enqueued and has not run."""
+    """Enqueued work that has not run yet."""
 
     device: torch.device
     queue: list[FakeEvent | Callable[[], None]] = field(default_factory=list)
@@ -142,7 +142,7 @@ class FakeEvent:
 
 
 class FakeCuda:
-    """`torch.cuda` as far as a transport uses it. `run` does the queued work of all streams, in an order that only events restrain."""
+    """The part of `torch.cuda` that a transport uses. `run` runs the queued work of all streams, in an order limited only by events."""
 
     def __init__(self) -> None:
         self.streams = [FakeStream(device) for device in (CUDA0, CUDA1)]
@@ -177,7 +177,7 @@ class FakeCuda:
 
 
 class FakeTensor:
-    """Numbers on a device, written and read by queued work. Copies behave as torch documents its own: between cards they run on the source's
+    """Numbers on a device, written and read by queued work. Copies behave as torch documents them: between cards they run on the source's
     current stream, after and before the target's current stream; with main memory, on the card's current stream."""
 
     def __init__(self, cuda: FakeCuda, device: torch.device, values: list[int | None]) -> None:
@@ -188,7 +188,7 @@ class FakeTensor:
         self.pieces = [self]
 
     def split(self) -> list[FakeTensor]:
-        """Each value for itself; what is written to a piece is in the whole."""
+        """One piece per value; writing to a piece writes to the original."""
         self.pieces = [FakeTensor(self.cuda, self.device, [value]) for value in self.values]
         return self.pieces
 
@@ -236,7 +236,7 @@ ROUTES = pytest.mark.parametrize("staged", [False, True], ids=["peer", "staged"]
 @pytest.mark.usefixtures("fake_tensors")
 @given(seed=st.integers(0, 2**32))
 def test_whatever_the_pace_of_the_streams_what_was_produced_is_what_is_consumed(staged: bool, seed: int) -> None:
-    """Two tensors, one after another, from streams that are not the cards' first; one is consumed by two streams."""
+    """Two tensors, one after the other, from streams that are not the cards' default; two streams consume one of them."""
     cuda = FakeCuda()
     copies, seen = CudaCopies(cuda), []
     producing, consuming = cuda.Stream(CUDA0), cuda.Stream(CUDA1)
@@ -269,7 +269,7 @@ def test_both_ends_are_kept_for_the_streams_that_use_them(staged: bool) -> None:
 
 @ROUTES
 @pytest.mark.usefixtures("fake_tensors")
-def test_a_copy_waits_for_no_work_of_the_target_and_holds_up_none_of_the_source(staged: bool) -> None:
+def test_a_copy_neither_waits_for_the_targets_work_nor_blocks_the_sources(staged: bool) -> None:
     cuda = FakeCuda()
     source_stream, target_stream = cuda.streams
     transfer = CudaCopies(cuda).copy(FakeTensor(cuda, CUDA0, [1]), CUDA1, staged=staged)  # type: ignore[arg-type]
@@ -297,7 +297,7 @@ def test_two_streams_of_one_card_hand_over_in_order(seed: int) -> None:
     assert tensor.used_on == [other]
 
 
-# where there are cards
+# on real cards
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Where weights are while one plan takes the place of another. Reference: bytes that virtual GPUs count."""
+"""Where weights are while a plan replaces another. Reference: bytes counted by virtual GPUs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.fleets import virtual_fleet
 
 
 def _plan(unet: UnetPatcher, first: int, end: int) -> Plan:
-    """Slot 1 has the segments from `first` to before `end`, slot 0 the rest."""
+    """Slot 1 has the segments from `first` up to, but not including, `end`; slot 0 has the rest."""
     pieces = unet.model.program.whole_pieces()
     slots = tuple(int(first <= place < end) for place in range(len(pieces)))
     return Plan(strategy="layers", replicas=(ReplicaPlan(pieces=pieces, slots=slots),), reason="by hand")
@@ -30,8 +30,8 @@ def _held(fleet: Fleet) -> list[int]:
 
 
 @pytest.mark.parametrize("later", [(7, 14), (9, 26), (2, 11)], ids=str)
-def test_where_slots_swap_layers_none_holds_both(later: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """From segments 5 to 12 on slot 1 to others: some leave it and some come."""
+def test_slots_that_swap_layers_never_have_both(later: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slot 1 goes from segments 5 to 12 to others: some leave it and some arrive."""
     with virtual_fleet(2) as fleet:
         home = fleet.primary.torch_device
         unet = UnetPatcher(KModel(build_models(Path("none"), "sd15").unet, Prediction()), home, torch.device("cpu"))

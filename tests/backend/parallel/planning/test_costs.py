@@ -26,7 +26,7 @@ def sdxl() -> ModelProfile:
     return profile_model("sdxl", 1024, 1024)
 
 
-# figures of the published model, computed by a study of the field independently of this code
+# figures of the published model, from a study that is independent of this code
 
 
 def test_sdxl_has_the_known_weights_and_work(sdxl: ModelProfile) -> None:
@@ -62,7 +62,7 @@ def test_sdxl_shares_of_work_and_weights_are_the_known_ones(sdxl: ModelProfile) 
 
 
 def test_u_cut_of_sdxl_crosses_as_little_as_known(sdxl: ModelProfile) -> None:
-    """Way in behind d1.down or d2.0, way out behind the second or third block of the first level up."""
+    """Cuts after d1.down or d2.0 on the way in, and after the second or third block of the first level on the way out."""
     behind = {str(cost.piece): cost for cost in sdxl.pieces}
     assert (behind["6"].hidden_bytes_per_row + behind["11[9:]"].hidden_bytes_per_row) / MB == pytest.approx(3.9, abs=0.05)
     assert (behind["7[9:]"].hidden_bytes_per_row + behind["11[9:]"].hidden_bytes_per_row) / MB == pytest.approx(5.2, abs=0.05)
@@ -197,7 +197,7 @@ def test_no_times_change_nothing() -> None:
 # pieces
 
 
-def test_neighbouring_parts_merge() -> None:
+def test_adjacent_parts_merge() -> None:
     parts = [Piece(3), Piece(4, 0, 1), Piece(4, 1, 2), Piece(4, 2, None), Piece(5, 0, 2), Piece(6)]
     assert merge_pieces(parts) == (Piece(3), Piece(4), Piece(5, 0, 2), Piece(6))
     assert merge_pieces([Piece(4, 1, 2), Piece(4, 3, None)]) == (Piece(4, 1, 2), Piece(4, 3, None))

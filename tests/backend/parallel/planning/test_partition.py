@@ -34,7 +34,7 @@ def cut(profile: ModelProfile, slots: list[SlotFacts], links: tuple[Link, ...] =
 
 
 def assert_is_whole(profile: ModelProfile, found: Partition, slots: list[SlotFacts]) -> None:
-    """Every piece once and in order, on slots that are there, and budgets kept."""
+    """Every piece once and in order, on existing slots, within budgets."""
     owners = [[place for place, piece in enumerate(found.replica.pieces) if contains(piece, cost.piece)] for cost in profile.pieces]
     assert all(len(owner) == 1 for owner in owners)
     assert [owner[0] for owner in owners] == sorted(owner[0] for owner in owners)
@@ -87,7 +87,7 @@ def test_fixed_bytes_count() -> None:
 
 
 def test_a_u_cut_is_found_for_one_image_and_a_straight_one_for_many() -> None:
-    profile = make_profile([1.0] * 12, [GB] * 4 + [2 * GB] * 4 + [GB] * 4)  # light outside, as UNets are
+    profile = make_profile([1.0] * 12, [GB] * 4 + [2 * GB] * 4 + [GB] * 4)  # small outer levels, as in UNets
     slots = [make_slot(profile, index) for index in range(2)]
     one = cut(profile, slots, fast_links(2), step_rows=StepRows(images=1))
     assert speedup(profile, one, StepRows(images=1)) == pytest.approx(1.5)
@@ -105,7 +105,7 @@ def test_a_fast_slot_gets_more() -> None:
 
 
 def test_slow_links_make_for_little_traffic() -> None:
-    """A network whose skips are large: over a slow link the slots keep their own."""
+    """A network with large skips: over a slow link they stay on their slots."""
     profile = make_profile([1.0] * 12, num_skips=4, state_bytes=10**6)
     slots = [make_slot(profile, index) for index in range(2)]
     slow = tuple(Link(source=one, target=1 - one, bytes_per_ms=5e4, latency_ms=0.1) for one in (0, 1))
@@ -127,7 +127,7 @@ def test_slots_of_one_device_send_nothing() -> None:
 def test_sdxl_on_two_equal_cards(sdxl: ModelProfile) -> None:
     found = cut(sdxl, cards(sdxl, 24, 24))
     assert found.rules_kept
-    assert speedup(sdxl, found, StepRows()) > 1.44  # 1.33 is what a straight cut gives
+    assert speedup(sdxl, found, StepRows()) > 1.44  # a straight cut gives 1.33
     assert len(found.replica.stages) == 3
 
 
@@ -140,7 +140,7 @@ def test_a_limit_on_crossing_bytes_is_kept_where_the_rules_allow(sdxl: ModelProf
 
 
 def test_searching_is_quick(sdxl: ModelProfile) -> None:
-    """Bounds ten times what is needed on an idle core, so that a busy machine does not fail it: they catch a change of order, no more."""
+    """Limits are ten times the time on an idle core, so that a busy machine passes: they only catch a change in complexity."""
     partition.__globals__["_partition"].cache_clear()
     for count, most_s in ((2, 5.0), (4, 30.0)):
         start = time.process_time()
@@ -159,7 +159,7 @@ def test_more_cards_keep_the_rules_too(sdxl: ModelProfile, count: int) -> None:
 # movable components
 
 
-def test_components_make_up_for_what_a_slot_does_not_hold() -> None:
+def test_components_go_to_slots_with_fewer_weights() -> None:
     profile = make_profile([1.0] * 20, [GB // 2] * 20)
     text = ComponentCost(name="text", weight_bytes=2 * GB)
     found = cut(profile, cards(profile, 24, 24), fast_links(2), movable=(text,))
@@ -167,7 +167,7 @@ def test_components_make_up_for_what_a_slot_does_not_hold() -> None:
     assert found.component_slots["text"] == min(found.weight_bytes, key=lambda slot: found.weight_bytes[slot])
 
 
-def test_a_controlnet_runs_before_every_unit_and_is_paid_for() -> None:
+def test_a_controlnet_runs_before_every_row_and_is_counted() -> None:
     profile = make_profile([1.0] * 12, num_skips=3)
     control = ComponentCost(name="ControlNet", weight_bytes=100, flops_per_row=4.0, runs_per_row=True)
     slots = [make_slot(profile, index) for index in range(2)]
@@ -200,7 +200,7 @@ def make_case(network: tuple[list[float], list[int], int], facts: list[tuple[flo
 
 
 def straight_cuts(profile: ModelProfile, slots: list[SlotFacts], step_rows: StepRows) -> list[tuple[bool, float]]:
-    """Of every straight cut in every order that fits: whether it keeps the rules, and its time without transfers. The brute force."""
+    """Brute force: for every straight cut in every order that fits, whether it obeys the rules, and its time without transfers."""
     found = []
     count = len(profile.pieces)
     for order in permutations(slots):
@@ -273,7 +273,7 @@ def test_predicted_time_is_that_of_the_stages(
 @settings(max_examples=40, deadline=None)
 @given(network=networks, facts=slot_lists)
 def test_crossing_bytes_are_those_of_the_placement(network: tuple[list[float], list[int], int], facts: list[tuple[float, int]]) -> None:
-    """Counted again piece by piece: states at changes of slot, skips taken elsewhere, latents to the first, from the last, context to all."""
+    """Counted independently, by piece: states at slot changes, skips used on other slots, latents to the first and from the last slot, context."""
     profile, slots = make_case(network, facts)
     found = partition(profile, slots, fast_links(len(slots)))
     if found is None:
@@ -284,6 +284,6 @@ def test_crossing_bytes_are_those_of_the_placement(network: tuple[list[float], l
         num_bytes += cost.hidden_bytes_per_row * (index + 1 < len(where) and where[index] != where[index + 1])
         for taken in cost.takes:
             source = taken.source
-            is_sent = where[source] != where[index] and where[source + 1] != where[index]  # else it is the state that goes there anyway
+            is_sent = where[source] != where[index] and where[source + 1] != where[index]  # else it is the state, which goes there anyway
             num_bytes += taken.bytes_per_row * is_sent
     assert found.crossing_bytes == 2 * num_bytes

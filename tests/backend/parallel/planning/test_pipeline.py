@@ -20,14 +20,14 @@ from backend.parallel.planning.validation import study_comparisons
 
 
 def run(*runs: tuple[int, float], images: int = 1, branches: int = 2, has_lanes: bool = True, is_async: bool = True, send_ms: float = 0.0) -> float:
-    """Speed-up against one slot that does all of it."""
+    """Speedup over one slot that does all the work."""
     stages = [StageTime(slot=slot, run_ms=run_ms, send_ms=send_ms) for slot, run_ms in runs]
     step_rows = StepRows(images=images, branches=branches, has_lanes=has_lanes)
     return step_rows.count * sum(run_ms for _, run_ms in runs) / simulate_pipeline(stages, step_rows, is_async=is_async).step_ms
 
 
 def simulate_plainly(stages: list[StageTime], step_rows: StepRows, is_async: bool) -> float:
-    """The same rules written down row by row, with no arrays: the reference."""
+    """Reference: the same rules, row by row, without arrays."""
     free: dict[int, float] = {}
     ready = [0.0] * step_rows.count
     stage, step = [0] * step_rows.count, [0] * step_rows.count
@@ -58,7 +58,7 @@ def simulate_plainly(stages: list[StageTime], step_rows: StepRows, is_async: boo
 
 @pytest.mark.parametrize("row", study_comparisons(), ids=lambda row: row.what)
 def test_agrees_with_the_study_of_the_field(row: object) -> None:
-    """Computed there by another program. Its cut over four slots is not stated, so ours is a like one: hence 4 %."""
+    """The study used another program. It does not state its cut over four slots, so ours is only similar: hence 4 %."""
     assert abs(row.error) < 0.04  # type: ignore[attr-defined]
 
 
@@ -67,7 +67,7 @@ def test_a_u_cut_in_thirds_beats_the_straight_cut_for_one_image() -> None:
     assert run((0, 100 / 3), (1, 100 / 3), (0, 100 / 3)) == pytest.approx(1.5)
 
 
-def test_one_unit_gains_nothing() -> None:
+def test_one_row_gains_nothing() -> None:
     assert run((0, 30), (1, 30), (0, 40), branches=1) == pytest.approx(1.0)
 
 
@@ -80,7 +80,7 @@ def test_images_without_cfg_share_the_pipe_in_lanes() -> None:
     assert run((0, 50), (1, 50), images=2, branches=1) == pytest.approx(2.0)
 
 
-def test_transfers_hide_behind_other_units_only_when_asynchronous() -> None:
+def test_transfers_overlap_other_rows_only_when_asynchronous() -> None:
     hidden = run((0, 50), (1, 50), images=4, send_ms=5)
     waiting = run((0, 50), (1, 50), images=4, send_ms=5, is_async=False)
     assert hidden == pytest.approx(2.0)
@@ -99,7 +99,7 @@ def test_many_images_are_scaled_from_fewer() -> None:
     assert simulate_pipeline(stages, StepRows(images=60)).step_ms == pytest.approx(15 * simulate_pipeline(stages, StepRows(images=4)).step_ms)
 
 
-def test_no_units_are_refused() -> None:
+def test_no_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="0 images"):
         StepRows(images=0)
 
@@ -128,12 +128,12 @@ def test_no_schedule_beats_the_lower_bound_or_loses_to_one_after_the_other(stage
     bound = lower_bounds(arrays, step_rows)[0]
     in_turn = step_rows.count * sum(stage.run_ms + stage.send_ms for stage in stages)
     assert step_ms <= in_turn * (1 + 1e-9) + 1e-9
-    # In lanes single steps of an image may overlap the others', so the bound on one row's way is per image, the bound on work for all.
+    # In lanes, steps of different images may overlap, so the bound on one row's path is per image, the bound on work is for all.
     assert step_ms >= bound * (1 - 1e-9) - 1e-9
 
 
 def test_candidates_do_not_disturb_each_other() -> None:
-    """A stage of no slot takes no time and leaves the rest as it is."""
+    """A stage without a slot takes no time and does not affect the rest."""
     arrays = StageArrays(
         np.array([[0, 1, -1], [0, 1, 0]]), np.array([[50.0, 50.0, 0.0], [30.0, 30.0, 40.0]]), np.zeros((2, 3))
     )  # fmt: skip

@@ -38,7 +38,7 @@ def plan_for(slots: list[SlotFacts], strategy: str = "auto", **job: object) -> P
 
 
 def assert_is_sound(profile: ModelProfile, slots: list[SlotFacts], plan: Plan) -> None:
-    """Every copy whole and in order, no slot in two copies, budgets kept unless weights stream, a sentence that names the slots."""
+    """Every copy complete and in order, no slot in two copies, budgets kept unless weights stream, a reason that names the slots."""
     for replica in plan.replicas:
         owners = [[place for place, piece in enumerate(replica.pieces) if contains(piece, cost.piece)] for cost in profile.pieces]
         assert [len(owner) for owner in owners] == [1] * len(owners)
@@ -56,8 +56,8 @@ def assert_is_sound(profile: ModelProfile, slots: list[SlotFacts], plan: Plan) -
 # balance
 
 
-def test_the_reason_says_where_no_cut_keeps_equal_slots_within_a_tenth() -> None:
-    """One piece holds 10 GB of 13: whatever the cut, the slots are 70 % apart at least."""
+def test_the_reason_says_if_no_cut_keeps_equal_slots_within_a_tenth() -> None:
+    """One piece has 10 GB of 13: with any cut the slots differ by at least 70 %."""
     lumpy = make_profile([1.0] * 4, [10 * GB, GB, GB, GB])
     slots = [make_slot(lumpy, index) for index in range(2)]
     plan = make_plan(lumpy, slots, fast_links(2), JobShape(images=2), strategy="layers")
@@ -67,15 +67,15 @@ def test_the_reason_says_where_no_cut_keeps_equal_slots_within_a_tenth() -> None
     assert "apart" not in plan_for(slots_of(24, 24), "layers", images=2).reason
 
 
-def test_balance_goes_before_the_share_of_the_weights() -> None:
-    """The primary holds 6 GB of something else: with 1 GB of the network there, 7 GB of it on the other slot, 88 % of its weights."""
+def test_balance_takes_precedence_over_the_share_of_the_weights() -> None:
+    """The primary has 6 GB of other data, so 1 GB of the network goes there and 7 GB, 88 % of its weights, to the other slot."""
     slots = [replace(slot, fixed_bytes=6 * GB if slot.index == 0 else 0) for slot in slots_of(24, 24)]
     plan = plan_for(slots, "layers", images=2)
     low, high = sorted(plan.predicted_bytes.values())
     assert low >= 0.9 * high and "apart" not in plan.reason
 
 
-# dealing rows
+# assigning rows
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_two_cards_and_cfg_take_a_branch_each() -> None:
     assert plan.crossing_bytes == 120  # latents and context to slot 1, its result back
 
 
-def test_one_unit_stays_on_one_slot() -> None:
+def test_one_row_stays_on_one_slot() -> None:
     plan = plan_for(slots_of(24, 24), branches=1)
     assert plan.strategy == "single"
     assert "one row" in plan.reason
@@ -145,7 +145,7 @@ def test_the_network_stays_at_home_unless_another_slot_is_worth_the_move(other_s
     assert plan.used_slots == ((0,) if stays else (1,))
 
 
-def test_the_fastest_slot_that_holds_the_network_is_the_single_one() -> None:
+def test_the_fastest_slot_that_fits_the_network_is_the_single_one() -> None:
     plan = plan_for(slots_of(24, 24, 4, speeds=(0.5, 1.0, 5.0)), "single")
     assert plan.used_slots == (1,)
     assert plan.single_ms == pytest.approx(2 * ROW_MS, rel=0.01)
@@ -212,7 +212,7 @@ def test_slow_links_speak_against_cuts() -> None:
 
 
 def test_measured_speed_changes_the_plan() -> None:
-    """A card that turns out slow gets less, and in the end nothing."""
+    """A card that turns out to be slow gets less work, and finally none."""
     shares = []
     for speed in (1.0, 0.7, 0.3, 0.1):
         plan = plan_for(slots_of(24, 24, speeds=(1.0, speed)), images=4)
@@ -268,7 +268,7 @@ def test_slots_of_one_device_share_weights() -> None:
 
 
 def test_slots_of_one_device_share_the_budget() -> None:
-    """Twice the fixed bytes that both report are there once; the weights fit once and beside nothing else."""
+    """Both slots report the same fixed bytes, which exist once; the weights fit once, and nothing else fits."""
     slots = slots_of(8.5, 8.5, device_key="card", fixed_bytes=GB)
     assert "stream" in plan_for(slots).reason
 
@@ -290,7 +290,7 @@ def test_every_whole_copy_has_its_controlnet() -> None:
     assert plan_for(slots_of(7, 7), components=(control,)).strategy == "layers"
 
 
-def test_a_controlnet_runs_beside_the_way_in_of_the_only_row() -> None:
+def test_a_controlnet_overlaps_the_input_blocks_of_the_only_row() -> None:
     """Five twelfths of the network come before the first residual. A ControlNet that takes as long as they do hides behind them."""
     network, slots = CONTROLLED, slots_of(24, 24)
     control = ComponentCost(name="ControlNet", weight_bytes=3 * GB, flops_per_row=5.0, runs_per_row=True)
@@ -309,7 +309,7 @@ def test_a_controlnet_runs_beside_the_way_in_of_the_only_row() -> None:
 
 
 def test_controlnets_have_a_slot_each_where_copies_of_both_fit_nowhere() -> None:
-    """Two of 3 GB beside two copies of 8 GB on cards of 12 GB: both slots do the same work."""
+    """Two ControlNets of 3 GB with two copies of 8 GB on cards of 12 GB: both slots do the same work."""
     controls = tuple(ComponentCost(name=name, weight_bytes=3 * GB, flops_per_row=6.0, runs_per_row=True) for name in ("a", "b"))
     roomy, tight = plan_for(slots_of(24, 24), components=controls), plan_for(slots_of(12, 12), components=controls)
     assert roomy.control_slots == {"a": (0, 1), "b": (0, 1)}
@@ -336,7 +336,7 @@ def test_a_cut_with_a_controlnet_says_where_it_is() -> None:
 
 
 def test_launches_of_all_slots_add_up_in_one_interpreter() -> None:
-    """Twelve operations a forward at 20 ms each: two slots launch one after the other what one launches for both rows at once."""
+    """Twelve operations per forward at 20 ms each: two slots launch them one after the other, one slot launches them once for both rows."""
     assert plan_for(slots_of(24, 24, kernel_ms=20.0)).strategy == "single"
     assert plan_for(slots_of(24, 24, kernel_ms=1.0)).strategy == "replicas"
 

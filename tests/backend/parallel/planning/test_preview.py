@@ -1,4 +1,4 @@
-"""The plan for a checkpoint against the plan that its first job makes."""
+"""The previewed plan of a checkpoint against the plan of its first job."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_file_without_a_network_says_so(tmp_path: Path) -> None:
 def test_before_and_after_loading_a_plan_counts_the_bytes_that_are_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unet_dtype: str | None
 ) -> None:
-    """fp8 weights count one byte each although they are computed with in fp32, in the preview as in the job's own profile."""
+    """fp8 weights count one byte each although computed in fp32, in the preview and in the job's profile."""
     path = tmp_path / "narrow.safetensors"
     write_checkpoint(path, "sd15")
     seen = []

@@ -1,4 +1,4 @@
-"""Slots' time from spans: by example, and by property against a count of single nanoseconds."""
+"""The slots' time computed from spans: by example, and by property against a count of single nanoseconds."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_wait_is_put_down_to_the_first_cause_there_is() -> None:
     assert (first.num_stage_runs, second.num_stage_runs) == (1, 1)
 
 
-def test_communication_beside_computation_is_hidden() -> None:
+def test_communication_that_overlaps_computation_is_hidden() -> None:
     recording = _recording(_span("network", 1, 0, 20), _span("copy", 1, 10, 30), _span("copy", 0, 0, 5), _span("copy", None, 0, 60))
     seen = communication_of(recording, lanes_of(recording, [0, 1]))
     assert (seen.copy_ns, seen.exposed_ns, seen.exposed_share) == (25, 15, 0.6)
@@ -73,7 +73,7 @@ def test_communication_beside_computation_is_hidden() -> None:
     assert silent.exposed_share is None
 
 
-def test_a_step_lasts_from_its_first_unit_to_its_last() -> None:
+def test_a_step_lasts_from_its_first_row_to_its_last() -> None:
     recording = _recording(_span("stage", 0, 0, 10, 0), _span("stage", 1, 8, 12, 0), _span("network", 0, 30, 40, 1), _span("stage", 1, 20, 25, 0))
     first, second = steps_of(recording)
     assert (first.step, first.start_ns, first.end_ns, first.network_ns) == (0, 0, 25, 17)

@@ -74,7 +74,7 @@ def _row_by_row(program: Program, call: NetworkCall) -> Tensor:
 
 
 def _u_cut(pieces: tuple[Piece, ...], *slots: int) -> tuple[int, ...]:
-    """Slots nested in each other: the first has both ends."""
+    """Nested slots: the first has both ends."""
     depth = len(slots)
     bounds = [len(pieces) * (index + 1) // (2 * depth - 1) for index in range(2 * depth - 1)]
     order = [*slots, *reversed(slots[:-1])]
@@ -95,7 +95,7 @@ def gpus(request: pytest.FixtureRequest) -> Iterator[Fleet]:
 
 
 def _place(program: Program, fleet: Fleet, plan: ReplicaPlan) -> Program:
-    """A copy of the program with its layers where the plan says."""
+    """A copy of the program with its layers placed by the plan."""
     moved = build_program(copy.deepcopy(program.embedding.unet))
     for _, layer in moved.embedding.named_layers:
         layer.to(fleet.device(plan.slots[0]))
@@ -121,7 +121,7 @@ def test_layers_over_virtual_gpus_give_every_row_bit_for_bit(program: Program, g
 
 
 def test_only_what_is_used_elsewhere_crosses(program: Program) -> None:
-    """In a U-cut the outer skips stay at home: less crosses than in a straight cut."""
+    """In a U-cut the outer skips stay on their slot: less crosses than in a straight cut."""
     call, pieces = _call(program), program.finest_pieces()
     crossed = {}
     with virtual_fleet(2) as fleet:
@@ -194,7 +194,7 @@ def _split_over(fleet: Fleet, program: Program, **settings: Any) -> tuple[Execut
     return executor, call
 
 
-def test_no_room_on_a_slot_names_the_slot_and_the_next_run_is_whole(program: Program) -> None:
+def test_out_of_memory_names_the_slot_and_the_next_run_is_complete(program: Program) -> None:
     expected = _row_by_row(program, _call(program))
     with virtual_fleet(2) as fleet:
         executor, call = _split_over(fleet, program)
@@ -217,7 +217,7 @@ def test_a_lost_slot_is_named(program: Program) -> None:
         virtual_gpu.get_device(1).set_faults(None)
 
 
-def test_a_hook_that_fails_ends_the_run_with_its_own_error(program: Program) -> None:
+def test_a_hook_that_fails_ends_the_run_with_its_error(program: Program) -> None:
     def fail(h: Tensor, when: str, options: dict[str, Any]) -> Tensor:
         raise KeyError("no such thing")
 

@@ -148,7 +148,7 @@ def test_a_network_that_fits_no_card_runs_over_two(caplog: pytest.LogCaptureFixt
     assert "layers of one copy over slots 0 and 1" in caplog.text
 
 
-def test_four_small_cards_hold_two_copies_of_two_stages() -> None:
+def test_four_small_cards_get_two_copies_of_two_stages() -> None:
     with virtual_fleet(4, cap_bytes=30 * 2**20) as fleet:
         unet = _unet(fleet)
         session = begin_session(unet, SHAPE, _request("hybrid"))
@@ -293,7 +293,7 @@ def test_one_slot_needs_no_session() -> None:
         assert begin_session(_unet(), SHAPE, _request("auto")) is None
 
 
-def test_a_hook_that_holds_tensors_keeps_the_network_with_them(two_gpus: Fleet) -> None:
+def test_a_hook_with_tensors_keeps_the_network_on_their_device(two_gpus: Fleet) -> None:
     unet = _unet(two_gpus)
     own = torch.ones(1, device=two_gpus.primary.torch_device)
 

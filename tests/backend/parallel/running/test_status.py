@@ -1,4 +1,4 @@
-"""What people are shown of slots, plan and links."""
+"""The status of slots, plan and links, as shown to users."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Patcher:
 
 
 @pytest.mark.usefixtures("two_virtual")
-def test_slots_say_what_they_hold() -> None:
+def test_slots_report_their_models() -> None:
     model = nn.Linear(1024, 1024)
     patcher = Patcher(model, torch.device("vgpu:1"))
     memory_management.load_models_gpu([patcher])
@@ -74,7 +74,7 @@ def test_speeds_are_relative_to_the_first_slot() -> None:
 
 
 @pytest.mark.usefixtures("two_virtual")
-def test_a_lost_slot_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_slot_is_not_queried(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(device: torch.device) -> DeviceBytes:
         assert device == torch.device("vgpu:0")
         return DeviceBytes(total_bytes=1, free_bytes=1, reserved_bytes=0, idle_bytes=0)
@@ -87,7 +87,7 @@ def test_a_lost_slot_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (lost.vram_state, lost.total_bytes, lost.free_bytes, lost.peak_bytes) == ("LOST", 32 * MIB, 0, None)
 
 
-def test_a_card_that_does_nothing_yet_is_asked_through_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unused_card_is_queried_through_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     card = GpuTelemetry(
         uuid="GPU-1", name="Card", driver="1", total_bytes=24 * MIB, used_bytes=6 * MIB, utilization_percent=30, temperature_celsius=60,
         power_watts=200.5, power_limit_watts=450.0, pcie_generation=4, pcie_lanes=16,

@@ -1,4 +1,4 @@
-"""A step alone against steps divided, and what slots are left with after shortages. Reference: counted by hand."""
+"""A step on one slot against divided steps, and the slots' budgets after shortages. Reference: counted by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.fleets import cpu_fleet
 @pytest.mark.parametrize(
     ("step_ms", "pays"), [((90.0, 60.0, 50.0, 61.0), False), ((90.0, 60.0, 100.0, 70.0), True), ((90.0, 60.0, 62.0, 60.0), False)]
 )
-def test_the_third_step_alone_is_compared_with_its_neighbours(step_ms: tuple[float, ...], pays: bool) -> None:
+def test_the_third_step_is_compared_with_the_steps_around_it(step_ms: tuple[float, ...], pays: bool) -> None:
     with cpu_fleet(2) as fleet:
         trial = StepTrial(fleet, "a model at a size")
         for number, one_ms in enumerate(step_ms):

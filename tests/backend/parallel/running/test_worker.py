@@ -1,4 +1,4 @@
-"""Workers: order, cancelling, errors, threads, and a slot that is lost."""
+"""Workers: order, cancellation, errors, threads, and a lost slot."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def worker() -> Iterator[SlotWorker]:
 
 
 class Gate:
-    """A task that holds a worker until it is opened."""
+    """A task that blocks a worker until it is opened."""
 
     def __init__(self, worker: SlotWorker) -> None:
         self.entered, self.opened = threading.Event(), threading.Event()
@@ -140,7 +140,7 @@ def test_each_cpu_slot_has_its_own_number_of_threads() -> None:
         assert torch.get_num_threads() == before
         reports = [worker.submit(torch.__config__.parallel_info).result(10) for worker in workers]
         assert [f"omp_get_max_threads() : {num}" in report for num, report in zip((2, 1, 3), reports)] == [True] * 3
-        # Threads that are made later are not told what a worker was told.
+        # Threads created later do not inherit a worker's settings.
         seen: list[int] = []
         thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         thread.start()

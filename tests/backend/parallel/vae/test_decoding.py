@@ -1,4 +1,4 @@
-"""Decoding with every slot. Reference: the VAE alone on the CPU, each picture by itself."""
+"""Decoding with all slots. Reference: the VAE on the CPU, one picture at a time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def alone() -> Tensor:
 
 @pytest.fixture(autouse=True)
 def split_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures this small would be decoded whole."""
+    """Pictures this small would be decoded on one slot."""
     monkeypatch.setattr(decoding, "worth_splitting", lambda *args, **kwargs: True)
 
 

@@ -1,6 +1,6 @@
-"""A decode split over slots is the whole decode: in fp64 to its rounding, in other types as near to the truth as the whole one.
+"""A decode split over slots equals the full decode: in fp64 up to rounding, in other dtypes as close to the exact result as the full one.
 
-The reference is diffusers' own `AutoencoderKL.decode` on the same weights.
+Reference: diffusers' `AutoencoderKL.decode` with the same weights.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MIB = 2**20
 
 
 def make_vae(widths: tuple[int, ...] = (8, 16, 16), dtype: torch.dtype = torch.float64, **settings: Any) -> AutoencoderKL:
-    """A narrow decoder of random weights; norms and biases are random too, or a forgotten one would go unseen."""
+    """A narrow decoder with random weights; norms and biases are random too, so that a forgotten one is noticed."""
     settings = {"layers_per_block": 1, "norm_num_groups": 4, "sample_size": 32, **settings}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -66,7 +66,7 @@ def make_latents(height: int, width: int, *, batch: int = 1, dtype: torch.dtype 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[tuple[ThreadPoolExecutor, ...]]:
-    """Four workers of one thread each, as slots have."""
+    """Four workers with one thread each, like slots."""
     pools = tuple(ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) for _ in range(4))
     yield pools
     for pool in pools:
@@ -96,7 +96,7 @@ def make_decoder(vae: AutoencoderKL, workers: Workers, num_slots: int = 2, speed
     ],
     ids=lambda options: ", ".join(options) or "narrow",
 )
-def test_the_split_is_the_whole_in_fp64(workers: Workers, options: dict[str, Any]) -> None:
+def test_the_split_equals_the_full_decode_in_fp64(workers: Workers, options: dict[str, Any]) -> None:
     vae, latents_BCHW = make_vae(**options), make_latents(7, 5)
     split_BCHW = make_decoder(vae, workers, 3).decode(latents_BCHW)
     torch.testing.assert_close(split_BCHW, vae.decode(latents_BCHW).sample, rtol=1e-12, atol=1e-12)
@@ -118,9 +118,9 @@ NARROW = make_vae()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_split_is_as_near_to_the_truth_as_the_whole(workers: Workers, dtype: torch.dtype) -> None:
-    """Sums in another order round otherwise, and layers pass that on, so no two correct decodes agree to the last bit. The truth is the fp64
-    decode of the same rounded weights; the split may be at most half as far again from it as the whole one, plus one step of the type."""
+def test_the_split_is_as_exact_as_the_full_decode(workers: Workers, dtype: torch.dtype) -> None:
+    """Sums in another order round differently, and layers amplify that, so no two correct decodes agree to the last bit. The exact result is the
+    fp64 decode of the same rounded weights; the split's error may be at most 1.5 times that of the full decode, plus one step of the dtype."""
     vae = make_vae((32, 64, 64, 64), dtype, layers_per_block=2, norm_num_groups=32)
     latents_BCHW = make_latents(12, 8, dtype=dtype)
     truth_BCHW = nn.Module.to(copy.deepcopy(vae), torch.float64).decode(latents_BCHW.double()).sample
@@ -135,7 +135,7 @@ def test_the_split_is_as_near_to_the_truth_as_the_whole(workers: Workers, dtype:
 
 @pytest.mark.parametrize(("processor", "atol"), [(AttnProcessor, 1e-6), (AttentionProcessorForge, 1e-12)])
 def test_other_ways_of_attention(workers: Workers, processor: type, atol: float) -> None:
-    """The library's first one takes its softmax in fp32 whatever the type."""
+    """The library's first implementation computes softmax in fp32 for every dtype."""
     vae, latents_BCHW = make_vae(), make_latents(5, 4)
     vae.set_attn_processor(processor())
     torch.testing.assert_close(make_decoder(vae, workers).decode(latents_BCHW), vae.decode(latents_BCHW).sample, rtol=0, atol=atol)
@@ -165,7 +165,7 @@ def test_the_result_can_be_changed_in_place_under_any_mode(workers: Workers) -> 
 
 
 def test_threads_do_not_matter(workers: Workers) -> None:
-    """The same bits at every run, from several callers at once, on a network that all strips share and nobody changes."""
+    """The same bits in every run, from several callers at once, on a network that all strips share and none changes."""
     vae, latents_BCHW = make_vae(dtype=torch.float32), make_latents(9, 4, dtype=torch.float32)
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     attributes = {name: set(vars(module)) for name, module in vae.named_modules()}
@@ -201,7 +201,7 @@ def make_virtual(workers: Workers, vae: AutoencoderKL, num_slots: int = 2, **opt
     return SplitDecoder(shards, **{"stall_s": 60.0, **options})
 
 
-def test_virtual_gpus_never_mix_and_each_holds_less(workers: Workers) -> None:
+def test_virtual_gpus_never_mix_and_each_needs_less_memory(workers: Workers) -> None:
     vae, latents_BCHW = make_vae((32, 32, 32), torch.float32), make_latents(12, 12, dtype=torch.float32)
     peaks = {}
     for num_slots in (2, 3, 4):
@@ -234,7 +234,7 @@ def test_the_bytes_that_cross_are_the_predicted_ones(workers: Workers, num_slots
 
 @pytest.fixture
 def slot_workers() -> Iterator[tuple[SlotWorker, ...]]:
-    """The engine's own workers of two virtual GPUs."""
+    """The engine's workers for two virtual GPUs."""
     gpus = virtual_gpu.install((64 * MIB,) * 2)
     found = tuple(SlotWorker(Slot(index=index, torch_device=gpu, name="virtual", total_bytes=64 * MIB)) for index, gpu in enumerate(gpus))
     yield found
@@ -249,7 +249,7 @@ def make_with_slot_workers(vae: AutoencoderKL, slot_workers: tuple[SlotWorker, .
 
 
 def test_slot_workers_in_inference_mode(slot_workers: tuple[SlotWorker, ...]) -> None:
-    """As the engine runs it: slots' own workers, which take over the caller's mode."""
+    """As in the engine: the slots' workers, which adopt the caller's mode."""
     vae, latents_BCHW = make_vae(dtype=torch.float32), make_latents(6, 5, dtype=torch.float32)
     decoder, expected_BCHW = make_with_slot_workers(vae, slot_workers), vae.decode(latents_BCHW).sample
     with torch.inference_mode():
@@ -267,7 +267,7 @@ def test_a_lost_slot_is_known_whichever_end_of_a_copy_sees_it_first(slot_workers
     assert slot_workers[1 - lost].lost is None
 
 
-def test_pictures_go_to_the_device_that_was_asked_for(workers: Workers) -> None:
+def test_pictures_go_to_the_requested_device(workers: Workers) -> None:
     vae = make_vae(dtype=torch.float32)
     assert make_virtual(workers, vae, output_device=torch.device("vgpu:1")).decode(make_latents(4, 4)).device == torch.device("vgpu", 1)
 
@@ -290,7 +290,7 @@ def test_out_of_memory_on_one_slot_frees_all_and_a_retry_works(workers: Workers,
     assert torch.equal(decoder.decode(latents_BCHW), expected_BCHW)
 
 
-def test_a_lost_slot_is_named_by_its_own_error(workers: Workers) -> None:
+def test_a_lost_slot_is_named_by_its_error(workers: Workers) -> None:
     decoder = make_virtual(workers, make_vae(dtype=torch.float32))
     virtual_gpu.get_device(1).set_faults(Faults(lost_at_operation=50))
     with pytest.raises(torch.AcceleratorError, match="vgpu:1"):
@@ -364,7 +364,7 @@ def test_messages_leave_the_board() -> None:
 
 
 class _FakeStreams:
-    """A device module that writes down who records and who waits; there is no CUDA here to ask."""
+    """A fake device module that notes who records and who waits, as there is no CUDA here."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -499,7 +499,7 @@ def test_no_other_division_of_rows_ends_earlier(num_rows: int, speeds: list[floa
     assert sum(rows) == num_rows
     ends_at = max(count / speed for count, speed in zip(rows, speeds))
     fitting = sum(int(ends_at * (1 - 1e-9) * speed) for speed in speeds)
-    assert fitting < num_rows  # done a moment earlier, fewer rows would be done
+    assert fitting < num_rows  # a little earlier, fewer rows would be done
 
 
 def test_equal_slots_get_equal_rows_and_a_slow_one_none() -> None:
