@@ -5,7 +5,7 @@ the next ones, sk the middle. A run may be empty, so straight cuts (empty second
 
 **The objective**, in this order:
 1. It fits: every slot's peak bytes are within its budget, and at least as many slots work as requested. If no cut fits, there is no partition.
-2. Slots of equal size (`total_bytes`) are within 10 % of each other in peak bytes, wherever a cut that fits keeps that. Then most rules kept, of:
+2. Slots of equal size (`total_bytes`) are within 10 % of each other in peak bytes, if any cut that fits allows it. Then most rules kept, of:
    no slot has more than 65 % of the weights (if two or more slots work); crossing bytes stay below the limit, if there is one.
 3. Least time of a step (see pipeline.py). Times within 1 % of the least count as equal: the prediction is no better than that.
 4. Fewest crossing bytes, then fewest changes of slot, then least time.
@@ -43,7 +43,7 @@ Bools = npt.NDArray[np.bool_]
 MOST_WEIGHT_SHARE = 0.65
 MOST_IMBALANCE = 0.10
 BALANCE_RANK = 4
-"""The rule of balance counts more than the two others together."""
+"""Rank of the balance rule, which counts more than the two others together."""
 SAME_TIME = 0.01
 EXHAUSTIVE_LIMIT = 60_000
 MOST_NESTED = 4
@@ -374,7 +374,7 @@ class _Evaluator:
         return np.asarray(broken), np.asarray(breach)
 
     def _imbalance(self, peak: Floats) -> Floats:
-        """The largest gap between slots of one size, as a share of the fuller one's peak; 0 where no two are alike."""
+        """The largest gap between slots of one size, as a share of the higher peak; 0 if no two have the same size."""
         imbalance = np.zeros(len(peak))
         for size in {slot.total_bytes for slot in self.slots}:
             alike = np.array([slot.total_bytes == size for slot in self.slots])
