@@ -413,10 +413,28 @@ class RowsPatch(WeightPatch):
         first, end, total, _ = self.rows
         if shape[0] != end - first:
             return f"the change has {end - first} rows for it"
+        if end - first < total and (reason := _explain_joint_rows(self.patch, self.rows, shape)) is not None:
+            return reason
         return self.patch.explain_misfit(torch.Size((total, *shape[1:])))
 
     def on(self, device: torch.device) -> RowsPatch:
         return replace(self, patch=self.patch.on(device))
+
+
+def _explain_joint_rows(patch: WeightPatch, rows: tuple[int, int, int, bool], shape: torch.Size) -> str | None:
+    """Why some rows alone cannot be changed, if they cannot: the change needs the others, which another weight has."""
+    first, end, total, _ = rows
+    dora_scale = getattr(patch, "dora_scale", None)
+    if dora_scale is not None and axis_of_lengths(dora_scale, torch.Size((total, *shape[1:]))) == 1:
+        return "its DoRA has lengths of inputs over all rows of a matrix that this model keeps in parts"
+    if (
+        isinstance(patch, OftPatch)
+        and patch.blocks.ndim == 3
+        and patch.blocks.shape[1]
+        and (first % patch.blocks.shape[1] or end % patch.blocks.shape[1])
+    ):
+        return f"its OFT blocks of {patch.blocks.shape[1]} rows cross the parts in which this model keeps the matrix"
+    return None
 
 
 def _swap_halves(weight: Tensor) -> Tensor:
