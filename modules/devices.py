@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from backend import memory_management
+from backend.nn.nan_search import LayerNansError, check_finite
 from modules.errors import RequestError
 from modules.jobs.context import installed_context
 
@@ -41,6 +42,20 @@ def test_for_nans(x: torch.Tensor, where: str) -> None:
     if _flag("disable_nan_check") or not bool(torch.isnan(x).all()):
         return
     raise NansException(_ADVICE.get(where, f"A tensor of NaN was produced in {where}."))
+
+
+def test_layers_for_nans(model: Any, output: torch.Tensor, run: Callable[[], object]) -> None:
+    """Raise NansException with the layer's name when a flow model's step in fp16 gave NaN, unless --disable-nan-check. `run()` does the step again.
+
+    Transformers of flow models were trained in bfloat16, which holds greater numbers. Other models are looked at once, when all steps are done.
+    """
+    is_in_danger = getattr(model, "computation_dtype", None) == torch.float16 and model.predictor.is_flow
+    if not is_in_danger or _flag("disable_nan_check"):
+        return
+    try:
+        check_finite(model.diffusion_model, output, run)
+    except LayerNansError as error:
+        raise NansException(str(error)) from error
 
 
 def _flag(name: str) -> bool:

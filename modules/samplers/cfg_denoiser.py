@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from backend.sampling.sampling_function import denoise_guided
+from modules import devices
 from modules.prompts import schedules as prompt_parser
 from modules.samplers.common import InterruptedException, apply_refiner
 from modules.scripts import callbacks as script_callbacks
@@ -88,17 +89,22 @@ class CFGDenoiser(torch.nn.Module):
         if script_callbacks.is_listened_to("cfg_denoiser"):
             asked.sampling_step, asked.total_sampling_steps = self.p.context.state.sampling_step, self.p.context.state.sampling_steps
             script_callbacks.cfg_denoiser_callback(asked)
-        denoised_BCHW, _, self.last_uncond_BCHW = denoise_guided(
-            self.sampler.unet,
-            asked.x,
-            asked.sigma,
-            text_cond=asked.text_cond,
-            text_uncond=asked.text_uncond,
-            image_cond=asked.image_cond.to(x) if self.inner_model.is_inpaint and asked.image_cond is not None else None,
-            cond_scale=scale,
-            cond_composition=composition,
-            seed=self.p.seeds[self.picture],
-        )
+
+        def guide() -> tuple[Tensor, Tensor, Tensor]:
+            return denoise_guided(
+                self.sampler.unet,
+                asked.x,
+                asked.sigma,
+                text_cond=asked.text_cond,
+                text_uncond=asked.text_uncond,
+                image_cond=asked.image_cond.to(x) if self.inner_model.is_inpaint and asked.image_cond is not None else None,
+                cond_scale=scale,
+                cond_composition=composition,
+                seed=self.p.seeds[self.picture],
+            )
+
+        denoised_BCHW, _, self.last_uncond_BCHW = guide()
+        devices.test_layers_for_nans(self.sampler.unet.model, denoised_BCHW, guide)
         return denoised_BCHW
 
     def _tell_guided(self, denoised_BCHW: Tensor) -> Tensor:
