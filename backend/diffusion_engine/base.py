@@ -72,7 +72,7 @@ class EngineParts:
 class ForgeDiffusionEngine:
     """A loaded model under the names extensions know. One job at a time uses it."""
 
-    is_sd1 = is_sd2 = is_sdxl = is_sd3 = False
+    is_sd1 = is_sd2 = is_sdxl = is_sd3 = is_flux = False
 
     def __init__(self, parts: EngineParts) -> None:
         self.model_config = parts.config

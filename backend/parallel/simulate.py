@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from backend.parallel.planning.simulation import (
+    BYTES_PER_WEIGHT,
     SimulatedJob,
     SimulationError,
     link_names,
@@ -18,6 +19,7 @@ from backend.parallel.planning.simulation import (
     parse_picture_size,
     report,
     simulate,
+    usual_cfg,
 )
 from backend.parallel.planning.validation import validation_tables
 
@@ -28,7 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="sdxl", help=f"one of {', '.join(model_names())}")
     parser.add_argument("--size", default="1024x1024", help="width x height in pixels")
     parser.add_argument("--batch", type=int, default=1, help="images at a time")
-    parser.add_argument("--cfg", type=float, default=7.0, help="CFG scale; 1 means no unconditional branch")
+    parser.add_argument("--cfg", type=float, default=None, help="CFG scale; 1 means no unconditional branch; by default what the model is run with")
+    parser.add_argument("--weights", default="half", choices=list(BYTES_PER_WEIGHT), help="how denoiser and text encoders are stored")
     parser.add_argument("--strategy", default="auto", choices=["auto", "single", "replicas", "layers", "hybrid"])
     parser.add_argument("--link", default=None, help=f"how cards are linked: one of {', '.join(link_names())}; by default what they have")
     parser.add_argument("--controlnet", action="store_true", help="with one ControlNet")
@@ -60,10 +63,11 @@ def _job_of(options: argparse.Namespace) -> SimulatedJob:
         width_px=width_px,
         height_px=height_px,
         images=options.batch,
-        branches=1 if options.cfg == 1 else 2,
+        branches=1 if (usual_cfg(options.model) if options.cfg is None else options.cfg) == 1 else 2,
         strategy=options.strategy,
         link=options.link,
         has_controlnet=options.controlnet,
+        weights=options.weights,
     )
 
 

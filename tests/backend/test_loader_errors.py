@@ -147,7 +147,7 @@ WRONG_FOLDER = {
     "an embedding": ({"emb_params": (2, 768)}, "embeddings"),
     "an SDXL embedding": ({"clip_l": (2, 768), "clip_g": (2, 1280)}, "embeddings"),
     "an upscaler": ({"model.0.weight": (8, 3, 3, 3), "model.1.sub.0.RDB1.conv1.0.weight": (8, 8, 3, 3)}, "models/ESRGAN"),
-    "a Flux checkpoint": ({"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": (8,)}, "not supported"),
+    "a Flux checkpoint": ({"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": (8,)}, "incomplete: download it again"),
     "a Stable Diffusion 3 checkpoint": ({"model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": (8,)}, "not supported"),
     "a Chroma checkpoint": ({"distilled_guidance_layer.in_proj.bias": (8,), "double_blocks.0.x": (8,)}, "not supported"),
     "a T5 text encoder": ({"encoder.block.0.layer.0.SelfAttention.k.weight": (8, 8)}, "models/text_encoder"),

@@ -118,7 +118,7 @@ def _describe(file: TensorFile, part: Part, shapes: Mapping[str, tuple[int, ...]
         "axes_dims_rope": rope_widths(head_width),
     }
     kind = FILL if inputs == FILL_INPUTS else DEV if has_guidance else SCHNELL
-    return kind, FoundDenoiser(part=part, config=config, is_inpaint=kind == FILL)
+    return kind, FoundDenoiser(part=part, config=config, context_width=config["joint_attention_dim"], is_inpaint=kind == FILL)
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], start: str) -> int:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ WEIGHT_READ_SHARE = 0.5
 KERNEL_MS = 0.014
 """Time to launch one operation from Python. Fitted to the report that two RTX 4090s are slower than one for SD 1.5 at 512x512. Worker threads
 share one interpreter, so launches of all slots add up."""
-_BYTES_PER_WEIGHT = 2
+BYTES_PER_WEIGHT = {"half": 2, "fp8": 1}
 _LATENT_PX = 8
+USUAL_CFG = 7.0
 _VAE_CONFIG = {
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -52,7 +53,10 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimulatedJob:
-    """What to predict. `strategy` is as in --multi-gpu-strategy. `link` is host, pcie or nvlink; None means what the cards have."""
+    """What to predict. `strategy` is as in --multi-gpu-strategy. `link` is host, pcie or nvlink; None means what the cards have.
+
+    `weights`: how denoiser and text encoders are stored, half or fp8.
+    """
 
     cards: tuple[str, ...]
     model: str = "sdxl"
@@ -63,6 +67,7 @@ class SimulatedJob:
     strategy: WantedStrategy = "auto"
     link: str | None = None
     has_controlnet: bool = False
+    weights: str = "half"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,30 +138,65 @@ def parse_picture_size(text: str) -> tuple[int, int]:
 
 
 def model_config(name: str) -> dict[str, Any]:
-    """Title, UNet config and the text encoders' numbers of parameters. Raises: SimulationError."""
+    """Title, denoiser config and the text encoders' numbers of parameters. Raises: SimulationError."""
     if name not in _models():
         raise SimulationError(f"--model {name!r} is unknown. Known models: {', '.join(model_names())}.")
     found: dict[str, Any] = _models()[name]
     return found
 
 
-def profile_model(name: str, width_px: int, height_px: int) -> ModelProfile:
-    """Costs of a published model's UNet in half precision."""
+def usual_cfg(name: str) -> float:
+    """The CFG scale that the model is run with. Raises: SimulationError."""
+    return float(model_config(name).get("cfg", USUAL_CFG))
+
+
+def profile_model(name: str, width_px: int, height_px: int, weights: str = "half") -> ModelProfile:
+    """Costs of a published model's denoiser, computed in half precision. Raises: SimulationError."""
     from backend.parallel.planning.profiling import profile_unet  # imports the network libraries
 
     config = model_config(name)
+    if "family" in config:
+        return _profile_of_family(config, width_px, height_px, weights)
+    if weights != "half":
+        raise SimulationError(f"--weights {weights} is counted for {', '.join(_names_of_families())}; leave it out for {name}.")
     return profile_unet(config["unet"], latent_height=height_px // _LATENT_PX, latent_width=width_px // _LATENT_PX, name=f"{config['title']} UNet")
 
 
-def component_costs(name: str, width_px: int, height_px: int, *, has_controlnet: bool) -> tuple[ComponentCost, ...]:
-    """Costs of text encoders, VAE and, with `has_controlnet`, a ControlNet, in half precision."""
+def _names_of_families() -> list[str]:
+    return [name for name, config in _models().items() if "family" in config]
+
+
+def _profile_of_family(config: Mapping[str, Any], width_px: int, height_px: int, weights: str) -> ModelProfile:
+    import torch
+
+    from backend.checkpoint_layout import Layout, Part
+    from backend.families.family import FoundDenoiser
+    from backend.families.registry import find_family
+    from backend.parallel.planning.profiling import profile_network, with_stored_bytes
+    from backend.storage.running import set_types
+
+    family = find_family(config["family"])
+    denoiser = family.build_denoiser(FoundDenoiser(part=Part("", Layout.DIFFUSERS), config=config["denoiser"]))
+    set_types(denoiser, torch.bfloat16 if weights == "half" else torch.float8_e4m3fn, torch.bfloat16)
+    factor = family.latent.factor
+    profile = profile_network(
+        denoiser, family.build_program, latent_height=height_px // factor, latent_width=width_px // factor, dtype=torch.bfloat16
+    )  # fmt: skip
+    return replace(with_stored_bytes(profile, family.build_program(denoiser)), name=f"{config['title']} {family.denoiser_title}")
+
+
+def component_costs(name: str, width_px: int, height_px: int, *, has_controlnet: bool, weights: str = "half") -> tuple[ComponentCost, ...]:
+    """Text encoders, VAE in half precision and, if wanted, a ControlNet. Raises: SimulationError for a ControlNet of a family that has none here."""
     from backend.parallel.planning.profiling import profile_controlnet, profile_vae_decoder  # imports the network libraries
 
     config = model_config(name)
     height, width = height_px // _LATENT_PX, width_px // _LATENT_PX
-    text_bytes = sum(config["text_encoder_parameters"]) * _BYTES_PER_WEIGHT
-    costs = [ComponentCost(name="text encoders", weight_bytes=text_bytes), profile_vae_decoder(_VAE_CONFIG, latent_height=height, latent_width=width)]
+    text_bytes = sum(config["text_encoder_parameters"]) * BYTES_PER_WEIGHT[weights]
+    vae_config = {**_VAE_CONFIG, "latent_channels": 16} if "family" in config else _VAE_CONFIG
+    costs = [ComponentCost(name="text encoders", weight_bytes=text_bytes), profile_vae_decoder(vae_config, latent_height=height, latent_width=width)]
     if has_controlnet:
+        if "family" in config:
+            raise SimulationError(f"--controlnet is counted for UNets; leave it out for {name}.")
         costs.append(profile_controlnet(config["unet"], latent_height=height, latent_width=width))
     return tuple(costs)
 
@@ -192,12 +232,15 @@ def card_links(names: Sequence[str], link: str | None = None) -> tuple[Link, ...
 
 def simulate(job: SimulatedJob) -> Simulation:
     """Plan, time and bytes. Raises: SimulationError for unknown names."""
-    profile = profile_model(job.model, job.width_px, job.height_px)
+    profile = profile_model(job.model, job.width_px, job.height_px, job.weights)
     slots, links = card_slots(job.cards), card_links(job.cards, job.link)
-    components = component_costs(job.model, job.width_px, job.height_px, has_controlnet=job.has_controlnet)
+    components = component_costs(job.model, job.width_px, job.height_px, has_controlnet=job.has_controlnet, weights=job.weights)
     shape = JobShape(images=job.images, branches=job.branches, components=components)
     vae = next(component for component in components if component.name == "VAE")
     plan = make_plan(profile, slots, links, shape, strategy=job.strategy)
+    if not plan.component_slots:  # not all fits: what is idle while the denoiser runs gives way first
+        alone = replace(shape, components=tuple(component for component in components if component.runs_per_row))
+        plan = make_plan(profile, slots, links, alone, strategy=job.strategy)
     vae_ms = vae.flops_per_row / max(slot.speed for slot in slots)
     return Simulation(job=job, plan=plan, profile=profile, slots=slots, vae_ms=vae_ms)
 
@@ -215,6 +258,7 @@ def report(simulation: Simulation) -> str:
             f"step: {plan.predicted_ms:.1f} ms predicted, {speedup}; {plan.crossing_bytes / 1e6:.1f} MB cross; lanes {plan.lanes}",
             f"VAE decode: about {simulation.vae_ms:.0f} ms per image on the fastest card",
             *(_slot_line(slot, plan) for slot in simulation.slots),
+            *([] if plan.component_slots else ["text encoders and VAE rest in main memory while the denoiser runs, and take turns with it"]),
         ]
     )
 

@@ -1,0 +1,66 @@
+"""Flux.1 in its published size, without weights: bytes, FLOPs, and the plans for cards that users have.
+
+References: the numbers of parameters and FLOPs that the field gives for the transformer (11.9e9; 74 TFLOP at 1024x1024 with 512 tokens of text).
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from backend.checkpoint_layout import Layout, Part
+from backend.families.family import FoundDenoiser
+from backend.families.registry import find_family
+from backend.parallel.planning.simulation import SimulatedJob, Simulation, model_config, parse_cards, profile_model, report, simulate
+
+
+def plan_for(gpus: str, *, weights: str = "half", images: int = 1) -> Simulation:
+    return simulate(SimulatedJob(cards=parse_cards(gpus), model="flux-dev", weights=weights, images=images, branches=1))
+
+
+def test_bytes_and_work_are_the_published_ones() -> None:
+    half, fp8 = profile_model("flux-dev", 1024, 1024), profile_model("flux-dev", 1024, 1024, "fp8")
+    assert half.weight_bytes == pytest.approx(2 * 11.9e9, rel=0.005) and fp8.weight_bytes == pytest.approx(11.9e9, rel=0.005)
+    assert half.flops_per_row == pytest.approx(74.4e12, rel=0.01)
+    assert profile_model("flux-schnell", 1024, 1024).weight_bytes == pytest.approx(2 * 11.891e9, rel=0.001)
+    double, single = half.pieces[3], half.pieces[30]
+    assert (double.weight_bytes, single.weight_bytes) == (2 * 339_831_296, 2 * 141_591_808)
+    assert double.flops_per_row == pytest.approx(single.flops_per_row, rel=0.001), "equal time, 2.4 times the bytes"
+    assert single.hidden_bytes_per_row == 2 * 3072 * (4096 + 512), "one tensor crosses a cut"
+
+
+def test_the_estimate_of_working_memory_lies_over_what_is_counted() -> None:
+    family = find_family("flux")
+    denoiser = family.build_denoiser(FoundDenoiser(part=Part("", Layout.DIFFUSERS), config=model_config("flux-dev")["denoiser"]))
+    program = family.build_program(denoiser)
+    for side_px in (512, 1024, 2048):
+        counted = profile_model("flux-dev", side_px, side_px).working_bytes_per_row()
+        assert counted < program.working_bytes((1, 16, side_px // 8, side_px // 8), 2) < 2 * counted
+
+
+@pytest.mark.parametrize(("gpus", "weights"), [("2xRTX4060Ti16", "half"), ("2xRTX3070", "fp8")])
+def test_two_small_cards_hold_one_copy_in_even_shares(gpus: str, weights: str) -> None:
+    """bf16 on 2 x 16 GB, fp8 on 2 x 8 GB: less than 10 % between them, one tensor crosses, the text encoders take turns with the transformer."""
+    simulation = plan_for(gpus, weights=weights)
+    plan, room = simulation.plan, {slot.index: slot.total_bytes for slot in simulation.slots}
+    assert plan.strategy == "layers" and set(plan.used_slots) == {0, 1}
+    held = plan.predicted_bytes
+    assert all(held[slot] < room[slot] for slot in held) and abs(held[0] - held[1]) < 0.1 * max(held.values())
+    assert plan.crossing_bytes < 40e6
+    assert "text encoders and VAE rest in main memory" in report(simulation)
+
+
+def test_a_second_card_takes_the_text_encoders() -> None:
+    for gpus, denoiser, encoders in (("2xRTX3090", 0, 1), ("RTX3060,RTX3090", 1, 0)):
+        plan = plan_for(gpus).plan
+        assert plan.strategy == "single" and plan.used_slots == (denoiser,) and plan.component_slots["text encoders"] == encoders
+
+
+def test_two_pictures_flow_through_two_cards() -> None:
+    """Twice the pictures in nearly the time of one, as both cards work."""
+    one, two = plan_for("2xRTX4060Ti16").plan, plan_for("2xRTX4060Ti16", images=2).plan
+    assert two.lanes == 2 and two.predicted_ms < 1.2 * one.predicted_ms
+
+
+def test_one_card_of_24_gb_holds_the_transformer_alone() -> None:
+    plan = plan_for("RTX4090").plan
+    assert plan.is_single and "stream" not in plan.reason
