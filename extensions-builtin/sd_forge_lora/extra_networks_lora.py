@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import networks
+from infotext_lora import HASHES_KEY
 from network import Network, NetworkOnDisk
 
 from modules.extra_networks import ExtraNetwork, ExtraNetworkParams
@@ -21,8 +22,9 @@ log = logging.getLogger(__name__)
 
 NAME = "lora"
 ALIAS = "lyco"
-HASHES_KEY = "Lora hashes"
 _ONLINE_MARK = "(fp16 LoRA)"
+MAX_MENTIONS = 128
+"""Each is a further pass over the model's patches."""
 _MAX_EXPLAINED = 3
 """Missing names whose nearest are said; a prompt may have thousands."""
 
@@ -78,7 +80,10 @@ class ExtraNetworkLora(ExtraNetwork):
         mentions = [parse_mention(params) for params in [*params_list, *self._chosen_in_settings(p, params_list)]]
         for notice in (notice for mention in mentions for notice in mention.notices):
             p.comment(notice)
-        found = [(mention, networks.registry().find(mention.name)) for mention in mentions]
+        if len(mentions) > MAX_MENTIONS:
+            p.comment(f"The prompt names {len(mentions)} networks; the first {MAX_MENTIONS} are put on the model, the others are left out.")
+            del mentions[MAX_MENTIONS:]
+        found = list(zip(mentions, networks.registry().find_all([mention.name for mention in mentions])))
         missing = [mention.name for mention, entry in found if entry is None]
         if missing:
             p.comment(f"Networks not found: {', '.join(missing)}{_say_near(missing)}")

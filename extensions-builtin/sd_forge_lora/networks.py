@@ -79,11 +79,15 @@ class LoraRegistry:
         """The file that a name in a prompt means: a stem, an alias that one file alone has, a path below the folder; letter case counts only
         where two differ by it. A file that is new, changed or gone is noticed without a refresh.
         """
+        return self.find_all([name])[0]
+
+    def find_all(self, names: Sequence[str]) -> list[NetworkOnDisk | None]:
+        """As `find`, for many names: the folders are looked at once more at most, however many are not there."""
         with self._lock:
-            found = self._look_up(name)
-            if found is None or not found.path.is_file() or found.stamp != stamp_of(found.path):
+            found = self._look_up_all(names)
+            if any(entry is None or not entry.path.is_file() or entry.stamp != stamp_of(entry.path) for entry in dict.fromkeys(found)):
                 self.refresh()
-                found = self._look_up(name)
+                found = self._look_up_all(names)
         return found
 
     def find_by_hash(self, shorthash: str) -> NetworkOnDisk | None:
@@ -92,14 +96,18 @@ class LoraRegistry:
             return None
         return next((entry for entry in self if (entry.known_hash or "").startswith(shorthash.lower())), None)
 
-    def _look_up(self, name: str) -> NetworkOnDisk | None:
-        names = self.names()
-        wanted = name.strip()
-        if wanted not in names:  # a Windows path below the folder; an ending that a client wrote along
-            wanted = wanted.replace("\\", "/")
-            ending = next((one for one in LORA_SUFFIXES if wanted.lower().endswith(one)), "")
-            wanted = wanted[: len(wanted) - len(ending)]
-        return names.get(wanted) or {key.lower(): entry for key, entry in reversed(names.items())}.get(wanted.lower())
+    def _look_up_all(self, names: Sequence[str]) -> list[NetworkOnDisk | None]:
+        known = self.names()
+        in_any_case = {key.lower(): entry for key, entry in reversed(known.items())}
+
+        def look_up(wanted: str) -> NetworkOnDisk | None:
+            if wanted not in known:  # a Windows path below the folder; an ending that a client wrote along
+                wanted = wanted.replace("\\", "/")
+                ending = next((one for one in LORA_SUFFIXES if wanted.lower().endswith(one)), "")
+                wanted = wanted[: len(wanted) - len(ending)]
+            return known.get(wanted) or in_any_case.get(wanted.lower())
+
+        return [look_up(name.strip()) for name in names]
 
     def names(self) -> dict[str, NetworkOnDisk]:
         """Every text that means a file; stems come before aliases, aliases before paths."""

@@ -19,6 +19,7 @@ from modules.app_config import AppConfig
 from modules.http_edge.access import ACTING_PATHS, Kind, PageLogins, is_admitted, kind_of, open_parts
 from modules.http_edge.bodies import MAX_BODY_BYTES, MAX_UPLOAD_BYTES, BodyRefused, BoundedBody, HeldBytes, too_large
 from modules.http_edge.hosts import OwnNames, OwnSites
+from modules.http_edge.shown_files import names_no_picture
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class Edge:
         headers = Headers(scope=scope)
         self._check_host(headers)
         path, method = get_route_path(scope), scope.get("method", "GET")
+        if any(char < " " or char == "\x7f" for char in path):  # routes of libraries answer such a path with a 500
+            raise Refused(400, "the path holds a control character.")
         is_page = self._reaches_page(scope)
         kind = kind_of(path, is_page=is_page)
         shows_only = is_page and (path.rstrip("/") or "/") not in ACTING_PATHS
@@ -83,6 +86,8 @@ class Edge:
             raise Refused(403, _foreign_text(headers))
         if method != "OPTIONS" and not is_admitted(kind, headers, self.config, self.page_logins):
             raise Refused(401, "Incorrect username or password" if headers.get("authorization") else "Not authenticated")
+        if names_no_picture(path, self.config.outputs_dir, self.config.gradio_allowed_paths):
+            raise Refused(403, "of the outputs folder only pictures are shown.")
         return kind
 
     def _check_host(self, headers: Headers) -> None:

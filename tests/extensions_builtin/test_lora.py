@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from modules.checkpoints.hashes import HashStore
 from modules.errors import OptionError
 from modules.infotext.parameters import parse_generation_parameters
 from modules.processing import Processed
-from modules.prompts.extra_networks import ExtraNetworkParams
+from modules.prompts.extra_networks import ExtraNetworkParams, extra_network_registry
 from modules.scripts import callbacks
 from tests.support.applications import installed_application
 from tests.support.extensions import builtin_module, loaded_builtin
@@ -246,6 +247,29 @@ def pasted(text: str) -> dict[str, Any]:
     params = parse_generation_parameters(text)
     callbacks.infotext_pasted_callback(text, params)
     return params
+
+
+def test_names_that_are_not_there_cost_one_look_at_the_folders(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    plain = type(files()).refresh
+    monkeypatch.setattr(type(files()), "refresh", lambda self: looks.append(1) or plain(self))
+    shorthash = files().find("style").shorthash
+    looks.clear()
+    found = files().find_all(["style", *(f"gone {number}" for number in range(500))])
+    assert (found[0].name, set(found[1:]), len(looks)) == ("style", {None}, 1)
+    hashes = ", ".join(f"theirs {number}: {shorthash}" for number in range(500))
+    text = f'a cat <lora:theirs 7:0.8>\nSteps: 3, Sampler: Euler, Seed: 1, Lora hashes: "{hashes}"'
+    params: dict[str, Any] = parse_generation_parameters(text)
+    callbacks.infotext_pasted_callback(text, params)
+    assert params["Prompt"] == "a cat <lora:style:0.8>" and len(looks) == 2
+
+
+def test_of_more_networks_than_a_model_takes_the_first_are_used_and_the_client_is_told(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect.getmodule(type(extra_network_registry["lora"])), "MAX_MENTIONS", 2)
+    first = " ".join(f"<lora:style:{number / 10}>" for number in (1, 2))
+    result = run(txt2img(prompt=f"a cat {first} <lora:drawing:1> <lora:drawing:0.5>", steps=1))
+    assert "names 4 networks; the first 2 are put on the model" in str(result.comments)
+    assert np.array_equal(picture(result), picture(run(txt2img(prompt=f"a cat {first}", steps=1))))
 
 
 def test_a_pasted_infotext_finds_a_file_that_has_another_name_here(app: Application) -> None:

@@ -9,6 +9,7 @@ The exponent is that of the best fitting power of n over the four lengths: 1 is 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import logging
@@ -18,12 +19,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from backend.text_processing.clip_tokenizer import build_clip_tokenizer, tokenize_plain
 from backend.text_processing.composition import split_composition, strip_comments
 from backend.text_processing.parsing import parse_prompt_attention
 from backend.text_processing.schedule import PassSteps, schedule_prompt
@@ -32,6 +34,7 @@ from modules.infotext.foreign import infotext_from_comfy, infotext_from_novelai,
 from modules.infotext.parameters import parse_generation_parameters
 from modules.infotext.text import iterate_pairs, parse_infotext
 from modules.infotext.versions import parse_version
+from modules.launch.extension_folders import BUILTIN_DIR
 from modules.pictures.filename_tokens import FilenameGenerator
 from modules.pictures.metadata import decode_user_comment
 from modules.prompts.extra_networks import parse_prompt
@@ -83,6 +86,28 @@ def _samplers_in_a_row(text: str) -> str | None:
     return infotext_from_comfy(json.dumps(graph))
 
 
+@cache
+def _tokenizer() -> Any:
+    return build_clip_tokenizer()
+
+
+@cache
+def _guest(extension: str, module: str) -> Any:
+    """A module of a built-in extension, found as the extension finds it."""
+    folder = str(BUILTIN_DIR / extension)
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(module)
+    finally:
+        sys.path.remove(folder)
+
+
+def _rename_loras(text: str) -> None:
+    """A pasted prompt that is `text`, with hashes of LoRAs that are `text` too."""
+    params = {"Prompt": text, "Hires prompt": text, "Lora hashes": f"a: 0123456789ab, {text}"}
+    _guest("sd_forge_lora", "infotext_lora").use_names_of(lambda hashes: dict.fromkeys(hashes, "b"), params)
+
+
 _GENERATOR = FilenameGenerator(None, 1, "a prompt", Image.new("RGB", (8, 8)))
 
 PARSERS: Mapping[str, Reader] = {
@@ -106,6 +131,9 @@ PARSERS: Mapping[str, Reader] = {
     "NovelAI bits": lambda text: infotext_from_novelai_json(text, (8, 8)),
     "styles.csv": _read_csv,
     "styles in a prompt": _find_styles,
+    "ControlNet unit": lambda text: _guest("sd_forge_controlnet", "lib_controlnet.infotext").read_unit(f"Module: canny, Model: {text}"),
+    "LoRAs of others": _rename_loras,
+    "CLIP's tokens": lambda text: tokenize_plain(_tokenizer(), [text]),
 }
 
 _PIECES = (

@@ -5,11 +5,14 @@ python -m tools.campaign.security_sweep
 
 from __future__ import annotations
 
+import http.client
+import re
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 import httpx
 from gradio.utils import get_upload_folder
@@ -22,7 +25,31 @@ from tools.campaign.security_server import RunningServer, running_server
 COMMAND = "python -m tools.campaign.security_sweep"
 REPORT = SCRIPT_DIR / "benchmarks" / "campaign_security_sweep.md"
 PICTURE_ROUTES = ("txt2img", "img2img")
-NOT_CALLED = ("/sdapi/v1/server-", "/sdapi/v1/unload", "/sdapi/v1/reload")
+CALLED_LAST = ("/sdapi/v1/server-", "/sdapi/v1/unload", "/sdapi/v1/reload")
+"""What ends the server or takes its model away."""
+PATHS_OF_FILES = (
+    *("/file={}", "/file/{}", "/gradio_api/file={}", "/gradio_api/file/{}", "/static/{}", "/assets/{}", "/svelte/{}", "/gradio_api/assets/{}"),
+    *("/gradio_api/stream/{}", "/gradio_api/upload_progress?upload_id={}", "/gradio_api/proxy={}", "/proxy={}", "/custom_component/a/client/{}"),
+    *("/webui-assets/{}", "/theme.css?v={}", "/monitoring/{}", "/pwa_icon/{}", "/gradio_api/deep_link?session_hash={}"),
+)
+"""Routes, gradio's among them, with a part of the path that a client chooses."""
+
+
+def hostile_paths(bait: str) -> list[str]:
+    """A file as a part of a URL's path: plain, coded once and twice, from above, by another slash."""
+    coded = quote(bait, safe="")
+    up = "../" * 12 + bait.lstrip("/")
+    return [
+        bait,
+        bait.lstrip("/"),
+        coded,
+        quote(coded, safe=""),
+        up,
+        quote(up, safe=""),
+        up.replace("../", "..%2f"),
+        up.replace("/", "\\"),
+        f"{coded}%00.png",
+    ]
 
 
 def nested(depth: int) -> Any:
@@ -38,16 +65,38 @@ class RouteSweep:
 
     def __init__(self, server: RunningServer, client: httpx.Client) -> None:
         self.server, self.client = server, client
-        self.num_calls: dict[str, int] = {"routes": 0, "settings": 0}
+        self.num_calls: dict[str, int] = {"routes": 0, "paths": 0, "settings": 0}
 
     def run(self) -> list[Finding]:
         """What leaked, failed with a 500, or was accepted and must not be."""
-        return [*self._routes(), *self._settings(), *self._settings_hold()]
+        return [*self._routes(last=False), *self._paths(), *self._settings(), *self._settings_hold(), *self._routes(last=True)]
 
-    def _routes(self) -> Iterator[Finding]:
+    def _paths(self) -> Iterator[Finding]:
+        """Every route with a part that the client chooses, with the bait as that part."""
+        described = self.client.get("/openapi.json").json()["paths"]
+        shapes = [*PATHS_OF_FILES, *(re.sub(r"\{[^}]*\}", "{}", path) for path in described if "{" in path)]
+        for shape in dict.fromkeys(shapes):
+            for bait in map(str, self.server.bait.files):
+                for part in hostile_paths(bait):
+                    yield from self._call_raw(shape.replace("{}", part))
+
+    def _call_raw(self, path: str) -> Iterator[Finding]:
+        """GET of a path as it is: httpx would tidy it up."""
+        connection = http.client.HTTPConnection(urlsplit(self.server.address).netloc, timeout=120)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            yield from self._judge("paths", f"GET {path}", path, response.status, response.read())
+        except http.client.HTTPException as error:
+            yield Finding(where=f"GET {path}", what=f"no answer: {error!r}")
+        finally:
+            connection.close()
+
+    def _routes(self, *, last: bool) -> Iterator[Finding]:
+        """Every route that is described; `last`: those that end something. The server's end is only noted."""
         described = self.client.get("/openapi.json").json()
         for path, methods in described["paths"].items():
-            if path.startswith(NOT_CALLED) or "{" in path:
+            if path.startswith(CALLED_LAST) is not last or "{" in path:
                 continue
             for method, route in methods.items():
                 for bait in map(str, self.server.bait.files):
@@ -58,11 +107,14 @@ class RouteSweep:
 
     def _call(self, kind: str, method: str, path: str, query: dict[str, Any], body: Any) -> Iterator[Finding]:
         response = self.client.request(method, path, params=query, json=body)
+        yield from self._judge(kind, f"{method} {path}", body or query, response.status_code, response.content)
+
+    def _judge(self, kind: str, where: str, asked: Any, status: int, content: bytes) -> Iterator[Finding]:
         self.num_calls[kind] += 1
-        if response.status_code == 500:
-            yield Finding(where=f"{method} {path}", what=f"500 for {str(body)[:120]}")
-        if self.server.bait.leaks_in(response.content):
-            yield Finding(where=f"{method} {path}", what=f"its answer holds the bait: {str(body or query)[:120]}")
+        if status == 500:
+            yield Finding(where=where, what=f"500 for {str(asked)[:120]}")
+        if self.server.bait.leaks_in(content):
+            yield Finding(where=where, what=f"its answer holds the bait: {str(asked)[:120]}")
 
     def _settings(self) -> Iterator[Finding]:
         bait = self.server.bait
@@ -131,7 +183,7 @@ def report_lines(findings: list[Finding], rows: list[tuple[str, int]], seconds: 
 def main() -> int:
     """0 when nothing was found."""
     began_s = time.perf_counter()
-    with tempfile.TemporaryDirectory() as root, running_server(Path(root), share=True) as server:
+    with tempfile.TemporaryDirectory() as root, running_server(Path(root), share=True, api_server_stop=True) as server:
         findings, rows = attack(server)
     lines = report_lines(findings, rows, time.perf_counter() - began_s)
     REPORT.write_text("\n".join(lines), encoding="utf-8")

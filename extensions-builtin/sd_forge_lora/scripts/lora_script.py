@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import gradio as gr
 import lora  # noqa: F401 - other extensions look for it among the imported modules
 import networks
-from extra_networks_lora import ALIAS, HASHES_KEY, NAME, ExtraNetworkLora
+from extra_networks_lora import ALIAS, NAME, ExtraNetworkLora
+from infotext_lora import use_names_of
 from lora_api import add_routes
+from network import SHORT_HASH_DIGITS
 from ui_extra_networks_lora import ExtraNetworksPageLora
 
 from modules import extra_networks, script_callbacks, shared, ui_extra_networks
 from modules.application import application_or_none, current_application
 from modules.shared import OptionInfo
 
-_MENTION = re.compile(r"<lora:([^:>]*)(?=[:>])")
 SECTION = ("extra_networks", "Extra Networks", "sd")
 
 
@@ -55,15 +55,15 @@ def add_settings() -> None:
 def use_names_of_own_files(_: str, params: MutableMapping[str, Any]) -> None:
     """`<lora:name:1>` of a file that is called otherwise here: by the name that the file of the same hash has here."""
     files = networks.registry()
-    names_here: dict[str, str] = {}
-    for pair in str(params.get(HASHES_KEY, "")).split(","):
-        name, _, shorthash = (part.strip() for part in pair.partition(":"))
-        if not name or files.find(name) is not None or (own := files.find_by_hash(shorthash)) is None:
-            continue
-        names_here[name] = own.name
-    for key in ("Prompt", "Hires prompt"):
-        if key in params and names_here:
-            params[key] = _MENTION.sub(lambda mention: f"<lora:{names_here.get(mention[1], mention[1])}", params[key])
+
+    def find_own_names(hashes: Mapping[str, str]) -> dict[str, str]:
+        by_hash = {entry.known_hash[:SHORT_HASH_DIGITS]: entry for entry in reversed(list(files)) if entry.known_hash}
+        own = {name: by_hash.get(shorthash.lower()[:SHORT_HASH_DIGITS]) for name, shorthash in hashes.items()}
+        meant = {name: entry for name, entry in own.items() if entry is not None and (entry.known_hash or "").startswith(hashes[name].lower())}
+        known = dict(zip(meant, files.find_all(list(meant))))
+        return {name: entry.name for name, entry in meant.items() if known[name] is None}
+
+    use_names_of(find_own_names, params)
 
 
 register()

@@ -71,6 +71,13 @@ def test_the_cors_flag_lets_a_site_in_and_tells_it_why_it_is_refused(tmp_path: P
         assert client.post("/sdapi/v1/echo", headers={"Origin": "http://other.example"}, auth=("a", "b")).status_code == 403
 
 
+def test_control_characters_in_a_path_are_refused_before_a_route_sees_them(client: TestClient) -> None:
+    for path in ("/guest%00", "/gradio_api/proxy=https://a.hf.space/%00.png", "/file=%0a", "/guest/%7f"):
+        answer = client.get(path)
+        assert answer.status_code == 400 and "control character" in answer.json()["detail"]
+    assert client.get("/guest?name=%00").status_code == 200
+
+
 def test_web_sockets_are_asked_too(client: TestClient) -> None:
     with client.websocket_connect("ws://127.0.0.1:7860/talk", headers={"Origin": ADDRESS}):
         pass

@@ -19,6 +19,7 @@ from backend.devices.virtual_gpu import Faults
 from backend.memory.errors import OutOfMemory
 from backend.sampling import registry
 from modules.application import Application
+from modules.jobs.live_preview import PreviewMaker
 from modules.samplers import schedules
 from modules.samplers.kdiffusion import KDiffusionSampler
 from tests.support.narrow_application import img2img, narrow_application, pixels, run, submit, txt2img
@@ -131,6 +132,42 @@ def test_the_starting_noise_is_made_again_where_it_found_no_room(
     with shortage_in(monkeypatch, KDiffusionSampler, place) as made:
         assert np.array_equal(pixels(run(make()).images[0]), expected)
     assert len(made) == 2 and min(made) > 0
+
+
+def test_latents_are_moved_again_where_they_found_no_room(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(app, 256)
+    expected = pixels(run(img2img()).images[0])
+    plain, device, made = KDiffusionSampler._with_recovery, virtual_gpu.get_device(0), list[int]()
+
+    def with_recovery(self: KDiffusionSampler, move: Callable[[], torch.Tensor], what: str) -> torch.Tensor:
+        def short() -> torch.Tensor:
+            device.set_faults(Faults(out_of_memory_at=range(1, 1000 if not made else 1)))
+            made.append(0)
+            try:
+                return move().clone()  # they may lie there already, where a move takes no room
+            finally:
+                made[-1] = device.num_allocations
+                device.set_faults(None)
+
+        return plain(self, short if what == "moving the latents" else move, what)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KDiffusionSampler, "_with_recovery", with_recovery)
+        assert np.array_equal(pixels(run(img2img()).images[0]), expected)
+    assert len(made) == 2 and min(made) > 0
+
+
+def test_a_preview_without_room_costs_only_the_preview(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the methods only this one takes room on the device."""
+    configure(app, 256)
+    every_step = {"live_previews_enable": True, "show_progress_type": "Full", "show_progress_every_n_steps": 1, "live_preview_refresh_period": 0}
+    for name, value in every_step.items():
+        monkeypatch.setitem(app.options.data, name, value)
+    expected = pixels(submit(app, txt2img(steps=4)).wait(timeout_s=300).images[0])
+    with shortage_in(monkeypatch, PreviewMaker, "_make") as made:
+        assert np.array_equal(pixels(submit(app, txt2img(steps=4)).wait(timeout_s=300).images[0]), expected)
+    assert len(made) >= 2 and min(made) > 0, "the first has no room, the next ones are made"
+    assert app.state.current_image is not None
 
 
 def _levels_of_the_network(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: str) -> torch.Tensor:

@@ -11,12 +11,13 @@ from gradio.utils import get_upload_folder
 
 from tools.campaign.security_pages import PageSweep
 from tools.campaign.security_server import RunningServer, running_server
+from tools.campaign.security_sweep import RouteSweep
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     # as with --share: whoever reaches the page is not its owner
-    with running_server(tmp_path_factory.mktemp("sweep"), share=True) as server:
+    with running_server(tmp_path_factory.mktemp("sweep"), share=True, api_server_stop=True) as server:
         yield server
 
 
@@ -46,3 +47,24 @@ def test_the_sweep_would_see_what_the_page_gives_away(server: RunningServer, cli
         assert sweep.run() != []
     finally:
         picture.unlink()
+
+
+def test_no_part_of_a_path_leads_to_a_file(server: RunningServer, client: httpx.Client) -> None:
+    sweep = RouteSweep(server, client)
+    assert list(sweep._paths()) == []
+    assert sweep.num_calls["paths"] > 500
+
+
+def test_the_sweep_would_see_a_file_behind_a_path(server: RunningServer, client: httpx.Client) -> None:
+    sweep, inside = RouteSweep(server, client), server.app.config.outputs_dir / "seen.png"
+    inside.write_bytes(server.bait.files[0].read_bytes())
+    try:
+        assert [finding.what for finding in sweep._call_raw(f"/gradio_api/file={inside}")] != []
+    finally:
+        inside.unlink()
+
+
+def test_routes_that_end_something_are_called_and_leak_nothing(server: RunningServer, client: httpx.Client) -> None:
+    sweep = RouteSweep(server, client)
+    assert list(sweep._routes(last=True)) == []
+    assert sweep.num_calls["routes"] > 0 and client.get("/internal/ping").status_code == 200
