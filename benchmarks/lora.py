@@ -64,7 +64,7 @@ def _make_variants() -> Mapping[str, Variant]:
 
 
 BENCH = Bench(
-    question="What do applying, changing and removing a LoRA of rank 16 over all layers cost, beside one copy of the same weights? "
+    question="What do applying, changing and removing a LoRA of rank 16 over all layers cost, compared with one copy of the same weights? "
     "Weights are fp16 on the host; each is turned to fp32 and back one at a time.",
     make_variants=_make_variants,
     baseline="SD1.5, copy",

@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--strategy", default="auto", choices=["auto", "single", "replicas", "layers", "hybrid"])
     parser.add_argument("--link", default=None, help=f"how cards are linked: one of {', '.join(link_names())}; by default what they have")
     parser.add_argument("--controlnet", action="store_true", help="with one ControlNet")
-    parser.add_argument("--validate", action="store_true", help="print predictions beside published figures instead")
+    parser.add_argument("--validate", action="store_true", help="print predictions and published figures instead")
     return parser
 
 

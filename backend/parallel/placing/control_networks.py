@@ -65,7 +65,7 @@ def collect_control_networks(links: Sequence[ControlLink], work: str) -> tuple[P
     for number, (key, patcher) in enumerate(patchers.items()):
         name = "ControlNet" if len(patchers) == 1 else f"ControlNet {number + 1}"
         count = sum(link.control_model_wrapped.model is patcher.model for link in links)
-        control_networks.append(PlannedControlNetwork(name=name, patcher=patcher, links=count, work=f"{work} beside {key}"))
+        control_networks.append(PlannedControlNetwork(name=name, patcher=patcher, links=count, work=f"{work} with {key}"))
     return tuple(control_networks)
 
 
