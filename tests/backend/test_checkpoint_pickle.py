@@ -133,7 +133,7 @@ def test_tensors_that_share_their_bytes_are_read(tmp_path: Path) -> None:
     assert torch.equal(read(tmp_path / "tied.pt")["part"], shared[2:5])
 
 
-def test_a_plain_pickle_is_no_model(tmp_path: Path) -> None:
+def test_a_plain_pickle_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": 1}, protocol=2))
     with pytest.raises(CheckpointError):
         read(tmp_path / "plain.pt")

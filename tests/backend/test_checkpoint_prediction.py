@@ -68,7 +68,7 @@ def test_yaml_next_to_the_file(text, kind, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_marks_come_before_metadata_and_metadata_before_yaml(tmp_path):
+def test_marker_keys_beat_metadata_and_metadata_beats_yaml(tmp_path):
     path = _write(tmp_path / "m.safetensors", ["v_pred"], {"modelspec.prediction_type": "epsilon"})
     assert _read(path).source == "the key v_pred"
     path = _write(tmp_path / "m.safetensors", metadata={"modelspec.prediction_type": "epsilon"})
@@ -89,7 +89,7 @@ def test_the_unet_is_run_when_the_file_says_nothing(dtype, tmp_path):
     assert unet.conv_out.bias is stored and not unet.conv_out._forward_hooks
 
 
-def test_sd2_files_without_a_mark_are_told_by_the_unet(tmp_path):
+def test_sd2_files_without_a_marker_are_identified_by_running_the_unet(tmp_path):
     from backend import memory_management
     from backend.args import BackendConfig
     from backend.devices.probing import probe_devices

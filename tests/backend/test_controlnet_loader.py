@@ -68,7 +68,7 @@ def test_a_file_gives_the_librarys_residuals(models: ReferenceModels, tmp_path: 
     _assert_equal(link, controlnet, models)
 
 
-def test_a_file_without_a_prefix_and_a_state_dict_are_read_alike(models: ReferenceModels) -> None:
+def test_a_file_without_a_prefix_and_a_state_dict_give_the_same_result(models: ReferenceModels) -> None:
     controlnet = build_controlnet(models)
     link = build_control(TensorsInMemory(Path("held.safetensors"), ldm_state_dict(controlnet)))
     assert isinstance(link, ControlNet)

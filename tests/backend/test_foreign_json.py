@@ -34,7 +34,7 @@ def test_half_a_letter_becomes_a_question_mark(text: str | bytes) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00{", b'{"a": "\xe9"}', b"", b"{", "nothing"])
-def test_what_is_no_json_is_refused(content: str | bytes) -> None:
+def test_invalid_json_is_refused(content: str | bytes) -> None:
     with pytest.raises(ForeignJsonError):
         parse_json(content)
 
@@ -46,7 +46,7 @@ def test_size_and_number_of_entries_are_bounded() -> None:
         parse_json(b'"aaaaaaaa"', max_bytes=8)
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="a pipe, not a file"):
         open_file(tmp_path / "pipe")

@@ -54,7 +54,7 @@ def _vae_there_and_back(vae: AutoencoderKL) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_unet_and_vae_come_back_through_diffusers_conversion(family, tmp_path):
+def test_unet_and_vae_survive_a_round_trip_through_diffusers_conversion(family, tmp_path):
     models = build_models(tmp_path / "x.safetensors", family)
     unet_keys = _unet_there_and_back(models.unet).keys()
     assert unet_keys >= (SDXL_FACTS if family == "sdxl" else SD15_FACTS)
@@ -63,7 +63,7 @@ def test_unet_and_vae_come_back_through_diffusers_conversion(family, tmp_path):
     assert {"decoder.up.3.upsample.conv.weight", "encoder.down.1.block.0.nin_shortcut.weight", "post_quant_conv.bias"} <= vae_ldm.keys()
 
 
-def test_demo_checkpoint_shape_comes_back():
+def test_demo_checkpoint_shape_survives_a_round_trip():
     """Two levels, one resnet per level, attention on the outer level only; a text encoder of four layers."""
     unet_ldm = _unet_there_and_back(demo.build_unet())
     assert {
@@ -78,7 +78,7 @@ def test_demo_checkpoint_shape_comes_back():
     assert all(tensor.is_contiguous() for tensor in joined.values())
 
 
-def test_uneven_layers_per_level_come_out_in_sequence():
+def test_uneven_layers_per_level_are_numbered_in_sequence():
     unet = UNet2DConditionModel(
         block_out_channels=(32, 64, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -93,7 +93,7 @@ def test_uneven_layers_per_level_come_out_in_sequence():
 
 
 @pytest.mark.parametrize("projection_dim", [None, 48])
-def test_open_clip_comes_back_through_diffusers_conversion(projection_dim):
+def test_open_clip_survives_a_round_trip_through_diffusers_conversion(projection_dim):
     config = CLIPTextConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1, projection_dim=projection_dim or 64, hidden_act="gelu"
     )

@@ -262,7 +262,7 @@ def test_text_encoder_without_its_text_model_level_is_read(checkpoint, tmp_path)
     _assert_same_outputs(load_checkpoint(tmp_path / "flat.safetensors", config=CONFIG), reference)
 
 
-def test_sd2_text_encoder_of_23_blocks_is_used_whole(checkpoint, tmp_path):
+def test_sd2_text_encoder_of_23_blocks_is_used_completely(checkpoint, tmp_path):
     """Files converted back from diffusers contain only the 23 used blocks; others contain 24, and the last is ignored."""
     reference = checkpoint("sd20")
     config = copy.deepcopy(reference.text_encoders[0].config)

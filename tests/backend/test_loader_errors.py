@@ -72,7 +72,7 @@ RAW_FILES = {
 
 @pytest.mark.parametrize("kind", RAW_FILES)
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_files_that_are_no_model_at_all(kind, suffix, tmp_path):
+def test_files_that_are_not_models(kind, suffix, tmp_path):
     content, words = RAW_FILES[kind]
     path = tmp_path / f"model{suffix}"
     path.write_bytes(content)
@@ -186,7 +186,7 @@ def test_missing_keys_are_counted_and_the_first_is_named(good, tmp_path):
     assert "its UNet lacks 2 of 686 tensors (first: model.diffusion_model." in message
 
 
-def test_a_missing_tensor_that_tells_the_shape_is_named(good, tmp_path):
+def test_a_missing_tensor_that_determines_the_shape_is_named(good, tmp_path):
     message = _refusal(_changed(good, tmp_path / "gap.safetensors", **{"model.diffusion_model.input_blocks.0.0.weight": None}))
     assert "its UNet lacks model.diffusion_model.input_blocks.0.0.weight" in message
 

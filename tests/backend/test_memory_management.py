@@ -272,7 +272,7 @@ def test_configuring_again_unloads_models() -> None:
     assert next(model.model.parameters()).device.type == "cpu"
 
 
-def test_models_leave_devices_that_are_no_more() -> None:
+def test_models_leave_devices_that_no_longer_exist() -> None:
     configure(virtual_gpus_bytes=(4 * MIB, 4 * MIB), multi_gpu=True)
     model = patcher(device=virtual_gpu.installed_devices()[1])
     memory_management.load_model_gpu(model)

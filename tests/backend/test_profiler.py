@@ -158,7 +158,7 @@ def test_a_copy_between_cards_is_timed_on_both_streams(fake_cuda: None) -> None:
     assert set(recorder._anchors) == {CUDA, torch.device("cuda:1")}
 
 
-def test_spans_of_a_lost_card_go_and_are_counted(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_of_a_lost_card_are_dropped_and_counted(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder([_slot(0, "cuda:0")])
     with recorder.measure("network", "network", device=CUDA):
         pass

@@ -222,7 +222,7 @@ def test_a_network_is_needed():
         VAE()
 
 
-def test_decode_on_a_virtual_gpu_that_is_too_small_for_whole_pictures(network, caplog, monkeypatch):
+def test_decode_on_a_virtual_gpu_that_is_too_small_for_full_pictures(network, caplog, monkeypatch):
     """Every byte counts against the card's cap; the full picture does not fit, tiles do."""
     latents = torch.randn(1, 4, 40, 40)
     whole = _reference_decode(network, latents)

@@ -35,7 +35,7 @@ def test_without_the_flag_nothing_changes() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_a_slot_that_is_no_cpu_leaves_the_threads_alone() -> None:
+def test_a_slot_that_is_not_a_cpu_does_not_change_the_threads() -> None:
     before = torch.get_num_threads()
     (slot,) = probe_devices(BackendConfig(device_ids=("cpu",)))
     apply_cpu_threads(BackendConfig(cpu_threads_per_slot=before + 1), [dataclasses.replace(slot, cpu_threads=None)])

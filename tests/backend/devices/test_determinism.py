@@ -18,7 +18,7 @@ def algorithms_as_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_torch_is_told_what_the_flag_says(wanted: bool) -> None:
+def test_the_flag_is_passed_to_torch(wanted: bool) -> None:
     torch.use_deterministic_algorithms(False)
     apply_determinism(BackendConfig(deterministic=wanted))
     assert torch.are_deterministic_algorithms_enabled() is wanted

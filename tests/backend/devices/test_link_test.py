@@ -42,7 +42,7 @@ def test_a_checked_link_is_used_with_its_own_speed() -> None:
         ({**GOOD, "direct": {"bytes_per_ms": 1e6, "latency_ms": 0.3}}, "direct copies are correct but slower (1.0 GB/s)"),
     ],
 )
-def test_else_tensors_go_through_main_memory_at_its_speed(report: dict[str, Any], reason: str) -> None:
+def test_other_tensors_go_through_main_memory_at_its_speed(report: dict[str, Any], reason: str) -> None:
     verdict = judge(report)
     assert (verdict.route, verdict.reason, verdict.bytes_per_ms) == ("staged", reason, 8e6)
 
@@ -126,12 +126,12 @@ def test_reports_are_read_between_lines_that_say_nothing() -> None:
     assert (result.ending, result.during) == ("crash", (1, 0))
 
 
-def test_a_line_that_does_not_come_is_a_hang_of_the_pair_begun() -> None:
+def test_a_missing_line_counts_as_a_hang_of_the_started_pair() -> None:
     result = follow(lines({"begin": [0, 1]}, None), 2)
     assert (result.ending, result.during) == ("hang", (0, 1))
 
 
-def test_nobody_waits_for_a_process_that_has_told_everything() -> None:
+def test_a_process_that_has_reported_everything_is_not_awaited() -> None:
     said = lines({"begin": [0, 1]}, {"pair": [0, 1]}, None)
     assert follow(said, 1).ending == "done"
     assert next(said) is None

@@ -82,7 +82,7 @@ def use(monkeypatch: pytest.MonkeyPatch, nvml: object) -> None:
     monkeypatch.setattr(telemetry, "_import_nvml", lambda: nvml)
 
 
-def test_what_cards_tell_is_told_and_what_they_do_not_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_cards_report_is_returned_and_other_data_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = FakeNvml()
     use(monkeypatch, nvml)
     first, second = read_telemetry()
@@ -93,7 +93,7 @@ def test_what_cards_tell_is_told_and_what_they_do_not_is_none(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("nvml", [None, FakeNvml(has_driver=False)])
-def test_no_driver_or_package_is_no_error(monkeypatch: pytest.MonkeyPatch, nvml: object, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_driver_or_package_is_not_an_error(monkeypatch: pytest.MonkeyPatch, nvml: object, caplog: pytest.LogCaptureFixture) -> None:
     use(monkeypatch, nvml)
     with caplog.at_level("INFO"):
         assert read_telemetry() == ()

@@ -35,7 +35,7 @@ def identify(tmp_path: Path, tensors: dict[str, Tensor]) -> Any:
 @pytest.mark.parametrize(
     ("changes", "kind"), [({}, "dev"), ({"guidance_embeds": False}, "schnell"), ({"in_channels": 384, "out_channels": 64}, "fill")]
 )
-def test_original_files_are_told_by_names_and_shapes(tmp_path: Path, prefix: str, changes: dict[str, Any], kind: str) -> None:
+def test_original_files_are_identified_by_names_and_shapes(tmp_path: Path, prefix: str, changes: dict[str, Any], kind: str) -> None:
     flux = make_flux(**changes)
     found_kind, found = identify(tmp_path, original_tensors(flux, prefix))
     assert (found_kind, found.part.prefix, found.part.layout, found.is_inpaint) == (kind, prefix, Layout.LDM, kind == "fill")
@@ -43,7 +43,7 @@ def test_original_files_are_told_by_names_and_shapes(tmp_path: Path, prefix: str
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer.", "model.diffusion_model."])
-def test_diffusers_files_are_told(tmp_path: Path, prefix: str) -> None:
+def test_diffusers_files_are_identified(tmp_path: Path, prefix: str) -> None:
     flux = make_flux()
     kind, found = identify(tmp_path, {prefix + key: tensor for key, tensor in flux.state_dict().items()})
     assert (kind, found.part.prefix, found.part.layout) == ("dev", prefix, Layout.DIFFUSERS)
@@ -245,7 +245,7 @@ def test_hooks_may_replace_a_block() -> None:
     assert not torch.equal(run(program, rows, options=hooks), run(program, rows))
 
 
-def test_odd_sides_are_filled_and_cut_again() -> None:
+def test_odd_sides_are_padded_and_cropped() -> None:
     x = torch.randn(1, 16, 5, 7, generator=torch.Generator().manual_seed(0))
     assert torch.equal(unpack(pack(x), 5, 7), x)
     assert pack(x).shape == (1, 12, 64)

@@ -60,7 +60,7 @@ def test_the_token_table_is_in_memory_once(tmp_path: Path) -> None:
     assert sum(parameter.numel() for parameter in encoder.parameters()) == sum(parameter.numel() for parameter in t5_encoder().parameters())
 
 
-def test_umt5_is_no_t5(tmp_path: Path) -> None:
+def test_umt5_is_not_t5(tmp_path: Path) -> None:
     more = {"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": torch.ones(32, 3)}
     with open_tensor_file(write_t5(tmp_path / "umt5.safetensors", t5_encoder(), more=more)) as file:
         assert list(T5.find(file)) == []

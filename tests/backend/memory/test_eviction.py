@@ -26,7 +26,7 @@ def test_least_recently_used_leave_first_and_only_as_many_as_needed() -> None:
     assert victims(NEWEST_FIRST, need_bytes=36, free_bytes=0) == [3, 2, 0]
 
 
-def test_with_room_nobody_leaves() -> None:
+def test_with_enough_free_memory_nothing_is_evicted() -> None:
     assert victims(NEWEST_FIRST, need_bytes=4, free_bytes=5) == []
 
 

@@ -118,7 +118,7 @@ def test_weights_that_changed_on_the_way_are_copied_again() -> None:
     assert layers.run("2") == [22]
 
 
-def test_without_room_ahead_a_layer_comes_when_it_is_due() -> None:
+def test_without_memory_to_fetch_ahead_a_layer_is_fetched_when_due() -> None:
     layers = Layers(2)
     layers.run("0", "1")
     layers.fetcher.fetch("0", layers.weights["0"])
@@ -282,7 +282,7 @@ class FakeTensor:
         self.cuda.log.append(f"kept for {stream}")
 
 
-def test_a_copy_is_made_on_its_own_stream_and_waited_for_by_the_computing_one() -> None:
+def test_a_copy_runs_on_a_separate_stream_and_the_computing_stream_waits_for_it() -> None:
     cuda = FakeCuda()
     copies: Any = CudaAheadCopies(CUDA0, cuda)
     copy = copies.begin([FakeTensor(cuda)])

@@ -51,7 +51,7 @@ def test_the_whole_tree_moves_and_ties_are_kept(gpu: torch.device) -> None:
     assert virtual_gpu.get_device(gpu).live_bytes == 168
 
 
-def test_patterns_leave_names_and_whole_branches(gpu: torch.device) -> None:
+def test_patterns_exclude_names_and_whole_branches(gpu: torch.device) -> None:
     net = tied()
     move_module(net, gpu, excluded_patterns=("2", "*.running_*"))
     places = {name: tensor.device.type for name, tensor in net.named_parameters(remove_duplicate=False)}

@@ -29,7 +29,7 @@ def test_ties_go_to_the_lower_index() -> None:
     assert select_slot(need(1), [room(2, 8, 8), room(1, 8, 8)]).slot_index == 1
 
 
-def test_home_comes_before_room() -> None:
+def test_home_is_preferred_to_free_memory() -> None:
     rooms = [room(0, 24, 24), room(1, 8, 1, present_bytes=5 * GIB)]
     assert select_slot(need(5, 0.5), rooms).slot_index == 1
 
@@ -39,7 +39,7 @@ def test_home_without_room_to_work_is_left() -> None:
     assert select_slot(need(5, 2), rooms).slot_index == 0
 
 
-def test_a_slot_where_nobody_must_leave_comes_first() -> None:
+def test_a_slot_without_evictions_is_preferred() -> None:
     rooms = [room(0, 24, 1, evictable_bytes=20 * GIB), room(1, 8, 6)]
     assert select_slot(need(5), rooms).slot_index == 1
     assert select_slot(need(10), rooms).slot_index == 0
@@ -49,7 +49,7 @@ def test_the_reserve_is_nobodys() -> None:
     assert select_slot(need(5), [room(0, 8, 6, reserve_bytes=2 * GIB)]).slot_index is None
 
 
-def test_no_room_is_told_with_the_numbers() -> None:
+def test_a_shortage_is_reported_with_the_numbers() -> None:
     placement = select_slot(need(5, 1, "UNet"), [room(0, 4, 4), room(1, 4, 3)])
     assert placement.slot_index is None
     assert placement.reason == (

@@ -231,7 +231,7 @@ def test_free_memory_frees_the_requested_bytes(make_store) -> None:
     assert store.residents == []
 
 
-def test_rooms_tell_free_evictable_and_present(make_store) -> None:
+def test_rooms_report_free_evictable_and_present_bytes(make_store) -> None:
     store = make_store(64, 64)
     one, two = patcher(4), patcher(2, GPU_1)
     load(store, one)

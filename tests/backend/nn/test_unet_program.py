@@ -303,7 +303,7 @@ def _run_pieces(unet: UNet2DConditionModel, inputs: dict[str, Any], options: dic
 
 @torch.no_grad()
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 19)])
-def test_pieces_at_every_transformer_block_give_the_whole_bit_for_bit(unet: UNet2DConditionModel, height: int, width: int) -> None:
+def test_pieces_at_every_transformer_block_equal_the_whole_bit_for_bit(unet: UNet2DConditionModel, height: int, width: int) -> None:
     inputs = _inputs(unet, height=height, width=width)
     assert torch.equal(_run_pieces(unet, inputs), _library(unet, inputs))
 

@@ -184,7 +184,7 @@ def test_readers_of_a_tensor_are_found_up_to_the_next_writer(network: TokenNetwo
     assert found == {("picture", -1): (0,), ("prose", -1): (0,), ("picture", 0): (1,), ("prose", 0): (1,), ("picture", 1): (2,)}
 
 
-def test_a_segment_that_reads_what_nobody_leaves_is_refused(network: TokenNetwork) -> None:
+def test_a_segment_that_reads_an_unproduced_tensor_is_refused(network: TokenNetwork) -> None:
     program = build_token_program(network)
     broken = replace(program.segments[0], consumes=("picture", "depth"))
     with pytest.raises(ValueError, match="joint 0 reads depth"):
@@ -195,7 +195,7 @@ def test_a_segment_that_reads_what_nobody_leaves_is_refused(network: TokenNetwor
         replace(program, segments=program.segments[:-1])
 
 
-def test_a_call_without_latents_or_of_unlike_rows_is_refused() -> None:
+def test_a_call_without_latents_or_with_different_row_counts_is_refused() -> None:
     with pytest.raises(ValueError, match="but no latents"):
         NetworkCall(rows={"text": torch.zeros(1, 2)})
     with pytest.raises(ValueError, match="2 rows was given"):

@@ -337,7 +337,7 @@ def test_a_failing_pass_ends_the_run_with_its_slot(program: Program) -> None:
         executor.close()
 
 
-def test_failures_are_told_when_all_links_have_ended() -> None:
+def test_failures_are_reported_when_all_links_have_ended() -> None:
     done, failed, dropped = Future[Any](), Future[Any](), Future[Any]()
     control, told = ResidualChain([(0, done), (1, failed), (2, dropped)], ["middle"]), []
     control.when_ready(lambda: told.append(control.failures()))

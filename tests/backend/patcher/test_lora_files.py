@@ -232,7 +232,7 @@ def test_a_full_lora_matches_its_family_and_no_other() -> None:
         match(full_lora("sd15"), "sd20")
 
 
-def test_the_family_is_told_from_the_layers_when_nobody_wrote_it() -> None:
+def test_the_family_is_derived_from_the_layers_without_metadata() -> None:
     wide = {f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_{name}.weight": torch.ones(4, 1024) for name in ("up", "down")}
     assert parse_lora("x", wide).family == "SD 2.x"
     assert parse_lora("x", {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 2)}).family == "Flux"
@@ -258,7 +258,7 @@ def test_a_layer_without_all_its_parts_has_no_place() -> None:
     assert match(tensors).unmatched == ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q",)
 
 
-def test_what_is_no_lora_is_refused() -> None:
+def test_other_files_are_refused_as_lora() -> None:
     with pytest.raises(LoraError, match="this is not a LoRA"):
         parse_lora("checkpoint", {"model.diffusion_model.out.2.weight": torch.ones(2, 2)})
 
@@ -308,7 +308,7 @@ LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
 
 
 @pytest.mark.parametrize("spelling", ["lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight", "magnitude"])
-def test_pefts_lengths_belong_to_outputs_whatever_their_shape(spelling: str) -> None:
+def test_pefts_magnitudes_are_for_outputs_in_any_shape(spelling: str) -> None:
     out, inputs = shape_of(QUERY)
     pair = {f"{LAYER}.lora_A.weight": torch.ones(2, inputs), f"{LAYER}.lora_B.weight": torch.ones(out, 2)}
     found = match({**pair, f"{LAYER}.{spelling}": torch.arange(1.0, out + 1).reshape(1, out)})
@@ -316,7 +316,7 @@ def test_pefts_lengths_belong_to_outputs_whatever_their_shape(spelling: str) -> 
     torch.testing.assert_close(changed.norm(dim=1), torch.arange(1.0, out + 1))
 
 
-def test_oft_diag_is_no_oft_blocks() -> None:
+def test_oft_diag_differs_from_oft_blocks() -> None:
     out, _ = shape_of(QUERY)
     identity = {f"{LAYER}.oft_diag": torch.eye(out // 2).repeat(2, 1, 1)}
     weight = torch.randn(shape_of(QUERY), generator=torch.Generator().manual_seed(1))
@@ -351,7 +351,7 @@ def test_magnitudes_are_refused_for_kinds_without_them() -> None:
 @pytest.mark.parametrize(
     "facts", ["[" * 2000, "[1]", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 4, "unet.alpha_pattern": [1]}', '{"unet.lora_alpha": 1e999}']
 )
-def test_odd_facts_of_diffusers_are_left_alone(facts: str) -> None:
+def test_invalid_diffusers_metadata_is_ignored(facts: str) -> None:
     out, inputs = shape_of(QUERY)
     pair = {f"{LAYER}.lora_down.weight": torch.ones(2, inputs), f"{LAYER}.lora_up.weight": torch.ones(out, 2)}
     match_lora_of = parse_lora("odd", pair, {"lora_adapter_metadata": facts})

@@ -124,7 +124,7 @@ def test_extra_modules_take_the_type_the_unet_computes_in(unet: UnetPatcher) -> 
     assert clone.extra_model_patchers_during_sampling == [patcher]
 
 
-def test_swapped_attributes_come_back_exactly() -> None:
+def test_swapped_attributes_are_restored_exactly() -> None:
     patcher, other = _patcher(), _patcher()
     weight, layer = patcher.model[0].weight, patcher.model[1]
     patcher.add_object_patch("0.weight", nn.Parameter(torch.zeros(3, 2)))

@@ -114,7 +114,7 @@ def test_cast_layers_are_stored_compactly_and_compute_in_the_other_type() -> Non
     assert module[0].weight is stored
 
 
-def test_the_stored_weight_comes_back_when_the_layer_raises() -> None:
+def test_the_stored_weight_is_restored_when_the_layer_raises() -> None:
     module = network()
     set_types(module, torch.float8_e4m3fn, torch.float32)
     stored = module[0].weight

@@ -44,7 +44,7 @@ def test_long_prompts_take_more_chunks(num_tokens: int, num_chunks: int) -> None
     assert [token for chunk in chunks for token in chunk if token < START] == tokens
 
 
-def test_a_phrase_near_a_comma_moves_to_the_next_chunk_whole() -> None:
+def test_a_phrase_near_a_comma_moves_to_the_next_chunk_undivided() -> None:
     head, phrase = [WORD] * 7, [11, 12, 13]
     chunks, counted = lay([*head, COMMA, *phrase])
     assert chunks == [[START, *head, COMMA, END, END, END], [START, *phrase] + [END] * 8]

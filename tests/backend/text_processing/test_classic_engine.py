@@ -179,7 +179,7 @@ def database(tokens: int = 2, name: str = "mystyle", **widths: int) -> Embedding
     return result
 
 
-def test_vectors_stand_in_for_the_name() -> None:
+def test_vectors_replace_the_name() -> None:
     """Reference: the same rows written into a copy of the embedding table under unused tokens."""
     known = database()
     patched = encoder.__wrapped__(seed=77)
@@ -232,7 +232,7 @@ def test_an_embedding_longer_than_a_chunk_is_cut() -> None:
     assert sd1_engine(embeddings=database(tokens=90))(["a mystyle cat"]).shape == (1, 3 * 77, WIDTH)
 
 
-def test_what_was_used_is_told_once() -> None:
+def test_generation_params_are_reported_once() -> None:
     engine = sd1_engine(embeddings=database(name="my:style"), emphasis_name="No norm")
     engine(["a my:style cat", "(a dog)"])
     engine([""])

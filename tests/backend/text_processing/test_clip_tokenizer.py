@@ -38,5 +38,5 @@ def test_case_and_blanks_do_not_matter() -> None:
     assert tokenize_plain(tokenizer, ["  A   Photo\n of  A CAT "]) == tokenize_plain(tokenizer, ["a photo of a cat"]) == [[320, 1125, 539, 320, 2368]]
 
 
-def test_long_and_empty_texts_are_read_whole() -> None:
+def test_long_and_empty_texts_are_read_completely() -> None:
     assert [len(ids) for ids in tokenize_plain(build_clip_tokenizer(), ["cat " * 200, "", " "])] == [200, 0, 0]

@@ -63,7 +63,7 @@ def test_nothing_is_overwritten_without_permission(tmp_path: Path) -> None:
     assert found is not None and found.vectors == 2
 
 
-def test_of_two_that_make_the_same_name_at_once_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_writers_of_the_same_name_one_gets_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second file is created between the first writer's check and its last step."""
     facts: dict[str, Any] = {"sd_checkpoint": None, "sd_checkpoint_name": None}
     save = torch.save

@@ -47,7 +47,7 @@ def test_known_prompts(text: str) -> None:
 
 
 @pytest.mark.parametrize("weight", ["1.2.3", ".", "1..2", "9" * 400, "nan", "--1"])
-def test_what_is_no_number_is_text(weight: str) -> None:
+def test_non_numbers_are_text(weight: str) -> None:
     spans = parse_prompt_attention(f"(a:{weight}) b")
     assert f":{weight}" in "".join(span.text for span in spans)
     assert spans[0].weight == 1.1

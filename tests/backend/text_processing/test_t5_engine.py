@@ -21,7 +21,7 @@ def expected_of(text: str, length: int) -> torch.Tensor:
         return t5_encoder()(ids).last_hidden_state
 
 
-def test_plain_prompts_equal_the_encoder_s_own_output_padded_to_the_least_length() -> None:
+def test_plain_prompts_equal_the_encoder_s_output_padded_to_the_least_length() -> None:
     assert torch.equal(engine()([PROMPT, "", PROMPT]), torch.cat([expected_of(text, 24) for text in (PROMPT, "", PROMPT)]))
 
 

@@ -30,5 +30,5 @@ def test_vocabulary_has_its_published_size_and_corners() -> None:
     assert [vocab[piece] for piece in ("<pad>", "</s>", "<unk>", "<extra_id_0>", "<extra_id_99>")] == [0, 1, 2, 32099, 32000]
 
 
-def test_long_and_empty_texts_are_read_whole() -> None:
+def test_long_and_empty_texts_are_read_completely() -> None:
     assert [len(ids) for ids in tokenize_plain(t5_tokenizer(), ["cat " * 900, "", " "])] == [900, 0, 0]

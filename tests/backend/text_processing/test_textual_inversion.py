@@ -203,7 +203,7 @@ def test_mask_equals_the_textbook_generator() -> None:
     assert embedding_files._mask_nibbles(1000).tolist() == plain_mask(1000)
 
 
-def test_ordinary_pictures_are_no_embeddings(tmp_path: Path, picture: np.ndarray) -> None:
+def test_ordinary_pictures_are_not_embeddings(tmp_path: Path, picture: np.ndarray) -> None:
     black = np.zeros((40, 2, 3), np.uint8)
     pictures = {
         "plain": picture,

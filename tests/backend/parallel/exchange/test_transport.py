@@ -235,7 +235,7 @@ ROUTES = pytest.mark.parametrize("staged", [False, True], ids=["peer", "staged"]
 @ROUTES
 @pytest.mark.usefixtures("fake_tensors")
 @given(seed=st.integers(0, 2**32))
-def test_whatever_the_pace_of_the_streams_what_was_produced_is_what_is_consumed(staged: bool, seed: int) -> None:
+def test_at_any_stream_speed_the_consumer_gets_what_was_produced(staged: bool, seed: int) -> None:
     """Two tensors, one after the other, from streams that are not the cards' default; two streams consume one of them."""
     cuda = FakeCuda()
     copies, seen = CudaCopies(cuda), []

@@ -144,7 +144,7 @@ def test_candidates_do_not_disturb_each_other() -> None:
     )
 
 
-def test_candidates_of_unlike_length_take_side_by_side_what_they_take_alone() -> None:
+def test_candidates_of_different_length_take_the_same_time_together_as_alone() -> None:
     one = StageArrays(np.array([[0, 1, 0]]), np.array([[3.0, 5.0, 2.0]]), np.array([[0.5, 0.25, 0.0]]))
     two = StageArrays(np.array([[0], [1]]), np.array([[7.0], [9.0]]), np.array([[0.0], [1.0]]))
     step_rows = StepRows(images=2)

@@ -107,7 +107,7 @@ def test_no_other_way_to_deal_is_done_earlier(num_rows: int, speeds: list[float]
 
 
 @pytest.mark.parametrize("speeds", [(), (1.0, 0.0), (-1.0,)])
-def test_dealing_to_nobody_is_refused(speeds: tuple[float, ...]) -> None:
+def test_assigning_rows_to_no_slot_is_refused(speeds: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="Give at least one speed"):
         deal_by_speed(2, speeds)
 
@@ -281,7 +281,7 @@ def test_components_go_to_slots_with_room() -> None:
     assert plan.component_slots == {"text": 1}
 
 
-def test_every_whole_copy_has_its_controlnet() -> None:
+def test_every_full_copy_has_its_controlnet() -> None:
     control = ComponentCost(name="ControlNet", weight_bytes=3 * GB, flops_per_row=6.0, runs_per_row=True)
     with_control = plan_for(slots_of(24, 24), components=(control,))
     assert with_control.predicted_ms == pytest.approx(1.5 * ROW_MS, rel=0.01)

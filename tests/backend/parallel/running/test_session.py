@@ -243,7 +243,7 @@ def test_a_slot_that_keeps_running_out_of_memory_gets_less_and_then_nothing(two_
     assert torch.allclose(again, result, atol=ATOL)
 
 
-def test_replicas_go_on_without_a_lost_slot_and_so_do_later_runs(two_gpus: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+def test_replicas_continue_without_a_lost_slot_and_so_do_later_runs(two_gpus: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     unet = _unet(two_gpus)
     begin_session(unet, SHAPE, _request("replicas"))
     virtual_gpu.get_device(1).set_faults(Faults(lost_at_operation=40))

@@ -104,7 +104,7 @@ def test_an_unused_card_is_queried_through_its_driver(monkeypatch: pytest.Monkey
     assert (slot.utilization, slot.temperature, slot.power) == (30, 60, 200.5)
 
 
-def test_the_plan_is_the_one_that_was_told() -> None:
+def test_the_current_plan_is_the_one_that_was_set() -> None:
     assert status.current_plan() is None
     pieces = tuple(Piece(index) for index in range(3))
     plan = Plan(

@@ -132,7 +132,7 @@ def test_a_task_sees_the_context_variables_of_its_submitter(worker: SlotWorker) 
     assert worker.submit(variable.get).result(10) == "of the submitter"
 
 
-def test_each_cpu_slot_has_its_own_number_of_threads() -> None:
+def test_each_cpu_slot_has_a_separate_number_of_threads() -> None:
     before = torch.get_num_threads()
     workers = [SlotWorker(make_slot(index=index, cpu_threads=num)) for index, num in enumerate((2, 1, 3))]
     try:
@@ -208,7 +208,7 @@ def device() -> Iterator[torch.device]:
     virtual_gpu.get_device(device).set_faults(None)
 
 
-def test_a_lost_device_fails_the_task_what_waits_and_what_comes(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_device_fails_running_waiting_and_later_tasks(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
     worker = SlotWorker(make_slot(device, index=1))
     gate = Gate(worker)
     waiting, cancelled = (worker.submit(lambda: 1, priority=(1,)) for _ in range(2))
