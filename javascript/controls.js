@@ -91,6 +91,20 @@ function showPart(elementId, shown) {
     }
 }
 
+let valuesShownAtFirst = [];
+
+/** Remember what controls show while the server is asked for their first values. */
+function rememberShownValues(...shown) {
+    valuesShownAtFirst = shown;
+    return shown;
+}
+
+/** The server's first values, a list as JSON with null for "none", for the controls that still show what they were drawn with; the others keep theirs. */
+function firstValuesOfUntouched(text, ...shown) {
+    const first = JSON.parse(text || "[]");
+    return shown.map((value, index) => (value === valuesShownAtFirst[index] ? first[index] ?? value : value));
+}
+
 /** Set the number field `elementId` to -1: a new seed each time. */
 function setRandomSeed(elementId) {
     setInputValue(elementId, "-1");

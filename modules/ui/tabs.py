@@ -6,6 +6,7 @@ Must not know how a picture is made or how HTTP is served: webui.py serves what 
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 from collections.abc import Callable, Mapping
@@ -303,15 +304,22 @@ def _connect_quicksettings(app: Application, quicksettings: QuickSettings, txt2i
 
 
 def _connect_loading(demo: gr.Blocks, app: Application, quicksettings: QuickSettings, settings_json: gr.Textbox, tabs: list[GenerationTab]) -> None:
-    """What a page that is loaded (again) shows is what counts now, not what counted when the server started."""
+    """What a page that is loaded (again) shows is what counts now, not what counted when the server started.
+
+    The answer may come late. A number that somebody typed or pasted before it came stays."""
     handlers = QuickSettingsHandlers(app)
+    numbers = [quicksettings.clip_skip, *_size_controls(*tabs)]
+    first_values = gr.Textbox(visible="hidden", elem_id="first_values", label="First values")
 
-    def load() -> list[Any]:
+    def load(*_: Any) -> list[Any]:
         app.checkpoints.refresh()
-        return [*handlers.current(), app.options.CLIP_stop_at_last_layers, app.options.dumpjson(), *_native_size_updates(app)]
+        sides = native_size(app) or (None, None)
+        first = json.dumps([app.options.CLIP_stop_at_last_layers, *sides, *sides])
+        return [*handlers.current(), app.options.dumpjson(), first]
 
-    row = [quicksettings.checkpoint, quicksettings.modules, quicksettings.notice, quicksettings.watch, quicksettings.clip_skip]
-    demo.load(load, outputs=[*row, settings_json, *_size_controls(*tabs)], **QUIET)
+    row = [quicksettings.checkpoint, quicksettings.modules, quicksettings.notice, quicksettings.watch]
+    loaded = demo.load(load, js="rememberShownValues", inputs=numbers, outputs=[*row, settings_json, first_values], **QUIET)
+    loaded.then(fn=None, js="firstValuesOfUntouched", inputs=[first_values, *numbers], outputs=numbers, show_progress="hidden")
 
 
 def _register_paste_fields(txt2img: Txt2imgTab, img2img: Img2imgTab) -> None:

@@ -15,8 +15,8 @@ from modules.api.api import create_internal_api
 from modules.server import WebServer, create_fastapi_app, mount_page
 from modules.ui.page import page_settings
 from modules.ui.tabs import create_ui
+from tests.browser.actions import generate, infotexts, open_page
 from tests.browser.conftest import Site
-from tests.browser.test_page import generate, infotexts, open_page
 from tests.support.applications import installed_application
 from tests.support.checkpoints import write_checkpoint
 from tests.support.controlnets import build_controlnet, write_controlnet

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.browser.actions import expect_value, generate, infotexts, open_page, set_number
 from tests.browser.conftest import Site, put_checkpoint, serve
-from tests.browser.test_page import generate, infotexts, open_page, set_number
 
 
 @pytest.fixture(scope="module")
@@ -39,35 +39,37 @@ def show_cards(page: Any, name: str, tab: str = "txt2img") -> None:
     page.wait_for_selector(f"#{tab}_{name}_cards > *", state="visible")
 
 
-def names(page: Any, name: str = "lora") -> list[str]:
-    return list(page.eval_on_selector_all(f"#txt2img_{name}_cards > .card:not(.hidden-part)", "cards => cards.map(card => card.dataset.name)"))
+def expect_names(page: Any, *wanted: str) -> None:
+    """The cards that are shown, in their order."""
+    script = "() => Array.from(document.querySelectorAll('#txt2img_lora_cards > .card:not(.hidden-part)'), card => card.dataset.name).join()"
+    page.wait_for_function(f"wanted => ({script})() === wanted", arg=",".join(wanted))
 
 
-def prompt(page: Any) -> str:
-    return str(page.input_value("#txt2img_prompt textarea"))
+def expect_prompt(page: Any, text: str) -> None:
+    expect_value(page, "#txt2img_prompt textarea", text)
 
 
 def test_a_card_goes_into_the_prompt_and_out_again(page: Any, site: Site, tmp_path: Path) -> None:
     open_page(page, site)
     page.fill("#txt2img_prompt textarea", "a cat")
     show_cards(page, "lora")
-    assert names(page) == ["outline", "face", "hat"]
+    expect_names(page, "outline", "face", "hat")
     page.wait_for_function("Array.from(document.querySelectorAll('#txt2img_lora_cards img')).every(image => image.naturalWidth > 0)")
     page.screenshot(path=str(tmp_path / "cards.png"))
     page.click("#txt2img_lora_cards [data-name=outline]")
-    assert prompt(page) == "a cat <lora:outline:1> outlined"
+    expect_prompt(page, "a cat <lora:outline:1> outlined")
     page.click("#txt2img_lora_cards [data-name=face]")
     page.click("#txt2img_lora_cards [data-name=outline]")
-    assert prompt(page) == "a cat <lora:face:1>"
+    expect_prompt(page, "a cat <lora:face:1>")
     page.fill("#txt2img_lora_extra_search", "old")
-    assert names(page) == ["hat"]
+    expect_names(page, "hat")
     page.fill("#txt2img_lora_extra_search", "")
     page.click("#txt2img_lora_tree [data-folder=people]")
-    assert names(page) == ["face", "hat"]
+    expect_names(page, "face", "hat")
     page.click("#txt2img_lora_extra_sort_name")
     page.click("#txt2img_lora_extra_sort_dir")
     page.click("#txt2img_lora_tree [data-folder='']")
-    assert names(page) == ["outline", "hat", "face"]
+    expect_names(page, "outline", "hat", "face")
     page.click("#txt2img_generation_tab-button")
     set_number(page, "txt2img_steps", 1)
     generate(page)
@@ -86,7 +88,7 @@ def test_what_is_written_shows_on_the_card_and_new_files_after_a_refresh(page: A
     page.wait_for_function("(document.querySelector('#txt2img_lora_cards [data-name=face] .description') || {}).textContent === 'a kind face'")
     page.click("#txt2img_lora_edit_user_metadata_close")
     page.click("#txt2img_lora_cards [data-name=face]")
-    assert prompt(page) == "<lora:face:1> smiling"
+    expect_prompt(page, "<lora:face:1> smiling")
     page.hover("#txt2img_lora_cards [data-name=face]")
     page.click("#txt2img_lora_cards [data-name=face] .metadata-button")
     page.wait_for_function("(document.querySelector('.extra-network-metadata') || {textContent: ''}).textContent.includes('ss_output_name')")

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.browser.actions import expect_text, expected, generate, open_page, set_number, show_tab
 from tests.browser.conftest import Site
-from tests.browser.test_page import generate, open_page, set_number, show_tab
 
 
 def test_the_panel_shows_what_a_job_left_on_the_devices(page: Any, site: Site) -> None:
     site.app.models.unload()
     open_page(page, site)
-    assert not page.is_visible("#txt2img_gpus_table table")
+    expected(page, "#txt2img_gpus_table table").not_to_be_visible()
     page.click("#txt2img_gpus > button")
     page.wait_for_selector("#txt2img_gpus_table table", state="visible")
-    assert "KModel" not in page.inner_text("#txt2img_gpus_table")
+    expected(page, "#txt2img_gpus_table").not_to_contain_text("KModel")
     set_number(page, "txt2img_steps", 30)  # long enough that the panel is refreshed meanwhile, and once after
     generate(page)
-    page.wait_for_function("document.querySelector('#txt2img_gpus_table').innerText.includes('KModel')")
+    expect_text(page, "#txt2img_gpus_table", "KModel")
     show_tab(page, "img2img")
     page.click("#img2img_gpus > button")
     page.wait_for_selector("#img2img_gpus_table table", state="visible")
-    assert "KModel" in page.inner_text("#img2img_gpus_table")
+    expect_text(page, "#img2img_gpus_table", "KModel")
