@@ -199,6 +199,84 @@ def test_an_extensions_installer_runs_once(changed: Project) -> None:
     assert changed.run("--exit", "--disable-extra-extensions").lines("INSTALLER") == []
 
 
+GREEDY_INSTALLER = """
+import launch, pathlib, subprocess, sys
+launch.run_pip("install 'tiny<1' addon==1.0", "what the extension needs")
+launch.run_pip(f'install -r "{pathlib.Path(__file__).with_name("requirements.txt")}"', "its list")
+code = subprocess.run([sys.executable, "-m", "pip", "install", "wanting"]).returncode
+print("RAW PIP ENDED WITH", code)
+"""
+
+
+def test_an_installer_may_not_replace_a_package_of_the_program(changed: Project) -> None:
+    for version in ("0.9", "2.0"):
+        write_wheel(changed.wheels, "tiny", version)
+    write_wheel(changed.wheels, "addon", "1.0")
+    write_wheel(changed.wheels, "other", "1.0")
+    write_wheel(changed.wheels, "wanting", "3.0", requires=["tiny>=2"])
+    folder = changed.root / "extensions" / "greedy"
+    folder.mkdir(parents=True)
+    (folder / "install.py").write_text(GREEDY_INSTALLER)
+    (folder / "requirements.txt").write_text("other\ntiny==2.0\n")
+    result = changed.run("--exit")
+    refused = [
+        line.removeprefix("WARNING: The installer of greedy was refused: ") for line in result.lines("WARNING: The installer of greedy was refused")
+    ]
+    end = ". The program runs with tiny 1.0 and keeps it."
+    assert refused == [f"tiny<1{end}", f"tiny==2.0{end}", f"wanting 3.0, which needs tiny>=2{end}"], result.output
+    assert result.lines("RAW PIP") == ["RAW PIP ENDED WITH 1"]
+    assert sorted(path.name for path in changed.venv.glob("lib/*/site-packages/*-*.dist-info") if path.name[0] in "aotw") == [
+        "addon-1.0.dist-info",
+        "other-1.0.dist-info",
+        "tiny-1.0.dist-info",
+        "torch-2.13.0.dist-info",
+    ]
+
+
+BREAKING_INSTALLER = """
+import os, subprocess, sys
+free = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+subprocess.run([sys.executable, "-m", "pip", "install", "-q", "tiny==2.0", "torchvision==0.20.0"], env=free, check=True)
+"""
+
+
+def test_what_an_installer_replaced_all_the_same_is_put_back(changed: Project) -> None:
+    write_wheel(changed.wheels, "tiny", "2.0")
+    write_wheel(changed.wheels, "torchvision", "0.20.0")
+    folder = changed.root / "extensions" / "breaking"
+    folder.mkdir(parents=True)
+    (folder / "install.py").write_text(BREAKING_INSTALLER)
+    result = changed.run("--exit", "--port", "17860")
+    assert result.code == 0
+    begin = "WARNING: The installer of breaking"
+    assert result.lines(f"{begin} changed") == [f"{begin} changed packages, which are put back: tiny is 2.0, the program runs with 1.0."]
+    assert result.lines(f"{begin} brought") == [f"{begin} brought torchvision 0.20.0, made for another torch; it is taken off again."]
+    assert not list(changed.venv.glob("lib/*/site-packages/torchvision*"))
+    assert "nothing to install" in changed.run("--exit").output
+
+
+def test_a_package_that_was_changed_between_starts_is_put_back(changed: Project) -> None:
+    write_wheel(changed.wheels, "tiny", "2.0")
+    python = changed.venv / "bin" / "python"
+    subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-index", "--find-links", str(changed.wheels), "tiny==2.0"], check=True)
+    skipped = changed.run("--exit", "--skip-install")
+    assert "tiny is 2.0" in skipped.lines("WARNING: --skip-install")[0]
+    result = changed.run("--exit")
+    assert result.lines("WARNING: Packages were changed") == [
+        "WARNING: Packages were changed since the last start and are put back: tiny is 2.0, the program runs with 1.0"
+    ]
+    assert "Successfully installed tiny-1.0" in result.output
+    assert "nothing to install" in changed.run("--exit").output
+
+
+def test_installers_are_not_run_when_told_so(changed: Project) -> None:
+    folder = changed.root / "extensions" / "painter"
+    folder.mkdir(parents=True)
+    (folder / "install.py").write_text("print('INSTALLER')\n")
+    assert changed.run("--exit", "--no-install-extensions").lines("INSTALLER") == []
+    assert changed.run("--exit").lines("INSTALLER") == ["INSTALLER"]
+
+
 def test_a_missing_package_is_told_from_a_fault(started: Project) -> None:
     missing = started.run("--port", "17860", WEBUI_IMPORTS="nowhere")
     assert missing.code == 1

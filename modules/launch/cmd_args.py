@@ -165,6 +165,7 @@ def _add_launcher_arguments(parser: ArgumentParser) -> None:
     switches = {
         "--exit": "stop when the set-up is done",
         "--skip-install": "never install a package",
+        "--no-install-extensions": "run no installers of extensions",
         "--skip-prepare-environment": "no set-up at all: no virtual environment, no packages, no installers of extensions",
         "--skip-python-version-check": "try a Python that is not supported",
         "--reinstall-torch": "install torch again",

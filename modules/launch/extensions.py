@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import logging
 import subprocess
 import sys
@@ -11,12 +13,14 @@ from pathlib import Path
 
 from modules.app_config import SCRIPT_DIR, AppConfig
 from modules.launch.extension_folders import active_folders
-from modules.launch.setup import Setup
+from modules.launch.pins import differing, find_refusals
+from modules.launch.setup import Setup, describe_differing, put_back, take_off_misfits, write_constraints
 from modules.launch.stamp import read_stamp, write_stamp
 
 log = logging.getLogger(__name__)
 
 BUILTIN_DIR = SCRIPT_DIR / "extensions-builtin"
+MAX_LOG_CHARACTERS = 2_000_000
 _WATCHED_FILES = ("install.py", "requirements.txt")
 
 
@@ -27,7 +31,11 @@ def list_installers(config: AppConfig) -> list[Path]:
 
 
 def run_installers(config: AppConfig, setup: Setup) -> None:
-    """Runs the installers that are new or changed. One that fails is reported, and the start goes on."""
+    """Runs the installers that are new or changed. One that fails is reported, and the start goes on.
+
+    Raises:
+        SetupError: an installer changed a package that the program needs, and it cannot be put back.
+    """
     stamp = read_stamp(setup.stamp_path)
     done = dict(stamp)
     for script in list_installers(config):
@@ -50,18 +58,45 @@ def _mark(script: Path) -> str:
 
 
 def _run_installer(script: Path, setup: Setup) -> bool:
-    log.info("Running the installer of %s", script.parent.name)
-    code = subprocess.run([sys.executable, str(script)], env=installer_environment(setup), cwd=SCRIPT_DIR, check=False).returncode
+    name, pins = script.parent.name, setup.read_pins()
+    changed_before = differing(pins)
+    write_constraints(setup, pins)
+    log.info("Running the installer of %s", name)
+    pip_log = setup.prefix / "webui-installer-pip.log"
+    with contextlib.suppress(OSError):
+        pip_log.unlink(missing_ok=True)
+    code = subprocess.run([sys.executable, str(script)], env=installer_environment(setup, pip_log), cwd=SCRIPT_DIR, check=False).returncode
+    for refusal in find_refusals(_read_end(pip_log)):
+        log.warning("The installer of %s was %s.", name, refusal)
     if code != 0:
-        log.warning("The installer of %s failed with code %d; the extension may not work.", script.parent.name, code)
+        log.warning("The installer of %s failed with code %d; the extension may not work.", name, code)
+    _restore(setup, name, pins, changed_before)
     return code == 0
 
 
-def installer_environment(setup: Setup) -> dict[str, str]:
-    """What an installer sees: this program on its import path (`import launch`), and torch held at its version for pip."""
+def _read_end(pip_log: Path) -> str:
+    try:
+        return pip_log.read_text(encoding="utf-8", errors="replace")[-MAX_LOG_CHARACTERS:]
+    except OSError:
+        return ""
+
+
+def _restore(setup: Setup, name: str, pins: Mapping[str, str], changed_before: Mapping[str, str | None]) -> None:
+    """Put back what the installer of `name` changed although pip was told not to."""
+    importlib.invalidate_caches()
+    changed = {package: version for package, version in differing(pins).items() if package not in changed_before}
+    if changed:
+        log.warning("The installer of %s changed packages, which are put back: %s.", name, describe_differing(changed, pins))
+        put_back(setup, changed)
+    if removed := take_off_misfits(setup):
+        log.warning("The installer of %s brought %s, made for another torch; it is taken off again.", name, " and ".join(removed))
+
+
+def installer_environment(setup: Setup, pip_log: Path) -> dict[str, str]:
+    """What an installer sees: this program on its import path (`import launch`), for pip every pinned package as a constraint, and a log."""
     environ: Mapping[str, str] = setup.environ
     path = [str(SCRIPT_DIR), *([environ["PYTHONPATH"]] if environ.get("PYTHONPATH") else [])]
-    extra = {"PYTHONPATH": (";" if sys.platform == "win32" else ":").join(path)}
+    extra = {"PYTHONPATH": (";" if sys.platform == "win32" else ":").join(path), "PIP_LOG": str(pip_log)}
     if setup.constraints_path.exists():
         extra["PIP_CONSTRAINT"] = setup.constraints_path.absolute().as_uri()  # pip splits this variable at spaces
     return {**environ, **extra}

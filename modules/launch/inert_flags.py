@@ -105,10 +105,12 @@ FLAG_ROWS = (
     Row(("--disable-extra-extensions", "--controlnet"), lambda f: f.has("disable_all_extensions"), ": --disable-all-extensions loads none"),
     Row(("--sdxl",), lambda f: f.has("nowebui") and f.has("ckpt"), ": --ckpt names the checkpoint, and there is no page with --nowebui"),
     Row(
-        ("--skip-install", "--reinstall-torch", "--reinstall-xformers"), lambda f: f.has("skip_prepare_environment"),
+        ("--skip-install", "--no-install-extensions", "--reinstall-torch", "--reinstall-xformers"), lambda f: f.has("skip_prepare_environment"),
         ": --skip-prepare-environment leaves the set-up out",
     ),
-    Row(("--reinstall-torch", "--reinstall-xformers"), lambda f: f.has("skip_install"), ": --skip-install installs nothing"),
+    Row(
+        ("--no-install-extensions", "--reinstall-torch", "--reinstall-xformers"), lambda f: f.has("skip_install"), ": --skip-install installs nothing"
+    ),
     Row(("--reinstall-xformers",), lambda f: not f.has("xformers"), " without --xformers"),
     Row(("--cpu-offload", "--pin-shared-memory", "--cuda-stream"), _stays_whole, ": --always-gpu and --always-high-vram keep models whole"),
     Row(("--force-upcast-attention", "--disable-attention-upcast"), _computes_in_full, ": all is computed in 32 bits"),

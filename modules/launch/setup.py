@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from modules.launch import pins as launch_pins
 from modules.launch import pip
 from modules.launch.errors import SetupError
 from modules.launch.stamp import FILE_NAME, fingerprint, read_stamp, write_stamp
@@ -47,8 +48,15 @@ class Setup:
 
     @property
     def constraints_path(self) -> Path:
-        """A pip constraints file that holds torch at the installed version."""
+        """A pip constraints file that holds torch at the installed build and every other pinned package at its version."""
         return self.prefix / "webui-constraints.txt"
+
+    def read_pins(self) -> dict[str, str]:
+        """Package -> version, of all that the requirements files pin. Raises SetupError when one is not there."""
+        found: dict[str, str] = {}
+        for path in self.requirement_files:
+            found |= launch_pins.read_pins(pip.read_requirements(path).decode("utf-8-sig"))
+        return found
 
 
 def runtime_file(root_dir: Path, environ: Mapping[str, str]) -> Path:
@@ -68,12 +76,16 @@ def install_packages(setup: Setup) -> bool:
     torch_line, _ = pip.split_torch(contents[setup.requirement_files[0].name].decode("utf-8-sig"))
     command = _choose_torch_command(setup, stamp, torch_line)
     marks = _marks(setup, contents, command)
-    if stamp.items() >= marks.items() and not setup.reinstall_torch:
+    differing = _differing(setup, stamp, torch_line)
+    if stamp.items() >= marks.items() and not setup.reinstall_torch and not differing:
         log.info("Packages are those of %s; nothing to install (%.2f s)", " and ".join(contents), time.perf_counter() - began_s)
         return False
     if setup.skip_install:
-        log.warning("--skip-install: packages may differ from those of %s", " and ".join(contents))
+        found = "; ".join(f"{name} is {version or 'missing'}" for name, version in differing.items())
+        log.warning("--skip-install: packages may differ from those of %s%s", " and ".join(contents), found and f": {found}")
         return False
+    if differing and stamp.items() >= marks.items():
+        log.warning("Packages were changed since the last start and are put back: %s", describe_differing(differing, setup.read_pins()))
     words = pip.split_pip_command(command) if command else []
     _save_stamp(setup, {key: mark for key, mark in stamp.items() if key.startswith("extension:")})  # should this be cut short
     _install_torch(setup, stamp, torch_line, words)
@@ -81,6 +93,38 @@ def install_packages(setup: Setup) -> bool:
     _save_stamp(setup, {**read_stamp(setup.stamp_path), **marks, "torch_command": command})
     log.info("Packages installed in %.0f s", time.perf_counter() - began_s)
     return True
+
+
+def _differing(setup: Setup, stamp: Mapping[str, str], torch_line: str | None) -> dict[str, str | None]:
+    """Pinned packages that are not at their version; without torch, when another one was asked for."""
+    pins = setup.read_pins()
+    if torch_line is None or torch_line not in stamp.get("torch_command", torch_line):
+        pins.pop("torch", None)
+    return launch_pins.differing(pins)
+
+
+def describe_differing(differing: Mapping[str, str | None], pins: Mapping[str, str]) -> str:
+    """What is there and what the program runs with, for a line of the log."""
+    return "; ".join(f"{name} is {version or 'missing'}, the program runs with {pins[name]}" for name, version in differing.items())
+
+
+def put_back(setup: Setup, differing: Mapping[str, str | None]) -> None:
+    """Install pinned packages at their versions again, torch held as it is.
+
+    Raises:
+        SetupError: pip failed; the program would not run.
+    """
+    pins = setup.read_pins()
+    words = [f"{name}=={pins[name]}" for name in differing]
+    _pip(setup, ["install", "--prefer-binary", *words], ", ".join(words), setup.constraints_path if setup.constraints_path.exists() else None)
+
+
+def take_off_misfits(setup: Setup) -> list[str]:
+    """Uninstall a torchvision or torchaudio that was made for another torch, which transformers cannot be imported beside; what was taken off."""
+    misfits = launch_pins.misfits_of_torch()
+    if misfits:
+        _pip(setup, ["uninstall", "--yes", *misfits], "without " + ", ".join(misfits))
+    return [f"{name} {version}" for name, version in misfits.items()]
 
 
 def _marks(setup: Setup, contents: Mapping[str, bytes], command: str) -> dict[str, str]:
@@ -127,21 +171,22 @@ def _install_rest(setup: Setup, contents: Mapping[str, bytes]) -> None:
     """All other lines of all files in one call, torch held where it is."""
     lines = [line for content in contents.values() for line in pip.split_torch(content.decode("utf-8-sig"))[1]]
     log.info("Installing packages (2 of 2): %s", " and ".join(contents))
-    constraints = _write_constraints(setup)
+    constraints = write_constraints(setup, {})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "requirements.txt"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         _pip(setup, ["install", "--prefer-binary", "-r", str(path)], " and ".join(contents), constraints)
 
 
-def _write_constraints(setup: Setup) -> Path | None:
-    torch_version = pip.installed_version("torch")
-    if torch_version is None:
+def write_constraints(setup: Setup, pins: Mapping[str, str]) -> Path | None:
+    """The constraints file, holding torch, what goes with torch, and those of `pins` that are installed; None when it cannot be written."""
+    lines = launch_pins.constraints(pins)
+    if not lines:
         return None
     try:
-        setup.constraints_path.write_text(f"torch=={torch_version}\n", encoding="utf-8")
+        setup.constraints_path.write_text("\n".join([*lines, ""]), encoding="utf-8")
     except OSError as error:
-        log.warning("Writing %s failed (%s); torch is not held at its version", setup.constraints_path, error.strerror)
+        log.warning("Writing %s failed (%s); packages are not held at their versions", setup.constraints_path, error.strerror)
         return None
     return setup.constraints_path
 

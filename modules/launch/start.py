@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from modules.launch.cmd_args import FlagError, parse_config
 from modules.launch.env import library_environment
 from modules.launch.errors import SetupError
 from modules.launch.extensions import run_installers
+from modules.launch.pins import find_refusals, leave_out, names_a_requirement
 from modules.launch.port import check_port
 from modules.launch.setup import Setup, install_packages, install_xformers, runtime_file
 from modules.launch.stamp import FILE_NAME
@@ -155,7 +157,7 @@ def _prepare_packages(config: AppConfig, environ: Mapping[str, str]) -> None:
     install_packages(setup)
     if setup.xformers or setup.reinstall_xformers:
         install_xformers(setup)
-    if not setup.skip_install:
+    if not (setup.skip_install or flags["no_install_extensions"]):
         run_installers(config, setup)
 
 
@@ -197,7 +199,7 @@ def run(command: str, desc: str | None = None, errdesc: str | None = None, custo
 
 
 def run_pip(command: str, desc: str | None = None, live: bool = False, index_url: str = "", skip_install: bool = False) -> str | None:
-    """Runs `pip COMMAND`, unless nothing is to be installed.
+    """Runs `pip COMMAND`, unless nothing is to be installed. Requirements that would replace a package of the program are left out and named.
 
     Raises:
         RuntimeError: pip failed; the message holds its output.
@@ -206,7 +208,24 @@ def run_pip(command: str, desc: str | None = None, live: bool = False, index_url
         return None
     index = f" --index-url {shlex.quote(index_url)}" if index_url else ""
     title = f"Installing {desc}" if desc else None
-    return run(f'"{sys.executable}" -m pip {command} --prefer-binary{index}', desc=title, errdesc=f"Could not install {desc}", live=live)
+    with tempfile.TemporaryDirectory() as folder:
+        while True:
+            try:
+                return run(f'"{sys.executable}" -m pip {command} --prefer-binary{index}', desc=title, errdesc=f"Could not install {desc}", live=live)
+            except (
+                RuntimeError
+            ) as error:  # constraints of the program may be why: then again without what they exclude; the launcher says what that was
+                words, title = _split_words(command), None
+                fewer = leave_out(words, find_refusals(str(error)), Path(folder))
+                if fewer == words:
+                    raise
+                if not names_a_requirement(fewer):
+                    return ""
+                command = " ".join(word if sys.platform == "win32" else shlex.quote(word) for word in fewer)
+
+
+def _split_words(command: str) -> list[str]:
+    return shlex.split(command, posix=sys.platform != "win32")
 
 
 def _git(*arguments: str, folder: Path = SCRIPT_DIR) -> str:

@@ -28,7 +28,8 @@ class FakePip:
         if self.fails:
             raise SetupError(f"Installing {asked} failed.")
         self.calls.append(arguments)
-        for word in arguments[1:]:
+        listed = Path(arguments[arguments.index("-r") + 1]).read_text().split() if "-r" in arguments else []
+        for word in [*arguments[1:], *listed]:
             name, equal, version = word.partition("==")
             if equal:
                 self.versions[name] = version

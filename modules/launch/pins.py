@@ -1,0 +1,157 @@
+"""Which package versions the program needs, whether they are there, and what an installer of an extension was refused. Standard library only.
+
+torchvision and torchaudio are not among our packages, but each of their builds fits one build of torch alone, and another one beside torch keeps
+transformers from being imported. So they count as pinned as soon as torch is there.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.launch import pip
+
+_PIN = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[^\s;]+)(?:;(?P<marker>.*))?$")
+_MARKER = re.compile(r"^python_version(?P<operator>>=|<=|==|<|>)[\"'](?P<major>\d+)\.(?P<minor>\d+)[\"']$")
+_COMPARISONS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "<": operator.lt, ">": operator.gt}
+_TORCH = re.compile(r"^(?P<major>\d+)\.(?P<minor>\d+)\.(?P<patch>\d+)(?P<build>\+.*)?$")
+_TORCHVISION_AHEAD = 15
+"""torchvision 0.N is made for torch 2.(N - 15)."""
+
+_WANTED = re.compile(r"^\s*The user requested (?P<requirement>[A-Za-z0-9].*)$", re.MULTILINE)
+_NEEDED = re.compile(r"^\s*(?P<who>[A-Za-z0-9]\S* \S+) depends on (?P<requirement>.+)$", re.MULTILINE)
+_HELD = re.compile(r"The user requested \(constraint\) (?P<name>[A-Za-z0-9][\w.-]*?)\s*==\s*(?P<version>\S+)")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_LIST_FLAGS = ("-r", "--requirement")
+_LOG_TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d,\d+ ", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An installer wanted `wanted`; the program has and needs `name` at `version`. `who`: the package that asked; "" for the installer itself."""
+
+    name: str
+    version: str
+    wanted: str
+    who: str = ""
+
+    @property
+    def asked(self) -> str:
+        """The normalized name of the package that is not installed."""
+        return normalized(_name_of(self.who or self.wanted))
+
+    def __str__(self) -> str:
+        subject = f"{self.who}, which needs {self.wanted}" if self.who else self.wanted
+        return f"refused: {subject}. The program runs with {self.name} {self.version} and keeps it"
+
+
+def normalized(name: str) -> str:
+    """A package's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _name_of(requirement: str) -> str:
+    match = _NAME.match(requirement)
+    return match[0] if match else ""
+
+
+def read_pins(text: str) -> dict[str, str]:
+    """Package -> version, for the lines of a requirements file that pin one for this Python."""
+    pins = {}
+    for line in text.splitlines():
+        match = _PIN.match(re.sub(r"\s", "", line.split("#")[0]))
+        if match and _applies(match["marker"]):
+            pins[match["name"]] = match["version"]
+    return pins
+
+
+def _applies(marker: str | None) -> bool:
+    """Whether a marker about the Python version holds; one about anything else does not pin."""
+    if not marker:
+        return True
+    match = _MARKER.match(marker)
+    if match is None:
+        return False
+    wanted, running = (int(match["major"]), int(match["minor"])), (sys.version_info[0], sys.version_info[1])
+    return bool(_COMPARISONS[match["operator"]](running, wanted))
+
+
+def companions_of_torch(torch_version: str | None) -> dict[str, str]:
+    """The torchvision and torchaudio made for this build of torch: 2.13.0+cpu -> 0.28.0+cpu and 2.13.0+cpu. Empty for a torch of another kind."""
+    match = _TORCH.match(torch_version or "")
+    if match is None or match["major"] != "2":
+        return {}
+    end = f"{match['patch']}{match['build'] or ''}"
+    return {"torchvision": f"0.{int(match['minor']) + _TORCHVISION_AHEAD}.{end}", "torchaudio": f"2.{match['minor']}.{end}"}
+
+
+def constraints(pins: Mapping[str, str]) -> list[str]:
+    """Lines of a pip constraints file: torch at its very build, what goes with it, and every pinned package that is there at its version."""
+    torch_version = pip.installed_version("torch")
+    lines = [] if torch_version is None else [f"torch=={torch_version}"]
+    held = {name: version for name, version in pins.items() if name != "torch" and pip.installed_version(name) is not None}
+    return lines + [f"{name}=={version}" for name, version in {**companions_of_torch(torch_version), **held}.items()]
+
+
+def differing(pins: Mapping[str, str]) -> dict[str, str | None]:
+    """Package -> installed version (None: none), of the pinned packages that are not there at their version. The build (`+cpu`) does not matter."""
+    installed = {name: pip.installed_version(name) for name in pins}
+    return {name: version for name, version in installed.items() if (version or "").split("+")[0] != pins[name].split("+")[0]}
+
+
+def misfits_of_torch() -> dict[str, str]:
+    """Package -> installed version, of torchvision and torchaudio where they were made for another torch or another build of it."""
+    found = {}
+    for name, wanted in companions_of_torch(pip.installed_version("torch")).items():
+        installed = pip.installed_version(name)
+        if installed is not None and installed != wanted:
+            found[name] = installed
+    return found
+
+
+def find_refusals(output: str) -> list[Refusal]:
+    """What pip did not install because of a constraint, from what it printed or logged."""
+    refusals = []
+    for part in _LOG_TIME.sub("", output).split("The conflict is caused by:")[1:]:
+        part = part.split("To fix this you could")[0]
+        for held in _HELD.finditer(part):
+            name, version = held["name"], held["version"]
+            asking = [Refusal(name, version, match["requirement"].strip()) for match in _WANTED.finditer(part)]
+            asking += [Refusal(name, version, match["requirement"].strip(), match["who"]) for match in _NEEDED.finditer(part)]
+            refusals += [refusal for refusal in asking if normalized(_name_of(refusal.wanted)) == normalized(name)]
+    return list(dict.fromkeys(refusals))
+
+
+def leave_out(words: Sequence[str], refusals: Sequence[Refusal], folder: Path) -> list[str]:
+    """The words of a pip command, less the requirements that were refused; lists (`-r FILE`) are copied into `folder` without them."""
+    refused = {refusal.asked for refusal in refusals}
+    kept: list[str] = []
+    for word in words:
+        if kept and kept[-1] in _LIST_FLAGS:
+            kept.append(str(_shortened(Path(word), refused, folder)))
+        elif word.startswith("-") or normalized(_name_of(word)) not in refused:
+            kept.append(word)
+    return kept
+
+
+def _shortened(requirements: Path, refused: set[str], folder: Path) -> Path:
+    """The list without lines that name what was refused: a copy in `folder`, or the list itself when it has none or cannot be read."""
+    try:
+        lines = requirements.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return requirements
+    kept = [line for line in lines if normalized(_name_of(line.strip())) not in refused]
+    if kept == lines:
+        return requirements
+    copy = folder / f"{len(list(folder.iterdir()))}.txt"
+    copy.write_text("\n".join([*kept, ""]), encoding="utf-8")
+    return copy
+
+
+def names_a_requirement(words: Sequence[str]) -> bool:
+    """Whether a pip command (`install`, options, requirements) still has something to install."""
+    return any(not word.startswith("-") or word in _LIST_FLAGS for word in words[1:])
