@@ -98,6 +98,8 @@ def load_scripts(app: Application | None = None) -> None:
     for data in import_scripts(_basedir):
         (scripts_data if issubclass(data.script_class, Script) else postprocessing_scripts_data).append(data)
     app.script_runners = {"txt2img": scripts_txt2img, "img2img": scripts_img2img}
+    for runner in app.script_runners.values():  # before settings are collected: constructors of scripts register callbacks too
+        runner.initialize_scripts(runner is scripts_img2img)
     script_callbacks.ui_settings_callback()
     app.models.on_loaded[:] = [*(known for known in app.models.on_loaded if known is not _model_loaded), _model_loaded]
 

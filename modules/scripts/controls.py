@@ -6,6 +6,7 @@ Must not know tabs: whoever builds one calls this in its place.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,15 @@ def build_script(runner: ScriptRunner, script: Script) -> None:
     runner.paste_field_names += script.paste_field_names or ()
     runner.inputs += controls
     script.args_to = len(runner.inputs)
+
+
+def build_aside(build: Callable[[], Any], task: str) -> tuple[bool, Any]:
+    """As call_guest; what a failing `build` had put on the page already is taken off it."""
+    with gr.Group(elem_classes=["script-group"]) as group:
+        well, controls = call_guest(build, task)
+    if not (well and group.children):
+        group.unrender()
+    return well, controls
 
 
 def _controls_of(script: Script) -> list[Component]:

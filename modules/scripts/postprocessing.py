@@ -16,6 +16,7 @@ from PIL import Image
 from modules import errors
 from modules.errors import RequestError
 from modules.jobs.context import installed_context
+from modules.launch.guest_calls import call_guest, end_of_path
 
 
 @dataclass
@@ -107,11 +108,16 @@ class ScriptPostprocessingRunner:
         self.scripts = list(by_name.values())
 
     def initialize_scripts(self, scripts_data: Iterable[Any]) -> None:
-        """Make one operation of each class in `scripts_data` (entries with `script_class` and `path`), beside those that are there."""
+        """Make one operation of each class in `scripts_data` (entries with `script_class` and `path`), beside those that are there.
+
+        One that cannot be made is reported and left out."""
         for data in scripts_data:
-            script = data.script_class()
-            script.filename = data.path
-            self.register([script])
+            task = f"{data.script_class.__name__} of {end_of_path(data.path)} could not be made; the Extras tab is without it"
+            well, script = call_guest(data.script_class, task)
+            if well:
+                script.filename = data.path
+                script.name = script.name or data.script_class.__name__
+                self.register([script])
 
     def scripts_in_preferred_order(self) -> list[ScriptPostprocessing]:
         """Those in use, in the order of the settings; those it does not name follow by their own."""
@@ -127,11 +133,17 @@ class ScriptPostprocessingRunner:
         )
 
     def setup_ui(self) -> list[Any]:
-        """Build the controls of all operations in the current gradio context; what they send, in order."""
+        """Build the controls of all operations in the current gradio context; what they send, in order.
+
+        An operation that cannot build its own is reported and left out."""
         inputs: list[Any] = []
         for script in self.scripts_in_preferred_order():
+            well, controls = _build_controls(script)
+            if not well:
+                self.scripts.remove(script)
+                continue
             script.args_from = len(inputs)
-            script.controls = _controls_of(script)
+            script.controls = controls
             inputs += script.controls.values()
             script.args_to = len(inputs)
         self.ui_created = True
@@ -166,42 +178,42 @@ class ScriptPostprocessingRunner:
 def run_operations(pp: PostprocessedImage, operations: Sequence[Operation], is_stopped: Callable[[], bool] = lambda: False) -> None:
     """Carry out `operations` on `pp` and on what they add to it. Raises RequestError for what an operation cannot do."""
     for operation in operations:
-        operation.script.process_firstpass(pp, **operation.values)
+        _carry_out(operation, pp, "process_firstpass")
     pictures = [pp]
     for operation in operations:
         if is_stopped():
             break
         for picture in list(pictures):
             if not picture.disable_processing:
-                _carry_out(operation, picture)
+                _carry_out(operation, picture, "process")
             pictures += [extra if isinstance(extra, PostprocessedImage) else picture.create_copy(extra) for extra in picture.extra_images]
             picture.extra_images = []
     pp.extra_images = pictures[1:]
 
 
-def _carry_out(operation: Operation, picture: PostprocessedImage) -> None:
+def _carry_out(operation: Operation, picture: PostprocessedImage, method: str) -> None:
     """An extension's operation that fails leaves the picture as it is and is reported; one that refuses (RequestError) ends the job, as ours do."""
     script = operation.script
     if script.filename is None:
-        script.process(picture, **operation.values)
+        getattr(script, method)(picture, **operation.values)
         return
-    refusals: list[RequestError] = []
+    task = f"Operation {script.name!r} ({end_of_path(script.filename)}) failed in {method}; the picture stays as it was"
+    call_guest(lambda: getattr(script, method)(picture, **operation.values), task, passing=(RequestError,))
 
-    def attempt() -> None:
-        try:
-            script.process(picture, **operation.values)
-        except RequestError as error:
-            refusals.append(error)
 
-    errors.run(attempt, f"postprocessing by {script.name} ({script.filename})")
-    if refusals:
-        raise refusals[0]
+def _build_controls(script: ScriptPostprocessing) -> tuple[bool, Mapping[str, Any]]:
+    """(whether it went well, the controls). What a failing operation had built already is taken off the page."""
+    from modules.scripts.controls import build_aside  # imports gradio
+
+    task = f"Operation {script.name!r} ({end_of_path(script.filename)}) could not build its controls; the Extras tab is without it"
+    return build_aside(lambda: _controls_of(script), task)
 
 
 def _controls_of(script: ScriptPostprocessing) -> Mapping[str, Any]:
-    found: list[Mapping[str, Any]] = []
-    errors.run(lambda: found.append(script.ui()), f"building the controls of {script.name}")
-    return found[0] if found else {}
+    controls = script.ui() or {}
+    if not isinstance(controls, Mapping):
+        raise TypeError(f"ui() returned {type(controls).__name__}; it has to return a dict of names and gradio components")
+    return controls
 
 
 def _installed_setting(name: str) -> Any:

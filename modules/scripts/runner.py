@@ -47,8 +47,9 @@ class ScriptRunner:
 
     def initialize_scripts(self, is_img2img: bool) -> None:
         """Make the scripts of the tab anew."""
-        for kept in (self.scripts, self.selectable_scripts, self.alwayson_scripts, self.titles, self.infotext_fields, self.paste_field_names):
+        for kept in (self.scripts, self.selectable_scripts, self.alwayson_scripts, self.titles):
             kept.clear()
+        self.prepare_ui()
         for by_id in (self.title_map, self.on_before_component_elem_id, self.on_after_component_elem_id):
             by_id.clear()
         for data in self._list_classes():
@@ -81,6 +82,8 @@ class ScriptRunner:
     def prepare_ui(self) -> None:
         """Forget the controls of a page that was built before."""
         self.inputs = [None]
+        self.infotext_fields.clear()
+        self.paste_field_names.clear()
 
     def setup_ui_for_section(self, section: str | None, scriptlist: Sequence[Script] | None = None) -> None:
         """Build the controls of the scripts of one part of the tab in the current gradio context."""

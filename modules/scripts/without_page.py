@@ -13,11 +13,10 @@ if TYPE_CHECKING:
 
 
 def build_controls(app: Application) -> None:
-    """Make the scripts of every tab and build their controls in a page that nobody sees."""
+    """Build the controls of the scripts of every tab in a page that nobody sees."""
     gradio_compatibility.install()
-    for tab, runner in app.script_runners.items():
+    for runner in app.script_runners.values():
         with gr.Blocks(analytics_enabled=False):
-            runner.initialize_scripts(is_img2img=tab == "img2img")
             runner.prepare_ui()
             for section in {script.section for script in runner.alwayson_scripts if script.section is not None}:
                 runner.setup_ui_for_section(section)

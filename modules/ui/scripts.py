@@ -68,11 +68,10 @@ def arguments_from(values: Mapping[str, Any]) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def tab_scripts(app: Application, tab: str) -> Iterator[TabScripts]:
-    """The scripts of `tab`, made anew, while it is built."""
+    """The scripts of `tab`, as they were made when extensions were loaded, while it is built."""
     runner = app.script_runners.get(tab)
     if runner is None:
         runner = ScriptRunner()
-    runner.initialize_scripts(is_img2img=tab == "img2img")
     runner.prepare_ui()
     scripts.set_current(runner)
     try:

@@ -89,22 +89,52 @@ def test_an_extensions_operation_that_fails_is_left_out(caplog: pytest.LogCaptur
         def process(self, pp: PostprocessedImage, **args: Any) -> None:
             raise ZeroDivisionError("oh")
 
+        def process_firstpass(self, pp: PostprocessedImage, **args: Any) -> None:
+            raise ZeroDivisionError("oh at first")
+
+    class NoControls(Marks):
+        def __init__(self) -> None:
+            super().__init__("NoControls")
+
         def ui(self) -> dict[str, Any]:
+            gr.Textbox("left behind")
             raise ZeroDivisionError("no controls")
+
+    class WrongControls(Marks):
+        def __init__(self) -> None:
+            super().__init__("WrongControls")
+
+        def ui(self) -> Any:
+            return [gr.Textbox()]
+
+    class NotMade(Marks):
+        def __init__(self) -> None:
+            raise ZeroDivisionError("not made")
 
     class Refuses(Marks):
         def process(self, pp: PostprocessedImage, **args: Any) -> None:
             raise RequestError("this cannot be")
 
     made = ScriptPostprocessingRunner(lambda name: None)
-    made.initialize_scripts([SimpleNamespace(script_class=lambda: Broken("Broken", 1), path="ext/broken.py")])
+
+    class Named(Broken):
+        def __init__(self, name: str = "Named") -> None:
+            super().__init__(name, 1)
+
+    kinds = {Named: "broken", NoControls: "bare", WrongControls: "wrong", NotMade: "unmade"}
+    made.initialize_scripts([SimpleNamespace(script_class=kind, path=f"ext/{name}.py") for kind, name in kinds.items()])
     made.register([Marks()])
-    with gr.Blocks(analytics_enabled=False):
-        made.setup_ui()
+    with gr.Blocks(analytics_enabled=False) as page:
+        assert len(made.setup_ui()) == 4
+    assert names(made) == ["Named", "Marks"]
+    assert "left behind" not in [getattr(block, "value", None) for block in page.blocks.values()]
     pp = PostprocessedImage(PICTURE)
-    made.run(pp, [0.1, "x"])
+    made.run(pp, [0.5, "y", 0.1, "x"])
     assert pp.info == {"Marks": "x 0.1"}
-    assert "postprocessing by Broken (ext/broken.py)" in caplog.text
-    made.initialize_scripts([SimpleNamespace(script_class=lambda: Refuses("Refuses"), path="ext/refuses.py")])
+    for part in ("NotMade of ext/unmade.py could not be made", "(ext/broken.py) failed in process;", "(ext/broken.py) failed in process_firstpass;"):
+        assert part in caplog.text
+    for file in ("bare", "wrong"):
+        assert f"(ext/{file}.py) could not build its controls" in caplog.text
+    made.initialize_scripts([SimpleNamespace(script_class=Refuses, path="ext/refuses.py")])
     with pytest.raises(RequestError, match="this cannot be"):
         made.run(PostprocessedImage(PICTURE), [])
