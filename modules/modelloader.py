@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from backend.model_folders import find_files
+from modules.pictures.upscaler import available_upscalers
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,11 @@ def load_models(
     if wanted or model_url is None:
         return list(dict.fromkeys(wanted))
     return [load_file_from_url(model_url, model_dir=model_path, file_name=download_name, hash_prefix=hash_prefix)]
+
+
+def load_upscalers() -> None:
+    """Look at the folders of upscaler files again; `shared.sd_upscalers` has what is there."""
+    available_upscalers()
 
 
 def friendly_name(file: str) -> str:

@@ -52,6 +52,10 @@ class _CommandLine:
             raise AttributeError(name)
         return _app().config.flags.get(name)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is such a flag, set or not, as with argparse's own."""
+        return name in _app().config.flags
+
 
 class _TotalProgress:
     """`total_tqdm`: kept for extensions that clear or update it; progress is shown by the job itself."""

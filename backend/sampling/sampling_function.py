@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,10 @@ def sampling_function(self: Any, denoiser_params: Any, cond_scale: float, cond_c
     )
 
 
+OnBranches = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(cond_pred, uncond_pred), both x0 (B, C, H, W), to what is combined instead of them."""
+
+
 def denoise_guided(
     unet: UnetPatcher,
     x_BCHW: Tensor,
@@ -114,6 +118,7 @@ def denoise_guided(
     cond_composition: Sequence[Sequence[tuple[int, float]]] | None = None,
     image_cond: Tensor | None = None,
     seed: int | None = None,
+    on_branches: OnBranches | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(denoised, cond_pred, uncond_pred), all x0 (B, C, H, W) in fp32.
 
@@ -134,7 +139,7 @@ def denoise_guided(
     model, options = unet.model, unet.model_options
     for modify in options.get("conditioning_modifiers", ()):
         model, x_BCHW, sigma_B, uncond, cond, cond_scale, options, seed = modify(model, x_BCHW, sigma_B, uncond, cond, cond_scale, options, seed)
-    guided = sampling_function_inner(model, x_BCHW, sigma_B, uncond, cond, cond_scale, options, seed, return_full=True)
+    guided = sampling_function_inner(model, x_BCHW, sigma_B, uncond, cond, cond_scale, options, seed, return_full=True, on_branches=on_branches)
     assert isinstance(guided, tuple)
     return guided
 
@@ -149,6 +154,7 @@ def sampling_function_inner(
     model_options: ModelOptions | None = None,
     seed: int | None = None,
     return_full: bool = False,
+    on_branches: OnBranches | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Classifier-free guidance: uncond + scale * (cond - uncond) on x0. Ho and Salimans 2022, eq. 6.
 
@@ -156,6 +162,7 @@ def sampling_function_inner(
     Hooks: pre-CFG functions may change all inputs; a CFG function replaces the formula (it works on x minus prediction); post-CFG functions may
     change the result.
     `return_full`: also return the predictions of both branches. The unconditional one is zeros if it did not run.
+    `on_branches` may change both before they are combined; if the unconditional branch did not run it gets the conditional one twice.
     """
     options: ModelOptions = {} if model_options is None else model_options
     cut_short = math.isclose(cond_scale, 1.0) and _is_one(_total_strength(cond)) and not options.get("disable_cfg1_optimization", False)
@@ -163,6 +170,9 @@ def sampling_function_inner(
     for before in options.get("sampler_pre_cfg_function", ()):
         model, cond, run_uncond, x, timestep, options = before(model, cond, run_uncond, x, timestep, options)
     cond_pred, uncond_pred = calc_cond_uncond_batch(model, cond, run_uncond, x, timestep, options)
+    if on_branches is not None:
+        cond_pred, changed_uncond = on_branches(cond_pred, cond_pred if run_uncond is None else uncond_pred)
+        uncond_pred = uncond_pred if run_uncond is None else changed_uncond
     if "sampler_cfg_function" in options:
         result = _run_cfg_function(options, model, x, timestep, cond_scale, cond_pred, uncond_pred)
     else:

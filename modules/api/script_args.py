@@ -5,11 +5,17 @@ Slot 0 is the dropdown of selectable scripts; each script owns the slots `args_f
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modules.errors import RequestError
 from modules.scripts.arguments import start_values
+
+log = logging.getLogger(__name__)
+
+FIELDS_OF_REQUEST = frozenset({"sampler", "seed", "refiner", "extra options", "api payload"})
+"""Always-on names that copied payloads carry beside the fields of the request that say the same. Forge takes them, and reads the fields alone."""
 
 
 def find_runner(app: Any, tab: str) -> Any:
@@ -28,6 +34,9 @@ def build_script_args(
         arguments[0] = list(runner.selectable_scripts).index(selected) + 1
     for name, request in alwayson_scripts.items():
         script = _alwayson_script(runner, name)
+        if script is None:
+            log.info("alwayson_scripts[%r]: here the request's own fields say that; it has no effect.", name)
+            continue
         if not isinstance(request, Mapping) or not isinstance(request.get("args", []), (list, Mapping)):
             raise RequestError(f'alwayson_scripts[{name!r}]: expected {{"args": [...]}}, or {{"args": {{LABEL: VALUE}}}}.')
         values, where = request.get("args", []), f"alwayson_scripts[{name!r}].args"
@@ -57,9 +66,10 @@ def _selected_script(runner: Any, name: str | None) -> Any:
 
 
 def _alwayson_script(runner: Any, name: str) -> Any:
+    """The script `name`; None for one of FIELDS_OF_REQUEST. Raises RequestError."""
     alwayson = [] if runner is None else list(runner.alwayson_scripts)
     found = _by_title(alwayson, name)
-    if found is not None:
+    if found is not None or name.lower() in FIELDS_OF_REQUEST:
         return found
     if runner is not None and _by_title(list(runner.selectable_scripts), name) is not None:
         raise RequestError(f"Cannot have a selectable script in the always on scripts params: {name!r}; send it as script_name.")

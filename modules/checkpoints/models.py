@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -374,6 +375,10 @@ def reload_model_weights(sd_model: Any = None, info: CheckpointInfo | None = Non
     if info is None:
         return host.ensure_loaded()
     return host.serve(dataclasses.replace(host.resolve(), checkpoint=info))
+
+
+checkpoints_loaded: OrderedDict[CheckpointInfo, dict[str, Any]] = OrderedDict()
+"""State dicts kept in main memory. None are: weights lie in the networks, and memory management says which networks stay."""
 
 
 def __getattr__(name: str) -> Any:

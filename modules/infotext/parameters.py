@@ -56,6 +56,10 @@ log = logging.getLogger(__name__)
 _MODULE_KEY = re.compile(r"(?:Hires )?Module \d+")
 
 
+infotext_to_setting_name_mapping: list[tuple[str, str]] = []
+"""(infotext key, setting) of extensions that add theirs here; today's way is OptionInfo(infotext=...)."""
+
+
 def _application() -> Any:
     return installed_context()
 
@@ -64,8 +68,9 @@ def _application() -> Any:
 
 
 def _infotext_options(options: Any) -> dict[str, str]:
-    """infotext key -> setting."""
-    return {info.infotext: key for key, info in options.data_labels.items() if getattr(info, "infotext", None)}
+    """infotext key -> setting: those that settings name, and those that extensions added."""
+    named = {info.infotext: key for key, info in options.data_labels.items() if getattr(info, "infotext", None)}
+    return {**named, **dict(infotext_to_setting_name_mapping)}
 
 
 def get_override_settings(params: Mapping[str, Any], *, skip_fields: Iterable[str] | None = None) -> list[tuple[str, str, Any]]:

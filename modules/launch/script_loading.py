@@ -16,12 +16,14 @@ loaded_scripts: dict[str, ModuleType] = {}
 
 
 def load_module(path: str) -> ModuleType:
-    """Import the file `path`, anew if it was imported before. Raises what it raises."""
-    spec = importlib.util.spec_from_file_location(end_of_path(path), path)
+    """Import the file `path`, anew if it was imported before. Raises what it raises.
+
+    The module's name is that of its file, `xyz_grid.py`, by which scripts find each other; the whole end of the path finds it too."""
+    spec = importlib.util.spec_from_file_location(Path(path).name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by its name
+    sys.modules[end_of_path(path)] = sys.modules[spec.name] = module  # dataclasses look their module up by its name
     spec.loader.exec_module(module)
     loaded_scripts[path] = module
     return module

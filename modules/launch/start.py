@@ -29,6 +29,7 @@ from modules.launch.setup import Setup, install_packages, install_xformers, runt
 from modules.launch.stamp import FILE_NAME
 from modules.launch.sysinfo import write_sysinfo
 from modules.launch.timer import startup_timer
+from modules_forge.forge_version import version as FORGE_VERSION
 
 log = logging.getLogger(__name__)
 
@@ -252,11 +253,11 @@ def commit_hash() -> str:
 
 
 def git_tag() -> str:
-    """The version by git's tags, or the short commit, or `<none>` outside a clone."""
+    """The version, and the commit by git's tags where this is a clone: `f2.0.1-...`. Extensions tell Forge by the `f2` it begins with."""
     try:
-        return _git("describe", "--tags", "--always")
+        return f"{FORGE_VERSION}-{_git('describe', '--tags', '--always')}"
     except RuntimeError:
-        return "<none>"
+        return FORGE_VERSION
 
 
 def git_clone(url: str, dir: str, name: str, commithash: str | None = None) -> None:

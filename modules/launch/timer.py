@@ -1,17 +1,21 @@
-"""How long the parts of the start took, for `--log-startup`. Standard library only."""
+"""How long the parts of the start took, for `--log-startup`, and extensions' own parts of something. Standard library only."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
+from typing import Any
 
 
-class StartupTimer:
-    """Seconds from one `record` to the next, by name, counted from the moment the command was given."""
+class Timer:
+    """Seconds from one `record` to the next, by name, counted from the moment it was made (or the command was given)."""
 
     def __init__(self, began_s: float | None = None) -> None:
         """`began_s` is wall-clock time, so that it survives the change into the virtual environment."""
         self.began_s = time.time() if began_s is None else began_s
         self.spans_s: dict[str, float] = {}
+        self._above = ""
         self._last_s = self.began_s
 
     def restart(self, began_s: float) -> None:
@@ -19,11 +23,45 @@ class StartupTimer:
         self.began_s = self._last_s = began_s
         self.spans_s.clear()
 
-    def record(self, name: str) -> None:
-        """What was done since the last record was `name`; the same name adds up."""
+    def record(self, category: str, extra_time: float = 0) -> None:
+        """What was done since the last record was `category`; the same name adds up. `extra_time`: more seconds that belong to it."""
+        name = f"{self._above}{category}"
+        self.spans_s[name] = self.spans_s.get(name, 0.0) + self.elapsed() + extra_time
+
+    def elapsed(self) -> float:
+        """Seconds since the last record; the next ones count from now."""
         now_s = time.time()
-        self.spans_s[name] = self.spans_s.get(name, 0.0) + now_s - self._last_s
-        self._last_s = now_s
+        span_s, self._last_s = now_s - self._last_s, now_s
+        return span_s
+
+    @contextlib.contextmanager
+    def subcategory(self, name: str) -> Iterator[None]:
+        """What is recorded inside is part of `name`, as `name/part`; the rest of it is recorded as `name` at the end."""
+        above = self._above
+        self.elapsed()
+        self._above = f"{above}{name}/"
+        try:
+            yield
+        finally:
+            self._above = above
+            self.record(name)
+
+    def reset(self) -> None:
+        """Begin anew now."""
+        self.restart(time.time())
+
+    @property
+    def records(self) -> dict[str, float]:
+        """Seconds by name, under the name that extensions read."""
+        return self.spans_s
+
+    @property
+    def total(self) -> float:
+        return self.total_s
+
+    def dump(self) -> dict[str, Any]:
+        """The seconds, for a file."""
+        return {"total": self.total_s, "records": dict(self.spans_s)}
 
     @property
     def total_s(self) -> float:
@@ -36,4 +74,4 @@ class StartupTimer:
         return f"{self.total_s:.1f} s" + (f" ({', '.join(parts)})" if parts else "")
 
 
-startup_timer = StartupTimer()
+startup_timer = Timer()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageFont
 
 from modules.jobs.context import installed_context
 from modules.pictures.filename_tokens import (
@@ -64,6 +64,7 @@ __all__ = [
     "draw_prompt_matrix",
     "fix_image",
     "flatten",
+    "get_font",
     "get_next_sequence_number",
     "image_data",
     "image_grid",
@@ -137,6 +138,11 @@ def image_grid(imgs: Sequence[Image.Image], batch_size: int = 1, rows: int | Non
 def check_grid_size(imgs: Sequence[Image.Image]) -> bool:
     """Whether a grid of these pictures is within the size that the settings allow (img_max_size_mp)."""
     return sum(image.width * image.height for image in imgs) <= _settings().img_max_size_mp * 1_000_000
+
+
+def get_font(fontsize: float) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """The font of the settings (Pillow's own where none is named) in a size in pixels."""
+    return LabelStyle(font_path=_settings().font).font(fontsize)
 
 
 def draw_grid_annotations(

@@ -17,7 +17,7 @@ from modules import devices
 from modules.prompts import schedules as prompt_parser
 from modules.samplers.common import InterruptedException, apply_refiner
 from modules.scripts import callbacks as script_callbacks
-from modules.scripts.hook_arguments import AfterCFGCallbackParams, CFGDenoiserParams, MaskBlendArgs
+from modules.scripts.hook_arguments import AfterCFGCallbackParams, CFGDenoisedParams, CFGDenoiserParams, MaskBlendArgs
 
 if TYPE_CHECKING:
     from modules.samplers.kdiffusion import KDiffusionSampler
@@ -101,11 +101,19 @@ class CFGDenoiser(torch.nn.Module):
                 cond_scale=scale,
                 cond_composition=composition,
                 seed=self.p.seeds[self.picture],
+                on_branches=self._tell_branches if script_callbacks.is_listened_to("cfg_denoised") else None,
             )
 
         denoised_BCHW, _, self.last_uncond_BCHW = guide()
         devices.test_layers_for_nans(self.sampler.unet.model, denoised_BCHW, guide)
         return denoised_BCHW
+
+    def _tell_branches(self, cond_BCHW: Tensor, uncond_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The answers for the prompts and then those for the negative prompts, as those who listen leave them."""
+        state, num_pictures = self.p.context.state, cond_BCHW.shape[0]
+        answered = CFGDenoisedParams(torch.cat([cond_BCHW, uncond_BCHW]), state.sampling_step, state.sampling_steps, self.inner_model)
+        script_callbacks.cfg_denoised_callback(answered)
+        return answered.x[:num_pictures], answered.x[num_pictures:]
 
     def _tell_guided(self, denoised_BCHW: Tensor) -> Tensor:
         """The result of the step, as those who listen leave it."""

@@ -356,16 +356,20 @@ class KDiffusionSampler:
 
     def _after_step(self, info: StepInfo) -> None:
         """Called by the formula once for each step, on the job's thread."""
-        state = self.p.context.state
-        if self.stop_at is not None and info.index > self.stop_at:
+        self.callback_state({"x": info.x, "i": info.index, "sigma": info.sigma, "sigma_hat": info.sigma, "denoised": info.denoised})
+
+    def callback_state(self, d: dict[str, Any]) -> None:
+        """Step `i` was made: latents `x` (B, C, H, W) at noise level `sigma` went in, `denoised` came out. Extensions replace this function."""
+        index, state = int(d["i"]), self.p.context.state
+        if self.stop_at is not None and index > self.stop_at:
             raise InterruptedException
-        self.last_latent = info.denoised
-        state.current_latent = info.denoised
-        state.sampling_step = info.index + 1
+        self.last_latent = d["denoised"]
+        state.current_latent = d["denoised"]
+        state.sampling_step = index + 1
         self.p.context.job_bar.note_step()
         profiler.meter().num_steps += 1
         profiler.recorder().note_step()
-        if self._preview is not None and self._preview.due(info.index + 1):
+        if self._preview is not None and self._preview.due(index + 1):
             state.do_set_current_image()
 
 

@@ -39,7 +39,7 @@ def may_use_lanes(sampler: Any, p: Any, num_pictures: int) -> bool:
     """Whether every picture may go its own way: nobody asks to see the whole batch, and nothing changes for all at once on the way."""
     unet = sampler.unet
     watched = any(unet.model_options.get(name) for name in WHOLE_BATCH_OPTIONS) or unet.controlnet_linked_list is not None
-    listened = callbacks.is_listened_to("cfg_denoiser", "cfg_after_cfg")
+    listened = callbacks.is_listened_to("cfg_denoiser", "cfg_denoised", "cfg_after_cfg")
     scripted = listened or (getattr(p, "mask", None) is not None and _scripts_see_whole_batches(p))
     changes = getattr(p, "refiner", None) is not None or sampler.stop_at is not None
     return num_pictures > 1 and not (watched or scripted or changes) and sampler.funcname not in BATCH_STEPPED and hasattr(p.rng, "of_image")

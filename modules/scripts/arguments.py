@@ -7,14 +7,20 @@ from typing import Any
 
 
 def start_value(control: Any) -> Any:
-    """The value of a control as a script is handed it: a choice of `type="index"` by its number."""
+    """The value of a control as a script is handed it: a choice of `type="index"` by its number, a field of text that is empty as ""."""
     value, choices = getattr(control, "value", None), getattr(control, "choices", None)
+    if value is None and _is_text(control):
+        return ""
     if getattr(control, "type", None) != "index" or not isinstance(choices, list):
         return value
     values = [choice[1] if isinstance(choice, (tuple, list)) else choice for choice in choices]
     if isinstance(value, list):
         return [values.index(item) for item in value if item in values]
     return values.index(value) if value in values else None
+
+
+def _is_text(control: Any) -> bool:
+    return any(cls.__name__ == "Textbox" for cls in type(control).__mro__)
 
 
 def start_values(runner: Any) -> Mapping[int, Any]:

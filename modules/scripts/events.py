@@ -82,9 +82,8 @@ IN_ORDER = (
     ),
     Event(
         name="cfg_denoised",
-        sentence="The network answered, guidance is not applied yet. (CFGDenoisedParams)",
+        sentence="The network answered, guidance is not applied yet; x (prompts, then negative prompts) may be changed. (CFGDenoisedParams)",
         values=_PARAMS,
-        never="the engine applies guidance in the same step; on_cfg_after_cfg comes right after it",
     ),
     Event(name="cfg_after_cfg", sentence="Guidance is applied; x may be changed. (AfterCFGCallbackParams)", values=_PARAMS),
     Event(

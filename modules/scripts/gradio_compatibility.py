@@ -24,7 +24,7 @@ from gradio.component_meta import ComponentMeta
 from gradio.context import Context, get_blocks_context
 from gradio.layouts import Form
 
-from modules.launch.guest_calls import as_host, guest_is_calling
+from modules.launch.guest_calls import as_guest, as_host, guest_is_calling
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ _CONSTRUCTOR: dict[str, Callable[[Any], dict[str, Any]]] = {
 """Old argument of a constructor -> those of today. What is in neither is left out."""
 
 
-def todays_arguments(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """`arguments` as the constructor of `cls` takes them today."""
+def todays_arguments(cls: type, arguments: dict[str, Any], given: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """`arguments` as the constructor of `cls` takes them today, beside those `given` by position."""
     known = _names_taken_by(cls)
     if known is None:
         return arguments
@@ -80,6 +80,8 @@ def todays_arguments(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
         log.debug("gr.%s takes no %s any more; left out.", cls.__name__, ", ".join(sorted(left_out)))
     if result.get("visible") is False and issubclass(cls, gradio.components.Component):
         result["visible"] = "hidden"  # was on the page all the same, where scripts of extensions look for it
+    if issubclass(cls, gr.Textbox) and result.get("value") is None and not given and get_blocks_context() is not None:
+        result["value"] = ""  # empty was "" and not None; what a handler gives back is an update, which must not empty anything
     if isinstance(result.get("scale"), float):
         result["scale"] = max(round(result["scale"]), 0)
     if issubclass(cls, gr.Dataframe):
@@ -113,6 +115,54 @@ def todays_event_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     if result.get("queue", True) is None:
         result.pop("queue")
     return result
+
+
+def handler_of_guest(handler: Any) -> Any:
+    """A function that a guest connects to an event, so that what it makes later meets old habits too; anything else as it is."""
+    if not (inspect.isfunction(handler) or inspect.ismethod(handler)):
+        return handler
+    wrapped: Callable[..., Any]
+    if inspect.isasyncgenfunction(handler):
+
+        async def stream(*args: Any, **kwargs: Any) -> Any:
+            values = handler(*args, **kwargs)
+            while True:
+                with as_guest():
+                    try:
+                        value = await anext(values)
+                    except StopAsyncIteration:
+                        return
+                yield value
+
+        wrapped = stream
+    elif inspect.iscoroutinefunction(handler):
+
+        async def answer_later(*args: Any, **kwargs: Any) -> Any:
+            with as_guest():
+                return await handler(*args, **kwargs)
+
+        wrapped = answer_later
+    elif inspect.isgeneratorfunction(handler):
+
+        def give(*args: Any, **kwargs: Any) -> Any:
+            values = handler(*args, **kwargs)
+            while True:
+                with as_guest():
+                    try:
+                        value = next(values)
+                    except StopIteration:
+                        return
+                yield value
+
+        wrapped = give
+    else:
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            with as_guest():
+                return handler(*args, **kwargs)
+
+        wrapped = answer
+    return functools.wraps(handler)(wrapped)
 
 
 # What is added to gradio
@@ -196,7 +246,7 @@ def _meeting_constructor(cls: type, original: Any) -> Any:
         if not guest_is_calling():
             return original(self, *args, **kwargs)
         with as_host():
-            return original(self, *args, **todays_arguments(cls, kwargs))
+            return original(self, *args, **todays_arguments(cls, kwargs, args))
 
     setattr(construct, _MARK, True)
     return construct
@@ -205,7 +255,10 @@ def _meeting_constructor(cls: type, original: Any) -> Any:
 def _meeting_event(original: Any) -> Any:
     @functools.wraps(original)
     def listen(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **(todays_event_arguments(kwargs) if guest_is_calling() else kwargs))
+        if not guest_is_calling():
+            return original(*args, **kwargs)
+        today = {name: handler_of_guest(value) for name, value in todays_event_arguments(kwargs).items()}
+        return original(*(handler_of_guest(value) for value in args), **today)
 
     setattr(listen, _MARK, True)
     return listen

@@ -102,7 +102,7 @@ class CFGDenoiserParams:
 
 @dataclass
 class CFGDenoisedParams:
-    """cfg_denoised: what the network answered, rows of the prompt's parts and then of the negative prompt."""
+    """cfg_denoised: what the network answered, a row for each picture's prompt and then for its negative prompt; change `x` to change the picture."""
 
     x: Any
     sampling_step: int

@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from modules.ui import symbols
 from modules.ui.components import ToolButton
 from modules.ui.saving import save_files
 from modules.ui.shown_text import error_html, infotext_of, picture_at, plaintext_to_html, read_generation_info, update_generation_info
@@ -27,6 +28,13 @@ __all__ = [
     "save_files",
     "update_generation_info",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The faces of tool buttons, which extensions import from here."""
+    if name.endswith("_symbol") and hasattr(symbols, name):
+        return getattr(symbols, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def create_refresh_button(

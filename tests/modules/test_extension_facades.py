@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from backend.utils import load_torch_file
-from modules import deepbooru, lowvram, modelloader, patches, processing, safe
+from modules import deepbooru, lowvram, modelloader, patches, processing, safe, timer, torch_utils, upscaler_utils
 from modules.checkpoints import models as sd_models
 from modules.sd_hijack import model_hijack
 from modules_forge import shared as forge_shared
@@ -106,3 +107,45 @@ def test_control_models_are_built_by_the_first_kind_that_knows_them(tmp_path: Pa
     for answer in (None, "second", "third"):
         forge_shared.add_supported_control_model(kind(answer))
     assert forge_shared.try_load_supported_control_model(str(tmp_path / "a.safetensors")) == "second"
+
+
+class Doubling(torch.nn.Module):
+    """Every pixel four times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.interpolate(x * self.weight, scale_factor=2)
+
+
+def test_a_network_of_an_extension_enlarges_a_picture_whole_and_in_tiles() -> None:
+    picture = Image.linear_gradient("L").resize((40, 24)).convert("RGB")
+    picture.paste((250, 10, 60), (3, 3, 9, 9))
+    assert upscaler_utils.torch_bgr_to_pil_image(upscaler_utils.pil_image_to_torch_bgr(picture)).tobytes() == picture.tobytes()
+    assert upscaler_utils.pil_image_to_torch_bgr(picture)[:, 5, 5].mul(255).round().tolist() == [60, 10, 250]
+    wanted = picture.resize((80, 48), Image.Resampling.NEAREST)
+    for tile_px in (0, 16):
+        made = upscaler_utils.upscale_with_model(Doubling(), picture, tile_size=tile_px, tile_overlap=4)
+        difference = np.abs(np.asarray(made, dtype=int) - np.asarray(wanted, dtype=int))
+        assert (made.size, difference.max() <= 1) == ((80, 48), True)
+    with pytest.raises(ValueError, match="2 pictures"):
+        upscaler_utils.torch_bgr_to_pil_image(torch.zeros(2, 3, 4, 4))
+
+
+def test_a_parameter_and_the_widest_type_of_a_device() -> None:
+    assert torch_utils.get_param(Doubling()).shape == (1,)
+    assert torch_utils.float64(torch.zeros(1)) is torch.float64
+
+
+def test_parts_of_a_timer_add_up() -> None:
+    taken = timer.Timer()
+    with taken.subcategory("load"):
+        taken.record("read", extra_time=2)
+    taken.record("rest")
+    assert list(taken.records) == ["load/read", "load", "rest"]
+    assert 2 <= taken.records["load/read"] < 3
+    assert taken.dump() == {"total": taken.total, "records": taken.records}
+    taken.reset()
+    assert taken.records == {}

@@ -70,3 +70,9 @@ def test_files_are_listed_in_natural_order(tmp_path: Path) -> None:
 def test_without_an_application_reading_says_so() -> None:
     with pytest.raises(RuntimeError, match="no application"):
         _ = shared.opts
+
+
+def test_a_flag_is_in_the_command_line_whether_it_is_set_or_not(tmp_path: Path) -> None:
+    with installed_application(tmp_path):
+        assert "api" in shared.cmd_opts and "no_such_flag" not in shared.cmd_opts
+        assert shared.cmd_opts.no_such_flag is None

@@ -126,6 +126,11 @@ def get_filtered_preprocessor_names(tag: str) -> list[str]:
     return [NONE, *(name for _, name in sorted(fitting) if name != NONE)]
 
 
+def get_filtered_preprocessors(tag: str) -> dict[str, Any]:
+    """As get_filtered_preprocessor_names(), with the preprocessors themselves."""
+    return {name: supported_preprocessors[name] for name in get_filtered_preprocessor_names(tag) if name in supported_preprocessors}
+
+
 def get_filtered_controlnet_names(tag: str) -> list[str]:
     """Models whose names say that they are of a type."""
     if tag == "All":

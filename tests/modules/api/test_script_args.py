@@ -63,6 +63,18 @@ def test_missing_trailing_arguments_of_always_on_scripts_keep_their_defaults() -
     assert build(RunnerOfTest(), alwayson_scripts=wishes)[1] == [0, "a", "b", 1, 2, {"image": "x"}, "fill", 0.5, -1]
 
 
+@pytest.mark.parametrize("name", ["Sampler", "Seed", "Refiner", "Extra options", "API payload"])
+def test_always_on_names_of_forge_that_the_request_says_itself_are_taken(name: str) -> None:
+    assert build(RunnerOfTest(), alwayson_scripts={name: {"args": [20, "Euler", "Karras"]}}) == build(RunnerOfTest())
+    assert build(None, alwayson_scripts={name.upper(): {}}) == (None, [0])
+
+
+def test_a_script_of_such_a_name_gets_its_arguments() -> None:
+    runner = RunnerOfTest()
+    runner.alwayson_scripts[1]._title = "API payload"
+    assert build(runner, alwayson_scripts={"api payload": {"args": [4]}})[1][-1] == 4
+
+
 @pytest.mark.parametrize(
     ("request_", "says"),
     [

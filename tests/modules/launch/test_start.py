@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from modules.launch import start
-from modules.launch.timer import StartupTimer
+from modules.launch.timer import Timer
+from modules_forge.forge_version import version as FORGE_VERSION
 
 
 def test_is_installed_knows_distributions_and_modules() -> None:
@@ -66,7 +67,8 @@ def test_a_clone_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_outside_a_clone_the_version_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start.shutil, "which", lambda name: None)
-    assert (start.git_tag(), start.commit_hash()) == ("<none>", "<none>")
+    assert (start.git_tag(), start.commit_hash()) == (FORGE_VERSION, "<none>")
+    assert FORGE_VERSION.startswith("f2")
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_information_is_printed_plain_and_the_rest_with_its_level(root_logger: l
 
 
 def test_the_timer_adds_up() -> None:
-    timer = StartupTimer()
+    timer = Timer()
     timer.restart(timer.began_s - 2.0)
     timer.record("set-up")
     timer.record("import")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 
 from modules.launch.guest_calls import as_guest, call_guest, guest_is_calling
 from modules.scripts import gradio_compatibility
+from modules.scripts.arguments import start_value
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +29,55 @@ def test_old_arguments_are_met_for_guests_alone() -> None:
         shown = gr.Textbox(visible=False)
     assert (picture.sources, picture.buttons, video.sources) == (["upload"], [], ["webcam"])
     assert (hidden.visible, shown.visible) == ("hidden", False)
+
+
+def test_an_empty_field_of_text_is_an_empty_text_for_guests() -> None:
+    with gr.Blocks(analytics_enabled=False), as_guest():
+        empty, filled, area = gr.Textbox(label="A"), gr.Textbox("x"), gr.TextArea(None, label="B")
+    assert (empty.value, filled.value) == ("", "x")
+    assert [start_value(box) for box in (empty, filled, area)] == ["", "x", ""]
+    with as_guest():  # outside of a page it is an update
+        assert "value" not in gr.Textbox(visible=False)._constructor_args[0]
+
+
+@pytest.mark.parametrize("kind", ["function", "generator", "coroutine", "stream"])
+def test_handlers_of_guests_are_guests_too(kind: str) -> None:
+    def function(text: str) -> bool:
+        return guest_is_calling()
+
+    def generator(text: str) -> Any:
+        yield guest_is_calling()
+
+    async def coroutine(text: str) -> bool:
+        return guest_is_calling()
+
+    async def stream(text: str) -> Any:
+        yield guest_is_calling()
+
+    handler = {"function": function, "generator": generator, "coroutine": coroutine, "stream": stream}[kind]
+    with gr.Blocks(analytics_enabled=False) as page:
+        box, answer = gr.Textbox(), gr.JSON()
+        with as_guest():
+            box.change(handler, inputs=[box], outputs=[answer], api_name="guest")
+        box.change(handler, inputs=[box], outputs=[answer], api_name="host")
+    connected = {event.api_name: event.fn for event in page.fns.values()}
+    assert connected["host"] is handler
+    for name, wanted in (("guest", True), ("host", False)):
+        assert _all_values(connected[name], "x") == [wanted]
+    assert not guest_is_calling()
+
+
+def _all_values(handler: Any, argument: str) -> list[Any]:
+    """What gradio would get from a handler of any kind."""
+    if inspect.isasyncgenfunction(handler):
+
+        async def collect() -> list[Any]:
+            return [value async for value in handler(argument)]
+
+        return asyncio.run(collect())
+    if inspect.iscoroutinefunction(handler):
+        return [asyncio.run(handler(argument))]
+    return list(handler(argument)) if inspect.isgeneratorfunction(handler) else [handler(argument)]
 
 
 def test_old_counts_of_tables_are_met() -> None:

@@ -36,6 +36,11 @@ def names(made: ScriptPostprocessingRunner) -> list[str | None]:
     return [script.name for script in made.scripts_in_preferred_order()]
 
 
+def shown_values(block: Any) -> list[Any]:
+    """Values of all controls in the layout of a page."""
+    return [getattr(block, "value", None), *(value for child in getattr(block, "children", ()) for value in shown_values(child))]
+
+
 def test_order_is_the_settings_then_their_own() -> None:
     scripts = (Marks("c", 3000), Marks("b", 1000), Marks("a", 1000), Marks("d", 10))
     assert names(runner(*scripts)) == ["d", "a", "b", "c"]
@@ -127,7 +132,7 @@ def test_an_extensions_operation_that_fails_is_left_out(caplog: pytest.LogCaptur
     with gr.Blocks(analytics_enabled=False) as page:
         assert len(made.setup_ui()) == 4
     assert names(made) == ["Named", "Marks"]
-    assert "left behind" not in [getattr(block, "value", None) for block in page.blocks.values()]
+    assert "left behind" not in shown_values(page)
     pp = PostprocessedImage(PICTURE)
     made.run(pp, [0.5, "y", 0.1, "x"])
     assert pp.info == {"Marks": "x 0.1"}

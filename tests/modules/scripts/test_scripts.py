@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pytest
+import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from gradio.state_holder import SessionState
@@ -418,11 +420,11 @@ def test_a_failing_callback_is_reported_and_the_others_are_told(app: Application
         for register in (script_callbacks.on_model_loaded, script_callbacks.on_before_ui, script_callbacks.on_ui_tabs):
             register(fail)
         script_callbacks.on_model_loaded(told.append)
-        script_callbacks.on_cfg_denoised(fail)
+        script_callbacks.on_list_unets(fail)
     """
     with caplog.at_level(logging.WARNING):
         with_extensions(fails={"scripts/fails.py": text})
-        assert "listens to on_cfg_denoised, which never happens here" in caplog.text
+        assert "listens to on_list_unets, which never happens here" in caplog.text
         app.models.on_loaded[0]("engine")
         assert callbacks.callback_map["callbacks_model_loaded"][1].callback.__self__ == ["engine"]
         assert callbacks.ui_tabs_callback() == []
@@ -431,6 +433,73 @@ def test_a_failing_callback_is_reported_and_the_others_are_told(app: Application
     assert len(callbacks.callback_map["callbacks_model_loaded"]) == 1
     names = [entry.name for entries in callbacks.callback_map.values() for entry in entries]
     assert names == ["fails/fails.py/model_loaded-1"]
+
+
+def test_who_listens_to_cfg_denoised_changes_the_branches_before_guidance(app: Application, with_extensions: Any) -> None:
+    with_extensions(changer=extensions.PROMPT_CHANGER)
+    plain = run(give(app, txt2img(negative_prompt="a dog", cfg_scale=7.0)))
+    without_guidance = run(give(app, txt2img(negative_prompt="a dog", cfg_scale=1.0)))
+    seen: list[tuple[int, ...]] = []
+
+    def no_guidance(params: Any) -> None:
+        seen.append(tuple(params.x.shape))
+        half = params.x.shape[0] // 2
+        params.x = torch.cat([params.x[:half], params.x[:half]])
+
+    callbacks.on_cfg_denoised(no_guidance)
+    try:
+        listened = run(give(app, txt2img(negative_prompt="a dog", cfg_scale=7.0)))
+    finally:
+        callbacks.remove_callbacks_for_function(no_guidance)
+    assert {shape[0] for shape in seen} == {2}
+    assert not np.array_equal(pixels(plain.images[0]), pixels(listened.images[0]))
+    difference = np.abs(pixels(without_guidance.images[0]).astype(int) - pixels(listened.images[0]).astype(int))
+    assert difference.max() <= 1  # u + 7 (c - u) with u = c is c but for the last bit
+
+
+def test_a_replaced_callback_state_sees_every_step(app: Application, with_extensions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modules.sd_samplers_kdiffusion import KDiffusionSampler
+
+    with_extensions(changer=extensions.PROMPT_CHANGER)
+    seen: list[int] = []
+    original = KDiffusionSampler.callback_state
+
+    def noted(self: Any, d: dict[str, Any]) -> None:
+        seen.append(d["i"])
+        assert d["x"].shape == d["denoised"].shape
+        original(self, d)
+
+    monkeypatch.setattr(KDiffusionSampler, "callback_state", noted)
+    request = give(app, txt2img())
+    run(request)
+    assert seen == list(range(request.steps))
+
+
+def test_a_loaded_script_has_the_name_of_its_file(app: Application, with_extensions: Any) -> None:
+    with_extensions(changer=extensions.PROMPT_CHANGER)
+    assert [data.script_class.__module__ for data in scripts.scripts_data] == ["changer.py"]
+    assert scripts.scripts_data[0].module is sys.modules["changer.py"] is sys.modules["changer/scripts/changer.py"]
+
+
+REGISTERING = """
+    from modules import script_callbacks, scripts, shared
+
+    class Registering(scripts.Script):
+        def __init__(self):
+            script_callbacks.on_ui_settings(self.add_settings)
+
+        def add_settings(self):
+            shared.opts.add_option("registering", shared.OptionInfo(3, "Set by a constructor", section=("own", "Own")))
+
+        def title(self):
+            return "Registering"
+"""
+
+
+def test_settings_that_a_constructor_asks_for_are_collected(app: Application, with_extensions: Any) -> None:
+    with_extensions(registering={"scripts/registering.py": REGISTERING})
+    assert app.options.registering == 3
+    assert sum(script.title() == "Registering" for script in app.script_runners["txt2img"].scripts) == 1
 
 
 def test_pictures_of_a_batch_go_their_own_ways_unless_someone_looks_on(app: Application, with_extensions: Any) -> None:
