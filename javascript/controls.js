@@ -91,7 +91,7 @@ function showPart(elementId, shown) {
     }
 }
 
-let valuesShownAtFirst = [];
+var valuesShownAtFirst = [];
 
 /** Remember what controls show while the server is asked for their first values. */
 function rememberShownValues(...shown) {
@@ -102,6 +102,7 @@ function rememberShownValues(...shown) {
 /** The server's first values, a list as JSON with null for "none", for the controls that still show what they were drawn with; the others keep theirs. */
 function firstValuesOfUntouched(text, ...shown) {
     const first = JSON.parse(text || "[]");
+    setTimeout(restoreKeptValues); // when these are shown
     return shown.map((value, index) => (value === valuesShownAtFirst[index] ? first[index] ?? value : value));
 }
 
@@ -122,7 +123,7 @@ function markNegativePromptUnused(tab, unused) {
 
 // ---- tool tips, by id and for both tabs by the id without its tab ----
 
-const CONTROL_TITLES = {
+var CONTROL_TITLES = {
     paste: "Read generation parameters from the prompt, or those of the last picture if the prompt is empty",
     clear_prompt: "Clear the prompt",
     style_apply: "Put the chosen styles into the prompt",

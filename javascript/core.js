@@ -9,18 +9,18 @@ function gradioApp() {
 
 // ---- registrations: each takes a function and calls it at its time; an error in one is logged and does not stop the others ----
 
-const uiUpdateCallbacks = [];
-const uiAfterUpdateCallbacks = [];
-const uiLoadedCallbacks = [];
-const uiTabChangeCallbacks = [];
-const optionsChangedCallbacks = [];
-const optionsAvailableCallbacks = [];
+var uiUpdateCallbacks = [];
+var uiAfterUpdateCallbacks = [];
+var uiLoadedCallbacks = [];
+var uiTabChangeCallbacks = [];
+var optionsChangedCallbacks = [];
+var optionsAvailableCallbacks = [];
 
-let opts = {};
-let uiCurrentTab = null;
-let uiIsLoaded = false;
-let optionsAreAvailable = false;
-let uiAfterUpdateTimer = null;
+var opts = {};
+var uiCurrentTab = null;
+var uiIsLoaded = false;
+var optionsAreAvailable = false;
+var uiAfterUpdateTimer = null;
 
 /** Call `callback` with the list of DOM changes, after each change. */
 function onUiUpdate(callback) {
@@ -121,8 +121,8 @@ function notifyUiChange(mutations) {
 }
 
 // The framework makes a tab's content when it is shown first. Scripts expect these to be there from the start.
-const TABS_TO_RENDER = ["img2img", "extras", "pnginfo"];
-let hiddenTabsWereShown = false;
+var TABS_TO_RENDER = ["img2img", "extras", "pnginfo"];
+var hiddenTabsWereShown = false;
 
 function firstTabStands() {
     return Boolean(get_uiCurrentTab() && gradioApp().querySelector("#txt2img_prompt textarea") && gradioApp().querySelector("#settings_json textarea"));

@@ -2,7 +2,7 @@
 // Must not know any kind of model.
 "use strict";
 
-let desiredCheckpointName = null;
+var desiredCheckpointName = null;
 
 /** Choose the checkpoint `name`. */
 function selectCheckpoint(name) {
@@ -12,7 +12,7 @@ function selectCheckpoint(name) {
 
 // ---- prompts ----
 
-const lastPromptFields = {};
+var lastPromptFields = {};
 
 document.addEventListener("focusin", (event) => {
     const field = event.target.closest("#txt2img_prompt, #txt2img_neg_prompt, #img2img_prompt, #img2img_neg_prompt");
@@ -143,13 +143,13 @@ function editUserMetadata(pane, card) {
     setTimeout(() => gradioApp().getElementById(`${part}_button`).click(), 0);
 }
 
-const CARD_BUTTONS = {
+var CARD_BUTTONS = {
     "metadata-button": showCardMetadata,
     "edit-button": editUserMetadata,
     "copy-path-button": (pane, card) => navigator.clipboard.writeText(card.dataset.path),
 };
 
-const PANE_BUTTONS = {
+var PANE_BUTTONS = {
     sort: (pane, button) => {
         pane.querySelectorAll(".sort").forEach((other) => other.classList.toggle("selected", other === button));
         applyExtraNetworkSort(pane);

@@ -1,7 +1,7 @@
 // The Generate, Interrupt and Skip buttons: what is sent along with a click, which buttons show while a task runs, keys, and progress that survives a reload.
 "use strict";
 
-const taskEndFunctions = {}; // by tab: ends the display of the running task
+var taskEndFunctions = {}; // by tab: ends the display of the running task
 
 /** Show Generate (`show` true) or Interrupt and Skip. */
 function showSubmitButtons(tab, show) {

@@ -1,9 +1,9 @@
 // Progress of a task: asks the server for it and shows the bar over the gallery, the live preview and the window title.
 "use strict";
 
-const PROGRESS_INACTIVITY_S = 40;
-const PROGRESS_FAILURES_MAX = 20;
-const progressTrackers = {}; // by tab: how to end the running display
+var PROGRESS_INACTIVITY_S = 40;
+var PROGRESS_FAILURES_MAX = 20;
+var progressTrackers = {}; // by tab: how to end the running display
 
 function formatSeconds(seconds) {
     const two = (number) => String(Math.floor(number)).padStart(2, "0");
@@ -19,9 +19,9 @@ function setTitle(progressText) {
         document.title = wanted;
     }
 }
-const pageTitle = document.title || "Stable Diffusion";
+var pageTitle = document.title || "Stable Diffusion";
 
-let wakeLock = null;
+var wakeLock = null;
 
 async function keepScreenOn(wanted) {
     if (!("wakeLock" in navigator) || !opts.prevent_screen_sleep_during_generation) {

@@ -1,8 +1,8 @@
 // The Settings tab: going to a setting that a search found.
 "use strict";
 
-const SETTING_WAIT_TRIES = 40;
-const SETTING_WAIT_MS = 50;
+var SETTING_WAIT_TRIES = 40;
+var SETTING_WAIT_MS = 50;
 
 /** Open the page `tabId` of the settings and show the control `elementId` on it. */
 function showSetting(tabId, elementId, tries = SETTING_WAIT_TRIES) {
@@ -21,24 +21,20 @@ function showSetting(tabId, elementId, tries = SETTING_WAIT_TRIES) {
     setTimeout(() => control.classList.remove("found-setting"), 2500);
 }
 
-const RESTART_POLL_MS = 500;
+var RESTART_POLL_MS = 500;
 
-/** The page's server is about to start anew: say so, wait for it and load the page again. */
+/** The page's server is about to start anew: say so, wait until another one answers in its place, and load the page again. */
 function restart_reload() {
     const note = document.createElement("div");
     note.className = "restart-note";
     note.textContent = "Reloading…";
     document.body.append(note);
-    const waitFor = (isUp, then) => {
-        fetch(serverUrl("internal/ping"), {cache: "no-store"})
-            .then((response) => response.ok, () => false)
-            .then((up) => (up === isUp ? then() : setTimeout(() => waitFor(isUp, then), RESTART_POLL_MS)));
+    const known = String((window.gradio_config || {}).app_id);
+    const ask = () => {
+        fetch(serverUrl("gradio_api/app_id"), {cache: "no-store"})
+            .then((response) => (response.ok ? response.json() : {}), () => ({}))
+            .then((answer) => (answer.app_id && String(answer.app_id) !== known ? window.location.reload() : setTimeout(ask, RESTART_POLL_MS)));
     };
-    // a quick restart may be over before it is noticed
-    const giveUp = setTimeout(() => window.location.reload(), 20000);
-    waitFor(false, () => waitFor(true, () => {
-        clearTimeout(giveUp);
-        window.location.reload();
-    }));
+    ask();
     return [];
 }

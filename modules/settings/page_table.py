@@ -96,6 +96,7 @@ def _interface() -> OptionTable:
         "gradio_theme": option("Default", "Theme", "Dropdown"),
         "gradio_themes_cache": option(True, "Keep themes on disk"),
         "show_progress_in_title": option(True, "Show progress in the window title"),
+        "keep_values_in_browser": option(True, "Keep prompts and numbers of this browser tab when the page is loaded again"),
         "send_seed": option(True, "Send the seed along with an image"),
         "send_size": option(True, "Send the size along with an image"),
         "enable_reloading_ui_scripts": option(False, "Reload scripts of the page with it"),

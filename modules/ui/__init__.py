@@ -3,9 +3,9 @@
 Reading order: `tabs` (`create_ui`: puts the tabs together and connects them), then one tab: `txt2img` or `img2img` (its controls),
 `sections` and `toprow` (the groups they are made of), `requests` (from the values of controls to a request), `generation` (a click on
 Generate), `common` and `components` (parts that several tabs use), `paste` (infotext into controls), `settings`, `extras`, `pnginfo`,
-`extra_networks*` (cards of model files), `page` (style sheet, scripts, theme), `guard` and `page_files` (what a browser may name). Beside
-them: `choices`, `extensions`, `gpus`, `img2img_pictures`, `quicksettings`, `saving`, `scripts`, `shown_text`, `style_dialog`, `styles`, `symbols`,
-`tokens`.
+`extra_networks*` (cards of model files), `file_routes` (files of extensions), `page` (style sheet, scripts, theme), `guard` and
+`page_files` (what a browser may name). Beside them: `choices`, `extensions`, `gpus`, `img2img_pictures`, `quicksettings`, `saving`,
+`scripts`, `shown_text`, `style_dialog`, `styles`, `symbols`, `tokens`.
 
 Example: a new slider of txt2img is built in `sections`, placed in `txt2img`, gets its request field in `requests` and its infotext name in
 modules/infotext/fields.py.

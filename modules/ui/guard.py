@@ -1,6 +1,7 @@
 """The page as gradio serves it, with every payload looked through before a handler sees it.
 
 gradio checks only those paths that a payload itself marks as files; handlers of every tab, and of extensions, would get the others unchecked.
+A number outside of its control's bounds is brought into them: an event may be on its way while another one's answer changes the bounds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ MAX_PAYLOAD_DEPTH = 64
 
 
 class GuardedBlocks(gr.Blocks):
-    """Blocks whose handlers, listed or not, are given only files that were uploaded to the page or are shown by it."""
+    """Blocks whose handlers, listed or not, are given only files that were uploaded to the page or are shown by it, and numbers within bounds."""
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False) -> Any:
         for block, value in zip(block_fn.inputs, inputs):
@@ -28,7 +29,16 @@ class GuardedBlocks(gr.Blocks):
                 check_payload(value, is_plain_json=isinstance(block, gr.JSON))
             except ForeignFileError as error:
                 raise gr.Error(str(error), print_exception=False) from error
-        return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+        shown = [block if state is None or block._id not in state else state[block._id] for block in block_fn.inputs]
+        return await super().preprocess_data(block_fn, [fit_to_bounds(*pair) for pair in zip(shown, inputs)], state, explicit_call)
+
+
+def fit_to_bounds(block: Any, value: Any) -> Any:
+    """The number that a slider or number field sent, within the bounds that it has now; any other value as it is."""
+    if not isinstance(block, (gr.Slider, gr.Number)) or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return block.minimum if isinstance(block, gr.Slider) and value is None else value
+    low = value if block.minimum is None else max(value, block.minimum)
+    return low if block.maximum is None else min(low, block.maximum)
 
 
 def check_payload(value: Any, *, is_plain_json: bool = False) -> None:

@@ -97,6 +97,14 @@ def page_build() -> Iterator[None]:
         yield
 
 
+def name_its_kind(component: Any) -> None:
+    """Give a control the class of its kind (`gradio-slider`, `gradio-row` ...), by which scripts and style sheets of extensions find it."""
+    classes = [f"gradio-{component.get_block_name()}"]
+    if getattr(component, "multiselect", False):
+        classes.append("multiselect")
+    component.elem_classes = [*classes, *(name for name in component.elem_classes or [] if name not in classes)]
+
+
 def _before(component: Any, **kwargs: Any) -> None:
     if scripts.scripts_current is not None:
         scripts.scripts_current.before_component(component, **kwargs)
@@ -104,6 +112,7 @@ def _before(component: Any, **kwargs: Any) -> None:
 
 
 def _after(component: Any, **kwargs: Any) -> None:
+    name_its_kind(component)
     callbacks.after_component_callback(component, **kwargs)
     if scripts.scripts_current is not None:
         scripts.scripts_current.after_component(component, **kwargs)

@@ -179,7 +179,7 @@ class SettingsHandlers:
                 self.app.save_options()
         except (RequestError, OSError) as error:
             problems.append(f"The settings count until the server ends, but could not be kept: {error}")
-        return self.app.options.dumpjson(), _result_html(changed, problems)
+        return self.app.options.dumpjson(), _result_html([self.app.options.data_labels[key].label for key in changed], problems)
 
     def _check(self, key: str, value: Any) -> None:
         """Raises OptionError for a change that only a user of this machine, or one with a password, may make."""

@@ -15,7 +15,7 @@ import pytest
 from modules.api.api import create_internal_api
 from modules.application import Application
 from modules.server import WebServer, create_fastapi_app, mount_page
-from modules.ui import extra_networks_routes
+from modules.ui import extra_networks_routes, file_routes
 from modules.ui import page as ui_page
 from modules.ui import tabs as ui
 from tests.support.applications import installed_application
@@ -56,6 +56,7 @@ def serve(data_dir: Path, *extensions: str) -> Iterator[Site]:
         fastapi_app = create_fastapi_app(app.config)
         create_internal_api(app, fastapi_app)
         extra_networks_routes.add_routes(app, fastapi_app)
+        file_routes.add_routes(app, fastapi_app)
         mount_page(fastapi_app, ui.create_ui(app), app.config, ui_page.page_settings(app.config))
         server = WebServer(app.config)
         server.start(fastapi_app)

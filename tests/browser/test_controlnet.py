@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from modules.api.api import create_internal_api
 from modules.server import WebServer, create_fastapi_app, mount_page
 from modules.ui.page import page_settings
 from modules.ui.tabs import create_ui
-from tests.browser.actions import generate, infotexts, open_page
+from tests.browser.actions import expect_value, expected, generate, infotexts, open_page
 from tests.browser.conftest import Site
 from tests.support.applications import installed_application
 from tests.support.checkpoints import write_checkpoint
@@ -68,3 +69,23 @@ def test_a_unit_of_the_panel_guides_the_picture(page: Any, panel: Site) -> None:
     text = infotexts(page)[0]
     assert 'ControlNet 0: "Module: canny, Model: edges [' in text and "Threshold A: 100, Threshold B: 200" in text
     page.wait_for_function("document.querySelectorAll('#txt2img_gallery button.thumbnail-item, #txt2img_gallery .thumbnails button').length >= 2")
+
+
+def test_the_model_that_a_control_type_brings_is_the_one_that_is_sent(page: Any, panel: Site) -> None:
+    """Every type once: what is shown in the end counts, whatever was on its way, and no control sends what its bounds refuse."""
+    open_page(page, panel)
+    page.get_by_text("ControlNet Unit 0").first.click()
+    page.set_input_files(f"{UNIT}input_image input[type=file]", str(panel.app.config.data_dir / "square.png"))
+    page.wait_for_selector(f"{UNIT}input_image img")
+    page.check(f"{UNIT}controlnet_enable_checkbox input")
+    types = page.locator(f"{UNIT}controlnet_type_filter_radio label")
+    for index in range(types.count()):
+        types.nth(index).click()
+    page.locator(f"{UNIT}controlnet_type_filter_radio label", has_text="Canny").click()
+    expect_value(page, f"{UNIT}controlnet_preprocessor_dropdown input", "canny")
+    expected(page, f"{UNIT}controlnet_threshold_A_slider input[type=number]").to_have_value("100")
+    expect_value(page, f"{UNIT}controlnet_model_dropdown input", re.compile("^edges"))
+    page.click(f"{UNIT}controlnet_trigger_preprocessor")
+    page.wait_for_selector(f"{UNIT}generated_image img")  # asked for last, so the rest is on the server too
+    generate(page)
+    assert 'ControlNet 0: "Module: canny, Model: edges [' in infotexts(page)[0]

@@ -332,7 +332,7 @@ def test_changed_setting_is_kept_and_found_by_search(page: Any, site: Site) -> N
     page.wait_for_selector("#setting_jpeg_quality", state="visible")
     set_number(page, "setting_jpeg_quality", 55)
     page.click("#settings_submit")
-    page.wait_for_function("document.querySelector('#settings_result').textContent.includes('jpeg_quality')")
+    page.wait_for_function("document.querySelector('#settings_result').textContent.includes('Quality of jpeg')")
     assert site.app.options.jpeg_quality == 55
     page.wait_for_function("opts.jpeg_quality === 55")
     site.app.options.jpeg_quality = 80

@@ -458,7 +458,6 @@ def test_detect(site: Site) -> None:
 def test_the_page_has_three_units_in_both_tabs(site: Site) -> None:
     for tab, runner in site.app.script_runners.items():
         with gr.Blocks(analytics_enabled=False) as blocks:
-            runner.initialize_scripts(is_img2img=tab == "img2img")
             runner.prepare_ui()
             runner.setup_ui()
         ids = {getattr(block, "elem_id", None) for block in blocks.blocks.values()}
@@ -467,6 +466,18 @@ def test_the_page_has_three_units_in_both_tabs(site: Site) -> None:
             assert {f"{tab}_controlnet_ControlNet-{number}_controlnet_{name}" for name in names} <= ids
         assert {f"{tab}_controlnet", f"{tab}_controlnet_ControlNet-0_input_image"} <= ids
     build_controls(site.app)
+
+
+def test_every_preprocessors_sliders_begin_within_their_bounds(site: Site) -> None:
+    from lib_controlnet import global_state  # on sys.modules since the extension was loaded
+    from lib_controlnet.ui import _show_sliders
+
+    names = global_state.get_all_preprocessor_names()
+    assert len(names) > 10
+    for name in names:
+        for shown in _show_sliders(name, False):
+            if "value" in shown:
+                assert shown["minimum"] <= shown["value"] <= shown["maximum"], name
 
 
 def test_controls_make_units_and_parameters_fill_controls(site: Site) -> None:

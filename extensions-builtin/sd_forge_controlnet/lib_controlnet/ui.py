@@ -50,10 +50,16 @@ class UnitControls:
             )
             with FormRow():
                 self.module = gr.Dropdown(
-                    modules, value=global_state.NONE, label="Preprocessor", elem_id=f"{self.prefix}controlnet_preprocessor_dropdown"
+                    modules,
+                    value=global_state.NONE,
+                    label="Preprocessor",
+                    elem_id=f"{self.prefix}controlnet_preprocessor_dropdown",
+                    allow_custom_value=True,  # an event with the last choice may be on its way while another type's list arrives
                 )
                 self.run = ToolButton(value="💥", elem_id=f"{self.prefix}controlnet_trigger_preprocessor", tooltip="Run preprocessor")
-                self.model = gr.Dropdown(models, value=global_state.NONE, label="Model", elem_id=f"{self.prefix}controlnet_model_dropdown")
+                self.model = gr.Dropdown(
+                    models, value=global_state.NONE, label="Model", elem_id=f"{self.prefix}controlnet_model_dropdown", allow_custom_value=True
+                )
                 self.refresh = ToolButton(value="🔄", elem_id=f"{self.prefix}controlnet_refresh_models", tooltip="Refresh models")
             with FormRow():
                 self.weight = self._slider("Control Weight", "controlnet_control_weight_slider", 1.0, 0.0, 2.0, 0.05)
@@ -108,7 +114,8 @@ class UnitControls:
         self.pixel_perfect.change(_show_resolution, [self.module, self.pixel_perfect], [self.resolution], **_QUIET)
         preview = [self.image, self.module, self.resolution, self.threshold_a, self.threshold_b]
         self.run.click(_preview, preview, [self.generated, self.preview_group, self.show_preview], show_progress="minimal", api_visibility="private")
-        gr.on([control.change for control in self.inputs], make_unit, self.inputs, [self.state], **_QUIET)
+        # the last change counts, also one that comes while the answer to another is awaited
+        gr.on([control.change for control in self.inputs], make_unit, self.inputs, [self.state], trigger_mode="always_last", **_QUIET)
 
 
 def make_unit(*values: Any) -> ControlNetUnit:

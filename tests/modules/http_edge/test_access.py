@@ -16,7 +16,7 @@ from modules.api.api import create_api
 from modules.http_edge.access import kind_of
 from modules.scripts import callbacks
 from modules.server import create_fastapi_app, keep_page_last, mount_page
-from modules.ui import extra_networks_routes, page
+from modules.ui import extra_networks_routes, file_routes, page
 from modules.ui import tabs as ui
 from tests.support.applications import installed_application
 from tests.support.event_loops import close_event_loops as close_event_loops
@@ -52,6 +52,7 @@ def whole_program(folder: Path, **config: Any) -> Iterator[tuple[TestClient, dic
             fastapi_app = create_fastapi_app(app.config)
             create_api(app, fastapi_app)
             extra_networks_routes.add_routes(app, fastapi_app)
+            file_routes.add_routes(app, fastapi_app)
             mount_page(fastapi_app, ui.create_ui(app), app.config, page.page_settings(app.config))
             callbacks.app_started_callback(None, fastapi_app)
             keep_page_last(fastapi_app)

@@ -76,7 +76,7 @@ def test_apply_keeps_what_was_changed(app: Application) -> None:
     text, result = handlers(app, "jpeg_quality", "samples_save", "font").apply(90, True, "")
     assert app.options.jpeg_quality == 90
     assert json.loads(text)["jpeg_quality"] == 90
-    assert "1 setting changed: jpeg_quality" in result
+    assert "1 setting changed: Quality of jpeg and avif files" in result
     assert json.loads(app.config.settings_file.read_text())["jpeg_quality"] == 90
 
 
