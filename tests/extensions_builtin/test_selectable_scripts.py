@@ -1,0 +1,234 @@
+"""The scripts of the Script dropdown: what they make equals the same jobs one by one, and what cannot be made is refused in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modules import scripts
+from modules.application import Application
+from modules.errors import RequestError
+from modules.processing import Processed
+from modules.processing.chosen_script import process_with_scripts
+from modules.scripts.arguments import start_values
+from modules.scripts.without_page import build_controls
+from tests.support.extensions import builtin_module, loaded_builtin
+from tests.support.narrow_application import img2img, narrow_application, pixels, run, txt2img
+
+PLOT = "X/Y/Z plot"
+OFF = (False, False, False)
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
+    folder = tmp_path_factory.mktemp("scripts")
+    with narrow_application(folder) as (app, _):
+        checkpoint = app.config.ckpt_dirs[0] / "sd15.safetensors"
+        (checkpoint.parent / "second.safetensors").write_bytes(checkpoint.read_bytes())
+        app.checkpoints.refresh()
+        app.options.samples_save = app.options.grid_save = False
+        with loaded_builtin(app, "selectable_scripts"):
+            build_controls(app)
+            yield app
+
+
+def make(app: Application, title: str, request: Any, *args: Any) -> Processed:
+    """The job with `title` selected and its first arguments `args`, the others as its controls stand."""
+    runner = app.script_runners["img2img" if "Img2Img" in type(request).__name__ else "txt2img"]
+    script = runner.script(title)
+    slots = start_values(runner)
+    values = [slots.get(slot) for slot in range(len(runner.inputs))]
+    values[0] = runner.selectable_scripts.index(script) + 1
+    values[script.args_from : script.args_from + len(args)] = args
+    request.scripts, request.script_args = runner, tuple(values)
+    return process_with_scripts(request)
+
+
+def same(one: Any, other: Any) -> bool:
+    return np.array_equal(pixels(one), pixels(other))
+
+
+def axis(app: Application, label: str, tab: str = "txt2img") -> int:
+    return [option.label for option in app.script_runners[tab].script(PLOT).current_axis_options].index(label)
+
+
+def test_each_script_takes_the_arguments_that_clients_know(app: Application) -> None:
+    runner = app.script_runners["img2img"]
+    labels = {script.title(): [control.label for control in script.controls] for script in runner.selectable_scripts}
+    assert labels["Prompt matrix"] == [
+        "Put variable parts at start of prompt",
+        "Use different seed for each picture",
+        "Select prompt",
+        "Select joining char",
+        "Grid margins (px)",
+    ]
+    assert labels["Prompts from file or textbox"] == [
+        "Iterate seed every line",
+        "Use same random seed for all lines",
+        "Insert prompts at the",
+        "List of prompt inputs",
+    ]
+    assert labels["Loopback"][:3] == ["Loops", "Final denoising strength", "Denoising strength curve"]
+    assert labels[PLOT] == [
+        *(f"{letter} {what}" for letter in "XYZ" for what in ("type", "values", "values")),
+        *("Draw legend", "Include Sub Images", "Include Sub Grids", "Keep -1 for seeds", "Vary seeds for X", "Vary seeds for Y", "Vary seeds for Z"),
+        *("Grid margins (px)", "Use text inputs instead of dropdowns"),
+    ]
+    assert "Loopback" not in app.script_runners["txt2img"].titles
+    plot = next(data for data in scripts.scripts_data if data.script_class.__module__ == "xyz_grid.py")
+    assert plot.module.AxisOption is plot.module.axis_options[0].__class__
+
+
+def test_a_prompt_matrix_is_every_combination(app: Application) -> None:
+    result = make(app, "Prompt matrix", txt2img(prompt="a cat|in rain|at night"), False, False, "positive", "comma", 4)
+    prompts = ["a cat", "a cat, in rain", "a cat, at night", "a cat, in rain, at night"]
+    assert result.all_prompts == prompts
+    assert (len(result.images), result.index_of_first_image) == (5, 1)
+    assert set(result.all_seeds) == {1}
+    assert same(result.images[2], run(txt2img(prompt=prompts[1])).images[0])
+    assert result.images[0].width > 2 * 64 and result.images[0].height > 2 * 64
+
+
+def test_a_prompt_matrix_of_the_negative_prompt(app: Application) -> None:
+    result = make(app, "Prompt matrix", txt2img(negative_prompt="dog|bird"), True, True, "negative", "space", 0)
+    assert result.all_negative_prompts == ["dog", "bird dog"]
+    assert result.all_prompts == ["a red cat"] * 2
+    assert result.all_seeds == [1, 2]
+    with pytest.raises(RequestError, match="12 optional parts"):
+        make(app, "Prompt matrix", txt2img(prompt="|".join("abcdefghijklm")))
+    with pytest.raises(RequestError, match="comma and space"):
+        make(app, "Prompt matrix", txt2img(), False, False, "positive", "semicolon")
+
+
+def test_prompts_of_a_text_are_jobs_of_their_own(app: Application) -> None:
+    text = 'a dog\n\n--prompt "two birds" --steps 2 --seed 9 --cfg_scale 2.5 --width 72\n'
+    result = make(app, "Prompts from file or textbox", txt2img(prompt=""), False, False, "start", text)
+    assert result.all_prompts == ["a dog", "two birds"]
+    assert same(result.images[0], run(txt2img(prompt="a dog")).images[0])
+    assert same(result.images[1], run(txt2img(prompt="two birds", steps=2, seed=9, cfg_scale=2.5, width=72)).images[0])
+    assert "Steps: 2" in result.infotexts[1] and "Size: 72x64" in result.infotexts[1]
+    counted = make(app, "Prompts from file or textbox", txt2img(prompt="big"), True, False, "end", "one\ntwo")
+    assert (counted.all_prompts, counted.all_seeds) == (["big one", "big two"], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--outpath_samples /tmp --prompt x", "is no option"),
+        ('--prompt "x', "Quotation marks"),
+        ("--steps many", "--steps 'many'"),
+        ("--prompt a --steps", "has no value"),
+        ("--tiling perhaps", "true or false"),
+        ("", "0 lines"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_refused_before_anything_is_made(app: Application, line: str, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        make(app, "Prompts from file or textbox", txt2img(), False, False, "start", line)
+
+
+def test_loopback_starts_each_picture_from_the_one_before(app: Application) -> None:
+    result = make(app, "Loopback", img2img(denoising_strength=0.8), 3, 0.4, "Linear", "None")
+    assert [text.split("Denoising strength: ")[1].split(",")[0] for text in result.infotexts[1:]] == ["0.8", "0.6", "0.4"]
+    assert result.all_seeds == [1, 2, 3]
+    second = run(img2img(init_images=[result.images[1]], denoising_strength=0.6000000000000001, seed=2))
+    assert same(result.images[2], second.images[0])
+    assert len(result.images) == 4
+    with pytest.raises(RequestError, match="Aggressive, Linear, Lazy"):
+        make(app, "Loopback", img2img(denoising_strength=0.8), 3, 0.4, "Steep", "None")
+
+
+def test_cells_of_a_plot_are_the_jobs_themselves(app: Application) -> None:
+    steps, scale = axis(app, "Steps"), axis(app, "CFG Scale")
+    result = make(app, PLOT, txt2img(), steps, "2, 3", [], scale, "1-5 (+4)", [], 0, "", [], True, True, False, False, *OFF, 2, False)
+    assert (len(result.images), result.index_of_first_image) == (5, 1)
+    cells = [(2, 1.0), (3, 1.0), (2, 5.0), (3, 5.0)]
+    for picture, (num_steps, cfg_scale) in zip(result.images[1:], cells):
+        assert same(picture, run(txt2img(steps=num_steps, cfg_scale=cfg_scale)).images[0])
+    for part in ("Script: X/Y/Z plot", "X Type: Steps", 'X Values: "2, 3"', "Y Type: CFG Scale", "Y Values: 1-5 (+4)"):
+        assert part in result.infotexts[0]
+    plain = make(app, PLOT, txt2img(), steps, "2, 3", [], scale, "1-5 (+4)", [], 0, "", [], False, False, False, False, *OFF, 0, False)
+    assert [image.size for image in plain.images] == [(128, 128)]
+    assert same(plain.images[0].crop((64, 64, 128, 128)), result.images[4])
+
+
+def test_three_axes_have_a_grid_for_each_value_of_the_third(app: Application) -> None:
+    words, seed, sampler = axis(app, "Prompt S/R"), axis(app, "Seed"), axis(app, "Sampler")
+    args = (words, "cat, dog", [], seed, "5,6", [], sampler, "", ["Euler", "Heun"])
+    result = make(app, PLOT, txt2img(), *args, False, True, True, False, *OFF, 0, False)
+    assert [image.size for image in result.images[:3]] == [(256, 128), (128, 128), (128, 128)]
+    assert result.index_of_first_image == 3 and len(result.images) == 11
+    assert same(result.images[3 + 5], run(txt2img(prompt="a red dog", seed=5, sampler_name="Heun")).images[0])
+
+
+def test_seeds_count_up_along_an_axis_and_random_ones_are_fixed(app: Application) -> None:
+    steps, seed = axis(app, "Steps"), axis(app, "Seed")
+    varied = make(app, PLOT, txt2img(), steps, "1,1", [], steps, "1,1", [], 0, "", [], False, True, False, False, True, True, False, 0, False)
+    assert varied.all_seeds == [1, 2, 3, 4]
+    fixed = make(app, PLOT, txt2img(), seed, "-1, 7", [], steps, "1,2", [], 0, "", [], False, True, False, False, *OFF, 0, False)
+    assert fixed.all_seeds[0] == fixed.all_seeds[2] != -1 and fixed.all_seeds[1] == fixed.all_seeds[3] == 7
+    assert "Fixed X Values" in fixed.infotexts[0]
+
+
+def test_a_checkpoint_is_loaded_once_for_each_value(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(app.models, "on_loaded", [*app.models.on_loaded, loaded.append])
+    steps, checkpoint = axis(app, "Steps"), axis(app, "Checkpoint name")
+    app.models.unload()
+    result = make(app, PLOT, txt2img(), steps, "1,2,3", [], checkpoint, "", ["sd15", "second"], 0, "", [], False, True, False, False, *OFF, 0, False)
+    assert len(loaded) == 2
+    assert ["Model: sd15" in text for text in result.infotexts[1:]] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("label", "text", "says"),
+    [
+        ("Steps", "", "has 0 values"),
+        ("Steps", "many", "is no number and no range"),
+        ("Steps", "1-999999", "1 to 1000"),
+        ("Steps", "1-5 (+0)", "has 0 values"),
+        ("Prompt S/R", "horse, cow", "did not find 'horse'"),
+        ("Prompt order", "a, b, c, d, e, f, g", "6 at most"),
+        ("Size", "wide", "is no size"),
+        ("Seed", "1-900", "megapixels"),
+    ],
+)
+def test_values_that_make_no_picture_are_refused(app: Application, label: str, text: str, says: str) -> None:
+    app.options.img_max_size_mp = 3
+    try:
+        with pytest.raises(RequestError, match=says):
+            make(app, PLOT, txt2img(), axis(app, label), text, [])
+    finally:
+        app.options.img_max_size_mp = 200
+
+
+def test_an_axis_and_a_choice_that_are_not_there_are_refused(app: Application) -> None:
+    for index in (999, -1, "Steps", True, None):
+        with pytest.raises(RequestError, match="is no axis"):
+            make(app, PLOT, txt2img(), index, "1", [])
+    with pytest.raises(RequestError, match="there are Euler"):
+        make(app, PLOT, txt2img(), axis(app, "Sampler"), "", ["Faster"])
+    with pytest.raises(RequestError, match="no checkpoint 'gone'"):
+        make(app, PLOT, txt2img(), axis(app, "Checkpoint name"), "", ["gone"])
+
+
+def test_values_are_read_from_lists_ranges_and_orders() -> None:
+    axes = builtin_module("xyz_axes")
+    options = {option.label: option for option in axes.build_axis_options()}
+
+    def read(label: str, text: str, chosen: tuple[str, ...] = (), *, csv_mode: bool = False) -> list[Any]:
+        return list(axes.read_values(options[label], text, chosen, csv_mode=csv_mode))
+
+    assert read("Steps", "1-5, 9") == [1, 2, 3, 4, 5, 9]
+    assert read("Steps", "10-4 (-3)") == [10, 7, 4]
+    assert read("CFG Scale", "1-2 (+0.25)") == [1, 1.25, 1.5, 1.75, 2]
+    assert read("Denoising", "0-1 [5]") == [0, 0.25, 0.5, 0.75, 1]
+    assert read("Seed", "-1") == [-1]
+    assert read("Prompt S/R", 'a, "b, c"') == ["a", "b, c"]
+    assert read("Prompt order", "x, y") == [("x", "y"), ("y", "x")]
+    assert read("Sampler", "ignored", ("Euler",)) == ["Euler"]
+    assert read("Sampler", "Heun, Euler", ("DDIM",), csv_mode=True) == ["Heun", "Euler"]
+    assert read("Nothing", "1, 2") == [0]
