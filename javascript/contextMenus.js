@@ -66,7 +66,7 @@ document.addEventListener("click", closeContextMenu);
 document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && document.getElementById("context-menu")) {
         closeContextMenu();
-        event.stopPropagation();
+        event.stopImmediatePropagation(); // Esc would end the job too
     }
 }, true);
 

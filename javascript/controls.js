@@ -139,6 +139,15 @@ var CONTROL_TITLES = {
     save_zip: "Save all pictures of the gallery as one zip file",
     send_to_img2img: "Send the selected picture and its parameters to img2img",
     send_to_inpaint: "Send the selected picture and its parameters to inpaint",
+    send_to_extras: "Send the selected picture to Extras",
+    styles_edit_button: "Write, change and delete styles",
+    style_copy: "Take the prompts of the tab into this style",
+    style_apply_dialog: "Put this style into the prompts of the tab",
+    controlnet_trigger_preprocessor: "Show the map that the preprocessor makes of the picture",
+    controlnet_refresh_models: "Look for control model files again",
+    grid_fill_x_tool_button: "Fill in every value that there is",
+    grid_fill_y_tool_button: "Fill in every value that there is",
+    grid_fill_z_tool_button: "Fill in every value that there is",
     upscale: "Make the selected picture again with hires fix",
     detect_image_size_btn: "Take width and height from the picture",
     forge_refresh_checkpoint: "Look for model files again",
@@ -151,8 +160,8 @@ function titleOfControl(id) {
     if (id in CONTROL_TITLES) {
         return CONTROL_TITLES[id];
     }
-    const plain = id.replace(/^(txt2img|img2img)_/, "").replace(/_(txt2img|img2img)$/, "");
-    return CONTROL_TITLES[plain] || "";
+    const plain = id.replace(/^(txt2img|img2img|extras|xyz)_/, "").replace(/_(txt2img|img2img|extras)$/, "").replace(/^controlnet_ControlNet-\d+_/, "");
+    return CONTROL_TITLES[plain] || (plain.startsWith("refresh_") ? "Look for what there is again" : "");
 }
 
 onUiLoaded(() => {

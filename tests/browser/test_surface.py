@@ -247,3 +247,16 @@ def test_the_dark_theme_has_dark_scrollbars_and_boxes(page: Any, site: Site) -> 
     page.wait_for_function("getComputedStyle(document.documentElement).colorScheme === 'dark'")
     open_page(page, site, "?__theme=light")
     page.wait_for_function("getComputedStyle(document.documentElement).colorScheme !== 'dark'")
+
+
+def test_every_button_says_what_it_does(page: Any, site: Site) -> None:
+    open_page(page, site)
+    for tab in ("txt2img", "img2img", "extras", "pnginfo", "settings"):
+        show_tab(page, tab)
+        nameless = """Array.from(document.querySelectorAll(".gradio-container button"), button => ({
+            shown: button.getClientRects().length > 0,
+            name: button.textContent.trim() || button.getAttribute("aria-label") || button.title,
+            where: button.id || button.className,
+        })).filter(button => button.shown && !button.name).map(button => button.where)"""
+        page.wait_for_timeout(500)  # names are put on 200 ms after the page is quiet
+        assert page.evaluate(nameless) == [], tab
