@@ -78,10 +78,10 @@ def build_script(runner: ScriptRunner, script: Script) -> None:
 
 def build_aside(build: Callable[[], Any], task: str) -> tuple[bool, Any]:
     """As call_guest; what a failing `build` had put on the page already is taken off it."""
-    with gr.Group(elem_classes=["script-group"]) as group:
+    with gr.Column(elem_classes=["settings-part"]) as column:
         well, controls = call_guest(build, task)
-    if not (well and group.children):
-        group.unrender()
+    if not (well and column.children):
+        column.unrender()
     return well, controls
 
 
