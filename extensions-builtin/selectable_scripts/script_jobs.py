@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -24,27 +25,47 @@ def copy_request(p: StableDiffusionProcessing) -> StableDiffusionProcessing:
     return one
 
 
-def pictures_of(done: Processed) -> list[tuple[Image.Image, str]]:
-    """The job's pictures with their parameters, without its grid."""
-    first = done.index_of_first_image
-    return list(zip(done.images[first:], done.infotexts[first:]))
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some pictures of a job, each with its parameters, and what they were made from."""
+
+    pictures: tuple[tuple[Image.Image, str], ...]
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    subseeds: tuple[int, ...]
+    comments: str = ""
 
 
-def together(p: StableDiffusionProcessing, pictures: Sequence[tuple[Image.Image, str]], done: Sequence[Processed]) -> Processed:
-    """One result of several jobs' pictures; `done` are those jobs' own."""
-    first = done[0]
+def part_of(done: Processed, first: int = 0, count: int | None = None) -> Part:
+    """The job's pictures without its grid, or `count` of them from number `first` on."""
+    chosen = slice(first, None if count is None else first + count)
+    begin = done.index_of_first_image
+    return Part(
+        pictures=tuple(zip(done.images[begin:], done.infotexts[begin:]))[chosen],
+        prompts=tuple(done.all_prompts[chosen]),
+        negative_prompts=tuple(done.all_negative_prompts[chosen]),
+        seeds=tuple(done.all_seeds[chosen]),
+        subseeds=tuple(done.all_subseeds[chosen]),
+        comments=done.comments if first == 0 else "",
+    )
+
+
+def together(p: StableDiffusionProcessing, parts: Sequence[Part], *, show_pictures: bool = True) -> Processed:
+    """One result of several jobs; the facts of all of them, and their pictures with `show_pictures`."""
+    pictures = [picture for part in parts for picture in part.pictures] if show_pictures else []
     return Processed(
         p,
         [picture for picture, _ in pictures],
-        first.seed,
-        pictures[0][1] if pictures else "",
-        subseed=first.subseed,
-        all_prompts=[prompt for one in done for prompt in one.all_prompts],
-        all_negative_prompts=[prompt for one in done for prompt in one.all_negative_prompts],
-        all_seeds=[seed for one in done for seed in one.all_seeds],
-        all_subseeds=[seed for one in done for seed in one.all_subseeds],
+        parts[0].seeds[0],
+        parts[0].pictures[0][1] if parts[0].pictures else "",
+        subseed=parts[0].subseeds[0],
+        all_prompts=[prompt for part in parts for prompt in part.prompts],
+        all_negative_prompts=[prompt for part in parts for prompt in part.negative_prompts],
+        all_seeds=[seed for part in parts for seed in part.seeds],
+        all_subseeds=[seed for part in parts for seed in part.subseeds],
         infotexts=[text for _, text in pictures],
-        comments="".join(one.comments for one in done),
+        comments="".join(dict.fromkeys(part.comments for part in parts)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -232,3 +233,30 @@ def test_values_are_read_from_lists_ranges_and_orders() -> None:
     assert read("Sampler", "ignored", ("Euler",)) == ["Euler"]
     assert read("Sampler", "Heun, Euler", ("DDIM",), csv_mode=True) == ["Heun", "Euler"]
     assert read("Nothing", "1, 2") == [0]
+
+
+def test_cells_that_differ_in_prompts_and_seeds_alone_share_a_job_on_several_slots(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = app.script_runners["txt2img"].script(PLOT).run.__func__.__globals__
+    sizes: list[int] = []
+
+    def counted(p: Any) -> Processed:
+        sizes.append(p.batch_size)
+        done: Processed = run(p)
+        return done
+
+    monkeypatch.setitem(module, "process_images", counted)
+    monkeypatch.setitem(module, "memory_management", SimpleNamespace(current_store=lambda: SimpleNamespace(slots=("one", "two"))))
+    seed, steps = axis(app, "Seed"), axis(app, "Steps")
+    args = (seed, "5,6,7", [], steps, "2,3", [], 0, "", [], False, True, False, False, *OFF, 0, False)
+    result = make(app, PLOT, txt2img(), *args)
+    assert sizes == [2, 1, 2, 1]
+    assert result.all_seeds == [5, 6, 7, 5, 6, 7]
+    assert ["Steps: 2" in text for text in result.infotexts[1:]] == [True] * 3 + [False] * 3
+    for picture, (num_steps, number) in zip(result.images[1:], [(steps, seed) for steps in (2, 3) for seed in (5, 6, 7)]):
+        assert same(picture, run(txt2img(steps=num_steps, seed=number)).images[0])
+    sizes.clear()
+    words = axis(app, "Prompt S/R")
+    args = (words, "cat, dog <lora:none:1>", [], 0, "", [], 0, "", [], False, True, False, False, *OFF, 0, False)
+    mixed = make(app, PLOT, txt2img(prompt="cat"), *args)
+    assert sizes == [1, 1]  # a job has the networks of its first prompt
+    assert len(mixed.images) == 3

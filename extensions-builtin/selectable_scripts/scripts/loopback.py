@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
-from script_jobs import copy_request, pictures_of, put_grid_in_front, together
+from script_jobs import Part, copy_request, part_of, put_grid_in_front, together
 
 from modules import images, scripts
 from modules.errors import RequestError
@@ -60,7 +60,8 @@ class Script(scripts.Script):
         first_strength, state = float(p.denoising_strength or 0), p.context.state
         num_rounds = p.n_iter
         state.job_count = num_rounds * num_loops
-        seed, done, shown = int(p.seed), [], []
+        seed = int(p.seed)
+        done: list[Part] = []
         for _ in range(num_rounds):
             starts = list(p.init_images)
             for loop in range(num_loops):
@@ -72,12 +73,11 @@ class Script(scripts.Script):
                 one.denoising_strength = strength_of(loop, num_loops, first_strength, final_denoising_strength, denoising_curve)
                 if loop:
                     one.inpainting_fill = 1  # the picture itself; anything else would undo the loop before
-                done.append(process_images(one))
-                shown += pictures_of(done[-1])
-                starts, seed = [shown[-1][0]], done[-1].seed + 1
+                done.append(part_of(process_images(one)))
+                starts, seed = [picture for picture, _ in done[-1].pictures], done[-1].seeds[0] + 1
         if not done:
             raise RequestError("Loopback: the job was interrupted before its first picture.")
-        result = together(p, shown, done)
-        if p.options.return_grid and len(shown) > 1 and images.check_grid_size([picture for picture, _ in shown]):
-            put_grid_in_front(p, result, images.image_grid([picture for picture, _ in shown], rows=num_rounds), save=bool(p.options.grid_save))
+        result = together(p, done)
+        if p.options.return_grid and len(result.images) > 1 and images.check_grid_size(result.images):
+            put_grid_in_front(p, result, images.image_grid(result.images, rows=num_rounds), save=bool(p.options.grid_save))
         return result

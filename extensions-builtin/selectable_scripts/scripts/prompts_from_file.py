@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
-from script_jobs import copy_request, pictures_of, together
+from script_jobs import Part, copy_request, part_of, together
 
 from modules import scripts
 from modules.errors import RequestError
@@ -92,19 +92,20 @@ class Script(scripts.Script):
         p.do_not_save_grid = True
         if checkbox_iterate or checkbox_iterate_batch:
             fix_seed(p)
-        state, done = p.context.state, []
+        state = p.context.state
+        done: list[Part] = []
         state.job_count = sum(job.get("n_iter", p.n_iter) for job in jobs)
         seed = p.seed
         for job in jobs:
             if state.interrupted or state.stopping_generation:
                 break
             one = _request_for(p, job, seed, prompt_position)
-            done.append(process_images(one))
+            done.append(part_of(process_images(one)))
             if checkbox_iterate:
                 seed = int(seed) + one.batch_size * one.n_iter
         if not done:
             raise RequestError("Prompts from file: the job was interrupted before its first picture.")
-        return together(p, [picture for one in done for picture in pictures_of(one)], done)
+        return together(p, done)
 
 
 def _request_for(p: StableDiffusionProcessing, job: Mapping[str, Any], seed: Any, position: str) -> StableDiffusionProcessing:

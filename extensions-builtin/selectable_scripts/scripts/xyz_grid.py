@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 from PIL import Image
-from script_jobs import copy_request, pictures_of, together
+from script_jobs import Part, copy_request, part_of, together
 from xyz_axes import (
     AxisOption,
     AxisOptionImg2Img,
@@ -30,6 +30,7 @@ from xyz_axes import (
     str_permutations,
 )
 
+from backend import memory_management
 from modules import images, scripts
 from modules.errors import RequestError
 from modules.processing import Processed, StableDiffusionProcessing, fix_seed, process_images
@@ -57,6 +58,9 @@ axis_options: list[AxisOption] = build_axis_options()
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 _FAR = 1_000_000
+_MENTION = re.compile(r"<[^<>]+>")
+SHARE_A_JOB = frozenset({"Nothing", "Seed", "Var. seed", "Prompt S/R", "Prompt order"})
+"""Axes of what the pictures of one job may differ in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +78,35 @@ class Axis:
 
 
 def order_of_cells(axes: Sequence[Axis]) -> list[tuple[int, ...]]:
-    """Every combination of places, the axis that is dearest to change changing least often."""
-    by_cost = sorted(range(len(axes)), key=lambda number: -axes[number].option.cost)
+    """Every combination of places: the axis that is dearest to change changes least often, those that may share a job change most often."""
+    by_cost = sorted(range(len(axes)), key=lambda number: (-axes[number].option.cost, axes[number].option.label in SHARE_A_JOB))
     cells = itertools.product(*(range(len(axes[number].values)) for number in by_cost))
     return [tuple(place for _, place in sorted(zip(by_cost, cell))) for cell in cells]
+
+
+def group_cells(axes: Sequence[Axis], order: Sequence[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
+    """Yields neighbours that differ in prompts and seeds alone, at most `size` at a time: a job's pictures are dealt to all slots."""
+
+    def what_a_job_has(cell: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(place for axis, place in zip(axes, cell) if axis.option.label not in SHARE_A_JOB)
+
+    for _, cells in itertools.groupby(order, what_a_job_has):
+        alike = list(cells)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def networks_of(request: StableDiffusionProcessing) -> list[str]:
+    """LoRA and other networks that the prompt mentions; a job has those of its first prompt."""
+    return sorted(_MENTION.findall(str(request.prompt)))
+
+
+def join_requests(requests: Sequence[StableDiffusionProcessing]) -> StableDiffusionProcessing:
+    """One job of the pictures of several requests that differ in prompts and seeds alone."""
+    joined = requests[0]
+    for name in ("prompt", "negative_prompt", "seed", "subseed"):
+        setattr(joined, name, [getattr(request, name) for request in requests])
+    joined.batch_size, joined.do_not_save_grid = len(requests), True
+    return joined
 
 
 class Script(scripts.Script):
@@ -181,13 +210,12 @@ class Script(scripts.Script):
         given = ((x_type, x_values, x_values_dropdown), (y_type, y_values, y_values_dropdown), (z_type, z_values, z_values_dropdown))
         axes = self._read_axes(p, given, (vary_seeds_x, vary_seeds_y, vary_seeds_z), csv_mode=csv_mode, keep_random=no_fixed_seeds)
         _check_grid(p, axes)
-        cells, done = self._make_cells(p, axes)
-        if not done:
+        cells, parts = self._make_cells(p, axes)
+        if not parts:
             raise RequestError("X/Y/Z plot: the job was interrupted before its first picture.")
-        lone = [picture for one in done for picture in pictures_of(one)]
-        result = together(p, lone if include_lone_images else [], done)
+        result = together(p, parts, show_pictures=include_lone_images)
         grids = _draw_grids(p, axes, cells, draw_legend=draw_legend, margin_px=int(margin_size))
-        text = self._infotext(p, axes, done[0], keep_random=no_fixed_seeds)
+        text = self._infotext(p, axes, parts[0].pictures[0][1], keep_random=no_fixed_seeds)
         shown = grids if include_sub_grids or len(grids) == 1 else grids[:1]
         result.images[:0], result.infotexts[:0] = shown, [text] * len(shown)
         result.index_of_first_image, result.info = len(shown), text
@@ -215,25 +243,30 @@ class Script(scripts.Script):
             step *= len(values) if varies else 1
         return axes
 
-    def _make_cells(self, p: StableDiffusionProcessing, axes: Sequence[Axis]) -> tuple[dict[tuple[int, ...], Image.Image], list[Processed]]:
-        """Picture by place, and the jobs' results in the order of the grid."""
-        state = p.context.state
-        order = order_of_cells(axes)
-        state.job_count = len(order) * p.n_iter
-        made: dict[tuple[int, ...], Processed] = {}
-        for cell in order:
+    def _make_cells(self, p: StableDiffusionProcessing, axes: Sequence[Axis]) -> tuple[dict[tuple[int, ...], Image.Image], list[Part]]:
+        """Picture by place, and what was made, in the order of the grid."""
+        state, order = p.context.state, order_of_cells(axes)
+        may_share = p.n_iter == 1 and p.batch_size == 1 and isinstance(p.prompt, str)
+        groups = list(group_cells(axes, order, len(memory_management.current_store().slots) if may_share else 1))
+        state.job_count = len(groups) * p.n_iter
+        pictures: dict[tuple[int, ...], Image.Image] = {}
+        parts: dict[tuple[int, ...], Part] = {}
+        for cells in groups:
             if state.interrupted or state.stopping_generation:
                 break
-            one = copy_request(p)
-            for axis, place in zip(axes, cell):
-                axis.option.apply(one, axis.values[place], axis.values)
-            if not isinstance(one.seed, list) and int(one.seed) >= 0:
-                one.seed = int(one.seed) + sum(axis.seed_step * place for axis, place in zip(axes, cell))
-            made[cell] = process_images(one)
-        in_order = sorted(made, key=lambda cell: cell[::-1])
-        return {cell: made[cell].images[0] for cell in in_order if made[cell].images}, [made[cell] for cell in in_order]
+            requests = [_request_of(p, axes, cell) for cell in cells]
+            share = len(cells) > 1 and all(networks_of(request) == networks_of(requests[0]) for request in requests)
+            jobs = [(cells, join_requests(requests))] if share else [([cell], request) for cell, request in zip(cells, requests)]
+            for made, request in jobs:
+                done = process_images(request)
+                for place, cell in enumerate(made):
+                    parts[cell] = part_of(done, place, 1) if share else part_of(done)
+                    if parts[cell].pictures:
+                        pictures[cell] = parts[cell].pictures[0][0] if share else done.images[0]
+        in_order = sorted(pictures, key=lambda cell: cell[::-1])
+        return {cell: pictures[cell] for cell in in_order}, [parts[cell] for cell in in_order]
 
-    def _infotext(self, p: StableDiffusionProcessing, axes: Sequence[Axis], first: Processed, *, keep_random: bool) -> str:
+    def _infotext(self, p: StableDiffusionProcessing, axes: Sequence[Axis], first: str, *, keep_random: bool) -> str:
         """The parameters of the first cell, and what the axes are."""
         one = copy_request(p)
         for axis in axes:
@@ -246,7 +279,17 @@ class Script(scripts.Script):
                 if axis.option.label in ("Seed", "Var. seed") and not keep_random:
                     one.extra_generation_params[f"Fixed {axis.name} Values"] = ", ".join(str(value) for value in axis.values)
         more = ", ".join(f"{key}: {_quoted(value)}" for key, value in one.extra_generation_params.items() if key not in p.extra_generation_params)
-        return f"{first.infotexts[first.index_of_first_image]}, {more}"
+        return f"{first}, {more}"
+
+
+def _request_of(p: StableDiffusionProcessing, axes: Sequence[Axis], cell: tuple[int, ...]) -> StableDiffusionProcessing:
+    """The request of one cell."""
+    one = copy_request(p)
+    for axis, place in zip(axes, cell):
+        axis.option.apply(one, axis.values[place], axis.values)
+    if not isinstance(one.seed, list) and int(one.seed) >= 0:
+        one.seed = int(one.seed) + sum(axis.seed_step * place for axis, place in zip(axes, cell))
+    return one
 
 
 def _quoted(value: Any) -> str:
