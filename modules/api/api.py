@@ -5,8 +5,10 @@ Must not know the page.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-__all__ = ["create_api", "create_internal_api", "decode_base64_to_image", "encode_pil_to_base64", "models", "verify_url"]
+__all__ = ["Api", "create_api", "create_internal_api", "decode_base64_to_image", "encode_pil_to_base64", "models", "verify_url"]
 
 _PREFIX = "/sdapi/v1"
 _INSTALLED = "internal_api_installed"
@@ -135,6 +137,45 @@ def _add_server(router: APIRouter, server: ServerRoutes, *, stoppable: bool) -> 
 
 
 # The names that extensions import
+
+
+class Api:
+    """The API as extensions hold it that were written for A1111: its generation routes to be called from Python, and routes of their own beside them.
+
+    Works on the installed application; a password is asked for by the server, whoever adds a route. `queue_lock` is kept for those that read it.
+    """
+
+    def __init__(self, app: FastAPI, queue_lock: Any = None) -> None:
+        from modules.application import current_application  # the application is built without the API
+
+        application = current_application()
+        self.app, self.queue_lock = app, queue_lock
+        self._generation, self._extras = GenerationRoutes(application, process_images), ExtrasRoutes(application)
+
+    def add_api_route(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
+        """Put a route on the server."""
+        self.app.add_api_route(path, endpoint, **kwargs)
+
+    def text2imgapi(self, txt2imgreq: models.StableDiffusionProcessingTxt2Img) -> models.TextToImageResponse:
+        """As POST /sdapi/v1/txt2img. Waits for the job; not to be called from inside one. Raises what the route answers as an error."""
+        answer: models.TextToImageResponse = _wait_for(self._generation.txt2img(txt2imgreq))
+        return answer
+
+    def img2imgapi(self, img2imgreq: models.StableDiffusionProcessingImg2Img) -> models.ImageToImageResponse:
+        """As POST /sdapi/v1/img2img."""
+        answer: models.ImageToImageResponse = _wait_for(self._generation.img2img(img2imgreq))
+        return answer
+
+    def extras_single_image_api(self, req: models.ExtrasSingleImageRequest) -> models.ExtrasSingleImageResponse:
+        """As POST /sdapi/v1/extra-single-image."""
+        answer: models.ExtrasSingleImageResponse = _wait_for(self._extras.single_image(req))
+        return answer
+
+
+def _wait_for(answer: Coroutine[Any, Any, Any]) -> Any:
+    """What a route's coroutine gives, on a thread and a loop of its own: the caller may be in a loop already."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, answer).result()
 
 
 def decode_base64_to_image(encoding: str) -> Image.Image:

@@ -22,9 +22,7 @@ _TORCH = re.compile(r"^(?P<major>\d+)\.(?P<minor>\d+)\.(?P<patch>\d+)(?P<build>\
 _TORCHVISION_AHEAD = 15
 """torchvision 0.N is made for torch 2.(N - 15)."""
 
-_WANTED = re.compile(r"^\s*The user requested (?P<requirement>[A-Za-z0-9].*)$", re.MULTILINE)
-_NEEDED = re.compile(r"^\s*(?P<who>[A-Za-z0-9]\S* \S+) depends on (?P<requirement>.+)$", re.MULTILINE)
-_HELD = re.compile(r"The user requested \(constraint\) (?P<name>[A-Za-z0-9][\w.-]*?)\s*==\s*(?P<version>\S+)")
+_WANTED, _HELD, _NEEDED = "The user requested ", "The user requested (constraint) ", " depends on "
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _LIST_FLAGS = ("-r", "--requirement")
 _LOG_TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d,\d+ ", re.MULTILINE)
@@ -115,14 +113,15 @@ def misfits_of_torch() -> dict[str, str]:
 
 def find_refusals(output: str) -> list[Refusal]:
     """What pip did not install because of a constraint, from what it printed or logged."""
-    refusals = []
+    refusals: list[Refusal] = []
     for part in _LOG_TIME.sub("", output).split("The conflict is caused by:")[1:]:
-        part = part.split("To fix this you could")[0]
-        for held in _HELD.finditer(part):
-            name, version = held["name"], held["version"]
-            asking = [Refusal(name, version, match["requirement"].strip()) for match in _WANTED.finditer(part)]
-            asking += [Refusal(name, version, match["requirement"].strip(), match["who"]) for match in _NEEDED.finditer(part)]
-            refusals += [refusal for refusal in asking if normalized(_name_of(refusal.wanted)) == normalized(name)]
+        lines = [line.strip() for line in part.split("To fix this you could")[0].splitlines()]
+        held = [line.removeprefix(_HELD).partition("==") for line in lines if line.startswith(_HELD)]
+        asked = [("", line.removeprefix(_WANTED)) for line in lines if line.startswith(_WANTED) and not line.startswith(_HELD)]
+        asked += [(who, wanted) for who, needs, wanted in (line.partition(_NEEDED) for line in lines) if needs]
+        for name, _, version in held:
+            same = [(who, wanted) for who, wanted in asked if normalized(_name_of(wanted)) == normalized(name.strip())]
+            refusals += [Refusal(name.strip(), version.strip(), wanted, who) for who, wanted in same]
     return list(dict.fromkeys(refusals))
 
 

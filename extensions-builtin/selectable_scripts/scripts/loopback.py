@@ -25,7 +25,7 @@ def strength_of(loop: int, num_loops: int, first: float, last: float, curve: str
     """Denoising strength of loop number `loop` (from 0): `first` at the beginning, `last` at the end, and the curve's way between them."""
     if num_loops == 1:
         return first
-    return first + (last - first) * CURVES[curve](loop / (num_loops - 1))
+    return round(first + (last - first) * CURVES[curve](loop / (num_loops - 1)), 6)
 
 
 class Script(scripts.Script):
