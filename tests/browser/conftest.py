@@ -22,6 +22,7 @@ from tests.support.applications import installed_application
 from tests.support.checkpoints import write_checkpoint
 from tests.support.extensions import loaded_builtin
 from tests.support.fleets import configured_slots
+from webui import files_of_extensions
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run")
@@ -48,16 +49,20 @@ class Site:
 
 
 @contextmanager
-def serve(data_dir: Path, *extensions: str) -> Iterator[Site]:
-    """The page of an application over `data_dir` on one CPU slot, with these built-in extensions and those in its own folder."""
-    with configured_slots("cpu"), installed_application(data_dir, port=0) as app, loaded_builtin(app, *extensions) if extensions else nullcontext():
+def serve(data_dir: Path, *extensions: str, slots: int = 1) -> Iterator[Site]:
+    """The page of an application over `data_dir` on CPU slots, with these built-in extensions and those in its own folder."""
+    with (
+        configured_slots(*["cpu"] * slots),
+        installed_application(data_dir, port=0) as app,
+        loaded_builtin(app, *extensions) if extensions else nullcontext(),
+    ):
         app.options.show_progress_every_n_steps = 1
         app.options.live_preview_refresh_period = 100
         fastapi_app = create_fastapi_app(app.config)
         create_internal_api(app, fastapi_app)
         extra_networks_routes.add_routes(app, fastapi_app)
         file_routes.add_routes(app, fastapi_app)
-        mount_page(fastapi_app, ui.create_ui(app), app.config, ui_page.page_settings(app.config))
+        mount_page(fastapi_app, ui.create_ui(app), app.config, ui_page.page_settings(app.config, **files_of_extensions()))
         server = WebServer(app.config)
         server.start(fastapi_app)
         try:

@@ -1,0 +1,73 @@
+"""The trial of extensions tells one that acts from one that does nothing, one that fails and one whose script fails in the browser."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.browser.conftest import CHROMIUM_NAMES
+from tests.support import extensions
+from tests.support.extensions import write_extension
+from tools import extension_trial
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    *(
+        pytest.mark.filterwarnings(f"ignore::{kind}")
+        for kind in ("DeprecationWarning", "FutureWarning", "ResourceWarning", "pytest.PytestUnraisableExceptionWarning")
+    ),
+]
+LATENT_SHIFTER = {
+    "scripts/shifter.py": """
+        import gradio as gr
+        from modules import script_callbacks, scripts
+
+        class Shifter(scripts.Script):
+            def title(self):
+                return "Latent shifter"
+
+            def show(self, is_img2img):
+                return scripts.AlwaysVisible
+
+            def ui(self, is_img2img):
+                with gr.Accordion(self.title(), open=False):
+                    enabled = gr.Checkbox(False, label="Enabled", elem_id=self.elem_id("enabled"))
+                    by = gr.Slider(minimum=0, maximum=1, value=0.2, label="By", elem_id=self.elem_id("by"))
+                return [enabled, by]
+
+            def process_before_every_sampling(self, p, enabled, by, **kwargs):
+                if not enabled:
+                    return
+                unet = p.sd_model.forge_objects.unet.clone()
+                unet.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * (1 - by))
+                p.sd_model.forge_objects.unet = unet
+                p.extra_generation_params["Latent shift"] = by
+    """
+}
+KINDS = {  # name -> (files, what it does in a job, whether all is well)
+    "words": (extensions.PROMPT_CHANGER, "picture", True),
+    "shifter": (LATENT_SHIFTER, "picture", True),
+    "twice": (extensions.SELECTABLE, "picture", True),
+    "quiet": ({"javascript/quiet.js": "onUiLoaded(() => { window.quiet = opts.samples_save; });\n"}, "nothing", True),
+    "loud": ({"javascript/loud.js": "onUiLoaded(() => { undefinedName.x = 1; });\n"}, "nothing", False),
+    "broken": ({"scripts/broken.py": "raise ImportError('not here')\n"}, "nothing", False),
+    "failing": (extensions.failing_in("process"), "nothing", False),
+}
+
+
+def test_the_trial_tells_what_extensions_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+    if not any(shutil.which(name) for name in CHROMIUM_NAMES):
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    folders = [write_extension(tmp_path, name, files) for name, (files, _, _) in KINDS.items()]
+    trials = extension_trial.try_all(folders, slots=(1,)) + extension_trial.try_all(folders[1:2], slots=(2,))
+    told = {(trial.name, trial.num_slots): (trial.acts, trial.is_well) for trial in trials}
+    assert told == {**{(name, 1): (acts, well) for name, (_, acts, well) in KINDS.items()}, ("shifter", 2): ("picture", True)}
+    by_name = {trial.name: trial for trial in trials}
+    assert (by_name["shifter"].num_controls, by_name["shifter"].num_shown) == (4, 4)
+    assert "undefinedName" in by_name["loud"].console[0]
+    assert "broken/scripts/broken.py could not be loaded" in by_name["broken"].errors[0]
+    assert by_name["words"].row().startswith("| words | 1 | 1 |")
