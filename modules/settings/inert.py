@@ -43,7 +43,6 @@ NOT_READ: Mapping[str, str] = {
         quick_setting_list ui_tab_order hidden_tabs tabs_without_quick_settings_bar ui_reorder_list extra_options_txt2img extra_options_img2img
         extra_options_cols extra_options_accordion
     """,
-    "the page is in English": "localization",
     "presets set size, CFG scale, sampler and schedule of the choices sd and xl": """
         xl_GPU_MB flux_t2i_cfg flux_i2i_cfg flux_GPU_MB flux_t2i_d_cfg flux_t2i_hr_d_cfg flux_i2i_d_cfg
     """,
@@ -77,6 +76,7 @@ NOT_READ: Mapping[str, str] = {
 }
 
 BY_DESIGN: Mapping[str, str] = {
+    "localization": "the page is in English; the table of that name on the page is for extensions",
     "upcast_attn": "start with --force-upcast-attention",
     "cross_attention_optimization": "attention is chosen at start, with --attention-pytorch, --attention-split, --attention-quad or --xformers",
     "fp8_storage": "weights are kept in 8 bits by the setting forge_unet_storage_dtype, or with --unet-in-fp8-e4m3fn",
