@@ -160,8 +160,9 @@ function titleOfControl(id) {
     if (id in CONTROL_TITLES) {
         return CONTROL_TITLES[id];
     }
-    const plain = id.replace(/^(txt2img|img2img|extras|xyz)_/, "").replace(/_(txt2img|img2img|extras)$/, "").replace(/^controlnet_ControlNet-\d+_/, "");
-    return CONTROL_TITLES[plain] || (plain.startsWith("refresh_") ? "Look for what there is again" : "");
+    const ofTab = id.replace(/^(txt2img|img2img|extras|xyz)_/, "").replace(/^controlnet_ControlNet-\d+_/, "");
+    const plain = ofTab.replace(/_(txt2img|img2img|extras)$/, "");
+    return CONTROL_TITLES[ofTab] || CONTROL_TITLES[plain] || (plain.startsWith("refresh_") ? "Look for what there is again" : "");
 }
 
 onUiLoaded(() => {
