@@ -253,7 +253,8 @@ def test_cells_that_differ_in_prompts_and_seeds_alone_share_a_job_on_several_slo
     assert result.all_seeds == [5, 6, 7, 5, 6, 7]
     assert ["Steps: 2" in text for text in result.infotexts[1:]] == [True] * 3 + [False] * 3
     for picture, (num_steps, number) in zip(result.images[1:], [(steps, seed) for steps in (2, 3) for seed in (5, 6, 7)]):
-        assert same(picture, run(txt2img(steps=num_steps, seed=number)).images[0])
+        alone = pixels(run(txt2img(steps=num_steps, seed=number)).images[0])
+        assert np.abs(pixels(picture).astype(int) - alone.astype(int)).max() <= 1  # a batch is rounded in another order
     sizes.clear()
     words = axis(app, "Prompt S/R")
     args = (words, "cat, dog <lora:none:1>", [], 0, "", [], 0, "", [], False, True, False, False, *OFF, 0, False)
