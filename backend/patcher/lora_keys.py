@@ -15,6 +15,7 @@ from torch import nn
 from backend.families.key_map import Rows
 
 UNET_PREFIX = "diffusion_model."
+T5_SLOT = "t5xxl"
 
 _PARTS: dict[str, str] = {
     ".lora_up.weight": "up",
@@ -114,10 +115,19 @@ def model_lora_keys_clip(model: nn.Module, key_map: dict[str, str] | None = None
     is_second = False
     for slot, encoder in model.items():
         for layer in _layer_names(encoder):
-            for alias in _text_aliases(layer.removeprefix("text_model."), slot, is_second=is_second):
+            aliases = _t5_aliases(layer) if slot == T5_SLOT else _text_aliases(layer.removeprefix("text_model."), slot, is_second=is_second)
+            for alias in aliases:
                 key_map.setdefault(alias, f"{slot}.{layer}.weight")
         is_second = True
     return key_map
+
+
+def _t5_aliases(layer: str) -> Iterator[str]:
+    """kohya counts T5 as the third text encoder, also where there are two; diffusers as the second (Flux.1) or third (SD3)."""
+    for prefix in ("lora_te3", "lora_te2", "lycoris_text_encoder_2"):
+        yield f"{prefix}_{_flat(layer)}"
+    for prefix in ("text_encoder_2", "text_encoder_3", T5_SLOT, f"{T5_SLOT}.transformer"):
+        yield f"{prefix}.{layer}"
 
 
 def _text_aliases(layer: str, slot: str, *, is_second: bool) -> Iterator[str]:

@@ -60,9 +60,14 @@ def join_flux(denoiser: nn.Module, vae: nn.Module, encoders: Sequence[nn.Module]
         (UNET_PREFIX, flux_key_map(denoiser).to_original(denoiser.state_dict())),
         ("vae.", vae_to_ldm(vae.state_dict(), config)),
         (_TEXT_PREFIXES[0], clip_to_text_model(clip.state_dict())),
-        (_TEXT_PREFIXES[1], t5.state_dict()),
+        (_TEXT_PREFIXES[1], {_t5_name(key): tensor for key, tensor in t5.state_dict().items()}),
     )
     return {prefix + key: tensor.detach().contiguous() for prefix, tensors in parts for key, tensor in tensors.items()}
+
+
+def _t5_name(key: str) -> str:
+    """T5's table of tokens has this name in files."""
+    return "shared.weight" if key == "encoder.embed_tokens.weight" else key
 
 
 FAMILY = Family(

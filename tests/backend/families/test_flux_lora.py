@@ -16,9 +16,13 @@ from backend.families.flux.key_map import flux_key_map
 from backend.families.flux.program import build_flux_program
 from backend.modules.k_model import KModel
 from backend.modules.k_prediction import FlowPrediction
+from backend.nn.t5 import T5TextEncoder
+from backend.patcher.clip import CLIP
 from backend.patcher.lora_files import LoraError, match_lora, parse_lora
 from backend.patcher.unet import UnetPatcher
+from tests.support.flux_checkpoints import make_clip
 from tests.support.flux_networks import WIDTH, make_flux, original_tensors
+from tests.support.t5_encoders import t5_encoder
 
 CPU = torch.device("cpu")
 RANK, ALPHA = 4, 2.0
@@ -234,3 +238,23 @@ def test_a_lora_of_another_family_is_refused_by_name() -> None:
     file = {f"{layer}.lora_up.weight": torch.zeros(8, 2), f"{layer}.lora_down.weight": torch.zeros(2, 2048)}
     with pytest.raises(LoraError, match=r"Flux\.1.*made for SDXL"):
         patched_weights(file)
+
+
+@pytest.mark.parametrize(
+    ("clip_name", "t5_name"),
+    [("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "lora_te3_encoder_block_0_layer_0_SelfAttention_q"),
+     ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "lora_te2_encoder_block_0_layer_0_SelfAttention_q"),
+     ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q")],
+)  # fmt: skip
+def test_changes_of_the_text_encoders(clip_name: str, t5_name: str) -> None:
+    """CLIP-L is the first for everybody; T5 the third for kohya, the second for others."""
+    t5 = T5TextEncoder(t5_encoder().config)
+    clip = CLIP({"clip_l": make_clip(), "t5xxl": t5})
+    ends = (".lora_up.weight", ".lora_down.weight") if clip_name.startswith("lora_te") else (".lora_B.weight", ".lora_A.weight")
+    file = {}
+    for name, shape in ((clip_name, (64, 64)), (t5_name, (24, 32))):
+        file |= {name + ends[0]: torch.randn(shape[0], 2), name + ends[1]: torch.randn(2, shape[1])}
+    patches = match_lora(parse_lora("test", file), make_patcher(), clip, model_family="Flux.1")
+    weights = [name for name in patches.clip if not name.endswith("bias")]
+    assert len(weights) == 2 and patches.unmatched == ()
+    assert {name.partition(".")[0] for name in weights} == {"clip_l", "t5xxl"}
