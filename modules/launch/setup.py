@@ -217,7 +217,7 @@ def install_xformers(setup: Setup) -> None:
     installed = pip.installed_version("xformers")
     requirement = pip.xformers_requirement(torch_version or "0", setup.environ)
     if requirement is None:
-        log.warning("--xformers: no xformers is known for torch %s; torch's own attention is used. Name one in XFORMERS_PACKAGE.", torch_version)
+        log.warning("--xformers: no known xformers for torch %s; torch's own attention is used. Name one in XFORMERS_PACKAGE.", torch_version)
         return
     fits = installed is not None and ("==" not in requirement or installed.split("+")[0] == requirement.partition("==")[2])
     if setup.skip_install or (fits and not setup.reinstall_xformers):

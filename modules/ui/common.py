@@ -59,7 +59,7 @@ def create_refresh_button(
 
 @dataclass(frozen=True, kw_only=True)
 class OutputPanel:
-    """The right-hand side of a tab. `buttons` are those under the gallery: open_folder, save, zip, img2img, inpaint, extras, in txt2img upscale."""
+    """The right side of a tab. `buttons` are those under the gallery: open_folder, save, zip, img2img, inpaint, extras; upscale in txt2img."""
 
     gallery: gr.Gallery
     generation_info: gr.Textbox

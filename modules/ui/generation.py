@@ -1,6 +1,6 @@
-"""From a click on Generate to the pictures on the page: the job and its result, interrupt and skip, and finding a job again after a reload.
+"""From a click on Generate to the pictures on the page: the job and its result, interrupt and skip, and reconnecting to a job after a reload.
 
-Must not know the controls of any tab, nor how a picture is made: a tab hands in a function that builds the request, and one that carries it out.
+Must not know the controls of any tab, nor how a picture is made. A tab passes two functions: one builds the request, one runs it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ POLL_S = 0.05
 PNG_TEXT_KEY = "parameters"
 
 BuildRequest = Callable[[Mapping[str, Any]], Any]
-"""Named values of a tab's controls to a request that `ProcessRequest` takes. Raises RequestError for values that make no picture."""
+"""Builds the request for `ProcessRequest` from a tab's named control values. Raises RequestError for values that cannot make a picture."""
 ProcessRequest = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a generation handler gives back, in the order of its outputs."""
+    """The result of a generation handler; `outputs` gives it in the order of the handler's outputs."""
 
     gallery: Any
     generation_info: Any
@@ -55,23 +55,23 @@ class Answer:
 
 
 def failure(message: str) -> Answer:
-    """An answer that leaves the pictures as they are and says what went wrong: in the log, and in a note at the corner of the page."""
+    """An answer that leaves the pictures unchanged and reports the error in the log under the gallery and in a toast."""
     show_note(message, title="Error")
     return Answer(gallery=gr.skip(), generation_info=gr.skip(), infotext=gr.skip(), html_log=error_html(message))
 
 
 def show_note(message: str, *, title: str) -> None:
-    """A note at the corner of the page; nothing outside of a page's event."""
+    """Show a toast; does nothing outside a page event."""
     if LocalContext.event_id.get(None) is not None:
         gr.Warning(html.escape(message), title=title, duration=12)
 
 
 def explain(error: BaseException) -> str:
-    """`error` in words for the page: the message of an error that is meant for the user, else its kind and where to look."""
+    """`error` as text for the page: the message if the error is meant for the user, else its type and where to look."""
     if isinstance(error, RequestError):
         return str(error)
     text = str(error).strip() or "no further details"
-    return f"The picture could not be made: {text} ({type(error).__name__}; the log of the server has the details)"
+    return f"The picture could not be made: {text} ({type(error).__name__}; see the server's log for details)"
 
 
 def format_duration(seconds: float) -> str:
@@ -80,12 +80,12 @@ def format_duration(seconds: float) -> str:
 
 
 def performance_html(seconds: float) -> str:
-    """The line that says how long a job took."""
+    """The line that shows how long a job took."""
     return f"<div class='performance'><p class='time'>Time taken: <span class='measurement'>{format_duration(seconds)}</span></p></div>"
 
 
 class GalleryFiles:
-    """Gives every picture of a result a file that the page may load, with its parameters: the saved file, else a PNG in a temporary folder."""
+    """Provides a servable file for every picture of a result, with its parameters: the saved file, else a PNG in a temporary folder."""
 
     def __init__(self, served_dirs: Sequence[Path]) -> None:
         self.served_dirs = tuple(path.resolve() for path in served_dirs)
@@ -104,7 +104,7 @@ class GalleryFiles:
     def _write(self, image: Image.Image, infotext: str) -> str:
         if self._temp_dir is None:
             self._temp_dir = new_gallery_folder(self)
-            gr.set_static_paths([self._temp_dir])  # shown from there; copied first, they could not be told from uploads
+            gr.set_static_paths([self._temp_dir])  # served from there: if gradio copied them, they would look like uploads
         data = PngImagePlugin.PngInfo()
         if infotext:
             data.add_text(PNG_TEXT_KEY, infotext)
@@ -116,7 +116,7 @@ class GalleryFiles:
 
 
 def answer_of(processed: Any, files: GalleryFiles, *, seconds: float | None, show_images: bool = True) -> Answer:
-    """`processed` as the page shows it. The first picture is selected."""
+    """`processed` as the page shows it, with the first picture selected."""
     images = list(processed.images) if show_images else []
     infotexts = list(processed.infotexts or [])
     texts = [infotexts[index] if index < len(infotexts) else processed.info for index in range(len(images))]
@@ -134,9 +134,9 @@ def answer_of(processed: Any, files: GalleryFiles, *, seconds: float | None, sho
 
 
 def put_beside(gallery: Sequence[Any] | None, generation_info: str, picture_index: float, answer: Answer, *, keep_old: bool) -> Answer:
-    """`answer` with its picture put into the gallery that was shown: in the place of the picture it was made from, or behind it with `keep_old`.
+    """`answer` with its picture inserted into the gallery on the page: in place of its source picture, or after it if `keep_old`.
 
-    The caller has made sure that the gallery's pictures are those of the page."""
+    The caller has verified that the gallery's pictures belong to the page."""
     old_info, new_info = read_generation_info(generation_info), read_generation_info(answer.generation_info)
     paths = [picture_at(gallery, index) for index in range(len(gallery or []))]
     texts = list(old_info.get("infotexts") or [])
@@ -155,14 +155,14 @@ def put_beside(gallery: Sequence[Any] | None, generation_info: str, picture_inde
 
 
 async def wait_for_job(job: Job[Any]) -> Any:
-    """The job's result, without holding a thread while it waits in the line. Raises what the job raised."""
+    """The job's result, without occupying a thread while the job waits in the queue. Raises what the job raised."""
     while not job.done.is_set():
         await asyncio.sleep(POLL_S)
     return job.wait(0)
 
 
 class GenerateHandler:
-    """The handler behind a tab's Generate button. Called with the values of its inputs in the order of `names`, the task id first."""
+    """The handler of a tab's Generate button. Called with input values in the order of `names`, preceded by the task id."""
 
     def __init__(self, app: Application, tab: str, names: Sequence[str], build: BuildRequest, process: ProcessRequest) -> None:
         self.app = app
@@ -173,11 +173,11 @@ class GenerateHandler:
         self.files = GalleryFiles([app.config.outputs_dir])
 
     async def generate(self, task_id: str, *values: Any) -> tuple[Any, Any, Any, str]:
-        """Queue the job, wait for it, answer with its pictures; with the reason in the log when there are none."""
+        """Queue the job, wait for it, and answer with its pictures, or with the reason there are none."""
         return (await self._run(task_id, dict(zip(self.names, values)))).outputs()
 
     async def upscale(self, task_id: str, picture_index: float, gallery: Any, generation_info: str, *values: Any) -> tuple[Any, Any, Any, str]:
-        """As generate(), from a picture of the gallery; the result takes its place there."""
+        """Like generate(), but starts from a gallery picture; the result replaces it there."""
         shown = {"picture_index": picture_index, "gallery": gallery, "generation_info": generation_info}
         try:
             paths = [str(path) for path in pictures_of_page(gallery, self.app.config.outputs_dir)]
@@ -209,13 +209,13 @@ class GenerateHandler:
         return failure(explain(error))
 
     async def restore(self, task_id: str) -> tuple[Any, Any, Any, str]:
-        """The answer of a job that was started before the page was loaded again; waits while it runs."""
+        """The answer of a job started before the page was reloaded; waits while the job runs."""
         tasks = self.app.jobs.tasks
         while task_id and tasks.is_live(task_id):
             await asyncio.sleep(POLL_S)
         processed = tasks.wait_for_result(task_id, 0) if task_id else None
         if processed is None:
-            return failure("That job is over and its pictures are not at hand any more; those that were saved are in the output folder.").outputs()
+            return failure("That job has ended and its pictures are no longer in memory. Saved pictures are in the output folder.").outputs()
         return (await self._answer(processed, None)).outputs()
 
     async def _answer(self, processed: Any, seconds: float | None) -> Answer:
@@ -224,7 +224,7 @@ class GenerateHandler:
 
 
 class JobControl:
-    """Interrupt and Skip. A waiting job is taken out of the line; the running one ends within a step, or after its batch if the option says so."""
+    """Interrupt and Skip. A queued job is removed; a running one ends within a step, or after its batch if the option says so."""
 
     def __init__(self, app: Application) -> None:
         self.app = app

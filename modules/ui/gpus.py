@@ -1,6 +1,6 @@
-"""The "GPUs" panel of a generation tab: what every compute place holds and does, and the plan in one sentence.
+"""The "GPUs" panel of a generation tab: what each slot holds and does, and the plan in one sentence.
 
-It is filled when it is opened and, while it is open, every other second of a running job. It must not know how plans are made.
+It is filled when opened. While it is open and a job runs, it refreshes every other second. It must not know how plans are made.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def create_gpu_panel(app: Application, tab: str) -> gr.Accordion:
 
 
 def is_busy(app: Application) -> bool:
-    """Whether a job runs."""
+    """Whether a job is running."""
     return bool(app.state.job)
 
 
 def status_html(app: Application, *, is_busy: bool) -> str:
-    """The panel's content now: the plan, the slots, and when nothing runs what would keep an idle slot busy and the last job's timeline."""
-    from backend import profiler  # import torch, which the page does without until somebody looks
+    """The panel's content: the plan and the slots; when idle also a hint for using an idle slot, and the last job's timeline."""
+    from backend import profiler  # imports torch, which the page avoids until the panel is opened
     from backend.parallel.running import status
 
     plan, slots = status.current_plan(), status.describe_slots()
@@ -68,7 +68,7 @@ def status_html(app: Application, *, is_busy: bool) -> str:
 
 
 def timeline_html(app: Application) -> str:
-    """The picture of the last job; empty without --profile."""
+    """The timeline picture of the last job; empty without --profile."""
     if not app.config.backend.profile:
         return ""
     try:
@@ -80,7 +80,7 @@ def timeline_html(app: Application) -> str:
 
 
 def plan_html(plan: PlanStatus | None) -> str:
-    """The plan in a sentence."""
+    """The plan in one sentence."""
     if plan is None:
         return "<p class='plan'>No plan yet: the first picture makes one.</p>"
     times = [f"{ms:.0f} ms a step {word}" for ms, word in ((plan.predicted_ms, "predicted"), (plan.measured_ms, "measured")) if ms]
@@ -88,7 +88,7 @@ def plan_html(plan: PlanStatus | None) -> str:
 
 
 def slots_html(slots: Sequence[SlotStatus], stage_runs: Mapping[int, int] | None = None) -> str:
-    """A row for every slot; what no slot tells has no column. `stage_runs`: how much each did of the running or the last job."""
+    """One row per slot; a column that no slot has a value for is left out. `stage_runs`: runs per slot in the running or last job."""
     done = stage_runs or {}
     all_columns = (*_COLUMNS, (_DONE, lambda slot: _stage_runs_bar(done.get(slot.index, 0), done)))
     columns = [column for column in all_columns if column[0] not in _OPTIONAL or any(column[1](slot) != _UNKNOWN for slot in slots)]
@@ -102,7 +102,7 @@ def _device(slot: SlotStatus) -> str:
 
 
 def _memory_bar(slot: SlotStatus) -> str:
-    """Used of total, with the part that models take set off."""
+    """Used bytes of total bytes, with the share of models highlighted."""
     total_bytes = max(1, slot.total_bytes)
     used_bytes = max(0, slot.total_bytes - slot.free_bytes)
     used, models = (min(100.0, 100 * part_bytes / total_bytes) for part_bytes in (used_bytes, min(slot.resident_bytes, used_bytes)))
@@ -117,7 +117,7 @@ def _holders(slot: SlotStatus) -> str:
 
 
 def _stage_runs_bar(num_runs: int, stage_runs: Mapping[int, int]) -> str:
-    """How often the slot carried rows through its part of the network, against the busiest slot."""
+    """How often the slot ran its stage, relative to the busiest slot."""
     most = max(stage_runs.values(), default=0)
     if most == 0:
         return _UNKNOWN

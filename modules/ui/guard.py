@@ -1,6 +1,6 @@
-"""The page as gradio serves it, with every payload looked through before a handler sees it.
+"""The page as gradio serves it, but every payload is checked before a handler sees it.
 
-gradio checks only those paths that a payload itself marks as files; handlers of every tab, and of extensions, would get the others unchecked.
+gradio checks only paths that the payload itself marks as files. Any other path would reach the handlers of tabs and extensions unchecked.
 A number outside of its control's bounds is brought into them: an event may be on its way while another one's answer changes the bounds.
 """
 
@@ -42,9 +42,9 @@ def fit_to_bounds(block: Any, value: Any) -> Any:
 
 
 def check_payload(value: Any, *, is_plain_json: bool = False) -> None:
-    """Raises ForeignFileError when `value` names a file, at any depth, that a browser may not name.
+    """Raises ForeignFileError if `value` names a file, at any depth, that a browser may not name.
 
-    `is_plain_json`: a control for any JSON; there only what is marked as a file is one."""
+    `is_plain_json`: the control takes any JSON, so only what is marked as a file counts as one."""
     uploads, shown = Path(get_upload_folder()), list(_StaticFiles.all_paths)
     for entry in _files_in(value, only_marked=is_plain_json):
         uploaded_file(entry, uploads, shown)
@@ -63,5 +63,5 @@ def _files_in(value: Any, *, only_marked: bool) -> Iterator[Any]:
         else:
             continue
         if depth > (math.inf if only_marked else MAX_PAYLOAD_DEPTH):
-            raise ForeignFileError(f"A value of this request is nested more than {MAX_PAYLOAD_DEPTH} deep; no control of the page sends that.")
+            raise ForeignFileError(f"A value of this request is nested more than {MAX_PAYLOAD_DEPTH} deep; no control on the page sends that.")
         waiting.extend((child, depth + 1) for child in children)

@@ -1,5 +1,4 @@
-"""The img2img tab: its inner tabs for the picture and the mask, its controls and how they hang together. Generate is connected in
-modules/ui/tabs.py."""
+"""The img2img tab: its inner tabs for picture and mask, its controls and the events between them. modules/ui/tabs.py connects Generate."""
 
 from __future__ import annotations
 
@@ -68,7 +67,7 @@ class ResizeSection:
 
 @dataclass(frozen=True, kw_only=True)
 class Img2imgTab:
-    """The parts of the tab. `inputs` are the handler's, by name, in their order (the task id comes before them)."""
+    """The parts of the tab. `inputs` are the handler's inputs by name, in order (the task id comes before them)."""
 
     toprow: Toprow
     pictures: PictureSection
@@ -206,7 +205,7 @@ def _create_resize(app: Application, defaults: Defaults, pictures: PictureSectio
 
 
 def _connect_autosize(app: Application, pictures: PictureSection, size: SizeSection) -> None:
-    """A loaded picture gives its size, where the settings say so."""
+    """Set the size from a loaded picture, if the settings say so."""
 
     def on_load(*sources: Any) -> list[Any]:
         return size_updates(*sources) if app.options.img2img_autosize else [gr.skip(), gr.skip()]

@@ -1,6 +1,6 @@
-"""Where img2img's pictures come from: the inner tabs with a picture, a sketch, a mask or a folder, and copying from one to another.
+"""Source pictures of img2img: the inner tabs for a picture, a sketch, a mask or a folder, and copying between them.
 
-Must not know how a request is made of them (modules/ui/requests.py) nor the rest of the tab.
+Must not know how a request is built from them (modules/ui/requests.py), nor the rest of the tab.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ PICTURE_HEIGHT_PX = 420
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 PICTURE: dict[str, Any] = {
     "type": "pil",
-    "image_mode": None,  # as the file has it: gradio would cut 16 bits to white
+    "image_mode": None,  # keep the file's mode: gradio would clip 16-bit values to white
     "format": "png",
     "sources": ["upload", "clipboard"],
     "show_label": False,
     "height": PICTURE_HEIGHT_PX,
 }
 COPY_TARGETS = (("img2img", "img2img"), ("sketch", "sketch"), ("inpaint", "inpaint"), ("inpaint sketch", "inpaint_sketch"))
-"""(title of the button, name in ids), in the order of the inner tabs."""
+"""(button title, name in ids), in the order of the inner tabs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSource:
-    """Pictures of a batch: uploaded (`kind` 0) or from a folder of the server (1); where results go; parameters taken from each picture."""
+    """Pictures of a batch: uploaded (`kind` 0) or in a server folder (1); the output folder; parameters taken from each picture."""
 
     kind: gr.Number
     files: gr.File
@@ -58,7 +58,7 @@ class BatchSource:
     png_info_props: gr.CheckboxGroup
 
     def inputs(self) -> dict[str, Component]:
-        """By the names under which they go to the server."""
+        """The controls by their names on the server."""
         return {
             "batch_kind": self.kind,
             "batch_files": self.files,
@@ -73,7 +73,7 @@ class BatchSource:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSection:
-    """Where the picture comes from. `mode` holds the number of the inner tab that is shown, `tabs` the inner tabs by that number."""
+    """Controls for the source picture. `mode` holds the number of the visible inner tab, `tabs` the inner tabs by that number."""
 
     mode: gr.Number
     init_image: gr.Image
@@ -86,11 +86,11 @@ class PictureSection:
     tabs: tuple[gr.Tab, ...]
 
     def sources(self) -> list[Component]:
-        """What shown_picture() takes, in its order."""
+        """Inputs of shown_picture(), in order."""
         return [self.mode, self.init_image, self.sketch, self.inpaint_editor, self.inpaint_sketch, self.inpaint_upload_image]
 
     def inputs(self) -> dict[str, Component]:
-        """By the names under which they go to the server."""
+        """The controls by their names on the server."""
         return {
             "mode": self.mode,
             "init_image": self.init_image,
@@ -137,7 +137,7 @@ def create_pictures(app: Application) -> PictureSection:
 
 
 def _editor(label: str, elem_id: str, color: str, fixed_colors: Sequence[str] | None = None) -> gr.ImageEditor:
-    """A picture to paint on. With `fixed_colors` there are no others."""
+    """A picture to paint on. With `fixed_colors` the user can pick only those."""
     if fixed_colors is None:
         brush = gr.Brush(default_color=color, color_mode="defaults")
     else:
@@ -160,7 +160,7 @@ def _editor(label: str, elem_id: str, color: str, fixed_colors: Sequence[str] | 
 
 
 def _copy_row(name: str) -> dict[str, gr.Button]:
-    """Buttons that copy the picture of the inner tab `name`, by the name of the tab they copy to."""
+    """Buttons that copy the picture of inner tab `name`, keyed by the target tab."""
     with FormRow(elem_id=f"img2img_copy_to_{name}", elem_classes=["copy-row"]):
         gr.HTML("Copy image to:", elem_classes=["copy-label"])
         return {target: gr.Button(title, size="sm", min_width=60) for title, target in COPY_TARGETS if target != name}
@@ -173,13 +173,15 @@ def _create_batch(*, shows_folders: bool) -> BatchSource:
         with gr.Tab("Upload", elem_id="img2img_batch_upload_tab") as upload_tab:
             parts["files"] = gr.File(label="Files", elem_id="img2img_batch_upload", file_count="multiple", file_types=["image"], height=180)
         with gr.Tab("From directory", elem_id="img2img_batch_from_dir_tab", visible=shows_folders) as folder_tab:
-            gr.HTML("<p class='scale-preview'>Folders are those of the machine that runs the server.</p>")
+            gr.HTML("<p class='scale-preview'>Folders are on the server.</p>")
             parts["input_dir"] = gr.Textbox(label="Input directory", elem_id="img2img_batch_input_dir")
             parts["output_dir"] = gr.Textbox(
-                label="Output directory", elem_id="img2img_batch_output_dir", placeholder="Empty: the usual folder of img2img"
+                label="Output directory", elem_id="img2img_batch_output_dir", placeholder="Empty: the default img2img folder"
             )
             parts["mask_dir"] = gr.Textbox(
-                label="Inpaint batch mask directory", elem_id="img2img_batch_inpaint_mask_dir", placeholder="Only for inpainting: masks by name"
+                label="Inpaint batch mask directory",
+                elem_id="img2img_batch_inpaint_mask_dir",
+                placeholder="Only for inpainting: masks, matched by file name",
             )
     with gr.Accordion("PNG info", open=False):
         parts["use_png_info"] = gr.Checkbox(label="Append png info to prompts", value=False, elem_id="img2img_batch_use_png_info")
@@ -187,7 +189,7 @@ def _create_batch(*, shows_folders: bool) -> BatchSource:
             label="PNG info directory",
             elem_id="img2img_batch_png_info_dir",
             visible=True if shows_folders else "hidden",
-            placeholder="Empty: from each picture itself",
+            placeholder="Empty: read from each picture",
         )
         parts["png_info_props"] = gr.CheckboxGroup(
             label="Parameters to take from png info", choices=list(BATCH_PARAMETERS), value=[], elem_id="img2img_batch_png_info_props"
@@ -207,7 +209,7 @@ def _connect_copies(section: PictureSection, copies: Mapping[str, Mapping[str, g
     for source, buttons in copies.items():
         copied = _copied_sketch if "sketch" in source else _copied_picture
         for target, button in buttons.items():
-            # first the tab, then the picture: a control that was never shown is not ready for it
+            # show the tab before setting the picture: a control that was never visible ignores it
             shown = button.click(fn=None, js=f"() => {{ switch_to_{target}(); }}", show_progress="hidden")
             shown.then(copied, inputs=[controls[source]], outputs=[controls[target]], **QUIET)
 
@@ -223,7 +225,7 @@ def _copied_sketch(value: Any) -> Any:
 
 
 def connect_mask_controls(section: PictureSection) -> None:
-    """Remember which inner tab is shown; show the controls of masks where there can be one."""
+    """Track which inner tab is visible, and show the mask controls where a mask is possible."""
     for number, tab in enumerate(section.tabs):
         shown = "true" if number in MODES_WITH_MASK or number == MODE_BATCH else "false"
         tab.select(fn=None, js=f"() => {{ showPart('inpaint_controls', {shown}); return {number}; }}", outputs=[section.mode], show_progress="hidden")
@@ -235,7 +237,7 @@ Editor = Mapping[str, Any] | None
 def shown_picture(
     mode: float, init_image: Image.Image | None, sketch: Editor, inpaint_editor: Editor, inpaint_sketch: Editor, upload: Image.Image | None
 ) -> Image.Image | None:
-    """The picture of the inner tab that is shown; None when it is empty, or a batch."""
+    """The picture of the visible inner tab; None if it is empty or a batch."""
     editors = {MODE_SKETCH: sketch, MODE_INPAINT: inpaint_editor, MODE_INPAINT_SKETCH: inpaint_sketch}
     number = int(mode)
     if number in editors:
@@ -245,7 +247,7 @@ def shown_picture(
 
 
 def size_updates(*sources: Any) -> list[Any]:
-    """Width and height of the picture that is shown, rounded to what the sliders take; no change without one."""
+    """Width and height of the visible picture, rounded to the sliders' steps; no change if there is none."""
     picture = shown_picture(*sources)
     if picture is None:
         return [gr.skip(), gr.skip()]
@@ -253,9 +255,9 @@ def size_updates(*sources: Any) -> list[Any]:
 
 
 def scale_text(scale: float, *sources: Any) -> str:
-    """What "Resize by" makes of the picture that is shown."""
+    """The size that "Resize by" gives for the visible picture."""
     picture = shown_picture(*sources)
     if picture is None:
-        return "The size follows from the picture."
+        return "The size depends on the picture."
     width, height = (max(8, int(side * scale) // 8 * 8) for side in picture.size)
     return f"resize: from <b>{picture.width}x{picture.height}</b> to <b>{width}x{height}</b>"

@@ -1,6 +1,6 @@
-"""What surrounds the page's controls: colours and fonts, style sheet, scripts, and the arguments under which gradio serves it.
+"""Everything around the page's controls: colors and fonts, style sheet, scripts, and gradio's launch arguments.
 
-Nothing here makes the browser ask another host for anything. Must not know any tab.
+Nothing here makes the browser contact another host. Must not know any tab.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FIRST_SCRIPT = "core.js"
 
 
 def create_theme(name: str) -> gr.themes.Base:
-    """gradio's theme `name` (the default for unknown names) with the system's own fonts, so that none is fetched."""
+    """gradio's theme `name` (the default for unknown names) with system fonts, so that no font is fetched."""
     theme_class = THEMES.get(name, gr.themes.Default)
     return theme_class(
         font=list(SYSTEM_FONTS), font_mono=list(SYSTEM_MONO_FONTS), text_size=gr.themes.sizes.text_md, spacing_size=gr.themes.sizes.spacing_md
@@ -45,12 +45,12 @@ def create_theme(name: str) -> gr.themes.Base:
 
 
 def script_files(script_dir: Path) -> list[Path]:
-    """The page's scripts in the order they run: the one that others build on first, then by name."""
+    """The page's scripts in run order: first the one that others depend on, then by name."""
     return sorted(script_dir.glob("*.js"), key=lambda path: (path.name != FIRST_SCRIPT, path.name))
 
 
 def head_html(config: AppConfig, script_dir: Path | None = None, *, more_scripts: Sequence[Path] = ()) -> str:
-    """The scripts, for the page's head; `more_scripts` (of extensions) come after the page's own."""
+    """The scripts for the page's head. `more_scripts` (of extensions) come after the page's own."""
     start = f"<script>window.webuiTheme = {json.dumps(config.theme)};</script>"
     folder = script_dir or SCRIPT_DIR / "javascript"
     return "\n".join([start, *(_inline_script(path) for path in script_files(folder)), *(_inline_script_of_guest(path) for path in more_scripts)])
@@ -59,12 +59,12 @@ def head_html(config: AppConfig, script_dir: Path | None = None, *, more_scripts
 def _inline_script(path: Path) -> str:
     text = path.read_text(encoding="utf8")
     if "</script" in text.lower():
-        raise ValueError(f"{path.name}: a script of the page may not contain '</script'; split the text in two.")
+        raise ValueError(f"{path.name}: a page script must not contain '</script'; split the string in two.")
     return f'<script data-file="{path.name}">\n{text}\n</script>'
 
 
 def _inline_script_of_guest(path: Path) -> str:
-    """A script of an extension; one that cannot be read is reported and left out."""
+    """An extension's script; one that cannot be read is logged and left out."""
     try:
         text = path.read_text(encoding="utf8")
     except (OSError, UnicodeDecodeError) as error:
@@ -76,20 +76,20 @@ def _inline_script_of_guest(path: Path) -> str:
 
 
 def style_text(config: AppConfig, *, more_sheets: Sequence[Path] = ()) -> str:
-    """The page's style sheet, those of extensions, then the user's own (`user.css` in the data folder)."""
+    """The page's style sheet, then those of extensions, then the user's (`user.css` in the data folder)."""
     sheets = [SCRIPT_DIR / "style.css", *more_sheets, config.data_dir / "user.css"]
     return "\n".join(_sheet_text(sheet) for sheet in sheets)
 
 
 def _sheet_text(sheet: Path) -> str:
-    """What a style sheet says. One that is not UTF-8 loses the letters that are not; one that cannot be read is reported and left out."""
+    """The text of a style sheet. Bytes that are not UTF-8 are replaced; a sheet that cannot be read is logged and left out."""
     if not sheet.is_file():
         return ""
     try:
         text = sheet.read_bytes()
         return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        log.warning("%s is not UTF-8 (%s); its other letters are replaced. Save it as UTF-8.", sheet, error)
+        log.warning("%s is not UTF-8 (%s); invalid bytes are replaced. Save it as UTF-8.", sheet, error)
         return text.decode("utf-8", "replace")
     except OSError as error:
         log.warning("%s cannot be read (%s); the page is built without it.", sheet, error)
@@ -99,9 +99,9 @@ def _sheet_text(sheet: Path) -> str:
 def page_settings(
     config: AppConfig, theme_name: str = "Default", *, more_scripts: Sequence[Path] = (), more_sheets: Sequence[Path] = ()
 ) -> dict[str, Any]:
-    """Keyword arguments for `gradio.Blocks.launch` and `gradio.mount_gradio_app` alike. Address, login and certificates are the caller's.
+    """Keyword arguments for both `gradio.Blocks.launch` and `gradio.mount_gradio_app`. The caller adds address, login and certificates.
 
-    `more_scripts` and `more_sheets` are those of extensions."""
+    `more_scripts` and `more_sheets` come from extensions."""
     return {
         "theme": create_theme(theme_name),
         "css": style_text(config, more_sheets=more_sheets),

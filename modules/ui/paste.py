@@ -1,7 +1,6 @@
-"""Generation parameters into controls: the paste button, and sending a picture with its parameters from one tab to another.
+"""Puts generation parameters into controls: the paste button, and sending a picture with its parameters to another tab.
 
-Must not know how the text is read (modules/infotext/parameters.py) nor how a tab is built: a tab hands in its controls by the names of request
-fields.
+Must not know how the text is parsed (modules/infotext/parameters.py) nor how a tab is built: a tab passes its controls by request field.
 """
 
 from __future__ import annotations
@@ -36,20 +35,20 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibil
 
 @dataclass(frozen=True, kw_only=True)
 class PasteTarget:
-    """Where parameters go: a tab's controls by request field, its checkbox for the extra seed controls, its field for settings that differ."""
+    """Where parameters go: a tab's controls by request field, its checkbox for the extra seed controls, its override settings field."""
 
     tab: str
     controls: Mapping[str, Component]
     extra_seeds: Component
     override_settings: gr.Dropdown
     script_fields: Sequence[Any] = ()
-    """(control, key or function of the parameters) of scripts."""
+    """(control, key or function of the parameters) pairs from scripts."""
     script_keys: frozenset[str] = frozenset()
-    """Keys that scripts take care of, so that they become no overrides of settings."""
+    """Keys that scripts handle, so that they do not become setting overrides."""
 
 
 def value_for(control: Component, value: Any) -> Any:
-    """`value` as this control takes it; None when it cannot."""
+    """`value` converted for this control; None if it cannot be."""
     if isinstance(control, gr.Checkbox):
         return value if isinstance(value, bool) else str(value).strip().lower() in ("true", "1", "yes")
     if isinstance(control, (gr.Slider, gr.Number)):
@@ -83,7 +82,7 @@ def _choice_for(control: gr.Dropdown, value: Any) -> Any:
 
 
 def control_updates(target: PasteTarget, params: Mapping[str, Any], *, skipped_fields: frozenset[str] = frozenset()) -> list[Any]:
-    """One update for each control of `target`, in their order; controls that `params` says nothing about stay as they are."""
+    """One update per control of `target`, in order; controls that `params` does not mention stay unchanged."""
     found = {field.field: field.read(params) for field in FIELDS_BY_TAB[target.tab]}
     return [_update(control, None if name in skipped_fields else found.get(name)) for name, control in target.controls.items()]
 
@@ -96,7 +95,7 @@ def _update(control: Component, value: Any) -> Any:
 
 
 def subseed_is_used(params: Mapping[str, Any]) -> bool:
-    """Whether `params` speak of a variation seed or a resized seed."""
+    """Whether `params` contain a variation seed or a resized seed."""
     return any(key in params for key in ("Variation seed", "Variation seed strength", "Seed resize from-1", "Seed resize from-2"))
 
 
@@ -105,19 +104,19 @@ def _read(params: Mapping[str, Any], key: Any) -> Any:
 
 
 class Paster:
-    """Reads parameters and fills the controls of one target."""
+    """Parses parameters and fills the controls of one target."""
 
     def __init__(self, app: Application, target: PasteTarget) -> None:
         self.app = app
         self.target = target
 
     def outputs(self) -> list[Component]:
-        """The controls that `updates` answers for, in its order."""
+        """The controls updated by `updates`, in order."""
         controls = [*self.target.controls.values(), self.target.extra_seeds, self.target.override_settings]
         return [*controls, *(field[0] for field in self.target.script_fields)]
 
     def updates(self, text: str, *, sent: bool = False) -> list[Any]:
-        """Updates from the parameters in `text`. `sent`: along with a picture; then the options say whether size and seed come too."""
+        """Updates from the parameters in `text`. `sent`: they arrive with a picture, so the options decide whether size and seed are included."""
         if not text.strip():
             return [gr.skip() for _ in self.outputs()]
         params = dict(infotext_utils.parse_generation_parameters(text))
@@ -131,10 +130,10 @@ class Paster:
         return (frozenset() if options.send_seed else SEED_FIELDS) | (frozenset() if options.send_size else SIZE_FIELDS)
 
     def _script_updates(self, params: Mapping[str, Any]) -> list[Any]:
-        """Updates of the controls of scripts; one whose function fails stays as it is."""
+        """Updates of script controls; a control whose function fails stays unchanged."""
         updates = []
         for control, key in ((field[0], field[1]) for field in self.target.script_fields):
-            task = f"an extension could not read {getattr(control, 'label', None)!r} from the parameters; its control stays as it is"
+            task = f"an extension could not read {getattr(control, 'label', None)!r} from the parameters; its control stays unchanged"
             well, value = call_guest(partial(_read, params, key), task)
             is_update = isinstance(value, dict) and value.get("__type__") == "update"
             updates.append(gr.skip() if not well else value if is_update else _update(control, value))
@@ -145,7 +144,7 @@ class Paster:
         return gr.update(value=pairs, choices=pairs, visible=True if pairs else "hidden")
 
     def paste(self, prompt: str) -> list[Any]:
-        """The paste button: parameters from the prompt box, or those of the last picture when it is empty."""
+        """The paste button: parameters from the prompt box, or those of the last picture if it is empty."""
         return self.updates(prompt if prompt.strip() else self._last_parameters())
 
     def _last_parameters(self) -> str:
@@ -153,7 +152,7 @@ class Paster:
         try:
             return file.read_text(encoding="utf8")
         except FileNotFoundError:
-            gr.Info("There is nothing to paste: the prompt is empty and no picture has been made yet.")
+            gr.Info("Nothing to paste: the prompt is empty and no picture has been made yet.")
             return ""
 
 
@@ -164,7 +163,7 @@ def connect_paste_button(paster: Paster, button: gr.Button, prompt: gr.Textbox) 
 def connect_gallery_button(
     button: gr.Button, paster: Paster, image: Component, gallery: gr.Gallery, generation_info: gr.Textbox, switch_js: str
 ) -> None:
-    """Show the tab that `switch_js` names and send it the selected picture of `gallery` and its parameters."""
+    """Show the tab named by `switch_js` and send it the selected picture of `gallery` with its parameters."""
     index = gr.Number(value=0, visible="hidden", elem_id=f"{button.elem_id}_index")
 
     def send(pictures: Any, info: str, picture_index: float) -> list[Any]:
@@ -175,7 +174,7 @@ def connect_gallery_button(
         picture = str(picture_of_page(file, paster.app.config.outputs_dir))
         return [picture, *paster.updates(infotext_of(info, int(picture_index)), sent=True)]
 
-    # first the tab, then the picture: a control that was never shown is not ready for it
+    # show the tab before setting the picture: a control that was never visible ignores it
     shown = button.click(
         fn=None, js=f"() => {{ const index = selected_gallery_index(); {switch_js}(); return index; }}", outputs=[index], show_progress="hidden"
     )
@@ -185,7 +184,7 @@ def connect_gallery_button(
 def connect_text_button(
     button: gr.Button, paster: Paster, text: Component, switch_js: str, *, image: Component | None = None, source: Component | None = None
 ) -> None:
-    """Show the tab that `switch_js` names and fill its controls from the parameters in `text`; with `image`, give it the picture of `source` too."""
+    """Show the tab named by `switch_js` and fill its controls from the parameters in `text`; `image` gets the picture of `source`."""
 
     def send(parameters: str, file: str | None = None) -> list[Any]:
         updates = paster.updates(parameters or "", sent=image is not None)

@@ -1,4 +1,4 @@
-"""The PNG Info tab: what a picture says about how it was made, and buttons that send it on.
+"""The PNG Info tab: the parameters stored in a picture, and buttons that send it to other tabs.
 
 Must not know the other tabs; modules/ui/tabs.py connects the buttons.
 """
@@ -17,7 +17,7 @@ from modules.ui.shown_text import plaintext_to_html
 
 @dataclass(frozen=True, kw_only=True)
 class PngInfoTab:
-    """`text` holds the parameters as they were found; the buttons go by the tab they send to."""
+    """`text` holds the parameters as found in the file; the buttons are keyed by their target tab."""
 
     image: gr.Image
     text: gr.Textbox
@@ -32,7 +32,7 @@ def create_pnginfo_tab() -> PngInfoTab:
     """Build the tab inside the current gradio context."""
     with gr.Row(equal_height=False, elem_classes=["generation-columns"]):
         with gr.Column():
-            # the file itself, as it was uploaded: any conversion would lose what is to be read
+            # the uploaded file itself: a conversion would lose the metadata
             image = gr.Image(
                 label="Source", elem_id="pnginfo_image", sources=["upload"], type="filepath", image_mode=None, height=560, interactive=True
             )
@@ -50,7 +50,7 @@ def create_pnginfo_tab() -> PngInfoTab:
 
 
 def read_picture(path: str | None) -> tuple[str, str]:
-    """The parameters in the picture file, and everything it says, as HTML."""
+    """The parameters in the picture file, and all of its metadata, as HTML."""
     if not path:
         return "", ""
     try:
@@ -60,6 +60,6 @@ def read_picture(path: str | None) -> tuple[str, str]:
         return "", f"<div class='html-log'><div class='error'>{plaintext_to_html(f'This file cannot be read as a picture: {error}')}</div></div>"
     shown = {"parameters": parameters, **items} if parameters else dict(items)
     if not shown:
-        return "", "<p>This picture carries no text: it was made by another program, or its text was removed on the way.</p>"
+        return "", "<p>This picture contains no text: it was made by another program, or its text was removed.</p>"
     blocks = [f"<h4>{html.escape(str(key))}</h4>{plaintext_to_html(str(value), 'infotext')}" for key, value in shown.items() if key != "parameters"]
     return parameters or "", f"<div class='pnginfo-details'>{''.join(blocks)}</div>"

@@ -1,7 +1,7 @@
 """The row above the tabs: preset, checkpoint, VAE and text encoder files, clip skip.
 
-A choice here is a setting: it is kept, and counts from the next job on.
-Must not know the tabs; it answers with start values, and modules/ui/tabs.py gives those to the controls.
+A choice here is a setting: it is saved, and takes effect with the next job.
+Must not know the tabs: it returns start values, and modules/ui/tabs.py passes them to the controls.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NATIVE_SIZE_KEY = "modelspec.resolution"
 
 @dataclass(frozen=True, kw_only=True)
 class QuickSettings:
-    """The row's controls; `notice` says what to do when there is no checkpoint, `watch` looks for one until there is."""
+    """The row's controls. `notice` says what to do without a checkpoint; `watch` polls for one until there is one."""
 
     preset: gr.Radio
     checkpoint: gr.Dropdown
@@ -88,7 +88,7 @@ def create_quicksettings(app: Application) -> QuickSettings:
 
 
 def start_preset(app: Application) -> str:
-    """The preset shown first: xl with --sdxl, else the kept one."""
+    """The preset shown first: xl with --sdxl, else the saved one."""
     if app.config.sdxl:
         return "xl"
     return app.options.forge_preset if app.options.forge_preset in PRESETS else PRESETS[0]
@@ -103,7 +103,7 @@ def clip_skip_is_shown(preset: str) -> bool:
 
 
 def selected_checkpoint(app: Application) -> CheckpointInfo | None:
-    """The checkpoint that the next job uses; None when there is none."""
+    """The checkpoint for the next job; None if there is none."""
     return app.checkpoints.find(app.options.sd_model_checkpoint) or next(iter(app.checkpoints), None)
 
 
@@ -123,19 +123,19 @@ def modules_dropdown(app: Application) -> dict[str, Any]:
 
 
 def notice_html(app: Application) -> str:
-    """Where a checkpoint goes, when there is none; else nothing."""
+    """Where to put a checkpoint, if there is none; else empty."""
     if len(app.checkpoints):
         return ""
     folders = " or ".join(f"<code>{html.escape(str(folder))}</code>" for folder in app.checkpoints.roots)
     kinds = ", ".join(f"<code>{suffix}</code>" for suffix in CHECKPOINT_SUFFIXES)
     return (
         f"<div class='notice'><b>There is no checkpoint yet.</b> Put a Stable Diffusion 1.x, 2.x or SDXL file ({kinds}) into {folders}. "
-        "It appears in the list above by itself; no restart is needed.</div>"
+        "It appears in the list above automatically; no restart needed.</div>"
     )
 
 
 def parse_native_size(value: Any) -> tuple[int, int] | None:
-    """Width and height from a declared resolution such as "64x64" or "1024"; None when it is none, or not one that can be made."""
+    """Width and height from a declared resolution such as "64x64" or "1024"; None if it is malformed or the size is not possible."""
     sides = parse_resolution(value)
     if sides is None or not all(MIN_SIDE_PX <= side <= MAX_SIDE_PX and side % SIDE_STEP_PX == 0 for side in sides):
         return None
@@ -143,13 +143,13 @@ def parse_native_size(value: Any) -> tuple[int, int] | None:
 
 
 def native_size(app: Application) -> tuple[int, int] | None:
-    """Width and height that the selected checkpoint declares for itself; None when it does not."""
+    """Width and height that the selected checkpoint declares; None if it declares none."""
     selected = selected_checkpoint(app)
     return parse_native_size(selected.metadata.get(NATIVE_SIZE_KEY)) if selected is not None else None
 
 
 def preset_defaults(options: Mapping[str, Any] | Any, preset: str, tab: str) -> Defaults | None:
-    """What `preset` sets on the tab ("txt2img" or "img2img"); None for "all", which leaves the controls alone."""
+    """The values that `preset` sets on the tab ("txt2img" or "img2img"); None for "all", which changes nothing."""
     if preset not in ("sd", "xl"):
         return None
     prefix = f"{preset}_{'t2i' if tab == 'txt2img' else 'i2i'}"
@@ -165,7 +165,7 @@ def preset_defaults(options: Mapping[str, Any] | Any, preset: str, tab: str) -> 
 
 
 class QuickSettingsHandlers:
-    """What happens when a control of the row is changed. A value that is not possible is refused in words and the old one comes back."""
+    """Handlers of the row's controls. An invalid value is rejected with a message, and the old value is restored."""
 
     def __init__(self, app: Application) -> None:
         self.app = app
@@ -178,7 +178,7 @@ class QuickSettingsHandlers:
             gr.Warning(str(error))
 
     def choose_checkpoint(self, title: str | None) -> Any:
-        """Keep the choice; an unknown name puts the old one back."""
+        """Save the choice; an unknown name restores the old one."""
         info = self.app.checkpoints.find(title)
         if info is None:
             if title:
@@ -200,18 +200,18 @@ class QuickSettingsHandlers:
         self._keep("CLIP_stop_at_last_layers", int(value))
 
     def choose_preset(self, preset: str) -> list[Any]:
-        """Keep it; which of the row's controls are shown: low bits, clip skip."""
+        """Save the preset; returns which of the row's controls to show: low bits, clip skip."""
         self._keep("forge_preset", preset)
         return [gr.update(visible=low_bits_are_shown(preset)), gr.update(visible=clip_skip_is_shown(preset))]
 
     def look_again(self) -> list[Any]:
-        """Look at the model folders. Checkpoint and module lists, the notice, and whether the timer goes on."""
+        """Scan the model folders. Returns checkpoint and module lists, the notice, and whether to keep polling."""
         self.app.checkpoints.refresh()
         self.app.additional_modules.refresh()
         return self.current()
 
     def current(self) -> list[Any]:
-        """What the row should show now, as updates for checkpoint, modules, notice and watch."""
+        """Updates with the row's current values, for checkpoint, modules, notice and watch."""
         return [
             gr.update(**checkpoint_dropdown(self.app)),
             gr.update(**modules_dropdown(self.app)),

@@ -1,6 +1,6 @@
-"""From the values of a tab's controls to the request that is carried out. The only page module that knows the request classes.
+"""Builds requests from a tab's control values. The only page module that knows the request classes.
 
-Must not know gradio components; `values` maps the names of a tab's inputs to what the user set.
+Must not know gradio components; `values` maps the names of a tab's inputs to the user's values.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MODES_WITH_MASK = frozenset({MODE_INPAINT, MODE_INPAINT_SKETCH, MODE_INPAINT_UPL
 
 
 def build_txt2img(app: Application, values: Mapping[str, Any]) -> StableDiffusionProcessingTxt2Img:
-    """The request of the txt2img tab. With hires fix off its fields keep their defaults."""
+    """The request of the txt2img tab. Without hires fix, its fields keep their defaults."""
     fields = {**_common_fields(values), "enable_hr": bool(values["enable_hr"])}
     if fields["enable_hr"]:
         fields.update({name: value for name, value in values.items() if name.startswith("hr_")}, denoising_strength=values["denoising_strength"])
@@ -62,19 +62,19 @@ def build_txt2img(app: Application, values: Mapping[str, Any]) -> StableDiffusio
 
 
 def _give_scripts(app: Application, request: Any, tab: str, values: Mapping[str, Any]) -> None:
-    """The tab's scripts with the values of their controls."""
+    """Attach the tab's scripts with their control values."""
     arguments = arguments_from(values)
     if arguments and tab in app.script_runners:
         request.scripts, request.script_args = app.script_runners[tab], arguments
 
 
 def build_upscale(app: Application, values: Mapping[str, Any]) -> StableDiffusionProcessingTxt2Img:
-    """The request that makes the selected picture of the gallery again with hires fix: its own prompt and seed, the tab's hires settings.
+    """The request that repeats the selected gallery picture with hires fix: the picture's prompt and seed, the tab's hires settings.
 
-    `values` are those of the txt2img tab and picture_index, gallery and generation_info. Raises RequestError without a picture of this page."""
+    `values` are those of the txt2img tab plus picture_index, gallery and generation_info. Raises RequestError without a picture of this page."""
     file = picture_at(values["gallery"], values["picture_index"])
     if file is None:
-        raise RequestError("There is no picture to upscale yet: make one first, then select it.")
+        raise RequestError("There is no picture to upscale yet: generate one, then select it.")
     params = parameters.parse_generation_parameters(infotext_of(values["generation_info"], int(values["picture_index"])))
     request = build_txt2img(app, {**values, "enable_hr": True, "n_iter": 1, "batch_size": 1, "styles": []})
     request.txt2img_upscale = True
@@ -87,7 +87,7 @@ def build_upscale(app: Application, values: Mapping[str, Any]) -> StableDiffusio
 
 
 def build_img2img(app: Application, values: Mapping[str, Any]) -> StableDiffusionProcessingImg2Img | Img2imgBatch:
-    """The request of the img2img tab. Raises RequestError when the picture or the mask is missing."""
+    """The request of the img2img tab. Raises RequestError if the picture or the mask is missing."""
     if int(values["mode"]) == MODE_BATCH:
         return _build_batch(app, values)
     image, mask = source_and_mask(values)
@@ -114,22 +114,22 @@ def _img2img_request(app: Application, values: Mapping[str, Any], **fields: Any)
 
 @dataclass(frozen=True, kw_only=True)
 class Img2imgBatch:
-    """A request that is carried out for each of several pictures; `arguments` are those of process_batch."""
+    """A request that runs once for each of several pictures; `arguments` are for process_batch."""
 
     request: StableDiffusionProcessingImg2Img
     arguments: Mapping[str, Any]
 
     def run(self) -> Processed:
-        """On the job's thread. Without a picture when it was interrupted before the first."""
+        """Runs on the job's thread. The result has no picture if interrupted before the first one."""
         processed = process_batch(self.request, **self.arguments)
         return Processed(self.request, [], self.request.seed) if processed is None else processed
 
 
 def _build_batch(app: Application, values: Mapping[str, Any]) -> Img2imgBatch:
-    """Raises RequestError when no picture was named."""
+    """Raises RequestError if no picture was given."""
     is_folder = int(values["batch_kind"]) == 1
     if is_folder and app.config.hide_ui_dir_config:
-        raise RequestError("Folders of the server cannot be named: it was started with --hide-ui-dir-config. Upload the pictures instead.")
+        raise RequestError("Server folders cannot be used: the server was started with --hide-ui-dir-config. Upload the pictures instead.")
     source = (values["batch_input_dir"] or "").strip() if is_folder else list(values["batch_files"] or [])
     if not source:
         raise RequestError("Batch needs pictures: name an input directory." if is_folder else "Batch needs pictures: upload some.")
@@ -153,7 +153,7 @@ def _build_batch(app: Application, values: Mapping[str, Any]) -> Img2imgBatch:
 
 
 def carry_out(request: Any) -> Processed:
-    """Make the pictures of a request that one of these functions built. On the job's thread."""
+    """Make the pictures of a request built by one of these functions. Runs on the job's thread."""
     return request.run() if isinstance(request, Img2imgBatch) else process_with_scripts(request)
 
 
@@ -164,7 +164,7 @@ def scaled_size(size_px: tuple[int, int], scale: float) -> tuple[int, int]:
 
 
 def source_and_mask(values: Mapping[str, Any]) -> tuple[Image.Image, Image.Image | None]:
-    """The picture to start from and, in the inpaint modes, the mask (white is painted anew). Raises RequestError when one is missing."""
+    """The start picture and, in the inpaint modes, the mask (white is repainted). Raises RequestError if one is missing."""
     mode = int(values["mode"])
     if mode == MODE_SKETCH:
         sketch = flat_sketch(values["sketch"])
@@ -191,12 +191,12 @@ def _painted_picture(editor: Mapping[str, Any] | None) -> tuple[Image.Image, Ima
         raise RequestError("Inpaint needs a picture to start from: put one into the field above.")
     mask = mask_from_layers(editor.get("layers") or [], picture.size)
     if mask.getbbox() is None:
-        raise RequestError("Nothing is masked: paint over the part of the picture that is to be made anew.")
+        raise RequestError("Nothing is masked: paint over the part of the picture to repaint.")
     return upright(picture), mask
 
 
 def flat_sketch(editor: Mapping[str, Any] | None) -> Image.Image | None:
-    """The picture of an editor with what was painted on it; paint alone lies on white. None when there is neither."""
+    """An editor's picture with the paint on top; paint without a picture is put on white. None if there is neither."""
     background = editor.get("background") if editor else None
     layers = [layer.convert("RGBA") for layer in (editor.get("layers") or [] if editor else [])]
     painted = [layer for layer in layers if layer.getchannel("A").getbbox() is not None]
@@ -209,14 +209,14 @@ def flat_sketch(editor: Mapping[str, Any] | None) -> Image.Image | None:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """`image` turned as its camera data say, 8 bits a channel, RGBA."""
+    """`image` rotated per its EXIF orientation, 8 bits per channel, RGBA."""
     fixed = fix_image(image)
     assert fixed is not None
     return fixed if fixed.mode == "RGBA" else fixed.convert("RGBA")
 
 
 def mask_from_layers(layers: list[Image.Image], size_px: tuple[int, int]) -> Image.Image:
-    """What was painted, as a mask: white where any layer has paint."""
+    """The paint as a mask: white where any layer has paint."""
     mask = Image.new("L", size_px, 0)
     for layer in layers:
         alpha = layer.convert("RGBA").getchannel("A")
@@ -227,7 +227,7 @@ def mask_from_layers(layers: list[Image.Image], size_px: tuple[int, int]) -> Ima
 
 
 def mask_from_upload(mask: Image.Image) -> Image.Image:
-    """An uploaded mask as grey values: its transparency, made hard, when it has some, else its brightness."""
+    """An uploaded mask as grayscale: its alpha channel, thresholded, if it has one; else its brightness."""
     fixed = fix_image(mask)
     assert fixed is not None
     return create_binary_mask(fixed)

@@ -1,4 +1,4 @@
-"""The buttons under a gallery that keep pictures: save, zip, open folder. Files are copied as they are, so that nothing is lost on the way."""
+"""The buttons under a gallery that keep pictures: save, zip, open folder. Files are copied byte for byte, so nothing is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 LOG_COLUMNS = ("prompt", "seed", "width", "height", "sampler", "cfgs", "steps", "filename", "negative_prompt", "sd_model_name", "sd_model_hash")
 _NUM_OLD_COLUMNS = 9
-"""Those that A1111's logs have always had; the model came later."""
+"""The columns that A1111's logs have always had; the model column came later."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
 
@@ -48,7 +48,7 @@ class PictureSaver:
         return Path(self.app.options.outdir_save)
 
     def save(self, gallery: Sequence[Any] | None, generation_info: str, picture_index: float) -> tuple[Any, str]:
-        """Copy the selected picture, or all of them if the option says so or none is selected. Gives the files and a line for the log."""
+        """Copy the selected picture; all of them if the option says so or none is selected. Returns the files and a line for the log."""
         only_selected = self.app.options.save_selected_only and picture_index >= 0
         indices = [int(picture_index)] if only_selected else list(range(len(gallery or [])))
         try:
@@ -66,7 +66,7 @@ class PictureSaver:
         )
 
     def save_zip(self, gallery: Sequence[Any] | None, generation_info: str, picture_index: float) -> tuple[Any, str]:
-        """All pictures of the gallery as one zip file in the same folder."""
+        """Zip all pictures of the gallery into the same folder."""
         try:
             pictures = self._pictures(gallery, range(len(gallery or [])))
         except RequestError as error:
@@ -85,18 +85,18 @@ class PictureSaver:
         return gr.update(value=[str(target)], visible=True), plaintext_to_html(f"Saved: {target.name} in {self.folder}")
 
     def _pictures(self, gallery: Sequence[Any] | None, indices: Sequence[int]) -> list[Path]:
-        """The gallery's pictures of these numbers. Raises RequestError when there is none, or one that the page did not make."""
+        """The gallery's pictures with these indices. Raises RequestError if there is none, or if the page did not make one of them."""
         named = [file for index in indices if (file := picture_at(gallery, index))]
         if not named:
             raise RequestError("There is no picture to save yet.")
         return [self.find(file) for file in named]
 
     def find(self, path: str) -> Path:
-        """The picture that the browser names. Raises RequestError unless this program made it."""
+        """The picture named by the browser. Raises RequestError unless this program made it."""
         return picture_of_page(path, self.app.config.outputs_dir)
 
     def name_of(self, picture: Path) -> str:
-        """Under which name it is kept, as long as that is free."""
+        """The preferred file name for the copy, if it is free."""
         return picture.name
 
     def _copy(self, source: Path) -> Path:
@@ -117,11 +117,11 @@ class PictureSaver:
         append_text(file, text.getvalue())
 
     def open_folder(self) -> None:
-        """Show the folder of this tab's pictures in the file manager of the machine that runs the server."""
+        """Open this tab's picture folder in the file manager of the server's machine."""
         options = self.app.options
         folder = Path(options.outdir_samples or getattr(options, f"outdir_{self.tab}_samples"))
         if not folder.is_dir():
-            gr.Info(f"There is no folder {folder} yet; it is made with the first picture.")
+            gr.Info(f"There is no folder {folder} yet; the first picture creates it.")
             return
         try:
             subprocess.Popen([file_manager(), str(folder)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -135,7 +135,7 @@ def file_manager() -> str:
 
 
 class GuestPictureSaver(PictureSaver):
-    """For galleries of extensions, whose pictures gradio keeps among the uploads. Those get a name of ours, and must be pictures indeed."""
+    """For galleries of extensions, whose pictures gradio stores among the uploads. They are renamed, and must really be pictures."""
 
     def find(self, path: str) -> Path:
         found = file_below(path, [Path(get_upload_folder())])
@@ -144,8 +144,8 @@ class GuestPictureSaver(PictureSaver):
         try:
             with Image.open(found) as picture:
                 picture.verify()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # whatever its reader says
-            raise ForeignFileError(f"{found.name!r} is not a picture; it is not saved.") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # whatever the image reader raises
+            raise ForeignFileError(f"{found.name!r} is not a picture and was not saved.") from error
         return found
 
     def name_of(self, picture: Path) -> str:
@@ -164,7 +164,7 @@ def connect_saving(saver: PictureSaver, output: OutputPanel) -> None:
 
 
 def _is_log(file: Path) -> bool:
-    """Whether the file is a log of saved pictures (ours, or A1111's with fewer columns): rows may go behind it."""
+    """Whether the file is a log of saved pictures (ours, or A1111's with fewer columns), so that rows may be appended."""
     try:
         if not file.is_file():
             return False
@@ -176,8 +176,8 @@ def _is_log(file: Path) -> bool:
 
 
 def save_files(js_data: str, images: Sequence[Any] | None, do_make_zip: bool, index: float) -> tuple[Any, str]:
-    """As the buttons below a gallery do; for extensions with a gallery of their own. Gives the files and a line for the log."""
-    from modules.application import current_application  # the page is built for an application
+    """Like the buttons below a gallery; for extensions that have their own gallery. Returns the files and a line for the log."""
+    from modules.application import current_application  # extensions call this without an application
 
     saver = GuestPictureSaver(current_application(), "txt2img")
     return saver.save_zip(images, js_data, index) if do_make_zip else saver.save(images, js_data, index)

@@ -1,4 +1,4 @@
-"""Scripts of extensions on the page: their controls in a generation tab, section by section, and the tabs that they add.
+"""Scripts of extensions on the page: their controls in a generation tab, section by section, and the tabs they add.
 
 Must not know what a script does, nor the other controls of a tab.
 """
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ARGUMENT = "script_argument_"
-"""Names of the scripts' controls among the inputs of a tab: this and the slot."""
+"""Name of a script control among the inputs of a tab: this prefix and the slot index."""
 
 
 class TabScripts:
-    """The scripts of the tab that is being built. `section` puts in the controls that belong to a part of it, `rest` all others."""
+    """The scripts of the tab being built. `section` inserts the controls of one section, `rest` all others."""
 
     def __init__(self, runner: ScriptRunner, tab: str) -> None:
         self.runner = runner
@@ -38,12 +38,12 @@ class TabScripts:
         self._built: set[str | None] = {None}
 
     def section(self, name: str) -> None:
-        """The controls of scripts that want to stand in the part `name`."""
+        """The controls of scripts that ask for section `name`."""
         self._built.add(name)
         self.runner.setup_ui_for_section(name)
 
     def rest(self) -> None:
-        """Sections that the tab does not have, then those of none, then the Script dropdown."""
+        """Controls of sections that the tab does not have, then those without a section, then the Script dropdown."""
         unknown = {script.section for script in self.runner.alwayson_scripts} - self._built
         for section in sorted(str(name) for name in unknown):
             self.section(section)
@@ -51,17 +51,17 @@ class TabScripts:
             self.runner.setup_ui()
 
     def inputs(self) -> dict[str, Component]:
-        """All controls by the names of their slots."""
+        """All controls, keyed by slot name."""
         return {f"{ARGUMENT}{slot}": control for slot, control in enumerate(self.runner.inputs)}
 
 
 def no_scripts(tab: str) -> TabScripts:
-    """A tab without scripts: the dropdown alone."""
+    """A tab without scripts: only the dropdown."""
     return TabScripts(ScriptRunner(), tab)
 
 
 def arguments_from(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The flat arguments of all scripts among the values of a tab's inputs."""
+    """The flat argument list of all scripts, taken from a tab's input values."""
     count = sum(name.startswith(ARGUMENT) for name in values)
     return tuple(values[f"{ARGUMENT}{slot}"] for slot in range(count))
 
@@ -81,7 +81,7 @@ def tab_scripts(app: Application, tab: str) -> Iterator[TabScripts]:
 
 
 def postprocessing_runner() -> ScriptPostprocessingRunner:
-    """The operations of the Extras tab: those that are built in, and those of extensions."""
+    """The operations of the Extras tab: built-in ones and those of extensions."""
     runner = build_runner()
     runner.initialize_scripts(scripts.postprocessing_scripts_data)
     scripts.set_postprocessing(runner)
@@ -90,7 +90,7 @@ def postprocessing_runner() -> ScriptPostprocessingRunner:
 
 @contextlib.contextmanager
 def page_build() -> Iterator[None]:
-    """While a page is built: old habits are met, and whoever listens is told of every control."""
+    """While a page is built: support old gradio habits, and notify listeners of every control."""
     gradio_compatibility.install()
     callbacks.before_ui_callback()
     with gradio_compatibility.watching_components(_before, _after):
@@ -119,10 +119,10 @@ def _after(component: Any, **kwargs: Any) -> None:
 
 
 def create_extension_tabs() -> None:
-    """The tabs of extensions inside the current gr.Tabs."""
+    """Build the tabs of extensions inside the current gr.Tabs."""
     for interface, title, elem_id in _tabs():
         with gr.Tab(title, id=elem_id, elem_id=f"tab_{elem_id}"):
-            call_guest(interface.render, f"tab {title!r} of an extension could not be shown; the page is built without its content")
+            call_guest(interface.render, f"tab {title!r} of an extension could not be built; the page is built without its content")
 
 
 def _tabs() -> Iterator[tuple[Any, str, str]]:
@@ -133,7 +133,7 @@ def _tabs() -> Iterator[tuple[Any, str, str]]:
         try:
             interface, title, elem_id = entry
         except (TypeError, ValueError):
-            log.error("on_ui_tabs: an extension returned %r; a tab is (Blocks, title, elem_id). It is left out.", entry)
+            log.error("on_ui_tabs: an extension returned %r; expected (Blocks, title, elem_id). The tab is left out.", entry)
             continue
         if elem_id in seen:
             log.error("on_ui_tabs: two tabs have the id %r; the second, %r, is left out.", elem_id, title)

@@ -1,6 +1,6 @@
-"""The groups of controls that a generation tab is made of: sampler, size, batch, CFG, seed, hires fix. A function builds one and returns its parts.
+"""The groups of controls in a generation tab: sampler, size, batch, CFG, seed, hires fix. A function builds a group and returns its parts.
 
-Labels, ranges and ids are those that users and extensions know. Must not know the application; choices and start values come in as arguments.
+Labels, ranges and ids are the ones users and extensions know. Must not know the application: choices and start values are arguments.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ SIDE_STEP_PX = 8
 USE_SAME = "Use same checkpoint"
 USE_SAME_CHOICES = "Use same choices"
 HIDDEN_PART = "hidden-part"
-"""Class of a container that is there but not shown; the page's showPart() takes it away. (gradio itself hides only single controls this way.)"""
+"""Class of a container that exists but is hidden until the page's showPart() removes the class. (gradio can hide only single controls this way.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What the dropdowns of a generation tab offer."""
+    """The dropdown choices of a generation tab."""
 
     samplers: Sequence[str]
     schedulers: Sequence[str]
@@ -57,7 +57,7 @@ class SamplerSection:
 
 @dataclass(frozen=True, kw_only=True)
 class SizeSection:
-    """`tools` is the column beside the sliders; more buttons may be put into it."""
+    """`tools` is the column next to the sliders; a tab may add buttons to it."""
 
     width: gr.Slider
     height: gr.Slider
@@ -91,7 +91,7 @@ class SeedSection:
     resize_from_h: gr.Slider
 
     def inputs(self) -> dict[str, Component]:
-        """The controls by the names of their request fields, in the order in which they go to the server."""
+        """The controls by request field, in the order they are sent to the server."""
         return {
             "seed": self.seed,
             "seed_enable_extras": self.extra,
@@ -129,17 +129,17 @@ class RefinerSection:
     switch_at: gr.Slider
 
     def inputs(self) -> dict[str, Component]:
-        """The controls by the names under which they go to the server."""
+        """The controls by their names on the server."""
         return {"enable_refiner": self.enable, "refiner_checkpoint": self.checkpoint, "refiner_switch_at": self.switch_at}
 
 
 def slider(**kwargs: Any) -> gr.Slider:
-    """A slider with its number, without gradio's button that sets the first value back."""
+    """A slider with a number field, without gradio's reset button."""
     return gr.Slider(buttons=[], **kwargs)
 
 
 def side_slider(label: str, value: int, elem_id: str, *, minimum: int = MIN_SIDE_PX) -> gr.Slider:
-    """A slider for one side of a picture."""
+    """A slider for one side length of a picture."""
     return slider(minimum=minimum, maximum=MAX_SIDE_PX, step=SIDE_STEP_PX, label=label, value=value, precision=0, elem_id=elem_id)
 
 
@@ -148,7 +148,7 @@ def cfg_slider(label: str, value: float, elem_id: str) -> gr.Slider:
 
 
 def distilled_cfg_slider(label: str, elem_id: str) -> gr.Slider:
-    """Guidance of distilled models. Hidden: the families that are loaded today have none."""
+    """Guidance of distilled models. Hidden: no family loaded today uses it."""
     return slider(minimum=0.0, maximum=30.0, step=0.1, label=label, value=3.5, elem_id=elem_id, visible="hidden")
 
 
@@ -183,7 +183,7 @@ def create_batch_section(tab: str) -> BatchSection:
 
 
 def create_cfg_section(tab: str, defaults: Defaults) -> CfgSection:
-    """CFG Scale; at 1 the negative prompt has no effect, and its box shows that."""
+    """CFG Scale. At 1 the negative prompt has no effect, and its box shows that."""
     with FormRow(elem_id=f"{tab}_cfg_row"):
         distilled = distilled_cfg_slider("Distilled CFG Scale", f"{tab}_distilled_cfg_scale")
         scale = cfg_slider("CFG Scale", defaults.cfg_scale, f"{tab}_cfg_scale")
@@ -246,7 +246,7 @@ def _seed_reader(key: str) -> Any:
 
 
 def seed_of(generation_info: str, key: str, picture_index: int) -> int:
-    """The seed (key "all_seeds") or variation seed ("all_subseeds") of a picture in the gallery; -1 when there is none."""
+    """The seed (key "all_seeds") or variation seed ("all_subseeds") of a gallery picture; -1 if there is none."""
     info = read_generation_info(generation_info)
     seeds = info.get(key)
     if not isinstance(seeds, list) or not seeds:
@@ -256,7 +256,7 @@ def seed_of(generation_info: str, key: str, picture_index: int) -> int:
 
 
 def hires_size(width_px: int, height_px: int, scale: float, resize_x_px: int, resize_y_px: int) -> tuple[int, int]:
-    """Width and height after hires fix, by the rule of the second pass: both sides 0 = scale; one side 0 = keep the ratio."""
+    """Width and height after hires fix, computed like the second pass does: both sides 0 = scale; one side 0 = keep the ratio."""
     if resize_x_px == 0 and resize_y_px == 0:
         return int(width_px * scale), int(height_px * scale)
     if resize_y_px == 0:
@@ -267,7 +267,7 @@ def hires_size(width_px: int, height_px: int, scale: float, resize_x_px: int, re
 
 
 def hires_size_html(enabled: bool, width_px: float, height_px: float, scale: float, resize_x_px: float, resize_y_px: float) -> str:
-    """The text in the header of the accordion; empty when hires fix is off."""
+    """The text in the accordion's header; empty if hires fix is off."""
     if not enabled:
         return ""
     width, height = hires_size(int(width_px), int(height_px), float(scale), int(resize_x_px), int(resize_y_px))
@@ -361,7 +361,7 @@ def _hires_prompt_row(shown: bool) -> dict[str, Any]:
 
 
 def create_refiner_section(tab: str, choices: Choices, look_again: Callable[[], Sequence[str]]) -> RefinerSection:
-    """The "Refiner" accordion: another checkpoint for the last part of the way. `look_again` gives the checkpoints there are now."""
+    """The "Refiner" accordion: another checkpoint for the last steps. `look_again` returns the checkpoints there are now."""
     with InputAccordion(False, label="Refiner", elem_id=f"{tab}_enable") as enable, FormRow():
         checkpoint = gr.Dropdown(
             label="Checkpoint", elem_id=f"{tab}_checkpoint", choices=list(choices.checkpoints), value=None, allow_custom_value=True, min_width=160
@@ -372,7 +372,7 @@ def create_refiner_section(tab: str, choices: Choices, look_again: Callable[[], 
 
 
 def create_override_settings(tab: str) -> gr.Dropdown:
-    """Settings that differ for this job only, as `Name: value` texts that came with pasted parameters. Shown when there are any."""
+    """Settings that differ for this job only, as `Name: value` texts from pasted parameters. Visible when there are any."""
     with FormRow(elem_id=f"{tab}_override_settings_row"):
         return DropdownMulti(
             label="Override settings", choices=[], value=[], allow_custom_value=True, visible="hidden", elem_id=f"{tab}_override_settings"

@@ -1,6 +1,6 @@
-"""The Settings tab, made from the table of options: one inner tab for each section, Apply, search, and a page of actions.
+"""The Settings tab, built from the table of options: one inner tab per section, Apply, search, and a page of actions.
 
-Must not know any single setting, except where its choices come from something that is only known while the server runs.
+Must not know any particular setting, unless its choices are known only while the server runs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SettingsTab:
 
 
 def sections_of(labels: Mapping[str, OptionInfo]) -> dict[tuple[str, str], dict[str, OptionInfo]]:
-    """The options that have a page, by (section id, title), in the table's order. One section id may have two titles."""
+    """The options that have a page, by (section id, title), in table order. One section id may have two titles."""
     sections: dict[tuple[str, str], dict[str, OptionInfo]] = {}
     for key, info in labels.items():
         if info.section and info.section[0] is not None and key not in OWNED_BY_QUICK_SETTINGS:
@@ -85,7 +85,7 @@ def settings_pages(labels: Mapping[str, OptionInfo]) -> list[tuple[str, str, dic
 
 
 def default_component(value: Any) -> Callable[..., Any]:
-    """The control for a setting that names none, by the type of its default."""
+    """The control for a setting that specifies none, chosen by the type of its default."""
     if isinstance(value, bool):
         return gr.Checkbox
     if isinstance(value, (int, float)):
@@ -137,7 +137,7 @@ def _choices_for(key: str, value: Any, default: Any, choices: Mapping[str, list[
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """A setting that a search can find."""
+    """A setting that the search can find."""
 
     key: str
     label: str
@@ -151,7 +151,7 @@ def _link(hit: Hit) -> str:
 
 
 class SettingsHandlers:
-    """What Apply and the actions do."""
+    """Handlers of Apply and the actions."""
 
     def __init__(self, app: Application, keys: list[str]) -> None:
         self.app = app
@@ -164,7 +164,7 @@ class SettingsHandlers:
         ]
 
     def apply(self, *values: Any) -> tuple[str, str]:
-        """Keep every changed value. Answers with all settings as JSON and what was done; a value that is not possible is named and left as it was."""
+        """Save every changed value. Returns all settings as JSON, and a report; an invalid value is named in it and keeps its old value."""
         changed, problems = [], []
         for key, value in zip(self.keys, values):
             try:
@@ -178,43 +178,43 @@ class SettingsHandlers:
             if changed:
                 self.app.save_options()
         except (RequestError, OSError) as error:
-            problems.append(f"The settings count until the server ends, but could not be kept: {error}")
+            problems.append(f"The settings apply until the server stops, but could not be saved: {error}")
         return self.app.options.dumpjson(), _result_html([self.app.options.data_labels[key].label for key in changed], problems)
 
     def _check(self, key: str, value: Any) -> None:
-        """Raises OptionError for a change that only a user of this machine, or one with a password, may make."""
+        """Raises OptionError for a change reserved to users of this machine or users with a password."""
         options, is_trusted = self.app.options, self.app.config.page_is_trusted
         info, cast = options.data_labels[key], options.cast_value(key, value)
         if cast == options.data.get(key):
             return
         if info.restrict_api and not is_trusted:
-            raise OptionError(f"setting {key!r} cannot be changed from outside while the page asks for no password; start with --gradio-auth.")
+            raise OptionError(f"setting {key!r} cannot be changed from other computers while the page has no password. Start with --gradio-auth.")
         self.app.folders.check_from_client(key, info, cast, is_trusted=is_trusted)
 
     def _is_change(self, key: str, value: Any) -> bool:
-        """Emptied fields come as None and mean nothing for a setting that has a value."""
+        """An emptied field arrives as None and changes nothing if the setting has a value."""
         return not (value is None and self.app.options.get_default(key) is not None)
 
     def refresh(self, shown: str) -> list[Any]:
-        """What the controls and `settings_json` should show, when a setting is another than in the JSON `shown`; else no change."""
+        """New values for the controls and `settings_json` if any setting differs from the JSON `shown`; else no change."""
         now = self.app.options.dumpjson()
         if now == shown:
             return [gr.skip() for _ in range(len(self.keys) + 1)]
         return [*(gr.update(value=getattr(self.app.options, key)) for key in self.keys), now]
 
     def search(self, text: str) -> str:
-        """Links to the settings whose label or key holds `text`."""
+        """Links to the settings whose label or key contains `text`."""
         wanted = text.strip().lower()
         if len(wanted) < MIN_SEARCH_CHARACTERS:
             return ""
         hits = [hit for hit in self._index if wanted in hit.label.lower() or wanted in hit.key.lower()]
         links = "".join(_link(hit) for hit in hits[:MAX_HITS])
-        return f"<div class='settings-hits'>{links or 'No setting has that in its label or name.'}</div>"
+        return f"<div class='settings-hits'>{links or 'No setting has a label or name containing that.'}</div>"
 
     def unload_models(self) -> str:
-        """Take every model out of memory; the next job loads what it needs."""
+        """Free every model; the next job loads what it needs."""
         self.app.jobs.run_and_wait(None, "unload models", self.app.models.unload)
-        return "<p>All models are unloaded. The next job loads what it needs.</p>"
+        return "<p>All models have been unloaded. The next job loads what it needs.</p>"
 
 
 def _result_html(changed: list[str], problems: list[str]) -> str:
@@ -223,9 +223,9 @@ def _result_html(changed: list[str], problems: list[str]) -> str:
 
 
 def create_settings_tab(app: Application, choices: Mapping[str, list[str]], settings_json: gr.Textbox, item: gr.Tab) -> SettingsTab:
-    """Build the tab inside the current gradio context. `choices`: samplers, schedulers, themes and vaes that there are.
+    """Build the tab inside the current gradio context. `choices`: the available samplers, schedulers, themes and vaes.
 
-    `settings_json`, a hidden box outside of the tabs, tells the page's scripts all values; `item` is the main tab that holds this one."""
+    `settings_json`, a hidden box outside the tabs, gives the page's scripts all values; `item` is the main tab around this one."""
     options = app.options
     components: dict[str, Component] = {}
     with gr.Row(elem_id="settings_top"):

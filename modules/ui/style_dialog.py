@@ -1,4 +1,4 @@
-"""The window in which styles are written, changed and deleted. modules/ui/styles.py connects it with the prompts."""
+"""The dialog for writing, changing and deleting styles. modules/ui/styles.py connects it to the prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibil
 
 @dataclass(frozen=True, kw_only=True)
 class StyleDialog:
-    """The parts of the window. `edit` is the button beside the styles field that opens it."""
+    """The parts of the dialog. `edit` is the button next to the styles field that opens it."""
 
     edit: gr.Button
     select: gr.Dropdown
@@ -35,13 +35,13 @@ class StyleDialog:
 
 
 def create_style_dialog(tab: str, style_names: Sequence[str], edit: gr.Button) -> StyleDialog:
-    """Build the window of the tab `tab`, hidden."""
+    """Build the dialog of tab `tab`, hidden."""
     with gr.Column(elem_id=f"{tab}_styles_dialog", elem_classes=["style-dialog", HIDDEN_PART]), gr.Column(elem_classes=["style-window"]):
         with FormRow(elem_classes=["seed-row"]):
             select = gr.Dropdown(label="Style", choices=list(style_names), value=None, allow_custom_value=True, elem_id=f"{tab}_styles_edit_select")
             copy = ToolButton(icon_name="reuse", elem_id=f"{tab}_style_copy")
             apply = ToolButton(icon_name="apply", elem_id=f"{tab}_style_apply_dialog")
-        hint = "{prompt} stands for the prompt; without it the text is put behind it"
+        hint = "{prompt} stands for the prompt; without it the text is appended"
         prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, elem_id=f"{tab}_edit_style_prompt", placeholder=hint)
         negative_prompt = gr.Textbox(label="Negative prompt", lines=3, max_lines=12, elem_id=f"{tab}_edit_style_neg_prompt", placeholder=hint)
         with gr.Row():
@@ -56,13 +56,13 @@ def create_style_dialog(tab: str, style_names: Sequence[str], edit: gr.Button) -
 
 
 def style_texts(app: Application, name: str | None) -> tuple[Any, Any]:
-    """(prompt, negative prompt) of the style `name`; what is written stays for a name that is new."""
+    """(prompt, negative prompt) of style `name`; no change for an unknown name."""
     style = app.styles.styles.get((name or "").strip())
     return (style.prompt or "", style.negative_prompt or "") if style is not None else (gr.skip(), gr.skip())
 
 
 def save_style(app: Application, name: str | None, prompt: str, negative_prompt: str) -> list[Any]:
-    """Write the style; updates for the window's list and the styles field."""
+    """Save the style; returns updates for the dialog's list and the styles field."""
     name = (name or "").strip()
     if not name:
         gr.Warning("A style needs a name: type one into the field at the top.")
@@ -72,12 +72,12 @@ def save_style(app: Application, name: str | None, prompt: str, negative_prompt:
     except (RequestError, OSError) as error:
         gr.Warning(f"The style was not saved: {error}")
         return [gr.skip(), gr.skip()]
-    gr.Info(f"Style {name!r} is saved.")
+    gr.Info(f"Style {name!r} was saved.")
     return _lists(app, name)
 
 
 def delete_style(app: Application, name: str | None) -> list[Any]:
-    """Forget the style; updates for the window's list, the styles field, and both texts."""
+    """Delete the style; returns updates for the dialog's list, the styles field, and both texts."""
     name = (name or "").strip()
     if name not in app.styles.styles:
         gr.Warning(f"There is no style {name!r}.")
@@ -96,7 +96,7 @@ def _lists(app: Application, chosen: str | None) -> list[Any]:
 
 
 def connect_style_dialog(app: Application, dialog: StyleDialog, *, prompt: gr.Textbox, negative_prompt: gr.Textbox, styles: gr.Dropdown) -> None:
-    """`prompt`, `negative_prompt` and `styles` are those of the tab."""
+    """`prompt`, `negative_prompt` and `styles` are the tab's controls."""
     texts, mains, lists = [dialog.prompt, dialog.negative_prompt], [prompt, negative_prompt], [dialog.select, styles]
     dialog.edit.click(lambda: gr.update(choices=app.styles.names()), outputs=[dialog.select], **QUIET)
     dialog.select.change(lambda name: style_texts(app, name), inputs=[dialog.select], outputs=texts, **QUIET)

@@ -1,4 +1,4 @@
-"""The styles field above the settings: which styles there are, and the button that puts the chosen ones into the prompts."""
+"""The styles field above the settings: its list of styles, and the button that inserts the chosen styles into the prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def apply_styles(app: Application, prompt: str, negative_prompt: str, names: Sequence[str] | None) -> tuple[str, str, list[str]]:
-    """The prompts with the styles written into them, and an empty choice of styles."""
+    """The prompts with the styles inserted, and an empty selection."""
     chosen = list(names or [])
     styles = app.styles
     return styles.apply_styles_to_prompt(prompt, chosen), styles.apply_negative_styles_to_prompt(negative_prompt, chosen), []

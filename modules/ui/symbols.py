@@ -1,4 +1,4 @@
-"""Faces of tool buttons that extensions give to theirs. The page's own buttons have drawings instead."""
+"""Symbols that extensions put on their tool buttons. The page's own buttons have drawings instead."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The page: puts the tabs together and connects what reaches from one to another.
+"""The page: assembles the tabs and connects what reaches from one to another.
 
-A tab is a function that returns its parts; a new one is added here.
-Must not know how a picture is made or how HTTP is served: webui.py serves what `create_ui` returns, with the arguments of `ui_page.page_settings`.
+A tab is a function that returns its parts. Add a new tab here.
+Must not know how a picture is made or how HTTP is served: webui.py serves the result of `create_ui` with `ui_page.page_settings`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The faces of tool buttons that extensions import from here."""
+    """The tool button symbols that extensions import from here."""
     if name.endswith("_symbol") and hasattr(ui_symbols, name):
         return getattr(ui_symbols, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -76,17 +76,17 @@ log = logging.getLogger(__name__)
 
 GenerationTab = Txt2imgTab | Img2imgTab
 CACHE_CLEANING_S = (3600, 86400)
-"""How often uploaded and copied pictures are looked through, and the age at which they are deleted."""
+"""How often to check uploaded and copied pictures, and the age in seconds at which they are deleted."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
 
 def create_ui(app: Application) -> gr.Blocks:
-    """The whole page for `app`. Builds components only; loads no model."""
+    """The whole page for `app`. Only builds components; loads no model."""
     choices = ui_choices.generation_choices(app)
     styles = ui_choices.style_names(app)
     infotext_utils.reset()
     register_default_pages(app)
-    gr.set_static_paths([str(app.config.outputs_dir)])  # shown from where they were saved, not copied first
+    gr.set_static_paths([str(app.config.outputs_dir)])  # served in place, not copied first
     blocks = GuardedBlocks(analytics_enabled=False, title=ui_page.TITLE, fill_width=True, delete_cache=CACHE_CLEANING_S)
     with ui_scripts.page_build(), blocks as demo:
         quicksettings = create_quicksettings(app)
@@ -130,7 +130,7 @@ def gr_show(visible: bool = True) -> dict[str, Any]:
 
 
 def versions_html() -> str:
-    """The footer's versions; for extensions."""
+    """The versions in the footer; for extensions."""
     return footer_html()
 
 
@@ -145,7 +145,7 @@ def _handler(app: Application, name: str, tab: GenerationTab, build: Callable[[A
 
 
 def _connect_upscale(tab: Txt2imgTab, handler: GenerateHandler) -> None:
-    """The button under the gallery that makes the selected picture again with hires fix."""
+    """The button under the gallery that repeats the selected picture with hires fix."""
     output = tab.output
     index = gr.Number(value=0, visible="hidden", elem_id="txt2img_upscale_index")
     event = output.buttons["upscale"].click(
@@ -243,7 +243,7 @@ def _size_of(tab: GenerationTab) -> Any:
 
 
 def _native_size_updates(app: Application) -> list[Any]:
-    """Width and height of both tabs, when the checkpoint declares its size."""
+    """Width and height of both tabs, if the checkpoint declares its size."""
     size = native_size(app)
     return [gr.skip()] * 4 if size is None else [gr.update(value=side) for side in (*size, *size)]
 
@@ -323,7 +323,7 @@ def _connect_loading(demo: gr.Blocks, app: Application, quicksettings: QuickSett
 
 
 def _register_paste_fields(txt2img: Txt2imgTab, img2img: Img2imgTab) -> None:
-    """Tell extensions' buttons which controls take which parameters, and connect those that are registered."""
+    """Tell extensions' buttons which controls take which parameters, and connect the registered ones."""
     images: Mapping[str, Any] = {"txt2img": None, "img2img": img2img.pictures.init_image, "inpaint": img2img.pictures.inpaint_editor}
     for name, image in images.items():
         tab: GenerationTab = txt2img if name == "txt2img" else img2img

@@ -1,6 +1,6 @@
-"""The token counters beside the prompts: how many tokens the longest part of a prompt has, and how many fit.
+"""The token counters next to the prompts: the token count of a prompt's longest part, and how many fit.
 
-Counts as the text encoder will, without loading a model. Must not know how prompts are encoded.
+Counts like the text encoder, without loading a model. Must not know how prompts are encoded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_COUNTED_CHARACTERS = 50_000
 
 
 class TokenCounter:
-    """Counts with the CLIP vocabulary. The vocabulary is read with the first count."""
+    """Counts with the CLIP vocabulary, which is read at the first count."""
 
     _lock = threading.Lock()
 
@@ -45,7 +45,7 @@ class TokenCounter:
             return ClassicTextProcessingEngine(nn.Identity(), build_clip_tokenizer())
 
     def lengths(self, prompt: str, num_steps: int) -> tuple[int, int]:
-        """(tokens, tokens that fit) of the longest text that any step reads: a part between ANDs, with its schedule at that step."""
+        """(tokens, tokens that fit) of the longest text used at any step: one part between ANDs, with its schedule at that step."""
         from backend.text_processing.composition import split_composition, strip_comments
         from backend.text_processing.schedule import PassSteps, schedule_prompt
 
@@ -59,7 +59,7 @@ class TokenCounter:
         return max(counts, default=(0, CHUNK_TOKENS))
 
     def count_html(self, prompt: str | None, num_steps: float, styles: Sequence[str] | None = None, *, negative: bool = False) -> str:
-        """The counter's text. The chosen styles count where the settings say so."""
+        """The counter's text. Includes the chosen styles if the settings say so."""
         asked = BeforeTokenCounterParams(prompt or "", int(num_steps or 1), list(styles or []), is_positive=not negative)
         callbacks.before_token_counter_callback(asked)
         text, num_steps, styles = asked.prompt, asked.steps, asked.styles
@@ -75,7 +75,7 @@ class TokenCounter:
 
 
 def connect_token_counters(counter: TokenCounter, toprow: Toprow, steps: gr.Slider) -> None:
-    """Count when a prompt changes, and when a script presses the hidden button."""
+    """Recount when a prompt changes, and when a script presses the hidden button."""
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private", "trigger_mode": "always_last"}
     for number, (prompt, label, button) in enumerate(toprow.token_counters):
         count = partial(counter.count_html, negative=number == 1)

@@ -1,6 +1,6 @@
-"""The top of a generation tab: the prompts with their token counters, Generate with Interrupt and Skip, the prompt tools and the styles.
+"""The top of a generation tab: prompts with token counters, Generate with Interrupt and Skip, prompt tools and styles.
 
-Must not know how a picture is made; it returns its parts and the tab connects them.
+Must not know how a picture is made; it returns its parts, and the tab connects them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROMPT_HINTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Toprow:
-    """The parts of a tab's top. `token_buttons` are (button, prompt, counter) for the prompt and the negative prompt."""
+    """The parts at the top of a tab. `token_buttons` are (button, prompt, counter) for the prompt and the negative prompt."""
 
     prompt: gr.Textbox
     negative_prompt: gr.Textbox
@@ -70,7 +70,7 @@ def _prompts(tab: str) -> tuple[gr.Textbox, gr.Textbox, tuple[tuple[gr.Textbox, 
 
 
 def create_generate_box(tab: str) -> dict[str, gr.Button]:
-    """Generate, and what takes its place while a task of the tab runs."""
+    """Generate, and the buttons that replace it while a task of the tab runs."""
     with gr.Row(elem_id=f"{tab}_generate_box", elem_classes=["generate-box"]):
         return {
             "interrupt": gr.Button("Interrupt", elem_id=f"{tab}_interrupt", elem_classes=["generate-box-interrupt"]),
@@ -91,7 +91,7 @@ def _tools(tab: str) -> dict[str, gr.Button]:
 
 
 def create_toprow(tab: str, style_names: Sequence[str]) -> Toprow:
-    """Build the top of the tab `tab` ("txt2img" or "img2img")."""
+    """Build the top of tab `tab` ("txt2img" or "img2img")."""
     with gr.Row(elem_id=f"{tab}_toprow", elem_classes=["toprow"], equal_height=False):
         prompt, negative_prompt, token_counters = _prompts(tab)
         with gr.Column(elem_id=f"{tab}_actions_column", elem_classes=["actions-column"], scale=1, min_width=220):

@@ -1,4 +1,4 @@
-"""The txt2img tab: its controls and how they hang together. What a click on Generate does is connected in modules/ui/tabs.py."""
+"""The txt2img tab: its controls and the events between them. modules/ui/tabs.py connects Generate."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TAB = "txt2img"
 
 @dataclass(frozen=True, kw_only=True)
 class Txt2imgTab:
-    """The parts of the tab. `inputs` are the handler's, by name, in the order that extensions rely on (the task id comes before them)."""
+    """The parts of the tab. `inputs` are the handler's inputs by name, in the order extensions rely on (the task id comes before them)."""
 
     toprow: Toprow
     sampler: SamplerSection

@@ -158,7 +158,7 @@ def test_job_is_found_again_after_a_reload(app: Application) -> None:
 
 
 def test_unknown_job_cannot_be_restored(app: Application) -> None:
-    assert "not at hand any more" in run(handler(app, lambda request: None).restore("task(gone)"))[3]
+    assert "no longer in memory" in run(handler(app, lambda request: None).restore("task(gone)"))[3]
 
 
 def test_waiting_job_is_taken_out_of_the_line(app: Application) -> None:

@@ -104,7 +104,7 @@ def test_paste_button_reads_the_last_pictures_parameters_when_the_prompt_is_empt
 
 def test_paste_button_without_anything_to_paste(paster: Paster, capsys: pytest.CaptureFixture[str]) -> None:
     assert {update.get("value") for update in paster.paste("")} == {None}
-    assert "nothing to paste" in capsys.readouterr().out
+    assert "Nothing to paste" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_other_texts_are_shown_escaped(tmp_path: Path) -> None:
 def test_picture_without_text_says_so(tmp_path: Path) -> None:
     parameters, details = pnginfo.read_picture(write_picture(tmp_path / "a.png"))
     assert parameters == ""
-    assert "carries no text" in details
+    assert "contains no text" in details
 
 
 def test_file_that_is_no_picture_is_explained(tmp_path: Path) -> None:

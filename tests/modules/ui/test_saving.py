@@ -99,7 +99,7 @@ def test_empty_gallery_is_told_in_words(app: Application, method: str) -> None:
 def test_folder_that_is_not_there_yet_opens_nothing(app: Application, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(saving.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("nothing may be started"))
     PictureSaver(app, "txt2img").open_folder()
-    assert "made with the first picture" in capsys.readouterr().out
+    assert "first picture creates it" in capsys.readouterr().out
 
 
 def foreign_files(app: Application, tmp_path: Path) -> list[str]:
