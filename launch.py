@@ -1,7 +1,7 @@
-"""The start: checks the Python, makes the virtual environment, installs the packages, reads the command line once, and runs the program.
+"""Startup: checks the Python version, creates the virtual environment, installs packages, parses the command line once, and runs the program.
 
-This file is read by whatever Python the user has, so it keeps to syntax that any Python reads: only then can it say that it is too old.
-Extensions import `is_installed, run_pip, run, git_clone, git_tag, args` from here. argv and the environment are read nowhere else.
+The user's Python may be of any version, so this file uses only syntax that all versions can parse; otherwise it could not report an old one.
+Extensions import `is_installed, run_pip, run, git_clone, git_tag, args` from here. argv and the environment are read only here.
 """
 
 import os
@@ -12,23 +12,23 @@ NEWEST_PYTHON = (3, 13)
 
 
 def python_problem(version, bits, words):
-    """Why this Python cannot run the program, in plain words; None when it can, or when the words ask not to look."""
+    """Why this Python cannot run the program, in plain words; None if it can, or if the words disable the check."""
     if "--skip-python-version-check" in words and version >= (3, 10):
         return None
     name = "%d.%d" % version[:2]
-    get = "Install Python 3.10 to 3.13 (64 bit) from https://www.python.org/downloads/ or your system's packages and start with it, as in: "
+    get = "Install Python 3.10 to 3.13 (64 bit) from https://www.python.org/downloads/ or your system's packages and start with it, for example: "
     example = "py -3.11 launch.py" if os.name == "nt" else "python3.11 launch.py"
     if tuple(version[:2]) < OLDEST_PYTHON:
         return "Python %s is too old for this program. %s%s" % (name, get, example)
     if tuple(version[:2]) > NEWEST_PYTHON:
-        return "Python %s is newer than this program knows. %s%s (or try it with --skip-python-version-check)" % (name, get, example)
+        return "Python %s is newer than this program supports. %s%s (or try it with --skip-python-version-check)" % (name, get, example)
     if bits < 64:
-        return "This Python is a 32-bit one, for which there is no torch. %s%s" % (get, example)
+        return "This is a 32-bit Python, for which there is no torch. %s%s" % (get, example)
     return None
 
 
 def check_python():
-    """Ends the process with a plain sentence when this Python will not do."""
+    """Exit with a plain message if this Python is unsuitable."""
     words = sys.argv + os.environ.get("COMMANDLINE_ARGS", "").split()
     problem = python_problem(tuple(sys.version_info[:3]), 64 if sys.maxsize > 2**32 else 32, words)
     if problem is not None:
@@ -39,7 +39,7 @@ def check_python():
 if __name__ == "__main__" or sys.version_info[:2] < OLDEST_PYTHON:
     check_python()
 
-# From here on the Python is known to do.
+# From here on the Python version is known to be suitable.
 
 import logging
 import pathlib
@@ -53,7 +53,7 @@ log = logging.getLogger("launch")
 
 
 def __getattr__(name):
-    """`args`, the flags as extensions read them: made from this process's argv when first asked for."""
+    """`args`, the flags as extensions read them: parsed from this process's argv on first access."""
     if name not in ("args", "skip_install", "index_url"):
         raise AttributeError("module %r has no attribute %r" % (__name__, name))
     if name == "index_url":
@@ -69,26 +69,26 @@ def __getattr__(name):
 
 
 def run_pip(command, desc=None, live=False):
-    """Runs `pip COMMAND` for an extension, unless --skip-install was given."""
+    """Run `pip COMMAND` for an extension, unless --skip-install was given."""
     index_url = os.environ.get("INDEX_URL", "")
     return start.run_pip(command, desc, live, index_url=index_url, skip_install=__getattr__("args").skip_install)
 
 
 def run_program(config):
-    """Imports and runs the program; its exit code. A missing package is told from a fault in the program."""
+    """Import and run the program; returns its exit code. Distinguishes a missing package from a bug in the program."""
     os.environ.update(start.library_environment(config, os.environ))
     try:
         import webui
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("webui", "modules", "modules_forge", "backend"):
             raise
-        log.error("The package %s is missing. Delete %s and start again without --skip-install.", error.name, start.stamp_path())
+        log.error("The package %s is missing. Delete %s and run this again without --skip-install.", error.name, start.stamp_path())
         return 1
     return webui.main(config)
 
 
 class Ending:
-    """A request to end from the system (`kill`, a service manager) or Ctrl+C: what is open is closed. The second one ends at once."""
+    """Handles a termination signal (`kill`, a service manager) or Ctrl+C by shutting down cleanly. A second one ends the process at once."""
 
     def __init__(self):
         self.asked = False
@@ -102,7 +102,7 @@ class Ending:
 
 
 def leave(code):
-    """Ends the process with `code`. A thread that is still inside a library's own code would bring the interpreter's orderly end down with it."""
+    """End the process with `code`. A thread still inside a library's native code would crash the interpreter's normal shutdown."""
     left = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     if left:
         log.debug("Threads that still run: %s", ", ".join(left))
@@ -114,7 +114,7 @@ def leave(code):
 
 
 def main():
-    """The whole run; the exit code."""
+    """Run everything; returns the exit code."""
     ending = Ending()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ending)
@@ -125,7 +125,7 @@ def main():
         log.info("Stopped.")
         return 130
     except Exception:  # one of the four walls
-        log.exception("The program stopped because of a fault in it. `python launch.py --dump-sysinfo` writes a file to send with a report.")
+        log.exception("The program crashed because of a bug. `python launch.py --dump-sysinfo` writes a file to attach to a bug report.")
         return 1
 
 

@@ -1,4 +1,4 @@
-"""The composition root: probes devices, builds the application, the API and the page, serves them, and takes them down again. No logic."""
+"""The composition root: probes devices, builds the application, the API and the page, serves them, and shuts them down. No logic."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUIET_LIBRARIES = ("matplotlib", "transformers", "diffusers", "accelerate", "tor
 
 
 def main(config: AppConfig) -> int:
-    """The whole run of the server; the process's exit code."""
+    """Run the server; returns the process's exit code."""
     quiet_libraries()
     if config.list_gpus:
         return list_devices(config)
@@ -46,8 +46,8 @@ def main(config: AppConfig) -> int:
 
 
 def run(config: AppConfig) -> int:
-    """Serve until a command or Ctrl+C ends it. Raises SetupError."""
-    from modules.server import WebServer  # fastapi and uvicorn; --list-gpus does without
+    """Serve until a command or Ctrl+C. Raises SetupError."""
+    from modules.server import WebServer  # imports fastapi and uvicorn, which --list-gpus does not need
 
     server = WebServer(config)
     engine = EngineStart(config)
@@ -72,7 +72,7 @@ def run(config: AppConfig) -> int:
 
 
 def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
-    """Build the API and the page, answer until a command ends it; the command."""
+    """Build the API and the page and serve until a command ends it; returns the command."""
     from modules.api.api import create_api, create_internal_api
     from modules.server import create_fastapi_app, keep_page_last
 
@@ -96,12 +96,12 @@ def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
         return wait_for_command(app)
     finally:
         gc.unfreeze()
-        app.jobs.close()  # first, so that whoever waits for a job is answered while there is a server
+        app.jobs.close()  # first, so that clients waiting for a job still get an answer
         server.stop()
 
 
 def load_extensions(app: Application) -> None:
-    """Extensions, their settings, and without a page their controls, which tell the API what a request may leave out."""
+    """Load extensions, their settings and, without a page, their controls, from which the API takes default arguments."""
     from modules import scripts
 
     scripts.load_scripts(app)
@@ -113,7 +113,7 @@ def load_extensions(app: Application) -> None:
 
 
 def files_of_extensions() -> dict[str, Any]:
-    """Scripts and style sheets for the page."""
+    """Scripts and style sheets of extensions, for the page."""
     from modules import scripts
 
     found = [*scripts.list_scripts("javascript", ".js"), *scripts.list_scripts("javascript", ".mjs")]
@@ -122,7 +122,7 @@ def files_of_extensions() -> dict[str, Any]:
 
 
 def add_page(app: Application, fastapi_app: Any, engine: EngineStart) -> None:
-    """The page of gradio on top of the API."""
+    """Add gradio's page to the API's app."""
     import gradio  # noqa: F401 - heavy: imported while the engine's thread imports torch
 
     startup_timer.record("import gradio")
@@ -141,14 +141,14 @@ def add_page(app: Application, fastapi_app: Any, engine: EngineStart) -> None:
 
 
 def announce(app: Application, server: WebServer) -> None:
-    """Say where the server is, and open what the flags ask to open."""
+    """Log where the server is, and open what the flags ask to open."""
     from modules.http_edge.access import warn_of_open_parts
     from modules.server import open_browser, open_tunnel
 
     config = app.config
     log.info("%s: %s", "API" if config.nowebui else "Running on", server.address)
     if config.log_startup:
-        log.info("Start-up time: %s", startup_timer.summary())
+        log.info("Startup time: %s", startup_timer.summary())
     if config.share and not config.nowebui and (public := open_tunnel(server)):
         log.info("Public address: %s", public)
         app.fastapi_app.edge.names.add(urlsplit(public).netloc)
@@ -161,7 +161,7 @@ def announce(app: Application, server: WebServer) -> None:
 
 
 def wait_for_command(app: Application) -> str:
-    """Sleep until "stop", "kill" or "restart"; Ctrl+C is "stop"."""
+    """Sleep until "stop", "kill" or "restart"; Ctrl+C means "stop"."""
     try:
         while True:
             command = app.state.wait_for_server_command(timeout=1.0)
@@ -173,7 +173,7 @@ def wait_for_command(app: Application) -> str:
 
 
 def select_checkpoint(app: Application) -> None:
-    """Select the checkpoint to start with: --ckpt, the saved one, the first one; with --sdxl an SDXL one."""
+    """Select the startup checkpoint: --ckpt, the saved one, or the first; with --sdxl an SDXL one."""
     config, options = app.config, app.options
     info = select_starting_checkpoint(app.checkpoints, named=config.ckpt, saved=options.sd_model_checkpoint, want_sdxl=config.sdxl)
     if info is not None:
@@ -182,7 +182,7 @@ def select_checkpoint(app: Application) -> None:
 
 def list_devices(config: AppConfig) -> int:
     """Log the devices that --device-id can name, what is on them, and with --ckpt the plan for that checkpoint."""
-    from backend import memory_management  # import torch
+    from backend import memory_management  # imports torch
     from backend.checkpoint_file import CheckpointError
     from backend.devices.probing import DeviceError, probe_devices
     from backend.parallel.planning.planner import WantedStrategy
@@ -204,13 +204,13 @@ def list_devices(config: AppConfig) -> int:
 
 
 def quiet_libraries() -> None:
-    """What libraries tell each other is not for the user; their errors are."""
+    """Hide what libraries log for each other; keep their errors."""
     for name in QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def warn_of_inert_flags(config: AppConfig, slots: Sequence[Slot]) -> None:
-    """One line for each flag that does nothing on these devices. What follows from the flags alone was said before."""
+    """Log a line for each flag without effect on these devices. Those that depend only on other flags were logged before."""
     from backend.devices.inventory import describe_device  # imports torch
 
     kinds = tuple(describe_device(slot.torch_device).kind for slot in slots)
@@ -221,7 +221,7 @@ def warn_of_inert_flags(config: AppConfig, slots: Sequence[Slot]) -> None:
 
 
 class EngineStart:
-    """Imports the engine and probes the devices on a thread of its own: torch beside gradio, what only pictures need once the page answers."""
+    """Imports the engine and probes devices on a separate thread: torch in parallel with gradio; what only pictures need after the page is up."""
 
     def __init__(self, config: AppConfig) -> None:
         self._config = config
@@ -231,19 +231,19 @@ class EngineStart:
         worker.shutdown(wait=False)
 
     def wait_for_devices(self) -> None:
-        """Block until the devices are known. Raises SetupError when a flag names one that is not there."""
+        """Block until the devices are known. Raises SetupError if a flag names a missing one."""
         try:
             self._devices.result()
-        except ValueError as error:  # a DeviceError; its class is in a file that imports torch
+        except ValueError as error:  # a DeviceError, whose class is in a file that imports torch
             raise SetupError(str(error)) from error
 
     def import_networks(self) -> None:
-        """Begin to import the rest, so that the first picture does not wait for it. What fails then fails again in that job, which reports it."""
+        """Start importing the rest, so that the first picture need not wait. A failure recurs in that job, which reports it."""
         self._importer = threading.Thread(target=self._import_networks, name="engine-import", daemon=True)
         self._importer.start()
 
     def finish(self) -> None:
-        """Wait for what still runs: a thread inside torch's code may not be cut off by the end of the interpreter."""
+        """Wait for running threads: the interpreter must not exit while a thread is inside torch's code."""
         if self._importer is not None:
             self._importer.join(FINISH_TIMEOUT_S)
 
@@ -269,4 +269,4 @@ class EngineStart:
         with contextlib.suppress(ImportError, OSError, RuntimeError), network_imports:  # the first job meets what fails again
             for name in ("backend.loader", "modules.processing.pictures", "modules.samplers.kdiffusion"):
                 importlib.import_module(name)
-        gc.freeze()  # page and libraries stay: collections between jobs would walk half a million objects for nothing
+        gc.freeze()  # page and libraries stay loaded: collections would scan half a million objects for nothing

@@ -1,7 +1,7 @@
-"""What the application is told at start, as one frozen value.
+"""The application's startup configuration as one frozen value.
 
 Imports in milliseconds: no torch, no gradio, no probing.
-`modules.launch.cmd_args` makes it from the command line; this file must not know argv or the environment.
+`modules.launch.cmd_args` builds it from the command line; this file must not know argv or the environment.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ API_PORT = 7861
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AppConfig:
-    """The whole configuration of one run. Folders may not exist yet: `webui.py` makes those it writes to.
+    """The whole configuration of one run. Folders may not exist yet: `webui.py` creates those it writes to.
 
-    The first entry of each `*_dirs` is the standard folder; folders named by flags follow in the order they were given.
-    `notices` are sentences for the user that came up while the flags were read (a flag without effect, a folder that is not there).
-    `has_screen` says whether a browser could be shown here; `subpath` has no slash at either end.
-    `flags` has every flag by its name with underscores, as `shared.cmd_opts` shows it to extensions.
+    The first entry of each `*_dirs` is the standard folder; folders from flags follow in the order given.
+    `notices` are messages for the user from parsing the flags (a flag without effect, a missing folder).
+    `has_screen` says whether a browser can be shown on this machine; `subpath` has no slash at either end.
+    `flags` contains every flag by its name with underscores, as `shared.cmd_opts` shows them to extensions.
     """
 
     data_dir: Path
@@ -84,7 +84,7 @@ class AppConfig:
 
     @property
     def listen_port(self) -> int:
-        """The port as given, else 7860 for the page and 7861 for the API alone."""
+        """The given port, else 7860 for the page and 7861 for the API alone."""
         return self.port if self.port is not None else (API_PORT if self.nowebui else UI_PORT)
 
     @property
@@ -94,5 +94,5 @@ class AppConfig:
 
     @property
     def page_is_trusted(self) -> bool:
-        """Whether who uses the page is a user of this machine, or knows a password: such a user may name folders."""
+        """Whether users of the page are on this machine or have a password: such users may name folders."""
         return self.is_local or bool(self.gradio_auth)

@@ -1,6 +1,6 @@
-"""The running application as one value: its configuration, settings, state, job line and models.
+"""The running application as one value: configuration, settings, state, job queue and models.
 
-webui.py builds one and installs it; page, API and guests ask for the installed one. Must not know gradio or HTTP.
+webui.py builds and installs one; page, API and guests use the installed one. Must not know gradio or HTTP.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from modules_forge import shared as control_models
 
 @dataclass(kw_only=True)
 class Application:
-    """What one server consists of. `demo` and `fastapi_app` are set when the page is built."""
+    """The parts of one server. `demo` and `fastapi_app` are set when the page is built."""
 
     config: AppConfig
     options: Options
@@ -45,7 +45,7 @@ class Application:
     folders: FolderPolicy
     upscaler_models: UpscalerModels | None = None
     extensions: list[Any] = field(default_factory=list)
-    """Extensions that were found, and the script runners of the tabs by name; modules.scripts.load_scripts fills both."""
+    """The extensions found, and the script runners by tab name; modules.scripts.load_scripts fills both."""
     script_runners: dict[str, Any] = field(default_factory=dict)
     job_bar: JobBar = field(default_factory=JobBar)
     last_profile: Any = None
@@ -55,16 +55,16 @@ class Application:
     started_at: float = field(default_factory=time.time)
 
     def save_options(self) -> None:
-        """Write the settings file, unless --freeze-settings. Raises OptionError then."""
+        """Write the settings file. Raises OptionError with --freeze-settings."""
         self.options.save(self.config.settings_file)
 
     def close(self) -> None:
-        """End the job line; the running job stops within one step."""
+        """Close the job queue; the running job stops within one step."""
         self.jobs.close()
 
 
 def create_options(config: AppConfig) -> Options:
-    """The settings of this run, read from its settings file."""
+    """This run's settings, read from its settings file."""
     table = build_option_table(config.flags, outputs_dir=config.outputs_dir, saved_dir=config.data_dir / "log" / "images")
     restricted = restricted_opts if config.hide_ui_dir_config else frozenset()
     frozen_keys = frozenset(table) if config.freeze_settings else _keys_frozen_by_name(config, table)
@@ -75,7 +75,7 @@ def create_options(config: AppConfig) -> Options:
 
 
 def create_folder_policy(config: AppConfig, options: Options) -> FolderPolicy:
-    """What may be named from now on; the folders that the settings file names are the operator's choice."""
+    """Which folders may be named from now on; those in the settings file are the operator's choice."""
     configured = [options.data[key] for key, info in options.data_labels.items() if info.path_kind == FOLDER_FOR_OUTPUTS and options.data.get(key)]
     return FolderPolicy(config, configured, hidden_keys=frozenset(options.restricted_opts))
 
@@ -91,7 +91,7 @@ def _split(value: Any) -> set[str]:
 
 
 def build_application(config: AppConfig, *, load: LoadEngine = load_engine) -> Application:
-    """Everything below the page, wired up. Reads the settings file and looks for models; loads none."""
+    """Everything below the page, wired up. Reads the settings file and scans for models; loads none."""
     options = create_options(config)
     file_cache = FileCache(config.data_dir / "cache")
     hashes = HashStore(file_cache, enabled=not config.no_hashing)
@@ -117,7 +117,7 @@ def build_application(config: AppConfig, *, load: LoadEngine = load_engine) -> A
 
 
 def _demo_checkpoints(config: AppConfig) -> tuple[Path, ...]:
-    """The models that come with the program, for a data folder elsewhere: its user has something to try before there is a model."""
+    """The bundled models, if the data folder is elsewhere, so that a new user can try something before having a model."""
     folder = SCRIPT_DIR / "models" / "Stable-diffusion"
     return tuple(sorted(folder.glob("demo-*.safetensors"))) if config.use_demo and folder not in config.ckpt_dirs else ()
 
@@ -130,8 +130,8 @@ _installed: Application | None = None
 
 
 def install(app: Application | None) -> None:
-    """Make `app` the one that guests and the facades speak to; None removes it."""
-    global _installed  # noqa: PLW0603 - the one place where the running application is known
+    """Make `app` the application used by guests and facades; None removes it."""
+    global _installed  # noqa: PLW0603 - the only global reference to the running application
     _installed = app
     context.install_context(app)
     if app is not None:
@@ -143,12 +143,12 @@ def install(app: Application | None) -> None:
 
 
 def current_application() -> Application:
-    """The installed application. Raises RuntimeError before there is one."""
+    """The installed application. Raises RuntimeError if there is none."""
     if _installed is None:
-        raise RuntimeError("no application is installed yet; webui.py installs it at start, tests with modules.application.install().")
+        raise RuntimeError("no application is installed yet. webui.py installs it at startup, tests with modules.application.install().")
     return _installed
 
 
 def application_or_none() -> Application | None:
-    """The installed application, or None before there is one."""
+    """The installed application, or None."""
     return _installed

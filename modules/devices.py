@@ -1,4 +1,4 @@
-"""Devices and number types under the names that extensions import, and the NaN check. Decisions are made in backend/memory_management.py."""
+"""Devices and dtypes under the names that extensions import, and the NaN check. backend/memory_management.py makes the decisions."""
 
 from __future__ import annotations
 
@@ -20,28 +20,25 @@ nv_rng = None
 
 
 class NansException(RequestError):
-    """The model produced only NaN."""
+    """The model produced nothing but NaN."""
 
     status = 500
 
 
 _ADVICE = {
     "unet": (
-        "The UNet produced NaN in every place. This is either the number format (start with --all-in-fp32, or --force-upcast-attention), "
-        "or a broken checkpoint file. Another sampler or a lower CFG scale may help. --disable-nan-check lets such pictures through."
+        "The UNet produced only NaN. The cause is either the precision (start with --all-in-fp32 or --force-upcast-attention) "
+        "or a broken checkpoint file. Another sampler or a lower CFG scale may help. --disable-nan-check skips this check."
     ),
-    "vae": (
-        "The VAE produced NaN in every place. Start with --no-half-vae (or --vae-in-fp32), or choose another VAE. "
-        "--disable-nan-check lets such pictures through."
-    ),
+    "vae": ("The VAE produced only NaN. Start with --no-half-vae (or --vae-in-fp32), or choose another VAE. --disable-nan-check skips this check."),
 }
 
 
 def test_for_nans(x: torch.Tensor, where: str) -> None:
-    """Raise NansException when `x`, the output of "unet" or "vae", is NaN everywhere, unless --disable-nan-check."""
+    """Raise NansException if `x`, the output of "unet" or "vae", is NaN everywhere, unless --disable-nan-check is set."""
     if _flag("disable_nan_check") or not bool(torch.isnan(x).all()):
         return
-    raise NansException(_ADVICE.get(where, f"A tensor of NaN was produced in {where}."))
+    raise NansException(_ADVICE.get(where, f"{where} produced only NaN."))
 
 
 def test_layers_for_nans(model: Any, output: torch.Tensor, run: Callable[[], object]) -> None:
@@ -64,7 +61,7 @@ def _flag(name: str) -> bool:
 
 
 def torch_gc() -> None:
-    """Give idle memory back to the devices."""
+    """Release cached memory of the devices."""
     memory_management.soft_empty_cache()
 
 
@@ -96,7 +93,7 @@ def has_xpu() -> bool:
 
 
 def autocast(disable: bool = False) -> contextlib.AbstractContextManager[Any]:
-    """Nothing: number types are set on the models."""
+    """Does nothing: dtypes are set on the models."""
     return contextlib.nullcontext()
 
 
@@ -117,14 +114,14 @@ def cond_cast_float(x: torch.Tensor) -> torch.Tensor:
 
 
 def randn(seed: int, shape: Any, generator: Any = None) -> torch.Tensor:
-    """Noise from `seed` as the setting randn_source says, on the CPU."""
-    from modules.samplers.noise import randn as noise_of_seed  # built on this file
+    """Noise from `seed` according to the setting randn_source, on the CPU."""
+    from modules.samplers.noise import randn as noise_of_seed  # it imports this file
 
     return noise_of_seed(seed, shape, generator)
 
 
 def randn_without_seed(shape: Any, generator: Any = None) -> torch.Tensor:
-    from modules.samplers.noise import randn_without_seed as noise  # built on this file
+    from modules.samplers.noise import randn_without_seed as noise  # it imports this file
 
     return noise(shape, generator)
 
@@ -147,7 +144,7 @@ _LAZY: dict[str, Callable[[], Any]] = {
 
 
 def __getattr__(name: str) -> Any:
-    """`device`, `dtype`, `dtype_vae` and their kin, asked for when they are read."""
+    """`device`, `dtype`, `dtype_vae` and similar names, computed when read."""
     if name in _LAZY:
         return _LAZY[name]()
     if name == "unet_needs_upcast":

@@ -1,6 +1,6 @@
-"""Errors that the application answers with, and the reporting helpers extensions call.
+"""Errors that the application answers with, and the reporting helpers that extensions call.
 
-A `RequestError` is the caller's mistake: its message is shown as it is, and the API answers with its `status`.
+A `RequestError` is the caller's mistake: its message is shown unchanged, and the API answers with its `status`.
 Must not know models, HTTP or the page.
 """
 
@@ -23,45 +23,45 @@ _records_lock = threading.Lock()
 
 
 class RequestError(Exception):
-    """The request cannot be served as it stands. `status` is the HTTP status that says why (422: a field's value)."""
+    """The request cannot be served as it is. `status` is the HTTP status with the reason (422: a field's value)."""
 
     status = 422
     retry_after_s: int | None = None
 
 
 class OptionError(RequestError, ValueError):
-    """A setting was given a value it cannot take, or may not be changed."""
+    """A setting got an invalid value, or may not be changed."""
 
 
 class NoCheckpointError(RequestError):
-    """No model file is there to make a picture with. Not a 404: clients take that for an API that is switched off."""
+    """There is no model file. Not a 404, because clients read that as a disabled API."""
 
     status = 409
 
 
 class UnknownCheckpointError(RequestError):
-    """A checkpoint was asked for by a name that no file answers to."""
+    """The requested checkpoint does not exist."""
 
 
 class UnknownSamplerError(RequestError):
-    """A sampler or schedule was asked for by a name that does not exist."""
+    """The requested sampler or schedule does not exist."""
 
 
 class JobCancelled(RequestError):
-    """The job was taken out of the queue before it began."""
+    """The job was removed from the queue before it started."""
 
     status = 409
 
 
 class LineFullError(RequestError):
-    """So many jobs wait that no more are taken for now."""
+    """The queue is full."""
 
     status = 503
     retry_after_s = 10
 
 
 class ServerClosingError(JobCancelled):
-    """The server is about to end: it takes no job and drops those that wait."""
+    """The server is shutting down: it accepts no jobs and drops waiting ones."""
 
     status = 503
     retry_after_s = 30
@@ -91,19 +91,19 @@ def record_exception(error: BaseException | None = None) -> None:
 
 
 def report(message: str, *, exc_info: bool = False) -> None:
-    """Log an error, with the traceback of the exception being handled when `exc_info` is true."""
+    """Log an error, with the traceback of the exception being handled if `exc_info` is true."""
     record_exception()
     log.error("%s", message, exc_info=exc_info)
 
 
 def display(error: BaseException, task: str, *, full_traceback: bool = False) -> None:
-    """Log `error`, which happened while doing `task`."""
+    """Log `error`, which occurred during `task`."""
     record_exception()
     log.error("%s: %s: %s", task or "error", type(error).__name__, error, exc_info=error)
 
 
 def display_once(error: BaseException, task: str) -> None:
-    """Log `error` the first time that `task` fails."""
+    """Log `error` the first time `task` fails."""
     if task in _shown_once:
         return
     _shown_once.add(task)

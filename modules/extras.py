@@ -1,4 +1,4 @@
-"""Reading what a picture says about its making, as the PNG Info tab shows it."""
+"""Reads a picture's generation parameters, as shown in the PNG Info tab."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modules.pictures.metadata import read_info_from_image
 
 
 def run_pnginfo(image: Image.Image | None) -> tuple[str, str, str]:
-    """("", infotext, HTML of everything the file says). Empty texts without a picture."""
+    """("", infotext, HTML of all metadata in the file). Empty strings without a picture."""
     if image is None:
         return "", "", ""
     geninfo, items = read_info_from_image(image)

@@ -1,4 +1,4 @@
-"""The old name of modules.infotext.parameters: importing it gives that very module."""
+"""The old name of modules.infotext.parameters; importing it returns that very module."""
 
 from __future__ import annotations
 

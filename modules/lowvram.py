@@ -1,4 +1,4 @@
-"""Questions about memory that extensions of old programs ask. Memory is planned in backend/memory; here they get to its entries."""
+"""Memory functions that older extensions call. backend/memory plans memory; these delegate to it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 
 def send_everything_to_cpu() -> None:
-    """Take all models off the devices."""
+    """Move all models off the devices."""
     from backend import memory_management  # imports torch
 
     memory_management.unload_all_models()
 
 
 def is_enabled(sd_model: Any) -> bool:
-    """Whether the parts of a model are moved one by one by an extension; they never are."""
+    """Always false: no extension moves the parts of a model one by one."""
     return False
 
 
@@ -22,7 +22,7 @@ def is_needed(sd_model: Any) -> bool:
 
 
 def setup_for_low_vram(sd_model: Any, use_medvram: bool) -> None:
-    """Kept for extensions that call it; memory is planned for every model."""
+    """Kept for extensions that call it; memory is planned for every model anyway."""
 
 
 def apply(sd_model: Any) -> None:

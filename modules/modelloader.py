@@ -1,4 +1,4 @@
-"""Model files that extensions fetch and look for, under the names that they import."""
+"""Downloading and finding model files, under the names that extensions import."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ log = logging.getLogger(__name__)
 def load_file_from_url(
     url: str, *, model_dir: str, progress: bool = True, file_name: str | None = None, hash_prefix: str | None = None, re_download: bool = False
 ) -> str:
-    """The file from `url` in `model_dir`, fetched if it is not there; its absolute path. It appears whole or not at all.
+    """The absolute path of the file from `url` in `model_dir`, downloaded if missing. The download is atomic.
 
-    `hash_prefix`: how its SHA-256 must begin. Raises URLError, and RuntimeError for another hash.
+    `hash_prefix`: required start of its SHA-256. Raises URLError, and RuntimeError if the hash differs.
     """
-    import torch  # heavy; importing this file must not wait for it
+    import torch  # heavy; only needed for downloads
 
     folder = Path(model_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def load_models(
     ext_blacklist: Sequence[str] | None = None,
     hash_prefix: str | None = None,
 ) -> list[str]:
-    """Model files below `command_path` and `model_path`; where there are none and a URL is given, the file from there."""
+    """Model files below `command_path` and `model_path`; if there are none and a URL is given, the file from there."""
     folders = [Path(folder) for folder in (command_path, model_path) if folder]
     found = [path for folder in folders for path in find_files(folder)]
     wanted = [
@@ -57,5 +57,5 @@ def load_upscalers() -> None:
 
 
 def friendly_name(file: str) -> str:
-    """A file's name without its ending, for lists."""
+    """A file name without its suffix, for lists."""
     return Path(urlparse(file).path if "http" in file else file).stem

@@ -1,4 +1,4 @@
-"""What a misspelt name may have meant, for error messages."""
+"""Suggests what a misspelled name may have meant, for error messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ENDINGS = ("safetensors", "ckpt", "pt", "pth", "bin", "sft", "patch")
 
 
 def say_nearest(asked: object, known: Iterable[str]) -> str:
-    """ "nearest are 'a', 'b' (of 7)", or the first of all names where none is near. Letter case and folders do not count."""
+    """ "nearest are 'a', 'b' (of 7)", or the first names if none is near. Ignores case and folders."""
     names = list(dict.fromkeys(known))
     bare = {_bare(name): name for name in reversed(names)}
     near = difflib.get_close_matches(_bare(str(asked)[:_COMPARED_LETTERS]), list(bare), n=3, cutoff=0.5)

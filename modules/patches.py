@@ -1,4 +1,4 @@
-"""Replacing a function of another module and putting it back, so that two extensions which do the same do not lose the original."""
+"""Replaces a function of another module and restores it, so that two extensions patching the same function do not lose the original."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections import defaultdict
 from typing import Any
 
 originals: dict[Any, dict[tuple[Any, str], Any]] = defaultdict(dict)
-"""Who patched -> (object, attribute) -> what was there."""
+"""Who patched -> (object, attribute) -> the original."""
 
 
 def patch(key: Any, obj: Any, field: str, replacement: Any) -> Any:
-    """Put `replacement` in the place of `obj.field` for `key`; what was there. Raises RuntimeError when `key` has done so already."""
+    """Replace `obj.field` with `replacement` for `key`; returns the original. Raises RuntimeError if `key` already replaced it."""
     place = (obj, field)
     if place in originals[key]:
         raise RuntimeError(f"patch for {field} is already applied by {key}; undo it first.")
@@ -21,7 +21,7 @@ def patch(key: Any, obj: Any, field: str, replacement: Any) -> Any:
 
 
 def undo(key: Any, obj: Any, field: str) -> None:
-    """Put back what `key` found there. Raises RuntimeError when it has replaced nothing."""
+    """Restore what `key` replaced. Raises RuntimeError if it replaced nothing."""
     place = (obj, field)
     if place not in originals[key]:
         raise RuntimeError(f"there is no patch for {field} by {key} to undo.")
@@ -29,5 +29,5 @@ def undo(key: Any, obj: Any, field: str) -> None:
 
 
 def original(key: Any, obj: Any, field: str) -> Any:
-    """What `key` found at `obj.field`, None when it has not replaced it."""
+    """The original of `obj.field` before `key` replaced it; None if it has not."""
     return originals[key].get((obj, field))

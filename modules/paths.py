@@ -13,7 +13,7 @@ paths: dict[str, str] = {}
 
 
 class Prioritize:
-    """`with Prioritize(name):` of old extensions; nothing has to be moved to the front here."""
+    """Supports `with Prioritize(name):` in old extensions; does nothing."""
 
     def __init__(self, name: str) -> None:
         self.name = name

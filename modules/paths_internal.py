@@ -1,6 +1,6 @@
-"""Folders under the names that extensions import. Values come from the installed application; before there is one, from this program's own folder.
+"""Folders under the names that extensions import, from the installed application or, if there is none, from this program's own folder.
 
-Makes no folders.
+Creates no folders.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _folders() -> dict[str, Path]:
 
 
 def __getattr__(name: str) -> Any:
-    """`data_path, models_path, default_output_dir, extensions_dir, config_states_dir` as texts."""
+    """`data_path, models_path, default_output_dir, extensions_dir, config_states_dir` as strings."""
     folders = _folders()
     if name not in folders:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`model_hijack`, which extensions of old programs ask about the model: nothing is hijacked here, so most of it is kept for them to call."""
+"""`model_hijack`, which older extensions query about the model. Nothing is hijacked here; most methods exist only so that they can be called."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from modules.jobs.context import installed_context
 
 
 class StableDiffusionModelHijack:
-    """What can be answered is; the rest has no effect."""
+    """Queries are answered where possible; everything else has no effect."""
 
     def __init__(self) -> None:
         self.comments: list[str] = []
@@ -18,12 +18,12 @@ class StableDiffusionModelHijack:
 
     @property
     def embedding_db(self) -> Any:
-        """Textual inversion embeddings of the model in use; None before one is loaded."""
+        """Textual inversion embeddings of the current model; None before one is loaded."""
         app = installed_context()
         return None if app is None else getattr(app.models.engine, "embeddings", None)
 
     def get_prompt_lengths(self, text: str, cond_stage_model: Any = None) -> tuple[int, int]:
-        """(tokens, tokens that fit). Before a model is loaded, words are counted."""
+        """(tokens, tokens that fit). Before a model is loaded, counts words."""
         app = installed_context()
         engine = None if app is None else app.models.engine
         if engine is None:

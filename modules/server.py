@@ -1,6 +1,6 @@
-"""Serving the page and the API over HTTP: one FastAPI app, one listening socket, one thread. Must not know what is served on it.
+"""Serves the page and the API over HTTP: one FastAPI app, one listening socket, one thread. Must not know what is served.
 
-The page comes from gradio and is mounted last, so that every route before it keeps its address.
+gradio's page is mounted last, so that it does not hide any earlier route.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ START_TIMEOUT_S = 60.0
 
 
 class SubpathApp:
-    """Lets a proxy hand on `/subpath/...` as it came: the prefix is told to the app instead of cut off."""
+    """Lets a proxy forward `/subpath/...` unchanged: the app is told the prefix instead of the proxy stripping it."""
 
     def __init__(self, app: AsgiApp, subpath: str) -> None:
         self.app = app
@@ -52,7 +52,7 @@ class SubpathApp:
 
 
 class EdgeApp(fastapi.FastAPI):
-    """An app behind `edge`, which also stands outside of every middleware that extensions add."""
+    """An app behind `edge`, which also wraps every middleware added by extensions."""
 
     edge: Edge
 
@@ -66,7 +66,7 @@ class EdgeApp(fastapi.FastAPI):
 
 
 def create_fastapi_app(config: AppConfig) -> EdgeApp:
-    """The app that the API's routes and the page go on. `--cors-allow-origins` opens it to other sites, nothing else does."""
+    """The app for the API's routes and the page. Only `--cors-allow-origins` opens it to other sites."""
     app = EdgeApp(title="WebUI", version=program_version(), docs_url="/docs", redoc_url="/redoc")
     app.edge = Edge(config, lambda: app.router.routes)
     if config.cors_origins or config.cors_origins_regex:
@@ -82,8 +82,8 @@ def create_fastapi_app(config: AppConfig) -> EdgeApp:
 
 
 def mount_page(app: fastapi.FastAPI, demo: gradio.Blocks, config: AppConfig, settings: Mapping[str, Any]) -> None:
-    """Serve gradio's page at the root of `app`, behind the login that --gradio-auth asks for. `settings` go to gradio as they are."""
-    import gradio  # heavy; --nowebui does without
+    """Serve gradio's page at the root of `app`, behind the --gradio-auth login. `settings` are passed to gradio unchanged."""
+    import gradio  # heavy; not needed with --nowebui
 
     gradio.mount_gradio_app(
         app,
@@ -101,15 +101,15 @@ def mount_page(app: fastapi.FastAPI, demo: gradio.Blocks, config: AppConfig, set
 
 
 def keep_page_last(app: fastapi.FastAPI) -> None:
-    """Move the page behind routes that were added after it; it would answer for them."""
+    """Move the page after routes that were added later; otherwise it would shadow them."""
     app.router.routes.sort(key=lambda route: isinstance(route, Mount) and route.path == "")
 
 
 class WebServer:
-    """A running server. The socket is bound when the object is made, so that a port in use is known before anything slow happens."""
+    """A running server. The socket is bound in the constructor, so that a port in use is detected before anything slow happens."""
 
     def __init__(self, config: AppConfig) -> None:
-        """Raises launch_errors.SetupError, which names the port and the flag, when the address cannot be had."""
+        """Raises launch_errors.SetupError, which names the port and the flag, if the address is not available."""
         self.config = config
         self.socket = _bind(config)
         self._server: uvicorn.Server | None = None
@@ -117,7 +117,7 @@ class WebServer:
 
     @property
     def address(self) -> str:
-        """Where a browser on this machine finds it."""
+        """The URL for a browser on this machine."""
         scheme = "https" if self.config.tls_certfile else "http"
         host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::", "") else self.config.host
         host = f"[{host}]" if ":" in host else host
@@ -125,7 +125,7 @@ class WebServer:
         return f"{scheme}://{host}:{self.socket.getsockname()[1]}{path}"
 
     def start(self, app: fastapi.FastAPI) -> None:
-        """Answer requests from now on, on a thread of its own. Raises RuntimeError when that does not come about."""
+        """Start answering requests on a separate thread. Raises RuntimeError if the server does not start."""
         config = self.config
         asgi: Any = SubpathApp(app, config.subpath) if config.subpath else app
         self._server = uvicorn.Server(
@@ -153,10 +153,10 @@ class WebServer:
             if not self._thread.is_alive():
                 break
             waited.wait(0.01)
-        raise RuntimeError(f"the server at {self.address} did not start; the log above says why.")
+        raise RuntimeError(f"the server at {self.address} did not start; see the log above.")
 
     def stop(self) -> None:
-        """Finish what is being answered (5 s at most) and let go of the port."""
+        """Finish answers in progress (at most 5 s) and release the port."""
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
             self._thread.join(10)
@@ -174,19 +174,19 @@ def _bind(config: AppConfig) -> socket.socket:
         listening.bind(address)
     except OSError:
         listening.close()
-        check_port(host, port)  # somebody took it meanwhile; this says so
+        check_port(host, port)  # taken in the meantime; this raises the right message
         raise
     listening.set_inheritable(False)
     return listening
 
 
 def open_browser(address: str) -> None:
-    """Show the page."""
+    """Open the page in a browser."""
     webbrowser.open(address)
 
 
 def open_tunnel(server: WebServer) -> str | None:
-    """A public address that leads here (--share), or None with the reason in the log."""
+    """A public address for this server (--share), or None with the reason in the log."""
     import secrets
 
     import httpx
@@ -196,5 +196,5 @@ def open_tunnel(server: WebServer) -> str | None:
     try:
         return str(networking.setup_tunnel(server.config.host, server.socket.getsockname()[1], secrets.token_urlsafe(32), None, None))
     except (OSError, ValueError, RuntimeError, httpx.HTTPError, ChecksumMismatchError) as error:
-        log.warning("--share: no public address could be had (%s); the page is reachable at %s only.", error, server.address)
+        log.warning("--share: could not get a public address (%s); the page is only reachable at %s.", error, server.address)
         return None

@@ -1,7 +1,7 @@
-"""The lobby: what extensions read from `modules.shared`. Every name is looked up in the installed application when it is read.
+"""The lobby: what extensions read from `modules.shared`. Every name is looked up in the installed application on access.
 
-Residents of this program never import this file; they take what they need as arguments. Names that no extension may count on are not here:
-tests/modules/test_shared.py holds the list.
+This program's own modules never import this file; they take what they need as arguments. It contains only names that extensions may rely on;
+tests/modules/test_shared.py has the list.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ xformers_available = False
 
 
 def _app() -> Application:
-    from modules.application import current_application  # the application is built on this file's neighbours
+    from modules.application import current_application  # the application imports this file's neighbors
 
     return current_application()
 
 
 class _CommandLine:
-    """The flags by their names with underscores; names that no flag has are None, as old extensions ask for flags that are gone."""
+    """The flags by name with underscores; unknown names are None, because old extensions ask for removed flags."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -58,7 +58,7 @@ class _CommandLine:
 
 
 class _TotalProgress:
-    """`total_tqdm`: kept for extensions that clear or update it; progress is shown by the job itself."""
+    """`total_tqdm`: kept for extensions that clear or update it; the job shows its own progress."""
 
     def reset(self) -> None: ...
 
@@ -88,7 +88,7 @@ _FROM_APPLICATION: dict[str, Callable[[Application], Any]] = {
     "hf_endpoint": lambda app: "https://huggingface.co",
 }
 
-# names that live elsewhere and are imported when they are read
+# names defined elsewhere, imported on access
 _ELSEWHERE = {
     "device": ("devices", "device"),
     "parser": ("cmd_args", "parser"),
@@ -121,4 +121,4 @@ def reload_hypernetworks() -> None:
 
 
 def reload_gradio_theme(theme_name: str | None = None) -> None:
-    """Kept for extensions that call it; the theme is taken when the page is built."""
+    """Kept for extensions that call it; the theme is fixed when the page is built."""

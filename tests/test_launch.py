@@ -46,7 +46,7 @@ def changed(started: Project) -> Iterator[Project]:
 
 def test_the_first_start_makes_a_venv_installs_torch_first_and_runs_the_program(started: Project) -> None:
     output = (started.root / "first.txt").read_text()
-    steps = ["Making a virtual environment", "Installing torch (1 of 2): pip install torch==2.13.0", "Successfully installed torch-2.13.0"]
+    steps = ["Creating a virtual environment", "Installing torch (1 of 2): pip install torch==2.13.0", "Successfully installed torch-2.13.0"]
     steps += ["Installing packages (2 of 2): requirements_versions.txt", "Successfully installed tiny-1.0", "Packages installed in", "PROGRAM 17860"]
     positions = [output.find(step) for step in steps]
     assert -1 not in positions
@@ -57,7 +57,7 @@ def test_the_first_start_makes_a_venv_installs_torch_first_and_runs_the_program(
 def test_the_second_start_installs_nothing_and_says_so(started: Project) -> None:
     result = started.run("--port", "17860")
     assert (result.code, len(result.output.splitlines())) == (0, 2), result.output
-    assert result.output.startswith("Packages are those of requirements_versions.txt; nothing to install (0.0")
+    assert result.output.startswith("Packages match requirements_versions.txt; nothing to install (0.0")
     assert result.lines("PROGRAM")
 
 
@@ -103,7 +103,7 @@ def test_a_package_that_would_replace_torch_is_refused(changed: Project) -> None
     changed.write_requirements("torch==2.13.0", "greedy==1.0")
     result = changed.run("--exit")
     assert result.code == 1
-    assert "exclude each other" in result.lines("ERROR: Installing")[-1]
+    assert "incompatible versions" in result.lines("ERROR: Installing")[-1]
 
 
 def test_a_package_that_is_not_there_is_named(changed: Project) -> None:
@@ -154,7 +154,7 @@ def test_torch_command_is_run_once_and_its_torch_stays(changed: Project) -> None
 def test_a_torch_command_that_is_none_is_refused(changed: Project) -> None:
     result = changed.run("--exit", TORCH_COMMAND="rm -rf x")
     assert result.code == 1
-    assert "is no pip command" in result.output
+    assert "is not a pip command" in result.output
     assert "Uninstalling" not in result.output
 
 
@@ -313,7 +313,7 @@ def test_a_venv_that_does_not_work_is_named(fresh: Project) -> None:
     python.chmod(0o755)
     result = fresh.run("--exit")
     assert result.code == 1
-    assert "Delete that folder and start again" in result.output
+    assert "Delete that folder and run this again" in result.output
 
 
 def test_sysinfo_is_written_without_secrets(started: Project) -> None:
@@ -351,7 +351,7 @@ def _is_version(python: str, version: str) -> bool:
     [
         ((3, 9, 1), 64, [], "too old"),
         ((3, 9, 1), 64, ["--skip-python-version-check"], "too old"),
-        ((3, 14, 0), 64, [], "newer than this program knows"),
+        ((3, 14, 0), 64, [], "newer than this program supports"),
         ((3, 14, 0), 64, ["--skip-python-version-check"], None),
         ((3, 10, 0), 64, [], None),
         ((3, 13, 9), 64, [], None),

@@ -1,4 +1,4 @@
-"""The HTTP API: every route of /sdapi/v1 and /internal, put on a FastAPI application. Also the two functions for pictures that extensions import.
+"""The HTTP API: every route of /sdapi/v1 and /internal on a FastAPI application. Also two picture functions that extensions import.
 
 Must not know the page.
 """
@@ -40,9 +40,9 @@ _INSTALLED = "internal_api_installed"
 
 
 def create_api(app: Application, fastapi_app: FastAPI, *, process: Process = process_images) -> None:
-    """Put the API's routes on `fastapi_app`: those of the page always, /sdapi/v1 with --api or --nowebui.
+    """Add the API's routes to `fastapi_app`: the page's own always, /sdapi/v1 with --api or --nowebui.
 
-    `process` carries out generation requests.
+    `process` runs generation requests.
     """
     create_internal_api(app, fastapi_app)
     if not (app.config.api or app.config.nowebui):
@@ -57,7 +57,7 @@ def create_api(app: Application, fastapi_app: FastAPI, *, process: Process = pro
 
 
 def create_internal_api(app: Application, fastapi_app: FastAPI) -> None:
-    """Put the routes on `fastapi_app` that the page itself calls. A second call changes nothing."""
+    """Add the routes that the page itself calls. Calling it again changes nothing."""
     if getattr(fastapi_app.state, _INSTALLED, False):
         return
     setattr(fastapi_app.state, _INSTALLED, True)
@@ -65,7 +65,7 @@ def create_internal_api(app: Application, fastapi_app: FastAPI) -> None:
     open_router = create_router(RoutePolicy())
     open_router.add_api_route("/internal/ping", internal.ping, methods=["GET"])
     open_router.add_api_route("/internal/progress", jobs.task_progress, methods=["POST"], response_model=models.TaskProgressResponse)
-    # These tell about the machine and name the tasks of others: whoever set a password wants it asked for here.
+    # These reveal facts about the machine and other users' task names, so they need the password if one is set.
     closed_router = create_router(RoutePolicy(credentials=app.config.api_auth or app.config.gradio_auth, log_calls=app.config.api_log))
     for path, handler, response_model in (
         ("pending-tasks", jobs.pending_tasks, models.PendingTasksResponse),
@@ -136,7 +136,7 @@ def _add_server(router: APIRouter, server: ServerRoutes, *, stoppable: bool) -> 
         _add(router, "POST", "server-kill", server.server_kill)
 
 
-# The names that extensions import
+# Names that extensions import
 
 
 class Api:
@@ -179,16 +179,16 @@ def _wait_for(answer: Coroutine[Any, Any, Any]) -> Any:
 
 
 def decode_base64_to_image(encoding: str) -> Image.Image:
-    """The picture in a base64 text, data URL or (as the settings allow) http URL. Raises RequestError."""
-    from modules.application import application_or_none  # the application is built without HTTP
+    """The picture in a base64 text, data URL or (if the settings allow) http URL. Raises RequestError."""
+    from modules.application import application_or_none  # extensions call this without an application
 
     application = application_or_none()
     return decode_picture(encoding, "image", rules=None if application is None else fetch_rules(application.options))
 
 
 def encode_pil_to_base64(image: Image.Image) -> bytes:
-    """`image` as base64, in the file kind of the settings, with the infotext it carries."""
-    from modules.application import application_or_none  # the application is built without HTTP
+    """`image` as base64, in the file format of the settings, with its infotext."""
+    from modules.application import application_or_none  # extensions call this without an application
 
     application = application_or_none()
     options = None if application is None else application.options

@@ -1,4 +1,4 @@
-"""POST create/embedding: a new textual-inversion file, for training programs to go on from."""
+"""POST create/embedding: a new textual inversion file as a starting point for training programs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class EmbeddingRoutes:
-    """One method for each route."""
+    """One method per route."""
 
     def __init__(self, app: Application) -> None:
         self.app = app
 
     async def create(self, body: models.CreateEmbeddingRequest) -> models.CreateResponse:
-        """The file, for the selected checkpoint's text encoders; it can be used in prompts from now on."""
+        """Create the file for the selected checkpoint's text encoders; prompts can use it immediately."""
         job = self.app.jobs.submit(None, "create embedding", lambda: self._create(body))
         return models.CreateResponse(info=await wait_for_job(job))
 
@@ -46,11 +46,11 @@ class EmbeddingRoutes:
 
 
 def _clip_engines(engine: Any) -> list[Any]:
-    """The text engines that read embeddings. Raises EmbeddingError for a model without."""
+    """The text engines that support embeddings. Raises EmbeddingError for a model without any."""
     from backend.text_processing.classic_engine import ClassicTextProcessingEngine  # imports torch
     from backend.text_processing.embedding import EmbeddingError
 
     found = [one for one in engine.text_engines if isinstance(one, ClassicTextProcessingEngine)]
     if not found:
-        raise EmbeddingError(f"{engine.family_title} reads no embeddings; choose a checkpoint of another family")
+        raise EmbeddingError(f"{engine.family_title} does not support embeddings; choose a checkpoint of another family")
     return found

@@ -1,4 +1,4 @@
-"""What a client is told when a request fails: a status and {error, detail, body, errors}. Never a stack trace, never what a picture held."""
+"""Error answers: a status and {error, detail, body, errors}. Never contains a stack trace or a picture's contents."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ log = logging.getLogger(__name__)
 OUT_OF_MEMORY_STATUS = 507
 DISK_FULL_STATUS = 507
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC})
-_DISK_FULL_TEXT = "The disk of the server is full, and nothing was changed. Free space there, then ask again."
+_DISK_FULL_TEXT = "The disk of the server is full; nothing was changed. Free some space there, then try again."
 _OUT_OF_MEMORY_NAMES = ("OutOfMemory", "OutOfMemoryError", "MemoryError")
 _OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
-_OUT_OF_MEMORY_REMEDY = "Ask for a smaller picture or batch, or start the server with --lowvram."
+_OUT_OF_MEMORY_REMEDY = "Request a smaller picture or batch, or start the server with --lowvram."
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host ran out of memory. Knows the errors of torch and of the engine by name, without importing either."""
+    """Whether a device or the host ran out of memory. Recognizes the errors of torch and of the engine by name, without imports."""
     if any(kind.__name__ in _OUT_OF_MEMORY_NAMES for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY_TEXTS)
 
 
 def error_body(error: str, detail: Any, *, errors: str = "") -> dict[str, Any]:
-    """The JSON of a failed request. `errors` is the detail as one text."""
+    """The JSON of a failed request. `errors` is the detail as one string."""
     return {"error": error, "detail": detail, "body": "", "errors": errors or (detail if isinstance(detail, str) else "")}
 
 
 def error_response(error: Exception) -> JSONResponse:
-    """The answer to a request that raised `error`. What is not the client's mistake is logged with its traceback."""
+    """The answer to a request that raised `error`. Errors that are not the client's mistake are logged with a traceback."""
     if isinstance(error, RequestValidationError):
         entries = [_plain_entry(entry) for entry in error.errors()]
-        if isinstance(error.body, bytes):  # the body was not read as JSON, since its header does not say that it is
+        if isinstance(error.body, bytes):  # the body was not parsed as JSON because its header does not declare it
             entries[0]["msg"] += " (send the header Content-Type: application/json)"
         return JSONResponse(error_body("RequestValidationError", entries, errors=_as_sentence(entries)), status_code=422)
     if isinstance(error, HTTPException):
@@ -59,12 +59,12 @@ def error_response(error: Exception) -> JSONResponse:
         log.error("The disk is full: %s", error)
         return JSONResponse(error_body(type(error).__name__, _DISK_FULL_TEXT), status_code=DISK_FULL_STATUS)
     log.error("API request failed: %s: %s", type(error).__name__, error, exc_info=error)
-    detail = "The server failed to carry out the request; its log has the details."
+    detail = "The server failed to handle the request; see its log for details."
     return JSONResponse(error_body(type(error).__name__, detail, errors=f"{type(error).__name__}: {_first_line(error)}"), status_code=500)
 
 
 def _plain_entry(entry: Any) -> dict[str, Any]:
-    """Where, what and which kind; not the value, which may be a whole picture."""
+    """Location, message and type; not the value, which may be a whole picture."""
     message, kind = str(entry.get("msg", "")), str(entry.get("type", ""))
     if kind == "json_invalid":
         message = f"{message}: {entry.get('ctx', {}).get('error', '')}"

@@ -1,4 +1,4 @@
-"""Routes of the Extras and PNG Info tabs: enlarging pictures, and reading what they say about themselves."""
+"""Routes of the Extras and PNG Info tabs: upscaling pictures, and reading their metadata."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 
 class ExtrasRoutes:
-    """One method for each route."""
+    """One method per route."""
 
     def __init__(self, app: Application) -> None:
         self.app = app
 
     async def single_image(self, body: models.ExtrasSingleImageRequest) -> models.ExtrasSingleImageResponse:
-        """One picture, enlarged."""
+        """Upscale one picture."""
         results = await self._carry_out(body, [("image", body.image)])
         return models.ExtrasSingleImageResponse(html_info=_html_info(results), image=results[0][1])
 
     async def batch_images(self, body: models.ExtrasBatchImagesRequest) -> models.ExtrasBatchImagesResponse:
-        """Several pictures, enlarged in the order they came."""
+        """Upscale several pictures; results keep the order."""
         named = [(f"imageList[{index}].data", entry.data) for index, entry in enumerate(body.imageList)]
         if not named:
             raise RequestError("imageList: is empty; send at least one picture.")
@@ -43,7 +43,7 @@ class ExtrasRoutes:
         return models.ExtrasBatchImagesResponse(html_info=_html_info(results), images=images)
 
     async def _carry_out(self, body: models.ExtrasBaseRequest, named: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """(infotext, base64 picture) for each."""
+        """(infotext, base64 picture) of each result."""
         settings = extras_settings(body)
         self.app.jobs.check_room()
         pictures = await run_in(pool_for(named), self._decode, settings, named)
@@ -59,7 +59,7 @@ class ExtrasRoutes:
             width, height = goal_size_px(picture, settings)
             if width * height > 4 * MAX_PICTURE_PX:
                 limit = f"the limit is {4 * MAX_PICTURE_PX / 10**6:.1f} megapixels"
-                raise RequestError(f"{name}: would become {width}x{height} px; {limit}. Use a smaller factor.")
+                raise RequestError(f"{name}: the result would be {width}x{height} px; {limit}. Use a smaller factor.")
         return pictures
 
     def _enlarge(self, pictures: list[Image.Image], settings: ExtrasSettings) -> list[ExtrasResult]:
@@ -84,7 +84,7 @@ class ExtrasRoutes:
         return encoded
 
     async def png_info(self, body: models.PNGInfoRequest) -> models.PNGInfoResponse:
-        """What a picture says about its making. Empty for a picture that says nothing."""
+        """A picture's generation parameters; empty if it has none."""
         return await run_in(pool_for(body), self._png_info, body)
 
     def _png_info(self, body: models.PNGInfoRequest) -> models.PNGInfoResponse:
@@ -95,18 +95,18 @@ class ExtrasRoutes:
 
 
 class NotAvailableError(RequestError):
-    """A route that clients know, for something this program does not have."""
+    """A route that clients know, for a feature this program lacks."""
 
     status = 501
 
 
 def interrogate(body: models.InterrogateRequest) -> None:
-    """Raises NotAvailableError: there is no model here that describes pictures."""
-    raise NotAvailableError("describing pictures (interrogate) is not available here: no model for it is part of this program.")
+    """Raises NotAvailableError: there is no captioning model."""
+    raise NotAvailableError("captioning (interrogate) is not available: this program includes no model for it.")
 
 
 def extras_settings(body: models.ExtrasBaseRequest) -> ExtrasSettings:
-    """The body as the interface behind the Extras tab takes it."""
+    """The body converted to the settings of the Extras tab."""
     return ExtrasSettings(
         mode=body.resize_mode,
         factor=body.upscaling_resize,

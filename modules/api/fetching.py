@@ -1,7 +1,7 @@
-"""Fetching a picture that a client names by URL, without becoming its way into the network behind the server.
+"""Fetches a picture from a client's URL without giving the client access to the network behind the server.
 
-Every address a name resolves to has to be public, the connection goes to the very address that was checked (a second look-up could answer
-otherwise), and each redirect is checked anew. Must not know pictures or settings.
+All addresses of a host name must be public, the connection goes to exactly the checked address (a second lookup could return another), and
+each redirect is checked again. Must not know pictures or settings.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 
 
 class FetchError(RequestError):
-    """The URL may not be fetched, or it gave no file."""
+    """The URL is not allowed, or did not return a file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FetchRules:
-    """`allow_local` also lets through addresses of this machine and its network."""
+    """`allow_local` also permits addresses of this machine and its network."""
 
     allow_local: bool = False
     user_agent: str = ""
@@ -41,7 +41,7 @@ class FetchRules:
 
 
 fetch_deadline: ContextVar[list[float] | None] = ContextVar("fetch_deadline", default=None)
-"""When all fetches of the request being served have to be over; set with the first of them."""
+"""Deadline of all fetches of the current request; set by the first one."""
 
 
 def _deadline(rules: FetchRules) -> float:
@@ -55,7 +55,7 @@ def _deadline(rules: FetchRules) -> float:
 
 
 def fetch(url: str, rules: FetchRules) -> bytes:
-    """The file at an http(s) URL. All files of one request have `rules.timeout_s` together. Raises FetchError."""
+    """The file at an http(s) URL. All files of a request share `rules.timeout_s`. Raises FetchError."""
     deadline = _deadline(rules)
     for _ in range(MAX_REDIRECTS + 1):
         status, location, body = _request(url, rules, deadline)
@@ -63,7 +63,7 @@ def fetch(url: str, rules: FetchRules) -> bytes:
             url = urljoin(url, location)
             continue
         if status != 200:
-            raise FetchError(f"{_shown(url)} answered {status}; give the URL of a picture.")
+            raise FetchError(f"{_shown(url)} returned status {status}; use the URL of a picture.")
         return body
     raise FetchError(f"{_shown(url)}: more than {MAX_REDIRECTS} redirects.")
 
@@ -73,15 +73,15 @@ def _shown(url: str) -> str:
 
 
 def resolve(host: str, port: int, *, allow_local: bool) -> str:
-    """One address of `host`. Raises FetchError when it has none, or when any of them is not public."""
+    """One address of `host`. Raises FetchError if it has none, or if any of them is not public."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        raise FetchError(f"the host {host!r} cannot be found; give another URL or the picture itself as base64.") from None
+        raise FetchError(f"the host {host!r} cannot be resolved; use another URL or send the picture as base64.") from None
     addresses = [str(entry[4][0]) for entry in found]
     if not allow_local and not all(is_public(address) for address in addresses):
-        reason = "URLs of such addresses are not fetched (setting api_forbid_local_requests)"
-        raise FetchError(f"{host!r} is an address of the server's own network; {reason}.")
+        reason = "such URLs are not fetched (setting api_forbid_local_requests)"
+        raise FetchError(f"{host!r} is an address in the server's own network; {reason}.")
     return addresses[0]
 
 
@@ -127,7 +127,7 @@ def _request(url: str, rules: FetchRules, deadline: float) -> tuple[int, str | N
             connection.endheaders()
             response = connection.getresponse()
             body = _read(response, rules.max_bytes, deadline, url)
-            _seconds_left(deadline)  # what `_end` cut off looks like a whole answer
+            _seconds_left(deadline)  # a response cut off by `_end` looks complete
             return response.status, response.getheader("Location"), body
         finally:
             connection.close()
@@ -139,7 +139,7 @@ def _request(url: str, rules: FetchRules, deadline: float) -> tuple[int, str | N
 
 
 def _end(sockets: list[socket.socket]) -> None:
-    """The time is over: whatever waits for these gets an error. A socket's own time-out begins anew with every byte that drips in."""
+    """Time is up: everything waiting on these sockets gets an error. A socket's own timeout restarts with every byte received."""
     for sock in list(sockets):
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
@@ -148,12 +148,12 @@ def _end(sockets: list[socket.socket]) -> None:
 def _seconds_left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise FetchError("the pictures of this request take too long to fetch; send them as base64.")
+        raise FetchError("fetching the pictures of this request takes too long; send them as base64.")
     return left
 
 
 def _connect(scheme: str, host: str, address: str, port: int, timeout_s: float, sockets: list[socket.socket]) -> http.client.HTTPConnection:
-    """A connection to `address`, which speaks for `host`; its sockets are put into `sockets`."""
+    """A connection to `address` on behalf of `host`; its sockets are appended to `sockets`."""
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     sock = socket.create_connection((address, port), timeout=timeout_s)
     sockets.append(sock)
@@ -176,7 +176,7 @@ def _read(response: http.client.HTTPResponse, max_bytes: int, deadline: float, u
     while chunk := response.read(_CHUNK_BYTES):
         total_bytes += len(chunk)
         if total_bytes > max_bytes:
-            raise FetchError(f"{_shown(url)} holds more than {max_bytes >> 20} MiB; give a smaller picture.")
+            raise FetchError(f"{_shown(url)} is larger than {max_bytes >> 20} MiB; use a smaller picture.")
         _seconds_left(deadline)
         chunks.append(chunk)
     return b"".join(chunks)

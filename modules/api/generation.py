@@ -1,7 +1,7 @@
-"""POST txt2img and img2img: a client's body into a job, and its pictures into an answer.
+"""POST txt2img and img2img: turns a client's body into a job, and the result into an answer.
 
-Everything a client can get wrong is found before the job is queued where that is possible. Pictures are made by modules.processing;
-this file must not know how.
+Client mistakes are detected before the job is queued whenever possible. modules.processing makes the pictures; this file must not know
+how.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Process = Callable[[Any], Any]
 
 _SMALL_MODEL_PX = 512
 
-# fields of the body that are not fields of the request that is carried out
+# body fields that are not fields of the processing request
 _NOT_PASSED_ON = frozenset(
     {
         *("sampler_index", "script_name", "script_args", "send_images", "save_images", "alwayson_scripts", "infotext", "include_init_images"),
@@ -48,7 +48,7 @@ _PICTURE_FIELDS = ("firstpass_image", "mask", "latent_mask")
 
 
 class GenerationRoutes:
-    """The two handlers. `process` carries a request out; tests put their own there."""
+    """The two handlers. `process` runs a request; tests replace it."""
 
     def __init__(self, app: Application, process: Process = process_images) -> None:
         self.app = app
@@ -62,7 +62,7 @@ class GenerationRoutes:
     async def img2img(self, body: models.StableDiffusionProcessingImg2Img) -> models.ImageToImageResponse:
         """Pictures from pictures."""
         if not body.init_images:
-            raise HTTPException(404, "Init image not found: init_images holds the pictures to start from, as base64.")
+            raise HTTPException(404, "Init image not found: send the pictures to start from in init_images, as base64.")
         p, parameters, processed = await self._carry_out("img2img", body)
         return models.ImageToImageResponse(**await run_in(decoders(), self._answer, p, body, parameters, processed))
 
@@ -70,13 +70,13 @@ class GenerationRoutes:
         self.app.jobs.check_room()
         p, parameters = await run_in(pool_for(body), self._prepare, tab, body)
         job = self.app.jobs.submit(body.force_task_id, tab, lambda: self._run(p))
-        saves = body.save_images or p.selected_script is not None  # a selected script may save what it makes
+        saves = body.save_images or p.selected_script is not None  # a selected script may save its results
         return p, parameters, await wait_for_job(job, drop_from=None if saves else self.app.jobs)
 
     # Before the job
 
     def _prepare(self, tab: str, body: models.GenerationRequest) -> tuple[StableDiffusionProcessing, dict[str, Any]]:
-        """(the request to carry out, the body as it counts). Raises RequestError."""
+        """(the request to run, the effective body). Raises RequestError."""
         body, comments = apply_infotext(self.app, tab, body)
         overrides = check_settings(self.app, body.override_settings or {})
         body = self._with_native_size(body, overrides)
@@ -102,7 +102,7 @@ class GenerationRoutes:
         return p, self._echo(body)
 
     def _with_native_size(self, body: RequestT, overrides: Mapping[str, Any]) -> RequestT:
-        """Sides cut to what a latent covers. A request that names no size gets a small model's own instead of 512."""
+        """Round sides down to whole latents. A request without a size gets a small model's native size instead of 512."""
         native = self._native_size_px(overrides)
         sized = bool({"width", "height"} & body.model_fields_set)
         width, height = (body.width, body.height) if sized or native is None else native
@@ -110,7 +110,7 @@ class GenerationRoutes:
         return body.model_copy(update=cut)
 
     def _native_size_px(self, overrides: Mapping[str, Any]) -> tuple[int, int] | None:
-        """The size that the chosen checkpoint's file names, if both sides are below 512. Raises NoCheckpointError."""
+        """The size declared in the checkpoint's file, if both sides are below 512. Raises NoCheckpointError."""
         checkpoint = self.app.models.resolve(self.app.options.snapshot(overrides)).checkpoint
         sides = parse_resolution(checkpoint.metadata.get("modelspec.resolution"))
         if sides is None:
@@ -120,7 +120,7 @@ class GenerationRoutes:
 
     def _named_choices(self, body: models.GenerationRequest) -> dict[str, Any]:
         """Sampler, schedule and upscaler by their proper names. Raises RequestError."""
-        from modules.samplers import registry  # imports torch, for which the server's start does not wait
+        from modules.samplers import registry  # imports torch; server startup does not wait for it
 
         sampler, scheduler = registry.get_sampler_and_scheduler(body.sampler_name or body.sampler_index, body.scheduler)
         if isinstance(body, models.StableDiffusionProcessingTxt2Img) and body.enable_hr:
@@ -130,7 +130,7 @@ class GenerationRoutes:
         return {"sampler_name": sampler, "scheduler": scheduler}
 
     def _pictures(self, body: models.GenerationRequest) -> dict[str, Any]:
-        """Every picture of the body, decoded; the mask at the size of the picture it lies on. Raises PictureError, FetchError."""
+        """All pictures of the body, decoded; the mask resized to its picture. Raises PictureError, FetchError."""
         rules = fetch_rules(self.app.options)
         decoded: dict[str, Any] = {}
         for name in _PICTURE_FIELDS:
@@ -145,13 +145,13 @@ class GenerationRoutes:
         return decoded
 
     def _echo(self, body: models.GenerationRequest) -> dict[str, Any]:
-        """`parameters` of the answer: the body as it counts, without its pictures unless they are asked for."""
+        """`parameters` of the answer: the effective body, without its pictures unless requested."""
         echo = body.model_dump()
         if isinstance(body, models.StableDiffusionProcessingImg2Img) and not body.include_init_images:
             echo["init_images"] = echo["mask"] = None
         return echo
 
-    # The job, and after it
+    # The job and its result
 
     def _run(self, p: Any) -> Any:
         selected = p.selected_script
@@ -183,13 +183,13 @@ _REQUEST_CLASSES: dict[str, Any] = {"txt2img": StableDiffusionProcessingTxt2Img,
 
 
 def check_amount(body: models.GenerationRequest) -> None:
-    """Raises RequestError for more pictures, or larger ones, than one request may ask for."""
+    """Raises RequestError if the number or size of pictures exceeds the limit for one request."""
     if body.width * body.height > MAX_PICTURE_PX:
         raise RequestError(f"width x height: {body.width}x{body.height} px is too large; the limit is {MAX_PICTURE_PX / 10**6:.1f} megapixels.")
     if body.width * body.height * body.batch_size > MAX_BATCH_PX:
         raise RequestError(
-            f"batch_size: {body.batch_size} pictures of {body.width}x{body.height} px at once are too many; the limit is "
-            f"{MAX_BATCH_PX / 10**6:.0f} megapixels a batch. Use n_iter for more batches."
+            f"batch_size: {body.batch_size} pictures of {body.width}x{body.height} px at once is too much; the limit is "
+            f"{MAX_BATCH_PX / 10**6:.0f} megapixels per batch. Use n_iter for more batches."
         )
     if body.batch_size * body.n_iter > MAX_PICTURES:
         raise RequestError(
@@ -198,7 +198,7 @@ def check_amount(body: models.GenerationRequest) -> None:
 
 
 def _check_hires(app: Application, body: models.StableDiffusionProcessingTxt2Img) -> None:
-    """Raises RequestError for a second pass that cannot be: no scale, too large, or names that do not exist."""
+    """Raises RequestError for an impossible second pass: no scale, too large, or unknown names."""
     from modules.pictures.upscaler import find_upscaler
     from modules.pictures.upscaler_list import available_upscalers
     from modules.processing import LATENT_UPSCALE_MODES
@@ -220,5 +220,5 @@ def _check_hires(app: Application, body: models.StableDiffusionProcessingTxt2Img
 def _fit_mask(mask: Image.Image | None, picture: Image.Image) -> Image.Image | None:
     if mask is None or mask.size == picture.size:
         return mask
-    log.info("img2img: the mask is %dx%d px, the picture %dx%d; the mask is stretched over it.", *mask.size, *picture.size)
+    log.info("img2img: the mask is %dx%d px, the picture %dx%d; the mask is stretched to match.", *mask.size, *picture.size)
     return mask.resize(picture.size, Image.Resampling.LANCZOS if mask.mode not in ("1", "P") else Image.Resampling.NEAREST)

@@ -1,7 +1,7 @@
-"""The field `infotext` of a request: parameters as text, for what the body does not name itself.
+"""The request field `infotext`: parameters as text, for fields that the body does not set itself.
 
-What such a text names and is not here (checkpoint, VAE, upscaler, sampler) stays as it is chosen here, with a comment: the text is from elsewhere.
-What the body names itself is the client's word and checked as always.
+If the text names something that does not exist here (checkpoint, VAE, upscaler, sampler), the current choice stays and a comment says so,
+because the text may come from elsewhere. Fields set in the body itself are validated as always.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ RequestT = TypeVar("RequestT", bound=models.GenerationRequest)
 _SAME_AS_BEFORE = {"Use same sampler", "Use same scheduler", "Use same checkpoint"}
 _NO_CHECKPOINT = ("None", "none")
 _FALLEN_WITH = {"refiner_checkpoint": ("enable_refiner", "refiner_switch_at")}
-"""Fields that mean nothing without another."""
+"""Fields that are meaningless without another field."""
 
 
 def apply_infotext(app: Application, tab: str, body: RequestT) -> tuple[RequestT, list[str]]:
-    """(the body with every field that it does not name itself taken from its `infotext`, comments); other keys of that become override_settings.
+    """(the body with unset fields filled from its `infotext`, comments); other infotext keys become override_settings.
 
-    Raises RequestError for an infotext whose values a request cannot hold.
+    Raises RequestError for an infotext with values that a request cannot have.
     """
     if not body.infotext:
         return body, []
@@ -61,8 +61,8 @@ def _field_value(value: Any) -> Any:
 
 
 def _leave_out_unknown(app: Application, fields: dict[str, Any]) -> list[str]:
-    """Take out fields that name what is not here; a comment for each."""
-    from modules.samplers import registry, schedules  # imports torch, for which the server's start does not wait
+    """Remove fields that name something unknown; returns a comment for each."""
+    from modules.samplers import registry, schedules  # imports torch; server startup does not wait for it
 
     def find_any_upscaler(name: str) -> None:
         from modules.processing import LATENT_UPSCALE_MODES  # imports torch
@@ -84,14 +84,14 @@ def _leave_out_unknown(app: Application, fields: dict[str, Any]) -> list[str]:
         try:
             checks[name](str(fields[name]))
         except RequestError as error:
-            comments.append(f"infotext: {name} {str(fields[name])!r} was left out: {error}")
+            comments.append(f"infotext: {name} {str(fields[name])!r} was ignored: {error}")
             for gone in (name, *_FALLEN_WITH.get(name, ())):
                 fields.pop(gone, None)
     return comments
 
 
 def _known_overrides(app: Application, params: Mapping[str, Any], asked: Iterable[str], comments: list[str]) -> dict[str, Any]:
-    """The settings that the infotext wants otherwise and that can be had, those aside that the client sets itself."""
+    """The infotext's settings that differ and are available, except those the client sets itself."""
     found: dict[str, Any] = {}
     for key, setting, value in parameters.get_override_settings(params):
         if setting in asked:
@@ -100,17 +100,17 @@ def _known_overrides(app: Application, params: Mapping[str, Any], asked: Iterabl
             checked = check_settings(app, {setting: value})
             app.additional_modules.chosen_by(checked)
         except RequestError as error:
-            comments.append(f"infotext: {key} {str(value)!r} was left out: {error}")
+            comments.append(f"infotext: {key} {str(value)!r} was ignored: {error}")
             continue
         found[setting] = value
     if "sd_model_checkpoint" not in asked and (missing := _missing_checkpoint(app, params)):
-        comments.append(f"infotext: checkpoint {missing!r} is not here; the selected one is used.")
+        comments.append(f"infotext: checkpoint {missing!r} does not exist here; the selected one is used.")
     if "forge_additional_modules" not in asked and (gone := parameters.missing_modules(params, app)):
-        comments.append(f"infotext: modules {', '.join(gone)} are not here and were left out.")
+        comments.append(f"infotext: modules {', '.join(gone)} do not exist here and were ignored.")
     return found
 
 
 def _missing_checkpoint(app: Application, params: Mapping[str, Any]) -> str | None:
-    """What the infotext calls its checkpoint, if no file here is meant."""
+    """The infotext's name for its checkpoint, if no file here matches."""
     names = [str(params[key]) for key in ("Model", "Model hash") if params.get(key)]
     return names[0] if names and not any(app.checkpoints.find(name) for name in names) else None

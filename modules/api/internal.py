@@ -1,4 +1,4 @@
-"""The page's own routes: is the server there, how far is a task, what is known about this machine. Installed with and without the API."""
+"""Routes of the page itself: is the server up, progress of a task, facts about this machine. Always installed, also without the API."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class InternalRoutes:
-    """One method for each route. Progress routes are in modules/api/jobs.py."""
+    """One method per route. Progress routes are in modules/api/jobs.py."""
 
     def __init__(self, app: Application) -> None:
         self.app = app
 
     async def ping(self) -> dict[str, Any]:
-        """Takes no thread, so that it answers however busy all of them are."""
+        """Uses no thread, so it answers even if all of them are busy."""
         return {}
 
     def quicksettings_hint(self) -> list[models.QuicksettingsHint]:
@@ -31,11 +31,11 @@ class InternalRoutes:
         return [models.QuicksettingsHint(name=key, label=info.label) for key, info in self.app.options.data_labels.items() if info.label]
 
     def profile_startup(self) -> dict[str, Any]:
-        """How long each part of the start took, in seconds."""
+        """Duration of each startup step, in seconds."""
         return {"total": startup_timer.total_s, "records": dict(startup_timer.spans_s)}
 
     def sysinfo(self, attachment: bool = False) -> Response:
-        """What is known about this machine, for a bug report; no passwords."""
+        """Facts about this machine for a bug report; no passwords."""
         text = json.dumps(collect_sysinfo(self.app.config, {}), indent=2, default=str)
         if not attachment:
             return Response(text, media_type="text/plain")

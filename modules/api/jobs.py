@@ -1,4 +1,4 @@
-"""Routes about the running job: how far it is, and ending it. The same state that the page shows."""
+"""Routes for the running job: its progress, and ending it. They use the same state as the page."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _PREVIEW_FORMATS = ("png", "jpeg", "webp")
 
 
 class JobRoutes:
-    """One method for each route."""
+    """One method per route."""
 
     def __init__(self, app: Application) -> None:
         self.app = app
 
     async def progress(self, skip_current_image: bool = False) -> models.ProgressResponse:
-        """Progress of the running job, with its preview unless `skip_current_image`. Without a job it is 0."""
+        """Progress of the running job, with its preview unless `skip_current_image`. 0 if there is no job."""
         state, options = self.app.state, self.app.options
         config = self.app.config
-        is_private = bool(config.gradio_auth) and not config.api_auth  # the page asks for a password, and this route for none
+        is_private = bool(config.gradio_auth) and not config.api_auth  # the page has a password, but this route does not
         image = None if skip_current_image or is_private or state.job_count == 0 else state.current_image
         current = None
         if image is not None:
@@ -34,7 +34,7 @@ class JobRoutes:
         return models.ProgressResponse(**overall_progress(state), current_image=current)
 
     async def interrupt(self) -> dict[str, Any]:
-        """End the running job within one step; what is finished is answered and saved."""
+        """End the running job within one step; finished pictures are returned and saved."""
         self.app.state.interrupt()
         return {}
 
@@ -43,7 +43,7 @@ class JobRoutes:
         self.app.state.skip()
 
     async def task_progress(self, body: models.TaskProgressRequest) -> models.TaskProgressResponse:
-        """How one task stands, for the page."""
+        """Progress of one task, for the page."""
         options = self.app.options
         image_format = options.live_previews_image_format if options.live_previews_image_format in _PREVIEW_FORMATS else _PREVIEW_FORMATS[0]
         report = await run_in(

@@ -1,4 +1,4 @@
-"""GET routes that say what there is: samplers, schedules, upscalers, checkpoints, styles, embeddings, scripts; and those that look again."""
+"""GET routes that list what is available: samplers, schedules, upscalers, checkpoints, styles, embeddings, scripts; and refresh routes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TABS = ("txt2img", "img2img")
 
 
 class ListingRoutes:
-    """One method for each list."""
+    """One method per list."""
 
     def __init__(self, app: Application) -> None:
         self.app = app
 
     def samplers(self) -> list[models.SamplerItem]:
-        from modules.samplers import registry  # imports torch, for which the server's start does not wait
+        from modules.samplers import registry  # imports torch; server startup does not wait for it
 
         return [
             models.SamplerItem(name=sampler.name, aliases=list(sampler.aliases), options={key: str(value) for key, value in sampler.options.items()})
@@ -28,7 +28,7 @@ class ListingRoutes:
         ]
 
     def schedulers(self) -> list[models.SchedulerItem]:
-        from modules.samplers import schedules  # imports torch, for which the server's start does not wait
+        from modules.samplers import schedules  # imports torch; server startup does not wait for it
 
         return [
             models.SchedulerItem(
@@ -66,7 +66,7 @@ class ListingRoutes:
         return [models.SDModuleItem(model_name=name, filename=str(path)) for name, path in self.app.additional_modules.files.items()]
 
     def sd_vae(self) -> list[models.SDModuleItem]:
-        """The VAE files alone, as A1111's clients ask for them."""
+        """Only the VAE files, as A1111's clients request them."""
         return [models.SDModuleItem(model_name=name, filename=str(path)) for name, path in self.app.additional_modules.vaes.items()]
 
     def prompt_styles(self) -> list[models.PromptStyleItem]:
@@ -88,7 +88,7 @@ class ListingRoutes:
         return []
 
     def embeddings(self) -> models.EmbeddingsResponse:
-        """Embeddings of the loaded model: those that fit it, and those that do not. Without a model, none are known yet."""
+        """Embeddings that fit the loaded model, and those that do not. Empty if no model is loaded."""
         database = getattr(self.app.models.engine, "embeddings", None)
         if database is None:
             return models.EmbeddingsResponse(loaded={}, skipped={})
@@ -120,7 +120,7 @@ class ListingRoutes:
         return [] if runner is None else list(runner.scripts)
 
     def extensions(self) -> list[models.ExtensionItem]:
-        """Extensions that the user installed. What git knows is empty for a folder that is no clone, such as an unpacked archive."""
+        """User-installed extensions. The git fields are empty for a folder that is not a clone, such as an unpacked archive."""
         found = []
         for extension in getattr(self.app, "extensions", None) or ():
             extension.read_info_from_repo()

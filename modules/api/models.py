@@ -1,6 +1,6 @@
-"""What the API takes and gives: one class for each kind of body, with the field names and defaults that A1111's and Forge's clients send.
+"""Request and response bodies of the API, with the field names and defaults that A1111's and Forge's clients use.
 
-A field that is null counts as not sent. Must not know how a request is carried out.
+A null field counts as not sent. Must not know how a request is handled.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from modules.api.limits import (
 
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
 Name = Annotated[str, Field(max_length=4096)]
-Seed = Annotated[int, Field(ge=-1, le=MAX_SEED, description="-1 asks for a random one")]
-SidePx = Annotated[int, Field(ge=MIN_SIDE_PX, le=MAX_SIDE_PX, description="cut to a multiple of 8")]
-OptionalSidePx = Annotated[int, Field(ge=0, le=MAX_SIDE_PX, description="0: not asked for")]
+Seed = Annotated[int, Field(ge=-1, le=MAX_SEED, description="-1 for a random seed")]
+SidePx = Annotated[int, Field(ge=MIN_SIDE_PX, le=MAX_SIDE_PX, description="rounded down to a multiple of 8")]
+OptionalSidePx = Annotated[int, Field(ge=0, le=MAX_SIDE_PX, description="0: not used")]
 ResizeFromPx = Annotated[int, Field(ge=-1, le=MAX_SIDE_PX)]
 CfgScale = Annotated[float, Field(ge=0, le=MAX_CFG_SCALE, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -36,7 +36,7 @@ Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 
 
 class RequestModel(BaseModel):
-    """A body. Unknown fields are ignored, as clients of other versions send them; null counts as not sent."""
+    """A request body. Unknown fields are ignored, because clients of other versions send them; null counts as not sent."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -47,7 +47,7 @@ class RequestModel(BaseModel):
 
 
 class GenerationRequest(RequestModel):
-    """What txt2img and img2img have in common."""
+    """Fields shared by txt2img and img2img."""
 
     prompt: Prompt = ""
     negative_prompt: Prompt = ""
@@ -87,7 +87,7 @@ class GenerationRequest(RequestModel):
     force_task_id: Annotated[str, Field(max_length=200)] | None = None
     hr_distilled_cfg: CfgScale = 3.5
 
-    sampler_index: Annotated[str, Field(max_length=4096, description="the sampler if sampler_name is not sent")] = "Euler"
+    sampler_index: Annotated[str, Field(max_length=4096, description="used if sampler_name is not sent")] = "Euler"
     script_name: Name | None = None
     script_args: list[Any] = []
     send_images: bool = True
@@ -113,7 +113,7 @@ class StableDiffusionProcessingTxt2Img(GenerationRequest):
     hr_scheduler: Name | None = None
     hr_prompt: Prompt = ""
     hr_negative_prompt: Prompt = ""
-    hr_cfg: Annotated[float, Field(ge=0, le=MAX_CFG_SCALE, allow_inf_nan=False, description="if it is not sent, cfg_scale counts")] = 1.0
+    hr_cfg: Annotated[float, Field(ge=0, le=MAX_CFG_SCALE, allow_inf_nan=False, description="default: cfg_scale")] = 1.0
 
 
 class StableDiffusionProcessingImg2Img(GenerationRequest):
@@ -142,7 +142,7 @@ StableDiffusionImg2ImgProcessingAPI = StableDiffusionProcessingImg2Img
 
 
 class TextToImageResponse(BaseModel):
-    """`images` are base64 pictures with their infotext; `info` is JSON text."""
+    """`images` are base64 pictures with infotext; `info` is a JSON string."""
 
     images: list[str] | None = None
     parameters: dict[str, Any]
@@ -150,7 +150,7 @@ class TextToImageResponse(BaseModel):
 
 
 class ImageToImageResponse(BaseModel):
-    """As TextToImageResponse."""
+    """Like TextToImageResponse."""
 
     images: list[str] | None = None
     parameters: dict[str, Any]
@@ -161,7 +161,7 @@ class ImageToImageResponse(BaseModel):
 
 
 class ExtrasBaseRequest(RequestModel):
-    """How a picture is to be enlarged. resize_mode 0: by upscaling_resize, 1: to upscaling_resize_w x upscaling_resize_h."""
+    """How to upscale a picture. resize_mode 0: by upscaling_resize, 1: to upscaling_resize_w x upscaling_resize_h."""
 
     resize_mode: Literal[0, 1] = 0
     show_extras_results: bool = True
@@ -198,14 +198,14 @@ class ExtrasBatchImagesRequest(ExtrasBaseRequest):
 
 
 class ExtrasSingleImageResponse(BaseModel):
-    """The enlarged picture."""
+    """The upscaled picture."""
 
     html_info: str
     image: str | None = None
 
 
 class ExtrasBatchImagesResponse(BaseModel):
-    """The enlarged pictures in the order they came."""
+    """The upscaled pictures, in request order."""
 
     html_info: str
     images: list[str]
@@ -218,7 +218,7 @@ class PNGInfoRequest(RequestModel):
 
 
 class PNGInfoResponse(BaseModel):
-    """`info` is the infotext, `items` the other texts in the file, `parameters` the infotext taken apart."""
+    """`info` is the infotext, `items` are other texts in the file, `parameters` is the parsed infotext."""
 
     info: str
     items: dict[str, Any]
@@ -226,14 +226,14 @@ class PNGInfoResponse(BaseModel):
 
 
 class InterrogateRequest(RequestModel):
-    """A picture to be described; extensions build their own bodies on it."""
+    """A picture to caption; extensions derive their own bodies from it."""
 
     image: str = ""
     model: Name = "clip"
 
 
 class CreateEmbeddingRequest(RequestModel):
-    """A new embedding of that many vectors, which begin as those of init_text."""
+    """A new embedding with that many vectors, initialized from init_text."""
 
     name: Name
     num_vectors_per_token: Annotated[int, Field(ge=1, le=75)] = 1
@@ -249,7 +249,7 @@ class CreateResponse(BaseModel):
 
 
 class ProgressResponse(BaseModel):
-    """How far the running job is: `progress` 0..1, `eta_relative` in seconds, `current_image` base64."""
+    """Progress of the running job: `progress` 0..1, `eta_relative` in seconds, `current_image` base64."""
 
     progress: float
     eta_relative: float
@@ -259,7 +259,7 @@ class ProgressResponse(BaseModel):
 
 
 class TaskProgressRequest(RequestModel):
-    """Which task, which preview is known already, and whether previews are wanted."""
+    """The task, the preview already known, and whether to send previews."""
 
     id_task: Name | None = None
     id_live_preview: int = -1
@@ -267,7 +267,7 @@ class TaskProgressRequest(RequestModel):
 
 
 class TaskProgressResponse(BaseModel):
-    """How a task stands; `live_preview` is a data URI."""
+    """Progress of a task; `live_preview` is a data URI."""
 
     active: bool
     queued: bool
@@ -280,7 +280,7 @@ class TaskProgressResponse(BaseModel):
 
 
 class PendingTasksResponse(BaseModel):
-    """The tasks that wait."""
+    """The queued tasks."""
 
     size: int
     tasks: list[str]
@@ -352,7 +352,7 @@ class PromptStyleItem(BaseModel):
 
 
 class EmbeddingItem(BaseModel):
-    """`shape` is the width of a vector, `vectors` their number."""
+    """`shape` is the length of a vector, `vectors` their number."""
 
     step: int | None = None
     sd_checkpoint: str | None = None
@@ -403,14 +403,14 @@ class QuicksettingsHint(BaseModel):
 
 
 class MemoryResponse(BaseModel):
-    """Bytes, under A1111's names and no other: strict clients refuse more. Every compute place is in MultiGpuResponse."""
+    """Bytes, only under A1111's names, because strict clients reject others. MultiGpuResponse has every slot."""
 
     ram: dict[str, Any]
     cuda: dict[str, Any]
 
 
 class SlotItem(BaseModel):
-    """A compute place now. `speed` is relative to the first. Null: nobody tells. `utilization` in percent, `temperature` in °C, `power` in W."""
+    """Current state of a slot. `speed` is relative to the first slot. Null: unknown. `utilization` in percent, `temperature` in °C, `power` in W."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -429,7 +429,7 @@ class SlotItem(BaseModel):
 
 
 class PlanItem(BaseModel):
-    """What runs where. `stages` has a list of slots for each replica, `rows` how many rows of a step each replica takes. Times are of one step."""
+    """What runs where. `stages` lists each replica's slots, `rows` each replica's rows per step. Times are per step."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -444,7 +444,7 @@ class PlanItem(BaseModel):
 
 
 class LinkItem(BaseModel):
-    """The way from one slot to another, by their indices."""
+    """The link from one slot to another, by index."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -457,7 +457,7 @@ class LinkItem(BaseModel):
 
 
 class MultiGpuResponse(BaseModel):
-    """The compute places, the plan of the newest job (null before the first that has one), and the ways between the places."""
+    """The slots, the newest job's plan (null if there has been none), and the links between slots."""
 
     slots: list[SlotItem]
     plan: PlanItem | None

@@ -1,6 +1,6 @@
-"""How many decoded pixels requests may hold: one alone, and all together. Pillow keeps a pixel of most kinds in 4 bytes.
+"""Limits the decoded pixels of requests: per request, and in total. Pillow uses 4 bytes per pixel for most formats.
 
-A picture is counted from its header, before it is decoded, until its request is answered. Knows numbers, no pictures.
+A picture is counted from its header, before decoding, until its request is answered. Works with numbers, not pictures.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from modules.errors import RequestError
 
 
 class TooManyPicturesError(RequestError):
-    """One request brings more than a request may."""
+    """A request contains more pictures or pixels than allowed."""
 
     status = 413
 
 
 class NoRoomError(RequestError):
-    """The requests that are being served hold as much as they may together."""
+    """The requests being handled already hold the maximum in total."""
 
     status = 503
     retry_after_s = 10
 
 
 class PictureBudget:
-    """What all requests hold. Thread-safe."""
+    """Pixels held by all requests. Thread-safe."""
 
     def __init__(self, limit_px: int = MAX_HELD_PX) -> None:
         self.limit_px = limit_px
@@ -40,8 +40,8 @@ class PictureBudget:
         with self._lock:
             if self.held_px + num_px > self.limit_px:
                 raise NoRoomError(
-                    f"{name}: the requests that are being served hold {self.held_px / 10**6:.1f} megapixels of pictures, and the limit is "
-                    f"{self.limit_px / 10**6:.1f} together. Try again later, or send smaller pictures."
+                    f"{name}: requests in progress hold {self.held_px / 10**6:.1f} megapixels of pictures; the limit is "
+                    f"{self.limit_px / 10**6:.1f} in total. Try again later, or send smaller pictures."
                 )
             self.held_px += num_px
 
@@ -51,7 +51,7 @@ class PictureBudget:
 
 
 class Allowance:
-    """What one request holds."""
+    """Pixels held by one request."""
 
     def __init__(self, budget: PictureBudget, limit_px: int = MAX_REQUEST_PX, max_pictures: int = MAX_INPUT_PICTURES) -> None:
         self._budget, self._limit_px, self._max_pictures = budget, limit_px, max_pictures
@@ -59,14 +59,14 @@ class Allowance:
         self.held_px = self.num_pictures = 0
 
     def take(self, num_px: int, name: str) -> None:
-        """Count a picture that is about to be decoded. Raises TooManyPicturesError and NoRoomError."""
+        """Count a picture before it is decoded. Raises TooManyPicturesError and NoRoomError."""
         with self._lock:
             if self.num_pictures >= self._max_pictures:
-                raise TooManyPicturesError(f"{name}: a request may bring {self._max_pictures} pictures. Send the rest in another request.")
+                raise TooManyPicturesError(f"{name}: a request may contain {self._max_pictures} pictures. Send the rest in another request.")
             if self.held_px + num_px > self._limit_px:
                 raise TooManyPicturesError(
-                    f"{name}: with it the pictures of this request have {(self.held_px + num_px) / 10**6:.1f} megapixels; the limit is "
-                    f"{self._limit_px / 10**6:.1f} together. Send smaller ones, or several requests."
+                    f"{name}: with this one, the request's pictures have {(self.held_px + num_px) / 10**6:.1f} megapixels; the limit is "
+                    f"{self._limit_px / 10**6:.1f} in total. Send smaller pictures or several requests."
                 )
             self._budget.take(num_px, name)
             self.held_px += num_px
@@ -80,12 +80,12 @@ class Allowance:
 
 whole_budget = PictureBudget()
 current_allowance: ContextVar[Allowance | None] = ContextVar("current_allowance", default=None)
-"""That of the request being served, also inside of the job it queued: jobs keep the context of who submitted them."""
+"""The current request's allowance, also visible in the job it queued, because jobs keep their submitter's context."""
 
 
 @contextmanager
 def allowance() -> Iterator[Allowance]:
-    """An allowance for what runs inside."""
+    """An allowance for the body of the `with` block."""
     mine = Allowance(whole_budget)
     token = current_allowance.set(mine)
     try:
@@ -96,7 +96,7 @@ def allowance() -> Iterator[Allowance]:
 
 
 def take(num_px: int, name: str) -> None:
-    """Count a picture for the request being served; outside of one nothing is counted."""
+    """Count a picture against the current request; outside a request nothing is counted."""
     mine = current_allowance.get()
     if mine is not None:
         mine.take(num_px, name)

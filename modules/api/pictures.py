@@ -1,4 +1,4 @@
-"""Pictures as clients send and get them: base64, data URLs, http URLs.
+"""Pictures in requests and answers: base64, data URLs, http URLs.
 
 Must not know requests or jobs.
 """
@@ -25,24 +25,24 @@ from modules.pictures.writing import EncodeSettings, PictureText, encode_image, 
 
 _DATA_URL = re.compile(r"data:[\w.+-]*(?:/[\w.+-]*)?(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "TGA", "JPEG2000")
-# not ICO: the picture inside may be larger than its header says
+# not ICO: the contained picture may be larger than the header says
 _SHOWN_CHARS = 40
 _LIMIT = f"the limit is {MAX_INPUT_PICTURE_PX / 10**6:.1f} megapixels"
 _FALLBACK_FORMAT = "png"
 
 
 class PictureError(RequestError):
-    """What should be a picture is none."""
+    """The data is not a valid picture."""
 
 
 def decode_picture(text: str, name: str, *, rules: FetchRules | None = None) -> Image.Image:
-    """The picture that a client sent in field `name`: base64, a data URL, or (with `rules`) an http URL. Turned upright.
+    """The picture in request field `name`: base64, a data URL, or (with `rules`) an http URL. Rotated upright.
 
     Raises PictureError or FetchError.
     """
     if text.startswith(("http://", "https://")):
         if rules is None:
-            raise PictureError(f"{name}: pictures by URL are switched off here (setting api_enable_requests); send it as base64.")
+            raise PictureError(f"{name}: pictures by URL are disabled (setting api_enable_requests); send it as base64.")
         data = fetch(text, rules)
     else:
         data = _decode_base64(text, name)
@@ -62,7 +62,7 @@ def _decode_base64(text: str, name: str) -> bytes:
 
 
 def open_picture(data: bytes, name: str) -> Image.Image:
-    """The picture in a file's bytes, decoded and upright; its texts stay in `.info`. Raises PictureError."""
+    """The picture in a file's bytes, decoded and upright; its metadata stays in `.info`. Raises PictureError."""
     try:
         image = Image.open(io.BytesIO(data), formats=_readable_formats())
         if image.width * image.height > MAX_INPUT_PICTURE_PX:
@@ -75,30 +75,30 @@ def open_picture(data: bytes, name: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise PictureError(f"{name}: the picture is too large; {_LIMIT}.") from None
     except UNREADABLE as error:
-        raise PictureError(f"{name}: is not a picture that can be read ({_kind(data)}; {type(error).__name__}).") from None
+        raise PictureError(f"{name}: is not a readable picture ({_kind(data)}; {type(error).__name__}).") from None
     assert fixed is not None
     return fixed
 
 
 def _readable_formats() -> list[str]:
-    """Kinds of files that are decoded: pictures, and none that Pillow hands to another program."""
+    """Formats to decode: all picture formats, except those that Pillow passes to another program."""
     Image.init()
     return [kind for kind in _FORMATS if kind in Image.OPEN]
 
 
 def _kind(data: bytes) -> str:
-    return f"{len(data)} bytes that begin with {data[:8]!r}"
+    return f"{len(data)} bytes starting with {data[:8]!r}"
 
 
 def fetch_rules(options: Any) -> FetchRules | None:
-    """What the settings say about pictures by URL; None when they are switched off."""
+    """The settings' rules for pictures by URL; None if disabled."""
     if not options.api_enable_requests:
         return None
     return FetchRules(allow_local=not options.api_forbid_local_requests, user_agent=str(options.api_useragent or ""))
 
 
 def encode_picture(image: Image.Image, *, extension: str, infotext: str | None, settings: EncodeSettings) -> str:
-    """`image` as base64 of a file of this kind, with its infotext."""
+    """`image` encoded as a file of this format with its infotext, in base64."""
     kind = kind_that_holds(image, extension if extension.lower() in known_extensions() else _FALLBACK_FORMAT)
     buffer = io.BytesIO()
     encode_image(image, buffer, kind, PictureText(infotext=infotext), settings)
@@ -106,16 +106,16 @@ def encode_picture(image: Image.Image, *, extension: str, infotext: str | None, 
 
 
 def encode_settings(options: Any) -> EncodeSettings:
-    """How the settings want pictures encoded. Nothing is hidden in the pixels of an answer."""
+    """The encoding settings. Answers have nothing hidden in their pixels."""
     return EncodeSettings(quality=int(options.jpeg_quality), webp_lossless=bool(options.webp_lossless), write_infotext=bool(options.enable_pnginfo))
 
 
 def plain_items(items: Mapping[str, Any]) -> dict[str, str]:
-    """Texts of a picture file as JSON can hold them."""
+    """A picture file's texts in JSON-compatible form."""
     return {str(key): str(value) for key, value in items.items()}
 
 
 def infotext_of(image: Image.Image) -> str | None:
-    """The infotext that a picture carries in memory."""
+    """The infotext of an in-memory picture."""
     found = image.info.get("parameters")
     return found if isinstance(found, str) else read_info_from_image(image)[0]

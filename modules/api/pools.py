@@ -1,4 +1,4 @@
-"""Threads for what a request costs before its job: few, and none that ping, progress or the job line wait for."""
+"""Threads for request work before the job: a few, and none that ping, progress or the job queue depend on."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _URL = re.compile(r"\s*https?://")
 
 @functools.cache
 def decoders() -> ThreadPoolExecutor:
-    """For pictures that are in the request."""
+    """For pictures inside the request."""
     return ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="api-decode")
 
 
 @functools.cache
 def fetchers() -> ThreadPoolExecutor:
-    """For pictures that other hosts send, as slowly as they like up to the time-out."""
+    """For pictures from other hosts, which may be slow up to the timeout."""
     return ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="api-fetch")
 
 
@@ -37,18 +37,18 @@ def previews() -> ThreadPoolExecutor:
 
 
 async def run_in(pool: ThreadPoolExecutor, function: Callable[P, ResultT], *args: P.args, **kwargs: P.kwargs) -> ResultT:
-    """`function` on a thread of `pool`, in the context of the caller."""
+    """Run `function` on a thread of `pool`, in the caller's context."""
     context = contextvars.copy_context()
     return await asyncio.get_running_loop().run_in_executor(pool, functools.partial(context.run, function, *args, **kwargs))
 
 
 def pool_for(body: Any) -> ThreadPoolExecutor:
-    """The pool for a request with this body: that of the fetchers if it names anything by URL."""
+    """The pool for a request with this body: the fetchers' if it contains a URL."""
     return fetchers() if names_url(body) else decoders()
 
 
 def names_url(value: Any) -> bool:
-    """Whether a text anywhere in `value` begins as a URL. Nothing is copied; prompts count too, which costs nothing but the other pool."""
+    """Whether any string in `value` starts like a URL. Copies nothing. Prompts match too, which only selects the other pool."""
     waiting = [value]
     while waiting:
         one = waiting.pop()

@@ -1,6 +1,6 @@
-"""What every API route does around its handler: check the password, read strict JSON, turn errors into answers, time and log the call.
+"""Common work of every API route: check the password, parse strict JSON, turn errors into answers, time and log the call.
 
-Where the app stands behind `modules.http_edge`, the password was asked for there; a route put on another app asks for it itself.
+Behind `modules.http_edge` the password has already been checked; a route on another app checks it itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutePolicy:
-    """Who may call (an empty tuple: everyone) and whether calls are logged."""
+    """Who may call (an empty tuple means everyone), and whether calls are logged."""
 
     credentials: tuple[tuple[str, str], ...] = ()
     log_calls: bool = False
@@ -78,7 +78,7 @@ def _guarded(handler: Callable[[Request], Awaitable[Response]], policy: RoutePol
 
 
 def check_credentials(header: str | None, credentials: Sequence[tuple[str, str]]) -> None:
-    """Raises HTTPException 401 unless the Authorization header names one of `credentials`."""
+    """Raises HTTPException 401 unless the Authorization header matches one of `credentials`."""
     if not header_is_known(header, credentials):
         raise HTTPException(401, "Incorrect username or password", headers={"WWW-Authenticate": "Basic"})
 
@@ -87,7 +87,7 @@ def check_credentials(header: str | None, credentials: Sequence[tuple[str, str]]
 
 
 class StrictRequest(Request):
-    """A request whose JSON holds only what JSON defines: no NaN or Infinity, no halves of surrogate pairs."""
+    """A request whose JSON must be strictly valid: no NaN or Infinity, no lone surrogates."""
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
@@ -97,7 +97,7 @@ class StrictRequest(Request):
 
 
 def parse_json(body: bytes) -> Any:
-    """The value of a JSON body. Raises JSONDecodeError, also for numbers that are not finite and for text that is not Unicode."""
+    """The value of a JSON body. Raises JSONDecodeError, also for non-finite numbers and text that is not Unicode."""
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -112,7 +112,7 @@ def parse_json(body: bytes) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            raise json.JSONDecodeError("a text holds half of a surrogate pair", "", 0) from None
+            raise json.JSONDecodeError("a string contains half of a surrogate pair", "", 0) from None
     return value
 
 

@@ -1,6 +1,6 @@
-"""Scripts in a request: which script runs, and the flat list of arguments that all scripts of a tab share.
+"""Scripts in a request: the selected script, and the flat argument list shared by all scripts of a tab.
 
-Slot 0 is the dropdown of selectable scripts; each script owns the slots `args_from` to `args_to`. Must not know how scripts are loaded.
+Slot 0 is the Script dropdown; each script owns slots `args_from` to `args_to`. Must not know how scripts are loaded.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ FIELDS_OF_REQUEST = frozenset({"sampler", "seed", "refiner", "extra options", "a
 
 
 def find_runner(app: Any, tab: str) -> Any:
-    """The tab's script runner; None where the application has no script host."""
+    """The tab's script runner; None if the application has no script host."""
     return (getattr(app, "script_runners", None) or {}).get(tab)
 
 
 def build_script_args(
     runner: Any, *, script_name: str | None, script_args: Sequence[Any], alwayson_scripts: Mapping[str, Any]
 ) -> tuple[Any, list[Any]]:
-    """(the selected script or None, the arguments of all scripts). Raises RequestError for unknown scripts and wrong shapes."""
+    """(the selected script or None, the arguments of all scripts). Raises RequestError for unknown scripts and invalid arguments."""
     selected = _selected_script(runner, script_name)
     arguments = _default_args(runner)
     if selected is not None:
@@ -77,7 +77,7 @@ def _alwayson_script(runner: Any, name: str) -> Any:
 
 
 def _default_args(runner: Any) -> list[Any]:
-    """What the controls of all scripts hold at first; slot 0 selects no script."""
+    """Start values of all script controls; slot 0 selects no script."""
     scripts = [] if runner is None else list(runner.scripts)
     arguments: list[Any] = [None] * max([1, *(script.args_to for script in scripts if script.args_to)])
     arguments[0] = 0
@@ -89,13 +89,13 @@ def _default_args(runner: Any) -> list[Any]:
 def _put(arguments: list[Any], script: Any, values: Sequence[Any], where: str) -> None:
     room = (script.args_to or 0) - (script.args_from or 0)
     if len(values) > room:
-        raise RequestError(f"{where}: {len(values)} values were sent; the script takes {room}.")
+        raise RequestError(f"{where}: {len(values)} values were sent; the script takes at most {room}.")
     if values:
         arguments[script.args_from : script.args_from + len(values)] = list(values)
 
 
 def _put_named(arguments: list[Any], script: Any, values: Mapping[str, Any], where: str) -> None:
-    """Values by the labels of the controls (any letter case) or their DOM ids."""
+    """Values by control label (any case) or DOM id."""
     slots: dict[str, int] = {}
     for slot, control in enumerate(script.controls or (), start=script.args_from or 0):
         for name in (getattr(control, "label", None), getattr(control, "elem_id", None)):

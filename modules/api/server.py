@@ -1,4 +1,4 @@
-"""Routes about the server itself: its settings, flags, memory, the loaded model, and stopping it."""
+"""Routes about the server itself: settings, flags, memory, the loaded model, and stopping it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ NO_RESTART_STATUS = 501
 
 
 class ServerRoutes:
-    """One method for each route."""
+    """One method per route."""
 
     def __init__(self, app: Application) -> None:
         self.app = app
 
     def get_options(self) -> dict[str, Any]:
-        """Every setting with its value, defaults included."""
+        """Every setting's value, including defaults."""
         return {key: plain(value) for key, value in self.app.options.snapshot().items()}
 
     def set_options(self, body: dict[str, Any]) -> None:
-        """Change settings and save them: all of them, or none when one is wrong or the file cannot be written.
+        """Change and save settings: all of them, or none if one is invalid or the file cannot be written.
 
         Raises OptionError, UnknownCheckpointError, OSError.
         """
@@ -54,15 +54,15 @@ class ServerRoutes:
             raise
 
     def cmd_flags(self) -> dict[str, Any]:
-        """The flags the server was started with; passwords are not shown."""
+        """The server's flags; passwords are hidden."""
         return {key: _HIDDEN if key in _SECRET_FLAGS and value else plain(value) for key, value in self.app.config.flags.items()}
 
     def memory(self) -> MemoryResponse:
-        """Bytes of RAM and of the current CUDA device; `multi_gpu` has every compute place."""
+        """Bytes of RAM and of the current CUDA device; `multi_gpu` has every slot."""
         return MemoryResponse(ram=describe_ram(), cuda=describe_cuda())
 
     def multi_gpu(self) -> MultiGpuResponse:
-        """The compute places, the plan in force and the links. Waits for no job."""
+        """The slots, the current plan and the links. Does not wait for jobs."""
         from backend.parallel.running import status  # imports torch; only for this report
 
         plan = status.current_plan()
@@ -73,7 +73,7 @@ class ServerRoutes:
         )
 
     async def unload_checkpoint(self) -> dict[str, Any]:
-        """Take the model out of memory; the next job loads it again. Waits for the jobs before it."""
+        """Unload the model; the next job loads it again. Waits for the jobs before it."""
         await wait_for_job(self.app.jobs.submit(None, "unload-checkpoint", self.app.models.unload))
         return {}
 
@@ -90,9 +90,9 @@ class ServerRoutes:
         return self._command("stop", "Stopping.")
 
     def server_restart(self) -> Response:
-        """Answers 501 where nothing would start the server again."""
+        """Answers 501 if nothing would restart the server."""
         if not getattr(self.app, "restartable", False):
-            return Response("This server cannot start itself again.", status_code=NO_RESTART_STATUS)
+            return Response("This server cannot restart itself.", status_code=NO_RESTART_STATUS)
         return self._command("restart", "Restarting.")
 
     def server_kill(self) -> Response:
@@ -109,7 +109,7 @@ def _is_unchanged(present: Mapping[str, Any], key: str, value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it."""
+    """`value` in JSON-compatible form."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -120,7 +120,7 @@ def plain(value: Any) -> Any:
 
 
 def describe_ram() -> dict[str, Any]:
-    """Bytes of the host: free (what programs may still take), used by this process, total."""
+    """Bytes of host memory: free (available to programs), used by this process, total."""
     import psutil  # only for this report
 
     try:
@@ -131,7 +131,7 @@ def describe_ram() -> dict[str, Any]:
 
 
 def describe_cuda() -> dict[str, Any]:
-    """torch's own numbers of the current CUDA device; {"error": ...} without one."""
+    """torch's numbers for the current CUDA device; {"error": ...} if there is none."""
     import torch  # heavy; only for this report
 
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Settings that a client sends, with a request or for good: known keys, fitting values, checkpoints that are there, folders that are safe."""
+"""Settings sent by a client, for one request or permanently: checks keys, values, checkpoints and folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHECKPOINT_KEYS = ("sd_model_checkpoint",)
 
 
 def check_settings(app: Application, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` as the settings take them; what equals the present value is left as it is.
+    """`values` converted for the settings; a value equal to the current one is left as it is.
 
     Raises OptionError and UnknownCheckpointError; nothing is changed.
     """
@@ -41,12 +41,12 @@ def _unknown_key_message(app: Application, key: str) -> str:
 
 
 def find_checkpoint(app: Application, name: Any) -> CheckpointInfo:
-    """The checkpoint that `name` means; the folders are looked at again if need be. Raises UnknownCheckpointError, NoCheckpointError."""
+    """The checkpoint meant by `name`; rescans the folders if needed. Raises UnknownCheckpointError, NoCheckpointError."""
     return app.checkpoints.require(name)
 
 
 def _check_change(app: Application, key: str, value: Any) -> None:
-    """Without a password anyone who reaches the API could have files written anywhere; then only the folders for outputs are open to it."""
+    """Without a password, anyone who reaches the API could write files anywhere, so only the output folders are allowed then."""
     info = app.options.data_labels[key]
     if info.restrict_api:
         raise OptionError(f"setting {key!r} cannot be changed through the API; set it on the settings page.")

@@ -1,4 +1,4 @@
-"""Waiting for a job without a thread, and dropping it when the client that asked for it is gone."""
+"""Waits for a job without a thread, and drops the job if its client disconnects."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 current_request: ContextVar[Request | None] = ContextVar("current_request", default=None)
-"""The request whose handler runs; modules.api.routes sets it."""
+"""The request being handled; set by modules.api.routes."""
 
 
 class ClientGoneError(RequestError):
-    """Nobody waits for the answer any more. The status is for the log alone."""
+    """The client no longer waits for the answer. The status is only for the log."""
 
     status = 499
 
 
 async def wait_for_job(job: Job[ResultT], *, drop_from: JobQueue | None = None) -> ResultT:
-    """The job's result. `drop_from`: the line that the job is taken out of (or interrupted in) when the client goes away before it is over.
+    """The job's result. `drop_from`: the queue to remove the job from (or interrupt it in) if the client disconnects first.
 
-    Raises what the job raised, and ClientGoneError.
+    Raises what the job raises, and ClientGoneError.
     """
     loop = asyncio.get_running_loop()
     over = asyncio.Event()
 
     def wake() -> None:
-        with contextlib.suppress(RuntimeError):  # the server is gone, and with it who waited
+        with contextlib.suppress(RuntimeError):  # the server is gone, and so is whoever waited
             loop.call_soon_threadsafe(over.set)
 
     job.add_done_callback(wake)
@@ -47,7 +47,7 @@ async def wait_for_job(job: Job[ResultT], *, drop_from: JobQueue | None = None) 
         await over.wait()
     elif not await _is_over_before_the_client_goes(over, request):
         drop_from.abandon(job)
-        raise ClientGoneError(f"the client of {job.task_id} went away; nothing of it was to be saved, so it was dropped.")
+        raise ClientGoneError(f"the client of {job.task_id} disconnected; its results were not to be saved, so it was dropped.")
     return job.wait(0)
 
 

@@ -1,4 +1,4 @@
-"""Small facts about files, remembered between runs in `cache/<section>.json`. An entry holds only while the file keeps its time and size."""
+"""Facts about files, cached between runs in `cache/<section>.json`. An entry is valid while the file's time and size stay the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ValueT = TypeVar("ValueT")
 
 
 class FileCache:
-    """Sections of name -> value, each saved as one JSON file when it changes. A folder that cannot be written costs the memory, not the run."""
+    """Sections of name -> value, each saved as one JSON file on change. With an unwritable folder, entries last for this run only."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,10 +40,10 @@ class FileCache:
             try:
                 write_text_atomically(self._path(name), text)
             except OSError as error:
-                log.warning("%s cannot be written (%s); it is made again at the next start.", self._path(name), error)
+                log.warning("%s could not be written (%s); it will be rebuilt at the next start.", self._path(name), error)
 
     def for_file(self, section: str, title: str, path: Path, make: Callable[[], ValueT | None]) -> ValueT | None:
-        """The value that `make` gave for this file when it last changed. Raises OSError when the file is gone."""
+        """The value that `make` returned when this file last changed. Raises OSError if the file is gone."""
         value = self.peek(section, title, path)
         if value is None and (value := make()) is not None:
             with self._lock:
@@ -52,7 +52,7 @@ class FileCache:
         return value
 
     def peek(self, section: str, title: str, path: Path) -> Any:
-        """The remembered value, or None when there is none or the file changed since."""
+        """The cached value; None if there is none or the file has changed."""
         entry = self.section(section).get(title)
         if not isinstance(entry, dict) or entry.get("path") != str(path):
             return None
@@ -68,7 +68,7 @@ class FileCache:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            log.warning("%s cannot be read (%s); it is made again.", self._path(name), error)
+            log.warning("%s cannot be read (%s); it is rebuilt.", self._path(name), error)
             return {}
         return data if isinstance(data, dict) else {}
 
@@ -78,7 +78,7 @@ def _file_stamp(path: Path) -> dict[str, int]:
     return {"mtime_ns": stat.st_mtime_ns, "num_bytes": stat.st_size}
 
 
-# The names that extensions call; they speak to the installed application's cache.
+# Names that extensions call; they use the installed application's cache.
 
 
 def _installed() -> FileCache:

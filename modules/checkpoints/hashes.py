@@ -1,4 +1,4 @@
-"""SHA256 of model files, remembered by path, time and size, and the older partial hash. Knows no models."""
+"""SHA256 of model files, cached by path, time and size, and the older partial hash. Knows no models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARTIAL_OFFSET_BYTES = 0x100000
 PARTIAL_LENGTH_BYTES = 0x10000
 _NOTHING = hashlib.sha256(b"").hexdigest()
 HASHES_OF_NOTHING = frozenset({_NOTHING, _NOTHING[:8], "NOFILE"})
-"""The SHA256 of an empty file and the partial hash of every file that is too short for it: they tell no file from another."""
+"""The SHA256 of an empty file, and the partial hash of every file too short for one: they do not identify a file."""
 
 
 def _hash_rest(file: BinaryIO) -> str:
@@ -36,16 +36,16 @@ def calculate_sha256(filename: str | PathLike[str]) -> str:
 
 
 def addnet_hash_safetensors(file: BinaryIO) -> str:
-    """SHA256 of a safetensors file's tensors alone, so that changed metadata changes nothing (what kohya's tools write into LoRA files)."""
+    """SHA256 of only the tensors of a safetensors file, independent of metadata (as kohya's tools write it into LoRA files)."""
     file_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     header_bytes = int.from_bytes(file.read(8), "little")
-    file.seek(min(header_bytes + 8, file_bytes))  # a damaged file says any number
+    file.seek(min(header_bytes + 8, file_bytes))  # a damaged file may contain any number
     return _hash_rest(file)
 
 
 def partial_hash(filename: str | PathLike[str]) -> str:
-    """The 8-digit hash of old infotexts: SHA256 of 64 KiB at 1 MiB. 'NOFILE' when the file is gone."""
+    """The 8-digit hash of old infotexts: SHA256 of 64 KiB at 1 MiB. 'NOFILE' if the file is gone."""
     try:
         with open(filename, "rb") as file:
             file.seek(PARTIAL_OFFSET_BYTES)
@@ -55,9 +55,9 @@ def partial_hash(filename: str | PathLike[str]) -> str:
 
 
 class HashStore:
-    """Hashes of files by title. With `enabled` false (--no-hashing) nothing is computed, and nothing remembered is used.
+    """Hashes of files by title. If not `enabled` (--no-hashing), computes nothing and ignores cached hashes.
 
-    A file without content has no hash: its would be that of every other empty file.
+    An empty file has no hash, because it would share it with every other empty file.
     """
 
     def __init__(self, cache: FileCache, *, enabled: bool = True) -> None:
@@ -65,7 +65,7 @@ class HashStore:
         self.enabled = enabled
 
     def known_sha256(self, path: Path, title: str) -> str | None:
-        """The remembered hash, if the file is still the same."""
+        """The cached hash, if the file is unchanged."""
         return _telling(self.cache.peek("hashes", title, path)) if self.enabled and path.is_file() else None
 
     def sha256(self, path: Path, title: str) -> str | None:
@@ -77,7 +77,7 @@ class HashStore:
         return known or self.cache.for_file("hashes", title, path, lambda: _telling(calculate_sha256(path)))
 
     def known_addnet_sha256(self, path: Path, title: str) -> str | None:
-        """The remembered hash of a file's tensors, if the file is still the same."""
+        """The cached hash of a file's tensors, if the file is unchanged."""
         return _telling(self.cache.peek("hashes-addnet", title, path)) if self.enabled and path.is_file() else None
 
     def addnet_sha256(self, path: Path, title: str) -> str | None:
@@ -92,11 +92,11 @@ class HashStore:
 
 
 def _telling(value: object) -> str | None:
-    """A hash that tells one file from others; None for that of nothing, and for what a damaged cache may hold."""
+    """A hash that identifies a file; None for the hash of empty data and for anything invalid from a damaged cache."""
     return value if isinstance(value, str) and value and value not in HASHES_OF_NOTHING else None
 
 
-# The names that extensions call; they speak to the installed application's store.
+# Names that extensions call; they use the installed application's store.
 
 
 def _installed() -> HashStore:

@@ -1,6 +1,6 @@
-"""Which checkpoint files there are, what they are called, and which one a text means. Reads file headers at most; loads nothing.
+"""Which checkpoint files there are, their names, and which one a text means. Reads at most file headers; loads nothing.
 
-`modules.checkpoints.models` gives these their Forge names.
+`modules.checkpoints.models` exposes these under Forge's names.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _HASH = re.compile("[0-9a-fA-F]{8,64}")
 
 
 def read_safetensors_metadata(path: Path) -> dict[str, Any]:
-    """The `__metadata__` of a safetensors file, values that are JSON decoded; {} for other files and unreadable headers."""
+    """The `__metadata__` of a safetensors file with JSON values decoded; {} for other files and unreadable headers."""
     header = read_safetensors_header(path)
     metadata = header.get("__metadata__", {})
     return {key: _decoded(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file; {} when the file is none."""
+    """The JSON header of a safetensors file; {} if it is not one."""
     if path.suffix.lower() != ".safetensors":
         return {}
     try:
@@ -43,7 +43,7 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = parse_json(file.read(header_bytes)) if 2 <= header_bytes <= MAX_BYTES else None
     except (OSError, ForeignJsonError) as error:
-        say_once(f"{path}: its header cannot be read ({error}); nothing is known of what it says about itself.")
+        say_once(f"{path}: its header cannot be read ({error}); its metadata is unknown.")
         return {}
     return header if isinstance(header, dict) else {}
 
@@ -58,7 +58,7 @@ def _decoded(value: Any) -> Any:
 
 
 class CheckpointInfo:
-    """A checkpoint file and its names. `title` gains its hash when that is known."""
+    """A checkpoint file and its names. `title` includes the hash once that is known."""
 
     def __init__(self, filename: str | Path, *, roots: Sequence[Path] | None = None, store: HashStore | None = None) -> None:
         path = Path(filename).absolute()
@@ -76,7 +76,7 @@ class CheckpointInfo:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the file says about itself; read once."""
+        """The file's metadata; read once."""
         if self._metadata is None:
             self._metadata = read_safetensors_metadata(self.path)
         return self._metadata
@@ -95,7 +95,7 @@ class CheckpointInfo:
 
     @property
     def names(self) -> tuple[tuple[str, ...], ...]:
-        """Texts that mean this file, the surest first: its titles and path, its name below the folder, its name alone."""
+        """Texts that mean this file, most specific first: titles and path, relative path, bare name."""
         below, alone = self.name, Path(self.name).name
         titles = [self.filename, *([self.title, self.short_title] if self.shorthash else [])]
         if self.hash not in hashes.HASHES_OF_NOTHING:
@@ -104,17 +104,17 @@ class CheckpointInfo:
 
     @property
     def known_hashes(self) -> tuple[str, ...]:
-        """The SHA256 where it is known, and the old partial hash; none of a file too short for it, which would be that of many files."""
+        """The SHA256 if known, and the old partial hash. A file too short for the latter has none, because many files would share it."""
         return tuple(one for one in (self.sha256, self.hash) if one and one not in hashes.HASHES_OF_NOTHING)
 
     @property
     def ids(self) -> list[str]:
-        """Every text that means exactly this file."""
+        """All texts that mean exactly this file."""
         short = [self.shorthash] if self.shorthash else []
         return list(dict.fromkeys(text for text in (*(one for rank in self.names for one in rank), *self.known_hashes, *short) if text))
 
     def calculate_shorthash(self) -> str | None:
-        """Make the SHA256 known (None with --no-hashing); titles carry it from now on."""
+        """Compute the SHA256 (None with --no-hashing); titles include it from now on."""
         if self.sha256 is None:
             self.sha256 = self._store.sha256(self.path, f"checkpoint/{self.name}")
         return self.shorthash
@@ -144,10 +144,10 @@ def _name_under(path: Path, roots: Sequence[Path]) -> str:
 
 
 class CheckpointRegistry:
-    """The checkpoints in the model folders, by title, in the order of their names. Thread-safe."""
+    """The checkpoints in the model folders by title, sorted by name. Thread-safe."""
 
     def __init__(self, roots: Sequence[Path], store: HashStore, *, extra_files: Iterable[Path] = (), demo_files: Iterable[Path] = ()) -> None:
-        """`demo_files` are there as long as no other checkpoint is."""
+        """`demo_files` are listed only while there is no other checkpoint."""
         self.roots = tuple(roots)
         self.store = store
         self._extra_files = tuple(extra_files)
@@ -156,7 +156,7 @@ class CheckpointRegistry:
         self._infos: dict[Path, tuple[tuple[int, int], CheckpointInfo]] = {}
 
     def refresh(self) -> None:
-        """Look at the folders again; what did not change keeps its entry."""
+        """Scan the folders again; unchanged files keep their entries."""
         with self._lock:
             old = self._infos
             self._infos = {}
@@ -172,7 +172,7 @@ class CheckpointRegistry:
             known = old.get(path)
             info = known[1] if known and known[0] == stamp else CheckpointInfo(path, roots=self.roots, store=self.store)
         except OSError as error:
-            log.warning("Checkpoint %s cannot be read (%s); it is left out.", path, error)
+            log.warning("Checkpoint %s cannot be read (%s); it is ignored.", path, error)
             return
         self._infos[path] = (stamp, info)
 
@@ -193,10 +193,10 @@ class CheckpointRegistry:
         return [info.short_title if use_short else info.title for info in self]
 
     def find(self, text: str | None) -> CheckpointInfo | None:
-        """The checkpoint that `text` means: a title, path, name or stem, whatever the letter case; a hash from 8 digits on; a name with a hash.
+        """The checkpoint that `text` means: a title, path, name or stem in any case; a hash of 8 or more digits; a name with a hash.
 
-        Names count before hashes: "b3" is the file b3, not one whose hash has a b3 in it. A Windows path below the folder is understood.
-        Of a name with a hash in brackets the hash counts where a file has it, else the name.
+        Names win over hashes: "b3" is the file b3, not a file whose hash contains b3. Windows paths relative to the folder work too.
+        For a name with a hash in brackets, the hash decides if a file has it, otherwise the name.
         """
         if not isinstance(text, str) or not text.strip():
             return None
@@ -212,7 +212,7 @@ class CheckpointRegistry:
         return None
 
     def require(self, text: object) -> CheckpointInfo:
-        """The checkpoint that `text` means; the folders are looked at again if need be. Raises UnknownCheckpointError, NoCheckpointError."""
+        """The checkpoint that `text` means; rescans the folders if needed. Raises UnknownCheckpointError, NoCheckpointError."""
         wanted = text if isinstance(text, str) else None
         if (found := self.find(wanted)) is None:
             self.refresh()
@@ -222,9 +222,9 @@ class CheckpointRegistry:
         return found
 
     def explain_missing(self, text: object) -> str:
-        """Who asked for what, and what comes nearest. Raises NoCheckpointError where there is no checkpoint at all."""
+        """Names the requested checkpoint and the nearest matches. Raises NoCheckpointError if there is no checkpoint at all."""
         self.first()
-        return f"checkpoint {str(text)[:200]!r} was asked for; {say_nearest(text, self.titles())}. Put the file into {self.roots[0]}."
+        return f"checkpoint {str(text)[:200]!r} does not exist; {say_nearest(text, self.titles())}. Put the file into {self.roots[0]}."
 
     def first(self) -> CheckpointInfo:
         """The first checkpoint. Raises NoCheckpointError, which says where to put one."""
@@ -236,11 +236,11 @@ class CheckpointRegistry:
 def no_checkpoint_message(roots: Sequence[Path]) -> str:
     folders = " or ".join(str(root) for root in roots)
     kinds = ", ".join(CHECKPOINT_SUFFIXES)
-    return f"There is no checkpoint to make a picture with. Put a Stable Diffusion file ({kinds}) into {folders}; no restart is needed."
+    return f"There is no checkpoint yet. Put a Stable Diffusion file ({kinds}) into {folders}; no restart is needed."
 
 
 def find_checkpoint_files(root: Path) -> list[Path]:
-    """Checkpoint files under `root`, sub-folders included; VAE files kept beside them (`*.vae.*`) are left out."""
+    """Checkpoint files under `root`, including subfolders; VAE files next to them (`*.vae.*`) are excluded."""
     found = find_files(root, CHECKPOINT_SUFFIXES)
     return [path for path in found if ".vae." not in path.name.lower()]
 

@@ -1,6 +1,6 @@
-"""The one model in use: which checkpoint a request means, loading it, keeping the old one usable when that fails. Forge's names stand at the end.
+"""The current model: which checkpoint a request means, loading it, and keeping the old one usable if that fails. Forge's names are at the end.
 
-The engine does the loading (backend/loader.py); this file decides what and when. Must not know prompts, pictures or the page.
+The engine loads files (backend/loader.py); this file decides what and when. Must not know prompts, pictures or the page.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ __all__ = [
 
 LoadEngine = Callable[["ModelRequest", BackendConfig], "ForgeDiffusionEngine"]
 
-# option forge_unet_storage_dtype -> torch dtype name; "(fp16 LoRA)" behind it says how LoRA is applied, not how weights are kept
+# option forge_unet_storage_dtype -> torch dtype name; a suffix "(fp16 LoRA)" says how LoRA is applied, not how weights are stored
 _load_numbers = itertools.count(1)
 _STORAGE_DTYPES = {"float8-e4m3fn": "float8_e4m3fn", "float8-e5m2": "float8_e5m2"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRequest:
-    """What has to be loaded. Two equal requests are served by the same engine; a changed file is another request."""
+    """What to load. Equal requests share an engine; a changed file makes a different request."""
 
     checkpoint: CheckpointInfo
     additional_modules: tuple[Path, ...] = ()
@@ -65,18 +65,18 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def unet_storage_dtype_from_option(value: str) -> str | None:
-    """Torch dtype name of the option "Diffusion in Low Bits"; None leaves the choice to the engine."""
+    """Torch dtype name for the option "Diffusion in Low Bits"; None lets the engine choose."""
     kind = str(value).split(" ", maxsplit=1)[0]
     if kind in _STORAGE_DTYPES:
         return _STORAGE_DTYPES[kind]
     if kind not in ("Automatic", ""):
-        log.warning("forge_unet_storage_dtype: %s is not available here; Automatic is used.", value)
+        log.warning("forge_unet_storage_dtype: %s is not available; Automatic is used.", value)
     return None
 
 
 def load_engine(request: ModelRequest, config: BackendConfig) -> ForgeDiffusionEngine:
     """Read the files. Raises ModelLoadError."""
-    import torch  # heavy; the server answers before it is there
+    import torch  # heavy; the server starts answering before it is loaded
 
     with network_imports:
         from backend.loader import CheckpointError, load_checkpoint  # imports torch
@@ -95,11 +95,11 @@ def load_engine(request: ModelRequest, config: BackendConfig) -> ForgeDiffusionE
 
 
 class ModelLoadError(RequestError):
-    """The chosen files do not make a model. The message is the engine's own."""
+    """The chosen files do not form a model. The message comes from the engine."""
 
 
 class ModelHost:
-    """Owns the loaded engine, and those used before it that wait in main memory. Only the job worker calls the methods that change it."""
+    """Owns the loaded engine and earlier ones kept in main memory. Only the job worker calls methods that change it."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class ModelHost:
         return self.request.checkpoint if self.request is not None and self.engine is not None else None
 
     def resolve(self, options: Mapping[str, Any] | None = None) -> ModelRequest:
-        """What `options` (default: the current ones) ask for. The folders are looked at again. Raises NoCheckpointError, UnknownModuleError."""
+        """What `options` (default: the current ones) select. Rescans the folders. Raises NoCheckpointError, UnknownModuleError."""
         chosen = self._current_options() if options is None else options
         self.checkpoints.refresh()
         self.additional_modules.refresh()
@@ -144,13 +144,13 @@ class ModelHost:
             return found
         first = self.checkpoints.first()
         if wanted:
-            log.warning("%s Until then %s is used.", self.checkpoints.explain_missing(wanted), first.name)
+            log.warning("%s Until then, %s is used.", self.checkpoints.explain_missing(wanted), first.name)
         return first
 
     def ensure_loaded(self, options: Mapping[str, Any] | None = None) -> ForgeDiffusionEngine:
-        """The engine for `options`, loaded if another one (or none) is in use.
+        """The engine for `options`, loaded if another one (or none) is current.
 
-        Raises NoCheckpointError or ModelLoadError; the engine in use before then stays in use."""
+        Raises NoCheckpointError or ModelLoadError; the current engine then stays."""
         return self.serve(self.resolve(options))
 
     def serve(self, request: ModelRequest) -> ForgeDiffusionEngine:
@@ -172,15 +172,15 @@ class ModelHost:
         return self._use(engine, request, identity)
 
     def _drop_stranded(self) -> None:
-        """Forget engines that are, or would be, on a device that has stopped working; they are read from their files again."""
+        """Forget engines that are, or would be, on a device that stopped working; they are loaded again from their files."""
         if self.engine is None or not is_stranded(self.engine):
             return
-        log.warning("The model was on a device that has stopped working; it is loaded again.")
+        log.warning("The model was on a device that has stopped working; it will be loaded again.")
         self.engine, self.request, self._identity = None, None, None
         self._recent.clear()
 
     def _use(self, engine: ForgeDiffusionEngine, request: ModelRequest, identity: tuple[object, ...]) -> ForgeDiffusionEngine:
-        """Put `engine` in the place of the one in use, which waits in main memory where there is room."""
+        """Make `engine` the current one; the previous one is kept in main memory if there is room."""
         before = (self.engine, self.request, self._identity)
         self.engine, self.request, self._identity = None, None, None
         if before[0] is not None and before[1] is not None:
@@ -196,7 +196,7 @@ class ModelHost:
         self._recent.put(identity, (engine, request), held_bytes(engine), **limits)
 
     def _max_waiting(self) -> int:
-        """As many as the settings "Checkpoints kept in RAM" and "Checkpoints loaded at the same time" say; one at least."""
+        """The number of engines allowed by "Checkpoints kept in RAM" and "Checkpoints loaded at the same time"; at least one."""
         options = self._current_options()
         return max(int(options.get("sd_checkpoint_cache") or 0), int(options.get("sd_checkpoints_limit") or 1) - 1, 1)
 
@@ -207,14 +207,14 @@ class ModelHost:
         return recent_models_budget_bytes(total_bytes, free_bytes)
 
     def unload(self) -> None:
-        """Drop all engines and give their memory back; the next job loads again."""
+        """Drop all engines and free their memory; the next job loads again."""
         self.engine, self.request, self._identity = None, None, None
         self._recent.clear()
         _free_devices()
 
 
 def is_stranded(engine: Any) -> bool:
-    """Whether one of an engine's networks belongs to a device that has stopped working."""
+    """Whether one of an engine's networks is on a device that stopped working."""
     from backend import memory_management  # imports torch
 
     lost = memory_management.lost_devices()
@@ -235,13 +235,13 @@ def held_bytes(engine: Any) -> int:
 
 
 def _describe(engine: ForgeDiffusionEngine, checkpoint: CheckpointInfo) -> None:
-    """Put on the engine what extensions look for there."""
+    """Set the attributes that extensions look for on an engine."""
     attributes: dict[str, Any] = {
         "sd_checkpoint_info": checkpoint,
         "sd_model_hash": checkpoint.hash,
         "sd_model_checkpoint": checkpoint.filename,
         "filename": checkpoint.filename,
-        "load_number": next(_load_numbers),  # tells one loading from the next, also of the same file
+        "load_number": next(_load_numbers),  # distinguishes loads, even of the same file
     }
     for name, value in attributes.items():
         setattr(engine, name, value)
@@ -258,35 +258,35 @@ def _free_devices() -> None:
 
 
 def select_starting_checkpoint(registry: CheckpointRegistry, *, named: Path | None, saved: str | None, want_sdxl: bool) -> CheckpointInfo | None:
-    """The checkpoint selected at start: --ckpt, else the saved one, else the first; with --sdxl the first SDXL file unless that is one already."""
+    """The checkpoint at startup: --ckpt, else the saved one, else the first. With --sdxl, the first SDXL file unless it already is one."""
     infos = list(registry)
     chosen = registry.find(str(named.absolute())) if named is not None else None
     chosen = chosen or registry.find(saved) or (infos[0] if infos else None)
     if chosen is not None and saved and named is None and registry.find(saved) is None:
-        log.warning("The settings' %s Until then %s is used.", registry.explain_missing(saved), chosen.name)
+        log.warning("Settings: %s Until then, %s is used.", registry.explain_missing(saved), chosen.name)
     if not want_sdxl or named is not None or (chosen is not None and is_sdxl_file(chosen)):
         return chosen
     return next((info for info in infos if is_sdxl_file(info)), chosen)
 
 
 def is_sdxl_file(info: CheckpointInfo) -> bool:
-    """Whether a safetensors header shows the second text encoder of SDXL. Reads the header only."""
+    """Whether a safetensors header contains SDXL's second text encoder. Reads only the header."""
     return any(key.startswith("conditioner.embedders.1.") for key in read_safetensors_header(info.path))
 
 
 def read_metadata_from_safetensors(filename: str | Path) -> dict[str, Any]:
-    """The metadata of a safetensors file. Raises RequestError when it is none."""
+    """The metadata of a safetensors file. Raises RequestError if it is not one."""
     path = Path(filename)
     if not read_safetensors_header(path):
         raise RequestError(f"{path.name} is not a safetensors file with a readable header; download it again or choose another file.")
     return read_safetensors_metadata(path)
 
 
-# The names that extensions use; they speak to the installed application.
+# Names that extensions use; they use the installed application.
 
 
 class _ModelData:
-    """`sd_models.model_data`: the model in use, as extensions look at it."""
+    """`sd_models.model_data`: the current model as extensions see it."""
 
     @property
     def sd_model(self) -> Any:
@@ -316,7 +316,7 @@ def _app() -> Any:
 
 
 def list_models() -> None:
-    """Look for checkpoints again."""
+    """Scan for checkpoints again."""
     _app().checkpoints.refresh()
 
 
@@ -340,12 +340,12 @@ def model_hash(filename: str) -> str:
 
 
 def select_checkpoint() -> CheckpointInfo:
-    """The checkpoint that the settings select. Raises NoCheckpointError."""
+    """The checkpoint selected in the settings. Raises NoCheckpointError."""
     return _app().models.resolve().checkpoint
 
 
 def forge_model_reload() -> tuple[Any, bool]:
-    """Load what the settings select, if it is not loaded; (model, whether it was loaded now)."""
+    """Load the model selected in the settings if needed; (model, whether it was loaded now)."""
     host = _app().models
     before = host.engine
     engine = host.ensure_loaded()
@@ -353,7 +353,7 @@ def forge_model_reload() -> tuple[Any, bool]:
 
 
 def read_state_dict(checkpoint_file: str, print_global_state: bool = False, map_location: Any = None) -> dict[str, Any]:
-    """Every tensor of the file in host memory; for extensions."""
+    """All tensors of the file in host memory; for extensions."""
     from backend.state_dict import read_state_dict as read  # imports torch
 
     return dict(read(Path(checkpoint_file)))
@@ -364,7 +364,7 @@ def unload_model_weights(sd_model: Any = None, info: Any = None) -> None:
 
 
 def load_model(checkpoint_info: CheckpointInfo | None = None, already_loaded_state_dict: Any = None) -> Any:
-    """The model of `checkpoint_info` (default: what the settings select), loaded."""
+    """The model of `checkpoint_info` (default: the one selected in the settings), loaded."""
     return reload_model_weights(info=checkpoint_info)
 
 

@@ -1,6 +1,6 @@
 """VAE and text encoder files: which there are, and which ones a request means. Loads nothing.
 
-Forge's page chooses them by `forge_additional_modules`; `sd_vae` of older requests names one VAE.
+Forge's page selects them with `forge_additional_modules`; in older requests `sd_vae` names one VAE.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ NO_CHOICE = ("", "None", "Automatic", "Built in", "Use same choices")
 
 
 class UnknownModuleError(RequestError):
-    """A VAE or text encoder was asked for that no file answers to."""
+    """The requested VAE or text encoder does not exist."""
 
 
 class ModuleRegistry:
-    """The files of the VAE and text encoder folders, by file name. Thread-safe."""
+    """The files in the VAE and text encoder folders, by file name. Thread-safe."""
 
     def __init__(self, vae_roots: Sequence[Path], text_encoder_roots: Sequence[Path]) -> None:
         self.vae_roots = tuple(vae_roots)
@@ -47,14 +47,14 @@ class ModuleRegistry:
 
     @property
     def files(self) -> dict[str, Path]:
-        """All of them, VAE files first."""
+        """All files, VAE files first."""
         with self._lock:
             return {**self._vaes, **{name: path for name, path in self._text_encoders.items() if name not in self._vaes}}
 
     def find(self, text: str) -> Path:
-        """The file that a file name, stem, path below its folder or full path means; letter case counts only where two differ by it.
+        """The file meant by a file name, stem, relative path or full path; case matters only if two names differ by it alone.
 
-        The folders are looked at again if need be. Raises UnknownModuleError; files outside the folders are not taken.
+        Rescans the folders if needed. Raises UnknownModuleError; files outside the folders are not accepted.
         """
         found = self._look_up(text)
         if found is None:
@@ -63,7 +63,7 @@ class ModuleRegistry:
         if found is None:
             folders = " or ".join(str(root) for root in (*self.vae_roots, *self.text_encoder_roots))
             near = say_nearest(text, self.files)
-            raise UnknownModuleError(f"VAE or text encoder {text[:200]!r} was asked for; {near}. Put the file into {folders}, or choose another.")
+            raise UnknownModuleError(f"VAE or text encoder {text[:200]!r} does not exist; {near}. Put the file into {folders}, or choose another.")
         return found
 
     def _look_up(self, text: str) -> Path | None:
@@ -77,7 +77,7 @@ class ModuleRegistry:
         return next((path for path in files.values() if Path(text).is_absolute() and _same_file(Path(text), path)), None)
 
     def chosen_by(self, options: Mapping[str, Any]) -> tuple[Path, ...]:
-        """The files that `forge_additional_modules` and `sd_vae` name. Raises UnknownModuleError."""
+        """The files named by `forge_additional_modules` and `sd_vae`. Raises UnknownModuleError."""
         names = [str(name) for name in options.get("forge_additional_modules") or []]
         if (vae := options.get("sd_vae")) and vae not in NO_CHOICE:
             names.append(str(vae))
@@ -94,7 +94,7 @@ def _by_name(roots: Sequence[Path]) -> dict[str, Path]:
 
 
 def _ways_below(path: Path, roots: Sequence[Path]) -> list[str]:
-    """The path below each folder it lies in, with and without its ending."""
+    """The file's path relative to each folder that contains it, with and without suffix."""
     below = [path.relative_to(root) for root in roots if path.is_relative_to(root)]
     return [text for one in below for text in (one.as_posix(), one.with_suffix("").as_posix())]
 
@@ -106,7 +106,7 @@ def _same_file(one: Path, other: Path) -> bool:
         return False
 
 
-# The names that extensions use; they speak to the installed application's registry.
+# Names that extensions use; they use the installed application's registry.
 
 
 def _installed() -> ModuleRegistry:

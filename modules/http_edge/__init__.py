@@ -1,5 +1,5 @@
-"""What stands between the network and every route: names, passwords, sizes and times. It knows paths and headers, never what a route does.
+"""The layer between the network and every route: host names, passwords, sizes and timeouts. Knows paths and headers, never what a route does.
 
-Read in this order: `hosts` (which names and sites are this server's own), `passwords`, `access` (which password each path needs), `bodies` (how large
-and how slow a request may be), `edge` (the one ASGI middleware that asks them all), `connections` (time-outs below HTTP).
+Reading order: `hosts` (which names and sites belong to this server), `passwords`, `access` (which password each path needs), `bodies` (size and
+speed limits of requests), `edge` (the one ASGI middleware that applies them all), `connections` (timeouts below HTTP).
 """

@@ -1,11 +1,11 @@
-"""Which password each path needs: one table for the routes of the API, the page, guests and this program alike.
+"""Which password each path needs: one table for the routes of the API, the page, extensions and this program.
 
 | kind | paths | asks for |
 |---|---|---|
-| open | `/internal/ping`, the login form and what it is drawn with | nothing |
+| open | `/internal/ping`, the login form and its assets | nothing |
 | api | `/sdapi/...` | --api-auth |
 | page | gradio's, `/internal/progress`, pictures of cards, files of extensions | --gradio-auth (its cookie, or the same as HTTP basic) |
-| guest | everything else: `/controlnet/...`, `/docs`, `/internal/sysinfo`, extensions | --api-auth, else --gradio-auth; or the page's cookie |
+| guest | all others: `/controlnet/...`, `/docs`, `/internal/sysinfo`, extensions | --api-auth, else --gradio-auth; or the page's cookie |
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ LOGIN_PATHS = frozenset(
     {"/", "/login", "/logout", "/theme.css", "/gradio_api/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json", "/pwa_icon"}
     | {"/gradio_api/app_id", "/gradio_api/startup-events", "/gradio_api/login_check", "/gradio_api/token", "/gradio_api/user"}
 )
-"""What the login form itself loads; gradio answers these without telling anything about the page."""
+"""Assets of the login form; gradio serves them without revealing anything about the page."""
 LOGIN_PREFIXES = ("/static/", "/assets/", "/svelte/")
 ACTING_PATHS = frozenset({"/logout"})
-"""Paths of the page that do something when they are merely opened."""
+"""Page paths that have an effect when merely opened."""
 
 
 def kind_of(path: str, *, is_page: bool) -> Kind:
-    """`is_page`: no route of the API or of a guest takes this path, so that it reaches gradio."""
+    """`is_page`: no route of the API or of an extension matches this path, so gradio handles it."""
     if path == "/internal/ping":
         return "open"
     if path == "/sdapi" or path.startswith("/sdapi/"):
@@ -46,7 +46,7 @@ def kind_of(path: str, *, is_page: bool) -> Kind:
 
 
 class PageLogins:
-    """Who is logged in on the page, as gradio's own app knows it. Without a page nobody is."""
+    """Who is logged in on the page, according to gradio's app. Without a page, nobody is."""
 
     def __init__(self) -> None:
         self.find_page_app: Callable[[], Any] = lambda: None
@@ -64,7 +64,7 @@ class PageLogins:
 
 
 def is_admitted(kind: Kind, headers: Mapping[str, str], config: AppConfig, page_logins: PageLogins) -> bool:
-    """Whether the request brought what its path asks for."""
+    """Whether the request has the credentials its path requires."""
     if kind == "open":
         return True
     wanted = logins_for(kind, config)
@@ -74,7 +74,7 @@ def is_admitted(kind: Kind, headers: Mapping[str, str], config: AppConfig, page_
 
 
 def logins_for(kind: Kind, config: AppConfig) -> Logins:
-    """Names and passwords that open a path of this kind; none: it is open to everybody."""
+    """Logins that open a path of this kind; none means it is open to everyone."""
     if kind == "api":
         return config.api_auth
     if kind == "page":
@@ -89,16 +89,16 @@ def serves_api(config: AppConfig) -> bool:
 
 
 def open_parts(config: AppConfig) -> list[str]:
-    """What anybody who reaches the address may use."""
+    """The parts that anyone who reaches the address may use."""
     parts = [] if config.nowebui or config.gradio_auth else ["the page (set --gradio-auth USER:PASSWORD)"]
     return parts + (["the API (set --api-auth USER:PASSWORD)"] if serves_api(config) and not config.api_auth else [])
 
 
 def warn_of_open_parts(config: AppConfig) -> str | None:
-    """What to tell a user whose server others can reach without a password; None where there is nothing to tell."""
+    """The warning for a server that others can reach without a password; None if not needed."""
     parts = open_parts(config)
     if not parts or (is_loopback(config.host) and not config.share):
         return None
-    reach = "has a public address (--share)" if config.share else f"answers other computers (it listens on {config.host})"
+    reach = "has a public address (--share)" if config.share else f"is reachable from other computers (it listens on {config.host})"
     what = "make pictures, read and change settings, and see what others make"
-    return f"This server {reach}, and without a password everybody there may use {' and '.join(parts)}: {what}."
+    return f"This server {reach}, and anyone there may use {' and '.join(parts)}: {what}."

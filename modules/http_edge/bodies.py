@@ -1,4 +1,4 @@
-"""How large a request's body may be, how slowly it may come, and how many bytes all bodies together may hold."""
+"""Limits of request bodies: size, speed, and bytes of all bodies in memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Receive = Callable[[], Awaitable[Message]]
 MAX_BODY_BYTES = 256 << 20
 MAX_UPLOAD_BYTES = 2 << 30
 MAX_HELD_BYTES = 1 << 30
-"""All bodies that are in memory at one time."""
+"""Limit for all bodies in memory at one time."""
 BODY_GRACE_S = 60.0
 SLOWEST_BYTES_PER_S = 64 << 10
 
 
 class BodyRefused(Exception):
-    """The body is too large, or it takes too long. `status` is what the client is told."""
+    """The body is too large or too slow. `status` is the client's answer."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -29,14 +29,14 @@ class BodyRefused(Exception):
 
 @dataclass(kw_only=True)
 class HeldBytes:
-    """How many bytes of bodies are in memory. Belongs to the server's event loop."""
+    """Number of body bytes in memory. Belongs to the server's event loop."""
 
     limit: int = MAX_HELD_BYTES
     held: int = 0
 
 
 class BoundedBody:
-    """`receive` of one request, with a size it may not pass and a pace it must keep."""
+    """`receive` of one request, with a maximum size and a minimum speed."""
 
     def __init__(self, receive: Receive, *, max_bytes: int, held: HeldBytes | None, grace_s: float = BODY_GRACE_S) -> None:
         self._receive, self._max_bytes, self._held, self._grace_s = receive, max_bytes, held, grace_s
@@ -46,15 +46,17 @@ class BoundedBody:
         self.refusal: BodyRefused | None = None
 
     async def __call__(self) -> Message:
-        """The next message. Raises BodyRefused, then and every time after."""
+        """The next message. Raises BodyRefused, and again on every later call."""
         if self.refusal is not None:
             raise self.refusal
         if self._is_whole:
             return await self._receive()
         try:
             message = await asyncio.wait_for(self._receive(), self._seconds_left())
-        except asyncio.TimeoutError:  # the builtin's own class only from Python 3.11 on
-            raise self._refuse(408, f"the body came too slowly: {self._received} bytes in time. Send it faster, or in smaller requests.") from None
+        except asyncio.TimeoutError:  # the same class as the builtin since Python 3.11
+            raise self._refuse(
+                408, f"the body arrived too slowly ({self._received} bytes in time). Send it faster or in smaller requests."
+            ) from None
         if message["type"] == "http.request":
             self._count(len(message.get("body", b"")))
             self._is_whole = not message.get("more_body", False)
@@ -74,14 +76,14 @@ class BoundedBody:
         if self._held is not None:
             self._held.held += num_bytes
             if self._held.held > self._held.limit:
-                raise self._refuse(503, f"the requests that are being read hold more than {self._held.limit >> 20} MiB together. Try again later.")
+                raise self._refuse(503, f"requests being read hold more than {self._held.limit >> 20} MiB in total. Try again later.")
 
     def _refuse(self, status: int, text: str) -> BodyRefused:
         self.refusal = BodyRefused(status, text)
         return self.refusal
 
     def close(self) -> None:
-        """The request is over: its bytes are free."""
+        """The request has ended: release its bytes."""
         if self._held is not None:
             self._held.held -= self._received
             self._received = 0

@@ -1,4 +1,4 @@
-"""Time-outs below HTTP: a connection that does not finish the head of a request is closed. uvicorn itself would wait for ever."""
+"""Timeouts below HTTP: closes a connection that does not complete its request head. uvicorn alone would wait forever."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ else:
 
 
 class TimedConnection(HttpProtocol):
-    """One connection of a client."""
+    """One client connection."""
 
     head_timeout_s = HEAD_TIMEOUT_S
     _head_timer: asyncio.TimerHandle | None = None
@@ -50,6 +50,6 @@ class TimedConnection(HttpProtocol):
 
     def _give_up(self) -> None:
         self._head_timer = None
-        is_ours = self.transport.get_protocol() is self  # not once it became a web socket
+        is_ours = self.transport.get_protocol() is self  # no longer true after a WebSocket upgrade
         if is_ours and not self._is_answering() and not self.transport.is_closing():
             self.transport.close()

@@ -1,6 +1,6 @@
-"""The one middleware in front of every route: is the request meant for this server, who sent it, what did it bring, how large is it.
+"""The one middleware in front of every route: checks the host, the sending site, the credentials and the size of a request.
 
-It stands outside of what extensions put around the app. Must not know what a route does.
+It wraps everything, including middleware added by extensions. Must not know what a route does.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ADMITTED = "webui.admitted"
-"""Key of the scope: the edge has asked for the password already."""
+"""Scope key: the edge has already checked the password."""
 UPLOAD_PATHS = ("/gradio_api/upload",)
 RETRY_AFTER_S = 10
 _TEXTS = {400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 408: "Request Timeout", 413: "Content Too Large", 503: "Service Unavailable"}
 
 
 class Refused(Exception):
-    """What the client is told instead of the route's answer."""
+    """The client's answer in place of the route's."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -44,7 +44,7 @@ class Refused(Exception):
 
 
 class Edge:
-    """Asks every question before `app` sees the request. `routes` gives the routes of the running app."""
+    """Runs all checks before `app` sees the request. `routes` returns the routes of the running app."""
 
     def __init__(self, config: AppConfig, routes: Callable[[], list[Any]]) -> None:
         allowed = (*config.allowed_hosts, "*.gradio.live") if config.share else config.allowed_hosts
@@ -57,7 +57,7 @@ class Edge:
         self._routes = routes
 
     async def handle(self, app: AsgiApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request or connection of ASGI."""
+        """Handle one ASGI request or connection."""
         if scope["type"] not in ("http", "websocket"):
             await app(scope, receive, send)
             return
@@ -73,7 +73,7 @@ class Edge:
             await self._pass_on(kind, app, scope, receive, send)
 
     def check(self, scope: Scope) -> Kind:
-        """What kind of path is asked for. Raises Refused."""
+        """The kind of the requested path. Raises Refused."""
         headers = Headers(scope=scope)
         self._check_host(headers)
         path, method = get_route_path(scope), scope.get("method", "GET")
@@ -98,13 +98,13 @@ class Edge:
             name = hosts[0][:200]
             raise Refused(
                 403,
-                f"this server does not answer under the name {name!r}. Open it under its own address, or start it with "
-                f"--allowed-hosts {name.rpartition(':')[0] or name} if a reverse proxy shows it under that name.",
+                f"this server does not answer to the name {name!r}. Open its own address, or start it with "
+                f"--allowed-hosts {name.rpartition(':')[0] or name} if a reverse proxy uses that name.",
             )
 
     def _reaches_page(self, scope: Scope) -> bool:
         for route in self._routes():
-            match, _ = route.matches(dict(scope))  # a copy: routers may leave notes in it
+            match, _ = route.matches(dict(scope))  # a copy, because routers may modify it
             if match is not Match.NONE:
                 return isinstance(route, Mount) and route.path == ""
         return False
@@ -155,13 +155,13 @@ class Edge:
         if status in (408, 413):
             found["Connection"] = "close"
         origin = headers.get("origin")
-        if origin and self.sites.is_allowed_elsewhere(origin):  # so that the allowed site's page learns why
+        if origin and self.sites.is_allowed_elsewhere(origin):  # so that the allowed site's page can read the reason
             found |= {"Access-Control-Allow-Origin": origin, "Access-Control-Allow-Credentials": "true", "Vary": "Origin"}
         return found
 
 
 class _Answer:
-    """`send` of one request; what a route says after its body was refused is not sent."""
+    """`send` of one request; discards what a route sends after its body was refused."""
 
     def __init__(self, send: Send, body: BoundedBody) -> None:
         self._send, self._body = send, body
@@ -177,7 +177,7 @@ class _Answer:
 def _foreign_text(headers: Headers) -> str:
     site = (headers.get("origin") or headers.get("referer") or "another site")[:200]
     return (
-        f"a page of {site} sent this request, and pages of other sites may not. Start the server with --cors-allow-origins {site} to let it in, "
+        f"a page of {site} sent this request; pages of other sites are not allowed. Start the server with --cors-allow-origins {site} to allow it, "
         "or with --allowed-hosts NAME if it is this server's own name behind a reverse proxy."
     )
 

@@ -1,7 +1,7 @@
 """Whether a request is meant for this server, and whether a page of another site sent it.
 
-A browser sends the name it looked up as `Host` and the site whose page asks as `Origin`; a page can forge neither. A foreign name that leads to this
-machine (DNS rebinding) would make this server a foreign page's own site, and a foreign page can send requests without reading the answers.
+A browser sends the name it looked up as `Host` and the site of the requesting page as `Origin`; a page can forge neither. If a foreign name could
+lead here (DNS rebinding), a foreign page would count as this server's own. A foreign page can also send requests without reading the answers.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 LAN_SUFFIXES = (".local", ".localhost", ".lan", ".internal", ".home.arpa")
-"""Nobody can buy a name that ends so; a foreign site cannot have one."""
+"""Nobody can buy a name with such an ending, so no foreign site has one."""
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def split_host(text: str) -> tuple[str, int | None] | None:
-    """`"[::1]:7860"` -> `("::1", 7860)`, in lower case and without the final dot; None when it is no host."""
+    """`"[::1]:7860"` -> `("::1", 7860)`, lower case, without the trailing dot; None if it is not a host."""
     try:
         parts = urlsplit(f"//{text.strip()}")
         host, port = parts.hostname, parts.port
@@ -40,7 +40,7 @@ def is_ip(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
+    """Whether only this machine can reach a server that listens on `host`."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host.split("%")[0]).is_loopback
     except ValueError:
@@ -48,7 +48,7 @@ def is_loopback(host: str) -> bool:
 
 
 class OwnNames:
-    """The names under which this server answers. `allowed` are further ones: `name`, `*.domain`, or `*` for every name."""
+    """The names this server answers to. `allowed` adds more: `name`, `*.domain`, or `*` for every name."""
 
     def __init__(self, listen_host: str, allowed: Iterable[str] = (), *, any_name: bool = False) -> None:
         self.is_local = is_loopback(listen_host)
@@ -62,7 +62,7 @@ class OwnNames:
             self.add(name)
 
     def add(self, name: str) -> None:
-        """Answer under `name` too, and take its pages for this server's own."""
+        """Also answer to `name`, and treat its pages as this server's own."""
         name = name.strip().lower()
         if name == "*":
             self._any = True
@@ -85,7 +85,7 @@ class OwnNames:
         return is_ip(name) or "." not in name or name.endswith(LAN_SUFFIXES)
 
     def is_declared(self, name: str) -> bool:
-        """Whether the user named it with a flag."""
+        """Whether the user declared the name with a flag."""
         return name in self._named or any(name.endswith(suffix) for suffix in self._suffixes)
 
 
@@ -98,11 +98,11 @@ class OwnSites:
         self._pattern = re.compile(origins_regex) if origins_regex else None
 
     def is_allowed_elsewhere(self, origin: str) -> bool:
-        """Whether a flag lets the pages of this origin in."""
+        """Whether a flag allows pages of this origin."""
         return "*" in self._origins or origin in self._origins or bool(self._pattern and self._pattern.fullmatch(origin))
 
     def is_own(self, origin: str, headers: Mapping[str, str]) -> bool:
-        """Whether `origin` is the site that the request itself went to. A proxy's X-Forwarded-Host counts: no foreign page can set it."""
+        """Whether `origin` is the site the request was sent to. A proxy's X-Forwarded-Host counts: no foreign page can set it."""
         site = _site(origin)
         if site is None:
             return False
@@ -113,7 +113,7 @@ class OwnSites:
         return any(site == _with_default_port(parts, scheme) for target in targets if target and (parts := split_host(target)))
 
     def is_foreign(self, method: str, headers: Mapping[str, str], *, is_page: bool) -> bool:
-        """Whether a page of another site sent this request and may not. `is_page`: the path shows something and does nothing."""
+        """Whether a foreign page sent this request and may not. `is_page`: the path shows something and has no effect."""
         fetch_site = headers.get("sec-fetch-site", "")
         origin = headers.get("origin")
         if origin is not None:
@@ -133,7 +133,7 @@ def _with_default_port(parts: tuple[str, int | None], scheme: str) -> tuple[str,
 
 
 def _site(origin: str) -> tuple[str, int | None] | None:
-    """(host, port) of an origin; None for `null` and for what is none."""
+    """(host, port) of an origin; None for `null` and anything that is not an origin."""
     scheme, separator, rest = origin.partition("://")
     parts = split_host(rest) if separator else None
     return _with_default_port(parts, scheme.lower()) if parts else None

@@ -11,7 +11,7 @@ Logins = Sequence[tuple[str, str]]
 
 
 def is_known(name: str, password: str, logins: Logins) -> bool:
-    """Whether `logins` hold this pair. Looks at all of them, whichever fits, so that the time taken tells nothing."""
+    """Whether `logins` contain this pair. Always compares with all of them, so that timing reveals nothing."""
     accepted = False
     for known_name, known_password in logins:
         same_name = secrets.compare_digest(_bytes(name), _bytes(known_name))
@@ -25,7 +25,7 @@ def _bytes(text: str) -> bytes:
 
 
 def header_is_known(header: str | None, logins: Logins) -> bool:
-    """Whether an Authorization header names one of `logins`."""
+    """Whether an Authorization header matches one of `logins`."""
     given = basic_credentials(header)
     name, password = given or ("", "")
     return is_known(name, password, logins) and given is not None

@@ -1,6 +1,6 @@
-"""Reading the node graph that ComfyUI leaves in its pictures, as the infotext users know. Linear in the number of nodes and links.
+"""Converts the node graph in ComfyUI pictures to an infotext. Linear in the number of nodes and links.
 
-Pure: texts in, text out. Must not know files, images or settings.
+Pure: text in, text out. Must not know files, images or settings.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ SAMPLER_NODES = {
     "SamplerDPMPP_3M_SDE": "dpmpp_3m_sde",
     "SamplerDPMAdaptative": "dpm_adaptive",
 }
-"""Nodes that are one sampler, and its name."""
+"""Nodes that are one particular sampler, and its name."""
 SCHEDULE_NODES = {"KarrasScheduler": "karras", "ExponentialScheduler": "exponential", "BetaSamplingScheduler": "beta"}
-"""Nodes that are one schedule, and its name."""
+"""Nodes that are one particular schedule, and its name."""
 
 _MAX_VALUE_LINKS = 64
 _CHECKPOINT_INPUTS = ("ckpt_name", "unet_name", "model_name")
@@ -72,15 +72,15 @@ _TEXT_VALUES = ("text", "text_g", "text_l", "string", "value", "prompt")
 _NO_CONDITIONS = frozenset(
     {"clip", "vae", "model", "control_net", "image", "images", "mask", "pixels", "samples", "latent_image", "clip_vision_output"}
 )
-"""Inputs behind which there are no prompts of this picture's own."""
+"""Inputs that lead away from the prompts of this picture."""
 
 Node = Mapping[str, Any]
 
 
 def infotext_from_comfy(graph_text: str) -> str | None:
-    """The infotext of a ComfyUI picture from its `prompt` chunk (the executed graph as JSON); None when no sampler node is in it.
+    """The infotext of a ComfyUI picture from its `prompt` chunk (the executed graph as JSON); None if it contains no sampler node.
 
-    With several sampler nodes the one counts whose picture was saved.
+    If there are several sampler nodes, uses the one whose picture was saved.
     """
     graph = json_object(graph_text)
     if graph is None:
@@ -94,7 +94,7 @@ def infotext_from_comfy(graph_text: str) -> str | None:
 
 
 def json_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that `text` is, or None."""
+    """`text` parsed as a JSON object, or None."""
     try:
         value = json.loads(text)
     except (ValueError, TypeError, RecursionError):
@@ -103,7 +103,7 @@ def json_object(text: str) -> dict[str, Any] | None:
 
 
 def _is_sampler(inputs: Mapping[str, Any]) -> bool:
-    """KSampler and its like name steps, SamplerCustom sigmas; SamplerCustomAdvanced has its conditions in a guider."""
+    """KSampler nodes have a steps input, SamplerCustom has sigmas, SamplerCustomAdvanced has a guider with the conditions."""
     return ("positive" in inputs and ("steps" in inputs or "sigmas" in inputs)) or ("guider" in inputs and "sigmas" in inputs)
 
 
@@ -112,13 +112,13 @@ def _is_saver(node: Node) -> bool:
 
 
 class _Graph:
-    """Follows the links [node id, output index]. A sampler, guider or scheduler is passed around as its inputs."""
+    """Follows links [node id, output index]. Samplers, guiders and schedulers are represented by their inputs."""
 
     def __init__(self, nodes: Mapping[str, Node]) -> None:
         self._nodes = nodes
 
     def saved_sampler(self) -> Mapping[str, Any] | None:
-        """The sampler nearest to a picture that was saved. Of several, one from which no other's latent follows."""
+        """The sampler nearest to a saved picture. Of several, one whose latent feeds no other."""
         samplers = [key for key, node in self._nodes.items() if _is_sampler(node["inputs"])]
         found = self._nearest_samplers(key for key, node in self._nodes.items() if _is_saver(node)) or samplers
         latents = [self._latent(self._nodes[key]["inputs"]) for key in found]
@@ -127,7 +127,7 @@ class _Graph:
         return self._nodes[last[0]]["inputs"] if last else None
 
     def _nearest_samplers(self, starts: Iterable[str]) -> list[str]:
-        """The first sampler before each of the nodes `starts`. Nodes that an earlier one has passed are not passed again."""
+        """The first sampler upstream of each node in `starts`. Nodes visited from an earlier start are not visited again."""
         found: list[str] = []
         seen: set[str] = set()
         for start in starts:
@@ -144,7 +144,7 @@ class _Graph:
         return found
 
     def _ancestors(self, *links: Any) -> Iterator[str]:
-        """Ids of the nodes behind links and of all nodes before them, each once, the nearest first."""
+        """Ids of the linked nodes and everything upstream, each once, nearest first."""
         seen: set[str] = set()
         waiting = deque(self._linked_keys(links))
         while waiting:
@@ -161,7 +161,7 @@ class _Graph:
         return isinstance(link, (list, tuple)) and len(link) == 2 and isinstance(link[0], (str, int)) and str(link[0]) in self._nodes
 
     def _inputs_behind(self, link: Any, *names: str) -> Mapping[str, Any]:
-        """The inputs of the nearest node behind `link` that has one of `names`; of the node itself without names. {} if there is none."""
+        """Inputs of the nearest node upstream of `link` that has one of `names`; of the linked node itself if no names are given. {} if none."""
         for key in self._ancestors(link):
             inputs: Mapping[str, Any] = self._nodes[key]["inputs"]
             if not names or any(name in inputs for name in names):
@@ -172,7 +172,7 @@ class _Graph:
         return str(self._nodes[str(link[0])].get("class_type", "")) if self._is_link(link) else ""
 
     def _value(self, raw: Any, names: tuple[str, ...]) -> Any:
-        """A plain value, or the first of the inputs `names` of the node it is linked to."""
+        """A plain value, or the first of the inputs `names` of the linked node."""
         for _ in range(_MAX_VALUE_LINKS):
             if not self._is_link(raw):
                 return raw if isinstance(raw, (str, int, float)) else None
@@ -180,10 +180,10 @@ class _Graph:
             raw = next((inputs[name] for name in names if name in inputs), None)
         return None
 
-    # what the infotext says
+    # building the infotext
 
     def _guider(self, sampler: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What holds conditions, scale and model: the node behind `guider`, or the sampler itself."""
+        """The inputs with conditions, scale and model: those of the linked `guider`, or the sampler's own."""
         return self._inputs_behind(sampler["guider"], "positive", "conditioning", "cond1") if "guider" in sampler else sampler
 
     def prompts(self, sampler: Mapping[str, Any]) -> tuple[str, str]:
@@ -192,7 +192,7 @@ class _Graph:
         return self._text(*positive), self._text(guider.get("negative"))
 
     def _text(self, *links: Any) -> str:
-        """The texts of all prompt nodes whose conditions reach the links, in the order of inputs. A zeroed condition has no text."""
+        """Texts of all prompt nodes whose conditions reach the links, in input order. A zeroed condition has no text."""
         found: list[str] = []
         seen: set[tuple[str, int]] = set()
         waiting = [link for link in reversed(links) if self._is_link(link)]
@@ -210,7 +210,7 @@ class _Graph:
         return ", ".join(text for text in found if text)
 
     def _conditions(self, inputs: Mapping[str, Any], output: Any) -> list[Any]:
-        """The links to the conditions that an output is made of: of a node with both, positive comes out first and negative second."""
+        """Links to the conditions behind an output. A node with both outputs positive first and negative second."""
         if "positive" in inputs and "negative" in inputs:
             return [inputs["negative" if output == 1 else "positive"]]
         return [link for name, link in inputs.items() if name not in _NO_CONDITIONS]

@@ -1,6 +1,6 @@
 """Which infotext key fills which field of a generation request, in reading order.
 
-The page's paste button and the API's `infotext` field use this table. Pure facts; must not know gradio or the request classes.
+The page's paste button and the API's `infotext` field use this table. Pure data; must not know gradio or the request classes.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InfotextField:
-    """`key` of the parsed infotext fills the request field `field`; a function reads several keys at once (None: not said)."""
+    """Infotext `key` fills request field `field`; a function in its place may read several keys (None: not mentioned)."""
 
     field: str
     key: str | Callable[[Mapping[str, Any]], Any]
 
     def read(self, params: Mapping[str, Any]) -> Any:
-        """This field's value in a parsed infotext, None when it is not there."""
+        """This field's value from a parsed infotext; None if absent."""
         return self.key(params) if callable(self.key) else params.get(self.key)
 
 

@@ -1,6 +1,6 @@
-"""Reading what NovelAI leaves in its pictures, as the infotext users know. ComfyUI's graphs: modules/infotext/comfy.py, whose names are here too.
+"""Converts NovelAI's picture metadata to an infotext. Also re-exports modules/infotext/comfy.py for ComfyUI's graphs.
 
-Pure: texts in, text out. Must not know files, images or settings.
+Pure: text in, text out. Must not know files, images or settings.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NOVELAI_ENSD = 31337
 
 
 def infotext_from_novelai(description: str, comment: str, size_px: tuple[int, int]) -> str | None:
-    """The infotext of a NovelAI picture from its `Description` and `Comment` chunks; None when the comment is not NovelAI's JSON."""
+    """The infotext of a NovelAI picture from its `Description` and `Comment` chunks; None if the comment is not NovelAI's JSON."""
     settings = json_object(comment)
     return None if settings is None else _from_settings(description, settings, size_px)
 
@@ -58,7 +58,7 @@ def _from_settings(description: str, settings: Mapping[str, Any], size_px: tuple
 
 
 def infotext_from_novelai_json(text: str, size_px: tuple[int, int]) -> str | None:
-    """The infotext of what NovelAI hides in the alpha bits: its chunks as one JSON object. None for any other text."""
+    """The infotext from the JSON object that NovelAI hides in the alpha bits (its chunks). None for any other text."""
     chunks = json_object(text)
     if chunks is None or not isinstance(chunks.get("Comment"), (str, dict)):
         return None

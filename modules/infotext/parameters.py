@@ -1,4 +1,4 @@
-"""Generation parameters under the names that extensions import: parsing with all defaults, settings that an infotext asks for, paste fields.
+"""Generation parameters under the names that extensions import: parsing with all defaults, setting overrides from an infotext, paste fields.
 
 Reading is modules/infotext/reading.py, the text form itself modules/infotext/text.py; the buttons that fill a page's controls are
 modules/infotext/paste.py. Must not know tabs.
@@ -64,7 +64,7 @@ def _application() -> Any:
     return installed_context()
 
 
-# Settings that an infotext asks for
+# Setting overrides from an infotext
 
 
 def _infotext_options(options: Any) -> dict[str, str]:
@@ -74,9 +74,9 @@ def _infotext_options(options: Any) -> dict[str, str]:
 
 
 def get_override_settings(params: Mapping[str, Any], *, skip_fields: Iterable[str] | None = None) -> list[tuple[str, str, Any]]:
-    """(infotext key, setting, value) of every setting that `params` want otherwise than it is now.
+    """(infotext key, setting, value) of every setting that `params` wants to differ from its current value.
 
-    `skip_fields` are infotext keys that something else takes care of. Values a setting cannot take are left out with a warning.
+    `skip_fields` are infotext keys handled elsewhere. Values that a setting does not accept are left out with a warning.
     """
     application = _application()
     if application is None:
@@ -102,7 +102,7 @@ def get_override_settings(params: Mapping[str, Any], *, skip_fields: Iterable[st
 
 
 def _wanted_checkpoint(params: Mapping[str, Any], application: Any) -> list[tuple[str, str, Any]]:
-    """The checkpoint that the infotext names, if it is here and another one than the selected; nothing when the settings say to leave it."""
+    """The infotext's checkpoint, if it exists here and is not selected already; nothing if the settings say to ignore it."""
     if application.options.disable_weights_auto_swap:
         return []
     info = application.checkpoints.find(params["Model hash"]) or application.checkpoints.find(params.get("Model"))
@@ -112,7 +112,7 @@ def _wanted_checkpoint(params: Mapping[str, Any], application: Any) -> list[tupl
 
 
 def _wanted_modules(params: Mapping[str, Any], application: Any) -> list[tuple[str, str, Any]]:
-    """VAE and text encoder files that the infotext names (`Module 1`, `Module 2` ...) and that are here."""
+    """VAE and text encoder files from the infotext (`Module 1`, `Module 2` ...) that exist here."""
     stems = _module_stems(params)
     if not stems:
         return []
@@ -128,13 +128,13 @@ def _module_stems(params: Mapping[str, Any]) -> list[str]:
 
 
 def missing_modules(params: Mapping[str, Any], application: Any) -> list[str]:
-    """VAE and text encoder files that the infotext names and that are not here."""
+    """VAE and text encoder files from the infotext that do not exist here."""
     here = {path.stem for path in application.additional_modules.files.values()}
     return [stem for stem in _module_stems(params) if stem not in here]
 
 
 def create_override_settings_dict(text_pairs: Iterable[str]) -> dict[str, Any]:
-    """Settings by key from texts `infotext key: value`, as the page's override field holds them. Unknown keys are left out."""
+    """Settings by key from `infotext key: value` texts, the format of the page's override field. Unknown keys are dropped."""
     application = _application()
     if application is None:
         return {}

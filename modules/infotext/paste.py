@@ -1,7 +1,7 @@
-"""Buttons that send a picture and its parameters to a tab, under the names that extensions call. modules/infotext/parameters.py re-exports them.
+"""Buttons that send a picture and its parameters to a tab, for extensions. modules/infotext/parameters.py re-exports them.
 
 A page registers each tab's controls (`add_paste_fields`), extensions register or bind buttons, and `connect_paste_params_buttons` joins them.
-gradio is imported where a button is connected: parsing an infotext needs none of it.
+gradio is imported only where a button is connected: parsing an infotext does not need it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SEED_KEYS = ("Seed", "Variation seed", "Variation seed strength")
 
 
 class PasteField(tuple):
-    """(control, target): `target` is an infotext key or a function of the parsed infotext; `api` the request field it also fills."""
+    """(control, target): `target` is an infotext key or a function of the parsed infotext; `api` is the request field it also fills."""
 
     api: str | None
     component: Any
@@ -52,7 +52,7 @@ class PasteField(tuple):
 
 @dataclass
 class ParamBinding:
-    """A button that sends to the tab `tabname`: the parameters of a text box, or of a picture, and the picture itself."""
+    """A button that sends to tab `tabname`: the parameters from a text box or a picture, and the picture itself."""
 
     paste_button: Any
     tabname: str
@@ -68,19 +68,19 @@ registered_param_bindings: list[ParamBinding] = []
 
 
 def reset() -> None:
-    """Forget what the page before registered; called before a page is built."""
+    """Forget what the previous page registered; called before a page is built."""
     paste_fields.clear()
     registered_param_bindings.clear()
 
 
 def add_paste_fields(tabname: str, init_img: Any, fields: Sequence[Any] | None, override_settings_component: Any = None) -> None:
-    """Tell which controls of the tab take which infotext keys, and where a picture goes."""
+    """Register which controls of the tab take which infotext keys, and which control takes a picture."""
     normal = None if fields is None else [field if isinstance(field, PasteField) else PasteField(*field) for field in fields]
     paste_fields[tabname] = {"init_img": init_img, "fields": normal, "override_settings_component": override_settings_component}
 
 
 def create_buttons(tabs_list: Sequence[str]) -> dict[str, Any]:
-    """One "Send to ..." button for each tab, by tab name."""
+    """One "Send to ..." button per tab, by tab name."""
     import gradio as gr  # heavy; see the module's docstring
 
     return {tab: gr.Button(f"Send to {tab}", elem_id=f"{tab}_tab") for tab in tabs_list}
@@ -91,7 +91,7 @@ def register_paste_params_button(binding: ParamBinding) -> None:
 
 
 def bind_buttons(buttons: Mapping[str, Any], send_image: Any, send_generate_info: Any) -> None:
-    """Have each button of `create_buttons` send the picture of `send_image` and the parameters of a text box, or of a tab by name."""
+    """Make each button of `create_buttons` send the picture in `send_image` and the parameters from a text box, or from a tab by name."""
     for tabname, button in buttons.items():
         text = None if isinstance(send_generate_info, str) else send_generate_info
         source = send_generate_info if isinstance(send_generate_info, str) else None
@@ -101,7 +101,7 @@ def bind_buttons(buttons: Mapping[str, Any], send_image: Any, send_generate_info
 
 
 def connect_paste_params_buttons() -> None:
-    """Connect the registered buttons to the registered tabs. A button for a tab that the page does not have stays without effect."""
+    """Connect registered buttons to registered tabs. A button for a tab that the page lacks does nothing."""
     for binding in registered_param_bindings:
         target = paste_fields.get(binding.tabname)
         if target is not None:
@@ -153,7 +153,7 @@ def _connect_fields(binding: ParamBinding, target: Mapping[str, Any]) -> None:
 
 
 def connect_paste(button: Any, fields: Sequence[Any], input_comp: Any) -> None:
-    """Have `button` fill the controls of `fields` from the infotext in `input_comp`."""
+    """Make `button` fill the controls of `fields` from the infotext in `input_comp`."""
     components = [field[0] for field in fields]
     button.click(
         fn=lambda text: field_updates(fields, text),
@@ -165,7 +165,7 @@ def connect_paste(button: Any, fields: Sequence[Any], input_comp: Any) -> None:
 
 
 def field_updates(fields: Sequence[Any], text: str) -> list[Any]:
-    """A gradio update for each field; fields that the infotext says nothing about, or nothing fitting, stay as they are."""
+    """One gradio update per field; fields without a usable value in the infotext stay unchanged."""
     import gradio as gr  # heavy; see the module's docstring
 
     params = parse_generation_parameters(text or "")
@@ -181,7 +181,7 @@ def field_updates(fields: Sequence[Any], text: str) -> list[Any]:
 
 
 def _fitting(component: Any, value: Any) -> Any:
-    """`value` in the type that a control takes; None when it cannot be."""
+    """`value` converted to the control's type; None if that fails."""
     import gradio as gr  # heavy; see the module's docstring
 
     if isinstance(component, gr.Checkbox):
@@ -199,9 +199,9 @@ def _fitting(component: Any, value: Any) -> Any:
 
 
 def image_from_url_text(filedata: Any) -> Image.Image | None:
-    """The picture that a control's value means: a picture, a gallery (its first), a (picture, caption) pair, a file value or a data URL.
+    """The picture meant by a control's value: a picture, a gallery (its first picture), a (picture, caption) pair, a file value or a data URL.
 
-    Files are read only from the folders that the page serves. Returns None when there is none.
+    Reads files only from folders that the page serves. Returns None if there is no picture.
     """
     if filedata is None or isinstance(filedata, Image.Image):
         return filedata
@@ -247,7 +247,7 @@ def _loaded(source: Any) -> Image.Image | None:
 
 
 def send_image_and_dimensions(x: Any) -> tuple[Image.Image | None, Any, Any]:
-    """(picture, width, height) for a tab that takes a picture; sizes come along only if the settings send them."""
+    """(picture, width, height) for a tab that takes a picture; the size is included only if the settings say so."""
     import gradio as gr  # heavy; see the module's docstring
 
     image = image_from_url_text(x)
@@ -259,5 +259,5 @@ def send_image_and_dimensions(x: Any) -> tuple[Image.Image | None, Any, Any]:
 
 
 def infotext_of_image(image: Image.Image) -> str:
-    """The infotext of a picture, "" when it has none."""
+    """The infotext of a picture, "" if it has none."""
     return read_info_from_image(image)[0] or ""

@@ -1,6 +1,6 @@
-"""Infotext hidden in the lowest bits of a picture's pixels, where no program that drops metadata removes it.
+"""Hides infotext in the lowest bits of a picture's pixels, where it survives programs that drop metadata.
 
-Layout (as sd_webui_stealth_pnginfo defined it): bits column by column; either one bit per pixel in alpha, or three in red, green, blue.
+Layout (defined by sd_webui_stealth_pnginfo): bits run column by column, either one bit per pixel in alpha, or three in red, green, blue.
     signature (15 ASCII bytes) | payload length in bits (32, big-endian) | payload: UTF-8, or gzip of it
 Signatures: stealth_pnginfo, stealth_pngcomp (alpha; plain, gzip), stealth_rgbinfo, stealth_rgbcomp. Must not know settings.
 """
@@ -19,11 +19,11 @@ _HEADER_BITS = (_SIGNATURE_BYTES + 4) * 8
 _ALPHA_SIGNATURES = {b"stealth_pnginfo": False, b"stealth_pngcomp": True}
 _RGB_SIGNATURES = {b"stealth_rgbinfo": False, b"stealth_rgbcomp": True}
 _MAX_TEXT_BYTES = 16 << 20
-"""An infotext never unpacks to more: a crafted picture must not fill the memory."""
+"""Maximum unpacked length, so that a crafted picture cannot fill the memory."""
 
 
 def read_info_from_image_stealth(image: Image.Image) -> str | None:
-    """The text hidden in `image`, or None. Never raises for a picture that holds none."""
+    """The text hidden in `image`, or None. Never raises for a picture without hidden text."""
     if image.mode == "RGBA":
         found = _read(_alpha_bits(image), _ALPHA_SIGNATURES)
         if found is not None:
@@ -34,12 +34,12 @@ def read_info_from_image_stealth(image: Image.Image) -> str | None:
 
 
 def add_stealth_infotext(image: Image.Image, text: str, mode: str = "Alpha") -> Image.Image:
-    """A copy of `image` that carries `text` in its alpha channel ("Alpha", an RGBA copy) or its colours ("RGB").
+    """A copy of `image` with `text` in its alpha channel ("Alpha", an RGBA copy) or its colors ("RGB").
 
-    Raises ValueError when the picture has too few pixels for the text.
+    Raises ValueError if the picture has too few pixels for the text.
     """
     if mode not in ("Alpha", "RGB"):
-        raise ValueError(f"stealth infotext mode {mode!r} is unknown; it is one of Alpha, RGB.")
+        raise ValueError(f"stealth infotext mode {mode!r} is unknown. Use Alpha or RGB.")
     signature = b"stealth_pngcomp" if mode == "Alpha" else b"stealth_rgbcomp"
     payload = gzip.compress(text.encode("utf-8", "replace"), mtime=0)
     message = signature + (len(payload) * 8).to_bytes(4, "big") + payload
@@ -48,7 +48,7 @@ def add_stealth_infotext(image: Image.Image, text: str, mode: str = "Alpha") -> 
     channels = slice(3, 4) if mode == "Alpha" else slice(0, 3)
     plane = pixels[:, :, channels].transpose(1, 0, 2).reshape(-1)
     if bits.size > plane.size:
-        raise ValueError(f"a text of {bits.size} bits does not fit the {plane.size} bits of a {image.width}x{image.height} picture.")
+        raise ValueError(f"a text of {bits.size} bits does not fit into the {plane.size} bits of a {image.width}x{image.height} picture.")
     plane[: bits.size] = (plane[: bits.size] & 0xFE) | bits
     pixels[:, :, channels] = plane.reshape(image.width, image.height, -1).transpose(1, 0, 2)
     return Image.fromarray(pixels)

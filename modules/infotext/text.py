@@ -1,10 +1,10 @@
-"""The text form of generation parameters that users paste: building it and reading it back.
+"""The text format of generation parameters: building and parsing it.
 
     a prompt, any number of lines
     Negative prompt: any number of lines
     Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512, Hires prompt: "quoted, because of the comma"
 
-Pure text work. Must not know settings, images, gradio or the engine (modules/infotext/parameters.py joins it with those).
+Pure text processing. Must not know settings, images, gradio or the engine (modules/infotext/parameters.py combines it with those).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 NEGATIVE_PREFIX = "Negative prompt:"
 MINIMUM_PAIRS = 3
-"""A last line with fewer `Key: value` pairs belongs to the prompt."""
+"""A last line with fewer `Key: value` pairs counts as part of the prompt."""
 
 LEADING_KEYS = (
     "Steps",
@@ -51,7 +51,7 @@ _MIDDLE_RANK = 500
 _MODULE_RANK = 2000
 
 PAIRED_KEYS = ("Size", "Seed resize from", "First pass size", "Hires resize", "Original Size")
-"""Keys whose `WxH` value is read as `Key-1` and `Key-2`."""
+"""Keys whose `WxH` value is parsed into `Key-1` and `Key-2`."""
 
 _KNOWN_KEYS = frozenset({*LEADING_KEYS, *TRAILING_KEYS, *PAIRED_KEYS})
 _KEY_BACKWARDS = re.compile(r"[\w \-/]*")
@@ -65,14 +65,14 @@ _JSON = json.JSONDecoder()
 
 
 def quote(value: object) -> str:
-    """`value` as it stands after the colon: JSON-quoted where a comma, colon, newline, leading quote or outer space would be misread."""
+    """`value` as written after the colon: JSON-quoted if a comma, colon, newline, leading quote or outer space would be misread."""
     text = str(value)
     ambiguous = any(char in text for char in ",:\n\r") or text.startswith('"') or text != text.strip()
     return json.dumps(text, ensure_ascii=False) if ambiguous else text
 
 
 def unquote(text: str) -> str:
-    """The inverse of quote(); text that is not a JSON string stays as it is."""
+    """The inverse of quote(); text that is not a JSON string is returned unchanged."""
     if len(text) < 2 or text[0] != '"' or text[-1] != '"':
         return text
     try:
@@ -83,7 +83,7 @@ def unquote(text: str) -> str:
 
 
 def build_infotext(prompt: str, negative_prompt: str, params: Mapping[str, Any]) -> str:
-    """The text of one picture. Pairs whose value is None are left out; the order of the last line is the one users know.
+    """The infotext of one picture. Pairs with value None are left out; the last line's order is the one users know.
 
     `Size-1` and `Size-2` (as parsing returns them) are written as `Size: WxH`.
     """
@@ -95,7 +95,7 @@ def build_infotext(prompt: str, negative_prompt: str, params: Mapping[str, Any])
 
 
 def build_parameters_line(params: Mapping[str, Any]) -> str:
-    """The `Key: value` pairs joined by comma and space. A key equal to its value prints once."""
+    """The `Key: value` pairs, joined by comma and space. If the key equals its value, it is printed once."""
     pairs = [(key, value) for key, value in _joined_pairs(params).items() if value is not None]
     pairs.sort(key=lambda pair: _rank(pair[0]))
     return ", ".join(key if key == str(value) else f"{key}: {quote(value)}" for key, value in pairs)
@@ -121,7 +121,7 @@ def _joined_pairs(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_infotext(text: str) -> dict[str, str]:
-    """Prompt, Negative prompt and every pair of the last line, as texts; only what is written there.
+    """Prompt, Negative prompt and every pair of the last line, as strings; no defaults.
 
     `WxH` values become `Key-1` and `Key-2`. A text without a line of at least three pairs is all prompt.
     """
@@ -139,7 +139,7 @@ def parse_infotext(text: str) -> dict[str, str]:
 
 
 def has_parameters(text: str) -> bool:
-    """Whether `text` ends in a line of generation parameters."""
+    """Whether `text` ends with a line of generation parameters."""
     return bool(_split_parameter_lines(_lines(text))[1])
 
 
@@ -148,8 +148,8 @@ def _lines(text: str) -> list[str]:
 
 
 def _split_parameter_lines(lines: list[str]) -> tuple[list[str], list[str]]:
-    """(lines of the prompts, the line of parameters or none). It is the last that begins with Steps, since extensions write their templates behind
-    it, weights and all; without one, the last line of all.
+    """(prompt lines, the parameter line if any). That is the last line starting with Steps, because extensions append their templates after it,
+    weights included; if none does, the very last line.
     """
     for index in range(len(lines) - 1, -1, -1):
         if lines[index].lstrip().startswith(_STEPS_FIRST) and _counts_as_parameters(lines[index]):
@@ -158,14 +158,14 @@ def _split_parameter_lines(lines: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _counts_as_parameters(line: str) -> bool:
-    """Whether enough pairs stand in the line outside brackets: what looks like pairs inside them, `(tag:1.2)` or `<lora:a:1>`, is prompt."""
+    """Whether the line has enough pairs outside brackets; `(tag:1.2)` or `<lora:a:1>` inside brackets is prompt text."""
     if line.lstrip().startswith(NEGATIVE_PREFIX):
         return False
     return sum(1 for _ in zip(_plain_pairs(line), range(MINIMUM_PAIRS))) == MINIMUM_PAIRS
 
 
 def _plain_pairs(line: str) -> Iterator[_Pair]:
-    """The pairs that begin behind a comma or with the line; those with unknown keys only with a blank behind the colon and outside brackets."""
+    """Pairs at the start of the line or after a comma. Unknown keys count only outside brackets and with a space after the colon."""
     depth = position = 0
     for pair in _pairs(line):
         depth = _depth_behind(line[position : pair.key_start], depth)
@@ -179,7 +179,7 @@ def _plain_pairs(line: str) -> Iterator[_Pair]:
 
 
 def _depth_behind(text: str, depth: int) -> int:
-    """How many brackets are open behind `text` when `depth` are before it. Closing ones that close nothing do not count."""
+    """How many brackets are open after `text` if `depth` are open before it. Unmatched closing brackets do not count."""
     for char in text:
         depth = depth + 1 if char in _OPENING else max(0, depth - 1) if char in _CLOSING else depth
     return depth
@@ -198,13 +198,13 @@ def _split_prompts(lines: Iterable[str]) -> tuple[str, str]:
 
 
 def iterate_pairs(line: str) -> Iterator[tuple[str, str]]:
-    """The `Key: value` pairs of a line, left to right; values unquoted. Pieces without a key are passed over. Linear in the line's length."""
+    """The `Key: value` pairs of a line, left to right, values unquoted. Parts without a key are skipped. Linear in the line's length."""
     for pair in _pairs(line):
         yield pair.key, unquote(pair.raw_value)
 
 
 class _Pair(NamedTuple):
-    """`end` is behind the value's comma."""
+    """`end` is the position after the value's comma."""
 
     key: str
     raw_value: str
@@ -226,14 +226,14 @@ def _pairs(line: str) -> Iterator[_Pair]:
 
 
 def _key_at_end(text: str) -> str:
-    """The key that `text` ends with: a letter or digit, then at least one more of those, blanks, hyphens and slashes. Else ""."""
+    """The key at the end of `text`: a letter or digit, then one or more of letters, digits, spaces, hyphens and slashes. Else ""."""
     behind = _KEY_BACKWARDS.match(text[::-1])
     key = text[len(text) - behind.end() :].lstrip(" -/") if behind else ""
     return key if len(key) > 1 else ""
 
 
 def _read_value(line: str, start: int) -> tuple[str, int]:
-    """The raw value that begins at `start`, and the position behind its comma."""
+    """The raw value starting at `start`, and the position after its comma."""
     while start < len(line) and line[start].isspace():
         start += 1
     quoted = _QUOTED_VALUE.match(line, start)
@@ -247,7 +247,7 @@ def _read_value(line: str, start: int) -> tuple[str, int]:
 
 
 def _end_of_json(line: str, start: int) -> int | None:
-    """Where an unquoted JSON list or object that begins at `start` ends (Civitai writes such); None when there is none."""
+    """The end of an unquoted JSON list or object starting at `start` (Civitai writes these); None if there is none."""
     if not line.startswith(("[", "{"), start):
         return None
     try:

@@ -1,7 +1,7 @@
-"""What an infotext of an older version meant: settings whose default has changed since it was written.
+"""Restores the meaning of infotexts from older versions: settings whose default changed since.
 
-Versions are A1111's ("v1.6.0", "v1.7.0-133-gde03882d") or Forge's, which names the A1111 version it follows behind its own
-("f2.0.1v1.10.1-previous-313"). Other programs' versions say nothing here. Pure: dict in, dict changed in place.
+Versions are A1111's ("v1.6.0", "v1.7.0-133-gde03882d") or Forge's, which appends the A1111 version it follows
+("f2.0.1v1.10.1-previous-313"). Versions of other programs mean nothing here. Pure: modifies the dict in place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REFINER_SWITCHES_BY_TIMESTEP: Version = (1, 8, 0, 0)
 
 
 def parse_version(text: str | None) -> Version | None:
-    """(major, minor, patch, commits since the tag) of a version text; None for a text of another form."""
+    """(major, minor, patch, commits since the tag) from a version string; None if it has another format."""
     match = _VERSION.match(text or "")
     if match is None:
         return None
@@ -29,7 +29,7 @@ def parse_version(text: str | None) -> Version | None:
 
 
 def backcompat(params: MutableMapping[str, Any]) -> None:
-    """Add the settings that reproduce a picture of the version that `params` names. Does nothing without a known version."""
+    """Add the settings that reproduce a picture of the version in `params`. Does nothing without a known version."""
     version = parse_version(params.get("Version"))
     if version is None:
         return

@@ -1,9 +1,9 @@
-"""One job after another, and what is told about them.
+"""Runs jobs one at a time and reports on them.
 
-Reading order: `queue` (the line and its one worker), `state` (counters and interrupt flags of the job that runs), `progress` and `bar` (how
-far, how long still), `live_preview`, `txt2img` and `img2img` (handlers in the argument order that extensions call), `observer` and
-`profile_*` (--profile), `gpu_report`. Beside them: `context`.
+Reading order: `queue` (the queue and its one worker), `state` (counters and interrupt flags of the running job), `progress` and `bar`
+(completed share, time left), `live_preview`, `txt2img` and `img2img` (handlers with the argument order extensions use), `observer` and
+`profile_*` (--profile), `gpu_report`. The rest: `context`.
 
-Example: a click on Generate puts a call of `process_images` into the `JobQueue` as task "task(abc)"; the page asks /internal/progress for
-that name, which `progress` answers from `state` and the queue; Interrupt sets a flag that the sampler reads at its next step.
+Example: a click on Generate puts a call of `process_images` into the `JobQueue` as task "task(abc)". The page polls /internal/progress with
+that name, which `progress` answers from `state` and the queue. Interrupt sets a flag that the sampler reads at its next step.
 """

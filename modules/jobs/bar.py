@@ -1,4 +1,4 @@
-"""The progress bar of a job in the terminal: one for all its passes, with iterations per second and the time that is left."""
+"""The progress bar of a job in the terminal: one for all its passes, with iterations per second and the time left."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 
 class JobBar:
-    """`begin` and `end` by the job, the rest by its samplers. Without `begin`, and where nobody looks at a terminal, nothing is drawn."""
+    """The job calls `begin` and `end`, its samplers the rest. Draws nothing without `begin`, or if output is not a terminal."""
 
     def __init__(self) -> None:
         self._bar: Any = None
 
     def begin(self, *, is_hidden: bool) -> None:
-        """A job starts. The bar appears with the first pass."""
-        from tqdm import tqdm  # nothing before a job needs it
+        """A job starts. The bar appears with its first pass."""
+        from tqdm import tqdm  # only needed once a job runs
 
         self.end()
         self._bar = tqdm(total=0, disable=is_hidden or not sys.stderr.isatty(), leave=False, unit="it", dynamic_ncols=True, delay=1e-9)
 
     def begin_pass(self, num_steps: int, *, passes_left: int) -> None:
-        """A sampler starts; `passes_left`, this one included, are taken to have as many steps."""
+        """A sampler starts. `passes_left`, including this one, are assumed to have the same number of steps."""
         if self._bar is not None:
             self._bar.total = self._bar.n + num_steps * max(1, passes_left)
             if self._bar.n == 0:

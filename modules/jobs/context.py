@@ -1,12 +1,12 @@
-"""What a job may use of the running program: settings, state, models, files. Nothing of the page or the API.
+"""What a job may use of the running program: settings, state, models, files. Nothing about the page or the API.
 
-`Application` is one. A request holds the context it was made in (`p.context`), and what works for a request asks that. Functions that extensions call
-without a request (`images.save_image`, `rng.ImageRNG` ...) take the installed one.
+`Application` implements it. A request stores the context it was created in (`p.context`), and code working on a request uses that. Functions
+that extensions call without a request (`images.save_image`, `rng.ImageRNG` ...) use the installed context.
 
     state = p.context.state
     if state.interrupted: ...
 
-Must not import the application: everything that it is built from may import this.
+Must not import the application: everything the application is built from may import this.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class JobContext(Protocol):
-    """`options` are the settings as they are now; a job reads its own snapshot, `p.options`."""
+    """`options` are the current settings; a job reads its own snapshot, `p.options`."""
 
     config: AppConfig
     options: Options
@@ -52,18 +52,18 @@ _installed: JobContext | None = None
 
 
 def install_context(context: JobContext | None) -> None:
-    """Makes `context` the one that requests are made in; None removes it. Called by `application.install`."""
-    global _installed  # noqa: PLW0603 - the one place where the running program is known below processing
+    """Make `context` the one for new requests; None removes it. Called by `application.install`."""
+    global _installed  # noqa: PLW0603 - the only global reference to the running program below processing
     _installed = context
 
 
 def installed_context() -> JobContext | None:
-    """The context that requests are made in; None before there is one."""
+    """The context for new requests; None if there is none."""
     return _installed
 
 
 def required_context() -> JobContext:
-    """As installed_context(). Raises RuntimeError before there is one."""
+    """Like installed_context(), but raises RuntimeError if there is none."""
     if _installed is None:
-        raise RuntimeError("no application is installed yet; webui.py installs it at start, tests with modules.application.install().")
+        raise RuntimeError("no application is installed yet. webui.py installs it at startup, tests with modules.application.install().")
     return _installed

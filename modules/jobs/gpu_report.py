@@ -1,4 +1,4 @@
-"""What the slots are and do, in words: the table of --list-gpus, and what to do when a slot stands idle. Knows no page and asks no device."""
+"""Describes the slots in words: the table of --list-gpus, and advice for idle slots. Knows no page and queries no device."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ STATES = {
     "NO_VRAM": "no VRAM to spare",
     "LOW_VRAM": "low VRAM",
     "NORMAL_VRAM": "normal",
-    "HIGH_VRAM": "all stays",
+    "HIGH_VRAM": "keeps models",
     "SHARED": "shared memory",
     "LOST": "lost",
 }
 LITTLE_USED = 0.5
-"""Below this share of a job a slot is worth a word."""
+"""A slot busy for less than this share of a job gets advice."""
 _WHAT_WOULD_HELP = {
-    "copy": "it waits for copies; let each slot have a whole copy of the model (setting multi_gpu_strategy: replicas), or make larger batches",
-    "other slots": "it waits for the others, as the pictures go from slot to slot; a larger Batch size keeps all of them busy",
-    "plan": "the plan was made in that time; the next job of this size has it already",
-    "load": "models were moved in that time; jobs with the same model do without",
-    "save": "pictures were saved in that time; a faster disk or a quicker file format would help",
-    "host": "it waits for the rest of the program; a larger Batch size gives it more to do at once",
+    "copy": "it waits for copies; give each slot a whole copy of the model (setting multi_gpu_strategy: replicas), or use larger batches",
+    "other slots": "it waits for other slots, because pictures pass from slot to slot; a larger Batch size keeps all slots busy",
+    "plan": "the plan was computed; the next job of this size reuses it",
+    "load": "models were being loaded; jobs with the same model skip that",
+    "save": "pictures were being saved; a faster disk or file format would help",
+    "host": "it waits for the rest of the program; a larger Batch size gives it more work at once",
 }
 
 
 def slots_text(slots: Sequence[SlotStatus]) -> list[str]:
-    """A line for every slot under a line of titles, in columns."""
+    """One line per slot below a header line, in columns."""
     rows: list[tuple[str, ...]] = [("slot", "device", "name", "state", "used", "of", "models on it", "use", "temp.")]
     rows += [_row(slot) for slot in slots]
     columns = [column for column in zip(*rows) if any(cell for cell in column[1:])]
@@ -67,10 +67,10 @@ def preview_text(preview: Preview, name: str) -> list[str]:
 
 
 def describe_idleness(plan: PlanStatus | None, slots: Sequence[SlotStatus], *, uses_many: bool, job: JobRecord | None = None) -> str:
-    """One sentence on a slot that does nothing or little, why, and what to do; empty where there is none. `job` is the profile of the last one."""
+    """One sentence about an idle or underused slot, with reason and remedy; empty if there is none. `job` is the profile of the last job."""
     lost = [slot.index for slot in slots if slot.vram_state == "LOST"]
     if lost:
-        return f"{_slots(lost)} lost: restart the program to use {'it' if len(lost) == 1 else 'them'} again, and look at the driver's log."
+        return f"{_slots(lost)} lost: restart the program to use {'it' if len(lost) == 1 else 'them'} again, and check the driver's log."
     if len(slots) < 2:
         return ""
     if not uses_many:
@@ -84,17 +84,17 @@ def describe_idleness(plan: PlanStatus | None, slots: Sequence[SlotStatus], *, u
 
 
 def _idle(plan: PlanStatus, slots: Sequence[SlotStatus]) -> list[int]:
-    """Slots that the plan leaves out, or has no forward for."""
+    """Slots that the plan leaves out or gives no forward."""
     working = {slot for number, stages in enumerate(plan.stages) if number >= len(plan.rows) or plan.rows[number] > 0 for slot in stages}
     return [slot.index for slot in slots if slot.index not in working]
 
 
 def _way_out(plan: PlanStatus) -> str:
     if "was requested" in plan.reason:
-        return "Choose auto as the setting multi_gpu_strategy, or leave --multi-gpu-strategy out."
+        return "Set multi_gpu_strategy to auto, or remove --multi-gpu-strategy."
     if plan.is_replicated:
-        return "More pictures at once (Batch size) give it work."
-    return "Larger pictures, or more of them at once (Batch size), give it work."
+        return "A larger Batch size would use it."
+    return "Larger pictures or a larger Batch size would use it."
 
 
 def _little_used(job: JobRecord) -> str:
@@ -102,7 +102,7 @@ def _little_used(job: JobRecord) -> str:
     if slot is None or slot.busy_share >= LITTLE_USED or not slot.wait_ms_by_cause:
         return ""
     cause = max(slot.wait_ms_by_cause, key=lambda one: _waited(slot, one))
-    return f"Slot {slot.slot} worked {slot.busy_share:.0%} of the last job: most of the rest {_WHAT_WOULD_HELP[cause]}."
+    return f"Slot {slot.slot} was busy for {slot.busy_share:.0%} of the last job. Most of the rest: {_WHAT_WOULD_HELP[cause]}."
 
 
 def _waited(slot: SlotRecord, cause: str) -> float:

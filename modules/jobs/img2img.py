@@ -1,4 +1,4 @@
-"""img2img over a folder of pictures, under the name that extensions call. One request is used again for each picture."""
+"""img2img over a folder of pictures, under the name that extensions call. One request is reused for every picture."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FIELDS_FROM_INFOTEXT = {
     "Steps": "steps",
 }
 BATCH_PARAMETERS = (*_FIELDS_FROM_INFOTEXT, "Model hash")
-"""What can be taken from each picture's parameters."""
+"""What can be taken from the parameters of each picture."""
 _TYPES = {"seed": int, "steps": int, "cfg_scale": float}
 
 
@@ -50,11 +50,11 @@ def process_batch(
     png_info_props: Sequence[str] | None = None,
     png_info_dir: str | None = None,
 ) -> Processed | None:
-    """Make a picture from each picture of the folder (or list of files) `input`; the results of all together.
+    """Make a picture from each picture in `input`, a folder or a list of files; returns the combined results.
 
-    `output_dir`: folder of the results, empty for the usual one. `inpaint_mask_dir`: masks by the name of the picture, or one mask for all.
-    `png_info_props`: infotext keys to take from each picture (or its namesake in `png_info_dir`). Pictures that cannot be read are skipped and named.
-    Raises RequestError when there are none. None when no picture was made."""
+    `output_dir`: folder for results, empty for the default. `inpaint_mask_dir`: masks named like the pictures, or one mask for all.
+    `png_info_props`: infotext keys to take from each picture, or from its namesake in `png_info_dir`. Unreadable pictures are skipped and logged.
+    Raises RequestError if there are no pictures. Returns None if nothing was made."""
     paths = _pictures(input)
     state, limit = p.context.state, int(p.options.img2img_batch_show_results_limit)
     masks = find_files(Path(inpaint_mask_dir), PICTURE_SUFFIXES) if inpaint_mask_dir else []
@@ -79,7 +79,7 @@ def _pictures(given: str | Sequence[Any]) -> list[Path]:
     else:
         paths = [Path(getattr(file, "name", file)) for file in given]
     if not paths:
-        raise RequestError(f"img2img batch: there are no pictures in {given!r}. Kinds that are read: {', '.join(PICTURE_SUFFIXES)}.")
+        raise RequestError(f"img2img batch: there are no pictures in {given!r}. Supported formats: {', '.join(PICTURE_SUFFIXES)}.")
     return paths
 
 
@@ -96,7 +96,7 @@ def _read(path: Path) -> Image.Image | None:
 def _request_for(
     p: StableDiffusionProcessingImg2Img, path: Path, masks: Sequence[Path], output_dir: str, scale_by: float | None
 ) -> StableDiffusionProcessingImg2Img | None:
-    """The request for one picture of the folder; None when it cannot be read."""
+    """The request for one picture of the folder; None if it cannot be read."""
     picture = _read(path)
     if picture is None:
         return None
@@ -120,12 +120,12 @@ def _request_for(
 
 
 def _mask_for(path: Path, masks: Sequence[Path]) -> Path:
-    """The mask of the picture's name; the first one where there is none."""
+    """The mask named like the picture, else the first mask."""
     return next((mask for mask in masks if mask.stem == path.stem), masks[0])
 
 
 def _take_parameters(p: StableDiffusionProcessingImg2Img, path: Path, keys: Iterable[str]) -> None:
-    """Parameters of the infotext in the file `path`; a missing file or infotext changes nothing."""
+    """Apply parameters from the infotext in the file `path`; a missing file or infotext changes nothing."""
     try:
         with Image.open(path) as image:
             text, _ = read_info_from_image(image)
@@ -146,7 +146,7 @@ def _take_parameters(p: StableDiffusionProcessingImg2Img, path: Path, keys: Iter
 
 
 def _joined(all_before: Processed | None, new: Processed, limit: int) -> Processed:
-    """Results together; only `limit` pictures are shown, all are saved (-1 shows all)."""
+    """Combined results. Only `limit` pictures are shown (-1 shows all); all are saved."""
     if all_before is None:
         return new
     room = len(new.images) if limit < 0 else max(limit - len(all_before.images), 0)

@@ -1,7 +1,7 @@
-"""Pictures of what a job is working on, made by the worker from the latents of a step.
+"""Previews of the running job, made by the worker from the latents of a step.
 
-"Full" decodes with the VAE. Everything else is a linear map from latent channels to colours, fitted once to the VAE in use, so that it suits any
-model. Must not know jobs or the page.
+"Full" decodes with the VAE. All other methods use a linear map from latent channels to colors, fitted once to the current VAE, so it works for
+any model. Must not know jobs or the page.
 
 Shapes: B pictures, C latent channels, H W latent rows and columns, N samples.
 """
@@ -34,7 +34,7 @@ _said: set[str] = set()
 
 
 class PreviewMaker:
-    """Latents BCHW to one picture. Called on the job's own thread; `due()` keeps it from costing more than the settings allow."""
+    """Turns latents BCHW into one picture. Runs on the job's thread; `due()` limits its cost as set in the settings."""
 
     def __init__(self, engine: Any, options: Mapping[str, Any], now: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
@@ -48,10 +48,10 @@ class PreviewMaker:
         self._last_step = 0
 
     def due(self, step: int) -> bool:
-        """Whether a preview is to be made after `step` steps: enough steps and enough time since the last."""
+        """Whether to make a preview after `step` steps: enough steps and enough time since the last one."""
         if not self._enabled or self._every_num_steps < 0:
             return False
-        if step < self._last_step:  # another pass began
+        if step < self._last_step:  # another pass started
             self._last_step = 0
         if step - self._last_step < max(self._every_num_steps, 1) or self._now() - self._last_s < self._period_s:
             return False
@@ -59,7 +59,7 @@ class PreviewMaker:
         return True
 
     def __call__(self, latents_BCHW: Tensor) -> Image.Image | None:
-        """One picture, or a grid of all in the batch. None when previews are off, or where there is no room for one: the job goes on without."""
+        """One picture, or a grid of the batch. None if previews are off or memory does not allow one; the job continues without."""
         if not self._enabled:
             return None
         try:
@@ -67,7 +67,7 @@ class PreviewMaker:
         except RuntimeError as error:
             if not memory_management.is_out_of_memory(error):
                 raise
-            log.info("No preview of this step: there is no room for it (%s).", str(error).splitlines()[0])
+            log.info("No preview at this step: not enough memory (%s).", str(error).splitlines()[0])
             return None
 
     def _make(self, latents_BCHW: Tensor) -> Image.Image:
@@ -88,18 +88,18 @@ class PreviewMaker:
 def _resolve_method(name: str) -> str:
     if name in _LINEAR_ALIASES and name not in _said:
         _said.add(name)
-        log.info("show_progress_type: previews of kind %r need a network that is not here; the cheap approximation is used.", name)
+        log.info("show_progress_type: %r previews need a network that is not available; the cheap approximation is used.", name)
     return FULL if name == FULL else "Approx cheap"
 
 
 def apply_projection(latent_CHW: Tensor, projection: Tensor) -> Tensor:
-    """Colours CHW of latents under a projection (C + 1, 3); its last row is the constant."""
+    """Colors CHW of latents under a projection (C + 1, 3); its last row is the constant."""
     flat_HWC = latent_CHW.float().cpu().movedim(0, -1)
     return (flat_HWC @ projection[:-1] + projection[-1]).movedim(-1, 0).clamp(0, 1)
 
 
 def latent_projection(engine: Any) -> Tensor:
-    """(C + 1, 3): how latent channels turn into colours, as nearly as a linear map can: the family's table, else fitted once for each VAE."""
+    """(C + 1, 3): the best linear map from latent channels to colors: the family's table, else fitted once per VAE."""
     table = getattr(getattr(engine, "latent_format", None), "preview", None)
     if table is not None:
         return torch.tensor(table)

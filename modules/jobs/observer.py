@@ -1,6 +1,6 @@
-"""What surrounds a job so that its user sees what the devices do: the progress bar, the profile of --profile, torch's own profiler, peak memory.
+"""Observes a job to show what the devices do: progress bar, --profile, torch's profiler, peak memory.
 
-Must not know how pictures are made. A profile that cannot be written is a warning, never the end of a job.
+Must not know how pictures are made. A profile that cannot be written gives a warning and never fails the job.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _running: list[JobObserver] = []
 
 
 class JobObserver:
-    """Around one job, on its thread. A job inside a job belongs to the outer one."""
+    """Wraps a job, on its thread. A nested job belongs to the outer one."""
 
     def __init__(self, p: Any, app: JobContext) -> None:
         self.p, self.app = p, app
@@ -111,7 +111,7 @@ class JobObserver:
 
 
 def write_job(folder: Path, job: JobRecord) -> None:
-    """profile.json, trace.json and timeline.png."""
+    """Write profile.json, trace.json and timeline.png."""
     from modules.jobs.profile_files import PROFILE, TIMELINE, TRACE, write_profile
 
     try:
@@ -123,7 +123,7 @@ def write_job(folder: Path, job: JobRecord) -> None:
 
 
 def describe_cost(seconds: float) -> str:
-    """What a job took: "3.1 s, 6.5 it/s, at most 5.1 GiB on slot 0 and 4.9 GiB on slot 1"."""
+    """What a job cost: "3.1 s, 6.5 it/s, at most 5.1 GiB on slot 0 and 4.9 GiB on slot 1"."""
     meter = profiler.meter()
     parts = [f"{seconds:.1f} s"]
     if meter.steps_per_s is not None:
@@ -137,7 +137,7 @@ def describe_cost(seconds: float) -> str:
 
 
 def _describe_request(p: Any) -> RequestRecord:
-    """What the request has by now; one that failed early may have anything in its fields."""
+    """The request as far as it is filled in; if it failed early, its fields may contain anything."""
     return RequestRecord(
         kind="img2img" if hasattr(p, "init_images") else "txt2img",
         model=str(getattr(p, "sd_model_name", None) or ""),
@@ -168,7 +168,7 @@ def _num_operations(slot: Slot) -> int:
 
 @dataclass(eq=False)
 class _DriverSampler:
-    """Asks the driver about the cards of the slots, on a thread of its own, until stopped."""
+    """Samples the driver's view of the slots' GPUs, on its own thread, until stopped."""
 
     slots: tuple[Slot, ...]
     samples: list[SampleRecord] = field(default_factory=list)
@@ -188,7 +188,7 @@ class _DriverSampler:
         return self.samples
 
     def _sample(self) -> None:
-        """From the start to the end, both included: decoding comes last and takes the most, and the allocator still holds it then."""
+        """Includes both ends of the job: decoding comes last and needs the most memory, which the allocator still holds then."""
         self.sample_once()
         while not self._ended.wait(SAMPLE_EVERY_S):
             self.sample_once()
@@ -211,18 +211,18 @@ class _DriverSampler:
                 )
 
 
-# torch's profiler, by Forge's settings
+# torch's profiler, controlled by Forge's settings
 
 
 def _start_torch_profiler(options: Any) -> Any:
-    """Started, where the settings ask for it; None otherwise."""
+    """The started profiler if the settings enable it; None otherwise."""
     if not options.profiling_enable:
         return None
     known = {"CPU": torch.profiler.ProfilerActivity.CPU, "CUDA": torch.profiler.ProfilerActivity.CUDA}
     wanted = {known[name] for name in options.profiling_activities if name in known}
     activities = wanted & set(torch.profiler.supported_activities())
     if not activities:
-        log.warning("profiling_activities: %s cannot be profiled here; nothing is.", ", ".join(options.profiling_activities) or "nothing")
+        log.warning("profiling_activities: cannot profile %s here; nothing is profiled.", ", ".join(options.profiling_activities) or "nothing")
         return None
     started = torch.profiler.profile(
         activities=sorted(activities, key=str),
@@ -235,15 +235,15 @@ def _start_torch_profiler(options: Any) -> Any:
 
 
 def _may_record_shapes(is_wanted: bool) -> bool:
-    """With shapes the profiler holds on to tensors, which then cannot be moved in place as virtual GPUs move them."""
+    """With shapes, the profiler keeps references to tensors, so that virtual GPUs cannot move them in place."""
     if is_wanted and torch.__future__.get_swap_module_params_on_conversion():
-        log.warning("profiling_record_shapes has no effect with virtual GPUs, whose weights could not be moved then.")
+        log.warning("profiling_record_shapes has no effect with virtual GPUs: it would prevent moving their weights.")
         return False
     return is_wanted
 
 
 def _finish_torch_profiler(running: Any, app: JobContext) -> None:
-    """Write what torch's profiler saw under the name of the setting, in the folder of such profiles. Other files there are left alone."""
+    """Write torch's profile under the name in the settings, in the folder for such profiles. Other files there stay untouched."""
     if running is None:
         return
     running.stop()
@@ -252,7 +252,7 @@ def _finish_torch_profiler(running: Any, app: JobContext) -> None:
         check_log_name("profiling_filename", name)
         path = _export_trace(running, folder, name)
     except OptionError as error:
-        log.warning("The profile is not written: %s", error)
+        log.warning("The profile was not written: %s", error)
         return
     except (OSError, RuntimeError) as error:
         log.warning("profiling_filename: %s could not be written (%s).", folder / name, error)
@@ -261,7 +261,7 @@ def _finish_torch_profiler(running: Any, app: JobContext) -> None:
 
 
 def _export_trace(running: Any, folder: Path, name: str) -> Path:
-    """Where the trace was written: `name`, or a free name beside it when that is no earlier trace. Raises OSError, RuntimeError."""
+    """The path of the written trace: `name`, or a free name if `name` is not an earlier trace. Raises OSError, RuntimeError."""
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch) / name
         running.export_chrome_trace(str(written))
@@ -271,7 +271,7 @@ def _export_trace(running: Any, folder: Path, name: str) -> Path:
 
 
 def _is_trace(path: Path) -> bool:
-    """Whether the file is one that torch's profiler wrote."""
+    """Whether torch's profiler wrote the file."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             return not path.is_symlink() and _TRACE_BEGINS_WITH in file.read(64)

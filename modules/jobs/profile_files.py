@@ -1,4 +1,4 @@
-"""What --profile leaves in logs/: profile.json with the last jobs, trace.json and timeline.png of the last one. Knows no devices and no requests.
+"""Files that --profile writes to logs/: profile.json with the last jobs, trace.json and timeline.png of the last one. Knows no devices or requests.
 
 Each file is replaced as a whole, so that a crash leaves the one before. A file of that name which no profile wrote keeps its place and its name: ours
 is then called webui-profile.json, and so on.
@@ -60,13 +60,13 @@ def is_ours(path: Path) -> bool:
 
 
 def read_profile(path: Path) -> ProfileFile | None:
-    """The file's content; None where there is none, or none of this version. Raises: OSError."""
+    """The file's content; None if it is missing or from another version. Raises: OSError."""
     try:
         return ProfileFile.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        log.info("%s was not written by this version (%d differences); it is put aside.", path, error.error_count())
+        log.info("%s was not written by this version (%d differences); it was renamed.", path, error.error_count())
         return None
 
 
@@ -88,7 +88,7 @@ def _rotate(path: Path) -> None:
             source.replace(target)
 
 
-# the trace that chrome://tracing and Perfetto read: times in microseconds, one "thread" for each slot's work and one for copies to it
+# the trace format of chrome://tracing and Perfetto: times in microseconds, one "thread" per slot for its work and one for copies to it
 
 
 def chrome_trace(job: JobRecord) -> dict[str, Any]:

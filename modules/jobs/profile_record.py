@@ -1,6 +1,6 @@
-"""The shape of logs/profile.json (documented in docs/profile.md), and how a recording becomes one of its jobs.
+"""The schema of logs/profile.json (documented in docs/profile.md), and the conversion of a recording into one of its jobs.
 
-Knows no files and no devices. Times are milliseconds since the job's start unless the name says otherwise.
+Knows no files or devices. Times are milliseconds since the job's start unless the name says otherwise.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Outcome = Literal["finished", "interrupted", "failed"]
 
 
 class _Record(BaseModel):
-    """Every field that is there is known, and every field is there."""
+    """Strict: every field is known and required."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RequestRecord(_Record):
-    """What was asked for. Prompts are left out: a profile is made to be shown to others."""
+    """The request. Prompts are left out, because profiles are meant to be shared."""
 
     kind: str
     model: str
@@ -47,7 +47,7 @@ class RequestRecord(_Record):
 
 
 class ReplicaRecord(_Record):
-    """One copy of the network: its slots in the order that rows go through them."""
+    """One copy of the network: its slots in execution order."""
 
     stage_slots: list[int]
 
@@ -63,7 +63,7 @@ class PlanRecord(_Record):
 
 
 class StepRecord(_Record):
-    """`network_ms`: how long any slot computed the network; `host_end_ms`: when the sampler had the result, None where it had none."""
+    """`network_ms`: time in which any slot computed the network. `host_end_ms`: when the sampler got the result, None if it did not."""
 
     step: int
     start_ms: float
@@ -73,7 +73,7 @@ class StepRecord(_Record):
 
 
 class BatchRecord(_Record):
-    """Rows on their way through the network."""
+    """A batch of rows passing through the network."""
 
     batch: int
     step: int
@@ -103,7 +103,7 @@ class WaitRecord(_Record):
 
 
 class PeakRecord(_Record):
-    """The most bytes of the job: by tensors, reserved by the allocator, and on the whole card by the driver. None where nobody tells."""
+    """Peak bytes of the job: in tensors, reserved by the allocator, and of the whole GPU according to the driver. None if unknown."""
 
     allocated_bytes: int | None
     reserved_bytes: int | None
@@ -111,8 +111,8 @@ class PeakRecord(_Record):
 
 
 class SlotRecord(_Record):
-    """One slot. `busy_ms` and `wait_ms` add up to the job's `wall_ms`. `busy_share` is of the wall time; `driver_utilization_percent` the mean
-    of the driver's samples. `operations` is counted by virtual GPUs."""
+    """One slot. `busy_ms` and `wait_ms` add up to the job's `wall_ms`. `busy_share` is relative to wall time; `driver_utilization_percent` is the
+    mean of the driver's samples. Virtual GPUs count `operations`."""
 
     slot: int
     name: str
@@ -137,7 +137,7 @@ class LinkRecord(_Record):
 
 
 class CommunicationRecord(_Record):
-    """`exposed_ms`: time in which a slot stood still while a copy to it was under way."""
+    """`exposed_ms`: time in which a slot was idle while waiting for a copy to it."""
 
     copy_ms: float
     exposed_ms: float
@@ -145,7 +145,7 @@ class CommunicationRecord(_Record):
 
 
 class SampleRecord(_Record):
-    """What the driver said of a slot's card."""
+    """The driver's values for a slot's GPU."""
 
     at_ms: float
     slot: int
@@ -156,7 +156,7 @@ class SampleRecord(_Record):
 
 
 class PredictionRecord(_Record):
-    """The last plan's step and bytes against what came true. `measured_step_ms` is the median step from one host end to the next."""
+    """Predicted step time and bytes of the last plan against actual values. `measured_step_ms` is the median time between host ends."""
 
     predicted_step_ms: float | None
     measured_step_ms: float | None
@@ -184,7 +184,7 @@ class JobRecord(_Record):
 
 
 class ProfileFile(_Record):
-    """The whole file; the newest job last."""
+    """The whole file; the newest job is last."""
 
     version: Literal[1] = VERSION
     program: str
@@ -193,7 +193,7 @@ class ProfileFile(_Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotFigures:
-    """What is known of a slot beside its spans."""
+    """Facts about a slot other than its spans."""
 
     slot: int
     name: str
@@ -204,7 +204,7 @@ class SlotFigures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobFacts:
-    """What is known of a job beside its spans."""
+    """Facts about a job other than its spans."""
 
     id: str
     started_at: str
@@ -216,7 +216,7 @@ class JobFacts:
 
 
 def build_job(recording: Recording, facts: JobFacts) -> JobRecord:
-    """The job as the file has it."""
+    """The job as stored in the file."""
     from backend.parallel.planning.timeline import communication_of, lanes_of, steps_of  # imports torch
 
     clock = _Clock(recording.start_ns)

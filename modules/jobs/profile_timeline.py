@@ -1,4 +1,4 @@
-"""The picture of a job's time: one lane per slot, work in colours by kind, copies to the slot as a thin line below it."""
+"""A picture of a job's time: one lane per slot, colored by kind of work, with copies to the slot as a thin line below it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def draw_timeline(job: JobRecord) -> bytes:
     axes.set_yticks(range(len(lanes)), [_lane_label(job, lane) for lane in lanes])
     axes.set_ylim(len(lanes) - 0.4, -0.6)
     axes.set_xlim(0, max(job.wall_ms / 1000, 1e-3))
-    axes.set_xlabel("seconds since the job began")
+    axes.set_xlabel("seconds since the job started")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.set_title(_title(job), loc="left", fontsize=9)
@@ -67,7 +67,7 @@ def _title(job: JobRecord) -> str:
 
 
 def _legend(job: JobRecord) -> list[Patch]:
-    """The kinds that are there, each once."""
+    """One legend entry per kind that occurs."""
     kinds = dict.fromkeys(_NAMES.get(span.kind, span.kind) for span in job.spans)
     colors = {_NAMES.get(kind, kind): color for kind, color in COLORS.items()}
     return [Patch(color=color, label=name) for name, color in colors.items() if name in kinds]

@@ -1,6 +1,6 @@
-"""What the page and the API are told about a job: waiting, running or finished, how far, how long still, and its last preview.
+"""Progress of a job for the page and the API: queued, running or finished, completed share, time left, last preview.
 
-Keeps task names and results; the numbers come from a State. Makes no pictures: previews are made by the worker.
+Stores task names and results; the numbers come from a State. Makes no pictures: the worker makes previews.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESULTS_KEPT = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProgressReport:
-    """Answer to a progress request of the page. `progress` 0..1, `eta` in seconds, `live_preview` a data URI."""
+    """Answer to the page's progress request. `progress` 0..1, `eta` in seconds, `live_preview` a data URI."""
 
     active: bool
     queued: bool
@@ -39,7 +39,7 @@ class ProgressReport:
 
 
 class TaskBook:
-    """Which tasks wait, which one runs, which are over, and the results of the last ones. Thread-safe."""
+    """Pending, running and finished tasks, and the results of the last ones. Thread-safe."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -73,14 +73,14 @@ class TaskBook:
         return task_id == self.current or task_id in self.pending
 
     def wait_for_result(self, task_id: str, timeout_s: float | None = None) -> Any:
-        """The recorded result of `task_id`, once it is over; None if there is none."""
+        """The recorded result of `task_id` once it has finished; None if there is none."""
         with self._changed:
             self._changed.wait_for(lambda: not self.is_live(task_id), timeout_s)
             return next((result for recorded_id, result in self.results if recorded_id == task_id), None)
 
 
 def progress_share(state: State) -> float:
-    """How much of the job is done, 0..1: parts done and the share of steps of the running part."""
+    """Completed share of the job, 0..1: finished parts plus the share of steps in the running part."""
     if state.job_count <= 0:
         return 0.0
     done = state.job_no / state.job_count
@@ -90,7 +90,7 @@ def progress_share(state: State) -> float:
 
 
 def seconds_left(state: State, share: float) -> float | None:
-    """Estimate from the time used so far; None before anything is done."""
+    """Estimate from the elapsed time; None before anything is done."""
     if state.time_start is None or share <= 0:
         return None
     elapsed = time.time() - state.time_start
@@ -108,7 +108,7 @@ def image_data_uri(image: Image.Image, image_format: str) -> str:
 def report_task(
     tasks: TaskBook, state: State, task_id: str, *, known_preview_id: int = -1, want_preview: bool = True, image_format: str = "png"
 ) -> ProgressReport:
-    """How `task_id` stands. The preview comes along when it is newer than `known_preview_id`."""
+    """Status of `task_id`. Includes the preview if it is newer than `known_preview_id`."""
     active, queued, completed = task_id == tasks.current, task_id in tasks.pending, task_id in tasks.finished
     if not active:
         return ProgressReport(active=False, queued=queued, completed=completed, id_live_preview=-1, textinfo=_queue_text(tasks, task_id, queued))
@@ -143,11 +143,11 @@ def overall_progress(state: State) -> dict[str, Any]:
 
 
 def create_task_id(task_type: str) -> str:
-    """A task id for a request that brought none. Nobody can guess it: who knows a task's id may see its previews."""
+    """A task id for a request without one. It is unguessable, because knowing a task's id gives access to its previews."""
     return f"task({task_type}-{datetime.datetime.now().strftime('%Y%m%d%H%M%S%f')}-{secrets.token_hex(8)})"
 
 
-# The names that extensions call; they speak to the installed application's book.
+# Names that extensions call; they use the installed application's TaskBook.
 
 
 def _book() -> TaskBook:

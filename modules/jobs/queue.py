@@ -1,6 +1,6 @@
-"""One line of jobs for page and API, and the one thread that does them.
+"""One queue of jobs for page and API, and the one thread that runs them.
 
-A job is a function; its result or its error goes to whoever waits for it. Knows nothing about pictures.
+A job is a function; its result or error goes to whoever waits for it. Knows nothing about pictures.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_WAITING_JOBS = 256
 
 
 class FIFOLock:
-    """A lock that its waiters get in the order they asked. The thread that has it may take it again."""
+    """A lock granted in order of request. Reentrant: its holder may acquire it again."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -50,7 +50,7 @@ class FIFOLock:
             self._waiting.append(turn)
         turn.wait()
         with self._guard:
-            self._owner = me  # the one who let go kept the lock taken (depth 1) for us
+            self._owner = me  # the releasing thread left the lock taken (depth 1) for us
         return True
 
     def release(self) -> None:
@@ -72,7 +72,7 @@ class FIFOLock:
         self.release()
 
 
-# extensions that compute outside a job take it; so does the worker, for each job
+# taken by extensions that compute outside a job, and by the worker for each job
 queue_lock = FIFOLock()
 
 
@@ -99,7 +99,7 @@ def keeping_errors() -> Iterator[Kept]:
 
 
 class Job(Generic[ResultT]):
-    """A job in the line. `wait()` gives its result or raises what it raised."""
+    """A job in the queue. `wait()` returns its result or raises its error."""
 
     def __init__(self, task_id: str, name: str, run: Callable[[], ResultT]) -> None:
         self.task_id = task_id
@@ -113,15 +113,15 @@ class Job(Generic[ResultT]):
         self.error: BaseException | None = None
 
     def wait(self, timeout_s: float | None = None) -> ResultT:
-        """Block until the job is over. Raises its error, or TimeoutError."""
+        """Block until the job has ended. Raises its error, or TimeoutError."""
         if not self.done.wait(timeout_s):
-            raise TimeoutError(f"job {self.name} ({self.task_id}) is not over after {timeout_s} s")
+            raise TimeoutError(f"job {self.name} ({self.task_id}) has not finished after {timeout_s} s")
         if self.error is not None:
             raise self.error
         return self.result  # type: ignore[return-value]  # set by whoever set `done`
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """Call it when the job is over, on the thread that ends it; at once if it is over already."""
+        """Call `callback` when the job ends, on the thread that ends it; immediately if it has already ended."""
         with self._callbacks_lock:
             if not self.done.is_set():
                 self._callbacks.append(callback)
@@ -129,7 +129,7 @@ class Job(Generic[ResultT]):
         callback()
 
     def finish(self) -> None:
-        """It is over: `result` or `error` is set. Wakes whoever waits."""
+        """Mark the job as ended: `result` or `error` is set. Wakes all waiters."""
         with self._callbacks_lock:
             self.done.set()
             callbacks, self._callbacks = self._callbacks, []
@@ -137,7 +137,7 @@ class Job(Generic[ResultT]):
             callback()
 
     def carry_out(self) -> None:
-        """Run it here and now; whatever it raises is kept for the waiter."""
+        """Run the job on this thread; whatever it raises is stored for the waiter."""
         with keeping_errors() as kept:
             self.result = self.context.run(self.run)
         error = self.error = kept.take()
@@ -149,16 +149,16 @@ class Job(Generic[ResultT]):
 
 
 def _explained(error: Exception, name: str) -> Exception:
-    """A shortage of memory on a device becomes one that says who holds what on every device; other errors stay as they are."""
-    from backend import memory_management  # imports torch, which the line itself does not need
+    """An out-of-memory error, extended by what is held on every device; other errors are returned unchanged."""
+    from backend import memory_management  # imports torch, which the queue itself does not need
 
     return memory_management.explain_shortage(error, f"the job {name}")
 
 
 class JobQueue:
-    """First in, first out. The worker thread starts with the first job and is a daemon: it does not hold up the end of the program.
+    """First in, first out. The worker thread starts with the first job and is a daemon, so it never delays the end of the program.
 
-    No more than `max_waiting` jobs wait at a time.
+    At most `max_waiting` jobs wait at a time.
     """
 
     def __init__(self, state: State, max_waiting: int = MAX_WAITING_JOBS) -> None:
@@ -172,7 +172,7 @@ class JobQueue:
         self._closed = False
 
     def submit(self, task_id: str | None, name: str, run: Callable[[], ResultT]) -> Job[ResultT]:
-        """Put a job at the end of the line. Called from inside a job, it runs at once: waiting for itself would never end.
+        """Append a job to the queue. Called from inside a job, it runs immediately, because waiting for itself would deadlock.
 
         Raises ServerClosingError and LineFullError.
         """
@@ -193,42 +193,42 @@ class JobQueue:
         """Raises ServerClosingError and LineFullError where submit() would."""
         with self._changed:
             if self._closed:
-                raise ServerClosingError("the server is shutting down and takes no more jobs.")
+                raise ServerClosingError("the server is shutting down and accepts no more jobs.")
             if len(self._line) >= self.max_waiting:
-                raise LineFullError(f"{len(self._line)} jobs wait already, and no more are taken. Try again later.")
+                raise LineFullError(f"{len(self._line)} jobs are already waiting; the queue is full. Try again later.")
 
     def run_and_wait(self, task_id: str | None, name: str, run: Callable[[], ResultT]) -> ResultT:
         """submit() and wait()."""
         return self.submit(task_id, name, run).wait()
 
     def cancel(self, task_id: str) -> bool:
-        """Take a waiting job out of the line; whether it was there. Its waiter gets JobCancelled."""
+        """Remove a waiting job from the queue; returns whether it was there. Its waiter gets JobCancelled."""
         with self._changed:
             job = next((waiting for waiting in self._line if waiting.task_id == task_id), None)
             if job is None:
                 return False
             self._line.remove(job)
-        self._drop(job, JobCancelled(f"job {job.name} ({job.task_id}): it was cancelled before it began."))
+        self._drop(job, JobCancelled(f"job {job.name} ({job.task_id}): canceled before it started."))
         return True
 
     def abandon(self, job: Job[Any]) -> None:
-        """Nobody wants the job's result any more: take it out of the line, or interrupt it if it runs."""
+        """Nobody needs the job's result any more: remove it from the queue, or interrupt it if it runs."""
         with self._changed:
             is_waiting = job in self._line
             if is_waiting:
                 self._line.remove(job)
-            elif self._running is job:  # the next one begins under this lock and forgets the flag
+            elif self._running is job:  # the next job starts under this lock and resets the flag
                 self.state.interrupt()
         if is_waiting:
-            self._drop(job, JobCancelled(f"job {job.name} ({job.task_id}): its client went away."))
+            self._drop(job, JobCancelled(f"job {job.name} ({job.task_id}): its client disconnected."))
 
     def reopen(self) -> None:
-        """Take jobs again after close()."""
+        """Accept jobs again after close()."""
         with self._changed:
             self._closed = False
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Take no more jobs, drop the waiting ones, interrupt the running one and wait for it. Whoever waits gets an answer."""
+        """Accept no more jobs, drop waiting ones, interrupt the running one and wait for it. Every waiter gets an answer."""
         with self._changed:
             self._closed = True
             dropped = list(self._line)
@@ -300,7 +300,7 @@ def _is_task_id(value: object) -> bool:
 
 
 def wrap_gradio_gpu_call(func: Callable[..., Any], extra_outputs: Sequence[Any] | None = None) -> Callable[..., Any]:
-    """`func` as a job: a first argument `task(...)` is its id. Errors become a line of HTML, the time it took is added to it."""
+    """`func` as a job: a first argument `task(...)` is its id. Errors become a line of HTML with the time taken."""
 
     def as_job(*args: Any, **kwargs: Any) -> Any:
         task_id = args[0] if args and _is_task_id(args[0]) else None
@@ -310,7 +310,7 @@ def wrap_gradio_gpu_call(func: Callable[..., Any], extra_outputs: Sequence[Any] 
 
 
 def wrap_gradio_call(func: Callable[..., Any], extra_outputs: Sequence[Any] | None = None, add_stats: bool = False) -> Callable[..., Any]:
-    """`func` with its errors shown on the page: outputs `extra_outputs` (default [None, '']) and the message as HTML."""
+    """`func` with errors shown on the page: outputs `extra_outputs` (default [None, '']) and the message as HTML."""
 
     @wraps(func)
     def shown(*args: Any, **kwargs: Any) -> Any:
@@ -331,7 +331,7 @@ wrap_gradio_call_no_job = wrap_gradio_call
 
 
 def error_html(error: BaseException) -> str:
-    """What a failed job shows on the page: the message; the kind of error too unless it is the user's."""
+    """The page's text for a failed job: the message, plus the error's type unless the error is meant for users."""
     text = str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
     return f"<div class='error'>{html.escape(text)}</div>"
 

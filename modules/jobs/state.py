@@ -1,6 +1,6 @@
-"""The state of the job that runs now: counters, interrupt flags, the last preview. Written by the worker, read by page and API; knows neither.
+"""State of the running job: counters, interrupt flags, the last preview. Written by the worker, read by page and API; knows neither.
 
-Names are those that extensions use (`shared.state`). Preview pixels come from a `preview_maker` that the job sets.
+Names are those that extensions use (`shared.state`). Previews come from a `preview_maker` that the job sets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ StateFields = dict[str, Any]
 
 
 class State:
-    """One job's progress. Flags may be set by any thread; everything else belongs to the worker."""
+    """Progress of one job. Any thread may set flags; everything else belongs to the worker."""
 
     def __init__(self) -> None:
         self.skipped = False
@@ -48,7 +48,7 @@ class State:
 
     @property
     def server_command(self) -> str | None:
-        """What the server was asked to do: "stop", "restart", "kill" or None."""
+        """The pending server command: "stop", "restart", "kill" or None."""
         return self._server_command
 
     @server_command.setter
@@ -58,24 +58,24 @@ class State:
             self._server_command_changed.notify_all()
 
     def wait_for_server_command(self, timeout: float | None = None) -> str | None:
-        """Block until a command is there (or `timeout` seconds are over), take it and return it."""
+        """Block until there is a command (or `timeout` seconds pass), then take and return it."""
         with self._server_command_changed:
             self._server_command_changed.wait_for(lambda: self._server_command is not None, timeout)
             command, self._server_command = self._server_command, None
             return command
 
     def request_restart(self) -> None:
-        """End the running job and have the server restarted."""
+        """End the running job and restart the server."""
         self.interrupt()
         self.server_command = "restart"
 
     def skip(self) -> None:
-        """End the running batch within one step; the next one goes on."""
+        """End the running batch within one step; the next batch continues."""
         self.skipped = True
         log.info("Skip requested.")
 
     def interrupt(self) -> None:
-        """End the running job within one step; what is finished is kept."""
+        """End the running job within one step; finished pictures are kept."""
         self.interrupted = True
         log.info("Interrupt requested.")
 
@@ -85,14 +85,14 @@ class State:
         log.info("Stop after the current batch requested.")
 
     def nextjob(self) -> None:
-        """One part of the job (a batch, a pass) is done: show its last preview and count on."""
+        """Part of the job (a batch, a pass) is done: show its last preview and advance the counter."""
         self.do_set_current_image()
         self.job_no += 1
         self.sampling_step = 0
         self.current_image_sampling_step = 0
 
     def begin(self, job: str = "(unknown)") -> None:
-        """A job starts: everything of the one before is forgotten."""
+        """A job starts: reset everything."""
         self.sampling_step = 0
         self.sampling_steps = 0
         self.time_start = time.time()
@@ -111,19 +111,19 @@ class State:
         self.job = job
 
     def end(self) -> None:
-        """The job is over, however it ended."""
+        """The job has ended, successfully or not."""
         self.job = ""
         self.job_count = 0
         self.current_latent = None
         self.preview_maker = None
 
     def set_current_image(self) -> None:
-        """Show the current latent if enough steps went by since the last preview."""
+        """Show the current latent if enough steps have passed since the last preview."""
         if self.sampling_step - self.current_image_sampling_step >= 1:
             self.do_set_current_image()
 
     def do_set_current_image(self) -> None:
-        """Show the current latent now, with the job's preview maker. Worker thread only."""
+        """Show the current latent now, using the job's preview maker. Worker thread only."""
         maker, latent = self.preview_maker, self.current_latent
         if maker is None or latent is None:
             return
@@ -138,7 +138,7 @@ class State:
         self.id_live_preview += 1
 
     def dict(self) -> StateFields:
-        """The part of the state that the API reports."""
+        """The part of the state reported by the API."""
         return {
             "skipped": self.skipped,
             "interrupted": self.interrupted,

@@ -1,6 +1,6 @@
-"""The txt2img handler under the names and with the argument order that extensions call; a job of the application's line.
+"""The txt2img handler with the name and argument order that extensions use; runs as a job in the application's queue.
 
-The arguments behind the last named one belong to scripts, which get them once there is a script host.
+Arguments after the last named one belong to scripts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from modules.infotext.parameters import create_override_settings_dict
 from modules.processing import Processed, StableDiffusionProcessingTxt2Img, process_images
 
-# positional arguments behind id_task and request
+# positional arguments after id_task and request
 ARGUMENTS = (
     "prompt",
     "negative_prompt",
@@ -44,7 +44,7 @@ Outputs = tuple[list[Any], str, str, str]
 
 
 def txt2img_create_processing(id_task: str, request: Any, *args: Any, force_enable_hr: bool = False) -> StableDiffusionProcessingTxt2Img:
-    """The request of the handler's arguments (ARGUMENTS, then those of scripts)."""
+    """The request built from the handler's arguments (ARGUMENTS, then script arguments)."""
     fields = dict(zip(ARGUMENTS, args))
     overrides = create_override_settings_dict(fields.pop("override_settings_texts", None) or [])
     p = StableDiffusionProcessingTxt2Img(**{**fields, "enable_hr": bool(fields.get("enable_hr")) or force_enable_hr}, override_settings=overrides)
@@ -54,13 +54,13 @@ def txt2img_create_processing(id_task: str, request: Any, *args: Any, force_enab
 
 
 def txt2img(id_task: str, request: Any, *args: Any) -> Outputs:
-    """Queue the request and wait for it: pictures, their facts as JSON, the parameters and the comments as HTML."""
+    """Queue the request and wait for it. Returns the pictures, their info as JSON, and parameters and comments as HTML."""
     p = txt2img_create_processing(id_task, request, *args)
     return handler_outputs(p.context.jobs.run_and_wait(id_task or None, "txt2img", lambda: process_images(p)))
 
 
 def handler_outputs(processed: Processed) -> Outputs:
-    """What the page's handlers give back."""
+    """The return values of the page's handlers."""
     return [*processed.images, *processed.extra_images], processed.js(), _paragraph(processed.info), _paragraph(processed.comments, "comments")
 
 

@@ -1,6 +1,6 @@
-"""The command line: every flag, and the one parse that turns flags into an `AppConfig`.
+"""The command line: all flags, and the parser that turns them into an `AppConfig`.
 
-Imports in milliseconds. argv and the environment are handed in; this file reads neither itself.
+Imports in milliseconds. argv and the environment are passed in; this file reads neither.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from modules.launch.script_loading import preload_extensions
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 
-# Accepted for old scripts' sake, without effect: flag -> (takes a value - None: may take one, what is true instead).
+# Accepted for the sake of old scripts, without effect: flag -> (takes a value? None = optional value, what is true instead).
 NO_EFFECT: Mapping[str, tuple[bool | None, str]] = MappingProxyType(
     {
         "--config": (True, "the network's configuration is read from the checkpoint itself"),
         "--vae-path": (True, "put the file into models/VAE and choose it on the page"),
-        "--ngrok": (True, "ngrok is not built in; use --share, or run a tunnel beside it"),
+        "--ngrok": (True, "ngrok is not built in; use --share, or run your own tunnel"),
         "--ngrok-options": (True, "ngrok is not built in"),
         "--ngrok-region": (True, "ngrok is not built in"),
         "--directml": (None, "DirectML is not supported"),
-        "--use-ipex": (False, "torch's own xpu device is used where there is one"),
+        "--use-ipex": (False, "torch's own xpu device is used if present"),
         "--disable-ipex-hijack": (False, "nothing is patched for IPEX"),
-        "--medvram-sdxl": (False, "memory is planned for each model; --medvram does it for all"),
+        "--medvram-sdxl": (False, "memory is planned per model; --medvram applies to all"),
         "--lowram": (False, "checkpoints are mapped from disk, not read into memory"),
         "--precision": (True, "use --all-in-fp32 or --all-in-fp16"),
-        "--upcast-sampling": (False, "number formats are chosen for each device; --all-in-fp32 forces 32 bits"),
+        "--upcast-sampling": (False, "precision is chosen per device; --all-in-fp32 forces 32 bits"),
         "--always-batch-cond-uncond": (False, "they are batched whenever memory allows"),
         "--disable-safe-unpickle": (False, "pickled files are always read by the restricted unpickler"),
         "--disable-model-loading-ram-optimization": (False, "checkpoints are mapped from disk"),
         "--disable-opt-split-attention": (False, "choose with --attention-pytorch, --attention-split or --attention-quad"),
         "--opt-split-attention-v1": (False, "use --attention-split"),
         "--opt-split-attention-invokeai": (False, "use --attention-split"),
-        "--sub-quad-q-chunk-size": (True, "chunk sizes follow from free memory"),
-        "--sub-quad-kv-chunk-size": (True, "chunk sizes follow from free memory"),
-        "--sub-quad-chunk-threshold": (True, "chunk sizes follow from free memory"),
-        "--opt-channelslast": (False, "the memory format is chosen for each device"),
+        "--sub-quad-q-chunk-size": (True, "chunk sizes depend on free memory"),
+        "--sub-quad-kv-chunk-size": (True, "chunk sizes depend on free memory"),
+        "--sub-quad-chunk-threshold": (True, "chunk sizes depend on free memory"),
+        "--opt-channelslast": (False, "the memory format is chosen per device"),
         "--force-enable-xformers": (False, "use --xformers"),
         "--xformers-flash-attention": (False, "xformers chooses its own kernels"),
         "--skip-google-blockly": (False, "it is not part of this program"),
         "--do-not-download-clip": (False, "nothing is downloaded for it"),
         "--no-download-sd-model": (False, "no model is downloaded"),
-        "--skip-load-model-at-start": (False, "no model is loaded before it is needed"),
+        "--skip-load-model-at-start": (False, "models are loaded when needed"),
         "--gfpgan-dir": (True, "use --gfpgan-models-path"),
         "--gfpgan-model": (True, "use --gfpgan-models-path"),
-        "--unload-gfpgan": (False, "memory is freed as it is needed"),
+        "--unload-gfpgan": (False, "memory is freed when needed"),
         "--no-progressbar-hiding": (False, "the progress bar is not hidden"),
         "--max-batch-count": (True, "there is no such limit"),
         "--show-negative-prompt": (False, "the field is always shown"),
@@ -68,41 +68,41 @@ NO_EFFECT: Mapping[str, tuple[bool | None, str]] = MappingProxyType(
         "--gradio-queue": (False, "the queue is always on"),
         "--no-gradio-queue": (False, "the queue is always on"),
         "--gradio-debug": (False, "use --loglevel DEBUG"),
-        "--administrator": (False, "nothing depends on it"),
+        "--administrator": (False, "nothing checks it"),
         "--deepdanbooru": (False, "it is not part of this program"),
         "--deepdanbooru-projects-path": (True, "it is not part of this program"),
         "--add-stop-route": (False, "use --api-server-stop"),
-        "--skip-version-check": (False, "versions are those of requirements_versions.txt"),
-        "--skip-torch-cuda-test": (False, "a machine without a GPU computes on its CPU"),
+        "--skip-version-check": (False, "requirements_versions.txt fixes the versions"),
+        "--skip-torch-cuda-test": (False, "without a GPU, the CPU is used"),
         "--update-check": (False, "extensions are not updated at start"),
         "--update-all-extensions": (False, "extensions are not updated at start"),
         "--lyco-dir-backcompat": (True, "put the files into models/Lora or use --lora-dir"),
-        "--clip-models-path": (True, "text encoders come with the checkpoint or from models/text_encoder"),
+        "--clip-models-path": (True, "text encoders come from the checkpoint or models/text_encoder"),
         "--controlnet-tracemalloc": (False, "use --profile"),
-        "--test-server": (False, "give --data-dir a folder of its own"),
-        "--ui-debug-mode": (False, "no model is loaded before it is needed"),
-        "--disable-tls-verify": (False, "nothing here looks at the certificate it serves"),
-        "--use-textbox-seed": (False, "there is one kind of seed field"),
+        "--test-server": (False, "use --data-dir with a separate folder"),
+        "--ui-debug-mode": (False, "models are loaded when needed"),
+        "--disable-tls-verify": (False, "the server never verifies its own certificate"),
+        "--use-textbox-seed": (False, "there is only one kind of seed field"),
         "--allow-code": (False, "no script here runs code from the page"),
         "--textual-inversion-templates-dir": (True, "embeddings are not trained here"),
-        "--enable-console-prompts": (False, "the terminal shows one line for each job and each load, as --loglevel says"),
+        "--enable-console-prompts": (False, "the terminal shows one line per job and load; see --loglevel"),
     }
 )
 
-# Flags whose part of the program is not there yet: flag -> what is true until it is. `tests/contract/test_flags.py` says when one can go.
+# Flags for features that do not exist yet: flag -> what happens until then. `tests/contract/test_flags.py` tells when an entry can go.
 NOT_YET: Mapping[str, str] = MappingProxyType(
     {
-        "--controlnet-loglevel": "ControlNet says as much as --loglevel says",
+        "--controlnet-loglevel": "ControlNet uses --loglevel",
         "--hypernetwork-dir": "hypernetworks are not read",
         "--localizations-dir": "the page is in English",
-        "--unix-filenames-sanitization": "file names are made for all systems",
-        "--ui-config-file": "the first values of the page's fields are its own",
-        "--codeformer-models-path": "faces are not restored",
-        "--gfpgan-models-path": "faces are not restored",
+        "--unix-filenames-sanitization": "file names are valid on all systems",
+        "--ui-config-file": "the page uses its built-in start values",
+        "--codeformer-models-path": "there is no face restoration",
+        "--gfpgan-models-path": "there is no face restoration",
     }
 )
 
-# Folders under the models folder that some flag can move: flag -> folder name.
+# Folders under the models folder that a flag can move: flag -> folder name.
 MODEL_FOLDERS: Mapping[str, str] = MappingProxyType(
     {
         "--hypernetwork-dir": "hypernetworks",
@@ -118,7 +118,7 @@ MODEL_FOLDERS: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# Folders that are looked through beside a standard one: flag -> (the standard folder's base, its name, what lies in an A1111 folder instead).
+# Folders searched in addition to a standard one: flag -> (base of the standard folder, its name, the folder used from an A1111 installation).
 EXTRA_FOLDERS: Mapping[str, tuple[str, str, str | None]] = MappingProxyType(
     {
         "--ckpt-dir": ("models", "Stable-diffusion", "models/Stable-diffusion"),
@@ -132,18 +132,18 @@ EXTRA_FOLDERS: Mapping[str, tuple[str, str, str | None]] = MappingProxyType(
 
 
 class FlagError(ValueError):
-    """The command line asks for something that does not exist or contradicts itself; the message is for the user."""
+    """The command line names something that does not exist, or contradicts itself; the message is for the user."""
 
 
 class _Parser(ArgumentParser):
-    """An argument parser that raises instead of ending the process."""
+    """An argument parser that raises instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise FlagError(f"{message[:1].upper()}{message[1:]}. `python launch.py --help` lists all flags.")
 
 
 def build_parser() -> ArgumentParser:
-    """The parser with every flag. `parse_config` is what most callers want."""
+    """The parser with every flag. Most callers want `parse_config`."""
     parser = _Parser(prog="launch.py", allow_abbrev=False, description="A WebUI for Stable Diffusion that uses more than one GPU.")
     add_backend_arguments(parser)
     _add_launcher_arguments(parser)
@@ -161,52 +161,52 @@ def _add_switches(group: Any, switches: Mapping[str, str]) -> None:
 
 
 def _add_launcher_arguments(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("set-up and diagnosis")
+    group = parser.add_argument_group("setup and diagnostics")
     switches = {
-        "--exit": "stop when the set-up is done",
+        "--exit": "stop after setup",
         "--skip-install": "never install a package",
         "--no-install-extensions": "run no installers of extensions",
-        "--skip-prepare-environment": "no set-up at all: no virtual environment, no packages, no installers of extensions",
-        "--skip-python-version-check": "try a Python that is not supported",
+        "--skip-prepare-environment": "skip setup: no virtual environment, no packages, no extension installers",
+        "--skip-python-version-check": "allow an unsupported Python",
         "--reinstall-torch": "install torch again",
         "--reinstall-xformers": "install xformers again",
-        "--dump-sysinfo": "write what is known about this machine to a file, and stop",
-        "--log-startup": "print how long each part of the start took",
-        "--list-gpus": "print the devices, and stop",
+        "--dump-sysinfo": "write information about this machine to a file, then stop",
+        "--log-startup": "print how long each startup step took",
+        "--list-gpus": "print the devices, then stop",
     }
     _add_switches(group, switches)
-    group.add_argument("--loglevel", type=str.upper, choices=LOG_LEVELS, help="how much is printed (default: INFO)")
+    group.add_argument("--loglevel", type=str.upper, choices=LOG_LEVELS, help="how much to print (default: INFO)")
 
 
 def _add_server_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("server")
-    group.add_argument("--listen", action="store_true", help="answer other computers too (host 0.0.0.0)")
-    group.add_argument("--server-name", metavar="HOST", help="host name or address to answer on (default: 127.0.0.1)")
-    group.add_argument("--port", type=int, metavar="N", help="port to answer on (default: 7860, with --nowebui 7861)")
-    group.add_argument("--subpath", metavar="PATH", help="the path under which a reverse proxy shows this server")
-    group.add_argument("--timeout-keep-alive", type=int, default=30, metavar="SECONDS", help="how long an idle connection is kept (default: 30)")
-    group.add_argument("--api-auth", metavar="USER:PASSWORD", help="ask API clients for one of these, separated by commas")
-    group.add_argument("--api-auth-file", metavar="FILE", help="a file of USER:PASSWORD for API clients, separated by commas or lines")
-    group.add_argument("--gradio-auth", metavar="USER:PASSWORD", help="ask for one of these on the page, separated by commas")
-    group.add_argument("--gradio-auth-path", metavar="FILE", help="a file of USER:PASSWORD, separated by commas or lines")
+    group.add_argument("--listen", action="store_true", help="accept connections from other computers (host 0.0.0.0)")
+    group.add_argument("--server-name", metavar="HOST", help="host name or address to listen on (default: 127.0.0.1)")
+    group.add_argument("--port", type=int, metavar="N", help="port to listen on (default: 7860; 7861 with --nowebui)")
+    group.add_argument("--subpath", metavar="PATH", help="path prefix of this server behind a reverse proxy")
+    group.add_argument("--timeout-keep-alive", type=int, default=30, metavar="SECONDS", help="how long to keep idle connections open (default: 30)")
+    group.add_argument("--api-auth", metavar="USER:PASSWORD", help="logins for API clients, separated by commas")
+    group.add_argument("--api-auth-file", metavar="FILE", help="a file with USER:PASSWORD for API clients, separated by commas or newlines")
+    group.add_argument("--gradio-auth", metavar="USER:PASSWORD", help="logins for the page, separated by commas")
+    group.add_argument("--gradio-auth-path", metavar="FILE", help="a file with USER:PASSWORD for the page, separated by commas or newlines")
     group.add_argument(
-        "--gradio-allowed-path", action="append", default=[], metavar="PATH", help="a folder the page may show files from; may be repeated"
+        "--gradio-allowed-path", action="append", default=[], metavar="PATH", help="a folder whose files the page may show; may be repeated"
     )
     group.add_argument(
         "--allowed-hosts",
         metavar="NAMES",
-        help="names under which a reverse proxy shows this server, separated by commas; *.example.org or * will do",
+        help="host names of this server behind a reverse proxy, separated by commas; *.example.org and * work",
     )
     group.add_argument("--cors-allow-origins", metavar="URLS", help="origins whose pages may call the API, separated by commas")
-    group.add_argument("--cors-allow-origins-regex", metavar="PATTERN", help="the same as a regular expression")
+    group.add_argument("--cors-allow-origins-regex", metavar="PATTERN", help="the same, as a regular expression")
     group.add_argument("--tls-keyfile", metavar="FILE", help="private key, for https")
     group.add_argument("--tls-certfile", metavar="FILE", help="certificate, for https")
     switches = {
-        "--api": "serve the REST API beside the page",
+        "--api": "serve the REST API in addition to the page",
         "--nowebui": "serve the REST API without the page",
         "--api-log": "log API calls",
         "--api-server-stop": "let API clients stop or restart the server",
-        "--share": "make a public link with gradio",
+        "--share": "create a public link with gradio",
         "--autolaunch": "open the page in a browser",
     }
     _add_switches(group, switches)
@@ -215,40 +215,40 @@ def _add_server_arguments(parser: ArgumentParser) -> None:
 def _add_folder_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("files and folders")
     group.add_argument(
-        "--data-dir", default=str(SCRIPT_DIR), metavar="DIR", help="where settings, outputs and models lie (default: this program's folder)"
+        "--data-dir", default=str(SCRIPT_DIR), metavar="DIR", help="folder for settings, outputs and models (default: this program's folder)"
     )
-    group.add_argument("--models-dir", metavar="DIR", help="where models lie (default: models in the data folder)")
-    group.add_argument("--ckpt", metavar="FILE", help="the checkpoint to begin with")
+    group.add_argument("--models-dir", metavar="DIR", help="folder for models (default: models in the data folder)")
+    group.add_argument("--ckpt", metavar="FILE", help="the checkpoint to start with")
     for flag, (_, folder, _) in EXTRA_FOLDERS.items():
-        group.add_argument(flag, action="append", default=[], metavar="DIR", help=f"look here too, beside {folder}; may be repeated")
+        group.add_argument(flag, action="append", default=[], metavar="DIR", help=f"an additional folder besides {folder}; may be repeated")
     for flag, folder in MODEL_FOLDERS.items():
-        group.add_argument(flag, metavar="DIR", help=f"instead of {folder} in the models folder")
-    group.add_argument("--localizations-dir", metavar="DIR", help="instead of localizations")
-    group.add_argument("--forge-ref-a1111-home", metavar="DIR", help="use the models of this A1111 installation too")
-    group.add_argument("--ui-settings-file", metavar="FILE", help="the settings (default: config.json in the data folder)")
-    group.add_argument("--ui-config-file", metavar="FILE", help="first values of the page's fields (default: ui-config.json in the data folder)")
+        group.add_argument(flag, metavar="DIR", help=f"use this folder instead of {folder} in the models folder")
+    group.add_argument("--localizations-dir", metavar="DIR", help="use this folder instead of localizations")
+    group.add_argument("--forge-ref-a1111-home", metavar="DIR", help="also use the models of this A1111 installation")
+    group.add_argument("--ui-settings-file", metavar="FILE", help="settings file (default: config.json in the data folder)")
+    group.add_argument("--ui-config-file", metavar="FILE", help="start values of the page's fields (default: ui-config.json in the data folder)")
     group.add_argument(
-        "--styles-file", action="append", default=[], metavar="FILE", help="prompt styles (default: styles.csv in the data folder); may be repeated"
+        "--styles-file", action="append", default=[], metavar="FILE", help="prompt styles (default: styles.csv in the data folder); repeatable"
     )
-    group.add_argument("--filenames-max-length", type=int, default=128, metavar="N", help="cut names of pictures at this length (default: 128)")
-    group.add_argument("--unix-filenames-sanitization", action="store_true", help="allow in file names what Linux allows")
+    group.add_argument("--filenames-max-length", type=int, default=128, metavar="N", help="maximum length of picture file names (default: 128)")
+    group.add_argument("--unix-filenames-sanitization", action="store_true", help="allow every character that Linux allows in file names")
     group.add_argument("--no-hashing", action="store_true", help="do not compute sha256 of checkpoints")
     group.add_argument("--no-prompt-history", action="store_true", help="do not write params.txt")
 
 
 def _add_page_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("page and settings")
-    group.add_argument("--theme", choices=("light", "dark"), help="colours of the page")
-    group.add_argument("--freeze-settings-in-sections", metavar="SECTIONS", help="settings of these sections cannot be changed")
-    group.add_argument("--freeze-specific-settings", metavar="NAMES", help="these settings cannot be changed")
+    group.add_argument("--theme", choices=("light", "dark"), help="color scheme of the page")
+    group.add_argument("--freeze-settings-in-sections", metavar="SECTIONS", help="lock the settings in these sections")
+    group.add_argument("--freeze-specific-settings", metavar="NAMES", help="lock these settings")
     group.add_argument("--controlnet-loglevel", default="INFO", metavar="LEVEL", help="how much ControlNet prints")
     switches = {
-        "--freeze-settings": "settings cannot be changed",
-        "--hide-ui-dir-config": "do not show folders on the page",
-        "--sdxl": "begin with the first SDXL checkpoint and its sizes",
+        "--freeze-settings": "lock all settings",
+        "--hide-ui-dir-config": "hide folder fields on the page",
+        "--sdxl": "start with the first SDXL checkpoint and its sizes",
         "--controlnet": "open the ControlNet panel",
-        "--disable-console-progressbars": "no progress bars in the terminal",
-        "--disable-nan-check": "do not look for invalid numbers in results",
+        "--disable-console-progressbars": "show no progress bars in the terminal",
+        "--disable-nan-check": "do not check results for NaN",
     }
     _add_switches(group, switches)
 
@@ -256,7 +256,7 @@ def _add_page_arguments(parser: ArgumentParser) -> None:
 def _add_extension_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("extensions")
     switches = {
-        "--enable-insecure-extension-access": "allow switching extensions from other computers",
+        "--enable-insecure-extension-access": "allow turning extensions on and off from other computers",
         "--disable-all-extensions": "load no extension",
         "--disable-extra-extensions": "load built-in extensions only",
     }
@@ -264,7 +264,7 @@ def _add_extension_arguments(parser: ArgumentParser) -> None:
 
 
 def _add_no_effect_arguments(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("accepted for old scripts' sake, without effect")
+    group = parser.add_argument_group("accepted for old scripts, without effect")
     for flag, (takes_value, instead) in NO_EFFECT.items():
         text = instead.replace("%", "%%")
         if takes_value is None:
@@ -276,15 +276,15 @@ def _add_no_effect_arguments(parser: ArgumentParser) -> None:
 
 
 def split_command_line(text: str, *, windows: bool = os.name == "nt") -> list[str]:
-    """`COMMANDLINE_ARGS` as a shell would split it; on Windows a backslash is part of a path.
+    """Split `COMMANDLINE_ARGS` like a shell; on Windows a backslash is part of a path.
 
     Raises:
-        FlagError: a quotation mark is not closed.
+        FlagError: unclosed quotation mark.
     """
     try:
         return shlex.split(text.replace("\\", "\\\\") if windows else text)
     except ValueError as error:
-        raise FlagError(f"COMMANDLINE_ARGS={text}: cannot be read ({error}). Close every quotation mark.") from error
+        raise FlagError(f"COMMANDLINE_ARGS={text}: cannot be read ({error}). Close all quotation marks.") from error
 
 
 def config_for_tests(data_dir: Path, **overrides: Any) -> AppConfig:
@@ -296,12 +296,12 @@ def config_for_tests(data_dir: Path, **overrides: Any) -> AppConfig:
 
 
 def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> AppConfig:
-    """One configuration from `argv` (without the program's name) and the variables COMMANDLINE_ARGS, IGNORE_CMD_ARGS_ERRORS, SD_WEBUI_LOG_LEVEL.
+    """The configuration from `argv` (without the program name) and the variables COMMANDLINE_ARGS, IGNORE_CMD_ARGS_ERRORS, SD_WEBUI_LOG_LEVEL.
 
-    A flag of `argv` wins over the same flag in COMMANDLINE_ARGS. Looks whether named files exist; makes nothing.
+    A flag in `argv` wins over the same flag in COMMANDLINE_ARGS. Checks that named files exist; creates nothing.
 
     Raises:
-        FlagError: unknown flags, values that do not exist, flags that contradict each other.
+        FlagError: unknown flags, invalid values, contradicting flags.
     """
     parser = build_parser()
     words = [*split_command_line(environ.get("COMMANDLINE_ARGS", "")), *argv]
@@ -320,7 +320,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> AppConfig:
 
 
 def _add_flags_of_extensions(parser: ArgumentParser, ns: Namespace) -> None:
-    """What every `preload.py` of the extensions that will be loaded adds. One that fails is reported and the start goes on."""
+    """Add the flags from `preload.py` of every extension that will be loaded. One that fails is logged, and startup continues."""
     data_dir = Path(ns.data_dir).expanduser().absolute()
     settings_file = Path(ns.ui_settings_file).expanduser() if ns.ui_settings_file else data_dir / "config.json"
     for folder in active_folders(data_dir / "extensions", settings_file, vars(ns)):
@@ -337,12 +337,12 @@ def _check_unknown(parser: ArgumentParser, unknown: Sequence[str], *, ignore: bo
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if name.startswith("-") else []
         sentences.append(f"{word}: there is no such flag" + (f"; did you mean {near[0]}?" if near else "."))
     if ignore:
-        return [f"{sentence} It is ignored, as IGNORE_CMD_ARGS_ERRORS says." for sentence in sentences]
+        return [f"{sentence} It is ignored because IGNORE_CMD_ARGS_ERRORS is set." for sentence in sentences]
     raise FlagError(" ".join(sentences) + " `python launch.py --help` lists all flags.")
 
 
 def _given_flags(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Flags that stand in the words, each once, in order."""
+    """The flags among the words, each once, in order."""
     known = {option for action in parser._actions for option in action.option_strings}
     return list(dict.fromkeys(word.split("=")[0] for word in words if word.split("=")[0] in known))
 
@@ -409,13 +409,13 @@ def _server_fields(ns: Namespace) -> dict[str, Any]:
 
 
 def _has_screen(environ: Mapping[str, str], platform: str = sys.platform) -> bool:
-    """Linux without a display server has no browser to open."""
+    """False on Linux without a display server: there is no browser to open."""
     return not platform.startswith("linux") or bool(environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY"))
 
 
 def _check_range(flag: str, value: int, lowest: int, highest: int) -> int:
     if not lowest <= value <= highest:
-        raise FlagError(f"{flag} {value}: give a whole number from {lowest} to {highest}.")
+        raise FlagError(f"{flag} {value}: must be a whole number from {lowest} to {highest}.")
     return value
 
 
@@ -430,7 +430,7 @@ def _check_pattern(pattern: str | None) -> str | None:
 def _log_level(ns: Namespace, environ: Mapping[str, str]) -> str:
     level = ns.loglevel or environ.get("SD_WEBUI_LOG_LEVEL", "").upper() or "INFO"
     if level not in LOG_LEVELS:
-        raise FlagError(f"SD_WEBUI_LOG_LEVEL={level}: not known. Choose one of: {', '.join(LOG_LEVELS)}.")
+        raise FlagError(f"SD_WEBUI_LOG_LEVEL={level}: unknown level. Choose one of: {', '.join(LOG_LEVELS)}.")
     return level
 
 
@@ -440,25 +440,25 @@ def _read_logins(source: str, text: str | None) -> tuple[tuple[str, str], ...]:
     for part in re.split(r"[,\r\n]", text or ""):
         user, colon, password = part.strip().partition(":")
         if part.strip() and not (user and colon and password):
-            raise FlagError(f"{source}: each login is written USER:PASSWORD, separated by commas; the {len(logins) + 1}. is not.")
+            raise FlagError(f"{source}: logins are written USER:PASSWORD, separated by commas; number {len(logins) + 1} is not.")
         if part.strip():
             logins.append((user, password))
     return tuple(logins)
 
 
 def _read_login_file(flag: str, name: str | None) -> tuple[tuple[str, str], ...]:
-    """The logins in a file. An empty one is refused: the user who named it wants a password to be asked for."""
+    """The logins in a file. An empty file is an error: a user who names one wants password protection."""
     if not name:
         return ()
     try:
         text = _existing_file(flag, name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise FlagError(
-            f"{flag} {name}: cannot be read as UTF-8 text ({type(error).__name__}). Save it as plain text of USER:PASSWORD lines."
+            f"{flag} {name}: cannot be read as UTF-8 text ({type(error).__name__}). Save it as plain text with USER:PASSWORD lines."
         ) from error
     found = _read_logins(f"{flag} {name}", text)
     if not found:
-        raise FlagError(f"{flag} {name}: holds no login. Write USER:PASSWORD into it, one a line.")
+        raise FlagError(f"{flag} {name}: contains no login. Write USER:PASSWORD into it, one per line.")
     return found
 
 
@@ -469,21 +469,21 @@ def _split_names(text: str | None) -> tuple[str, ...]:
 def _existing_file(flag: str, name: str) -> Path:
     path = Path(name).expanduser().absolute()
     if not path.is_file():
-        raise FlagError(f"{flag} {name}: there is no such file. Check the path; it is taken from {Path.cwd()} unless it is absolute.")
+        raise FlagError(f"{flag} {name}: there is no such file. Check the path; relative paths start at {Path.cwd()}.")
     return path
 
 
 def _find_tls_files(ns: Namespace) -> tuple[Path | None, Path | None]:
     if bool(ns.tls_keyfile) != bool(ns.tls_certfile):
         missing = "--tls-certfile" if ns.tls_keyfile else "--tls-keyfile"
-        raise FlagError(f"https needs both --tls-keyfile and --tls-certfile; {missing} is not given.")
+        raise FlagError(f"https needs both --tls-keyfile and --tls-certfile; {missing} is missing.")
     if not ns.tls_keyfile:
         return None, None
     return _existing_file("--tls-keyfile", ns.tls_keyfile), _existing_file("--tls-certfile", ns.tls_certfile)
 
 
 def _find_checkpoint(name: str | None, ckpt_dirs: Sequence[Path]) -> Path | None:
-    """The file `--ckpt` names, from the current folder or from one of the checkpoint folders."""
+    """The file given with `--ckpt`, relative to the current folder or to a checkpoint folder."""
     if not name:
         return None
     candidates = [Path(name).expanduser().absolute(), *(folder / name for folder in ckpt_dirs)]
@@ -496,19 +496,19 @@ def _find_checkpoint(name: str | None, ckpt_dirs: Sequence[Path]) -> Path | None
 def _list_checkpoints(ckpt_dirs: Sequence[Path], limit: int = 5) -> str:
     names = sorted(path.name for folder in ckpt_dirs if folder.is_dir() for path in folder.iterdir() if path.suffix.lower() in CHECKPOINT_SUFFIXES)
     if not names:
-        return "No checkpoint lies there yet."
-    return f"There are: {', '.join(names[:limit])}{' ...' if len(names) > limit else ''}."
+        return "There is no checkpoint in it yet."
+    return f"It contains: {', '.join(names[:limit])}{' ...' if len(names) > limit else ''}."
 
 
 def _collect_folders(ns: Namespace, data_dir: Path, models_dir: Path) -> tuple[dict[str, Any], list[str]]:
-    """The folders of each kind, standard folder first, and a notice for each named folder that is not there."""
+    """The folders of each kind, standard folder first, and a notice for each given folder that does not exist."""
     a1111_dir = _find_a1111(ns.forge_ref_a1111_home)
     folders: dict[str, Any] = {}
     notices: list[str] = []
     for flag, (base, name, a1111_name) in EXTRA_FOLDERS.items():
         dest = flag[2:].replace("-", "_")
         named = [Path(text).expanduser().absolute() for text in getattr(ns, dest)]
-        notices += [f"{flag} {path}: there is no such folder, so nothing is read from it." for path in named if not path.is_dir()]
+        notices += [f"{flag} {path}: there is no such folder; it is ignored." for path in named if not path.is_dir()]
         if a1111_dir and a1111_name and (a1111_dir / a1111_name).is_dir():
             named.append(a1111_dir / a1111_name)
         standard = (models_dir if base == "models" else data_dir) / name
@@ -521,12 +521,12 @@ def _find_a1111(name: str | None) -> Path | None:
         return None
     path = Path(name).expanduser().absolute()
     if not (path / "models").is_dir():
-        raise FlagError(f"--forge-ref-a1111-home {name}: this folder has no models folder in it. Give the folder that A1111 was installed to.")
+        raise FlagError(f"--forge-ref-a1111-home {name}: there is no models folder in it. Give the folder where A1111 is installed.")
     return path
 
 
 def _flags_mapping(ns: Namespace, data_dir: Path, models_dir: Path) -> dict[str, Any]:
-    """Every flag as extensions know it from `shared.cmd_opts`: single strings for folders, defaults filled in."""
+    """Every flag as extensions read it from `shared.cmd_opts`: single strings for folders, defaults filled in."""
     flags = dict(vars(ns))
     flags.update(data_dir=str(data_dir), models_dir=str(models_dir))
     for flag, folder in MODEL_FOLDERS.items():
@@ -545,7 +545,7 @@ def _flags_mapping(ns: Namespace, data_dir: Path, models_dir: Path) -> dict[str,
 
 
 def __getattr__(name: str) -> Any:
-    """`parser`, under the name extensions import, made when it is first asked for."""
+    """`parser`, the name extensions import; created on first use."""
     if name != "parser":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals().setdefault("parser", build_parser())

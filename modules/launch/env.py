@@ -1,4 +1,4 @@
-"""Environment variables that must be there before torch and the other libraries are imported. Pure: a function from what is asked to what is set."""
+"""Environment variables that must be set before torch and other libraries are imported. Pure: computes variables from the configuration."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from modules.app_config import AppConfig
 
 
 def library_environment(config: AppConfig, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables to set. What the user has set stays, except where a flag asks for something else.
+    """The variables to set. Values set by the user stay unless a flag overrides them.
 
-    `--device-id` sets nothing here: slots are chosen among all devices when those are probed.
+    `--device-id` sets nothing here: slots are chosen from all devices after probing.
     """
     wanted = {
         "GRADIO_ANALYTICS_ENABLED": "False",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # GPU numbers are those nvidia-smi shows
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # number GPUs like nvidia-smi does
         "PYTORCH_ENABLE_MPS_FALLBACK": "1",
         "TOKENIZERS_PARALLELISM": "false",  # tokenizers run inside worker threads
     }
@@ -31,6 +31,6 @@ def library_environment(config: AppConfig, environ: Mapping[str, str]) -> dict[s
 
 
 def _with_backend(allocator_conf: str, backend: str) -> str:
-    """The allocator's settings with this backend; those the user made otherwise stay."""
+    """The allocator settings with this backend; a backend set by the user stays."""
     others = [part for part in allocator_conf.split(",") if part and not part.startswith("backend:")]
     return ",".join([*others, f"backend:{backend}"])

@@ -1,4 +1,4 @@
-"""What can go wrong before the program runs, said so that a user knows what to do. Knows only the standard library."""
+"""Errors before the program runs, explained so that a user knows what to do. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 class SetupError(RuntimeError):
-    """The set-up cannot go on; the message is for the user."""
+    """Setup cannot continue; the message is for the user."""
 
 
-# What pip writes when it cannot reach an index, on Linux, macOS and Windows.
+# What pip prints when it cannot reach an index, on Linux, macOS and Windows.
 _NO_NETWORK = re.compile(
     "NewConnectionError|NameResolutionError|Failed to establish a new connection|Temporary failure in name resolution|Name or service not known"
     "|getaddrinfo failed|nodename nor servname|Network is unreachable|No route to host|ConnectTimeoutError|ReadTimeoutError|ProxyError"
@@ -21,7 +21,7 @@ _NO_NETWORK = re.compile(
     re.IGNORECASE,
 )
 _NO_SPACE = re.compile(r"No space left on device|\[Errno 28\]|\[WinError 112\]|not enough space on the disk|Disk quota exceeded", re.IGNORECASE)
-_VENV_BYTES = 50 * 2**20  # what an empty environment takes, with room to unpack pip
+_VENV_BYTES = 50 * 2**20  # size of an empty environment, plus room to unpack pip
 _NO_MATCH = re.compile(r"No matching distribution found for (?P<package>\S+)")
 _OTHER_PYTHON = re.compile(r"Package '(?P<package>[^']+)' requires a different Python")
 _CONFLICT = re.compile(r"ResolutionImpossible|conflicting dependencies")
@@ -31,20 +31,19 @@ _NO_BUILD = re.compile(
 
 
 def explain_pip_failure(log_text: str, asked: str, log_path: Path) -> str:
-    """One plain sentence on why pip failed, and what to do, from what it logged. `asked` says what was to be installed.
+    """One plain sentence saying why pip failed and what to do, based on its log. `asked` names what was being installed.
 
-    A missing connection is looked for before a missing package: without a network every package is missing.
+    Checks for a missing connection before a missing package: without a network, every package is missing.
     """
     begin = f"Installing {asked} failed: "
     if _NO_SPACE.search(log_text):
         return (
-            begin
-            + f"there is no space left on the disk. Free some, or set VENV_DIR (and TMPDIR, where pip unpacks) to another disk. Details: {log_path}"
+            begin + f"the disk is full. Free some space, or set VENV_DIR (and TMPDIR, where pip unpacks files) to another disk. Details: {log_path}"
         )
     if _NO_NETWORK.search(log_text) and "Successfully" not in log_text:
         return begin + (
-            "the package index cannot be reached. Check the network connection; behind a proxy set HTTPS_PROXY, for a mirror set INDEX_URL. "
-            f"With all packages in place, --skip-install starts without a network. Details: {log_path}"
+            "the package index cannot be reached. Check the network connection; set HTTPS_PROXY behind a proxy, INDEX_URL for a mirror. "
+            f"If all packages are installed, --skip-install starts without a network. Details: {log_path}"
         )
     if match := _NO_MATCH.search(log_text) or _OTHER_PYTHON.search(log_text):
         python = f"Python {sys.version_info[0]}.{sys.version_info[1]} on this system"
@@ -55,8 +54,8 @@ def explain_pip_failure(log_text: str, asked: str, log_path: Path) -> str:
     if match := _NO_BUILD.search(log_text):
         return begin + f"{match['package']} has no ready-made wheel for this Python and system, and building it failed. Details: {log_path}"
     if _CONFLICT.search(log_text):
-        return begin + f"the packages ask for versions of each other that exclude each other. Details: {log_path}"
-    return begin + f"pip gave up. Its last words: {_last_error_line(log_text)} Details: {log_path}"
+        return begin + f"the packages require incompatible versions. Details: {log_path}"
+    return begin + f"pip gave up. Last error: {_last_error_line(log_text)} Details: {log_path}"
 
 
 def _last_error_line(log_text: str) -> str:
@@ -66,26 +65,26 @@ def _last_error_line(log_text: str) -> str:
 
 
 def explain_venv_failure(output: str, venv_dir: Path, free_bytes: int) -> str:
-    """Why `python -m venv` failed. It hides what pip's installer said inside, so the free space at that moment tells whether that was the reason."""
-    begin = f"Making the virtual environment {venv_dir} failed: "
+    """Why `python -m venv` failed. It hides the output of pip's installer, so `free_bytes`, measured right after, tells whether the disk was full."""
+    begin = f"Creating the virtual environment {venv_dir} failed: "
     if _NO_SPACE.search(output) or free_bytes < _VENV_BYTES:
-        return begin + "there is no space left on the disk. Free some, or set VENV_DIR to a folder on another disk."
+        return begin + "the disk is full. Free some space, or set VENV_DIR to a folder on another disk."
     if "ensurepip is not available" in output or "No module named ensurepip" in output:
-        return begin + "this Python has no ensurepip. On Debian and Ubuntu: apt install python3-venv. Then start again."
+        return begin + "this Python has no ensurepip. On Debian and Ubuntu: apt install python3-venv. Then run this again."
     if "Permission denied" in output or "Read-only file system" in output:
-        return begin + "this folder cannot be written to. Set VENV_DIR to a folder of your own, or change the permissions."
+        return begin + "the folder is not writable. Set VENV_DIR to a folder you own, or change the permissions."
     return begin + (output.strip().splitlines() or ["no message"])[-1][:300]
 
 
 def explain_os_error(error: OSError, doing: str) -> str:
-    """A full disk and a folder without permission are said as such; anything else in the system's own words."""
+    """Plain words for a full disk and missing permissions; the system's message for anything else."""
     if error.errno == errno.ENOSPC:
-        return f"{doing}: there is no space left on the disk. Free some and start again."
+        return f"{doing}: the disk is full. Free some space and try again."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{doing}: not permitted ({error.filename}). Check the permissions of that folder."
+        return f"{doing}: permission denied ({error.filename}). Check the permissions of that folder."
     return f"{doing}: {error.strerror or error}."
 
 
 def quote_command(command: Sequence[str]) -> str:
-    """A command as a user could type it."""
+    """A command as the user would type it."""
     return " ".join(f'"{word}"' if " " in word else word for word in command)

@@ -1,4 +1,4 @@
-"""Which extensions are switched on, told from folders, flags and the settings file alone: before there is an application. Standard library only."""
+"""Which extensions are enabled, read from folders, flags and the settings file before the application exists. Standard library only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def active_folders(extensions_dir: Path, settings_file: Path, flags: Mapping[str
 
 
 def _read_switches(settings_file: Path, flags: Mapping[str, Any]) -> tuple[Sequence[str], str]:
-    """(names switched off, "none" / "extra" / "all") from the flags and the settings file."""
+    """(disabled names, "none" / "extra" / "all") from the flags and the settings file."""
     try:
         settings = read_json_file(settings_file)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Installers of extensions: each `install.py` runs once for each of its versions, before the program starts. Standard library only."""
+"""Installers of extensions: each version of an `install.py` runs once, before the program starts. Standard library only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WATCHED_FILES = ("install.py", "requirements.txt")
 
 
 def list_installers(config: AppConfig) -> list[Path]:
-    """The `install.py` of every extension that is switched on, built-in ones first."""
+    """The `install.py` of every enabled extension, built-in ones first."""
     folders = active_folders(config.extensions_dir, config.settings_file, config.flags, builtin_dir=BUILTIN_DIR)
     return [folder / "install.py" for folder in folders if (folder / "install.py").is_file()]
 
@@ -46,7 +46,7 @@ def run_installers(config: AppConfig, setup: Setup) -> None:
         try:
             write_stamp(setup.stamp_path, done)
         except OSError as error:
-            log.warning("Writing %s failed (%s); installers of extensions run again next time", setup.stamp_path, error.strerror)
+            log.warning("Writing %s failed (%s); extension installers will run again next time", setup.stamp_path, error.strerror)
 
 
 def _mark(script: Path) -> str:

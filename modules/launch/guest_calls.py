@@ -1,4 +1,4 @@
-"""The wall around code of extensions: what it raises is reported and goes no further, and gradio's compatibility layer knows that a guest calls.
+"""The wall around extension code: what it raises is logged and goes no further, and gradio's compatibility layer knows when a guest calls.
 
 Must not know scripts, callbacks or the page.
 """
@@ -16,13 +16,13 @@ _guest_is_calling: ContextVar[bool] = ContextVar("guest_is_calling", default=Fal
 
 
 def guest_is_calling() -> bool:
-    """Whether this thread (or task) is in code of an extension that the host called."""
+    """Whether this thread (or task) is running extension code called by the host."""
     return _guest_is_calling.get()
 
 
 @contextlib.contextmanager
 def as_guest() -> Iterator[None]:
-    """What runs inside is code of an extension."""
+    """Marks the body as extension code."""
     token = _guest_is_calling.set(True)
     try:
         yield
@@ -32,7 +32,7 @@ def as_guest() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_host() -> Iterator[None]:
-    """Inside of guest code: what runs here is this program's again."""
+    """Inside guest code: marks the body as this program's own code again."""
     token = _guest_is_calling.set(False)
     try:
         yield
@@ -41,9 +41,9 @@ def as_host() -> Iterator[None]:
 
 
 def call_guest(code: Callable[[], Any], task: str, *, passing: tuple[type[Exception], ...] = ()) -> tuple[bool, Any]:
-    """(whether `code` went well, its result). A failure is logged with `task`, which says who failed where and what happens next.
+    """(whether `code` succeeded, its result). A failure is logged with `task`, which says what failed and what happens next.
 
-    Raises: what `passing` names.
+    Raises: exceptions listed in `passing`.
     """
     results: list[Any] = [None]
 
@@ -55,6 +55,6 @@ def call_guest(code: Callable[[], Any], task: str, *, passing: tuple[type[Except
 
 
 def end_of_path(path: str | None) -> str:
-    """A file as the user knows it: `extension/scripts/file.py`."""
+    """A file path as the user knows it: `extension/scripts/file.py`."""
     parts = (path or "?").replace("\\", "/").split("/")
     return "/".join(parts[-3:])

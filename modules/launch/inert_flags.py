@@ -1,6 +1,6 @@
-"""Flags that do nothing in this run, and why. Each is one row of a table; `find_inert_flags` is the one place that reads it.
+"""Flags that do nothing in this run, and why. Each is one table row; only `find_inert_flags` reads the table.
 
-`FLAG_ROWS` follow from the command line alone, `DEVICE_ROWS` also from the devices that were found. Imports in milliseconds.
+`FLAG_ROWS` depend on the command line alone, `DEVICE_ROWS` also on the devices found. Imports in milliseconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CUDA_KINDS = frozenset({"cuda", "rocm"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlagFacts:
-    """What decides whether a flag acts: all flags by name with underscores, the kind of each device that computes, and the GPUs of all slots."""
+    """Facts that decide whether a flag acts: all flags by name with underscores, the kind of each computing device, and the GPUs of all slots."""
 
     flags: Mapping[str, Any]
     kinds: tuple[str, ...] = ()
@@ -27,13 +27,13 @@ class FlagFacts:
         return any(is_given(self.flags.get(name)) for name in names)
 
     def has_only(self, *kinds: str) -> bool:
-        """Whether every device that computes is of these kinds."""
+        """Whether every computing device is of these kinds."""
         return set(self.kinds) <= set(kinds)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`flags` have no effect where `applies`; `reason` follows the words "has no effect"."""
+    """`flags` have no effect if `applies`; `reason` completes the sentence "... has no effect"."""
 
     flags: tuple[str, ...]
     applies: Callable[[FlagFacts], bool]
@@ -41,12 +41,12 @@ class Row:
 
 
 def is_given(value: object) -> bool:
-    """Whether a flag's value is other than that of a flag which was not given. 0 is a value."""
+    """Whether a flag's value differs from that of an absent flag. 0 counts as a value."""
     return not (value is None or value is False or value in ([], "auto"))
 
 
 def find_inert_flags(rows: Iterable[Row], facts: FlagFacts, given: Collection[str] | None = None) -> list[str]:
-    """One sentence for each flag that was given and does nothing: the first row that says so. `given`: as typed; else told by the flags' values."""
+    """One sentence per flag that was given but does nothing, from the first matching row. `given`: flags as typed; default: derived from values."""
     found: dict[str, str] = {}
     for row in rows:
         flags = [flag for flag in row.flags if (flag in given if given is not None else facts.has(flag[2:].replace("-", "_")))]
@@ -80,7 +80,7 @@ FLAG_ROWS = (
     Row(("--multi-gpu-strategy",), lambda f: not f.has("multi_gpu"), " without --multi-gpu"),
     Row(
         ("--device-id",), lambda f: _names_more_than_one(f) and not f.has("multi_gpu"),
-        " beyond the first device it names: one device computes without --multi-gpu",
+        " beyond its first device: without --multi-gpu only one device is used",
     ),
     Row(("--share",), _is_without_page, " with --nowebui: it shares the page"),
     Row(("--autolaunch",), _is_without_page, " with --nowebui: there is no page to open"),
@@ -96,29 +96,29 @@ FLAG_ROWS = (
     ),
     Row(("--api-server-stop",), _is_without_api, ": there is no API without --api or --nowebui"),
     Row(("--api",), _is_without_page, ": --nowebui serves the API already"),
-    Row(("--listen",), lambda f: f.has("server_name"), ": --server-name says where to answer"),
+    Row(("--listen",), lambda f: f.has("server_name"), ": --server-name sets the address"),
     Row(
         ("--enable-insecure-extension-access",), lambda f: not f.has("listen", "server_name", "share"),
-        ": only this machine reaches the page, and it may switch extensions. It counts with --listen, --server-name or --share",
+        ": only this machine can reach the page, and it may change extensions anyway. The flag matters with --listen, --server-name or --share",
     ),
     Row(("--freeze-settings-in-sections", "--freeze-specific-settings"), lambda f: f.has("freeze_settings"), ": --freeze-settings freezes all"),
     Row(("--disable-extra-extensions", "--controlnet"), lambda f: f.has("disable_all_extensions"), ": --disable-all-extensions loads none"),
     Row(("--sdxl",), lambda f: f.has("nowebui") and f.has("ckpt"), ": --ckpt names the checkpoint, and there is no page with --nowebui"),
     Row(
         ("--skip-install", "--no-install-extensions", "--reinstall-torch", "--reinstall-xformers"), lambda f: f.has("skip_prepare_environment"),
-        ": --skip-prepare-environment leaves the set-up out",
+        ": --skip-prepare-environment skips setup",
     ),
     Row(
         ("--no-install-extensions", "--reinstall-torch", "--reinstall-xformers"), lambda f: f.has("skip_install"), ": --skip-install installs nothing"
     ),
     Row(("--reinstall-xformers",), lambda f: not f.has("xformers"), " without --xformers"),
-    Row(("--cpu-offload", "--pin-shared-memory", "--cuda-stream"), _stays_whole, ": --always-gpu and --always-high-vram keep models whole"),
-    Row(("--force-upcast-attention", "--disable-attention-upcast"), _computes_in_full, ": all is computed in 32 bits"),
+    Row(("--cpu-offload", "--pin-shared-memory", "--cuda-stream"), _stays_whole, ": --always-gpu and --always-high-vram keep models whole on GPU"),
+    Row(("--force-upcast-attention", "--disable-attention-upcast"), _computes_in_full, ": everything is computed in 32 bits"),
 )  # fmt: skip
 
 _VRAM_FLAGS = ("--always-high-vram", "--always-normal-vram", "--always-low-vram", "--always-no-vram", "--lowvram", "--cpu-offload")
 _OFFLOAD_FLAGS = ("--always-gpu", "--medvram", "--always-offload-from-vram", "--vae-in-cpu")
-_HAS_NO_GPU = ": no GPU is in use, and weights stay in main memory"
+_HAS_NO_GPU = ": no GPU is in use; weights stay in main memory"
 
 
 def _has_no_cuda(facts: FlagFacts) -> bool:
@@ -135,13 +135,13 @@ def _names_no_gpu_twice(facts: FlagFacts) -> bool:
 
 DEVICE_ROWS = (
     Row(_VRAM_FLAGS + _OFFLOAD_FLAGS, lambda f: f.has_only(CPU), _HAS_NO_GPU),
-    Row(_VRAM_FLAGS, lambda f: f.has_only(MPS), ": the GPU works in main memory, and weights stay there"),
-    Row(("--cuda-stream",), _has_no_cuda, ": no CUDA device is in use, and weights come when their layer is due"),
+    Row(_VRAM_FLAGS, lambda f: f.has_only(MPS), ": the GPU shares main memory; weights stay there"),
+    Row(("--cuda-stream",), _has_no_cuda, ": no CUDA device is in use; weights are moved when their layer runs"),
     Row(("--pin-shared-memory", "--cuda-malloc", "--gpu-device-id"), _has_no_cuda, ": no CUDA device is in use"),
-    Row(("--disable-gpu-warning",), _has_no_cuda, ": only CUDA devices are warned of"),
+    Row(("--disable-gpu-warning",), _has_no_cuda, ": the warning is only about CUDA devices"),
     Row(("--cpu-threads-per-slot",), lambda f: CPU not in f.kinds, ": no slot computes on the CPU"),
     Row(("--multi-gpu", "--multi-gpu-strategy"), _has_one_slot, ": there is one device. Name more with --device-id"),
-    Row(("--virtual-gpus",), lambda f: VIRTUAL not in f.kinds, ": --device-id names none of them"),
+    Row(("--virtual-gpus",), lambda f: VIRTUAL not in f.kinds, ": --device-id names no virtual GPU"),
     Row(("--allow-shared-slots",), _names_no_gpu_twice, ": no GPU is named twice in --device-id"),
     Row(
         ("--force-upcast-attention", "--disable-attention-upcast"), lambda f: f.has_only(CPU, VIRTUAL) and not f.has("all_in_fp16"),

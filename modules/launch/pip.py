@@ -1,4 +1,4 @@
-"""pip, run so that the user sees it work and so that torch is never replaced. Standard library only."""
+"""Runs pip so that the user sees its progress and torch is never replaced. Standard library only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 TORCH_CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 CPU_INDEX_HINT = "https://download.pytorch.org/whl/cpu"
-# (lowest torch, highest torch, the xformers made for it), from the packages' own metadata.
+# (lowest torch, highest torch, xformers built for it), from the packages' metadata.
 XFORMERS_FOR_TORCH = (((2, 10), (99, 0), "0.0.35"), ((2, 9), (2, 9), "0.0.33.post2"), ((2, 8), (2, 8), "0.0.32.post2"))
 
 _REQUIREMENT = re.compile(r"^\s*(?P<name>[A-Za-z0-9][\w.-]*)")
@@ -33,15 +33,15 @@ def installed_version(package: str) -> str | None:
 
 
 def read_requirements(path: Path) -> bytes:
-    """The requirements file.
+    """Contents of the requirements file.
 
     Raises:
-        SetupError: it is not there.
+        SetupError: the file is missing or unreadable.
     """
     try:
         return path.read_bytes()
     except OSError as error:
-        raise SetupError(f"The list of packages {path} cannot be read ({error.strerror}). Check REQS_FILE, or get the file back with git.") from error
+        raise SetupError(f"The list of packages {path} cannot be read ({error.strerror}). Check REQS_FILE, or restore the file with git.") from error
 
 
 def split_torch(text: str) -> tuple[str | None, list[str]]:
@@ -64,9 +64,9 @@ def has_nvidia_driver(*, platform: str = sys.platform, root: Path = Path("/")) -
 
 
 def torch_command(torch_line: str, environ: Mapping[str, str], *, platform: str = sys.platform, nvidia: bool) -> str:
-    """What installs torch: TORCH_COMMAND as it is, else the pinned version, from TORCH_INDEX_URL too when that is set.
+    """The command that installs torch: TORCH_COMMAND verbatim, else the pinned version, also from TORCH_INDEX_URL if that is set.
 
-    On Windows the default index has torch for the CPU only, so PyTorch's own is asked when there is an NVIDIA GPU.
+    On Windows the default index only has torch for CPU, so PyTorch's own index is added if there is an NVIDIA GPU.
     """
     if environ.get("TORCH_COMMAND"):
         return environ["TORCH_COMMAND"]
@@ -75,7 +75,7 @@ def torch_command(torch_line: str, environ: Mapping[str, str], *, platform: str 
 
 
 def xformers_requirement(torch_version: str, environ: Mapping[str, str]) -> str | None:
-    """The xformers that fits this torch, or what XFORMERS_PACKAGE names; None when none is known."""
+    """The xformers that fits this torch, or the one in XFORMERS_PACKAGE; None if none is known."""
     if environ.get("XFORMERS_PACKAGE"):
         return environ["XFORMERS_PACKAGE"]
     numbers = tuple(int(part) for part in re.findall(r"\d+", torch_version)[:2])
@@ -86,21 +86,21 @@ def split_pip_command(command: str) -> list[str]:
     """`pip install X` -> `["install", "X"]`, also for `pip3 ...` and `python -m pip ...`.
 
     Raises:
-        SetupError: it is no pip command.
+        SetupError: not a pip command.
     """
     words = shlex.split(command)
     while words and re.fullmatch(r"(pip3?|python3?|-m)(\.exe)?", Path(words[0]).name):
         words = words[1:]
     if not words or words[0] not in ("install", "uninstall", "download"):
-        raise SetupError(f"{command!r} is no pip command. TORCH_COMMAND is written like: pip install torch --index-url URL")
+        raise SetupError(f"{command!r} is not a pip command. Example for TORCH_COMMAND: pip install torch --index-url URL")
     return words
 
 
 def run_pip(arguments: Sequence[str], *, asked: str, log_path: Path, environ: Mapping[str, str], constraints: Path | None = None) -> None:
-    """Runs pip with its output on the user's terminal. What it logs goes to `log_path` as well.
+    """Run pip with its output on the user's terminal. Its log also goes to `log_path`.
 
     Raises:
-        SetupError: it failed; the message says why in plain words.
+        SetupError: pip failed; the message explains why.
     """
     command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check", "--log", str(log_path)]
     if environ.get("INDEX_URL"):

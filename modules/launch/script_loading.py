@@ -1,4 +1,4 @@
-"""Importing the files of extensions by their paths."""
+"""Imports files of extensions by path."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from modules.launch.guest_calls import call_guest, end_of_path
 
 loaded_scripts: dict[str, ModuleType] = {}
-"""Path -> module, of every script that was imported."""
+"""Path -> module, for every imported script."""
 
 
 def load_module(path: str) -> ModuleType:
@@ -21,7 +21,7 @@ def load_module(path: str) -> ModuleType:
     The module's name is that of its file, `xyz_grid.py`, by which scripts find each other; the whole end of the path finds it too."""
     spec = importlib.util.spec_from_file_location(Path(path).name, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file.")
+        raise ImportError(f"{path} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[end_of_path(path)] = sys.modules[spec.name] = module  # dataclasses look their module up by its name
     spec.loader.exec_module(module)
@@ -30,13 +30,13 @@ def load_module(path: str) -> ModuleType:
 
 
 def preload_extensions(extensions_dir: str, parser: Any, extension_list: list[str] | None = None) -> None:
-    """Let every `preload.py` in the folder (of the extensions in `extension_list`, if given) add its flags to `parser`."""
+    """Let every `preload.py` in the folder (of extensions in `extension_list`, if given) add its flags to `parser`."""
     folder = Path(extensions_dir)
     names = extension_list if extension_list is not None else sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     for name in names:
         file = folder / name / "preload.py"
         if file.is_file():
-            call_guest(partial(_preload, file, parser), f"{end_of_path(str(file))} could not add its flags; the start goes on without them")
+            call_guest(partial(_preload, file, parser), f"{end_of_path(str(file))} could not add its flags; startup continues without them")
 
 
 def _preload(file: Path, parser: Any) -> None:

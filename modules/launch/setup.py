@@ -1,6 +1,6 @@
-"""The packages: what is missing is installed, in an order that keeps torch as it is, and a stamp makes the next start short.
+"""Installs missing packages in an order that keeps torch unchanged; a stamp makes the next start fast.
 
-Standard library only. argv and the environment are handed in.
+Standard library only. argv and the environment are passed in.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEST_FILE = "requirements_test.txt"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
-    """What is to be installed into the environment at `prefix`. The first file pins torch; the others come on top."""
+    """What to install into the environment at `prefix`. The first file pins torch; the others are installed after it."""
 
     requirement_files: tuple[Path, ...]
     environ: Mapping[str, str]
@@ -60,15 +60,15 @@ class Setup:
 
 
 def runtime_file(root_dir: Path, environ: Mapping[str, str]) -> Path:
-    """`requirements_versions.txt`, or what REQS_FILE names."""
+    """`requirements_versions.txt`, or the file in REQS_FILE."""
     return root_dir / (environ.get("REQS_FILE") or RUNTIME_FILE)
 
 
 def install_packages(setup: Setup) -> bool:
-    """Installs what the stamp does not vouch for; True when pip was called for the requirements files.
+    """Install what the stamp does not cover. Returns True if pip ran for the requirements files.
 
     Raises:
-        SetupError: something cannot be installed.
+        SetupError: an installation failed.
     """
     began_s = time.perf_counter()
     stamp = read_stamp(setup.stamp_path)
@@ -78,7 +78,7 @@ def install_packages(setup: Setup) -> bool:
     marks = _marks(setup, contents, command)
     differing = _differing(setup, stamp, torch_line)
     if stamp.items() >= marks.items() and not setup.reinstall_torch and not differing:
-        log.info("Packages are those of %s; nothing to install (%.2f s)", " and ".join(contents), time.perf_counter() - began_s)
+        log.info("Packages match %s; nothing to install (%.2f s)", " and ".join(contents), time.perf_counter() - began_s)
         return False
     if setup.skip_install:
         found = "; ".join(f"{name} is {version or 'missing'}" for name, version in differing.items())
@@ -87,7 +87,7 @@ def install_packages(setup: Setup) -> bool:
     if differing and stamp.items() >= marks.items():
         log.warning("Packages were changed since the last start and are put back: %s", describe_differing(differing, setup.read_pins()))
     words = pip.split_pip_command(command) if command else []
-    _save_stamp(setup, {key: mark for key, mark in stamp.items() if key.startswith("extension:")})  # should this be cut short
+    _save_stamp(setup, {key: mark for key, mark in stamp.items() if key.startswith("extension:")})  # in case this is interrupted
     _install_torch(setup, stamp, torch_line, words)
     _install_rest(setup, contents)
     _save_stamp(setup, {**read_stamp(setup.stamp_path), **marks, "torch_command": command})
@@ -128,14 +128,14 @@ def take_off_misfits(setup: Setup) -> list[str]:
 
 
 def _marks(setup: Setup, contents: Mapping[str, bytes], command: str) -> dict[str, str]:
-    """One mark for each leading group of files: whoever installed the test extras has installed the rest too."""
+    """One mark per leading group of files: whoever installed the test extras has installed the others too."""
     names = [path.name for path in setup.requirement_files]
     groups = [names[: i + 1] for i in range(len(names))]
     return {"+".join(group): fingerprint({name: contents[name] for name in group}, command) for group in groups}
 
 
 def _choose_torch_command(setup: Setup, stamp: Mapping[str, str], torch_line: str | None) -> str:
-    """The command now; when nothing was asked for, the one that worked last time, so that a CPU build is not replaced behind the user's back."""
+    """The current command. If none was requested, the one that worked last time, so that a CPU build is not silently replaced."""
     if torch_line is None and not setup.environ.get("TORCH_COMMAND"):
         return ""
     asked = setup.environ.get("TORCH_COMMAND") or setup.environ.get("TORCH_INDEX_URL")
@@ -146,7 +146,7 @@ def _choose_torch_command(setup: Setup, stamp: Mapping[str, str], torch_line: st
 
 
 def _install_torch(setup: Setup, stamp: Mapping[str, str], torch_line: str | None, words: list[str]) -> None:
-    """Runs pip with these words unless the pinned torch is there; another build of that version takes its place only when it is asked for."""
+    """Run pip with these words unless the pinned torch is installed. Another build of that version is replaced only on request."""
     if not words:
         return
     command = f"pip {' '.join(words)}"
@@ -157,18 +157,18 @@ def _install_torch(setup: Setup, stamp: Mapping[str, str], torch_line: str | Non
         return
     _check_disk(setup.prefix)
     if installed and rebuild:
-        _pip(setup, ["uninstall", "--yes", "torch"], "torch anew")
+        _pip(setup, ["uninstall", "--yes", "torch"], "torch again")
     log.info("Installing torch (1 of 2): %s", command)
     if not pip.has_nvidia_driver() and "index" not in command and sys.platform == "linux":
         log.info(
-            "No NVIDIA driver found. The default package may bring CUDA along, 2.5 GB more; for the CPU alone set TORCH_INDEX_URL=%s",
+            "No NVIDIA driver found. The default package may include CUDA (2.5 GB more). For CPU only, set TORCH_INDEX_URL=%s",
             pip.CPU_INDEX_HINT,
         )
     _pip(setup, words, "torch")
 
 
 def _install_rest(setup: Setup, contents: Mapping[str, bytes]) -> None:
-    """All other lines of all files in one call, torch held where it is."""
+    """All other lines of all files in one pip call, with torch constrained to its version."""
     lines = [line for content in contents.values() for line in pip.split_torch(content.decode("utf-8-sig"))[1]]
     log.info("Installing packages (2 of 2): %s", " and ".join(contents))
     constraints = write_constraints(setup, {})
@@ -199,8 +199,8 @@ def _check_disk(folder: Path) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < MIN_FREE_BYTES:
         raise SetupError(
-            f"Installing torch needs at least {MIN_FREE_BYTES / 2**30:.0f} GB, and {free_bytes / 2**30:.1f} GB are free at {folder}. "
-            "Free some, or set VENV_DIR to a folder on another disk."
+            f"Installing torch needs at least {MIN_FREE_BYTES / 2**30:.0f} GB, but only {free_bytes / 2**30:.1f} GB are free at {folder}. "
+            "Free some space, or set VENV_DIR to a folder on another disk."
         )
 
 
@@ -208,16 +208,16 @@ def _save_stamp(setup: Setup, entries: Mapping[str, str]) -> None:
     try:
         write_stamp(setup.stamp_path, entries)
     except OSError as error:
-        log.warning("Writing %s failed (%s); the next start will ask pip again", setup.stamp_path, error.strerror)
+        log.warning("Writing %s failed (%s); the next start will run pip again", setup.stamp_path, error.strerror)
 
 
 def install_xformers(setup: Setup) -> None:
-    """Installs the xformers made for the installed torch, without its dependencies so that torch stays. A failure costs speed, not the start."""
+    """Install the xformers built for the installed torch, without dependencies so that torch stays. A failure only costs speed."""
     torch_version = pip.installed_version("torch")
     installed = pip.installed_version("xformers")
     requirement = pip.xformers_requirement(torch_version or "0", setup.environ)
     if requirement is None:
-        log.warning("--xformers: no known xformers for torch %s; torch's own attention is used. Name one in XFORMERS_PACKAGE.", torch_version)
+        log.warning("--xformers: no known xformers for torch %s; torch's own attention is used. Set XFORMERS_PACKAGE to choose one.", torch_version)
         return
     fits = installed is not None and ("==" not in requirement or installed.split("+")[0] == requirement.partition("==")[2])
     if setup.skip_install or (fits and not setup.reinstall_xformers):

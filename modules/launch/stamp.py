@@ -1,4 +1,4 @@
-"""The note of what was installed last, so that the next start need not ask pip. Standard library only."""
+"""Records what was last installed, so that the next start need not run pip. Standard library only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fingerprint(files: Mapping[str, bytes], torch_command: str) -> str:
 
 
 def read_stamp(path: Path) -> dict[str, str]:
-    """The stamp's entries; empty when there is none or it cannot be read."""
+    """The stamp's entries; empty if it is missing or unreadable."""
     try:
         entries = read_json_file(path)
     except (OSError, ValueError):
@@ -34,6 +34,6 @@ def read_stamp(path: Path) -> dict[str, str]:
 
 
 def write_stamp(path: Path, entries: Mapping[str, str]) -> None:
-    """Replaces the stamp in one step."""
+    """Replace the stamp atomically."""
     with replacing(path) as unfinished:
         unfinished.write_text(json.dumps(dict(entries), indent=2, sort_keys=True) + "\n", encoding="utf-8")

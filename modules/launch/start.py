@@ -1,6 +1,6 @@
-"""What `launch.py` does before the program, in one call, and the helpers that installers of extensions import from it.
+"""Everything `launch.py` does before the program runs, in one call, and the helpers that extension installers import from it.
 
-Standard library only. argv and the environment are handed in by `launch.py`.
+Standard library only. `launch.py` passes in argv and the environment.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 def one_record(text: str) -> str:
-    """The text of a record as it may be shown: what a client wrote into it can neither begin a line of the log nor steer the terminal."""
+    """The text of a log record, made safe: text from clients cannot start a new log line or send control codes to the terminal."""
     return text.translate(_CONTROLS).replace("\n", f"\n{CONTINUED}")
 
 
 class _PlainFormatter(logging.Formatter):
-    """INFO as it is; anything above with its level; with DEBUG where it comes from."""
+    """INFO as is; anything above with its level; with DEBUG also its origin."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = one_record(super().format(record))
@@ -73,7 +73,7 @@ class _PlainFormatter(logging.Formatter):
 
 
 def setup_logging(level: str) -> None:
-    """One handler on standard output, replacing the one of an earlier call."""
+    """Install one handler on standard output, replacing that of an earlier call."""
     handler = logging.StreamHandler(sys.stdout)
     handler.set_name("webui")
     handler.setFormatter(_PlainFormatter("%(name)s: %(message)s" if level == "DEBUG" else "%(message)s"))
@@ -82,7 +82,7 @@ def setup_logging(level: str) -> None:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level)
-    if level == "DEBUG":  # what other libraries say at that level is not about this program
+    if level == "DEBUG":  # debug output of other libraries is not about this program
         for name in ("httpx", "httpcore", "asyncio", "matplotlib", "PIL", "urllib3", "multipart", "filelock"):
             logging.getLogger(name).setLevel("INFO")
     else:
@@ -90,9 +90,9 @@ def setup_logging(level: str) -> None:
 
 
 def prepare(argv: Sequence[str], environ: Mapping[str, str], script: Path) -> AppConfig | int:
-    """Everything up to the program itself: flags, virtual environment, packages. Returns the configuration, or the code to end with.
+    """Everything up to the program itself: flags, virtual environment, packages. Returns the configuration, or an exit code.
 
-    Goes on inside the virtual environment by starting `script` anew, so on the first call it may not return at all.
+    May restart `script` inside the virtual environment, so the first call may not return at all.
     """
     if BEGAN_VARIABLE in environ:
         startup_timer.restart(float(environ[BEGAN_VARIABLE]))
@@ -129,10 +129,10 @@ def _prepare(config: AppConfig, argv: Sequence[str], environ: Mapping[str, str],
 
 
 def enter_venv(argv: Sequence[str], environ: Mapping[str, str], script: Path, *, make: bool) -> int | None:
-    """Goes on inside the virtual environment, made first when `make`; None when this process is to go on as it is.
+    """Continue inside the virtual environment, created first if `make`. None means: continue in this process.
 
     Raises:
-        SetupError: it cannot be made or entered.
+        SetupError: it cannot be created or entered.
     """
     venv_dir = launch_venv.choose_dir(SCRIPT_DIR, environ)
     if venv_dir is None or launch_venv.is_inside(environ):
@@ -163,15 +163,15 @@ def _prepare_packages(config: AppConfig, environ: Mapping[str, str]) -> None:
 
 
 def stamp_path() -> Path:
-    """The note of what was installed; without it the next start asks pip."""
+    """The record of what was installed; without it the next start runs pip."""
     return Path(sys.prefix) / FILE_NAME
 
 
-# What installers of extensions import, as A1111 and Forge name it.
+# Names that extension installers import, as in A1111 and Forge.
 
 
 def is_installed(package: str) -> bool:
-    """Whether a distribution or a module of this name is there; nothing is imported."""
+    """Whether a distribution or module of this name is installed; imports nothing."""
     try:
         importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
@@ -183,10 +183,10 @@ def is_installed(package: str) -> bool:
 
 
 def run(command: str, desc: str | None = None, errdesc: str | None = None, custom_env: Mapping[str, str] | None = None, live: bool = False) -> str:
-    """Runs a shell command and returns what it printed, or "" when `live` shows it instead.
+    """Run a shell command and return its output, or "" if `live` shows the output instead.
 
     Raises:
-        RuntimeError: it ended with another code than 0; the message holds its output.
+        RuntimeError: nonzero exit code; the message contains the output.
     """
     if desc is not None:
         log.info("%s", desc)
@@ -203,7 +203,7 @@ def run_pip(command: str, desc: str | None = None, live: bool = False, index_url
     """Runs `pip COMMAND`, unless nothing is to be installed. Requirements that would replace a package of the program are left out and named.
 
     Raises:
-        RuntimeError: pip failed; the message holds its output.
+        RuntimeError: pip failed; the message contains its output.
     """
     if skip_install:
         return None
@@ -230,14 +230,14 @@ def _split_words(command: str) -> list[str]:
 
 
 def _git(*arguments: str, folder: Path = SCRIPT_DIR) -> str:
-    """git's output.
+    """Output of a git command.
 
     Raises:
         RuntimeError: git is missing or failed.
     """
     git = shutil.which("git")
     if git is None:
-        raise RuntimeError("git is not installed, or not on the PATH. Install it from your system's packages or from https://git-scm.com.")
+        raise RuntimeError("git is not installed, or not on the PATH. Install it with your system's package manager or from https://git-scm.com.")
     result = subprocess.run([git, "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"git {' '.join(arguments)} in {folder} failed: {result.stderr.strip()}")
@@ -261,10 +261,10 @@ def git_tag() -> str:
 
 
 def git_clone(url: str, dir: str, name: str, commithash: str | None = None) -> None:
-    """Clones into a folder, or brings a clone that is there to the commit asked for.
+    """Clone into a folder, or bring an existing clone to the requested commit.
 
     Raises:
-        RuntimeError: git failed; a half-made clone is removed.
+        RuntimeError: git failed; an incomplete clone is removed.
     """
     folder = Path(dir)
     if not folder.exists():

@@ -1,4 +1,4 @@
-"""What is known about this machine, for a bug report. Holds no password, no token and no prompt."""
+"""Information about this machine for a bug report. Contains no password, no token and no prompt."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HIDDEN = "(not shown)"
 
 
 def collect_sysinfo(config: AppConfig, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Everything as plain JSON values. Imports torch when it is there."""
+    """Everything as plain JSON values. Imports torch if it is installed."""
     return {
         "platform": platform.platform(),
         "python": sys.version,
@@ -50,7 +50,7 @@ def _shown_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown_variables(environ: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, str]:
-    """Named variables only; COMMANDLINE_ARGS is left out when a password stands in it."""
+    """An allowlist of variables; COMMANDLINE_ARGS is hidden if it contains a password."""
     shown = {name: environ[name] for name in _SHOWN_VARIABLES if name in environ}
     if any(flags.get(name) for name in _SECRET_FLAGS) and "COMMANDLINE_ARGS" in shown:
         shown["COMMANDLINE_ARGS"] = _HIDDEN
@@ -81,7 +81,7 @@ def _describe_torch() -> dict[str, Any] | str:
         import torch  # heavy, and only wanted here
 
         return {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "devices": _describe_gpus(torch.cuda)}
-    except (ImportError, OSError, AttributeError, RuntimeError) as error:  # a torch that does not load is what such a file is asked for
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:  # a torch that fails to load is a common reason for the report
         return f"(does not load: {type(error).__name__}: {error})"
 
 
@@ -91,7 +91,7 @@ def _describe_gpus(cuda: Any) -> list[str]:
 
 
 def write_sysinfo(config: AppConfig, environ: Mapping[str, str]) -> Path:
-    """Writes `sysinfo-DATE.json` into the data folder and returns its path."""
+    """Write `sysinfo-DATE.json` into the data folder and return its path."""
     config.data_dir.mkdir(parents=True, exist_ok=True)
     path = config.data_dir / f"sysinfo-{time.strftime('%Y-%m-%d-%H-%M-%S')}.json"
     path.write_text(json.dumps(collect_sysinfo(config, environ), indent=2, default=str) + "\n", encoding="utf-8")

@@ -12,14 +12,14 @@ class Timer:
     """Seconds from one `record` to the next, by name, counted from the moment it was made (or the command was given)."""
 
     def __init__(self, began_s: float | None = None) -> None:
-        """`began_s` is wall-clock time, so that it survives the change into the virtual environment."""
+        """`began_s` is wall-clock time, so that it survives the restart inside the virtual environment."""
         self.began_s = time.time() if began_s is None else began_s
         self.spans_s: dict[str, float] = {}
         self._above = ""
         self._last_s = self.began_s
 
     def restart(self, began_s: float) -> None:
-        """Counts from `began_s` (wall-clock time), as if nothing had been recorded yet."""
+        """Start counting at `began_s` (wall-clock time) with no records."""
         self.began_s = self._last_s = began_s
         self.spans_s.clear()
 
@@ -69,7 +69,7 @@ class Timer:
         return self._last_s - self.began_s
 
     def summary(self) -> str:
-        """`6.1 s (set-up 0.2 s, import torch 2.3 s, ...)`; parts below 0.05 s are left out."""
+        """`6.1 s (setup 0.2 s, import torch 2.3 s, ...)`; parts below 0.05 s are left out."""
         parts = [f"{name} {span_s:.1f} s" for name, span_s in self.spans_s.items() if span_s >= 0.05]
         return f"{self.total_s:.1f} s" + (f" ({', '.join(parts)})" if parts else "")
 

@@ -1,6 +1,6 @@
-"""The virtual environment the program runs in: where its Python is, how it is made, and how to go on inside it.
+"""The program's virtual environment: where its Python is, how it is created, and how to continue inside it.
 
-Standard library only. Reads neither argv nor the environment; both are handed in.
+Standard library only. Reads neither argv nor the environment; both are passed in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INSIDE_MARK = "WEBUI_INSIDE_VENV"
 
 
 def is_inside(environ: Mapping[str, str], prefix: str = sys.prefix, base_prefix: str = sys.base_prefix) -> bool:
-    """True in a venv or virtualenv, and in a conda environment other than its base."""
+    """True in a venv, a virtualenv, or a conda environment other than base."""
     if prefix != base_prefix:
         return True
     conda = environ.get("CONDA_PREFIX")
@@ -35,21 +35,21 @@ def python_path(venv_dir: Path, *, windows: bool = os.name == "nt") -> Path:
 
 
 def choose_dir(root_dir: Path, environ: Mapping[str, str]) -> Path | None:
-    """`venv` in the program's folder, or what VENV_DIR says; `VENV_DIR=-` means none: packages go where this Python keeps them."""
+    """`venv` in the program's folder, or VENV_DIR; `VENV_DIR=-` means none: packages are installed into the current Python."""
     name = environ.get("VENV_DIR") or "venv"
     return None if name == "-" else root_dir / Path(name).expanduser()
 
 
 def make_venv(venv_dir: Path, python: str = sys.executable) -> None:
-    """Makes the environment, unless one is there that works.
+    """Create the environment, unless a working one exists.
 
     Raises:
-        SetupError: it cannot be made, or what is there does not run.
+        SetupError: it cannot be created, or the existing one does not run.
     """
     if python_path(venv_dir).exists():
         _check_runs(venv_dir)
         return
-    log.info("Making a virtual environment in %s", venv_dir)
+    log.info("Creating a virtual environment in %s", venv_dir)
     made_here = not venv_dir.exists()
     result = subprocess.run([python, "-m", "venv", str(venv_dir)], capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -60,7 +60,7 @@ def make_venv(venv_dir: Path, python: str = sys.executable) -> None:
 
 
 def _check_runs(venv_dir: Path) -> None:
-    """An environment outlives the Python it was made with; then its link leads nowhere."""
+    """An environment breaks when the Python that created it is removed: its link then points nowhere."""
     python = python_path(venv_dir)
     try:
         works = subprocess.run([str(python), "-c", "import pip"], capture_output=True, check=False).returncode == 0
@@ -68,19 +68,19 @@ def _check_runs(venv_dir: Path) -> None:
         works = False
     if not works:
         raise SetupError(
-            f"The virtual environment {venv_dir} is there, but its Python does not work (was it moved, or half made?). "
-            "Delete that folder and start again."
+            f"The virtual environment {venv_dir} exists, but its Python does not work (was it moved, or its creation interrupted?). "
+            "Delete that folder and run this again."
         )
 
 
 def run_inside(venv_dir: Path, script: Path, argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Goes on with the same script and arguments in the environment's Python. On Linux and macOS this call does not return.
+    """Continue with the same script and arguments in the environment's Python. On Linux and macOS this call does not return.
 
     Raises:
-        SetupError: the environment's Python says that it is none, or cannot be run.
+        SetupError: the environment's Python is not in an environment, or cannot be run.
     """
     if environ.get(INSIDE_MARK):
-        raise SetupError(f"{python_path(venv_dir)} does not run inside {venv_dir}. Delete that folder and start again.")
+        raise SetupError(f"{python_path(venv_dir)} does not run inside {venv_dir}. Delete that folder and run this again.")
     command = [str(python_path(venv_dir)), str(script), *argv]
     inside = {**environ, INSIDE_MARK: "1"}
     try:
@@ -94,5 +94,5 @@ def run_inside(venv_dir: Path, script: Path, argv: Sequence[str], environ: Mappi
 
 
 def _can_replace_process() -> bool:
-    """Windows has no exec that keeps the terminal."""
+    """False on Windows, which has no exec that keeps the terminal."""
     return os.name != "nt"

@@ -1,6 +1,6 @@
-"""File names made of tokens: `[seed]-[prompt_spaces]` for one picture, and what a name may not hold.
+"""File names made of tokens, such as `[seed]-[prompt_spaces]`, and the characters a name may not contain.
 
-Reads a processing object by attribute and settings by attribute; must not know how either is made, nor write files.
+Reads a processing object and settings by attribute. Must not know how either is built, nor write files.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 MAX_PART_CHARS = 128
 MAX_NAME_BYTES = 255
-"""What the usual file systems take; characters outside ASCII count for several bytes."""
+"""The limit of common file systems; non-ASCII characters take several bytes."""
 
 _INVALID_CHARS = '#<>:"/\\|?*\x7f' + "".join(map(chr, range(32)))
 _TO_UNDERSCORE = str.maketrans(dict.fromkeys(_INVALID_CHARS, "_"))
 _RESERVED_ON_WINDOWS = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 _TOKEN = re.compile(r"\[([^\[\]]+)\]")
 MAX_PATTERN_CHARS = 4096
-"""Far more than a path can hold; what follows in a longer pattern is not read."""
+"""Far more than a path can hold; the rest of a longer pattern is ignored."""
 _WORDS = re.compile(r"[\s,.!?;:()\[\]{}\"'<>|\\/]+")
 _DEFAULT_TIME_FORMAT = "%Y%m%d%H%M%S"
 _DEFAULT_HASH_CHARS = 8
@@ -35,7 +35,7 @@ _DEFAULT_PROMPT_WORDS = 8
 
 
 class _SkipText:
-    """A token that stands for nothing and takes the text before it along."""
+    """An empty token that also removes the text before it."""
 
     def __repr__(self) -> str:
         return "NOTHING_AND_SKIP_PREVIOUS_TEXT"
@@ -47,7 +47,7 @@ TokenValue = str | int | float | _SkipText | None
 
 
 def sanitize_filename_part(text: str | None, replace_spaces: bool = True, max_chars: int = MAX_PART_CHARS) -> str | None:
-    """`text` without what file names may not hold, cut to `max_chars`. None stays None."""
+    """`text` without characters forbidden in file names, cut to `max_chars`. None stays None."""
     if text is None:
         return None
     text = text.encode("utf-8", "replace").decode("utf-8")
@@ -57,7 +57,7 @@ def sanitize_filename_part(text: str | None, replace_spaces: bool = True, max_ch
 
 
 def fit_filename(stem: str, ending: str, max_bytes: int = MAX_NAME_BYTES) -> str:
-    """`stem + ending` with the stem cut so that the whole takes at most `max_bytes` in UTF-8. Names that Windows reserves get an underscore."""
+    """`stem + ending` with the stem shortened so that the whole is at most `max_bytes` in UTF-8. Names reserved by Windows get an underscore."""
     stem = stem.encode("utf-8", "replace").decode("utf-8")
     if _RESERVED_ON_WINDOWS.fullmatch(stem):
         stem = f"_{stem}"
@@ -66,7 +66,7 @@ def fit_filename(stem: str, ending: str, max_bytes: int = MAX_NAME_BYTES) -> str
 
 
 def sanitize_folder(text: str) -> str:
-    """`text` as a relative folder: each part made valid, parts that lead upwards or nowhere dropped. May be empty."""
+    """`text` as a relative folder: each part made valid, empty and parent parts dropped. May be empty."""
     parts = [part.translate(_TO_UNDERSCORE).strip(" ").rstrip(" .") for part in re.split(r"[/\\]", text)]
     return str(PurePosixPath(*[fit_filename(part, "") for part in parts if part.strip(".")])) if any(part.strip(".") for part in parts) else ""
 
@@ -89,7 +89,7 @@ def split_arguments(token: str) -> tuple[str, list[str]]:
 
 
 class FilenameGenerator:
-    """The values of all tokens for one picture. `p` may be None or anything with some of a processing object's attributes."""
+    """The values of all tokens for one picture. `p` may be None or any object with some of a processing object's attributes."""
 
     def __init__(
         self,
@@ -117,9 +117,9 @@ class FilenameGenerator:
         self.style_prompts = [prompt for prompt in style_prompts if prompt]
 
     def apply(self, x: str) -> str:
-        """`x` with its tokens replaced. A token that is unknown, or has no value here, stays as it is written."""
+        """`x` with its tokens replaced. A token that is unknown or has no value stays as written."""
         if len(x) > MAX_PATTERN_CHARS:
-            log.warning("file name pattern %r...: only its first %d characters of %d count.", x[:40], MAX_PATTERN_CHARS, len(x))
+            log.warning("file name pattern %r...: only the first %d of %d characters are used.", x[:40], MAX_PATTERN_CHARS, len(x))
             x = x[:MAX_PATTERN_CHARS]
         result, position = "", 0
         for match in _TOKEN.finditer(x):
@@ -139,10 +139,10 @@ class FilenameGenerator:
         try:
             return replace(self, *arguments)
         except (TypeError, ValueError, OverflowError) as error:
-            log.warning("file name token [%s]: %s; it is left as it is written.", token, error)
+            log.warning("file name token [%s]: %s; it stays as written.", token, error)
             return None
 
-    # What the tokens read
+    # Values used by the tokens
 
     def _of_p(self, name: str) -> Any:
         return None if self.p is None else getattr(self.p, name, None)

@@ -1,4 +1,4 @@
-"""Several pictures as one: grids, labels around them, and tiles with overlap. Must not know settings; colours and fonts are arguments."""
+"""Combines several pictures: grids, labels, and overlapping tiles. Must not know settings; colors and fonts are arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Grid = namedtuple("Grid", ["tiles", "tile_w", "tile_h", "image_w", "image_h", "o
 
 
 def choose_num_rows(num_images: int, *, wanted_rows: int, batch_size: int, prevent_empty_spots: bool) -> int:
-    """Rows of a grid: `wanted_rows` if positive, the batch size for 0, else (-1) near a square."""
+    """Number of rows: `wanted_rows` if positive, the batch size for 0, else (-1) roughly square."""
     if wanted_rows > 0:
         rows = wanted_rows
     elif wanted_rows == 0:
@@ -30,7 +30,7 @@ def choose_num_rows(num_images: int, *, wanted_rows: int, batch_size: int, preve
 
 
 def lay_grid(images: Sequence[Image.Image], rows: int, columns: int, background: str = "black") -> Image.Image:
-    """The pictures row by row, each centred in a cell as large as the largest."""
+    """The pictures row by row, each centered in a cell as large as the largest."""
     cell_width, cell_height = max(image.width for image in images), max(image.height for image in images)
     grid = Image.new("RGB", (columns * cell_width, rows * cell_height), background)
     for index, image in enumerate(images[: rows * columns]):
@@ -40,11 +40,11 @@ def lay_grid(images: Sequence[Image.Image], rows: int, columns: int, background:
     return grid
 
 
-# Tiles with overlap
+# Overlapping tiles
 
 
 def _starts_px(length_px: int, tile_px: int, overlap_px: int) -> list[int]:
-    """Where tiles begin so that they cover `length_px` evenly with at least `overlap_px` in common."""
+    """Start positions of tiles that cover `length_px` evenly and overlap by at least `overlap_px`."""
     if length_px <= tile_px:
         return [0]
     count = math.ceil((length_px - overlap_px) / (tile_px - overlap_px))
@@ -53,9 +53,9 @@ def _starts_px(length_px: int, tile_px: int, overlap_px: int) -> list[int]:
 
 
 def split_grid(image: Image.Image, tile_w: int = 512, tile_h: int = 512, overlap: int = 64) -> Grid:
-    """`image` as tiles that overlap by at least `overlap` px. Raises ValueError when a tile is not larger than the overlap."""
+    """`image` as tiles that overlap by at least `overlap` px. Raises ValueError unless tiles are larger than the overlap."""
     if overlap >= min(tile_w, tile_h) or overlap < 0:
-        raise ValueError(f"tiles of {tile_w}x{tile_h} cannot overlap by {overlap} px; the overlap has to be smaller than the tile.")
+        raise ValueError(f"tiles of {tile_w}x{tile_h} cannot overlap by {overlap} px; the overlap must be smaller than the tile.")
     rows = []
     for top in _starts_px(image.height, tile_h, overlap):
         tiles = [[left, tile_w, image.crop((left, top, left + tile_w, top + tile_h))] for left in _starts_px(image.width, tile_w, overlap)]
@@ -70,7 +70,7 @@ def _ramp_mask(width_px: int, height_px: int, *, vertical: bool) -> Image.Image:
 
 
 def _paste_blended(base: Image.Image, piece: Image.Image, at: tuple[int, int], overlap_px: int, *, vertical: bool) -> None:
-    """Paste `piece`; its first `overlap_px` rows (or columns) fade in over what is there."""
+    """Paste `piece`; its first `overlap_px` rows (or columns) blend into what is there."""
     left, top = at
     if overlap_px > 0:
         size = (piece.width, min(overlap_px, piece.height)) if vertical else (min(overlap_px, piece.width), piece.height)
@@ -82,7 +82,7 @@ def _paste_blended(base: Image.Image, piece: Image.Image, at: tuple[int, int], o
 
 
 def combine_grid(grid: Grid) -> Image.Image:
-    """The picture that a split_grid() was made of, tiles faded into one another."""
+    """The inverse of split_grid(): one picture with the tiles blended into each other."""
     combined = Image.new("RGB", (grid.image_w, grid.image_h))
     bottom = 0
     for top, height, row in grid.tiles:
@@ -100,7 +100,7 @@ def combine_grid(grid: Grid) -> Image.Image:
 
 
 class GridAnnotation:
-    """One line of a label; inactive ones are grey and struck through."""
+    """One line of a label; inactive ones are gray and struck through."""
 
     def __init__(self, text: str = "", is_active: bool = True) -> None:
         self.text = text
@@ -110,7 +110,7 @@ class GridAnnotation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelStyle:
-    """Colours and font of labels. An empty `font_path` is Pillow's own font."""
+    """Colors and font of labels. An empty `font_path` means Pillow's default font."""
 
     active: str = "#000000"
     inactive: str = "#999999"
@@ -141,7 +141,7 @@ def _text_width(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -
 
 
 def wrap_text(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, max_width_px: float) -> list[str]:
-    """`text` in lines no wider than `max_width_px`, broken at spaces; a longer word has a line to itself."""
+    """`text` as lines no wider than `max_width_px`, broken at spaces; a longer word gets its own line."""
     lines: list[str] = []
     for word in text.split(" ") if text else [""]:
         joined = f"{lines[-1]} {word}" if lines else word
@@ -186,7 +186,7 @@ def draw_labels(
     title: Sequence[Sequence[GridAnnotation]] | None = None,
     style: LabelStyle | None = None,
 ) -> Image.Image:
-    """`image`, a grid of cells of `cell_px`, with labels above its columns, left of its rows, and a title over all."""
+    """`image`, a grid of cells of `cell_px`, with labels above its columns and left of its rows, and a title on top."""
     style = style or LabelStyle()
     width, height = cell_px
     font_px = max(8.0, (width + height) / 25)
@@ -219,7 +219,7 @@ def draw_labels(
 
 
 def prompt_matrix_labels(prompt_parts: Sequence[str]) -> tuple[list[list[GridAnnotation]], list[list[GridAnnotation]]]:
-    """(column labels, row labels) of a prompt matrix whose optional parts are `prompt_parts`: the first half of them across, the rest down."""
+    """(column labels, row labels) of a prompt matrix with optional parts `prompt_parts`: the first half across, the rest down."""
     half = math.ceil(len(prompt_parts) / 2)
 
     def labels(parts: Sequence[str]) -> list[list[GridAnnotation]]:

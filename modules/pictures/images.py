@@ -1,7 +1,6 @@
-"""Pictures under the names that extensions import: saving, resizing, grids, reading what a file says about itself.
+"""Pictures under the names that extensions import: saving, resizing, grids, reading embedded text.
 
-The work is done by image_writing, filename_tokens, image_resizing, image_grids and image_metadata; this file joins it with the settings.
-It must not know how a picture is made.
+The other files of modules/pictures do the work; this file connects them with the settings. It must not know how a picture is made.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ def _default_settings() -> OptionsSnapshot:
 
 
 def _settings(p: Any = None) -> Any:
-    """The settings that count for `p`: its own frozen ones, else the application's."""
+    """The settings for `p`: its own frozen ones, else the application's."""
     own = getattr(p, "options", None)
     if own is not None:
         return own
@@ -100,7 +99,7 @@ def _settings(p: Any = None) -> Any:
 
 
 def _tokens(p: Any, seed: int | None, prompt: str | None, image: Image.Image, basename: str, settings: Any) -> FilenameGenerator:
-    """The tokens of one picture, with what the application knows about styles and lengths."""
+    """The tokens of one picture, using the application's styles and limits."""
     application = installed_context()
     extra: dict[str, Any] = {}
     if application is not None:
@@ -115,9 +114,9 @@ def _tokens(p: Any, seed: int | None, prompt: str | None, image: Image.Image, ba
 def resize_image(
     resize_mode: int, im: Image.Image, width: int, height: int, upscaler_name: str | None = None, force_RGBA: bool = False
 ) -> Image.Image:
-    """`im` at this size: mode 0 stretched, 1 cut to the new shape, 2 whole with its edges continued.
+    """`im` at this size. Mode 0 stretches it, 1 crops it, 2 fits it and extends its edges.
 
-    `upscaler_name` (default: the setting for img2img) does the enlarging. Raises RequestError for a name that does not exist.
+    `upscaler_name` (default: the img2img setting) does the upscaling. Raises RequestError for an unknown name.
     """
     name = upscaler_name or _settings().upscaler_for_img2img
     upscaler = None if name in (None, "", "None") else find_upscaler(name, available_upscalers())
@@ -136,7 +135,7 @@ def image_grid(imgs: Sequence[Image.Image], batch_size: int = 1, rows: int | Non
 
 
 def check_grid_size(imgs: Sequence[Image.Image]) -> bool:
-    """Whether a grid of these pictures is within the size that the settings allow (img_max_size_mp)."""
+    """Whether a grid of these pictures stays within the setting img_max_size_mp."""
     return sum(image.width * image.height for image in imgs) <= _settings().img_max_size_mp * 1_000_000
 
 
@@ -166,13 +165,13 @@ def draw_grid_annotations(
 
 
 def draw_prompt_matrix(im: Image.Image, width: int, height: int, all_prompts: Sequence[str], margin: int = 0) -> Image.Image:
-    """The grid of a prompt matrix with its labels; `all_prompts` is the fixed part and the optional ones."""
+    """The grid of a prompt matrix with labels; `all_prompts` contains the fixed part, then the optional ones."""
     columns, rows = prompt_matrix_labels(all_prompts[1:])
     return draw_grid_annotations(im, width, height, columns, rows, margin)
 
 
 def read(fp: Any, **kwargs: Any) -> Image.Image:
-    """The picture in a file, turned as its orientation says."""
+    """The picture in a file, rotated according to its EXIF orientation."""
     image = Image.open(fp, **kwargs)
     image.load()  # closes the file
     fixed = fix_image(image)
@@ -184,7 +183,7 @@ def read(fp: Any, **kwargs: Any) -> Image.Image:
 
 
 def get_next_sequence_number(path: str | os.PathLike[str], basename: str) -> int:
-    """One more than the highest number at the start of a file name in the folder `path` (behind `basename-` if given); 0 in an empty one."""
+    """One more than the highest number at the start of file names in folder `path` (after `basename-`, if given); 0 in an empty folder."""
     prefix = f"{basename}-" if basename else ""
     try:
         names = [entry.name for entry in os.scandir(path) if entry.name.startswith(prefix)]
@@ -196,7 +195,7 @@ def get_next_sequence_number(path: str | os.PathLike[str], basename: str) -> int
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Place:
-    """Where a picture goes: candidate names in the order they are tried."""
+    """Where a picture goes: candidate names in order."""
 
     folder: Path
     names: Iterator[Path]
@@ -221,10 +220,10 @@ def save_image(
     suffix: str = "",
     save_to_dirs: bool | None = None,
 ) -> tuple[str, str | None]:
-    """Write `image` into the folder `path` under a name made from the settings; returns (its path, path of its text file or None).
+    """Write `image` into folder `path` under a name from the settings. Returns (its path, path of its text file or None).
 
-    The file appears whole or not at all. It gets the next free number, so that it never takes another file's place; a name without a
-    number does so only where the settings say Replace, and only that of a file which a save of this program made. Raises ImageSaveError.
+    The write is atomic. The file gets the next free number, so it never replaces another file. A name without a number may replace a file
+    only if the settings say Replace and this program wrote that file. Raises ImageSaveError.
     """
     settings = _settings(p)
     tokens = _tokens(p, seed, prompt, image, basename, settings)
@@ -235,7 +234,7 @@ def save_image(
         folder /= sanitize_folder(tokens.apply(settings.directories_filename_pattern or "[prompt_words]"))
     wanted, extension = extension, kind_that_holds(image, extension)
     if extension != wanted.lower().lstrip("."):
-        log.warning("A picture of %dx%d px does not fit a .%s file; it is saved as .%s.", *image.size, wanted, extension)
+        log.warning("A picture of %dx%d px is too large for a .%s file; it is saved as .%s.", *image.size, wanted, extension)
     if forced_filename is not None:
         place = _named_place(folder, Path(forced_filename).name, extension, settings)
     else:
@@ -261,7 +260,7 @@ def save_image(
 
 
 def _check_place(wanted: Path, place: _Place) -> None:
-    """Raises RequestError when a name pattern leads among the program's own files."""
+    """Raises RequestError if a name pattern points into the program's own files."""
     application = installed_context()
     if application is not None and place.folder != wanted:
         application.folders.check_written(wanted, place.folder)
@@ -273,7 +272,7 @@ def _first_of(names: Iterator[Path]) -> tuple[Path, Iterator[Path]]:
 
 
 def _ask_before_saving(saving: ImageSaveParams, place: _Place) -> _Place:
-    """Let those who listen change the picture, its infotext and its name; where it goes then."""
+    """Let listeners change the picture, its infotext and its name. Returns its final place."""
     if not script_callbacks.is_listened_to("before_image_saved"):
         return place
     names, peeked = itertools.tee(place.names)
@@ -290,7 +289,7 @@ def _named_place(folder: Path, stem: str, extension: str, settings: Any) -> _Pla
 
 
 def _patterned_place(folder: Path, basename: str, decoration: str, extension: str, settings: Any, *, plain: bool) -> _Place:
-    """Names with a running number, or the bare decoration where the settings ask for no number (and there is a decoration)."""
+    """Names with a running number, or just the decoration if the settings ask for no number (and there is a decoration)."""
     decoration = sanitize_pattern(decoration)
     if not (settings.save_images_add_number or plain):
         return _named_place(folder / Path(decoration).parent, Path(decoration).name, extension, settings)
@@ -300,7 +299,7 @@ def _patterned_place(folder: Path, basename: str, decoration: str, extension: st
 
 
 def sanitize_pattern(text: str) -> str:
-    """A file name pattern after its tokens were replaced: no part of it leads out of the folder."""
+    """A file name pattern after token replacement, with every part that leaves the folder removed."""
     parts = [fit_filename(part.translate(_CONTROL_CHARS), "") for part in text.replace("\\", "/").split("/") if part.strip(". ")]
     return "/".join(parts)
 
@@ -325,7 +324,7 @@ def _encode_settings(settings: Any) -> EncodeSettings:
 
 
 def _save_text(picture: Path, info: str, replace: bool, p: Any) -> Path | None:
-    """The infotext as a file beside its picture; None where it cannot be written, which the job `p` says: the picture is there all the same."""
+    """Write the infotext next to the picture. If that fails, returns None and comments on job `p`: the picture itself is saved."""
     names = numbered_names(picture.with_suffix(".txt"))
     try:
         written = write_whole(lambda file: file.write(f"{info}\n".encode("utf-8", "replace")), names, replace=replace)
@@ -339,7 +338,7 @@ def _save_text(picture: Path, info: str, replace: bool, p: Any) -> Path | None:
 
 
 def _save_large_copy(image: Image.Image, picture: Path, text: PictureText, settings: Any) -> None:
-    """A smaller jpg beside a picture that is large in pixels or bytes, if the settings want it. A jpg gets none: it would take its own place."""
+    """Save a smaller jpg next to a picture that is large in pixels or bytes, if enabled. Not for a jpg: the copy would replace it."""
     if not settings.export_for_4chan or picture.suffix in (".jpg", ".jpeg"):
         return
     side_px = int(settings.target_side_length)

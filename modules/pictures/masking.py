@@ -1,6 +1,6 @@
-"""Where a mask lies in its picture: crop regions for "only masked", and filling what is masked from around it. PIL and numpy only.
+"""Mask geometry: crop regions for "only masked", and filling the masked area from its surroundings. PIL and numpy only.
 
-Shapes: H W rows and columns, C colour bands."""
+Shapes: H W rows and columns, C color bands."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from PIL import Image
 Box = tuple[int, int, int, int]
 
 _GROUND = 8
-"""Below this a mask is black: JPEG and careless editors leave grounds of 1 to 7."""
+"""Values below this count as black: JPEG and careless editors leave backgrounds of 1 to 7."""
 
 
 def drop_ground(mask: Image.Image) -> Image.Image:
-    """`mask` (L) with what is almost black made black, so that the ground of a JPEG counts as not masked."""
+    """`mask` (L) with almost black pixels set to black, so that JPEG noise does not count as masked."""
     return mask.point(lambda value: value if value >= _GROUND else 0)
 
 
 def get_crop_region_v2(mask: Image.Image, pad: int = 0) -> Box | None:
-    """The box around everything that is not black, `pad` pixels larger on each side; None for an empty mask."""
+    """The box around everything that is not black, plus `pad` pixels on each side; None for an empty mask."""
     box = mask.getbbox()
     if box is None:
         return None
@@ -28,14 +28,14 @@ def get_crop_region_v2(mask: Image.Image, pad: int = 0) -> Box | None:
 
 
 def get_crop_region(mask: Image.Image, pad: int = 0) -> Box:
-    """As get_crop_region_v2; an empty mask gives an inside-out box, as extensions expect."""
+    """Like get_crop_region_v2, but an empty mask gives an inside-out box, as extensions expect."""
     image = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
     box = get_crop_region_v2(image, pad)
     return box if box is not None else (image.width, image.height, 0, 0)
 
 
 def expand_crop_region(crop_region: Box, processing_width: int, processing_height: int, image_width: int, image_height: int) -> Box:
-    """The box grown to the shape of the processed size, moved back into the picture where it would stick out."""
+    """The box expanded to the aspect ratio of the processed size, and shifted to stay inside the picture."""
     x1, y1, x2, y2 = crop_region
     wanted_ratio = processing_width / processing_height
     if (x2 - x1) / max(y2 - y1, 1) > wanted_ratio:
@@ -46,7 +46,7 @@ def expand_crop_region(crop_region: Box, processing_width: int, processing_heigh
 
 
 def _grown(low: int, high: int, wanted: int, limit: int) -> tuple[int, int]:
-    """low..high grown around its middle to `wanted`, inside 0..limit."""
+    """low..high expanded around its center to `wanted`, within 0..limit."""
     missing = wanted - (high - low)
     low, high = low - missing // 2, high + missing - missing // 2
     if high > limit:
@@ -57,9 +57,9 @@ def _grown(low: int, high: int, wanted: int, limit: int) -> tuple[int, int]:
 
 
 def fill(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """`image` (RGB) with what the mask covers filled by the colours around it, smoother the farther they are.
+    """`image` (RGB) with the masked area filled with surrounding colors, smoother the farther away they are.
 
-    A mask of another size is stretched over the picture. Push-pull interpolation: Gortler et al. 1996, "The Lumigraph", section 3.4.1."""
+    A mask of another size is stretched. Push-pull interpolation: Gortler et al. 1996, "The Lumigraph", section 3.4.1."""
     mask = mask if mask.size == image.size else mask.resize(image.size)
     known_HW1 = 1 - np.asarray(mask.convert("L"), dtype=np.float32)[..., None] / 255
     colors_HWC = np.asarray(image.convert("RGB"), dtype=np.float32)
@@ -68,7 +68,7 @@ def fill(image: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def _pull_push(weighted_HWC: np.ndarray, known_HW1: np.ndarray) -> np.ndarray:
-    """Colours everywhere, from colours times their weight (0..1) and the weights."""
+    """Colors everywhere, from colors multiplied by their weights (0..1), and the weights."""
     height, width = known_HW1.shape[:2]
     if max(height, width) == 1:
         return weighted_HWC / np.maximum(known_HW1, 1e-6)
@@ -86,6 +86,6 @@ def _halved(values_HWC: np.ndarray) -> np.ndarray:
 
 
 def _enlarged(values_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, to this size."""
+    """Bilinear resize to this size."""
     bands = [Image.fromarray(np.ascontiguousarray(values_HWC[..., band])) for band in range(values_HWC.shape[-1])]
     return np.stack([np.asarray(band.resize((width, height), resample=Image.Resampling.BILINEAR)) for band in bands], axis=-1)

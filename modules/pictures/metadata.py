@@ -1,4 +1,4 @@
-"""The texts in picture files: PNG chunks, EXIF user comments, GIF comments, hidden bits, other programs' notes.
+"""Text in picture files: PNG chunks, EXIF user comments, GIF comments, hidden bits, metadata of other programs.
 
 Reads only; must not know settings.
 """
@@ -26,18 +26,18 @@ IGNORED_INFO_KEYS = frozenset(
         "timestamp", "transparency", "version", "xmp",
     }
 )  # fmt: skip
-"""What Pillow says about a file that no user wrote into it."""
+"""Fields that Pillow reports but no user wrote."""
 
 
 def user_comment_exif(text: str) -> bytes:
-    """An EXIF block with `text` as its user comment, in UTF-16 as the programs before us write it."""
+    """An EXIF block with `text` as user comment, in UTF-16 as in A1111 and Forge."""
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[_USER_COMMENT] = _UNICODE + text.encode("utf-16-be", "replace")
     return exif.tobytes()
 
 
 def decode_user_comment(comment: bytes | str) -> str:
-    """The text of an EXIF user comment, whatever its writer took for Unicode."""
+    """The text of an EXIF user comment, whichever Unicode encoding its writer used."""
     if isinstance(comment, str):
         return comment
     prefix, body = comment[:8], comment[8:]
@@ -49,7 +49,7 @@ def decode_user_comment(comment: bytes | str) -> str:
 
 
 def _decode_utf16(body: bytes) -> str:
-    """Big-endian unless the text says otherwise: a byte order mark, or Latin letters whose zero bytes come second."""
+    """Big-endian unless the text indicates otherwise: a byte order mark, or Latin letters whose zero bytes come second."""
     if body[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return body.decode("utf-16", "replace")
     if body and body.count(0) == 0 and len(body) % 2:
@@ -59,14 +59,14 @@ def _decode_utf16(body: bytes) -> str:
 
 
 def read_info_from_image(image: Image.Image) -> tuple[str | None, dict[str, Any]]:
-    """(infotext or None, the other texts in the file). Looks in the chunk `parameters`, the user comment, the comment, hidden bits,
-    and reads NovelAI's and ComfyUI's own notes. Never raises for a damaged picture."""
+    """(infotext or None, other texts in the file). Checks the `parameters` chunk, the user comment, the comment and hidden bits,
+    and converts metadata of NovelAI and ComfyUI. Never raises for a damaged picture."""
     with contextlib.suppress(OSError, SyntaxError, ValueError):
-        image.load()  # chunks may stand behind the pixels
+        image.load()  # chunks may follow the pixels
     items: dict[str, Any] = {str(key): value for key, value in image.info.items()}
     geninfo = items.pop("parameters", None)
     geninfo = _text(geninfo) if geninfo is not None else None
-    geninfo = geninfo if geninfo and geninfo.strip("\0 \t\r\n") else None  # an empty chunk hides nothing
+    geninfo = geninfo if geninfo and geninfo.strip("\0 \t\r\n") else None  # an empty chunk must not hide other sources
     exif_texts = _exif_texts(image)
     if geninfo is None and exif_texts.get("UserComment", "").strip():
         geninfo = exif_texts["UserComment"]
@@ -117,7 +117,7 @@ def _hidden(image: Image.Image) -> str | None:
 
 
 def image_data(data: bytes) -> tuple[str, None]:
-    """(infotext of the picture or text file `data`, None); an empty text when it holds none."""
+    """(infotext of the picture or text file `data`, None); an empty text if there is none."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return read_info_from_image(image)[0] or "", None

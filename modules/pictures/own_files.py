@@ -1,4 +1,4 @@
-"""Which files a save of this program made: those of this run, and pictures that say so themselves. Only such files are ever replaced."""
+"""Which files this program saved: those of this run, and pictures that contain our infotext. Only such files are ever replaced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _lock = threading.Lock()
 
 
 def note_own_file(path: Path) -> None:
-    """Remember a file that was just written, as it is now."""
+    """Remember the current state of a file just written."""
     state = _state_of(path)
     if state is None:
         return
@@ -28,12 +28,12 @@ def note_own_file(path: Path) -> None:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether the file was written in this run and is as it was then, or is a picture that carries our texts."""
+    """Whether this run wrote the file and it is unchanged, or it is a picture with our infotext."""
     return _was_written(path) or _infotext_of(path) is not None
 
 
 def text_goes_with(picture: Path) -> bool:
-    """Whether the text file beside `picture` is ours: written in this run, or what the picture itself says."""
+    """Whether the text file next to `picture` is ours: written in this run, or identical to the picture's own infotext."""
     text = picture.with_suffix(".txt")
     if _was_written(text):
         return True
@@ -59,7 +59,7 @@ def _state_of(path: Path) -> tuple[int, int] | None:
 
 
 def _infotext_of(path: Path) -> str | None:
-    """What the picture says of how it was made; None for what is no picture, or says nothing."""
+    """The picture's infotext; None if there is none or the file is not a picture."""
     try:
         with Image.open(path) as image:
             parameters, items = read_info_from_image(image)

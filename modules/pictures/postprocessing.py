@@ -1,6 +1,6 @@
-"""The Extras tab's work behind one interface: enlarging a picture by one upscaler, or by two mixed.
+"""Upscaling for the Extras tab: one upscaler, or a blend of two.
 
-Takes and gives pictures; must not know the page, HTTP or files.
+Takes and returns pictures. Must not know the page, HTTP or files.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _MATTE = "#ffffff"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtrasSettings:
-    """What to do with a picture. `mode` 0 enlarges by `factor`, 1 to `size_px` (cut to it if `crop`).
+    """What to do with a picture. `mode` 0 enlarges by `factor`, 1 to `size_px` (cropped if `crop`).
 
-    `second_visibility` 0..1 is the share of the second upscaler's picture in the result.
+    `second_visibility` 0..1 is the weight of the second upscaler's picture.
     """
 
     mode: int = BY_FACTOR
@@ -40,36 +40,36 @@ class ExtrasSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtrasResult:
-    """The picture and the line of parameters that says what was done."""
+    """The picture and its parameter line."""
 
     image: Image.Image
     infotext: str
 
 
 def check_extras(settings: ExtrasSettings, upscalers: Sequence[UpscalerData]) -> tuple[UpscalerData, UpscalerData]:
-    """Both upscalers. Raises RequestError for names and wishes that nothing here answers to."""
+    """Both upscalers. Raises RequestError for unknown names and unavailable features."""
     if settings.face_restoration_visibility > 0:
         raise RequestError(
-            "face restoration was asked for (gfpgan_visibility or codeformer_visibility); it is not available here, because the packages of GFPGAN "
-            "and CodeFormer need another torch than this program's and fetch their models while they run. Send 0."
+            "face restoration (gfpgan_visibility or codeformer_visibility) is not available here: the packages of GFPGAN "
+            "and CodeFormer need another version of torch, and download models at run time. Send 0."
         )
     return find_upscaler(settings.first, upscalers), find_upscaler(settings.second, upscalers)
 
 
 def run_extras(image: Image.Image, settings: ExtrasSettings, upscalers: Sequence[UpscalerData]) -> ExtrasResult:
-    """`image` as `settings` want it. Transparency is kept. Raises RequestError."""
+    """`image` processed according to `settings`. Keeps transparency. Raises RequestError."""
     first, second = check_extras(settings, upscalers)
     named = dataclasses.replace(settings, first=first.name, second=second.name)
     return ExtrasResult(image=enlarge(image, settings, upscalers), infotext=build_parameters_line(parameters_of(named)))
 
 
 def enlarge(image: Image.Image, settings: ExtrasSettings, upscalers: Sequence[UpscalerData]) -> Image.Image:
-    """`image` at the size that `settings` ask for; the very picture where no upscaler is named. Raises RequestError."""
+    """`image` at the size in `settings`; the same object if no upscaler is named. Raises RequestError."""
     first, second = check_extras(settings, upscalers)
     goal_px = goal_size_px(image, settings)
     if goal_px[0] * goal_px[1] > MAX_RESULT_PX:
         limit = f"the limit is {MAX_RESULT_PX // 10**6} megapixels"
-        raise RequestError(f"a picture of {goal_px[0]}x{goal_px[1]} px was asked for; {limit}. Use a smaller factor.")
+        raise RequestError(f"a picture of {goal_px[0]}x{goal_px[1]} px is too large; {limit}. Use a smaller factor.")
     if first.name == "None" and (second.name == "None" or settings.second_visibility == 0):
         return image
     result = _upscaled(image, first, goal_px, settings)
@@ -80,7 +80,7 @@ def enlarge(image: Image.Image, settings: ExtrasSettings, upscalers: Sequence[Up
 
 
 def parameters_of(settings: ExtrasSettings) -> dict[str, object]:
-    """What the infotext says about `settings`; nothing where they change nothing."""
+    """Infotext parameters of `settings`; empty if they change nothing."""
     uses_second = settings.second != "None" and settings.second_visibility > 0
     if settings.first == "None" and not uses_second:
         return {}
@@ -99,7 +99,7 @@ def _size_params(settings: ExtrasSettings) -> dict[str, object]:
 
 
 def goal_size_px(image: Image.Image, settings: ExtrasSettings) -> tuple[int, int]:
-    """The size before cutting: the factor's, or the smallest of the picture's own shape that covers the size asked for."""
+    """The size before cropping: from the factor, or the smallest size in the picture's aspect ratio that covers the requested one."""
     factor = settings.factor
     if settings.mode == TO_SIZE:
         factor = max(settings.size_px[0] / image.width, settings.size_px[1] / image.height)

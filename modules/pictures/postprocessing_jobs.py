@@ -1,6 +1,6 @@
-"""The job of the Extras tab: pictures read from uploads or a folder, postprocessed one by one, saved with what their files said before.
+"""The job of the Extras tab: reads pictures from uploads or a folder, postprocesses each, and saves it with its original metadata.
 
-Must not know the page; which operations are carried out comes in as a list.
+Must not know the page; the operations to run are passed in as a list.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".gif", "
 
 @dataclass(frozen=True, kw_only=True)
 class ExtrasRequest:
-    """`paths` are the pictures. `keeps_names`: results are named as their pictures. `output_dir` None is the usual folder."""
+    """`paths` are the pictures. `keeps_names`: results keep the names of their sources. `output_dir` None is the default folder."""
 
     paths: Sequence[Path]
     operations: Sequence[Operation]
@@ -46,7 +46,7 @@ class ExtrasRequest:
 
 @dataclass(kw_only=True)
 class ExtrasProcessed:
-    """What the job gave: pictures, the text of each, and notes for the user."""
+    """The job's result: pictures, the text of each, and notes for the user."""
 
     images: list[Image.Image] = field(default_factory=list)
     infotexts: list[str] = field(default_factory=list)
@@ -54,22 +54,22 @@ class ExtrasProcessed:
     comments: str = ""
 
     def js(self) -> str:
-        """The texts as JSON, as the page keeps them beside its gallery."""
+        """The texts as JSON, the form the page keeps with its gallery."""
         return json.dumps({"infotexts": self.infotexts, "index_of_first_image": 0})
 
 
 def pictures_in(folder: str) -> list[Path]:
-    """The pictures in a folder of the server. Raises RequestError when there are none."""
+    """The pictures in a server folder. Raises RequestError if there are none."""
     if not Path(folder).is_dir():
-        raise RequestError(f"Input directory {folder!r} is not there. Folders are those of the machine that runs the server.")
+        raise RequestError(f"Input directory {folder!r} does not exist. Folders are on the server.")
     paths = find_files(Path(folder), PICTURE_SUFFIXES)
     if not paths:
-        raise RequestError(f"There are no pictures in {folder!r}. Kinds that are read: {', '.join(PICTURE_SUFFIXES)}.")
+        raise RequestError(f"There are no pictures in {folder!r}. Supported formats: {', '.join(PICTURE_SUFFIXES)}.")
     return paths
 
 
 class ExtrasJob:
-    """Carries one request out, on the job's thread."""
+    """Runs one request, on the job's thread."""
 
     def __init__(self, app: Application, request: ExtrasRequest) -> None:
         self.app = app
@@ -77,7 +77,7 @@ class ExtrasJob:
         self.processed = ExtrasProcessed()
 
     def run(self) -> ExtrasProcessed:
-        """Raises RequestError for what an operation cannot do, or when no picture could be read."""
+        """Raises RequestError for what an operation cannot do, or if no picture could be read."""
         state, paths = self.app.state, self.request.paths
         state.job_count = len(paths)
         num_read = 0
@@ -100,7 +100,7 @@ class ExtrasJob:
                 image.load()
                 return image
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            self._comment(f"{path.name} cannot be read ({error}); it was left out.")
+            self._comment(f"{path.name} could not be read ({error}); it was skipped.")
             return None
 
     def _comment(self, text: str) -> None:
@@ -119,7 +119,7 @@ class ExtrasJob:
             self._finish(path, result, geninfo, items, result.get_suffix(suffixes))
 
     def _finish(self, path: Path, result: PostprocessedImage, geninfo: str | None, items: Mapping[str, Any], suffix: str) -> None:
-        """Save one result and put it into the gallery. `geninfo` and `items` are what the picture's file said."""
+        """Save one result and add it to the gallery. `geninfo` and `items` are the source file's metadata."""
         done = build_parameters_line(result.info)
         text = ", ".join(part for part in (geninfo, done) if part)
         options = self.app.options
@@ -137,7 +137,7 @@ class ExtrasJob:
         self.app.state.assign_current_image(result.image)
 
     def _save_or_say(self, path: Path, result: PostprocessedImage, text: str, chunks: Mapping[str, Any], suffix: str) -> Path | None:
-        """The file, or None with a comment: a folder that cannot be made or written costs the file, not the picture."""
+        """The file, or None after a comment: an unwritable folder loses the file, not the picture."""
         try:
             return self._save(path, result, text, chunks, suffix)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the folder's name
@@ -147,7 +147,7 @@ class ExtrasJob:
     def _save(self, path: Path, result: PostprocessedImage, text: str, chunks: Mapping[str, Any], suffix: str) -> Path:
         options, request = self.app.options, self.request
         folder = Path(request.output_dir or options.outdir_samples or options.outdir_extras_samples)
-        is_own_folder = folder.resolve() == path.resolve().parent  # a result never takes the place of its source
+        is_own_folder = folder.resolve() == path.resolve().parent  # a result never replaces its source
         uses_name = request.keeps_names and options.use_original_name_batch and not is_own_folder
         saved, _ = images.save_image(
             result.image,
@@ -164,7 +164,7 @@ class ExtrasJob:
         return Path(saved)
 
     def _save_caption(self, picture: Path, caption: str | None) -> None:
-        """A text file beside the picture, where an operation made a caption."""
+        """Write a text file next to the picture if an operation produced a caption."""
         if not caption:
             return
         wanted = picture.with_suffix(".txt")
@@ -174,13 +174,13 @@ class ExtrasJob:
             self._comment(f"The caption {wanted.name} was not written ({error}).")
             return
         if written != wanted:
-            self._comment(f"{wanted.name} was there already and was not written by this program, so the caption is in {written.name}.")
+            self._comment(f"{wanted.name} already exists and was not written by this program, so the caption is in {written.name}.")
 
 
 def write_caption(wanted: Path, picture: Path, caption: str, action: str) -> Path:
-    """Write the caption of `picture` into `wanted`, or under the next free name where that is a text of the user's. Returns that name.
+    """Write the caption of `picture` to `wanted`, or to the next free name if `wanted` is a user's text. Returns the name used.
 
-    A text of the user's changes only by Prepend and Append, which keep its words. Raises OSError.
+    A user's text is changed only by Prepend and Append, which keep its words. Raises OSError.
     """
     is_own, before = text_goes_with(picture), _read_caption(wanted)
     if action == "Keep" and before != "":
@@ -195,7 +195,7 @@ def write_caption(wanted: Path, picture: Path, caption: str, action: str) -> Pat
 
 
 def _read_caption(file: Path) -> str | None:
-    """The text in `file`, "" where there is none, None where what is there is no UTF-8 text. Raises OSError."""
+    """The text in `file`, "" if it does not exist, None if it is not UTF-8 text. Raises OSError."""
     if not file.exists():
         return ""
     try:
@@ -205,14 +205,14 @@ def _read_caption(file: Path) -> str | None:
 
 
 def joined_caption(before: str, new: str, action: str) -> str:
-    """The caption to keep where there was one `before`: Ignore it, Keep it, put the new one before it (Prepend) or behind it (Append)."""
+    """The caption to keep, given an existing one: Ignore it, Keep it, or put the new text before (Prepend) or after it (Append)."""
     if not before or action == "Ignore":
         return new
     return {"Keep": before, "Prepend": f"{new} {before}", "Append": f"{before} {new}"}.get(action, new)
 
 
 def requests_paths(mode: int, image: str | None, files: Sequence[Any] | None, input_dir: str) -> Iterator[Path]:
-    """The pictures that the Extras tab names in the inner tab `mode`. Raises RequestError when there are none."""
+    """The pictures chosen in inner tab `mode` of the Extras tab. Raises RequestError if there are none."""
     if mode == FOLDER:
         if not input_dir.strip():
             raise RequestError("Batch from Directory needs an input directory: name one.")

@@ -1,4 +1,4 @@
-"""The operations that are built in: enlarging, and cutting to a size that is chosen automatically. Each has its controls and its work.
+"""The built-in operations: upscaling, and cropping to an automatically chosen size. Each provides its controls and its work.
 
 Must not know files or jobs.
 """
@@ -26,19 +26,19 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibil
 
 
 def built_in_operations() -> list[ScriptPostprocessing]:
-    """In the order in which they are carried out."""
+    """In the order they run."""
     return [Upscale(), AutoSizedCrop()]
 
 
 def build_runner() -> ScriptPostprocessingRunner:
-    """All operations there are without extensions."""
+    """All built-in operations."""
     runner = ScriptPostprocessingRunner()
     runner.register(built_in_operations())
     return runner
 
 
 class Upscale(ScriptPostprocessing):
-    """Enlarges by one upscaler, or by two whose pictures are mixed. The last results are kept, as many as the settings say."""
+    """Enlarges with one upscaler, or a blend of two. Caches the last results, as many as the settings say."""
 
     name = "Upscale"
     order = 1000
@@ -110,7 +110,7 @@ class Upscale(ScriptPostprocessing):
 
 
 def _settings(image: Image.Image, args: Mapping[str, Any]) -> ExtrasSettings:
-    """The values of the controls as run_extras takes them; a limit of the longer side lowers the factor."""
+    """The control values as input for run_extras; a limit for the longer side reduces the factor."""
     factor, limit_px = float(args["upscale_by"]), int(args.get("max_side_length") or 0)
     mode = int(args["upscale_mode"])
     if mode == BY_FACTOR and limit_px > 0 and max(image.size) * factor > limit_px:
@@ -127,14 +127,14 @@ def _settings(image: Image.Image, args: Mapping[str, Any]) -> ExtrasSettings:
 
 
 class AutoSizedCrop(ScriptPostprocessing):
-    """Cuts and scales to the size, in steps of 64 px, that fits the picture's shape best within limits of sides and area."""
+    """Crops and scales to the size, in steps of 64 px, that best matches the picture's aspect ratio within limits of side and area."""
 
     name = "Auto-sized crop"
     order = 4010
 
     def ui(self) -> Mapping[str, Any]:
         with InputAccordion(False, label="Auto-sized crop", elem_id="extras_autosized_crop") as enabled:
-            gr.HTML("<p class='scale-preview'>Each picture is cut in the middle to a size that is chosen between these limits.</p>")
+            gr.HTML("<p class='scale-preview'>Each picture is center-cropped to a size chosen within these limits.</p>")
             with FormRow():
                 low = _slider("Dimension lower bound", "postprocess_multicrop_mindim", 64, 2048, 8, 384)
                 high = _slider("Dimension upper bound", "postprocess_multicrop_maxdim", 64, 2048, 8, 768)
@@ -169,7 +169,7 @@ class AutoSizedCrop(ScriptPostprocessing):
 def best_size_px(
     picture_px: tuple[int, int], *, sides_px: tuple[int, int], areas_px: tuple[int, int], largest: bool, max_error: float
 ) -> tuple[int, int] | None:
-    """The size within the limits whose shape differs by at most `max_error` from the picture's: the largest, or the one that differs least."""
+    """The size within the limits whose aspect ratio error is at most `max_error`: the largest one, or the one with the smallest error."""
 
     def error(size_px: tuple[int, int]) -> float:
         ratio = picture_px[0] * size_px[1] / (picture_px[1] * size_px[0])

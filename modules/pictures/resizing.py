@@ -1,5 +1,5 @@
-"""Bringing pictures to a size and to plain colours: the resize modes of img2img, transparency, orientation, depth.
-Every entrance for pictures (page, API, Extras, ControlNet, folders) passes them through fix_image. Must not know settings or files."""
+"""Resizing and normalizing pictures: the resize modes of img2img, transparency, orientation, bit depth.
+Every entry point for pictures (page, API, Extras, ControlNet, folders) uses fix_image. Must not know settings or files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ JUST_RESIZE, CROP_AND_RESIZE, RESIZE_AND_FILL = 0, 1, 2
 
 
 def resize_to(image: Image.Image, width_px: int, height_px: int, upscaler: UpscalerData | None = None) -> Image.Image:
-    """`image` at exactly this size. An upscaler does the enlarging when a side grows; the rest is Lanczos."""
+    """`image` at exactly this size. The upscaler, if any, is used when a side grows; the rest is Lanczos."""
     grows = width_px > image.width or height_px > image.height
     if upscaler is not None and upscaler.name != "None" and image.mode != "L" and grows:
         scale = max(width_px / image.width, height_px / image.height)
@@ -28,19 +28,19 @@ def resize_to(image: Image.Image, width_px: int, height_px: int, upscaler: Upsca
 
 
 def resize_by_mode(mode: int, image: Image.Image, width_px: int, height_px: int, upscaler: UpscalerData | None = None) -> Image.Image:
-    """`image` at this size: 0 stretched, 1 cut to the new shape, 2 whole with its edges continued. Raises ValueError for another mode."""
+    """`image` at this size: 0 stretches, 1 crops, 2 fits and extends its edges. Raises ValueError for another mode."""
     if mode == JUST_RESIZE:
         return resize_to(image, width_px, height_px, upscaler)
     if mode == CROP_AND_RESIZE:
         return _cover(image, width_px, height_px, upscaler)
     if mode == RESIZE_AND_FILL:
         return _fit_and_continue_edges(image, width_px, height_px, upscaler)
-    raise ValueError(f"resize mode {mode} is unknown; it is 0 (just resize), 1 (crop and resize) or 2 (resize and fill).")
+    raise ValueError(f"resize mode {mode} is unknown. Use 0 (just resize), 1 (crop and resize) or 2 (resize and fill).")
 
 
 def _scaled_size_px(image: Image.Image, width_px: int, height_px: int, *, cover: bool) -> tuple[int, int]:
-    """The size of the whole picture scaled so that it covers the target, or fits into it."""
-    wider = width_px * image.height > height_px * image.width  # the target's shape against the picture's
+    """The size of the whole picture scaled to cover the target, or to fit into it."""
+    wider = width_px * image.height > height_px * image.width  # compares the target's aspect ratio with the picture's
     if wider == cover:
         return width_px, max(1, image.height * width_px // image.width)
     return max(1, image.width * height_px // image.height), height_px
@@ -69,14 +69,14 @@ def _fit_and_continue_edges(image: Image.Image, width_px: int, height_px: int, u
 
 
 def _paste_stretched(image: Image.Image, source: tuple[int, int, int, int], target: tuple[int, int, int, int]) -> None:
-    """Stretch one row or column of `image` over a band beside it."""
+    """Stretch one row or column of `image` over an adjacent band."""
     size_px = (target[2] - target[0], target[3] - target[1])
     if min(size_px) > 0:
         image.paste(image.crop(source).resize(size_px, resample=Image.Resampling.NEAREST), target[:2])
 
 
 def flatten(img: Image.Image, bgcolor: str) -> Image.Image:
-    """`img` as RGB, its transparent parts laid over `bgcolor`."""
+    """`img` as RGB with its transparent parts on `bgcolor`."""
     img = plain(img)
     if img.mode == "RGBA":
         background = Image.new("RGBA", img.size, bgcolor)
@@ -86,14 +86,14 @@ def flatten(img: Image.Image, bgcolor: str) -> Image.Image:
 
 
 def with_alpha_channel(image: Image.Image) -> Image.Image:
-    """`image` as RGBA if it is transparent in any of the ways files say so; as it is otherwise."""
+    """`image` as RGBA if it has transparency in any form; otherwise unchanged."""
     if image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info:
         return image.convert("RGBA")
     return image
 
 
 def to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Pixel values of any type as uint8: 16 and 32 bits are scaled (not cut to white), floats are 0..1, 0..255 or 0..65535, whichever holds them.
+    """Pixel values of any type as uint8: 16 and 32 bits are scaled (not clipped to white); floats are 0..1, 0..255 or 0..65535, whichever fits.
 
     int64 [0, 128, 65535] becomes [0, 0, 255]; float [0, 0.5, 1] becomes [0, 128, 255]."""
     if values.dtype == np.uint8:
@@ -106,7 +106,7 @@ def to_8_bit(values: np.ndarray) -> np.ndarray:
 
 
 def _white_of(dtype: np.dtype[Any], largest: float) -> float:
-    """The value that is white. Whole numbers of 16 bits say so by their type; wider ones and floats by what they hold."""
+    """The value for white. 16-bit integers determine it by type; wider integers and floats by their values."""
     if dtype.itemsize == 2 and dtype.kind in "iu":
         return float(np.iinfo(dtype).max)
     if dtype.kind == "f" and largest <= 1.0:
@@ -117,26 +117,26 @@ def _white_of(dtype: np.dtype[Any], largest: float) -> float:
 
 
 def shallow(image: Image.Image) -> Image.Image:
-    """`image` with 8 bits a channel: grey of 16 or 32 bits (PNG, TIFF) is scaled where Pillow would cut everything above 255 to white."""
+    """`image` with 8 bits per channel: gray of 16 or 32 bits (PNG, TIFF) is scaled, where Pillow would clip everything above 255 to white."""
     if image.mode not in _DEEP_MODES:
         return image
     values = np.asarray(image)
     grey = Image.fromarray(to_8_bit(values))
     grey.info = {key: value for key, value in image.info.items() if key != "transparency"}
     key = image.info.get("transparency")
-    if isinstance(key, int):  # one grey is transparent
+    if isinstance(key, int):  # one gray level is transparent
         alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
         grey = Image.merge("LA", (grey, alpha))
     return grey
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """`image` with 8 bits a channel, transparent only by an alpha channel."""
+    """`image` with 8 bits per channel; transparency only as an alpha channel."""
     return with_alpha_channel(shallow(image))
 
 
 def fix_image(image: Image.Image | None) -> Image.Image | None:
-    """`image` turned as its EXIF orientation says, 8 bits a channel, with palette transparency as an alpha channel."""
+    """`image` rotated per its EXIF orientation, 8 bits per channel, with palette transparency as an alpha channel."""
     if image is None:
         return None
     turned = ImageOps.exif_transpose(image)

@@ -1,7 +1,7 @@
-"""What killed runs left behind: temporary files of any kind (pictures, settings, models) that never got their names. Cleared at start.
+"""Removes leftovers of killed runs at startup: temporary files (pictures, settings, models) that were never renamed.
 
-Only names that this program alone makes (`backend/unfinished_files.py`), and only files older than this run, since
-another run may be at work in the same folders.
+Only names that this program alone uses (`backend/unfinished_files.py`), and only files older than this run, because another run may be
+using the same folders.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MARGIN_S = 2.0
-"""Longer than a picture takes to be written."""
+"""Longer than it takes to write a picture."""
 
 
 def clear_unfinished(folders: Iterable[Path], *, before_s: float) -> int:
-    """Delete those below `folders` that were last written before that time; how many. What cannot be deleted stays."""
+    """Delete those below `folders` last written before that time; returns how many. What cannot be deleted stays."""
     found = {path for folder in folders for path in find_files(folder, [".tmp"])}
     return _delete(found, before_s)
 
@@ -41,12 +41,12 @@ def _delete(paths: Iterable[Path], before_s: float) -> int:
         except OSError as error:
             log.debug("%s stays: %s", path, error)
     if cleared:
-        log.info("Cleared %d unfinished files of a run that was killed.", cleared)
+        log.info("Deleted %d unfinished files left by a killed run.", cleared)
     return cleared
 
 
 def start_clearing(app: Application) -> threading.Thread:
-    """Clear the folders that this run writes to, on a thread: there may be many pictures."""
+    """Clear the folders that this run writes to, on a thread because there may be many pictures."""
     options, config = app.options, app.config
     chosen = [str(options.data[key]) for key in options.data_labels if key.startswith("outdir_") and options.data.get(key)]
     folders = [config.outputs_dir, config.data_dir / "cache", config.data_dir / "log", *(config.data_dir / folder for folder in chosen)]
@@ -56,9 +56,9 @@ def start_clearing(app: Application) -> threading.Thread:
         *config.vae_dirs,
         *config.text_encoder_dirs,
         *config.lora_dirs,
-    ]  # descriptions lie beside models
+    ]  # descriptions are stored next to models
     folders += [*config.controlnet_dirs, *config.embeddings_dirs]
-    beside = {path.parent for path in (config.settings_file, *config.styles_files)} | {Path(sys.prefix)}  # where the stamp of installs lies
+    beside = {path.parent for path in (config.settings_file, *config.styles_files)} | {Path(sys.prefix)}  # the installer's stamp is there
     arguments = (folders, beside, app.started_at - _MARGIN_S)
     worker = threading.Thread(target=_clear, args=arguments, name="clear-unfinished", daemon=True)
     worker.start()
@@ -67,4 +67,4 @@ def start_clearing(app: Application) -> threading.Thread:
 
 def _clear(folders: Iterable[Path], beside: Iterable[Path], before_s: float) -> None:
     clear_unfinished(folders, before_s=before_s)
-    _delete([path for folder in beside for path in folder.glob(".*.tmp")], before_s)  # settings lie among everything: not below them
+    _delete([path for folder in beside for path in folder.glob(".*.tmp")], before_s)  # settings share a folder with everything else: do not recurse

@@ -1,7 +1,7 @@
-"""Making pictures larger: the class an upscaler extends, and the two that need no model file, Lanczos and Nearest.
+"""Enlarging pictures: the base class of upscalers, and the two that need no model file, Lanczos and Nearest.
 
-Names are those that extensions import. An upscaler takes and gives RGB pictures; must not know settings, the page or jobs. Model files are run
-by pictures/upscaler_models.py.
+Names are those that extensions import. An upscaler takes and returns RGB pictures; must not know settings, the page or jobs.
+pictures/upscaler_models.py runs model files.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ NEAREST = Image.Resampling.NEAREST
 
 _SIDE_MULTIPLE_PX = 8
 _MAX_PASSES = 3
-"""A model of factor 4 reaches 64 in three passes; more is never asked for."""
+"""Maximum: a model of factor 4 reaches 64 in three passes."""
 
 
 class Upscaler:
-    """Makes pictures larger by a model of its own factor; `upscale` brings the result to the size that was asked for."""
+    """Enlarges pictures with a model of fixed factor; `upscale` then resizes to the requested size."""
 
     name: str | None = None
     model_path: str | None = None
@@ -47,11 +47,11 @@ class Upscaler:
 
     @abstractmethod
     def do_upscale(self, img: Image.Image, selected_model: str | None) -> Image.Image:
-        """`img` larger by the model's own factor."""
+        """`img` enlarged by the model's factor."""
         return img
 
     def upscale(self, img: Image.Image, scale: float, selected_model: str | None = None) -> Image.Image:
-        """`img` `scale` times as large, each side cut to a multiple of 8 px."""
+        """`img` enlarged by `scale`, each side rounded down to a multiple of 8 px."""
         goal_px = (_cut_side_px(img.width * scale), _cut_side_px(img.height * scale))
         for _ in range(_MAX_PASSES):
             if img.width >= goal_px[0] and img.height >= goal_px[1]:
@@ -67,7 +67,7 @@ class Upscaler:
         """The network in the file `path`."""
 
     def find_models(self, ext_filter: Iterable[str] | None = None) -> list[str]:
-        """Files of this upscaler's folders, by suffix."""
+        """Files in this upscaler's folders, filtered by suffix."""
         folders = [Path(folder) for folder in (self.model_path, self.user_path) if folder]
         suffixes = None if ext_filter is None else {suffix.lower() for suffix in ext_filter}
         return sorted(str(file) for folder in folders for file in find_files(folder, suffixes))
@@ -81,7 +81,7 @@ def _cut_side_px(side_px: float) -> int:
 
 
 class UpscalerData:
-    """An entry of the upscaler list: a name, the model behind it and the upscaler that runs it."""
+    """An entry of the upscaler list: a name, its model and the upscaler that runs it."""
 
     def __init__(
         self, name: str, path: str | None, upscaler: Upscaler | None = None, scale: float = 4, model: object = None, sha256: str | None = None
@@ -99,7 +99,7 @@ class UpscalerData:
 
 
 class UpscalerNone(Upscaler):
-    """Leaves the picture as it is."""
+    """Returns the picture unchanged."""
 
     name = "None"
 
@@ -118,7 +118,7 @@ class UpscalerNone(Upscaler):
 
 
 class _Resampling(Upscaler):
-    """An upscaler that is one of Pillow's resampling filters."""
+    """An upscaler based on one of Pillow's resampling filters."""
 
     resample = LANCZOS
 
@@ -134,7 +134,7 @@ class _Resampling(Upscaler):
         return img.resize((img.width * 4, img.height * 4), resample=self.resample)
 
     def upscale(self, img: Image.Image, scale: float, selected_model: str | None = None) -> Image.Image:
-        """One resampling straight to the size; not by way of a factor."""
+        """Resample directly to the final size, without an intermediate factor."""
         return img.resize((max(1, int(img.width * scale)), max(1, int(img.height * scale))), resample=self.resample)
 
 
@@ -146,19 +146,19 @@ class UpscalerLanczos(_Resampling):
 
 
 class UpscalerNearest(_Resampling):
-    """Nearest-neighbour resampling: every pixel becomes a block."""
+    """Nearest-neighbor resampling: every pixel becomes a block."""
 
     name = "Nearest"
     resample = NEAREST
 
 
 def builtin_upscalers() -> list[UpscalerData]:
-    """The entries that are always there, in the order of the list."""
+    """The entries that always exist, in list order."""
     return [entry for upscaler in (UpscalerNone(), UpscalerLanczos(), UpscalerNearest()) for entry in upscaler.scalers]
 
 
 def find_upscaler(name: str | None, entries: Iterable[UpscalerData]) -> UpscalerData:
-    """The entry called `name`, or whose file is; case does not matter. Raises RequestError naming the nearest."""
+    """The entry with that name or file name, ignoring case. Raises RequestError with the nearest names."""
     asked = (name or "None").strip()
     entries = list(entries)
     file_name = asked.replace("\\", "/").rpartition("/")[2].lower()

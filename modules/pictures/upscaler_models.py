@@ -1,7 +1,7 @@
-"""Upscalers that are model files (ESRGAN, Real-ESRGAN, SwinIR, DAT ...), run through the package spandrel where that can be imported.
+"""Upscalers from model files (ESRGAN, Real-ESRGAN, SwinIR, DAT ...), run with the package spandrel if it can be imported.
 
-spandrel is no part of the installation: it asks for torchvision, and with it for a torch of its own choice. A file is listed all the same, and
-using it says what is missing. Must not know settings, the page or jobs; what it needs of them comes in as arguments.
+spandrel is not part of the installation: it requires torchvision, which would bring its own torch. Files are listed anyway, and using
+one explains what is missing. Must not know settings, the page or jobs; it gets what it needs as arguments.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt")
 FOLDER_FLAGS = ("esrgan_models_path", "realesrgan_models_path", "bsrgan_models_path", "dat_models_path", "swinir_models_path", "scunet_models_path")
-"""Names under which the configuration keeps the folders of such files, in the order of the list."""
+"""Configuration keys of the folders with such files, in list order."""
 ASSUMED_SCALE = 4
-"""Until a file is read."""
+"""Assumed until the file is read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TileSettings:
-    """Side and overlap of the pieces that a picture is enlarged in; side 0 is the whole picture at once."""
+    """Side and overlap of the tiles in which a picture is enlarged; side 0 means the whole picture at once."""
 
     side_px: int = 192
     overlap_px: int = 8
 
 
 class UpscalerModels(Upscaler):
-    """Runs the files in `folders`. The network that was used last is kept."""
+    """Runs the files in `folders`. Keeps the last used network."""
 
     name = "Model file"
     model_name = "spandrel"
@@ -56,13 +56,13 @@ class UpscalerModels(Upscaler):
         self.refresh()
 
     def refresh(self) -> None:
-        """Look at the folders again. Of two files with one name the first counts."""
+        """Scan the folders again. Of two files with the same name, the first wins."""
         known = {entry.data_path: entry for entry in self.scalers}
         paths = {path.stem: str(path) for folder in reversed(self.folders) for path in reversed(find_files(folder, SUFFIXES))}
         self.scalers = [known.get(path) or UpscalerData(stem, path, self, ASSUMED_SCALE) for stem, path in reversed(paths.items())]
 
     def do_upscale(self, img: Image.Image, selected_model: str | None) -> Image.Image:
-        """Raises RequestError when the file cannot be run here."""
+        """Raises RequestError if the file cannot be run."""
         descriptor, patcher = self.load_model(str(selected_model))
         return upscale_in_tiles(img, self._tiles(), lambda tile: _run(descriptor, patcher, tile))
 
@@ -77,7 +77,7 @@ class UpscalerModels(Upscaler):
 
 
 def upscale_in_tiles(image: Image.Image, tiles: TileSettings, run: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """`run` on pieces of `image`, put together where they overlap. `run` enlarges by one whole factor, whatever the piece."""
+    """`run` on overlapping tiles of `image`, combined. `run` must enlarge every tile by the same whole factor."""
     if tiles.side_px <= 0 or max(image.size) <= tiles.side_px:
         return run(image)
     grid = split_grid(image, tiles.side_px, tiles.side_px, min(tiles.overlap_px, tiles.side_px // 2))
@@ -99,8 +99,8 @@ def _read(path: Path) -> tuple[Any, ModelPatcher]:
         import spandrel  # optional; heavy
     except ImportError as error:
         raise RequestError(
-            f"upscaler {path.stem}: running model files needs the package spandrel, which cannot be imported here ({error}). "
-            "Install it into this program's environment together with a torchvision made for its torch, or choose Lanczos or Nearest."
+            f"upscaler {path.stem}: running model files needs the package spandrel, which cannot be imported ({error}). "
+            "Install it into this program's environment with a torchvision that matches its torch, or choose Lanczos or Nearest."
         ) from error
     from backend import memory_management  # imports torch
     from backend.patcher.base import ModelPatcher
@@ -110,7 +110,7 @@ def _read(path: Path) -> tuple[Any, ModelPatcher]:
     except (OSError, RuntimeError, ValueError, KeyError, spandrel.UnsupportedModelError) as error:
         raise RequestError(f"upscaler {path.stem}: {path} cannot be read as an upscaler ({error}). Download it again, or choose another.") from error
     if not isinstance(descriptor, spandrel.ImageModelDescriptor) or descriptor.input_channels != 3:
-        raise RequestError(f"upscaler {path.stem}: {path.name} is a model for another task than enlarging colour pictures.")
+        raise RequestError(f"upscaler {path.stem}: {path.name} is not a model for upscaling color pictures.")
     descriptor.model.eval()
     patcher = ModelPatcher(descriptor.model, memory_management.get_torch_device(), memory_management.cpu)
     log.info("Upscaler %s: %s, factor %d.", path.stem, descriptor.architecture.name, descriptor.scale)
@@ -118,7 +118,7 @@ def _read(path: Path) -> tuple[Any, ModelPatcher]:
 
 
 def _run(descriptor: Any, patcher: ModelPatcher, image: Image.Image) -> Image.Image:
-    import torch  # heavy; the list of upscalers is read without it
+    import torch  # heavy; not needed to list upscalers
 
     from backend import memory_management
 
@@ -135,7 +135,7 @@ def _run(descriptor: Any, patcher: ModelPatcher, image: Image.Image) -> Image.Im
 
 
 def replace_entries(entries: list[UpscalerData], upscaler: UpscalerModels | None) -> None:
-    """Bring the shared list in line with the folders: entries of model files last, all others as they are."""
+    """Sync the shared list with the folders: model files last, all other entries unchanged."""
     if upscaler is not None:
         upscaler.refresh()
     others = [entry for entry in entries if not isinstance(entry.scaler, UpscalerModels)]
@@ -145,6 +145,6 @@ def replace_entries(entries: list[UpscalerData], upscaler: UpscalerModels | None
 
 
 def build_upscaler_models(flags: Mapping[str, Any], options: Any) -> UpscalerModels:
-    """For an application: the folders of its flags, the tiles of its settings as they are when a picture is enlarged."""
+    """For an application: folders from its flags, tile settings read at the time of upscaling."""
     folders = [Path(flags[flag]) for flag in FOLDER_FLAGS if flags.get(flag)]
     return UpscalerModels(folders, lambda: TileSettings(side_px=int(options.ESRGAN_tile), overlap_px=int(options.ESRGAN_tile_overlap)))

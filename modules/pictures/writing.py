@@ -1,6 +1,6 @@
-"""Writing pictures with their infotext: whole or not at all, and never over another file unless that is asked for.
+"""Writes pictures with their infotext atomically, and never over another file unless requested.
 
-A file is written under a temporary name in its own folder, flushed to disk and then given its name. Must not know settings or jobs.
+A file is written under a temporary name in its final folder, flushed to disk, then renamed. Must not know settings or jobs.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _MODES = {"PNG": ("1", "L", "LA", "P", "RGB", "RGBA"), "WEBP": ("RGB", "RGBA"), 
 
 
 class ImageSaveError(OSError):
-    """A picture could not be written; nothing is left under its name."""
+    """A picture could not be written; there is no partial file under its name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeSettings:
-    """How a picture becomes bytes. `quality` 1..100 for jpeg, lossy webp and avif; `stealth_mode` is None, Alpha or RGB (png only)."""
+    """How to encode a picture. `quality` 1..100 for jpeg, lossy webp and avif; `stealth_mode` is None, Alpha or RGB (png only)."""
 
     quality: int = 80
     webp_lossless: bool = False
@@ -42,7 +42,7 @@ class EncodeSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PictureText:
-    """Texts to go into the file: `infotext` under the key `section`, and other PNG chunks beside it."""
+    """Texts for the file: `infotext` under the key `section`, and other PNG chunks."""
 
     infotext: str | None = None
     section: str = PARAMETERS
@@ -50,25 +50,25 @@ class PictureText:
 
 
 def known_extensions() -> tuple[str, ...]:
-    """File kinds that can be written, without the dot."""
+    """Formats that can be written, without the dot."""
     return tuple(_FORMATS)
 
 
 def kind_that_holds(image: Image.Image, extension: str) -> str:
-    """`extension`, or "png" for a picture with more pixels a side than files of that kind can have."""
+    """`extension`, or "png" for a picture with more pixels per side than that format allows."""
     kind = extension.lower().lstrip(".")
     return "png" if max(image.size) > _LARGEST_SIDE_PX.get(kind, max(image.size)) else kind
 
 
 def encode_image(image: Image.Image, target: BinaryIO, extension: str, text: PictureText, settings: EncodeSettings) -> None:
-    """Write `image` into the open file `target` as `extension` ("png", "jpg" ...). Raises ImageSaveError for what the kind cannot hold."""
+    """Write `image` into the open file `target` as `extension` ("png", "jpg" ...). Raises ImageSaveError for what the format cannot store."""
     extension = extension.lower().lstrip(".")
     image_format = _FORMATS.get(extension)
     if image_format is None:
         raise ImageSaveError(f"pictures cannot be saved as .{extension}; choose one of {', '.join(_FORMATS)} in the settings.")
     limit_px = _LARGEST_SIDE_PX.get(extension)
     if limit_px and max(image.size) > limit_px:
-        raise ImageSaveError(f"a picture of {image.width}x{image.height} px is too large for .{extension} ({limit_px} px a side); save it as png.")
+        raise ImageSaveError(f"a picture of {image.width}x{image.height} px is too large for .{extension} ({limit_px} px per side); save it as png.")
     infotext = text.infotext if settings.write_infotext else None
     if image_format == "PNG":
         _encode_png(image, target, infotext, text, settings)
@@ -91,7 +91,7 @@ def _encode_png(image: Image.Image, target: BinaryIO, infotext: str | None, text
             chunks.add_text(_chunk_key(key), str(value).replace("\0", ""))
     image = _in_savable_mode(image, "PNG")
     if infotext and settings.stealth_mode in ("Alpha", "RGB") and image.mode in ("RGB", "RGBA"):
-        with contextlib.suppress(ValueError):  # a picture with too few pixels goes without; the chunk has the text
+        with contextlib.suppress(ValueError):  # a picture with too few pixels only has the chunk
             image = add_stealth_infotext(image, infotext, settings.stealth_mode)
     image.save(target, format="PNG", pnginfo=chunks)
 
@@ -119,12 +119,12 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image.convert("I").point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
 
 
-# Temporary name, then the real one
+# Temporary name, then the final one
 
 
 @contextlib.contextmanager
 def temporary_file(folder: Path, name: str) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new hidden file in `folder`, with the permissions any new file gets. It is gone afterwards unless it was renamed."""
+    """A new hidden file in `folder`, with the default permissions of new files. Deleted afterwards unless it was renamed."""
     path = unfinished_name(folder / name)
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
     try:
@@ -135,9 +135,9 @@ def temporary_file(folder: Path, name: str) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def write_whole(write: Callable[[BinaryIO], object], names: Iterable[Path], *, replace: bool = False) -> Path:
-    """Write a file by `write` and give it the first of `names` that is free (`replace`: the first). Returns that name.
+    """Write a file with `write` under the first free of `names` (`replace`: the first). Returns that name.
 
-    All names are in one folder, which is made. Raises ImageSaveError; then nothing is left under any of the names.
+    All names are in one folder, which is created. Raises ImageSaveError; then none of the names has a new file.
     """
     candidates = iter(names)
     first = next(candidates)
@@ -168,14 +168,14 @@ def write_whole(write: Callable[[BinaryIO], object], names: Iterable[Path], *, r
 def write_image(
     image: Image.Image, names: Iterable[Path], text: PictureText, settings: EncodeSettings, *, extension: str | None = None, replace: bool = False
 ) -> Path:
-    """Write `image` under the first free of `names`, in the kind that the name's extension says. Raises ImageSaveError."""
+    """Write `image` under the first free of `names`, in the format given by the extension. Raises ImageSaveError."""
     names, peeked = itertools.tee(iter(names))
     kind = extension or next(peeked).suffix
     return write_whole(lambda file: encode_image(image, file, kind, text, settings), names, replace=replace)
 
 
 def numbered_names(path: Path) -> Iterator[Path]:
-    """`path`, then `path` with -1, -2 ... behind its stem."""
+    """`path`, then `path` with -1, -2 ... appended to its stem."""
     yield path
     for number in itertools.count(1):
         yield path.with_name(f"{path.stem}-{number}{path.suffix}")

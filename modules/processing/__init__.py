@@ -1,8 +1,8 @@
-"""From a request to finished pictures: `process_images(p)`. The names that the page, the API and extensions import are here.
+"""Turns a request into finished pictures: `process_images(p)`. The names that the page, the API and extensions import are here.
 
-Reading order: `request` (what a user asks for; `p`), `validation` (numbers in range, names that exist), `conditions` (prompts encoded),
-`networks` (what the prompts name is added to the networks), `txt2img` or `img2img` (one batch sampled), `hires` and `refiner` (a second
-pass, a second model), `latents` (between pixels and latents), `compositing` (masks, pasting back), `pictures` (infotext, saving, grid),
+Reading order: `request` (what a user asks for; `p`), `validation` (ranges, names), `conditions` (encodes prompts), `networks` (applies the
+networks named in prompts), `txt2img` or `img2img` (sample one batch), `hires` and `refiner` (a second pass, a second model), `latents`
+(converts between pixels and latents), `compositing` (masks, pasting back), `pictures` (infotext, saving, grid), `result` (`Processed`).
 `result` (`Processed`). Beside them: `chosen_script`, `constants`, `image_conditions`, `model_facts`, `nans`,
 `overrides` (methods that an extension may have replaced), `saving`, `tiling`.
 
@@ -58,7 +58,7 @@ __all__ = [
 
 MIB = 2**20
 
-# names that extensions import from here -> the file that has them
+# names that extensions import from here -> the file that defines them
 _ELSEWHERE = {
     "get_fixed_seed": "processing.validation",
     "fix_seed": "processing.validation",
@@ -84,10 +84,10 @@ def __getattr__(name: str) -> Any:
 
 
 def process_images(p: StableDiffusionProcessing) -> Processed:
-    """Carry out the request: load its model, make its pictures, save them. Raises RequestError for what cannot be done.
+    """Run the request: load its model, make its pictures, save them. Raises RequestError if it cannot be done.
 
-    Runs on the calling thread, one job at a time; page and API call it from the job worker."""
-    from backend import memory_management, profiler  # import torch, as the sampler list does
+    Runs on the calling thread, one job at a time; the page and the API call it from the job worker."""
+    from backend import memory_management, profiler  # these import torch, as does the sampler list
     from backend.parallel.running.lost_slots import dropping_dead_slots
     from modules.jobs.observer import JobObserver
     from modules.processing.latents import latent_format_of
@@ -113,7 +113,7 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
 
 @contextlib.contextmanager
 def _as_job(context: JobContext) -> Iterator[None]:
-    """Where no job is running (an extension calls from its own thread), this is one."""
+    """If no job is running (an extension calls from its own thread), make this call one."""
     state = context.state
     if state.job:
         yield
@@ -126,7 +126,7 @@ def _as_job(context: JobContext) -> Iterator[None]:
 
 
 def _keep_overrides(p: StableDiffusionProcessing, context: JobContext) -> None:
-    """override_settings_restore_afterwards=False makes the overrides the settings from now on (until they are saved, in memory only)."""
+    """override_settings_restore_afterwards=False turns the overrides into the current settings (in memory only, until they are saved)."""
     if p.override_settings_restore_afterwards:
         return
     for key, value in p.override_settings.items():
@@ -135,8 +135,8 @@ def _keep_overrides(p: StableDiffusionProcessing, context: JobContext) -> None:
 
 
 def process_images_inner(p: StableDiffusionProcessing) -> Processed:
-    """The job itself. The request is sound, its model is loaded."""
-    import torch  # heavy; importing this file must not wait for it
+    """The job itself. The request is valid and its model is loaded."""
+    import torch  # heavy; only needed when a job runs
 
     from modules.processing.conditions import setup_prompts
     from modules.processing.nans import naming_nans
@@ -180,7 +180,7 @@ def _own_seed(seed: Any) -> Any:
 
 
 def _describe_model(p: StableDiffusionProcessing, context: JobContext) -> None:
-    """Names and hashes for infotexts."""
+    """Model names and hashes for infotexts."""
     from modules.processing.refiner import note_refiner  # imports torch
 
     request = context.models.request
@@ -218,7 +218,7 @@ def _run_batches(p: StableDiffusionProcessing, context: JobContext, collector: P
 
 
 def _run_batch(p: StableDiffusionProcessing, context: JobContext, collector: PictureCollector) -> bool:
-    """One batch from its prompts to its pictures; False when no prompts are left for it."""
+    """Run one batch from prompts to pictures; False if no prompts are left for it."""
     from modules.processing.conditions import parse_extra_network_prompts, setup_conditions
     from modules.processing.latents import decode_latent_batch, latent_format_of
     from modules.processing.networks import activate_networks
@@ -283,7 +283,7 @@ def _sample(p: StableDiffusionProcessing) -> Any:
 
 
 def _set_batch(p: StableDiffusionProcessing) -> None:
-    """Prompts, seeds and noise of the current batch."""
+    """Set prompts, seeds and noise of the current batch."""
     from modules.processing.conditions import rows_of
     from modules.processing.latents import latent_format_of
     from modules.samplers import noise as rng
@@ -308,10 +308,10 @@ def _set_batch(p: StableDiffusionProcessing) -> None:
 
 
 def _write_params(p: StableDiffusionProcessing, context: JobContext, collector: PictureCollector) -> None:
-    """params.txt: what the paste button brings back when the prompt box is empty."""
+    """Write params.txt, which the paste button reads when the prompt box is empty."""
     if p.iteration > 0 or context.config.flags.get("no_prompt_history"):
         return
     try:
         write_text_atomically(context.config.data_dir / "params.txt", collector.infotext(0))
     except OSError as error:
-        log.warning("params.txt cannot be written (%s).", error)
+        log.warning("params.txt could not be written (%s).", error)

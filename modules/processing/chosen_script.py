@@ -1,4 +1,4 @@
-"""A request carried out as the Script dropdown says: by the selected script, else by process_images."""
+"""Runs a request with the script selected in the Script dropdown, or with process_images if none is selected."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from modules.processing import Processed, StableDiffusionProcessing, process_ima
 
 
 def process_with_scripts(p: StableDiffusionProcessing) -> Processed:
-    """The pictures of `p`. Raises RequestError, and what the selected script raises."""
+    """The pictures of `p`. Raises RequestError, and whatever the selected script raises."""
     if p.scripts is not None and p.script_args:
         processed: Processed | None = p.scripts.run(p, *p.script_args)
         if processed is not None:

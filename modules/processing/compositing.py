@@ -1,4 +1,4 @@
-"""Pixels before and after sampling: masks, pasting the result back over the original, matching colours. PIL and numpy only, no settings, no model."""
+"""Pixel work before and after sampling: masks, pasting back over the original, color matching. PIL and numpy only; no settings, no model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from PIL import Image, ImageChops
 from modules.pictures.masking import Box
 
 PasteBox = tuple[int, int, int, int]
-"""x, y, width, height of the place that a crop came from."""
+"""x, y, width, height of the area a crop was taken from."""
 
 _BLUR_SIGMAS = 2.5
 
 
 def create_binary_mask(image: Image.Image, round: bool = True) -> Image.Image:
-    """The mask in `image`: its transparency where it has any, which `round` makes hard, else its brightness, whose greys stay (as in Forge)."""
+    """The mask in `image`: its alpha channel if it has one (thresholded if `round`), else its brightness with grays kept, as in Forge."""
     if image.mode == "RGBA" and image.getextrema()[-1] != (255, 255):
         alpha = image.split()[-1].convert("L")
         return alpha.point(lambda value: 255 if value > 128 else 0) if round else alpha
@@ -24,7 +24,7 @@ def create_binary_mask(image: Image.Image, round: bool = True) -> Image.Image:
 
 
 def blur_mask(mask: Image.Image, radius_x: float, radius_y: float) -> Image.Image:
-    """Gaussian blur with a radius (standard deviation, pixels) for each direction; the kernel reaches 2.5 deviations."""
+    """Gaussian blur with a radius (standard deviation in pixels) per direction; the kernel spans 2.5 deviations."""
     values = np.asarray(mask.convert("L"), dtype=np.float32)
     for axis, sigma in ((1, radius_x), (0, radius_y)):
         if sigma > 0:
@@ -47,14 +47,14 @@ def _blur_along(values: np.ndarray, sigma: float, axis: int) -> np.ndarray:
 
 
 def overlay_of(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """What is laid over the result: `image` (RGBA) where `mask` is black, nothing where it is white."""
+    """The overlay for the result: `image` (RGBA) where `mask` is black, transparent where it is white."""
     overlay = Image.new("RGBa", image.size)
     overlay.paste(image.convert("RGBA").convert("RGBa"), mask=ImageChops.invert(mask.convert("L")))
     return overlay.convert("RGBA")
 
 
 def uncrop(image: Image.Image, size_px: tuple[int, int], paste_to: PasteBox) -> Image.Image:
-    """`image` brought back to its place in an empty picture of the original's size, RGBA."""
+    """`image` placed at its original position in an empty RGBA picture of the original's size."""
     x, y, width, height = paste_to
     base = Image.new("RGBA", size_px)
     base.paste(_stretched(image, width, height), (x, y))
@@ -62,7 +62,7 @@ def uncrop(image: Image.Image, size_px: tuple[int, int], paste_to: PasteBox) -> 
 
 
 def apply_overlay(image: Image.Image, paste_loc: PasteBox | None, overlay: Image.Image | None) -> tuple[Image.Image, Image.Image]:
-    """(the result under the untouched parts of the original, the result alone in its place)."""
+    """(the result with the untouched parts of the original on top, the result alone at its position)."""
     if overlay is None:
         return image, image.copy()
     placed = image if paste_loc is None else uncrop(image, overlay.size, paste_loc)
@@ -81,21 +81,21 @@ def paste_box(crop: Box) -> PasteBox:
     return x1, y1, x2 - x1, y2 - y1
 
 
-# Colours
+# Colors
 
-# CIE standard illuminant D65, 2 degrees; IEC 61966-2-1 gives the matrix from linear sRGB
+# CIE standard illuminant D65, 2 degrees; IEC 61966-2-1 defines the matrix from linear sRGB
 _RGB_TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
 _WHITE = np.array([0.95047, 1.0, 1.08883])
 _LAB_EPSILON, _LAB_KAPPA = 216 / 24389, 24389 / 27
 
 
 def setup_color_correction(image: Image.Image) -> np.ndarray:
-    """The colours to match: `image` as CIE L*a*b*, float32 HWC."""
+    """The colors to match: `image` as CIE L*a*b*, float32 HWC."""
     return rgb_to_lab(np.asarray(image.convert("RGB")))
 
 
 def apply_color_correction(correction: np.ndarray, original_image: Image.Image) -> Image.Image:
-    """`original_image` with the L*a*b* histograms of `correction`, its detail kept by blending luminosity."""
+    """`original_image` with the L*a*b* histograms of `correction`; its luminosity is blended back in to keep detail."""
     pixels = rgb_to_lab(np.asarray(original_image.convert("RGB")))
     matched = np.stack([_match_histogram(pixels[..., band], correction[..., band]) for band in range(3)], axis=-1)
     recolored = Image.fromarray(lab_to_rgb(matched))
@@ -103,7 +103,7 @@ def apply_color_correction(correction: np.ndarray, original_image: Image.Image) 
 
 
 def _match_histogram(values: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """`values` moved monotonically so that their distribution is that of `target`."""
+    """`values` mapped monotonically so that their distribution matches that of `target`."""
     _, inverse, counts = np.unique(values.ravel(), return_inverse=True, return_counts=True)
     target_unique, target_counts = np.unique(target.ravel(), return_counts=True)
     quantiles = np.cumsum(counts) / values.size
@@ -135,7 +135,7 @@ def rgb_to_lab(pixels: np.ndarray) -> np.ndarray:
 
 
 def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
-    """CIE L*a*b* (D65) HWC to sRGB uint8 HWC, out-of-gamut colours cut."""
+    """CIE L*a*b* (D65) HWC to sRGB uint8 HWC; out-of-gamut colors are clipped."""
     fy = (lab[..., 0] + 16) / 116
     f = np.stack([fy + lab[..., 1] / 500, fy, fy - lab[..., 2] / 200], axis=-1)
     ratios = np.where(f**3 > _LAB_EPSILON, f**3, (116 * f - 16) / _LAB_KAPPA)
@@ -148,6 +148,6 @@ def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
 
 
 def old_hires_fix_first_pass_dimensions(width: int, height: int) -> tuple[int, int]:
-    """The first pass of hires fix as it was chosen long ago: about 512x512 pixels of the final shape, sides up to multiples of 64."""
+    """First pass size of hires fix in old versions: about 512x512 pixels in the final aspect ratio, sides rounded up to multiples of 64."""
     scale = math.sqrt(512 * 512 / (width * height))
     return math.ceil(scale * width / 64) * 64, math.ceil(scale * height / 64) * 64

@@ -1,6 +1,6 @@
-"""From the prompts of a request to the conditions of a batch: styles, comments, extra networks, encoding, and the memory of the last encoding.
+"""Turns a request's prompts into the conditions of a batch: styles, comments, extra networks, encoding, and the cache of the last encoding.
 
-Must not know sampling or pictures. Functions take the request (`p`) and fill its fields.
+Must not know sampling or pictures. Functions take the request (`p`) and set its fields.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from modules.samplers.registry import find_sampler_config, needs_uncond
 if TYPE_CHECKING:
     from modules.processing.request import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img
 
-# settings that change what a prompt is encoded to
+# settings that affect prompt encoding
 _ENCODING_OPTIONS = (
     *("CLIP_stop_at_last_layers", "sdxl_clip_l_skip", "emphasis", "comma_padding_backtrack", "sdxl_crop_left", "sdxl_crop_top"),
     *("sdxl_refiner_low_aesthetic_score", "sdxl_refiner_high_aesthetic_score"),
 )
 
 MAX_PARTS = 128
-"""Parts that AND may join; each is a row of every step, of every picture."""
+"""Maximum number of parts joined by AND; each part is one row per picture in every step."""
 
 
 def setup_prompts(p: StableDiffusionProcessing) -> None:
-    """Fill all_prompts and all_negative_prompts, one for each picture of the job. Raises RequestError."""
+    """Set all_prompts and all_negative_prompts, one per picture of the job. Raises RequestError."""
     count = p.batch_size * p.n_iter
     if isinstance(p.prompt, list):
         p.all_prompts = list(p.prompt)
@@ -41,7 +41,7 @@ def setup_prompts(p: StableDiffusionProcessing) -> None:
     p.all_negative_prompts = list(p.negative_prompt) if isinstance(p.negative_prompt, list) else [p.negative_prompt] * len(p.all_prompts)
     if not p.all_prompts or len(p.all_prompts) != len(p.all_negative_prompts):
         raise RequestError(
-            f"{len(p.all_prompts)} prompts and {len(p.all_negative_prompts)} negative prompts were given; give one negative prompt for each prompt."
+            f"{len(p.all_prompts)} prompts and {len(p.all_negative_prompts)} negative prompts were given; give one negative prompt per prompt."
         )
     p.all_prompts = [finish_prompt(p, prompt) for prompt in p.all_prompts]
     p.all_negative_prompts = [finish_prompt(p, prompt, negative=True) for prompt in p.all_negative_prompts]
@@ -49,7 +49,7 @@ def setup_prompts(p: StableDiffusionProcessing) -> None:
 
 
 def finish_prompt(p: StableDiffusionProcessing, prompt: str, *, negative: bool = False) -> str:
-    """A prompt as it is encoded: with the chosen styles, without comments."""
+    """The prompt to encode: with the chosen styles, without comments."""
     text = _with_styles(p, str(prompt), negative)
     text = strip_comments(text) if p.options.enable_prompt_comments else text
     if not negative:
@@ -58,10 +58,10 @@ def finish_prompt(p: StableDiffusionProcessing, prompt: str, *, negative: bool =
 
 
 def _check_parts(prompt: str) -> None:
-    """Raises RequestError for more parts joined by AND than a step can compute: each part is a row of every step."""
+    """Raises RequestError if a prompt joins more parts with AND than allowed: each part is one row in every step."""
     num_parts = len(split_composition(prompt))
     if num_parts > MAX_PARTS:
-        raise RequestError(f"prompt: {num_parts} parts are joined by AND; at most {MAX_PARTS} are computed. Use fewer.")
+        raise RequestError(f"prompt: {num_parts} parts are joined by AND; the limit is {MAX_PARTS}. Use fewer parts.")
 
 
 def _with_styles(p: StableDiffusionProcessing, prompt: str, negative: bool) -> str:
@@ -73,12 +73,12 @@ def _with_styles(p: StableDiffusionProcessing, prompt: str, negative: bool) -> s
 
 
 def parse_extra_network_prompts(p: StableDiffusionProcessing) -> None:
-    """Take `<kind:name:...>` out of the batch's prompts; what was asked for goes to extra_network_data."""
+    """Move `<kind:name:...>` from the batch's prompts to extra_network_data."""
     p.prompts, p.extra_network_data = extra_networks.parse_prompts(p.prompts)
 
 
 def apply_prompt_options(p: StableDiffusionProcessing) -> None:
-    """Tell the engine's text side what the job's settings say."""
+    """Pass the job's settings to the engine's text encoding."""
     engine, options = p.sd_model, p.options
     engine.set_clip_skip(int(options.CLIP_stop_at_last_layers))
     engine.set_emphasis(options.emphasis)
@@ -90,7 +90,7 @@ def apply_prompt_options(p: StableDiffusionProcessing) -> None:
 
 
 def setup_conditions(p: StableDiffusionProcessing) -> None:
-    """Fill `c` and `uc` of the batch. With CFG scale 1 the negative prompt is not encoded: it has no part in the picture."""
+    """Set `c` and `uc` of the batch. At CFG scale 1 the negative prompt is not encoded, because it does not affect the picture."""
     apply_prompt_options(p)
     facts: dict[str, Any] = {"width": p.width, "height": p.height, "distilled_cfg_scale": p.distilled_cfg_scale}
     prompts = SdConditioning(p.prompts, **facts)
@@ -104,7 +104,7 @@ def setup_conditions(p: StableDiffusionProcessing) -> None:
 
 
 def setup_hires_conditions(p: StableDiffusionProcessingTxt2Img) -> None:
-    """Fill `hr_c` and `hr_uc` for the second pass of the batch."""
+    """Set `hr_c` and `hr_uc` for the second pass of the batch."""
     if p.options.hires_fix_use_firstpass_conds:
         p.hr_c, p.hr_uc = p.c, p.uc
         return
@@ -121,9 +121,9 @@ def setup_hires_conditions(p: StableDiffusionProcessingTxt2Img) -> None:
 
 
 def refiner_conditions(p: StableDiffusionProcessing) -> tuple[Any, Any]:
-    """(conditions, those of the negative prompt or None) of the pass that runs, for `p.sd_model`, which has taken its place in the middle of it.
+    """(conditions, negative conditions or None) of the current pass, for `p.sd_model` after the refiner replaced the first model mid-pass.
 
-    They are kept apart from those of the first model, so that the next batch finds both."""
+    They are cached separately from the first model's, so that the next batch finds both."""
     apply_prompt_options(p)
     hires: Any = p if p.is_hr_pass else None
     sampler_name = (hires and hires.hr_sampler_name) or p.sampler_name
@@ -136,7 +136,7 @@ def refiner_conditions(p: StableDiffusionProcessing) -> tuple[Any, Any]:
 
 
 def _prompts_of_pass(p: Any, sampler_name: str | None) -> tuple[SdConditioning, SdConditioning, Any, int | None]:
-    """(prompts, negative prompts, networks they name, steps of the second pass) of the pass that runs."""
+    """(prompts, negative prompts, their extra networks, steps of the second pass) of the current pass."""
     if p.is_hr_pass and not p.options.hires_fix_use_firstpass_conds:
         texts, negative_texts, data = p.hr_prompts, p.hr_negative_prompts, p.hr_extra_network_data
         facts = {"width": p.hr_upscale_to_x, "height": p.hr_upscale_to_y, "distilled_cfg_scale": p.hr_distilled_cfg}
@@ -148,12 +148,12 @@ def _prompts_of_pass(p: Any, sampler_name: str | None) -> tuple[SdConditioning, 
 
 
 def _is_weighted(conditions: prompt_parser.MulticondLearnedConditioning) -> bool:
-    """Whether prompts are composed (AND) so that the negative prompt counts at CFG scale 1 too: where weights do not sum to 1."""
+    """Whether AND weights do not sum to 1, so that the negative prompt matters even at CFG scale 1."""
     return any(abs(sum(part.weight for part in parts) - 1) > 1e-6 for parts in conditions.batch)
 
 
 def num_denoiser_calls(sampler_name: str | None, steps: int) -> int:
-    """Steps of a prompt's schedule: a second-order sampler asks the model twice a step."""
+    """Number of denoiser calls, which prompt schedules count: a second-order sampler calls the model twice per step."""
     config = find_sampler_config(sampler_name)
     return config.total_steps(steps) if config is not None else steps
 
@@ -167,7 +167,7 @@ def _cached(
     network_data: Any,
     hires_steps: int | None = None,
 ) -> Any:
-    """The conditions of `prompts`, from `cache` ([key, conditions]) when nothing they depend on has changed."""
+    """The conditions of `prompts`, from `cache` ([key, conditions]) if nothing they depend on has changed."""
     key = _cache_key(p, prompts, steps, hires_steps, network_data)
     if cache[0] is None or cache[0] != key:
         conditions = encode(p.sd_model, prompts, steps, hires_steps, p.options.use_old_scheduling)
@@ -200,7 +200,7 @@ def _network_key(network_data: Any) -> tuple[Any, ...]:
 
 
 def _take_text_params(engine: Any) -> dict[str, str]:
-    """What the text engines have to say for the infotext about the prompts just encoded (embeddings, emphasis mode)."""
+    """What the text engines report for the infotext about the prompts just encoded (embeddings, emphasis mode)."""
     params: dict[str, str] = {}
     for text_engine in engine.text_engines:
         _merge_text_params(params, text_engine.take_generation_params())
@@ -208,7 +208,7 @@ def _take_text_params(engine: Any) -> dict[str, str]:
 
 
 def _merge_text_params(params: dict[str, Any], more: dict[str, str]) -> None:
-    """Lists ("TI", "TI hashes") are joined, each entry once; of other keys the last value counts."""
+    """Merge lists ("TI", "TI hashes") without duplicates; for other keys the last value wins."""
     for key, value in more.items():
         if key.startswith("TI"):
             old = str(params.get(key, ""))
@@ -218,5 +218,5 @@ def _merge_text_params(params: dict[str, Any], more: dict[str, str]) -> None:
 
 
 def rows_of(values: Sequence[Any], iteration: int, batch_size: int) -> list[Any]:
-    """The part of `values` that belongs to batch number `iteration`."""
+    """The slice of `values` for batch `iteration`."""
     return list(values[iteration * batch_size : (iteration + 1) * batch_size])

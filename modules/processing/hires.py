@@ -1,4 +1,4 @@
-"""Hires fix: the size of the second pass, its upscaling, and its sampling. Writes to the request (`p`).
+"""Hires fix: size of the second pass, upscaling, and sampling. Writes to the request (`p`).
 
 Shapes: B pictures, C channels, H W latent rows and columns.
 """
@@ -47,7 +47,7 @@ NO_CHOICE = (None, "", "Use same checkpoint", "Use same sampler", "Use same sche
 
 
 def prepare_hires(p: StableDiffusionProcessingTxt2Img) -> None:
-    """Everything about the second pass that can be known before the first. Raises RequestError."""
+    """Set everything about the second pass that is known before the first. Raises RequestError."""
     options = p.options
     p.extra_generation_params["Denoising strength"] = p.denoising_strength
     _choose_upscaler(p)
@@ -79,7 +79,7 @@ def _choose_upscaler(p: StableDiffusionProcessingTxt2Img) -> None:
 
 
 def _upscaler_called(name: str) -> Any:
-    """Raises RequestError for a name that does not exist."""
+    """The upscaler with that name. Raises RequestError if there is none."""
     try:
         return find_upscaler(name, available_upscalers())
     except RequestError as error:
@@ -87,7 +87,7 @@ def _upscaler_called(name: str) -> Any:
 
 
 def plan_target_size(p: StableDiffusionProcessingTxt2Img) -> None:
-    """Set the size the first pass is upscaled to, and what is cut off to reach the size that was asked for."""
+    """Set the size to which the first pass is upscaled, and how much to crop to get the requested size."""
     x, y = p.hr_resize_x, p.hr_resize_y
     p.truncate_x = p.truncate_y = 0
     if not x and not y:
@@ -113,12 +113,12 @@ def _choose_checkpoint(p: StableDiffusionProcessingTxt2Img) -> None:
     try:
         p.hr_checkpoint_info = p.context.checkpoints.require(p.hr_checkpoint_name)
     except UnknownCheckpointError as error:
-        raise UnknownCheckpointError(f"hr_checkpoint_name: {error} Leave it empty to use the same one.") from error
+        raise UnknownCheckpointError(f"hr_checkpoint_name: {error} Leave it empty to use the same checkpoint.") from error
     p.extra_generation_params["Hires checkpoint"] = p.hr_checkpoint_info.short_title
 
 
 def _set_prompts(p: StableDiffusionProcessingTxt2Img) -> None:
-    """Prompts of the second pass, one for each picture; empty ones are those of the first pass."""
+    """Prompts of the second pass, one per picture; empty ones are copied from the first pass."""
     p.all_hr_prompts = _prompts_or(p, p.hr_prompt, p.all_prompts, negative=False)
     p.all_hr_negative_prompts = _prompts_or(p, p.hr_negative_prompt, p.all_negative_prompts, negative=True)
 
@@ -126,7 +126,7 @@ def _set_prompts(p: StableDiffusionProcessingTxt2Img) -> None:
 def _prompts_or(p: StableDiffusionProcessingTxt2Img, given: str | list[str], first_pass: list[str], *, negative: bool) -> list[str]:
     prompts = list(given) if isinstance(given, list) else [given] * len(first_pass)
     if len(prompts) != len(first_pass):
-        raise RequestError(f"{len(prompts)} hires prompts were given for {len(first_pass)} pictures; give one, or one for each.")
+        raise RequestError(f"{len(prompts)} hires prompts were given for {len(first_pass)} pictures; give one, or one per picture.")
     return [finish_prompt(p, prompt, negative=negative) if prompt else other for prompt, other in zip(prompts, first_pass)]
 
 
@@ -155,7 +155,7 @@ def _note(p: StableDiffusionProcessingTxt2Img) -> None:
 
 
 def sample_hires_pass(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, decoded_BCHW: Tensor | None) -> DecodedSamples | Tensor:
-    """Upscale and sample again; latents, those of the first pass when interrupted. `decoded_BCHW` (-1..1) is there for upscalers of pixels."""
+    """Upscale and sample again. Returns the first pass's latents if interrupted. Pixel upscalers use `decoded_BCHW` (-1..1)."""
     state = p.context.state
     state.nextjob()
     if state.interrupted or state.skipped:
@@ -200,7 +200,7 @@ def _second_pass(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, deco
 
 
 def _upscaled(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, decoded_BCHW: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(latents of the second pass, its pixels 0..1 where they were made or an inpainting model wants them)."""
+    """(latents of the second pass, its pixels 0..1 if they were made or an inpainting model needs them)."""
     width_px, height_px = p.hr_upscale_to_x, p.hr_upscale_to_y
     if decoded_BCHW is None:
         assert p.latent_scale_mode is not None
@@ -219,22 +219,22 @@ def _upscaled(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, decoded
 
 
 def _pixels_for_inpainting(p: StableDiffusionProcessingTxt2Img, latents_BCHW: Tensor) -> Tensor | None:
-    """Only an inpainting model looks at them; for others nothing is decoded."""
+    """Decode only for an inpainting model; other models do not use the pixels."""
     if not p.sd_model.is_inpaint:
         return None
     return torch.stack(decode_latent_batch(p.sd_model, latents_BCHW, check_for_nans=True)).add(1).div(2).clamp(0, 1)
 
 
 def _cut(p: StableDiffusionProcessingTxt2Img, x_BCHW: Tensor, *, pixel_px: int) -> Tensor:
-    """`x` without what sticks out, half of it on each side. `truncate_x` and `truncate_y` count 8 pixels of the picture; a pixel of `x` is
-    `pixel_px` of them."""
+    """`x` with the excess cropped, half on each side. `truncate_x` and `truncate_y` count blocks of 8 picture pixels; one pixel of `x` spans
+    `pixel_px` picture pixels."""
     left, top = (sides // 2 * opt_f // pixel_px for sides in (p.truncate_x, p.truncate_y))
     width, height = x_BCHW.shape[-1] - p.truncate_x * opt_f // pixel_px, x_BCHW.shape[-2] - p.truncate_y * opt_f // pixel_px
     return x_BCHW[..., top : top + height, left : left + width]
 
 
 def _save_first_pass(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, decoded_BCHW: Tensor | None) -> None:
-    """The pictures of the first pass, where the settings ask for them."""
+    """Save the pictures of the first pass, if the settings say so."""
     if not (p.save_samples() and p.options.save_images_before_highres_fix):
         return
     decoded = decode_latent_batch(p.sd_model, samples_BCHW) if decoded_BCHW is None else decoded_BCHW
@@ -256,9 +256,9 @@ def _save_first_pass(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, 
 
 
 def _use_model_of_second_pass(p: StableDiffusionProcessingTxt2Img) -> None:
-    """The model that is set, or another checkpoint or other modules if they were asked for; not the refiner that the first pass may have ended with.
+    """Switch to the selected model, or to the requested hires checkpoint or modules; not to the refiner that may have ended the first pass.
 
-    Each batch begins by asking for the model of the first pass again."""
+    Each batch starts by selecting the model of the first pass again."""
     overrides: dict[str, Any] = {}
     if p.hr_checkpoint_info is not None:
         overrides["sd_model_checkpoint"] = p.hr_checkpoint_info.title
@@ -269,7 +269,7 @@ def _use_model_of_second_pass(p: StableDiffusionProcessingTxt2Img) -> None:
 
 
 def prompts_of_batch(p: StableDiffusionProcessingTxt2Img) -> None:
-    """The second pass's prompts of the current batch."""
+    """Set the second pass's prompts for the current batch."""
     p.hr_prompts = rows_of(p.all_hr_prompts, p.iteration, p.batch_size)
     p.hr_negative_prompts = rows_of(p.all_hr_negative_prompts, p.iteration, p.batch_size)
     p.hr_prompts, p.hr_extra_network_data = extra_networks.parse_prompts(p.hr_prompts)

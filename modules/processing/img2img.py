@@ -1,6 +1,6 @@
-"""img2img: the picture and its mask brought to size, encoded, sampled, and kept for pasting back.
+"""img2img: resizes the picture and its mask, encodes, samples, and keeps overlays for pasting back.
 
-Shapes: B pictures, C channels, H W rows and columns. The request (`p`) is filled by prepare_img2img before the first batch.
+Shapes: B pictures, C channels, H W rows and columns. prepare_img2img fills the request (`p`) before the first batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FILL, ORIGINAL, LATENT_NOISE, LATENT_NOTHING = 0, 1, 2, 3
 
 
 def prepare_img2img(p: StableDiffusionProcessingImg2Img) -> None:
-    """Fill everything that all batches share. Raises RequestError."""
+    """Set everything that all batches share. Raises RequestError."""
     p.extra_generation_params["Denoising strength"] = p.denoising_strength
     crop = _prepare_mask(p)
     p.run_hook_with("before_process_init_images", {"crop_region": crop, "image_mask": p.image_mask})
@@ -54,7 +54,7 @@ def prepare_img2img(p: StableDiffusionProcessingImg2Img) -> None:
 
 
 def _prepare_mask(p: StableDiffusionProcessingImg2Img) -> masking.Box | None:
-    """Make p.image_mask and p.mask_for_overlay ready; the region to work on for "only masked", else None."""
+    """Set p.image_mask and p.mask_for_overlay. Returns the region to work on for "only masked", else None."""
     if p.image_mask is None:
         return None
     mask = inpaint_mask(p)
@@ -70,7 +70,7 @@ def _prepare_mask(p: StableDiffusionProcessingImg2Img) -> masking.Box | None:
 
 
 def inpaint_mask(p: StableDiffusionProcessingImg2Img, *, blurred: bool = True) -> Image.Image:
-    """The mask of the request (L): white where the picture is made anew. "Only masked" needs it at the size of the picture that it is cut from."""
+    """The request's mask (L), white where the picture is repainted. For "only masked", pass it at the size of the picture it is cropped from."""
     mask = create_binary_mask(plain(p.image_mask), round=p.mask_round)
     if p.inpaint_full_res and p.init_images and mask.size != p.init_images[0].size:
         mask = mask.resize(p.init_images[0].size, Image.Resampling.BILINEAR)
@@ -81,7 +81,7 @@ def inpaint_mask(p: StableDiffusionProcessingImg2Img, *, blurred: bool = True) -
 
 
 def only_masked_region(p: StableDiffusionProcessingImg2Img, mask: Image.Image) -> masking.Box | None:
-    """The box of "only masked" for the mask that inpaint_mask() gave; None where nothing is masked. Hints of ControlNets are cut by it too."""
+    """The "only masked" box for a mask from inpaint_mask(); None if nothing is masked. ControlNet hints are cropped by it too."""
     region = masking.get_crop_region_v2(mask, p.inpaint_full_res_padding)
     return None if region is None else masking.expand_crop_region(region, p.width, p.height, mask.width, mask.height)
 
@@ -96,7 +96,7 @@ def _only_masked(p: StableDiffusionProcessingImg2Img, mask: Image.Image) -> mask
     p.extra_generation_params["Masked area padding"] = p.inpaint_full_res_padding
     region = only_masked_region(p, mask)
     if region is None:
-        p.comment("Nothing is masked, so the picture stays as it is. Paint over the part that is to be made anew.")
+        p.comment("Nothing is masked, so the picture stays unchanged. Paint over the part to repaint.")
         _whole_picture(p, mask)
         return None
     p.image_mask = images.resize_image(JUST_RESIZE, mask.crop(region), p.width, p.height)
@@ -105,7 +105,7 @@ def _only_masked(p: StableDiffusionProcessingImg2Img, mask: Image.Image) -> mask
 
 
 def _grown_mask(mask: Image.Image) -> Image.Image:
-    """The mask for pasting back over the whole picture: twice as strong, so that what was blurred in is not cut off."""
+    """The mask for pasting back over the whole picture: doubled, so that blurred edges are not cut off."""
     return Image.fromarray(np.clip(np.asarray(mask, dtype=np.float32) * 2, 0, 255).astype(np.uint8))
 
 
@@ -113,7 +113,7 @@ def _grown_mask(mask: Image.Image) -> Image.Image:
 
 
 def _prepare_pictures(p: StableDiffusionProcessingImg2Img, crop: masking.Box | None) -> list[Image.Image]:
-    """The initial pictures at the size of the job, RGB, with masked parts filled; overlays and colours are kept on the way."""
+    """The initial pictures at the job's size, RGB, with masked parts filled. Also stores overlays and colors."""
     if not p.init_images:
         raise RequestError("img2img needs a picture to start from: init_images is empty.")
     match_colors = p.color_corrections is None and p.options.img2img_color_correction
@@ -143,7 +143,7 @@ def _prepare_pictures(p: StableDiffusionProcessingImg2Img, crop: masking.Box | N
 
 
 def _fit_latent_mask(p: StableDiffusionProcessingImg2Img, crop: masking.Box | None) -> None:
-    """Where the latent mask has the initial picture's size, the same way to the size of the job; one of any other size is stretched later."""
+    """If the latent mask has the initial picture's size, resize it the same way; a mask of any other size is stretched later."""
     if p.latent_mask is None or p.init_images is None:
         return
     mask = create_binary_mask(plain(p.latent_mask), round=p.mask_round)
@@ -154,7 +154,7 @@ def _fit_latent_mask(p: StableDiffusionProcessingImg2Img, crop: masking.Box | No
 
 
 def _note_picture(p: StableDiffusionProcessingImg2Img, picture: Image.Image, image: Image.Image) -> None:
-    """Remember which picture this was made from, and save it where the settings say so."""
+    """Record the hash of the source picture, and save it if the settings say so."""
     if not p.options.save_init_img:
         return
     p.init_img_hash = hashlib.md5(np.asarray(image).tobytes(), usedforsecurity=False).hexdigest()
@@ -173,19 +173,19 @@ def _same_size(pictures: list[Image.Image]) -> None:
     sizes = {picture.size for picture in pictures}
     if len(sizes) > 1:
         raise RequestError(
-            f"init_images have different sizes ({', '.join(f'{w}x{h}' for w, h in sorted(sizes))}); one job takes pictures of one size."
+            f"init_images have different sizes ({', '.join(f'{w}x{h}' for w, h in sorted(sizes))}); all pictures of a job must have the same size."
         )
 
 
 def _one_for_each(p: StableDiffusionProcessingImg2Img, pictures: list[Image.Image]) -> list[Image.Image]:
-    """As many pictures as a batch has: one is repeated; more than one set the batch size."""
+    """One picture per batch entry: a single one is repeated; several set the batch size."""
     if len(pictures) == 1:
         for kept in (p.overlay_images, p.color_corrections):
             if kept:
                 kept[:] = kept[:1] * p.batch_size
         return pictures * p.batch_size
     if len(pictures) != p.batch_size:
-        raise RequestError(f"{len(pictures)} init_images were given with batch_size {p.batch_size}; give one picture, or one for each of the batch.")
+        raise RequestError(f"{len(pictures)} init_images were given with batch_size {p.batch_size}; give one picture, or batch_size of them.")
     return pictures
 
 
@@ -204,7 +204,7 @@ def _encode(p: StableDiffusionProcessingImg2Img, pixels_BCHW: Tensor) -> Tensor:
 
 
 def _prepare_latent_mask(p: StableDiffusionProcessingImg2Img) -> None:
-    """p.mask is 1 where the original stays, p.nmask 1 where it is made anew; masked latents are filled as asked."""
+    """Set p.mask (1 where the original stays) and p.nmask (1 where it is repainted), and fill masked latents as requested."""
     p.latent_before_noise = None
     if p.image_mask is None:
         return
@@ -219,7 +219,7 @@ def _prepare_latent_mask(p: StableDiffusionProcessingImg2Img) -> None:
 
 
 def _fill_with_noise(p: StableDiffusionProcessingImg2Img, seeds: Sequence[int]) -> None:
-    """Each picture's masked part becomes the noise of its own seed, whichever batch it is in."""
+    """Fill each picture's masked part with noise from its own seed, independent of its batch."""
     noise = torch.stack([_noise_of_seed(p, seed) for seed in seeds]).to(p.latent_before_noise)
     p.init_latent = p.latent_before_noise * p.mask + noise * p.nmask
 

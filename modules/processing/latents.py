@@ -1,7 +1,7 @@
-"""Between pixels and latents: encoding, decoding with the NaN check, latent upscaling, and the extra channels of inpainting models.
+"""Conversion between pixels and latents: encoding, decoding with the NaN check, latent upscaling, and extra channels of inpainting models.
 
-Shapes: B pictures, C channels, H W rows and columns; how much smaller latents are than pixels is the model's
-format's to say. Pixels as tensors are BCHW, 0..1 unless it says otherwise. Must not know requests or settings.
+Shapes: B pictures, C channels, H W rows and columns. The model's latent format defines how much smaller latents are than pixels.
+Pixel tensors are BCHW, 0..1 unless stated otherwise. Must not know requests or settings.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from modules.processing.constants import opt_C, opt_f
 
 
 class DecodedSamples(list[Tensor]):
-    """Pictures that are decoded already: CHW, -1..1, one tensor for each."""
+    """Pictures that are already decoded: one CHW tensor each, -1..1."""
 
     already_decoded = True
 
 
 def latent_format_of(model: Any) -> LatentFormat:
-    """The model's latents; those of Stable Diffusion for a model that says nothing of them (an extension's own)."""
+    """The model's latent format; Stable Diffusion's for a model that declares none (from an extension)."""
     return getattr(model, "latent_format", None) or LatentFormat(channels=opt_C, factor=opt_f, scale=1.0)
 
 
 def decode_latent_batch(model: Any, batch: Tensor, target_device: torch.device | None = None, check_for_nans: bool = False) -> DecodedSamples:
-    """Latents BCHW to pictures, one at a time, so that a picture does not depend on its place in the batch. Raises devices.NansException."""
+    """Latents BCHW to pictures, one at a time, so that a picture does not depend on its position in the batch. Raises devices.NansException."""
     samples = DecodedSamples()
     if check_for_nans:
         devices.test_for_nans(batch, "unet")
@@ -47,7 +47,7 @@ def decode_latent_batch(model: Any, batch: Tensor, target_device: torch.device |
 
 
 def _decode_each(model: Any, batch: Tensor) -> Iterator[Tensor]:
-    """Each picture alone, CHW; on several slots at once where there are several."""
+    """Each picture alone, CHW; in parallel if there are several slots."""
     try:
         together = model.decode_first_stage_on_all_slots(batch) if len(batch) > 1 and hasattr(model, "decode_first_stage_on_all_slots") else None
         for index, latent_CHW in enumerate(batch):
@@ -63,31 +63,31 @@ def encode_pixels(model: Any, pixels_BCHW: Tensor) -> Tensor:
 
 
 def pil_to_pixels(images: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size as BCHW, 0..1, fp32."""
+    """Pictures of equal size as BCHW, 0..1, fp32."""
     return torch.from_numpy(np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images])).movedim(-1, 1).contiguous()
 
 
 def pixels_to_pil(pixels_CHW: Tensor) -> Image.Image:
-    """One picture 0..1 as 8-bit RGB, rounded to the nearest."""
+    """One picture 0..1 as 8-bit RGB, rounded to nearest."""
     values_HWC = pixels_CHW.float().clamp(0, 1).mul(255).round().to(torch.uint8).movedim(0, -1)
     return Image.fromarray(values_HWC.cpu().numpy())
 
 
 def mask_to_latent(mask: Image.Image, height: int, width: int, *, hard: bool) -> Tensor:
-    """The mask at latent size, (1, 1, h, w), 1 where the picture is made anew. `hard` rounds to 0 and 1."""
+    """The mask at latent size, (1, 1, h, w), 1 where the picture is repainted. `hard` rounds to 0 and 1."""
     small = mask.convert("RGB").resize((width, height)).convert("L")
     values = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)[None, None]
     return values.round() if hard else values
 
 
 def upscale_latent(samples_BCHW: Tensor, width_px: int, height_px: int, mode: dict[str, Any], *, factor: int = opt_f) -> Tensor:
-    """Latents interpolated to the size of a picture of `width_px` x `height_px`; `factor` pixels a side make one latent."""
+    """Latents interpolated to the size of a `width_px` x `height_px` picture; a latent is `factor` pixels wide and high."""
     size = (height_px // factor, width_px // factor)
     return functional.interpolate(samples_BCHW, size=size, mode=mode["mode"], antialias=mode["antialias"])
 
 
-# Image conditioning: an inpainting model takes a mask and the masked picture beside the latents (5 more channels for a UNet). Others take none;
-# they get a tensor of size 1, as extensions expect, and the denoiser is not given it (the model says what it takes, not the shape).
+# Image conditioning: an inpainting model takes a mask and the masked picture in addition to latents (5 more channels for a UNet). Other models
+# take none; extensions expect a tensor of size 1 for them, which the denoiser never sees (the model declares what it takes, not the shape).
 
 
 def no_image_conditioning(x_BCHW: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def no_image_conditioning(x_BCHW: Tensor) -> Tensor:
 
 
 def txt2img_image_conditioning(model: Any, x_BCHW: Tensor, width_px: int, height_px: int) -> Tensor:
-    """For an inpainting model: everything masked, so the masked picture is uniformly grey (0 between -1 and 1)."""
+    """For an inpainting model: everything is masked, so the masked picture is uniform gray (0 on the scale -1..1)."""
     if not model.is_inpaint:
         return no_image_conditioning(x_BCHW)
     gray_BCHW = torch.full((1, 3, height_px, width_px), 0.5)
@@ -113,10 +113,10 @@ def _join_inpaint(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
 def inpainting_image_conditioning(
     model: Any, source_BCHW: Tensor | None, latent_BCHW: Tensor, image_mask: Any = None, *, round_mask: bool = True, mask_weight: float = 1.0
 ) -> Tensor:
-    """For an inpainting model: the mask at latent size and the encoded picture (`source_BCHW`, -1..1) without what is masked.
+    """For an inpainting model: the mask at latent size and the encoded picture (`source_BCHW`, -1..1) with the masked part removed.
 
-    `image_mask` is a PIL mask, a tensor (1, 1, H, W) or None: all is masked. `mask_weight` 0 hides nothing of the picture. `source_BCHW` is None
-    for latents that never were pixels: all of them is made anew."""
+    `image_mask` is a PIL mask, a tensor (1, 1, H, W) or None for everything masked. With `mask_weight` 0 nothing of the picture is hidden.
+    `source_BCHW` is None for latents that never were pixels: everything is repainted."""
     if not model.is_inpaint:
         return no_image_conditioning(latent_BCHW)
     if source_BCHW is None:

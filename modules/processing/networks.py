@@ -1,6 +1,6 @@
-"""The networks of a pass: as they were loaded, with what the prompts name on top, with tiling on or off.
+"""The networks of a pass: the loaded weights, plus the networks named in prompts, with tiling on or off.
 
-Takes the request (`p`) and works on the networks of `p.sd_model`. Must not know sampling or pictures.
+Takes the request (`p`) and modifies the networks of `p.sd_model`. Must not know sampling or pictures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def activate_networks(p: StableDiffusionProcessing, network_data: dict[str, Any]) -> None:
-    """Start from the model as it was loaded and apply the networks that the prompts name; every pass starts from the result."""
+    """Reset the model to its loaded state and apply the networks named in prompts; every pass starts from the result."""
     engine = p.sd_model
     engine.forge_objects = engine.forge_objects_original.shallow_copy()
     engine.forge_objects.vae.auto_fp32 = bool(p.options.auto_vae_precision)
@@ -30,14 +30,14 @@ def activate_networks(p: StableDiffusionProcessing, network_data: dict[str, Any]
 
 
 def deactivate_networks(p: StableDiffusionProcessing) -> None:
-    """At the end of a job, however it ends: tell extra networks, once, where any were told to activate."""
+    """At the end of a job, however it ends: notify extra networks once, if any were activated."""
     if p.has_active_networks:
         p.has_active_networks = False
         extra_networks.deactivate(p, getattr(p, "extra_network_data", None) or {})
 
 
 def prepare_networks(p: StableDiffusionProcessing) -> None:
-    """Before every pass: the networks as extra networks left them, with tiling on or off. What an earlier pass patched is gone."""
+    """Before every pass: restore the networks as extra networks left them and set tiling. Patches of an earlier pass are removed."""
     engine = p.sd_model
     engine.forge_objects = engine.forge_objects_after_applying_lora.shallow_copy()
     apply_tiling(engine, bool(p.tiling))

@@ -1,6 +1,6 @@
-"""From a batch's samples to finished pictures: hooks, pasting back, infotext, saving, grid, and the result of the job.
+"""Turns a batch's samples into finished pictures: hooks, pasting back, infotext, saving, grid, and the job's result.
 
-Must not know sampling. The request (`p`) has its prompts, seeds and settings already.
+Must not know sampling. The request (`p`) already has its prompts, seeds and settings.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from modules.jobs.state import State
     from modules.processing.request import StableDiffusionProcessing
 
-# files that extensions write beside a picture to say what it shows
+# suffixes of the mask files that extensions write next to a picture
 _SUFFIX_MASK, _SUFFIX_COMPOSITE = "-mask", "-mask-composite"
 _SUFFIX_BEFORE_COLOR = "-before-color-correction"
 
 
 class PictureCollector:
-    """The pictures of one job with their infotexts, saved as they are finished."""
+    """Collects the pictures of one job with their infotexts and saves each when finished."""
 
     def __init__(self, p: StableDiffusionProcessing, state: State) -> None:
         self.p = p
@@ -39,7 +39,7 @@ class PictureCollector:
         self.index_of_first_image = 0
 
     def infotext(self, place: int, *, use_main_prompt: bool = False) -> str:
-        """The parameters of picture number `place` of the job."""
+        """The parameters of the job's picture `place`."""
         p = self.p
         last = len(p.all_prompts) - 1
         return create_infotext(p, p.all_prompts, p.all_seeds, p.all_subseeds, index=min(place, last), use_main_prompt=use_main_prompt)
@@ -85,7 +85,7 @@ class PictureCollector:
         return apply_overlay(image, self.p.paste_to, overlays[index] if index < len(overlays) else None)
 
     def _paste_back(self, index: int, place: int, image: Image.Image) -> Image.Image:
-        """Lay the untouched parts of the original over the result."""
+        """Put the untouched parts of the original on top of the result."""
         p = self.p
         mask = getattr(p, "mask_for_overlay", None)
         if mask is not None or p.overlay_images:
@@ -99,7 +99,7 @@ class PictureCollector:
         return composed.image
 
     def _add_mask_pictures(self, place: int, alone: Image.Image, mask: Image.Image | None) -> None:
-        """The mask and the masked part by themselves, where the settings ask for them."""
+        """Add the mask and the masked part as separate pictures, if the settings say so."""
         p, options = self.p, self.p.options
         if mask is None:
             return
@@ -124,7 +124,7 @@ class PictureCollector:
             save_or_say(p, image, folder, "", seed, prompt, p.options.samples_format, info=text, suffix=suffix)
 
     def finish(self) -> Processed:
-        """The grid, and everything together."""
+        """Add the grid and return the result."""
         p = self.p
         self._add_grid()
         text = self.infotexts[0] if self.infotexts else self.infotext(0)
@@ -145,7 +145,7 @@ class PictureCollector:
         if not self.images or too_few or p.do_not_save_grid or not (options.return_grid or options.grid_save):
             return
         if not images.check_grid_size(self.images):
-            p.comment(f"No grid was made: it would be larger than {options.img_max_size_mp} megapixels (setting img_max_size_mp).")
+            p.comment(f"No grid was created: it would be larger than {options.img_max_size_mp} megapixels (setting img_max_size_mp).")
             return
         grid = images.image_grid(self.images, p.batch_size)
         text = self.infotext(0, use_main_prompt=True)
@@ -175,7 +175,7 @@ class PictureCollector:
 
 
 def _masked_part(alone: Image.Image, mask: Image.Image, p: StableDiffusionProcessing) -> Image.Image:
-    """The result alone, transparent where nothing was masked."""
+    """The result alone, transparent where the mask is empty."""
     size_px = mask.size
     if alone.size != size_px:
         alone = uncrop(alone, size_px, p.paste_to) if p.paste_to is not None else alone.resize(size_px)

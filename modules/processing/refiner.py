@@ -1,9 +1,9 @@
-"""The refiner: from a chosen point of a pass on, another checkpoint denoises.
+"""The refiner: another checkpoint that takes over denoising partway through a pass.
 
-The exchange happens between two questions of the sampler, behind the denoiser it asks: same latents, same noise levels, same formula. What a
-multistep sampler remembers are denoised pictures, and those mean the same to both models, so its history goes on.
-With the setting refiner_switch_by_sample_steps the point is a share of the sampler's calls; without, a share of the model's timesteps, as
-diffusers' `denoising_end` and `denoising_start` count it.
+The model is swapped between two denoiser calls, behind the sampler: latents, noise levels and formula stay the same. A multistep sampler
+remembers denoised pictures, which mean the same to both models, so its history stays valid.
+With the setting refiner_switch_by_sample_steps the switch point is a fraction of the sampler's calls; without it, a fraction of the model's
+timesteps, counted like diffusers' `denoising_end` and `denoising_start`.
 
 Shapes: B pictures, C channels, H W latent rows and columns.
 """
@@ -38,7 +38,7 @@ FIRST_PASS, SECOND_PASS, BOTH_PASSES = "first pass", "second pass", "both passes
 
 @contextmanager
 def refining(p: StableDiffusionProcessing) -> Iterator[None]:
-    """One pass, within which `p` goes over to its refiner when the time has come. `p.sd_model` is the refiner afterwards, if it has."""
+    """One pass, within which `p` may switch to its refiner. If it did, `p.sd_model` is the refiner afterwards."""
     if not _takes_part(p):
         yield
         return
@@ -61,11 +61,11 @@ def _takes_part(p: StableDiffusionProcessing) -> bool:
 
 
 def note_refiner(p: StableDiffusionProcessing) -> None:
-    """What the infotext says about the refiner; nothing where it is the model that is loaded anyway."""
+    """Record the refiner in the infotext, unless it is the loaded model anyway."""
     info = p.refiner_checkpoint_info
     if info is None or p.sd_model.filename == info.filename:
         return
-    info.calculate_shorthash()  # its title has it from here on
+    info.calculate_shorthash()  # from here on its title contains the hash
     p.extra_generation_params["Refiner"] = info.short_title
     p.extra_generation_params["Refiner switch at"] = p.refiner_switch_at
     if p.options.refiner_switch_by_sample_steps:
@@ -75,7 +75,7 @@ def note_refiner(p: StableDiffusionProcessing) -> None:
 
 
 class Refiner:
-    """Waits through one pass of `p` for the point at which the models are exchanged. `held`: what is let go when the pass is over."""
+    """Waits during one pass of `p` for the switch point. `held` contains what to release after the pass."""
 
     def __init__(self, p: StableDiffusionProcessing, held: ExitStack) -> None:
         self.p = p
@@ -83,7 +83,7 @@ class Refiner:
         self._is_in_use = False
 
     def switch_when_due(self, denoiser: CFGDenoiser, x_BCHW: Tensor, sigma_B: Tensor | None) -> bool:
-        """Exchange the models if this is the call to do it at. Raises RequestError for a refiner that cannot go on with these latents."""
+        """Swap the models if this call is the switch point. Raises RequestError if the refiner cannot continue with these latents."""
         if self._is_in_use or completed_share(denoiser, sigma_B) < (self.p.refiner_switch_at or 0):
             return False
         self._is_in_use = True
@@ -98,7 +98,7 @@ class Refiner:
         options = p.options.with_overrides({"sd_model_checkpoint": p.refiner_checkpoint_info.title})
         p.sd_model = p.context.models.ensure_loaded(options)
         _check_latents(first, p)
-        log.info("Refiner: %s goes on from call %d of %d.", p.refiner_checkpoint_info.short_title, denoiser.step + 1, denoiser.total_steps)
+        log.info("Refiner: %s takes over at call %d of %d.", p.refiner_checkpoint_info.short_title, denoiser.step + 1, denoiser.total_steps)
         activate_networks(p, p.hr_extra_network_data if p.is_hr_pass else p.extra_network_data)  # type: ignore[attr-defined]  # txt2img has them
         prepare_networks(p)
         cond, uncond = refiner_conditions(p)
@@ -106,7 +106,7 @@ class Refiner:
         self._hand_over(sampler, x_BCHW)
 
     def _hand_over(self, sampler: Any, x_BCHW: Tensor) -> None:
-        """The sampler asks the new model from here on; what that needs on its device stays until the pass is over."""
+        """Point the sampler at the new model; what it needs on its device stays until the pass ends."""
         p = self.p
         sampler.sd_model = p.sd_model
         sampler._preview = p.context.state.preview_maker = PreviewMaker(p.sd_model, p.options)
@@ -114,7 +114,7 @@ class Refiner:
 
 
 def completed_share(denoiser: CFGDenoiser, sigma_B: Tensor | None) -> float:
-    """How much of the way is behind, 0..1: of the timesteps that the model was trained with, or of the sampler's calls."""
+    """Completed fraction, 0..1: of the model's training timesteps, or of the sampler's calls."""
     if sigma_B is None or denoiser.p.options.refiner_switch_by_sample_steps:
         return denoiser.step / max(denoiser.total_steps, 1)
     table = denoiser.sampler.predictor.sigmas
@@ -126,15 +126,15 @@ def _check_latents(first: Any, p: StableDiffusionProcessing) -> None:
     if latent_format_of(first) != latent_format_of(p.sd_model):
         assert p.refiner_checkpoint_info is not None
         raise RequestError(
-            f"refiner_checkpoint: {p.refiner_checkpoint_info.name} is of the family {p.sd_model.family}, the picture was begun by one of the family "
-            f"{first.family}, and their latents are not the same. Choose a refiner of the same family (SDXL and its refiner count as one)."
+            f"refiner_checkpoint: {p.refiner_checkpoint_info.name} belongs to family {p.sd_model.family}, but the picture was started with family "
+            f"{first.family}, whose latents differ. Choose a refiner of the same family (SDXL and its refiner count as one)."
         )
 
 
 def _image_conditioning(p: StableDiffusionProcessing, x_BCHW: Tensor) -> Tensor:
-    """What an inpainting model takes beside the latents, made by the model that is in use now."""
+    """What an inpainting model takes in addition to latents, made by the current model."""
     source = p.image_conditioning_source
-    if source is None or source[0] is None:  # latents that never were pixels: all of it is made anew
+    if source is None or source[0] is None:  # latents that never were pixels: everything is repainted
         factor = latent_format_of(p.sd_model).factor
         condition = step_of(p, "txt2img_image_conditioning", condition_on_nothing)
         return condition(x_BCHW, x_BCHW.shape[-1] * factor, x_BCHW.shape[-2] * factor)

@@ -1,6 +1,6 @@
-"""A request for pictures: the fields a user sets, the fields a running job fills, and its two steps `init` and `sample` for each kind.
+"""A request for pictures: fields set by the user, fields set by the running job, and its two steps `init` and `sample` per kind.
 
-Field names are those that extensions read and write. The work of the steps is in processing_*.py; this file must not compute pictures.
+Extensions read and write these field names. The other files of modules/processing do the work; this file must not compute pictures.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ CondCache = list[Any]
 
 
 def snapshot_of_options(context: JobContext | None) -> OptionsSnapshot:
-    """The settings as they are now; all defaults where nothing is installed."""
+    """The current settings; all defaults if no application is installed."""
     return context.options.snapshot() if context is not None else Options(build_option_table({})).snapshot()
 
 
 @dataclass(repr=False, eq=False)
 class StableDiffusionProcessing:
-    """What both kinds of request have. The settings are those of the moment it was made, with `override_settings` laid over them."""
+    """Base of both kinds of requests. The settings are a snapshot from its creation, with `override_settings` on top."""
 
-    if TYPE_CHECKING:  # an argument of the constructor that becomes a property
+    if TYPE_CHECKING:  # a constructor argument that becomes a property
         sd_model: Any = None
     else:
         sd_model: InitVar[Any] = None
@@ -134,7 +134,7 @@ class StableDiffusionProcessing:
     refiner: Any = field(default=None, init=False)
     image_conditioning_source: Any = field(default=None, init=False)
 
-    # the last conditions, kept from job to job; clear_prompt_cache() empties them
+    # conditions cached across jobs; clear_prompt_cache() empties them
     cached_c = [None, None]
     cached_uc = [None, None]
     cached_refiner_c = [None, None]
@@ -158,28 +158,28 @@ class StableDiffusionProcessing:
 
     @property
     def context(self) -> JobContext:
-        """What this job may use of the program. Raises RuntimeError for a request that was made before there was one."""
+        """What this job may use of the program. Raises RuntimeError for a request created before there was one."""
         return required_context() if self._context is None else self._context
 
     @property
     def options(self) -> OptionsSnapshot:
-        """The settings this job works with. Raises OptionError when override_settings holds a wrong value."""
+        """The settings of this job. Raises OptionError if override_settings contains an invalid value."""
         if self._options_in_force is not None:
             return self._options_in_force
         return self._options_when_made.with_overrides(self.override_settings)
 
     def fix_options(self) -> OptionsSnapshot:
-        """From here on changes of override_settings have no effect. Raises OptionError."""
+        """Freeze the settings: later changes of override_settings have no effect. Raises OptionError."""
         self._options_in_force = None
         self._options_in_force = self.options
         return self._options_in_force
 
     def change_options(self, overrides: Mapping[str, Any]) -> None:
-        """Lay `overrides` over the settings of the running job. Raises OptionError."""
+        """Apply `overrides` on top of the running job's settings. Raises OptionError."""
         self._options_in_force = self.options.with_overrides(overrides)
 
     def fill_fields_from_opts(self) -> None:
-        """Fields left empty take the value of the setting of their name."""
+        """Fill empty fields from the settings with the same name."""
         for name in ("s_churn", "s_tmin", "s_noise", "s_min_uncond", "ddim_discretize", "restore_faces", "tiling"):
             if getattr(self, name) is None:
                 setattr(self, name, self.options["face_restoration" if name == "restore_faces" else name])
@@ -221,14 +221,14 @@ class StableDiffusionProcessing:
             getattr(self.scripts, name)(self, **kwargs)
 
     def run_hook_with(self, name: str, argument: Any, **kwargs: Any) -> None:
-        """Call a hook that takes one value besides the request."""
+        """Call a hook that takes one more value after the request."""
         if self.scripts is not None:
             getattr(self.scripts, name)(self, argument, **kwargs)
 
     # prompts and conditions
 
     def comment(self, text: str) -> None:
-        """Tell the user something about this job; it is shown beside the pictures."""
+        """A message to the user about this job; shown next to the pictures."""
         if text not in self.comments:
             log.warning("%s", text)
         self.comments[text] = 1
@@ -293,7 +293,7 @@ class StableDiffusionProcessing:
         raise NotImplementedError("a request is txt2img or img2img")
 
     def save_samples(self) -> bool:
-        """Whether pictures of this job are saved now."""
+        """Whether pictures of this job are currently saved."""
         state = self.context.state
         complete = not (state.interrupted or state.skipped) or self.options.save_incomplete_images
         return bool(self.options.samples_save and not self.do_not_save_samples and complete)
@@ -302,7 +302,7 @@ class StableDiffusionProcessing:
         return float((self.token_merging_ratio_hr if for_hr else 0) or self.token_merging_ratio or self.options.token_merging_ratio)
 
     def close(self) -> None:
-        """The job is over: let go of conditions and the sampler."""
+        """End of the job: release conditions and the sampler."""
         self.sampler = None
         self.image_conditioning_source = None
         self.c = None
@@ -320,7 +320,7 @@ def _set_engine(p: StableDiffusionProcessing, engine: Any) -> None:
     p._engine = engine
 
 
-# `sd_model` is the engine of this job; before the job runs, the one in use
+# `sd_model` is the engine of this job; before the job runs, the current engine
 StableDiffusionProcessing.sd_model = property(_engine_of, _set_engine)
 
 
@@ -426,7 +426,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
 
 @dataclass(repr=False, eq=False)
 class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
-    """Pictures from a picture: the whole of it, or the part under a mask."""
+    """Pictures made from a picture: all of it, or the part under a mask."""
 
     init_images: list[Any] | None = None
     resize_mode: int = 0
@@ -493,5 +493,5 @@ def _set_mask_blur(p: StableDiffusionProcessingImg2Img, value: Any) -> None:
         p.mask_blur_x = p.mask_blur_y = value
 
 
-# one number for both directions; None when they differ. Setting None changes nothing.
+# one number for both directions; None if they differ. Setting None changes nothing.
 StableDiffusionProcessingImg2Img.mask_blur = property(_get_mask_blur, _set_mask_blur)  # type: ignore[assignment]

@@ -1,6 +1,6 @@
-"""What a job gives back (Processed), and the text that says how each picture was made.
+"""The result of a job (Processed), and the infotext that records how each picture was made.
 
-Reads a finished or running request; must not know sampling, files or the page.
+Reads a finished or running request. Must not know sampling, files or the page.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from modules.version import program_version
 if TYPE_CHECKING:
     from modules.processing.request import StableDiffusionProcessing
 
-# request fields that Processed carries along as they are
+# request fields that Processed copies unchanged
 _COPIED_FIELDS = (
     "prompt",
     "negative_prompt",
@@ -53,7 +53,7 @@ _COPIED_FIELDS = (
     "is_using_inpainting_conditioning",
 )
 
-# the keys of `info` in an API answer, in the order of the contract
+# the keys of `info` in an API answer, in the API's order
 _JS_KEYS = (
     "prompt",
     "all_prompts",
@@ -91,7 +91,7 @@ _JS_KEYS = (
 
 
 class Processed:
-    """The pictures of a job and what they were made from. `images` starts with the grid when there is one."""
+    """The pictures of a job and the parameters they were made with. `images` starts with the grid if there is one."""
 
     def __init__(
         self,
@@ -144,13 +144,13 @@ class Processed:
         self.all_subseeds = subseeds or p.all_subseeds or [_first(p.subseed)]
 
     def js(self) -> str:
-        """The facts as JSON, under the keys of the API's `info`, and what the user was told about the job as `comments`."""
+        """The parameters as JSON under the keys of the API's `info`, with the job's messages to the user as `comments`."""
         facts = {key: getattr(self, key) for key in _JS_KEYS}
         facts["comments"] = [line for line in str(self.comments).splitlines() if line.strip()]
         return json.dumps(facts, default=_json_fallback)
 
     def infotext(self, p: StableDiffusionProcessing, index: int) -> str:
-        """The parameters of picture `index`, counted without the grid."""
+        """The parameters of picture `index`, not counting the grid."""
         batch_size = max(self.batch_size, 1)  # type: ignore[attr-defined]  # copied from the request
         return create_infotext(
             p,
@@ -171,12 +171,12 @@ def _first(value: Any) -> Any:
 
 
 def _json_fallback(value: Any) -> Any:
-    """Values that extensions put into extra_generation_params: a function counts as its text, anything else as its name."""
+    """Fallback for values that extensions put into extra_generation_params: a function becomes its text, anything else its type's name."""
     return str(value)
 
 
 def process_extra_images(processed: Processed) -> None:
-    """Leave only pictures among the extra images of a job: arrays that extensions put there become pictures, anything else goes."""
+    """Keep only pictures among the extra images of a job: arrays from extensions become pictures, anything else is dropped."""
     given: list[Any] = list(processed.extra_images)
     found = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in given]
     processed.extra_images = [image for image in found if isinstance(image, Image.Image)]
@@ -194,7 +194,7 @@ def create_infotext(
     index: int | None = None,
     all_negative_prompts: Sequence[str] | None = None,
 ) -> str:
-    """The parameters of one picture as text. `use_main_prompt` is for a grid: the prompt as typed, the first seed."""
+    """The parameters of one picture as text. `use_main_prompt` is for a grid: the prompt as typed and the first seed."""
     place = 0 if use_main_prompt else (position_in_batch + iteration * p.batch_size if index is None else index)
     prompts = all_prompts if all_prompts is not None else p.all_prompts
     negative_prompts = all_negative_prompts if all_negative_prompts is not None else p.all_negative_prompts
@@ -234,7 +234,7 @@ def _main_parameters(p: StableDiffusionProcessing, seed: int, subseed: int) -> d
 
 
 def _short(number: float) -> float:
-    """7 for 7.0: as it is shown and pasted."""
+    """7 for 7.0, as it is displayed and pasted."""
     return int(number) if float(number).is_integer() else number
 
 

@@ -1,4 +1,4 @@
-"""Saving a job's pictures. A folder that cannot be made or written costs the file, not the picture: the job goes on, and says what was not saved."""
+"""Saves a job's pictures. An unwritable folder loses the file, not the picture: the job continues and reports what was not saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def save_or_say(p: StableDiffusionProcessing, image: Image.Image, folder: str | None, *args: Any, **fields: Any) -> str | None:
-    """`images.save_image` for the job `p`: the file's path, or None with a comment that says why there is none."""
+    """`images.save_image` for the job `p`. Returns the file's path, or None after adding a comment with the reason."""
     try:
         return images.save_image(image, folder or "", *args, **{**fields, "p": p})[0]
     except (OSError, ValueError) as error:  # ValueError: a NUL in the folder's name

@@ -1,4 +1,4 @@
-"""Pictures whose edges meet: convolutions that continue on the opposite side. On for the length of a job that asks for it."""
+"""Tileable pictures: convolutions wrap around the edges. Enabled for the duration of a job that asks for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def apply_tiling(engine: Any, enabled: bool) -> None:
-    """Make every convolution of the engine's UNet and VAE circular, or as it was."""
+    """Make every convolution of the engine's UNet and VAE circular, or restore it."""
     if engine.tiling_enabled == enabled:
         return
     mode: Literal["circular", "zeros"] = "circular" if enabled else "zeros"

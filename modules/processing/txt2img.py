@@ -1,4 +1,4 @@
-"""Sampling one batch of txt2img: from noise to latents, and on to the second pass when hires fix is on.
+"""Samples one batch of txt2img: from noise to latents, then the second pass if hires fix is on.
 
 Shapes: B pictures, C channels, H W latent rows and columns.
 """
@@ -30,7 +30,7 @@ def prepare_txt2img(p: StableDiffusionProcessingTxt2Img) -> None:
 
 
 def sample_txt2img(p: StableDiffusionProcessingTxt2Img, c: Any, uc: Any) -> Tensor | DecodedSamples:
-    """Latents of the batch, or decoded pictures where the second pass gives them."""
+    """Latents of the batch, or decoded pictures if the second pass returns them."""
     p.sampler = registry.create_sampler(p.sampler_name, p.sd_model)
     samples_BCHW = _first_pass_from_image(p) if p.enable_hr and p.firstpass_image is not None else _first_pass(p, c, uc)
     if not p.enable_hr:
@@ -53,7 +53,7 @@ def _first_pass(p: StableDiffusionProcessingTxt2Img, c: Any, uc: Any) -> Tensor:
 
 
 def _first_pass_from_image(p: StableDiffusionProcessingTxt2Img) -> Tensor:
-    """A finished picture in the place of the first pass; it becomes the latents of each picture of the batch."""
+    """Use a finished picture as the first pass; every picture of the batch starts from its latents."""
     assert p.firstpass_image is not None
     image = flatten(p.firstpass_image, p.options.img2img_background_color)
     image = resize_by_mode(CROP_AND_RESIZE, image, p.width, p.height)

@@ -1,4 +1,4 @@
-"""A request made sound before anything is computed: numbers in their ranges, names that exist, settings that are known. Computes no pictures.
+"""Validates a request before anything is computed: ranges, names, settings. Computes no pictures.
 
 Every mistake is a RequestError that says what was asked, what is allowed, and what to do.
 """
@@ -27,7 +27,7 @@ MAX_BATCH_COUNT = 10_000
 MAX_SEED = 2**64 - 1
 SEED_RANGE = 4294967294
 DEFAULT_REFINER_SWITCH = 0.8
-"""As on the page; for requests that name a refiner and no point for it."""
+"""The page's default; for requests that name a refiner but no switch point."""
 
 _SAME_AS_FIRST = (None, "", "Use same sampler", "Use same scheduler")
 _COUNT_LIMITS = {"steps": (1, MAX_STEPS), "batch_size": (1, MAX_BATCH_SIZE), "n_iter": (1, MAX_BATCH_COUNT)}
@@ -65,7 +65,7 @@ _INT_LIMITS: dict[str, tuple[int, int]] = {
 
 
 def make_sound(p: StableDiffusionProcessing, app: JobContext) -> None:
-    """Check and complete the request. After this its settings are fixed. Raises RequestError."""
+    """Check and complete the request, then freeze its settings. Raises RequestError."""
     _drop_unknown_checkpoint(p, app)
     p.fix_options()
     p.fill_fields_from_opts()
@@ -78,7 +78,7 @@ def make_sound(p: StableDiffusionProcessing, app: JobContext) -> None:
 
 
 def _drop_unknown_checkpoint(p: StableDiffusionProcessing, app: JobContext) -> None:
-    """An override that names a checkpoint nobody has (a pasted infotext does) leaves the chosen one in place."""
+    """Ignore an override with an unknown checkpoint (pasted infotexts contain such); the selected one stays."""
     wanted = p.override_settings.get("sd_model_checkpoint")
     if wanted is None:
         return
@@ -107,20 +107,20 @@ def _check_size(p: StableDiffusionProcessing) -> None:
 
 
 def fit_size_to_model(p: StableDiffusionProcessing, latent: LatentFormat) -> None:
-    """Bring the sizes of both passes to whole cells of the model's latents, which are known when it is loaded."""
+    """Round the sizes of both passes to whole cells of the model's latents, once the model is loaded and they are known."""
     for name in (*_SIDES, "hr_upscale_to_x", "hr_upscale_to_y"):
         side = getattr(p, name, 0)
         if side and side % latent.multiple_px:
             fitted = max(side // latent.multiple_px, 1) * latent.multiple_px
-            p.comment(f"{name} {side} is not a multiple of {latent.multiple_px}, as this model's pictures are; {fitted} is used.")
+            p.comment(f"{name} {side} is not a multiple of {latent.multiple_px}, which this model requires; {fitted} is used.")
             setattr(p, name, fitted)
 
 
 def check_area(width_px: int, height_px: int) -> None:
-    """Raises RequestError for a picture larger than any this program makes."""
+    """Raises RequestError for a picture above the program's size limit."""
     if max(width_px, height_px) > MAX_SIDE_PX or width_px * height_px > MAX_PIXELS:
         raise RequestError(
-            f"A picture of {width_px}x{height_px} was asked for; the limit is {MAX_SIDE_PX} pixels a side and {MAX_PIXELS // 10**6} megapixels."
+            f"A picture of {width_px}x{height_px} was requested; the limit is {MAX_SIDE_PX} pixels per side and {MAX_PIXELS // 10**6} megapixels."
         )
 
 
@@ -137,14 +137,14 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
     try:
         number = float(value)
     except ValueError:
-        raise RequestError(f"{name}: expected a number, got {value[:80]!r}.") from None  # type: ignore[index]  # only a text fails
+        raise RequestError(f"{name}: expected a number, got {value[:80]!r}.") from None  # type: ignore[index]  # only text fails
     if not math.isfinite(number) or not low <= number <= high:
         raise RequestError(f"{name}: {value} is outside {low}..{high}.")
     return value if isinstance(value, (int, float)) else number
 
 
 def _resolve_sampler(p: StableDiffusionProcessing) -> None:
-    """Samplers and schedules by their proper names. Raises UnknownSamplerError."""
+    """Replace sampler and schedule with their proper names. Raises UnknownSamplerError."""
     sampler, scheduler = registry.get_sampler_and_scheduler(p.sampler_name, p.scheduler, convert_automatic=False)
     _resolve_hires_sampler(p, sampler, scheduler)
     p.sampler_name, p.scheduler = registry.get_sampler_and_scheduler(sampler, scheduler)
@@ -152,7 +152,7 @@ def _resolve_sampler(p: StableDiffusionProcessing) -> None:
 
 
 def _resolve_hires_sampler(p: Any, sampler: str, scheduler: str) -> None:
-    """Those of the second pass; None for both where they are those of the first."""
+    """Sampler and schedule of the second pass; None for both if they equal the first pass's."""
     if not hasattr(p, "hr_sampler_name"):
         return
     own = {name: None if getattr(p, name) in _SAME_AS_FIRST else getattr(p, name) for name in ("hr_sampler_name", "hr_scheduler")}
@@ -163,7 +163,7 @@ def _resolve_hires_sampler(p: Any, sampler: str, scheduler: str) -> None:
 
 
 def _choose_refiner(p: StableDiffusionProcessing, app: JobContext) -> None:
-    """Raises UnknownCheckpointError for one that is not there."""
+    """Raises UnknownCheckpointError if the refiner does not exist."""
     p.refiner_checkpoint_info = None
     if p.refiner_checkpoint in (None, "", "None", "none"):
         return
@@ -175,21 +175,21 @@ def _choose_refiner(p: StableDiffusionProcessing, app: JobContext) -> None:
     p.refiner_checkpoint_info = app.checkpoints.find(p.refiner_checkpoint)
     if p.refiner_checkpoint_info is None:
         raise UnknownCheckpointError(
-            f"refiner_checkpoint: there is no checkpoint {p.refiner_checkpoint!r} in {app.checkpoints.roots[0]}; leave it empty to use none."
+            f"refiner_checkpoint: there is no checkpoint {p.refiner_checkpoint!r} in {app.checkpoints.roots[0]}; leave it empty for no refiner."
         )
 
 
 def _name_what_is_missing(p: StableDiffusionProcessing) -> None:
-    """Requests for what this program does not have are answered without it, and said so."""
+    """Requests for missing features run without them, and say so."""
     if p.restore_faces:
         p.restore_faces = False
-        p.comment("restore_faces: there is no face restoration model here; faces are left as they are.")
+        p.comment("restore_faces: face restoration is not available; faces stay unchanged.")
     if p.token_merging_ratio or p.token_merging_ratio_hr or p.options.token_merging_ratio:
-        p.comment("token_merging_ratio: token merging is not available; nothing is merged.")
+        p.comment("token_merging_ratio: token merging is not available; no tokens are merged.")
 
 
 def _name_inert_settings(p: StableDiffusionProcessing, app: JobContext) -> None:
-    """Settings without effect: those of the request are said beside its pictures, the others once in the log."""
+    """Report settings without effect: those of the request next to its pictures, the others once in the log."""
     defaults = {key: info.default for key, info in app.options.data_labels.items()}
     for sentence in find_inert(p.options, defaults, p.override_settings.keys()):
         p.comment(f"override_settings: {sentence}")
@@ -200,7 +200,7 @@ def _name_inert_settings(p: StableDiffusionProcessing, app: JobContext) -> None:
 
 
 def get_fixed_seed(seed: Any) -> int:
-    """The seed as a number; -1, None and "" give a random one. Raises RequestError for what is no seed."""
+    """The seed as a number; -1, None and "" give a random one. Raises RequestError for anything that is not a seed."""
     if seed in (None, ""):
         seed = -1
     try:
@@ -213,13 +213,13 @@ def get_fixed_seed(seed: Any) -> int:
 
 
 def fix_seed(p: StableDiffusionProcessing) -> None:
-    """Replace random seeds by numbers."""
+    """Replace random seeds with numbers."""
     p.seed = get_fixed_seed(p.seed) if not isinstance(p.seed, list) else p.seed
     p.subseed = get_fixed_seed(p.subseed) if not isinstance(p.subseed, list) else p.subseed
 
 
 def set_all_seeds(p: StableDiffusionProcessing) -> None:
-    """One seed and one variation seed for each picture. With variation strength all share the seed, and only the variation counts up."""
+    """One seed and one variation seed per picture. With a variation strength, all share the seed and only the variation seed counts up."""
     count = len(p.all_prompts)
     if isinstance(p.seed, list):
         p.all_seeds = [get_fixed_seed(seed) for seed in p.seed]

@@ -1,8 +1,8 @@
-"""What is written in a prompt field, before anything is computed.
+"""Processes prompt text before anything is computed.
 
-Reading order: `styles` (saved pieces of prompt, put in by name), `extra_networks` (`<lora:name:0.8>` taken out and handed to its kind),
-`schedules` (`[cat:dog:0.5]`, `a AND b`: which text holds at which step). Beside them: `styles_file`.
+Reading order: `styles` (saved prompt fragments, inserted by name), `extra_networks` (removes `<lora:name:0.8>` and passes it to its kind),
+`schedules` (`[cat:dog:0.5]`, `a AND b`: which text applies at which step). The rest: `styles_file`.
 
-Example: "a [cat:dog:0.5] <lora:ink:0.8>" with 20 steps gives the text "a cat" until step 10, "a dog" from there, and one `ink` for the kind
+Example: with 20 steps, "a [cat:dog:0.5] <lora:ink:0.8>" yields the text "a cat" until step 10, then "a dog", and one `ink` for the kind
 `lora`.
 """

@@ -1,7 +1,7 @@
-"""Networks named in a prompt, `<kind:name:value:key=value>`: found, taken out of the text, handed to whoever registered the kind.
+"""Networks named in a prompt, `<kind:name:value:key=value>`: finds them, removes them from the text, passes them to whoever registered the kind.
 
-Extensions register a kind; LoRA is one. A kind that nobody knows, or that fails, is reported and the picture is made without it. Must not know
-what any kind does.
+Extensions register kinds; LoRA is one. An unknown or failing kind is reported, and the picture is made without it. Must not know what any
+kind does.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from modules import errors
 log = logging.getLogger(__name__)
 
 re_extra_net = re.compile(r"<(\w+):([^>]+)>")
-"""What a mention looks like, under the name that extensions import. Nothing here reads with it: many `<a:` without a `>` take it squared time."""
+"""Pattern of a mention, for extensions that import it. Not used here: many `<a:` without a `>` make it quadratic."""
 _OPENING = re.compile(r"<(\w+):")
 
 
 class ExtraNetworkParams:
-    """What stands behind the kind: `positional` values, and `named` ones written key=value. Equal if written alike."""
+    """The values after the kind: `positional` ones, and `named` ones written key=value. Equal if written the same."""
 
     def __init__(self, items: Sequence[str] | None = None) -> None:
         self.items = list(items or [])
@@ -51,17 +51,17 @@ ExtraNetworkData = dict[str, list[ExtraNetworkParams]]
 
 
 class ExtraNetwork:
-    """A kind of network. `name` is what stands behind the `<`."""
+    """A kind of network. `name` is the word after the `<`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def activate(self, p: Any, params_list: list[ExtraNetworkParams]) -> None:
-        """Called before each batch with one entry per mention in the prompt, none if there are none: what an earlier batch applied must go then."""
+        """Called before each batch with one entry per mention in the prompt, possibly none. Must undo what an earlier batch applied."""
         raise NotImplementedError
 
     def deactivate(self, p: Any) -> None:
-        """Called when the job is done."""
+        """Called at the end of a job."""
         raise NotImplementedError
 
 
@@ -70,18 +70,18 @@ extra_network_aliases: dict[str, ExtraNetwork] = {}
 
 
 def initialize() -> None:
-    """Forgets all kinds."""
+    """Forget all kinds."""
     extra_network_registry.clear()
     extra_network_aliases.clear()
 
 
 def register_extra_network(extra_network: ExtraNetwork) -> None:
-    """Makes a kind known under its name; a later one of the same name replaces it."""
+    """Register a kind under its name, replacing an earlier one with the same name."""
     extra_network_registry[extra_network.name] = extra_network
 
 
 def register_extra_network_alias(extra_network: ExtraNetwork, alias: str) -> None:
-    """Makes a kind known under one more name."""
+    """Register an additional name for a kind."""
     extra_network_aliases[alias] = extra_network
 
 
@@ -101,7 +101,7 @@ def parse_prompt(prompt: str) -> tuple[str, ExtraNetworkData]:
 
 
 def _mentions(prompt: str) -> Iterator[tuple[int, int, str, str]]:
-    """(start, end, kind, values) of each `<kind:values>`; values are not empty."""
+    """(start, end, kind, values) of each `<kind:values>`; values are never empty."""
     position = 0
     while (opening := _OPENING.search(prompt, position)) is not None:
         closing = prompt.find(">", opening.end())
@@ -113,11 +113,11 @@ def _mentions(prompt: str) -> Iterator[tuple[int, int, str, str]]:
 
 
 def parse_prompts(prompts: Iterable[str]) -> tuple[list[str], ExtraNetworkData]:
-    """(the prompts without their networks, the networks of the first prompt that names any): one batch has one set of networks."""
+    """(the prompts without their networks, the networks of the first prompt that names any). A batch has one set of networks."""
     parsed = [parse_prompt(prompt) for prompt in prompts]
     networks = [data for _, data in parsed if data]
     if any(data != networks[0] for data in networks):
-        log.warning("The prompts of one batch name different extra networks. Those of the first prompt are used for all of it.")
+        log.warning("The prompts of one batch name different extra networks. The first prompt's networks are used for the whole batch.")
     return [text for text, _ in parsed], networks[0] if networks else {}
 
 
@@ -125,7 +125,7 @@ def parse_prompts(prompts: Iterable[str]) -> tuple[list[str], ExtraNetworkData]:
 
 
 def lookup_extra_networks(extra_network_data: Mapping[str, list[ExtraNetworkParams]]) -> dict[ExtraNetwork, list[ExtraNetworkParams]]:
-    """Registered kind -> mentions, those under an alias included. Unknown kinds are left out."""
+    """Registered kind -> mentions, including those under an alias. Unknown kinds are left out."""
     found: dict[ExtraNetwork, list[ExtraNetworkParams]] = {}
     for name, params_list in extra_network_data.items():
         if (extra_network := _find(name)) is not None:
@@ -138,14 +138,14 @@ def _find(name: str) -> ExtraNetwork | None:
 
 
 def activate(p: Any, extra_network_data: Mapping[str, list[ExtraNetworkParams]]) -> None:
-    """Tells every registered kind what the prompt names of it, then runs the scripts' `after_extra_networks_activate`.
+    """Pass every registered kind its mentions, then run the scripts' `after_extra_networks_activate`.
 
-    Unknown kinds and failing ones become a comment on the job and a line in the log.
+    Unknown and failing kinds are reported as a comment on the job and in the log.
     """
     for name in extra_network_data:
         if _find(name) is None:
             known = ", ".join(sorted({*extra_network_registry, *extra_network_aliases})) or "none"
-            _report(p, f"The prompt names an extra network of kind <{name}:...>, which is unknown and was left out. Known kinds: {known}.")
+            _report(p, f"The prompt names an extra network of kind <{name}:...>, which is unknown and was ignored. Known kinds: {known}.")
     wanted = lookup_extra_networks(extra_network_data)
     for extra_network in _all_kinds(wanted):
         _activate_one(p, extra_network, wanted.get(extra_network, []))
@@ -173,11 +173,11 @@ def _activate_one(p: Any, extra_network: ExtraNetwork, params_list: list[ExtraNe
     errors.run(attempt, f"activating extra network {extra_network.name}")
     if failures:
         named = ", ".join(f"<{extra_network.name}:{':'.join(params.items)}>" for params in params_list) or f"Extra network {extra_network.name}"
-        _report(p, f"{named} could not be applied and was left out: {failures[0]}")
+        _report(p, f"{named} could not be applied and was ignored: {failures[0]}")
 
 
 def deactivate(p: Any, extra_network_data: Mapping[str, list[ExtraNetworkParams]]) -> None:
-    """Tells every registered kind that the job is done. One that fails does not keep the others from it."""
+    """Tell every registered kind that the job has ended. If one fails, the others are still told."""
     for extra_network in _all_kinds(lookup_extra_networks(extra_network_data)):
         errors.run(partial(extra_network.deactivate, p), f"deactivating extra network {extra_network.name}")
 
@@ -197,26 +197,26 @@ def _report(p: Any, message: str) -> None:
 
 
 def get_user_metadata(filename: str | Path, lister: Any = None) -> dict[str, Any]:
-    """What the user wrote about a model file, from the .json beside it; {} if there is none. `lister` answers `exists(path)` faster than the disk."""
+    """The user's metadata of a model file, from the .json next to it; {} if there is none. `lister.exists(path)` avoids disk access."""
     path = Path(filename).with_suffix(".json")
     if not (lister.exists(str(path)) if lister is not None else path.is_file()):
         return {}
     try:
         data = read_json_file(path, max_bytes=16 * 2**20)
     except (OSError, ForeignJsonError) as error:
-        log.warning("The description %s of a model cannot be read and is left out: %s", path, error)
+        log.warning("The description %s of a model cannot be read and is ignored: %s", path, error)
         return {}
     return data if isinstance(data, dict) else {}
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """A description that is about to be written anew; {} if there is none. Raises OSError for a file whose content would be lost by that."""
+    """A description about to be rewritten; {} if there is none. Raises OSError for a file whose content would be lost."""
     if not path.exists():
         return {}
     try:
         data = read_json_file(path, max_bytes=16 * 2**20)
     except ForeignJsonError as error:
-        raise FileExistsError(f"{path.name} beside the model is no description that can be read ({error}). Move it away, then save again.") from error
+        raise FileExistsError(f"{path.name} next to the model is not a readable description ({error}). Move it away, then save again.") from error
     if not isinstance(data, dict):
-        raise FileExistsError(f"{path.name} beside the model is no description but another kind of JSON. Move it away, then save again.")
+        raise FileExistsError(f"{path.name} next to the model is JSON, but not a description. Move it away, then save again.")
     return data

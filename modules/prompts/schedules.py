@@ -1,7 +1,7 @@
-"""Prompts to scheduled conditions, under the names that extensions import.
+"""Turns prompts into scheduled conditions, under the names that extensions import.
 
 A condition is a tensor (L, C) of L tokens and C channels, or for SDXL a dict with "crossattn" (L, C) and "vector" (V,). `step` counts the sampler's
-calls from 0. Reading a prompt is the engine's (`backend.text_processing`); what is here joins it with an encoder. Must not know jobs or options.
+calls from 0. The engine parses prompts (`backend.text_processing`); this file combines that with an encoder. Must not know jobs or options.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from backend.text_processing.composition import split_composition
 from backend.text_processing.schedule import PassSteps, schedule_prompt
 
 MAX_REPEATED_TOKENS = 77 * 120
-"""Up to this length, conditions of different lengths are brought to one by whole repetition, which changes nothing for attention."""
+"""Up to this length, conditions of different lengths are equalized by repeating them whole, which does not change attention."""
 
 
 class TextEncodingModel(Protocol):
-    """What encodes prompts: the loaded model."""
+    """The loaded model, as an encoder of prompts."""
 
     def get_learned_conditioning(self, prompt: SdConditioning) -> Any: ...
 
 
 class SdConditioning(list[str]):
-    """A list of prompts that knows the picture they are for. Missing facts come from `copy_from`, or from `prompts` if that is one of these too."""
+    """A list of prompts with the size of their picture. Missing values come from `copy_from`, or from `prompts` if that has them."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class SdConditioning(list[str]):
 
 
 class ScheduledPromptConditioning(NamedTuple):
-    """`cond` holds up to and including step `end_at_step`."""
+    """`cond` applies up to and including step `end_at_step`."""
 
     end_at_step: int
     cond: Any
@@ -62,7 +62,7 @@ class ComposableScheduledPromptConditioning:
 
 
 class MulticondLearnedConditioning:
-    """`batch` holds for each picture the parts of its prompt; `shape` is (pictures,)."""
+    """`batch` contains the prompt parts of each picture; `shape` is (pictures,)."""
 
     def __init__(self, shape: tuple[int, ...], batch: list[list[ComposableScheduledPromptConditioning]]) -> None:
         self.shape = shape
@@ -70,7 +70,7 @@ class MulticondLearnedConditioning:
 
 
 class DictWithShape(dict[str, torch.Tensor]):
-    """A batch of conditions of several kinds that answers `shape` and `to` as its "crossattn" tensor would."""
+    """A batch of conditions of several kinds. Its `shape` and `to` behave like those of its "crossattn" tensor."""
 
     def __init__(self, x: Mapping[str, torch.Tensor], shape: Any = None) -> None:
         super().__init__(x)
@@ -80,7 +80,7 @@ class DictWithShape(dict[str, torch.Tensor]):
         return self["crossattn"].shape
 
     def to(self, *args: Any, **kwargs: Any) -> DictWithShape:
-        """Moves or casts its tensors in place, as A1111's does, and returns itself."""
+        """Move or cast its tensors in place, like A1111's, and return itself."""
         self.update({key: value.to(*args, **kwargs) for key, value in self.items()})
         return self
 
@@ -93,21 +93,21 @@ class DictWithShape(dict[str, torch.Tensor]):
 
 
 def parse_prompt_attention(text: str) -> list[list[Any]]:
-    """[[text, weight], ...]; ["BREAK", -1] where a chunk begins."""
+    """[[text, weight], ...]; ["BREAK", -1] marks the start of a chunk."""
     return [[span.text, -1 if span.is_break else span.weight] for span in parsing.parse_prompt_attention(text)]
 
 
 def get_learned_conditioning_prompt_schedules(
     prompts: Iterable[str], base_steps: int, hires_steps: int | None = None, use_old_scheduling: bool = False
 ) -> list[list[list[Any]]]:
-    """For each prompt [[last step, text], ...]. With `hires_steps` the schedule of the second pass."""
+    """[[last step, text], ...] for each prompt. `hires_steps` selects the schedule of the second pass."""
     steps = PassSteps(num_base_steps=base_steps, num_hires_steps=hires_steps, use_old_scheduling=use_old_scheduling)
     schedules = {prompt: schedule_prompt(prompt, steps) for prompt in prompts}
     return [[[last_step, text] for last_step, text in schedules[prompt]] for prompt in prompts]
 
 
 def get_multicond_prompt_list(prompts: Iterable[str]) -> tuple[list[list[tuple[int, float]]], SdConditioning, dict[str, int]]:
-    """(for each prompt its AND parts as (index, weight), the different parts, part -> index)."""
+    """(AND parts of each prompt as (index, weight), the distinct parts, part -> index)."""
     indexes: dict[str, int] = {}
     parts_of_prompt = [[(indexes.setdefault(part.text, len(indexes)), part.weight) for part in split_composition(prompt)] for prompt in prompts]
     return parts_of_prompt, SdConditioning(list(indexes), copy_from=prompts), indexes
@@ -119,10 +119,10 @@ def get_multicond_prompt_list(prompts: Iterable[str]) -> tuple[list[list[tuple[i
 def get_learned_conditioning(
     model: TextEncodingModel, prompts: SdConditioning | Sequence[str], steps: int, hires_steps: int | None = None, use_old_scheduling: bool = False
 ) -> list[list[ScheduledPromptConditioning]]:
-    """For each prompt its conditions in order of steps. AND is text here; a text that appears twice is encoded once.
+    """Each prompt's conditions in order of steps. AND is plain text here; a text that appears twice is encoded once.
 
-    The texts of one prompt are encoded together, so that they have one length; different prompts are not, so that a prompt's condition does not
-    depend on its neighbours.
+    The texts of one prompt are encoded together, so that they get the same length. Different prompts are encoded separately, so that a prompt's
+    condition does not depend on its neighbors.
     """
     schedules = get_learned_conditioning_prompt_schedules(prompts, steps, hires_steps, use_old_scheduling)
     encoded: dict[str, list[ScheduledPromptConditioning]] = {}
@@ -145,7 +145,7 @@ def _row(conds: Any, row: int) -> Any:
 def get_multicond_learned_conditioning(
     model: TextEncodingModel, prompts: SdConditioning | Sequence[str], steps: int, hires_steps: int | None = None, use_old_scheduling: bool = False
 ) -> MulticondLearnedConditioning:
-    """The same for prompts with AND: each part has its own schedule and weight."""
+    """Like get_learned_conditioning, for prompts with AND: each part has its own schedule and weight."""
     parts_of_prompt, flat_prompts, _ = get_multicond_prompt_list(prompts)
     schedules = get_learned_conditioning(model, flat_prompts, steps, hires_steps, use_old_scheduling)
     batch = [[ComposableScheduledPromptConditioning(schedules[index], weight) for index, weight in parts] for parts in parts_of_prompt]
@@ -156,7 +156,7 @@ def get_multicond_learned_conditioning(
 
 
 def reconstruct_cond_batch(c: Sequence[Sequence[ScheduledPromptConditioning]], current_step: int) -> Any:
-    """The batch of conditions at a step: (B, L, C), or a DictWithShape. After the last step of a schedule its last condition stays."""
+    """The batch of conditions at a step: (B, L, C), or a DictWithShape. After a schedule's last step, its last condition stays."""
     return _stack_any([cond_at_step(schedule, current_step) for schedule in c])
 
 
@@ -181,10 +181,10 @@ def _stack_any(conds: Sequence[Any]) -> Any:
 
 
 def stack_conds(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(B, ...) of tensors that may differ in their first dimension, their number of tokens; (B,) of numbers.
+    """(B, ...) from tensors that may differ in their first dimension, the number of tokens; (B,) from numbers.
 
-    Shorter ones are repeated to a common multiple: attention over the same tokens n times is attention over them once. Where that would be out of
-    all proportion, their last token is repeated instead, as A1111 does.
+    Shorter ones are repeated to a common multiple: attending to the same tokens n times equals attending to them once. If that would get too
+    long, their last token is repeated instead, as in A1111.
     """
     lengths = {len(tensor) if tensor.ndim else 1 for tensor in tensors}
     if len(lengths) == 1:

@@ -1,7 +1,7 @@
-"""Saved prompt styles: named pieces of prompt that are put into a request, and found again in the prompt of an infotext.
+"""Saved prompt styles: named prompt fragments that are inserted into a request, and recognized in the prompt of an infotext.
 
-Kept in CSV files (modules/prompts/styles_file.py). `{prompt}` in a style marks where the user's own text goes; without it the
-style is added behind a comma. Must not know the page or a running job.
+Stored in CSV files (modules/prompts/styles_file.py). `{prompt}` in a style marks where the user's text goes; without it, the style is
+appended after a comma. Must not know the page or a running job.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 PLACEHOLDER = "{prompt}"
 MAX_STYLED_CHARS = 1_000_000
-"""Styles that name `{prompt}` twice double a prompt each time one is chosen; longer ones are refused."""
+"""Longer results are rejected: a style containing `{prompt}` twice doubles the prompt each time it is chosen."""
 
 
 class PromptStyle(NamedTuple):
-    """`path` is the file that holds the style."""
+    """`path` is the file that contains the style."""
 
     name: str
     prompt: str | None
@@ -35,29 +35,29 @@ class PromptStyle(NamedTuple):
 
 
 def apply_style(prompt: str, style_text: str | None) -> str:
-    """`prompt` with one style's text. Raises RequestError for a result that is out of all proportion."""
+    """`prompt` with one style applied. Raises RequestError if the result is too long."""
     text = style_text or ""
     if len(text) + text.count(PLACEHOLDER) * len(prompt) > MAX_STYLED_CHARS:
-        raise RequestError(f"styles: together they make the prompt longer than {MAX_STYLED_CHARS:,} characters. Choose fewer of them.")
+        raise RequestError(f"styles: they make the prompt longer than {MAX_STYLED_CHARS:,} characters. Choose fewer styles.")
     if PLACEHOLDER in text:
         return text.replace(PLACEHOLDER, prompt)
     return ", ".join(part for part in (prompt.strip(), text.strip()) if part)
 
 
 def merge_prompts(style_prompt: str, prompt: str) -> str:
-    """apply_style under the name that extensions import, arguments the other way round."""
+    """apply_style with swapped arguments, under the name that extensions import."""
     return apply_style(prompt, style_prompt)
 
 
 def apply_styles_to_prompt(prompt: str, styles: Iterable[str | None]) -> str:
-    """`prompt` with the texts of several styles, in their order."""
+    """`prompt` with several styles applied in order."""
     for style_text in styles:
         prompt = apply_style(prompt, style_text)
     return prompt
 
 
 def remove_style(prompt: str, style_text: str | None) -> str | None:
-    """`prompt` as it was before `style_text` was applied; None when the style is not in it. An empty style is in every prompt."""
+    """`prompt` before `style_text` was applied; None if the style is not in it. An empty style is in every prompt."""
     text = (style_text or "").strip()
     if not text:
         return prompt
@@ -71,9 +71,9 @@ def remove_style(prompt: str, style_text: str | None) -> str | None:
 
 
 class StyleDatabase:
-    """The styles of some files, by name; a later file's style replaces an earlier one's of the same name. Thread-safe.
+    """The styles of several files, by name; a later file overrides an earlier one. Thread-safe.
 
-    A path may have `*` in its last part. New styles go to the first path without one.
+    The last part of a path may contain `*`. New styles go to the first path without one.
     """
 
     def __init__(self, paths: Iterable[str | Path] | str | Path) -> None:
@@ -93,7 +93,7 @@ class StyleDatabase:
             self._kept_names = set(styles)
 
     def get_style_paths(self) -> list[Path]:
-        """The files there are now, in the order they are read."""
+        """The files that exist now, in reading order."""
         found = [sorted(path.parent.glob(path.name)) if "*" in path.name else [path] for path in self.paths]
         return list(dict.fromkeys(path for paths in found for path in paths))
 
@@ -111,14 +111,14 @@ class StyleDatabase:
         return [self._get(name).negative_prompt for name in styles]
 
     def apply_styles_to_prompt(self, prompt: str, styles: Sequence[str]) -> str:
-        """`prompt` with the styles of these names in their order; unknown names change nothing."""
+        """`prompt` with the named styles applied in order; unknown names are ignored."""
         return apply_styles_to_prompt(prompt, self.get_style_prompts(styles))
 
     def apply_negative_styles_to_prompt(self, prompt: str, styles: Sequence[str]) -> str:
         return apply_styles_to_prompt(prompt, self.get_negative_style_prompts(styles))
 
     def extract_styles_from_prompt(self, prompt: str, negative_prompt: str) -> tuple[list[str], str, str]:
-        """(names, prompt, negative prompt): the styles that are in both texts, and the texts without them."""
+        """(names, prompt, negative prompt): styles found in both texts, and the texts without them."""
         found: list[str] = []
         with self._lock:
             candidates = sorted(self.styles.values(), key=lambda style: -len(f"{style.prompt or ''}{style.negative_prompt or ''}"))
@@ -131,7 +131,7 @@ class StyleDatabase:
         """Add or replace a style and write its file.
 
         Raises:
-            StylesFileError: the file holds something else; nothing is changed.
+            StylesFileError: the file is not a valid styles file; nothing is changed.
         """
         with self._lock:
             old = self.styles.get(style.name)
@@ -139,14 +139,14 @@ class StyleDatabase:
             self._write({**self.styles, style.name: style._replace(path=path)}, Path(path))
 
     def delete_style(self, name: str) -> None:
-        """Forget a style and write its file; nothing for an unknown name. Raises StylesFileError as save_style does."""
+        """Delete a style and write its file; does nothing for an unknown name. Raises StylesFileError like save_style."""
         with self._lock:
             old = self.styles.get(name)
             if old is not None:
                 self._write({key: style for key, style in self.styles.items() if key != name}, Path(old.path) if old.path else None)
 
     def save_styles(self, path: str | Path | None = None) -> None:
-        """Write `styles` as it is now, as extensions leave it, each to its file or all without one to `path`."""
+        """Write `styles` in its current state, which extensions may have changed: each style to its file, or those without one to `path`."""
         with self._lock:
             default = str(path or self.default_path)
             styles = {name: style if style.path else style._replace(path=default) for name, style in self.styles.items()}
@@ -154,11 +154,11 @@ class StyleDatabase:
                 self._write(styles, Path(str(written)))
 
     def _write(self, styles: dict[str, PromptStyle], path: Path | None) -> None:
-        """Make `styles` the known ones and write those of one file, whose last state goes to a .bak beside it."""
+        """Make `styles` the known ones and write one file; its previous content goes to a .bak file next to it."""
         if path is not None:
             file = _parse_styles(path) if path.is_file() else StylesFile(path)
             if file.unclear:
-                raise StylesFileError(f"Styles file {path} is not written: {file.unclear[0]}. Put quotes around fields that hold its delimiter.")
+                raise StylesFileError(f"Styles file {path} is not written: {file.unclear[0]}. Put quotes around fields that contain the delimiter.")
             own = {style.name: (style.prompt or "", style.negative_prompt or "") for style in styles.values() if style.path == str(path)}
             file.update(own, self._kept_names - set(styles))
             if path.is_file():
@@ -171,7 +171,7 @@ class StyleDatabase:
 def _first_hit(prompt: str, negative_prompt: str, styles: Iterable[PromptStyle]) -> tuple[str, str, str] | None:
     for style in styles:
         if {(style.prompt or "").strip(), (style.negative_prompt or "").strip()} <= {"", PLACEHOLDER}:
-            continue  # it leaves no trace to be found by
+            continue  # an empty style cannot be recognized
         rest, negative_rest = remove_style(prompt, style.prompt), remove_style(negative_prompt, style.negative_prompt)
         if rest is not None and negative_rest is not None:
             return style.name, rest, negative_rest
@@ -179,16 +179,16 @@ def _first_hit(prompt: str, negative_prompt: str, styles: Iterable[PromptStyle])
 
 
 def read_styles(path: Path) -> list[PromptStyle]:
-    """The styles of one file; [] when it is not there or is no such file (which is logged)."""
+    """The styles in one file; [] if it does not exist or is not a styles file (logged)."""
     if not path.is_file():
         return []
     try:
         file = _parse_styles(path)
     except StylesFileError as error:
-        log.warning("%s Its styles are left out.", error)
+        log.warning("%s Its styles are ignored.", error)
         return []
     for complaint in file.unclear:
-        log.warning("Styles file %s: %s. It is not written until that is repaired.", path, complaint)
+        log.warning("Styles file %s: %s. It will not be written until that is fixed.", path, complaint)
     return [PromptStyle(*style, str(path)) for style in file.styles()]
 
 

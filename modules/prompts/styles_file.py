@@ -1,11 +1,11 @@
-"""A styles file, read so that it can be written back with nothing lost: CSV as this program and others write it, and as people do.
+"""Reads a styles file so that it can be written back without loss: CSV as written by this program, by others, and by hand.
 
     name,prompt,negative_prompt
     # my favorites
     fox, "a fox, red", "blurry"
 
-Fields are parted by commas, semicolons or tabs, whichever fits the first row, which names the columns. Blanks before a field do not count. Rows that
-begin with # are comments. Must not know what styles are for.
+Fields are separated by commas, semicolons or tabs, whichever fits the first row, which names the columns. Spaces before a field are ignored.
+Rows starting with # are comments. Must not know what styles are for.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _SHOWN_CHARS = 60
 
 
 class StylesFileError(RequestError):
-    """A styles file is there but cannot be read, and so is not written over."""
+    """A styles file exists but cannot be read, and is therefore not overwritten."""
 
 
 @dataclass(slots=True)
 class StylesFile:
-    """`rows` are in the file's order: the fields of a style, or the text of a line that is none. `unclear` are complaints about rows: while there is
-    one, the file is not written.
+    """`rows` are in file order: the fields of a style, or the text of a line that is not one. `unclear` lists complaints about rows; a file with
+    complaints is not written.
     """
 
     path: Path
@@ -43,13 +43,13 @@ class StylesFile:
     lines_before_header: list[str] = field(default_factory=list)
 
     def styles(self) -> Iterator[tuple[str, str, str]]:
-        """(name, prompt, negative prompt) of each row that has a name."""
+        """(name, prompt, negative prompt) of each row with a name."""
         for row in self.rows:
             if not isinstance(row, str) and self._field(row, "name"):
                 yield self._field(row, "name"), self._field(row, "prompt"), self._field(row, "negative_prompt")
 
     def update(self, styles: Mapping[str, tuple[str, str]], dropped: Iterable[str]) -> None:
-        """Takes prompts by name, new ones at the end, and leaves out the dropped. Every other row and column stays."""
+        """Set prompts by name, append new ones, and drop `dropped`. All other rows and columns stay."""
         for name in (name for name in COLUMNS if name not in self._columns()):
             self.header.append(name)
         gone = set(dropped)
@@ -79,7 +79,7 @@ class StylesFile:
 
 
 def parse_styles_file(path: Path, text: str) -> StylesFile:
-    """Raises StylesFileError for a text without the columns name and prompt, and for one that ends within a field."""
+    """Raises StylesFileError if the columns name and prompt are missing, or if the text ends inside a field."""
     lines = iter(io.StringIO(text, newline=""))
     before = []
     for line in lines:
@@ -115,7 +115,7 @@ def _header(path: Path, line: str) -> tuple[str, list[str]]:
 
 
 def _rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[list[str] | str]:
-    """The rows behind the header; lines that are none, as they are."""
+    """The rows after the header; lines that are not rows, unchanged."""
     for line in lines:
         if _is_comment(line) or not line.strip():
             yield _whole(line)
@@ -126,15 +126,15 @@ def _rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[list[str
         except csv.Error as error:
             if "unexpected end" in str(error) or "limit" in str(error):
                 shown = line.strip()[:_SHOWN_CHARS]
-                raise StylesFileError(f"Styles file {path}: row {shown!r} does not end ({error}). Close its quotes, or move it away.") from error
-            yield _forgiving(path, chain(taken, lines), delimiter)  # letters behind a closing quote: they belong to the field
+                raise StylesFileError(f"Styles file {path}: row {shown!r} never ends ({error}). Close its quotes, or move the file away.") from error
+            yield _forgiving(path, chain(taken, lines), delimiter)  # text after a closing quote belongs to the field
 
 
 def _forgiving(path: Path, lines: Iterator[str], delimiter: str) -> list[str]:
     try:
         return next(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))
     except csv.Error as error:
-        raise StylesFileError(f"Styles file {path} is no CSV file ({error}). Repair it or move it away.") from error
+        raise StylesFileError(f"Styles file {path} is not a CSV file ({error}). Fix it or move it away.") from error
 
 
 def _noted(lines: Iterable[str], taken: list[str]) -> Iterator[str]:

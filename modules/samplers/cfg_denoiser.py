@@ -1,6 +1,6 @@
-"""What a sampler asks at every step: the denoised picture under guidance. Prompts of the step, masks, skipped guidance, interruption.
+"""The denoiser that a sampler calls at each step: guidance with the step's prompts, masks, skipped guidance, interruption.
 
-The combination of the branches is in backend/sampling/sampling_function.py. Names are those that extensions use.
+backend/sampling/sampling_function.py combines the branches. Names are those that extensions use.
 
 Shapes: B pictures, C channels, H W latent rows and columns.
 """
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class CFGDenoiser(torch.nn.Module):
-    """`denoise(x_BCHW, sigma_B)` for samplers. One object serves one pass.
+    """`denoise(x_BCHW, sigma_B)` for samplers. One instance serves one pass.
 
-    `step` counts the calls, `total_steps` is how many there will be. `mask` is 1 where the original (`init_latent`) stays, `nmask` where it is
-    made anew.
-    `last_uncond_BCHW` is what the negative prompt's branch gave at the latest call, for samplers that read it.
+    `step` counts calls, `total_steps` is the expected total. `mask` is 1 where the original (`init_latent`) stays, `nmask` where it is
+    repainted.
+    `last_uncond_BCHW` is the latest output of the negative prompt's branch, for samplers that read it.
     """
 
     def __init__(self, sampler: KDiffusionSampler) -> None:
@@ -44,7 +44,7 @@ class CFGDenoiser(torch.nn.Module):
         self.image_cfg_scale: float | None = None
         self.last_uncond_BCHW: Tensor | None = None
         self.own_arguments: dict[str, Any] | None = None
-        """Conditions of this denoiser where it is not for the sampler's whole batch."""
+        """Conditions of this denoiser if it covers only part of the sampler's batch."""
         self.picture = 0
 
     @property
@@ -61,7 +61,7 @@ class CFGDenoiser(torch.nn.Module):
         s_min_uncond: float = 0.0,
         image_cond: Tensor | None = None,
     ) -> Tensor:
-        """x0 (B, C, H, W) at noise levels (B,). Without `cond` the sampler's own conditions count. Raises InterruptedException."""
+        """x0 (B, C, H, W) at noise levels (B,). Without `cond`, uses the sampler's own conditions. Raises InterruptedException."""
         if self.p.context.state.interrupted or self.p.context.state.skipped:
             raise InterruptedException
         apply_refiner(self, x, sigma)
@@ -76,7 +76,7 @@ class CFGDenoiser(torch.nn.Module):
         return denoised_BCHW
 
     def _skips_guidance(self, sigma: Tensor, s_min_uncond: float) -> bool:
-        """Whether the negative prompt is left out of this step, as "Negative Guidance minimum sigma" and "Skip Early CFG" say."""
+        """Whether this step skips the negative prompt, because of "Negative Guidance minimum sigma" or "Skip Early CFG"."""
         options = self.p.options
         if s_min_uncond > 0 and float(sigma[0]) < s_min_uncond and (self.step % 2 == 1 or options.s_min_uncond_all):
             return True
@@ -116,7 +116,7 @@ class CFGDenoiser(torch.nn.Module):
         return answered.x[:num_pictures], answered.x[num_pictures:]
 
     def _tell_guided(self, denoised_BCHW: Tensor) -> Tensor:
-        """The result of the step, as those who listen leave it."""
+        """The step's result after listeners may have changed it."""
         if not script_callbacks.is_listened_to("cfg_after_cfg"):
             return denoised_BCHW
         guided = AfterCFGCallbackParams(denoised_BCHW, self.p.context.state.sampling_step, self.p.context.state.sampling_steps)
@@ -125,7 +125,7 @@ class CFGDenoiser(torch.nn.Module):
         return result
 
     def _keep_unmasked(self, denoised_BCHW: Tensor, sigma: Tensor) -> Tensor:
-        """Lay the original over what is not masked."""
+        """Restore the original where it is not masked."""
         if self.mask is None or self.nmask is None or self.init_latent is None:
             return denoised_BCHW
         mask, nmask, original = (tensor.to(denoised_BCHW) for tensor in (self.mask, self.nmask, self.init_latent))

@@ -1,6 +1,6 @@
-"""What all samplers share: how many steps img2img takes, interrupting, and pictures of latents.
+"""What all samplers share: the number of img2img steps, interruption, and pictures of latents.
 
-Names are those that extensions import. Must not know the sampler list itself.
+Names are those that extensions import. Must not know the list of samplers.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ __all__ = [
     "store_latent",
 ]
 
-# methods of live previews by the numbers that extensions use
+# live preview methods by the numbers that extensions use
 approximation_indexes = {"Full": 0, "Approx NN": 1, "Approx cheap": 2, "TAESD": 3}
 
 
 class InterruptedException(BaseException):
-    """Ends sampling from inside. A BaseException, so that no wall around third-party code stops it."""
+    """Ends sampling from inside. A BaseException, so that no `except Exception` around third-party code catches it."""
 
 
 def setup_img2img_steps(p: Any, steps: int | None = None) -> tuple[int, int]:
-    """(steps of the whole schedule, index from its end at which sampling begins).
+    """(steps of the whole schedule, index from its end where sampling starts).
 
-    The denoising strength cuts the schedule, unless the steps were asked for explicitly: then the schedule is longer, so that they are all done."""
+    The denoising strength shortens the schedule, unless the steps were requested explicitly: then the schedule is lengthened so that all are done."""
     strength = min(float(p.denoising_strength or 0), 0.999)
     if (p.options.img2img_fix_steps or steps is not None) and strength > 0:
         requested = steps or p.steps
@@ -54,13 +54,13 @@ def setup_img2img_steps(p: Any, steps: int | None = None) -> tuple[int, int]:
 
 
 def apply_refiner(cfg_denoiser: Any, x: Tensor, sigma: Tensor | None = None) -> bool:
-    """Let the refiner take over if this call of the denoiser is its first; whether it did. `sigma`: the call's noise levels (B,), if known."""
+    """Switch to the refiner if it is due at this denoiser call; returns whether it did. `sigma`: the call's noise levels (B,), if known."""
     refiner = getattr(cfg_denoiser.p, "refiner", None)
     return refiner is not None and bool(refiner.switch_when_due(cfg_denoiser, x, sigma))
 
 
 def is_sampler_using_eta_noise_seed_delta(p: Any) -> bool:
-    """Whether the setting "Eta noise seed delta" has an effect on this request's sampler."""
+    """Whether the setting "Eta noise seed delta" affects this request's sampler."""
     return bool(p.uses_ensd)
 
 

@@ -1,4 +1,4 @@
-"""A sampler at work on a request: its noise levels, its settings, the way there and back, progress and interruption.
+"""Runs a sampler for a request: noise levels, settings, progress, interruption.
 
 The formulas are in backend/sampling; guidance is in samplers/cfg_denoiser.py. Class and method names are those that extensions use.
 
@@ -49,7 +49,7 @@ _CHURN_INFOTEXT = {"s_churn": ("Sigma churn", 0.0), "s_tmin": ("Sigma tmin", 0.0
 
 
 class KDiffusionSampler:
-    """One sampler for one pass of a request. `model_wrap_cfg` is the denoiser with guidance that it asks."""
+    """One sampler for one pass of a request. `model_wrap_cfg` is the denoiser with guidance that it calls."""
 
     def __init__(self, funcname: str | SamplerSpec | Callable[..., Any], sd_model: Any, options: dict[str, Any] | None = None) -> None:
         self.spec = funcname if isinstance(funcname, SamplerSpec) else _spec_of(funcname)
@@ -78,7 +78,7 @@ class KDiffusionSampler:
 
     @property
     def _function(self) -> Callable[..., Any]:
-        """`func`, in the model's variables."""
+        """`func`, adapted to the model's parameterization."""
         return self.spec.function_for(self.predictor) if self.func is self.spec.function else self.func
 
     @property
@@ -89,7 +89,7 @@ class KDiffusionSampler:
     # Noise levels
 
     def get_sigmas(self, p: Any, steps: int) -> Tensor:
-        """Noise levels (steps + 1,), descending, the last 0, as the request's schedule and settings say."""
+        """Noise levels (steps + 1,), descending, ending in 0, from the request's schedule and settings."""
         if p.sampler_noise_scheduler_override is not None:
             override: Tensor = p.sampler_noise_scheduler_override(steps)
             return override
@@ -138,13 +138,13 @@ class KDiffusionSampler:
         return (discard_next_to_last_sigma(sigmas_T) if discards else sigmas_T).float().cpu()
 
     def _with_recovery(self, run: Callable[[], Tensor], what: str) -> Tensor:
-        """A small tensor for which other models leave the device if they must. Raises: OutOfMemory."""
+        """Compute a small tensor, evicting other models from the device if needed. Raises: OutOfMemory."""
         return memory_management.run_with_recovery(run, what=what, device=self.unet.load_device)
 
     # Settings
 
     def initialize(self, p: Any) -> SamplerSettings:
-        """Take over the request; what differs from a default goes to its infotext."""
+        """Read the request; values that differ from defaults go into its infotext."""
         self.p = p
         denoiser = self.model_wrap_cfg
         denoiser.p = p
@@ -233,7 +233,7 @@ class KDiffusionSampler:
         steps: int | None = None,
         image_conditioning: Tensor | None = None,
     ) -> Tensor:
-        """From latents `x` with `noise` of the level that the denoising strength says, to latents."""
+        """From latents `x`, with `noise` added at the level of the denoising strength, to latents."""
         num_steps, from_end = setup_img2img_steps(p, steps)
         with self._network_ready(p, x):
             sigmas_T = self.get_sigmas(p, num_steps)
@@ -259,7 +259,7 @@ class KDiffusionSampler:
 
     @contextmanager
     def _network_ready(self, p: Any, x: Tensor) -> Iterator[None]:
-        """The UNet on its device with the noise table that the settings say; both let go afterwards."""
+        """The UNet on its device with the noise table chosen in the settings; undone afterwards."""
         if self.spec.needs_uncond:
             unet = self.unet.clone()
             unet.model_options["disable_cfg1_optimization"] = True
@@ -273,7 +273,7 @@ class KDiffusionSampler:
                 sampling_cleanup(self.unet)
 
     def _request(self, p: Any, num_pictures: int) -> SamplingRequest:
-        """What the plan has to know of the pass."""
+        """What the planner needs to know about the pass."""
         state = p.context.state
         return SamplingRequest(
             images=num_pictures,
@@ -286,20 +286,20 @@ class KDiffusionSampler:
         )
 
     def _strategy(self, p: Any) -> Any:
-        """The setting's, or where it leaves the choice open, the flag's."""
+        """The strategy from the setting or, if that leaves it open, from the flag."""
         chosen = str(p.options.multi_gpu_strategy)
         return p.context.config.backend.multi_gpu_strategy if chosen == "auto" else chosen
 
     def _num_branches(self, p: Any) -> int:
-        """Conditions per picture and step: the parts of its prompt, and the negative prompt where it counts."""
+        """Conditions per picture and step: the parts of its prompt, plus the negative prompt if it is used."""
         cond, uncond = (p.hr_c, p.hr_uc) if p.is_hr_pass else (p.c, p.uc)
         parts = max((len(parts) for parts in getattr(cond, "batch", ())), default=1)
         return parts + (1 if uncond is not None else 0)
 
     def _set_brownian_range(self, p: Any, sigmas_T: Tensor) -> None:
-        """The Brownian paths span the whole schedule, whatever part of it is sampled."""
+        """The Brownian paths span the whole schedule, whichever part is sampled."""
         if self.options.get("brownian_noise"):
-            levels_T = to_sigma(sigmas_T) if self.predictor.is_flow else sigmas_T  # SDE samplers of flow models count in these
+            levels_T = to_sigma(sigmas_T) if self.predictor.is_flow else sigmas_T  # SDE samplers of flow models use these levels
             p.rng.brownian_range = (float(levels_T[levels_T > 0].min()), float(levels_T.max()))
 
     def _run(self, p: Any, start_BCHW: Tensor, sigmas_T: Tensor, c: Any, uc: Any, image_cond: Tensor | None, init_latent: Tensor | None) -> Tensor:
@@ -323,7 +323,7 @@ class KDiffusionSampler:
         return samples_BCHW.float().cpu()
 
     def _walk(self, start_BCHW: Tensor, sigmas_T: Tensor, settings: SamplerSettings) -> Tensor:
-        """The formula from the first to the last noise level, for the batch or for each of its pictures."""
+        """Run the formula over all noise levels, for the batch or for each of its pictures."""
         if self._session is None or self._session.plan.lanes < 2:
             return self._formula(self.model_wrap_cfg, start_BCHW, self.p.rng, self._after_step, sigmas_T, settings)
         return run_in_lanes(self, start_BCHW, partial(self._formula, sigmas_T=sigmas_T, settings=settings), self._after_step)
@@ -335,7 +335,7 @@ class KDiffusionSampler:
         return samples_BCHW
 
     def launch_sampling(self, steps: int, func: Callable[[], Tensor]) -> Tensor:
-        """func()'s latents; the last ones seen when the job was interrupted or the batch skipped."""
+        """func()'s latents; the last ones seen if the job was interrupted or the batch skipped."""
         state = self.p.context.state
         self.model_wrap_cfg.steps = steps
         state.sampling_steps, state.sampling_step = steps, 0
@@ -355,7 +355,7 @@ class KDiffusionSampler:
             profiler.meter().sampling_s += time.perf_counter() - began_s
 
     def _after_step(self, info: StepInfo) -> None:
-        """Called by the formula once for each step, on the job's thread."""
+        """Called by the formula once per step, on the job's thread."""
         self.callback_state({"x": info.x, "i": info.index, "sigma": info.sigma, "sigma_hat": info.sigma, "denoised": info.denoised})
 
     def callback_state(self, d: dict[str, Any]) -> None:
@@ -374,7 +374,7 @@ class KDiffusionSampler:
 
 
 def _spec_of(function: str | Callable[..., Any]) -> SamplerSpec:
-    """The sampler that an extension names: by its name, an alias, "sample_..." as k-diffusion calls it, or a function of this program's kind."""
+    """The sampler named by an extension: by name, alias, k-diffusion's "sample_..." name, or as a function in this program's style."""
     if callable(function):
         return SamplerSpec(name=getattr(function, "__name__", "sampler"), function=function, aliases=())
     name = function.removeprefix("sample_")
@@ -387,7 +387,7 @@ def _spec_of(function: str | Callable[..., Any]) -> SamplerSpec:
 
 
 def _with_extra_noise(x_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
-    """`x` with more noise than the schedule asks for, as those who listen leave it."""
+    """`x` with extra noise beyond the schedule, after listeners may have changed it."""
     added = ExtraNoiseParams(noise_BCHW, x_BCHW, x_BCHW + noise_BCHW)
     script_callbacks.extra_noise_callback(added)
     result: Tensor = added.xi
@@ -396,8 +396,8 @@ def _with_extra_noise(x_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
 
 @contextmanager
 def _noise_table(predictor: Any, p: Any) -> Iterator[None]:
-    """The model's table of noise levels as the settings want it, for the length of a pass."""
-    if predictor.is_flow:  # its times follow from no table of alphas
+    """The model's noise table as selected in the settings, for the duration of a pass."""
+    if predictor.is_flow:  # flow models have no table of alphas
         yield
         return
     options, quantized = p.options, predictor.quantize_timesteps
@@ -413,11 +413,11 @@ def _noise_table(predictor: Any, p: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, buffer in buffers.items():  # the network may have moved to its device meanwhile
+        for name, buffer in buffers.items():  # the network may have moved to its device in the meantime
             setattr(predictor, name, buffer.to(getattr(predictor, name).device))
         predictor.quantize_timesteps = quantized
 
 
 def samplers_data_k_diffusion() -> list[Any]:
-    """The built-in entries of the sampler list; the name that extensions know."""
+    """The built-in entries of the sampler list, under the name that extensions know."""
     return [entry_of(spec, partial(KDiffusionSampler, spec)) for spec in SAMPLERS]

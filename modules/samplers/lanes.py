@@ -1,6 +1,6 @@
-"""Lanes: each picture of a batch with a sampler loop of its own, so that a network cut over several slots always has a unit for every slot.
+"""Lanes: each picture of a batch gets its own sampler loop, so that a network split over several slots can keep every slot busy.
 
-A picture's arithmetic is what it is in a batch; only who waits for whom changes. Must not know plans or devices.
+A picture's arithmetic is the same as in a batch; only the waiting changes. Must not know plans or devices.
 
 Shapes: B pictures, C channels, H W latent rows and columns.
 """
@@ -30,13 +30,13 @@ WHOLE_BATCH_OPTIONS = (
     "sampler_post_cfg_function",
     "sampler_pre_cfg_function",
 )
-"""Hooks of a patcher that see all pictures of a step at once."""
+"""Patcher hooks that see all pictures of a step at once."""
 BATCH_STEPPED = ("dpm_adaptive",)
 """Samplers whose steps depend on all pictures of the batch."""
 
 
 def may_use_lanes(sampler: Any, p: Any, num_pictures: int) -> bool:
-    """Whether every picture may go its own way: nobody asks to see the whole batch, and nothing changes for all at once on the way."""
+    """Whether each picture may run in its own lane: nothing needs to see the whole batch, and nothing changes for all pictures mid-pass."""
     unet = sampler.unet
     watched = any(unet.model_options.get(name) for name in WHOLE_BATCH_OPTIONS) or unet.controlnet_linked_list is not None
     listened = callbacks.is_listened_to("cfg_denoiser", "cfg_denoised", "cfg_after_cfg")
@@ -46,7 +46,7 @@ def may_use_lanes(sampler: Any, p: Any, num_pictures: int) -> bool:
 
 
 def _scripts_see_whole_batches(p: Any) -> bool:
-    """Whether a script blends masks itself; a host that does not say counts as one that does."""
+    """Whether a script blends masks itself; assumed true for a host that does not say."""
     scripts = getattr(p, "scripts", None)
     return scripts is not None and bool(getattr(scripts, "sees_whole_batches", lambda: True)())
 
@@ -57,10 +57,10 @@ def run_in_lanes(
     run: Callable[[CFGDenoiser, Tensor, Any, Callable[[StepInfo], None]], Tensor],
     after_step: Callable[[StepInfo], None],
 ) -> Tensor:
-    """`run(denoiser, x_1CHW, noise, on_step)` for every picture, each on a thread of its own; the latents of all.
+    """`run(denoiser, x_1CHW, noise, on_step)` for every picture, each on its own thread; returns all latents.
 
-    `after_step` is told of a step of the whole batch when its last picture has made it. An interruption of one lane ends all.
-    Raises: InterruptedException; what a lane raises.
+    `after_step` is called for the whole batch once its last picture has completed the step. Interrupting one lane stops all.
+    Raises: InterruptedException; whatever a lane raises.
     """
     progress = _Progress(start_BCHW, after_step)
     lanes = [_make_lane(sampler, picture, start_BCHW.shape[0], progress) for picture in range(start_BCHW.shape[0])]
@@ -82,7 +82,7 @@ def run_in_lanes(
 
 
 class _Progress:
-    """Where each lane is. The batch has made a step when its last picture has."""
+    """Progress of each lane. The batch has completed a step when its last picture has."""
 
     def __init__(self, start_BCHW: Tensor, after_step: Callable[[StepInfo], None]) -> None:
         self._steps = [0] * start_BCHW.shape[0]
@@ -120,7 +120,7 @@ class LaneDenoiser(CFGDenoiser):
 
 
 def _make_lane(sampler: Any, picture: int, num_pictures: int, progress: _Progress) -> LaneDenoiser:
-    """The batch's denoiser for one of its pictures."""
+    """The batch's denoiser, narrowed to one of its pictures."""
     batch, lane = sampler.model_wrap_cfg, LaneDenoiser(sampler, progress)
     lane.p, lane.steps, lane.total_steps, lane.image_cfg_scale = batch.p, batch.steps, batch.total_steps, batch.image_cfg_scale
     for name in ("mask", "nmask", "init_latent"):
@@ -134,5 +134,5 @@ def _make_lane(sampler: Any, picture: int, num_pictures: int, progress: _Progres
 
 
 def _row(tensor: Tensor | None, picture: int, num_pictures: int) -> Tensor | None:
-    """A picture's row of a tensor that has one for each; one that counts for all as it is."""
+    """A picture's row of a tensor with one row per picture; a tensor shared by all is returned unchanged."""
     return tensor if tensor is None or tensor.dim() == 0 or tensor.shape[0] != num_pictures else tensor[picture : picture + 1]

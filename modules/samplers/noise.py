@@ -1,6 +1,6 @@
-"""Noise from seeds under the names that extensions import. The numbers are made in backend/sampling/noise.py.
+"""Noise from seeds, under the names that extensions import. backend/sampling/noise.py generates the numbers.
 
-Where nothing else is said the setting `randn_source` of the installed application counts.
+The default source is the installed application's setting `randn_source`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from modules.jobs.context import installed_context
 
 __all__ = ["ImageRNG", "noise_device", "randn", "randn_local", "randn_without_seed", "slerp"]
 
-# torch has no generators of its own for other kinds
+# torch has generators only for these kinds
 _DEVICES_WITH_GENERATORS = ("cpu", "cuda", "xpu", "mps")
 
 
 def noise_device() -> torch.device:
-    """Where noise of the source "GPU" is drawn: the card that computes, else the CPU."""
+    """Where noise of the source "GPU" is generated: the GPU in use, else the CPU."""
     device = memory_management.get_torch_device()
     return device if device.type in _DEVICES_WITH_GENERATORS else torch.device("cpu")
 
@@ -32,7 +32,7 @@ def _setting(name: str) -> object:
 
 
 class ImageRNG(ImageNoise):
-    """The noise of a batch: `first()`, then `next()`. Shape (C, H, W) of the latents, one seed for each picture."""
+    """The noise of a batch: `first()`, then `next()`. Shape (C, H, W) of the latents, one seed per picture."""
 
     def __init__(
         self,
@@ -59,18 +59,18 @@ class ImageRNG(ImageNoise):
 
 
 def randn(seed: int, shape: Sequence[int], generator: NoiseGenerator | None = None) -> Tensor:
-    """Normal numbers of `seed` (of `generator`, if one is given)."""
+    """Normal numbers from `seed`, or from `generator` if given."""
     source = generator or NoiseGenerator(int(seed), str(_setting("randn_source")), noise_device())
     return source.randn(shape)
 
 
 def randn_local(seed: int, shape: Sequence[int]) -> Tensor:
-    """As randn(); no global generator is touched by either."""
+    """Same as randn(); neither touches a global generator."""
     return randn(seed, shape)
 
 
 def randn_without_seed(shape: Sequence[int], generator: NoiseGenerator | None = None) -> Tensor:
-    """Normal numbers of `generator`, or of torch's global one."""
+    """Normal numbers from `generator`, or from torch's global one."""
     return torch.randn(tuple(shape)) if generator is None else generator.randn(shape)
 
 
@@ -83,7 +83,7 @@ def create_random_tensors(
     seed_resize_from_w: int = 0,
     p: object = None,
 ) -> Tensor:
-    """The first noise of each seed; the name that extensions of old programs import."""
+    """The first noise of each seed, under the name that extensions for old versions import."""
     first: Tensor = ImageRNG(
         tuple(shape),
         list(seeds),

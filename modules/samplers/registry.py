@@ -1,6 +1,6 @@
-"""The list of samplers: finding them by name or alias, hiding them, making one for a request. Extensions add to it with add_sampler().
+"""The list of samplers: lookup by name or alias, hidden ones, creating one for a request. Extensions add to it with add_sampler().
 
-Formulas and facts of the built-in ones are in backend/sampling/registry.py.
+Formulas and properties of the built-in ones are in backend/sampling/registry.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _construct(model: Any, spec: SamplerSpec) -> Any:
-    from modules.samplers.kdiffusion import KDiffusionSampler  # imports the networks; the list is read by the page before that
+    from modules.samplers.kdiffusion import KDiffusionSampler  # imports the networks, which the page's list does not need
 
     return KDiffusionSampler(spec, model)
 
@@ -37,7 +37,7 @@ _SPECS = {spec.name: spec for spec in SAMPLERS}
 
 
 def add_sampler(sampler: SamplerData) -> None:
-    """Add an entry; one of the same name is replaced."""
+    """Add an entry, replacing one with the same name."""
     if sampler.name in all_samplers_map:
         all_samplers[:] = [sampler if known.name == sampler.name else known for known in all_samplers]
     else:
@@ -46,7 +46,7 @@ def add_sampler(sampler: SamplerData) -> None:
 
 
 def set_samplers() -> None:
-    """Kept for extensions: the lists are looked at when they are read."""
+    """Kept for extensions: does nothing, because the lists are computed when read."""
 
 
 def _hidden_names() -> set[str]:
@@ -64,7 +64,7 @@ def visible_sampler_names() -> list[str]:
 
 
 def find_sampler_config(name: str | None) -> SamplerData | None:
-    """The entry of that name or alias, whatever the capitals; the first one for None; None for an unknown name."""
+    """The entry with that name or alias, ignoring case; the first entry for None; None for an unknown name."""
     if name in (None, ""):
         return all_samplers[0]
     wanted = str(name).lower()
@@ -84,19 +84,19 @@ def create_sampler(name: str | None, model: Any) -> Any:
 
 
 def needs_uncond(name: str | None) -> bool:
-    """Whether the sampler reads the negative prompt's prediction whatever the CFG scale."""
+    """Whether the sampler uses the negative prompt's prediction at any CFG scale."""
     config = find_sampler_config(name)
     return config is not None and config.name in _SPECS and _SPECS[config.name].needs_uncond
 
 
 def unknown_sampler_message(name: str) -> str:
-    return f"sampler {name[:200]!r} was asked for; {say_nearest(name, [sampler.name for sampler in all_samplers])}."
+    return f"sampler {name[:200]!r} is unknown; {say_nearest(name, [sampler.name for sampler in all_samplers])}."
 
 
 def get_sampler_and_scheduler(sampler_name: str | None, scheduler_name: str | None, *, convert_automatic: bool = True) -> tuple[str, str]:
-    """(sampler, schedule label) by their proper names. A schedule behind the sampler's name ("Euler a Karras") counts as one.
+    """(sampler, schedule label) by their proper names. A schedule after the sampler's name ("Euler a Karras") is split off.
 
-    `convert_automatic`: a sampler's own schedule is called Automatic. Raises UnknownSamplerError."""
+    `convert_automatic`: report a sampler's own schedule as Automatic. Raises UnknownSamplerError."""
     scheduler = sd_schedulers.find_scheduler(scheduler_name)
     config = find_sampler_config(sampler_name)
     if config is None:
@@ -111,7 +111,7 @@ def get_sampler_and_scheduler(sampler_name: str | None, scheduler_name: str | No
 
 
 def _split_scheduler(name: str) -> tuple[str, Scheduler | None]:
-    """("Euler a", Karras) of "Euler a Karras"; (name, None) where no schedule stands at the end."""
+    """("Euler a", Karras) for "Euler a Karras"; (name, None) if the name does not end in a schedule."""
     endings: Iterable[tuple[str, Scheduler]] = (
         (text, scheduler) for scheduler in sd_schedulers.schedulers for text in (scheduler.label, scheduler.name, *(scheduler.aliases or ()))
     )
@@ -121,7 +121,7 @@ def _split_scheduler(name: str) -> tuple[str, Scheduler | None]:
     return name, None
 
 
-# From an infotext's pairs
+# From infotext pairs
 
 
 def get_sampler_from_infotext(d: Mapping[str, Any]) -> str:
@@ -133,7 +133,7 @@ def get_scheduler_from_infotext(d: Mapping[str, Any]) -> str:
 
 
 def get_hr_sampler_and_scheduler(d: Mapping[str, Any]) -> tuple[str, str]:
-    """Sampler and schedule of the second pass, "Use same sampler" and "Use same scheduler" where they are those of the first."""
+    """Sampler and schedule of the second pass; "Use same sampler" and "Use same scheduler" if they equal the first pass's."""
     hr_sampler, hr_scheduler = d.get("Hires sampler", "Use same sampler"), d.get("Hires schedule type", "Use same scheduler")
     sampler = d.get("Sampler") if hr_sampler == "Use same sampler" else hr_sampler
     scheduler = d.get("Schedule type") if hr_scheduler == "Use same scheduler" else hr_scheduler
@@ -152,7 +152,7 @@ def get_hr_scheduler_from_infotext(d: Mapping[str, Any]) -> str:
 
 
 def fix_p_invalid_sampler_and_scheduler(p: Any) -> None:
-    """Bring the request's names to their proper form. Raises UnknownSamplerError."""
+    """Replace the request's names with their proper form. Raises UnknownSamplerError."""
     p.sampler_name, p.scheduler = get_sampler_and_scheduler(p.sampler_name, p.scheduler)
 
 

@@ -1,4 +1,4 @@
-"""The schedules by the names users know, and those that extensions add. The formulas are in backend/sampling/schedules.py."""
+"""Schedules by the names users know, plus those added by extensions. The formulas are in backend/sampling/schedules.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modules.nearest_names import say_nearest
 
 @dataclasses.dataclass
 class Scheduler:
-    """`function` is called with n, sigma_min, sigma_max, device, and with rho and inner_model where those are needed; it gives n + 1 noise levels."""
+    """`function` takes n, sigma_min, sigma_max, device, and rho and inner_model if needed; it returns n + 1 noise levels."""
 
     name: str
     label: str
@@ -37,7 +37,7 @@ def _callable_as_extensions_call_it(name: str) -> Callable[..., torch.Tensor]:
 
 
 def _predictor_of(inner_model: Any) -> Any:
-    """The noise table of what an extension hands in as the model; the one that Stable Diffusion was trained with where it hands in none."""
+    """The noise table of the model passed by an extension; Stable Diffusion's if none is passed."""
     for candidate in (inner_model, getattr(inner_model, "predictor", None)):
         if hasattr(candidate, "sigmas") and hasattr(candidate, "timestep"):
             return candidate
@@ -54,18 +54,18 @@ BUILT_IN_NAMES = frozenset(spec.name for spec in SCHEDULES)
 
 
 def find_scheduler(text: str | None) -> Scheduler:
-    """The schedule of that name, label or alias; None is Automatic. Raises UnknownSamplerError."""
+    """The schedule with that name, label or alias; None means Automatic. Raises UnknownSamplerError."""
     if text in (None, ""):
         return schedulers[0]
     for scheduler in schedulers:
         if scheduler.answers_to(str(text)):
             return scheduler
     near = say_nearest(text, [scheduler.label for scheduler in schedulers])
-    raise UnknownSamplerError(f"schedule {str(text)[:200]!r} was asked for; {near}.")
+    raise UnknownSamplerError(f"schedule {str(text)[:200]!r} is unknown; {near}.")
 
 
 def __getattr__(name: str) -> Any:
-    """`schedulers_map`: every name and label -> schedule, extensions' ones included."""
+    """`schedulers_map`: every name and label -> schedule, including those of extensions."""
     if name == "schedulers_map":
         return {**{scheduler.name: scheduler for scheduler in schedulers}, **{scheduler.label: scheduler for scheduler in schedulers}}
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

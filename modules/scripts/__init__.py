@@ -1,13 +1,13 @@
-"""The script host under the names that extensions import: the class they derive from, what was loaded, and the runners of the tabs.
+"""The script host under the names that extensions import: their base class, the loaded scripts, and the runners of the tabs.
 
-Reading order: `base` (`Script`), `hooks` and `hook_arguments` (every hook once, with what it is called with), `loading` (finding and
-importing files), `runner` (the scripts of one tab), `controls` and `without_page` (their arguments, with a page and without), `callbacks`
-and `events` (what happens outside of a job), `postprocessing` (operations of the Extras tab), `installed` and `extension_order` (the
-folders of extensions). Beside them: `arguments`, `files`, `gradio_compatibility`, `hook_signatures`.
+Reading order: `base` (`Script`), `hooks` and `hook_arguments` (every hook, with its arguments), `loading` (finds and imports files),
+`runner` (the scripts of one tab), `controls` and `without_page` (script arguments, with and without a page), `callbacks` and `events`
+(events outside a job), `postprocessing` (operations of the Extras tab), `installed` and `extension_order` (extension folders).
+The rest: `arguments`, `files`, `gradio_compatibility`, `hook_signatures`.
 
 Example: extensions/tiler/scripts/tiler.py defines `class Tiler(scripts.Script)` with `process(self, p, enabled)`. `loading` imports the
-file, the class goes into `scripts_data`, `ScriptRunner` makes one object per tab, `hooks` checks the signature, and processing calls
-`p.scripts.process(p)`. A new hook is a row in `hooks`, a call in modules/processing and a heading in docs/extensions.md.
+file, the class goes into `scripts_data`, `ScriptRunner` creates one instance per tab, `hooks` checks the signature, and processing calls
+`p.scripts.process(p)`. A new hook needs a row in `hooks`, a call in modules/processing and a heading in docs/extensions.md.
 
 webui.py loads the extensions of an application with `load_scripts`. Importing this package loads nothing.
 """
@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 scripts_data: list[ScriptClassData] = []
-"""Classes of scripts, in the order they were loaded."""
+"""Classes of scripts, in load order."""
 postprocessing_scripts_data: list[ScriptClassData] = []
 """Classes of operations of the Extras tab."""
 loaded_scripts = scripts_data
@@ -77,17 +77,17 @@ scripts_txt2img = ScriptRunner(lambda: scripts_data, _is_ours)
 scripts_img2img = ScriptRunner(lambda: scripts_data, _is_ours)
 scripts_postproc = ScriptPostprocessingRunner()
 scripts_current: ScriptRunner | None = None
-"""The runner of the tab that is being built."""
+"""The runner of the tab being built."""
 
 
 def basedir() -> str:
-    """The folder of the extension whose script is being imported; only then."""
+    """The folder of the extension whose script is being imported; valid only during the import."""
     return _basedir.current
 
 
 def load_scripts(app: Application | None = None) -> None:
-    """Find the extensions of the application, import their scripts, and hand it the runners of its tabs."""
-    from modules.application import current_application  # the application is built without extensions
+    """Find the application's extensions, import their scripts, and give the application the runners of its tabs."""
+    from modules.application import current_application  # extensions call this without an application
 
     app = current_application() if app is None else app
     unload_scripts()
@@ -115,7 +115,7 @@ def _model_loaded(engine: Any) -> None:
 
 
 def unload_scripts() -> None:
-    """Let every extension undo what it patched, and forget them all."""
+    """Let every extension undo its patches, then forget them all."""
     script_callbacks.script_unloaded_callback()
     script_callbacks.clear_callbacks()
     scripts_data.clear()
@@ -132,10 +132,10 @@ def reload_scripts() -> None:
 
 
 def set_postprocessing(runner: ScriptPostprocessingRunner) -> None:
-    """Say which operations the Extras tab has."""
+    """Set the operations of the Extras tab."""
     sys.modules[__name__].scripts_postproc = runner  # type: ignore[attr-defined]  # a name that extensions read here
 
 
 def set_current(runner: ScriptRunner | None) -> None:
-    """Say which tab is being built."""
+    """Set the tab being built."""
     sys.modules[__name__].scripts_current = runner  # type: ignore[attr-defined]  # a name that extensions read here

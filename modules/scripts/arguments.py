@@ -1,4 +1,4 @@
-"""What a script gets from controls that nobody touched. Knows controls by their attributes alone; imports no gradio."""
+"""The arguments a script gets from untouched controls. Uses only attributes of controls; does not import gradio."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _is_text(control: Any) -> bool:
 
 
 def start_values(runner: Any) -> Mapping[int, Any]:
-    """Slot -> what its script gets."""
+    """Slot -> start value."""
     return {
         script.args_from + index: start_value(control)
         for script in runner.scripts

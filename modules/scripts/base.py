@@ -1,6 +1,6 @@
-"""`Script`, the class that extensions derive from: a feature with controls on the page and hooks into the job.
+"""`Script`, the base class for extensions: a feature with controls on the page and hooks into the job.
 
-Must not know the page, jobs, or how scripts are loaded. What each hook is called with is in scripts/hooks.py.
+Must not know the page, jobs, or how scripts are loaded. scripts/hooks.py lists the arguments of each hook.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     )
 
 AlwaysVisible = object()
-"""What `show` returns for a script that is part of the tab, instead of an entry of the Script dropdown."""
+"""Returned by `show` for a script that is part of the tab instead of an entry in the Script dropdown."""
 
 _NOT_IN_IDS = re.compile(r"[^a-z_0-9]+")
 
 
 class Script:
-    """One feature. The host makes one object of it for each tab and sets `is_txt2img`, `is_img2img`, `filename` and the slots of its arguments.
+    """One feature. The host creates one instance per tab and sets `is_txt2img`, `is_img2img`, `filename` and the argument slots.
 
-    Hooks get the request `p` first and, as `*args`, the values of the controls that `ui` returned.
+    Hooks receive the request `p` first, then as `*args` the values of the controls returned by `ui`.
     """
 
     name: str | None = None
     section: str | None = None
-    """The part of the tab that the controls stand in; None: below everything else."""
+    """The section of the tab for the controls; None: below everything else."""
     filename: str | None = None
     args_from: int | None = None
     args_to: int | None = None
@@ -44,33 +44,33 @@ class Script:
     tabname: str | None = None
     group: Any = None
     create_group = True
-    """Whether the controls get a group of their own, which can be shown and hidden."""
+    """Whether the controls get their own group, which can be shown and hidden."""
     infotext_fields: Sequence[Any] | None = None
     """(control, key or function of the parameters): what pasting fills in."""
     paste_field_names: Sequence[str] | None = None
-    """Keys of the parameters that are not to become overrides of settings."""
+    """Parameter keys that must not become setting overrides."""
     api_info: Any = None
     on_before_component_elem_id: list[tuple[str, Callable[[OnComponent], Any]]] | None = None
     on_after_component_elem_id: list[tuple[str, Callable[[OnComponent], Any]]] | None = None
     setup_for_ui_only = False
-    """`setup` is not called for requests of the API."""
+    """If true, `setup` is not called for API requests."""
     controls: list[Any] | None = None
     sorting_priority = 0
-    """Scripts with a higher one stand, and are called, later."""
+    """Scripts with a higher value are shown and called later."""
 
     def title(self) -> str:
         """The name in the dropdown and in the API."""
         raise NotImplementedError("a script needs a title")
 
     def ui(self, is_img2img: bool) -> Sequence[Any] | None:
-        """Make the controls inside the current gradio context and return them; their values become `*args` of the hooks."""
+        """Create the controls inside the current gradio context and return them; their values become the `*args` of hooks."""
 
     def show(self, is_img2img: bool) -> Any:
         """False: not in this tab; True: in the Script dropdown; AlwaysVisible: part of the tab."""
         return True
 
     def run(self, p: Any, *args: Any) -> Any:
-        """The script was selected: make the pictures (a Processed), usually by calling process_images(p); None leaves that to the host."""
+        """Called if the script is selected: make the pictures (a Processed), usually via process_images(p). None leaves that to the host."""
 
     def setup(self, p: Any, *args: Any) -> None: ...
 
@@ -107,19 +107,19 @@ class Script:
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None: ...
 
     def before_component(self, component: Any, **kwargs: Any) -> None:
-        """Before any control of the page is made."""
+        """Called before any control of the page is created."""
 
     def after_component(self, component: Any, **kwargs: Any) -> None:
-        """After any control of the page was made; what is made here stands behind it."""
+        """Called after any control of the page was created; new controls created here come after it."""
 
     def on_before_component(self, callback: Callable[[OnComponent], Any], *, elem_id: str) -> None:
-        """Have `callback` called before the control `elem_id` is made. To be called in `show` or the constructor."""
+        """Call `callback` before the control `elem_id` is created. Use in `show` or the constructor."""
         if self.on_before_component_elem_id is None:
             self.on_before_component_elem_id = []
         self.on_before_component_elem_id.append((elem_id, callback))
 
     def on_after_component(self, callback: Callable[[OnComponent], Any], *, elem_id: str) -> None:
-        """Have `callback` called after the control `elem_id` was made. To be called in `show` or the constructor."""
+        """Call `callback` after the control `elem_id` was created. Use in `show` or the constructor."""
         if self.on_after_component_elem_id is None:
             self.on_after_component_elem_id = []
         self.on_after_component_elem_id.append((elem_id, callback))
@@ -129,7 +129,7 @@ class Script:
         return ""
 
     def elem_id(self, item_id: Any) -> str:
-        """A DOM id for a control of this script; with the tab's name where the script is in both tabs."""
+        """A DOM id for a control of this script; includes the tab's name if the script is in both tabs."""
         in_both_tabs = self.show(True) == self.show(False)
         tab = ("img2img_" if self.is_img2img else "txt2img_") if in_both_tabs else ""
         title = _NOT_IN_IDS.sub("", self.title().lower().replace(" ", "_"))
@@ -137,7 +137,7 @@ class Script:
 
 
 class ScriptBuiltinUI(Script):
-    """A script whose controls have the ids of the tab itself."""
+    """A script whose control ids look like the tab's own."""
 
     setup_for_ui_only = True
 

@@ -1,7 +1,7 @@
-"""Events outside of a job's hooks that extensions listen to: `on_X(callback)` registers, `X_callback(...)` tells everyone.
+"""Events outside of a job's hooks that extensions listen to: `on_X(callback)` registers, `X_callback(...)` calls all listeners.
 
-Both are generated from the table in scripts/events.py. A callback that fails is reported by its file and the event; the others are told all the same.
-Must not know who listens.
+Both are generated from the table in scripts/events.py. A failing callback is reported with its file and event; the others are still called.
+Must not know the listeners.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Callback = Callable[..., Any]
 
 
 class ScriptCallback(NamedTuple):
-    """Who listens: the file it was registered in, what is called, and its name among all callbacks."""
+    """A listener: the file that registered it, the function, and its name among all callbacks."""
 
     script: str
     callback: Callback
@@ -52,9 +52,9 @@ class ScriptCallback(NamedTuple):
 
 
 callback_map: dict[str, list[ScriptCallback]] = {f"callbacks_{name}": [] for name in EVENTS}
-"""All callbacks by event, in the order they were registered."""
+"""All callbacks by event, in order of registration."""
 order_rules: list[OrderRule] = []
-"""What `[callbacks/NAME]` of metadata.ini asks for; filled when extensions are listed."""
+"""Order rules from `[callbacks/NAME]` in metadata.ini; filled when extensions are listed."""
 
 
 # Registering
@@ -63,7 +63,7 @@ order_rules: list[OrderRule] = []
 def add_callback(
     callbacks: list[ScriptCallback], callback: Callback, *, name: str | None = None, category: str = "unknown", filename: str = ""
 ) -> None:
-    """Put `callback` on a list under a name of its own: extension/file/event[/name]."""
+    """Append `callback` to a list under a unique name: extension/file/event[/name]."""
     filename = filename or _caller_file()
     parts = (*_extension_and_file(filename), category, *([name] if name else []))
     wanted, number = "/".join(parts), 0
@@ -74,7 +74,7 @@ def add_callback(
 
 
 def _caller_file() -> str:
-    """The file outside of this one that is calling."""
+    """The first calling file other than this one."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
@@ -91,7 +91,7 @@ def _register(event: Event, callback: Callback, name: str | None) -> None:
     filename = _caller_file()
     who = f"{end_of_path(filename)} listens to on_{event.name}"
     if event.never:
-        log.warning("%s, which never happens here: %s.", who, event.never)
+        log.warning("%s, which never fires here: %s.", who, event.never)
     for fault in find_callback_faults(event, callback):
         log.warning("%s with a function that cannot be called: %s", who, fault)
     add_callback(callback_map[f"callbacks_{event.name}"], callback, name=name, category=event.name, filename=filename)
@@ -101,7 +101,7 @@ def _register(event: Event, callback: Callback, name: str | None) -> None:
 
 
 def clear_callbacks() -> None:
-    """Forget every callback."""
+    """Forget all callbacks."""
     for callbacks in callback_map.values():
         callbacks.clear()
 
@@ -114,16 +114,16 @@ def remove_current_script_callbacks() -> None:
 
 
 def remove_callbacks_for_function(callback_func: Callback) -> None:
-    """Forget `callback_func`, whichever event it listens to."""
+    """Forget `callback_func` for all events."""
     for callbacks in callback_map.values():
         callbacks[:] = [entry for entry in callbacks if entry.callback != callback_func]
 
 
-# Telling
+# Calling
 
 
 def ordered_callbacks(category: str) -> list[ScriptCallback]:
-    """The callbacks of an event as they are told: as registered, unless a metadata.ini asks for another order."""
+    """The callbacks of an event in call order: as registered, unless a metadata.ini asks for another order."""
     callbacks = list(callback_map[f"callbacks_{category}"])
     if len(callbacks) < 2 or not order_rules:
         return callbacks
@@ -132,12 +132,12 @@ def ordered_callbacks(category: str) -> list[ScriptCallback]:
 
 
 def is_listened_to(*events: str) -> bool:
-    """Whether anyone listens to one of `events`."""
+    """Whether any of `events` has a listener."""
     return any(callback_map[f"callbacks_{event}"] for event in events)
 
 
 def _tell(event: Event, *args: Any, **kwargs: Any) -> list[Any]:
-    """What every callback returned; failures are reported and left out."""
+    """The return values of all callbacks; failures are reported and left out."""
     results = []
     entries = ordered_callbacks(event.name)
     for entry in reversed(entries) if event.newest_first else entries:
@@ -170,7 +170,7 @@ def _make_teller(event: Event) -> Callable[..., Any]:
         return [item for result in results for item in result or []] if event.joins_lists else None
 
     tell.__name__ = tell.__qualname__ = event.teller_name
-    tell.__doc__ = f"Tells everyone who listens to on_{event.name}: {event.sentence}"
+    tell.__doc__ = f"Calls every listener of on_{event.name}: {event.sentence}"
     return tell
 
 

@@ -1,6 +1,6 @@
-"""Controls of scripts on the page: built script by script, with the dropdown that selects one of those that are not part of the tab.
+"""Controls of scripts on the page: built script by script, plus the Script dropdown for scripts that are not part of the tab.
 
-Must not know tabs: whoever builds one calls this in its place.
+Must not know tabs: a tab's builder calls this at the right place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NO_SCRIPT = "None"
 
 @dataclass(frozen=True, kw_only=True)
 class ArgInfo:
-    """One argument of a script as /script-info tells it."""
+    """One argument of a script, as reported by /script-info."""
 
     label: str | None = None
     value: Any = None
@@ -40,7 +40,7 @@ class ArgInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptInfo:
-    """A script as /script-info tells it."""
+    """A script, as reported by /script-info."""
 
     name: str | None = None
     is_alwayson: bool = False
@@ -49,11 +49,11 @@ class ScriptInfo:
 
 
 def build_script(runner: ScriptRunner, script: Script) -> None:
-    """Build the script's controls in the current gradio context. One that cannot build them is left out of the tab."""
+    """Build the script's controls in the current gradio context. A script that fails is dropped from the tab."""
     first = len(runner.inputs)
     script.args_from = script.args_to = first
     group = gr.Group(visible=script.alwayson, elem_classes=["script-group"]) if script.create_group else gr.Column(elem_classes=["script-group"])
-    task = f"Script {script.title()!r} ({end_of_path(script.filename)}) could not build its controls; the page and the API are without it"
+    task = f"Script {script.title()!r} ({end_of_path(script.filename)}) could not build its controls; the page and the API continue without it"
     with group:
         well, controls = call_guest(lambda: _controls_of(script), task)
     if not well:
@@ -61,7 +61,7 @@ def build_script(runner: ScriptRunner, script: Script) -> None:
         runner.drop(script)
         return
     if not group.children:
-        group.unrender()  # an empty frame would be seen as a line
+        group.unrender()  # an empty group would show as a line
     script.group = group if script.create_group and group.children else None
     script.name = re.sub(r"[^a-z_0-9 ]+", "", str(script.title()).lower())
     script.controls = controls
@@ -89,12 +89,12 @@ def _controls_of(script: Script) -> list[Component]:
     controls = list(script.ui(bool(script.is_img2img)) or ())
     wrong = [control for control in controls if not isinstance(control, Component)]
     if wrong:
-        raise TypeError(f"ui() returned {type(wrong[0]).__name__}; it has to return a list of gradio components")
+        raise TypeError(f"ui() returned {type(wrong[0]).__name__}; it must return a list of gradio components")
     return controls
 
 
 def build_dropdown(runner: ScriptRunner) -> None:
-    """The Script dropdown and, shown when selected, the controls of each script in it."""
+    """The Script dropdown and the controls of its scripts, shown when selected."""
     visible: Any = True if runner.titles else "hidden"
     choices = [NO_SCRIPT, *runner.titles]
     dropdown = gr.Dropdown(

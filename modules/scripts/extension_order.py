@@ -1,6 +1,6 @@
-"""The order in which extensions, their scripts and their callbacks come: as found, except where a metadata.ini asks for before and after.
+"""Orders extensions, their scripts and their callbacks: as found, except where a metadata.ini says before or after.
 
-Must not know what is ordered: names in, names out.
+Must not know what it orders: names in, names out.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OrderRule:
-    """`first` comes before `then`; names in lower case. A name that is not among those to be ordered has no effect."""
+    """`first` comes before `then`; lower-case names. A rule with an unknown name has no effect."""
 
     first: str
     then: str
 
 
 def order_by_rules(names: Sequence[str], rules: Sequence[OrderRule]) -> list[str]:
-    """`names`, each as early as the rules let it. Rules that contradict each other are reported and those in the circle left out."""
+    """`names`, each as early as the rules allow. Contradicting rules are reported, and those in the cycle ignored."""
     known = {name.lower(): name for name in names}
     waits_for: dict[str, set[str]] = {name: set() for name in names}
     for rule in rules:
@@ -38,7 +38,7 @@ def _sorted(waiting: list[str], waits_for: dict[str, set[str]]) -> list[str]:
         if ready is None:
             ready = waiting[0]
             others = ", ".join(sorted(waits_for[ready] - set(done)))
-            log.warning("metadata.ini: %s and %s each want to come after the other, perhaps through others; the first comes first.", ready, others)
+            log.warning("metadata.ini: %s and %s each ask to come after the other, directly or indirectly; the first one goes first.", ready, others)
         waiting.remove(ready)
         done.append(ready)
     return done

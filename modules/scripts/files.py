@@ -1,4 +1,4 @@
-"""Files that extensions bring, as others pass them on."""
+"""Types for files of extensions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class ScriptFile(NamedTuple):
-    """A file of an extension: the extension's folder, the file's name, its path."""
+    """A file of an extension: the extension's folder, the file name, the path."""
 
     basedir: str
     filename: str

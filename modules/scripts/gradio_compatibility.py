@@ -1,8 +1,8 @@
-"""Habits of gradio 3 and 4 that extensions still have, met for their calls alone: ours go to gradio as they are.
+"""Supports gradio 3 and 4 usage in calls from extensions. Our own calls reach gradio unchanged.
 
-`install` adds what gradio no longer has (`gr.Dropdown.update`, `.style()`, `gr.Box`) and listens to the calls that guests make
-(modules/launch/guest_calls.py knows when one does): old arguments are turned into today's, or left out where there is nothing like them any more.
-`watching_components` tells a listener of every control that is made, which gradio itself does not offer.
+`install` adds what gradio dropped (`gr.Dropdown.update`, `.style()`, `gr.Box`) and intercepts calls made by guests
+(modules/launch/guest_calls.py knows when): old arguments are translated to current ones, or dropped if nothing corresponds.
+`watching_components` notifies a listener of every created control, which gradio itself does not offer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SKIPPED_STYLES = frozenset({"container"})
 
 
 def _sources(value: Any) -> dict[str, Any]:
-    """`source="canvas"` was an empty field to draw in; drawing is ImageEditor's now, and it starts from an upload."""
+    """`source="canvas"` used to be an empty drawing area; today ImageEditor does that, starting from an upload."""
     known = {"upload", "webcam", "clipboard", "microphone"}
     if value is None:
         return {}
@@ -59,7 +59,7 @@ _CONSTRUCTOR: dict[str, Callable[[Any], dict[str, Any]]] = {
     "preview_open": lambda value: {"preview": value},
     "file_count_max": lambda value: {},
 }
-"""Old argument of a constructor -> those of today. What is in neither is left out."""
+"""Old constructor argument -> current ones. Arguments in neither are dropped."""
 
 
 def todays_arguments(cls: type, arguments: dict[str, Any], given: tuple[Any, ...] = ()) -> dict[str, Any]:
@@ -77,9 +77,9 @@ def todays_arguments(cls: type, arguments: dict[str, Any], given: tuple[Any, ...
         else:
             left_out.append(name)
     if left_out:
-        log.debug("gr.%s takes no %s any more; left out.", cls.__name__, ", ".join(sorted(left_out)))
+        log.debug("gr.%s no longer takes %s; ignored.", cls.__name__, ", ".join(sorted(left_out)))
     if result.get("visible") is False and issubclass(cls, gradio.components.Component):
-        result["visible"] = "hidden"  # was on the page all the same, where scripts of extensions look for it
+        result["visible"] = "hidden"  # it used to be in the DOM, where extensions' scripts look for it
     if issubclass(cls, gr.Textbox) and result.get("value") is None and not given and get_blocks_context() is not None:
         result["value"] = ""  # empty was "" and not None; what a handler gives back is an update, which must not empty anything
     if isinstance(result.get("scale"), float):
@@ -87,23 +87,23 @@ def todays_arguments(cls: type, arguments: dict[str, Any], given: tuple[Any, ...
     if issubclass(cls, gr.Dataframe):
         for name, today in (("row_count", "row_count"), ("col_count", "column_count")):
             if name in result:
-                count = result.pop(name)  # (3, "fixed") once; gradio 6 has no limits for tables
+                count = result.pop(name)  # formerly (3, "fixed"); gradio 6 has no table limits
                 result[today] = count[0] if isinstance(count, (tuple, list)) else count
     return result
 
 
 @functools.cache
 def _names_taken_by(cls: Any) -> frozenset[str] | None:
-    """The arguments by name; None when it takes any."""
+    """Accepted argument names; None if any name is accepted."""
     shown = inspect.signature(cls.__init__).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in shown):
         return None
-    own = inspect.getfullargspec(inspect.unwrap(cls.__init__))  # this program's classes show their parents' signature and take more
+    own = inspect.getfullargspec(inspect.unwrap(cls.__init__))  # this program's classes expose their parent's signature but accept more
     return frozenset({*(parameter.name for parameter in shown), *own.args, *own.kwonlyargs})
 
 
 def todays_event_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `click` and the like as they are today."""
+    """Arguments of `click` and the like, translated to current ones."""
     result = {_NEW_NAMES.get(name, name): value for name, value in arguments.items()}
     if isinstance(result.get("show_progress"), bool):
         result["show_progress"] = _PROGRESS[result["show_progress"]]
@@ -165,15 +165,15 @@ def handler_of_guest(handler: Any) -> Any:
     return functools.wraps(handler)(wrapped)
 
 
-# What is added to gradio
+# Additions to gradio
 
 _lock = threading.Lock()
 _installed = False
 
 
 def install() -> None:
-    """Meet old habits from now on. A second call changes nothing."""
-    global _installed  # noqa: PLW0603 - gradio is one for the process
+    """Support old usage from now on. Calling it again changes nothing."""
+    global _installed  # noqa: PLW0603 - gradio is global to the process
     with _lock:
         if _installed:
             return
@@ -219,7 +219,7 @@ def _update(value: Any = inspect.Parameter.empty, **properties: Any) -> dict[str
 
 
 def _style(self: Any, **properties: Any) -> Any:
-    """`.style(...)`: what the component has a property for is set, the rest is left out."""
+    """`.style(...)`: set what the component has a property for, ignore the rest."""
     cls: Any = type(self)
     known = _names_taken_by(cls) or frozenset()
     renamed = {"full_width": None, "rounded": None, "border": None, "grid": "columns"}
@@ -231,7 +231,7 @@ def _style(self: Any, **properties: Any) -> Any:
 
 
 def _meet_in_class(cls: type) -> None:
-    """Let a class of gradio (or of this program) meet old habits when a guest makes or wires an object of it."""
+    """Make a class of gradio (or of this program) accept old usage when a guest creates or connects an instance."""
     own = vars(cls).get("__init__")
     if own is not None and cls not in (Block, BlockContext, gradio.components.Component, gr.Blocks) and not hasattr(own, _MARK):
         cls.__init__ = _meeting_constructor(cls, own)  # type: ignore[misc]
@@ -265,7 +265,7 @@ def _meeting_event(original: Any) -> Any:
 
 
 def _meet_in_listeners() -> None:
-    """`.then`, `.success`: made anew for each event, from EventListener."""
+    """`.then` and `.success` are created per event by EventListener."""
     original = gradio.events.EventListener._setup
 
     @functools.wraps(original)
@@ -276,7 +276,7 @@ def _meet_in_listeners() -> None:
 
 
 def _meet_in_blocks() -> None:
-    """`gr.Blocks(css=..., theme=...)` inside of our page: the page has them."""
+    """`gr.Blocks(css=..., theme=...)` inside our page: the page sets these."""
     original = gr.Blocks.__init__
 
     @functools.wraps(original)
@@ -291,7 +291,7 @@ def _meet_in_blocks() -> None:
 
 
 def _write_no_stubs_for_guests() -> None:
-    """gradio writes a .pyi file beside the source of every class of components; not into the folders of extensions."""
+    """gradio writes a .pyi file next to the source of every component class; keep it out of extension folders."""
     original = gradio.component_meta.create_or_modify_pyi
 
     def write_stub(*args: Any, **kwargs: Any) -> None:
@@ -301,12 +301,12 @@ def _write_no_stubs_for_guests() -> None:
     gradio.component_meta.create_or_modify_pyi = write_stub
 
 
-# Every control that is made
+# Watching created controls
 
 
 @contextlib.contextmanager
 def outside_of_page() -> Iterator[None]:
-    """Inside of a page that is being built: what is made here belongs to no page yet, as extensions make their tabs."""
+    """Inside a page being built: what is created here belongs to no page yet, which is how extensions build tabs."""
     kept = Context.root_block, Context.block
     Context.root_block = Context.block = None
     try:
@@ -317,9 +317,9 @@ def outside_of_page() -> Iterator[None]:
 
 @contextlib.contextmanager
 def watching_components(before: Listener, after: Listener) -> Iterator[None]:
-    """Call `before(component, **kwargs)` and `after(component, **kwargs)` around each control that this thread makes inside.
+    """Call `before(component, **kwargs)` and `after(component, **kwargs)` around each control this thread creates in the block.
 
-    `kwargs` are the arguments by name, with `elem_id` as the control has it. Forms, which gradio puts around controls itself, are not told of."""
+    `kwargs` are the arguments by name, with the control's final `elem_id`. Forms, which gradio itself puts around controls, are not reported."""
     thread = threading.get_ident()
     original = type.__call__
 

@@ -1,4 +1,4 @@
-"""What script hooks are handed besides the request; they change its fields in place."""
+"""Objects passed to script hooks after the request; hooks change their fields in place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(kw_only=False)
 class MaskBlendArgs:
-    """on_mask_blend: inpainting lays the original over what is not masked, at each step and once at the end."""
+    """on_mask_blend: inpainting restores the original where it is not masked, at each step and once at the end."""
 
     current_latent: Any
     nmask: Any
@@ -25,7 +25,7 @@ class MaskBlendArgs:
 
 @dataclass
 class PostSampleArgs:
-    """post_sample: latents before they are decoded."""
+    """post_sample: latents before decoding."""
 
     samples: Any
 
@@ -40,7 +40,7 @@ class PostprocessImageArgs:
 
 @dataclass
 class PostProcessMaskOverlayArgs:
-    """postprocess_maskoverlay: what will be laid over the result."""
+    """postprocess_maskoverlay: the overlay for the result."""
 
     index: int
     mask_for_overlay: Any
@@ -56,17 +56,17 @@ class PostprocessBatchListArgs:
 
 @dataclass
 class OnComponent:
-    """on_before_component and on_after_component of a script: the control that was asked for."""
+    """on_before_component and on_after_component of a script: the requested control."""
 
     component: Any
 
 
-# What script_callbacks hands over
+# Objects passed by script_callbacks
 
 
 @dataclass
 class ImageSaveParams:
-    """before_image_saved, image_saved: `p` is the request or None; `pnginfo` holds the infotext under "parameters"."""
+    """before_image_saved, image_saved: `p` is the request or None; `pnginfo` contains the infotext under "parameters"."""
 
     image: Any
     p: Any
@@ -76,7 +76,7 @@ class ImageSaveParams:
 
 @dataclass
 class ExtraNoiseParams:
-    """extra_noise: `noise`, the latents `x` it was added to and the result `xi`."""
+    """extra_noise: `noise`, the latents `x` it was added to, and the result `xi`."""
 
     noise: Any
     x: Any
@@ -85,9 +85,9 @@ class ExtraNoiseParams:
 
 @dataclass
 class CFGDenoiserParams:
-    """cfg_denoiser: what the network is about to be asked; all may be changed.
+    """cfg_denoiser: inputs of the upcoming network call; all may be changed.
 
-    `text_cond` and `text_uncond` are rows as the network takes them, a tensor (B, L, D) or for SDXL a dict of them.
+    `text_cond` and `text_uncond` are rows as the network takes them: a tensor (B, L, D), or for SDXL a dict of tensors.
     """
 
     x: Any
@@ -112,7 +112,7 @@ class CFGDenoisedParams:
 
 @dataclass
 class AfterCFGCallbackParams:
-    """cfg_after_cfg: the guided answer; change `x` to change the picture."""
+    """cfg_after_cfg: the result after guidance; change `x` to change the picture."""
 
     x: Any
     sampling_step: int
@@ -121,14 +121,14 @@ class AfterCFGCallbackParams:
 
 @dataclass
 class UiTrainTabParams:
-    """Kept for extensions that name it; there is no Train tab."""
+    """Kept for extensions that import it; there is no Train tab."""
 
     txt2img_preview_params: Any
 
 
 @dataclass
 class ImageGridLoopParams:
-    """image_grid: pictures with the columns and rows they are laid in."""
+    """image_grid: the pictures and the grid's columns and rows."""
 
     imgs: Any
     cols: int

@@ -1,6 +1,6 @@
-"""Extensions: the folders in extensions-builtin/ and extensions/, which of them are switched on, and what their metadata.ini asks for.
+"""Extensions: the folders in extensions-builtin/ and extensions/, which of them are enabled, and the orders in their metadata.ini.
 
-Reads folders and git's files; loads no code of theirs (modules/scripts/loading.py does). Must not know the page.
+Reads folders and git's files; loads none of their code (modules/scripts/loading.py does). Must not know the page.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ GIT_TIMEOUT_S = 10
 _NAMES = re.compile(r"[,\s]+")
 
 extensions: list[Extension] = []
-"""All that were found, switched on or not, built-in ones first."""
+"""All extensions found, enabled or not, built-in ones first."""
 extension_paths: dict[str, Extension] = {}
 """Absolute folder -> extension."""
 loaded_extensions: dict[str, Extension] = {}
-"""Canonical name -> extension, of those that are switched on."""
+"""Canonical name -> extension, for enabled ones."""
 
 
 class ExtensionMetadata:
-    """metadata.ini of an extension. `canonical_name` is its Name there, else the folder's, in lower case."""
+    """metadata.ini of an extension. `canonical_name` is its Name in there, else the folder name, in lower case."""
 
     filename = "metadata.ini"
 
@@ -42,18 +42,18 @@ class ExtensionMetadata:
         try:
             self.config.read(file, encoding="utf-8")
         except (configparser.Error, UnicodeDecodeError) as error:
-            log.warning("%s cannot be read and is left out: %s", file, error)
+            log.warning("%s cannot be read and is ignored: %s", file, error)
         self.canonical_name = self.config.get("Extension", "Name", fallback=canonical_name).strip().lower()
         self.requires = self.get_script_requirements("Requires", "Extension")
 
     def get_script_requirements(self, field: str, section: str, extra_section: str | None = None) -> list[str]:
-        """The names behind `field` in `section` (and in `extra_section`), in lower case."""
+        """The names listed under `field` in `section` (and in `extra_section`), in lower case."""
         texts = [self.config.get(name, field, fallback="") for name in (section, extra_section) if name]
         return self.parse_list(" ".join(texts))
 
     @staticmethod
     def parse_list(text: str | None) -> list[str]:
-        """Names separated by commas or blanks, in lower case."""
+        """Names separated by commas or spaces, in lower case."""
         return [name for name in _NAMES.split((text or "").strip().lower()) if name]
 
     def list_callback_order_instructions(self) -> Iterator[OrderRule]:
@@ -64,7 +64,7 @@ class ExtensionMetadata:
                 yield from self.rules_for(name, section)
 
     def rules_for(self, name: str, section: str, extra_section: str | None = None) -> Iterator[OrderRule]:
-        """Before, After and Requires of `section`, as rules about `name`."""
+        """Before, After and Requires in `section`, as rules about `name`."""
         for other in self.get_script_requirements("Before", section, extra_section):
             yield OrderRule(first=name, then=other)
         for field in ("After", "Requires"):
@@ -73,7 +73,7 @@ class ExtensionMetadata:
 
 
 class Extension:
-    """One folder. What git knows of it is read when it is first asked for."""
+    """One extension folder. Information from git is read on first use."""
 
     cached_fields = ("remote", "commit_date", "branch", "commit_hash", "version")
 
@@ -97,7 +97,7 @@ class Extension:
         return {field: getattr(self, field) for field in self.cached_fields}
 
     def read_info_from_repo(self) -> None:
-        """Remote, branch, commit and its date, where the folder is a git clone and git is there."""
+        """Remote, branch, commit and commit date, if the folder is a git clone and git is installed."""
         if self.have_info_from_repo:
             return
         self.have_info_from_repo = True
@@ -107,7 +107,7 @@ class Extension:
         self.branch = self._git("rev-parse", "--abbrev-ref", "HEAD")
         commit = self._git("log", "-1", "--format=%H %ct")
         words = (commit or "").split()
-        if len(words) == 2 and words[1].isascii() and words[1].isdecimal():  # git may say more, as the user's settings ask
+        if len(words) == 2 and words[1].isascii() and words[1].isdecimal():  # the user's git settings may add output
             self.commit_hash, self.commit_date, self.version = words[0], int(words[1]), words[0][:8]
 
     def _git(self, *arguments: str) -> str | None:
@@ -121,14 +121,14 @@ class Extension:
         return result.stdout.strip() or None if result.returncode == 0 else None
 
     def list_files(self, subdir: str, extension: str) -> list[ScriptFile]:
-        """Files of the folder `subdir` whose names end in `extension`, by name."""
+        """Files in the folder `subdir` whose names end with `extension`, sorted."""
         folder = Path(self.path) / subdir
         found = sorted(folder.iterdir()) if folder.is_dir() else []
         return [ScriptFile(self.path, file.name, str(file)) for file in found if file.is_file() and file.suffix.lower() == extension]
 
 
 def switches(options: Any, flags: Mapping[str, Any]) -> tuple[frozenset[str], str]:
-    """(names switched off, which kinds are: "none", "extra" or "all") from the settings and the flags, which count more."""
+    """(disabled names, disabled kinds: "none", "extra" or "all") from settings and flags; flags win."""
     which = str(options.disable_all_extensions)
     if flags.get("disable_all_extensions"):
         which = "all"
@@ -138,7 +138,7 @@ def switches(options: Any, flags: Mapping[str, Any]) -> tuple[frozenset[str], st
 
 
 def list_extensions(config: AppConfig, options: Any, *, builtin_dir: Path = SCRIPT_DIR / "extensions-builtin") -> list[Extension]:
-    """Find all extensions, decide which are on, and put them in the order that their metadata ask for. Says which are skipped and why."""
+    """Find all extensions, decide which are enabled, and order them by their metadata. Logs which are skipped and why."""
     disabled, which = switches(options, config.flags)
     found = [*_found_in(builtin_dir, is_builtin=True), *_found_in(config.extensions_dir, is_builtin=False)]
     _drop_duplicates(found)
@@ -150,7 +150,7 @@ def list_extensions(config: AppConfig, options: Any, *, builtin_dir: Path = SCRI
             extension.enabled, extension.status = False, INSTEAD[extension.name.lower()]
     if which != "none" and any(not extension.is_builtin for extension in found):
         by = "setting disable_all_extensions" if which == options.disable_all_extensions else f"flag --disable-{which}-extensions"
-        log.info("Extensions are switched off (%s): %s.", which, by)
+        log.info("Extensions are disabled (%s): %s.", which, by)
     extensions[:] = _in_order(found)
     extension_paths.clear()
     extension_paths.update({str(Path(extension.path).absolute()): extension for extension in extensions})
@@ -161,12 +161,12 @@ def list_extensions(config: AppConfig, options: Any, *, builtin_dir: Path = SCRI
 
 
 def active() -> list[Extension]:
-    """Those that are switched on."""
+    """The enabled extensions."""
     return [extension for extension in extensions if extension.enabled]
 
 
 def find_extension(filename: str) -> Extension | None:
-    """The extension that the file belongs to."""
+    """The extension that contains the file."""
     for folder in Path(filename).absolute().parents:
         if (extension := extension_paths.get(str(folder))) is not None:
             return extension
@@ -174,7 +174,7 @@ def find_extension(filename: str) -> Extension | None:
 
 
 def forget() -> None:
-    """As if none had been listed."""
+    """Forget all listed extensions."""
     extensions.clear()
     extension_paths.clear()
     loaded_extensions.clear()
@@ -190,7 +190,7 @@ def _drop_duplicates(found: list[Extension]) -> None:
     for extension in list(found):
         other = first.setdefault(extension.canonical_name, extension)
         if other is not extension:
-            log.warning("Extension %s calls itself %r as %s does; it is left out.", extension.path, extension.canonical_name, other.path)
+            log.warning("Extension %s has the name %r, like %s; it is ignored.", extension.path, extension.canonical_name, other.path)
             found.remove(extension)
 
 
@@ -204,5 +204,5 @@ def _report_missing_requirements() -> None:
     for extension in active():
         for name in extension.metadata.requires:
             if name not in loaded_extensions:
-                state = "is switched off" if any(other.canonical_name == name for other in extensions) else "is not installed"
+                state = "is disabled" if any(other.canonical_name == name for other in extensions) else "is not installed"
                 log.warning("Extension %s requires %s, which %s.", extension.name, name, state)

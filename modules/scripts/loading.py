@@ -1,4 +1,4 @@
-"""Finding and importing what extensions bring: scripts in the order their metadata ask for, files for the page, classes of scripts.
+"""Finds and imports what extensions provide: scripts ordered by their metadata, files for the page, classes of scripts.
 
 Must not know the page, jobs, or what a script does.
 """
@@ -28,7 +28,7 @@ _BASES = (Script, ScriptBuiltinUI, ScriptPostprocessing)
 
 
 def list_scripts(scriptdirname: str, extension: str, *, include_extensions: bool = True) -> list[ScriptFile]:
-    """Files of the folder `scriptdirname` here and of each active extension that end in `extension`, in the order that metadata.ini ask for."""
+    """Files with suffix `extension` in the folder `scriptdirname` here and in each active extension, in the order set by metadata.ini."""
     found = _own_files(scriptdirname, extension)
     if not include_extensions:
         return found
@@ -43,13 +43,13 @@ def list_scripts(scriptdirname: str, extension: str, *, include_extensions: bool
 
 
 def script_name(file: ScriptFile) -> str:
-    """extension/file.py, as metadata.ini names it; a file of the program's own folders by its name alone."""
+    """extension/file.py, the form metadata.ini uses; only the name for a file in the program's own folders."""
     owner = extensions.find_extension(file.path)
     return f"{owner.canonical_name}/{file.filename}".lower() if owner is not None else file.filename.lower()
 
 
 def _about_files(rules: list[OrderRule], names: list[str]) -> list[OrderRule]:
-    """Rules that name an extension, as rules about each of its files."""
+    """Rules that name an extension, expanded to each of its files."""
 
     def files_of(name: str) -> list[str]:
         return [name] if name in names else [file for file in names if file.startswith(f"{name}/")]
@@ -59,27 +59,27 @@ def _about_files(rules: list[OrderRule], names: list[str]) -> list[OrderRule]:
 
 def _own_files(folder: str, extension: str) -> list[ScriptFile]:
     path = SCRIPT_DIR / folder
-    found = sorted(path.iterdir()) if path.is_dir() and folder != "javascript" else []  # the page adds its own scripts itself
+    found = sorted(path.iterdir()) if path.is_dir() and folder != "javascript" else []  # the page itself adds its own scripts
     return [ScriptFile(str(SCRIPT_DIR), file.name, str(file)) for file in found if file.suffix == extension and file.is_file()]
 
 
 def list_files_with_name(filename: str, *, include_own: bool = True) -> list[str]:
-    """The paths of `filename` in this program's folder (with `include_own`) and in each active extension's."""
+    """Paths of `filename` in this program's folder (with `include_own`) and in each active extension."""
     folders = [*([SCRIPT_DIR] if include_own else []), *(Path(owner.path) for owner in extensions.active())]
     return [str(folder / filename) for folder in folders if (folder / filename).is_file()]
 
 
 class Basedir:
-    """The extension whose script is being imported; this program's folder otherwise."""
+    """The extension whose script is being imported; otherwise this program's folder."""
 
     def __init__(self) -> None:
         self.current = str(SCRIPT_DIR)
 
 
 def import_scripts(basedir: Basedir) -> Iterator[ScriptClassData]:
-    """Import every script, one after another; the classes of scripts and of operations that each defines. One that fails is reported and left out."""
+    """Import every script in order; yields the classes of scripts and operations each defines. One that fails is reported and skipped."""
     for file in list_scripts("scripts", ".py"):
-        task = f"{end_of_path(file.path)} could not be loaded; the start goes on without it"
+        task = f"{end_of_path(file.path)} could not be loaded; startup continues without it"
         well, module = call_guest(partial(_import_one, file, basedir), task)
         if well:
             yield from _classes_of(module, file)
@@ -102,7 +102,7 @@ def _classes_of(module: ModuleType, file: ScriptFile) -> Iterator[ScriptClassDat
         if not isinstance(found, type) or found in _BASES or not issubclass(found, (Script, ScriptPostprocessing)):
             continue
         if issubclass(found, Script):
-            if found.title is Script.title:  # a base class of the extension's own
+            if found.title is Script.title:  # an intermediate base class of the extension
                 continue
             for fault in find_faults(found, Script):
                 log.warning("Script %s of %s: %s", found.__name__, end_of_path(file.path), fault)

@@ -1,7 +1,7 @@
-"""What can be done to finished pictures, one operation after another, under the names that extensions import.
+"""Operations on finished pictures, run one after another, under the names that extensions import.
 
-An operation is a ScriptPostprocessing; the runner knows them all, their order and which values of the page belong to which. Must not know the
-operations themselves, files or jobs.
+An operation is a ScriptPostprocessing. The runner knows all of them, their order, and which page values belong to which. Must not know
+particular operations, files or jobs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from modules.launch.guest_calls import call_guest, end_of_path
 
 @dataclass
 class PostprocessedImageSharedInfo:
-    """What the pictures made of one picture have in common: the size that an operation will bring them to, if it is known beforehand."""
+    """Shared by all pictures made from one picture: the target size of an operation, if known in advance."""
 
     target_width: int | None = None
     target_height: int | None = None
 
 
 class PostprocessedImage:
-    """A picture on its way through the operations. `info` becomes its infotext; `extra_images` (pictures, or more of these) go on behind it."""
+    """A picture passing through the operations. `info` becomes its infotext; `extra_images` (pictures, or more of these) follow it."""
 
     def __init__(self, image: Image.Image) -> None:
         self.image = image
@@ -40,7 +40,7 @@ class PostprocessedImage:
         self.caption: str | None = None
 
     def get_suffix(self, used_suffixes: dict[str, int] | None = None) -> str:
-        """What the picture's tags put behind its file name; a number where `used_suffixes` has the same already."""
+        """The file name suffix from the picture's tags; with a number if `used_suffixes` already contains it."""
         used = {} if used_suffixes is None else used_suffixes
         tags = "".join(f"-{tag}" for tag in self.nametags)
         candidates = itertools.chain([tags], (f"{tags}-{number}" for number in itertools.count(1)))
@@ -49,7 +49,7 @@ class PostprocessedImage:
         return suffix
 
     def create_copy(self, new_image: Image.Image, *, nametags: Sequence[str] | None = None, disable_processing: bool = False) -> PostprocessedImage:
-        """Another picture with this one's facts, tagged with `nametags` too."""
+        """Another picture with this one's information, also tagged with `nametags`."""
         copy = PostprocessedImage(new_image)
         copy.shared = self.shared
         copy.nametags = [*self.nametags, *(nametags or ())]
@@ -59,7 +59,7 @@ class PostprocessedImage:
 
 
 class ScriptPostprocessing:
-    """One operation. `order` is its place (low first), unless the settings name another; `controls` are what `ui` returned."""
+    """One operation. `order` is its position (low first) unless the settings say otherwise; `controls` are those returned by `ui`."""
 
     filename: str | None = None
     controls: Mapping[str, Any] | None = None
@@ -70,17 +70,17 @@ class ScriptPostprocessing:
     group: Any = None
 
     def ui(self) -> Mapping[str, Any]:
-        """Build the controls inside the current gradio context; by the names under which `process` takes their values."""
+        """Build the controls inside the current gradio context. Returns them by the names of `process` arguments."""
         return {}
 
     def process(self, pp: PostprocessedImage, **args: Any) -> None:
-        """Change `pp.image` and say so in `pp.info`."""
+        """Change `pp.image` and record that in `pp.info`."""
 
     def process_firstpass(self, pp: PostprocessedImage, **args: Any) -> None:
-        """Called on all operations before the first `process`: what can be told beforehand."""
+        """Called on all operations before the first `process`, to announce what is known in advance."""
 
     def image_changed(self) -> None:
-        """Another picture was put in: forget what was kept of the last."""
+        """Another picture was loaded: forget what was cached for the last one."""
 
 
 Settings = Callable[[str], Any]
@@ -88,7 +88,7 @@ Settings = Callable[[str], Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Operation:
-    """An operation with the values it is to use."""
+    """An operation with its argument values."""
 
     script: ScriptPostprocessing
     values: Mapping[str, Any]
@@ -103,7 +103,7 @@ class ScriptPostprocessingRunner:
         self._setting = setting or _installed_setting
 
     def register(self, scripts: Iterable[ScriptPostprocessing]) -> None:
-        """Add operations; one of a name that is known takes its place."""
+        """Add operations; one with a known name replaces it."""
         by_name = {script.name: script for script in (*self.scripts, *scripts)}
         self.scripts = list(by_name.values())
 
@@ -120,7 +120,7 @@ class ScriptPostprocessingRunner:
                 self.register([script])
 
     def scripts_in_preferred_order(self) -> list[ScriptPostprocessing]:
-        """Those in use, in the order of the settings; those it does not name follow by their own."""
+        """The operations in use: first those ordered by the settings, then the others by `order`."""
         preferred = list(self._setting("postprocessing_operation_order") or [])
         hidden = set(self._setting("postprocessing_disable_in_extras") or [])
         shown = [script for script in self.scripts if script.name not in hidden]
@@ -150,14 +150,14 @@ class ScriptPostprocessingRunner:
         return inputs
 
     def operations(self, args: Sequence[Any]) -> list[Operation]:
-        """Operations with their values from `args`, which are those of the controls that setup_ui() gave."""
+        """Operations with their values from `args`, in the order of the controls from setup_ui()."""
         return [
             Operation(script=script, values=dict(zip(script.controls or {}, args[script.args_from : script.args_to])))
             for script in self.scripts_in_preferred_order()
         ]
 
     def create_args_for_run(self, scripts_args: Mapping[str, Mapping[str, Any]]) -> list[Any]:
-        """Values for run() from values by the names of operations and controls; the rest as the controls were built. The page must be built."""
+        """Arguments for run() from values by operation and control name, with start values for the rest. The page must be built."""
         scripts = self.scripts_in_preferred_order()
         args: list[Any] = [None] * max((script.args_to or 0 for script in scripts), default=0)
         for script in scripts:
@@ -167,7 +167,7 @@ class ScriptPostprocessingRunner:
         return args
 
     def run(self, pp: PostprocessedImage, args: Sequence[Any]) -> None:
-        """All operations on `pp`; further pictures that they made are in `pp.extra_images` afterwards."""
+        """Run all operations on `pp`; additional pictures end up in `pp.extra_images`."""
         run_operations(pp, self.operations(args))
 
     def image_changed(self) -> None:
@@ -176,7 +176,7 @@ class ScriptPostprocessingRunner:
 
 
 def run_operations(pp: PostprocessedImage, operations: Sequence[Operation], is_stopped: Callable[[], bool] = lambda: False) -> None:
-    """Carry out `operations` on `pp` and on what they add to it. Raises RequestError for what an operation cannot do."""
+    """Run `operations` on `pp` and on the pictures they add. Raises RequestError for what an operation cannot do."""
     for operation in operations:
         _carry_out(operation, pp, "process_firstpass")
     pictures = [pp]
@@ -192,7 +192,7 @@ def run_operations(pp: PostprocessedImage, operations: Sequence[Operation], is_s
 
 
 def _carry_out(operation: Operation, picture: PostprocessedImage, method: str) -> None:
-    """An extension's operation that fails leaves the picture as it is and is reported; one that refuses (RequestError) ends the job, as ours do."""
+    """A failing extension operation is reported and leaves the picture unchanged; a RequestError ends the job, as with built-in operations."""
     script = operation.script
     if script.filename is None:
         getattr(script, method)(picture, **operation.values)

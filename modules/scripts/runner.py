@@ -1,7 +1,7 @@
-"""The scripts of one tab: their controls, the flat list of their arguments, and their hooks called one after another.
+"""The scripts of one tab: their controls, the flat list of their arguments, and calling their hooks in order.
 
-Slot 0 of the arguments is the Script dropdown; each script owns the slots `args_from` to `args_to`. A hook that fails is reported with who, where
-and what happens next, on the page too; the other scripts go on. Must not know tabs, the API or how scripts are loaded.
+Slot 0 of the arguments is the Script dropdown; each script owns slots `args_from` to `args_to`. A failing hook is reported, on the page too,
+with the script, the hook and the consequence; the other scripts continue. Must not know tabs, the API or how scripts are loaded.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from modules.scripts.hooks import HOOKS, Hook
 ComponentCallbacks = dict[str, list[tuple[Callable[[OnComponent], Any], Script]]]
 
 _STEP_HOOKS = ("on_mask_blend",)
-"""Hooks inside of a step, which see all pictures of a batch at once."""
+"""Hooks within a step that see all pictures of a batch at once."""
 
 
 class ScriptRunner:
-    """One for each tab. `list_classes` gives the classes to make scripts of, `is_ours` whether a file is this program's own."""
+    """One per tab. `list_classes` returns the classes to instantiate, `is_ours` tells whether a file belongs to this program."""
 
     def __init__(
         self, list_classes: Callable[[], Iterable[ScriptClassData]] = lambda: (), is_ours: Callable[[str], bool] = lambda path: False
@@ -43,17 +43,17 @@ class ScriptRunner:
         self.on_before_component_elem_id: ComponentCallbacks = {}
         self.on_after_component_elem_id: ComponentCallbacks = {}
 
-    # Making scripts and their controls
+    # Creating scripts and their controls
 
     def initialize_scripts(self, is_img2img: bool) -> None:
-        """Make the scripts of the tab anew."""
+        """Create new instances of the tab's scripts."""
         for kept in (self.scripts, self.selectable_scripts, self.alwayson_scripts, self.titles):
             kept.clear()
         self.prepare_ui()
         for by_id in (self.title_map, self.on_before_component_elem_id, self.on_after_component_elem_id):
             by_id.clear()
         for data in self._list_classes():
-            task = f"{data.script_class.__name__} of {end_of_path(data.path)} could not be made; it is left out"
+            task = f"{data.script_class.__name__} of {end_of_path(data.path)} could not be created; it is ignored"
             call_guest(partial(self._add, data, is_img2img), task)
         for scripts in (self.scripts, self.selectable_scripts, self.alwayson_scripts):
             scripts.sort(key=lambda script: script.sorting_priority)
@@ -80,13 +80,13 @@ class ScriptRunner:
                 by_id.setdefault(elem_id, []).append((callback, script))
 
     def prepare_ui(self) -> None:
-        """Forget the controls of a page that was built before."""
+        """Forget the controls of a previously built page."""
         self.inputs = [None]
         self.infotext_fields.clear()
         self.paste_field_names.clear()
 
     def setup_ui_for_section(self, section: str | None, scriptlist: Sequence[Script] | None = None) -> None:
-        """Build the controls of the scripts of one part of the tab in the current gradio context."""
+        """Build the controls for one section of the tab in the current gradio context."""
         from modules.scripts import controls  # imports gradio
 
         for script in list(self.alwayson_scripts if scriptlist is None else scriptlist):
@@ -95,7 +95,7 @@ class ScriptRunner:
             controls.build_script(self, script)
 
     def setup_ui(self) -> list[Any]:
-        """The rest of the controls and the Script dropdown; what they all send, in order."""
+        """Build the remaining controls and the Script dropdown; returns all inputs in order."""
         from modules.scripts import controls  # imports gradio
 
         self.setup_ui_for_section(None)
@@ -103,7 +103,7 @@ class ScriptRunner:
         return self.inputs
 
     def drop(self, script: Script) -> None:
-        """Go on without `script`."""
+        """Remove `script` from the tab."""
         for kept in (self.scripts, self.selectable_scripts, self.alwayson_scripts):
             if script in kept:
                 kept.remove(script)
@@ -111,13 +111,13 @@ class ScriptRunner:
             del self.title_map[str(script.title()).lower()]
 
     def script(self, title: str) -> Script | None:
-        """The script of that title, in any letter case."""
+        """The script with that title, ignoring case."""
         return self.title_map.get(title.lower())
 
     def set_named_arg(self, args: list[Any], script_name: str, arg_elem_id: str, value: Any, fuzzy: bool = False) -> None:
-        """Put `value` into the slot of the control `arg_elem_id` (`fuzzy`: whose id contains that) of the script `script_name`.
+        """Put `value` into the slot of the control `arg_elem_id` of the script `script_name`. `fuzzy`: the control's id contains `arg_elem_id`.
 
-        Raises RuntimeError when there is none."""
+        Raises RuntimeError if there is none."""
         script = next((found for found in self.scripts if str(found.name).lower() == script_name.lower()), self.script(script_name))
         if script is None or script.args_from is None:
             raise RuntimeError(f"script {script_name} not found; scripts here: {', '.join(sorted(self.title_map))}")
@@ -131,11 +131,11 @@ class ScriptRunner:
     # Calling hooks
 
     def overrides(self, *hooks: str) -> bool:
-        """Whether any script that is part of the tab has one of `hooks`."""
+        """Whether any script that is part of the tab defines one of `hooks`."""
         return any(_has(script, hook) for script in self.alwayson_scripts for hook in hooks)
 
     def sees_whole_batches(self) -> bool:
-        """Whether a script looks at all pictures of a batch inside of a step."""
+        """Whether a script looks at all pictures of a batch within a step."""
         return self.overrides(*_STEP_HOOKS)
 
     def _call_all(self, hook: str, p: Any, *values: Any, **keywords: Any) -> None:
@@ -147,37 +147,37 @@ class ScriptRunner:
 
     def _call(self, script: Script, hook: str, p: Any, *values: Any, **keywords: Any) -> None:
         args = self._args_of(script, p)
-        what_next = "the picture is made without it and the other scripts go on"
+        what_next = "the picture is made without it and the other scripts continue"
         task = f"Script {script.title()!r} ({end_of_path(script.filename)}) failed in {hook}; {what_next}"
         refusals = (RequestError,) if self._is_ours(script.filename or "") else ()
         well, _ = call_guest(lambda: getattr(script, hook)(p, *values, *args, **keywords), task, passing=refusals)
         if not well and getattr(p, "comments", None) is not None:
-            p.comments[f"{task}. The log of the server has the details."] = 1
+            p.comments[f"{task}. See the server's log for details."] = 1
 
     def _args_of(self, script: Script, p: Any) -> Sequence[Any]:
         args = getattr(p, "script_args", None) or ()
         return () if script.args_from is None else args[script.args_from : script.args_to]
 
     def run(self, p: Any, *args: Any) -> Any:
-        """Let the script selected in slot 0 make the pictures; None when none is selected or it leaves that to the host.
+        """Let the script selected in slot 0 make the pictures; None if none is selected or the script leaves that to the host.
 
-        Raises RequestError for a slot that names no script, and what the script raises."""
+        Raises RequestError for an invalid slot value, and whatever the script raises."""
         index = int(args[0] or 0) if args else 0
         if index == 0:
             return None
         if not 0 < index <= len(self.selectable_scripts):
-            raise RequestError(f"script {index} was selected; there are {len(self.selectable_scripts)} selectable scripts: {', '.join(self.titles)}.")
+            raise RequestError(f"script {index} does not exist; there are {len(self.selectable_scripts)} scripts: {', '.join(self.titles)}.")
         script = self.selectable_scripts[index - 1]
 
         with as_guest():
             return script.run(p, *args[script.args_from : script.args_to])
 
-    if TYPE_CHECKING:  # each hook is a method that calls it in every script: see _relay
+    if TYPE_CHECKING:  # each hook is a method that calls all scripts: see _relay
 
         def __getattr__(self, name: str) -> Callable[..., None]: ...
 
     def setup_scrips(self, p: Any, *, is_ui: bool = True) -> None:
-        """The request is complete: `setup` of all scripts."""
+        """Call `setup` of all scripts, once the request is complete."""
         for script in self._in_order("setup"):
             if is_ui or not script.setup_for_ui_only:
                 self._call(script, "setup", p)
@@ -185,11 +185,11 @@ class ScriptRunner:
     # The page
 
     def before_component(self, component: Any, **kwargs: Any) -> None:
-        """A control of the tab is about to be made."""
+        """Called before a control of the tab is created."""
         self._tell_of_component("before_component", self.on_before_component_elem_id, component, kwargs)
 
     def after_component(self, component: Any, **kwargs: Any) -> None:
-        """A control of the tab was made."""
+        """Called after a control of the tab was created."""
         self._tell_of_component("after_component", self.on_after_component_elem_id, component, kwargs)
 
     def _tell_of_component(self, hook: str, by_id: ComponentCallbacks, component: Any, kwargs: Any) -> None:
@@ -204,13 +204,13 @@ class ScriptRunner:
 
 
 def _has(script: Script, hook: str) -> bool:
-    """Whether the script defines the hook itself, in its class or on the object."""
+    """Whether the script defines the hook itself, in its class or on the instance."""
     own = getattr(script, hook, None)
     return own is not None and getattr(own, "__func__", own) is not getattr(Script, hook, None)
 
 
 def _relay(hook: Hook) -> Callable[..., None]:
-    """The runner's method for `hook`. Values past the declared ones stand for the first keywords, as guests call `postprocess_batch(p, images)`."""
+    """The runner's method for `hook`. Excess values stand for the first keywords, because guests call `postprocess_batch(p, images)`."""
 
     def call_all(self: ScriptRunner, p: Any, *values: Any, **keywords: Any) -> None:
         num_values = len(hook.values)

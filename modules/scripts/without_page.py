@@ -1,4 +1,4 @@
-"""Controls of scripts where there is no page: built aside, so that the API knows each script's arguments and what they are when left out."""
+"""Builds the controls of scripts when there is no page, so that the API knows each script's arguments and their defaults."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Reading a settings file that may be damaged: what can be read of it is read, key by key, and the file itself is kept aside.
+"""Reads a settings file that may be damaged: recovers what is readable, key by key, and keeps a copy of the file.
 
-Knows JSON and files, no setting.
+Knows JSON and files, but no settings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BLANKS = " \t\r\n"
 
 
 def problem_with(value: Any) -> str | None:
-    """Why `value` cannot be a setting, in words; None when it can. Looks at any depth without recursion."""
+    """Why `value` cannot be a setting, in words; None if it can. Checks every level without recursion."""
     waiting, num_items = [(value, 0)], 0
     while waiting:
         entry, depth = waiting.pop()
@@ -33,7 +33,7 @@ def problem_with(value: Any) -> str | None:
         if depth > MAX_DEPTH:
             return f"it is nested more than {MAX_DEPTH} deep"
         if num_items > MAX_ITEMS:
-            return f"it holds more than {MAX_ITEMS} values"
+            return f"it contains more than {MAX_ITEMS} values"
         if isinstance(entry, str):
             if (why := _problem_with_text(entry)) is not None:
                 return why
@@ -46,7 +46,7 @@ def problem_with(value: Any) -> str | None:
         elif isinstance(entry, float) and not math.isfinite(entry):
             return "its number is not finite"
         elif entry is not None and not isinstance(entry, (int, float)):
-            return f"a {type(entry).__name__} cannot be kept in the settings file"
+            return f"a {type(entry).__name__} cannot be stored in the settings file"
     return None
 
 
@@ -54,7 +54,7 @@ def _problem_with_text(text: str) -> str | None:
     if len(text) > MAX_TEXT_CHARS:
         return f"its text is longer than {MAX_TEXT_CHARS} characters"
     if "\0" in text:
-        return "its text holds a NUL"
+        return "its text contains a NUL"
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -63,7 +63,7 @@ def _problem_with_text(text: str) -> str | None:
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """(values by key, what is wrong by key) of the file; "" is the key of what concerns the whole. Raises OSError."""
+    """(values by key, problems by key) of the file; the key "" is for problems with the whole file. Raises OSError."""
     if path.stat().st_size > MAX_FILE_BYTES:
         return {}, {"": f"it is larger than {MAX_FILE_BYTES >> 20} MiB"}
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
@@ -72,7 +72,7 @@ def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except (ValueError, RecursionError):
         return _salvage(text)
     if not isinstance(loaded, dict):
-        return {}, {"": "it does not hold a JSON object"}
+        return {}, {"": "it does not contain a JSON object"}
     return _sorted_out(loaded.items())
 
 
@@ -95,7 +95,7 @@ def _salvage(text: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _readable_pairs(text: str, problems: dict[str, str]) -> Iterator[tuple[str, Any]]:
-    """The pairs of an object that is not sound as a whole, as far as it goes; what cannot be read is noted in `problems`."""
+    """The pairs of a broken JSON object as far as they can be parsed; the rest is recorded in `problems`."""
     place = _skip_blanks(text, 0)
     if text[place : place + 1] != "{":
         problems[""] = "it is not JSON"
@@ -130,7 +130,7 @@ def _skip_blanks(text: str, place: int) -> int:
 
 
 def _end_of_value(text: str, place: int) -> int:
-    """Where the value ends that begins at `place`: at a comma or bracket of its own level."""
+    """The end of the value starting at `place`: the next comma or bracket on its own level."""
     depth, in_text = 0, False
     while place < len(text):
         letter = text[place]
@@ -153,7 +153,7 @@ def _end_of_value(text: str, place: int) -> int:
 
 
 def keep_aside(path: Path) -> Path | None:
-    """A copy of the file as `<name>.unreadable` (or that with a number), unless one like it is there; a folder is moved. None when it cannot be."""
+    """Copy the file to `<name>.unreadable` (or a numbered name) unless an identical copy exists; move a folder. None if that fails."""
     try:
         target = path.with_name(f"{path.name}.unreadable")
         number = 1
@@ -167,6 +167,6 @@ def keep_aside(path: Path) -> Path | None:
         else:
             path.rename(target)
     except OSError as error:
-        log.error("%s could not be kept aside (%s).", path, error)
+        log.error("%s could not be backed up (%s).", path, error)
         return None
     return target

@@ -1,4 +1,4 @@
-"""Short builders of the built-in settings; the two tables of shared_options*.py are written with them. Components are gradio class names."""
+"""Short builders for built-in settings, used by settings/table.py and settings/page_table.py. Components are gradio class names."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ OptionTable = dict[str, OptionInfo]
 def option(
     default: Any, label: str, component: str | None = None, *, infotext: str | None = None, info: str = "", api: bool = True, **args: Any
 ) -> OptionInfo:
-    """Any setting; `args` go to its component."""
+    """Any setting; `args` are passed to its component."""
     built = OptionInfo(default, label, component, args or None, infotext=infotext, restrict_api=not api)
     return built.info(info) if info else built
 
 
 def slider(default: float, label: str, low: float, high: float, step: float, *, strict: bool = False, **kwargs: Any) -> OptionInfo:
-    """A number; low and high bind the page only, unless `strict`: then also the API and the file."""
+    """A number. `low` and `high` limit only the page, unless `strict`: then also the API and the file."""
     built = option(default, label, "Slider", minimum=low, maximum=high, step=step, **kwargs)
     built.limits = (low, high) if strict else None
     return built
 
 
 def choice(default: str, label: str, *choices: str, component: str = "Radio", **kwargs: Any) -> OptionInfo:
-    """One of fixed texts; no other is taken."""
+    """One of fixed texts; others are rejected."""
     built = option(default, label, component, choices=list(choices), **kwargs)
     built.allowed = choices
     return built
@@ -36,7 +36,7 @@ def text(default: str, label: str, **kwargs: Any) -> OptionInfo:
 
 
 def output_folder(default: str, label: str) -> OptionInfo:
-    """Where pictures or texts are written."""
+    """A folder in which pictures or texts are written."""
     return _path(default, label, FOLDER_FOR_OUTPUTS)
 
 
@@ -46,7 +46,7 @@ def source_path(default: str, label: str) -> OptionInfo:
 
 
 def log_file(default: str, label: str) -> OptionInfo:
-    """The name of a file in the folder of logs."""
+    """The name of a file in the logs folder."""
     return _path(default, label, FILE_OF_LOGS)
 
 

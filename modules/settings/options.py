@@ -1,6 +1,6 @@
-"""Settings: what they are (OptionInfo), the store that is saved to a file (Options) and the frozen view a job works with (OptionsSnapshot).
+"""Settings: their definition (OptionInfo), the store that is saved to a file (Options), and a job's frozen view (OptionsSnapshot).
 
-Must not know any single setting (settings/table.py defines them), nor gradio: a component is a gradio class or the name of one.
+Must not know any particular setting (settings/table.py defines them), nor gradio: a component is a gradio class or the name of one.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from modules.settings.file import keep_aside, problem_with, read_settings
 
 log = logging.getLogger(__name__)
 
-# the overrides of the job that runs in this context: settings read through the store show them, as extensions expect
+# overrides of the job running in this context; settings read through the store include them, as extensions expect
 active_overrides: ContextVar[Mapping[str, Any]] = ContextVar("active_overrides", default=MappingProxyType({}))
 
 FOLDER_FOR_OUTPUTS, FOLDER_OR_FILE, FILE_OF_LOGS = "folder for outputs", "folder or file", "file of logs"
-"""What a setting names when it names something on disk (OptionInfo.path_kind)."""
+"""What a setting names on disk, if anything (OptionInfo.path_kind)."""
 
 _TRUE_WORDS = frozenset({"true", "yes", "on", "1"})
 _FALSE_WORDS = frozenset({"false", "no", "off", "0", ""})
 
 
 class OptionInfo:
-    """One setting: default, label, how it is shown. The chainable methods return self."""
+    """One setting: default, label, presentation. The chainable methods return self."""
 
     do_not_save = False
 
@@ -64,9 +64,9 @@ class OptionInfo:
         self.comment_after = comment_after
         self.infotext = infotext
         self.restrict_api = restrict_api
-        self.limits: tuple[float, float] | None = None  # what the value must lie between, wherever it comes from
-        self.allowed: tuple[str, ...] | None = None  # the only texts it can take
-        self.path_kind: str | None = None  # what on disk its value names, if anything
+        self.limits: tuple[float, float] | None = None  # bounds of the value, from any source
+        self.allowed: tuple[str, ...] | None = None  # the only valid texts
+        self.path_kind: str | None = None  # what its value names on disk, if anything
 
     def link(self, label: str, url: str) -> OptionInfo:
         self.comment_before += f"[<a href='{url}' target='_blank'>{label}</a>]"
@@ -93,17 +93,17 @@ class OptionInfo:
         return self
 
     def cast(self, key: str, value: Any) -> Any:
-        """`value` as the type of the default, checked against the setting's limits. Raises OptionError."""
+        """`value` converted to the default's type and checked against the setting's limits. Raises OptionError."""
         if value is None:
             return None if self.default is None else self.default
         if (why := problem_with(value)) is not None:
-            raise OptionError(f"setting {key!r}: this value cannot be kept: {why}.")
+            raise OptionError(f"setting {key!r}: this value cannot be stored: {why}.")
         if self.default is None:
             return self._check(key, self._cast_without_default(key, value))
         return self._check(key, _cast_like(key, value, self.default))
 
     def _cast_without_default(self, key: str, value: Any) -> Any:
-        """A number where the page has a control for numbers, else a text; lists of texts where it has one for several."""
+        """A number if the page has a numeric control, else text; a list of texts if the control takes several."""
         component = self.component if isinstance(self.component, str) else getattr(self.component, "__name__", "")
         if component in ("Number", "Slider"):
             return _cast_int(key, value)
@@ -122,7 +122,7 @@ class OptionInfo:
 
 
 class OptionHTML(OptionInfo):
-    """A text on the settings page; it has no value."""
+    """Text on the settings page; it has no value."""
 
     do_not_save = True
 
@@ -131,7 +131,7 @@ class OptionHTML(OptionInfo):
 
 
 def options_section(section_identifier: tuple[Any, ...], options_dict: dict[str, OptionInfo]) -> dict[str, OptionInfo]:
-    """Put every option of `options_dict` into the section (id, label[, category id]); returns the same dict."""
+    """Put all options of `options_dict` into the section (id, label[, category id]); returns the same dict."""
     for info in options_dict.values():
         info.section = tuple(section_identifier[:2])
         if len(section_identifier) > 2:
@@ -144,7 +144,7 @@ def _wrong_type(key: str, value: Any, wanted: str) -> OptionError:
 
 
 def _shown(value: Any) -> str:
-    """The value's type, and itself where that is short to say."""
+    """The value's type, and the value if it is short."""
     return f"{type(value).__name__} {str(value)[:80]!r}" if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
@@ -178,12 +178,12 @@ def _cast_int(key: str, value: Any) -> int | float:
 
 
 def _cast_list(key: str, value: Any, default: list[Any]) -> list[Any]:
-    """Members are of the kind that the default's are; those of an empty default are texts or numbers."""
+    """Members have the type of the default's members; if the default is empty, they are texts or numbers."""
     if not isinstance(value, (list, tuple)):
         raise _wrong_type(key, value, "a list")
     kinds = {type(member) for member in default}
     if kinds and not kinds <= {str, int, float, bool}:
-        return list(value)  # an extension's own structure
+        return list(value)  # a structure of an extension
     for member in value:
         if not isinstance(member, (str, int, float)):
             raise _wrong_type(key, member, "texts or numbers in its list")
@@ -209,16 +209,16 @@ def _cast_like(key: str, value: Any, default: Any) -> Any:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replace `path` by a file holding `text`: readers see the old file or the whole new one, also after a crash."""
+    """Replace `path` with a file containing `text`: readers see the whole old or the whole new file, even after a crash."""
     replace_content(path, text.encode("utf-8"))
 
 
 Guard = Callable[[str, OptionInfo, Any], None]
-"""Raises OptionError for a value that a setting may not get while the program runs."""
+"""Raises OptionError for a value that may not be set while the program runs."""
 
 
 class OptionsSnapshot(Mapping[str, Any]):
-    """All settings as they were at one moment. Read by key or by attribute; cannot be written."""
+    """All settings at one moment. Read by key or attribute; read-only."""
 
     __slots__ = ("_guard", "_labels", "_values")
 
@@ -252,9 +252,9 @@ class OptionsSnapshot(Mapping[str, Any]):
         raise AttributeError(f"setting {name!r} cannot be changed in a job's snapshot; use override_settings")
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> OptionsSnapshot:
-        """This snapshot with `overrides` laid over it; keys that are unknown, or that no request may change, are ignored with a warning.
+        """This snapshot with `overrides` on top; unknown keys, and keys that requests may not change, are ignored with a warning.
 
-        Raises OptionError for a wrong value."""
+        Raises OptionError for an invalid value."""
         known: dict[str, Any] = {}
         for key, value in overrides.items():
             info = self._labels.get(key)
@@ -264,7 +264,7 @@ class OptionsSnapshot(Mapping[str, Any]):
             cast = info.cast(key, value)
             if not info.do_not_save and cast != self[key]:
                 if info.restrict_api:
-                    log.warning("override_settings: no request may change the setting %r; it stays as it is.", key)
+                    log.warning("override_settings: requests may not change the setting %r; it is ignored.", key)
                     continue
                 if self._guard is not None:
                     self._guard(key, info, cast)
@@ -276,7 +276,7 @@ _OWN_ATTRIBUTES = frozenset({"data", "data_labels", "restricted_opts", "frozen_k
 
 
 class Options:
-    """The saved settings. Thread-safe; attributes are settings: `opts.samples_format`."""
+    """The saved settings. Thread-safe. Attributes are settings: `opts.samples_format`."""
 
     typemap: Mapping[Any, Any] = {int: float}
 
@@ -321,9 +321,9 @@ class Options:
             raise OptionError(f"setting {key!r} may not be changed while --hide-ui-dir-config is on.")
 
     def set(self, key: str, value: Any, is_api: bool = False, run_callbacks: bool = True) -> bool:
-        """Change a setting; returns whether its value is another now. Raises OptionError for an unknown key or a value of the wrong type.
+        """Change a setting; returns whether its value changed. Raises OptionError for an unknown key or a value of the wrong type.
 
-        A setting that the API may not change is left as it is (returns False)."""
+        A setting that the API may not change stays unchanged (returns False)."""
         info = self.data_labels.get(key)
         if info is None:
             raise OptionError(f"there is no setting {key!r}.")
@@ -356,7 +356,7 @@ class Options:
         return None if info is None else info.default
 
     def onchange(self, key: str, func: Callable[[], object], call: bool = True) -> None:
-        """Have `func` called whenever `key` changes through set(); also now, unless `call` is false."""
+        """Call `func` whenever `key` changes through set(); also immediately, unless `call` is false."""
         info = self.data_labels.get(key)
         if info is None:
             raise OptionError(f"there is no setting {key!r}.")
@@ -365,26 +365,26 @@ class Options:
             func()
 
     def snapshot(self, overrides: Mapping[str, Any] | None = None) -> OptionsSnapshot:
-        """The settings as they are now, frozen."""
+        """The current settings, frozen."""
         with self._lock:
             frozen = OptionsSnapshot(dict(self.data_labels), self.data, self.guard)
         inherited = active_overrides.get()
         return frozen.with_overrides({**inherited, **(overrides or {})}) if inherited or overrides else frozen
 
     def save(self, filename: str | os.PathLike[str]) -> None:
-        """Write the settings, whole or not at all. Keys that no option defines are kept as they were read."""
+        """Write the settings atomically. Keys that no option defines are kept as read."""
         if self.frozen_keys and self.frozen_keys >= set(self.data_labels):
             raise OptionError("settings are frozen by --freeze-settings; start without the flag to save them.")
         with self._lock:
             write_text_atomically(Path(filename), json.dumps(self.data, indent=4, ensure_ascii=False))
 
     def load(self, filename: str | os.PathLike[str]) -> None:
-        """Read the settings file if it is there. What cannot be read is named in a warning and gets its default; the file is kept aside then."""
+        """Read the settings file if it exists. Unreadable values get their defaults, with a warning each; the file is then backed up."""
         path = Path(filename)
         if not path.exists():
             return
         if not path.is_file():
-            log.error("%s is not a file; defaults apply. It is kept as %s.", path, keep_aside(path))
+            log.error("%s is not a file; defaults apply. It was moved to %s.", path, keep_aside(path))
             return
         try:
             loaded, problems = read_settings(path)
@@ -401,14 +401,14 @@ class Options:
             self._report(path, problems)
 
     def _report(self, path: Path, problems: Mapping[str, str]) -> None:
-        """One warning for each key, and where the file as it was is kept."""
+        """One warning per key, and the name of the backup copy."""
         aside = keep_aside(path)
-        kept = f"A copy is kept as {aside.name}." if aside is not None else "No copy could be kept."
+        kept = f"A copy was saved as {aside.name}." if aside is not None else "No copy could be saved."
         for key, why in problems.items():
             if key:
                 log.warning("%s: setting %r: %s; other settings are kept. %s", path.name, key, why.rstrip("."), kept)
             else:
-                log.error("%s cannot be read (%s); defaults apply to what is missing. %s", path, why, kept)
+                log.error("%s cannot be read (%s); defaults apply to missing settings. %s", path, why, kept)
 
     def _value_from_file(self, key: str, value: Any) -> Any:
         """Raises OptionError."""
@@ -416,7 +416,7 @@ class Options:
         return value if info is None else info.cast(key, value)
 
     def dumpjson(self) -> str:
-        """All settings as JSON, with the comments that the page shows beside them."""
+        """All settings as JSON, with the comments shown next to them on the page."""
         labels = self.data_labels
         values: dict[str, Any] = {key: self.data.get(key, info.default) for key, info in labels.items() if not info.do_not_save}
         values["_comments_before"] = {key: info.comment_before for key, info in labels.items() if info.comment_before}
@@ -432,9 +432,9 @@ class Options:
         return [[category_id, label] for category_id, label in categories.items()]
 
     def add_option(self, key: str, info: OptionInfo) -> None:
-        """Define one more setting (extensions do). A value read from the file before keeps its effect."""
+        """Define an additional setting (extensions do). A value read earlier from the file still applies."""
         with self._lock:
-            if self.frozen_keys and self.frozen_keys >= set(self.data_labels):  # --freeze-settings means what comes later too
+            if self.frozen_keys and self.frozen_keys >= set(self.data_labels):  # --freeze-settings also applies to settings added later
                 object.__setattr__(self, "frozen_keys", self.frozen_keys | {key})
             self.data_labels[key] = info
             if info.do_not_save:
@@ -449,7 +449,7 @@ class Options:
                 self.data[key] = info.default
 
     def reorder(self) -> None:
-        """Bring settings of one section together, sections in the order of their first setting, nameless sections last."""
+        """Group settings by section, in the order of each section's first setting; sections without a name come last."""
         order: dict[Any, int] = {}
         for info in self.data_labels.values():
             order.setdefault(_section_id(info), len(order))
@@ -459,12 +459,12 @@ class Options:
             self.data_labels.update(ordered)
 
     def cast_value(self, key: str, value: Any) -> Any:
-        """`value` as this setting's type; None stays None. Raises OptionError."""
+        """`value` converted to this setting's type; None stays None. Raises OptionError."""
         info = self.data_labels.get(key)
         return value if info is None or value is None else info.cast(key, value)
 
     def same_type(self, x: Any, y: Any) -> bool:
-        """Whether x may stand where y stands: None with anything, int with float."""
+        """Whether x may replace y: None matches anything, int matches float."""
         if x is None or y is None:
             return True
         kinds: list[Any] = [self.typemap.get(kind, kind) for kind in (type(x), type(y))]

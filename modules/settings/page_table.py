@@ -1,4 +1,4 @@
-"""The settings of the page itself, of extra networks, presets and ControlNet: second half of the table in settings/table.py."""
+"""The settings of the page, extra networks, presets and ControlNet: second half of the table in settings/table.py."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def _preset(prefix: str, *, width: int, height: int, side: int, cfg: float, samp
 
 
 def preset_sections() -> list[tuple[tuple[Any, ...], OptionTable]]:
-    """What the presets sd, xl and flux set. `*_GPU_MB` without a value: all of the card but 1024 MB."""
+    """The values set by the presets sd, xl and flux. `*_GPU_MB` without a value means the whole GPU minus 1024 MB."""
     sd = _preset("sd", width=512, height=640, side=512, cfg=7.0, sampler="Euler a", scheduler="Automatic")
     xl = _preset("xl", width=896, height=1152, side=1024, cfg=5.0, sampler="DPM++ 2M SDE", scheduler="Karras")
     flux = _preset("flux", width=896, height=1152, side=1024, cfg=1.0, sampler="Euler", scheduler="Simple")

@@ -1,7 +1,7 @@
 """Every built-in setting: key, default, label, component, infotext name. The page and the API read this table; the store is
 modules/settings/options.py.
 
-Components are gradio class names, so that reading this file needs no gradio.
+Components are gradio class names, so that importing this file does not need gradio.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OUTPUT_FOLDER_KEYS = (
     "outdir_init_images",
 )
 
-# what --hide-ui-dir-config protects
+# protected by --hide-ui-dir-config
 restricted_opts = frozenset({"samples_filename_pattern", "directories_filename_pattern", "temp_dir", *OUTPUT_FOLDER_KEYS})
 
 
@@ -349,7 +349,7 @@ def _postprocessing() -> OptionTable:
 
 
 def _multi_gpu() -> OptionTable:
-    info = "auto takes what is predicted fastest (or what --multi-gpu-strategy says); it matters with --multi-gpu"
+    info = "auto chooses the plan predicted to be fastest (or the one from --multi-gpu-strategy); only used with --multi-gpu"
     return {
         "multi_gpu_strategy": choice("auto", "How a picture is divided over GPUs", "auto", "replicas", "layers", "single", info=info),
         "enable_async_gpu": option(True, "Copy between GPUs while they compute", info="off gives the same picture, slower"),

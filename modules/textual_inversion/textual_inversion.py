@@ -1,4 +1,4 @@
-"""The engine's textual inversion under the name that extensions import."""
+"""The engine's textual inversion, under the name that extensions import."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
 """The page. Must not know how a picture is made or how HTTP is served.
 
-Reading order: `tabs` (`create_ui`: puts the tabs together and connects them), then one tab: `txt2img` or `img2img` (its controls),
-`sections` and `toprow` (the groups they are made of), `requests` (from the values of controls to a request), `generation` (a click on
-Generate), `common` and `components` (parts that several tabs use), `paste` (infotext into controls), `settings`, `extras`, `pnginfo`,
+Reading order: `tabs` (`create_ui` builds the tabs and connects them), then one tab: `txt2img` or `img2img` (its controls), `sections` and
+`toprow` (the groups of controls in a tab), `requests` (turns control values into a request), `generation` (handles a click on Generate),
+`common` and `components` (parts that several tabs share), `paste` (puts infotext into controls), `settings`, `extras`, `pnginfo`,
 `extra_networks*` (cards of model files), `file_routes` (files of extensions), `page` (style sheet, scripts, theme), `guard` and
 `page_files` (what a browser may name). Beside them: `choices`, `extensions`, `gpus`, `img2img_pictures`, `quicksettings`, `saving`,
 `scripts`, `shown_text`, `style_dialog`, `styles`, `symbols`, `tokens`.
 
-Example: a new slider of txt2img is built in `sections`, placed in `txt2img`, gets its request field in `requests` and its infotext name in
+Example: a new slider of txt2img is built in `sections`, placed in `txt2img`, mapped to its request field in `requests`, and named for infotext in
 modules/infotext/fields.py.
 
-The names below are those that extensions import from `modules.ui`; they are looked up when asked for, as importing the page takes a while.
+Extensions import the names below from `modules.ui`. They are looked up on first use because importing the page takes a while.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the page's dropdowns offer, read from the lists of samplers, schedules, files and styles."""
+"""The choices in the page's dropdowns: samplers, schedules, files and styles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def sampler_names() -> list[str]:
-    """Samplers in the order of the list, without those the user hides."""
+    """Sampler names in list order, without those the user hides."""
     return list(registry.visible_sampler_names())
 
 
@@ -26,7 +26,7 @@ def schedule_labels() -> list[str]:
 
 
 def generation_choices(app: Application) -> Choices:
-    """For txt2img and img2img."""
+    """Dropdown choices of txt2img and img2img."""
     return Choices(
         samplers=sampler_names(),
         schedulers=schedule_labels(),
@@ -41,18 +41,18 @@ def _titles(app: Application) -> list[str]:
 
 
 def checkpoint_titles(app: Application) -> list[str]:
-    """The checkpoints that are in the folders now."""
+    """Titles of the checkpoints that are in the folders now."""
     app.checkpoints.refresh()
     return _titles(app)
 
 
 def upscaler_names() -> list[str]:
-    """What hires fix can enlarge with: the latent modes, then the upscalers of pictures."""
+    """Upscalers for hires fix: the latent modes, then the image upscalers."""
     return [*LATENT_UPSCALE_MODES, *(entry.name for entry in available_upscalers() if entry.name != "None")]
 
 
 def setting_choices(app: Application) -> dict[str, list[str]]:
-    """For settings whose choices are only known while the server runs."""
+    """Choices of settings that are known only while the server runs."""
     vaes = ["Automatic", "None", *app.additional_modules.vaes]
     return {"samplers": sampler_names(), "schedulers": schedule_labels(), "themes": list(THEMES), "vaes": vaes}
 
@@ -62,7 +62,7 @@ def style_names(app: Application) -> list[str]:
 
 
 def existing(defaults: Defaults, size_px: tuple[int, int] | None) -> Defaults:
-    """`defaults` with a sampler and a schedule that exist, and with `size_px` when there is one."""
+    """`defaults` with unknown sampler and schedule names replaced, and with `size_px` if one is given."""
     samplers, schedules = sampler_names(), schedule_labels()
     sampler = defaults.sampler if defaults.sampler in samplers else samplers[0]
     scheduler = defaults.scheduler if defaults.scheduler in schedules else schedules[0]

@@ -1,6 +1,6 @@
 """Parts that more than one tab uses: the refresh button, the result panel with its gallery and buttons; and the names that extensions import.
 
-Must not know how a picture is made, nor any single tab.
+Must not know how a picture is made, nor any particular tab.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def create_refresh_button(
     refreshed_args: dict[str, Any] | Callable[[], dict[str, Any]] | None,
     elem_id: str,
 ) -> ToolButton:
-    """A button that runs `refresh_method` and then gives `refresh_component` the properties that `refreshed_args` says."""
+    """A button that runs `refresh_method`, then updates `refresh_component` with the properties from `refreshed_args`."""
     components: list[Any] = list(refresh_component) if isinstance(refresh_component, (list, tuple)) else [refresh_component]
 
     def refresh() -> Any:
@@ -59,7 +59,7 @@ def create_refresh_button(
 
 @dataclass(frozen=True, kw_only=True)
 class OutputPanel:
-    """The right side of a tab. `buttons` are those under the gallery: open_folder, save, zip, img2img, inpaint, extras; upscale in txt2img."""
+    """The right side of a tab. `buttons` are the ones under the gallery: open_folder, save, zip, img2img, inpaint, extras; upscale in txt2img."""
 
     gallery: gr.Gallery
     generation_info: gr.Textbox
@@ -118,7 +118,7 @@ def create_output_panel(tabname: str, *, show_folder_button: bool = False, galle
 
 
 def _connect_selection(tab: str, gallery: gr.Gallery, generation_info: gr.Textbox, infotext: gr.HTML) -> None:
-    """Show the parameters of the picture that is selected: by click, and through the hidden button that extensions' scripts press."""
+    """Show the parameters of the selected picture: on a click, and through the hidden button that extensions' scripts press."""
 
     def on_select(info: str, shown: str, event: gr.SelectData) -> str:
         return update_generation_info(info, shown, event.index if isinstance(event.index, int) else 0)

@@ -1,4 +1,4 @@
-"""The form components of the page under the names extensions know: tool buttons, tight rows, the accordion with a checkbox in its header.
+"""The page's form components under the names extensions know: tool buttons, tight rows, the accordion with a checkbox in its header.
 
 Must not know any tab, option or the application.
 """
@@ -16,9 +16,9 @@ from gradio.context import get_blocks_context
 
 
 class _ComponentMetaWithoutStub(ComponentMeta):
-    """gradio's metaclass, without the .pyi file that it writes beside the source of every component class.
+    """gradio's metaclass, but without the .pyi file that gradio writes next to every component's source.
 
-    gradio tells the browser those attributes of a component that its constructor names, so the constructor shows its parent's signature.
+    gradio sends the browser only the attributes named by a component's constructor, so the constructor takes its parent's signature.
     """
 
     def __new__(mcs, name: str, bases: tuple[type, ...], attrs: dict[str, Any]) -> Any:
@@ -34,7 +34,7 @@ def _with_class(elem_classes: Sequence[str] | str | None, *names: str) -> list[s
 
 
 class ToolButton(gr.Button, metaclass=_ComponentMetaWithoutStub):
-    """A small square button. `icon_name` picks one of the drawings in style.css; without one the value is its face."""
+    """A small square button. `icon_name` picks a drawing from style.css; without one the button shows its value."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class ToolButton(gr.Button, metaclass=_ComponentMetaWithoutStub):
 
 
 class ResizeHandleRow(gr.Row, metaclass=_ComponentMetaWithoutStub):
-    """The row that holds the settings on the left and the results on the right."""
+    """The row with the settings on the left and the results on the right."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(elem_classes=_with_class(kwargs.pop("elem_classes", None), "resize-handle-row"), **kwargs)
@@ -70,7 +70,7 @@ class ResizeHandleRow(gr.Row, metaclass=_ComponentMetaWithoutStub):
 
 
 class FormRow(gr.Row, metaclass=_ComponentMetaWithoutStub):
-    """A row whose parts keep together."""
+    """A row whose parts stay close together."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, elem_classes=_with_class(kwargs.pop("elem_classes", None), "form-row"), **kwargs)
@@ -80,7 +80,7 @@ class FormRow(gr.Row, metaclass=_ComponentMetaWithoutStub):
 
 
 class FormColumn(gr.Column, metaclass=_ComponentMetaWithoutStub):
-    """A column whose parts keep together."""
+    """A column whose parts stay close together."""
 
     def get_block_name(self) -> str:
         return "column"
@@ -101,14 +101,14 @@ class FormHTML(gr.HTML, metaclass=_ComponentMetaWithoutStub):
 
 
 class FormColorPicker(gr.ColorPicker, metaclass=_ComponentMetaWithoutStub):
-    """A colour picker inside a form."""
+    """A color picker inside a form."""
 
     def get_block_name(self) -> str:
         return "colorpicker"
 
 
 class DropdownMulti(gr.Dropdown, metaclass=_ComponentMetaWithoutStub):
-    """A dropdown that takes any number of its choices."""
+    """A dropdown that allows several choices."""
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("multiselect", True)
@@ -119,7 +119,7 @@ class DropdownMulti(gr.Dropdown, metaclass=_ComponentMetaWithoutStub):
 
 
 class DropdownEditable(gr.Dropdown, metaclass=_ComponentMetaWithoutStub):
-    """A dropdown that also takes what is typed."""
+    """A dropdown that also accepts typed text."""
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("allow_custom_value", True)
@@ -130,9 +130,9 @@ class DropdownEditable(gr.Dropdown, metaclass=_ComponentMetaWithoutStub):
 
 
 class InputAccordion(gr.Checkbox, metaclass=_ComponentMetaWithoutStub):
-    """An accordion that is also a checkbox: opening it switches its feature on, closing it switches it off.
+    """An accordion that is also a checkbox: opening it turns its feature on, closing it turns it off.
 
-    The component itself is the (hidden) checkbox, so it can be an input; `with` puts parts into the accordion, `with x.extra():` into its header.
+    The component itself is the hidden checkbox, so it can be an input. `with x` adds parts to the accordion, `with x.extra()` to its header.
     The page's script draws the visible checkbox in the header.
     DOM ids: `{elem_id}`, `{elem_id}-checkbox`, `{elem_id}-visible-checkbox`, `{elem_id}-extra`.
     """
@@ -144,9 +144,9 @@ class InputAccordion(gr.Checkbox, metaclass=_ComponentMetaWithoutStub):
         label, visible = kwargs.pop("label", "Accordion"), kwargs.pop("visible", True)
         super().__init__(value=bool(value), elem_id=f"{self.accordion_id}-checkbox", visible="hidden", label=label, **kwargs)
         self.accordion: gr.Accordion | None = accordion
-        if get_blocks_context() is None:  # gradio makes a second one whenever an event changes this one's properties; it is never shown
+        if get_blocks_context() is None:  # gradio makes a second instance when an event updates this one; it is never shown
             return
-        if accordion is None:  # open at first, so that its parts are made; the page's script closes it
+        if accordion is None:  # starts open so that its parts are created; the page's script closes it
             self.accordion = gr.Accordion(label, open=True, visible=visible, elem_id=self.accordion_id, elem_classes=["input-accordion"])
         self.change(
             fn=None, js=f"function(checked){{ inputAccordionChecked('{self.accordion_id}', checked); }}", inputs=[self], show_progress="hidden"
@@ -171,7 +171,7 @@ class InputAccordion(gr.Checkbox, metaclass=_ComponentMetaWithoutStub):
     def _shown_accordion(self) -> gr.Accordion:
         if self.accordion is None:
             raise RuntimeError(
-                f"accordion {self.accordion_id}: it was made outside of a page and cannot hold parts; make it inside `with gr.Blocks()`."
+                f"accordion {self.accordion_id}: it was created outside a page and cannot contain parts. Create it inside `with gr.Blocks()`."
             )
         return self.accordion
 

@@ -1,6 +1,6 @@
-"""The Extensions tab: what is installed, and which of it is to be loaded from the next start on.
+"""The Extensions tab: lists what is installed and chooses what to load at the next start.
 
-Must not know what an extension does. Installing and updating is done with git and the folder `extensions`; the tab says so.
+Must not know what an extension does. Users install and update extensions with git in the `extensions` folder; the tab says so.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ RESTART_JS = "(...values) => { restart_reload(); return values; }"
 
 
 class ExtensionsHandlers:
-    """What the buttons of the tab do."""
+    """Handlers of the tab's buttons."""
 
     def __init__(self, app: Application) -> None:
         self.app = app
 
     def names(self) -> list[str]:
-        """Extensions that can be switched."""
+        """Extensions that can be turned on or off."""
         return [extension.name for extension in self.app.extensions]
 
     def switched_on(self) -> list[str]:
@@ -38,11 +38,11 @@ class ExtensionsHandlers:
         return [name for name in self.names() if name not in disabled]
 
     def save(self, wanted: list[str] | None, disable_all: str) -> str:
-        """Keep the switches; they count from the next start on. A line that says what was done."""
+        """Save the switches; they take effect at the next start. Returns an HTML line saying what was done."""
         app, on = self.app, set(wanted or [])
         if app.config.disable_extension_access:
             return plaintext_to_html(
-                "Extensions cannot be switched from other computers. Start with --enable-insecure-extension-access to allow it.", "error"
+                "Extensions cannot be turned on or off from other computers. Start with --enable-insecure-extension-access to allow it.", "error"
             )
         unknown = [name for name in app.options.disabled_extensions or [] if name not in self.names()]
         try:
@@ -50,21 +50,21 @@ class ExtensionsHandlers:
             app.options.set("disable_all_extensions", disable_all if disable_all in KINDS else "none")
             app.save_options()
         except (OptionError, OSError) as error:
-            return plaintext_to_html(f"The switches could not be kept: {error}", "error")
-        return plaintext_to_html("Saved. It counts when the program starts again.")
+            return plaintext_to_html(f"The switches could not be saved: {error}", "error")
+        return plaintext_to_html("Saved. Takes effect at the next start.")
 
     def save_and_restart(self, wanted: list[str] | None, disable_all: str) -> str:
-        """As save(), and start anew where that is possible."""
+        """Like save(), then restart if the program can."""
         said = self.save(wanted, disable_all)
         if "class='error'" not in said:
             self.app.state.request_restart()
         return said
 
     def table(self) -> str:
-        """Every extension with where it came from and what became of it."""
+        """A table of every extension: its source and its state."""
         rows = "".join(self._row(extension) for extension in self.app.extensions)
         if not rows:
-            return plaintext_to_html(f"There are no extensions. Put their folders into {self.app.config.extensions_dir} and start again.")
+            return plaintext_to_html(f"There are no extensions. Put extension folders into {self.app.config.extensions_dir} and restart.")
         head = "<tr><th>Extension</th><th>From</th><th>Branch</th><th>Version</th><th>State</th></tr>"
         return f"<table id='extensions'><thead>{head}</thead><tbody>{rows}</tbody></table>"
 
@@ -78,7 +78,7 @@ class ExtensionsHandlers:
 
 
 def create_extensions_tab(app: Application, item: gr.Tab) -> None:
-    """Build the tab inside the current gradio context; `item` is the main tab that holds it."""
+    """Build the tab inside the current gradio context; `item` is the main tab around it."""
     handlers = ExtensionsHandlers(app)
     options = app.options
     with gr.Row():
@@ -90,7 +90,7 @@ def create_extensions_tab(app: Application, item: gr.Tab) -> None:
     wanted = gr.CheckboxGroup(label="To be loaded", choices=handlers.names(), value=handlers.switched_on(), elem_id="extensions_enabled_list")
     table = gr.HTML(elem_id="extensions_installed_html")
     gr.HTML(
-        plaintext_to_html(f"To install one, clone it with git into {app.config.extensions_dir} and start again; to update one, pull it there."),
+        plaintext_to_html(f"To install an extension, clone it into {app.config.extensions_dir} and restart. To update one, run git pull there."),
         elem_id="extensions_how_to_install",
     )
     inputs = [wanted, disable_all]

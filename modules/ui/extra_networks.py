@@ -1,7 +1,7 @@
-"""Cards of model files beside the generation controls: `ExtraNetworksPage`, one kind of them, and the list of pages that extensions add to.
+"""Cards of model files next to the generation controls: `ExtraNetworksPage` (one kind of file) and the list of pages that extensions add to.
 
-A page lists its files as items (dicts whose keys extensions know); this file makes cards of them. The controls around the cards are
-modules/ui/extra_networks_tabs.py, pictures and metadata for the browser modules/ui/extra_networks_routes.py. Must not know any kind of model.
+A page lists its files as items: dicts whose keys extensions know. This file turns items into cards. The controls around the cards are in
+modules/ui/extra_networks_tabs.py, the routes for pictures and metadata in modules/ui/extra_networks_routes.py. Must not know any kind of model.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ PREVIEW_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif")
 _INLINE_PICTURES = ("data:image/png;base64,", "data:image/jpeg;base64,", "data:image/webp;base64,")
 
 extra_pages: list[ExtraNetworksPage] = []
-"""The pages in the order they were added."""
+"""The pages, in the order they were added."""
 
 
 def register_page(page: ExtraNetworksPage) -> None:
-    """Add a page, in the place of one of the same title. Extensions do it in on_before_ui."""
+    """Add a page, replacing one with the same title. Extensions call this in on_before_ui."""
     extra_pages[:] = [*(known for known in extra_pages if known.title != page.title), page]
 
 
@@ -39,32 +39,32 @@ def initialize() -> None:
 
 
 def pages_in_order() -> list[ExtraNetworksPage]:
-    """Those that the setting ui_extra_networks_tab_reorder names come first."""
+    """All pages; those named in the setting ui_extra_networks_tab_reorder come first."""
     wanted = [name.strip().lower() for name in str(current_application().options.ui_extra_networks_tab_reorder).split(",")]
     return sorted(extra_pages, key=lambda page: wanted.index(page.name) if page.name in wanted else len(wanted))
 
 
 def plain_path(filename: str | Path) -> Path:
-    """The absolute path, without `..`; links stay, since folders of models often are some."""
+    """The absolute path without `..`. Links are not resolved, because model folders often are links."""
     return Path(os.path.normpath(Path(filename).absolute()))
 
 
 def quote_js(text: str) -> str:
-    """`text` as a literal of JavaScript."""
+    """`text` as a JavaScript string literal."""
     return json.dumps(text).replace("</", "<\\/")
 
 
 class ExtraNetworksPage:
-    """One kind of model files. A subclass says which there are; `items` holds them by name once they are listed.
+    """One kind of model file. A subclass lists the files; `items` maps names to items once listed.
 
     Keys of an item: name, filename, shorthash, preview, description, search_terms, local_preview, metadata, sort_keys, prompt and
-    negative_prompt (expressions of JavaScript), onclick (an attribute's value with its quotes, in place of prompt), user_metadata, sd_version_str.
+    negative_prompt (JavaScript expressions), onclick (a quoted attribute value, used instead of prompt), user_metadata, sd_version_str.
     """
 
     allow_prompt = True
-    """Whether a click puts `prompt` into the prompt."""
+    """Whether a click inserts `prompt` into the prompt."""
     allow_negative_prompt = False
-    """Whether it goes to the negative prompt when that was edited last."""
+    """Whether the click inserts into the negative prompt if that was edited last."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -73,13 +73,13 @@ class ExtraNetworksPage:
         self.metadata: dict[str, dict[str, Any]] = {}
         self.items: dict[str, dict[str, Any]] = {}
 
-    # what a subclass says
+    # for subclasses to override
 
     def refresh(self) -> None:
-        """Look for files again."""
+        """Scan the folders again."""
 
     def create_item(self, name: str, index: int | None = None, enable_filter: bool = True) -> dict[str, Any] | None:
-        """The item of that name; None for one that is not to be shown."""
+        """The item with that name; None if it should not be shown."""
         raise NotImplementedError
 
     def list_items(self) -> Iterable[dict[str, Any]]:
@@ -87,19 +87,19 @@ class ExtraNetworksPage:
         raise NotImplementedError
 
     def allowed_directories_for_previews(self) -> list[str]:
-        """The folders of the files: pictures beside them may be sent to browsers."""
+        """The folders of the files; pictures in them may be sent to browsers."""
         return []
 
     def create_user_metadata_editor(self, ui: Any, tabname: str) -> UserMetadataEditor:
-        """The window in which a card's description is written."""
-        from modules.ui.extra_networks_user_metadata import UserMetadataEditor  # it builds on this file
+        """The dialog for editing a card's description."""
+        from modules.ui.extra_networks_user_metadata import UserMetadataEditor  # it imports this file
 
         return UserMetadataEditor(ui, tabname, self)
 
-    # helpers for items; `path` is a file without its suffix
+    # helpers for items; `path` is a file path without its suffix
 
     def read_user_metadata(self, item: dict[str, Any], use_cache: bool = True) -> dict[str, Any]:
-        """What the user wrote about the item, which gets it as `user_metadata`; a description there replaces the item's."""
+        """The user's own metadata for the item, also stored in it as `user_metadata`; a description there replaces the item's."""
         metadata = extra_networks.get_user_metadata(item["filename"]) if item.get("filename") else {}
         item["user_metadata"] = metadata
         if metadata.get("description") is not None:
@@ -107,36 +107,36 @@ class ExtraNetworksPage:
         return metadata
 
     def get_sort_keys(self, path: str) -> dict[str, Any]:
-        """By what cards are sorted, from the file itself."""
+        """Sort keys of a card, read from the file."""
         file = Path(path)
         stat = file.stat() if file.is_file() else None
         created = int(getattr(stat, "st_birthtime", stat.st_ctime)) if stat else 0
         return {"date_created": created, "date_modified": int(stat.st_mtime) if stat else 0, "name": file.name.lower(), "path": path.lower()}
 
     def find_preview(self, path: str) -> str | None:
-        """The address of the picture beside a file: `<path>.png`, `<path>.preview.png`, or of another suffix."""
+        """URL of the preview next to a file: `<path>.png`, `<path>.preview.png`, or the same with another picture suffix."""
         found = next((name for suffix in PREVIEW_SUFFIXES for name in (f"{path}{suffix}", f"{path}.preview{suffix}") if Path(name).is_file()), None)
         return None if found is None else self.link_preview(found)
 
     def link_preview(self, filename: str) -> str:
-        """The address of a picture; it changes when the picture does."""
+        """URL of a picture; it changes whenever the file changes."""
         quoted = urllib.parse.quote(filename.replace("\\", "/"), safe="/")
         return f"./sd_extra_networks/thumb?filename={quoted}&mtime={Path(filename).stat().st_mtime}{key_parameter()}"
 
     def find_embedded_preview(self, path: str, name: str, metadata: dict[str, Any] | None) -> str | None:
-        """The picture inside of a model file (`modelspec.thumbnail`)."""
+        """URL of the picture embedded in a model file (`modelspec.thumbnail`)."""
         inside = (metadata or {}).get("modelspec.thumbnail")
         return inside if isinstance(inside, str) and inside.startswith(_INLINE_PICTURES) else None
 
     def find_description(self, path: str) -> str | None:
-        """The text beside a file: `<path>.txt` or `<path>.description.txt`."""
+        """The text file next to a model file: `<path>.txt` or `<path>.description.txt`."""
         for file in (Path(f"{path}.txt"), Path(f"{path}.description.txt")):
             if file.is_file():
                 return file.read_text(encoding="utf-8", errors="replace")
         return None
 
     def search_terms_from_path(self, filename: str, possible_directories: Iterable[str] | None = None) -> str:
-        """The file's way below its folder, with a slash in front."""
+        """The file's path relative to its folder, with a leading slash."""
         path = plain_path(filename)
         for folder in possible_directories if possible_directories is not None else self.allowed_directories_for_previews():
             if path.is_relative_to(root := plain_path(folder)):
@@ -146,7 +146,7 @@ class ExtraNetworksPage:
     # cards
 
     def load_items(self) -> None:
-        """List the items anew."""
+        """Rebuild the list of items."""
         listed = [item for item in self.list_items() if item]
         for item in listed:
             if "user_metadata" not in item:
@@ -155,7 +155,7 @@ class ExtraNetworksPage:
         self.metadata = {name: item["metadata"] for name, item in self.items.items() if item.get("metadata")}
 
     def create_html(self, tabname: str, *, empty: bool = False) -> str:
-        """Controls, folders and cards for a generation tab; with `empty` without cards."""
+        """Controls, folders and cards for a generation tab; `empty` leaves out the cards."""
         settings = CardSettings.from_options(current_application().options)
         if empty:
             self.items = {}
@@ -164,13 +164,13 @@ class ExtraNetworksPage:
         cards = "".join(self.create_item_html(tabname, item) for item in self._sorted(settings))
         folders = folder_buttons(self._folders(), settings)
         where = " or ".join(f"<code>{html.escape(folder)}</code>" for folder in self.allowed_directories_for_previews())
-        nothing = f"<p class='nothing'>There are no files. Put them into {where} and press the arrows.</p>" if not empty and where else ""
+        nothing = f"<p class='nothing'>There are no files. Put them into {where} and press the refresh button.</p>" if not empty and where else ""
         return pane_html(
             f"{tabname}_{self.extra_networks_tabname}", tabname, self.name, cards=cards or nothing, folders=folders, settings=settings, key=_key
         )
 
     def create_item_html(self, tabname: str, item: dict[str, Any]) -> str:
-        """One card."""
+        """The HTML of one card."""
         settings = CardSettings.from_options(current_application().options)
         onclick = item.get("onclick")
         if onclick is None and self.allow_prompt and item.get("prompt"):
@@ -180,7 +180,7 @@ class ExtraNetworksPage:
         return card_html(tabname, self, item, onclick, settings)
 
     def folder_of(self, item: dict[str, Any]) -> str:
-        """The folder of the item's file below the page's, with slashes; empty for the page's own."""
+        """The item's folder relative to the page's, with slashes; empty for the page's own folder."""
         return self.search_terms_from_path(item.get("filename") or "").rpartition("/")[0].strip("/")
 
     def _folders(self) -> list[str]:
@@ -202,7 +202,7 @@ _key = ""
 
 
 def ask_for_key(key: str) -> None:
-    """Send pictures and metadata only to who knows `key` from now on; it stands in the page, which may be behind a password."""
+    """From now on, send pictures and metadata only to clients that know `key`. It is part of the page, which may be behind a password."""
     global _key  # noqa: PLW0603 - pages, which extensions make, have no other way to it
     _key = key
 
@@ -215,10 +215,10 @@ def key_is_right(key: str) -> bool:
     return not _key or key == _key
 
 
-# the names that extensions call
+# names that extensions call
 
 
 def get_metadata(page: str = "", item: str = "") -> dict[str, Any]:
-    """What the file of a page's item says about itself."""
+    """The metadata stored in an item's file."""
     found = next((one for one in extra_pages if one.name == page), None)
     return {} if found is None else found.metadata.get(item, {})

@@ -1,4 +1,4 @@
-"""Cards of checkpoints: a click chooses one."""
+"""Cards of checkpoints: clicking one selects it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ExtraNetworksPageCheckpoints(ExtraNetworksPage):
-    """The files in the checkpoint folders, by their names below these."""
+    """The files in the checkpoint folders, by their relative paths."""
 
     allow_prompt = False
 

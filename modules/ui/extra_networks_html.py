@@ -1,4 +1,4 @@
-"""The HTML of cards of model files. What a file says is text: it is escaped, but for descriptions where the setting says they are HTML."""
+"""The HTML of cards of model files. Text from files is escaped, except descriptions if the settings say they are HTML."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FACES = {"path": "Path", "name": "Name", "date_created": "Created", "date_modif
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardSettings:
-    """How cards look. Sizes are CSS pixels, 0 for the style sheet's."""
+    """How cards look. Sizes are CSS pixels; 0 means the style sheet decides."""
 
     width_px: int
     height_px: int
@@ -30,7 +30,7 @@ class CardSettings:
 
     @classmethod
     def from_options(cls, options: Any) -> CardSettings:
-        """From the settings."""
+        """Read from the settings."""
         return cls(
             width_px=int(options.extra_networks_card_width),
             height_px=int(options.extra_networks_card_height),
@@ -48,12 +48,12 @@ class CardSettings:
 
 
 def is_hidden(folder: str) -> bool:
-    """Whether a part of the path begins with a dot."""
+    """Whether any part of the path starts with a dot."""
     return any(part.startswith(".") for part in folder.split("/"))
 
 
 def folder_buttons(folders: Iterable[str], settings: CardSettings) -> str:
-    """A button for each folder below the page's, one for all."""
+    """One button per subfolder, and one for all."""
     buttons = ["<button type='button' class='folder selected' data-folder=''>all</button>"]
     for folder in folders:
         if is_hidden(folder) and not settings.show_hidden_folders:
@@ -65,7 +65,7 @@ def folder_buttons(folders: Iterable[str], settings: CardSettings) -> str:
 
 
 def pane_html(id_part: str, tabname: str, page: str, *, cards: str, folders: str, settings: CardSettings, key: str = "") -> str:
-    """Controls over folders and cards. `id_part` is the tab and the page; `key` what the server wants to hear from the page."""
+    """Controls above folders and cards. `id_part` names tab and page; `key` is the secret that the page sends back to the server."""
     sorts = "".join(
         f"<button type='button' class='sort{' selected' if key == settings.order_field else ''}' id='{id_part}_extra_sort_{key}'"
         f" data-sort='{key}' title='Sort by {words}'>{_FACES[key]}</button>"
@@ -80,9 +80,9 @@ def pane_html(id_part: str, tabname: str, page: str, *, cards: str, folders: str
         f"<input type='search' id='{id_part}_extra_search' class='extra-search' placeholder='Search' aria-label='Search cards'>"
         f"<span class='sorts'>{sorts}</span>"
         f"<button type='button' class='sort-direction' id='{id_part}_extra_sort_dir' data-direction='{direction}'"
-        " title='Turn the order round'></button>"
+        " title='Reverse the order'></button>"
         f"<button type='button' class='tree-switch{' selected' if settings.show_folders else ''}' id='{id_part}_extra_tree_view'>Folders</button>"
-        f"<button type='button' class='refresh tool icon icon-refresh' id='{id_part}_extra_refresh' title='Look for files again'></button></div>"
+        f"<button type='button' class='refresh tool icon icon-refresh' id='{id_part}_extra_refresh' title='Scan the folders again'></button></div>"
         f"<div class='extra-network-content'>"
         f"<div id='{id_part}_tree' class='extra-network-tree{'' if settings.show_folders else ' hidden-part'}'{width}>"
         f"{folders}</div><div id='{id_part}_cards' class='extra-network-cards'>{cards}</div></div></div>"
@@ -90,7 +90,7 @@ def pane_html(id_part: str, tabname: str, page: str, *, cards: str, folders: str
 
 
 def card_html(tabname: str, page: Any, item: dict[str, Any], onclick: str | None, settings: CardSettings) -> str:
-    """One card: picture, name, description, and the buttons that show at the pointer."""
+    """One card: picture, name, description, and the buttons that appear on hover."""
     name, folder = str(item["name"]), page.folder_of(item)
     hidden = is_hidden(folder)
     if hidden and settings.hidden_models == "Never":
@@ -112,7 +112,7 @@ def card_html(tabname: str, page: Any, item: dict[str, Any], onclick: str | None
 
 
 def _buttons(item: dict[str, Any]) -> str:
-    metadata = "<button type='button' class='metadata-button' title='What the file says about itself'>i</button>" if item.get("metadata") else ""
+    metadata = "<button type='button' class='metadata-button' title='Metadata stored in the file'>i</button>" if item.get("metadata") else ""
     copy = "<button type='button' class='copy-path-button' title='Copy the path of the file'>⧉</button>"
     edit = "<button type='button' class='edit-button' title='Description, preview picture'>✎</button>"
     return f"<div class='card-buttons'>{metadata}{copy}{edit}</div>"

@@ -1,6 +1,6 @@
-"""What the browser asks for while cards are shown: preview pictures, a file's metadata, one card anew.
+"""Routes the browser uses while cards are shown: preview pictures, a file's metadata, one refreshed card.
 
-Pictures are sent from the folders of the pages alone, and only pictures. Must not know any kind of model.
+Only pictures are sent, and only from the folders of the pages. Must not know any kind of model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-
 
 
 def find_picture(filename: str) -> Path:
-    """The picture that a browser may have under that name. Raises HTTPException 404 for everything else."""
+    """The picture that a browser may request under that name. Raises HTTPException 404 for anything else."""
     path = plain_path(filename)
     below = any(path.is_relative_to(plain_path(folder)) for page in extra_pages for folder in page.allowed_directories_for_previews())
     if "\0" in filename or not below or path.suffix.lower() not in PREVIEW_SUFFIXES or not path.is_file():
@@ -32,12 +32,12 @@ def find_picture(filename: str) -> Path:
 
 
 def add_routes(app: Application, fastapi_app: FastAPI) -> None:
-    """Add /sd_extra_networks/... to the server. Where a password is asked for, they answer to the page's own addresses alone."""
+    """Add /sd_extra_networks/... to the server. With a password set, the routes answer only to URLs that the page itself contains."""
     extra_networks.ask_for_key(secrets.token_urlsafe(24) if app.config.gradio_auth or app.config.api_auth else "")
 
     def check(key: str) -> None:
         if not extra_networks.key_is_right(key):
-            raise HTTPException(401, "this is shown on the page, after its password was given.")
+            raise HTTPException(401, "this is available only from the page, after login.")
 
     @fastapi_app.get("/sd_extra_networks/thumb")
     def thumb(filename: str = "", key: str = "") -> FileResponse:

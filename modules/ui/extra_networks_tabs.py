@@ -1,4 +1,4 @@
-"""The tabs of cards beside "Generation" in txt2img and img2img: one for each page, filled when it is first shown.
+"""The card tabs next to "Generation" in txt2img and img2img: one per page, filled when first shown.
 
 Must not know any kind of model.
 """
@@ -24,7 +24,7 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibil
 
 @dataclass(frozen=True, kw_only=True)
 class ExtraNetworksUi:
-    """What a page's editor may use: the tab, its pages, the gallery whose picture becomes a preview."""
+    """What a page's editor may use: the tab, its pages, and the gallery whose picture becomes a preview."""
 
     tabname: str
     gallery: gr.Gallery
@@ -32,17 +32,17 @@ class ExtraNetworksUi:
 
 
 def register_default_pages(app: Application) -> None:
-    """The pages that are there without any extension. Before on_before_ui, where extensions add theirs."""
+    """Register the built-in pages. Call before on_before_ui, where extensions add theirs."""
     extra_networks.initialize()
     extra_networks.register_page(ExtraNetworksPageTextualInversion(app))
     extra_networks.register_page(ExtraNetworksPageCheckpoints(app))
 
 
 def create_card_tabs(tabname: str, gallery: gr.Gallery) -> None:
-    """One tab for each page inside the current gr.Tabs. A page that fails is reported and left out."""
+    """Add one tab per page to the current gr.Tabs. A page that fails is logged and left out."""
     ui = ExtraNetworksUi(tabname=tabname, gallery=gallery, stored_extra_pages=extra_networks.pages_in_order())
     for page in ui.stored_extra_pages:
-        task = f"the cards {page.title!r} could not be made; the page is built without them"
+        task = f"the {page.title!r} cards could not be built; the page is built without them"
         with gr.Tab(page.title, id=f"{tabname}_{page.extra_networks_tabname}", elem_id=f"{tabname}_{page.extra_networks_tabname}") as tab:
             call_guest(lambda page=page, tab=tab: _create_page(ui, page, tab), task)  # type: ignore[misc]
 

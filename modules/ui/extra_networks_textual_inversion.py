@@ -1,4 +1,4 @@
-"""Cards of embeddings: a click puts the word into the prompt, or into the negative prompt when that was edited last."""
+"""Cards of embeddings: a click inserts the embedding's name into the prompt, or into the negative prompt if that was edited last."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUFFIXES = (".safetensors", ".pt", ".bin")
 
 
 class ExtraNetworksPageTextualInversion(ExtraNetworksPage):
-    """The files in the embedding folders; which of them fit is known when a model is loaded."""
+    """The files in the embedding folders. Which of them fit is known only once a model is loaded."""
 
     allow_negative_prompt = True
 

@@ -1,4 +1,4 @@
-"""The window in which the user writes about a model file: kept as `<stem>.json` beside it. Kinds of models add fields of their own."""
+"""The dialog for editing a model file's description, saved as `<stem>.json` next to it. Kinds of models add their own fields."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibil
 
 
 class UserMetadataEditor:
-    """The window of one page in one tab. `components` are what `put_values_into_components` fills, in its order."""
+    """The dialog of one page in one tab. `put_values_into_components` returns a value for each of `components`, in order."""
 
     def __init__(self, ui: Any, tabname: str, page: ExtraNetworksPage) -> None:
         self.ui = ui
@@ -44,10 +44,10 @@ class UserMetadataEditor:
     # fields
 
     def create_extra_default_items_in_left_column(self) -> None:
-        """Fields of a kind of models, under the description; they append themselves to `components`."""
+        """Add fields for one kind of model below the description; append them to `components`."""
 
     def create_default_editor_elems(self) -> None:
-        """Name, description, the picture, and what is known of the file."""
+        """Name, description, preview picture, and what is known about the file."""
         with gr.Row():
             with gr.Column(scale=2):
                 self.edit_name = gr.HTML(elem_id=f"{self.id_part}_title", elem_classes=["extra-network-name"])
@@ -62,7 +62,7 @@ class UserMetadataEditor:
         self.components.append(self.edit_notes)
 
     def put_values_into_components(self, name: str) -> list[Any]:
-        """What `components` show for the item `name`."""
+        """Values of `components` for the item `name`."""
         item = self.page.items.get(name) or {}
         metadata = self.get_user_metadata(name)
         values = [f"<b>{html.escape(name)}</b>", metadata.get("description", ""), self.file_table(name)]
@@ -70,21 +70,21 @@ class UserMetadataEditor:
         return [*values, *self.extra_values(metadata, item), picture, metadata.get("notes", "")]
 
     def extra_values(self, metadata: dict[str, Any], item: dict[str, Any]) -> list[Any]:
-        """What the fields of create_extra_default_items_in_left_column show."""
+        """Values of the fields added by create_extra_default_items_in_left_column."""
         return []
 
     def saved_components(self) -> list[Any]:
-        """The fields whose values `metadata_from` gets."""
+        """The fields whose values are passed to `metadata_from`."""
         return [self.edit_description, self.edit_notes]
 
     def metadata_from(self, description: str, notes: str) -> dict[str, Any]:
-        """What is kept of the values of `saved_components`."""
+        """The metadata to save, from the values of `saved_components`."""
         return {"description": description, "notes": notes}
 
-    # what is known
+    # reading metadata
 
     def get_user_metadata(self, name: str) -> dict[str, Any]:
-        """What is kept about the item; {} for an unknown one."""
+        """Saved metadata of the item; {} if the item is unknown."""
         item = self.page.items.get(name) or {}
         return extra_networks.get_user_metadata(item["filename"]) if item.get("filename") else {}
 
@@ -93,7 +93,7 @@ class UserMetadataEditor:
         return f"<table class='file-metadata'>{rows}</table>"
 
     def get_metadata_table(self, name: str) -> list[tuple[str, str]]:
-        """(label, value) of what the file tells: its path, size, date, hash."""
+        """(label, value) pairs read from the file: path, size, date, hash."""
         item = self.page.items.get(name) or {}
         path = Path(item.get("filename") or "")
         if not path.is_file():
@@ -107,7 +107,7 @@ class UserMetadataEditor:
     # saving
 
     def write_user_metadata(self, name: str, metadata: dict[str, Any]) -> None:
-        """Keep it beside the item's file; keys of others stay. Raises OSError, also for a file there that is no such description."""
+        """Save next to the item's file; keys from other programs stay. Raises OSError, also if an existing file there is not such a description."""
         item = self.page.items.get(name)
         if item is None or not item.get("filename"):
             return
@@ -117,19 +117,19 @@ class UserMetadataEditor:
         self.page.read_user_metadata(item, use_cache=False)
 
     def save(self, name: str, *values: Any) -> str:
-        """Keep the fields; a line that says what became of it."""
+        """Save the fields; returns an HTML line saying what happened."""
         try:
             self.write_user_metadata(name, self.metadata_from(*values))
         except OSError as error:
-            log.warning("The description of %s cannot be kept: %s", name, error)
-            return f"<span class='error'>It cannot be kept: {html.escape(str(error))}</span>"
+            log.warning("The description of %s could not be saved: %s", name, error)
+            return f"<span class='error'>It could not be saved: {html.escape(str(error))}</span>"
         return "Saved."
 
     def save_preview(self, name: str, index: float, gallery: Sequence[Any] | None) -> tuple[str, str]:
-        """Make the gallery's picture number `index` the item's preview; (its HTML, a line that says what became of it)."""
+        """Make picture `index` of the gallery the item's preview. Returns its HTML and a line saying what happened."""
         item, source = self.page.items.get(name) or {}, picture_at(gallery, index)
         if not item.get("local_preview"):
-            return "", "This card's file is not known any more."
+            return "", "This card's file no longer exists."
         if source is None:
             return f"<img src='{html.escape(str(item.get('preview') or ''))}' alt=''>", "Make a picture first: the selected one becomes the preview."
         try:
@@ -137,15 +137,15 @@ class UserMetadataEditor:
                 geninfo, _ = read_info_from_image(image)
                 save_image_with_geninfo(image, geninfo, item["local_preview"])
         except (OSError, RequestError) as error:
-            log.warning("The preview of %s cannot be kept: %s", name, error)
-            return "", f"<span class='error'>It cannot be kept: {html.escape(str(error))}</span>"
+            log.warning("The preview of %s could not be saved: %s", name, error)
+            return "", f"<span class='error'>It could not be saved: {html.escape(str(error))}</span>"
         item["preview"] = self.page.link_preview(item["local_preview"])
         return f"<img src='{html.escape(item['preview'])}' alt=''>", "Saved."
 
-    # the window
+    # the dialog
 
     def create_editor(self) -> None:
-        """Build the window, hidden. To open it the page's script writes the name into the hidden field and presses the hidden button."""
+        """Build the dialog, hidden. To open it, the page's script writes the name into the hidden field and presses the hidden button."""
         box = f"{self.id_part}_box"
         with gr.Column(elem_id=box, elem_classes=["style-dialog", HIDDEN_PART]), gr.Column(elem_classes=["style-window"]):
             name = gr.Textbox(visible="hidden", elem_id=f"{self.id_part}_name", label="Name")
@@ -169,7 +169,7 @@ class UserMetadataEditor:
         took.then(fn=None, js=self._show_card_js(), inputs=[name], show_progress="hidden")
 
     def setup_save_handler(self, button: gr.Button, func: Callable[..., Any], components: Sequence[Any], name: Any, said: Any) -> None:
-        """Have `button` keep the values of `components`, and the card show them."""
+        """Make `button` save the values of `components` and refresh the card."""
         saved = button.click(func, inputs=[name, *components], outputs=[said], **QUIET)
         saved.then(fn=None, js=self._show_card_js(), inputs=[name], show_progress="hidden")
 

@@ -1,6 +1,6 @@
-"""The Extras tab: finished pictures are enlarged and otherwise postprocessed, one, several or a folder at a time.
+"""The Extras tab: upscales and otherwise postprocesses finished pictures: one, several, or a whole folder.
 
-Must not know the other tabs; modules/ui/tabs.py connects what reaches from one to another.
+Must not know the other tabs; modules/ui/tabs.py makes the connections between tabs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibil
 
 @dataclass(frozen=True, kw_only=True)
 class ExtrasTab:
-    """The parts of the tab. `inputs` are the handler's, by name, in their order (the task id comes before them)."""
+    """The parts of the tab. `inputs` are the handler's inputs by name, in order (the task id comes before them)."""
 
     image: gr.Image
     buttons: Mapping[str, gr.Button]
@@ -44,7 +44,7 @@ class ExtrasTab:
 
 
 def create_extras_tab(app: Application, runner: ScriptPostprocessingRunner | None = None) -> ExtrasTab:
-    """Build the tab inside the current gradio context. `runner` has the operations; by default those that are built in."""
+    """Build the tab inside the current gradio context. `runner` provides the operations; the default is the built-in ones."""
     runner = runner or build_runner()
     shows_folders = not app.config.hide_ui_dir_config
     with ResizeHandleRow(elem_classes=["generation-columns"]):
@@ -64,23 +64,21 @@ def create_extras_tab(app: Application, runner: ScriptPostprocessingRunner | Non
 
 
 def _create_sources(*, shows_folders: bool) -> dict[str, Component]:
-    """Where the pictures come from, by the names under which they go to the server."""
+    """Controls for the source pictures, by the names used on the server."""
     mode = gr.Number(value=SINGLE, precision=0, visible="hidden", elem_id="extras_selected_tab")
     parts: dict[str, Component] = {"mode": mode}
     with gr.Tabs(elem_id="mode_extras"):
         with gr.Tab("Single Image", elem_id="extras_single_tab") as single_tab:
-            # the file itself, as it was uploaded: what it says about itself is kept
+            # the uploaded file itself, so that its metadata survives
             parts["image"] = gr.Image(
                 label="Source", elem_id="extras_image", sources=["upload", "clipboard"], type="filepath", image_mode=None, height=PICTURE_HEIGHT_PX
             )
         with gr.Tab("Batch Process", elem_id="extras_batch_process_tab") as batch_tab:
             parts["files"] = gr.File(label="Batch Process", file_count="multiple", file_types=["image"], elem_id="extras_image_batch", height=220)
         with gr.Tab("Batch from Directory", elem_id="extras_batch_directory_tab", visible=shows_folders) as folder_tab:
-            parts["input_dir"] = gr.Textbox(
-                label="Input directory", placeholder="A folder of the machine that runs the server", elem_id="extras_batch_input_dir"
-            )
+            parts["input_dir"] = gr.Textbox(label="Input directory", placeholder="A folder on the server", elem_id="extras_batch_input_dir")
             parts["output_dir"] = gr.Textbox(
-                label="Output directory", placeholder="Empty: the usual folder of Extras", elem_id="extras_batch_output_dir"
+                label="Output directory", placeholder="Empty: the default Extras folder", elem_id="extras_batch_output_dir"
             )
             parts["show_results"] = gr.Checkbox(label="Show result images", value=True, elem_id="extras_show_extras_results")
     for number, tab in ((SINGLE, single_tab), (BATCH, batch_tab), (FOLDER, folder_tab)):
@@ -89,10 +87,10 @@ def _create_sources(*, shows_folders: bool) -> dict[str, Component]:
 
 
 def build_extras(app: Application, runner: ScriptPostprocessingRunner, values: Mapping[str, Any]) -> ExtrasJob:
-    """The job that the tab's values ask for. Raises RequestError when no picture is named."""
+    """The job for the tab's values. Raises RequestError when no picture is given."""
     mode = int(values["mode"])
     if mode == FOLDER and app.config.hide_ui_dir_config:
-        raise RequestError("Folders of the server cannot be named: it was started with --hide-ui-dir-config. Upload the pictures instead.")
+        raise RequestError("Server folders cannot be used: the server was started with --hide-ui-dir-config. Upload the pictures instead.")
     args = [value for name, value in values.items() if name.startswith("operation_")]
     output_dir = (values["output_dir"] or "").strip()
     if mode == FOLDER:
@@ -109,7 +107,7 @@ def build_extras(app: Application, runner: ScriptPostprocessingRunner, values: M
 
 
 def carry_out(job: ExtrasJob) -> ExtrasProcessed:
-    """On the job's thread."""
+    """Runs on the job's thread."""
     return job.run()
 
 
@@ -130,6 +128,6 @@ def connect_gallery_to_extras(app: Application, button: gr.Button, extras: Extra
 
 
 def connect_picture_to_extras(button: gr.Button, extras: ExtrasTab, picture: Component) -> None:
-    """Show the Extras tab and put the picture of another control (a file) into it."""
+    """Show the Extras tab and put the picture (a file) of another control into it."""
     shown = button.click(fn=None, js="() => { switch_to_extras(); }", show_progress="hidden")
     shown.then(lambda file: file or gr.skip(), inputs=[picture], outputs=[extras.image], **QUIET)

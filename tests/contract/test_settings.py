@@ -31,7 +31,7 @@ def test_only_real_settings_are_named_each_once() -> None:
 def test_a_changed_setting_without_effect_is_said_with_the_truth() -> None:
     defaults = {key: info.default for key, info in build_option_table({}).items()}
     said = find_inert({**defaults, "keyedit_move": False, "eta_ddim": 0.5}, defaults)
-    assert said == ["keyedit_move: False has no effect; no key changes weights in a prompt."]
+    assert said == ["keyedit_move: False has no effect; there are no keys for editing prompt weights."]
     assert find_inert({**defaults, "keyedit_move": False}, defaults, keys=["eta_ddim"]) == []
 
 

@@ -49,7 +49,7 @@ CASES = [
     txt2img("side below one latent", "width: Input should be greater than or equal to 8", width=7),
     txt2img("side too large", "less than or equal to 8192", width=100_000),
     txt2img("area too large", "16.8 megapixels", width=8192, height=8192),
-    txt2img("batch area too large", "134 megapixels a batch", width=2048, height=2048, batch_size=64),
+    txt2img("batch area too large", "134 megapixels per batch", width=2048, height=2048, batch_size=64),
     txt2img("a million steps", "steps: Input should be less than or equal to 1000", steps=10**6),
     txt2img("no steps", "steps", steps=0),
     txt2img("negative steps", "steps", steps=-1),
@@ -91,7 +91,7 @@ CASES = [
     txt2img("unknown refiner", "'sd_xl_refiner'", refiner_checkpoint="sd_xl_refiner", refiner_switch_at=0.8),
     # settings
     txt2img("unknown setting", "Did you mean 'samples_format'", override_settings={"sample_format": "png"}),
-    txt2img("unknown checkpoint", "'gone.safetensors' was asked for; there are: tiny", override_settings={"sd_model_checkpoint": "gone.safetensors"}),
+    txt2img("unknown checkpoint", "'gone.safetensors' does not exist; there are: tiny", override_settings={"sd_model_checkpoint": "gone.safetensors"}),
     txt2img("setting of a wrong type", "CLIP_stop_at_last_layers", override_settings={"CLIP_stop_at_last_layers": "two"}),
     txt2img("setting out of range", "CLIP_stop_at_last_layers", override_settings={"CLIP_stop_at_last_layers": 99}),
     txt2img("setting of no choice", "randn_source", override_settings={"randn_source": "TPU"}),

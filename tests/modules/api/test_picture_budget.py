@@ -35,7 +35,7 @@ def test_the_limit_of_one_picture_is_the_one_that_is_said(server: Server, size: 
     status, detail = refused(server, init_images=[png_that_says(*size)])
     assert (status, MAX_INPUT_PICTURE_PX) == (422, 67_108_864)
     assert "too large; the limit is 67.1 megapixels" in detail
-    assert refused(server, init_images=[png_that_says(8192, 8192)])[1].startswith("init_images[0]: is not a picture that can be read")
+    assert refused(server, init_images=[png_that_says(8192, 8192)])[1].startswith("init_images[0]: is not a readable picture")
 
 
 def test_the_pictures_of_a_request_are_counted_before_they_are_decoded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_the_pictures_of_a_request_are_counted_before_they_are_decoded(server: S
     small = base64.b64encode(buffer.getvalue()).decode()
     monkeypatch.setattr(picture_budget.Allowance.__init__, "__defaults__", (2_500_000, 1000))
     status, detail = refused(server, init_images=[small, small, small])
-    assert status == 413 and "init_images[2]: with it the pictures of this request have 3.0 megapixels; the limit is 2.5" in detail
+    assert status == 413 and "init_images[2]: with this one, the request's pictures have 3.0 megapixels; the limit is 2.5" in detail
     assert server.client.post("/sdapi/v1/png-info", json={"image": small}).status_code == 200
     assert picture_budget.whole_budget.held_px == 0
     monkeypatch.setattr(picture_budget.whole_budget, "limit_px", 999_999)

@@ -50,7 +50,7 @@ def test_texts_in_the_file_stay_readable() -> None:
 
 
 def test_urls_are_not_fetched_without_rules() -> None:
-    with pytest.raises(PictureError, match="switched off"):
+    with pytest.raises(PictureError, match="disabled"):
         decode_picture("https://example.org/a.png", "image")
 
 

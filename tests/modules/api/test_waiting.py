@@ -120,7 +120,7 @@ def test_the_end_of_the_server_answers_who_runs_and_who_waits(site: Site) -> Non
     status, body = answer_of(waiting)
     assert status == 503 and "shutting down" in body["detail"]
     status, body = answer_of(site.ask())
-    assert status == 503 and "takes no more jobs" in body["detail"]
+    assert status == 503 and "accepts no more jobs" in body["detail"]
 
 
 def test_a_head_that_is_never_finished_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

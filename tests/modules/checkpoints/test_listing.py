@@ -108,7 +108,7 @@ def test_a_piece_of_a_hash_names_no_file_and_a_new_file_is_seen(root: Path) -> N
     assert info is not None
     info.calculate_shorthash()
     piece = str(info.shorthash)[3:5]
-    with pytest.raises(UnknownCheckpointError, match="was asked for"):
+    with pytest.raises(UnknownCheckpointError, match="does not exist"):
         registry.require(piece)
     write_safetensors(root / f"{piece}.safetensors", filler=b"new")
     assert registry.require(piece).name == f"{piece}.safetensors"
@@ -132,7 +132,7 @@ def test_a_file_beats_one_of_the_same_name_in_a_folder(root: Path) -> None:
 
 
 def test_an_unknown_name_is_told_the_nearest(root: Path) -> None:
-    with pytest.raises(UnknownCheckpointError, match=r"checkpoint 'alfa' was asked for; nearest are 'alpha.safetensors' \(of 4\)"):
+    with pytest.raises(UnknownCheckpointError, match=r"checkpoint 'alfa' does not exist; nearest are 'alpha.safetensors' \(of 4\)"):
         make_registry(root).require("alfa")
 
 

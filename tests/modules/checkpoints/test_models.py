@@ -161,9 +161,9 @@ def test_a_checkpoint_that_the_settings_name_and_that_is_gone_is_said(app: Appli
     fields: dict[str, Any] = {"named": None, "want_sdxl": False}
     select_starting_checkpoint(app.checkpoints, saved="one", **fields)
     select_starting_checkpoint(app.checkpoints, saved=None, **fields)
-    assert "was asked for" not in caplog.text
+    assert "does not exist" not in caplog.text
     select_starting_checkpoint(app.checkpoints, saved="sub\\twoo.safetensors [0123456789]", **fields)
-    assert "checkpoint 'sub\\\\twoo.safetensors [0123456789]' was asked for; nearest are 'two.safetensors" in caplog.text
+    assert "checkpoint 'sub\\\\twoo.safetensors [0123456789]' does not exist; nearest are 'two.safetensors" in caplog.text
     assert "Until then broken.safetensors is used." in caplog.text
 
 

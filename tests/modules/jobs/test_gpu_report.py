@@ -42,19 +42,19 @@ def test_the_table_has_a_line_per_slot_in_columns_that_somebody_fills() -> None:
         (None, BOTH, True, ""),
         (SINGLE, BOTH[:1], True, ""),
         (None, BOTH, False, "Only slot 0 computes: start with --multi-gpu to use the others."),
-        (SINGLE, BOTH, True, "Slot 1 is idle: slot 0 alone: the link is slow. Larger pictures, or more of them at once (Batch size), give it work."),
+        (SINGLE, BOTH, True, "Slot 1 is idle: slot 0 alone: the link is slow. Larger pictures or a larger Batch size would use it."),
         (
             replace(REPLICAS, rows=(1, 0)), BOTH, True,
-            "Slot 1 is idle: 2 replicas on slots 0 and 1. More pictures at once (Batch size) give it work.",
+            "Slot 1 is idle: 2 replicas on slots 0 and 1. A larger Batch size would use it.",
         ),
         (
             replace(SINGLE, reason="slot 0 alone; single was requested"), (*BOTH, _slot(2)), True,
             "Slots 1 and 2 are idle: slot 0 alone; single was requested. "
-            "Choose auto as the setting multi_gpu_strategy, or leave --multi-gpu-strategy out.",
+            "Set multi_gpu_strategy to auto, or remove --multi-gpu-strategy.",
         ),
         (
             REPLICAS, (BOTH[0], _slot(1, vram_state="LOST")), True,
-            "Slot 1 is lost: restart the program to use it again, and look at the driver's log.",
+            "Slot 1 is lost: restart the program to use it again, and check the driver's log.",
         ),
     ],
 )  # fmt: skip
@@ -69,4 +69,4 @@ def test_a_slot_that_worked_little_is_said_with_what_it_waited_for() -> None:
     assert describe_idleness(REPLICAS, BOTH, uses_many=True, job=job) == ""
     lazy = job.slots[1].model_copy(update={"busy_share": 0.2, "wait_ms_by_cause": {"host": 5.0, "copy": 40.0}})
     said = describe_idleness(REPLICAS, BOTH, uses_many=True, job=job.model_copy(update={"slots": [job.slots[0], lazy]}))
-    assert said.startswith("Slot 1 worked 20% of the last job: most of the rest it waits for copies; ")
+    assert said.startswith("Slot 1 was busy for 20% of the last job. Most of the rest: it waits for copies; ")

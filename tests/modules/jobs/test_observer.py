@@ -306,5 +306,5 @@ def test_torchs_profiler_does_without_what_is_not_there(torch_profiled: Applicat
     torch_profiled.options.profiling_activities = ["CUDA"]
     run(txt2img(steps=1))
     torch_profiled.options.profiling_activities = ["CPU"]
-    assert "cannot be profiled here" in caplog.text
+    assert "cannot profile" in caplog.text
     assert current_fleet() is not None

@@ -194,7 +194,7 @@ def test_an_abandoned_job_leaves_the_line_or_is_interrupted_and_no_other_is(jobs
     last = jobs.submit(None, "last", lambda: jobs.state.interrupted)
     assert started.wait(5)
     jobs.abandon(waiting)
-    with pytest.raises(JobCancelled, match="went away"):
+    with pytest.raises(JobCancelled, match="disconnected"):
         waiting.wait(5)
     jobs.abandon(running)
     assert running.wait(5) == "interrupted"

@@ -99,7 +99,7 @@ def test_a_checkpoint_is_found_by_path_and_by_name(tmp_path: Path) -> None:
     assert config_of("--ckpt", str(folder / "a.safetensors")).ckpt == folder / "a.safetensors"
     message = error_of("--data-dir", str(tmp_path), "--ckpt", "b.safetensors")
     assert "b.safetensors" in message
-    assert "There are: a.safetensors." in message
+    assert "It contains: a.safetensors." in message
 
 
 def test_the_command_line_wins_over_the_variable() -> None:
@@ -161,7 +161,7 @@ def test_server_flags_reach_their_fields(tmp_path: Path) -> None:
         (["--theme", "blue"], "'blue'"),
         (["--device-id", "0,0"], "--allow-shared-slots"),
         (["--multi-gpu-strategy", "best"], "'best'"),
-        (["--tls-keyfile", "/no"], "--tls-certfile is not given"),
+        (["--tls-keyfile", "/no"], "--tls-certfile is missing"),
         (["--tls-keyfile", "/no", "--tls-certfile", "/no"], "no such file"),
         (["--gradio-auth-path", "/no"], "no such file"),
         (["--cors-allow-origins-regex", "("], "not a regular expression"),

@@ -33,15 +33,15 @@ CONFLICT = "ERROR: ResolutionImpossible: for help visit https://pip.pypa.io"
     [
         (NO_NETWORK, "the package index cannot be reached"),
         ("ProxyError('Cannot connect to proxy.')", "HTTPS_PROXY"),
-        (NO_SPACE, "no space left on the disk"),
-        (NO_SPACE_WINDOWS, "no space left on the disk"),
-        (NO_SPACE + NO_NETWORK, "no space left on the disk"),
+        (NO_SPACE, "the disk is full"),
+        (NO_SPACE_WINDOWS, "the disk is full"),
+        (NO_SPACE + NO_NETWORK, "the disk is full"),
         (NO_VERSION, "the index has no tiny==9 for Python 3."),
         (NO_BUILD, "basicsr has no ready-made wheel"),
         (NO_BUILD_NEW, "basicsr has no ready-made wheel"),
-        (CONFLICT, "exclude each other"),
-        ("hello\nERROR: something new\n", "Its last words: ERROR: something new"),
-        ("", "Its last words: (none)"),
+        (CONFLICT, "incompatible versions"),
+        ("hello\nERROR: something new\n", "Last error: ERROR: something new"),
+        ("", "Last error: (none)"),
     ],
 )
 def test_pip(text: str, says: str) -> None:
@@ -56,8 +56,8 @@ def test_pip(text: str, says: str) -> None:
     [
         ("The virtual environment was not created successfully because ensurepip is not available.", "apt install python3-venv"),
         ("No module named ensurepip", "apt install python3-venv"),
-        ("OSError: [Errno 28] No space left on device", "no space left"),
-        ("PermissionError: [Errno 13] Permission denied: '/x/venv'", "cannot be written to"),
+        ("OSError: [Errno 28] No space left on device", "the disk is full"),
+        ("PermissionError: [Errno 13] Permission denied: '/x/venv'", "is not writable"),
         ("a\nb", "failed: b"),
         ("", "no message"),
     ],
@@ -69,13 +69,13 @@ def test_venv(text: str, says: str) -> None:
 def test_a_venv_on_a_full_disk() -> None:
     """What Python prints when pip's installer inside ended for want of space names no reason."""
     text = "Error: Command '['/small/venv/bin/python', '-m', 'ensurepip', '--upgrade', '--default-pip']' returned non-zero exit status 2."
-    assert "no space left" in explain_venv_failure(text, Path("venv"), 10 * 2**20)
+    assert "the disk is full" in explain_venv_failure(text, Path("venv"), 10 * 2**20)
     assert "returned non-zero exit status 2" in explain_venv_failure(text, Path("venv"), 2**40)
 
 
 @pytest.mark.parametrize(
     ("code", "says"),
-    [(errno.ENOSPC, "no space left"), (errno.EACCES, "not permitted (x)"), (errno.EIO, "Writing: Input/output error.")],
+    [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "permission denied (x)"), (errno.EIO, "Writing: Input/output error.")],
 )
 def test_the_system(code: int, says: str) -> None:
     assert says in explain_os_error(OSError(code, "Input/output error", "x"), "Writing")

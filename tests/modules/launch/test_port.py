@@ -40,9 +40,9 @@ def test_an_address_of_another_machine_is_refused() -> None:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "this name is not known"),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "unknown host name"),
         (PermissionError(13, "Permission denied"), "above 1023"),
-        (OSError(5, "Input/output error"), "is not possible: Input/output error"),
+        (OSError(5, "Input/output error"), "Cannot listen on h port 80: Input/output error"),
     ],
 )
 def test_other_reasons_are_told_apart(error: OSError, says: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def test_fill_keeps_the_whole_picture_and_continues_its_edges() -> None:
 
 
 def test_an_unknown_mode_says_which_there_are() -> None:
-    with pytest.raises(ValueError, match="it is 0 "):
+    with pytest.raises(ValueError, match="Use 0 "):
         resize_by_mode(7, halves(), 8, 8)
 
 

@@ -131,5 +131,5 @@ def test_files_that_are_no_upscalers(app: Application, spandrel: Any) -> None:
     with pytest.raises(RequestError, match=r"cannot be read as an upscaler \(who knows\)"):
         entry.scaler.upscale(smooth(16, 16), 2, entry.data_path)
     spandrel.result = Descriptor(input_channels=4)
-    with pytest.raises(RequestError, match="for another task"):
+    with pytest.raises(RequestError, match="is not a model for upscaling"):
         entry.scaler.upscale(smooth(16, 16), 2, entry.data_path)

@@ -68,11 +68,11 @@ def _run(app: Application, prompt: str, units: list[dict[str, Any]] | None = Non
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ("x <lora:sound:1e38>", "LoRA sound was asked for at strength 1e\\+38"),
-        ("x <lora:sound:-1e38>", "LoRA sound was asked for at strength"),
-        ("x <lora:sound:1> <lora:holed:0.5>", "LoRA holed holds NaN"),
-        ("x <lora:endless:0.5>", "LoRA endless holds NaN or infinite"),
-        ("x <lora:huge:1>", "LoRA huge holds values far too large"),
+        ("x <lora:sound:1e38>", "LoRA sound has strength 1e\\+38"),
+        ("x <lora:sound:-1e38>", "LoRA sound has strength"),
+        ("x <lora:sound:1> <lora:holed:0.5>", "LoRA holed contains NaN"),
+        ("x <lora:endless:0.5>", "LoRA endless contains NaN or infinite"),
+        ("x <lora:huge:1>", "LoRA huge contains values far too large"),
     ],
 )
 def test_the_cause_is_named_and_the_next_job_is_right(app: Application, prompt: str, words: str) -> None:
@@ -85,14 +85,14 @@ def test_the_cause_is_named_and_the_next_job_is_right(app: Application, prompt: 
 
 
 def test_a_checkpoint_with_nan_in_it_is_named(app: Application) -> None:
-    with pytest.raises(NanCauseError, match=r"UNet of holed-model holds NaN or infinite values .*time_embed"):
+    with pytest.raises(NanCauseError, match=r"UNet of holed-model contains NaN or infinite values .*time_embed"):
         _run(app, "x", override_settings={"sd_model_checkpoint": "holed-model.safetensors"})
 
 
 def test_a_controlnet_with_nan_in_it_is_named_and_the_next_job_is_right(app: Application) -> None:
     expected = _run(app, "x")
     unit = {"model": "holed-control", "module": "none", "image": gradient(64, 64)}
-    with pytest.raises(NanCauseError, match=r"A ControlNet's file holds NaN or infinite values \(first in ") as caught:
+    with pytest.raises(NanCauseError, match=r"A ControlNet's file contains NaN or infinite values \(first in ") as caught:
         _run(app, "x", [unit])
     assert caught.value.status == 422
     assert "sd15" not in str(caught.value)

@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_written_costs_the_file_and_not_the_picture(app:
 def test_parts_joined_by_and_have_a_limit(app: Application) -> None:
     """Each is a row of every step: ten thousand of them would hold the line for hours."""
     for kept in (txt2img(prompt=" AND ".join(["a"] * 10_000)), txt2img(enable_hr=True, hr_scale=1.25, hr_prompt="a AND " * 200)):
-        with pytest.raises(RequestError, match=r"parts are joined by AND; at most 128"):
+        with pytest.raises(RequestError, match=r"parts are joined by AND; the limit is 128"):
             run(kept)
     run(txt2img(prompt=" AND ".join(["a"] * 4), negative_prompt="AND " * 1000))
 

@@ -254,7 +254,7 @@ def test_conditions_of_both_models_are_kept(app: Application, monkeypatch: pytes
 def test_refiners_that_cannot_be(app: Application) -> None:
     with pytest.raises(UnknownCheckpointError, match="refiner_checkpoint: there is no checkpoint 'nobody'"):
         run(txt2img(**fields(refiner_checkpoint="nobody")))
-    with pytest.raises(RequestError, match="their latents are not the same"):
+    with pytest.raises(RequestError, match="whose latents differ"):
         run(txt2img(**fields(refiner_checkpoint="sdxl_refiner")))
     with pytest.raises(RequestError, match="refiner_switch_at"):
         run(txt2img(**fields(refiner_switch_at=2)))

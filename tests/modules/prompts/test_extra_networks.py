@@ -125,7 +125,7 @@ def test_an_unknown_kind_is_reported_and_harms_nothing(caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         extra_networks.activate(job, extra_networks.parse_prompt("<lora:a><magic:b>")[1])
     assert lora.calls == [[["a"]]]
-    assert job.comments == ["The prompt names an extra network of kind <magic:...>, which is unknown and was left out. Known kinds: lora."]
+    assert job.comments == ["The prompt names an extra network of kind <magic:...>, which is unknown and was ignored. Known kinds: lora."]
     assert "magic" in caplog.text
     extra_networks.activate(SimpleNamespace(), {"magic": []})  # a job that takes no comments
 
@@ -134,7 +134,7 @@ def test_a_failing_kind_is_reported_and_the_others_go_on() -> None:
     broken, fine, job = register("lora", fails=True), register("other"), Job()
     extra_networks.activate(job, extra_networks.parse_prompt("<lora:a:1><other:b>")[1])
     extra_networks.deactivate(job, {})
-    assert job.comments == ["<lora:a:1> could not be applied and was left out: file is missing"]
+    assert job.comments == ["<lora:a:1> could not be applied and was ignored: file is missing"]
     assert fine.calls == [[["b"]], "deactivate"]
     assert broken.calls[-1] == "deactivate"
 

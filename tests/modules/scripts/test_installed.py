@@ -90,7 +90,7 @@ def test_a_circle_of_wishes_is_reported_and_nothing_is_lost(caplog: pytest.LogCa
     rules = [OrderRule(first="a", then="b"), OrderRule(first="b", then="a"), OrderRule(first="c", then="a"), OrderRule(first="nobody", then="c")]
     with caplog.at_level(logging.WARNING):
         assert sorted(order_by_rules(["a", "b", "c"], rules)) == ["a", "b", "c"]
-    assert "each want to come after the other" in caplog.text
+    assert "each ask to come after the other" in caplog.text
     assert order_by_rules(["a", "b", "c"], [OrderRule(first="c", then="a")]) == ["b", "c", "a"]
 
 

@@ -57,7 +57,7 @@ def test_events_that_undo_are_told_backwards() -> None:
         ("image_saved", lambda: None, "takes 0 arguments; it is called as callback(params)"),
         ("app_started", lambda demo: None, "takes 1 arguments; it is called as callback(demo, app)"),
         ("after_component", lambda component: None, "add **kwargs: callback(component, **kwargs)"),
-        ("ui_tabs", eval("lambda *, tab: []"), "asks for unknown tab"),
+        ("ui_tabs", eval("lambda *, tab: []"), "requires unknown tab"),
     ],
 )
 def test_a_callback_that_cannot_be_called_is_named_when_it_registers(event: str, callback: Any, word: str, caplog: pytest.LogCaptureFixture) -> None:

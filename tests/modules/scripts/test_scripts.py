@@ -178,9 +178,9 @@ def test_wrong_hooks_are_reported_when_they_are_loaded(app: Application, with_ex
         with_extensions(wrong={"scripts/wrong.py": text})
     said = [record.getMessage() for record in caplog.records if "Wrong" in record.getMessage()]
     assert any("does not take batch_number, prompts, seeds, subseeds" in line for line in said)
-    assert any("postproces_image() is no hook" in line and "postprocess_image(self, p, pp, *args)" in line for line in said)
+    assert any("postproces_image() is not a hook" in line and "postprocess_image(self, p, pp, *args)" in line for line in said)
     assert any("post_sample() takes 2 arguments" in line for line in said)
-    assert any("asks for unknown sigmas" in line for line in said)
+    assert any("requires unknown sigmas" in line for line in said)
 
 
 def test_a_script_that_cannot_build_its_controls_is_left_out(app: Application, with_extensions: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -54,5 +54,5 @@ def test_input_accordion_can_be_changed_by_an_event() -> None:
         accordion = InputAccordion(False, label="Hires. fix", elem_id="txt2img_hr")
     changed = InputAccordion(**{**accordion.constructor_args, "value": True, "render": False})  # what gradio does for gr.update()
     assert (changed.value, changed.elem_id) == (True, "txt2img_hr-checkbox")
-    with pytest.raises(RuntimeError, match="outside of a page"):
+    with pytest.raises(RuntimeError, match="outside a page"):
         changed.__enter__()

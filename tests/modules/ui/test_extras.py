@@ -127,7 +127,7 @@ def test_a_folder_into_a_folder(app: Application, tab: ExtrasTab, tmp_path: Path
         ({}, "Extras needs a picture"),
         ({"mode": 1}, "upload some"),
         ({"mode": 2}, "name one"),
-        ({"mode": 2, "input_dir": "/nowhere/at/all"}, "is not there"),
+        ({"mode": 2, "input_dir": "/nowhere/at/all"}, "does not exist"),
     ],
 )
 def test_missing_pictures_are_asked_for(app: Application, tab: ExtrasTab, changes: dict[str, Any], words: str) -> None:
@@ -226,7 +226,7 @@ def test_a_caption_of_the_users_keeps_its_words(
     processed = ExtrasJob(app, ExtrasRequest(paths=[picture], operations=operations, keeps_names=True, output_dir=folder)).run()
     assert (folder / "a.txt").read_bytes() == kept
     assert ((folder / "a-1.txt").read_bytes() if (folder / "a-1.txt").exists() else None) == beside
-    assert ("a.txt was there already" in processed.comments) is (beside is not None)
+    assert ("a.txt already exists" in processed.comments) is (beside is not None)
 
 
 def test_a_caption_of_this_program_gives_way_to_the_next(app: Application, tmp_path: Path) -> None:

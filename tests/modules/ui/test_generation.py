@@ -186,7 +186,7 @@ def test_waiting_job_is_taken_out_of_the_line(app: Application) -> None:
         return answer, interrupted
 
     answer, interrupted = run(cancel_the_second())
-    assert "cancelled before it began" in answer[3]
+    assert "canceled before it started" in answer[3]
     assert not interrupted
 
 
