@@ -54,9 +54,7 @@ class BoundedBody:
         try:
             message = await asyncio.wait_for(self._receive(), self._seconds_left())
         except asyncio.TimeoutError:  # the same class as the builtin since Python 3.11
-            raise self._refuse(
-                408, f"the body arrived too slowly ({self._received} bytes in time). Send it faster or in smaller requests."
-            ) from None
+            raise self._refuse(408, f"the body arrived too slowly ({self._received} bytes in time). Send it faster or in smaller requests.") from None
         if message["type"] == "http.request":
             self._count(len(message.get("body", b"")))
             self._is_whole = not message.get("more_body", False)

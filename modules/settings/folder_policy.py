@@ -90,9 +90,7 @@ class FolderPolicy:
         files = (config.settings_file, *config.styles_files)
         roots = (SCRIPT_DIR, config.data_dir)
         own = [Path(sys.prefix), config.models_dir, config.extensions_dir, *named, *(root / part for root in roots for part in _PARTS_OF_PROGRAM)]
-        own += [
-            path for root in (*roots, *(file.parent for file in files)) if path == resolved(root)
-        ]  # itself, but not a new subfolder
+        own += [path for root in (*roots, *(file.parent for file in files)) if path == resolved(root)]  # itself, but not a new subfolder
         protected = _depth_of_deepest(path, own)
         return protected > 0 and protected > _depth_of_deepest(path, self.output_roots)
 
@@ -109,9 +107,7 @@ class FolderPolicy:
             return
         path = resolved(folder)
         if path is None or (is_written and self.is_protected(path)):
-            raise RequestError(
-                f"{what} {folder[:200]!r} belongs to the program or is not a valid path. Choose a folder for pictures."
-            )
+            raise RequestError(f"{what} {folder[:200]!r} belongs to the program or is not a valid path. Choose a folder for pictures.")
         allowed = (*self.output_roots, *self.configured, *(found for found in map(resolved, self.config.gradio_allowed_paths) if found is not None))
         if not self.config.page_is_trusted and not any(path.is_relative_to(root) for root in allowed):
             raise RequestError(

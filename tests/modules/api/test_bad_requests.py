@@ -91,7 +91,9 @@ CASES = [
     txt2img("unknown refiner", "'sd_xl_refiner'", refiner_checkpoint="sd_xl_refiner", refiner_switch_at=0.8),
     # settings
     txt2img("unknown setting", "Did you mean 'samples_format'", override_settings={"sample_format": "png"}),
-    txt2img("unknown checkpoint", "'gone.safetensors' does not exist; there are: tiny", override_settings={"sd_model_checkpoint": "gone.safetensors"}),
+    txt2img(
+        "unknown checkpoint", "'gone.safetensors' does not exist; there are: tiny", override_settings={"sd_model_checkpoint": "gone.safetensors"}
+    ),
     txt2img("setting of a wrong type", "CLIP_stop_at_last_layers", override_settings={"CLIP_stop_at_last_layers": "two"}),
     txt2img("setting out of range", "CLIP_stop_at_last_layers", override_settings={"CLIP_stop_at_last_layers": 99}),
     txt2img("setting of no choice", "randn_source", override_settings={"randn_source": "TPU"}),
