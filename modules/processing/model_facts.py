@@ -1,4 +1,4 @@
-"""What the steps of a job ask about the loaded model. An extension's own model answers by Forge's names; what it does not say has a default.
+"""Facts about the loaded model that the steps of a job need. A model from an extension declares them under Forge's names; others have defaults.
 
 Imports nothing; must not know requests.
 """
@@ -14,6 +14,6 @@ def takes_distilled_guidance(model: Any) -> bool:
 
 
 def reads_size(model: Any) -> bool:
-    """Whether the picture's size is part of a condition."""
+    """Whether conditions depend on the picture's size."""
     family = getattr(model, "family_facts", None)
     return bool(model.is_sdxl) if family is None else bool(family.reads_size)
