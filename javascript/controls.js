@@ -1,4 +1,4 @@
-// Small behaviours of controls: accordions with a checkbox, seeds, the unused negative prompt, tool tips, the colour theme.
+// Small behaviors of controls: accordions with a checkbox, seeds, the unused negative prompt, tooltips, the color theme.
 "use strict";
 
 // ---- accordion with a checkbox: the feature is on while it is open ----
@@ -17,7 +17,7 @@ function accordionIsOpen(header) {
     return header.classList.contains("open");
 }
 
-/** Bring the accordion `accordionId` to the state `checked`: open and on, or closed and off. */
+/** Set the accordion `accordionId` to the state `checked`: open and on, or closed and off. */
 function inputAccordionChecked(accordionId, checked) {
     const {visible, header} = inputAccordionParts(accordionId);
     if (visible) {
@@ -47,7 +47,7 @@ function setupInputAccordion(accordion) {
     if (accordionIsOpen(header) !== checkbox.checked) {
         header.click();
     }
-    // The framework opens it once more when its tab is drawn late; only a press on the header says what the user wants.
+    // The framework opens it again if its tab is drawn late; only a click on the header shows what the user wants.
     let wasPressed = false;
     header.addEventListener("click", () => {
         wasPressed = true;
@@ -81,9 +81,9 @@ onUiLoaded(() => {
     onUiUpdate(setup);
 });
 
-// ---- parts that are shown or not, seeds, negative prompt ----
+// ---- showing and hiding parts, seeds, negative prompt ----
 
-/** Show the container with the id `elementId`, or hide it. */
+/** Show or hide the container with the id `elementId`. */
 function showPart(elementId, shown) {
     const part = gradioApp().getElementById(elementId);
     if (part) {
@@ -121,20 +121,20 @@ function markNegativePromptUnused(tab, unused) {
     }
 }
 
-// ---- tool tips, by id and for both tabs by the id without its tab ----
+// ---- tooltips, by id; for both tabs by the id without its tab ----
 
 var CONTROL_TITLES = {
-    paste: "Read generation parameters from the prompt, or those of the last picture if the prompt is empty",
+    paste: "Read generation parameters from the prompt, or from the last picture if the prompt is empty",
     clear_prompt: "Clear the prompt",
-    style_apply: "Put the chosen styles into the prompt",
-    restore_progress: "Show the job that was running when the page was left",
+    style_apply: "Insert the chosen styles into the prompt",
+    restore_progress: "Show the job that was running before the page was reloaded",
     res_switch_btn: "Swap width and height",
-    random_seed: "Seed -1: another picture each time",
-    reuse_seed: "Take the seed of the selected picture",
-    random_subseed: "Variation seed -1: another one each time",
-    reuse_subseed: "Take the variation seed of the selected picture",
+    random_seed: "Seed -1: a different picture each time",
+    reuse_seed: "Use the seed of the selected picture",
+    random_subseed: "Variation seed -1: a different one each time",
+    reuse_subseed: "Use the variation seed of the selected picture",
     subseed_show: "Variation seed and seed resize",
-    open_folder: "Open the folder of the pictures on the machine that runs this server",
+    open_folder: "Open the picture folder on the server",
     save: "Save the selected picture to the folder of saved pictures",
     save_zip: "Save all pictures of the gallery as one zip file",
     send_to_img2img: "Send the selected picture and its parameters to img2img",
@@ -148,12 +148,12 @@ var CONTROL_TITLES = {
     grid_fill_x_tool_button: "Fill in every value that there is",
     grid_fill_y_tool_button: "Fill in every value that there is",
     grid_fill_z_tool_button: "Fill in every value that there is",
-    upscale: "Make the selected picture again with hires fix",
-    detect_image_size_btn: "Take width and height from the picture",
-    forge_refresh_checkpoint: "Look for model files again",
+    upscale: "Repeat the selected picture with hires fix",
+    detect_image_size_btn: "Use the picture's width and height",
+    forge_refresh_checkpoint: "Scan for model files again",
     generate: "Ctrl+Enter",
-    skip: "End this batch and go on with the next (Alt+Enter)",
-    interrupt: "End the job and keep what is finished (Esc)",
+    skip: "Stop this batch and continue with the next (Alt+Enter)",
+    interrupt: "Stop the job and keep finished pictures (Esc)",
 };
 
 function titleOfControl(id) {

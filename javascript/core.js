@@ -1,13 +1,13 @@
-// The names every other script of the page, and every extension, builds on: gradioApp(), the on... registrations, the current tab, options, small helpers.
-// Must not know any single control.
+// What every other script of the page and every extension builds on: gradioApp(), the on... registrations, the current tab, options, small helpers.
+// Must not know any particular control.
 "use strict";
 
-/** The node under which the page's elements are found. */
+/** The node that contains the page's elements. */
 function gradioApp() {
     return document;
 }
 
-// ---- registrations: each takes a function and calls it at its time; an error in one is logged and does not stop the others ----
+// ---- registrations: each stores a callback and calls it at its time; an error in one is logged and does not stop the others ----
 
 var uiUpdateCallbacks = [];
 var uiAfterUpdateCallbacks = [];
@@ -32,7 +32,7 @@ function onAfterUiUpdate(callback) {
     uiAfterUpdateCallbacks.push(callback);
 }
 
-/** Call `callback` once, when the page stands (at once if it does already). */
+/** Call `callback` once the page is ready (immediately if it already is). */
 function onUiLoaded(callback) {
     if (uiIsLoaded) {
         runUiCallbacks([callback]);
@@ -51,7 +51,7 @@ function onOptionsChanged(callback) {
     optionsChangedCallbacks.push(callback);
 }
 
-/** Call `callback` once, when `opts` is filled (at once if it is already). */
+/** Call `callback` once `opts` is filled (immediately if it already is). */
 function onOptionsAvailable(callback) {
     if (optionsAreAvailable) {
         runUiCallbacks([callback]);
@@ -65,25 +65,25 @@ function runUiCallbacks(callbacks, argument) {
         try {
             callback(argument);
         } catch (error) {
-            console.error("error in a callback of the page", callback.name || callback, error);
+            console.error("error in a page callback", callback.name || callback, error);
         }
     }
 }
 
 // ---- tabs ----
 
-/** The button of the main tab that is shown. */
+/** The button of the visible main tab. */
 function get_uiCurrentTab() {
     return gradioApp().querySelector("#tabs > .tab-wrapper [role=tab][aria-selected=true]");
 }
 
-/** The content of the main tab that is shown. */
+/** The content of the visible main tab. */
 function get_uiCurrentTabContent() {
     const contents = gradioApp().querySelectorAll("#tabs > [role=tabpanel]");
     return Array.from(contents).find((content) => content.style.display !== "none") || null;
 }
 
-/** "txt2img" or "img2img" when that tab is shown, else null. */
+/** "txt2img" or "img2img" if that tab is visible, else null. */
 function currentGenerationTab() {
     const content = get_uiCurrentTabContent();
     const name = content ? content.id.replace(/^tab_/, "") : "";
@@ -99,7 +99,7 @@ function tabButton(name) {
     return gradioApp().querySelector(`#tabs > .tab-wrapper [role=tab][aria-controls="tab_${name}"]`);
 }
 
-/** Press the button of the tab whose content has the id `contentId`, within the tabs element `tabs`. */
+/** Click the button of the tab whose content has the id `contentId`, within the tabs element `tabs`. */
 function clickTab(tabs, contentId) {
     const button = tabs ? tabs.querySelector(`:scope > .tab-wrapper [role=tab][aria-controls="${contentId}"]`) : null;
     if (button) {
@@ -120,7 +120,7 @@ function notifyUiChange(mutations) {
     }
 }
 
-// The framework makes a tab's content when it is shown first. Scripts expect these to be there from the start.
+// The framework creates a tab's content when it is first shown. Scripts expect these two to exist from the start.
 var TABS_TO_RENDER = ["img2img", "extras", "pnginfo"];
 var hiddenTabsWereShown = false;
 
@@ -161,20 +161,20 @@ function watchPage() {
     observer.observe(document.body, {childList: true, subtree: true});
 }
 
-// The framework puts scripts into the page after the page itself was read.
+// The framework adds scripts after the page itself has been parsed.
 if (document.readyState === "loading") {
     document.addEventListener("DOMContentLoaded", watchPage);
 } else {
     watchPage();
 }
 
-// ---- options: the server keeps them as JSON in a hidden text box ----
+// ---- options: the server stores them as JSON in a hidden text box ----
 
 function readOptions(text) {
     try {
         opts = JSON.parse(text || "{}");
     } catch (error) {
-        console.error("settings of the page cannot be read", error);
+        console.error("cannot read the page's settings", error);
         return;
     }
     if (!optionsAreAvailable) {
@@ -188,7 +188,7 @@ function watchOptions() {
     const box = gradioApp().querySelector("#settings_json textarea");
     let shown = box.value;
     readOptions(shown);
-    // The box is filled by the framework, which fires no event; the page changes around it when that happens.
+    // The framework fills the box without firing an event, but the surrounding page changes at the same time.
     onAfterUiUpdate(() => {
         const now = gradioApp().querySelector("#settings_json textarea");
         if (now && now.value !== shown) {
@@ -200,12 +200,12 @@ function watchOptions() {
 
 // ---- helpers ----
 
-/** Tell the framework that the value of the input or text area `target` was set by a script. */
+/** Tell the framework that a script has set the value of the input or text area `target`. */
 function updateInput(target) {
     target.dispatchEvent(new Event("input", {bubbles: true}));
 }
 
-/** Give the input inside the element with the id `elementId` the value `value`. */
+/** Set the input inside the element with the id `elementId` to `value`. */
 function setInputValue(elementId, value) {
     const input = gradioApp().querySelector(`#${CSS.escape(elementId)} input, #${CSS.escape(elementId)} textarea`);
     if (input) {
@@ -216,7 +216,7 @@ function setInputValue(elementId, value) {
     }
 }
 
-/** Call `callback` when `element` was edited and then left alone for `delay` ms; returns a function that calls it at once. */
+/** Call `callback` when `element` was edited and then unchanged for `delay` ms; returns a function that calls it immediately. */
 function onEdit(editId, element, delay, callback) {
     let timer = null;
     const run = () => {
@@ -237,13 +237,13 @@ function randomId() {
     return `task(${Array.from(words, (word) => word.toString(36)).join("").slice(0, 15)})`;
 }
 
-/** The address of the server's `path`, wherever the page is mounted. */
+/** The URL of the server's `path`, wherever the page is mounted. */
 function serverUrl(path) {
     const root = (window.gradio_config || {}).root || document.baseURI;
     return new URL(path, root.endsWith("/") ? root : `${root}/`).href;
 }
 
-/** POST `data` as JSON to `url`; `onSuccess` gets the answer's JSON, `onFailure` is called otherwise. */
+/** POST `data` as JSON to `url`; `onSuccess` gets the JSON answer, `onFailure` is called otherwise. */
 function request(url, data, onSuccess, onFailure) {
     fetch(url, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(data), credentials: "same-origin"})
         .then((response) => (response.ok ? response.json() : Promise.reject(new Error(`status ${response.status}`))))
@@ -255,7 +255,7 @@ function localSet(key, value) {
     try {
         localStorage.setItem(key, value);
     } catch (error) {
-        console.warn(`cannot keep ${key} in this browser`, error);
+        console.warn(`cannot store ${key} in this browser`, error);
     }
 }
 
@@ -272,13 +272,13 @@ function localRemove(key) {
     try {
         localStorage.removeItem(key);
     } catch (error) {
-        console.warn(`cannot forget ${key} in this browser`, error);
+        console.warn(`cannot remove ${key} from this browser`, error);
     }
 }
 
-// ---- a window over the page ----
+// ---- a dialog over the page ----
 
-/** Show the element `content` in a window over the page; a press beside it, or Escape, closes it. */
+/** Show the element `content` in a dialog over the page; a click outside it, or Escape, closes it. */
 function popup(content) {
     closePopup();
     const around = document.createElement("div");

@@ -1,10 +1,10 @@
-// Cards of model files: putting them into the prompt, searching, sorting, folders, descriptions. The server makes the cards.
+// Cards of model files: inserting them into the prompt, searching, sorting, folders, descriptions. The server creates the cards.
 // Must not know any kind of model.
 "use strict";
 
 var desiredCheckpointName = null;
 
-/** Choose the checkpoint `name`. */
+/** Select the checkpoint `name`. */
 function selectCheckpoint(name) {
     desiredCheckpointName = name;
     gradioApp().getElementById("change_checkpoint").click();
@@ -29,7 +29,7 @@ function escapedForRegex(text) {
     return text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
 }
 
-/** `prompt` without the network that `text` names, whatever its multipliers, and without the words behind it; null when it is not there. */
+/** `prompt` without the network in `text`, with any multipliers, and without the words after it; null if it is not in the prompt. */
 function withoutNetwork(prompt, text) {
     const parts = /^<([^:>]+:[^:>]+)(?::[^>]*)?>([^]*)$/.exec(text);
     const separator = escapedForRegex(opts.extra_networks_add_text_separator || " ");
@@ -51,7 +51,7 @@ function togglePromptText(area, text) {
     updateInput(area);
 }
 
-/** Put a card's text into the prompt of `tabname`, or take it out when it is there; its negative text into the negative prompt. */
+/** Add a card's text to the prompt of `tabname`, or remove it if it is there; same for its negative text and the negative prompt. */
 function cardClicked(tabname, textToAdd, textToAddNegative, allowNegativePrompt) {
     if (textToAddNegative) {
         togglePromptText(promptArea(tabname, true), textToAddNegative);
@@ -60,13 +60,13 @@ function cardClicked(tabname, textToAdd, textToAddNegative, allowNegativePrompt)
     togglePromptText(promptArea(tabname, negative), textToAdd);
 }
 
-// ---- which cards are shown, and in which order ----
+// ---- which cards are visible, and their order ----
 
 function paneCards(pane) {
     return Array.from(pane.querySelectorAll(".extra-network-cards > .card"));
 }
 
-/** Show the cards of the chosen folder whose names, paths and hashes have every word that is searched. */
+/** Show the cards of the selected folder whose name, path or hash matches every search word. */
 function applyExtraNetworkFilter(pane) {
     const words = pane.querySelector(".extra-search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const folder = (pane.querySelector(".folder.selected") || {dataset: {folder: ""}}).dataset.folder;
@@ -84,7 +84,7 @@ function sortValue(card, key) {
     return key.startsWith("date_") ? Number(value) : value;
 }
 
-/** Bring the cards into the chosen order. */
+/** Sort the cards in the selected order. */
 function applyExtraNetworkSort(pane) {
     const selected = pane.querySelector(".sort.selected");
     const key = selected ? selected.dataset.sort : "name";
@@ -99,13 +99,13 @@ function applyExtraNetworkSort(pane) {
 
 // ---- what the small buttons do ----
 
-/** The address of what the server tells about cards; behind a password it asks for the key that stands in the page. */
+/** The URL of card data on the server; with a password set, it includes the page's key. */
 function cardsUrl(path, values) {
     const key = gradioApp().querySelector(".extra-networks-pane").dataset.key;
     return serverUrl(`sd_extra_networks/${path}?${new URLSearchParams({...values, ...(key ? {key: key} : {})})}`);
 }
 
-/** Show what the file of a card says about itself. */
+/** Show the metadata stored in a card's file. */
 function extraNetworksShowMetadata(text) {
     const box = document.createElement("pre");
     box.className = "extra-network-metadata";
@@ -116,11 +116,11 @@ function extraNetworksShowMetadata(text) {
 function showCardMetadata(pane, card) {
     fetch(cardsUrl("metadata", {page: pane.dataset.page, item: card.dataset.name}), {credentials: "same-origin"})
         .then((response) => response.json())
-        .then((answer) => extraNetworksShowMetadata(answer.metadata || "The file says nothing about itself."))
-        .catch((error) => console.error("metadata of a card cannot be read", error));
+        .then((answer) => extraNetworksShowMetadata(answer.metadata || "The file contains no metadata."))
+        .catch((error) => console.error("cannot read a card's metadata", error));
 }
 
-/** Make one card anew, in the tab where it is shown. */
+/** Refresh one card in its tab. */
 function extraNetworksRefreshSingleCard(page, tabname, name) {
     fetch(cardsUrl("get-single-card", {page: page, tabname: tabname, name: name}), {credentials: "same-origin"})
         .then((response) => response.json())
@@ -132,7 +132,7 @@ function extraNetworksRefreshSingleCard(page, tabname, name) {
                 applyExtraNetworkFilter(pane);
             }
         })
-        .catch((error) => console.error("a card cannot be made anew", error));
+        .catch((error) => console.error("cannot refresh a card", error));
 }
 
 function editUserMetadata(pane, card) {
@@ -179,7 +179,7 @@ function actOn(table, element, ...arguments_) {
     return Boolean(name);
 }
 
-// Before a card's own onclick: a press on one of its buttons is no press on the card.
+// Runs before a card's own onclick: clicking one of its buttons must not count as clicking the card.
 document.addEventListener("click", (event) => {
     const button = event.target.closest(".extra-networks-pane button");
     const pane = button && button.closest(".extra-networks-pane");

@@ -1,4 +1,4 @@
-// Which picture of a gallery is selected, and the switches between tabs that go with sending a picture on.
+// Which picture of a gallery is selected, and the tab switches for sending a picture.
 "use strict";
 
 function currentGallery() {
@@ -6,7 +6,7 @@ function currentGallery() {
     return content ? content.querySelector(".output-gallery") : null;
 }
 
-/** The buttons of all pictures in the gallery of the current tab: those under the large picture, or those of the grid when none is shown large. */
+/** The buttons of all pictures in the current tab's gallery: below the large picture, or in the grid if none is enlarged. */
 function all_gallery_buttons() {
     const gallery = currentGallery();
     if (!gallery) {
@@ -21,14 +21,14 @@ function selected_gallery_button() {
     return all_gallery_buttons().find((button) => button.classList.contains("selected")) || null;
 }
 
-/** The number of the selected picture in the current tab's gallery; 0 when only one is there, -1 when none is selected. */
+/** Index of the selected picture in the current tab's gallery; 0 if there is only one, -1 if none is selected. */
 function selected_gallery_index() {
     const buttons = all_gallery_buttons();
     const selected = buttons.findIndex((button) => button.classList.contains("selected"));
     return selected === -1 && buttons.length === 1 ? 0 : selected;
 }
 
-/** The selected one of `gallery`'s pictures, as a list of one; the whole gallery's first when none is selected. */
+/** The selected picture of `gallery` as a list of one; the first picture if none is selected. */
 function extract_image_from_gallery(gallery) {
     if (!gallery || gallery.length === 0) {
         return [null];

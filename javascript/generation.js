@@ -1,4 +1,4 @@
-// The Generate, Interrupt and Skip buttons: what is sent along with a click, which buttons show while a task runs, keys, and progress that survives a reload.
+// The Generate, Interrupt and Skip buttons: request data of a click, which buttons show while a task runs, keys, and progress that survives a reload.
 "use strict";
 
 var taskEndFunctions = {}; // by tab: ends the display of the running task
@@ -26,7 +26,7 @@ function showRestoreProgressButton(tab, show) {
     }
 }
 
-/** The arguments of a click as they go to the server. */
+/** The arguments of a click, as sent to the server. */
 function create_submit_args(args) {
     return Array.from(args);
 }
@@ -64,14 +64,14 @@ function submit_extras(...args) {
     return submitTask("extras", args);
 }
 
-/** As submit(); the second argument is the number of the selected picture. */
+/** Like submit(); the second argument is the index of the selected picture. */
 function submit_txt2img_upscale(...args) {
     const result = submitTask("txt2img", args);
     result[1] = selected_gallery_index();
     return result;
 }
 
-/** The server has answered the click: the display ends, whatever it was about. */
+/** The server has answered the click: end the progress display. */
 function taskAnswered(tab) {
     localRemove(`${tab}_task_id`);
     showRestoreProgressButton(tab, false);
@@ -86,7 +86,7 @@ function interruptPressed(tab) {
     return [localGet(`${tab}_task_id`, "")];
 }
 
-/** Follow again a task that was running when the page was left. */
+/** Reconnect to a task that was running before the page was reloaded. */
 function restoreProgress(tab) {
     showRestoreProgressButton(tab, false);
     const taskId = localGet(`${tab}_task_id`, "");

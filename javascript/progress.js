@@ -1,4 +1,4 @@
-// Progress of a task: asks the server for it and shows the bar over the gallery, the live preview and the window title.
+// Progress of a task: polls the server and shows the bar above the gallery, the live preview and the window title.
 "use strict";
 
 var PROGRESS_INACTIVITY_S = 40;
@@ -55,8 +55,8 @@ function progressText(answer) {
 }
 
 /**
- * Show the progress of the task `id_task` until it is over: the bar in front of `progressbarContainer`, previews over `gallery`.
- * `atEnd` is called once when the display ends, `onProgress` with each answer of the server; `inactivityTimeout` in seconds.
+ * Show the progress of the task `id_task` until it ends: the bar before `progressbarContainer`, previews over `gallery`.
+ * `atEnd` is called once when the display ends, `onProgress` with each answer from the server; `inactivityTimeout` is in seconds.
  * Returns a function that ends the display.
  */
 function requestProgress(id_task, progressbarContainer, gallery, atEnd, onProgress, inactivityTimeout = PROGRESS_INACTIVITY_S) {

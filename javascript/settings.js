@@ -1,10 +1,10 @@
-// The Settings tab: going to a setting that a search found.
+// The Settings tab: jumps to a setting found by a search.
 "use strict";
 
 var SETTING_WAIT_TRIES = 40;
 var SETTING_WAIT_MS = 50;
 
-/** Open the page `tabId` of the settings and show the control `elementId` on it. */
+/** Open the settings page `tabId` and scroll to the control `elementId`. */
 function showSetting(tabId, elementId, tries = SETTING_WAIT_TRIES) {
     if (tries === SETTING_WAIT_TRIES) {
         clickTab(gradioApp().querySelector("#settings"), tabId);

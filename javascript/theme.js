@@ -1,4 +1,4 @@
-// Dark or light: what --theme asked for, unless the address says otherwise (?__theme=dark).
+// Dark or light: from --theme, unless the URL says otherwise (?__theme=dark).
 "use strict";
 
 (() => {

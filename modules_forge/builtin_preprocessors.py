@@ -1,6 +1,6 @@
-"""The preprocessors that need no network, as objects that the ControlNet extension registers.
+"""Preprocessors that need no network, as objects that the ControlNet extension registers.
 
-Must not know the page. What each does to the pixels is in image_maps.py.
+Must not know the page. image_maps.py does the pixel work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from modules_forge.utils import HWC3, resize_image_with_pad
 
 _HIDDEN = PreprocessorParameter()
 _MASKED = -1.0
-"""What inpaint ControlNets read where they shall fill in."""
+"""The hint value that tells an inpaint ControlNet to fill in."""
 
 
 def _slider(label: str, value: float, minimum: float, maximum: float, step: float) -> PreprocessorParameter:
@@ -26,7 +26,7 @@ def _slider(label: str, value: float, minimum: float, maximum: float, step: floa
 
 
 class PixelPreprocessor(Preprocessor):
-    """A map of pixels at a resolution of its shorter side. `make(picture, slider 1, slider 2)`."""
+    """A pixel map at a given resolution of its shorter side. `make(picture, slider 1, slider 2)`."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class PixelPreprocessor(Preprocessor):
 
 
 class PreprocessorInpaint(Preprocessor):
-    """inpaint_global_harmonious: the hint is -1 where the mask is, so that the ControlNet fills in; the whole picture is made anew."""
+    """inpaint_global_harmonious: the hint is -1 under the mask, so that the ControlNet fills it in; the whole picture is repainted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class PreprocessorInpaint(Preprocessor):
         self.expand_mask_when_resize_and_fill = True
 
     def process_before_every_sampling(self, process: Any, cond: Any, mask: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """The hint with the mask cut out of it; the ControlNet itself acts everywhere."""
+        """The hint with the mask cut out; the ControlNet itself acts everywhere."""
         if mask is None:
             return cond, None
         hole = mask.round()
@@ -88,7 +88,7 @@ class PreprocessorInpaint(Preprocessor):
 
 
 class PreprocessorInpaintOnly(PreprocessorInpaint):
-    """inpaint_only: as inpaint_global_harmonious, and what is not masked stays as it is."""
+    """inpaint_only: like inpaint_global_harmonious, but the unmasked part stays unchanged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class PreprocessorInpaintOnly(PreprocessorInpaint):
         self.sorting_priority = 100
 
     def process_before_every_sampling(self, process: Any, cond: Any, mask: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """As the base class; and the denoised latents outside the mask are those of the picture."""
+        """Like the base class; also, the denoised latents outside the mask are replaced by the picture's."""
         if mask is not None:
             self._keep_unmasked(process, cond, mask)
         return super().process_before_every_sampling(process, cond, mask, *args, **kwargs)
@@ -117,7 +117,7 @@ class PreprocessorInpaintOnly(PreprocessorInpaint):
 
 
 class PicturePreprocessor(PixelPreprocessor):
-    """For IP-Adapters: the whole picture as it is. Its features are the adapter's matter, which knows its image encoder."""
+    """For IP-Adapters: the unmodified picture. The adapter, which knows its image encoder, computes the features."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, ("IP-Adapter",), lambda image, *_: image, filters=("ip-adapter", "ip_adapter"), has_resolution=False, priority=100)
@@ -126,7 +126,7 @@ class PicturePreprocessor(PixelPreprocessor):
 
 
 def builtin_preprocessors() -> list[Preprocessor]:
-    """A new object of each, in the order they are listed."""
+    """A new instance of each, in list order."""
     maps = image_maps
     gamma = _slider("Gamma Correction", 1.0, 0.1, 2.0, 0.001)
     return [

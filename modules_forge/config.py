@@ -1,4 +1,4 @@
-"""Extensions that must not be loaded because this program does what they do: loading both would do it twice."""
+"""Extensions that must not be loaded because their function is built in; loading both would apply it twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The version that extensions compare to learn whether they run on Forge's surface."""
+"""The version that extensions compare to detect Forge's API."""
 
 from __future__ import annotations
 

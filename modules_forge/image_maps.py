@@ -1,6 +1,6 @@
-"""Maps of a picture that guide a ControlNet and need no network: edges, lines, blur, colours, shuffles. Pictures in and out are uint8.
+"""Maps of a picture that guide a ControlNet and need no network: edges, lines, blur, colors, shuffles. Input and output are uint8.
 
-Pure arrays: must not know ControlNet, the page or files.
+Pure array functions: must not know ControlNet, the page or files.
 
 Shapes: H W rows and columns, C channels.
 """
@@ -19,7 +19,7 @@ Picture = NDArray[np.uint8]
 _TAN_22 = np.tan(np.pi / 8)
 _AROUND = np.ones((3, 3), dtype=bool)
 _BLUR_REACH = 3.0
-"""Standard deviations after which a Gaussian is cut off."""
+"""Number of standard deviations at which a Gaussian is truncated."""
 _XDOG_SIGMAS = (0.5, 5.0)
 _LINEART_FLOOR, _LINEART_MEDIAN = 16.0, 127.0
 _GRID_PX = 64
@@ -28,9 +28,9 @@ _LUMA = (0.2126, 0.7152, 0.0722)
 
 
 def find_edges(image_HWC: Picture, low: float, high: float) -> Picture:
-    """White edges of one pixel on black. Canny 1986, with 3x3 Sobel gradients and their L1 length: `low` ends an edge, `high` starts one.
+    """White edges, one pixel wide, on black. Canny 1986, with 3x3 Sobel gradients and their L1 length: `low` ends an edge, `high` starts one.
 
-    Of several channels the one with the steepest gradient counts at each pixel.
+    At each pixel, the channel with the steepest gradient is used.
     """
     low, high = sorted((low, high))
     dx_HW, dy_HW, length_HW = _steepest_gradients(image_HWC)
@@ -50,14 +50,14 @@ def _steepest_gradients(image_HWC: Picture) -> tuple[NDArray[np.float64], NDArra
 
 
 def _sobel(values_HWC: NDArray[np.float64], *, along: int) -> NDArray[np.float64]:
-    """Not SciPy's, which smooths over the channels as well."""
+    """Unlike SciPy's, does not smooth across channels."""
     slope_HWC = ndimage.correlate1d(values_HWC, (-1, 0, 1), axis=along, mode="nearest")
     smooth_HWC: NDArray[np.float64] = ndimage.correlate1d(slope_HWC, (1, 2, 1), axis=1 - along, mode="nearest")
     return smooth_HWC
 
 
 def _is_ridge(dx_HW: NDArray[np.float64], dy_HW: NDArray[np.float64], length_HW: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Where the gradient is longer than at both neighbours along it; of two equal ones in a row or column the first counts."""
+    """Where the gradient is longer than at both neighbors along it; of two equal neighbors in a row or column, the first one counts."""
     height, width = length_HW.shape
     padded = np.pad(length_HW, 1)
 
@@ -89,28 +89,28 @@ def blur(image_HWC: Picture, sigma_px: float) -> Picture:
 
 
 def shrink(image_HWC: Picture, rate: float) -> Picture:
-    """The picture at 1/rate of its size, each pixel the mean of those it stands for."""
+    """The picture at 1/rate of its size, by averaging."""
     height, width = image_HWC.shape[:2]
     size = max(1, round(width / rate)), max(1, round(height / rate))
     return np.asarray(Image.fromarray(image_HWC).resize(size, Image.Resampling.BOX))
 
 
 def find_scribble(image_HWC: Picture, value: float) -> Picture:
-    """White lines where the picture is darker than its surroundings in some channel: a difference of Gaussians (Winnemoeller 2011), thresholded."""
+    """White lines where some channel is darker than its surroundings: a difference of Gaussians (Winnemoeller 2011), thresholded."""
     fine_HWC, coarse_HWC = (_blurred(image_HWC, sigma) for sigma in _XDOG_SIGMAS)
     darker_HW = (coarse_HWC - fine_HWC).min(axis=2).clip(0, 255).astype(np.uint8)
     return _as_picture((2.0 * darker_HW > value) * 255.0)
 
 
 def find_lines(image_HWC: Picture, sigma_px: float, floor: float) -> Picture:
-    """Lines, the brighter the darker they are against their surroundings; the median of what exceeds `floor` becomes mid-grey."""
+    """Lines, brighter the darker they are compared to their surroundings, scaled so that the median above `floor` is mid-gray."""
     darker_HW = (_blurred(image_HWC, sigma_px) - image_HWC).min(axis=2).clip(0, 255)
     clear = darker_HW[darker_HW > floor]
     return _as_picture(darker_HW / max(_LINEART_FLOOR, float(np.median(clear)) if clear.size else 0.0) * _LINEART_MEDIAN)
 
 
 def take_luminance(image_HWC: Picture, gamma: float) -> Picture:
-    """Lightness L* (CIE 1976) of sRGB colours as grey, to the power `gamma`."""
+    """Lightness L* (CIE 1976) of sRGB colors as gray, to the power `gamma`."""
     linear_HWC = image_HWC / 255.0
     linear_HWC = np.where(linear_HWC <= 0.04045, linear_HWC / 12.92, ((linear_HWC + 0.055) / 1.055) ** 2.4)
     y_HW = linear_HWC @ np.asarray(_LUMA)
@@ -119,12 +119,12 @@ def take_luminance(image_HWC: Picture, gamma: float) -> Picture:
 
 
 def take_intensity(image_HWC: Picture, gamma: float) -> Picture:
-    """The largest of the three colours (HSV's value) as grey, to the power `gamma`."""
+    """The maximum of the three color channels (HSV's value) as gray, to the power `gamma`."""
     return _as_picture((image_HWC.max(axis=2) / 255.0) ** gamma * 255.0)
 
 
 def make_color_grid(image_HWC: Picture) -> Picture:
-    """Squares of 64 pixels in their mean colours."""
+    """Squares of 64 pixels in their mean colors."""
     height, width = image_HWC.shape[:2]
     image = Image.fromarray(image_HWC)
     small = image.resize((max(1, width // _GRID_PX), max(1, height // _GRID_PX)), Image.Resampling.BICUBIC, reducing_gap=3.0)
@@ -132,7 +132,7 @@ def make_color_grid(image_HWC: Picture) -> Picture:
 
 
 def shuffle(image_HWC: Picture, seed: int = 0) -> Picture:
-    """The picture's colours flowing to other places: each pixel is read where two smooth random fields say. The same for the same seed."""
+    """The picture warped by two smooth random fields that give each pixel's source position. Deterministic per seed."""
     height, width = image_HWC.shape[:2]
     generator = np.random.default_rng(seed)
     rows_HW, columns_HW = (_smooth_field(generator, height, width) for _ in range(2))
@@ -141,7 +141,7 @@ def shuffle(image_HWC: Picture, seed: int = 0) -> Picture:
 
 
 def _smooth_field(generator: np.random.Generator, height: int, width: int) -> NDArray[np.float64]:
-    """Random numbers from 0 to 1 that change over 256 pixels."""
+    """Random numbers 0..1 that vary over about 256 pixels."""
     rows, columns = 4 + height // _SHUFFLE_REACH_PX, 4 + width // _SHUFFLE_REACH_PX
     coarse = Image.fromarray(generator.random((rows, columns)).astype(np.float32))
     field = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
@@ -160,6 +160,6 @@ def _as_grey(values_HW: NDArray[Any]) -> Picture:
 
 
 def _as_picture(values: NDArray[Any]) -> Picture:
-    """Three equal channels of a grey one; whole numbers from 0 to 255."""
+    """Expand gray to three equal channels; round to integers 0..255."""
     rounded = _as_grey(values)
     return np.repeat(rounded[..., None], 3, axis=2) if rounded.ndim == 2 else rounded

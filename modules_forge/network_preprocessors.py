@@ -1,4 +1,4 @@
-"""Preprocessors that Forge has and this program has not: what each needs, so that a client who asks for one is told. Knows names only."""
+"""Forge's preprocessors that this program lacks, with what each needs, so that clients get a helpful message. Names only."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ NETWORK_FILES: Mapping[str, str] = MappingProxyType(
         "CLIP-G (Revision ignore prompt)": "CLIP-ViT-bigG.safetensors",
     }
 )
-"""Name -> the file or files that extensions commonly read its network from."""
+"""Name -> the file or files from which extensions usually load its network."""
 NOT_HERE: Mapping[str, str] = MappingProxyType(
     {
         "reference_adain": "reference_only",
@@ -64,7 +64,7 @@ NOT_HERE: Mapping[str, str] = MappingProxyType(
         "tile_colorfix+sharp": "tile_resample",
     }
 )
-"""Name -> the nearest preprocessor that is here, of those that need no network."""
+"""Name -> the most similar available preprocessor that needs no network."""
 OLD_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "binary": "threshold",
@@ -94,18 +94,18 @@ OLD_NAMES: Mapping[str, str] = MappingProxyType(
         "xdog": "scribble_xdog",
     }
 )
-"""Names that clients of older versions send -> today's."""
+"""Names sent by clients of older versions -> current names."""
 
 
 def explain_missing(name: str, folder: str) -> str | None:
-    """What a client is told who asks for a preprocessor of Forge's that is not registered; None for a name nobody knows."""
+    """The message for a Forge preprocessor that is not registered; None for an unknown name."""
     wanted = name.strip().lower()
     wanted = OLD_NAMES.get(wanted, wanted).lower()
     for known, files in NETWORK_FILES.items():
         if wanted in (known.lower(), known.lower().split(" (")[0]):
             return (
-                f"ControlNet's preprocessor {known} needs a network, which an extension has to bring: install one that registers {known!r} and put "
-                f"{files} into {folder}, where such extensions look. Or make the map elsewhere and choose None."
+                f"ControlNet's preprocessor {known} needs a network from an extension: install one that registers {known!r}, and put "
+                f"{files} into {folder}, where such extensions look for it. Or create the map elsewhere and choose None."
             )
     nearest = next((here for known, here in NOT_HERE.items() if wanted == known), None)
-    return None if nearest is None else f"ControlNet's preprocessor {wanted} is not part of this program; {nearest} is, and comes nearest."
+    return None if nearest is None else f"ControlNet's preprocessor {wanted} is not available; the most similar one is {nearest}."

@@ -1,7 +1,7 @@
-"""Reference pictures for self-attention: before each step the network sees the noised reference alone, and what its self-attentions read there
-is read beside the picture's own in the step itself.
+"""Reference pictures for self-attention: before each step the network runs on the noised reference alone, and the keys and values of its
+self-attentions are then added to the picture's own during the step.
 
-Lives on the patch surface alone: a replacement of attn1 and a modifier of conditions. Must not know the page, units or preprocessors.
+Uses only the patch surface: a replacement of attn1 and a conditioning modifier. Must not know the page, ControlNet units or preprocessors.
 
 Shapes: B rows, I pictures, C channels, H W latent rows and columns, L tokens of the picture, M of the reference, D width of a token.
 """
@@ -23,15 +23,15 @@ from backend.sampling.sampling_function import COND, UNCOND, calc_cond_uncond_ba
 
 _WRITING = "reference_writes"
 _LEFT_OUT = ("control", "area", "mask", "mask_strength", "strength")
-"""What of a condition does not hold for the reference: guidance by other units, and the part of the picture it is for."""
+"""Parts of a condition that do not apply to the reference: other control networks, and the area it is restricted to."""
 
 Place = tuple[Any, ...]
-"""(kind of block, its number, transformer block)."""
+"""(kind of block, block number, transformer block)."""
 
 
 @dataclass(eq=False)
 class Reference:
-    """A picture to look like, as latents (1, C, H, W). `fidelity` keeps it from the negative branch; it acts between two noise levels."""
+    """A reference picture as latents (1, C, H, W). `fidelity` excludes it from the negative branch; it is active between two noise levels."""
 
     latent_BCHW: Tensor
     noise_BCHW: Tensor
@@ -39,24 +39,24 @@ class Reference:
     fidelity: float = 0.5
     sigma_range: tuple[float, float] = (0.0, math.inf)
     bank: dict[Place, dict[int, tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """Keys and values (I, M, D) by place and branch, of the step under way."""
+    """Keys and values (I, M, D) by place and branch, for the current step."""
 
     def acts_at(self, sigma: float) -> bool:
         return self.weight != 0.0 and self.sigma_range[0] <= sigma <= self.sigma_range[1]
 
 
 class ReferenceAttention:
-    """The replacement of attn1. It has a `to`, as hooks that hold tensors have, which keeps the UNet on one slot: that of the latents."""
+    """The replacement of attn1. It has a `to`, like hooks that hold tensors, which keeps the UNet on one slot: that of the latents."""
 
     def __init__(self, references: Sequence[Reference]) -> None:
         self.references = tuple(references)
 
     def to(self, device: torch.device) -> ReferenceAttention:
-        """The same: what it holds is written anew in each step, where the network is."""
+        """Returns itself: its contents are rewritten in each step, where the network is."""
         return self
 
     def clear(self) -> None:
-        """Let go of what the last step wrote."""
+        """Release what the last step stored."""
         for reference in self.references:
             reference.bank.clear()
 
@@ -90,7 +90,7 @@ def _record(reference: Reference, place: Place, k_BMD: Tensor, v_BMD: Tensor, ex
 def _attend_both(
     written: dict[int, tuple[Tensor, Tensor]], own: tuple[Tensor, Tensor, Tensor], heads: int, extra: dict[str, Any]
 ) -> Tensor:  # fmt: skip
-    """Attention over the picture's own tokens and the reference's of the same branch and picture."""
+    """Attention over the picture's own tokens plus the reference's, for the same branch and picture."""
     q_BLD, k_BLD, v_BLD = own
     kinds = [UNCOND if row in set(extra["uncond_indices"]) else COND for row in range(q_BLD.shape[0])]
     found = [written.get(kind, written[next(iter(written))]) for kind in kinds]
@@ -98,13 +98,13 @@ def _attend_both(
     return attention_function(q_BLD, torch.cat([k_BLD, keys_BMD], dim=1), torch.cat([v_BLD, values_BMD], dim=1), heads)
 
 
-# the pass over the reference
+# the run over the reference
 
 
 def write_references(
     model: Any, x: Tensor, timestep: Tensor, uncond: Any, cond: Any, cond_scale: float, model_options: dict[str, Any], seed: Any
 ) -> tuple[Any, ...]:
-    """A conditioning modifier: fills the banks of the references for this step and leaves its arguments as they are."""
+    """A conditioning modifier: stores the references' keys and values for this step, and returns its arguments unchanged."""
     hook = find_reference_attention(model_options)
     sigma = float(timestep[0])
     for reference in () if hook is None else hook.references:
@@ -130,7 +130,7 @@ def _write(reference: Reference, model: Any, x_BCHW: Tensor, sigma_B: Tensor, un
 
 
 def _whole(conditions: Any) -> list[dict[str, Any]]:
-    """The first condition, for the whole picture."""
+    """The first condition that covers the whole picture."""
     return [{name: value for name, value in conditions[0].items() if name not in _LEFT_OUT}]
 
 
@@ -138,17 +138,17 @@ def _runs_uncond(uncond: Any, cond_scale: float, options: dict[str, Any]) -> boo
     return bool(uncond) and (not math.isclose(cond_scale, 1.0) or options.get("disable_cfg1_optimization", False))
 
 
-# putting it in
+# adding it to a model
 
 
 def find_reference_attention(model_options: dict[str, Any]) -> ReferenceAttention | None:
-    """The hook in these options."""
+    """The reference hook in these options."""
     replacements = model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn1", {})
     return next((hook for hook in replacements.values() if isinstance(hook, ReferenceAttention)), None)
 
 
 def add_reference(unet: UnetPatcher, reference: Reference) -> UnetPatcher:
-    """A clone that also looks at `reference`, in every self-attention. Room for what a step writes is kept free."""
+    """A clone that also attends to `reference` in every self-attention. Reserves memory for what a step stores."""
     patched = unet.clone()
     before = find_reference_attention(patched.model_options)
     hook = ReferenceAttention([*(before.references if before else ()), reference])
@@ -161,7 +161,7 @@ def add_reference(unet: UnetPatcher, reference: Reference) -> UnetPatcher:
 
 
 def _bank_bytes(unet: UnetPatcher, positions: int) -> int:
-    """Keys and values of one picture in both branches. A width that several levels share counts for the finest."""
+    """Bytes of one picture's keys and values in both branches. A width shared by several levels is counted for the finest."""
     network = unet.model
     widths: list[int] = list(network.diffusion_model.config.block_out_channels)
     layers = [layer for segment in network.program.segments for layer in segment.layers if isinstance(layer, Transformer2DModel)]

@@ -1,4 +1,4 @@
-"""reference_only: the unit's picture is looked at by the self-attentions of the denoiser; no control model is needed. Must not know the page."""
+"""reference_only: the denoiser's self-attentions also attend to the unit's picture; no control model is needed. Must not know the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modules_forge.supported_preprocessor import Preprocessor, PreprocessorParam
 
 
 class PreprocessorReference(Preprocessor):
-    """The hint is the picture itself, encoded anew for each pass."""
+    """The hint is the picture itself, encoded again for each pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class PreprocessorReference(Preprocessor):
         self.show_control_mode, self.do_not_need_model = False, True
 
     def process_before_every_sampling(self, process: Any, cond: Any, mask: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Put the reference into the denoiser. `unit`: its weight, range of steps and style fidelity (threshold_a)."""
+        """Add the reference to the denoiser. `unit`: its weight, step range and style fidelity (threshold_a)."""
         unit, engine = kwargs.get("unit"), process.sd_model
         latent_BCHW = engine.encode_first_stage(cond * 2.0 - 1.0)
         seed = int((getattr(process, "seeds", None) or [0])[0])
@@ -37,7 +37,7 @@ class PreprocessorReference(Preprocessor):
         return cond, mask
 
     def process_after_every_sampling(self, process: Any, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Let go of what the last step wrote."""
+        """Release what the last step stored."""
         hook = find_reference_attention(process.sd_model.forge_objects.unet.model_options)
         if hook is not None:
             hook.clear()

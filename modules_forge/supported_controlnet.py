@@ -1,4 +1,4 @@
-"""Kinds of control model as extensions derive and register them, and the one for ControlNets.
+"""Base class of control models that extensions derive from and register, and the class for ControlNets.
 
 Must not know the page or where files are listed.
 """
@@ -19,7 +19,7 @@ from backend.patcher.controlnet_union import UnionControlNet
 
 
 class ControlModelPatcher:
-    """A control model with what one unit asks of it. Derive and register the class with add_supported_control_model."""
+    """A control model with one unit's settings. Derive from it and register the class with add_supported_control_model."""
 
     def __init__(self, model_patcher: Any = None) -> None:
         self.model_patcher = model_patcher
@@ -34,19 +34,19 @@ class ControlModelPatcher:
 
     @staticmethod
     def try_build_from_state_dict(state_dict: Mapping[str, Tensor], ckpt_path: str) -> ControlModelPatcher | None:
-        """The model in a state dict; None when it is of another kind."""
+        """The model in a state dict; None if it is of another kind."""
         return None
 
     def process_after_running_preprocessors(self, process: Any, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Once a job, when all hints are made."""
+        """Called once per job, after all hints are computed."""
         return
 
     def process_before_every_sampling(self, process: Any, cond: Any, mask: Any, *args: Any, **kwargs: Any) -> None:
-        """Before each pass: patch process.sd_model.forge_objects."""
+        """Called before each pass: patch process.sd_model.forge_objects."""
         return
 
     def process_after_every_sampling(self, process: Any, params: Any, *args: Any, **kwargs: Any) -> None:
-        """After each pass."""
+        """Called after each pass."""
         return
 
 
@@ -61,12 +61,12 @@ class ControlNetPatcher(ControlModelPatcher):
 
     @property
     def needs_control_type(self) -> bool:
-        """Whether the network has to be told what kind of hint it reads (`union_control_type`, see UNION_TYPES)."""
+        """Whether the network must be told the kind of its hint (`union_control_type`, see UNION_TYPES)."""
         return isinstance(self.model_patcher, UnionControlNet)
 
     @staticmethod
     def try_build_from_state_dict(state_dict: Mapping[str, Tensor], ckpt_path: str) -> ControlNetPatcher | None:
-        """Raises: CheckpointError for a ControlNet that is damaged or not supported."""
+        """Raises: CheckpointError for a damaged or unsupported ControlNet."""
         if find_controlnet(state_dict) is None and find_adapter(state_dict) is None:
             return None
         return ControlNetPatcher(build_control(TensorsInMemory(Path(ckpt_path), state_dict)))

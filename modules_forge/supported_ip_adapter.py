@@ -1,4 +1,4 @@
-"""The kind of control model for IP-Adapters, and where their picture towers (CLIP vision models) are looked for. Must not know the page."""
+"""The control model class for IP-Adapters, and where to find their image encoders (CLIP vision models). Must not know the page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
 _PICKLE_WORDS = ("clip", "vit", "encoder")
-"""Words in the names of pickled files that are looked into; opening one takes long."""
+"""Words in file names that make a pickled file worth opening, which takes long."""
 _widths: dict[tuple[str, int, int], tuple[int, int] | None] = {}
 _towers: dict[str, ClipVision] = {}
 
@@ -45,7 +45,7 @@ class IPAdapterPatcher(ControlModelPatcher):
         params.features = tower.encode_images([hint.picture for hint in params.hints], hidden_states=self.model_patcher.reads_hidden_states)
 
     def process_before_every_sampling(self, process: Any, cond: Any, mask: Any, *args: Any, **kwargs: Any) -> None:
-        """Have the pass see the picture. Raises: ControlNetError for an adapter of another family."""
+        """Attach the picture to the pass. Raises: ControlNetError for an adapter of another family."""
         objects, masked = process.sd_model.forge_objects, self.advanced_mask_weighting if mask is None else mask
         objects.unet = apply_ip_adapter(
             objects.unet,
@@ -58,14 +58,14 @@ class IPAdapterPatcher(ControlModelPatcher):
 
 
 def find_tower(adapter: IPAdapter) -> ClipVision:
-    """The picture tower that an adapter was made for; the last one stays in memory. Raises: ControlNetError where there is none, or it is damaged."""
+    """The image encoder for an adapter; the last one stays in memory. Raises: ControlNetError if it is missing or damaged."""
     place = 0 if adapter.reads_hidden_states else 1
     for path in _candidates():
         widths = _read_widths(path)
         if widths is not None and widths[place] == adapter.feature_width:
             return _load(path)
     raise ControlNetError(
-        f"{adapter.name} needs the image encoder {adapter.tower_name} ({('width', 'projection')[place]} {adapter.feature_width}), and there is none. "
+        f"{adapter.name} needs the image encoder {adapter.tower_name} ({('width', 'projection')[place]} {adapter.feature_width}), but there is none. "
         "Put its file (model.safetensors of the image_encoder folder that comes with the adapter, under any name) into "
         f"{shared.preprocessor_dir}."
     )
@@ -89,7 +89,7 @@ def _candidates() -> Iterator[Path]:
 
 
 def _read_widths(path: Path) -> tuple[int, int] | None:
-    """Widths of the tower in a file; None where it holds something else or cannot be read."""
+    """Widths of the image encoder in a file; None if the file is something else or cannot be read."""
     stat = path.stat()
     key = (str(path), stat.st_mtime_ns, stat.st_size)
     if key not in _widths:
@@ -97,6 +97,6 @@ def _read_widths(path: Path) -> tuple[int, int] | None:
             with open_tensor_file(path) as file:
                 _widths[key] = tower_widths(file) if is_clip_vision(file.infos) else None
         except CheckpointError as error:
-            logger.debug("%s is not looked at for an image encoder: %s", path.name, error)
+            logger.debug("%s was skipped in the search for an image encoder: %s", path.name, error)
             _widths[key] = None
     return _widths[key]

@@ -1,6 +1,6 @@
-"""Preprocessors as extensions derive and register them, and the base of those that need no network.
+"""Base class of preprocessors that extensions derive from and register.
 
-A preprocessor turns a picture into a hint, and may act on the job around it. Must not know the page or one extension.
+A preprocessor turns a picture into a hint, and may act on the rest of the job. Must not know the page or any particular extension.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class PreprocessorParameter:
-    """A slider of a preprocessor. `gradio_update_kwargs` is what the page's slider is updated with."""
+    """A slider of a preprocessor. `gradio_update_kwargs` are the updates for the page's slider."""
 
     def __init__(
         self,
@@ -36,13 +36,13 @@ class PreprocessorParameter:
 
     @property
     def api_json(self) -> dict[str, Any]:
-        """The slider as /controlnet/module_list tells it."""
+        """The slider as reported by /controlnet/module_list."""
         names = {"label": "name", "value": "value", "minimum": "min", "maximum": "max", "step": "step"}
         return {theirs: self.gradio_update_kwargs[ours] for ours, theirs in names.items()}
 
 
 class Preprocessor:
-    """Derive, set `name` and `tags`, define `__call__`, and register one object with add_supported_preprocessor."""
+    """Derive from it, set `name` and `tags`, define `__call__`, and register one instance with add_supported_preprocessor."""
 
     def __init__(self) -> None:
         self.name = "PreprocessorBase"
@@ -68,7 +68,7 @@ class Preprocessor:
         offload_device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> ModelPatcher:
-        """Hand the preprocessor's own network to memory management."""
+        """Pass the preprocessor's own network to memory management."""
         from backend.patcher.base import ModelPatcher  # imports torch's networks
 
         model.to(dtype)
@@ -78,24 +78,24 @@ class Preprocessor:
         return self.model_patcher
 
     def move_all_model_patchers_to_gpu(self) -> None:
-        """Have the preprocessor's network on its device."""
+        """Load the preprocessor's network onto its device."""
         memory_management.load_models_gpu([] if self.model_patcher is None else [self.model_patcher])
 
     def send_tensor_to_model_device(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` where the preprocessor's network is, in its type."""
+        """`x` on the device and in the dtype of the preprocessor's network."""
         patcher = self.model_patcher
         return x if patcher is None else x.to(patcher.load_device, patcher.model_dtype())
 
     def process_after_running_preprocessors(self, process: Any, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Once a job, when all hints are made."""
+        """Called once per job, after all hints are computed."""
         return
 
     def process_before_every_sampling(self, process: Any, cond: Any, mask: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Before each pass: the hint (1, 3, height, width), 0..1, and the mask or None, as the ControlNet shall get them."""
+        """Called before each pass. Returns the hint (1, 3, height, width), 0..1, and the mask or None, for the ControlNet."""
         return cond, mask
 
     def process_after_every_sampling(self, process: Any, params: Any, *args: Any, **kwargs: Any) -> None:
-        """After each pass, with the pictures of the batch."""
+        """Called after each pass, with the pictures of the batch."""
         return
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Pictures as arrays and tensors, the way ControlNet's extensions pass them: names and signatures that they import.
+"""Picture conversions between arrays and tensors, with the names and signatures that ControlNet extensions import.
 
 Shapes: H W rows and columns, C channels, B pictures.
 """
@@ -19,13 +19,13 @@ PAD_UNIT_PX = 64
 
 
 def HWC3(x: np.ndarray) -> np.ndarray:
-    """An 8 bit picture (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) as (H, W, 3); what is transparent becomes white. Raises ValueError for others."""
+    """An 8-bit picture (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) as (H, W, 3); transparency becomes white. Raises ValueError for others."""
     if x.dtype != np.uint8:
-        raise ValueError(f"HWC3 takes pictures of 8 bit (uint8); this one is {x.dtype}. Multiply by 255 and convert it first.")
+        raise ValueError(f"HWC3 takes 8-bit pictures (uint8); this one is {x.dtype}. Multiply by 255 and convert it first.")
     if x.ndim == 2:
         x = x[:, :, None]
     if x.ndim != 3 or x.shape[2] not in (1, 3, 4):
-        raise ValueError(f"HWC3 takes pictures of 1, 3 or 4 channels; this one is {x.shape}.")
+        raise ValueError(f"HWC3 takes pictures with 1, 3 or 4 channels; this one has shape {x.shape}.")
     if x.shape[2] == 3:
         return x
     if x.shape[2] == 1:
@@ -40,22 +40,22 @@ def numpy_to_pytorch(x: np.ndarray) -> torch.Tensor:
 
 
 def pytorch_to_numpy(x: torch.Tensor) -> list[np.ndarray]:
-    """A batch (B, H, W, C), 0..1, as pictures (H, W, C) of 8 bit."""
+    """A batch (B, H, W, C), 0..1, as 8-bit pictures (H, W, C)."""
     return [np.clip(255.0 * picture.detach().cpu().float().numpy(), 0, 255).astype(np.uint8) for picture in x]
 
 
 def pad64(x: int) -> int:
-    """How much is missing to the next multiple of 64."""
+    """Padding to the next multiple of 64."""
     return -x % PAD_UNIT_PX
 
 
 def safer_memory(x: np.ndarray) -> np.ndarray:
-    """A copy whose rows lie one behind the other, for libraries that read memory directly."""
+    """A C-contiguous copy, for libraries that read memory directly."""
     return np.ascontiguousarray(x.copy()).copy()
 
 
 def resize_image_with_pad(img: np.ndarray, resolution: int) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """(the picture with its shorter side at `resolution` and both padded to multiples of 64, what cuts the padding off a result of that size)."""
+    """(the picture with its shorter side resized to `resolution` and padded to multiples of 64, a function that removes the padding)."""
     height_px, width_px = img.shape[:2]
     scale = float(resolution) / min(height_px, width_px)
     new_height_px, new_width_px = int(np.round(height_px * scale)), int(np.round(width_px * scale))
@@ -70,7 +70,7 @@ def resize_image_with_pad(img: np.ndarray, resolution: int) -> tuple[np.ndarray,
 
 
 def prepare_free_memory(aggressive: bool = False) -> None:
-    """Make room on the devices: what is cached, with `aggressive` also the models that lie there."""
+    """Free memory on the devices: cached memory, and with `aggressive` also loaded models."""
     from backend import memory_management
 
     if aggressive:
@@ -79,11 +79,11 @@ def prepare_free_memory(aggressive: bool = False) -> None:
 
 
 def apply_circular_forge(model: Any, tiling_enabled: bool = False) -> None:
-    """Kept for extensions that call it; tiling is switched by the request (`p.tiling`)."""
+    """Kept for extensions that call it; the request controls tiling (`p.tiling`)."""
 
 
 def lazy_memory_management(model: Any) -> None:
-    """Make room for a module of torch that an extension is about to move to a device itself."""
+    """Free memory for a torch module that an extension is about to move to a device itself."""
     from backend import memory_management
 
     needed_bytes = int(memory_management.module_size(model))
@@ -91,6 +91,6 @@ def lazy_memory_management(model: Any) -> None:
 
 
 def generate_random_filename(extension: str = ".txt") -> str:
-    """A name that no other file has: the time and some random characters."""
+    """A unique name: the time and some random characters."""
     tail = "".join(random.choices(string.ascii_lowercase + string.digits, k=5))
     return f"{time.strftime('%Y%m%d_%H%M%S')}_{tail}{extension}"

@@ -1,6 +1,6 @@
-"""`<lora:name:te:unet>` in prompts: the named files are put on the job's own clones of the model, and leave with them.
+"""`<lora:name:te:unet>` in prompts: applies the named files to the job's clones of the model, so they are gone after the job.
 
-The weights follow when the model is loaded onto its device, on every slot. What cannot be used is said beside the pictures, which are made
+Weights are patched when the model is loaded onto a device, on every slot. What cannot be used is reported next to the pictures, which are made
 without it. Importing this file is cheap; what needs torch is imported when a prompt names a LoRA.
 """
 
@@ -26,12 +26,12 @@ _ONLINE_MARK = "(fp16 LoRA)"
 MAX_MENTIONS = 128
 """Each is a further pass over the model's patches."""
 _MAX_EXPLAINED = 3
-"""Missing names whose nearest are said; a prompt may have thousands."""
+"""Number of missing names to give suggestions for; a prompt may have thousands."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraMention:
-    """One mention in a prompt: the name as written and how much of it goes to the text encoders and to the UNet."""
+    """One mention in a prompt: the name as written, and its strengths for the text encoders and the UNet."""
 
     name: str
     te_multiplier: float
@@ -40,7 +40,7 @@ class LoraMention:
 
 
 def parse_mention(params: ExtraNetworkParams) -> LoraMention:
-    """`name[:te[:unet[:dyn]]]` with te=, unet=, dyn= by name as well; te is 1 unless given, unet is te."""
+    """`name[:te[:unet[:dyn]]]`, or te=, unet=, dyn= by name. te defaults to 1, unet to te."""
     notices: list[str] = []
     name = params.positional[0] if params.positional else params.named.get("name", "")
     written = [*params.positional[1:], None, None, None]
@@ -58,20 +58,20 @@ def _number(text: str | None, default: float, name: str, notices: list[str]) -> 
         value = float(text)
     except ValueError:
         value = float("nan")
-    if value - value != 0:  # neither infinite nor no number
-        notices.append(f"<lora:{name}>: {text!r} is no multiplier; {default:g} is taken.")
+    if value - value != 0:  # accepts infinity, rejects NaN
+        notices.append(f"<lora:{name}>: {text!r} is not a multiplier; {default:g} is used.")
         return default
     return value
 
 
 def _say_near(missing: Sequence[str]) -> str:
-    """What the first few missing names may have meant."""
+    """Suggestions for the first few missing names."""
     known = networks.registry().list_names()
     return "".join(f"; for {name[:100]!r}, {say_nearest(name, known)}" for name in missing[:_MAX_EXPLAINED])
 
 
 class ExtraNetworkLora(ExtraNetwork):
-    """The kind "lora". Keeps the files in use, and of those used before as many as the setting `lora_in_memory_limit` says."""
+    """The kind "lora". Keeps the files in use, plus recent ones up to the setting `lora_in_memory_limit`."""
 
     def __init__(self) -> None:
         super().__init__(NAME)
@@ -96,17 +96,17 @@ class ExtraNetworkLora(ExtraNetwork):
         _write_hashes(p, used)
 
     def deactivate(self, p: Any) -> None:
-        """Nothing to undo: the next job starts from the model as it was loaded."""
+        """Nothing to undo: the next job starts from the unpatched model."""
 
     def _chosen_in_settings(self, p: Any, params_list: Sequence[ExtraNetworkParams]) -> list[ExtraNetworkParams]:
-        """The network that the setting `sd_lora` adds to every prompt, unless the prompt names it already."""
+        """Add the network from the setting `sd_lora` unless the prompt already names it."""
         name = p.options.sd_lora
         if not name or name == "None" or any(params.positional[:1] == [name] for params in params_list):
             return []
         return [ExtraNetworkParams([name, str(p.options.extra_networks_default_multiplier)])]
 
     def _apply(self, p: Any, mention: LoraMention, entry: NetworkOnDisk) -> Network | None:
-        """Put one file on the job's clones; None, with a comment, where it cannot be used."""
+        """Apply one file to the job's clones; None, with a comment, if it cannot be used."""
         from backend.patcher.lora_files import LoraError  # torch
 
         network = Network(entry.name, entry, mention.te_multiplier, mention.unet_multiplier, mentioned_name=mention.name)
@@ -120,13 +120,13 @@ class ExtraNetworkLora(ExtraNetwork):
 
 
 def _wants_online(p: Any) -> bool:
-    """Whether the UNet's stored weights stay as they are: they are kept in fewer bits than it computes in, and the setting says "(fp16 LoRA)"."""
+    """Whether the UNet's stored weights stay unchanged: they have lower precision than the computation, and the setting says "(fp16 LoRA)"."""
     model = p.sd_model.forge_objects.unet.model
     return str(p.options.forge_unet_storage_dtype).endswith(_ONLINE_MARK) and model.storage_dtype != model.computation_dtype
 
 
 def _write_hashes(p: Any, used: Sequence[Network]) -> None:
-    """`Lora hashes: "name: 0123456789ab, ..."` for the infotext, of both passes where there are two."""
+    """`Lora hashes: "name: 0123456789ab, ..."` for the infotext, combined over both passes."""
     hashes = {}
     if p.options.lora_add_hashes_to_infotext:
         names = [(str(one.mentioned_name).replace(":", "").replace(",", ""), one.network_on_disk.shorthash) for one in used]

@@ -1,4 +1,4 @@
-"""The routes of the API about LoRA files: /sdapi/v1/loras and /sdapi/v1/refresh-loras."""
+"""API routes for LoRA files: /sdapi/v1/loras and /sdapi/v1/refresh-loras."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modules.application import current_application
 
 
 def add_routes(_: Any, app: FastAPI) -> None:
-    """Add them, behind the API's password, where there is an API."""
+    """Add them behind the API's password, if there is an API."""
     config = current_application().config
     if not (config.api or config.nowebui):
         return
@@ -20,7 +20,7 @@ def add_routes(_: Any, app: FastAPI) -> None:
 
     @router.get("/sdapi/v1/loras")
     def loras() -> list[dict[str, Any]]:
-        """LoRA files; `name` and `alias` both work in prompts."""
+        """LoRA files; both `name` and `alias` work in prompts."""
         return [{"name": one.name, "alias": one.alias, "path": one.filename, "metadata": one.metadata} for one in networks.registry()]
 
     @router.post("/sdapi/v1/refresh-loras")

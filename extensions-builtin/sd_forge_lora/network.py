@@ -1,4 +1,4 @@
-"""What a LoRA file and a LoRA in use are to extensions and to the page: their names, hashes, families. Loads no tensors, knows no folders."""
+"""Descriptions of LoRA files and of LoRAs in use, for extensions and the page: names, hashes, families. Loads no tensors, knows no folders."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SHORT_HASH_DIGITS = 12
 _LEFT_OUT_OF_METADATA = ("ssmd_cover_images",)
 _HASH = re.compile("[0-9a-fA-F]{8,64}")
 _PROMPT_NAME = re.compile(r"[^<>:,\x00-\x1f\x7f]{1,255}")
-"""What can stand behind `<lora:`."""
+"""A name after `<lora:`."""
 
 
 class SdVersion(enum.Enum):
-    """Families as user metadata and the page name them."""
+    """Families as named in user metadata and on the page."""
 
     Unknown = 1
     SD1 = 2
@@ -29,7 +29,7 @@ class SdVersion(enum.Enum):
 
 
 def version_in_metadata(metadata: Mapping[str, Any]) -> SdVersion:
-    """The family that a trainer wrote into the file."""
+    """The family recorded in the file by its trainer."""
     base = str(metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture") or "").lower()
     if base.startswith(("sdxl", "stable-diffusion-xl")):
         return SdVersion.SDXL
@@ -56,19 +56,19 @@ class NetworkOnDisk:
 
     @property
     def alias(self) -> str:
-        """The name its trainer gave it, or the file's."""
+        """The name given by its trainer, or the file name."""
         written = str(self.metadata.get("ss_output_name") or "")
         return written if _PROMPT_NAME.fullmatch(written) else self.name
 
     @property
     def hash(self) -> str:
-        """The hash of its tensors that trainers write and infotexts carry; made when first asked for, "" with --no-hashing."""
+        """The tensor hash written by trainers and infotexts; computed on first use, "" with --no-hashing."""
         make = self._store.addnet_sha256 if self.is_safetensors else self._store.sha256
         return self._written_hash() or make(self.path, self._hash_title) or ""
 
     @property
     def known_hash(self) -> str | None:
-        """The same where it need not be made."""
+        """The same hash if it is already known."""
         known = self._store.known_addnet_sha256 if self.is_safetensors else self._store.known_sha256
         return self._written_hash() or known(self.path, self._hash_title)
 
@@ -89,14 +89,14 @@ class NetworkOnDisk:
 
 
 def stamp_of(path: Path) -> tuple[int, int]:
-    """What changes when the file does."""
+    """A value that changes when the file does."""
     stat = path.stat()
     return stat.st_mtime_ns, stat.st_size
 
 
 @dataclass(eq=False)
 class Network:
-    """A LoRA that the job uses: its file, how much of it is on, and its patches by the name of the weight."""
+    """A LoRA used by the job: its file, its strengths, and its patches by weight name."""
 
     name: str
     network_on_disk: NetworkOnDisk

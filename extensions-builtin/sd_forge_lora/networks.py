@@ -1,6 +1,6 @@
-"""The LoRA files in the folders, and those in use: which there are, which one a name means, and putting them on the networks.
+"""The LoRA files in the folders and those in use: listing, lookup by name, and applying them to networks.
 
-Under the names that extensions import. `set_up` says whose folders they are; the script of this extension calls it when it is loaded.
+Under the names that extensions import. `set_up` sets the folders; this extension's script calls it on load.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 
 LORA_SUFFIXES = (".safetensors", ".pt", ".ckpt")
 forbidden_network_aliases = {"none": 1, "addams": 1}
-"""What is never an alias: the first means no network in settings, the second many trainers leave in their files."""
+"""Names that are never an alias: the first means "no network" in settings, the second is a placeholder many trainers leave."""
 loaded_networks: list[Network] = []
-"""What the last job uses or used."""
+"""The LoRAs of the current or last job."""
 
 
 class LoraRegistry:
-    """The LoRA files in the folders, by stem, in the order of their names. The folders are looked at when somebody asks first. Thread-safe."""
+    """The LoRA files in the folders by stem, sorted by name. Scans the folders on first use. Thread-safe."""
 
     def __init__(self, roots: Sequence[Path], store: HashStore) -> None:
         self.roots = tuple(roots)
@@ -41,7 +41,7 @@ class LoraRegistry:
         self._by_name: dict[str, NetworkOnDisk] = {}
 
     def refresh(self) -> None:
-        """Look at the folders again; what did not change keeps its entry. Of files with one stem the first counts under it."""
+        """Scan the folders again; unchanged files keep their entries. Of files with the same stem, the first gets it."""
         with self._lock:
             self._was_read = True
             old, self._by_path, self._by_name = self._by_path, {}, {}
@@ -54,15 +54,15 @@ class LoraRegistry:
             known = old.get(path)
             entry = known if known is not None and known.stamp == stamp_of(path) else NetworkOnDisk(path, self._store)
         except OSError as error:
-            log.warning("LoRA %s cannot be read (%s); it is left out.", path, error)
+            log.warning("LoRA %s cannot be read (%s); it is ignored.", path, error)
             return
         self._by_path[path] = entry
         if (first := self._by_name.setdefault(entry.name, entry)) is not entry:
             below = path.relative_to(Path(root).absolute()).with_suffix("").as_posix()
-            log.warning("Two LoRA files are called %s: %s is meant by it, %s by %s.", entry.name, first.path, path, below)
+            log.warning("Two LoRA files are named %s: the name means %s; use the path for %s: %s.", entry.name, first.path, path, below)
 
     def by_name(self) -> dict[str, NetworkOnDisk]:
-        """Every file under its stem."""
+        """All files by stem."""
         with self._lock:
             if not self._was_read:
                 self.refresh()
@@ -72,12 +72,12 @@ class LoraRegistry:
         return iter(self.by_name().values())
 
     def list_names(self) -> list[str]:
-        """Stems of the files that are there now; opens none."""
+        """Stems of the current files; opens none."""
         return list(dict.fromkeys(path.stem for root in self.roots for path in find_files(root, LORA_SUFFIXES)))
 
     def find(self, name: str) -> NetworkOnDisk | None:
-        """The file that a name in a prompt means: a stem, an alias that one file alone has, a path below the folder; letter case counts only
-        where two differ by it. A file that is new, changed or gone is noticed without a refresh.
+        """The file meant by a name in a prompt: a stem, a unique alias, or a relative path; case matters only if two names differ by it alone.
+        Notices new, changed and deleted files without a refresh.
         """
         return self.find_all([name])[0]
 
@@ -91,7 +91,7 @@ class LoraRegistry:
         return found
 
     def find_by_hash(self, shorthash: str) -> NetworkOnDisk | None:
-        """The file whose hash begins so, of those whose hash is known without reading them."""
+        """The file whose hash starts with `shorthash`, among those with known hashes."""
         if len(shorthash) < SHORT_HASH_DIGITS:
             return None
         return next((entry for entry in self if (entry.known_hash or "").startswith(shorthash.lower())), None)
@@ -110,7 +110,7 @@ class LoraRegistry:
         return [look_up(name.strip()) for name in names]
 
     def names(self) -> dict[str, NetworkOnDisk]:
-        """Every text that means a file; stems come before aliases, aliases before paths."""
+        """All texts that mean a file; stems take precedence over aliases, aliases over paths."""
         entries = list(self._by_path.values())
         counts = Counter(entry.alias for entry in entries)
         names = dict(self._by_name)
@@ -127,33 +127,33 @@ class LoraRegistry:
         return [entry.path.relative_to(root).with_suffix("").as_posix() for root in roots if entry.path.is_relative_to(root)]
 
 
-# the folders of the running application
+# folders of the running application
 
 _registry: LoraRegistry | None = None
 
 
 def set_up(roots: Sequence[Path], store: HashStore) -> LoraRegistry:
-    """Begin anew with these folders."""
-    global _registry  # noqa: PLW0603 - extensions ask this module, not an object
+    """Start over with these folders."""
+    global _registry  # noqa: PLW0603 - extensions use this module, not an object
     _registry = LoraRegistry(roots, store)
     loaded_networks.clear()
     return _registry
 
 
 def registry() -> LoraRegistry:
-    """The files of the running application. Raises RuntimeError before this extension is loaded."""
+    """The running application's files. Raises RuntimeError before this extension is loaded."""
     if _registry is None:
-        raise RuntimeError("LoRA is not set up: its extension is not loaded. Switch sd_forge_lora on in the Extensions tab and start again.")
+        raise RuntimeError("LoRA is not set up because its extension is not loaded. Enable sd_forge_lora in the Extensions tab and restart.")
     return _registry
 
 
 def list_available_networks() -> None:
-    """Look at the folders again."""
+    """Scan the folders again."""
     registry().refresh()
 
 
 def __getattr__(name: str) -> Any:
-    """`available_networks`, `available_network_aliases` and `available_network_hash_lookup`, as they are now."""
+    """`available_networks`, `available_network_aliases` and `available_network_hash_lookup`, computed on access."""
     if name == "available_networks":
         return registry().by_name()
     if name == "available_network_aliases":
@@ -164,11 +164,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# putting them on networks
+# applying them to networks
 
 
 class PatchSets:
-    """What was read of files for the model in use, as long as it is wanted."""
+    """Cache of patches read for the current model."""
 
     def __init__(self) -> None:
         self._engine_key: Any = None
@@ -184,7 +184,7 @@ class PatchSets:
             self._sets[key] = match_lora(read_lora_file(entry.path, entry.name), objects.unet, objects.clip, model_family=engine.family_title)
             log.info("LoRA %s: %d weights.", entry.name, len(self._sets[key].unet) + len(self._sets[key].clip))
         else:
-            self._sets[key] = self._sets.pop(key)  # used last
+            self._sets[key] = self._sets.pop(key)  # mark as most recently used
         return self._sets[key]
 
     def forget_other_models(self, engine: Any) -> None:
@@ -200,7 +200,7 @@ class PatchSets:
             del self._sets[key]
 
     def names(self) -> list[str]:
-        """Stems of the files, the one used last at the end."""
+        """Stems of the files, most recently used last."""
         return [Path(filename).stem for filename, _ in self._sets]
 
 
@@ -208,7 +208,7 @@ patch_sets = PatchSets()
 
 
 def add_network(engine: Any, network: Network, patch_set: LoraPatchSet, *, online: bool = False) -> None:
-    """Put one file on clones of the model's networks."""
+    """Apply one file to clones of the model's networks."""
     objects, filename = engine.forge_objects, network.network_on_disk.filename
     objects.unet, objects.clip = _patched(
         objects.unet, objects.clip, patch_set, network.unet_multiplier, network.te_multiplier, filename, online=online
@@ -231,12 +231,12 @@ def load_networks(
     unet_multipliers: Sequence[float] | None = None,
     dyn_dims: Sequence[int | None] | None = None,
 ) -> None:
-    """The model in use with these LoRA files and no others. Names that no file has are logged. Raises LoraError."""
+    """Apply exactly these LoRA files to the current model. Unknown names are logged. Raises LoraError."""
     from modules import shared
 
     engine = shared.sd_model
     if engine is None:
-        raise RuntimeError("LoRA: no model is loaded yet, so nothing can be put on it. Make a picture first, or call sd_models.load_model().")
+        raise RuntimeError("LoRA: no model is loaded yet. Generate a picture first, or call sd_models.load_model().")
     patch_sets.forget_other_models(engine)
     engine.forge_objects.unet, engine.forge_objects.clip = engine.forge_objects_original.unet, engine.forge_objects_original.clip
     used = []
@@ -254,7 +254,7 @@ def load_networks(
 
 
 def use_bundled_embeddings(engine: Any, used: Sequence[Network]) -> list[str]:
-    """Make usable in prompts what came with these files (`bundle_emb`), and nothing of others; what cannot be used, with the reason."""
+    """Make the embeddings bundled with these files (`bundle_emb`), and no others, usable in prompts; returns reasons for unusable ones."""
     from backend.text_processing.embedding import Embedding, EmbeddingError  # torch
 
     embeddings, reasons = {}, []
@@ -271,13 +271,13 @@ def use_bundled_embeddings(engine: Any, used: Sequence[Network]) -> list[str]:
 
 
 def keep_modules(network: Network, patch_set: LoraPatchSet) -> LoraPatchSet:
-    """Tell extensions which weights a network changes; the same set."""
+    """Record for extensions which weights a network changes; returns the same set."""
     network.modules = {**patch_set.unet, **patch_set.clip}
     return patch_set
 
 
 def remember(engine: Any, used: Sequence[Network]) -> None:
-    """Keep what is in use, and say it where text conditions look whether they still hold."""
+    """Store what is in use, where text conditioning checks whether its cache is still valid."""
     loaded_networks[:] = used
     facts = [(one.network_on_disk.filename, *one.network_on_disk.stamp, one.te_multiplier, one.unet_multiplier) for one in used]
     engine.current_lora_hash = str(facts)
@@ -294,7 +294,7 @@ def load_lora_state_dict(filename: str) -> dict[str, Any]:
 def load_lora_for_models(
     model: Any, clip: Any, lora: Mapping[str, Any], strength_model: float, strength_clip: float, filename: str = "default", online_mode: bool = False
 ) -> tuple[Any, Any]:
-    """(UNet patcher, CLIP) with a LoRA's state dict on clones of them. Raises LoraError."""
+    """(UNet patcher, CLIP): clones with a LoRA's state dict applied. Raises LoraError."""
     from backend.patcher.lora_files import match_lora, parse_lora  # torch
 
     patch_set = match_lora(parse_lora(Path(filename).stem, lora), model, clip)

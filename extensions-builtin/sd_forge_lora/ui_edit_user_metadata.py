@@ -1,4 +1,4 @@
-"""What can be written about a LoRA file beside description and notes: family, activation text, preferred weight, negative text."""
+"""User metadata of a LoRA file in addition to description and notes: family, activation text, preferred weight, negative text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VERSIONS = ("SD1", "SD2", "SDXL", "Unknown")
 
 
 def training_tags(metadata: dict[str, Any]) -> list[str]:
-    """The words its trainer's captions had most often."""
+    """The most frequent words in the training captions."""
     counts: dict[str, int] = {}
     folders = metadata.get("ss_tag_frequency")
     for tags in folders.values() if isinstance(folders, dict) else ():
@@ -26,7 +26,7 @@ def training_tags(metadata: dict[str, Any]) -> list[str]:
 
 
 class LoraUserMetadataEditor(UserMetadataEditor):
-    """The window of a LoRA card."""
+    """The dialog of a LoRA card."""
 
     def create_extra_default_items_in_left_column(self) -> None:
         self.sd_version = gr.Dropdown(label="Stable Diffusion version", choices=list(VERSIONS), elem_id=f"{self.id_part}_sd_version")

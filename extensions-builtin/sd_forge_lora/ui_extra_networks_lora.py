@@ -1,4 +1,4 @@
-"""Cards of LoRA files: a click puts `<lora:name:1>` and the activation text into the prompt, the negative text into the negative prompt."""
+"""Cards of LoRA files: a click adds `<lora:name:1>` and the activation text to the prompt, the negative text to the negative prompt."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ class ExtraNetworksPageLora(ExtraNetworksPage):
 
 
 def written_name(one: NetworkOnDisk) -> str:
-    """The name that means this file in a prompt: its alias where the setting wants it and it means no other file."""
+    """The name for this file in a prompt: its alias if the setting prefers it and it is unambiguous."""
     if shared.opts.lora_preferred_name != "Filename" and networks.registry().find(one.alias) is one:
         return one.alias
     return one.name
 
 
 def prompt_of(name: str, written: dict[str, Any]) -> str:
-    """What a click puts into the prompt, as an expression of JavaScript: without a preferred weight the setting says it at the time of the click."""
+    """What a click inserts, as a JavaScript expression: without a preferred weight, the setting's value at the time of the click."""
     weight = written.get("preferred weight")
     has_weight = isinstance(weight, (int, float)) and not isinstance(weight, bool) and weight != 0
     number = quote_js(f"{weight:g}") if has_weight else "opts.extra_networks_default_multiplier"
@@ -76,7 +76,7 @@ def prompt_of(name: str, written: dict[str, Any]) -> str:
 
 
 def is_of_another_family(version: SdVersion) -> bool:
-    """Whether a file is known not to fit the model in use, and such files are not to be shown."""
+    """Whether a file is known not to fit the current model, and such files are hidden."""
     if shared.opts.lora_filter_disabled or shared.sd_model is None or version is SdVersion.Unknown:
         return False
     return _FAMILY_OF_ENGINE.get(shared.sd_model.family, version) is not version

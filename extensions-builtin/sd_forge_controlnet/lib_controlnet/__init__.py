@@ -1,1 +1,1 @@
-"""ControlNet's part that other extensions import: units, their enums, and the lists of preprocessors and models."""
+"""The parts of ControlNet that other extensions import: units, their enums, and the lists of preprocessors and models."""

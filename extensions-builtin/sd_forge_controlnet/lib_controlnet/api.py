@@ -1,4 +1,4 @@
-"""What API clients ask about ControlNet: lists, and a preprocessor's result for a picture."""
+"""ControlNet's API routes: lists, and running a preprocessor on a picture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from modules_forge.utils import HWC3
 
 
 class DetectRequest(BaseModel):
-    """Pictures to preprocess; -1 stands for the preprocessor's own value."""
+    """Pictures to preprocess; -1 means the preprocessor's default."""
 
     controlnet_module: str = "none"
     controlnet_input_images: list[str] = Field(default=[], max_length=MAX_INPUT_PICTURES)
@@ -35,7 +35,7 @@ class DetectRequest(BaseModel):
 
 
 def add_routes(_: Any, app: FastAPI) -> None:
-    """Add /controlnet/... to the server where there is an API, behind the API's password (or else the page's)."""
+    """Add /controlnet/... to the server if there is an API, behind the API's password (else the page's)."""
     config = current_application().config
     if not (config.api or config.nowebui):
         return
@@ -74,7 +74,7 @@ def add_routes(_: Any, app: FastAPI) -> None:
 
 
 async def detect_in_line(request: DetectRequest) -> dict[str, Any]:
-    """The maps of all pictures, made when it is this job's turn. Raises RequestError."""
+    """The maps of all pictures, computed in this job's turn. Raises RequestError."""
     jobs = current_application().jobs
     jobs.check_room()
     preprocessor = find_preprocessor(request)
@@ -84,7 +84,7 @@ async def detect_in_line(request: DetectRequest) -> dict[str, Any]:
 
 
 def decode_pictures(texts: list[str]) -> list[np.ndarray]:
-    """As (H, W, 3) each, read and bounded as every picture of a request. Raises RequestError."""
+    """Pictures as (H, W, 3) arrays, decoded and limited like all pictures of requests. Raises RequestError."""
     rules = fetch_rules(current_application().options)
     pictures = [decode_picture(text, f"controlnet_input_images[{index}]", rules=rules) for index, text in enumerate(texts)]
     return [HWC3(np.asarray(picture.convert("RGBA" if "A" in picture.getbands() else "RGB"))) for picture in pictures]
@@ -97,7 +97,7 @@ def describe_module(preprocessor: Any) -> dict[str, Any]:
 
 
 def find_preprocessor(request: DetectRequest) -> Any:
-    """Raises RequestError for an unknown one, and for a request without pictures."""
+    """Raises RequestError for an unknown preprocessor, and for a request without pictures."""
     preprocessor = global_state.get_preprocessor(request.controlnet_module)
     if preprocessor is None:
         raise RequestError(unknown_module(request.controlnet_module))
@@ -107,7 +107,7 @@ def find_preprocessor(request: DetectRequest) -> Any:
 
 
 def run_detect(request: DetectRequest, preprocessor: Any, pictures: list[np.ndarray]) -> dict[str, Any]:
-    """The maps of all pictures, on the job's thread."""
+    """The maps of all pictures, computed on the job's thread."""
     sliders = [None if value < 0 else value for value in (request.controlnet_threshold_a, request.controlnet_threshold_b)]
     resolution = min(max(request.controlnet_processor_res, 64), 4096)
     images = []
@@ -119,12 +119,12 @@ def run_detect(request: DetectRequest, preprocessor: Any, pictures: list[np.ndar
 
 
 def unknown_module(name: str) -> str:
-    """What is said of a preprocessor that is not there."""
+    """The error text for a missing preprocessor."""
     missing = explain_missing(name, shared.preprocessor_dir)
     if missing is not None:
         return missing
     known = ", ".join(global_state.get_all_preprocessor_names())
-    return f"ControlNet has no preprocessor {name!r}; it has {known}. Others come from extensions, or make the map elsewhere and choose None."
+    return f"ControlNet has no preprocessor {name!r}. Available: {known}. Install an extension with it, or make the map elsewhere and choose None."
 
 
 def _encode(picture: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""The choices of a unit, read from texts in any letter case, from numbers and from the names of older versions."""
+"""The choices of a unit, parsed from texts in any case, from numbers, and from older names."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ ChoiceT = TypeVar("ChoiceT", bound="Choice")
 
 
 class Choice(Enum):
-    """A choice with the text that the page and infotexts show. The order of the members gives their numbers."""
+    """A choice with the text shown on the page and in infotexts. The order of members defines their numbers."""
 
     @classmethod
     def read(cls: type[ChoiceT], value: Any) -> ChoiceT:
-        """The member that a text, a number or a member of any class with the same text means. Raises ValueError with the texts that are known."""
+        """The member for a text, a number, or a member of any class with the same text. Raises ValueError listing the valid texts."""
         if isinstance(value, Enum):
             value = value.value
         members = list(cls)
@@ -27,7 +27,7 @@ class Choice(Enum):
                 if wanted in (_plain(member.value), _plain(member.name), *(_plain(old) for old in cls._old_names().get(member.name, ()))):
                     return member
         raise ValueError(
-            f"{value!r} is no {cls.__name__}; it is one of {', '.join(repr(member.value) for member in members)} or 0 to {len(members) - 1}."
+            f"{value!r} is not a {cls.__name__}; use one of {', '.join(repr(member.value) for member in members)} or 0 to {len(members) - 1}."
         )
 
     @classmethod
@@ -44,7 +44,7 @@ def _plain(text: str) -> str:
 
 
 class ResizeMode(Choice):
-    """How a hint gets the picture's proportions."""
+    """How a hint is fitted to the picture's aspect ratio."""
 
     RESIZE = "Just Resize"
     INNER_FIT = "Crop and Resize"
@@ -62,12 +62,12 @@ class ResizeMode(Choice):
         }
 
     def int_value(self) -> int:
-        """The number that API clients send for it."""
+        """The number that API clients send."""
         return list(ResizeMode).index(self)
 
 
 class ControlMode(Choice):
-    """Whose word counts more."""
+    """Whether the prompt or the ControlNet has more influence."""
 
     BALANCED = "Balanced"
     PROMPT = "My prompt is more important"
@@ -75,7 +75,7 @@ class ControlMode(Choice):
 
 
 class HiResFixOption(Choice):
-    """In which passes of hires fix a unit acts."""
+    """In which passes of hires fix a unit is active."""
 
     BOTH = "Both"
     LOW_RES_ONLY = "Low res only"
@@ -83,7 +83,7 @@ class HiResFixOption(Choice):
 
 
 class ControlNetUnionControlType(Choice):
-    """The kinds of hints that ControlNet Unions read, in the order of their numbers."""
+    """The kinds of hints that ControlNet Unions accept, in numerical order."""
 
     OPENPOSE = "OpenPose"
     DEPTH = "Depth"
@@ -107,7 +107,7 @@ class ControlNetUnionControlType(Choice):
 
     @property
     def number(self) -> int:
-        """What the network is told."""
+        """The number passed to the network."""
         return list(type(self)).index(self)
 
 

@@ -1,4 +1,4 @@
-"""A unit as pages, API clients and other extensions give it, and helpers they call."""
+"""A unit as passed by pages, API clients and other extensions, and helper functions they call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NUMBERS = ("weight", "processor_res", "threshold_a", "threshold_b", "guidance_s
 
 @dataclass
 class ControlNetUnit:
-    """One unit. Pictures are arrays (H, W, C) or base64 texts; -1 stands for the preprocessor's own value."""
+    """One unit. Pictures are arrays (H, W, C) or base64 texts; -1 means the preprocessor's default."""
 
     input_mode: InputMode = InputMode.SIMPLE
     use_preview_as_input: bool = False
@@ -63,7 +63,7 @@ class ControlNetUnit:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ControlNetUnit:
-        """The unit of an API request. Unknown keys are left out, old ones understood. Raises RequestError for a wrong value, by name."""
+        """The unit of an API request. Ignores unknown keys and accepts old ones. Raises RequestError naming an invalid value."""
         known = {field.name for field in fields(cls)}
         named: dict[str, Any] = {}
         for key, value in values.items():
@@ -76,7 +76,7 @@ class ControlNetUnit:
         return unit
 
     def normalise(self) -> None:
-        """Bring pictures, switches, choices and numbers into their types. Raises RequestError."""
+        """Convert pictures, switches, choices and numbers to their types. Raises RequestError."""
         for name in _PICTURES:
             _check_picture(name, getattr(self, name))
         for name in _SWITCHES:
@@ -100,25 +100,25 @@ class ControlNetUnit:
             setattr(self, name, _read_name(name, getattr(self, name)))
         if self.input_mode is not InputMode.SIMPLE:
             raise RequestError(
-                f"ControlNet's input_mode is {self.input_mode.value!r}; only 'simple', one picture a unit, is here. Send one unit a picture."
+                f"ControlNet's input_mode is {self.input_mode.value!r}; only 'simple' (one picture per unit) is supported. Send one unit per picture."
             )
         if not 0.0 <= self.guidance_start <= self.guidance_end <= 1.0:
             raise RequestError(
                 f"ControlNet's guidance_start is {self.guidance_start:g} and guidance_end {self.guidance_end:g}; "
-                "they lie between 0 and 1, the start not after the end."
+                "both must be between 0 and 1, with start <= end."
             )
 
 
 def _take_apart(named: dict[str, Any]) -> None:
-    """A picture that comes with its mask, {"image": ..., "mask": ...} or [picture, mask], into two fields. Raises RequestError."""
+    """Split a picture with its mask, {"image": ..., "mask": ...} or [picture, mask], into two fields. Raises RequestError."""
     given, mask = named.get("image"), None
     if isinstance(given, Mapping):
         if not any(name in given for name in _PICTURE_KEYS):
-            raise RequestError(f"ControlNet's image is an object with {', '.join(map(str, given)) or 'nothing'} in it; send its picture as 'image'.")
+            raise RequestError(f"ControlNet's image is an object with {', '.join(map(str, given)) or '(none)'}; send its picture as 'image'.")
         given, mask = next((given[name] for name in _PICTURE_KEYS if given.get(name) is not None), None), given.get("mask")
     elif isinstance(given, (list, tuple)):
         if not 1 <= len(given) <= 2 or not all(one is None or isinstance(one, (str, Image.Image, np.ndarray)) for one in given):
-            raise RequestError(f"ControlNet's image is a list of {len(given)}; send one picture as base64, or the picture and its mask.")
+            raise RequestError(f"ControlNet's image is a list of {len(given)}; send one base64 picture, or a picture and its mask.")
         given, mask = (*given, None)[:2]
     named["image"] = given
     if mask is not None and named.get("mask_image") is None:
@@ -126,7 +126,7 @@ def _take_apart(named: dict[str, Any]) -> None:
 
 
 def _check_picture(name: str, value: Any) -> None:
-    """Raises RequestError for what is no picture: a number, true, an object without a picture."""
+    """Raises RequestError for anything but a picture: a number, true, an object without a picture."""
     if value is None or isinstance(value, (str, Image.Image)):
         return
     if isinstance(value, Mapping):
@@ -145,7 +145,7 @@ def _check_picture(name: str, value: Any) -> None:
 
 
 def _read_switch(name: str, value: Any) -> bool:
-    """true and false, 1 and 0, and the words for them. Raises RequestError."""
+    """true and false, 1 and 0, and their common spellings. Raises RequestError."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, (int, float)) and value in (0, 1):
@@ -157,11 +157,11 @@ def _read_switch(name: str, value: Any) -> bool:
 
 
 def _read_name(name: str, value: Any) -> str:
-    """The name of a preprocessor or model; none means "None". Raises RequestError."""
+    """The name of a preprocessor or model; an empty value means "None". Raises RequestError."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return "None"
     if not isinstance(value, str):
-        raise RequestError(f"ControlNet's {name} is {_short(value)}; it must be a name, as /controlnet/{name}_list gives it.")
+        raise RequestError(f"ControlNet's {name} is {_short(value)}; it must be a name from /controlnet/{name}_list.")
     return value
 
 
@@ -171,7 +171,7 @@ def _short(value: Any) -> str:
 
 
 def _read_union_type(value: Any) -> ControlNetUnionControlType | None:
-    """None where it is left to the preprocessor. Raises RequestError."""
+    """None if the preprocessor should decide. Raises RequestError."""
     text = getattr(value, "value", value)
     if text is None or (isinstance(text, str) and text.strip().lower() in _NO_UNION_TYPES):
         return None
@@ -190,24 +190,24 @@ def get_api_version() -> int:
 
 
 def get_max_models_num() -> int:
-    """How many units a tab has."""
+    """Number of units per tab."""
     from modules import shared
 
     return int(shared.opts.control_net_unit_count)
 
 
 def resize_mode_from_value(value: Any) -> ResizeMode:
-    """The resize mode that a text or number means."""
+    """The resize mode for a text or number."""
     return ResizeMode.read(value)
 
 
 def control_mode_from_value(value: Any) -> ControlMode:
-    """The control mode that a text or number means."""
+    """The control mode for a text or number."""
     return ControlMode.read(value)
 
 
 def pixel_perfect_resolution(image: np.ndarray, target_H: int, target_W: int, resize_mode: ResizeMode) -> int:
-    """The preprocessor's resolution (the shorter side) at which one pixel of the map is one of the picture that is made."""
+    """The preprocessor resolution (shorter side) at which one pixel of the map equals one pixel of the generated picture."""
     height, width = image.shape[:2]
     scales = float(target_H) / height, float(target_W) / width
     scale = min(scales) if resize_mode is ResizeMode.OUTER_FIT else max(scales)
@@ -215,12 +215,12 @@ def pixel_perfect_resolution(image: np.ndarray, target_H: int, target_W: int, re
 
 
 def to_base64_nparray(encoding: str) -> np.ndarray:
-    """The picture of a base64 text, with or without the head of a data URL, upright, as (H, W, 3) or (H, W, 4). Raises RequestError."""
+    """The picture in a base64 text or data URL, upright, as (H, W, 3) or (H, W, 4). Raises RequestError."""
     return image_to_array(decode_picture(encoding, "ControlNet's picture"))
 
 
 def image_to_array(image: Image.Image) -> np.ndarray:
-    """A picture, upright and 8 bits a channel, as (H, W, 3), or as (H, W, 4) where it is transparent in any of the ways files say so."""
+    """A picture, upright, 8 bits per channel, as (H, W, 3), or (H, W, 4) if it has transparency in any form."""
     fixed = fix_image(image)
     assert fixed is not None
     return np.asarray(fixed.convert("RGBA" if "A" in fixed.getbands() else "RGB"))

@@ -1,4 +1,4 @@
-"""Which preprocessors and control models there are, under the names that pages and clients see."""
+"""The available preprocessors and control models, by the names that pages and clients see."""
 
 from __future__ import annotations
 
@@ -34,47 +34,47 @@ _MORE_FILTERS = {
 }
 
 controlnet_filename_dict: dict[str, str] = {NONE: ""}
-"""Title -> path, as last listed."""
+"""Title -> path, as of the last scan."""
 controlnet_names: list[str] = [NONE]
 _loaded: dict[tuple[str, int, int, str], Any] = {}
 
 
 def model_folders() -> list[Path]:
-    """Where control models are looked for."""
+    """The folders of control models."""
     extra = str(shared.opts.control_net_models_path or "").strip()
     return [*current_application().config.controlnet_dirs, *([Path(extra)] if extra else [])]
 
 
 def update_controlnet_filenames() -> None:
-    """List the files anew."""
+    """Scan the folders again."""
     found: dict[str, str] = {}
     for folder in model_folders():
         for path in find_files(folder, CN_MODEL_EXTS):
             try:
                 found.setdefault(f"{path.stem} [{sd_models.model_hash(str(path))}]", str(path))
             except OSError as error:
-                say_once(f"Control model {path} cannot be read ({error}); it is left out.")
+                say_once(f"Control model {path} cannot be read ({error}); it is ignored.")
     controlnet_filename_dict.clear()
     controlnet_filename_dict.update({NONE: "", **found})
     controlnet_names[:] = list(controlnet_filename_dict)
 
 
 def get_all_controlnet_names() -> list[str]:
-    """Titles of all control models, "None" first."""
+    """Titles of all control models; "None" comes first."""
     return list(controlnet_names)
 
 
 def get_controlnet_filename(name: str) -> str | None:
-    """The path of a model, by its title, its stem, its file name or the hash in its title, in any letter case."""
+    """The path of a model, by title, stem, file name or the hash in its title, in any case."""
     for _ in range(2):
         if (found := _look_up(name.strip().lower())) is not None:
             return found
-        update_controlnet_filenames()  # the file may have come since
+        update_controlnet_filenames()  # the file may be new
     return None
 
 
 def _look_up(wanted: str) -> str | None:
-    """By title, stem and file name first, then by hash, then by the name before another hash. Windows paths name their file."""
+    """Look up by title, stem and file name, then by hash, then by the name before a different hash. Accepts Windows paths."""
     models = [(title.lower(), *title.lower().rpartition(" [")[::2], path) for title, path in controlnet_filename_dict.items() if path]
     for asked in dict.fromkeys((wanted, wanted.replace("\\", "/").rpartition("/")[2])):
         for title, stem, _, path in models:
@@ -92,18 +92,18 @@ def _look_up(wanted: str) -> str | None:
 
 
 def get_all_preprocessor_names() -> list[str]:
-    """Names of all preprocessors in the order of the page."""
+    """Names of all preprocessors, in page order."""
     return list(get_sorted_preprocessors())
 
 
 def get_sorted_preprocessors() -> dict[str, Any]:
-    """ "None" first, then by name."""
+    """ "None" first, then sorted by name."""
     rest = sorted((name for name in supported_preprocessors if name != NONE), key=str.lower)
     return {name: supported_preprocessors[name] for name in ([NONE] if NONE in supported_preprocessors else []) + rest}
 
 
 def get_preprocessor(name: str) -> Any:
-    """The preprocessor of that name, in any letter case, with or without what stands in brackets, or of older versions; None when there is none."""
+    """The preprocessor with that name, in any case, with or without the part in parentheses, or by its old name; None if unknown."""
     asked = name.strip().lower()
     for wanted in (asked, OLD_NAMES.get(asked, asked).lower()):
         for known, preprocessor in supported_preprocessors.items():
@@ -113,13 +113,13 @@ def get_preprocessor(name: str) -> Any:
 
 
 def get_all_preprocessor_tags() -> list[str]:
-    """The types of control, "All" first."""
+    """The control types; "All" comes first."""
     tags = {tag for preprocessor in supported_preprocessors.values() for tag in preprocessor.tags}
     return ["All", *sorted(tags | set(CONTROL_TYPES))]
 
 
 def get_filtered_preprocessor_names(tag: str) -> list[str]:
-    """Preprocessors of a type, the one that suits it best behind "None"."""
+    """Preprocessors of a type; the best match comes right after "None"."""
     if tag == "All":
         return get_all_preprocessor_names()
     fitting = [(-preprocessor.sorting_priority, name) for name, preprocessor in supported_preprocessors.items() if tag in preprocessor.tags]
@@ -132,7 +132,7 @@ def get_filtered_preprocessors(tag: str) -> dict[str, Any]:
 
 
 def get_filtered_controlnet_names(tag: str) -> list[str]:
-    """Models whose names say that they are of a type."""
+    """Models whose names match a type."""
     if tag == "All":
         return get_all_controlnet_names()
     filters = [tag.lower(), *_MORE_FILTERS.get(tag, ())]
@@ -143,18 +143,18 @@ def get_filtered_controlnet_names(tag: str) -> list[str]:
 
 
 def select_control_type(control_type: str) -> tuple[list[str], list[str], str, str]:
-    """(preprocessors, models, the preprocessor to choose, the model to choose) of a type."""
+    """(preprocessors, models, default preprocessor, default model) of a type."""
     modules, models = get_filtered_preprocessor_names(control_type), get_filtered_controlnet_names(control_type)
     is_all = control_type == "All"
     return modules, models, modules[1] if len(modules) > 1 and not is_all else NONE, models[1] if len(models) > 1 and not is_all else NONE
 
 
 def load_model(name: str, *, keep: int) -> Any:
-    """The control model of that name; the last `keep` stay in memory. Raises RequestError for one that is not there or cannot be used."""
+    """The control model with that name; the last `keep` stay in memory. Raises RequestError if it is missing or unusable."""
     path = get_controlnet_filename(name)
     if path is None:
         near = say_nearest(name, controlnet_names[1:])
-        raise RequestError(f"ControlNet model {name[:200]!r} is not there; {near}. Put its file into {model_folders()[0]} and refresh the list.")
+        raise RequestError(f"ControlNet model {name[:200]!r} does not exist; {near}. Put its file into {model_folders()[0]} and refresh the list.")
     stat = Path(path).stat()
     key = (path, stat.st_mtime_ns, stat.st_size, str(_device()))
     model = _loaded.pop(key, None)
@@ -174,7 +174,7 @@ def _read(path: str) -> Any:
 
     try:
         with open_tensor_file(Path(path)) as file:
-            if find_controlnet(file.infos) is not None:  # tensor by tensor, so that it is never in memory twice
+            if find_controlnet(file.infos) is not None:  # tensor by tensor, to avoid two copies in memory
                 return ControlNetPatcher(build_control(file))
         model = try_load_supported_control_model(path)
         if model is None:
@@ -192,5 +192,5 @@ def _device() -> Any:
 
 
 def forget_models() -> None:
-    """Let all loaded control models go."""
+    """Release all loaded control models."""
     _loaded.clear()

@@ -1,4 +1,4 @@
-"""From a unit's picture to the hint of a pass: reading, cutting to the inpainted part, preprocessing, and bringing to size."""
+"""From a unit's picture to the hint of a pass: reading, cropping to the inpainted part, preprocessing, and resizing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from modules_forge.utils import HWC3
 
 @dataclass
 class Hint:
-    """A preprocessed picture (H, W, 3) and, where there is one, its mask (H, W), 0..1. `shown` is what the gallery gets."""
+    """A preprocessed picture (H, W, 3) and optionally its mask (H, W), 0..1. `shown` is what the gallery displays."""
 
     picture: np.ndarray
     mask: np.ndarray | None
@@ -29,7 +29,7 @@ class Hint:
     preprocessor: Any
 
     def tensors(self, width_px: int, height_px: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(hint (1, 3, height, width), mask (1, 1, height, width) or None), 0..1, in the size of a pass."""
+        """(hint (1, 3, height, width), mask (1, 1, height, width) or None), 0..1, at the size of a pass."""
         cond = torch.from_numpy(fit(self.picture, self.resize_mode, width_px, height_px).astype(np.float32) / 255.0).permute(2, 0, 1)[None]
         if self.mask is None:
             return cond.contiguous(), None
@@ -65,7 +65,7 @@ def _make_hint(p: Any, unit: ControlNetUnit, preprocessor: Any, number: int, pla
         slider_1=_own_or(unit.threshold_a), slider_2=_own_or(unit.threshold_b), slider_3=None,
     )  # fmt: skip
     if not isinstance(found, np.ndarray):
-        raise RequestError(f"ControlNet unit {number}: the preprocessor {preprocessor.name!r} gives no picture; it needs a model of another kind.")
+        raise RequestError(f"ControlNet unit {number}: the preprocessor {preprocessor.name!r} returns no picture; it needs another kind of model.")
     return Hint(HWC3(found), mask, mode, preprocessor)
 
 
@@ -74,7 +74,7 @@ def _own_or(value: float) -> float | None:
 
 
 def choose_resolution(p: Any, unit: ControlNetUnit, preprocessor: Any, picture: np.ndarray, mode: ResizeMode) -> int:
-    """Pixel perfect, as asked, or the preprocessor's own."""
+    """The resolution: pixel perfect, as requested, or the preprocessor's default."""
     if unit.pixel_perfect:
         return pixel_perfect_resolution(picture, int(p.height), int(p.width), mode)
     own = preprocessor.slider_resolution.gradio_update_kwargs
@@ -88,7 +88,7 @@ def read_pictures(p: Any, unit: ControlNetUnit, number: int, place: int = 0) -> 
     if picture is None:
         initial = getattr(p, "init_images", None)
         if not initial:
-            raise RequestError(f"ControlNet unit {number} is enabled but has no image. Give it one, or disable the unit.")
+            raise RequestError(f"ControlNet unit {number} is enabled but has no image. Add one, or disable the unit.")
         picture = np.asarray(flatten(initial[place], p.options.img2img_background_color))
         if mask is None and getattr(p, "image_mask", None) is not None:
             mask = _as_mask(inpaint_mask(p, blurred=False))
@@ -98,20 +98,20 @@ def read_pictures(p: Any, unit: ControlNetUnit, number: int, place: int = 0) -> 
 
 
 def resize_mode_of(p: Any, unit: ControlNetUnit) -> ResizeMode:
-    """The unit's own; img2img's where the hint is img2img's picture, so that both lie on each other."""
+    """The unit's resize mode; img2img's if the hint is img2img's picture, so that both align."""
     if as_given(unit) is None and getattr(p, "init_images", None):
         return ResizeMode.read(int(p.resize_mode))
     return unit.resize_mode
 
 
 def as_given(unit: ControlNetUnit) -> Any:
-    """The picture that the unit brings; None where it brings none."""
+    """The unit's own picture; None if it has none."""
     given = unit.generated_image if unit.use_preview_as_input and unit.generated_image is not None else unit.image
     return None if isinstance(given, str) and not given.strip() else given
 
 
 def as_array(given: Any) -> np.ndarray | None:
-    """A picture as the page, a client or another extension gives it: 8 bits, upright, transparent only by an alpha channel."""
+    """A picture from the page, a client or another extension: 8 bits, upright, transparency only as an alpha channel."""
     if given is None or (isinstance(given, str) and not given.strip()):
         return None
     if isinstance(given, str):
@@ -124,7 +124,7 @@ def as_array(given: Any) -> np.ndarray | None:
 
 
 def _as_mask(given: Any) -> np.ndarray | None:
-    """A mask from 0 to 1: the transparency of the picture where it has any, else its brightest channel; one that is empty counts as none."""
+    """A mask 0..1: the picture's transparency if it has any, else its brightest channel. An empty mask counts as none."""
     array = as_array(given)
     if array is None:
         return None
@@ -137,9 +137,9 @@ def _as_mask(given: Any) -> np.ndarray | None:
 
 
 def crop_to_inpainted_part(p: Any, picture: np.ndarray, mask: np.ndarray | None, mode: ResizeMode) -> tuple[np.ndarray, np.ndarray | None]:
-    """img2img's "only masked": the hint cut by the box that the picture is cut by, and brought to the size of the job in the same way.
+    """For img2img's "only masked": crop the hint by the picture's crop box and resize it to the job's size in the same way.
 
-    A picture of another size is laid over the initial one first, as `mode` says."""
+    A picture of another size is first resized to the initial picture's size using `mode`."""
     if getattr(p, "image_mask", None) is None or not getattr(p, "inpaint_full_res", False):
         return picture, mask
     whole = inpaint_mask(p)
@@ -159,7 +159,7 @@ def crop_to_inpainted_part(p: Any, picture: np.ndarray, mask: np.ndarray | None,
 
 
 def fit(picture: np.ndarray, mode: ResizeMode, width_px: int, height_px: int) -> np.ndarray:
-    """A hint in another size. Maps of two colours keep those two; what "Resize and Fill" adds has the colour of the edges."""
+    """Resize a hint. Two-color maps keep exactly two colors; the border added by "Resize and Fill" has the color of the edges."""
     if picture.shape[:2] == (height_px, width_px):
         return picture
     image = Image.fromarray(picture)
@@ -170,7 +170,7 @@ def fit(picture: np.ndarray, mode: ResizeMode, width_px: int, height_px: int) ->
 
 
 def fit_mask(mask: np.ndarray, mode: ResizeMode, width_px: int, height_px: int, *, outside: float) -> np.ndarray:
-    """A mask in another size; `outside` is what lies beside it with "Resize and Fill"."""
+    """Resize a mask; `outside` is the value of the border added by "Resize and Fill"."""
     image = Image.fromarray((mask * 255).astype(np.uint8))
     return np.asarray(_resized(image, mode, width_px, height_px, fill=int(outside * 255)), dtype=np.float32) / 255.0
 
@@ -181,7 +181,7 @@ def _edge_color(picture: np.ndarray) -> np.ndarray:
 
 
 def _resized(image: Image.Image, mode: ResizeMode, width_px: int, height_px: int, *, fill: Any) -> Image.Image:
-    if mode is not ResizeMode.OUTER_FIT:  # as img2img brings its picture to size
+    if mode is not ResizeMode.OUTER_FIT:  # resize like img2img does
         return resize_by_mode(JUST_RESIZE if mode is ResizeMode.RESIZE else CROP_AND_RESIZE, image, width_px, height_px)
     scale = min(width_px / image.width, height_px / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))

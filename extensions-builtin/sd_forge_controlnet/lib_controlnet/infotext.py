@@ -1,4 +1,4 @@
-"""A unit as a line of a picture's parameters, and back."""
+"""Writes a unit as a line of generation parameters, and parses it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def key_of(number: int) -> str:
 
 
 def write_unit(unit: ControlNetUnit) -> str:
-    """Name: value pairs; numbers that were left to the preprocessor are left out."""
+    """`Name: value` pairs, without numbers left to the preprocessor."""
     pairs = ((label, getattr(unit, name)) for label, name in FIELDS)
     return ", ".join(
         f"{label}: {_text(value)}" for label, value in pairs if value is not None and not (isinstance(value, (int, float)) and value < 0)
@@ -36,7 +36,7 @@ def _text(value: Any) -> str:
 
 
 def read_unit(text: str) -> dict[str, str]:
-    """Label -> text. A part without a label belongs to the value before it (file names may hold commas)."""
+    """Label -> text. A part without a label belongs to the previous value (file names may contain commas)."""
     labels = {label for label, _ in FIELDS}
     found: dict[str, list[str]] = {}
     last = ""
@@ -51,7 +51,7 @@ def read_unit(text: str) -> dict[str, str]:
 
 
 def pasted(number: int, name: str, default: Any) -> Callable[[Mapping[str, Any]], Any]:
-    """What pasting puts into a unit's control; None leaves it alone."""
+    """Function that gives a pasted value for a unit's control; None leaves the control unchanged."""
 
     def read(params: Mapping[str, Any]) -> Any:
         text = params.get(key_of(number))

@@ -1,4 +1,4 @@
-"""Units in a job: read from the script's arguments, prepared once, put into the chain before each pass."""
+"""Units in a job: parsed from script arguments, prepared once, added to the chain before each pass."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ActiveUnit:
 
 
 def read_units(args: Any) -> list[ControlNetUnit]:
-    """Units of the script's arguments: objects of the page, of the API, or of other extensions. Raises RequestError."""
+    """The units in the script's arguments: objects from the page, the API, or other extensions. Raises RequestError."""
     units = []
     for number, value in enumerate(args):
         if isinstance(value, Mapping):
@@ -67,7 +67,7 @@ def prepare_unit(p: Any, unit: ControlNetUnit, number: int) -> ActiveUnit:
 
 
 def find_union_type(preprocessor: Any, unit: ControlNetUnit, number: int) -> ControlNetUnionControlType:
-    """The kind of hint that the preprocessor makes. Raises RequestError where it does not tell."""
+    """The kind of hint that the preprocessor produces. Raises RequestError if unknown."""
     for tag in preprocessor.tags:
         try:
             return ControlNetUnionControlType.read(tag)
@@ -75,7 +75,7 @@ def find_union_type(preprocessor: Any, unit: ControlNetUnit, number: int) -> Con
             continue
     known = ", ".join(repr(one.value) for one in ControlNetUnionControlType)
     raise RequestError(
-        f"ControlNet unit {number}: {unit.model} reads several kinds of hints, and the preprocessor {preprocessor.name!r} does not tell which. "
+        f"ControlNet unit {number}: {unit.model} accepts several kinds of hints, and the preprocessor {preprocessor.name!r} does not say which. "
         f"Send union_control_type, or choose a control type: {known}."
     )
 
@@ -97,14 +97,14 @@ def add_detected_map(p: Any, one: ActiveUnit) -> None:
 
 
 def acts_in_pass(unit: ControlNetUnit, p: Any) -> bool:
-    """Whether a unit acts in this pass of hires fix."""
+    """Whether a unit is active in this pass of hires fix."""
     if not getattr(p, "enable_hr", False):
         return True
     return unit.hr_option is not (HiResFixOption.LOW_RES_ONLY if p.is_hr_pass else HiResFixOption.HIGH_RES_ONLY)
 
 
 def patch_pass(p: Any, one: ActiveUnit, x: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Hint and weights in the size of the pass, and the model at the head of the chain."""
+    """Resize hint and weights for the pass, and put the model at the head of the chain."""
     factor = latent_format_of(p.sd_model).factor
     cond, mask = stack_hints(one.hints, int(x.shape[3]) * factor, int(x.shape[2]) * factor)
     kwargs = {**kwargs, "unit": one.unit, "params": one, "cond_original": cond, "mask_original": mask}
@@ -123,7 +123,7 @@ def patch_pass(p: Any, one: ActiveUnit, x: Any, args: Any, kwargs: Mapping[str, 
 
 
 def weights_of(one: ActiveUnit, p: Any) -> tuple[Any, Any]:
-    """Weights of the positive and the negative branch for the unit's control mode."""
+    """Weights of the positive and negative branch for the unit's control mode."""
     soft = soft_weights(is_sdxl=bool(getattr(p.sd_model, "is_sdxl", False)))
     if one.preprocessor.use_soft_projection_in_hr_fix and p.is_hr_pass:
         return soft, soft

@@ -1,4 +1,4 @@
-"""The controls of the units in a tab."""
+"""The controls of a tab's units."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FIELDS = (
 
 
 class UnitControls:
-    """One unit: its controls, and the state that holds their values together as the script's argument."""
+    """One unit: its controls, and the state that combines their values into the script's argument."""
 
     def __init__(self, tab: str, number: int, *, is_img2img: bool) -> None:
         self.tab, self.number, self.is_img2img = tab, number, is_img2img
@@ -31,7 +31,7 @@ class UnitControls:
         self.state = gr.State(ControlNetUnit(enabled=False))
 
     def build(self) -> None:
-        """Make the controls in the current gradio context."""
+        """Create the controls in the current gradio context."""
         modules, models, _, _ = global_state.select_control_type("All")
         with gr.Accordion(f"ControlNet Unit {self.number}", open=False, elem_id=self.prefix + "accordion"):
             with gr.Row():
@@ -88,14 +88,14 @@ class UnitControls:
 
     @property
     def inputs(self) -> list[Any]:
-        """The controls whose values make the unit, in the order of _FIELDS."""
+        """The controls that define the unit, in the order of _FIELDS."""
         return [
             self.enabled, self.image, self.mask, self.module, self.model, self.weight, self.start, self.end, self.resolution, self.threshold_a,
             self.threshold_b, self.pixel_perfect, self.control_mode, self.resize_mode, self.hr_option, self.type_filter,
         ]  # fmt: skip
 
     def paste_fields(self) -> list[PasteField]:
-        """What pasted parameters fill in."""
+        """The fields filled by pasted parameters."""
         default = ControlNetUnit()
         skipped = ("image", "mask_image", "union_control_type")
         fields = []
@@ -119,7 +119,7 @@ class UnitControls:
 
 
 def make_unit(*values: Any) -> ControlNetUnit:
-    """The unit of the controls' values."""
+    """The unit for the controls' values."""
     named = dict(zip(_FIELDS, values))
     unit = ControlNetUnit(**{name: value for name, value in named.items() if value is not None})
     unit.enabled = bool(named["enabled"])
@@ -128,7 +128,7 @@ def make_unit(*values: Any) -> ControlNetUnit:
 
 
 def _known_union_type(control_type: Any) -> ControlNetUnionControlType | None:
-    """The kind of hint for a Union where the chosen control type is one; the preprocessor tells it else."""
+    """The hint kind for a Union model if the chosen control type is one; otherwise the preprocessor determines it."""
     try:
         return ControlNetUnionControlType.read(control_type)
     except ValueError:

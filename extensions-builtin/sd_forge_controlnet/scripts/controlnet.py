@@ -1,4 +1,4 @@
-"""ControlNet: hints from pictures that guide the job. The panel, and what happens in a job."""
+"""ControlNet: hints from pictures that guide the job. The panel, and the work during a job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modules_forge.supported_ip_adapter import IPAdapterPatcher
 
 
 class ControlNetForForgeOfficial(scripts.Script):
-    """Units in both tabs, one argument each."""
+    """Units in both tabs, one argument per unit."""
 
     sorting_priority = 10
 
@@ -44,7 +44,7 @@ class ControlNetForForgeOfficial(scripts.Script):
     # the job
 
     def process(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        """Make all hints and load all models. Raises RequestError."""
+        """Compute all hints and load all models. Raises RequestError."""
         units = [(number, unit) for number, unit in enumerate(read_units(args)) if unit.enabled]
         active = [prepare_unit(p, unit, number) for number, unit in units]
         p.controlnet_active_units = active
@@ -55,7 +55,7 @@ class ControlNetForForgeOfficial(scripts.Script):
             add_detected_map(p, one)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        """Put every unit that acts in this pass into the chain. Raises RequestError for a model of another family."""
+        """Add every unit that is active in this pass to the chain. Raises RequestError for a model of another family."""
         for one in getattr(p, "controlnet_active_units", ()):
             if acts_in_pass(one.unit, p):
                 patch_pass(p, one, kwargs["x"], args, kwargs)
@@ -76,7 +76,7 @@ def is_open() -> bool:
 
 
 def register() -> None:
-    """Offer the preprocessors and the kind of model; those that other extensions brought stay."""
+    """Register the preprocessors and the control model kinds; those registered by other extensions stay."""
     for preprocessor in builtin_preprocessors():
         if preprocessor.name not in supported_preprocessors:
             add_supported_preprocessor(preprocessor)

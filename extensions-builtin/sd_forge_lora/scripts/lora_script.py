@@ -1,4 +1,4 @@
-"""LoRA as an extension: its kind of extra network, its settings, its routes, its cards, and what pasting does about names of files."""
+"""LoRA as an extension: its extra network kind, settings, routes, cards, and file names in pasted prompts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import gradio as gr
-import lora  # noqa: F401 - other extensions look for it among the imported modules
+import lora  # noqa: F401 - other extensions look for it in sys.modules
 import networks
 from extra_networks_lora import ALIAS, NAME, ExtraNetworkLora
 from infotext_lora import use_names_of
@@ -22,7 +22,7 @@ SECTION = ("extra_networks", "Extra Networks", "sd")
 
 
 def register() -> None:
-    """Make `<lora:...>` and `<lyco:...>` known, over the running application's folders."""
+    """Register `<lora:...>` and `<lyco:...>` for the running application's folders."""
     app = current_application()
     networks.set_up(app.config.lora_dirs, app.hashes)
     network = ExtraNetworkLora()
@@ -31,7 +31,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Take them away: prompts that name them are told so from now on."""
+    """Unregister them: from then on, prompts that name them get a message."""
     extra_networks.extra_network_registry.pop(NAME, None)
     extra_networks.extra_network_aliases.pop(ALIAS, None)
     app = application_or_none()
@@ -53,7 +53,7 @@ def add_settings() -> None:
 
 
 def use_names_of_own_files(_: str, params: MutableMapping[str, Any]) -> None:
-    """`<lora:name:1>` of a file that is called otherwise here: by the name that the file of the same hash has here."""
+    """In pasted prompts, rename `<lora:name:1>` to the local file with the same hash if its name differs."""
     files = networks.registry()
 
     def find_own_names(hashes: Mapping[str, str]) -> dict[str, str]:
