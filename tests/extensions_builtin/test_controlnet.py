@@ -185,7 +185,7 @@ def test_img2img_takes_its_own_picture_and_masks_act(site: Site) -> None:
 def test_wrong_requests_are_refused_in_words(site: Site) -> None:
     assert "no image" in site.refused({"model": "canny_1"})
     assert "no model" in site.refused({"image": _picture()})
-    assert "'nothing' is not there" in site.refused({"image": _picture(), "model": "nothing"})
+    assert "'nothing' does not exist" in site.refused({"image": _picture(), "model": "nothing"})
     assert "no preprocessor 'sideways'" in site.refused({"image": _picture(), "model": "canny_1", "module": "sideways"})
     for name, words in (("openpose_full", "body_pose_model.pth"), ("HED", "ControlNetHED.pth"), ("Tile_ColorFix", "tile_resample is")):
         message = site.refused({"image": _picture(), "model": "canny_1", "module": name})

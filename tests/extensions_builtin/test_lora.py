@@ -373,7 +373,7 @@ def test_files_of_one_name_and_of_one_alias(tmp_path: Path, caplog: pytest.LogCa
             path.write_bytes(b"data")
     registry = builtin_module("networks").LoraRegistry([tmp_path / "Lora", tmp_path / "missing"], HashStore(FileCache(tmp_path / "cache")))
     assert sorted(entry.name for entry in registry) == sorted(registry.list_names()) == ["a", "b", "c"]
-    assert "Two LoRA files are called a" in caplog.text
+    assert "Two LoRA files are named a" in caplog.text
     found = {
         name: entry.path.relative_to(tmp_path / "Lora").as_posix() for name in ("a", "b", "deep/a", "own", "c") if (entry := registry.find(name))
     }
