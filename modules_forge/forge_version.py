@@ -1,5 +1,5 @@
-"""The version that extensions compare to detect Forge's API."""
+"""The version of Forge whose API is provided, and of the A1111 that it follows; extensions compare it."""
 
 from __future__ import annotations
 
-version = "f2.0.1"
+version = "2.0.1v1.10.1"

@@ -1,6 +1,6 @@
-"""`python -m tools.unread_settings`: settings that no code reads, with what modules/settings/inert.py says of them when one is changed.
+"""`python -m tools.unread_settings`: settings that no code reads, with the messages of modules/settings/inert.py about them.
 
-A setting counts as read when its name stands in the sources somewhere beside its own entry, whole or as a pattern with parts filled in.
+A setting counts as read if its name occurs in the sources outside its own entry, literally or as a pattern with parts filled in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("modules", "modules_forge", "backend", "extensions-builtin", "javascript", "scripts")
 OWN_FILES = {"settings/table.py", "settings/page_table.py", "settings/inert.py"}
 READ_BY_PRESET = re.compile(r"(sd|xl)_(t2i|i2i)_(width|height|cfg|sampler|scheduler)")
-"""Settings whose names a preset puts together from three parts."""
+"""Settings whose names a preset assembles from three parts."""
 _PATTERN = re.compile(r"""f["']((?:[a-z0-9_]|\{[^{}"']+\})+)["']""")
 
 
@@ -27,7 +27,7 @@ def source_files(root: Path = ROOT) -> list[Path]:
 
 
 def find_unread(keys: Iterable[str], sources: Iterable[str]) -> list[str]:
-    """The keys that stand in none of the sources."""
+    """The keys that occur in none of the sources."""
     texts = list(sources)
     words = {word for text in texts for word in re.findall(r"\w+", text)}
     patterns = [_as_regex(found) for text in texts for found in _PATTERN.findall(text) if "{" in found and _says_enough(found)]
@@ -36,7 +36,7 @@ def find_unread(keys: Iterable[str], sources: Iterable[str]) -> list[str]:
 
 
 def _says_enough(pattern: str) -> bool:
-    """A pattern that is little but parts to fill in names no setting."""
+    """Whether a pattern is more than placeholders; otherwise it would match any setting."""
     return len(re.sub(r"\{[^{}]*\}|_", "", pattern)) >= 5
 
 
@@ -53,29 +53,29 @@ def unread_settings(root: Path = ROOT) -> list[str]:
 
 
 def effectless_tables() -> list[str]:
-    """Every flag and setting that is accepted without effect, with what is true instead, as Markdown."""
+    """Every flag and setting accepted without effect, with what happens instead, as Markdown."""
     from modules.launch.cmd_args import NO_EFFECT, NOT_YET
     from modules.settings.inert import BY_DESIGN, NOT_READ
 
     parts = {
-        "Flags whose part is not there yet": [(f"`{flag}`", truth) for flag, truth in NOT_YET.items()],
+        "Flags of features that do not exist yet": [(f"`{flag}`", truth) for flag, truth in NOT_YET.items()],
         "Flags that have no effect by design": [(f"`{flag}`", truth) for flag, (_, truth) in NO_EFFECT.items()],
         "Settings that nothing reads yet": [(", ".join(f"`{key}`" for key in keys.split()), truth) for truth, keys in NOT_READ.items()],
         "Settings that have no effect by design": [(f"`{key}`", truth) for key, truth in BY_DESIGN.items()],
     }
     lines: list[str] = []
     for title, rows in parts.items():
-        lines += ["", f"### {title}", "", "| name | what is true |", "|---|---|", *(f"| {names} | {truth} |" for names, truth in rows)]
+        lines += ["", f"### {title}", "", "| name | instead |", "|---|---|", *(f"| {names} | {truth} |" for names, truth in rows)]
     return lines[1:]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.unread_settings", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="also write the tables of docs/compatibility.md anew")
+    parser.add_argument("--write", action="store_true", help="also update the tables in docs/compatibility.md")
     from modules.settings.inert import WHAT_IS_TRUE
 
     for key in unread_settings():
-        print(f"{key}: {WHAT_IS_TRUE.get(key, 'NOT SAID ANYWHERE')}")
+        print(f"{key}: {WHAT_IS_TRUE.get(key, 'NOT EXPLAINED')}")
     if parser.parse_args().write:
         write_measured(ROOT / "docs" / "compatibility.md", effectless_tables(), command="tools.unread_settings --write")
 

@@ -249,7 +249,7 @@ def commit_hash() -> str:
     try:
         return _git("rev-parse", "HEAD")
     except RuntimeError:
-        return "<none>"
+        return program_version()
 
 
 def git_tag() -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from backend.foreign_json import read_json_file
 from modules.app_config import SCRIPT_DIR, AppConfig
+from modules.version import program_version
 
 _SHOWN_VARIABLES = (
     *("COMMANDLINE_ARGS", "TORCH_COMMAND", "TORCH_INDEX_URL", "REQS_FILE", "XFORMERS_PACKAGE", "VENV_DIR", "IGNORE_CMD_ARGS_ERRORS"),
@@ -29,10 +30,12 @@ _HIDDEN = "(not shown)"
 def collect_sysinfo(config: AppConfig, environ: Mapping[str, str]) -> dict[str, Any]:
     """Everything as plain JSON values. Imports torch if it is installed."""
     return {
-        "platform": platform.platform(),
-        "python": sys.version,
+        # under A1111's names, which clients read
+        "Platform": platform.platform(),
+        "Python": sys.version,
+        "Version": program_version(),
+        "Commit": _read_commit(),
         "executable": sys.executable,
-        "commit": _read_commit(),
         "script_path": str(SCRIPT_DIR),
         "data_path": str(config.data_dir),
         "disk_free_gb": round(shutil.disk_usage(SCRIPT_DIR).free / 2**30, 1),

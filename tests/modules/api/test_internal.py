@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from modules.version import program_version
 from tests.modules.api.conftest import Server
 
 
@@ -18,7 +19,7 @@ def test_profile_startup(server: Server) -> None:
 
 def test_sysinfo(server: Server) -> None:
     info = server.get("/internal/sysinfo")
-    assert info["python"]
+    assert info["Python"] and info["Version"] == program_version()
     assert info["data_path"] == str(server.app.config.data_dir)
     answer = server.client.get("/internal/sysinfo-download")
     assert answer.headers["Content-Disposition"].startswith('attachment; filename="sysinfo-')

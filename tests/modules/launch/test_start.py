@@ -65,7 +65,7 @@ def test_a_clone_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_outside_a_clone_the_version_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_clone_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start.shutil, "which", lambda name: None)
     assert (start.git_tag(), start.commit_hash()) == (FORGE_VERSION, "<none>")
     assert FORGE_VERSION.startswith("f2")
