@@ -1,4 +1,4 @@
-"""`python -m tools.bad_input`: give a running product bad files, flags and requests, and write what it answers to docs/bad_input.md."""
+"""`python -m tools.bad_input`: sends bad files, flags and requests to a running product, and writes its answers to docs/bad_input.md."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def send(url: str, body: Any = None) -> tuple[int, str]:
 
 @contextmanager
 def serve(data_dir: Path, *flags: str) -> Iterator[str]:
-    """A product of its own on a free port, API only."""
+    """A separate product on a free port, API only."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -111,7 +111,7 @@ def serve(data_dir: Path, *flags: str) -> Iterator[str]:
 
 
 def write_bad_files(folder: Path) -> dict[str, str]:
-    """File name -> what is wrong with it."""
+    """File name -> what is wrong with the file."""
     import torch  # heavy
     from safetensors.torch import save_file
 
@@ -144,7 +144,7 @@ class _Hostile:
 
 
 def start_with(flags: list[str], data_dir: Path) -> str:
-    """What the console says; a product that starts all the same is ended."""
+    """The console output; a product that starts anyway is stopped."""
     command = [sys.executable, "launch.py", "--skip-install", "--nowebui", "--port", "7899", "--data-dir", str(data_dir), *flags]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -159,7 +159,7 @@ def start_with(flags: list[str], data_dir: Path) -> str:
 
 
 def ask_everything() -> list[tuple[str, str, str]]:
-    """Kind, what was given, what was answered."""
+    """(kind, input, answer)."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
         data_dir = Path(name)

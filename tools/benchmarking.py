@@ -1,6 +1,6 @@
-"""What `tools/bench` does: finds the benches, runs one, writes `benchmarks/<theme>.md`.
+"""Implements `tools/bench`: finds the benches, runs one, writes `benchmarks/<theme>.md`.
 
-A bench is a module `benchmarks/<theme>.py` with `BENCH = Bench(...)`. What a person writes under "## Reading" in the report is kept.
+A bench is a module `benchmarks/<theme>.py` with `BENCH = Bench(...)`. Text that a person writes under "## Reading" in the report is preserved.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ READING = "## Reading"
 
 
 def list_themes(folder: Path = BENCH_DIR) -> dict[str, str]:
-    """theme -> first line of its module's docstring, without importing it."""
+    """theme -> first line of its module's docstring, without importing the module."""
     paths = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
     return {path.stem: (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0] for path in paths}
 
 
 def describe_machine() -> str:
-    """Processor, cores, memory and system: what a number depends on; no name of the machine."""
-    import psutil  # installed by the set-up, not there before it
+    """Processor, cores, memory and system, which numbers depend on; not the machine's name."""
+    import psutil  # installed during setup, not available before
 
     memory_gb = psutil.virtual_memory().total / 2**30
     return f"{_processor()}, {os.cpu_count()} cores, {memory_gb:.0f} GB, {platform.system()} {platform.machine()}{_gpus()}"
@@ -45,7 +45,7 @@ def _processor() -> str:
 
 
 def _gpus() -> str:
-    import torch  # heavy, after the set-up
+    import torch  # heavy; only available after setup
 
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return "".join(f", {name}" for name in names)
@@ -57,7 +57,7 @@ def describe_versions(packages: Sequence[str]) -> str:
 
 
 def write_report(path: Path, theme: str, bench: Bench, samples: Mapping[str, Samples], *, command: str) -> None:
-    """Writes the report; keeps what stands under "## Reading"."""
+    """Write the report; preserves the text under "## Reading"."""
     reading = ""
     if path.exists():
         _, mark, reading = path.read_text(encoding="utf-8").partition(READING)
@@ -73,9 +73,9 @@ def write_report(path: Path, theme: str, bench: Bench, samples: Mapping[str, Sam
 
 
 def run_benches(argv: Sequence[str], script: str) -> int:
-    """Runs one bench by its theme, or lists them."""
-    parser = argparse.ArgumentParser(prog="tools/bench", description="Measures variants in turns and writes benchmarks/<theme>.md.")
-    parser.add_argument("theme", nargs="?", help="one of the themes that the command prints without arguments")
+    """Run one bench by theme, or list them."""
+    parser = argparse.ArgumentParser(prog="tools/bench", description="Measures variants alternately and writes benchmarks/<theme>.md.")
+    parser.add_argument("theme", nargs="?", help="a theme; without arguments, all themes are listed")
     parser.add_argument("--rounds", type=int, help="how often each variant is measured")
     parser.add_argument("--print-only", action="store_true", help="write no file")
     arguments = parser.parse_args(argv)
@@ -83,7 +83,7 @@ def run_benches(argv: Sequence[str], script: str) -> int:
     if arguments.theme not in themes:
         print("\n".join(f"{theme:24} {line}" for theme, line in themes.items()) or "There are no benches yet.")
         if arguments.theme:
-            print(f"ERROR: {arguments.theme}: there is no such bench.")
+            print(f"ERROR: there is no bench {arguments.theme}.")
         return 2 if arguments.theme else 0
     enter_environment(argv, script)
     bench: Bench = importlib.import_module(f"benchmarks.{arguments.theme}").BENCH

@@ -1,4 +1,4 @@
-"""What `tools/test` and `tools/check` do: the launcher's own set-up with the test extras, then the tools themselves."""
+"""Implements `tools/test` and `tools/check`: the launcher's own setup with the test extras, then the tools themselves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHECKS = (
 
 
 def enter_environment(argv: Sequence[str], script: str) -> None:
-    """Goes on inside the virtual environment with everything of both requirements files installed; ends the process when that fails."""
+    """Continue inside the virtual environment with the packages of both requirements files installed; exits if that fails."""
     start.setup_logging("INFO")
     try:
         code = start.enter_venv(argv, os.environ, Path(script).resolve(), make=True)
@@ -60,17 +60,17 @@ def _is_whole_suite(argv: Sequence[str]) -> bool:
 
 
 def run_tests(argv: Sequence[str], script: str) -> int:
-    """The suite; pytest's exit code."""
+    """Run the suite; returns pytest's exit code."""
     enter_environment(argv, script)
     return _run_module("pytest", *pytest_arguments(argv))
 
 
 def run_checks(argv: Sequence[str], script: str) -> int:
-    """Format, lint, types and contract tests, all of them or those named; 1 when one of them found something."""
+    """Run format, lint, types and contract tests, or only those named; returns 1 if one of them fails."""
     names = [name for name, _ in CHECKS]
     unknown = [word for word in argv if word not in names]
     if unknown:
-        print(f"ERROR: {unknown[0]}: there is no such check. There are: {', '.join(names)}.")
+        print(f"ERROR: there is no check {unknown[0]}. There are: {', '.join(names)}.")
         return 2
     enter_environment(argv, script)
     return 1 if [name for name, command in CHECKS if (not argv or name in argv) and not _run_check(name, command)] else 0

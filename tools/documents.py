@@ -1,4 +1,4 @@
-"""The part of a document that a command writes, between two marks; what stands around it is a person's."""
+"""The section of a document that a command writes, between two marks; everything around it is written by people."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ END = "<!-- end of what is measured -->"
 
 
 def write_measured(path: Path, lines: Sequence[str], *, command: str) -> None:
-    """Replace what stands between the mark of `command` and the end mark."""
+    """Replace the text between the mark of `command` and the end mark."""
     begin = f"<!-- measured by python -m {command} -->"
     before, rest = path.read_text(encoding="utf-8").split(begin, 1)
     after = rest.split(END, 1)[1]

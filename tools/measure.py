@@ -1,7 +1,7 @@
-"""Measuring two or more ways of doing one thing, in turns, and writing down what came out.
+"""Measures two or more variants of doing one thing alternately, and formats the results.
 
-Variants take turns within each round, and every other round goes backwards, so that a machine that warms up or slows down
-favours none. A ratio is taken within each round, then the median over rounds. Pure but for the clock; the files are `tools/bench`'s.
+Variants alternate within each round, and every other round is reversed, so that a machine that warms up or slows down favors none. A ratio is
+computed within each round, then the median over rounds. Pure except for the clock; `tools/bench` handles the files.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Variant = Callable[[], Metrics | None]
 class Bench:
     """One question, answered by timing variants against a baseline.
 
-    `make_variants` prepares everything that is not to be timed and returns name -> call; the calls do the same work. What a call
-    returns (peak bytes, steps) is reported beside its time. `baseline` is the variant the others are compared with.
-    `synchronize` waits for a device after each call. With `work_per_call`, a table of `work_unit` per second is written too. `time_metric` names
-    a metric, in seconds, that counts in place of the call's own time, where only a part of it is asked about.
+    `make_variants` prepares everything that is not timed and returns name -> call; all calls do the same work. The metrics a call returns (peak
+    bytes, steps) are reported next to its time. The other variants are compared with `baseline`. `synchronize` waits for a device after each call.
+    With `work_per_call`, a table of `work_unit` per second is added. `time_metric` names a metric in seconds that replaces the call's own time, if
+    only part of the call is of interest.
     """
 
     question: str
@@ -40,27 +40,27 @@ class Bench:
 
 @dataclass(slots=True)
 class Samples:
-    """What was measured of one variant, one entry per round."""
+    """Measurements of one variant, one entry per round."""
 
     times_s: list[float] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
 
 def measure(bench: Bench, *, num_rounds: int | None = None, clock: Callable[[], float] = time.perf_counter) -> dict[str, Samples]:
-    """Runs the warm-ups and the rounds.
+    """Run the warm-ups and the rounds.
 
     Raises:
-        ValueError: the baseline is none of the variants.
+        ValueError: the baseline is not a variant.
     """
     variants = bench.make_variants()
     if bench.baseline not in variants:
-        raise ValueError(f"the baseline {bench.baseline!r} is none of the variants: {', '.join(variants)}")
+        raise ValueError(f"the baseline {bench.baseline!r} is not one of the variants: {', '.join(variants)}")
     for _ in range(bench.num_warmups):
         for call in variants.values():
             _time_call(call, bench.synchronize, clock)
     samples = {name: Samples() for name in variants}
     for index in range(num_rounds or bench.num_rounds):
-        gc.collect()  # between rounds, so that no call pays for another's rubbish
+        gc.collect()  # between calls, so that no call pays for another's garbage
         for name in order_of_round(list(variants), index):
             time_s, metrics = _time_call(variants[name], bench.synchronize, clock)
             samples[name].times_s.append(time_s if bench.time_metric is None else metrics[bench.time_metric])
@@ -70,7 +70,7 @@ def measure(bench: Bench, *, num_rounds: int | None = None, clock: Callable[[], 
 
 
 def order_of_round(names: Sequence[str], index: int) -> list[str]:
-    """Forwards in even rounds, backwards in odd ones."""
+    """Forward in even rounds, reversed in odd ones."""
     return list(names) if index % 2 == 0 else list(reversed(names))
 
 
@@ -83,7 +83,7 @@ def _time_call(call: Variant, synchronize: Callable[[], None] | None, clock: Cal
 
 
 def paired_ratio(times_s: Sequence[float], baseline_s: Sequence[float]) -> tuple[float, float, float]:
-    """(median, lowest, highest) of time / baseline's time in the same round: above 1 is slower than the baseline."""
+    """(median, lowest, highest) of time / baseline time in the same round; above 1 is slower than the baseline."""
     ratios = [mine / theirs for mine, theirs in zip(times_s, baseline_s)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
@@ -109,7 +109,7 @@ def _median_or_dash(values: Sequence[float] | None) -> str:
 
 
 def raw_lines(samples: Mapping[str, Samples]) -> list[str]:
-    """Every number, in the order of rounds."""
+    """Every number, in round order."""
     lines = []
     for name, one in samples.items():
         lines.append(f"{name} s: {' '.join(f'{value:.4g}' for value in one.times_s)}")

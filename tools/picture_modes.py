@@ -1,7 +1,7 @@
-"""`python -m tools.picture_modes`: img2img, inpainting and hires fix by the product with the demo checkpoint, judged by the demo checkpoint's judge.
+"""`python -m tools.picture_modes`: img2img, inpainting and hires fix with the product and the demo checkpoint, evaluated by its judge.
 
-Writes the measured part of docs/picture_modes.md and the sheet docs/images/picture_modes.png. Nothing is sampled here: every picture is a job of
-the product, Euler a, 20 steps, CFG 5.
+Writes the measured part of docs/picture_modes.md and the sheet docs/images/picture_modes.png. This tool samples nothing itself: every picture is a
+job of the product, Euler a, 20 steps, CFG 5.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 REPORT_FILE, SHEET_FILE = DOCS / "picture_modes.md", DOCS / "images" / "picture_modes.png"
 STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 SHEET_ROWS = 8
-BLUR_REACH = 2.5  # of the mask blur's radius: beyond that the kernel is 0
+BLUR_REACH = 2.5  # times the mask blur's radius; the kernel is 0 beyond that
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A picture that exists, and what a prompt wants instead of it."""
+    """An existing picture, and what a prompt wants in its place."""
 
     before: Scene
     after: Scene
@@ -42,7 +42,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """One row of the report: a label and how many of `total` were right in each sense."""
+    """One row of the report: a label, and how many of `total` were right by each criterion."""
 
     label: str
     total: int
@@ -53,7 +53,7 @@ class Counts:
 
 
 def draw_changes(num_cases: int, *, seed: int = 5) -> list[Change]:
-    """Pairs of one-object scenes that differ in colour, shape and background, at one place; the prompt says the second."""
+    """Pairs of one-object scenes at the same place with different color, shape and background; the prompt describes the second."""
     rng, changes = random.Random(seed), list[Change]()
     while len(changes) < num_cases:
         before, after = (sample_scene(rng, two_things_share=0.0) for _ in range(2))
@@ -67,7 +67,7 @@ def draw_changes(num_cases: int, *, seed: int = 5) -> list[Change]:
 
 
 def count_img2img(changes: Sequence[Change], strengths: Sequence[float] = STRENGTHS) -> tuple[list[Counts], list[Image.Image]]:
-    """By strength, how many pictures still show the start's object and how many the prompt's; and the pictures, a row per case."""
+    """By strength: how many pictures still show the start's object, and how many the prompt's; and the pictures, one row per case."""
     rows: list[Counts] = []
     starts = [draw_scene(change.before) for change in changes]
     pictures = [[start] for start in starts]
@@ -89,7 +89,7 @@ def count_img2img(changes: Sequence[Change], strengths: Sequence[float] = STRENG
 
 
 def keep_scenes(changes: Sequence[Change], *, seed: int = 5) -> list[Change]:
-    """The same starts, with prompts that say what is there already."""
+    """The same starts, with prompts that describe what they already show."""
     rng = random.Random(seed)
     return [replace(change, after=change.before, prompt=describe_scene(change.before, rng, full=True)) for change in changes]
 
@@ -120,7 +120,7 @@ ONLY_MASKED = InpaintMode(label="only masked, fill, blur 0, padding 0", fields={
 
 
 def draw_replacements(num_cases: int, *, seed: int = 6) -> list[Change]:
-    """Two-object scenes left of and right of each other, and the same scene with another first object."""
+    """Two-object scenes (left of, right of), and the same scenes with a different first object."""
     rng, changes = random.Random(seed), list[Change]()
     while len(changes) < num_cases:
         before = sample_scene(rng, two_things_share=1.0)
@@ -135,7 +135,7 @@ def draw_replacements(num_cases: int, *, seed: int = 6) -> list[Change]:
 
 
 def mask_of_first(scene: Scene) -> Image.Image:
-    """White over the half of the picture where the first object is, to four pixels beyond its edges."""
+    """White over the half of the picture with the first object, extending four pixels beyond its edges."""
     thing = scene.things[0]
     x, _, half = thing_box(thing, (scene.jitter[0], scene.jitter[1]), SIDE_PX)
     left, right = (0, min(SIDE_PX // 2, round(x + half) + 4)) if x < SIDE_PX / 2 else (max(SIDE_PX // 2, round(x - half) - 4), SIDE_PX)
@@ -145,7 +145,7 @@ def mask_of_first(scene: Scene) -> Image.Image:
 
 
 def must_stay(mask: Image.Image, blur_px: int) -> np.ndarray:
-    """Where the picture may not change: farther from the mask than the blur reaches (rows and columns count separately)."""
+    """Where the picture may not change: farther from the mask than the blur reaches (rows and columns separately)."""
     reach = int(BLUR_REACH * blur_px + 0.5)
     near = np.asarray(mask) > 0
     for axis in (0, 1):
@@ -161,7 +161,7 @@ def _not_wrapped(shape: tuple[int, ...], shift: int, axis: int) -> np.ndarray:
 
 
 def count_inpainting(changes: Sequence[Change], mode: InpaintMode) -> tuple[Counts, list[Image.Image]]:
-    """How many masked objects became the prompt's, how many neighbours are still there, how many pictures are untouched outside of the mask."""
+    """How many masked objects became the prompt's, how many neighbors are still there, how many pictures are unchanged outside the mask."""
     right, made = {"prompt's object": 0, "its neighbour": 0, "outside bit-equal": 0, "inside changed": 0}, list[Image.Image]()
     for change in changes:
         start, mask = draw_scene(change.before), mask_of_first(change.before)
@@ -179,7 +179,7 @@ def _shows(picture: Image.Image, thing: Thing) -> bool:
 
 
 def is_untouched(start: Image.Image, picture: Image.Image, where_HW: np.ndarray) -> bool:
-    """Whether no pixel differs there, by as little as one level."""
+    """Whether no pixel differs there by even one level."""
     return bool(np.array_equal(np.asarray(start)[where_HW], np.asarray(picture)[where_HW]))
 
 
@@ -189,7 +189,7 @@ def _differs_inside(start: Image.Image, picture: Image.Image, mask: Image.Image)
 
 
 def draw_corner_cases(num_cases: int, *, seed: int = 7) -> list[Change]:
-    """A 128x128 picture of one object in its top left quarter; the prompt wants another object in the middle of the bottom right quarter."""
+    """A 128x128 picture with one object in its top left quarter; the prompt wants another object in the center of the bottom right quarter."""
     rng, changes = random.Random(seed), list[Change]()
     while len(changes) < num_cases:
         before = sample_scene(rng, two_things_share=0.0)
@@ -204,7 +204,7 @@ def draw_corner_cases(num_cases: int, *, seed: int = 7) -> list[Change]:
 
 
 def count_only_masked(changes: Sequence[Change], mode: InpaintMode = ONLY_MASKED) -> tuple[Counts, list[Image.Image]]:
-    """A quarter of a picture of twice the side, made at the model's own size and pasted back."""
+    """A quarter of a picture of twice the side length, made at the model's native size and pasted back."""
     side_px = 2 * SIDE_PX
     mask = Image.new("L", (side_px, side_px), 0)
     mask.paste(255, (SIDE_PX, SIDE_PX, side_px, side_px))
@@ -245,7 +245,7 @@ def draw_hires_cases(num_cases: int, *, seed: int = 8) -> list[Change]:
 
 
 def count_hires(changes: Sequence[Change], label: str, fields: dict[str, Any]) -> tuple[Counts, list[Image.Image]]:
-    """How many pictures have the prompt's colour, shape, object (one, no other) at its place, and background."""
+    """How many pictures have the prompt's color, shape, object (one and no other) at its place, and background."""
     made = [make_text_picture(c.prompt, seed=c.seed, hr_cfg=5.0, **fields) for c in changes]
     scores = [score_verdict(c.after, judge_picture(picture)) for c, picture in zip(changes, made)]
     fields_of_score = {"colour": "colour", "shape": "shape", "object": "objects", "place": "place", "background": "background"}
@@ -275,7 +275,7 @@ def main() -> None:
 
 
 def measure(num_cases: int) -> tuple[list[str], list[Image.Image]]:
-    """The report's lines, and a sheet of pictures for each of its parts."""
+    """The report's lines, and a sheet of pictures for each part."""
     changes, replacements, corners, hires = (draw(num_cases) for draw in (draw_changes, draw_replacements, draw_corner_cases, draw_hires_cases))
     img2img_rows, img2img_sheet = count_img2img(changes)
     kept_rows, _ = count_img2img(keep_scenes(changes))
@@ -308,7 +308,7 @@ def measure(num_cases: int) -> tuple[list[str], list[Image.Image]]:
 
 
 def lay_sheets(sheets: Sequence[Image.Image], *, gap_px: int = 8) -> Image.Image:
-    """The sheets side by side at one height."""
+    """The sheets side by side at equal height."""
     height_px = SHEET_ROWS * SIDE_PX
     fitted = [sheet.resize((round(sheet.width * height_px / sheet.height), height_px), Image.Resampling.BOX) for sheet in sheets]
     whole = Image.new("RGB", (sum(sheet.width for sheet in fitted) + gap_px * (len(fitted) - 1), height_px), "white")

@@ -1,6 +1,6 @@
-"""`python -m tools.sampler_grid`: every sampler on one prompt and seed, made by the product with the demo checkpoint, as one labelled picture.
+"""`python -m tools.sampler_grid`: every sampler with one prompt and seed, made by the product with the demo checkpoint, as one labeled picture.
 
-`--cases N` has the demo checkpoint's judge look at N more pictures of each sampler; the table it prints is kept in docs/samplers.md.
+`--cases N` lets the demo checkpoint's judge evaluate N more pictures per sampler; the printed table is kept in docs/samplers.md.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ GRID_FILE = Path(__file__).resolve().parents[1] / "docs" / "images" / "samplers.
 
 
 def sampler_names() -> list[str]:
-    """The samplers in the order of the product's list."""
+    """The samplers in the product's order."""
     from backend.sampling.registry import SAMPLERS  # imports torch
 
     return [spec.name for spec in SAMPLERS]
 
 
 def make_sampler_pictures(names: Sequence[str], prompt: str = PROMPT, *, seed: int = SEED, num_steps: int = 20) -> Iterator[tuple[str, Image.Image]]:
-    """(sampler, its picture), each with the schedule that Automatic means for it. The product must be installed."""
+    """(sampler, picture), each with the sampler's Automatic schedule. The product must be installed."""
     for name in names:
         yield name, make_text_picture(prompt, seed=seed, sampler_name=name, scheduler="Automatic", steps=num_steps)
 
 
 def lay_labelled_grid(pictures: Sequence[tuple[str, Image.Image]], *, num_columns: int = NUM_COLUMNS) -> Image.Image:
-    """The pictures row by row, enlarged without smoothing, each under its name."""
+    """The pictures row by row, enlarged without smoothing, each below its name."""
     num_rows = -(-len(pictures) // num_columns)
     grid = Image.new("RGB", (num_columns * CELL_PX, num_rows * (CELL_PX + LABEL_PX)), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=12)
@@ -48,7 +48,7 @@ def lay_labelled_grid(pictures: Sequence[tuple[str, Image.Image]], *, num_column
 
 
 def count_right_pictures(names: Sequence[str], cases: Sequence[Case]) -> dict[str, tuple[int, int, int]]:
-    """By sampler, how many of the cases have the right background, the right colours, and the right objects (colour and shape) by the judge."""
+    """By sampler: how many cases have the right background, the right colors, and the right objects (color and shape) according to the judge."""
     counts = {}
     for name in names:
         scores = [
@@ -63,7 +63,7 @@ def count_right_pictures(names: Sequence[str], cases: Sequence[Case]) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.sampler_grid", description=__doc__)
     parser.add_argument("--out", type=Path, default=GRID_FILE)
-    parser.add_argument("--cases", type=int, default=0, help="pictures of each sampler to be judged (default none)")
+    parser.add_argument("--cases", type=int, default=0, help="pictures per sampler to evaluate (default: none)")
     parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
     args = parser.parse_args()
     with installed_product(args.checkpoint):

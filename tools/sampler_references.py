@@ -1,8 +1,8 @@
-"""What the samplers are held to: each as another implementation or another formula has it, with the product's signature.
+"""References for the samplers: each as another implementation or formula, with the product's signature.
 
-A reference is called like a sampler, `(denoise, x, sigmas, *, settings, noise, on_step=None)`, so that it can take a sampler's place on a toy
-problem and in the product. diffusers' schedulers are given the very noise levels and random numbers of the sampler. Nothing here may import a
-sampler's formula: only the names of the registry, and for Restart where its steps go.
+A reference is called like a sampler, `(denoise, x, sigmas, *, settings, noise, on_step=None)`, so that it can replace a sampler in a toy problem
+and in the product. diffusers' schedulers get exactly the sampler's noise levels and random numbers. Nothing here may import a sampler's
+formula: only the registry's names, and the restart steps of Restart.
 
 Shapes: B batch, C channels, H W rows and columns, T noise levels.
 """
@@ -36,7 +36,7 @@ SCHEDULERS = "diffusers.schedulers"
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """`source` says what it is; `limits` what it does not say. `settings`: the sampler's settings under which the two are the same method."""
+    """`source` names it; `limits` says what it does not cover. `settings`: sampler settings for which both are the same method."""
 
     source: str
     run: Run
@@ -46,7 +46,7 @@ class Reference:
     def __call__(
         self, denoise: Denoise, x_BCHW: Tensor, sigmas_T: Tensor, *, settings: SamplerSettings, noise: NoiseSource, on_step: Any = None
     ) -> Tensor:
-        """The reference in a sampler's place, in fp64 inside; reports nothing."""
+        """The reference in a sampler's place, computed in fp64; reports no steps."""
         result = self.run(denoise, x_BCHW.double(), sigmas_T.double(), noise)
         return result.to(x_BCHW)
 
@@ -62,7 +62,7 @@ def _scheduler(name: str, module: str, num_steps: int, **config: Any) -> Any:
 
 @contextmanager
 def _drawing_from(noise: NoiseSource, x_BCHW: Tensor, module: str) -> Iterator[None]:
-    """The library's random tensors are the sampler's."""
+    """Make the library draw its random tensors from the sampler's noise."""
     source = importlib.import_module(f"{SCHEDULERS}.{module}")
 
     def draw(shape: Any, dtype: Any = None, **_: Any) -> Tensor:
@@ -74,12 +74,12 @@ def _drawing_from(noise: NoiseSource, x_BCHW: Tensor, module: str) -> Iterator[N
 
 
 def _count_down(num: int) -> Tensor:
-    """Timesteps that say nothing but their order."""
+    """Timesteps that only encode their order."""
     return torch.arange(num, 0, -1, dtype=torch.float64)
 
 
 def _in_exploding_form(name: str, module: str, *, doubled: bool = False, prepare: Prepare | None = None) -> Run:
-    """A scheduler whose samples are x0 + sigma * noise. `doubled`: it steps twice a level, so that its list of levels has each inner one twice."""
+    """A scheduler whose samples are x0 + sigma * noise. `doubled`: it steps twice per level, so its list contains each inner level twice."""
 
     def run(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
         num_steps = len(sigmas) - 1
@@ -100,13 +100,13 @@ def _in_exploding_form(name: str, module: str, *, doubled: bool = False, prepare
 
 
 def _middles(scheduler: Any, sigmas: Tensor, noise: NoiseSource, x: Tensor) -> None:
-    """KDPM2 asks in the geometric middle of each step."""
+    """KDPM2 evaluates at the geometric middle of each step."""
     middles = (sigmas[:-2] * sigmas[1:-1]).sqrt().repeat_interleave(2)
     scheduler.sigmas_interpol = torch.cat([sigmas[:1], middles, sigmas.new_zeros(1)])
 
 
 def _ancestral_middles(scheduler: Any, sigmas: Tensor, noise: NoiseSource, x: Tensor) -> None:
-    """KDPM2 with the posterior's noise: Ho et al. 2020, eq. 7, written for noise levels."""
+    """KDPM2 with the posterior's noise: Ho et al. 2020, eq. 7, in terms of noise levels."""
     now, then = sigmas[:-1], sigmas[1:]
     up = then * (1 - (then / now) ** 2).sqrt()
     down = (then**2 - up**2).clamp(min=0).sqrt()
@@ -122,7 +122,7 @@ def _brownian_paths(scheduler: Any, sigmas: Tensor, noise: NoiseSource, x: Tenso
 
 
 def _in_preserving_form(name: str, module: str, *, brownian: bool = False, **config: Any) -> Run:
-    """A scheduler whose samples are scaled to unit variance, and which keeps a list of noise levels."""
+    """A scheduler whose samples are scaled to unit variance, and which stores a list of noise levels."""
 
     def run(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
         scheduler = _scheduler(name, module, len(sigmas) - 1, **config)
@@ -152,7 +152,7 @@ def _slope(denoise: Denoise, x: Tensor, sigma: float) -> Tensor:
 
 
 def _in_alpha_form(name: str, module: str, *, repeats_second: bool = False, **config: Any) -> Run:
-    """A scheduler that looks its alphas up by whole timesteps: its table is made of exactly the schedule's levels."""
+    """A scheduler that looks up alphas by integer timesteps: its table contains exactly the schedule's levels."""
 
     def run(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
         num_steps = len(sigmas) - 1
@@ -172,7 +172,7 @@ def _in_alpha_form(name: str, module: str, *, repeats_second: bool = False, **co
 
 
 def _ddim_cfgpp(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
-    """CFG++ (Chung et al. 2024, algorithm 2): the library's DDIM step from where the unconditional noise and the guided x0 meet."""
+    """CFG++ (Chung et al. 2024, algorithm 2): the library's DDIM step from the combination of unconditional noise and guided x0."""
     num_steps = len(sigmas) - 1
     scheduler = _scheduler("DDIMScheduler", "scheduling_ddim", num_steps, num_train_timesteps=num_steps, clip_sample=False)
     ascending = sigmas[:-1].flip(0)
@@ -189,7 +189,7 @@ def _ddim_cfgpp(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource)
 
 
 def _lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
-    """The table has one more entry below, so that the library's boundary scaling (1 at timestep 0) stays away."""
+    """The table has one additional entry below, so that the library's boundary scaling (1 at timestep 0) has no effect."""
     num_steps = len(sigmas) - 1
     config = {"num_train_timesteps": num_steps + 1, "original_inference_steps": num_steps + 1, "clip_sample": False, "timestep_scaling": 1e9}
     scheduler = _scheduler("LCMScheduler", "scheduling_lcm", num_steps, **config)
@@ -205,7 +205,7 @@ def _lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Ten
 
 
 def _ipndm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
-    """The library's IPNDM predicts velocities between alphas and betas of its own; here they are the schedule's."""
+    """The library's IPNDM predicts velocities with its own alphas and betas; here they come from the schedule."""
     scheduler = _scheduler("IPNDMScheduler", "scheduling_ipndm", len(sigmas) - 1)
     scheduler.alphas = 1 / (1 + sigmas**2).sqrt()
     scheduler.betas, scheduler.timesteps = sigmas * scheduler.alphas, _count_down(len(sigmas) - 1)
@@ -218,7 +218,7 @@ def _ipndm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> T
 
 
 def _dpmpp_2s(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
-    """The library's one-step solver of order 2: each second of its levels is the geometric middle of a step. The last step is of order 1."""
+    """The library's one-step solver of order 2: every second level is the geometric middle of a step. The last step is of order 1."""
     middles = (sigmas[:-2] * sigmas[1:-1]).sqrt()
     levels = torch.cat([torch.stack([sigmas[:-2], middles], dim=1).flatten(), sigmas[-2:]])
     scheduler = _scheduler(
@@ -237,7 +237,7 @@ def _dpmpp_2s(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -
 
 
 def _deis(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
-    """tAB-DEIS of order 3 (Zhang and Chen 2023, eq. 15), its integrals by scipy's adaptive quadrature in the time of the linear-beta SDE."""
+    """tAB-DEIS of order 3 (Zhang and Chen 2023, eq. 15), integrated by scipy's adaptive quadrature in the time of the linear-beta SDE."""
     from scipy import integrate, interpolate, optimize
 
     top, bottom, epsilon = math.log(1 + 80.0**2), math.log(1 + 0.002**2), 1e-3  # Karras et al. 2022: sigma 80 at time 1, 0.002 at 0.001
@@ -260,7 +260,7 @@ def _deis(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Te
 
 
 def _restart(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
-    """Restart (Xu et al. 2023, algorithm 1) over the library's Heun: from one way down to the next, noise leads back up."""
+    """Restart (Xu et al. 2023, algorithm 1) with the library's Heun: between descents, noise leads back up."""
     from backend.sampling.samplers_one_step import restart_steps
 
     heun = _in_exploding_form("HeunDiscreteScheduler", "scheduling_heun_discrete", doubled=True)
@@ -279,7 +279,7 @@ def _restart(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) ->
 
 
 def _down_to_a_level_above_zero(denoise: Denoise, x: Tensor, way: list[float]) -> Tensor:
-    """Heun's trapezoid written out (the library's scheduler can only end at 0)."""
+    """Heun's trapezoid written out, because the library's scheduler can only end at 0."""
     for sigma, sigma_next in pairwise(way):
         slope = _slope(denoise, x, sigma)
         x = x + (slope + _slope(denoise, x + slope * (sigma_next - sigma), sigma_next)) * 0.5 * (sigma_next - sigma)
@@ -342,7 +342,7 @@ LIBRARY_REFERENCES: dict[str, Reference] = {
 """By sampler. DPM fast, DPM adaptive and HeunPP2 have no counterpart in the library."""
 
 
-# k-diffusion's published module, where the caller has unpacked it
+# k-diffusion's published module, if the caller has unpacked it
 
 
 _K_DIFFUSION_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -368,7 +368,7 @@ _BROWNIAN = {"DPM++ SDE", "DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE"}
 def load_k_diffusion(folder: Path) -> dict[str, Reference]:
     """References from the file sampling.py in an unpacked k-diffusion (`pip download k-diffusion --no-deps --no-binary :all:`).
 
-    Only that file is read; what it imports for other purposes is replaced by empty modules.
+    Only that file is loaded; its other imports are replaced by empty modules.
     """
     package = types.ModuleType("k_diffusion_published")
     package.__path__ = []
@@ -407,7 +407,7 @@ def _k_diffusion(module: Any, name: str) -> Run:
         elif name == "DPM adaptive":
             levels = (float(positive.min()), float(positive.max()))
         before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)  # two of its functions keep their times in the default type
+        torch.set_default_dtype(torch.float64)  # two of its functions store times in the default dtype
         try:
             result: Tensor = getattr(module, function)(denoise, x, *levels, **arguments)
         finally:

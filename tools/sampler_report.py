@@ -1,7 +1,7 @@
-"""`python -m tools.sampler_report`: every sampler and schedule against its reference; writes the measured part of docs/samplers.md.
+"""`python -m tools.sampler_report`: compares every sampler and schedule with its reference; writes the measured part of docs/samplers.md.
 
-The toy problems: data near -1 or +1 (smooth, not linear), where two implementations must agree step by step; and normal data, where the way from
-noise to data is known in closed form. `--k-diffusion FOLDER` adds k-diffusion's published sampling.py from an unpacked download.
+The toy problems: data near -1 or +1 (smooth, nonlinear), where two implementations must agree step by step; and normal data, where the path from
+noise to data has a closed form. `--k-diffusion FOLDER` adds k-diffusion's published sampling.py from an unpacked download.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HIGH, LOW = 8.0, 0.2
 
 
 class TwoPeaks:
-    """E[x0 | x] for data near -1 or +1 (spread 0.3). The unconditional x0 that CFG++ wants is that of normal data."""
+    """E[x0 | x] for data near -1 or +1 (spread 0.3). The unconditional x0 for CFG++ is that of normal data."""
 
     last_uncond_BCHW: Tensor | None = None
 
@@ -59,7 +59,7 @@ def flow_of_normal(x_BCHW: Tensor, sigma: float, sigma_next: float) -> Tensor:
 
 
 class SeededNoise:
-    """One generator for everything; draws are fp32, as the library makes some of its own."""
+    """One generator for everything; draws in fp32, like some draws of the library."""
 
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -68,7 +68,7 @@ class SeededNoise:
         return torch.randn(x_BCHW.shape, generator=self._generator, dtype=torch.float32).to(x_BCHW)
 
     def brownian(self, x_BCHW: Tensor, sigma_min: float, sigma_max: float) -> BrownianNoise:
-        """Numbers that depend on where they are asked for, to six decimals, and on nothing else."""
+        """Random numbers that depend only on the interval they are requested for, to six decimals."""
 
         def between(sigma: float, sigma_next: float) -> Tensor:
             seed = round(1e6 * sigma) * 7919 + round(1e6 * sigma_next)
@@ -82,7 +82,7 @@ class SeededNoise:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleReference:
-    """`compute(num_steps)` gives the levels with 0 at the end; `tolerance` is relative."""
+    """`compute(num_steps)` returns the levels, ending in 0; `tolerance` is relative."""
 
     source: str
     compute: Callable[[int], np.ndarray]
@@ -90,8 +90,8 @@ class ScheduleReference:
 
 
 def _table() -> np.ndarray:
-    """Stable Diffusion's noise levels as the library has them."""
-    from diffusers import DDIMScheduler  # heavy, and only this report wants it
+    """Stable Diffusion's noise levels according to the library."""
+    from diffusers import DDIMScheduler  # heavy, and only this report needs it
 
     alphas = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod.double().numpy()
     return np.sqrt((1 - alphas) / alphas)
@@ -131,11 +131,11 @@ def _ays_levels() -> list[float]:
 
 
 def schedule_references() -> dict[str, ScheduleReference | None]:
-    """By schedule; None where nothing independent was at hand."""
+    """By schedule; None if there is nothing independent to compare with."""
     even = _library_schedule(timestep_spacing="linspace")
     exponential = _library_schedule(use_exponential_sigmas=True)
     ays = _formula("the library's AysSchedules, log-linear by numpy", lambda n: _loglinear(_ays_levels(), n))
-    ends = lambda: (_table()[-1], _table()[0])  # noqa: E731  # read late: the library is heavy
+    ends = lambda: (_table()[-1], _table()[0])  # noqa: E731  # evaluated late: the library is heavy
     return {
         "automatic": even,
         "uniform": even,
@@ -159,7 +159,7 @@ def schedule_references() -> dict[str, ScheduleReference | None]:
 
 
 def measure_schedule(name: str, reference: ScheduleReference) -> float:
-    """Largest relative difference of a level over several numbers of steps."""
+    """Largest relative difference of a level, over several numbers of steps."""
     worst = 0.0
     for num_steps in SCHEDULE_STEP_COUNTS:
         ours = compute_sigmas(name, num_steps, Prediction(), ScheduleSettings()).double().numpy()
@@ -173,7 +173,7 @@ def measure_schedule(name: str, reference: ScheduleReference) -> float:
 
 
 def measure_difference(spec: SamplerSpec, reference: Reference, schedule: str, *, step_counts: Sequence[int] = STEP_COUNTS) -> float:
-    """Largest difference of the end result over several numbers of steps, two-peak data, in units of the data (-1 to 1)."""
+    """Largest difference of the final result over several numbers of steps, two-peak data, in units of the data (-1 to 1)."""
     worst = 0.0
     for num_steps in step_counts:
         sigmas = compute_sigmas(schedule, num_steps, Prediction()).double()
@@ -185,12 +185,12 @@ def measure_difference(spec: SamplerSpec, reference: Reference, schedule: str, *
 
 
 def measure_order(spec: SamplerSpec) -> float:
-    """How the error falls with the number of steps, without noise, on uneven levels of normal data, against the exact flow."""
+    """How the error decreases with the number of steps, without noise, on uneven levels of normal data, against the exact flow."""
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * HIGH
     errors = []
     for num_steps in (60, 120, 240):
         levels = torch.linspace(HIGH ** (1 / 3), LOW ** (1 / 3), num_steps + 1, dtype=torch.float64) ** 3
-        if spec.name == "DPM fast":  # takes the ends only, and the last level above 0 as its end
+        if spec.name == "DPM fast":  # uses only the end points, and ends at the last level above 0
             levels = torch.cat([levels[:-2], levels[-1:], torch.zeros(1, dtype=torch.float64)])
         settings = SamplerSettings(eta=0.0, uni_pc_lower_order_final=False)
         result = spec.function(denoise_normal, x, levels, settings=settings, noise=SeededNoise())
@@ -220,7 +220,7 @@ STOCHASTIC = [spec.name for spec in SAMPLERS if spec.eta_default > 0] + ["Restar
 
 
 def measure_pictures(checkpoint: Path | None = None) -> dict[str, int]:
-    """By sampler, the largest difference in 8-bit levels between the product's picture and the one it makes with the reference's steps instead."""
+    """By sampler: largest difference in 8-bit levels between the product's picture and the one made with the reference's steps."""
     from modules.samplers import registry
     from modules.samplers.kdiffusion import KDiffusionSampler
     from tools.demo_model.product import DEMO_CHECKPOINT, installed_product, make_text_picture
@@ -246,7 +246,7 @@ def measure_pictures(checkpoint: Path | None = None) -> dict[str, int]:
 
 
 def measure_batches(checkpoint: Path | None = None) -> dict[str, int]:
-    """By sampler, the largest difference in 8-bit levels between the pictures of a batch of four and each of them made alone."""
+    """By sampler: largest difference in 8-bit levels between pictures of a batch of four and the same pictures made alone."""
     from modules.processing import StableDiffusionProcessingTxt2Img, process_images
     from tools.demo_model.product import DEMO_CHECKPOINT, installed_product, make_text_picture, usual_fields
     from tools.sampler_grid import PROMPT, SEED
@@ -278,7 +278,7 @@ def schedule_table() -> list[str]:
 
 
 def difference_table(references: dict[str, Reference]) -> list[str]:
-    """Samplers by schedules: largest difference to the reference."""
+    """Samplers by schedules: largest difference from the reference."""
     short = [spec.label.replace("Align Your Steps", "AYS") for spec in SCHEDULES]
     lines = [f"| sampler | reference | {' | '.join(short)} |", "|---|---|" + "---|" * len(short)]
     for spec in SAMPLERS:

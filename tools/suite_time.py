@@ -1,4 +1,4 @@
-"""Where the time of the test suite goes, by folder: `python -m tools.suite_time BEFORE.xml AFTER.xml` prints a Markdown table.
+"""Where the test suite spends its time, by folder: `python -m tools.suite_time BEFORE.xml AFTER.xml` prints a Markdown table.
 
 The files are pytest's own: `python tools/test --junitxml AFTER.xml`. One file gives the table of one run.
 """
@@ -15,7 +15,7 @@ Times = dict[str, tuple[int, float]]
 
 
 def read_times(path: Path) -> Times:
-    """Number of tests and their seconds (set-up and all) by folder; "whole run" is the wall time of all processes together."""
+    """Number of tests and seconds (including setup) by folder; "whole run" is the sum of wall times of all processes."""
     folders: dict[str, list[float]] = defaultdict(list)
     suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
     for case in (case for suite in suites for case in suite.iter("testcase")):
@@ -27,7 +27,7 @@ def read_times(path: Path) -> Times:
 
 
 def compare(runs: Sequence[Times]) -> list[str]:
-    """A row per folder, slowest first by the first run, with tests and seconds of every run."""
+    """One row per folder, slowest first in the first run, with tests and seconds of every run."""
     names = ("before", "after") if len(runs) == 2 else [f"run {number}" for number in range(1, len(runs) + 1)]
     lines = ["| folder | " + " | ".join(f"tests, {name} | s, {name}" for name in names) + " |", "|---|" + "--:|--:|" * len(runs)]
     folders = sorted(

@@ -50,7 +50,7 @@ def test_a_device_is_waited_for() -> None:
 
 
 def test_a_baseline_that_is_no_variant_is_refused() -> None:
-    with pytest.raises(ValueError, match="none of the variants: a"):
+    with pytest.raises(ValueError, match="not one of the variants: a"):
         measure(Bench(question="", make_variants=lambda: {"a": lambda: None}, baseline="b"))
 
 

@@ -1,4 +1,4 @@
-"""Campaigns: attacks, odd files, faults and long runs against the whole program.
+"""Campaigns: attacks, malformed files, faults and long runs against the whole program.
 
-Each has a report under `benchmarks/` and a short form in the suite.
+Each has a report under `benchmarks/` and a short version in the test suite.
 """

@@ -1,4 +1,4 @@
-"""Many clients at one server for a while; every picture is compared with the one that the same request gave when it was alone.
+"""Many clients use one server for a while; every picture is compared with the result of the same request made alone.
 
 python -m tools.campaign.clients --clients 32 --seconds 300
 """
@@ -23,12 +23,12 @@ KINDS: tuple[dict[str, Any], ...] = tuple(
 
 
 def picture_of(server: FullServer, kind: dict[str, Any]) -> str:
-    """The digest of the picture, metadata included."""
+    """Digest of the picture, including metadata."""
     return hashlib.sha256(server.txt2img(**kind)["images"][0].encode()).hexdigest()
 
 
 def run_client(server: FullServer, expected: list[str], number: int, until_s: float) -> Counter[str]:
-    """One request after the other; what came of them."""
+    """Send one request after another; returns the outcomes."""
     found: Counter[str] = Counter()
     while time.monotonic() < until_s:
         index = (number + found.total()) % len(KINDS)
@@ -43,7 +43,7 @@ def run_client(server: FullServer, expected: list[str], number: int, until_s: fl
 
 
 def run(clients: int, seconds: float) -> Counter[str]:
-    """What all clients saw."""
+    """Combined outcomes of all clients."""
     with tempfile.TemporaryDirectory() as folder, full_server(Path(folder) / "data", Path(folder) / "log.txt") as server:
         expected = [picture_of(server, kind) for kind in KINDS]
         until_s = time.monotonic() + seconds

@@ -1,6 +1,6 @@
-"""A full disk under a running server: outputs, settings and caches lie on a small tmpfs that is filled, and emptied again.
+"""A full disk under a running server: outputs, settings and caches are on a small tmpfs that is filled and emptied again.
 
-Pictures are answered with a comment, settings are refused, nothing is half-written, old files stay whole, and all works again with room.
+Pictures are returned with a comment, settings are rejected, nothing is half-written, old files stay intact, and everything works again after.
 
 python -m tools.campaign.disk_full
 """
@@ -33,15 +33,15 @@ FORMATS = ("png", "jpg", "webp")
 
 
 def reason_not_to_run() -> str | None:
-    """Why no tmpfs can be mounted here; None where one can."""
+    """Why no tmpfs can be mounted; None if it can."""
     if sys.platform != "linux":
-        return f"tmpfs is Linux's, and this is {sys.platform}"
+        return f"tmpfs only exists on Linux; this is {sys.platform}"
     return None if os.geteuid() == 0 else "only root may mount a tmpfs; run it with sudo or in a container"
 
 
 @contextlib.contextmanager
 def small_disk(size_mib: int) -> Iterator[Path]:
-    """A folder on a file system of this size. Raises CalledProcessError where mounting is not allowed."""
+    """A folder on a file system of this size. Raises CalledProcessError if mounting is not allowed."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", folder], check=True, capture_output=True)
         try:
@@ -51,7 +51,7 @@ def small_disk(size_mib: int) -> Iterator[Path]:
 
 
 def fill(folder: Path, leave_bytes: int = 0) -> None:
-    """Write until there is no room, then give `leave_bytes` back."""
+    """Write until the disk is full, then free `leave_bytes`."""
     path = folder / BALLAST
     with path.open("ab", buffering=0) as file:
         for size in (1 << 20, CHUNK_BYTES, 1):
@@ -66,14 +66,14 @@ def empty(folder: Path) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """All files below `folder`, without the ballast."""
+    """Digests of all files below `folder`, except the filler."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != BALLAST]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @dataclass
 class Findings:
-    """Table rows, and what went wrong."""
+    """Table rows, and failures."""
 
     rows: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -97,7 +97,7 @@ def comments_of(answer: dict[str, Any]) -> str:
 
 
 def _same(found: Findings, what: str, before: dict[str, str], disk: Path) -> None:
-    """Whether old files are as they were, and nothing half-written lies there."""
+    """Check that old files are unchanged and nothing is half-written."""
     now = digests(disk)
     changed = sorted(name for name, digest in before.items() if now.get(name) != digest)
     half = [*faults_in(disk), *rests_in(disk)]
@@ -105,7 +105,7 @@ def _same(found: Findings, what: str, before: dict[str, str], disk: Path) -> Non
 
 
 def try_pictures(found: Findings, server: FullServer, disk: Path, what: str) -> None:
-    """Save one picture of each kind; each is answered, and says when its file is missing."""
+    """Save one picture of each kind; each must be returned, with a message if its file is missing."""
     for number, kind in enumerate(FORMATS):
         before = len([path for path in (disk / "outputs").rglob("*") if path.is_file() and path.suffix != ".txt"])
         overrides = {"samples_format": kind, "save_txt": True}
@@ -118,7 +118,7 @@ def try_pictures(found: Findings, server: FullServer, disk: Path, what: str) -> 
 
 
 def try_settings(found: Findings, server: FullServer, what: str) -> None:
-    """A change that cannot be kept is refused with the cause, and the old value counts."""
+    """A change that cannot be saved must be rejected with the cause, and the old value must stay."""
     before = server.get("/sdapi/v1/options")["jpeg_quality"]
     status, text = status_of(lambda: server.post("/sdapi/v1/options", {"jpeg_quality": before - 1}))
     now = server.get("/sdapi/v1/options")["jpeg_quality"]
@@ -126,7 +126,7 @@ def try_settings(found: Findings, server: FullServer, what: str) -> None:
 
 
 def try_styles(found: Findings, disk: Path, what: str, *, fits: bool) -> None:
-    """The styles file, by the class that the page's window calls."""
+    """Test the styles file with the class used by the page's dialog."""
     styles = StyleDatabase(disk / "styles.csv")
     styles.reload()
     before = set(styles.styles)
@@ -141,7 +141,7 @@ def try_styles(found: Findings, disk: Path, what: str, *, fits: bool) -> None:
 
 
 def run(disk: Path, log_file: Path) -> Findings:
-    """Fill the disk at `disk` under a server, to the last byte and nearly, and empty it."""
+    """Fill the disk at `disk` under a running server, completely and almost, then empty it."""
     found = Findings()
     with full_server(disk, log_file) as server:
         server.txt2img(save_images=True)

@@ -1,10 +1,10 @@
-"""Mutated files for every reader of foreign files: each is read or refused by an error of ours, in bounded time and memory.
+"""Mutated files for every parser of foreign files: each is read or rejected with one of our errors, in bounded time and memory.
 
     python -m tools.campaign.file_fuzz [--cases 3000] [--seed 0] [--reader NAME] [--keep FOLDER]
 
-Seeds are small good files of each kind. A mutation works on the bytes or inside the container (a safetensors header, a pickle inside its zip, a
-text inside a PNG), since most damage to a container is caught by its checksums. Each reader runs in a process of its own: one that
-dies counts, and leaves the file it died of. A case that hangs is broken off, or its reader's process where it cannot be.
+Seeds are small valid files of each kind. A mutation changes bytes, or the contents of a container (a safetensors header, a pickle in its zip, text in
+a PNG), because checksums catch most damage to containers. Each reader runs in a separate process: if it dies, that counts as a failure, and the
+file that killed it is kept. A case that hangs is aborted; if that fails, the reader's process is killed.
 Writes benchmarks/campaign_file_fuzz.md.
 """
 
@@ -48,16 +48,16 @@ _HOSTILE = (
 
 
 class Hang(BaseException):
-    """A case took longer than it may. No `except Exception` of a reader takes it."""
+    """A case took too long. Not an Exception, so that no reader catches it."""
 
 
 class Refused(Exception):
-    """The library that a reader stands on refused the file, where the reader's caller answers for that."""
+    """The library behind a reader rejected the file, and the reader's caller handles that."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """How one kind of file is read, what it may raise, and good files to start from."""
+    """How to read one kind of file, which errors it may raise, and valid seed files."""
 
     suffix: str
     seeds: Callable[[], list[bytes]]
@@ -68,7 +68,7 @@ class Reader:
 
 @dataclass
 class Outcome:
-    """What became of a reader's cases. `failures` are (case, what was raised)."""
+    """Results of a reader's cases. `failures` are (case, error)."""
 
     cases: int = 0
     read: int = 0
@@ -82,7 +82,7 @@ class Outcome:
 
 
 def mutate(content: bytes, chance: random.Random) -> bytes:
-    """A few random changes of the bytes."""
+    """Apply a few random changes to the bytes."""
     data = bytearray(content)
     for _ in range(chance.choice((1, 1, 1, 2, 3, 6))):
         place = chance.randrange(len(data) + 1)
@@ -128,7 +128,7 @@ def _inside_png(content: bytes, chance: random.Random) -> bytes:
     with Image.open(io.BytesIO(content)) as image:
         image.load()
         chunks = PngImagePlugin.PngInfo()
-        for key, text in image.text.items():  # type: ignore[attr-defined]  # a PNG has it
+        for key, text in image.text.items():  # type: ignore[attr-defined]  # PNG images have it
             changed = mutate(text.encode("latin-1", "replace"), chance).decode("latin-1").replace("\0", "")
             (chunks.add_itxt if chance.random() < 0.5 else chunks.add_text)(key, changed)
         written = io.BytesIO()
@@ -338,7 +338,7 @@ READERS: dict[str, Reader] = {
 
 @contextlib.contextmanager
 def within(limit_s: float, *, is_apart: bool) -> Iterator[None]:
-    """Break off what takes longer: by Hang where Python runs; by the end of the process, if it `is_apart`, where a library does not come back."""
+    """Abort what takes too long: with Hang while Python code runs, else, if `is_apart`, by ending the process when a library never returns."""
 
     def stop(*_: object) -> None:
         raise Hang(f"broken off after {limit_s:g} s")
@@ -357,7 +357,7 @@ def within(limit_s: float, *, is_apart: bool) -> Iterator[None]:
 
 
 def run_reader(reader: Reader, folder: Path, *, cases: int, seed: int, limit_s: float = MAX_CASE_S, is_apart: bool = False) -> Outcome:
-    """Read `cases` mutated files. Each lies in `folder` while it is read, so that one that ends the process is still there."""
+    """Read `cases` mutated files. Each is stored in `folder` while it is read, so that one that kills the process is still there."""
     outcome, refusals, seeds = Outcome(), reader.refusals(), reader.seeds()
     path = folder / f"case{reader.suffix}"
     before_mib = _peak_mib()
@@ -377,7 +377,7 @@ def _read_case(reader: Reader, refusals: tuple[type[BaseException], ...], path: 
     outcome.cases += 1
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow and torch about odd files
+            warnings.simplefilter("ignore")  # from Pillow and torch about malformed files
             reader.read(path)
         outcome.read += 1
     except refusals:
@@ -394,7 +394,7 @@ def _peak_mib() -> float:
 
 
 def run_apart(name: str, *, cases: int, seed: int, folder: Path) -> Outcome | str:
-    """The outcome of a reader in a process of its own, or how that process ended."""
+    """The outcome of a reader in a separate process, or how that process ended."""
     command = [sys.executable, "-m", "tools.campaign.file_fuzz", "--reader", name, "--cases", str(cases), "--seed", str(seed), "--keep", str(folder)]
     done = subprocess.run(command, cwd=ROOT_DIR, capture_output=True, text=True, check=False)
     try:
@@ -405,13 +405,13 @@ def run_apart(name: str, *, cases: int, seed: int, folder: Path) -> Outcome | st
 
 
 def report_lines(outcomes: dict[str, Outcome | str], *, cases: int, seed: int) -> list[str]:
-    """The report."""
+    """The report as Markdown lines."""
     lines = [
         "# Mutated files for every reader",
         "",
         f"`python -m tools.campaign.file_fuzz --cases {cases} --seed {seed}`, Python {sys.version.split()[0]}, torch {torch.__version__}, CPU.",
-        "Each case is a small good file with one to six random changes, on its bytes or inside its container. A case passes when the file is read",
-        f"or refused by an error of ours, within {MAX_CASE_S:g} s and {MAX_GROWTH_MIB} MiB. Every reader runs in a process of its own.",
+        "Each case is a small valid file with one to six random changes, in its bytes or inside its container. A case passes if the file is read",
+        f"or rejected with one of our errors, within {MAX_CASE_S:g} s and {MAX_GROWTH_MIB} MiB. Every reader runs in its own process.",
         "This program reads no YAML.",
         "",
         "| reader | cases | read | refused | anything else | slowest ms | peak memory grew by MiB |",
@@ -427,12 +427,12 @@ def report_lines(outcomes: dict[str, Outcome | str], *, cases: int, seed: int) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign, or with --reader one reader whose outcome goes to stdout as JSON."""
+    """Run the campaign, or with --reader a single reader, printing its outcome as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reader", choices=sorted(READERS))
-    parser.add_argument("--keep", type=Path, help="folder for the file that is being read; default: a temporary one")
+    parser.add_argument("--keep", type=Path, help="folder for the file being read; default: a temporary folder")
     chosen = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = chosen.keep or Path(temporary)

@@ -1,4 +1,4 @@
-"""The whole program as a process of its own, for campaigns: started as a user starts it, on a free port, over a data folder of its own."""
+"""The whole program as a separate process for campaigns: started the way a user does, on a free port, with its own data folder."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class FullServer:
         return self.post("/sdapi/v1/txt2img", {**REQUEST, **changes})
 
     def kill(self) -> None:
-        """SIGKILL: nothing of it runs any more, and nothing was closed."""
+        """SIGKILL: the process ends without closing anything."""
         self.process.kill()
         self.process.wait()
 
     def end(self, timeout_s: float = 60) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
 
@@ -59,7 +59,7 @@ class FullServer:
 
 
 def start_server(data_dir: Path, log_file: Path, flags: Sequence[str] = ()) -> FullServer:
-    """`launch.py --nowebui` over `data_dir`, once it answers. An empty folder has the demo checkpoint. Raises RuntimeError."""
+    """Start `launch.py --nowebui` on `data_dir` and wait until it answers. With an empty folder it uses the demo checkpoint. Raises RuntimeError."""
     port = free_port()
     command = [sys.executable, str(ROOT / "launch.py"), "--skip-prepare-environment", "--nowebui", "--port", str(port)]
     with log_file.open("ab") as log:
@@ -78,7 +78,7 @@ def start_server(data_dir: Path, log_file: Path, flags: Sequence[str] = ()) -> F
 
 @contextlib.contextmanager
 def full_server(data_dir: Path, log_file: Path, flags: Sequence[str] = ()) -> Iterator[FullServer]:
-    """A server that is ended afterwards."""
+    """A server that is stopped afterwards."""
     server = start_server(data_dir, log_file, flags)
     try:
         yield server
@@ -88,7 +88,7 @@ def full_server(data_dir: Path, log_file: Path, flags: Sequence[str] = ()) -> It
 
 
 def report(name: str, title: str, command: str, rows: Sequence[str]) -> Path:
-    """Write `benchmarks/campaign_NAME.md`: what was run, with what, and what came of it."""
+    """Write `benchmarks/campaign_NAME.md`: the command, the versions and the results."""
     import torch
 
     path = ROOT / "benchmarks" / f"campaign_{name}.md"

@@ -1,4 +1,4 @@
-"""The job that the campaigns disturb: two pictures with a ControlNet, a LoRA and hires fix, under each plan on virtual GPUs."""
+"""The job that campaigns disturb: two pictures with a ControlNet, a LoRA and hires fix, under each plan on virtual GPUs."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class Sound:
 
 @dataclass
 class Bed:
-    """An application whose jobs run under one plan."""
+    """An application whose jobs use one plan."""
 
     app: Application
     devices: list[VirtualDevice]
 
     def submit(self, **fields: Any) -> Job[Processed]:
-        """The guided job on the application's worker."""
+        """Submit the guided job to the application's worker."""
         return self.app.jobs.submit(None, "txt2img", lambda: process_images(self._request(**fields)))
 
     def _request(self, **fields: Any) -> Any:
@@ -68,7 +68,7 @@ class Bed:
         return p
 
     def picture(self, job: Job[Processed]) -> np.ndarray:
-        """All pictures of a job. Raises what the job raised; TimeoutError for one that hangs."""
+        """All pictures of a job. Raises what the job raised, or TimeoutError if it hangs."""
         return np.concatenate([pixels(image) for image in job.wait(timeout_s=WAIT_S).images])
 
     def settle(self) -> Sound:
@@ -107,17 +107,17 @@ class Bed:
         return [f"after unloading everything {left} bytes stay on the devices"] if left > SLACK_BYTES else []
 
     def live_bytes(self) -> int:
-        """Bytes that tensors hold on all devices."""
+        """Bytes of tensors on all devices."""
         gc.collect()
         return sum(device.live_bytes for device in self.devices)
 
     def unheld_bytes(self) -> int:
-        """Of these, bytes that belong to no model known to memory management. Which models stay on which device may change after a fault."""
+        """Those bytes not owned by a model known to memory management. Which models stay on which device may change after a fault."""
         held = sum(size_bytes for row in memory_management.describe_devices() for _, size_bytes in row.holders)
         return self.live_bytes() - held
 
     def unload(self) -> int:
-        """Everything leaves the devices; bytes that stay all the same."""
+        """Unload everything from the devices; returns the bytes that remain."""
         gc.unfreeze()
         for device in self.devices:
             device.set_faults(None)
@@ -126,7 +126,7 @@ class Bed:
         return self.live_bytes()
 
     def num_threads(self) -> int:
-        """Threads of the program that are alive."""
+        """Number of live threads of the program."""
         return threading.active_count()
 
 
@@ -144,7 +144,7 @@ def _guide() -> np.ndarray:
 
 @contextmanager
 def guided_bed(plan: str, *, cap_bytes: int = CAP_BYTES) -> Iterator[Bed]:
-    """An application over virtual GPUs with a checkpoint, a LoRA and a ControlNet, all narrow and random."""
+    """An application on virtual GPUs with a narrow random checkpoint, LoRA and ControlNet."""
     with tempfile.TemporaryDirectory(prefix="campaign-") as name, virtual_fleet(PLANS[plan], cap_bytes):
         folder = Path(name)
         with narrow_application(folder, "sd15") as (app, models), loaded_builtin(app, "sd_forge_controlnet", "sd_forge_lora"):

@@ -1,4 +1,4 @@
-"""Interrupts and skips at random moments of a guided job, under each plan: nothing hangs, and the next job is right.
+"""Interrupts and skips at random points of a guided job, under each plan: nothing may hang, and the next job must be correct.
 
 python -m tools.campaign.interrupts --interrupts 500 --progress interrupts.jsonl
 """
@@ -74,7 +74,7 @@ def _stop_one(bed: Bed, kind: str, slot: int, at: int) -> tuple[str, list[str]]:
     watcher.start()
     try:
         return "with pictures" if len(bed.picture(job)) else "without", []
-    except Exception as error:  # noqa: BLE001 - whatever comes is what the campaign looks for
+    except Exception as error:  # noqa: BLE001 - any error is what the campaign looks for
         return "failed", [f"{kind} at operation {at} of slot {slot}: {type(error).__name__}: {error}"]
     finally:
         over.set()
@@ -94,16 +94,16 @@ def summarize(progress: Progress) -> list[dict[str, object]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 where something was not as promised."""
+    """Exit code 1 if any promise was broken."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--interrupts", type=int, default=500, help="interrupts and skips in all, shared among the plans")
+    parser.add_argument("--interrupts", type=int, default=500, help="total number of interrupts and skips, divided among the plans")
     parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=list(PLANS))
     parser.add_argument("--whole-after", type=int, default=1, help="how many are stopped in a row before a whole job is compared")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--progress", type=Path, help="a file that keeps what is done; the next run goes on from there")
     parser.add_argument("--report-folder", type=Path, default=BENCHMARKS)
     chosen = parser.parse_args(arguments)
-    logging.disable(logging.CRITICAL)  # every failed job would be told at length
+    logging.disable(logging.CRITICAL)  # every failed job would log a lot
     progress = Progress(chosen.progress)
     command = f"python -m tools.campaign.interrupts --interrupts {chosen.interrupts} --whole-after {chosen.whole_after}"
     command += f" --plans {' '.join(chosen.plans)}"

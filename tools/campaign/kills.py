@@ -1,4 +1,4 @@
-"""kill -9 at random moments while pictures are saved and settings are written; nothing may be half-written, and no rest may stay after a restart.
+"""kill -9 at random moments while pictures and settings are saved: nothing may be half-written, and nothing left over after a restart.
 
 python -m tools.campaign.kills --rounds 100
 """
@@ -50,12 +50,12 @@ def faults_in(data_dir: Path) -> list[str]:
 
 
 def rests_in(data_dir: Path) -> list[str]:
-    """Temporary files that a killed run left."""
+    """Temporary files left by a killed run."""
     return [str(path.relative_to(data_dir)) for path in data_dir.rglob("*") if path.is_file() and (path.suffix == ".tmp" or ".tmp." in path.name)]
 
 
 def run(rounds: int, seed: int = 1) -> dict[str, int | list[str]]:
-    """What the rounds left: pictures, faults, and rests after one more start."""
+    """Results of the rounds: pictures, faults, and leftovers after one more start."""
     rng = random.Random(seed)
     faults: list[str] = []
     with tempfile.TemporaryDirectory() as folder:

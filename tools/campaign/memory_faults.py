@@ -1,4 +1,4 @@
-"""Out-of-memory faults at every n-th allocation of a guided job, under each plan: the same picture or a clear failure, and the next job is right.
+"""Out-of-memory faults at every n-th allocation of a guided job, under each plan: same picture or a clear failure, and a correct next job.
 
 python -m tools.campaign.memory_faults --faults 1000 --per-job 5 --progress faults.jsonl
 """
@@ -105,7 +105,7 @@ def _run_disturbed(bed: Bed, place: Place, sound: Sound) -> tuple[str, list[str]
     except OutOfMemory as error:
         names_all = all(f"vgpu:{index} " in str(error) for index in range(len(bed.devices)))
         return CLEAR, [] if names_all else [f"{place}: the failure names not every device: {error}"]
-    except Exception as error:  # noqa: BLE001 - whatever else comes is what the campaign looks for
+    except Exception as error:  # noqa: BLE001 - any other error is what the campaign looks for
         return OTHER, [f"{place}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
     return SAME, [f"{place}: another picture, by {difference}"] if difference else []
 
@@ -123,15 +123,15 @@ def summarize(progress: Progress) -> list[dict[str, object]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 where something was not as promised."""
+    """Exit code 1 if any promise was broken."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--faults", type=int, default=1000, help="faults in all, shared among the plans")
+    parser.add_argument("--faults", type=int, default=1000, help="total number of faults, divided among the plans")
     parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=list(PLANS))
     parser.add_argument("--per-job", type=int, default=1, help="faults in one job, far from each other")
     parser.add_argument("--progress", type=Path, help="a file that keeps what is done; the next run goes on from there")
     parser.add_argument("--report-folder", type=Path, default=BENCHMARKS)
     chosen = parser.parse_args(arguments)
-    logging.disable(logging.CRITICAL)  # every failed job would be told at length
+    logging.disable(logging.CRITICAL)  # every failed job would log a lot
     progress = Progress(chosen.progress)
     command = f"python -m tools.campaign.memory_faults --faults {chosen.faults} --per-job {chosen.per_job}"
     command += f" --plans {' '.join(chosen.plans)}"

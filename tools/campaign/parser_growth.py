@@ -1,9 +1,9 @@
-"""Reads hostile text of n, 2n, 4n and 8n characters with every reader of clients' and files' text, and says how the CPU time grows.
+"""Feeds hostile text of n, 2n, 4n and 8n characters to every parser of text from clients and files, and measures how CPU time grows.
 
     python -m tools.campaign.parser_growth [--characters 4000] [--report benchmarks/campaign_parser_growth.md]
 
-The exponent is that of the best fitting power of n over the four lengths: 1 is linear, 2 squared. Runs too short to measure count as linear.
-`tests/modules/test_text_growth.py` counts the steps of the same readers over the same texts.
+The exponent is that of the best-fitting power of n over the four lengths: 1 is linear, 2 quadratic. Runs too short to measure count as linear.
+`tests/modules/test_text_growth.py` counts the steps of the same parsers on the same texts.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ Reader = Callable[[str], Any]
 
 SHORTEST_MEASURED_MS = 2.0
 LARGEST_EXPONENT = 1.4
-"""More than noise and caches make of linear time on a busy machine, far less than squared."""
+"""Above what noise and caches make of linear time on a busy machine, well below quadratic."""
 NUM_DOUBLINGS = 3
 
 _STEPS = PassSteps(num_base_steps=4)
 _NUMBERS = itertools.count()
-"""Make texts differ whose reading would be remembered."""
+"""Makes texts unique whose parse result would be cached."""
 
 
 def _read_csv(text: str) -> None:
@@ -76,7 +76,7 @@ def _read_picture(text: str) -> None:
 
 
 def _samplers_in_a_row(text: str) -> str | None:
-    """A ComfyUI graph with a sampler for every 40 characters, each working on the latent of the one before, its conditions combined of all."""
+    """A ComfyUI graph with a sampler per 40 characters, each using the previous one's latent, with conditions combined from all."""
     graph: dict[str, Any] = {"0": {"class_type": "CLIPTextEncode", "inputs": {"text": "a", "clip": ["9", 0]}}}
     for index in range(1, len(text) // 40 + 1):
         latent, condition = [f"{index - 1}", 0], [f"c{index - 1}" if index > 1 else "0", 0]
@@ -159,7 +159,7 @@ _PIECES = (
 
 
 def hostile_texts() -> Mapping[str, Callable[[int], str]]:
-    """Name -> a text of about so many characters: one piece over and over, brackets opened and closed, blanks between two letters."""
+    """Name -> a function giving a text of about that many characters: a repeated piece, nested brackets, spaces between two letters."""
     texts: dict[str, Callable[[int], str]] = {f"{piece!r} repeated": partial(_repeated, piece) for piece in _PIECES}
     texts["blanks between letters"] = lambda length: f"a{' ' * length}a"
     texts["blanks before a hash"] = lambda length: f"a{' ' * length}[a]a"
@@ -182,10 +182,10 @@ def _nested(opening: str, closing: str, length: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--characters", type=int, default=4000, help="n, the shortest text")
-    parser.add_argument("--report", type=Path, help="write the table there as well")
+    parser.add_argument("--characters", type=int, default=4000, help="n, the length of the shortest text")
+    parser.add_argument("--report", type=Path, help="also write the table to this file")
     asked = parser.parse_args(arguments)
-    logging.disable()  # complaints about the texts are not what is asked
+    logging.disable()  # warnings about the texts are irrelevant here
     lengths = [asked.characters * 2**doubling for doubling in range(NUM_DOUBLINGS + 1)]
     rows = [(name, *_worst(name, lengths)) for name in PARSERS]
     text = "\n".join(_report(lengths, rows))
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _worst(name: str, lengths: list[int]) -> tuple[str, list[float], float]:
-    """(text, ms per length, exponent) of the text with the largest exponent, and of texts that are linear that which takes longest."""
+    """(text, ms per length, exponent) of the text with the largest exponent; if all are linear, of the slowest."""
     measured = [(kind, times, exponent_of(lengths, times)) for kind, times in _times_ms(name, lengths)]
     return max(measured, key=lambda one: (one[2] > LARGEST_EXPONENT, one[1][-1]))
 
@@ -217,7 +217,7 @@ def _cpu_ms(read: Reader, text: str) -> float:
 
 
 def exponent_of(lengths: list[int], times_ms: list[float]) -> float:
-    """The slope of log time over log length, least squares; 0 where the longest run is too short to measure."""
+    """The slope of log time over log length by least squares; 0 if the longest run is too short to measure."""
     if times_ms[-1] < SHORTEST_MEASURED_MS:
         return 0.0
     points = [(math.log(length), math.log(max(ms, 0.01))) for length, ms in zip(lengths, times_ms) if ms > SHORTEST_MEASURED_MS / 4]

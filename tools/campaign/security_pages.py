@@ -1,4 +1,4 @@
-"""Every handler of the page, listed or not, called over HTTP with files in its payload that it was never given."""
+"""Calls every handler of the page, listed or not, over HTTP with files in its payload that the page never got."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Finding:
 
 
 def file_shapes(path: str) -> list[Any]:
-    """Ways of naming a file in a payload: as a browser does, without the mark that it is a file, alone, in galleries, editors and lists."""
+    """Ways to name a file in a payload: as a browser does, without the file marker, alone, in galleries, editors and lists."""
     plain = {"path": path}
     marked = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "x.png", "url": f"/gradio_api/file={path}"}
     bare: dict[str, Any] = {"path": path, "url": None, "size": None, "orig_name": "x.png", "mime_type": "image/png", "is_stream": False, "meta": {}}
@@ -35,7 +35,7 @@ def file_shapes(path: str) -> list[Any]:
 
 
 def fitting_shape(kind: str, path: str) -> Any:
-    """The way of naming a file that a control of this kind would take, without the mark that it is one."""
+    """The form in which a control of this kind takes a file, without the file marker."""
     plain = {"path": path}
     if kind == "imageeditor":
         return {"background": plain, "layers": [], "composite": None, "id": None}
@@ -43,7 +43,7 @@ def fitting_shape(kind: str, path: str) -> Any:
 
 
 class PageSweep:
-    """Calls handlers of one running page. `paths` are the files it must not get; `is_short`: named in the fitting shape only."""
+    """Calls the handlers of a running page. `paths` are forbidden files; `is_short`: use only the fitting form."""
 
     def __init__(self, server: RunningServer, client: httpx.Client, paths: Sequence[str], *, is_short: bool = False) -> None:
         self.server, self.client, self.paths, self.is_short = server, client, paths, is_short
@@ -55,11 +55,11 @@ class PageSweep:
         self.unanswered: list[str] = []
 
     def run(self) -> list[Finding]:
-        """Every handler with every file in every place."""
+        """Try every handler with every file in every input."""
         return [finding for handler in self.handlers for values in self.payloads(handler) for finding in self.attack(handler, values)]
 
     def payloads(self, handler: dict[str, Any]) -> Iterator[list[Any]]:
-        """For each place that takes files, each shape; then all texts at once."""
+        """For each input that takes files, each form; then all inputs at once as text."""
         kinds = [self.kinds[number] for number in handler["inputs"]]
         usual = [self._usual(number) for number in handler["inputs"]]
         for place, kind in enumerate(kinds):
@@ -80,7 +80,7 @@ class PageSweep:
         return STUBS.get(self.kinds[number]) if value is None else value
 
     def attack(self, handler: dict[str, Any], values: list[Any]) -> Iterator[Finding]:
-        """Call it; what comes out, and what the links in that lead to, may hold no bait."""
+        """Call the handler; neither the answer nor what its links point to may contain bait."""
         name = f"handler {handler['id']} ({handler.get('api_name') or 'unnamed'})"
         answer = self.call(handler, values)
         self.num_calls += 1
@@ -96,7 +96,7 @@ class PageSweep:
                 yield Finding(where=name, what=f"it gave a link to the bait: {url[:200]}")
 
     def call(self, handler: dict[str, Any], values: list[Any]) -> str | None:
-        """The text of the answer, whether it says yes or no; None when there was none."""
+        """The text of the answer, successful or not; None if there was none."""
         body = {"data": values, "fn_index": handler["id"], "session_hash": "sweep"}
         if not handler["queue"]:
             return str(self.client.post("/gradio_api/run/predict", json=body).text)

@@ -1,4 +1,4 @@
-"""A real server over a temporary folder with bait around it, for campaigns: files that no client may read, copy, replace or be given a link to."""
+"""A real server in a temporary folder surrounded by bait for campaigns: files that no client may read, copy, replace or get a link to."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MARK = "BAIT-7d1f4c"
 COLOR = (17, 201, 93)
 SIDE_PX = 24
 CHANGING = ("outputs", "log", "logs", "cache", "params.txt", "config.json", "styles.csv", "styles.csv.bak", "ui-config.json")
-"""What a server writes below its data folder. Everything else there must be the same at the end."""
+"""What a server writes below its data folder. Everything else there must be unchanged at the end."""
 
 
 @dataclass(kw_only=True)
 class Bait:
-    """`files` are named in attacks. `leaks_in` tells whether bytes are, or hold, one of them."""
+    """`files` are the targets of attacks. `leaks_in` tells whether bytes equal or contain one of them."""
 
     folder: Path
     data_dir: Path
@@ -37,12 +37,12 @@ class Bait:
         return MARK.encode() in content or _has_color(content)
 
     def changed_files(self) -> list[str]:
-        """Files outside of the server's own folders that were made, changed or removed since the start."""
+        """Files outside the server's own folders that were created, changed or deleted since the start."""
         now = self._digests()
         return sorted(name for name in {*self.before, *now} if self.before.get(name) != now.get(name))
 
     def copies(self, folders: list[Path]) -> list[str]:
-        """Files below `folders` that hold the bait, apart from the bait itself."""
+        """Files below `folders` that contain bait, other than the bait itself."""
         found = [path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
         return [str(path) for path in found if path not in self.files and self.leaks_in(path.read_bytes())]
 
@@ -63,7 +63,7 @@ def _has_color(content: bytes) -> bool:
 
 
 def lay_bait(root: Path, data_dir: Path) -> Bait:
-    """Pictures and texts beside the data folder and in it, and links and names below the outputs folder that lead to them."""
+    """Put pictures and texts next to and inside the data folder, and links and paths below the outputs folder that lead to them."""
     bait = Bait(folder=root / "private", data_dir=data_dir)
     bait.folder.mkdir(parents=True)
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def lay_bait(root: Path, data_dir: Path) -> Bait:
 
 @dataclass(frozen=True, kw_only=True)
 class RunningServer:
-    """`address` is where it answers; `app` and `page` are looked at for what there is to attack."""
+    """`address` is the URL; `app` and `page` are inspected to find what to attack."""
 
     address: str
     app: Application
@@ -97,7 +97,7 @@ class RunningServer:
 
 @contextlib.contextmanager
 def running_server(root: Path, **config: Any) -> Iterator[RunningServer]:
-    """The page and the API over HTTP on a free port of this machine, with bait laid; `config` are fields of AppConfig."""
+    """The page and the API over HTTP on a free local port, with bait in place; `config` are fields of AppConfig."""
     import webui
     from modules.server import WebServer, create_fastapi_app, keep_page_last
 
@@ -125,7 +125,7 @@ def running_server(root: Path, **config: Any) -> Iterator[RunningServer]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

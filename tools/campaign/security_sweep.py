@@ -1,4 +1,4 @@
-"""Attacks every handler of the page and every route of the API of a real server with foreign paths and hostile settings; writes a report.
+"""Attacks every page handler and every API route of a real server with foreign paths and hostile settings; writes a report.
 
 python -m tools.campaign.security_sweep
 """
@@ -53,7 +53,7 @@ def hostile_paths(bait: str) -> list[str]:
 
 
 def nested(depth: int) -> Any:
-    """A list in a list in a list ..."""
+    """A list nested `depth` levels."""
     value: Any = 1
     for _ in range(depth):
         value = [value]
@@ -61,14 +61,14 @@ def nested(depth: int) -> Any:
 
 
 class RouteSweep:
-    """Calls every route that the server's own description lists, and the routes of settings with hostile ones."""
+    """Calls every route in the server's own description, and the settings routes with hostile settings."""
 
     def __init__(self, server: RunningServer, client: httpx.Client) -> None:
         self.server, self.client = server, client
         self.num_calls: dict[str, int] = {"routes": 0, "paths": 0, "settings": 0}
 
     def run(self) -> list[Finding]:
-        """What leaked, failed with a 500, or was accepted and must not be."""
+        """Everything that leaked, failed with a 500, or was wrongly accepted."""
         return [*self._routes(last=False), *self._paths(), *self._settings(), *self._settings_hold(), *self._routes(last=True)]
 
     def _paths(self) -> Iterator[Finding]:
@@ -145,14 +145,14 @@ class RouteSweep:
 
 
 def _fields(described: dict[str, Any], route: dict[str, Any]) -> list[str]:
-    """The names of the fields of a route's body."""
+    """Names of the fields of a route's body."""
     schema = route.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
     name = schema.get("$ref", "").rsplit("/", 1)[-1]
     return list(described.get("components", {}).get("schemas", {}).get(name, {}).get("properties", {}))
 
 
 def attack(server: RunningServer) -> tuple[list[Finding], list[tuple[str, int]]]:
-    """What went wrong, and how many calls of which kind were made."""
+    """Findings, and the number of calls per kind."""
     bait = server.bait
     with httpx.Client(base_url=server.address, timeout=120) as client:
         pages, routes = PageSweep(server, client, [str(path) for path in bait.files], is_short=True), RouteSweep(server, client)
@@ -165,7 +165,7 @@ def attack(server: RunningServer) -> tuple[list[Finding], list[tuple[str, int]]]
 
 
 def report_lines(findings: list[Finding], rows: list[tuple[str, int]], seconds: float) -> list[str]:
-    """The report as Markdown."""
+    """The report as Markdown lines."""
     table = ["| attacked | calls |", "|---|---|", *(f"| {kind} | {count} |" for kind, count in rows)]
     found = [f"- {finding.where}: {finding.what}" for finding in findings] or ["Nothing came out, was copied, replaced or broken."]
     return [
@@ -181,7 +181,7 @@ def report_lines(findings: list[Finding], rows: list[tuple[str, int]], seconds: 
 
 
 def main() -> int:
-    """0 when nothing was found."""
+    """Returns 0 if nothing was found."""
     began_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as root, running_server(Path(root), share=True, api_server_stop=True) as server:
         findings, rows = attack(server)

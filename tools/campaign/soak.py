@@ -1,4 +1,4 @@
-"""Many jobs one after the other: memory, threads and open files of the server stay where they are.
+"""Many jobs one after another: the server's memory, threads and open files must not grow.
 
 python -m tools.campaign.soak --jobs 500
 """
@@ -23,7 +23,7 @@ def measure(process: psutil.Process) -> tuple[int, int, int]:
 
 
 def run(jobs: int, samples: int = 10) -> list[tuple[int, int, int, int]]:
-    """(jobs done, bytes, threads, open files) at `samples` moments."""
+    """(jobs done, bytes, threads, open files) at `samples` points in time."""
     found = []
     with tempfile.TemporaryDirectory() as folder, full_server(Path(folder) / "data", Path(folder) / "log.txt") as server:
         process = psutil.Process(server.process.pid)

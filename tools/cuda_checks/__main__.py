@@ -1,6 +1,6 @@
-"""`python -m tools.cuda_checks --out FOLDER`: what can only be seen on a real card, question by question, in a few minutes.
+"""`python -m tools.cuda_checks --out FOLDER`: checks that need a real GPU, one question at a time, in a few minutes.
 
-Writes results.jsonl (every finding as it is made), report.md, console.log and some files to look at. `--device cpu --tiny` rehearses it anywhere.
+Writes results.jsonl (each finding immediately), report.md, console.log and some files to look at. `--device cpu --tiny` rehearses it anywhere.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a card must not start the driver before the fork
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # checking for a GPU must not initialize the driver before the fork
 os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
 
 _PATIENCE = 6.0
-"""Rehearsals may take so many times a check's limit: a few cores stand in for a card."""
+"""Factor for time limits in rehearsals, where a few CPU cores replace a GPU."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the checks that are asked for; 0 when all ended and what they expect holds."""
+    """Run the selected checks; returns 0 if all completed and all expectations hold."""
     parser = argparse.ArgumentParser(prog="python -m tools.cuda_checks", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl, report.md and the files to look at")
     parser.add_argument("--device", choices=("cuda", "cpu", "virtual"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="narrow networks and small pictures: a rehearsal")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these checks alone")
-    parser.add_argument("--skip", nargs="+", metavar="NAME", default=[], help="all but these")
-    parser.add_argument("--total-seconds", type=float, default=300.0, help="checks that would begin later are left out")
-    parser.add_argument("--isolated", choices=("fork", "spawn", "none"), default="fork", help="how each check gets a process of its own")
-    parser.add_argument("--list", action="store_true", help="print the checks and run none")
+    parser.add_argument("--tiny", action="store_true", help="rehearse with narrow networks and small pictures")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these checks")
+    parser.add_argument("--skip", nargs="+", metavar="NAME", default=[], help="skip these checks")
+    parser.add_argument("--total-seconds", type=float, default=300.0, help="checks that would start later are skipped")
+    parser.add_argument("--isolated", choices=("fork", "spawn", "none"), default="fork", help="how to give each check its own process")
+    parser.add_argument("--list", action="store_true", help="list the checks without running them")
     options = parser.parse_args(arguments)
 
-    from tools.cuda_checks.catalogue import choose_checks  # heavy, and after the environment is set
+    from tools.cuda_checks.catalogue import choose_checks  # heavy; after setting the environment
     from tools.cuda_checks.machine import Machine, scratch_folder
     from tools.cuda_checks.runner import RESULTS, run_checks
 

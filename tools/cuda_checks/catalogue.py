@@ -31,7 +31,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def choose_checks(only: Sequence[str] | None, skip: Sequence[str]) -> tuple[Check, ...]:
-    """The checks of these names, in the catalogue's order. Raises: SystemExit for a name that is none."""
+    """The checks with these names, in catalog order. Raises: SystemExit for an unknown name."""
     names = {check.name for check in CHECKS}
     unknown = sorted(({*(only or ()), *skip}) - names)
     if unknown:

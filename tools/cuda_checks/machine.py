@@ -1,4 +1,4 @@
-"""The machine that checks run on: its device, where files go, how things are timed and counted there."""
+"""The machine that runs the checks: its device, its folders, timing and counting on it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _RAM_DISK = Path("/dev/shm")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """`kind`: "cuda", "cpu" or "virtual". With `tiny`, networks are narrow and pictures small: a rehearsal of the checks, not a measurement.
+    """`kind`: "cuda", "cpu" or "virtual". With `tiny`, networks are narrow and pictures small: the checks are rehearsed, not measured.
 
-    `shared_dir` keeps the checkpoints that several checks read; `out_dir` is where files for the reader go.
+    `shared_dir` holds checkpoints that several checks use; `out_dir` is for files that the reader looks at.
     """
 
     kind: str
@@ -50,21 +50,21 @@ class Machine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What networks are kept in: half precision on a card."""
+        """The dtype of networks: half precision on a GPU."""
         return torch.float16 if self.is_cuda else torch.float32
 
     @contextlib.contextmanager
     def working(self, name: str) -> Iterator[None]:
-        """Around a check: a seed of its own and a device as at the start."""
+        """Wraps a check: its own seed, and a device in its initial state."""
         torch.manual_seed(len(name))
         if not self.is_cuda:
-            torch.set_num_threads(1)  # as in the workers of slots, so that sums are rounded alike
+            torch.set_num_threads(1)  # as in slot workers, so that sums round the same
         self.use()
         with torch.inference_mode(False), torch.no_grad():
             yield
 
     def use(self, num_slots: int = 1, **flags: Any) -> Fleet:
-        """From now on this device computes, as so many slots."""
+        """From now on, compute on this device, as that many slots."""
         ids = ("cpu" if self.kind == "cpu" else "0",) * num_slots
         shared: dict[str, Any] = {"cpu": {"cpu_threads_per_slot": 1}, "virtual": {"virtual_gpus_bytes": (VIRTUAL_CAP_BYTES,)}, "cuda": {}}[self.kind]
         config = BackendConfig(device_ids=ids, multi_gpu=num_slots > 1, allow_shared_slots=num_slots > 1, **{**shared, **flags})
@@ -75,26 +75,26 @@ class Machine:
         memory_management.synchronize(self.device)
 
     def settle(self) -> None:
-        """Idle memory goes back to the driver, and the peak starts anew."""
+        """Return cached memory to the driver, and reset the peak."""
         self.sync()
         empty_cache(self.device)
         reset_peak(self.device)
 
     def allocated_bytes(self) -> int:
-        """Bytes of live tensors on the device; 0 where nobody counts."""
+        """Bytes of live tensors on the device; 0 if it does not count them."""
         if self.is_cuda:
             return int(torch.cuda.memory_allocated(self.device))
         return 0 if self.kind == "cpu" else memory_management.get_total_memory(self.device) - memory_management.get_free_memory(self.device)
 
     def peak_gb(self) -> dict[str, float | None]:
-        """The most since the last `settle`, in GB."""
+        """Peak since the last `settle`, in GB."""
         self.sync()
         peak = read_peak(self.device)
         as_gb = [None if number is None else round(number / GB, 3) for number in (peak.allocated_bytes, peak.reserved_bytes)]
         return {"allocated_gb": as_gb[0], "reserved_gb": as_gb[1]}
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """Of one call, from an idle device to an idle device."""
+        """Duration of one call, with the device idle before and after."""
         self.sync()
         began_s = time.perf_counter()
         call()
@@ -107,20 +107,20 @@ class Machine:
         return statistics.median(self.seconds(call) for _ in range(times)) * 1000
 
     def pick(self, full: Any, tiny: Any) -> Any:
-        """A number for a measurement, or one for a rehearsal."""
+        """`full` for a measurement, `tiny` for a rehearsal."""
         return tiny if self.tiny else full
 
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """For full-size checkpoints: in memory where there is room for them."""
+    """A folder for full-size checkpoints, in memory if there is room."""
     in_memory = _RAM_DISK.is_dir() and shutil.disk_usage(_RAM_DISK).free > _ROOMY_BYTES
     with tempfile.TemporaryDirectory(prefix="cuda-checks-", dir=_RAM_DISK if in_memory else None, ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 
 class DriverPeak:
-    """The most memory in use on the card as the driver counts it, asked for every few milliseconds by a thread. None without a driver."""
+    """The peak memory use of the GPU according to the driver, sampled every few milliseconds by a thread. None without a driver."""
 
     def __init__(self) -> None:
         self.used_bytes: int | None = None
@@ -144,7 +144,7 @@ class DriverPeak:
 
 
 def driver_used_bytes() -> int | None:
-    """NVML's figure for the first card; None without driver."""
+    """NVML's number for the first GPU; None without a driver."""
     import pynvml  # optional
 
     try:
@@ -155,7 +155,7 @@ def driver_used_bytes() -> int | None:
 
 
 def difference(one: Any, other: Any) -> dict[str, Any]:
-    """How far two tensors are apart: the most, the mean, and against the second's spread."""
+    """Difference of two tensors: maximum, mean, and maximum relative to the spread of `other`."""
     one, other = torch.as_tensor(one).float().cpu(), torch.as_tensor(other).float().cpu()
     apart = (one - other).abs()
     spread = float(other.std()) or 1.0

@@ -1,4 +1,4 @@
-"""Memory on a real card: what is free, what stays, what storing smaller or streaming saves, and what happens when it runs out."""
+"""Memory on a real GPU: what is free, what remains, what smaller storage or streaming saves, and what happens when it runs out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STORAGES: dict[str, dict[str, Any]] = {
 
 
 def check_free_memory(machine: Machine, report: Report) -> None:
-    """`get_free_memory` against the driver, before and after tensors of known size come and go."""
+    """`get_free_memory` against the driver, before and after tensors of known size are allocated and freed."""
     held: list[Tensor] = []
     worst_bytes = 0
     for step, size_bytes in (("at the start", 0), ("after 1 GiB", GIB), ("after 3 GiB", 2 * GIB), ("a GiB freed, still cached", -GIB)):
@@ -61,7 +61,7 @@ def check_free_memory(machine: Machine, report: Report) -> None:
 
 
 def check_soak(machine: Machine, report: Report) -> None:
-    """Jobs that switch among three narrow checkpoints, two sizes and a LoRA: live bytes at the same place of each round."""
+    """Jobs that switch between three narrow checkpoints, two sizes and a LoRA: live bytes at the same point of each round."""
     places = list(itertools.product(FAMILIES, ((64, 64), (96, 64))))
     levels: dict[int, list[int]] = {}
     for num_slots in (1, 2):
@@ -87,7 +87,7 @@ def check_soak(machine: Machine, report: Report) -> None:
 
 
 def _write_lora(path: Path, models: Any) -> None:
-    """A LoRA in kohya's naming over the UNet's linear layers."""
+    """Write a LoRA in kohya's naming for the UNet's linear layers."""
     generator, tensors = torch.Generator().manual_seed(2), {}
     for name, weight in models.unet.named_parameters():
         if name.endswith(".weight") and weight.ndim == 2 and "embedding" not in name:
@@ -100,7 +100,7 @@ def _write_lora(path: Path, models: Any) -> None:
 
 
 def check_storage(machine: Machine, report: Report) -> None:
-    """The same request with weights whole on the card, in fp8, offloaded and streamed: peak, time and the picture."""
+    """The same request with weights entirely on the GPU, in fp8, offloaded and streamed: peak, time and the picture."""
     families = machine.pick(("sd15", "sdxl"), ("sd15",))
     for family in families:
         chosen = STORAGES if family == "sd15" else {name: STORAGES[name] for name in ("as it is", "fp8", "--cpu-offload", "--always-no-vram")}
@@ -132,7 +132,7 @@ def check_storage(machine: Machine, report: Report) -> None:
 
 @contextmanager
 def _room(machine: Machine, free_bytes: int) -> Iterator[None]:
-    """Only so much more than now can be allocated, without that get_free_memory knew it."""
+    """Allow only that much more to be allocated, without get_free_memory knowing."""
     if machine.is_cuda:
         total_bytes = torch.cuda.get_device_properties(machine.device).total_memory
         torch.cuda.empty_cache()
@@ -154,7 +154,7 @@ def _room(machine: Machine, free_bytes: int) -> Iterator[None]:
 
 
 def check_out_of_memory(machine: Machine, report: Report) -> None:
-    """A real shortage in the middle of a job, from comfortable to hopeless: same picture or a clear failure, and the next job is whole."""
+    """Real memory shortages during a job, from mild to severe: same picture or a clear failure, and a correct next job."""
     rooms = machine.pick((4 * GIB, GIB, 300 * MIB, 100 * MIB, 20 * MIB), (16 * MIB, 4 * MIB, MIB // 2))
     with application(machine, "sd15") as app:
         size = machine.pick({"width": 768, "height": 768, "batch_size": 4}, {"batch_size": 2})

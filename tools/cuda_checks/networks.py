@@ -1,4 +1,4 @@
-"""Networks of random weights for the checks: full-size SD1.5 and SDXL or narrow ones, as modules, as checkpoints and as diffusers' pipelines."""
+"""Randomly initialized networks for the checks: full-size SD1.5 and SDXL or narrow ones, as modules, checkpoints and diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Networks = tuple[UNet2DConditionModel, Any, list[nn.Module]]
 
 
 def build_networks(machine: Machine, family: str) -> Networks:
-    """UNet, VAE and text encoders on the device, in its half precision, with the libraries' own initial weights, in eval mode."""
+    """UNet, VAE and text encoders on the device in half precision, with the libraries' initial weights, in eval mode."""
     if machine.tiny:
         models = build_models(Path("none"), family)
         networks: Networks = (models.unet, models.vae, list(models.text_encoders))
@@ -55,14 +55,14 @@ def _sd15_networks() -> Networks:
 
 
 def build_patcher(machine: Machine, family: str, dtype: torch.dtype | None = None) -> UnetPatcher:
-    """The UNet alone, at home on the device, in `dtype`."""
+    """Only the UNet, with the device as its home, in `dtype`."""
     unet = build_networks(machine, family)[0]
     nn.Module.to(unet, dtype or machine.dtype)
     return UnetPatcher(KModel(unet, Prediction()), machine.device, torch.device("cpu"), machine.device)
 
 
 def build_control_network(machine: Machine, family: str, seed: int = 1) -> Any:
-    """A ControlNet as large as the family's, whose residuals are not zero."""
+    """A ControlNet of the family's size with nonzero residuals."""
     if machine.tiny:
         network = build_controlnet(build_models(Path("none"), family), seed=seed)
         return nn.Module.to(network, machine.device, machine.dtype)
@@ -80,7 +80,7 @@ def checkpoint_path(machine: Machine, family: str) -> Path:
 
 
 def write_checkpoint(machine: Machine, family: str) -> Path:
-    """The family's checkpoint in the original layout, where it is not there yet."""
+    """Write the family's checkpoint in the original layout, unless it exists."""
     path = checkpoint_path(machine, family)
     if not path.exists():
         torch.manual_seed(FAMILIES.index(family))
@@ -94,7 +94,7 @@ def write_checkpoint(machine: Machine, family: str) -> Path:
 
 @contextlib.contextmanager
 def application(machine: Machine, *families: str, data_dir: Path | None = None, **config: Any) -> Iterator[Application]:
-    """The product over these checkpoints, without page and without files of pictures."""
+    """The product with these checkpoints, without a page and without saving pictures."""
     for family in families:
         write_checkpoint(machine, family)
     with installed_application(data_dir or machine.shared_dir, **config) as app:
@@ -106,7 +106,7 @@ def application(machine: Machine, *families: str, data_dir: Path | None = None, 
 
 
 def side_px(machine: Machine, family: str) -> int:
-    """The side of a picture: what the family was trained on, or 64."""
+    """The side of a picture: the family's training size, or 64."""
     return int(machine.pick(1024 if family == "sdxl" else 512, 64))
 
 
@@ -120,14 +120,14 @@ def txt2img(machine: Machine, family: str, **fields: Any) -> StableDiffusionProc
 
 
 def copy_module(module: Any, like: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A module of `like`'s making with the weights of `module`, none of them shared."""
+    """A new module like `like` with its own copy of the weights of `module`."""
     nn.Module.to(like, device, dtype)
     like.load_state_dict({key: tensor.to(device, dtype) for key, tensor in module.state_dict().items()}, strict=False)
     return like.eval().requires_grad_(False)
 
 
 def build_pipeline(machine: Machine, family: str, engine: Any) -> Any:
-    """diffusers' pipeline over copies of the engine's weights, all of it on the device, VAE in half precision too."""
+    """diffusers' pipeline with copies of the engine's weights, entirely on the device, with the VAE in half precision too."""
     unet, vae, texts = build_networks(machine, family)
     ours = engine.forge_objects
     copy_module(ours.unet.model.diffusion_model, unet, machine.device, machine.dtype)

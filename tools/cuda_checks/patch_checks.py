@@ -1,4 +1,4 @@
-"""LoRA and ControlNet at full width on the card: what they cost beside memory's own speed and beside a step, and that a LoRA leaves no trace."""
+"""LoRA and ControlNet at full width on a GPU: their cost compared to memory speed and to a step, and that a LoRA leaves no trace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CFG = 7.0
 
 
 def check_lora(machine: Machine, report: Report) -> None:
-    """Putting a LoRA of rank 16 over all layers on the UNet, changing its strength, taking it away; against a copy of the same weights."""
+    """Apply a rank 16 LoRA to all layers of the UNet, change its strength, remove it; compared with copying the same weights."""
     for family in ("sd15", "sdxl"):
         unet = build_patcher(machine, family)
         patches: dict[str, Any] = {}
@@ -49,7 +49,7 @@ def check_lora(machine: Machine, report: Report) -> None:
 
 
 def check_controlnet(machine: Machine, report: Report) -> None:
-    """A guided step of SDXL with none, one and two ControlNets, on one slot and on two of one card, beside diffusers' own modules."""
+    """A guided SDXL step with zero, one and two ControlNets, on one slot and on two slots of one GPU, compared with diffusers' own modules."""
     family = machine.pick("sdxl", "sd15")
     outputs = {num_slots: _control_steps(machine, report, family, num_slots) for num_slots in (1, 2)}
     for num_controls in (1, 2):
@@ -60,7 +60,7 @@ def check_controlnet(machine: Machine, report: Report) -> None:
 
 
 def _control_steps(machine: Machine, report: Report, family: str, num_slots: int) -> list[Tensor]:
-    """Denoised latents of a step with none, one and two ControlNets; the same weights and inputs at every call."""
+    """Denoised latents of a step with zero, one and two ControlNets; same weights and inputs at every call."""
     machine.use(num_slots)
     machine.settle()
     torch.manual_seed(7)
@@ -90,7 +90,7 @@ def _control_steps(machine: Machine, report: Report, family: str, num_slots: int
 
 
 def _conditions(machine: Machine, unet: Any, generator: torch.Generator) -> list[Any]:
-    """For both branches: (1, 77, D), with SDXL's vector where the network takes one."""
+    """For both branches: (1, 77, D), with SDXL's vector if the network takes one."""
     config = unet.model.diffusion_model.config
     width = config.projection_class_embeddings_input_dim
     found: list[Any] = []
@@ -102,7 +102,7 @@ def _conditions(machine: Machine, unet: Any, generator: torch.Generator) -> list
 
 
 def _library_steps(machine: Machine, report: Report, family: str) -> None:
-    """diffusers' UNet with its own ControlNets and attention, as large as ours: two rows."""
+    """diffusers' UNet with its own ControlNets and attention, of the same size as ours: two rows."""
     machine.use()
     machine.settle()
     network, side, dtype = build_networks(machine, family)[0], side_px(machine, family), machine.dtype

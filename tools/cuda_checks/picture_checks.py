@@ -1,4 +1,4 @@
-"""The demo checkpoint's picture on the card and on the CPU, the machine itself, and the tests marked `gpu`."""
+"""The demo checkpoint's picture on the GPU and the CPU, the machine itself, and the tests marked `gpu`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEMO_SIDE_PX = 64
 
 
 def check_machine(machine: Machine, report: Report) -> None:
-    """What runs here. The first check, so that a card that cannot be used is seen at once."""
+    """Describe the machine. The first check, so that an unusable GPU is noticed immediately."""
     report.value("machine", machine=describe_machine(), python=sys.version.split()[0])
     report.value("packages", **{name: importlib.metadata.version(name) for name in PACKAGES})
     if not machine.is_cuda:
@@ -47,9 +47,9 @@ def check_machine(machine: Machine, report: Report) -> None:
 
 
 def check_demo_picture(machine: Machine, report: Report) -> None:
-    """The tracked demo checkpoint: fp32 on the CPU is the reference; the device in fp32, as it chooses by itself, and in fp16.
+    """The tracked demo checkpoint: fp32 on the CPU is the reference; the device in fp32, in its default dtype, and in fp16.
 
-    demo.png has a row for each.
+    demo.png has one row per variant.
     """
     found: dict[str, np.ndarray] = {}
     kinds: dict[str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ def check_demo_picture(machine: Machine, report: Report) -> None:
 
 
 def check_marked_tests(machine: Machine, report: Report) -> None:
-    """`pytest -m gpu`, in a process of its own."""
+    """`pytest -m gpu`, in its own process."""
     files = sorted({str(path.relative_to(script_path)) for path in _test_files()})
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "filterwarnings=default", *files]
     done = subprocess.run(command, cwd=script_path, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""`--profile` on the card: its figures against torch's and the driver's, its cost, and the timeline to look at."""
+"""`--profile` on a GPU: its numbers against torch's and the driver's, its cost, and the timeline to look at."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tools.measure import order_of_round
 
 
 def check_profile(machine: Machine, report: Report) -> None:
-    """profile.json's peaks against torch's statistics and NVML's samples, busy time against wall, one slot and two."""
+    """profile.json's peaks against torch's statistics and NVML's samples, busy time against wall time, one slot and two."""
     family = machine.pick("sdxl", "sd15")
     with application(machine, family) as app:
         for num_slots, strategy in ((1, "single"), (2, "replicas"), (2, "layers")):
-            if machine.kind == "virtual":  # each `use` makes new ones
+            if machine.kind == "virtual":  # each `use` creates new devices
                 app.models.unload()
             machine.use(num_slots)
             app.options.set("multi_gpu_strategy", strategy)
@@ -33,7 +33,7 @@ def check_profile(machine: Machine, report: Report) -> None:
             peak = machine.peak_gb()
             _set_profile(app, False)
             _compare(machine, report, app.last_profile, f"{num_slots} slot(s), {strategy}", seconds, peak, driver.used_bytes)
-        for name in ("timeline.png", "profile.json"):  # of the last job, and of all
+        for name in ("timeline.png", "profile.json"):  # of the last job, and of all jobs
             shutil.copyfile(app.config.data_dir / "logs" / name, machine.out_dir / name)
     machine.use()
 
@@ -67,7 +67,7 @@ def _compare(machine: Machine, report: Report, job: Any, name: str, seconds: flo
 
 
 def check_profile_cost(machine: Machine, report: Report) -> None:
-    """Step time with and without --profile, in turns."""
+    """Step time with and without --profile, alternating."""
     num_steps, num_rounds = machine.pick(10, 2), machine.pick(7, 2)
     for num_slots, strategy in ((1, "single"), (2, "layers")):
         machine.use(num_slots)
@@ -86,7 +86,7 @@ def check_profile_cost(machine: Machine, report: Report) -> None:
 
 
 def _sampling_seconds(machine: Machine, num_steps: int) -> float:
-    """From noise to latents, of one request."""
+    """Time from noise to latents for one request."""
     request = txt2img(machine, "sd15", steps=num_steps)
     sample, seconds = request.sample, []
 

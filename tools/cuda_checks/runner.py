@@ -1,6 +1,6 @@
-"""Runs checks one after another, each in a process of its own with a time limit, and writes down what they find as they find it.
+"""Runs checks one after another, each in its own process with a time limit, and records findings immediately.
 
-A check that raises, hangs or dies is recorded and the next one starts. Knows no devices; importing it imports no torch.
+A check that raises, hangs or dies is recorded, and the next one starts. Knows no devices; importing it does not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NO_CARD_AFTER_FORK = ("re-initialize CUDA in forked", "initialization error", "
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One question to a machine. `run(machine, report)` answers through the report; `limit_s` bounds it."""
+    """One question about a machine. `run(machine, report)` answers it through the report, within `limit_s`."""
 
     name: str
     issue: int
@@ -35,7 +35,7 @@ class Check:
 
 
 class Report:
-    """What one check found, a JSON line each, written at once."""
+    """Findings of one check, one JSON line each, written immediately."""
 
     def __init__(self, folder: Path, check: str) -> None:
         self.folder, self._check = folder, check
@@ -45,7 +45,7 @@ class Report:
         self._write({"kind": "value", "name": name, "values": numbers})
 
     def expect(self, name: str, holds: object, **numbers: Any) -> None:
-        """A finding that should hold; where it does not, the check goes on."""
+        """An expectation; if it does not hold, the check continues."""
         self._write({"kind": "expect", "name": name, "holds": bool(holds), "values": numbers})
 
     def ending(self, outcome: str, seconds: float, detail: str = "") -> None:
@@ -60,10 +60,10 @@ class Report:
 
 
 def run_checks(checks: Sequence[Check], machine: Any, folder: Path, *, total_s: float, patience: float = 1.0, isolated: str = "fork") -> int:
-    """Runs `checks` in order until `total_s` is spent; the number of those that did not end well.
+    """Run `checks` in order until `total_s` is used up; returns the number that did not complete normally.
 
-    `isolated`: "fork" (what is imported already is shared), or "none" for a debugger. A process that cannot use its card after a fork is run
-    again in one started afresh.
+    `isolated`: "fork" (shares what is already imported), or "none" for a debugger. A process that cannot use its GPU after a fork is repeated in a
+    newly started one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     began_s, num_bad = time.monotonic(), 0
@@ -98,7 +98,7 @@ def _run_in_child(check: Check, machine: Any, report: Report, limit_s: float, me
 
 
 def _kill_group(process: Any) -> None:
-    """The check and what it started, which share a group of processes."""
+    """Kill the check and the processes it started, which share a process group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -114,7 +114,7 @@ def _do_in_child(check: Check, machine: Any, report: Report) -> None:
         logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8d ms %(levelname)s %(message)s")
         _do(check, machine, report)
     sys.stdout.flush()
-    os._exit(0)  # neither threads nor a device's teardown may hold up the next check
+    os._exit(0)  # threads and device teardown must not delay the next check
 
 
 def _do(check: Check, machine: Any, report: Report) -> None:
@@ -122,7 +122,7 @@ def _do(check: Check, machine: Any, report: Report) -> None:
     try:
         with machine.working(check.name):
             check.run(machine, report)
-    except Exception:  # noqa: BLE001 - whatever a check raises is its finding
+    except Exception:  # noqa: BLE001 - any exception in a check is its finding
         report.ending("raised", time.monotonic() - began_s, traceback.format_exc())
     else:
         report.ending("done", time.monotonic() - began_s)
@@ -148,7 +148,7 @@ def _ended_badly(folder: Path, name: str) -> bool:
 
 
 def write_report(folder: Path, checks: Sequence[Check]) -> None:
-    """report.md: per check what was found, what did not hold first."""
+    """report.md: the findings of each check, failed expectations first."""
     results = read_results(folder)
     lines = ["# Checks on a card", ""]
     for check in checks:

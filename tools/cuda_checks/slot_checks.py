@@ -1,4 +1,4 @@
-"""One card as two slots: numbers of a divided network against the whole one, again and again, with and without copies of their own streams."""
+"""One GPU as two slots: results of a split network against the unsplit one, repeatedly, with and without copies on separate streams."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ROOT_MARK = "tools"
 
 
 def check_split(machine: Machine, report: Report) -> None:
-    """Calls of the network, over replicas and layers, against the same rows one by one on one slot. Same shapes, so bit-equal."""
+    """Network calls with replicas and layers, against the same rows one by one on one slot. Same shapes, so bit-equal."""
     families = machine.pick((("sd15", torch.float16), ("sd15", torch.bfloat16), ("sdxl", torch.float16)), (("sd15", machine.dtype),))
     for family, dtype in families:
         machine.use(2)
@@ -88,7 +88,7 @@ def pixels(done: Any) -> np.ndarray:
 
 
 def check_links(machine: Machine, report: Report) -> None:
-    """The link test with one card: its verdict for two slots on it, the probe's process, and the speed of the host's link."""
+    """The link test with one GPU: its verdict for two slots on it, the probe's process, and the speed of the host link."""
     slots = tuple(Slot(index, machine.device, "one card", 2**30) for index in range(2))
     report.value("two slots on one device", **{f"{pair}": str(verdict) for pair, verdict in link_test.link_verdicts(slots).items()})
     if not machine.is_cuda:
@@ -118,7 +118,7 @@ def check_sanitizer(machine: Machine, report: Report) -> None:
 
 
 def run_narrow() -> None:
-    """One divided step of a narrow network, for a debugger around this process."""
+    """One split step of a narrow network, for running this process in a debugger."""
     from pathlib import Path
 
     machine = Machine(kind=os.environ["CUDA_CHECKS_DEVICE"], tiny=True, shared_dir=Path(), out_dir=Path())

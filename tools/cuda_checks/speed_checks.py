@@ -1,4 +1,4 @@
-"""The card against diffusers: time of a step, memory at the peak, and what each piece of the network takes against what the planner thinks."""
+"""The GPU against diffusers: step time, peak memory, and the time of each piece of the network against the planner's estimate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CFG = 7.0
 
 
 def check_checkpoints(machine: Machine, report: Report) -> None:
-    """Write both families' checkpoints of random numbers, which later checks load."""
+    """Write randomly initialized checkpoints of both families, which later checks load."""
     for family in ("sd15", "sdxl"):
         seconds = machine.seconds(lambda family=family: write_checkpoint(machine, family))  # type: ignore[misc]
         report.value(f"wrote {family}", seconds=round(seconds, 2), gb=round(checkpoint_path(machine, family).stat().st_size / GB, 3))
@@ -84,7 +84,7 @@ def _above(peak_gb: float | None, live_bytes: int) -> float | None:
 
 
 def _library_request(machine: Machine, report: Report, pipeline: Any, family: str, num_steps: int, before_bytes: int) -> None:
-    """A whole request of diffusers' pipeline; its peak without what is ours on the device."""
+    """A whole request with diffusers' pipeline; its peak, not counting our memory on the device."""
     side = side_px(machine, family)
 
     def request(steps: int) -> None:
@@ -100,7 +100,7 @@ def _library_request(machine: Machine, report: Report, pipeline: Any, family: st
 
 
 def _inputs(machine: Machine, engine: Any, family: str, num_steps: int) -> dict[str, Any]:
-    """Conditions, noise and noise levels, for both."""
+    """Conditions, noise and noise levels for both implementations."""
     from diffusers import EulerDiscreteScheduler
 
     from tools.cuda_checks.networks import SCHEDULE
@@ -154,7 +154,7 @@ def _library_latents(pipeline: Any, inputs: dict[str, Any], family: str) -> Call
 
 
 def _interleave(machine: Machine, runs: dict[str, Callable[[], object]], num_rounds: int) -> dict[str, list[float]]:
-    """Seconds by name, one per round, in turns, every other round backwards."""
+    """Seconds by name, one per round, alternating, every other round in reverse."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(num_rounds):
         for name in order_of_round(list(runs), index):
@@ -163,7 +163,7 @@ def _interleave(machine: Machine, runs: dict[str, Callable[[], object]], num_rou
 
 
 def check_segments(machine: Machine, report: Report) -> None:
-    """ms per piece of the network against the share that its FLOPs have, and a step against the planner's first guess."""
+    """ms per piece of the network against its share of FLOPs, and a step against the planner's first estimate."""
     stored: dict[str, Any] = {}
     for family in ("sd15", "sdxl"):
         unet = build_patcher(machine, family)
@@ -212,13 +212,13 @@ def make_call(machine: Machine, unet: Any, family: str, num_rows: int) -> Networ
 
 
 def _time_pieces(machine: Machine, unet: Any, call: NetworkCall, times: int) -> dict[Piece, float]:
-    """Median ms of every finest piece, the device idle before and after each."""
+    """Median ms of every finest piece, with the device idle before and after each."""
     program = unet.model.program
     samples: dict[Piece, list[float]] = {}
     for run in range(times + 1):
         state = call.start(program)
         for piece in program.finest_pieces():
             one_ms = 1000 * machine.seconds(lambda piece=piece, state=state: program.run_piece(piece, state))
-            if run:  # the first warms up
+            if run:  # the first run warms up
                 samples.setdefault(piece, []).append(one_ms)
     return {piece: statistics.median(all_ms) for piece, all_ms in samples.items()}

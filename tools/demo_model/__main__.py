@@ -24,13 +24,13 @@ def main() -> None:
     parser.add_argument("stage", choices=("vae", "text", "latents", "decoder", "unet", "export", "evaluate", "controlnet", "lora", "evaluate-guides"))
     parser.add_argument("--work-dir", type=Path, default=Path("tmp/demo_model"))
     parser.add_argument("--steps", type=int, help="training steps of the stage")
-    parser.add_argument("--minutes", type=float, help="end the stage after so much training time, over all its runs")
+    parser.add_argument("--minutes", type=float, help="end the stage after this much training time, over all its runs")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    parser.add_argument("--out", type=Path, help="the exported file (default: where it is tracked)")
-    parser.add_argument("--device", default="cpu", help="of controlnet and lora: cpu or cuda")
-    parser.add_argument("--scenes", type=int, help="of controlnet and lora: how many scenes are drawn")
+    parser.add_argument("--out", type=Path, help="the exported file (default: the tracked one)")
+    parser.add_argument("--device", default="cpu", help="for controlnet and lora: cpu or cuda")
+    parser.add_argument("--scenes", type=int, help="for controlnet and lora: number of scenes to draw")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     given = {"num_steps": args.steps, "limit_s": args.minutes and args.minutes * 60, "batch": args.batch, "rate": args.rate}
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def train_guide(stage: str, work_dir: Path, out: Path, given: dict[str, Any]) -> None:
-    """Train the ControlNet or the LoRA of the tracked checkpoint."""
+    """Train the ControlNet or the LoRA for the tracked checkpoint."""
     if stage == "controlnet":
         from tools.demo_model.train_controlnet import train_controlnet
 

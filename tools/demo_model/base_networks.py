@@ -1,4 +1,4 @@
-"""The demo checkpoint's networks as training of its ControlNet and LoRA takes them: read from the exported file, frozen, on any device."""
+"""The demo checkpoint's networks for training its ControlNet and LoRA: read from the exported file, frozen, on any device."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class BaseNetworks:
 
 @torch.no_grad()
 def load_base(checkpoint: Path, device: torch.device) -> BaseNetworks:
-    """The three networks, fp32, without gradients. Raises: ValueError when the file does not hold them."""
+    """The three networks, fp32, without gradients. Raises: ValueError if the file does not contain them."""
     unet, vae, encoder = build_unet(), build_vae(), build_text_encoder()
     stored = load_file(checkpoint)
     for key, tensor in join_checkpoint("sd15", unet, vae, [encoder]).items():  # shares the networks' memory
         if tensor.is_floating_point():
             if key not in stored or stored[key].shape != tensor.shape:
-                raise ValueError(f"{checkpoint.name}: is not the demo checkpoint; {key} is missing or of another shape. Export it anew.")
+                raise ValueError(f"{checkpoint.name}: is not the demo checkpoint; {key} is missing or has another shape. Export it again.")
             tensor.copy_(stored[key])
     frozen = [module.to(device).eval().requires_grad_(False) for module in (unet, vae, encoder)]
     return BaseNetworks(*frozen)
@@ -39,7 +39,7 @@ def load_base(checkpoint: Path, device: torch.device) -> BaseNetworks:
 
 @torch.inference_mode()
 def encode_pictures(vae: nn.Module, pictures_NHWC: np.ndarray, *, batch: int = 250) -> torch.Tensor:
-    """Latents (N, 4, 8, 8) as the UNet takes them, on the network's device, of uint8 pictures."""
+    """Latents (N, 4, 8, 8) of uint8 pictures for the UNet, on the networks' device."""
     device = next(vae.parameters()).device
     parts = []
     for first in range(0, len(pictures_NHWC), batch):
@@ -50,7 +50,7 @@ def encode_pictures(vae: nn.Module, pictures_NHWC: np.ndarray, *, batch: int = 2
 
 @dataclass(slots=True)
 class Noiser:
-    """Noisy latents at random steps, and the min-SNR weighted error of what a network says of their noise."""
+    """Makes noisy latents at random steps, and computes the min-SNR weighted error of a noise prediction."""
 
     device: torch.device
     generator: torch.Generator
@@ -71,6 +71,6 @@ class Noiser:
         return abar_B.sqrt() * x0_BCHW + (1 - abar_B).sqrt() * noise_BCHW, noise_BCHW, t_B
 
     def loss(self, eps_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """The mean error, a number; nearly clean latents weigh less."""
+        """The mean error; nearly clean latents have less weight."""
         error_B = functional.mse_loss(eps_BCHW.float(), noise_BCHW, reduction="none").mean((1, 2, 3))
         return (error_B * self.weight_T[t_B]).mean()

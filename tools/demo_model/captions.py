@@ -1,4 +1,4 @@
-"""Captions as token ids, and the labels that the text encoder is warmed up on."""
+"""Captions as token ids, and the labels that the text encoder is pretrained on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRAMMAR_WORDS = " ".join(
 
 @cache
 def word_ids(word: str) -> tuple[int, ...]:
-    """CLIP tokenises word by word, so a caption's ids are its words' ids in a row."""
+    """CLIP tokenizes word by word, so a caption's ids are the concatenated ids of its words."""
     return tuple(_tokenizer()(word, add_special_tokens=False).input_ids)
 
 
@@ -38,7 +38,7 @@ def _tokenizer():
 
 @cache
 def known_ids() -> tuple[int, ...]:
-    """Every token the grammar uses. All other rows of the embedding stay zero: an unknown word says nothing."""
+    """Every token used by the grammar. All other embedding rows stay zero, so unknown words have no meaning."""
     ids = {BOS_TOKEN_ID, EOS_TOKEN_ID}
     for word in GRAMMAR_WORDS:
         ids.update(word_ids(word))
@@ -53,7 +53,7 @@ def known_rows_mask() -> torch.Tensor:
 
 
 def encode_caption(caption: str, rng: random.Random, *, length: int = CONTEXT_LENGTH, unknown_word_share: float = 0.1) -> list[int]:
-    """Token ids with BOS, EOS and EOS padding. Now and then a few unknown words are mixed in, so that prompts may hold them."""
+    """Token ids with BOS, EOS and EOS padding. Sometimes mixes in a few unknown words, so that prompts may contain them."""
     words = caption.split()
     ids = [token for word in words for token in word_ids(word)]
     if rng.random() < unknown_word_share:
@@ -67,7 +67,7 @@ def encode_caption(caption: str, rng: random.Random, *, length: int = CONTEXT_LE
 
 
 def label_scene(scene: Scene, caption: str) -> list[int]:
-    """What the caption says: background, then colour, shape, size and cell of each thing; the last class of each is "not said"."""
+    """What the caption states: background, then color, shape, size and cell of each thing; the last class of each means "not stated"."""
     labels = [list(BACKGROUNDS).index(scene.background) if "background" in caption else len(BACKGROUNDS)]
     for index in range(2):
         if index >= len(scene.things):

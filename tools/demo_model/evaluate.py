@@ -1,4 +1,4 @@
-"""Stage 5: what the exported checkpoint can do, by the judge's eye, through the product's own loader and sampler."""
+"""Stage 5: what the exported checkpoint can do according to the judge, using the product's own loader and sampler."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    colour: bool  # the colours found are the colours asked for
+    colour: bool  # the colors found are those requested
     shape: bool
-    objects: bool  # colour and shape of every object together, none missing, none extra
+    objects: bool  # color and shape of every object, none missing, none extra
     background: bool
-    place: bool  # in the named cell, or on the named sides of each other
+    place: bool  # in the requested cell, or in the requested relation
 
 
 def draw_cases(num_cases: int, *, seed: int = 123, held_out_share: float = 0.2) -> list[Case]:
-    """Prompts that say everything, half with one object; the first fifth are combinations held out of training."""
+    """Prompts with complete descriptions, half with one object; the first fifth are combinations held out of training."""
     rng = random.Random(seed)
     cases = []
     for index in range(num_cases):
@@ -64,7 +64,7 @@ def _is_placed(asked: Sequence[Thing], verdict: Verdict) -> bool:
 
 
 def _cell_of(x: float, y: float) -> tuple[int, int]:
-    """The cell of the 3x3 grid whose usual object centre is nearest."""
+    """The cell of the 3x3 grid whose usual object center is nearest."""
     return min(CELLS, key=lambda cell: (0.22 + 0.28 * cell[0] - x) ** 2 + (0.22 + 0.28 * cell[1] - y) ** 2)
 
 
@@ -74,7 +74,7 @@ def score_cases(cases: Sequence[Case], make_pictures: PictureMaker) -> list[Scor
 
 
 def tabulate(cases: Sequence[Case], scores: Sequence[Score]) -> str:
-    """A Markdown table: rows are groups of cases, columns the share that is right."""
+    """A Markdown table: rows are groups of cases, columns the share of correct ones."""
     groups: dict[str, Callable[[Case], bool]] = {
         "one object": lambda case: len(case.scene.things) == 1,
         "one object, held out": lambda case: len(case.scene.things) == 1 and case.held_out,
@@ -95,9 +95,9 @@ def tabulate(cases: Sequence[Case], scores: Sequence[Score]) -> str:
 def product_pictures(
     checkpoint: Path, *, num_steps: int = 20, cfg_scale: float = 5.0, sampler: str = "Euler a", first_seed: int = 1
 ) -> Iterator[PictureMaker]:
-    """A maker of pictures that is the product itself: its loader, samplers and decoder, in a data folder of its own.
+    """Makes pictures with the product itself: its loader, samplers and decoder, in its own data folder.
 
-    Prompt k gets seed `first_seed` + k, so that no two prompts share their noise.
+    Prompt k gets seed `first_seed` + k, so that no two prompts share noise.
     """
     fields = {"steps": num_steps, "cfg_scale": cfg_scale, "sampler_name": sampler}
     with installed_product(checkpoint):
@@ -105,7 +105,7 @@ def product_pictures(
 
 
 def evaluate_checkpoint(checkpoint: Path, *, num_cases: int = 200) -> tuple[str, Image.Image]:
-    """The table of `num_cases` prompts and a sheet of the first hundred pictures."""
+    """The table of `num_cases` prompts and a contact sheet of the first hundred pictures."""
     cases = draw_cases(num_cases)
     with product_pictures(checkpoint) as make_pictures:
         pictures = list(make_pictures([case.prompt for case in cases]))

@@ -1,4 +1,4 @@
-"""What the demo checkpoint's ControlNet and LoRA do, by the judge's eye, through the product's own units and tags."""
+"""What the demo checkpoint's ControlNet and LoRA do according to the judge, using the product's own units and tags."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class GuideCase:
-    """A prompt of one object at one place, and the same object drawn at another."""
+    """A prompt of one object at one place, and the same object drawn elsewhere."""
 
     said: Scene
     drawn: Scene
@@ -54,7 +54,7 @@ def draw_guide_cases(num_cases: int, *, seed: int = 321) -> list[GuideCase]:
 
 
 def draw_unit(drawn: Scene, form: str) -> dict[str, Any]:
-    """A ControlNet unit, as a client sends it, whose picture shows the scene's outlines in one of `FORMS`."""
+    """A ControlNet unit, as sent by a client, whose picture shows the scene's outlines in one of `FORMS`."""
     module = "None" if form == FORMS[1] else "canny"
     if form == FORMS[0]:
         picture = draw_lines(drawn, width_px=1.5, ink=BLACK, paper=WHITE)
@@ -80,16 +80,16 @@ def _distance(one: Finding, other: Finding) -> float:
 
 
 def make_guided(cases: Sequence[GuideCase], form: str | None, *, first_seed: int = 1) -> list[Image.Image]:
-    """Pictures of the installed product; without a form no unit guides them."""
+    """Pictures from the installed product; without a form, no unit guides them."""
     units = [[] if form is None else [draw_unit(case.drawn, form)] for case in cases]
     return [make_text_picture(case.prompt, seed=first_seed + index, units=units[index]) for index, case in enumerate(cases)]
 
 
 @dataclass(frozen=True, slots=True)
 class OutlineScore:
-    hollow: float  # mean over the picture's objects; 0 when there are none
-    outlined: bool  # every object is
-    objects: bool  # colour and shape of every object, none missing, none extra
+    hollow: float  # mean over the picture's objects; 0 if there are none
+    outlined: bool  # every object is outlined
+    objects: bool  # color and shape of every object, none missing, none extra
 
 
 def score_outlined(scene: Scene, picture: Image.Image) -> OutlineScore:
@@ -100,14 +100,14 @@ def score_outlined(scene: Scene, picture: Image.Image) -> OutlineScore:
 
 
 def draw_outline_cases(num_cases: int, *, seed: int = 654) -> list[tuple[Scene, str]]:
-    """Prompts of one object and of two by turns."""
+    """Prompts with one and two objects, alternating."""
     rng = random.Random(seed)
     scenes = [sample_scene(rng, two_things_share=float(index % 2)) for index in range(num_cases)]
     return [(scene, describe_scene(scene, rng, full=True)) for scene in scenes]
 
 
 def evaluate_guides(*, num_cases: int = 50) -> tuple[str, Image.Image]:
-    """Two Markdown tables, and a sheet: ten pictures a row without a unit, with each form of unit, without the LoRA, with it."""
+    """Two Markdown tables, and a contact sheet with ten pictures per row: without a unit, with each form of unit, without the LoRA, with it."""
     cases, prompts = draw_guide_cases(num_cases), draw_outline_cases(num_cases)
     fields = ("follows", "shape", "place", "colour", "background")
     lines = [f"| outline | {' | '.join(fields)} |", "|---|---|---|---|---|---|"]

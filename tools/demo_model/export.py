@@ -13,13 +13,13 @@ from tools.demo_model.networks import LATENT_SCALE, SIDE_PX, build_text_encoder,
 from tools.demo_model.train_vae import load_trained, load_vae
 
 MAX_FILE_BYTES = 32 * 2**20
-CERTAIN_LOGVAR = -14.0  # the autoencoder was trained without a posterior width; encoding samples as good as its mean
+CERTAIN_LOGVAR = -14.0  # the autoencoder was trained without a posterior width; sampling it practically gives its mean
 METADATA = {
     "modelspec.sai_model_spec": "1.0.0",
     "modelspec.architecture": "stable-diffusion-v1",
     "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
     "modelspec.title": "Demo shapes 64",
-    "modelspec.description": "Coloured shapes on plain backgrounds; trained from scratch by this project's tools/demo_model.",
+    "modelspec.description": "Colored shapes on plain backgrounds; trained from scratch by this project's tools/demo_model.",
     "modelspec.license": "Apache-2.0",
     "modelspec.resolution": f"{SIDE_PX}x{SIDE_PX}",
     "modelspec.prediction_type": "epsilon",
@@ -28,7 +28,7 @@ METADATA = {
 
 @torch.no_grad()
 def fold_whitening(vae: nn.Module, mean: torch.Tensor, matrix: torch.Tensor) -> None:
-    """Make the VAE speak whitened latents of Stable Diffusion's scale: encode gives matrix (z - mean) / 0.18215, decode takes it."""
+    """Make the VAE use whitened latents at Stable Diffusion's scale: encode gives matrix (z - mean) / 0.18215, decode takes it."""
     gain = 1 / LATENT_SCALE
     quant, post = vae.quant_conv, vae.post_quant_conv
     weight, bias = quant.weight[:4, :, 0, 0].clone(), quant.bias[:4].clone()
@@ -42,7 +42,7 @@ def fold_whitening(vae: nn.Module, mean: torch.Tensor, matrix: torch.Tensor) -> 
 
 
 def export_checkpoint(work_dir: Path, out: Path) -> None:
-    """Write the checkpoint whole or not at all. Raises: ValueError when it would pass 32 MiB."""
+    """Write the checkpoint atomically. Raises: ValueError if it would exceed 32 MiB."""
     data = torch.load(work_dir / "latents.pt", weights_only=True)
     vae = load_vae(work_dir)
     fold_whitening(vae, data["mean"], data["matrix"])
@@ -57,5 +57,5 @@ def export_checkpoint(work_dir: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_suffix(".tmp")
     save_file(tensors, temporary, metadata=METADATA)
-    temporary.chmod(0o644)  # a plain file, readable as the rest of the checkout
+    temporary.chmod(0o644)  # a normal file, readable like the rest of the checkout
     temporary.replace(out)

@@ -1,6 +1,6 @@
-"""Training data for what guides the demo checkpoint: scenes at any place, their hints, and captions that may say another place or shape.
+"""Training data for the demo checkpoint's ControlNet: scenes at any place, their hints, and captions that may name another place or shape.
 
-Drawing runs on every core; nothing here needs a device.
+Draws on all cores; nothing here needs a device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tools.demo_model.scenes import (
     thing_box,
 )
 
-MAX_SHIFT = 0.14  # of the side; half the way from one cell to the next
+MAX_SHIFT = 0.14  # of the side; half the distance between cells
 MIN_RIM = 0.03  # of the side, kept free around an object
 CANNY_THRESHOLDS = (100, 200)  # the product's own
 CHUNK = 250
@@ -38,7 +38,7 @@ CHUNK = 250
 
 @dataclass(frozen=True, slots=True)
 class GuidedCase:
-    """A scene as it is drawn, and one caption of it that may say another place or shape."""
+    """A scene as drawn, and a caption of it that may name another place or shape."""
 
     scene: Scene
     caption: str
@@ -49,7 +49,7 @@ HINT_KINDS = ("canny of a filled drawing", "canny of a line drawing", "white lin
 
 
 def move_anywhere(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with its things moved up to half the way to the next cell, inside the picture; two things keep their gap."""
+    """The scene with its things moved by up to half the distance to the next cell, inside the picture; two things keep their gap."""
     limit = MAX_SHIFT if len(scene.things) == 1 else 0.04
     jitter: list[float] = []
     for thing in scene.things:
@@ -60,7 +60,7 @@ def move_anywhere(scene: Scene, rng: random.Random) -> Scene:
 
 
 def misplace(scene: Scene, rng: random.Random, *, wrong_shape_share: float = 0.25) -> Scene:
-    """Another scene to be described in its stead: other places, now and then other shapes; colours and background stay true."""
+    """A different scene for the caption: other places, sometimes other shapes; colors and background stay correct."""
     shapes = [rng.choice(SHAPES) if rng.random() < wrong_shape_share else thing.shape for thing in scene.things]
     if scene.relation is None:
         thing = scene.things[0]
@@ -71,7 +71,7 @@ def misplace(scene: Scene, rng: random.Random, *, wrong_shape_share: float = 0.2
 
 
 def sample_case(rng: random.Random, *, misplaced_share: float = 0.8) -> GuidedCase:
-    """A random case. Its caption is empty in one of ten, lies about the place in `misplaced_share`."""
+    """A random case. One in ten captions is empty; `misplaced_share` of them name a wrong place."""
     scene = move_anywhere(sample_scene(rng, two_things_share=0.25), rng)
     kind = rng.choices(HINT_KINDS, (0.4, 0.3, 0.3))[0]
     if rng.random() < 0.1:
@@ -94,7 +94,7 @@ def draw_lines(scene: Scene, *, width_px: float, ink: tuple[int, int, int], pape
 
 
 def draw_hint(scene: Scene, kind: str, rng: random.Random) -> np.ndarray:
-    """(64, 64) uint8, 0 or 255: what a ControlNet unit makes of a drawing of the scene."""
+    """(64, 64) uint8, 0 or 255: a ControlNet unit's hint for a drawing of the scene."""
     white, black = (255, 255, 255), (0, 0, 0)
     ink, paper = rng.choice(((white, black), (black, white)))
     if kind == "white lines on black":
@@ -110,7 +110,7 @@ def draw_hint(scene: Scene, kind: str, rng: random.Random) -> np.ndarray:
 
 
 def recolour(scene: Scene, rng: random.Random) -> Scene:
-    """The scene in random colours: a hint says nothing of them."""
+    """The scene in random colors, which a hint does not show."""
     things: tuple[Thing, ...] = tuple(replace(thing, colour=rng.choice(list(COLOURS))) for thing in scene.things)
     return replace(scene, things=things, background=rng.choice(list(BACKGROUNDS)))
 
@@ -125,7 +125,7 @@ def _draw_chunk(task: tuple[list[GuidedCase], int, bool]) -> tuple[np.ndarray, n
 
 
 def draw_cases(cases: list[GuidedCase], *, seed: int, outline_only: bool = False, num_workers: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (N, 64, 64, 3) and hints (N, 64, 64), uint8, drawn on `num_workers` processes; with `outline_only` hollow shapes and no hints."""
+    """Pictures (N, 64, 64, 3) and hints (N, 64, 64), uint8, drawn by `num_workers` processes. `outline_only`: hollow shapes, no hints."""
     tasks = [(cases[first : first + CHUNK], seed + first, outline_only) for first in range(0, len(cases), CHUNK)]
     workers = min(num_workers or os.cpu_count() or 1, len(tasks))
     if workers == 1:

@@ -1,7 +1,7 @@
-"""An independent judge: says what is in a picture by classical image analysis.
+"""An independent judge: determines what a picture shows by classical image analysis.
 
-It shares no code with the renderer and nothing is learned: background from the picture's rim, objects by colour distance and connected components,
-colour names by the nearest reference in CIELAB, shapes by Fourier descriptors of the outline.
+It shares no code with the renderer and uses no learning: the background from the picture's border, objects by color distance and connected
+components, color names by the nearest reference in CIELAB, shapes by Fourier descriptors of the outline.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-# sRGB references of the colour words
+# sRGB references of the color words
 OBJECT_COLOURS = {
     "red": (215, 30, 40),
     "green": (35, 155, 55),
@@ -33,10 +33,10 @@ MIN_HOLLOW = 0.15  # of an outlined object
 class Finding:
     colour: str
     shape: str
-    x: float  # centre, part of the width
+    x: float  # center, as a fraction of the width
     y: float
-    area: float  # part of the picture
-    hollow: float  # part of what the outline encloses that is not of the object's colour
+    area: float  # fraction of the picture
+    hollow: float  # fraction of the enclosed area that does not have the object's color
 
     @property
     def outlined(self) -> bool:
@@ -81,7 +81,7 @@ def _find_objects(lab_HWC: np.ndarray, background_lab: np.ndarray, foreground_HW
     core = np.zeros(foreground_HW.shape, dtype=int)
     names: list[str] = []
     for index, name in enumerate(OBJECT_COLOURS):
-        # opening removes the thin bands where an edge passes through another colour
+        # opening removes thin bands where an edge passes through another color
         opened = ndimage.binary_opening(colour_HW == index, np.ones((3, 3)), iterations=UPSCALE // 2)
         labels, count = ndimage.label(opened)
         for label in range(1, count + 1):
@@ -117,7 +117,7 @@ def _measure(mask_HW: np.ndarray, colour: str) -> Finding:
 
 
 def _radial_profile(mask_HW: np.ndarray, y: float, x: float) -> np.ndarray:
-    """How far the object reaches from its centre of mass in `NUM_ANGLES` directions (counted from the right, clockwise), over their mean."""
+    """Distance from the center of mass to the outline in `NUM_ANGLES` directions (from the right, clockwise), divided by the mean."""
     angles = np.arange(NUM_ANGLES) * 2 * np.pi / NUM_ANGLES
     radii = np.arange(0, float(max(mask_HW.shape)), 0.5)
     rows = np.rint(y + np.outer(np.sin(angles), radii)).astype(int)
@@ -131,8 +131,8 @@ def _radial_profile(mask_HW: np.ndarray, y: float, x: float) -> np.ndarray:
 def _name_shape(profile: np.ndarray) -> str:
     """The nearest of the four shapes, by Fourier descriptors of the outline's radius.
 
-    Three corners give a strong third harmonic (0.27 for the ideal triangle). Four of them give a fourth: in phase with the axes for a cross,
-    whose arms lie there (0.28), against it for a square, whose corners lie between (-0.14). A circle has neither.
+    Three corners give a strong third harmonic (0.27 for the ideal triangle). Four give a fourth: in phase with the axes for a cross, whose arms
+    are there (0.28), in antiphase for a square, whose corners are between them (-0.14). A circle has neither.
     """
     spectrum = np.fft.rfft(profile) / len(profile) * 2
     third, fourth = abs(spectrum[3]), spectrum[4].real

@@ -1,4 +1,4 @@
-"""The demo checkpoint's three networks: the SD1.x design, made small. Only shapes are chosen here; the classes are diffusers' and transformers'."""
+"""The demo checkpoint's three networks: the SD1.x design, but small. Only shapes are chosen here; the classes are diffusers' and transformers'."""
 
 from __future__ import annotations
 

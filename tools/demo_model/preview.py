@@ -1,4 +1,4 @@
-"""Pictures from a model in training, with diffusers' own parts: what to look at before anything is exported."""
+"""Pictures from a model in training, made with diffusers, for a look before anything is exported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.demo_model.train_vae import load_trained, load_vae
 
 
 def to_images(pixels_BCHW: torch.Tensor) -> list[Image.Image]:
-    """-1..1 pixels as RGB pictures."""
+    """Pixels -1..1 as RGB pictures."""
     array = pixels_BCHW.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(picture) for picture in array]
 

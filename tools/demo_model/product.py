@@ -1,4 +1,4 @@
-"""The product itself around the demo checkpoint, in a data folder of its own: for the evaluation and for tools that show what pictures come out."""
+"""The product with the demo checkpoint, in its own data folder: for the evaluation and for tools that show pictures."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ DEMO_LORA = MODELS / "Lora" / "demo-shapes-outline.safetensors"
 
 @contextmanager
 def installed_product(checkpoint: Path = DEMO_CHECKPOINT, *, guides: Sequence[Path] = ()) -> Iterator[Application]:
-    """The application with this one checkpoint, installed for process_images; whatever was installed before comes back afterwards.
+    """The application with this one checkpoint, installed for process_images; the previous application is restored afterwards.
 
-    `guides` are files of ControlNets and LoRAs, in folders named as in `models`; with any of them the built-in extensions are loaded too.
+    `guides` are ControlNet and LoRA files, in folders named as in `models`; if given, the built-in extensions are loaded too.
     """
     from modules import application  # the application's own imports are heavy
     from modules.launch.cmd_args import config_for_tests
@@ -63,9 +63,9 @@ def _loaded_extensions(app: Application) -> Iterator[None]:
 
 
 def make_text_picture(prompt: str, *, seed: int, **fields: Any) -> Image.Image:
-    """One txt2img picture of the installed product: Euler a, 20 steps, CFG 5, the checkpoint's own size, unless `fields` say otherwise.
+    """One txt2img picture from the installed product: Euler a, 20 steps, CFG 5, the checkpoint's native size, unless `fields` differ.
 
-    `units` among the fields are ControlNet's, as `alwayson_scripts.controlnet.args` has them; they need `guides`.
+    `units` in the fields are ControlNet units as in `alwayson_scripts.controlnet.args`; they need `guides`.
     """
     from modules.processing import StableDiffusionProcessingTxt2Img, process_images
 
@@ -82,13 +82,13 @@ def make_text_picture(prompt: str, *, seed: int, **fields: Any) -> Image.Image:
 
 
 def make_picture_from(start: Image.Image, prompt: str, *, seed: int, **fields: Any) -> Image.Image:
-    """One img2img picture of the installed product that starts from `start`; with a `mask` among the fields, inpainting."""
+    """One img2img picture from the installed product, starting from `start`; with a `mask` in the fields, inpainting."""
     from modules.processing import StableDiffusionProcessingImg2Img, process_images
 
     return process_images(StableDiffusionProcessingImg2Img(init_images=[start], **usual_fields(prompt, seed, fields))).images[0]
 
 
 def usual_fields(prompt: str, seed: int, fields: dict[str, Any]) -> dict[str, Any]:
-    """A request's arguments: what these tools mean where `fields` do not say otherwise."""
+    """A request's arguments: `fields` with these tools' defaults."""
     usual = {"steps": 20, "cfg_scale": 5.0, "sampler_name": "Euler a", "width": SIDE_PX, "height": SIDE_PX}
     return {**usual, "do_not_save_samples": True, "do_not_save_grid": True, **fields, "prompt": prompt, "seed": seed}

@@ -1,4 +1,4 @@
-"""Resumable training: one file per stage, written beside its name and moved into place."""
+"""Resumable training: one file per stage, written to a temporary file and moved into place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Write `state` whole or not at all."""
+    """Write `state` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
@@ -23,7 +23,7 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
 
 @dataclass(slots=True)
 class StageClock:
-    """How far a stage is: optimizer steps and seconds spent, over all its runs."""
+    """Progress of a stage: optimizer steps and seconds, over all its runs."""
 
     step: int = 0
     spent_s: float = 0.0
@@ -40,7 +40,7 @@ def cosine_rate(rate: float, fraction: float, *, warm_up: float = 0.02, floor: f
 
 
 class Ema:
-    """Exponential moving average of a module's parameters, held in fp32."""
+    """Exponential moving average of a module's parameters, stored in fp32."""
 
     def __init__(self, module: torch.nn.Module, decay: float = 0.999) -> None:
         self.module, self.decay, self.num_updates = module, decay, 0
@@ -57,10 +57,10 @@ class Ema:
 def iterate_steps(
     name: str, start: StageClock, num_steps: int, save: Callable[[StageClock], None], *, save_every_s: float = 120.0
 ) -> Iterator[tuple[float, tqdm]]:
-    """Yield (fraction of the stage done, progress bar) per step; calls `save(clock)` every two minutes and at the end.
+    """Yield (completed fraction of the stage, progress bar) per step; calls `save(clock)` every two minutes and at the end.
 
-    The stage ends after `num_steps`, or once `start.limit_s` seconds of training have been spent over all its runs, whichever comes first; the
-    fraction follows the one that is further, so that learning rates reach their end on a busy machine too.
+    The stage ends after `num_steps`, or after `start.limit_s` seconds of training over all its runs, whichever comes first. The fraction follows
+    whichever is further along, so that learning rates reach their end even on a busy machine.
     """
     clock = StageClock(start.step, start.spent_s, start.limit_s)
     saved_at = time.monotonic()
@@ -86,7 +86,7 @@ class LossLog:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, loss: torch.Tensor) -> float:
-        """Take one step's loss, a tensor that is read on the device's own time; returns the last mean that was written."""
+        """Add one step's loss, a tensor read when the device has it; returns the last written mean."""
         self._losses.append(loss)
         self.num_steps += 1
         if self.num_steps in (10, self.every) or self.num_steps % self.every == 0:

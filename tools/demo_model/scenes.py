@@ -1,7 +1,7 @@
-"""What the demo checkpoint knows: a small world of coloured shapes, its pictures and its captions.
+"""The demo checkpoint's world: colored shapes, their pictures and captions.
 
-A `Scene` is one or two objects on a plain background. `draw_scene` renders it, `describe_scene` says it in one of many ways. Both are ours; nothing
-here is shared with `judge.py`, which looks at pictures with other means.
+A `Scene` is one or two objects on a plain background. `draw_scene` renders it, `describe_scene` describes it in one of many ways. Nothing
+here is shared with `judge.py`, which analyzes pictures by other means.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (250, 250, 250), "grey": (140, 140, 140), "black": (15, 15, 15), "cyan": (150, 225, 240)}
 SHAPES = ("circle", "square", "triangle", "cross")
-# half of the height, as a part of the picture's height
+# half of the height, as a fraction of the picture's height
 SIZES = {"small": 0.12, "medium": 0.165, "large": 0.21}
-# cell of a 3x3 grid (column, row) -> the ways to say it
+# cell of a 3x3 grid (column, row) -> phrases for it
 CELLS = {
     (0, 0): ("in the top left corner", "in the top left"),
     (1, 0): ("at the top",),
@@ -59,18 +59,18 @@ class Thing:
 class Scene:
     things: tuple[Thing, ...]
     background: str
-    relation: str | None = None  # set when there are two things
-    jitter: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)  # dx, dy per thing, part of the picture's side
+    relation: str | None = None  # set if there are two things
+    jitter: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)  # dx, dy per thing, fraction of the picture's side
 
 
 def is_held_out(colour: str, shape: str, cell: tuple[int, int]) -> bool:
-    """Whether this colour-shape-place is kept out of training: about one in nine, evenly over colours, shapes and cells."""
+    """Whether this color-shape-place is held out of training: about one in nine, evenly over colors, shapes and cells."""
     colour_index, shape_index = list(COLOURS).index(colour), SHAPES.index(shape)
     return (colour_index * 2 + shape_index * 5 + cell[0] + 3 * cell[1]) % 9 == 4
 
 
 def sample_scene(rng: random.Random, *, two_things_share: float = 0.5, held_out: bool = False) -> Scene:
-    """A random scene; with `held_out` at least one of its things is a held-out combination, without it none is."""
+    """A random scene. With `held_out`, at least one of its things is a held-out combination; without it, none is."""
     while True:
         scene = _sample_any_scene(rng, two_things_share)
         if any(is_held_out(t.colour, t.shape, t.cell) for t in scene.things) == held_out:
@@ -96,7 +96,7 @@ def _say_thing(thing: Thing, say_extent: bool) -> str:
 
 
 def describe_scene(scene: Scene, rng: random.Random, *, full: bool = False) -> str:
-    """One caption of the scene. `full` says place and background always; else each may be left out."""
+    """One caption of the scene. `full` always includes place and background; otherwise each may be omitted."""
     say_extents = [thing.extent != "medium" or rng.random() < 0.3 for thing in scene.things]
     first = _say_thing(scene.things[0], say_extents[0])
     if scene.relation is None:
@@ -114,7 +114,7 @@ def describe_scene(scene: Scene, rng: random.Random, *, full: bool = False) -> s
 
 
 def thing_box(thing: Thing, jitter: tuple[float, float], side_px: int) -> tuple[float, float, float]:
-    """Centre x, centre y and half height of a thing, pixels."""
+    """Center x, center y and half height of a thing, in pixels."""
     half = SIZES[thing.extent]
     centre = []
     for axis in (0, 1):

@@ -1,4 +1,4 @@
-"""The demo checkpoint's canny ControlNet: a copy of the UNet's way in, trained on outlines at places that captions leave open or get wrong."""
+"""The demo checkpoint's canny ControlNet: a copy of the UNet's input half, trained on outlines whose place the captions omit or get wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tools.demo_model.progress import Ema, LossLog, StageClock, cosine_rate, ite
 
 HINT_CHANNELS = (16, 32, 64, 128)
 SILU_GAIN = 1.75
-"""Weights times this keep a signal's size through SiLU (1.7 for a normal one), and raise that of a few thin lines."""
+"""Weights multiplied by this preserve a signal's size through SiLU (1.7 for a normal one), and amplify that of a few thin lines."""
 MAX_FILE_BYTES = 8 * 2**20
 PREFIX = "control_model."
 METADATA = {
@@ -34,7 +34,7 @@ METADATA = {
 
 
 def build_controlnet(unet: nn.Module) -> Any:
-    """diffusers' ControlNet for the demo UNet, begun as a copy of its way in; 3.8 M parameters."""
+    """diffusers' ControlNet for the demo UNet, initialized from its input half; 3.8 M parameters."""
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINT_CHANNELS)
     wake_hint_layers(net)
     return net
@@ -42,9 +42,9 @@ def build_controlnet(unet: nn.Module) -> Any:
 
 @torch.no_grad()
 def wake_hint_layers(net: Any) -> None:
-    """Begin the layers that read the hint so that thin lines come out as strong as they go in.
+    """Initialize the hint layers so that thin lines keep their strength.
 
-    The library's own start halves a signal at every layer and ends with zeros: thousands of steps pass before the hint is seen.
+    The library's initialization halves a signal at every layer and ends with zeros: it takes thousands of steps until the hint has an effect.
     """
     hint = net.controlnet_cond_embedding
     for layer in (hint.conv_in, *hint.blocks, hint.conv_out):
@@ -76,7 +76,7 @@ def train_controlnet(
     num_workers: int | None = None,
     seed: int = 4,
 ) -> None:
-    """Train to `controlnet.pt` and write `out` at every save; goes on where it stopped."""
+    """Train to `controlnet.pt` and write `out` at every save; resumes where it stopped."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     place, path = torch.device(device), work_dir / "controlnet.pt"
@@ -113,7 +113,7 @@ def train_controlnet(
 
 
 def controlnet_loss(base: BaseNetworks, net: Any, noiser: Noiser, rows: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The weighted error of the guided UNet on rows of `make_data`; gradients reach the ControlNet alone."""
+    """The weighted error of the guided UNet on rows from `make_data`; gradients only reach the ControlNet."""
     noisy_BCHW, noise_BCHW, t_B = noiser.add_noise(rows["latents"])
     hint_BCHW = rows["hints"][:, None].expand(-1, 3, -1, -1).float() / 255
     with torch.no_grad():
@@ -124,16 +124,16 @@ def controlnet_loss(base: BaseNetworks, net: Any, noiser: Noiser, rows: dict[str
 
 
 def export_controlnet(config: Any, state_dict: dict[str, torch.Tensor], out: Path) -> None:
-    """Write the original layout in fp16, whole or not at all. Raises: ValueError when it would pass 8 MiB."""
+    """Write the original layout in fp16 atomically. Raises: ValueError if it would exceed 8 MiB."""
     names = controlnet_module_names(config)
     tensors = {PREFIX + rename_by_module(key, names): tensor.half().cpu().contiguous() for key, tensor in state_dict.items()}
     write_small_file(tensors, out, METADATA, MAX_FILE_BYTES)
 
 
 def write_small_file(tensors: dict[str, torch.Tensor], out: Path, metadata: dict[str, str], max_bytes: int) -> None:
-    """Write safetensors whole or not at all. Raises: ValueError past `max_bytes`."""
+    """Write a safetensors file atomically. Raises: ValueError above `max_bytes`."""
     file_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if file_bytes > max_bytes - 64 * 1024:  # room for the header
+    if file_bytes > max_bytes - 64 * 1024:  # space for the header
         raise ValueError(f"{out.name}: {file_bytes} bytes of weights, the limit for a tracked file is {max_bytes}; make the network narrower.")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_suffix(".tmp")

@@ -1,4 +1,4 @@
-"""The demo checkpoint's outline LoRA: low-rank changes of the frozen UNet's layers, trained on hollow shapes under the ordinary captions."""
+"""The demo checkpoint's outline LoRA: low-rank changes of the frozen UNet's layers, trained on hollow shapes with ordinary captions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METADATA = {
 
 
 class LowRank(nn.Module):
-    """weight + up @ down, for a linear or convolution weight (out, in, ...); begins as no change."""
+    """weight + up @ down, for a linear or convolution weight (out, in, ...); initially zero."""
 
     def __init__(self, weight: torch.Tensor, rank: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(unet: nn.Module, rank: int = RANK) -> dict[str, LowRank]:
-    """Put a change on every layer of the UNet's blocks with a matrix; returns them by the layer's name."""
+    """Add a change to every layer with a matrix in the UNet's blocks; returns them by layer name."""
     layers = {name: layer for name, layer in unet.named_modules() if "_block" in name and isinstance(layer, nn.Linear | nn.Conv2d)}
     changes = {name: LowRank(layer.weight, rank) for name, layer in layers.items()}
     for name, change in changes.items():
@@ -76,7 +76,7 @@ def train_lora(
     num_workers: int | None = None,
     seed: int = 5,
 ) -> None:
-    """Train to `lora.pt` and write `out` at every save; goes on where it stopped."""
+    """Train to `lora.pt` and write `out` at every save; resumes where it stopped."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     place, path = torch.device(device), work_dir / "lora.pt"
@@ -118,7 +118,7 @@ def train_lora(
 
 @torch.no_grad()
 def export_lora(changes: dict[str, LowRank], out: Path) -> None:
-    """Write kohya's names in fp16, whole or not at all. Raises: ValueError when it would pass 1 MiB."""
+    """Write kohya's names in fp16 atomically. Raises: ValueError if it would exceed 1 MiB."""
     tensors: dict[str, torch.Tensor] = {}
     for name, change in changes.items():
         layer, ones = "lora_unet_" + name.replace(".", "_"), (1,) * (change.down.ndim - 2)

@@ -1,4 +1,4 @@
-"""Stage 2: warm the text encoder up on saying what a caption holds, read out by cross-attention, the way the UNet will read it."""
+"""Stage 2: pretrains the text encoder to predict a caption's labels, read out by cross-attention the way the UNet will read it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tools.demo_model.networks import CONTEXT_CHANNELS, build_text_encoder
 from tools.demo_model.progress import StageClock, cosine_rate, iterate_steps, save_atomically
 from tools.demo_model.scenes import describe_scene, sample_scene
 
-SHORT_LENGTH = 40  # captions fit; the last fifth of the stage sees full-length padding
+SHORT_LENGTH = 40  # captions fit; the last fifth of the stage uses full-length padding
 
 
 class LabelReader(nn.Module):
-    """One query per label attends to the tokens; thrown away after this stage."""
+    """One query per label attends to the tokens; discarded after this stage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class LabelReader(nn.Module):
 
 
 def prepare_text_encoder() -> nn.Module:
-    """A fresh encoder whose unknown token rows are zero and stay zero."""
+    """A new encoder whose rows for unknown tokens are zero and stay zero."""
     encoder = build_text_encoder()
     mask = known_rows_mask()
     embedding = encoder.embeddings.token_embedding.weight

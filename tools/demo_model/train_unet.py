@@ -1,4 +1,4 @@
-"""Stage 3: the denoiser. Epsilon prediction on the Stable Diffusion noise schedule, min-SNR weights, averaged weights, 10 % empty captions."""
+"""Stage 3: the denoiser. Epsilon prediction with Stable Diffusion's noise schedule, min-SNR weights, averaged weights, 10 % empty captions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def whitening(latents_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.inference_mode()
 def encode_dataset(work_dir: Path, *, num_scenes: int = 20_000, batch: int = 100) -> None:
-    """Draw scenes and keep their latents; the scenes are drawn again from their seed by `dataset_scenes`."""
+    """Draw scenes and store their latents; `dataset_scenes` recreates the scenes from their seed."""
     vae = load_vae(work_dir).to(memory_format=torch.channels_last)
     scenes, parts = dataset_scenes(num_scenes), []
     for first in tqdm(range(0, num_scenes, batch), desc="latents", mininterval=10):

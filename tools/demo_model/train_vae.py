@@ -1,6 +1,6 @@
-"""Stages 1 and 4: the autoencoder, then its decoder alone, which may run beside the UNet's training since latents no longer change.
+"""Stages 1 and 4: the autoencoder, then only its decoder, which may train in parallel with the UNet because latents no longer change.
 
-Reconstruction in L1, squared error and image gradients, a fixed noise on the latents; no adversary and no pretrained network.
+Reconstruction by L1, squared error and image gradients, with fixed noise on the latents; no adversarial loss and no pretrained network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tools.demo_model.scenes import Scene, draw_scene, sample_scene
 
 OBJECT_WEIGHT = 4.0
 OUTLINE_SHARE = 0.15
-LATENT_NOISE = 0.1  # what the decoder must bear; latents are a few units wide
+LATENT_NOISE = 0.1  # noise the decoder must tolerate; latents span a few units
 LATENT_WEIGHT = 1e-5
 
 
@@ -31,10 +31,10 @@ def scenes_to_pixels(scenes: list[Scene], *, outline_only: bool = False) -> torc
 
 @torch.no_grad()
 def anchor_group_norms(module: nn.Module, reference: float = 1.0) -> None:
-    """Give neighbouring channels opposite biases before each group norm.
+    """Give neighboring channels opposite biases before each group norm.
 
-    At this width a group has two or three channels, and a norm over so few throws away how strong a colour is. With a constant of either sign in
-    each group the norm divides by about that constant, and strengths come through.
+    At this width a group has two or three channels, and normalizing over so few discards how strong a color is. With a constant of either sign
+    in each group, the norm divides by about that constant, and color strengths are preserved.
     """
     for name, layer in module.named_modules():
         feeds_norm = name.endswith(("conv_in", "conv1", "conv2", "conv_shortcut", "samplers.0.conv"))
@@ -44,14 +44,14 @@ def anchor_group_norms(module: nn.Module, reference: float = 1.0) -> None:
 
 
 def thumbnail_loss(latents_BCHW: torch.Tensor, target_BCHW: torch.Tensor) -> torch.Tensor:
-    """How far the first three latent channels are from the picture's 8x8 means: early guidance that keeps colours apart."""
+    """Distance of the first three latent channels from the picture's 8x8 means: early guidance that separates colors."""
     means_BCHW = functional.avg_pool2d(target_BCHW, LATENT_FACTOR)
     return (latents_BCHW[:, :3].float() - 2 * means_BCHW).square().mean()
 
 
 def reconstruction_loss(out_BCHW: torch.Tensor, target_BCHW: torch.Tensor) -> torch.Tensor:
-    """L1 and squared error with objects weighted against their background, squared error of 4x4 means (colour), L1 of pixel differences (edges)."""
-    background_BCHW = target_BCHW[:, :, :1, :1]  # objects keep clear of the corners
+    """L1 and squared error with objects weighted against their background, squared error of 4x4 means (color), L1 of pixel differences (edges)."""
+    background_BCHW = target_BCHW[:, :, :1, :1]  # objects never touch the corners
     object_BHW = (target_BCHW - background_BCHW).abs().amax(1, keepdim=True) > 0.05
     weight_BHW = 1 + OBJECT_WEIGHT * object_BHW.float()
     error_BCHW = (out_BCHW - target_BCHW) * weight_BHW
@@ -65,7 +65,7 @@ def reconstruction_loss(out_BCHW: torch.Tensor, target_BCHW: torch.Tensor) -> to
 def train_vae(
     work_dir: Path, *, num_steps: int, limit_s: float | None = None, batch: int = 8, rate: float = 1e-3, decoder_only: bool = False
 ) -> None:
-    """Train to `vae.pt`; with `decoder_only` go on from there to `decoder.pt` with encoder and latents as they are."""
+    """Train to `vae.pt`. With `decoder_only`, continue from there to `decoder.pt` with encoder and latents fixed."""
     torch.manual_seed(1)
     path = work_dir / ("decoder.pt" if decoder_only else "vae.pt")
     vae = build_vae()
@@ -94,7 +94,7 @@ def train_vae(
     for fraction, bar in iterate_steps(path.stem, clock, num_steps, save):
         for group in optimizer.param_groups:
             group["lr"] = cosine_rate(rate, fraction)
-        outline_only = rng.random() < OUTLINE_SHARE  # an outline LoRA will need outlines to survive the autoencoder
+        outline_only = rng.random() < OUTLINE_SHARE  # outlines must survive the autoencoder for the outline LoRA
         pixels = scenes_to_pixels([sample_scene(rng) for _ in range(batch)], outline_only=outline_only)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with torch.set_grad_enabled(not decoder_only):
@@ -114,12 +114,12 @@ def train_vae(
 
 
 def load_trained(module: nn.Module, path: Path, key: str) -> nn.Module:
-    """Put one stage's weights into a module, for use without gradients."""
+    """Load one stage's weights into a module, for use without gradients."""
     module.load_state_dict(torch.load(path, weights_only=True)[key])
     return module.eval().requires_grad_(False)
 
 
 def load_vae(work_dir: Path) -> nn.Module:
-    """The trained autoencoder, with the decoder of the later stage if there is one."""
+    """The trained autoencoder, with the decoder from the later stage if it exists."""
     refined = work_dir / "decoder.pt"
     return load_trained(build_vae(), refined if refined.exists() else work_dir / "vae.pt", "ema")
