@@ -1,4 +1,4 @@
-"""What holds for every test: one torch thread, no network, no telemetry, the same seeds."""
+"""Applies to every test: one torch thread, no network, no telemetry, fixed seeds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 
-# Before any test module imports a library that reads them.
+# Before any test module imports a library that reads these.
 os.environ.update(
     {
         "HF_HUB_OFFLINE": "1",
@@ -28,10 +28,10 @@ from tests.support.suite_order import COLLECTED, is_nightly_variant, place_of
 
 try:
     from hypothesis import settings as hypothesis_settings
-except ImportError:  # the launcher's own tests run without it
+except ImportError:  # the launcher's tests run without it
     pass
 else:
-    # No test asserts time, and every run tries the same cases.
+    # No test asserts time, and every run uses the same cases.
     hypothesis_settings.register_profile("house", deadline=None, derandomize=True)
     hypothesis_settings.load_profile("house")
 
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
-    import torch  # heavy, and only wanted here
+    import torch  # heavy, and only needed here
 
     if not torch.cuda.is_available():
         for item in gpu_items:
@@ -76,7 +76,7 @@ def _leave_out_nightly(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def choose_nightly(choice: str, names: list[str]) -> set[str]:
-    """Which of the nightly tests run: "none", "all", or for "2/7" the second of every seven."""
+    """Which nightly tests run: "none", "all", or for "2/7" the second of every seven."""
     if choice in ("none", "all"):
         return set(names) if choice == "all" else set()
     part, _, count = choice.partition("/")
@@ -86,7 +86,7 @@ def choose_nightly(choice: str, names: list[str]) -> set[str]:
 
 
 def pytest_collection_finish() -> None:
-    """All libraries are imported now; models that leave a device need not walk them at every collection."""
+    """All libraries are imported by now; freeze them, so that collections triggered by models leaving a device need not scan them."""
     gc.collect()
     gc.freeze()
 
@@ -95,15 +95,15 @@ def pytest_collection_finish() -> None:
 def _one_torch_thread() -> None:
     try:
         import torch
-    except ImportError:  # the launcher's own tests run without it
+    except ImportError:  # the launcher's tests run without it
         return
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _look_at_each_object_once() -> Iterator[None]:
-    """What outlives a file (libraries, pages of gradio) is not looked through at every later collection: models that leave a device ask for one,
-    and by the middle of the suite they took most of its time."""
+    """Freeze what outlives a file (libraries, gradio pages), so that later collections skip it. Models leaving a device trigger collections,
+    which took most of their time by the middle of the suite."""
     yield
     gc.collect()
     gc.freeze()
@@ -111,7 +111,7 @@ def _look_at_each_object_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _same_seeds() -> Iterator[None]:
-    """Every test starts from the same global seeds, and leaves no options for the next one."""
+    """Every test starts with the same global seeds, and leaves no options behind."""
     random.seed(0)
     try:
         import numpy as np

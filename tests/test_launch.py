@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project after its first start, which every test may use and none may break."""
+    """A project after its first start; tests share it and must not break it."""
     project = make_project(tmp_path_factory.mktemp("launch"))
     first = project.run("--port", "17860")
     assert first.code == 0, first.output
@@ -29,13 +29,13 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Project:
-    """A project that was never started. Its own venv would take seconds, so tests that use it fail before one is made."""
+    """A project that was never started. Its own venv would take seconds, so tests using it fail before one is created."""
     return make_project(tmp_path)
 
 
 @pytest.fixture
 def changed(started: Project) -> Iterator[Project]:
-    """The started project, to be changed: requirements, stamp and extensions are put back afterwards."""
+    """The started project, for changes: requirements, stamp and extensions are restored afterwards."""
     stamp, requirements = started.venv / "webui-installed.json", started.root / "requirements_versions.txt"
     kept = {path: path.read_bytes() for path in (stamp, requirements)}
     yield started
@@ -159,7 +159,7 @@ def test_a_torch_command_that_is_none_is_refused(changed: Project) -> None:
 
 
 def test_a_set_up_that_was_cut_short_is_done_again(changed: Project) -> None:
-    """torch is taken off before the other build is found missing; the next start must not believe the old stamp."""
+    """torch is removed before the other build turns out to be missing; the next start must not trust the old stamp."""
     assert changed.run("--exit", TORCH_COMMAND="pip install torch==7.7.7").code == 1
     assert "Successfully installed torch-2.13.0" in changed.run("--exit").output
 
@@ -330,7 +330,7 @@ def test_sysinfo_is_written_without_secrets(started: Project) -> None:
 
 @pytest.mark.parametrize("version", ["2.7", "3.6", "3.9"])
 def test_an_old_python_is_told_so(version: str) -> None:
-    """With the Pythons that are on this machine."""
+    """With the Pythons installed on this machine."""
     candidates = [shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
     python = next((str(path) for path in candidates if path and _is_version(str(path), version)), None)
     if python is None:

@@ -1,4 +1,4 @@
-"""Ctrl+C and SIGTERM: the first one closes what is open, the second one ends at once, whatever still runs."""
+"""Ctrl+C and SIGTERM: the first one shuts down cleanly, the second one ends at once, whatever is still running."""
 
 from __future__ import annotations
 

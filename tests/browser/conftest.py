@@ -1,4 +1,4 @@
-"""A server with a small real model, and Chromium looking at it. Everything skips, with the reason, where there is no Chromium."""
+"""A server with a small real model, viewed with Chromium. Without Chromium everything skips, with the reason."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from webui import files_of_extensions
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run")
-TIMEOUT_MS = 300_000  # a machine that is busy with something else is slow, not broken
-KNOWN_MESSAGES = ("Method not implemented",)  # of gradio's own picture component
+TIMEOUT_MS = 300_000  # a busy machine is slow, not broken
+KNOWN_MESSAGES = ("Method not implemented",)  # from gradio's own picture component
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,14 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.browser)
             item.add_marker(pytest.mark.slow)
-            # what libraries say on the server's threads is not the page's doing; sockets are left to the garbage collector by gradio and the browser
+            # warnings of libraries on the server's threads are not the page's fault; gradio and the browser leave sockets to the garbage collector
             for kind in ("DeprecationWarning", "FutureWarning", "ResourceWarning", "pytest.PytestUnraisableExceptionWarning"):
                 item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}"))
 
 
 @dataclass
 class Site:
-    """A running server, and the application behind it."""
+    """A running server and its application."""
 
     app: Application
     address: str
@@ -72,7 +72,7 @@ def serve(data_dir: Path, *extensions: str, slots: int = 1) -> Iterator[Site]:
 
 
 def put_checkpoint(data_dir: Path) -> Path:
-    """A narrow SD 1.x file with random weights whose pictures are 64x64."""
+    """A narrow random SD 1.x file that makes 64x64 pictures."""
     path = data_dir / "models" / "Stable-diffusion" / "narrow.safetensors"
     write_checkpoint(path, "sd15", metadata={"modelspec.resolution": "64x64"})
     return path
@@ -106,7 +106,7 @@ def browser() -> Iterator[Any]:
 
 @dataclass
 class Observed:
-    """What must not happen while a page is looked at."""
+    """What must not happen while a page is open."""
 
     foreign_requests: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -134,7 +134,7 @@ def observed() -> Observed:
 
 @pytest.fixture(scope="session")
 def profile(browser: Any) -> Iterator[Any]:
-    """What the windows share: the page's programs, read and compiled once."""
+    """Shared by all windows: the page's programs, fetched and compiled once."""
     context = browser.new_context(viewport={"width": 1440, "height": 900}, accept_downloads=True)
     context.set_default_timeout(TIMEOUT_MS)
     yield context
@@ -143,7 +143,7 @@ def profile(browser: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def page(profile: Any, observed: Observed) -> Iterator[Any]:
-    """A new window that knows nothing of those before; the test fails when the page asked another host for anything or reported an error."""
+    """A new, isolated window. The test fails if the page contacts another host or reports an error."""
     page = profile.new_page()
     observed.watch(page)
     yield page

@@ -1,4 +1,4 @@
-"""The ControlNet panel in a browser: a unit is filled in, its map is looked at, and the picture that Generate makes follows it."""
+"""The ControlNet panel in a browser: fill in a unit, look at its map, and check that Generate's picture follows it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_unit_of_the_panel_guides_the_picture(page: Any, panel: Site) -> None:
     page.wait_for_selector(f"{UNIT}controlnet_threshold_A_slider", state="visible")
     _choose(page, f"{UNIT}controlnet_model_dropdown", "edges")
     page.click(f"{UNIT}controlnet_trigger_preprocessor")
-    page.wait_for_selector(f"{UNIT}generated_image img")  # asked for after the unit was filled in, so that is on the server too
+    page.wait_for_selector(f"{UNIT}generated_image img")  # requested after filling in the unit, so the server has the unit too
     generate(page)
     text = infotexts(page)[0]
     assert 'ControlNet 0: "Module: canny, Model: edges [' in text and "Threshold A: 100, Threshold B: 200" in text

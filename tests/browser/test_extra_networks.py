@@ -1,4 +1,4 @@
-"""Cards of LoRA files, checkpoints and embeddings, as a user meets them in headless Chromium."""
+"""Cards of LoRA files, checkpoints and embeddings, used in headless Chromium like a user would."""
 
 from __future__ import annotations
 

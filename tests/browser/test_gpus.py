@@ -1,4 +1,4 @@
-"""The GPUs panel as a user meets it: closed at first, filled when opened, and up to date after a job."""
+"""The GPUs panel from the user's view: closed at first, filled when opened, and up to date after a job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_the_panel_shows_what_a_job_left_on_the_devices(page: Any, site: Site) -
     page.click("#txt2img_gpus > button")
     page.wait_for_selector("#txt2img_gpus_table table", state="visible")
     expected(page, "#txt2img_gpus_table").not_to_contain_text("KModel")
-    set_number(page, "txt2img_steps", 30)  # long enough that the panel is refreshed meanwhile, and once after
+    set_number(page, "txt2img_steps", 30)  # long enough for the panel to refresh during the job, and once after it
     generate(page)
     expect_text(page, "#txt2img_gpus_table", "KModel")
     show_tab(page, "img2img")

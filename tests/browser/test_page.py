@@ -1,4 +1,4 @@
-"""The page as a user meets it, in headless Chromium, with a small model behind it."""
+"""The page from the user's view, in headless Chromium, with a small model behind it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The product's source files, parsed, for tests that read code."""
+"""The product's source files, parsed, for tests that inspect code."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _parse(path: Path, root: Path) -> Source:
 
 
 def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those under `if TYPE_CHECKING:`."""
+    """All nodes except those under `if TYPE_CHECKING:`."""
     for child in ast.iter_child_nodes(tree):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             for node in child.orelse:
@@ -56,7 +56,7 @@ def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def imported_names(source: Source) -> Iterator[tuple[str, int]]:
-    """(dotted name, line) of everything imported at run time, also inside functions; `from a import b` gives `a` and `a.b`."""
+    """(dotted name, line) of everything imported at run time, including inside functions; `from a import b` gives `a` and `a.b`."""
     for node in runtime_nodes(source.tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)

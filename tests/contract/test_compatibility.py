@@ -1,4 +1,4 @@
-"""docs/compatibility.md names what is there: tests that exist, and every flag and setting without effect."""
+"""docs/compatibility.md refers to existing tests, and lists every flag and setting without effect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STATES = ("works", "differs", "left out", "left out for now")
 
 
 def rows() -> list[list[str]]:
-    """The cells of every row of the tables about entries."""
+    """The cells of every row in the tables of entries."""
     lines = [line for line in TEXT.splitlines() if line.startswith("| ") and not line.startswith("| entry")]
     return [cells for line in lines if len(cells := [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]) == 4]
 

@@ -1,4 +1,4 @@
-"""What every file keeps to: no bare except, no print, argv and the environment in launch.py alone, a docstring that says what it is for."""
+"""Rules for every file: no bare except, no print, argv and environment only in launch.py, a module docstring."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_no_bare_except() -> None:
 
 
 def _swallows_everything(handler: ast.ExceptHandler) -> bool:
-    """`except Exception` without raising again."""
+    """`except Exception` without re-raising."""
     names = [node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)] if handler.type else []
     raises = any(isinstance(node, ast.Raise) for statement in handler.body for node in ast.walk(statement))
     return bool({"Exception", "BaseException"} & set(names)) and not raises
@@ -102,7 +102,7 @@ def test_syntax_is_that_of_the_oldest_python() -> None:
 
 
 def test_the_launcher_can_be_read_by_older_pythons() -> None:
-    """It must get as far as saying that they are too old: no annotations, no f-strings, no walrus, nothing after 3.4."""
+    """Old Pythons must be able to parse it up to the error message: no annotations, no f-strings, no walrus, nothing after 3.4."""
     source = next(source for source in product_sources() if source.name == "launch.py")
     ast.parse(source.text, source.name, feature_version=(3, 4))
     modern = (ast.JoinedStr, ast.AnnAssign, ast.NamedExpr, ast.AsyncFunctionDef, ast.Match, ast.Nonlocal)

@@ -1,4 +1,4 @@
-"""Names that two or more public extensions use (data/extension_names.txt) are there, or it is said why not."""
+"""Names used by two or more public extensions (data/extension_names.txt) exist, or are listed with the reason why not."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A family that nobody knows, in a folder elsewhere, makes pictures through the whole product: on one slot, on two as replicas and as layers, with a
-LoRA, without a change to any other file. References: one slot for two, and a checkpoint with the LoRA's change in its weights for the LoRA.
+"""An unknown family in a separate folder makes pictures with the whole product: on one slot, on two as replicas and as layers, with a LoRA,
+without a change to any other file. References: one slot for two, and a checkpoint with the LoRA merged into its weights for the LoRA.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
 
 @pytest.fixture(scope="module")
 def data_dir(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with a checkpoint of the family, a LoRA on its fused matrices, and a checkpoint with that LoRA in its weights."""
+    """A data folder with a checkpoint of the family, a LoRA for its fused matrices, and a checkpoint with that LoRA merged in."""
     folder = tmp_path_factory.mktemp("data")
     tensors = _make_tensors(family)
     change = _make_change(tensors)
@@ -102,7 +102,7 @@ def _pictures(app: Application, checkpoint: str = "glyphs", make: Any = txt2img,
 
 @pytest.fixture(scope="module")
 def expected(data_dir: Path) -> dict[str, np.ndarray]:
-    """One slot's pictures."""
+    """Pictures made on one slot."""
     with virtual_fleet(1), installed_application(data_dir) as app, loaded_builtin(app, "sd_forge_lora"):
         app.options.live_previews_enable = False
         found = {"plain": _pictures(app), "lora": _pictures(app, prompt="a red cat<lora:bold:1>"), "merged": _pictures(app, "merged")}
@@ -121,7 +121,7 @@ def test_a_lora_on_the_file_s_fused_matrices_is_the_same_change_of_the_network_s
 
 
 def test_the_request_s_distilled_guidance_reaches_the_network_as_a_row(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In both passes, of each branch, where the network takes it; a file of the family whose network takes none gets none."""
+    """In both passes and branches, if the network takes it; a file whose network does not take it gets none."""
     calls: list[NetworkCall] = []
     run_network = KModel.run_network
 
@@ -209,7 +209,7 @@ def test_an_incomplete_file_says_what_is_missing(data_dir: Path, tmp_path: Path)
             load_checkpoint(path, config=BackendConfig())
 
 
-# the pieces a family is made of
+# the parts of a family
 
 
 def test_families_are_asked_in_the_order_of_their_ranks() -> None:
@@ -244,7 +244,7 @@ def test_a_latent_format_goes_there_and_back() -> None:
 
 
 def test_a_key_map_names_both_ways_and_joins_what_shares_a_matrix() -> None:
-    """As Flux's single blocks: q, k, v and the first half of the MLP are one matrix of unequal parts."""
+    """Like Flux's single blocks: q, k, v and the first half of the MLP are one matrix with unequal parts."""
     rows = {"a.q": Rows(0, 2, 7), "a.mlp": Rows(2, 7, 7)}
     names = KeyMap(modules={"a.q": "one.linear1", "a.mlp": "one.linear1", "out": "final"}, rows=rows)
     assert names.original("a.mlp.weight") == ("one.linear1.weight", Rows(2, 7, 7))
@@ -260,7 +260,7 @@ def test_a_key_map_names_both_ways_and_joins_what_shares_a_matrix() -> None:
 
 
 def test_a_key_map_swaps_halves_and_knows_other_spellings() -> None:
-    """As Flux's last norm, whose shift comes before its scale in the files."""
+    """Like Flux's last norm, whose shift comes before its scale in the files."""
     names = KeyMap(modules={"norm": "ada.1"}, rows={"norm": Rows(0, 4, 4, swapped=True)}, respelled={".scale": ".weight"})
     ours = torch.arange(8.0).reshape(4, 2)
     theirs = names.to_original({"norm.weight": ours})["ada.1.weight"]

@@ -1,4 +1,4 @@
-"""No flag is accepted and ignored: it changes something that is read, or says that it has no effect."""
+"""No flag is silently ignored: it changes something that is read, or says that it has no effect."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from modules.app_config import AppConfig
 from modules.launch.cmd_args import NO_EFFECT, NOT_YET, build_parser, parse_config
 from tests.contract.sources import product_sources
 
-# Where flags are made and turned into fields: being named there is not being read.
+# Files that define flags and turn them into fields: a name there does not count as use.
 MAKERS = {"backend/args.py", "modules/launch/cmd_args.py", "modules/app_config.py", "modules/launch/inert_flags.py"}
-COMMANDS = {"backend/parallel/simulate.py"}  # has options of its own, some of the same name
+COMMANDS = {"backend/parallel/simulate.py"}  # has its own options, some with the same names
 NEED = {
     "--multi-gpu-strategy": ["--multi-gpu"],
     "--tls-keyfile": ["--tls-certfile", __file__],
@@ -29,7 +29,7 @@ FILES = ("--tls-keyfile", "--tls-certfile", "--ckpt", "--api-auth-file", "--grad
 
 @cache
 def names_read() -> frozenset[str]:
-    """Every attribute, string and keyword in the product's code outside the makers."""
+    """Every attribute, string and keyword in the product's code outside those files."""
     names: set[str] = set()
     for source in product_sources():
         if source.name not in MAKERS | COMMANDS:
@@ -40,13 +40,13 @@ def names_read() -> frozenset[str]:
 
 
 def fields_of(config: AppConfig) -> dict[str, object]:
-    """Fields of both configurations; the bag of flags and the notices are no evidence of an effect."""
+    """Fields of both configurations; the dict of flags and the notices do not prove an effect."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in ("flags", "notices", "backend")}
     return fields | {field.name: getattr(config.backend, field.name) for field in dataclasses.fields(config.backend)}
 
 
 def words_of(action: argparse.Action, folder: Path) -> list[str]:
-    """The flag as a user might give it, with a value other than its default."""
+    """The flag as a user might give it, with a non-default value."""
     flag = action.option_strings[0]
     if action.nargs == 0:
         return [flag]
@@ -60,7 +60,7 @@ def words_of(action: argparse.Action, folder: Path) -> list[str]:
 
 
 def find_readers(action: argparse.Action, folder: Path) -> set[str]:
-    """What the flag changes that somebody reads."""
+    """What the flag changes that some code reads."""
     flag, need = action.option_strings[0], NEED.get(action.option_strings[0], [])
     (folder / "models" / "Stable-diffusion").mkdir(parents=True, exist_ok=True)
     base = [] if flag == "--data-dir" else ["--data-dir", str(folder / "data")]

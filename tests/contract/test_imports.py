@@ -1,4 +1,4 @@
-"""Importing a module does no work: nothing is printed, made, started or probed; the modules of the start import nothing heavy."""
+"""Importing a module does no work: nothing is printed, created, started or probed; startup modules import nothing heavy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def importable_names() -> list[str]:
 
 
 def list_files() -> set[Path]:
-    """Everything in the working tree that importing could make, caches of Python aside."""
+    """Everything in the working tree that importing could create, except Python's caches."""
     skipped = {"venv", ".venv", ".git", "__pycache__", "tmp", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"}
     found: set[Path] = set()
     for folder, names, files in os.walk(ROOT_DIR):
@@ -57,7 +57,7 @@ def list_files() -> set[Path]:
 
 @pytest.mark.slow
 def test_importing_every_module_does_no_work(tmp_path: Path) -> None:
-    """Each in turn in one fresh process: heavy packages are imported once."""
+    """Imports each in turn in one fresh process, so that heavy packages are imported once."""
     before = list_files()
     environ = {**os.environ, "PYTHONPATH": str(ROOT_DIR), "PYTHONDONTWRITEBYTECODE": "1"}
     for name in ("MPLCONFIGDIR", "GRADIO_TEMP_DIR"):

@@ -1,4 +1,4 @@
-"""Imports point one way: launch > webui > modules > modules_forge > backend; guests are imported by nobody."""
+"""Imports point one way: launch > webui > modules > modules_forge > backend; nobody imports guests."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.contract.sources import (
 )
 
 NOT_IN_BACKEND = {"gradio", "fastapi", "starlette", "uvicorn", "argparse", "gradio_client"}
-# A command of its own, `python -m backend.parallel.simulate`, that nothing imports: it predicts plans for cards without starting the WebUI.
+# A separate command, `python -m backend.parallel.simulate`, that nothing imports: it predicts plans for GPUs without starting the WebUI.
 COMMANDS = {"backend/parallel/simulate.py": "argparse"}
-# What the page and the API are made of; neither may know the other.
+# The packages of the page and of the API; neither may import the other.
 PAGE, API = "modules.ui.tabs", "modules.api"
 
 
-# The engine's packages and files, lowest first. One may import those of its own rank and below. The longest name that fits counts. A file beside
-# the packages that is not named here stands right above what it imports.
+# The engine's packages and files, lowest first. Each may import its own rank and below. The longest matching name counts. A file next to
+# the packages that is not listed ranks just above what it imports.
 BACKEND_RANKS = (
     ("args",),
     ("devices",),
@@ -41,12 +41,12 @@ BACKEND_RANKS = (
         "denoiser_types",
     ),
     ("nn",),
-    ("modules.k_prediction",),  # Forge's name of a file that only has formulas
+    ("modules.k_prediction",),  # Forge's name for a file that only has formulas
     ("sampling", "text_processing"),
     ("families",),
     ("patcher",),
     ("parallel",),
-    ("sampling.sampling_function",),  # Forge's name of a file that brackets a run: it begins the session
+    ("sampling.sampling_function",),  # Forge's name for a file that wraps a run: it starts the session
     ("modules",),
     ("clip_vision", "control_lora", "controlnet_loader", "ip_adapter"),
     ("diffusion_engine",),
@@ -56,7 +56,7 @@ BACKEND_RANKS = (
 
 @cache
 def find_rank(module: str) -> int:
-    """Place of `backend.x.y` in the order. Raises: LookupError for a package that has none."""
+    """Rank of `backend.x.y`. Raises: LookupError for a package without one."""
     fitting = [
         (len(name), rank)
         for rank, names in enumerate(BACKEND_RANKS)
@@ -201,7 +201,7 @@ def test_page_and_api_do_not_import_each_other() -> None:
 
 
 def test_residents_do_not_read_the_lobby() -> None:
-    """`modules.shared` is filled by webui.py and read by guests; whoever lives here takes what it needs as arguments."""
+    """webui.py fills `modules.shared` and guests read it; this program's own modules take what they need as arguments."""
     found = [
         f"{source.name}:{line}"
         for source in product_sources()
@@ -224,7 +224,7 @@ def test_no_relative_imports() -> None:
 
 
 def test_guests_are_imported_by_nobody() -> None:
-    """Folders of built-in extensions are no packages, so the only way to them is the script host."""
+    """Folders of built-in extensions are not packages, so only the script host can load them."""
     guests = {path.name for path in (ROOT_DIR / "extensions-builtin").glob("*") if path.is_dir()}
     found = [
         f"{s.name}:{line} imports {name}"

@@ -1,4 +1,4 @@
-"""Every regular expression of the program reads in linear time, whatever text a client or a file brings."""
+"""Every regular expression of the program matches in linear time, for any text from a client or a file."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _re_function(call: ast.Call) -> str | None:
 
 
 def _pattern(node: ast.expr) -> str:
-    """The text of a pattern; what an f-string fills in counts as one letter."""
+    """The text of a pattern; a value inserted into an f-string counts as one letter."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):

@@ -1,4 +1,4 @@
-"""The list of packages is what the code imports: nothing missing, nothing idle, every entry pinned and explained."""
+"""The list of packages matches the imports: nothing missing, nothing unused, every entry pinned and explained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from tests.contract.sources import LAYERS, ROOT_DIR, imported_names, product_sources
 
 IMPORT_NAMES = {"pillow": "PIL", "nvidia-ml-py": "pynvml", "pyyaml": "yaml"}
-OPTIONAL = {"xformers", "spandrel"}  # installed with a flag, and by users who want upscaler files
+OPTIONAL = {"xformers", "spandrel"}  # installed by a flag, or by users who want upscaler files
 USED_BY_OTHERS = {"accelerate": "diffusers places and offloads weights with it"}
 DECISION = ROOT_DIR / "docs" / "decisions" / "003-dependencies.md"
 

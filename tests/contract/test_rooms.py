@@ -1,4 +1,4 @@
-"""The rooms of the application: each says in what order to read it, and flat files beside them are names that extensions import."""
+"""The application's packages: each docstring gives a reading order, and flat files next to them only have names that extensions import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.contract.sources import LAYERS, ROOT_DIR, imported_names, product_sou
 ROOMS = ("processing", "prompts", "samplers", "scripts", "ui", "launch", "infotext", "pictures", "checkpoints", "jobs", "settings")
 PARALLEL_ROOMS = ("planning", "running", "placing", "exchange", "vae")
 PACKAGES = [f"modules/{room}" for room in ROOMS] + ["backend/parallel", *(f"backend/parallel/{room}" for room in PARALLEL_ROOMS)]
-# Not names of A1111 or Forge: what the rooms have in common.
+# Not names of A1111 or Forge: shared by the packages.
 LOBBY = {"__init__", "app_config", "application", "nearest_names", "server", "shared_files", "version"}
 
 
@@ -38,7 +38,7 @@ def test_a_room_says_in_what_order_to_read_it_and_gives_an_example(package: str)
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_files_a_room_names_are_there(package: str) -> None:
-    """And all that are there are named, one by one or as `profile_*`."""
+    """All files in a package are listed, one by one or as `profile_*`."""
     text = ast.get_docstring(ast.parse((ROOT_DIR / package / "__init__.py").read_text(encoding="utf-8"))) or ""
     order = " ".join(part for part in text.split("\n\n") if part.startswith("Reading order:"))
     files = {path.stem for path in (ROOT_DIR / package).glob("*.py")} - {"__init__"}

@@ -1,4 +1,4 @@
-"""No setting is kept and ignored in silence: some code reads it, or modules/settings/inert.py says what is true instead."""
+"""No setting is silently ignored: some code reads it, or modules/settings/inert.py says what happens instead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_every_setting_is_read_or_says_that_it_has_no_effect() -> None:
 
 
 def test_what_is_said_to_have_no_effect_has_none() -> None:
-    """An entry goes when a reader comes."""
+    """An entry is removed when code starts to read the setting."""
     waiting = {key for keys in inert.NOT_READ.values() for key in keys.split()}
     assert sorted(waiting - set(unread_settings())) == [], "these are read now: take them out of NOT_READ in settings/inert.py"
 

@@ -303,7 +303,7 @@ def test_the_hint_follows_the_resize_mode_of_img2img(site: Site, mode: int, monk
 
 
 def test_pictures_of_units_are_read_as_img2img_reads_its_own(site: Site) -> None:
-    """Turned as EXIF says, 16 bits scaled, palette transparency and hidden colours under alpha laid over white."""
+    """Rotated per EXIF, 16 bits scaled, palette transparency and hidden colors under alpha composited on white."""
     greys = np.arange(SIDE_PX * SIDE_PX, dtype=np.uint16).reshape(SIDE_PX, SIDE_PX) * 16
     colors = Image.fromarray(np.random.default_rng(6).integers(0, 256, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8))
     exif = Image.Exif()
@@ -349,7 +349,7 @@ def test_a_union_is_told_the_kind_of_hint(site: Site) -> None:
 
 def test_reference_only_needs_no_model_and_leaves_nothing_behind(site: Site) -> None:
     plain = _first(site.txt2img(steps=2))
-    unit = {"module": "Reference_Only", "image": _picture(3), "weight": 30.0}  # a random network looks at little
+    unit = {"module": "Reference_Only", "image": _picture(3), "weight": 30.0}  # a random network pays little attention
     guided = site.txt2img(unit, steps=2)
     assert np.abs(_first(guided) - plain).max() > 2 and len(guided["images"]) == 2
     assert not np.array_equal(_first(guided), _first(site.txt2img({**unit, "threshold_a": 1.0}, steps=2)))
@@ -408,7 +408,7 @@ def test_a_control_lora_is_a_model_like_others(site: Site) -> None:
 
 
 def test_linked_folders_are_listed_and_windows_names_are_understood(site: Site, tmp_path: Path) -> None:
-    from lib_controlnet import global_state  # on sys.modules since the extension was loaded
+    from lib_controlnet import global_state  # in sys.modules since the extension was loaded
 
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "far_scribble.safetensors").write_bytes(b"no model")
@@ -481,7 +481,7 @@ def test_every_preprocessors_sliders_begin_within_their_bounds(site: Site) -> No
 
 
 def test_controls_make_units_and_parameters_fill_controls(site: Site) -> None:
-    from lib_controlnet.infotext import pasted, read_unit, write_unit  # on sys.modules since the extension was loaded
+    from lib_controlnet.infotext import pasted, read_unit, write_unit  # in sys.modules since the extension was loaded
     from lib_controlnet.ui import make_unit
 
     image = np.zeros((8, 8, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The LoRA extension: files found by name change the picture and leave without a trace, on one CPU and virtual GPUs; routes, settings, names."""
+"""The LoRA extension: files found by name change the picture and leave no trace, on one CPU and on virtual GPUs; routes, settings, names."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_lora_changes_the_picture_and_leaves_without_a_trace(app: Application,
     assert not np.array_equal(before, both) and np.array_equal(both, again)
     half = make("a red cat<lora:style:0.4>")
     assert not np.array_equal(half, both) and not np.array_equal(half, before)
-    assert np.array_equal(make("a red cat<lora:style:0.8>"), both)  # from the original, not from what was there
+    assert np.array_equal(make("a red cat<lora:style:0.8>"), both)  # starts from the original, not from the previous state
     assert np.array_equal(make(), before)
     now = weights(app)
     assert [name for name in at_first if not torch.equal(at_first[name], now[name])] == []
@@ -282,7 +282,7 @@ def test_a_pasted_infotext_finds_a_file_that_has_another_name_here(app: Applicat
     assert pasted(kept)["Prompt"] == "a cat <lora:drawing:0.8>"
 
 
-# what other extensions and clients find
+# what other extensions and clients use
 
 
 def client_of(app: Application) -> TestClient:
@@ -297,7 +297,7 @@ def test_clients_are_told_which_files_there_are(app: Application, monkeypatch: p
     client = client_of(app)
     assert client.get("/sdapi/v1/loras").status_code == 401
     client.auth = ("me", "secret")
-    assert client.get("/sdapi/v1/loras").json()  # whoever asks first has the folders read
+    assert client.get("/sdapi/v1/loras").json()  # the first request scans the folders
     path = files().roots[0] / "people" / "late.safetensors"
     path.parent.mkdir()
     save_file({"x": torch.ones(1)}, path, metadata={"ss_output_name": "My cat", "ss_tag_frequency": '{"a": 1}'})
@@ -386,7 +386,7 @@ def test_files_of_one_name_and_of_one_alias(tmp_path: Path, caplog: pytest.LogCa
     assert later is not None and later.path.parent.name == "deep"
 
 
-# other applications, in the end: a process has one set of extensions
+# other applications come last: a process has one set of extensions
 
 
 def test_frozen_settings_freeze_those_of_extensions_too(tmp_path: Path) -> None:

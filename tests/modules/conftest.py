@@ -1,4 +1,4 @@
-"""Closes what pages that are built in tests leave open."""
+"""Closes what pages built in tests leave open."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The same request gives the same picture, whatever else is made with it: bit by bit at batch size 1, to a few levels of 255 in a batch.
+"""The same request gives the same picture, whatever else is made with it: bit by bit at batch size 1, within a few levels of 255 in a batch.
 
-A batch is computed by other kernels than a single picture (sums in another order), so fp32 results differ in their last digits. What a picture may
-never depend on is which seed, noise or prompt its neighbours have.
+A batch uses other kernels than a single picture (sums in another order), so fp32 results differ in their last digits. But a picture must
+never depend on the seed, noise or prompt of its neighbors.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def pictures(request: Any) -> list[np.ndarray]:
 
 
 def seeds_of(place: int, fields: dict[str, Any]) -> dict[str, Any]:
-    """What a picture of a batch that starts at seed 7 has by itself: with variations the second seed counts up, else the first."""
+    """The single picture for a position in a batch that starts at seed 7: with variations the second seed counts up, else the first."""
     return {"seed": 7, "subseed": fields["subseed"] + place} if fields.get("subseed_strength") else {"seed": 7 + place}
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_again_is_the_same_bit_for_bit(sampler: str) -> None:
-    """Another request in between leaves nothing behind."""
+    """A different request in between has no effect."""
     first = pictures(txt2img(sampler_name=sampler, seed=5))
     pictures(img2img(sampler_name="Euler a", seed=6, prompt="(something:1.4) [else|other]", batch_size=2, denoising_strength=0.4))
     again = pictures(txt2img(sampler_name=sampler, seed=5))
@@ -62,7 +62,7 @@ def test_again_is_the_same_bit_for_bit(sampler: str) -> None:
 
 @pytest.mark.parametrize("name", SEEDED)
 def test_the_place_in_a_job_does_not_matter_bit_for_bit(name: str) -> None:
-    """Batch size 1, batches in a row, against each picture by itself."""
+    """Batch size 1, consecutive batches, against each picture alone."""
     fields = {"sampler_name": "Euler a", **SEEDED[name]}
     row = pictures(txt2img(**{**fields, "seed": 7, "n_iter": 2}))
     for place, picture in enumerate(row):
@@ -89,7 +89,7 @@ def test_every_kind_of_sampler_keeps_batches_apart(sampler: str) -> None:
 
 
 def test_neighbours_with_other_prompts_do_not_matter() -> None:
-    """Lengths of one and two chunks, weights, a schedule and a composition side by side."""
+    """Lengths of one and two chunks, weights, a schedule and a composition in one batch."""
     prompts = ["a red cat", "word " * 90, "a (blue:1.4) [cat:dog:2]", "a AND b :0.5"]
     batch = pictures(txt2img(prompt=prompts, seed=[3, 4, 5, 6], batch_size=4))
     for place, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""Whole extensions in the habits of public ones (tests/modules/guests), on one device and on two virtual GPUs under each plan."""
+"""Whole extensions written like public ones (tests/modules/guests), on one device and on two virtual GPUs under each plan."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.narrow_application import img2img, narrow_application, pixels
 GUESTS_DIR = Path(__file__).parent / "guests"
 Pictures = dict[str, list[np.ndarray]]
 TEMPLATE = "a cat in the __weather__ and __nothing__"
-ROUNDING = 2  # of 255; docs/multi_gpu.md says why copies differ at all
+ROUNDING = 2  # of 255; docs/multi_gpu.md says why replicas differ at all
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def _number_of(app: Application, title: str) -> int:
 
 @pytest.fixture(scope="module", params=["replicas", "layers"])
 def app_of_two_gpus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pictures_of_one_device: Any) -> Iterator[Application]:
-    """The same extensions over two virtual GPUs. The application of one device made its pictures before: one is installed at a time."""
+    """The same extensions on two virtual GPUs. The one-device application made its pictures before, because only one can be installed at a time."""
     with virtual_fleet(2), _with_guests(tmp_path_factory.mktemp("two")) as app:
         app.options.set("multi_gpu_strategy", request.param)
         yield app

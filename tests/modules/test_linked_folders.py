@@ -1,4 +1,4 @@
-"""Lists of model files see what lies in linked sub-folders, and find a file by the name that a Windows client writes."""
+"""Lists of model files include linked subfolders, and find a file by the name that a Windows client writes."""
 
 from __future__ import annotations
 

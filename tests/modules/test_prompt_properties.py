@@ -1,6 +1,6 @@
-"""The whole prompt language at once: compositions of weighted parts, each with nested schedules, alternations and emphasis.
+"""The whole prompt language: compositions of weighted parts, each with nested schedules, alternations and emphasis.
 
-A prompt is built as a tree, printed, and read by the product; a second, plain evaluator of the tree (below) says what each step must see.
+A prompt is built as a tree, printed, and parsed by the product; a second, simple evaluator of the tree (below) computes what each step must see.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Saves that are cut off, and saves at the same time from several processes: never half a file, never another one's place."""
+"""Interrupted saves, and simultaneous saves from several processes: never half a file, never a replaced file."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def save(folder: Path, colour: str) -> Path:
     ],
 )
 def test_a_killed_save_leaves_a_whole_picture_or_none(tmp_path: Path, how: str, is_saved: bool) -> None:
-    """The folder has an older picture; after the kill it is whole, and the next save takes neither its place nor that of a finished one."""
+    """The folder has an older picture; after the kill it is intact, and the next save replaces neither it nor a finished one."""
     older = save(tmp_path, "green")
     process = start(ONE_SAVE, tmp_path, how)
     process.communicate()

@@ -105,6 +105,6 @@ def test_the_wrapper_leaves_other_messages_alone() -> None:
     async def app(scope: dict[str, object], receive: object, send: object) -> None:
         seen.append(scope)
 
-    with ThreadPoolExecutor(1) as pool:  # a browser test in this process leaves a loop running in this thread
+    with ThreadPoolExecutor(1) as pool:  # a browser test in this process leaves an event loop running in this thread
         pool.submit(lambda: asyncio.run(SubpathApp(app, "/x/")({"type": "lifespan"}, None, None))).result()
     assert seen == [{"type": "lifespan"}]

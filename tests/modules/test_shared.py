@@ -9,7 +9,7 @@ from modules import shared
 from modules.application import Application
 from tests.support.applications import installed_application
 
-# the names of forge_surface 2.4 and those that counted extensions import; nothing may leave this list unnoticed
+# the names of forge_surface 2.4 and those imported by the counted extensions; none may disappear unnoticed
 NAMES = [
     "cmd_opts", "parser", "opts", "state", "sd_model", "demo",
     "device", "xformers_available", "hypernetworks", "loaded_hypernetworks", "prompt_styles", "interrogator",

@@ -1,6 +1,6 @@
-"""Text of clients is read in linear time: what the linear readers say, held to short regular expressions, and their steps counted for hostile text.
+"""Text from clients is parsed in linear time: results compared with short regular expressions, and steps counted for hostile text.
 
-Of regular expressions `tests/contract/test_regexes.py` proves it; seconds are in `tools/campaign/parser_growth.py`.
+`tests/contract/test_regexes.py` proves it for regular expressions; `tools/campaign/parser_growth.py` measures seconds.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def test_pairs_are_what_the_known_expression_finds(line: str) -> None:
 
 
 class CountedText(str):
-    """A text that counts the characters that are searched in it."""
+    """A string that counts the characters searched in it."""
 
     searched = 0
 
@@ -85,7 +85,7 @@ class CountedText(str):
 
 
 def steps(parse: Callable[[str], Any], text: str) -> int:
-    """Lines run and characters searched while `text` is read."""
+    """Lines executed and characters searched while parsing `text`."""
     counted, lines = CountedText(text), 0
 
     def trace(_frame: FrameType, event: str, _argument: Any) -> Any:
@@ -104,9 +104,9 @@ def steps(parse: Callable[[str], Any], text: str) -> int:
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_steps_grow_as_the_text_does(name: str) -> None:
-    """Four times the text takes at most five times the steps, whatever it is made of (quadratic: sixteen)."""
+    """Four times the text takes at most five times the steps, for any content (quadratic would be sixteen)."""
     parse = PARSERS[name]
-    parse("a, (b:1.2) [c|d]: 1")  # what is made once is made
+    parse("a, (b:1.2) [c|d]: 1")  # warm up one-time work
     for kind, text_of in hostile_texts().items():
         short, long = steps(parse, text_of(500)), steps(parse, text_of(2000))
         assert long <= 5 * short + 2000, f"{name} of {kind}: {short} steps for 500 characters, {long} for 2000"

@@ -1,4 +1,4 @@
-"""The version string, read the ways in which clients and extensions read Forge's."""
+"""The version string, parsed the ways clients and extensions parse Forge's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_it_says_which_program_it_is() -> None:
 
 
 def test_extensions_take_it_for_forge() -> None:
-    """sd-webui-lora-block-weight, -regional-prompter and -supermerger look at the first two letters; others compare forge_version."""
+    """sd-webui-lora-block-weight, -regional-prompter and -supermerger check the first two letters; others compare forge_version."""
     assert start.git_tag()[:2] == "f2"
     assert forge_version.version.startswith("2.") and "1.10.1" in forge_version.version
 
@@ -37,7 +37,7 @@ def test_clients_find_forges_and_a1111s_version_in_it() -> None:
 
 
 def test_a1111_reads_no_old_version_in_it() -> None:
-    """It compares what packaging reads, up to the second hyphen where there is one; what packaging refuses sets no old defaults."""
+    """A1111 compares what packaging parses, up to the second hyphen if there is one; what packaging rejects sets no old defaults."""
     for text in (TEXT, "-".join(TEXT.split("-")[:2]), TEXT.split("-", maxsplit=1)[0]):
         with pytest.raises(packaging.version.InvalidVersion):
             packaging.version.parse(text)

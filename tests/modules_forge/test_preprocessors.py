@@ -1,4 +1,4 @@
-"""Preprocessors without networks: what each finds in pictures whose answer is known, and how they are called."""
+"""Preprocessors without networks: what each finds in pictures with a known answer, and how they are called."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_canny_finds_one_pixel_of_a_step_in_every_direction() -> None:
 
 
 def test_canny_follows_a_weak_edge_only_from_a_strong_one() -> None:
-    """A step whose height falls from 100 to 40: its gradient is four times that."""
+    """A step in height from 100 to 40: its gradient is four times that."""
     picture = _step(high=0)
     picture[:8, 8:], picture[8:, 8:] = 100, 40
     both = image_maps.find_edges(picture, 100, 300)[..., 0]
@@ -64,7 +64,7 @@ def test_simple_maps() -> None:
 
 
 def test_luminance_is_that_of_pillows_lab() -> None:
-    """Pillow's colour management (LittleCMS) gives L* of sRGB from 0 to 255; it adapts to D50, so colours differ by a little."""
+    """Pillow's color management (LittleCMS) gives L* of sRGB from 0 to 255; it adapts to D50, so colors differ slightly."""
     from PIL import ImageCms
 
     picture = _random()
@@ -174,7 +174,7 @@ def test_a_parameter_is_told_to_clients() -> None:
 
 
 def test_every_preprocessor_of_forge_is_here_or_explained() -> None:
-    """The list of the names that Forge offers."""
+    """The names that Forge offers."""
     names = [
         "None",
         "canny",

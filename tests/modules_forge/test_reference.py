@@ -1,4 +1,4 @@
-"""References for self-attention, against diffusers' UNet with attention processors of the test's own that keep and join hidden states."""
+"""Reference attention, against diffusers' UNet with the test's own attention processors, which store and join hidden states."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CFG = 4.0
 
 
 class _Keeping:
-    """The library's self-attention that notes what it sees, or also looks at what was noted. The rows are negative, positive."""
+    """The library's self-attention that records what it sees, or also attends to the record. The rows are negative, positive."""
 
     def __init__(self, *, is_self: bool, fidelity: float = 0.0) -> None:
         self.is_self, self.fidelity, self.mode = is_self, fidelity, "plain"

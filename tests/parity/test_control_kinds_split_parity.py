@@ -1,4 +1,4 @@
-"""Jobs with each kind of control model over two slots against the same jobs on one: split == whole, bit for bit (see the ControlNets' own test)."""
+"""Jobs with each kind of control model on two slots against the same jobs on one: split == whole, bit for bit (ControlNets have their own test)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ KINDS: dict[str, tuple[str, Apply | None]] = {
     "reference_only": ("sd15", _reference),
 }
 BOUND = {"reference_only": 2}
-"""Kinds that keep the UNet on one slot, where both branches run at once, which rounds otherwise: the tolerance of a pixel."""
+"""Kinds that keep the UNet on one slot, where both branches run together, which rounds differently: the tolerance of a pixel."""
 
 
 def _picture(app: Application, models: ReferenceModels, folder: Path, apply: Apply | None) -> np.ndarray:

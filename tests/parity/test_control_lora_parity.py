@@ -1,6 +1,6 @@
-"""Pictures with a Control-LoRA against diffusers' ControlNet pipelines, whose ControlNet is the UNet's encoder with the differences added by hand.
+"""Pictures with a Control-LoRA against diffusers' ControlNet pipelines, with the differences added manually to the UNet's encoder.
 
-The file's names are turned into the library's by the library's own converter.
+The library's own converter translates the file's names into the library's.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def test_a_control_lora_is_the_checkpoints_encoder_with_its_differences(loaded: 
 
 
 def test_loras_of_the_checkpoint_are_not_in_it(loaded: Loaded, tmp_path: Path) -> None:
-    """The differences were made from the plain encoder; and a picture must not depend on what the job before it merged."""
+    """The differences are relative to the plain encoder; and a picture must not depend on what the previous job merged."""
     write_control_lora(tmp_path / "lora.safetensors", loaded.models)
     name = "diffusion_model.conv_in.weight"
     changed = loaded.unet.clone()

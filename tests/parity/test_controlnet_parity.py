@@ -1,6 +1,6 @@
 """Pictures with ControlNets against diffusers' ControlNet pipelines: same files, hints, prompts, noise and noise levels; fp32.
 
-The pipelines take their ranges in steps, we take ours in timesteps (as Forge does): the tests choose shares that switch at the same step.
+The pipelines define ranges in steps, we in timesteps (like Forge): the tests use fractions that switch at the same step.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _cpu_engine() -> Iterator[None]:
 
 
 class Loaded:
-    """A checkpoint with two ControlNets: the library's networks, and ours from the files."""
+    """A checkpoint with two ControlNets: the library's networks, and ours loaded from the files."""
 
     def __init__(self, family: str, folder: Path) -> None:
         self.models: ReferenceModels = write_checkpoint(folder / "model.safetensors", family)
@@ -89,7 +89,7 @@ class Loaded:
             prompt=[PROMPT] * batch, negative_prompt=[NEGATIVE] * batch, image=hints, height=SIDE_PX, width=SIDE_PX, guidance_scale=cfg,
             num_inference_steps=NUM_STEPS, latents=noise, output_type="pt", **arguments,
         )  # fmt: skip
-        images = result.images  # the adapters' pipelines give arrays (B, H, W, C) for any type
+        images = result.images  # the adapters' pipelines always return arrays (B, H, W, C)
         return images if isinstance(images, Tensor) else torch.from_numpy(images).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
@@ -164,7 +164,7 @@ def test_the_same_controlnet_twice_is_one_network_with_two_hints(loaded: Loaded)
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.5), (0.34, 1.0), (0.34, 0.67)])
 def test_from_one_step_to_another(loaded: Loaded, start: float, end: float) -> None:
-    """Steps lie at timesteps 999, 799.2 ... 0: a step i acts here from share i/5 on, in the pipeline from (i + 1)/6 on and up to i/6."""
+    """Steps are at timesteps 999, 799.2 ... 0: step i is active here from fraction i/5 on, in the pipeline from (i + 1)/6 on and up to i/6."""
     noise, strength = _noise(), 10.0
     library = loaded.library_picture(
         noise, hint(), loaded.controlnets[0], control_guidance_start=start, control_guidance_end=end, controlnet_conditioning_scale=strength

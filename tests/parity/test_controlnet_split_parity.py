@@ -1,6 +1,6 @@
-"""Jobs with two ControlNets over several slots against the same jobs on one: split == whole.
+"""Jobs with two ControlNets on several slots against the same jobs on one: split == whole.
 
-Each unit (one picture, one branch) runs alone on every plan, and so do the ControlNets for it, wherever they are: the pictures are the same bit
+Each row (one picture, one branch) runs alone on every plan, and so do its ControlNets, wherever they are: the pictures are the same bit
 for bit.
 """
 
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, list[np.ndarray]]:
-    """Pictures of one slot that runs every row alone, of the denoiser and of the ControlNets."""
+    """Pictures from one slot that runs every row alone, in the denoiser and in the ControlNets."""
     pictures: dict[str, list[np.ndarray]] = {}
     with pytest.MonkeyPatch.context() as patch, configured_slots("cpu"):
         patch.setattr(sampling_function, "_call_model", _each_row_alone(with_deferred_controlnets(sampling_function._call_model)))
@@ -89,6 +89,6 @@ def test_a_split_job_with_controlnets_makes_the_whole_jobs_picture(
     with make_fleet(), narrow_application(folder / family, family) as (app, models):
         app.options.set("multi_gpu_strategy", strategy)
         pictures = _pictures(app, models[family], folder / family)
-    tolerance = 2 if fleet == "one virtual GPU" else 0  # there both branches and pictures run at once, which rounds otherwise
+    tolerance = 2 if fleet == "one virtual GPU" else 0  # there both branches and pictures run together, which rounds differently
     for picture, expected in zip(pictures, alone[family], strict=True):
         assert np.abs(picture - expected).max() <= tolerance

@@ -36,7 +36,7 @@ __all__ = ["_cpu_engine"]
 
 
 class _Site:
-    """A checkpoint and a picture tower, the library's and ours."""
+    """A checkpoint and an image encoder, the library's and ours."""
 
     def __init__(self, family: str, folder: Path) -> None:
         memory_management.configure(CONFIG, probe_devices(BackendConfig(device_ids=("cpu",))))

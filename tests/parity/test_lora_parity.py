@@ -1,4 +1,4 @@
-"""Pictures with a LoRA against diffusers' pipelines around networks whose weights had it added by hand: W + strength * alpha / rank * up @ down."""
+"""Pictures with a LoRA against diffusers' pipelines whose network weights include it, computed by hand: W + strength * alpha / rank * up @ down."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By family: diffusers' picture with the LoRA, and without."""
+    """By family: diffusers' picture with and without the LoRA."""
     found = {}
     with narrow_application(folder, *FAMILIES) as (_, models):
         for family in FAMILIES:

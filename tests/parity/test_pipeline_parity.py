@@ -1,6 +1,6 @@
-"""Whole pictures against diffusers' pipelines: same file, same prompts, same noise, same noise levels; text encoders, guidance, sampler and decoder.
+"""Whole pictures against diffusers' pipelines: same file, prompts, noise and noise levels; text encoders, guidance, sampler and decoder.
 
-The pipelines run the very networks that the checkpoint was written from; ours are loaded from the file. fp32 throughout, so pictures agree far
+The pipelines use the networks that the checkpoint was written from; ours are loaded from the file. fp32 throughout, so pictures agree far
 below one step of an 8-bit pixel.
 """
 
@@ -53,7 +53,7 @@ def _cpu_engine() -> Iterator[None]:
 
 
 class _Prompts(UserList):  # type: ignore[type-arg]
-    """A list of prompts that says what picture it is for."""
+    """A list of prompts that knows the picture it is for."""
 
     def __init__(self, texts: list[str], *, side_px: int, is_negative_prompt: bool = False) -> None:
         super().__init__(texts)
@@ -95,7 +95,7 @@ def _library_picture(models: ReferenceModels, scheduler: Any, noise: Tensor, inp
 
 
 def _inpaint_arguments(models: ReferenceModels, inpaint: dict[str, Tensor]) -> dict[str, Any]:
-    """A picture, a mask, and the masked picture's latents, so that no random encoding takes part."""
+    """A picture, a mask, and the masked picture's latents, so that no random encoding is involved."""
     if not inpaint:
         return {}
     return {"image": inpaint["picture"], "mask_image": inpaint["mask"], "masked_image_latents": inpaint["latents"], "strength": 1.0}
@@ -173,7 +173,7 @@ def test_pictures_are_the_pipelines(loaded: tuple[ReferenceModels, ForgeDiffusio
     noise = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     inpaint = _masked_picture(models, 8)
     scheduler = _scheduler(sampler, models)
-    # DPMSolverMultistepScheduler rounds the timesteps of its Karras levels; so does the option of that name here.
+    # DPMSolverMultistepScheduler rounds the timesteps of its Karras levels; the option of that name does so here.
     engine.forge_objects.unet.model.predictor.quantize_timesteps = sampler != "Euler"
     ours = _our_picture(engine, sampler, scheduler.sigmas, _start(sampler, engine, scheduler.sigmas, noise), inpaint)
     library = _library_picture(models, scheduler, noise, inpaint)
@@ -184,7 +184,7 @@ def test_pictures_are_the_pipelines(loaded: tuple[ReferenceModels, ForgeDiffusio
 
 
 def test_without_guidance(loaded: tuple[ReferenceModels, ForgeDiffusionEngine]) -> None:
-    """At scale 1 neither side runs the unconditional branch."""
+    """At scale 1 neither implementation runs the unconditional branch."""
     models, engine = loaded
     noise, inpaint = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), _masked_picture(models, 8)
     scheduler = _scheduler("Euler", models)

@@ -1,8 +1,8 @@
-"""Jobs over several slots against the same jobs on one: split == whole.
+"""Jobs on several slots against the same jobs on one: split == whole.
 
-Where each unit (one picture, one branch) runs alone, the pictures are the same bit for bit as those of one slot that also runs units alone:
-the same kernels see the same shapes. Usually several rows go at once; kernels for other batch sizes sum in another order, so there a tolerance
-holds: 2 of 255.
+If each row (one image, one branch) runs alone, the pictures equal those of one slot that also runs rows alone, bit for bit: the same kernels
+see the same shapes. Usually several rows run together; kernels for other batch sizes sum in a different order, so there the tolerance is
+2 of 255.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, list[np.ndarray]]:
-    """Pictures of one slot that runs every unit alone; hires with the VAE of one slot as well."""
+    """Pictures from one slot that runs every row alone; hires also with the VAE on one slot."""
     with pytest.MonkeyPatch.context() as patch, configured_slots("cpu"), narrow_application(folder / "one", "sd15") as (app, _):
         patch.setattr(sampling_function, "_pick_batch", lambda model, units, device: [units[-1]])
         patch.setattr(sampling_function, "_call_model", _each_row_alone(sampling_function._call_model))
@@ -101,7 +101,7 @@ FLEETS: dict[str, tuple[str, Any]] = {
 EVERY_JOB_ON = ("layers on 3",)
 FEW_JOBS = ("txt2img", "hires")
 NIGHTLY = ("layers on 4-hires", *(f"layers on 3-{sampler}" for sampler in ("UniPC", "LCM", "DPM fast", "DPM++ 2M SDE", "DDIM CFG++")))
-"""Planning four slots for two sizes takes long. Of the samplers one of each kind runs every time: two calls a step, history, noise, restarts."""
+"""Planning four slots for two sizes is slow. One sampler of each kind runs every time: two calls per step, history, noise, restarts."""
 CASES = [
     pytest.param(fleet, job, marks=[pytest.mark.nightly] if f"{fleet}-{job}" in NIGHTLY else [])
     for fleet in FLEETS
@@ -113,7 +113,7 @@ LARGER_UNITS = ("layers on 2", "replicas on 2")
 
 @pytest.fixture(scope="module")
 def steady_times() -> Iterator[None]:
-    """Measured times that every run measures, so that the network is cut anew in the first job, always at the same places: a plan is made once."""
+    """Fixed measured times, so that the network is re-partitioned in the first job, always at the same places, and planned once."""
     record = PieceBook.record
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PieceBook, "record", lambda self, work, piece, busy_ms: record(self, work, piece, 1.0 + piece.segment % 3))
@@ -132,7 +132,7 @@ def split(request: pytest.FixtureRequest, folder: Path, alone: object, steady_ti
 
 @pytest.fixture
 def equal_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units of one row, as in the reference. Pictures are dealt to slots but not cut: strips are rounded otherwise, which has tests of its own."""
+    """Batches of one row, as in the reference. Pictures are distributed to slots but not split: strips round differently and have their own tests."""
     monkeypatch.setattr(SamplingSession, "_rows_per_batch", lambda self, replica, share: 1)
     monkeypatch.setattr(decoding, "worth_splitting", lambda *args, **kwargs: False)
 

@@ -1,4 +1,4 @@
-"""A real application over a temporary folder, for tests: settings, checkpoints, jobs; its engine is whatever the test gives."""
+"""A real application in a temporary folder for tests: settings, checkpoints, jobs; the test provides the engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modules.launch.cmd_args import config_for_tests
 
 @contextmanager
 def installed_application(data_dir: Path, *, load: Any = None, **config: Any) -> Iterator[application.Application]:
-    """An installed application whose data folder is `data_dir`; `load` replaces the reading of checkpoints. Closed and removed afterwards."""
+    """An installed application with data folder `data_dir`; `load` replaces the loading of checkpoints. Closed and removed afterwards."""
     arguments = {} if load is None else {"load": load}
     app = application.build_application(config_for_tests(data_dir, **config), **arguments)
     application.install(app)

@@ -1,7 +1,7 @@
-"""Checkpoint files for tests: narrow members of each family with random weights, and the very networks they were written from.
+"""Checkpoint files for tests: narrow members of each family with random weights, and the networks they were written from.
 
-The networks come from diffusers and transformers, so a test has an independent reference. Norms and biases are random too: in a freshly made
-network they are all ones and zeros, and a swapped key would go unseen.
+The networks come from diffusers and transformers, so a test has an independent reference. Norms and biases are random too: in a newly created
+network they are all ones and zeros, and a swapped key would go unnoticed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LATENT_SCALE = {"sd15": 0.18215, "sd20": 0.18215, "sd21_v": 0.18215, "sdxl": 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceModels:
-    """What a file was written from: diffusers' and transformers' own modules, in eval mode, fp32, weights rounded to the file's dtype."""
+    """The networks in a file: diffusers' and transformers' own modules, in eval mode, fp32, weights rounded to the file's dtype."""
 
     path: Path
     family: str
@@ -48,7 +48,7 @@ class ReferenceModels:
     latent_scale: float
 
     def scheduler_config(self) -> dict[str, Any]:
-        """Settings any of diffusers' schedulers takes: the noise schedule all these families were trained with."""
+        """Settings for any of diffusers' schedulers: the noise schedule used to train all these families."""
         return {
             "beta_schedule": "scaled_linear",
             "beta_start": 0.00085,
@@ -71,7 +71,7 @@ def write_checkpoint(
     dtype: torch.dtype = torch.float32,
     metadata: dict[str, str] | None = None,
 ) -> ReferenceModels:
-    """Write one random checkpoint and return the networks in it.
+    """Write one random checkpoint and return its networks.
 
     `width` is the UNet's narrowest level (a multiple of 32). `layout`: "ldm" (original single file) or "diffusers" (unet., vae., text_encoder.
     and text_encoder_2. before the libraries' own keys). `prediction`: "epsilon" or "v_prediction"; "sd21_v" always predicts v. A v-prediction
@@ -110,7 +110,7 @@ class CopiedModels(ReferenceModels):
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What a file is made from; the same facts give the same bytes."""
+    """The parameters of a file; equal parameters give equal bytes."""
 
     family: str
     width: int
@@ -142,7 +142,7 @@ def _make(facts: _Facts, path: Path) -> ReferenceModels:
 
 
 class _Kept:
-    """The last files of this process with their networks: most tests ask for one of few, and copying is quicker than making."""
+    """The last files of this process with their networks: most tests use one of a few, and copying is faster than creating."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
@@ -160,7 +160,7 @@ class _Kept:
         return self._made[facts]
 
     def _make_folder(self) -> Path:
-        """Made once, removed when the process ends."""
+        """Created once, removed when the process ends."""
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="checkpoints-"))
             atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
@@ -171,7 +171,7 @@ _kept = _Kept()
 
 
 def build_models(path: Path, family: str, *, width: int = 32, seed: int = 0, prediction: str = "epsilon", inpaint: bool = False) -> ReferenceModels:
-    """The networks alone, nothing written."""
+    """Only the networks, nothing written."""
     if family not in LATENT_SCALE:
         raise ValueError(f"family {family!r} is none of {', '.join(LATENT_SCALE)}")
     with torch.random.fork_rng(devices=[]):
@@ -195,7 +195,7 @@ def build_models(path: Path, family: str, *, width: int = 32, seed: int = 0, pre
 
 
 def head_count(channels: int) -> int:
-    """SD2's and SDXL's heads: 64 wide, or in narrow members the widest divisor of the level's width below that."""
+    """SD2's and SDXL's heads: 64 wide, or in narrow members the widest smaller divisor of the level's width."""
     return channels // max(size for size in range(1, 65) if channels % size == 0)
 
 
@@ -304,7 +304,7 @@ def _shake_norms_and_biases(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _set_output_scales(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-    """Noise-like outputs of standard deviation 0.5 from the UNet, pictures mostly within -1..1 and latents of about unit size from the VAE."""
+    """Noise-like outputs with standard deviation 0.5 from the UNet; from the VAE pictures mostly within -1..1 and latents of about unit scale."""
     context_BLC = torch.randn(1, 77, unet.config.cross_attention_dim)
     sample_BCHW = torch.randn(1, unet.config.in_channels, 8, 8)
     extra: dict[str, Any] = {}

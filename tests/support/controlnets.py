@@ -1,4 +1,4 @@
-"""ControlNet files for tests: diffusers' own networks with random weights, made for the narrow checkpoints, written in either layout."""
+"""ControlNet files for tests: diffusers' own networks with random weights for the narrow checkpoints, written in either layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.checkpoints import ReferenceModels
 
 
 def build_controlnet(models: ReferenceModels, *, seed: int = 1, residual_scale: float = 0.1) -> ControlNetModel:
-    """A ControlNet for a narrow checkpoint. Its last convolutions, zero in a fresh one, are random too."""
+    """A ControlNet for a narrow checkpoint. Its last convolutions, zero in a new network, are random too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         controlnet = ControlNetModel.from_unet(models.unet).eval().requires_grad_(False)
@@ -74,7 +74,7 @@ def hint(side_px: int = 64, *, seed: int = 5, batch: int = 1) -> Tensor:
 
 
 def build_adapter(models: ReferenceModels, kind: str, *, channels: int = 3, seed: int = 4) -> T2IAdapter:
-    """A random T2I-Adapter for a narrow checkpoint. `kind` as the library names them."""
+    """A random T2I-Adapter for a narrow checkpoint. `kind` as in the library."""
     widths = list(models.unet.config.block_out_channels)
     widths = [*widths, widths[-1]] if kind == "full_adapter_xl" else widths[:-1] if kind == "light_adapter" else widths
     with torch.random.fork_rng(devices=[]):
@@ -86,7 +86,7 @@ def build_adapter(models: ReferenceModels, kind: str, *, channels: int = 3, seed
 
 
 def write_adapter(path: Path, adapter: Any, *, layout: str) -> Path:
-    """`layout`: "diffusers", or "ldm" for the names of the files that came first (one flat list of resnets; light ones nest them in `body`)."""
+    """`layout`: "diffusers", or "ldm" for the names of the first files (one flat list of resnets; light ones nest them in `body`)."""
     is_light = adapter.config.adapter_type == "light_adapter"
 
     def rename(key: str) -> str:
@@ -105,7 +105,7 @@ def write_adapter(path: Path, adapter: Any, *, layout: str) -> Path:
 
 
 def write_control_lora(path: Path, models: ReferenceModels, *, rank: int = 3, seed: int = 8) -> dict[str, Tensor]:
-    """A random Control-LoRA in its publisher's names: low-rank halves of the weights of the UNet's way in, whole tensors of the rest."""
+    """A random Control-LoRA with its publisher's names: low-rank factors for the weights of the UNet's input half, whole tensors for the rest."""
     controlnet = build_controlnet(models, seed=seed)
     unet_names = set(models.unet.state_dict())
     generator = torch.Generator().manual_seed(seed)
@@ -129,7 +129,7 @@ def write_control_lora(path: Path, models: ReferenceModels, *, rank: int = 3, se
 
 @torch.no_grad()
 def apply_control_lora(models: ReferenceModels, stored: dict[str, Tensor]) -> ControlNetModel:
-    """The library's ControlNet of the UNet's own encoder with the file's tensors put in by hand, under the names that the library gives them."""
+    """The library's ControlNet for the UNet's own encoder, with the file's tensors inserted manually under the library's names."""
     stored = {key: tensor for key, tensor in stored.items() if key != "lora_controlnet"}
     controlnet = ControlNetModel.from_unet(models.unet).eval().requires_grad_(False)
     own = controlnet.state_dict()
@@ -150,7 +150,7 @@ def apply_control_lora(models: ReferenceModels, stored: dict[str, Tensor]) -> Co
 
 @dataclass(frozen=True, eq=False)
 class RunsHere:
-    """A runner that does nothing but take deferred residuals."""
+    """A runner that only accepts deferred residuals."""
 
     model: Any
     deferred_networks: frozenset[Any] = frozenset()
@@ -160,7 +160,7 @@ class RunsHere:
 
 
 def with_deferred_controlnets(call_model: Any) -> Any:
-    """`_call_model` of the sampling function with the ControlNets' passes left to whoever runs the rows."""
+    """`_call_model` of the sampling function, leaving the ControlNets to whoever runs the rows."""
 
     def call(model: Any, batch: Any, *args: Any) -> Any:
         chain, networks = batch[0].control, []

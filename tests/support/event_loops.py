@@ -1,4 +1,4 @@
-"""A fixture that closes the event loops which gradio makes and leaves open whenever a page is built outside of one. A conftest imports it."""
+"""A fixture that closes the event loops that gradio leaves open whenever a page is built outside of one. A conftest imports it."""
 
 from __future__ import annotations
 

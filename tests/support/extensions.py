@@ -1,4 +1,4 @@
-"""Small extensions for tests, written into an application's folder, and the loading and taking down of them."""
+"""Small extensions for tests, written into an application's folder; loads and unloads them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_extension(app_or_dir: Application | Path, name: str, files: dict[str, 
 
 
 def builtin_module(name: str) -> Any:
-    """A module of a built-in extension that is loaded, or was in this process: other extensions find it among the imported ones too."""
+    """A module of a built-in extension that is, or was, loaded in this process: other extensions also find it in sys.modules."""
     return sys.modules[name]
 
 
@@ -170,7 +170,7 @@ def failing_in(hook: str, raises: str = "ValueError('it broke')") -> dict[str, s
 
 
 def recording_hooks() -> dict[str, str]:
-    """A script that notes every hook it is called with, in order, in `calls` of its module."""
+    """A script that records every hook call, in order, in `calls` of its module."""
     methods = "\n".join(
         f"    def {hook}(self, p, *args, **kwargs):\n        calls.append(({hook!r}, args, dict(kwargs)))\n" for hook in (*ALL_HOOKS,)
     )

@@ -1,4 +1,4 @@
-"""Slots for tests: memory management configured with virtual GPUs or CPU slots, and put back afterwards."""
+"""Slots for tests: memory management configured with virtual GPUs or CPU slots, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 2**30
 
 @contextmanager
 def configured_slots(*device_ids: str, virtual_bytes: tuple[int, ...] = (), **config: Any) -> Iterator[Fleet]:
-    """A fleet over these devices; `virtual_bytes` are the caps of virtual GPUs that "0", "1" ... then name."""
+    """A fleet of these devices; `virtual_bytes` are the caps of the virtual GPUs named "0", "1" ..."""
     chosen = BackendConfig(multi_gpu=True, device_ids=device_ids, virtual_gpus_bytes=virtual_bytes, **config)
     memory_management.configure(chosen, probe_devices(chosen))
     try:
@@ -29,13 +29,13 @@ def configured_slots(*device_ids: str, virtual_bytes: tuple[int, ...] = (), **co
 
 @contextmanager
 def virtual_fleet(count: int, cap_bytes: int = GIB, **config: Any) -> Iterator[Fleet]:
-    """So many virtual GPUs, all with the same cap."""
+    """That many virtual GPUs, all with the same cap."""
     with configured_slots(*(str(index) for index in range(count)), virtual_bytes=(cap_bytes,) * count, **config) as fleet:
         yield fleet
 
 
 @contextmanager
 def cpu_fleet(count: int) -> Iterator[Fleet]:
-    """So many CPU slots of one thread each."""
+    """That many CPU slots with one thread each."""
     with configured_slots(*(["cpu"] * count), cpu_threads_per_slot=1) as fleet:
         yield fleet

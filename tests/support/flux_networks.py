@@ -1,5 +1,5 @@
-"""Tiny random Flux.1 networks, diffusers' own, and their weights in the original layout, by formulas of this file alone: the key map under test is no
-part of it.
+"""Tiny random Flux.1 networks from diffusers, and their weights in the original layout, by formulas of this file alone: the tested key map is
+not used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VAE_CONFIG: dict[str, Any] = {
 
 
 def make_flux(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
-    """All weights random, norms and biases too, so that a swapped key would be seen."""
+    """All weights random, including norms and biases, so that a swapped key is noticed."""
     return make_random(lambda: FluxTransformer2DModel(**{**CONFIG, **changes}), seed)
 
 

@@ -1,4 +1,4 @@
-"""IP-Adapter and image encoder files for tests: random and narrow, in the names of the published files."""
+"""IP-Adapter and image encoder files for tests: random and narrow, with the names of the published files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from tests.support.checkpoints import ReferenceModels
 
 WIDTH, PROJECTED, SIDE_PX = 48, 40, 32
-"""Of the narrow picture tower."""
+"""Of the narrow image encoder."""
 KINDS = ("plain", "plus", "full")
 
 
 def build_tower(seed: int = 11) -> CLIPVisionModelWithProjection:
-    """A random picture tower."""
+    """A random image encoder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = CLIPVisionConfig(
@@ -31,7 +31,7 @@ def build_tower(seed: int = 11) -> CLIPVisionModelWithProjection:
 
 
 def write_tower(path: Path, tower: CLIPVisionModelWithProjection) -> Path:
-    """With `vision_model.` before its names, as published."""
+    """With the prefix `vision_model.`, as published."""
     named = {
         key if key.startswith(("vision_model.", "visual_projection.")) else f"vision_model.{key}": tensor
         for key, tensor in tower.state_dict().items()
@@ -93,5 +93,5 @@ def write_adapter_file(path: Path, tables: dict[str, dict[str, Tensor]]) -> Path
 
 
 def reference_picture(width_px: int = 60, height_px: int = 44, seed: int = 13) -> Image.Image:
-    """A random picture that is no square."""
+    """A random picture that is not square."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8))

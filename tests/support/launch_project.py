@@ -1,4 +1,4 @@
-"""A scratch copy of the launcher with a tiny program, tiny packages and no network, for tests that start it as a user does."""
+"""A copy of the launcher with a tiny program, tiny packages and no network, for tests that start it like a user."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT_DIR = Path(__file__).resolve().parents[2]
-# The interpreter behind the virtual environment that the tests run in.
+# The interpreter behind the virtual environment that runs the tests.
 BASE_PYTHON = str(Path(sys.base_prefix) / ("python.exe" if os.name == "nt" else f"bin/python{sys.version_info[0]}.{sys.version_info[1]}"))
 
 WEBUI = """
@@ -33,7 +33,7 @@ if os.environ.get("WEBUI_IMPORTS"):
 
 
 def write_wheel(folder: Path, name: str, version: str, *, requires: Sequence[str] = (), source: str = "") -> Path:
-    """A wheel of one module, as small as a wheel can be."""
+    """A minimal wheel with one module."""
     info = f"{name}-{version}.dist-info"
     files = {
         f"{name}/__init__.py": source or f"__version__ = {version!r}\n",
@@ -74,7 +74,7 @@ class Project:
     variables: dict[str, str] = field(default_factory=dict)
 
     def run(self, *words: str, **variables: str) -> Result:
-        """`python launch.py WORDS` in the copy."""
+        """Run `python launch.py WORDS` in the copy."""
         return self.run_python("launch.py", *words, **variables)
 
     def run_python(self, *words: str, **variables: str) -> Result:
@@ -115,7 +115,7 @@ def make_project(folder: Path) -> Project:
 
 
 def _files_of_the_start() -> set[Path]:
-    """launch.py and what is imported with it, relative to the root. What it imports inside functions comes with the program."""
+    """launch.py and its imports, relative to the root. Imports inside functions belong to the program."""
     found: set[Path] = set()
     waiting = [Path("launch.py")]
     while waiting:
@@ -135,7 +135,7 @@ def _imported_names(path: Path) -> Iterator[str]:
 
 
 def _files_of(name: str) -> Iterator[Path]:
-    """The file of a module of ours, and of each package that it is in."""
+    """The file of one of our modules, and of each package that contains it."""
     parts = name.split(".")
     for count in range(1, len(parts) + 1):
         folder = Path(*parts[:count])

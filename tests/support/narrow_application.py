@@ -1,4 +1,4 @@
-"""An installed application with a narrow random checkpoint, for tests that make pictures. Loading takes a moment: share it in a module."""
+"""An installed application with a narrow random checkpoint, for tests that make pictures. Loading takes a moment: share it within a module."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def narrow_application(data_dir: Path, *families: str, **checkpoint: Any) -> Ite
 
 
 def txt2img(**fields: Any) -> StableDiffusionProcessingTxt2Img:
-    """A small, quick request."""
+    """A small, fast request."""
     defaults: dict[str, Any] = {
         "prompt": "a red cat",
         "seed": 1,
@@ -44,7 +44,7 @@ def txt2img(**fields: Any) -> StableDiffusionProcessingTxt2Img:
 
 
 def img2img(**fields: Any) -> StableDiffusionProcessingImg2Img:
-    """A small, quick request; its initial picture has every colour."""
+    """A small, fast request; its initial picture contains every color."""
     defaults: dict[str, Any] = {
         "prompt": "a red cat",
         "seed": 1,
@@ -58,7 +58,7 @@ def img2img(**fields: Any) -> StableDiffusionProcessingImg2Img:
 
 
 def gradient(width: int, height: int) -> Image.Image:
-    """A smooth picture without symmetry."""
+    """A smooth, asymmetric picture."""
     y, x = np.mgrid[0:height, 0:width]
     bands = [x * 255 / max(width - 1, 1), y * 255 / max(height - 1, 1), (x + y) * 127 / max(width + height - 2, 1) + 64]
     return Image.fromarray(np.stack(bands, axis=-1).round().astype(np.uint8))

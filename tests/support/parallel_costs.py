@@ -1,4 +1,4 @@
-"""Made-up costs and slots for tests of the planning side."""
+"""Made-up costs and slots for tests of planning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROW_MS = 100.0
 
 
 def make_profile(works: Sequence[float], weights: Sequence[int] | None = None, *, num_skips: int = 0, state_bytes: int = 1000) -> ModelProfile:
-    """One piece per work. The first `num_skips` pieces each leave a skip, the last so many take them, last in first out."""
+    """One piece per work value. The first `num_skips` pieces each produce a skip, the last ones consume them, last in first out."""
     count = len(works)
     weights = weights or [10**6] * count
     pieces = tuple(
@@ -46,13 +46,13 @@ def make_profile(works: Sequence[float], weights: Sequence[int] | None = None, *
 def make_slot(
     profile: ModelProfile, index: int, *, speed: float = 1.0, budget_bytes: int = 100 * GB, total_bytes: int = 100 * GB, **facts: object
 ) -> SlotFacts:
-    """A slot that takes ROW_MS / speed for a row of that network."""
+    """A slot that takes ROW_MS / speed per row of that network."""
     work_per_ms = profile.work_per_row / ROW_MS
     return SlotFacts(index=index, speed=speed * work_per_ms, budget_bytes=budget_bytes, total_bytes=total_bytes, **facts)  # type: ignore[arg-type]
 
 
 def fast_links(count: int) -> tuple[Link, ...]:
-    """Links that take no time to speak of."""
+    """Links with negligible times."""
     return tuple(
         Link(source=one, target=other, bytes_per_ms=1e15, latency_ms=0.0) for one in range(count) for other in range(count) if one != other
     )  # fmt: skip

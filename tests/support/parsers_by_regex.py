@@ -1,6 +1,6 @@
-"""The program's text readers as one regular expression or loop each: short enough to be seen right, and slow for long hostile text.
+"""The program's text parsers as one regular expression or loop each: short enough to be obviously correct, and slow for long hostile text.
 
-Witnesses for short texts; the linear readers must say the same.
+References for short texts; the linear parsers must agree.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def comments(text: str) -> str:
 
 
 def pairs(line: str) -> list[tuple[str, str]]:
-    """The pairs of a line; the first letter of a key may be a comma's neighbor, so what A1111's expression finds is searched piece by piece."""
+    """The pairs of a line; a key's first letter may follow a comma directly, so what A1111's expression finds is searched piece by piece."""
     found, position = [], 0
     pattern = re.compile(r'(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"(?=,|$)|[^,]*)(?:,|$)')
     while match := pattern.search(line, position):

@@ -1,10 +1,10 @@
-"""Proves of a regular expression that matching takes linear time, by looking for two ways to read the same text that a failure would have to try.
+"""Proves that a regular expression matches in linear time, by searching for two ways to read the same text that a failing match would both try.
 
-A backtracking engine takes time n^2 or more for texts of length n exactly where the expression's automaton has states p != q and a text v with
-p -v-> p, p -v-> q and q -v-> q (Weber and Seidl 1991, "On the degree of ambiguity of finite automata"): v repeated can be cut in n places. Where the
-match may end in q, the engine stops there and no other cut is tried. `search`, `sub`, `split` and `finditer` read as if any text stood before.
-Assertions only narrow what is read: boundaries and anchors count as possible, what lies ahead as read, and since they may fail, no match of an
-expression with one is taken for certain. So too much is found rather than too little.
+A backtracking engine takes time n^2 or more for texts of length n exactly if the expression's automaton has states p != q and a text v with
+p -v-> p, p -v-> q and q -v-> q (Weber and Seidl 1991, "On the degree of ambiguity of finite automata"): repetitions of v can be split in n places.
+If the match may end in q, the engine stops there and tries no other split. `search`, `sub`, `split` and `finditer` behave as if any text came
+before. Assertions only narrow what matches: boundaries and anchors count as possible, lookahead as consumed, and since they may fail, no match of
+an expression with one counts as certain. So this finds too much rather than too little.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ parser: Any = importlib.import_module("re._parser" if _IS_IN_RE else "sre_parse"
 compiler: Any = importlib.import_module("re._compiler" if _IS_IN_RE else "sre_compile")
 
 LETTERS = tuple(map(chr, range(128))) + ("\xa0", "\u0660", "\xb2", "\xe9", "\u6f22")
-"""ASCII, a blank, a digit, a digit that is no decimal, letters: every class that our expressions name holds some and leaves some out."""
+"""ASCII, a space, a digit, a digit that is not decimal, letters: every class in our expressions includes some and excludes some."""
 _LARGEST_COPIED_REPEAT = 3
 
 
 @dataclass
 class _Automaton:
-    """Epsilon-free once `closed`; state 0 is the start, `accepting` are those from which the end is reached without a letter."""
+    """Epsilon-free once `closed`; state 0 is the start, `accepting` are the states that reach the end without a letter."""
 
     letters: list[list[tuple[frozenset[str], int]]] = field(default_factory=list)
     skips: list[list[int]] = field(default_factory=list)
@@ -40,7 +40,7 @@ class _Automaton:
         return len(self.letters) - 1
 
     def closure(self, state: int) -> Counter[int]:
-        """State -> in how many ways it is reached without a letter."""
+        """State -> number of ways to reach it without a letter."""
         found: Counter[int] = Counter()
         waiting: list[tuple[int, ...]] = [(state,)]
         while waiting:
@@ -51,7 +51,7 @@ class _Automaton:
 
 
 def _members(operator: Any, argument: Any, flags: int) -> frozenset[str]:
-    """The letters that one set, literal or class matches, as the engine itself says."""
+    """The letters matched by one set, literal or class, according to the engine itself."""
     state = parser.State()
     state.flags, state.str = flags, ""
     one = parser.SubPattern(state, [(operator, argument)])
@@ -64,7 +64,7 @@ _REPEATS = {code for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") i
 
 
 def _build(automaton: _Automaton, items: Iterable[tuple[Any, Any]], start: int, flags: int) -> int:
-    """Adds what `items` match behind `start`; returns the state behind them."""
+    """Append what `items` match after `start`; returns the final state."""
     for operator, argument in items:
         if operator in _ONE_LETTER:
             end = automaton.add()
@@ -104,7 +104,7 @@ def _repeat(automaton: _Automaton, argument: tuple[int, int, Any], start: int, f
 
 
 def superlinear_text(pattern: str, flags: int = 0, use: str = "search") -> str | None:
-    """The letters of a text whose repetition takes more than linear time, or None if there is none. `use`: "search", "match" or "fullmatch"."""
+    """A text whose repetition takes more than linear time, or None. `use`: "search", "match" or "fullmatch"."""
     tree = parser.parse(pattern, flags)
     automaton = _Automaton()
     start = automaton.add()
@@ -121,7 +121,7 @@ def superlinear_text(pattern: str, flags: int = 0, use: str = "search") -> str |
 
 
 def _twofold_letter(automaton: _Automaton, closures: list[Counter[int]], moves: list[list[tuple[frozenset[str], int]]]) -> str | None:
-    """A letter that a loop reads in two ways that differ only in what they skip: time 2^n."""
+    """A letter that a loop matches in two ways that differ only in what they skip: time 2^n."""
     for state, closure in enumerate(closures):
         for near, ways in closure.items():
             for letters, to in automaton.letters[near] if ways > 1 else ():
@@ -131,7 +131,7 @@ def _twofold_letter(automaton: _Automaton, closures: list[Counter[int]], moves: 
 
 
 def _ambiguous_text(moves: list[list[tuple[frozenset[str], int]]], accepting: set[int]) -> str | None:
-    """v of p -v-> p, p -v-> q, q -v-> q for some p != q in which no match may end."""
+    """v with p -v-> p, p -v-> q, q -v-> q for some p != q where no match may end."""
     looping = [state for state in range(len(moves)) if any(to == state for _, to in _reached(moves, state))]
     for p, q in product(looping, looping):
         if p != q and q not in accepting and any(to == q for _, to in _reached(moves, p)) and (text := _joint_text(moves, p, q)) is not None:
@@ -150,7 +150,7 @@ def _reached(moves: list[list[tuple[frozenset[str], int]]], state: int) -> list[
 
 
 def _joint_text(moves: list[list[tuple[frozenset[str], int]]], p: int, q: int) -> str | None:
-    """The shortest text that leads (p, p, q) to (p, q, q)."""
+    """The shortest text leading from (p, p, q) to (p, q, q)."""
     texts, waiting = {(p, p, q): ""}, [(p, p, q)]
     for state in waiting:
         for (first, a), (second, b), (third, c) in product(*(moves[one] for one in state)):

@@ -21,7 +21,7 @@ def tokenizer(pad_token_id: int = EOS_TOKEN_ID) -> Any:
 
 @cache
 def encoder(*, projection: bool = False, seed: int = 0, width: int = WIDTH) -> Any:
-    """A CLIPTextModel, or with `projection` one with a projection to 24 channels; the same object for the same arguments, so leave it as it is."""
+    """A CLIPTextModel, with `projection` one with a projection to 24 channels. Equal arguments return the same object: do not modify it."""
     config = CLIPTextConfig(
         vocab_size=49408,
         hidden_size=width,
@@ -37,6 +37,6 @@ def encoder(*, projection: bool = False, seed: int = 0, width: int = WIDTH) -> A
     )
     torch.manual_seed(seed)
     model = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
-    for parameter in model.parameters():  # transformers' initial values are so small that every prompt looks alike
+    for parameter in model.parameters():  # with transformers' small initial values all prompts would look alike
         torch.nn.init.normal_(parameter, std=0.2)
     return model

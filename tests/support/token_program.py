@@ -1,6 +1,6 @@
-"""A made-up network that is no UNet: two transformer blocks over picture and text tokens, as the DiT families have them, and a projection out.
+"""A made-up network that is not a UNet: two transformer blocks over picture and text tokens, like the DiT families, and an output projection.
 
-Rows: "x" latents (B, C, H, W), "sigma" (B,), "text" (B, L, D), "guidance" (B,). Nothing in it has a name that a UNet's segments have.
+Rows: "x" latents (B, C, H, W), "sigma" (B,), "text" (B, L, D), "guidance" (B,). No name in it occurs in a UNet's segments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHANNELS, WIDTH, NUM_BLOCKS = 4, 16, 2
 
 
 class JointBlock(nn.Module):
-    """Both streams attend to both; each is then changed by its own layer."""
+    """Both streams attend to both; then each passes through its own layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class JointBlock(nn.Module):
 
 
 class TokenNetwork(nn.Module):
-    """The whole network with a `forward` of its own, which the program has to agree with."""
+    """The whole network with its own `forward`, which the program must match."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The short forms of the campaigns of memory faults and of interrupts; the long ones are tools/campaign/memory_faults.py and interrupts.py."""
+"""Short versions of the memory fault and interrupt campaigns; the long ones are tools/campaign/memory_faults.py and interrupts.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_shortage_anywhere_gives_the_same_picture_or_a_clear_failure() -> None
 
 @pytest.mark.parametrize("plan", ["layers", pytest.param("replicas", marks=pytest.mark.nightly), pytest.param("hybrid", marks=pytest.mark.nightly)])
 def test_a_shortage_on_one_of_several_devices(plan: str) -> None:
-    """The layers' second fault drives the text encoder away and gives that device a ControlNet of its own: other models, nothing lost."""
+    """The second fault with layers evicts the text encoder and gives that device its own ControlNet: different models, nothing lost."""
     done = memory_faults.run_plan(plan, 4)
     assert done.found == []
     assert done.done(plan) == {0, 1, 2, 3}

@@ -1,4 +1,4 @@
-"""The checks for a real card, rehearsed on the CPU: they run, a bad one spoils no other, and the report says what was found."""
+"""The checks for a real GPU, rehearsed on the CPU: they run, a failing one does not affect others, and the report contains the findings."""
 
 from __future__ import annotations
 

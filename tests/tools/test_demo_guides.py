@@ -1,4 +1,4 @@
-"""Training of the demo checkpoint's ControlNet and LoRA: their data, their files as the product reads them, their scores."""
+"""Training of the demo checkpoint's ControlNet and LoRA: their data, their files as read by the product, their scores."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_units_show_the_outline_in_each_form() -> None:
 
 
 def test_thin_lines_come_through_the_hint_layers_at_the_start() -> None:
-    """As large as what they are added to; the library's own start lets nothing through."""
+    """As large as what they are added to; the library's initialization lets nothing through."""
     torch.manual_seed(0)
     net = build_controlnet(build_unet())
     hints = torch.from_numpy(draw_cases([sample_case(random.Random(seed)) for seed in range(6)], seed=1, num_workers=1)[1])

@@ -1,4 +1,4 @@
-"""The tracked ControlNet and LoRA of the demo checkpoint, through the product: a small part of `evaluate-guides` (tools/demo_model/README.md)."""
+"""The tracked ControlNet and LoRA of the demo checkpoint, with the product: a small part of `evaluate-guides` (tools/demo_model/README.md)."""
 
 from __future__ import annotations
 

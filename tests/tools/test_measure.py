@@ -1,4 +1,4 @@
-"""Turns, pairs and tables of the bench runner, with a clock made by hand."""
+"""Rounds, ratios and tables of the bench runner, with a fake clock."""
 
 from __future__ import annotations
 

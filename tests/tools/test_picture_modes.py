@@ -1,4 +1,4 @@
-"""A few cases of docs/picture_modes.md again, and the parts that count."""
+"""A few cases of docs/picture_modes.md, and the counting functions."""
 
 from __future__ import annotations
 

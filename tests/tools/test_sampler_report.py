@@ -1,4 +1,4 @@
-"""A part of the tables in docs/samplers.md again, and what the document promises."""
+"""Part of the tables in docs/samplers.md, and what the document promises."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_REFERENCE = {"DPM fast", "DPM adaptive", "HeunPP2"}
 
 @pytest.mark.parametrize("name", sorted(LIBRARY_REFERENCES))
 def test_samplers_give_what_their_references_give(name: str) -> None:
-    """Two schedules each, another pair for every sampler, so that all are used; 21 steps, so that Restart restarts."""
+    """Two schedules each, a different pair for every sampler, so that all are used; 21 steps, so that Restart restarts."""
     place = list(BY_NAME).index(name)
     for schedule in (SCHEDULE_NAMES[place % 16], SCHEDULE_NAMES[(place + 7) % 16]):
         difference = measure_difference(BY_NAME[name], LIBRARY_REFERENCES[name], schedule, step_counts=(5, 21))
@@ -76,7 +76,7 @@ def test_only_the_measured_part_is_written_anew(tmp_path: Path) -> None:
 
 
 def test_a_published_module_is_loaded_by_itself(tmp_path: Path) -> None:
-    """Only sampling.py is read; what it imports beside torch is replaced."""
+    """Only sampling.py is loaded; its imports other than torch are replaced."""
     (tmp_path / "k_diffusion").mkdir()
     (tmp_path / "k_diffusion" / "sampling.py").write_text(
         "from torchdiffeq import odeint\nfrom . import utils\n\n"

@@ -1,4 +1,4 @@
-"""A server for tests: the real application and the real routes; pictures come from a maker that needs no model."""
+"""A server for tests: the real application and the real routes; pictures come from a maker without a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.applications import installed_application
 
 
 def write_checkpoint_header(path: Path, resolution: str | None = "64x64") -> None:
-    """A file that the checkpoint list takes for a model; nothing loads it."""
+    """A file that the checkpoint list accepts as a model; nothing loads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {} if resolution is None else {"modelspec.resolution": resolution}
     save_file({"name": np.frombuffer(path.stem.encode(), dtype=np.uint8)}, str(path), metadata=metadata)
@@ -35,7 +35,7 @@ def write_checkpoint_header(path: Path, resolution: str | None = "64x64") -> Non
 
 @dataclass
 class PictureMaker:
-    """Carries requests out without a model: checks them as the product does and fills each picture with its seed's noise."""
+    """Runs requests without a model: validates them like the product and fills each picture with noise from its seed."""
 
     app: Application
     requests: list[Any] = field(default_factory=list)
@@ -95,7 +95,7 @@ ServerFactory = Callable[..., AbstractContextManager[Server]]
 
 @contextmanager
 def running_server(folder: Path, *, checkpoints: tuple[str, ...] = ("tiny.safetensors",), **config: Any) -> Iterator[Server]:
-    """A server over the data folder `folder`; `checkpoints` are file names in its model folder, `config` fields of AppConfig."""
+    """A server on the data folder `folder`; `checkpoints` are file names in its model folder, `config` fields of AppConfig."""
     for name in checkpoints:
         write_checkpoint_header(folder / "models" / "Stable-diffusion" / name)
     with installed_application(folder, **{"api": True, **config}) as app:

@@ -1,4 +1,4 @@
-"""What a client can get wrong, and the answer each mistake gets: a 4xx that says what is wrong, never a 500, never a stack trace."""
+"""Client mistakes and the answer to each: a 4xx that says what is wrong, never a 500, never a stack trace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CUT_PICTURE = base64.b64encode(base64.b64decode(PICTURE)[:40]).decode()
 
 @dataclass(frozen=True)
 class Case:
-    """A body (a dict, or raw bytes), and what its answer has to say."""
+    """A body (a dict, or raw bytes), and what the answer must contain."""
 
     name: str
     path: str
@@ -161,7 +161,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the whole table: a mistake must not spoil it for the next."""
+    """One server for the whole table: a mistake must not affect the next request."""
     with running_server(tmp_path_factory.mktemp("server")) as server:
         yield server
 

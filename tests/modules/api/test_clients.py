@@ -1,4 +1,4 @@
-"""Requests as clients in the field send them: which routes they call in which order, and every field of their bodies."""
+"""Requests as real clients send them: which routes they call in which order, and every field of their bodies."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_webuiapi_reads_everything_it_can(server: Server) -> None:
 
 
 def test_chat_front_ends(server: Server) -> None:
-    """SillyTavern's body: settings of the chat, a style of override_settings, and fields no WebUI has."""
+    """SillyTavern's body: settings of the chat, its kind of override_settings, and fields that no WebUI has."""
     body = {
         "prompt": "best quality, absurdres, a portrait",
         "negative_prompt": "lowres, bad anatomy",
@@ -167,7 +167,7 @@ def test_chat_front_ends(server: Server) -> None:
 
 
 def test_a_minimal_script_in_the_wiki_style(server: Server) -> None:
-    """The few lines that A1111's own wiki shows: two fields in, base64 out, the parameters read back by png-info."""
+    """The few lines shown in A1111's wiki: two fields in, base64 out, the parameters read back by png-info."""
     answer = server.txt2img(prompt="puppy dog", steps=5)
     read = server.post("/sdapi/v1/png-info", {"image": "data:image/png;base64," + answer["images"][0]})
     assert read["info"] == info_of(answer)["infotexts"][0]
@@ -175,7 +175,7 @@ def test_a_minimal_script_in_the_wiki_style(server: Server) -> None:
 
 
 def test_javascript_numbers_and_header(server: Server) -> None:
-    """Numbers as JavaScript's forms send them: whole floats and digits in texts."""
+    """Numbers as JavaScript forms send them: whole floats, and digits as strings."""
     raw = json.dumps({"prompt": "a", "steps": 20.0, "seed": "77", "cfg_scale": "7.5", "width": "128", "height": 128.0, "tiling": "false"})
     answer = server.client.post("/sdapi/v1/txt2img", content=raw.encode(), headers={"Content-Type": "application/json; charset=utf-8"})
     assert answer.status_code == 200

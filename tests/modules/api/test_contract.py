@@ -1,5 +1,5 @@
 """Bodies and answers against the fields, types and defaults of A1111 1.10.1's published OpenAPI document (tests/contract/data/a1111_api.json)
-and of the fields that Forge adds."""
+and of the fields added by Forge."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.modules.api.conftest import Server
 
 CONTRACT = json.loads((Path(__file__).parents[2] / "contract" / "data" / "a1111_api.json").read_text(encoding="utf-8"))
 
-# names that both modules of the original have; the document tells them apart by their module
+# names defined in two modules of the original; the document distinguishes them by module
 OUR_NAMES = {"modules__api__models__ProgressResponse": "ProgressResponse", "modules__progress__ProgressResponse": "TaskProgressResponse"}
 OUR_NAMES |= {"ProgressRequest": "TaskProgressRequest", "SDVaeItem": "SDModuleItem"}
 
@@ -35,7 +35,7 @@ def document(server: Server) -> Any:
 
 
 def type_of(schema: dict[str, Any]) -> str:
-    """The JSON type of a field; that of its other half where null is allowed."""
+    """The JSON type of a field; if null is allowed, the other type."""
     kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
     return str(kinds[0].get("type", "any")) if len(kinds) == 1 else "any"
 

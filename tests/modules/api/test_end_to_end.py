@@ -1,4 +1,4 @@
-"""The whole way from a request over HTTP to a picture and a file, with a narrow random model in the layout of Stable Diffusion 1.x."""
+"""From an HTTP request to a picture and a file, with a narrow random model in the layout of Stable Diffusion 1.x."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Site(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing on the console."""
+        """Log nothing to the console."""
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_a_client_may_name_a_picture_by_url_as_far_as_the_settings_allow(server:
 
 
 class Dripping(BaseHTTPRequestHandler):
-    """Sends a byte now and then, for ever: in its head or in its body."""
+    """Sends a byte now and then, forever: in its head or in its body."""
 
     def do_GET(self) -> None:
         start = b"HTTP/1.0 200 OK\r\nX-Long: " if self.path == "/head" else b"HTTP/1.0 200 OK\r\nContent-Length: 1000000\r\n\r\n"
@@ -164,7 +164,7 @@ class Dripping(BaseHTTPRequestHandler):
             return
 
     def log_message(self, *_: Any) -> None:
-        """Nothing on the console."""
+        """Log nothing to the console."""
 
 
 @pytest.mark.parametrize("path", ["/head", "/body"])

@@ -197,7 +197,7 @@ def test_pictures_in_a_request_are_decoded(server: Server) -> None:
     server.img2img(init_images=["data:image/png;base64," + PICTURE], mask=mask, mask_blur=2, inpainting_fill=1, denoising_strength=0.4)
     p = server.last_request
     assert p.init_images[0].size == (96, 64)
-    assert p.image_mask.size == (96, 64)  # a mask of another size is stretched over the picture
+    assert p.image_mask.size == (96, 64)  # a mask of another size is stretched to match
     assert (p.mask_blur_x, p.mask_blur_y, p.inpainting_fill, p.denoising_strength) == (2, 2, 1, 0.4)
 
 
@@ -310,7 +310,7 @@ def test_an_internal_error_is_a_500_without_a_stack_trace(server: Server) -> Non
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch calls its own."""
+    """Named like torch's own."""
 
 
 @pytest.mark.parametrize(

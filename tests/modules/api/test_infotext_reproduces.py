@@ -1,4 +1,4 @@
-"""Pasting a picture's parameters gives the picture again, bit by bit: over HTTP, with the settings back at their defaults."""
+"""Pasting a picture's parameters reproduces it bit by bit: over HTTP, with the settings back at their defaults."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_text_to_picture(server: Server, case: str) -> None:
     again = server.txt2img(infotext=text)
     assert np.array_equal(pixels(first["images"][0]), pixels(again["images"][0])), text
     assert info_of(again)["infotexts"][0] == text
-    other = server.txt2img(**plain)  # the case without what it is about
+    other = server.txt2img(**plain)  # the same request without the tested feature
     assert case == "prompt language" or not np.array_equal(pixels(first["images"][0]), pixels(other["images"][0])), "its fields change nothing"
 
 

@@ -12,7 +12,7 @@ from tests.modules.api.conftest import Server, ServerFactory, from_base64
 
 
 class Paused:
-    """Holds the job at its first step until `go_on`; `reached` says that it is there."""
+    """Blocks the job at its first step until `go_on`; `reached` tells that it got there."""
 
     def __init__(self, server: Server) -> None:
         self.state = server.app.state

@@ -16,7 +16,7 @@ from tests.modules.api.conftest import Server
 
 
 def png_that_says(width: int, height: int) -> str:
-    """A file of a few bytes whose header promises that many pixels."""
+    """A file of a few bytes whose header claims that many pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

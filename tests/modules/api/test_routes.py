@@ -1,4 +1,4 @@
-"""What holds for every route: the password, the headers, the log, strict JSON."""
+"""Common behavior of all routes: password, headers, log, strict JSON."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_memory(server: Server) -> None:
 
 
 class HostOfTest:
-    """Stands in for the model host: notes what it is asked."""
+    """Replaces the model host and records what is requested."""
 
     def __init__(self, app: Any) -> None:
         self.calls: list[str] = []

@@ -1,4 +1,4 @@
-"""Requests that wait: no thread each, and none for a client that is gone. Over a real socket, for the test client never goes away."""
+"""Waiting requests: no thread each, and none for a disconnected client. Uses a real socket, because the test client never disconnects."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Site:
                 return
 
     def ask(self, **body: Any) -> http.client.HTTPConnection:
-        """A txt2img request that is under way."""
+        """A txt2img request in progress."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("POST", "/sdapi/v1/txt2img", json.dumps(body), {"Content-Type": "application/json"})
         return connection
@@ -84,7 +84,7 @@ def test_waiting_takes_no_thread_and_the_line_has_an_end(site: Site) -> None:
     before = threading.active_count()
     waiting = [site.ask() for _ in range(60)]
     site.wait_for(lambda: site.num_waiting == 60)
-    assert threading.active_count() - before <= 4  # those of the pool that decodes
+    assert threading.active_count() - before <= 4  # those of the decoding pool
     one_more = site.ask()
     refused = one_more.getresponse()
     assert (refused.status, refused.getheader("Retry-After")) == (503, "10")
@@ -102,7 +102,7 @@ def test_the_job_of_a_client_that_went_away_is_dropped_unless_it_saves(site: Sit
     gone.close()
     site.wait_for(lambda: site.num_waiting == 2)
     saving.close()
-    running.close()  # it is interrupted, and the next one begins
+    running.close()  # it is interrupted, and the next one starts
     site.wait_for(lambda: "running" in site.app.jobs.tasks.finished)
     site.gate.set()
     assert answer_of(kept)[0] == 200

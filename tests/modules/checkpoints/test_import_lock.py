@@ -11,7 +11,7 @@ NETWORK_PACKAGES = {"backend.loader", "backend.text_processing.clip_tokenizer", 
 
 
 def imports_inside_functions(path: Path) -> list[tuple[str, bool]]:
-    """(package, whether it is under `with network_imports`) of each import that runs when a function is called."""
+    """(package, whether it is under `with network_imports`) for each import executed when a function is called."""
     found: list[tuple[str, bool]] = []
 
     def visit(node: ast.AST, in_function: bool, locked: bool) -> None:

@@ -23,13 +23,13 @@ def write_model(path: Path, *keys: str) -> Path:
 
 
 class Engine:
-    """Stands for a loaded model."""
+    """Replaces a loaded model."""
 
     embeddings = None
 
 
 class Loader:
-    """Records what it is asked to load; fails for files with "broken" in their name."""
+    """Records requested loads; fails for files with "broken" in their name."""
 
     def __init__(self) -> None:
         self.requests: list[ModelRequest] = []

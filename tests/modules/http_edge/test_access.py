@@ -35,7 +35,7 @@ GUEST = {
         script_callbacks.on_app_started(add)
         """
 }
-ACCESS = {  # kind of path -> who is let in, by which flags are given: (neither, --api-auth, --gradio-auth, both)
+ACCESS = {  # kind of path -> who gets access, by the flags given: (neither, --api-auth, --gradio-auth, both)
     "open": ("all", "all", "all", "all"),
     "api": ("all", "api", "all", "api"),
     "page": ("all", "all", "page", "page api"),
@@ -45,7 +45,7 @@ ACCESS = {  # kind of path -> who is let in, by which flags are given: (neither,
 
 @contextmanager
 def whole_program(folder: Path, **config: Any) -> Iterator[tuple[TestClient, dict[tuple[str, str], str]]]:
-    """The program as it is served with these flags, and its routes: (method, path) -> kind."""
+    """The program as served with these flags, and its routes: (method, path) -> kind."""
     with installed_application(folder, port=7860, **config) as app:
         write_extension(app, "guest", GUEST)
         with loaded_builtin(app, "sd_forge_controlnet", "sd_forge_lora"):
@@ -71,14 +71,14 @@ def routes_of(app: Any) -> dict[tuple[str, str], str]:
 
 
 def flat(routes: Any) -> Iterator[Any]:
-    """Routes and those of included routers."""
+    """Routes, including those of nested routers."""
     for route in routes:
         inner = getattr(route, "effective_route_contexts", None)
         yield from inner() if inner else [route]
 
 
 def is_refused(client: TestClient, method: str, path: str, **arguments: Any) -> bool:
-    """By the edge or by the route. A streaming route that lets us in would not end: the edge alone is asked about those."""
+    """By the edge or by the route. A streaming route that grants access would never end, so for those only the edge is asked."""
     from modules.http_edge.edge import Refused
 
     headers = {"host": "127.0.0.1:7860", **arguments.get("headers", {})}

@@ -1,4 +1,4 @@
-"""The middleware in front of an app of a few routes."""
+"""The middleware in front of an app with a few routes."""
 
 from __future__ import annotations
 

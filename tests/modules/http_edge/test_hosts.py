@@ -54,7 +54,7 @@ def test_other_origins_are_foreign(method: str, origin: str) -> None:
 
 def test_own_origins_are_not_foreign() -> None:
     assert not foreign(origin="http://localhost:7860")
-    assert not foreign(origin="https://sd.example.org")  # named by --allowed-hosts
+    assert not foreign(origin="https://sd.example.org")  # allowed by --allowed-hosts
     assert not foreign(host="shown.example", origin="https://shown.example")
     assert not foreign(host="127.0.0.1:7860", origin="https://shown.example", x_forwarded_host="shown.example")
     assert not foreign(host="127.0.0.1:7860", origin="https://shown.example", sec_fetch_site="same-origin")
@@ -72,8 +72,8 @@ def test_requests_without_origin() -> None:
     assert foreign(referer=f"{EVIL}/page")
     assert not foreign(referer="http://localhost:7860/")
     assert foreign("GET", sec_fetch_site="cross-site", sec_fetch_mode="no-cors")
-    assert foreign("GET", sec_fetch_site="same-site", sec_fetch_mode="no-cors")  # a page of another port of this machine
-    assert not foreign("GET", is_page=True, sec_fetch_site="cross-site", sec_fetch_mode="navigate")  # somebody followed a link to the page
+    assert foreign("GET", sec_fetch_site="same-site", sec_fetch_mode="no-cors")  # a page on another port of this machine
+    assert not foreign("GET", is_page=True, sec_fetch_site="cross-site", sec_fetch_mode="navigate")  # someone followed a link to the page
     assert foreign("GET", sec_fetch_site="cross-site", sec_fetch_mode="navigate")
     assert foreign("POST", is_page=True, sec_fetch_site="cross-site", sec_fetch_mode="navigate")
     assert not foreign("GET", sec_fetch_site="none", sec_fetch_mode="navigate")

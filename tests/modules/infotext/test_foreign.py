@@ -8,7 +8,7 @@ import pytest
 from modules.infotext.foreign import infotext_from_comfy, infotext_from_novelai, infotext_from_novelai_json
 from modules.infotext.text import parse_infotext
 
-# The graph of ComfyUI's default workflow, as its PNG chunk `prompt` holds it.
+# The graph of ComfyUI's default workflow, as stored in its PNG chunk `prompt`.
 COMFY: dict[str, Any] = {
     "3": {
         "class_type": "KSampler",
@@ -89,7 +89,7 @@ def test_novelai() -> None:
     assert infotext_from_novelai("x", "not json", (1, 1)) is None
 
 
-# graphs whose settings and conditions lie in nodes of their own
+# graphs with separate nodes for settings and conditions
 
 PIECES: dict[str, Any] = {
     "unet": {"class_type": "UNETLoader", "inputs": {"unet_name": "flux1-dev.safetensors", "weight_dtype": "default"}},
@@ -107,7 +107,7 @@ PIECES: dict[str, Any] = {
 
 
 def sampled(positive: str = "good", negative: str = "bad", slots: tuple[int, int] = (0, 0), **nodes: Any) -> dict[str, str]:
-    """What is read of a KSampler over these conditions."""
+    """What is read from a KSampler with these conditions."""
     sampler = {"seed": 1, "steps": 4, "cfg": 5, "sampler_name": "euler", "scheduler": "simple", "latent_image": ["latent", 0], "model": ["unet", 0]}
     inputs = {**sampler, "positive": [positive, slots[0]], "negative": [negative, slots[1]]}
     return read({"sampler": {"class_type": "KSampler", "inputs": inputs}, **nodes})

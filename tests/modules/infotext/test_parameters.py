@@ -135,7 +135,7 @@ def test_checkpoint_is_wanted_only_if_allowed_and_there(app: Application) -> Non
     first, second = list(app.checkpoints)
     app.options.set("sd_model_checkpoint", first.title)
     line = f"{LAST_LINE}, Model hash: {second.calculate_shorthash()}, Model: two"
-    assert "sd_model_checkpoint" not in wanted(line)  # the settings say so at first
+    assert "sd_model_checkpoint" not in wanted(line)  # the default settings say so
     app.options.set("disable_weights_auto_swap", False)
     assert wanted(line)["sd_model_checkpoint"] == second.title
     assert "sd_model_checkpoint" not in wanted(f"{LAST_LINE}, Model hash: ffffffffff, Model: elsewhere")
@@ -173,7 +173,7 @@ def test_settings_survive_a_round_trip(app: Application, clip_skip: int, ensd: i
 
 
 def test_old_module_name() -> None:
-    import modules.generation_parameters_copypaste as old  # an extension's spelling
+    import modules.generation_parameters_copypaste as old  # the name extensions use
 
     assert old is infotext_utils or old.parse_generation_parameters is infotext_utils.parse_generation_parameters
     assert generation_parameters_copypaste.ParamBinding is infotext_utils.ParamBinding

@@ -18,7 +18,7 @@ def picture(mode: str = "RGB", width: int = 96, height: int = 64) -> Image.Image
 
 
 def hand_written(text: str, signature: bytes, *, rgb: bool, compressed: bool) -> Image.Image:
-    """The documented layout written bit by bit, independent of the code under test: columns first, alpha or red, green, blue."""
+    """The documented layout written bit by bit, independent of the tested code: columns first, alpha or red, green, blue."""
     payload = gzip.compress(text.encode()) if compressed else text.encode()
     message = signature + (len(payload) * 8).to_bytes(4, "big") + payload
     bits = iter("".join(f"{byte:08b}" for byte in message))

@@ -19,7 +19,7 @@ PARAMS = {
     "Model hash": "6ce0161689",
 }
 
-# The text A1111 1.10 writes for a hires picture, as its users paste it.
+# The text that A1111 1.10 writes for a hires picture, as users paste it.
 A1111_TEXT = """masterpiece, (a cat:1.2), [sitting|standing]
 on a mat
 Negative prompt: blurry,
@@ -153,7 +153,7 @@ def test_civitai_lists_are_one_value() -> None:
 
 
 def _reference_pairs(line: str) -> list[tuple[str, str]]:
-    """The pairs by the regular expression that A1111's users' tools go by (slow for hostile text)."""
+    """The pairs found by the regular expression that A1111 tools use (slow for hostile text)."""
     pattern = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
     return [(key, unquote(value)) for key, value in pattern.findall(line)]
 

@@ -1,4 +1,4 @@
-"""Infotexts of generated parameters: everything the product writes is read back as it was, and written again."""
+"""Infotexts of generated parameters: everything the product writes is read back unchanged, and written again."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ PROMPTS = (st.text(CHARACTERS.filter(lambda char: char != "\r"), max_size=80) | 
 
 @st.composite
 def parameters(draw: st.DrawFn) -> dict[str, Any]:
-    """What a picture may say about itself: the leading three always, any of the rest."""
+    """Possible parameters of a picture: always the first three, any of the rest."""
     chosen: dict[str, Any] = {
         "Steps": draw(st.integers(1, 150)),
         "Sampler": draw(st.sampled_from(["Euler a", "DPM++ 2M"])),
@@ -79,7 +79,7 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def read_as(params: dict[str, Any]) -> dict[str, str]:
-    """The dict that a reader is to get: every value as text, sizes as two keys."""
+    """The dict that a parser must return: every value as text, sizes as two keys."""
     expected: dict[str, str] = {}
     for key, value in params.items():
         size = re.fullmatch(r"(\d+)x(\d+)", str(value))
@@ -113,7 +113,7 @@ def test_any_text_is_read_without_an_error_and_its_reading_is_stable(text: str) 
 
 
 def test_no_key_of_the_product_is_missing_here() -> None:
-    """Keys in a fixed place, and those that settings are pasted from."""
+    """Keys at a fixed position, and those from which settings are pasted."""
     known = {*TEXT_KEYS, *NUMBER_KEYS, *FLAG_KEYS, *PAIRED_KEYS}
     from_settings = {info.infotext for info in build_option_table({}).values() if getattr(info, "infotext", None)}
     only_read = {"FP8 weight", "Cache FP16 weight for LoRA", "RNG", "Hires fix old size", "Old prompt editing timelines", "Pad conds v0", "VAE"}
@@ -137,7 +137,7 @@ def test_exif_and_the_hidden_text_carry_it_unchanged(prompt: str, params: dict[s
     assert read_info_from_image_stealth(hidden) == text
 
 
-# Texts as other programs and versions write them
+# Texts as written by other programs and versions
 
 
 FOREIGN = {

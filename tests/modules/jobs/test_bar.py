@@ -14,7 +14,7 @@ class _Terminal(io.StringIO):
 
 
 def _look_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> _Terminal:
-    """Within the test: pytest puts its own stderr back between a fixture and the test."""
+    """Inside the test: pytest restores its own stderr between a fixture and the test."""
     made = _Terminal()
     monkeypatch.setattr(sys, "stderr", made)
     return made

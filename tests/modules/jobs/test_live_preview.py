@@ -15,7 +15,7 @@ CONSTANT = torch.tensor([0.5, 0.4, 0.6])
 
 
 def decode(latents_BCHW: torch.Tensor) -> torch.Tensor:
-    """A VAE that is linear: 8 times larger, -1..1."""
+    """A linear VAE: 8 times larger, -1..1."""
     colors = torch.einsum("bchw,cd->bdhw", latents_BCHW, MATRIX) + CONSTANT[:, None, None]
     return colors.repeat_interleave(8, 2).repeat_interleave(8, 3) * 2 - 1
 

@@ -1,4 +1,4 @@
-"""Profiles of whole jobs. Reference: what the virtual GPUs and the transport counted themselves, and clocks around the pieces of the network."""
+"""Profiles of whole jobs. Reference: the counts of the virtual GPUs and the transport, and clocks around the pieces of the network."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def gpus(app: Application) -> Iterator[Fleet]:
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[JobRecord]:
-    """The records of the jobs that ran, instead of files."""
+    """The records of the jobs, instead of files."""
     written: list[JobRecord] = []
     monkeypatch.setattr(observer, "write_job", lambda folder, job: written.append(job))
     return written
@@ -72,7 +72,7 @@ def _request(**fields: Any) -> Any:
 
 
 def _check(job: JobRecord) -> None:
-    """What holds for every record: it is what the file's schema says, and each slot's time adds up."""
+    """Checks for every record: it matches the file's schema, and each slot's time adds up."""
     assert ProfileFile.model_validate_json(ProfileFile(program="test", jobs=[job]).model_dump_json()).jobs == [job]
     for slot in job.slots:
         assert slot.busy_ms + slot.wait_ms == pytest.approx(job.wall_ms, abs=1e-3)
@@ -84,7 +84,7 @@ def _check(job: JobRecord) -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_profile_agrees_with_what_the_virtual_gpus_counted(app: Application, gpus: Fleet, jobs: list[JobRecord], plan: str) -> None:
     app.options.set("multi_gpu_strategy", plan)
-    run(_request())  # loads, and places copies
+    run(_request())  # loads, and places replicas
     before = {slot.index: virtual_gpu.get_device(slot.index).num_operations for slot in gpus.slots}
     sent = dict(gpus.transport.stats.bytes_by_pair())
     run(_request())
@@ -103,7 +103,7 @@ def test_a_profile_agrees_with_what_the_virtual_gpus_counted(app: Application, g
     assert {batch.step for batch in job.batches} == {0, 1, 2, 3}
     assert sum(batch.rows for batch in job.batches) == 4 * 4  # in each step two pictures with two prompts each
     kinds = {span.kind for span in job.spans}
-    assert {"text encoder", "VAE", "save", "load", "plan"} - kinds <= {"text encoder"}  # prompts may come from the last job
+    assert {"text encoder", "VAE", "save", "load", "plan"} - kinds <= {"text encoder"}  # prompts may be cached from the last job
 
 
 @pytest.mark.parametrize("plan", ["replicas", "layers"])
@@ -111,7 +111,7 @@ def test_a_profile_agrees_with_what_the_virtual_gpus_counted(app: Application, g
 def test_every_piece_runs_inside_a_span_of_its_slot(
     app: Application, jobs: list[JobRecord], monkeypatch: pytest.MonkeyPatch, plan: str, kind: str
 ) -> None:  # fmt: skip
-    """How long the spans are, against clocks of their own, is `benchmarks/profile_clocks.py`'s to say: no test asserts time."""
+    """`benchmarks/profile_clocks.py` compares span lengths with separate clocks: no test asserts time."""
     pieces: list[tuple[str, int, int]] = []
     recordings: list[Recording] = []
     run_piece, build_job = Program.run_piece, observer.build_job
@@ -257,7 +257,7 @@ def test_the_driver_is_asked_of_the_slots_of_cards(app: Application, monkeypatch
     with virtual_fleet(2):
         sampler = observer._DriverSampler(memory_management.compute_slots())
         sampler.start()
-        now[:] = [dataclasses.replace(card, used_bytes=95)]  # decoding, in the last moment
+        now[:] = [dataclasses.replace(card, used_bytes=95)]  # decoding, at the last moment
         samples = sampler.stop()
     assert {(sample.slot, sample.utilization_percent, sample.power_watts) for sample in samples} == {(0, 90, 300.0), (1, 90, 300.0)}
     assert [(sample.slot, sample.used_bytes) for sample in samples[-2:]] == [(0, 95), (1, 95)]

@@ -1,4 +1,4 @@
-"""The variables that are set before torch is imported."""
+"""The variables set before torch is imported."""
 
 from __future__ import annotations
 

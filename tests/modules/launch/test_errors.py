@@ -1,4 +1,4 @@
-"""What pip, venv and the system print, turned into what a user can act on. The samples are what those programs print."""
+"""Output of pip, venv and the system, turned into messages a user can act on. The samples are real output of those programs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_venv(text: str, says: str) -> None:
 
 
 def test_a_venv_on_a_full_disk() -> None:
-    """What Python prints when pip's installer inside ended for want of space names no reason."""
+    """If pip's installer fails for lack of space, Python's message does not say so."""
     text = "Error: Command '['/small/venv/bin/python', '-m', 'ensurepip', '--upgrade', '--default-pip']' returned non-zero exit status 2."
     assert "the disk is full" in explain_venv_failure(text, Path("venv"), 10 * 2**20)
     assert "returned non-zero exit status 2" in explain_venv_failure(text, Path("venv"), 2**40)

@@ -1,4 +1,4 @@
-"""Each flag that does nothing in a run says so in one line."""
+"""Each flag that has no effect in a run says so in one line."""
 
 from __future__ import annotations
 

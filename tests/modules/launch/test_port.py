@@ -1,4 +1,4 @@
-"""An address that is taken, unknown or not ours is named, with what to do."""
+"""An address that is taken, unknown or not local is reported with a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of the set-up and its stamp, with pip replaced by a list of calls. `tests/test_launch.py` does it with the real one."""
+"""The order of setup and its stamp, with pip replaced by a list of calls. `tests/test_launch.py` uses the real one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modules.launch.stamp import fingerprint, read_stamp, write_stamp
 
 
 class FakePip:
-    """What is installed, and what was asked for."""
+    """What is installed, and what was requested."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
         self.versions = versions

@@ -1,4 +1,4 @@
-"""The helpers that installers import, the log on the screen, and the start's timer."""
+"""The helpers that installers import, the console log, and the startup timer."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_no_text_of_a_client_begins_a_line_of_the_log_or_steers_the_terminal(roo
 
 
 def test_half_a_letter_in_a_record_can_be_written(root_logger: logging.Logger) -> None:
-    """Told to the handler alone: pytest could not pass it on."""
+    """Passed directly to the handler, because pytest could not forward it."""
     start.setup_logging("INFO")
     formatter = root_logger.handlers[-1].formatter
     assert formatter is not None

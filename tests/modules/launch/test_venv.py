@@ -1,4 +1,4 @@
-"""Where the virtual environment's Python is, whether this process is inside one, and what is said when it cannot be made."""
+"""Where the virtual environment's Python is, whether this process is inside one, and the errors if it cannot be created."""
 
 from __future__ import annotations
 

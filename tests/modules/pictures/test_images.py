@@ -23,7 +23,7 @@ PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3),
 
 
 def settings(**changes: Any) -> SimpleNamespace:
-    """A processing object with settings of its own."""
+    """A processing object with its own settings."""
     return SimpleNamespace(options=Options(build_option_table({})).snapshot(changes))
 
 

@@ -59,7 +59,7 @@ def test_filling_a_wholly_masked_picture_gives_a_picture() -> None:
 
 
 def test_a_ground_that_is_not_quite_black_is_no_mask() -> None:
-    """As JPEG files have it."""
+    """As in JPEG files."""
     mask = mask_with((10, 20, 30, 40)).point(lambda value: max(value, 3))
     assert get_crop_region_v2(mask) == (0, 0, 100, 60)
     assert get_crop_region_v2(drop_ground(mask)) == (10, 20, 30, 40)

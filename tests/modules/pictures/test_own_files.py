@@ -1,4 +1,4 @@
-"""Nothing is written over a file that no save of this program made."""
+"""Files that this program did not save are never overwritten."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_files_of_others_keep_their_place(app: Application, tmp_path: Path) -> N
 def test_own_files_are_replaced_where_the_settings_say_so(app: Application, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = save(app, tmp_path / "out")
     assert save(app, tmp_path / "out", info=INFO + "6") == first
-    monkeypatch.setattr("modules.pictures.own_files._written", OrderedDict())  # as after a new start: the files speak for themselves
+    monkeypatch.setattr("modules.pictures.own_files._written", OrderedDict())  # as after a restart: only the files' contents count
     assert save(app, tmp_path / "out") == first
     assert first[1] is not None and first[1].read_text() == INFO + "\n"
 
@@ -54,7 +54,7 @@ def test_own_files_are_replaced_where_the_settings_say_so(app: Application, tmp_
 def test_a_picture_without_texts_is_known_in_its_own_run_only(app: Application, tmp_path: Path) -> None:
     first, _ = save(app, tmp_path / "out", info=None)
     assert save(app, tmp_path / "out", info=None)[0] == first
-    Image.new("RGB", (4, 4), "red").save(first)  # somebody put another in its place
+    Image.new("RGB", (4, 4), "red").save(first)  # someone replaced it
     assert save(app, tmp_path / "out", info=None)[0].name == "fox-1.png"
 
 

@@ -61,7 +61,7 @@ def test_a_start_clears_every_folder_that_is_written_to(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for `kill -9`: nothing of the writer runs afterwards."""
+    """Simulates `kill -9`: nothing of the writer runs afterwards."""
 
 
 def _links(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
-"""Model files through spandrel. The package is no part of the test environment: a stand-in with its interface (ModelLoader, ImageModelDescriptor)
-runs a network of torch's own."""
+"""Model files with spandrel. The package is not in the test environment: a stand-in with its interface (ModelLoader, ImageModelDescriptor)
+runs a torch network."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_without_spandrel_the_reason_is_said(app: Application, monkeypatch: pyte
 
 
 class Descriptor:
-    """What spandrel gives for a model of pictures."""
+    """What spandrel returns for an image model."""
 
     def __init__(self, scale: int = 4, input_channels: int = 3) -> None:
         self.scale, self.input_channels = scale, input_channels

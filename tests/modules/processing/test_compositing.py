@@ -29,7 +29,7 @@ def half_mask(width: int, height: int) -> Image.Image:
 
 
 def test_only_the_mask_in_a_transparency_is_made_hard() -> None:
-    """As in Forge: greys of a mask stay."""
+    """As in Forge, grays of a mask stay."""
     values = np.array([[0, 100, 200, 255]], dtype=np.uint8)
     grey, alpha = Image.fromarray(values), Image.new("RGBA", (4, 1))
     alpha.putalpha(Image.fromarray(values))

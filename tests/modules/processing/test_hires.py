@@ -165,7 +165,7 @@ def test_the_second_pass_may_use_another_checkpoint(app: Application, modules: l
 
 
 def test_old_sizes_name_the_final_size(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first pass would be 512 pixels wide or more: quicker with three quarters of a small picture."""
+    """The first pass would be at least 512 pixels wide: faster with three quarters of a small picture."""
     assert processing_hires.old_hires_fix_first_pass_dimensions(1024, 512) == (768, 384)
     monkeypatch.setattr(processing_hires, "old_hires_fix_first_pass_dimensions", lambda width, height: (width * 3 // 4, height * 3 // 4))
     overrides = {"use_old_hires_fix_width_height": True}

@@ -194,7 +194,7 @@ def test_an_empty_mask_leaves_the_picture_as_it_is(app: Application, full_res: b
 
 
 def test_a_soft_mask_is_rounded_for_the_latents_unless_asked(app: Application) -> None:
-    """Its greys stay for pasting back in either case, as in Forge."""
+    """Its grays stay for pasting back in either case, as in Forge."""
     gray = Image.new("L", (64, 64), 100)
     rounded, soft = (img2img(mask=gray, mask_blur=0, inpaint_full_res=False, mask_round=hard) for hard in (True, False))
     pictures = [picture(run(request)) for request in (rounded, soft)]
@@ -240,7 +240,7 @@ def test_deep_greys_are_scaled_not_cut_to_white(app: Application, depth: str) ->
 
 @pytest.fixture
 def demo_app(tmp_path: Path) -> Iterator[Application]:
-    """The demo checkpoint: narrow ones have group norms of one value at this size, which torch refuses."""
+    """Uses the demo checkpoint: at this size narrow ones have group norms over one value, which torch rejects."""
     folder = tmp_path / "models" / "Stable-diffusion"
     folder.mkdir(parents=True)
     (folder / "demo.safetensors").symlink_to(next((Path(__file__).parents[3] / "models" / "Stable-diffusion").glob("demo-*.safetensors")))

@@ -1,4 +1,4 @@
-"""NaN that the request brings about is the client's to mend, and the answer names its cause. Everything runs through a whole job."""
+"""NaN caused by the request is for the client to fix, and the answer names the cause. Each test runs a whole job."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_controlnet_at_an_endless_weight(app: Application, weight: float) -> N
 
 @pytest.fixture
 def nan_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is sampled is NaN."""
+    """Every sampling result is NaN."""
     sampled = KDiffusionSampler.sample
     monkeypatch.setattr(KDiffusionSampler, "sample", lambda *args, **named: sampled(*args, **named) * math.nan)
 

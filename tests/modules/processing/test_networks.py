@@ -20,7 +20,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
 
 @pytest.fixture
 def marks() -> Iterator[list[int]]:
-    """A kind of network that marks the UNet; the marks that each activation found already there."""
+    """A network kind that marks the UNet, and records the marks present at each activation."""
     found: list[int] = []
 
     class Marker(extra_networks.ExtraNetwork):
@@ -70,7 +70,7 @@ def test_an_embedding_put_into_the_folder_counts_from_the_next_job_on(app: Appli
 
 
 class Witness(extra_networks.ExtraNetwork):
-    """Writes down when it was told what."""
+    """Records when it was called with what."""
 
     def __init__(self, fails_at_end: bool = False) -> None:
         super().__init__("witness")
@@ -95,7 +95,7 @@ def witness() -> Iterator[Witness]:
 
 
 def test_networks_are_told_once_when_a_job_ends(app: Application, witness: Witness) -> None:
-    """After all batches, whether the prompt names one or not; the next job begins anew."""
+    """After all batches, whether or not the prompt names one; the next job starts from scratch."""
     run(txt2img(prompt="a <witness:x>", steps=1, n_iter=2))
     assert witness.told == ["on", "on", "off"]
     run(txt2img(steps=1))

@@ -30,7 +30,7 @@ def shared_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application
 
 @pytest.fixture
 def app(shared_app: Application) -> Iterator[Application]:
-    """The module's application with its settings as they were."""
+    """The module's application, with its settings restored."""
     install(shared_app)
     saved = dict(shared_app.options.data)
     yield shared_app
@@ -55,7 +55,7 @@ def test_the_same_request_gives_the_same_picture(app: Application, sampler: str)
 
 @pytest.mark.parametrize("sampler", ["Euler a", "DPM++ SDE"])
 def test_a_picture_does_not_depend_on_its_batch(app: Application, sampler: str) -> None:
-    """Batched kernels may order sums differently: one level of 255 is allowed, as the tolerance of two batch sizes."""
+    """Batched kernels may sum in a different order: one level of 255 is allowed, the tolerance between two batch sizes."""
     alone = [picture(run(txt2img(sampler_name=sampler, seed=seed))) for seed in (5, 6, 7)]
     together = run(txt2img(sampler_name=sampler, seed=5, batch_size=3))
     by_count = run(txt2img(sampler_name=sampler, seed=5, n_iter=3))
@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_written_costs_the_file_and_not_the_picture(app:
 
 
 def test_parts_joined_by_and_have_a_limit(app: Application) -> None:
-    """Each is a row of every step: ten thousand of them would hold the line for hours."""
+    """Each part is a row in every step: ten thousand of them would block the queue for hours."""
     for kept in (txt2img(prompt=" AND ".join(["a"] * 10_000)), txt2img(enable_hr=True, hr_scale=1.25, hr_prompt="a AND " * 200)):
         with pytest.raises(RequestError, match=r"parts are joined by AND; the limit is 128"):
             run(kept)
@@ -273,7 +273,7 @@ def test_extra_parameters_may_be_lists_and_functions(app: Application) -> None:
 
 
 class StopAt:
-    """Does something to the state when the denoiser is called the n-th time."""
+    """Changes the state when the denoiser is called the n-th time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, call: int, action: Any) -> None:
         self.calls = 0

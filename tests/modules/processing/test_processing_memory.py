@@ -1,4 +1,4 @@
-"""What a job leaves on a device, and that a full device fails a job and not the program."""
+"""What a job leaves on a device, and that a full device fails the job but not the program."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_full_device_fails_the_job_and_the_next_one_works(app: Application) ->
     assert np.array_equal(pixels(run(txt2img()).images[0]), expected)
 
 
-# faults in the middle of a job, on one virtual GPU
+# faults during a job, on one virtual GPU
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def assert_next_job_works(app: Application, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("place", [0.02, 0.3, 0.6, 0.98])
 def test_a_shortage_anywhere_in_a_job_changes_no_picture(app: Application, undisturbed: np.ndarray, place: float) -> None:
-    """In the prompt, in two steps and in the VAE. A step that runs its conditions one by one rounds as a batch of one does: a grey level at most."""
+    """In the prompt, in two steps and in the VAE. A step that runs conditions one by one rounds like a batch of one: at most one gray level."""
     num_allocations, _ = count_work(app)
     virtual_gpu.get_device(0).set_faults(Faults(out_of_memory_at=frozenset({int(place * num_allocations)})))
     assert np.abs(pixels(run(txt2img()).images[0]) - undisturbed).max() <= 1
@@ -101,12 +101,12 @@ def test_shortages_that_do_not_end_fail_the_job_with_the_table(app: Application,
     assert_next_job_works(app, undisturbed)
 
 
-# faults in the work between the networks, which is small and easily forgotten
+# faults in the small, easily forgotten work between networks
 
 
 @contextmanager
 def shortage_in(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> Iterator[list[int]]:
-    """All allocations in a function's first call fail; gives the number of allocations of each call."""
+    """Make all allocations in a function's first call fail; returns the number of allocations per call."""
     plain, made, device = getattr(owner, name), list[int](), virtual_gpu.get_device(0)
 
     def short(*args: Any, **named: Any) -> Any:
@@ -171,7 +171,7 @@ def test_a_preview_without_room_costs_only_the_preview(app: Application, monkeyp
 
 
 def _levels_of_the_network(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: str) -> torch.Tensor:
-    """As an extension makes them: with the network's table, where that is."""
+    """As an extension creates them: with the network's table, on the same device."""
     del device
     table_T = inner_model.predictor.sigmas.to(inner_model.diffusion_model.conv_in.weight.device) * 1.0
     return torch.cat([torch.linspace(min(float(table_T[-1]), sigma_max), sigma_min, n), torch.zeros(1)])
@@ -220,17 +220,17 @@ def test_a_shortage_between_the_networks_tells_of_all_devices(app: Application, 
 def test_a_device_lost_in_a_job_is_a_clear_failure_and_works_when_it_is_back(app: Application, undisturbed: np.ndarray, place: float) -> None:
     _, num_operations = count_work(app)
     virtual_gpu.get_device(0).set_faults(Faults(lost_at_operation=int(place * num_operations)))
-    for _ in range(2):  # the next job fails as clearly, it neither hangs nor gives a wrong picture
+    for _ in range(2):  # the next job also fails clearly, without hanging or a wrong picture
         with pytest.raises((torch.AcceleratorError, RuntimeError), match="lost"):
             submit(app, txt2img()).wait(timeout_s=300)
         assert app.state.job == ""
     virtual_gpu.get_device(0).set_faults(None)
-    configure(app, 256)  # what was on the device is gone; a user restarts the program here
+    configure(app, 256)  # the device's contents are lost; a user would restart the program here
     assert_next_job_works(app, undisturbed)
 
 
 def test_a_slow_link_slows_the_job_and_changes_no_pixel(app: Application, undisturbed: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streamed weights cross again and again. The waits are counted, not waited."""
+    """Streamed weights are copied repeatedly. The waits are counted, not actually waited."""
     waited_s: list[float] = []
     monkeypatch.setattr(virtual_device, "time", SimpleNamespace(sleep=waited_s.append))
     configure(app, 256, vram_mode="no")

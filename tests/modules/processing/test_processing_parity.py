@@ -1,6 +1,6 @@
 """Pictures of whole jobs against diffusers' own pipelines: same file, seed, prompts, noise levels; from the request to 8-bit pixels.
 
-tests/parity compares the engine below for every family; here it is what a job adds: seeds and noise, schedules, masks, decoding.
+tests/parity compares the engine for every family; this file covers what a job adds: seeds and noise, schedules, masks, decoding.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def inpainting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
 
 
 def build_pipeline(reference: ReferenceModels, scheduler: Any, *, inpaint: bool = False) -> Any:
-    """diffusers' pipeline of the family, around the very networks that the file was written from."""
+    """diffusers' pipeline of the family, with the networks that the file was written from."""
     common = {"vae": reference.vae, "unet": reference.unet, "scheduler": scheduler, "text_encoder": reference.text_encoders[0]}
     if reference.family == "sdxl":
         tokenizers = {"tokenizer": build_clip_tokenizer(), "tokenizer_2": build_clip_tokenizer(pad_token_id=0)}
@@ -69,7 +69,7 @@ def build_scheduler(name: str, reference: ReferenceModels) -> Any:
 
 
 def start_of(name: str) -> torch.Tensor:
-    """torch's noise of the seed, which is what `randn_source` CPU gives; DPM-Solver starts from variance 1 where Euler starts from sigma."""
+    """torch's noise for the seed, as with `randn_source` CPU; DPM-Solver starts at variance 1, Euler at sigma."""
     noise = torch.randn(1, 4, SIDE_PX // 8, SIDE_PX // 8, generator=torch.Generator().manual_seed(SEED))
     sigma_max = 14.6146
     return noise if name == "Euler" else noise * sigma_max / (sigma_max**2 + 1) ** 0.5
@@ -79,7 +79,7 @@ def expected_picture(reference: ReferenceModels, name: str, **arguments: Any) ->
     scheduler = build_scheduler(name, reference)
     pipeline = build_pipeline(reference, scheduler, inpaint="image" in arguments)
     latents = start_of(name)
-    if name == "Euler":  # multiplied by the largest level, or by its variance-preserving kin, according to the scheduler's spacing
+    if name == "Euler":  # multiplied by the largest level, or its variance-preserving equivalent, depending on the scheduler's spacing
         scheduler.set_timesteps(STEPS)
         latents = latents * float(scheduler.sigmas[0]) / float(scheduler.init_noise_sigma)
     size = {"width": SIDE_PX, "height": SIDE_PX, "guidance_scale": SCALE, "num_inference_steps": STEPS, "output_type": "np"}
@@ -92,7 +92,7 @@ def as_floats(result: Processed) -> np.ndarray:
 
 
 def fields_of(family: str, name: str) -> dict[str, Any]:
-    """DPM-Solver of diffusers rounds its timesteps, which a setting does here."""
+    """DPM-Solver in diffusers rounds its timesteps; here a setting does that."""
     overrides = {"sd_model_checkpoint": family, "enable_quantization": name != "Euler", "randn_source": "CPU", "samples_save": False}
     common = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "steps": STEPS, "cfg_scale": SCALE, "seed": SEED}
     return {**common, "sampler_name": name, "scheduler": "Karras", "override_settings": overrides}
@@ -108,7 +108,7 @@ def test_txt2img(models: Loaded, family: str, name: str) -> None:
 
 
 def test_what_an_inpainting_checkpoint_is_shown(inpainting: Loaded) -> None:
-    """The mask at latent size, then the latents of the picture without what is masked: the five channels its UNet was trained with."""
+    """The mask at latent size, then the latents of the masked picture: the five additional channels of the UNet's training."""
     app, references = inpainting
     install(app)
     reference, picture = references["sd15"], gradient(SIDE_PX, SIDE_PX)

@@ -1,4 +1,4 @@
-"""Whole jobs over two virtual GPUs when one of them fails in the middle. Reference: the same job undisturbed."""
+"""Whole jobs on two virtual GPUs, one of which fails during the job. Reference: the same job undisturbed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _set_no_faults() -> None:
 
 @pytest.fixture(scope="module", params=PLANS)
 def lasting_app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Application, np.ndarray]]:
-    """For tests that leave both slots as they were; with the undisturbed picture."""
+    """For tests that leave both slots intact; with the undisturbed picture."""
     with _two_slots(tmp_path_factory.mktemp("slots"), request.param) as application:
         yield application, _picture()
 
@@ -77,7 +77,7 @@ def test_out_of_memory_in_the_middle_of_a_job_changes_no_picture(app: Applicatio
 
 
 def _count_operations(slot: int) -> int:
-    """Operations of one slot in a job like the next one. The first jobs measure, and cut the network anew."""
+    """Operations of one slot in such a job. The first jobs measure and re-partition the network."""
     device = virtual_gpu.get_device(slot)
     device.set_faults(None)
     _picture()
@@ -86,9 +86,9 @@ def _count_operations(slot: int) -> int:
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_a_lost_slot_ends_or_shrinks_the_job_and_the_next_uses_the_rest(app_to_lose: Application, share: float) -> None:
-    """Wherever it happens in the job: at its first operation, or in the steps.
+    """At any point of the job: its first operation, or during the steps.
 
-    Copies go on without it; a cut network, a text encoder or a VAE went with it, and is read again for the next job.
+    Replicas continue without the slot; a split network, text encoder or VAE on it is lost and loaded again for the next job.
     """
     expected = _picture()
     at = 1 + int(share * _count_operations(1))

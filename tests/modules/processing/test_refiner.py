@@ -1,5 +1,5 @@
-"""Two models in one pass, against diffusers: its two SDXL pipelines with denoising_end and denoising_start, and one pipeline whose networks are
-exchanged between two steps."""
+"""Two models in one pass, against diffusers: its two SDXL pipelines with denoising_end and denoising_start, and one pipeline whose networks
+are swapped between two steps."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_aesthetic_scores_change_the_picture(app: Application) -> None:
 
 
 def exchanged_between_steps(first: ReferenceModels, second: ReferenceModels, at_step: int) -> np.ndarray:
-    """diffusers' pipeline; before step `at_step` its networks are replaced by those of `second`."""
+    """diffusers' pipeline; before step `at_step` its networks are replaced with those of `second`."""
     parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, "tokenizer": build_clip_tokenizer()}
     scheduler = euler(first)
     pipeline = StableDiffusionPipeline(vae=first.vae, unet=first.unet, text_encoder=first.text_encoders[0], scheduler=scheduler, **parts)
@@ -193,7 +193,7 @@ def test_a_request_without_a_point_takes_the_pages(app: Application) -> None:
 
 @pytest.mark.parametrize("sampler", ["DPM++ 2M", "Heun", "DPM++ 2M SDE", "UniPC", "DDIM CFG++", "Restart"])
 def test_samplers_with_a_history_go_on_with_it(app: Application, sampler: str) -> None:
-    """The same networks as "refiner" give the very picture that one model gives: nothing of the sampler's state is lost at the exchange."""
+    """The same networks as "refiner" give exactly the picture of one model: the swap loses nothing of the sampler's state."""
     copy = app.checkpoints.roots[0] / "copy.safetensors"
     if not copy.exists():
         copy.write_bytes((app.checkpoints.roots[0] / "sd15.safetensors").read_bytes())
@@ -269,7 +269,7 @@ def test_extensions_may_ask_for_the_exchange_themselves(app: Application) -> Non
 
 @pytest.mark.parametrize("strategy", ["layers", "replicas"])
 def test_both_models_work_on_several_slots(loaded: Loaded, tmp_path: Path, strategy: str) -> None:
-    """The plan is made anew for the second model. One slot's picture to within the rounding of another batch shape."""
+    """The plan is computed again for the second model. Equals one slot's picture up to the rounding of another batch shape."""
     request = {"batch_size": 2, "override_settings": {"return_grid": False, "multi_gpu_strategy": strategy}}
     alone = run(txt2img(**fields(**request)))
     folder = tmp_path / "models" / "Stable-diffusion"

@@ -127,7 +127,7 @@ def test_an_unknown_kind_is_reported_and_harms_nothing(caplog: pytest.LogCapture
     assert lora.calls == [[["a"]]]
     assert job.comments == ["The prompt names an extra network of kind <magic:...>, which is unknown and was ignored. Known kinds: lora."]
     assert "magic" in caplog.text
-    extra_networks.activate(SimpleNamespace(), {"magic": []})  # a job that takes no comments
+    extra_networks.activate(SimpleNamespace(), {"magic": []})  # a job without comments
 
 
 def test_a_failing_kind_is_reported_and_the_others_go_on() -> None:

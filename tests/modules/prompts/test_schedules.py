@@ -20,7 +20,7 @@ from tests.support.text_encoders import WIDTH, encoder, tokenizer
 
 
 class LetterModel:
-    """Encodes a text to 77 rows of its length and its first letter; remembers what it was asked."""
+    """Encodes a text as 77 rows of its length and first letter; records calls."""
 
     def __init__(self, *, as_dict: bool = False) -> None:
         self.as_dict = as_dict
@@ -82,7 +82,7 @@ def test_each_prompt_gets_its_schedule() -> None:
     prompts = SdConditioning(["[a:b:3]", "c", "[a:b:3]"], width=64)
     schedules = prompt_parser.get_learned_conditioning(model, prompts, 10)
     assert [[entry.end_at_step for entry in schedule] for schedule in schedules] == [[3, 10], [10], [3, 10]]
-    assert [list(asked) for asked in model.asked] == [["a", "b"], ["c"]]  # each prompt alone, and once
+    assert [list(asked) for asked in model.asked] == [["a", "b"], ["c"]]  # each prompt separately, and once
     assert all(asked.width == 64 for asked in model.asked)
 
 

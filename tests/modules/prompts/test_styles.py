@@ -193,7 +193,7 @@ def test_extensions_may_change_the_styles_and_have_them_saved(database: StyleDat
     assert [style.name for style in read_styles(database.paths[0].with_name("other.csv"))] == ["apart"]
 
 
-# files that people write
+# hand-written files
 
 BY_HAND = '''# mine
 name, prompt, negative_prompt

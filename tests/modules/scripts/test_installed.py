@@ -29,7 +29,7 @@ def app(tmp_path: Path) -> Iterator[Application]:
 
 
 def listed(app: Application, tmp_path: Path, *builtin: str) -> list[str]:
-    """Names of those that are on; `builtin` are folders that come with the program."""
+    """Names of the enabled ones; `builtin` are folders included with the program."""
     for name in builtin:
         (tmp_path / "builtin" / name).mkdir(parents=True, exist_ok=True)
     extensions.list_extensions(app.config, app.options, builtin_dir=tmp_path / "builtin")

@@ -14,7 +14,7 @@ PICTURE = Image.new("RGB", (8, 6), "red")
 
 
 class Marks(ScriptPostprocessing):
-    """Writes down that it was called, with its values."""
+    """Records its calls with their values."""
 
     def __init__(self, name: str = "Marks", order: int = 1000) -> None:
         self.name, self.order = name, order

@@ -1,4 +1,4 @@
-"""The generated functions of script_callbacks and ScriptRunner against the tables that they come from."""
+"""The generated functions of script_callbacks and ScriptRunner, checked against their tables."""
 
 from __future__ import annotations
 

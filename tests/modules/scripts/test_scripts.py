@@ -50,7 +50,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
 
 @pytest.fixture
 def with_extensions(app: Application, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """Gives a function that writes extensions, loads them and builds their controls."""
+    """Returns a function that writes extensions, loads them and builds their controls."""
     opened = []
 
     def load(**named: dict[str, str]) -> None:
@@ -68,7 +68,7 @@ def with_extensions(app: Application, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def arguments(runner: Any, **changed: Any) -> tuple[Any, ...]:
-    """The arguments of all scripts as their controls stand, with the slots of `changed` controls (by label) replaced."""
+    """The arguments of all scripts from their controls' start values, with the slots of `changed` controls (by label) replaced."""
     values = [0] + [None] * (len(runner.inputs) - 1)
     for slot, value in start_values(runner).items():
         values[slot] = value
@@ -150,7 +150,7 @@ def test_a_failing_hook_leaves_the_picture_and_other_scripts_unharmed(
 def test_a_refusal_of_a_built_in_script_ends_the_job(app: Application, with_extensions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     files = extensions.failing_in("process", raises="RequestError('no')")
     with_extensions(failing=files)
-    run(give(app, txt2img()))  # an extension's is isolated like any other failure
+    run(give(app, txt2img()))  # one from an extension is isolated like any other failure
     monkeypatch.setattr(app.script_runners["txt2img"], "_is_ours", lambda path: True)
     with pytest.raises(RequestError, match="no"):
         run(give(app, txt2img()))
@@ -250,7 +250,9 @@ def test_the_api_gives_scripts_their_arguments(app: Application, with_extensions
         assert answer.status_code == 200, answer.text
         assert json.loads(answer.json()["info"])["all_prompts"] == ["in snow, a red cat"]
     short = client.post("/sdapi/v1/txt2img", json={**BODY, "alwayson_scripts": {"prompt changer": {"args": [True]}}})
-    assert json.loads(short.json()["info"])["all_prompts"] == ["a red cat, in the rain"]  # type="index": what is left out counts by its number
+    assert json.loads(short.json()["info"])["all_prompts"] == [
+        "a red cat, in the rain"
+    ]  # type="index": an omitted value becomes the index of its choice
     twice = client.post("/sdapi/v1/txt2img", json={**BODY, "script_name": "Make It Twice", "script_args": [2]})
     assert len(twice.json()["images"]) == 2
     wrong = client.post("/sdapi/v1/txt2img", json={**BODY, "alwayson_scripts": {"prompt changer": {"args": {"Colour": 1}}}})
@@ -288,7 +290,7 @@ def test_the_selected_script_is_shown(app: Application, with_extensions: Any) ->
         with_extensions(**named)
         page = ui.create_ui(app)
         show = next(fn for fn in page.fns.values() if fn.inputs and fn.inputs[0].elem_id == "script_list")
-        with ThreadPoolExecutor(max_workers=1) as pool:  # a browser test may have left its loop on this thread
+        with ThreadPoolExecutor(max_workers=1) as pool:  # a browser test may have left its event loop on this thread
             answer = pool.submit(asyncio.run, page.process_api(show, ["Make it twice"], state=SessionState(page))).result()
         shown = [update["visible"] for update in answer["data"]]
         assert shown == [title == "Make it twice" for title in app.script_runners["txt2img"].titles]
@@ -345,11 +347,11 @@ def test_scripts_see_the_controls_of_the_page(app: Application, with_extensions:
     assert module.own == ["txt2img_steps"]
     assert {"txt2img_generate", "img2img_generate", "settings_json"} <= set(module.seen)
     assert "txt2img_generate" in module.before
-    assert "settings_json" not in module.before  # scripts see their tabs alone
-    assert not [block for block in page.blocks.values() if "script-group" in block.elem_classes]  # no frame around nothing
+    assert "settings_json" not in module.before  # scripts only see their tabs
+    assert not [block for block in page.blocks.values() if "script-group" in block.elem_classes]  # no empty frame
     ids = [block.elem_id for block in depth_first(page) if block.elem_id]
     assert ids.index("mine_behind_the_prompt") == ids.index("txt2img_prompt") + 1
-    assert gr.Button.__class__.__call__ is type.__call__  # nothing is watched any more
+    assert gr.Button.__class__.__call__ is type.__call__  # watching has ended
 
 
 # Callbacks of a job

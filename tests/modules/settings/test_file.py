@@ -1,4 +1,4 @@
-"""Settings that would break the program do not get in, and a settings file that is broken loses only what is broken."""
+"""Settings that would break the program are rejected, and a broken settings file loses only its broken parts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_values_that_are_no_setting_are_refused(key: str, number: int) -> None:
     options = new_options()
     for change in (lambda value: options.set(key, value), lambda value: options.snapshot({key: value})):
         if key == "free" and number == 3:
-            continue  # an extension's setting of no kind
+            continue  # an extension's setting without a type
         with pytest.raises(OptionError, match=key):
             change(BAD[number])
     assert json.loads(options.dumpjson())[key] == options.get_default(key)

@@ -1,4 +1,4 @@
-"""The Extras tab from the values of its controls to files and gallery, through the job line, without a browser."""
+"""The Extras tab from control values to files and gallery, through the job queue, without a browser."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tab(app: Application) -> ExtrasTab:
 
 
 def values_of(tab: ExtrasTab, **changes: Any) -> dict[str, Any]:
-    """What the tab sends when nothing but `changes` (by name of input, or of the upscale operation's control) was touched."""
+    """What the tab sends if only `changes` (by name of an input, or of the upscale operation's control) were touched."""
     values = {name: control.value for name, control in tab.inputs.items()}
     upscale = list(tab.runner.scripts[0].controls or ())
     for name, value in changes.items():
@@ -79,7 +79,7 @@ def test_one_picture_with_what_its_file_said(app: Application, tab: ExtrasTab, t
 
 
 def _run(coroutine: Any) -> Any:
-    """On a thread of its own, as a browser test may have left its loop on this one."""
+    """On its own thread, because a browser test may have left its event loop on this one."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(asyncio.run, coroutine).result()
 

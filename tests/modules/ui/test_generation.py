@@ -34,7 +34,7 @@ def picture(color: tuple[int, int, int] = (10, 20, 30)) -> Image.Image:
 
 
 def result(*images: Image.Image, **fields: Any) -> SimpleNamespace:
-    """What a job gives back."""
+    """A job's result."""
     values = {
         "images": list(images),
         "infotexts": [INFOTEXT] * len(images),
@@ -50,7 +50,7 @@ def handler(app: Application, process: Any, build: Any = None) -> GenerateHandle
 
 
 def run(coroutine: Any) -> Any:
-    with ThreadPoolExecutor(1) as pool:  # a browser test in this process leaves a loop running in this thread
+    with ThreadPoolExecutor(1) as pool:  # a browser test in this process leaves an event loop running in this thread
         return pool.submit(asyncio.run, coroutine).result()
 
 

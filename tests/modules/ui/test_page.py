@@ -11,7 +11,7 @@ from modules.app_config import SCRIPT_DIR
 from modules.launch.cmd_args import config_for_tests
 from modules.ui import page
 
-SVG_NAMESPACE = "http://www.w3.org/2000/svg"  # the name of a file format, not an address that is fetched
+SVG_NAMESPACE = "http://www.w3.org/2000/svg"  # the name of a file format, never fetched
 
 
 def addresses_in(text: str) -> set[str]:

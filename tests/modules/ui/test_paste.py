@@ -45,7 +45,7 @@ def paster(app: Application) -> Paster:
 
 
 def pasted(paster: Paster, text: str, *, sent: bool = False) -> dict[str, Any]:
-    """New values by name; None where nothing changes."""
+    """New values by name; None if nothing changes."""
     updates = paster.updates(text, sent=sent)
     assert len(updates) == len(paster.outputs())
     names = [*paster.target.controls, "extra_seeds", "override_settings"]

@@ -28,12 +28,12 @@ def app(tmp_path: Path) -> Iterator[Application]:
 
 
 def values_of(app: Application, create: Any, **changes: Any) -> dict[str, Any]:
-    """What a tab sends when nothing but `changes` was touched."""
+    """What a tab sends if only `changes` were touched."""
     with gr.Blocks(analytics_enabled=False):
         tab = create(app, CHOICES, Defaults(width_px=64, height_px=72), [])
     values = {name: control.value for name, control in tab.inputs.items()}
     for name in ("resize_mode", "inpainting_mask_invert", "inpainting_fill", "inpaint_full_res"):
-        if name in values:  # a radio sends the number of its choice
+        if name in values:  # a radio sends the index of its choice
             values[name] = [label for label, _ in tab.inputs[name].choices].index(values[name])
     assert set(changes) <= set(values)
     return values | changes

@@ -103,7 +103,7 @@ def test_folder_that_is_not_there_yet_opens_nothing(app: Application, monkeypatc
 
 
 def foreign_files(app: Application, tmp_path: Path) -> list[str]:
-    """Files that no browser may have, also by ways that look as if they led below the outputs folder."""
+    """Files that no browser may get, also by paths that seem to lead below the outputs folder."""
     outputs = app.config.outputs_dir
     (outputs / "sub").mkdir(parents=True, exist_ok=True)
     picture, text = tmp_path / "private.png", tmp_path / "secret.txt"

@@ -1,4 +1,4 @@
-"""Short form of the campaign of a full disk: no mount, no server; that its checks can fail."""
+"""Short version of the full-disk campaign: no mount, no server; shows that its checks can fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.campaign.disk_full import Findings
 
 
 class Answering:
-    """A server of one picture that says `comments` and writes nothing."""
+    """A server with one picture that returns `comments` and writes nothing."""
 
     def __init__(self, comments: str) -> None:
         self.comments = comments

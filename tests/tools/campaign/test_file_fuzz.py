@@ -1,4 +1,4 @@
-"""The campaign's short form: some mutated files for each reader, and that the campaign sees what is not ours."""
+"""Short version of the campaign: some mutated files per reader, and that it notices errors that are not ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Short forms of the campaigns with the whole program: many clients, kill -9, SIGTERM with jobs in the line."""
+"""Short versions of the campaigns with the whole program: many clients, kill -9, SIGTERM with queued jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short form of the security sweep: every handler of the real page, with one picture and one text that it may not have."""
+"""Short version of the security sweep: every handler of the real page, with one forbidden picture and one forbidden text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tools.campaign.security_sweep import RouteSweep
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    # as with --share: whoever reaches the page is not its owner
+    # as with --share: not everyone who reaches the page is its owner
     with running_server(tmp_path_factory.mktemp("sweep"), share=True, api_server_stop=True) as server:
         yield server
 

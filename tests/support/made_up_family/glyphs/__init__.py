@@ -1,5 +1,5 @@
 """Glyphs, a family that nobody has trained: two transformer blocks over picture and letters, latents of 8 channels at a quarter of the side,
-a rectified flow, and letters in place of tokens. Its files fuse q, k and v; the network has them apart.
+a rectified flow, and letters as tokens. Its files fuse q, k and v; the network keeps them separate.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def identify(file: TensorFile) -> FoundDenoiser | None:
 
 
 def key_map(network: Any) -> KeyMap:
-    """q, k and v of a block are one matrix in the file; the way out has another name there."""
+    """q, k and v of a block are one matrix in the file; the output projection has another name there."""
     modules, rows = {"leave": "head.project"}, {}
     for number, block in enumerate(network.blocks):
         names = tuple(f"blocks.{number}.{part}" for part in ("to_q", "to_k", "to_v"))
