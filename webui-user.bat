@@ -1,5 +1,5 @@
 @echo off
-rem Settings, then the start. Flags as on the command line; "python launch.py --help" lists them.
+rem Settings, then startup. Flags as on the command line; "python launch.py --help" lists them.
 
 set PYTHON=
 set VENV_DIR=
