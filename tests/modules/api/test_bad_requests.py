@@ -104,15 +104,15 @@ CASES = [
     # pictures
     img2img("no picture", "Init image not found", 404, init_images=[]),
     img2img("null picture list", "Init image not found", 404, init_images=None),
-    img2img("text file as picture", "init_images[0]: is not a picture", init_images=[TEXT_FILE]),
-    img2img("cut picture", "init_images[0]: is not a picture", init_images=[CUT_PICTURE]),
+    img2img("text file as picture", "init_images[0]: is not a readable picture", init_images=[TEXT_FILE]),
+    img2img("cut picture", "init_images[0]: is not a readable picture", init_images=[CUT_PICTURE]),
     img2img("no base64", "init_images[1]: '%%%' is not base64", init_images=[PICTURE, "%%%"]),
     img2img("empty text as picture", "init_images[0]: is empty", init_images=[""]),
     img2img("number as picture", "init_images", init_images=[5]),
     img2img("picture not in a list", "init_images", init_images=PICTURE),
     img2img("file path as picture", "is not", init_images=["/etc/passwd"]),
     img2img("file URL as picture", "is not base64", init_images=["file:///etc/passwd"]),
-    img2img("mask that is none", "mask: is not a picture", mask=TEXT_FILE),
+    img2img("mask that is none", "mask: is not a readable picture", mask=TEXT_FILE),
     img2img("fill mode", "inpainting_fill", inpainting_fill=9),
     img2img("resize mode", "resize_mode", resize_mode=-1),
     img2img("mask blur", "mask_blur", mask_blur=-4),
@@ -154,7 +154,7 @@ CASES = [
     Case("extras: empty batch", "/sdapi/v1/extra-batch-images", {"imageList": []}, 422, "imageList: is empty"),
     Case("extras: bad batch entry", "/sdapi/v1/extra-batch-images", {"imageList": [{"data": "x"}]}, 422, "imageList.0.name"),
     Case("png-info: none", "/sdapi/v1/png-info", {}, 422, "image"),
-    Case("png-info: text", "/sdapi/v1/png-info", {"image": TEXT_FILE}, 422, "image: is not a picture"),
+    Case("png-info: text", "/sdapi/v1/png-info", {"image": TEXT_FILE}, 422, "image: is not a readable picture"),
     Case("progress: wrong type", "/internal/progress", {"id_live_preview": "x"}, 422, "id_live_preview"),
 ]
 

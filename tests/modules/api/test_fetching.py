@@ -85,7 +85,7 @@ def test_redirects_are_followed_and_each_is_checked(site: str, monkeypatch: pyte
 def test_what_is_too_large_gone_or_unreachable_is_said(site: str) -> None:
     with pytest.raises(FetchError, match="is larger than"):
         fetch(f"{site}/large", FetchRules(allow_local=True, max_bytes=1000))
-    with pytest.raises(FetchError, match="answered 404"):
+    with pytest.raises(FetchError, match="returned status 404"):
         fetch(f"{site}/gone", LOCAL)
     with pytest.raises(FetchError, match="cannot be fetched"):
         fetch("http://127.0.0.1:1/x", LOCAL)

@@ -65,7 +65,7 @@ def test_pixels_and_pictures_are_counted_and_given_back() -> None:
     one.close()
     assert budget.held_px == 20
     other.take(1, "d")
-    with pytest.raises(TooManyPicturesError, match="may bring 2 pictures"):
+    with pytest.raises(TooManyPicturesError, match="may contain 2 pictures"):
         other.take(1, "e")
     other.close()
     assert budget.held_px == 0

@@ -39,7 +39,7 @@ def test_kinds_of_files(image_format: str) -> None:
 
 def test_kinds_that_pillow_hands_to_other_programs_are_not_opened() -> None:
     postscript = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n").decode()
-    with pytest.raises(PictureError, match="is not a picture"):
+    with pytest.raises(PictureError, match="is not a readable picture"):
         decode_picture(postscript, "image")
 
 

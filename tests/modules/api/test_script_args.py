@@ -80,12 +80,12 @@ def test_a_script_of_such_a_name_gets_its_arguments() -> None:
     [
         ({"script_name": "Nothing"}, r"Script 'Nothing' not found. Scripts here: Plot, Matrix"),
         ({"script_name": "ControlNet"}, "not found"),
-        ({"script_name": "Plot", "script_args": [1, 2, 3]}, "3 values were sent; the script takes 2"),
+        ({"script_name": "Plot", "script_args": [1, 2, 3]}, "3 values were sent; the script takes at most 2"),
         ({"alwayson_scripts": {"ADetailer": {"args": []}}}, "Always on script 'ADetailer' not found. Always on scripts here: ControlNet, Seeds"),
         ({"alwayson_scripts": {"Plot": {"args": []}}}, "selectable script in the always on"),
         ({"alwayson_scripts": {"Seeds": [1]}}, "expected"),
         ({"alwayson_scripts": {"Seeds": {"args": "x"}}}, "expected"),
-        ({"alwayson_scripts": {"Seeds": {"args": [1, 2]}}}, "the script takes 1"),
+        ({"alwayson_scripts": {"Seeds": {"args": [1, 2]}}}, "the script takes at most 1"),
     ],
 )
 def test_mistakes_name_what_there_is(request_: dict[str, Any], says: str) -> None:

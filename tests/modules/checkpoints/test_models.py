@@ -164,7 +164,7 @@ def test_a_checkpoint_that_the_settings_name_and_that_is_gone_is_said(app: Appli
     assert "does not exist" not in caplog.text
     select_starting_checkpoint(app.checkpoints, saved="sub\\twoo.safetensors [0123456789]", **fields)
     assert "checkpoint 'sub\\\\twoo.safetensors [0123456789]' does not exist; nearest are 'two.safetensors" in caplog.text
-    assert "Until then broken.safetensors is used." in caplog.text
+    assert "Until then, broken.safetensors is used." in caplog.text
 
 
 def test_the_checkpoint_selected_at_start(tmp_path: Path, app: Application) -> None:

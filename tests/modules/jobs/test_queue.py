@@ -71,7 +71,7 @@ def test_a_waiting_job_can_be_cancelled(jobs: JobQueue) -> None:
     assert jobs.cancel("task(b)") is True
     assert jobs.cancel("task(b)") is False
     gate.set()
-    with pytest.raises(JobCancelled, match="cancelled"):
+    with pytest.raises(JobCancelled, match="canceled"):
         waiting.wait(5)
 
 
@@ -152,7 +152,7 @@ def test_the_line_has_a_limit_and_a_closed_one_can_be_opened_again() -> None:
     assert started.wait(5)
     waiting = [jobs.submit(None, "next", lambda: None) for _ in range(2)]
     for refused in (jobs.check_room, lambda: jobs.submit(None, "late", lambda: None)):
-        with pytest.raises(LineFullError, match="2 jobs wait") as error:
+        with pytest.raises(LineFullError, match="2 jobs are already waiting") as error:
             refused()
         assert (error.value.status, error.value.retry_after_s) == (503, 10)
     gate.set()

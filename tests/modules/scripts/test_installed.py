@@ -99,7 +99,7 @@ def test_two_of_one_name_are_reported(app: Application, tmp_path: Path, caplog: 
         write_extension(app, folder, {"metadata.ini": "[Extension]\nName = same\n"})
     with caplog.at_level(logging.WARNING):
         assert listed(app, tmp_path) == ["one"]
-    assert "calls itself 'same'" in caplog.text
+    assert "has the name 'same'" in caplog.text
 
 
 def test_preload_adds_flags_and_a_broken_one_does_not_stop_the_start(app: Application, caplog: pytest.LogCaptureFixture) -> None:

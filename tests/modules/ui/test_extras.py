@@ -100,7 +100,7 @@ def test_several_keep_their_names_and_one_that_cannot_be_read_is_named(app: Appl
     files = [put_picture(tmp_path / "a.png"), str(tmp_path / "broken.png"), put_picture(tmp_path / "b.png", None)]
     processed = run(app, tab, mode=1, files=files, upscaler_1_name="Nearest", upscale_by=2)
     assert [path.name for path in saved(app)] == ["a.png", "b.png"]
-    assert "broken.png cannot be read" in processed.comments
+    assert "broken.png could not be read" in processed.comments
     with pytest.raises(RequestError, match="No picture could be read"):
         run(app, tab, mode=1, files=[str(tmp_path / "broken.png")])
 
