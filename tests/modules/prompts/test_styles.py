@@ -120,7 +120,7 @@ def test_a_file_that_cannot_be_read_is_reported_and_never_written_over(tmp_path:
     with caplog.at_level(logging.WARNING):
         database = StyleDatabase(tmp_path / "styles.csv")
     assert "styles.csv" in caplog.text and database.names() == []
-    with pytest.raises(StylesFileError, match="move (it|the file) away"):
+    with pytest.raises(StylesFileError, match=r"move (it|the file) away"):
         database.save_style(PromptStyle("new", "a", ""))
     assert (tmp_path / "styles.csv").read_bytes() == content
     assert database.names() == []
