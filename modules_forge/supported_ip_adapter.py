@@ -40,7 +40,7 @@ class IPAdapterPatcher(ControlModelPatcher):
         return IPAdapterPatcher(read_ip_adapter(TensorsInMemory(Path(ckpt_path), state_dict)))
 
     def process_after_running_preprocessors(self, process: Any, params: Any, *args: Any, **kwargs: Any) -> None:
-        """See the unit's pictures, once a job. Raises: ControlNetError where the picture tower is missing."""
+        """Encode the unit's pictures once per job. Raises: ControlNetError if the image encoder is missing."""
         tower = find_tower(self.model_patcher)
         params.features = tower.encode_images([hint.picture for hint in params.hints], hidden_states=self.model_patcher.reads_hidden_states)
 

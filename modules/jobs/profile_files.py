@@ -1,7 +1,7 @@
 """Files that --profile writes to logs/: profile.json with the last jobs, trace.json and timeline.png of the last one. Knows no devices or requests.
 
-Each file is replaced as a whole, so that a crash leaves the one before. A file of that name which no profile wrote keeps its place and its name: ours
-is then called webui-profile.json, and so on.
+Each file is replaced as a whole, so that a crash leaves the previous one. A file with that name that is not a profile is never replaced or renamed;
+ours is then called webui-profile.json, and so on.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def write_profile(folder: Path, job: JobRecord) -> None:
 
 
 def own_place(folder: Path, name: str) -> Path:
-    """Where the file `name` of the profile is, or goes: under its name, or with `webui-` before it as long as something else has that name."""
+    """Where the profile's file `name` goes: under its name, or with the prefix `webui-` while something else has that name."""
     path = folder / name
     while path.exists() and not is_ours(path):
-        log.info("%s is no profile of this program, and stays; the profile is called webui-%s.", path, path.name)
+        log.info("%s is not a profile of this program and stays; the profile is called webui-%s.", path, path.name)
         path = path.with_name(f"webui-{path.name}")
     return path
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a profile wrote this file: told by what it begins with, whatever version it is of. Raises: OSError."""
+    """Whether this file is a profile, of any version, judging by how it starts. Raises: OSError."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -80,7 +80,7 @@ def _add_job(path: Path, job: JobRecord) -> None:
 
 
 def _rotate(path: Path) -> None:
-    """profile.json becomes profile.1.json, that profile.2.json, and so on; the oldest goes. A name that something else has is passed over."""
+    """profile.json becomes profile.1.json, that becomes profile.2.json, and so on; the oldest is deleted. Names taken by other files are skipped."""
     names = [path, *(path.with_suffix(f".{number}.json") for number in range(1, NUM_OLD_FILES + 1))]
     places = [place for place in names if not place.exists() or is_ours(place)]
     for source, target in reversed(list(itertools.pairwise(places))):

@@ -18,7 +18,7 @@ USES = {"search": "search", "sub": "search", "subn": "search", "split": "search"
     "fullmatch": "fullmatch",
 }
 NOT_READ_WITH = {
-    ("modules/prompts/extra_networks.py", "re_extra_net"): "a name that extensions import; the reader beside it does not use it",
+    ("modules/prompts/extra_networks.py", "re_extra_net"): "a name that extensions import; the parser next to it does not use it",
 }
 
 

@@ -1,4 +1,4 @@
-"""Narrow random T5 encoders with the full vocabulary, as transformers makes them, and the files they are written to."""
+"""Narrow random T5 encoders from transformers with the full vocabulary, and the files they are written to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def t5_tokenizer() -> Any:
 
 @cache
 def t5_encoder(*, seed: int = 0, width: int = WIDTH, std: float = 0.3) -> Any:
-    """transformers' own T5EncoderModel in fp32; the same object for the same arguments, so leave it as it is."""
+    """transformers' own T5EncoderModel in fp32. Equal arguments return the same object: do not modify it."""
     config = T5Config(
         vocab_size=32128,
         d_model=width,
@@ -44,7 +44,7 @@ def t5_encoder(*, seed: int = 0, width: int = WIDTH, std: float = 0.3) -> Any:
 
 
 def t5_state_dict(encoder: Any, prefix: str = "", *, table: str = "shared.weight") -> dict[str, Tensor]:
-    """Its weights as files have them: the tokens' table once, as `table`, or under both names ("both")."""
+    """Its weights as stored in files: the token table once, as `table`, or under both names ("both")."""
     tensors = {prefix + key: value.clone() for key, value in encoder.state_dict().items()}
     for name in ("shared.weight", "encoder.embed_tokens.weight"):
         if table not in ("both", name):

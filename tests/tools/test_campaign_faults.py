@@ -52,7 +52,7 @@ def test_a_campaign_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> Non
     read = progress.Progress(path)
     assert read.done("single") == {0, 1, 2} and read.done("layers") == set()
     assert read.found == ["single: odd"] and read.seconds == 6.0
-    assert memory_faults.run_plan("single", 3, read) is read and len(read.cases) == 3  # nothing is left, so nothing is loaded
+    assert memory_faults.run_plan("single", 3, read) is read and len(read.cases) == 3  # nothing left to do, so nothing is loaded
     written = write_report(
         Report(
             name="x", question="?", command="run", rows=memory_faults.summarize(read), found=read.found, seconds=read.seconds, commits=read.commits

@@ -35,13 +35,13 @@ WAIT_S = 300.0
 
 
 GREY_LEVELS = 1
-"""Conditions that run one by one round as a batch of one does."""
+"""Plans in which conditions run one by one round like a batch of one."""
 SLACK_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sound:
-    """What a job that nobody disturbs gives and leaves: its pictures, bytes on the devices that belong to no model, threads."""
+    """Results of an undisturbed job: its pictures, device bytes that belong to no model, threads."""
 
     pictures: np.ndarray
     unheld_bytes: int
@@ -72,7 +72,7 @@ class Bed:
         return np.concatenate([pixels(image) for image in job.wait(timeout_s=WAIT_S).images])
 
     def settle(self) -> Sound:
-        """The first jobs measure, and cut the network anew. The garbage collector leaves out what lives then: that would take most of the time."""
+        """Run the first jobs, which measure and re-partition the network. Freezes live objects, whose collection would take most of the time."""
         for _ in range(3):
             pictures = self.picture(self.submit())
         sound = Sound(pictures=pictures, unheld_bytes=self.unheld_bytes(), num_threads=self.num_threads())
@@ -80,18 +80,18 @@ class Bed:
         return sound
 
     def differs(self, pictures: np.ndarray, sound: Sound) -> str:
-        """By how much pictures differ from the sound ones, in words; empty where they are the same."""
+        """How much pictures differ from the undisturbed ones, in words; empty if they are equal."""
         if pictures.shape != sound.pictures.shape:
             return f"{pictures.shape} in place of {sound.pictures.shape}"
         difference = int(np.abs(pictures - sound.pictures).max())
         return f"{difference} grey levels" if difference > GREY_LEVELS else ""
 
     def check_next(self, sound: Sound) -> list[str]:
-        """The next job's pictures, and what it leaves on devices and in threads: all that is not as it was."""
+        """Compare the next job's pictures, and leftovers on devices and in threads; returns all differences."""
         found = []
         try:
             difference = self.differs(self.picture(self.submit()), sound)
-        except Exception as error:  # noqa: BLE001 - whatever comes is what a campaign looks for
+        except Exception as error:  # noqa: BLE001 - any error is what a campaign looks for
             return [f"the next job failed: {type(error).__name__}: {error}"]
         if difference:
             found.append(f"the next job's pictures differ by {difference}")
@@ -102,7 +102,7 @@ class Bed:
         return found
 
     def check_emptied(self) -> list[str]:
-        """When everything is unloaded, the devices are empty."""
+        """Check that the devices are empty after unloading everything."""
         left = self.unload()
         return [f"after unloading everything {left} bytes stay on the devices"] if left > SLACK_BYTES else []
 

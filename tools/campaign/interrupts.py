@@ -29,9 +29,9 @@ QUESTION = (
 
 
 def run_plan(plan: str, num_interrupts: int, progress: Progress | None = None, *, seed: int = 0, whole_after: int = 1) -> Progress:
-    """`num_interrupts` jobs that are stopped at a random operation of one of their devices, and a whole one after every `whole_after` of them.
+    """Stop `num_interrupts` jobs at a random operation of one of their devices, and run a whole job after every `whole_after` of them.
 
-    What `progress` has is not done again."""
+    Cases in `progress` are not repeated."""
     progress = progress or Progress()
     left = [number for number in range(num_interrupts) if number not in progress.done(plan)]
     if not left:
@@ -60,7 +60,7 @@ def _count_operations(bed: Bed) -> list[int]:
 
 
 def _stop_one(bed: Bed, kind: str, slot: int, at: int) -> tuple[str, list[str]]:
-    """A job that is stopped when its device `slot` has begun operation `at`: how it ended, and what was not as promised."""
+    """Stop a job when its device `slot` starts operation `at`; returns how it ended, and broken promises."""
     device, over = bed.devices[slot], threading.Event()
     device.set_faults(Faults())
     job = bed.submit()
@@ -83,7 +83,7 @@ def _stop_one(bed: Bed, kind: str, slot: int, at: int) -> tuple[str, list[str]]:
 
 
 def summarize(progress: Progress) -> list[dict[str, object]]:
-    """A line of the report for each plan."""
+    """One row of the report per plan."""
     rows: list[dict[str, object]] = []
     for plan in dict.fromkeys(case.plan for case in progress.cases):
         cases = [case for case in progress.of(plan) if case.number >= 0]
@@ -98,9 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--interrupts", type=int, default=500, help="total number of interrupts and skips, divided among the plans")
     parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=list(PLANS))
-    parser.add_argument("--whole-after", type=int, default=1, help="how many are stopped in a row before a whole job is compared")
+    parser.add_argument("--whole-after", type=int, default=1, help="number of stopped jobs before a whole job is compared")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--progress", type=Path, help="a file that keeps what is done; the next run goes on from there")
+    parser.add_argument("--progress", type=Path, help="a file that records finished cases; the next run resumes from it")
     parser.add_argument("--report-folder", type=Path, default=BENCHMARKS)
     chosen = parser.parse_args(arguments)
     logging.disable(logging.CRITICAL)  # every failed job would log a lot

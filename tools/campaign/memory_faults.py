@@ -31,7 +31,7 @@ QUESTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a job's faults strike: a device and the numbers of allocations there. One that lasts strikes at all allocations behind it too."""
+    """Where a job's faults occur: a device and allocation numbers on it. One that `lasts` also hits all later allocations."""
 
     slot: int
     at: tuple[int, ...]
@@ -41,14 +41,14 @@ class Place:
         return f"slot {self.slot}, allocations {', '.join(map(str, self.at))}{' and all behind it' if self.lasts else ''}"
 
     def faults(self) -> Faults:
-        """What the device is told."""
+        """The faults in the device's form."""
         return Faults(out_of_memory_at=range(self.at[0], _LASTING) if self.lasts else frozenset(self.at))
 
 
 def place_faults(num_faults: int, counts: Sequence[int], per_job: int = 1) -> list[Place]:
-    """Jobs with `num_faults` in all, dealt to the devices in turn, spread over the `counts` allocations that a job makes on each.
+    """Jobs with `num_faults` in total, distributed over the devices in turn and spread over the `counts` allocations of a job on each device.
 
-    Three jobs in four have `per_job` faults far from each other, the fourth has one that lasts."""
+    Three of four jobs have `per_job` faults far from each other, the fourth has one that lasts."""
     slots, jobs = len(counts), -(-num_faults // per_job)
     rounds = -(-jobs // slots)
     places = []
@@ -61,7 +61,7 @@ def place_faults(num_faults: int, counts: Sequence[int], per_job: int = 1) -> li
 
 
 def run_plan(plan: str, num_faults: int, progress: Progress | None = None, *, per_job: int = 1) -> Progress:
-    """Jobs with `num_faults` in all, and a sound one after each. What `progress` has is not done again."""
+    """Run jobs with `num_faults` in total, and a normal job after each. Cases in `progress` are not repeated."""
     progress = progress or Progress()
     left = [number for number in range(-(-num_faults // per_job)) if number not in progress.done(plan)]
     if not left:
@@ -90,7 +90,7 @@ def _count_allocations(bed: Bed) -> list[int]:
 
 
 def _disturb(bed: Bed, place: Place, sound: Sound) -> tuple[str, int, list[str]]:
-    """One job with faults: what came of it, how many struck (one that lasts counts once), and what was not as promised."""
+    """Run one job with faults; returns its result, the number of faults hit (one that lasts counts once), and broken promises."""
     device = bed.devices[place.slot]
     device.set_faults(place.faults())
     result, found = _run_disturbed(bed, place, sound)
@@ -111,7 +111,7 @@ def _run_disturbed(bed: Bed, place: Place, sound: Sound) -> tuple[str, list[str]
 
 
 def summarize(progress: Progress) -> list[dict[str, object]]:
-    """A line of the report for each plan."""
+    """One row of the report per plan."""
     rows: list[dict[str, object]] = []
     for plan in dict.fromkeys(case.plan for case in progress.cases):
         cases = [case for case in progress.of(plan) if case.number >= 0]
@@ -127,8 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=1000, help="total number of faults, divided among the plans")
     parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=list(PLANS))
-    parser.add_argument("--per-job", type=int, default=1, help="faults in one job, far from each other")
-    parser.add_argument("--progress", type=Path, help="a file that keeps what is done; the next run goes on from there")
+    parser.add_argument("--per-job", type=int, default=1, help="faults per job, far from each other")
+    parser.add_argument("--progress", type=Path, help="a file that records finished cases; the next run resumes from it")
     parser.add_argument("--report-folder", type=Path, default=BENCHMARKS)
     chosen = parser.parse_args(arguments)
     logging.disable(logging.CRITICAL)  # every failed job would log a lot

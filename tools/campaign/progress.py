@@ -1,4 +1,4 @@
-"""What a long campaign has done so far, one line of JSON a case, so that a campaign that was stopped goes on where it was."""
+"""Progress of a long campaign, one line of JSON per case, so that a stopped campaign can resume."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Case `number` of one plan: what came of it in a word, what was not as promised, how many disturbances reached it, how long it took, on which
-    commit."""
+    """Case `number` of one plan: its result in a word, broken promises, number of disturbances that reached it, duration, and commit."""
 
     plan: str
     number: int
@@ -26,7 +25,7 @@ class Case:
 
 
 class Progress:
-    """Cases of a campaign; kept in `path` too where there is one, each as soon as it is over."""
+    """Cases of a campaign; if there is a `path`, each is also appended to that file as soon as it ends."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
@@ -34,7 +33,7 @@ class Progress:
         self.cases: list[Case] = list(_read(path)) if path is not None and path.exists() else []
 
     def add(self, plan: str, number: int, result: str, found: list[str], seconds: float, *, struck: int = 1) -> None:
-        """A case that is over."""
+        """Record a finished case."""
         case = Case(plan=plan, number=number, result=result, found=tuple(found), struck=struck, seconds=round(seconds, 2), commit=self.commit)
         self.cases.append(case)
         if self.path is not None:
@@ -51,7 +50,7 @@ class Progress:
 
     @property
     def found(self) -> list[str]:
-        """All that was not as promised."""
+        """All broken promises."""
         return [f"{case.plan}: {text}" for case in self.cases for text in case.found]
 
     @property
@@ -60,7 +59,7 @@ class Progress:
 
     @property
     def commits(self) -> list[str]:
-        """Those that cases ran on, in order."""
+        """The commits that cases ran on, in order."""
         return list(dict.fromkeys(case.commit for case in self.cases if case.commit))
 
 
@@ -71,7 +70,7 @@ def _read(path: Path) -> Iterator[Case]:
 
 
 def _commit() -> str:
-    """The commit of the source; "" where there is no git."""
+    """The commit of the source; "" without git."""
     try:
         answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

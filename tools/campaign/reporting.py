@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A campaign's name, what it asks, how it was run, and what it saw: a table row for each part, and its findings, word for word."""
+    """A campaign's name, question, command and results: a table row per part, and its findings verbatim."""
 
     name: str
     question: str
@@ -27,7 +27,7 @@ class Report:
 
 
 def write_report(report: Report, folder: Path = BENCHMARKS) -> Path:
-    """Write it, or write it anew. Returns the file."""
+    """Write or replace the report. Returns the file."""
     columns = list(report.rows[0])
     versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
     facts = [f"- command: `{report.command}`", f"- time: {report.seconds:.0f} s", f"- machine: {platform.machine()}, {platform.system()}"]

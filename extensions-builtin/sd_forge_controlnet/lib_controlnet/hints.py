@@ -39,15 +39,15 @@ class Hint:
 
 
 def make_hints(p: Any, unit: ControlNetUnit, preprocessor: Any, number: int) -> list[Hint]:
-    """The hints of a unit: one for all pictures, or where img2img starts from several and the unit brings none, each one's own.
+    """The hints of a unit: one for all pictures; or one per picture, if img2img starts from several and the unit has none of its own.
 
-    Raises RequestError where there is no picture or one cannot be read."""
+    Raises RequestError if there is no picture or one cannot be read."""
     count = 1 if as_given(unit) is not None else max(len(getattr(p, "init_images", None) or ()), 1)
     return [_make_hint(p, unit, preprocessor, number, place) for place in range(count)]
 
 
 def stack_hints(hints: Sequence[Hint], width_px: int, height_px: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(hints (1 or I, 3, height, width), mask (1 or I, 1, height, width) or None) in the size of a pass; a mask that all share is there once."""
+    """(hints (1 or I, 3, height, width), mask (1 or I, 1, height, width) or None) at the size of a pass; a shared mask appears once."""
     pairs = [hint.tensors(width_px, height_px) for hint in hints]
     masks = [mask for _, mask in pairs if mask is not None]
     shared = masks[:1] if all(torch.equal(mask, masks[0]) for mask in masks) else masks
@@ -82,7 +82,7 @@ def choose_resolution(p: Any, unit: ControlNetUnit, preprocessor: Any, picture: 
 
 
 def read_pictures(p: Any, unit: ControlNetUnit, number: int, place: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
-    """(picture (H, W, 3), mask (H, W) 0..1 or None): the unit's own, else img2img's at `place` of its batch."""
+    """(picture (H, W, 3), mask (H, W) 0..1 or None): the unit's own, else img2img's picture `place` in its batch."""
     picture = as_array(as_given(unit))
     mask = _as_mask(unit.mask_image)
     if picture is None:

@@ -22,7 +22,7 @@ from modules.processing.latents import latent_format_of
 class ActiveUnit:
     """An enabled unit of a job, with its model and hints: one for all pictures, or one for each.
 
-    `features`: what the model keeps of the hints for the passes."""
+    `features`: what the model extracted from the hints for the passes."""
 
     number: int
     unit: ControlNetUnit
@@ -81,7 +81,7 @@ def find_union_type(preprocessor: Any, unit: ControlNetUnit, number: int) -> Con
 
 
 def see_hint(p: Any, one: ActiveUnit) -> None:
-    """Let the unit's model see its hints before the first pass. Raises RequestError."""
+    """Let the unit's model process its hints before the first pass. Raises RequestError."""
     if one.model is None:
         return
     try:
@@ -91,7 +91,7 @@ def see_hint(p: Any, one: ActiveUnit) -> None:
 
 
 def add_detected_map(p: Any, one: ActiveUnit) -> None:
-    """The maps behind the job's pictures, unless the settings say no."""
+    """Append the maps to the job's pictures, unless disabled in the settings."""
     if one.unit.save_detected_map and not shared.opts.control_net_no_detectmap:
         p.extra_result_images += [Image.fromarray(hint.picture) for hint in one.hints]
 
