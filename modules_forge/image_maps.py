@@ -61,14 +61,14 @@ def _is_ridge(dx_HW: NDArray[np.float64], dy_HW: NDArray[np.float64], length_HW:
     height, width = length_HW.shape
     padded = np.pad(length_HW, 1)
 
-    def beside(rows: int, columns: int) -> NDArray[np.float64]:
+    def shifted(rows: int, columns: int) -> NDArray[np.float64]:
         return padded[1 + rows : 1 + rows + height, 1 + columns : 1 + columns + width]
 
     flat, steep = np.abs(dy_HW) < _TAN_22 * np.abs(dx_HW), np.abs(dy_HW) > (_TAN_22 + 2) * np.abs(dx_HW)
-    along_x = (length_HW > beside(0, -1)) & (length_HW >= beside(0, 1))
-    along_y = (length_HW > beside(-1, 0)) & (length_HW >= beside(1, 0))
-    falling = (length_HW > beside(-1, -1)) & (length_HW > beside(1, 1))
-    rising = (length_HW > beside(-1, 1)) & (length_HW > beside(1, -1))
+    along_x = (length_HW > shifted(0, -1)) & (length_HW >= shifted(0, 1))
+    along_y = (length_HW > shifted(-1, 0)) & (length_HW >= shifted(1, 0))
+    falling = (length_HW > shifted(-1, -1)) & (length_HW > shifted(1, 1))
+    rising = (length_HW > shifted(-1, 1)) & (length_HW > shifted(1, -1))
     result: NDArray[np.bool_] = np.where(flat, along_x, np.where(steep, along_y, np.where(dx_HW * dy_HW < 0, rising, falling)))
     return result
 

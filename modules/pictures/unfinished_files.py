@@ -58,13 +58,13 @@ def start_clearing(app: Application) -> threading.Thread:
         *config.lora_dirs,
     ]  # descriptions are stored next to models
     folders += [*config.controlnet_dirs, *config.embeddings_dirs]
-    beside = {path.parent for path in (config.settings_file, *config.styles_files)} | {Path(sys.prefix)}  # the installer's stamp is there
-    arguments = (folders, beside, app.started_at - _MARGIN_S)
+    config_dirs = {path.parent for path in (config.settings_file, *config.styles_files)} | {Path(sys.prefix)}  # the installer's stamp is there
+    arguments = (folders, config_dirs, app.started_at - _MARGIN_S)
     worker = threading.Thread(target=_clear, args=arguments, name="clear-unfinished", daemon=True)
     worker.start()
     return worker
 
 
-def _clear(folders: Iterable[Path], beside: Iterable[Path], before_s: float) -> None:
+def _clear(folders: Iterable[Path], config_dirs: Iterable[Path], before_s: float) -> None:
     clear_unfinished(folders, before_s=before_s)
-    _delete([path for folder in beside for path in folder.glob(".*.tmp")], before_s)  # settings share a folder with everything else: do not recurse
+    _delete([path for folder in config_dirs for path in folder.glob(".*.tmp")], before_s)  # these folders hold other things: do not recurse

@@ -337,26 +337,26 @@ READERS: dict[str, Reader] = {
 
 
 @contextlib.contextmanager
-def within(limit_s: float, *, is_apart: bool) -> Iterator[None]:
-    """Abort what takes too long: with Hang while Python code runs, else, if `is_apart`, by ending the process when a library never returns."""
+def within(limit_s: float, *, isolated: bool) -> Iterator[None]:
+    """Abort what takes too long: with Hang while Python code runs, else, if `isolated`, by ending the process when a library never returns."""
 
     def stop(*_: object) -> None:
         raise Hang(f"broken off after {limit_s:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    if is_apart:
+    if isolated:
         faulthandler.dump_traceback_later(2 * limit_s, exit=True)
     signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if is_apart:
+        if isolated:
             faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, before)
 
 
-def run_reader(reader: Reader, folder: Path, *, cases: int, seed: int, limit_s: float = MAX_CASE_S, is_apart: bool = False) -> Outcome:
+def run_reader(reader: Reader, folder: Path, *, cases: int, seed: int, limit_s: float = MAX_CASE_S, isolated: bool = False) -> Outcome:
     """Read `cases` mutated files. Each is stored in `folder` while it is read, so that one that kills the process is still there."""
     outcome, refusals, seeds = Outcome(), reader.refusals(), reader.seeds()
     path = folder / f"case{reader.suffix}"
@@ -366,7 +366,7 @@ def run_reader(reader: Reader, folder: Path, *, cases: int, seed: int, limit_s: 
         source = chance.choice(seeds)
         change = reader.inside if reader.inside is not None and chance.random() < 0.7 else mutate
         path.write_bytes(change(source, chance))
-        with within(limit_s, is_apart=is_apart):
+        with within(limit_s, isolated=isolated):
             _read_case(reader, refusals, path, case, outcome)
     outcome.growth_mib = _peak_mib() - before_mib
     return outcome
@@ -393,7 +393,7 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run_apart(name: str, *, cases: int, seed: int, folder: Path) -> Outcome | str:
+def run_in_process(name: str, *, cases: int, seed: int, folder: Path) -> Outcome | str:
     """The outcome of a reader in a separate process, or how that process ended."""
     command = [sys.executable, "-m", "tools.campaign.file_fuzz", "--reader", name, "--cases", str(cases), "--seed", str(seed), "--keep", str(folder)]
     done = subprocess.run(command, cwd=ROOT_DIR, capture_output=True, text=True, check=False)
@@ -438,9 +438,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = chosen.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if chosen.reader:
-            print(json.dumps(asdict(run_reader(READERS[chosen.reader], folder, cases=chosen.cases, seed=chosen.seed, is_apart=True))))
+            print(json.dumps(asdict(run_reader(READERS[chosen.reader], folder, cases=chosen.cases, seed=chosen.seed, isolated=True))))
             return 0
-        outcomes = {name: run_apart(name, cases=chosen.cases, seed=chosen.seed, folder=folder / f"{index}") for index, name in enumerate(READERS)}
+        outcomes = {
+            name: run_in_process(name, cases=chosen.cases, seed=chosen.seed, folder=folder / f"{index}") for index, name in enumerate(READERS)
+        }
     REPORT.write_text("\n".join(report_lines(outcomes, cases=chosen.cases, seed=chosen.seed)), encoding="utf-8")
     return 0 if all(isinstance(one, Outcome) and not one.failures and one.growth_mib < MAX_GROWTH_MIB for one in outcomes.values()) else 1
 

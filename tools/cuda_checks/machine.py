@@ -157,12 +157,12 @@ def driver_used_bytes() -> int | None:
 def difference(one: Any, other: Any) -> dict[str, Any]:
     """Difference of two tensors: maximum, mean, and maximum relative to the spread of `other`."""
     one, other = torch.as_tensor(one).float().cpu(), torch.as_tensor(other).float().cpu()
-    apart = (one - other).abs()
+    diff = (one - other).abs()
     spread = float(other.std()) or 1.0
     return {
         "equal": bool(torch.equal(one, other)),
-        "max": float(apart.max()),
-        "mean": float(apart.mean()),
-        "max_of_spread": float(apart.max()) / spread,
+        "max": float(diff.max()),
+        "mean": float(diff.mean()),
+        "max_of_spread": float(diff.max()) / spread,
         "finite": bool(torch.isfinite(one).all() and torch.isfinite(other).all()),
     }

@@ -117,17 +117,17 @@ def check_storage(machine: Machine, report: Report) -> None:
                     seconds = machine.seconds(lambda made=made, request=request: made.append(process_images(request)))  # type: ignore[misc]
                 picture = pixels(made[0])
                 expected = picture if expected is None else expected
-                apart = np.abs(picture - expected)
+                diff = np.abs(picture - expected)
                 app.models.unload()
             memory_management.unload_all_models()
             gc.collect()
             figures = {**machine.peak_gb(), "driver_gb": None if driver.used_bytes is None else driver.used_bytes / GB}
             machine.settle()
             report.value(
-                f"{family}, {name}", seconds=round(seconds, 3), max_apart=int(apart.max()), mean_apart=round(float(apart.mean()), 4), **figures
+                f"{family}, {name}", seconds=round(seconds, 3), max_apart=int(diff.max()), mean_apart=round(float(diff.mean()), 4), **figures
             )
             if name != "fp8":
-                report.expect(f"{family}, {name}: the picture stays", apart.max() <= 8, max=int(apart.max()))
+                report.expect(f"{family}, {name}: the picture stays", diff.max() <= 8, max=int(diff.max()))
 
 
 @contextmanager
@@ -168,12 +168,12 @@ def check_out_of_memory(machine: Machine, report: Report) -> None:
             name = f"{room_bytes / MIB:.0f} MiB beside what is there"
             with _room(machine, room_bytes):
                 try:
-                    apart = np.abs(pixels(process_images(txt2img(machine, "sd15", **fields))) - expected)
+                    diff = np.abs(pixels(process_images(txt2img(machine, "sd15", **fields))) - expected)
                 except (OutOfMemory, RuntimeError) as error:
                     clear = isinstance(error, OutOfMemory) or "out of memory" in str(error)
                     report.expect(f"{name}: fails clearly", clear, kind=type(error).__name__, message=str(error)[:600])
                 else:
-                    report.expect(f"{name}: same picture", apart.max() <= 8, max=int(apart.max()), mean=float(apart.mean()))
-            apart = np.abs(pixels(process_images(txt2img(machine, "sd15", **fields))) - expected)
-            report.expect(f"after {name}: the next job is whole", apart.max() <= 2, max=int(apart.max()))
+                    report.expect(f"{name}: same picture", diff.max() <= 8, max=int(diff.max()), mean=float(diff.mean()))
+            diff = np.abs(pixels(process_images(txt2img(machine, "sd15", **fields))) - expected)
+            report.expect(f"after {name}: the next job is whole", diff.max() <= 2, max=int(diff.max()))
         report.value("still placed", models=[str(type(one).__name__) for one in memory_management.current_loaded_models], options=bool(app.options))

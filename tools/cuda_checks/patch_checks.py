@@ -54,8 +54,8 @@ def check_controlnet(machine: Machine, report: Report) -> None:
     outputs = {num_slots: _control_steps(machine, report, family, num_slots) for num_slots in (1, 2)}
     for num_controls in (1, 2):
         report.expect(f"{num_controls} ControlNet(s) act", not torch.equal(outputs[1][num_controls], outputs[1][0]))
-        apart = difference(outputs[2][num_controls], outputs[1][num_controls])
-        report.expect(f"{num_controls} ControlNet(s): two slots as one", apart["max_of_spread"] < 0.05, **apart)
+        diff = difference(outputs[2][num_controls], outputs[1][num_controls])
+        report.expect(f"{num_controls} ControlNet(s): two slots as one", diff["max_of_spread"] < 0.05, **diff)
     _library_steps(machine, report, family)
 
 

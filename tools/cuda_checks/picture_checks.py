@@ -76,9 +76,9 @@ def check_demo_picture(machine: Machine, report: Report) -> None:
             seconds = machine.seconds(lambda size=size, done=done: done.append(process_images(txt2img(machine, "sd15", **{**size, "steps": 20}))))  # type: ignore[misc]
             found[name] = pixels(done[0])
             app.models.unload()
-        apart = np.abs(found[name] - found["CPU, fp32"])
+        diff = np.abs(found[name] - found["CPU, fp32"])
         limit = {"CPU, fp32": 0, "device, fp32": 4}.get(name, 40)
-        report.expect(f"{name}: near the CPU's", apart.max() <= limit, max=int(apart.max()), mean=float(apart.mean()), seconds=round(seconds, 2))
+        report.expect(f"{name}: near the CPU's", diff.max() <= limit, max=int(diff.max()), mean=float(diff.mean()), seconds=round(seconds, 2))
     rows = [np.concatenate(list(pictures), axis=1) for pictures in found.values()]
     Image.fromarray(np.concatenate(rows).astype(np.uint8)).save(machine.out_dir / "demo.png")
     machine.use()

@@ -57,8 +57,8 @@ def _compare(machine: Machine, report: Report, job: Any, name: str, seconds: flo
         )  # fmt: skip
         told = slot.peak
         if told.allocated_bytes is not None and peak["allocated_gb"] is not None:
-            apart_gb = abs(told.allocated_bytes / GB - peak["allocated_gb"])
-            report.expect(f"{name}, slot {slot.slot}: peak is torch's", apart_gb < 0.002, profile_gb=told.allocated_bytes / GB, **peak)
+            diff_gb = abs(told.allocated_bytes / GB - peak["allocated_gb"])
+            report.expect(f"{name}, slot {slot.slot}: peak is torch's", diff_gb < 0.002, profile_gb=told.allocated_bytes / GB, **peak)
         if told.driver_bytes is not None and driver_bytes is not None:
             off = told.driver_bytes / driver_bytes
             report.expect(

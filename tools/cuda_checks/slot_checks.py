@@ -54,10 +54,10 @@ def _repeat(machine: Machine, report: Report, unet: Any, call: Any, alone: Tenso
     finally:
         end_session(unet)
     machine.sync()
-    apart = difference(outputs[0], alone)
+    diff = difference(outputs[0], alone)
     num_other = sum(not torch.equal(output, outputs[0]) for output in outputs)
     name = f"{what}, {strategy}, {'copies on their own streams' if asynchronous else 'no streams of copies'}"
-    report.expect(f"{name}: as alone", apart["equal"], plan=session.plan.strategy, step_ms=round(step_ms, 2), **apart)
+    report.expect(f"{name}: as alone", diff["equal"], plan=session.plan.strategy, step_ms=round(step_ms, 2), **diff)
     report.expect(f"{name}: {num_repeats} times the same", num_other == 0, differing=num_other)
 
 
@@ -77,8 +77,8 @@ def check_jobs_on_two_slots(machine: Machine, report: Report) -> None:
                     request.enable_async_gpu = asynchronous
                     found.append(pixels(process_images(request)))
                 name = f"{strategy}, {'asynchronous' if asynchronous else 'synchronous'}"
-                apart = np.abs(found[0] - expected)
-                report.expect(f"{name}: same picture as one slot", apart.max() <= 8, max=int(apart.max()), mean=float(apart.mean()))
+                diff = np.abs(found[0] - expected)
+                report.expect(f"{name}: same picture as one slot", diff.max() <= 8, max=int(diff.max()), mean=float(diff.mean()))
                 spread = max(int(np.abs(one - found[0]).max()) for one in found)
                 report.expect(f"{name}: the same every time, but for rounding", spread <= 8, max=spread)  # rows are dealt by measured speed
 

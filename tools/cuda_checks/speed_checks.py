@@ -61,8 +61,8 @@ def _compare_with_pipeline(machine: Machine, report: Report, family: str) -> Non
         _library_request(machine, report, pipeline, family, num_steps, before_bytes)
         inputs = _inputs(machine, engine, family, num_steps)
         ours, library = _our_latents(machine, engine, inputs), _library_latents(pipeline, inputs, family)
-        apart = difference(ours(), library())
-        report.expect("latents agree with diffusers'", apart["max_of_spread"] < 0.2, **apart)
+        diff = difference(ours(), library())
+        report.expect("latents agree with diffusers'", diff["max_of_spread"] < 0.2, **diff)
         for name, run in (("ours", ours), ("diffusers", library)):
             machine.settle()
             run()

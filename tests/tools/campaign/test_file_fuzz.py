@@ -46,7 +46,7 @@ def test_a_library_that_does_not_come_back_ends_its_process_and_says_where(tmp_p
         "def deaf():\n"
         "    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n"
         "    while True: pass\n"
-        "with within(0.05, is_apart=True): deaf()\n"
+        "with within(0.05, isolated=True): deaf()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT_DIR, capture_output=True, text=True, check=False)
     assert done.returncode == 1
