@@ -53,7 +53,7 @@ class JobCancelled(RequestError):
     status = 409
 
 
-class LineFullError(RequestError):
+class QueueFullError(RequestError):
     """The queue is full."""
 
     status = 503

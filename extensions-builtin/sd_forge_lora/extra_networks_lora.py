@@ -64,7 +64,7 @@ def _number(text: str | None, default: float, name: str, notices: list[str]) -> 
     return value
 
 
-def _say_near(missing: Sequence[str]) -> str:
+def _suggest(missing: Sequence[str]) -> str:
     """Suggestions for the first few missing names."""
     known = networks.registry().list_names()
     return "".join(f"; for {name[:100]!r}, {say_nearest(name, known)}" for name in missing[:_MAX_EXPLAINED])
@@ -86,7 +86,7 @@ class ExtraNetworkLora(ExtraNetwork):
         found = list(zip(mentions, networks.registry().find_all([mention.name for mention in mentions])))
         missing = [mention.name for mention, entry in found if entry is None]
         if missing:
-            p.comment(f"Networks not found: {', '.join(missing)}{_say_near(missing)}")
+            p.comment(f"Networks not found: {', '.join(missing)}{_suggest(missing)}")
         networks.patch_sets.forget_other_models(p.sd_model)
         used = [network for mention, entry in found if entry is not None and (network := self._apply(p, mention, entry)) is not None]
         networks.patch_sets.forget_unused(used, int(p.options.lora_in_memory_limit))

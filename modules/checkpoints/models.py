@@ -185,13 +185,13 @@ class ModelHost:
         self.engine, self.request, self._identity = None, None, None
         if before[0] is not None and before[1] is not None:
             _free_devices()
-            self._let_wait(before[0], before[1], before[2])
+            self._keep_waiting(before[0], before[1], before[2])
         self.engine, self.request, self._identity = engine, request, identity
         for callback in self.on_loaded:
             callback(engine)
         return engine
 
-    def _let_wait(self, engine: ForgeDiffusionEngine, request: ModelRequest, identity: tuple[object, ...] | None) -> None:
+    def _keep_waiting(self, engine: ForgeDiffusionEngine, request: ModelRequest, identity: tuple[object, ...] | None) -> None:
         limits = {"budget_bytes": self._waiting_budget_bytes(), "max_models": self._max_waiting()}
         self._recent.put(identity, (engine, request), held_bytes(engine), **limits)
 

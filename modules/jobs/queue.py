@@ -17,7 +17,7 @@ from functools import wraps
 from typing import Any, Generic, TypeVar
 
 from modules import errors
-from modules.errors import JobCancelled, LineFullError, RequestError, ServerClosingError
+from modules.errors import JobCancelled, QueueFullError, RequestError, ServerClosingError
 from modules.jobs.context import required_context
 from modules.jobs.progress import TaskBook, create_task_id
 from modules.jobs.state import State
@@ -165,7 +165,7 @@ class JobQueue:
         self.state = state
         self.max_waiting = max_waiting
         self.tasks = TaskBook()
-        self._line: deque[Job[Any]] = deque()
+        self._waiting: deque[Job[Any]] = deque()
         self._changed = threading.Condition(threading.RLock())
         self._running: Job[Any] | None = None
         self._worker: threading.Thread | None = None
@@ -174,7 +174,7 @@ class JobQueue:
     def submit(self, task_id: str | None, name: str, run: Callable[[], ResultT]) -> Job[ResultT]:
         """Append a job to the queue. Called from inside a job, it runs immediately, because waiting for itself would deadlock.
 
-        Raises ServerClosingError and LineFullError.
+        Raises ServerClosingError and QueueFullError.
         """
         job: Job[ResultT] = Job(task_id or create_task_id(name), name, run)
         if threading.current_thread() is self._worker:
@@ -184,18 +184,18 @@ class JobQueue:
         with self._changed:
             self.check_room()
             self.tasks.add(job.task_id)
-            self._line.append(job)
+            self._waiting.append(job)
             self._start_worker()
             self._changed.notify_all()
         return job
 
     def check_room(self) -> None:
-        """Raises ServerClosingError and LineFullError where submit() would."""
+        """Raises ServerClosingError and QueueFullError where submit() would."""
         with self._changed:
             if self._closed:
                 raise ServerClosingError("the server is shutting down and accepts no more jobs.")
-            if len(self._line) >= self.max_waiting:
-                raise LineFullError(f"{len(self._line)} jobs are already waiting; the queue is full. Try again later.")
+            if len(self._waiting) >= self.max_waiting:
+                raise QueueFullError(f"{len(self._waiting)} jobs are already waiting; the queue is full. Try again later.")
 
     def run_and_wait(self, task_id: str | None, name: str, run: Callable[[], ResultT]) -> ResultT:
         """submit() and wait()."""
@@ -204,19 +204,19 @@ class JobQueue:
     def cancel(self, task_id: str) -> bool:
         """Remove a waiting job from the queue; returns whether it was there. Its waiter gets JobCancelled."""
         with self._changed:
-            job = next((waiting for waiting in self._line if waiting.task_id == task_id), None)
+            job = next((waiting for waiting in self._waiting if waiting.task_id == task_id), None)
             if job is None:
                 return False
-            self._line.remove(job)
+            self._waiting.remove(job)
         self._drop(job, JobCancelled(f"job {job.name} ({job.task_id}): canceled before it started."))
         return True
 
     def abandon(self, job: Job[Any]) -> None:
         """Nobody needs the job's result any more: remove it from the queue, or interrupt it if it runs."""
         with self._changed:
-            is_waiting = job in self._line
+            is_waiting = job in self._waiting
             if is_waiting:
-                self._line.remove(job)
+                self._waiting.remove(job)
             elif self._running is job:  # the next job starts under this lock and resets the flag
                 self.state.interrupt()
         if is_waiting:
@@ -231,8 +231,8 @@ class JobQueue:
         """Accept no more jobs, drop waiting ones, interrupt the running one and wait for it. Every waiter gets an answer."""
         with self._changed:
             self._closed = True
-            dropped = list(self._line)
-            self._line.clear()
+            dropped = list(self._waiting)
+            self._waiting.clear()
             self._changed.notify_all()
         for job in dropped:
             self._drop(job, ServerClosingError(f"job {job.name} ({job.task_id}): the server is shutting down."))
@@ -259,10 +259,10 @@ class JobQueue:
 
     def _next_job(self) -> Job[Any] | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._line or self._closed)
-            if not self._line:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
                 return None
-            job = self._line.popleft()
+            job = self._waiting.popleft()
             self.tasks.start(job.task_id)
             self.state.begin(job.name)
             self._running = job

@@ -58,7 +58,7 @@ CONTINUED = "    | "
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
-def one_record(text: str) -> str:
+def escape_record(text: str) -> str:
     """The text of a log record, made safe: text from clients cannot start a new log line or send control codes to the terminal."""
     return text.translate(_CONTROLS).replace("\n", f"\n{CONTINUED}")
 
@@ -67,7 +67,7 @@ class _PlainFormatter(logging.Formatter):
     """INFO as is; anything above with its level; with DEBUG also its origin."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = one_record(super().format(record))
+        text = escape_record(super().format(record))
         is_plain = record.levelno == logging.INFO and not text.lstrip().startswith(_LEVELS)
         return text if is_plain else f"{record.levelname}: {text}"
 

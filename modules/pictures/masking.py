@@ -13,7 +13,7 @@ _GROUND = 8
 """Values below this count as black: JPEG and careless editors leave backgrounds of 1 to 7."""
 
 
-def drop_ground(mask: Image.Image) -> Image.Image:
+def drop_background(mask: Image.Image) -> Image.Image:
     """`mask` (L) with almost black pixels set to black, so that JPEG noise does not count as masked."""
     return mask.point(lambda value: value if value >= _GROUND else 0)
 

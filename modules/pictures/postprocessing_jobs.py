@@ -126,7 +126,7 @@ class ExtrasJob:
         result.image.info = {"parameters": text, "postprocessing": done} if options.enable_pnginfo and text else {}
         is_lost = False
         if options.samples_save:
-            saved = self._save_or_say(path, result, text, {**items, **({"postprocessing": done} if done else {})}, suffix)
+            saved = self._save_or_comment(path, result, text, {**items, **({"postprocessing": done} if done else {})}, suffix)
             is_lost = saved is None
             if saved is not None:
                 self._save_caption(saved, result.caption)
@@ -136,7 +136,7 @@ class ExtrasJob:
             self.processed.info = self.processed.info or text
         self.app.state.assign_current_image(result.image)
 
-    def _save_or_say(self, path: Path, result: PostprocessedImage, text: str, chunks: Mapping[str, Any], suffix: str) -> Path | None:
+    def _save_or_comment(self, path: Path, result: PostprocessedImage, text: str, chunks: Mapping[str, Any], suffix: str) -> Path | None:
         """The file, or None after a comment: an unwritable folder loses the file, not the picture."""
         try:
             return self._save(path, result, text, chunks, suffix)

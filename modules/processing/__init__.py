@@ -91,12 +91,12 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
     from backend.parallel.running.lost_slots import dropping_dead_slots
     from modules.jobs.observer import JobObserver
     from modules.processing.latents import latent_format_of
-    from modules.processing.validation import fit_size_to_model, make_sound
+    from modules.processing.validation import fit_size_to_model, validate_request
 
     context = p.context
     with queue_lock, _as_job(context), JobObserver(p, context):
         p.run_hook("before_process")
-        make_sound(p, context)
+        validate_request(p, context)
         token = active_overrides.set({**active_overrides.get(), **p.override_settings})
         try:
             memory_management.set_inference_memory(int(p.options.forge_inference_memory) * MIB)
@@ -139,7 +139,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     import torch  # heavy; only needed when a job runs
 
     from modules.processing.conditions import setup_prompts
-    from modules.processing.nans import naming_nans
+    from modules.processing.nans import explaining_nans
     from modules.processing.networks import deactivate_networks
     from modules.processing.pictures import PictureCollector
     from modules.processing.validation import fix_seed, set_all_seeds
@@ -153,7 +153,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     set_all_seeds(p)
     p.run_hook("process")
     collector = PictureCollector(p, context.state)
-    with torch.no_grad(), naming_nans(p):
+    with torch.no_grad(), explaining_nans(p):
         _prepare(p)
         try:
             _run_batches(p, context, collector)

@@ -32,7 +32,7 @@ from modules.processing.networks import activate_networks, prepare_networks, run
 from modules.processing.overrides import step_of
 from modules.processing.refiner import refining
 from modules.processing.result import create_infotext
-from modules.processing.saving import save_or_say
+from modules.processing.saving import save_or_comment
 from modules.processing.validation import check_area
 from modules.prompts import extra_networks
 from modules.samplers import noise as rng
@@ -242,7 +242,7 @@ def _save_first_pass(p: StableDiffusionProcessingTxt2Img, samples_BCHW: Tensor, 
         picture = pixels_to_pil(decoded_CHW.add(1).div(2))
         place = p.iteration * p.batch_size + index
         info = create_infotext(p, p.all_prompts, p.all_seeds, p.all_subseeds, index=place)
-        save_or_say(
+        save_or_comment(
             p,
             picture,
             p.outpath_samples,

@@ -23,7 +23,7 @@ from modules.processing.latents import encode_pixels, latent_format_of, mask_to_
 from modules.processing.networks import prepare_networks, run_sampling_hook
 from modules.processing.overrides import step_of
 from modules.processing.refiner import refining
-from modules.processing.saving import save_or_say
+from modules.processing.saving import save_or_comment
 from modules.samplers import noise as rng
 from modules.samplers import registry
 from modules.scripts.hook_arguments import MaskBlendArgs
@@ -74,7 +74,7 @@ def inpaint_mask(p: StableDiffusionProcessingImg2Img, *, blurred: bool = True) -
     mask = create_binary_mask(plain(p.image_mask), round=p.mask_round)
     if p.inpaint_full_res and p.init_images and mask.size != p.init_images[0].size:
         mask = mask.resize(p.init_images[0].size, Image.Resampling.BILINEAR)
-    mask = masking.drop_ground(ImageOps.invert(mask) if p.inpainting_mask_invert else mask)
+    mask = masking.drop_background(ImageOps.invert(mask) if p.inpainting_mask_invert else mask)
     if blurred and (p.mask_blur_x > 0 or p.mask_blur_y > 0):
         mask = blur_mask(mask, p.mask_blur_x, p.mask_blur_y)
     return mask
@@ -158,7 +158,7 @@ def _note_picture(p: StableDiffusionProcessingImg2Img, picture: Image.Image, ima
     if not p.options.save_init_img:
         return
     p.init_img_hash = hashlib.md5(np.asarray(image).tobytes(), usedforsecurity=False).hexdigest()
-    save_or_say(p, image, p.options.outdir_init_images, "", forced_filename=p.init_img_hash, save_to_dirs=False)
+    save_or_comment(p, image, p.options.outdir_init_images, "", forced_filename=p.init_img_hash, save_to_dirs=False)
 
 
 def _keep_overlay(p: StableDiffusionProcessingImg2Img, image: Image.Image) -> None:

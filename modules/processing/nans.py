@@ -31,7 +31,7 @@ class NanCauseError(RequestError):
 
 
 @contextmanager
-def naming_nans(p: StableDiffusionProcessing) -> Iterator[None]:
+def explaining_nans(p: StableDiffusionProcessing) -> Iterator[None]:
     """Raises NanCauseError instead of NansException if the request or its files explain the NaN."""
     try:
         yield

@@ -16,7 +16,7 @@ from modules.pictures import images
 from modules.processing.compositing import apply_color_correction, apply_overlay, uncrop
 from modules.processing.latents import pixels_to_pil
 from modules.processing.result import Processed, create_infotext
-from modules.processing.saving import save_or_say
+from modules.processing.saving import save_or_comment
 from modules.scripts.hook_arguments import PostprocessBatchListArgs, PostprocessImageArgs, PostProcessMaskOverlayArgs
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class PictureCollector:
         place = min(place, len(p.all_seeds) - 1)
         seed, prompt = p.all_seeds[place], p.all_prompts[place]
         with profiler.recorder().measure("save", "save a picture"):
-            save_or_say(p, image, folder, "", seed, prompt, p.options.samples_format, info=text, suffix=suffix)
+            save_or_comment(p, image, folder, "", seed, prompt, p.options.samples_format, info=text, suffix=suffix)
 
     def finish(self) -> Processed:
         """Add the grid and return the result."""
@@ -160,7 +160,7 @@ class PictureCollector:
 
     def _save_grid(self, grid: Image.Image, text: str) -> None:
         p, options = self.p, self.p.options
-        save_or_say(
+        save_or_comment(
             p,
             grid,
             p.outpath_grids,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def save_or_say(p: StableDiffusionProcessing, image: Image.Image, folder: str | None, *args: Any, **fields: Any) -> str | None:
+def save_or_comment(p: StableDiffusionProcessing, image: Image.Image, folder: str | None, *args: Any, **fields: Any) -> str | None:
     """`images.save_image` for the job `p`. Returns the file's path, or None after adding a comment with the reason."""
     try:
         return images.save_image(image, folder or "", *args, **{**fields, "p": p})[0]

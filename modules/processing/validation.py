@@ -64,7 +64,7 @@ _INT_LIMITS: dict[str, tuple[int, int]] = {
 }
 
 
-def make_sound(p: StableDiffusionProcessing, app: JobContext) -> None:
+def validate_request(p: StableDiffusionProcessing, app: JobContext) -> None:
     """Check and complete the request, then freeze its settings. Raises RequestError."""
     _drop_unknown_checkpoint(p, app)
     p.fix_options()

@@ -94,7 +94,7 @@ def load_scripts(app: Application | None = None) -> None:
     app.extensions = extensions.list_extensions(app.config, app.options)
     script_callbacks.order_rules[:] = [rule for owner in extensions.active() for rule in owner.metadata.list_callback_order_instructions()]
     if extensions.active():
-        _meet_old_habits()
+        _support_old_gradio()
     for data in import_scripts(_basedir):
         (scripts_data if issubclass(data.script_class, Script) else postprocessing_scripts_data).append(data)
     app.script_runners = {"txt2img": scripts_txt2img, "img2img": scripts_img2img}
@@ -104,7 +104,7 @@ def load_scripts(app: Application | None = None) -> None:
     app.models.on_loaded[:] = [*(known for known in app.models.on_loaded if known is not _model_loaded), _model_loaded]
 
 
-def _meet_old_habits() -> None:
+def _support_old_gradio() -> None:
     from modules.scripts import gradio_compatibility  # imports gradio
 
     gradio_compatibility.install()

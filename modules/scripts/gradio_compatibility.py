@@ -102,7 +102,7 @@ def _names_taken_by(cls: Any) -> frozenset[str] | None:
     return frozenset({*(parameter.name for parameter in shown), *own.args, *own.kwonlyargs})
 
 
-def todays_event_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+def current_event_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `click` and the like, translated to current ones."""
     result = {_NEW_NAMES.get(name, name): value for name, value in arguments.items()}
     if isinstance(result.get("show_progress"), bool):
@@ -180,10 +180,10 @@ def install() -> None:
         _installed = True
     _add_missing_names()
     for cls in _all_classes(Block):
-        _meet_in_class(cls)
-    gr.on = gr.events.on = _meeting_event(gr.on)
-    _meet_in_listeners()
-    _meet_in_blocks()
+        _support_in_class(cls)
+    gr.on = gr.events.on = _translating_event(gr.on)
+    _support_in_listeners()
+    _support_in_blocks()
     _write_no_stubs_for_guests()
 
 
@@ -230,17 +230,17 @@ def _style(self: Any, **properties: Any) -> Any:
     return self
 
 
-def _meet_in_class(cls: type) -> None:
+def _support_in_class(cls: type) -> None:
     """Make a class of gradio (or of this program) accept old usage when a guest creates or connects an instance."""
     own = vars(cls).get("__init__")
     if own is not None and cls not in (Block, BlockContext, gradio.components.Component, gr.Blocks) and not hasattr(own, _MARK):
-        cls.__init__ = _meeting_constructor(cls, own)  # type: ignore[misc]
+        cls.__init__ = _translating_constructor(cls, own)  # type: ignore[misc]
     for name, listener in list(vars(cls).items()):
         if callable(listener) and hasattr(listener, "has_trigger") and not hasattr(listener, _MARK):
-            setattr(cls, name, _meeting_event(listener))
+            setattr(cls, name, _translating_event(listener))
 
 
-def _meeting_constructor(cls: type, original: Any) -> Any:
+def _translating_constructor(cls: type, original: Any) -> Any:
     @functools.wraps(original)
     def construct(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not guest_is_calling():
@@ -252,7 +252,7 @@ def _meeting_constructor(cls: type, original: Any) -> Any:
     return construct
 
 
-def _meeting_event(original: Any) -> Any:
+def _translating_event(original: Any) -> Any:
     @functools.wraps(original)
     def listen(*args: Any, **kwargs: Any) -> Any:
         if not guest_is_calling():
@@ -264,18 +264,18 @@ def _meeting_event(original: Any) -> Any:
     return listen
 
 
-def _meet_in_listeners() -> None:
+def _support_in_listeners() -> None:
     """`.then` and `.success` are created per event by EventListener."""
     original = gradio.events.EventListener._setup
 
     @functools.wraps(original)
     def setup(*args: Any, **kwargs: Any) -> Any:
-        return _meeting_event(original(*args, **kwargs))
+        return _translating_event(original(*args, **kwargs))
 
     gradio.events.EventListener._setup = staticmethod(setup)  # type: ignore[method-assign]
 
 
-def _meet_in_blocks() -> None:
+def _support_in_blocks() -> None:
     """`gr.Blocks(css=..., theme=...)` inside our page: the page sets these."""
     original = gr.Blocks.__init__
 

@@ -152,7 +152,7 @@ def _end_of_value(text: str, place: int) -> int:
     return place
 
 
-def keep_aside(path: Path) -> Path | None:
+def back_up(path: Path) -> Path | None:
     """Copy the file to `<name>.unreadable` (or a numbered name) unless an identical copy exists; move a folder. None if that fails."""
     try:
         target = path.with_name(f"{path.name}.unreadable")

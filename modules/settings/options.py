@@ -18,7 +18,7 @@ from typing import Any
 
 from backend.unfinished_files import replace_content
 from modules.errors import OptionError
-from modules.settings.file import keep_aside, problem_with, read_settings
+from modules.settings.file import back_up, problem_with, read_settings
 
 log = logging.getLogger(__name__)
 
@@ -384,7 +384,7 @@ class Options:
         if not path.exists():
             return
         if not path.is_file():
-            log.error("%s is not a file; defaults apply. It was moved to %s.", path, keep_aside(path))
+            log.error("%s is not a file; defaults apply. It was moved to %s.", path, back_up(path))
             return
         try:
             loaded, problems = read_settings(path)
@@ -402,7 +402,7 @@ class Options:
 
     def _report(self, path: Path, problems: Mapping[str, str]) -> None:
         """One warning per key, and the name of the backup copy."""
-        aside = keep_aside(path)
+        aside = back_up(path)
         kept = f"A copy was saved as {aside.name}." if aside is not None else "No copy could be saved."
         for key, why in problems.items():
             if key:

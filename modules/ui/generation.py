@@ -133,7 +133,7 @@ def answer_of(processed: Any, files: GalleryFiles, *, seconds: float | None, sho
     )
 
 
-def put_beside(gallery: Sequence[Any] | None, generation_info: str, picture_index: float, answer: Answer, *, keep_old: bool) -> Answer:
+def insert_in_gallery(gallery: Sequence[Any] | None, generation_info: str, picture_index: float, answer: Answer, *, keep_old: bool) -> Answer:
     """`answer` with its picture inserted into the gallery on the page: in place of its source picture, or after it if `keep_old`.
 
     The caller has verified that the gallery's pictures belong to the page."""
@@ -186,7 +186,7 @@ class GenerateHandler:
         answer = await self._run(task_id, {**dict(zip(self.names, values)), **shown})
         if isinstance(answer.generation_info, str):
             keep_old = self.app.options.hires_button_gallery_insert
-            answer = put_beside(paths, generation_info, picture_index, answer, keep_old=keep_old)
+            answer = insert_in_gallery(paths, generation_info, picture_index, answer, keep_old=keep_old)
         return answer.outputs()
 
     async def _run(self, task_id: str, values: Mapping[str, Any]) -> Answer:

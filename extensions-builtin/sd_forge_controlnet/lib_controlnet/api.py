@@ -68,12 +68,12 @@ def add_routes(_: Any, app: FastAPI) -> None:
 
     @router.post("/controlnet/detect")
     async def detect(request: DetectRequest) -> dict[str, Any]:
-        return await detect_in_line(request)
+        return await detect_in_queue(request)
 
     app.include_router(router)
 
 
-async def detect_in_line(request: DetectRequest) -> dict[str, Any]:
+async def detect_in_queue(request: DetectRequest) -> dict[str, Any]:
     """The maps of all pictures, computed in this job's turn. Raises RequestError."""
     jobs = current_application().jobs
     jobs.check_room()

@@ -132,7 +132,7 @@ def _as_mask(given: Any) -> np.ndarray | None:
         grey = np.where(array[..., 3] > 128, 255, 0).astype(np.uint8)
     else:
         grey = array if array.ndim == 2 else array[..., :3].max(axis=2)
-    kept = np.asarray(masking.drop_ground(Image.fromarray(np.ascontiguousarray(grey))))
+    kept = np.asarray(masking.drop_background(Image.fromarray(np.ascontiguousarray(grey))))
     return kept.astype(np.float32) / 255.0 if kept.any() else None
 
 

@@ -80,7 +80,7 @@ def find_union_type(preprocessor: Any, unit: ControlNetUnit, number: int) -> Con
     )
 
 
-def see_hint(p: Any, one: ActiveUnit) -> None:
+def process_hint(p: Any, one: ActiveUnit) -> None:
     """Let the unit's model process its hints before the first pass. Raises RequestError."""
     if one.model is None:
         return

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 from lib_controlnet import api, external_code, global_state, infotext
-from lib_controlnet.job import acts_in_pass, add_detected_map, patch_pass, prepare_unit, read_units, see_hint
+from lib_controlnet.job import acts_in_pass, add_detected_map, patch_pass, prepare_unit, process_hint, read_units
 from lib_controlnet.ui import UnitControls
 
 from modules import script_callbacks, scripts, shared
@@ -51,7 +51,7 @@ class ControlNetForForgeOfficial(scripts.Script):
         for place, one in enumerate(active):
             p.extra_generation_params[infotext.key_of(place)] = infotext.write_unit(one.unit)
             one.preprocessor.process_after_running_preprocessors(process=p, params=one)
-            see_hint(p, one)
+            process_hint(p, one)
             add_detected_map(p, one)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from modules.api.api import create_api
 from modules.application import Application
 from modules.processing.result import Processed, create_infotext
-from modules.processing.validation import fix_seed, make_sound, set_all_seeds
+from modules.processing.validation import fix_seed, set_all_seeds, validate_request
 from modules.server import create_fastapi_app
 from tests.support.applications import installed_application
 
@@ -42,7 +42,7 @@ class PictureMaker:
     before: Callable[[Any], None] = lambda p: None
 
     def __call__(self, p: Any) -> Processed:
-        make_sound(p, self.app)
+        validate_request(p, self.app)
         self.requests.append(p)
         self.before(p)
         fix_seed(p)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from modules.errors import JobCancelled, LineFullError, OptionError, RequestError, ServerClosingError
+from modules.errors import JobCancelled, OptionError, QueueFullError, RequestError, ServerClosingError
 from modules.jobs.queue import FIFOLock, JobQueue, error_html, wrap_gradio_call
 from modules.jobs.state import State
 
@@ -152,7 +152,7 @@ def test_the_line_has_a_limit_and_a_closed_one_can_be_opened_again() -> None:
     assert started.wait(5)
     waiting = [jobs.submit(None, "next", lambda: None) for _ in range(2)]
     for refused in (jobs.check_room, lambda: jobs.submit(None, "late", lambda: None)):
-        with pytest.raises(LineFullError, match="2 jobs are already waiting") as error:
+        with pytest.raises(QueueFullError, match="2 jobs are already waiting") as error:
             refused()
         assert (error.value.status, error.value.retry_after_s) == (503, 10)
     gate.set()

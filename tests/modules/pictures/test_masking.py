@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from modules.pictures.masking import drop_ground, expand_crop_region, fill, get_crop_region, get_crop_region_v2
+from modules.pictures.masking import drop_background, expand_crop_region, fill, get_crop_region, get_crop_region_v2
 
 
 def mask_with(box: tuple[int, int, int, int], size: tuple[int, int] = (100, 60)) -> Image.Image:
@@ -62,7 +62,7 @@ def test_a_ground_that_is_not_quite_black_is_no_mask() -> None:
     """As in JPEG files."""
     mask = mask_with((10, 20, 30, 40)).point(lambda value: max(value, 3))
     assert get_crop_region_v2(mask) == (0, 0, 100, 60)
-    assert get_crop_region_v2(drop_ground(mask)) == (10, 20, 30, 40)
+    assert get_crop_region_v2(drop_background(mask)) == (10, 20, 30, 40)
 
 
 def test_filling_takes_a_mask_of_another_size() -> None:

@@ -12,7 +12,7 @@ from modules.application import Application, build_application
 from modules.errors import OptionError, RequestError, UnknownSamplerError
 from modules.launch.cmd_args import config_for_tests
 from modules.processing.request import StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img
-from modules.processing.validation import fix_seed, get_fixed_seed, make_sound, set_all_seeds
+from modules.processing.validation import fix_seed, get_fixed_seed, set_all_seeds, validate_request
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def app(tmp_path: Path) -> Iterator[Application]:
 
 def txt2img(app: Application, **fields: Any) -> StableDiffusionProcessingTxt2Img:
     p = StableDiffusionProcessingTxt2Img(**{"prompt": "a", "seed": 1, **fields})
-    make_sound(p, app)
+    validate_request(p, app)
     return p
 
 
@@ -75,7 +75,7 @@ def test_numbers_that_make_no_picture_are_refused_by_name(app: Application, fiel
 @pytest.mark.parametrize("fields", [{"mask_blur_x": -1}, {"inpainting_fill": 4}, {"resize_mode": 9}, {"inpaint_full_res_padding": -1}])
 def test_numbers_of_img2img_too(app: Application, fields: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(fields))):
-        make_sound(StableDiffusionProcessingImg2Img(prompt="a", **fields), app)
+        validate_request(StableDiffusionProcessingImg2Img(prompt="a", **fields), app)
 
 
 def test_whole_numbers_may_come_as_floats_or_texts(app: Application) -> None:
@@ -119,7 +119,7 @@ def test_settings_are_those_of_the_moment_the_request_was_made(app: Application)
     p = StableDiffusionProcessingTxt2Img(prompt="a", override_settings={"jpeg_quality": 10})
     app.options.samples_format = "webp"
     app.options.jpeg_quality = 20
-    make_sound(p, app)
+    validate_request(p, app)
     assert (p.options.samples_format, p.options.jpeg_quality) == ("png", 10)
     assert app.options.jpeg_quality == 20
 

@@ -224,15 +224,15 @@ def answer(path: str, text: str) -> Answer:
 )
 def test_upscaled_picture_takes_its_place_in_the_gallery(keep_old: bool, paths: list[str], texts: list[str], selected: int) -> None:
     shown = json.dumps({"infotexts": ["A", "B", "C"], "all_seeds": [1, 2, 3]})
-    merged = generation.put_beside([("a", None), ("b", None), ("c", None)], shown, 1, answer("new", "New"), keep_old=keep_old)
+    merged = generation.insert_in_gallery([("a", None), ("b", None), ("c", None)], shown, 1, answer("new", "New"), keep_old=keep_old)
     assert (merged.gallery["value"], merged.gallery["selected_index"]) == (paths, selected)
     assert json.loads(merged.generation_info) == {"infotexts": texts, "all_seeds": [1, 2, 3]}
 
 
 def test_upscaled_picture_stands_alone_when_the_gallery_is_not_known() -> None:
     alone = answer("new", "New")
-    assert generation.put_beside([("a", None)], "{}", 0, alone, keep_old=False) is alone
-    assert generation.put_beside(None, "{}", 0, alone, keep_old=False) is alone
+    assert generation.insert_in_gallery([("a", None)], "{}", 0, alone, keep_old=False) is alone
+    assert generation.insert_in_gallery(None, "{}", 0, alone, keep_old=False) is alone
 
 
 def test_durations_are_written_in_minutes_and_seconds() -> None:
