@@ -3,13 +3,12 @@
 Reading order: `request` (what a user asks for; `p`), `validation` (ranges, names), `conditions` (encodes prompts), `networks` (applies the
 networks named in prompts), `txt2img` or `img2img` (sample one batch), `hires` and `refiner` (a second pass, a second model), `latents`
 (converts between pixels and latents), `compositing` (masks, pasting back), `pictures` (infotext, saving, grid), `result` (`Processed`).
-`result` (`Processed`). Beside them: `chosen_script`, `constants`, `image_conditions`, `model_facts`, `nans`,
+The rest: `chosen_script`, `constants`, `image_conditions`, `model_facts`, `nans`,
 `overrides` (methods that an extension may have replaced), `saving`, `tiling`.
 
-Example: `process_images(StableDiffusionProcessingTxt2Img(prompt="a cat", steps=20))` makes the request sound, loads the checkpoint it
-means, and for each batch runs `conditions.setup_conditions(p)`, `txt2img.sample_txt2img(p, ...)`, decodes, and hands the pictures to
-`PictureCollector`, which saves them. A new field of a request goes into `request`; what it does goes into the file of the step that it
-changes.
+Example: `process_images(StableDiffusionProcessingTxt2Img(prompt="a cat", steps=20))` validates the request, loads its checkpoint, and for
+each batch runs `conditions.setup_conditions(p)` and `txt2img.sample_txt2img(p, ...)`, decodes, and passes the pictures to
+`PictureCollector`, which saves them. Add a new request field to `request`, and its effect to the file of the step it changes.
 
 Importing this package is cheap: what needs torch is imported when a job runs.
 """

@@ -5,7 +5,7 @@ Reading order: `tabs` (`create_ui` builds the tabs and connects them), then one 
 `common` and `components` (parts that several tabs share), `paste` (puts infotext into controls), `settings`, `extras`, `pnginfo`,
 `extra_networks*` (cards of model files), `file_routes` (files of extensions), `page` (style sheet, scripts, theme), `guard` and
 `page_files` (what a browser may name). Beside them: `choices`, `extensions`, `gpus`, `img2img_pictures`, `quicksettings`, `saving`,
-`scripts`, `shown_text`, `style_dialog`, `styles`, `symbols`, `tokens`.
+`scripts`, `shown_text`, `style_dialog`, `styles`, `symbols`, `symbols`, `tokens`.
 
 Example: a new slider of txt2img is built in `sections`, placed in `txt2img`, mapped to its request field in `requests`, and named for infotext in
 modules/infotext/fields.py.
