@@ -1,6 +1,6 @@
-"""What reading the sources can count, for one tree or several: `python -m tools.house_numbers BEFORE AFTER` prints a Markdown table.
+"""Counts facts about the sources of one or several trees: `python -m tools.house_numbers BEFORE AFTER` prints a Markdown table.
 
-A tree is a folder with a checkout; `git worktree add --detach /tmp/before COMMIT` makes one. tools/suite_time.py has the times.
+A tree is a folder with a checkout; `git worktree add --detach /tmp/before COMMIT` creates one. tools/suite_time.py has the times.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Longest(NamedTuple):
 
 
 class HouseNumbers(NamedTuple):
-    """Counts of one tree. `folders`: Python files that lie directly in each folder of the product. `cycles`: modules in each import cycle."""
+    """Counts of one tree. `folders`: Python files directly in each folder of the product. `cycles`: number of modules in each import cycle."""
 
     num_files: int
     num_lines: int
@@ -70,7 +70,7 @@ def _functions(source: Source) -> list[Longest]:
 
 
 def report(trees: Sequence[HouseNumbers]) -> list[str]:
-    """A Markdown table, a column for each tree."""
+    """A Markdown table with one column per tree."""
     rows = [
         ("Python files of the product", [str(tree.num_files) for tree in trees]),
         ("lines of them", [str(tree.num_lines) for tree in trees]),

@@ -1,4 +1,4 @@
-"""An infotext into values: names of today and of here, a default for every key that may be left out. `parameters` has it under the name that
+"""Parses an infotext into values: current names, and a default for every key that may be missing. `parameters` exposes it under the name that
 extensions import.
 
 Must not know the page.
@@ -40,7 +40,7 @@ DEFAULTS: Mapping[str, str] = {
     "Refiner switch by sampling steps": "False",
     "Emphasis": "Original",
 }
-"""What a missing key means. Written infotexts leave these out, so that pasting one must set them back."""
+"""The meaning of a missing key. Infotexts omit these, so pasting one must reset them."""
 
 OLD_FIRST_PASS_AREA_PX = 512 * 512
 _LARGEST_SIDE_PX = 1_000_000
@@ -48,10 +48,10 @@ _UNKNOWN_SAMPLER = "Undefined"
 
 
 def parse_generation_parameters(x: str, skip_fields: Sequence[str] | None = None) -> dict[str, Any]:
-    """What an infotext says, as texts by key, with a default for every key it may leave out.
+    """The contents of an infotext, as strings by key, with a default for every key it may omit.
 
-    `skip_fields` (default: the setting infotext_skip_pasting) are keys to leave out. A text without parameters gives its prompts alone
-    and the defaults.
+    `skip_fields` (default: the setting infotext_skip_pasting) are keys to leave out. A text without parameters yields only its prompts and the
+    defaults.
     """
     application = installed_context()
     options = None if application is None else application.options
@@ -65,7 +65,7 @@ def parse_generation_parameters(x: str, skip_fields: Sequence[str] | None = None
     for key, value in DEFAULTS.items():
         params.setdefault(key, value)
     for first_pass, second_pass in (("CFG scale", "Hires CFG Scale"), ("Distilled CFG Scale", "Hires Distilled CFG Scale")):
-        if first_pass in params:  # who wrote no other one, used the same in the hires pass
+        if first_pass in params:  # without a separate value, the hires pass used the same one
             params.setdefault(second_pass, params[first_pass])
     if options is None or options.auto_backcompat:
         backcompat(params)
@@ -75,11 +75,11 @@ def parse_generation_parameters(x: str, skip_fields: Sequence[str] | None = None
 
 
 def _use_our_names(params: MutableMapping[str, Any]) -> None:
-    """Samplers and schedules as other programs spell them, by the names they have here."""
+    """Replace other programs' sampler and schedule names with ours."""
     sampler = params.get("Sampler")
     if sampler is None:
         return
-    if sampler == _UNKNOWN_SAMPLER:  # Civitai writes it for models that its own list does not know
+    if sampler == _UNKNOWN_SAMPLER:  # Civitai writes it for samplers missing from its own list
         del params["Sampler"]
         return
     name, schedule = _comfy_names(sampler)
@@ -93,7 +93,7 @@ def _use_our_names(params: MutableMapping[str, Any]) -> None:
 
 
 def _comfy_names(sampler: str) -> tuple[str | None, str | None]:
-    """(sampler, schedule) of ComfyUI's spelling, which may join both by an underscore or a space."""
+    """(sampler, schedule) from ComfyUI's spelling, which may join the two with an underscore or a space."""
     if sampler in COMFY_SAMPLERS:
         return COMFY_SAMPLERS[sampler], None
     for comfy_schedule, schedule in COMFY_SCHEDULES.items():
@@ -105,13 +105,13 @@ def _comfy_names(sampler: str) -> tuple[str | None, str | None]:
 
 
 def old_first_pass_size_px(width_px: int, height_px: int) -> tuple[int, int]:
-    """The first pass that hires fix made before its sizes were written out: about 512x512 px in the picture's shape, sides multiples of 64."""
+    """First pass size of hires fix before sizes were recorded: about 512x512 px in the picture's aspect ratio, sides multiples of 64."""
     scale = math.sqrt(OLD_FIRST_PASS_AREA_PX / (width_px * height_px))
     return math.ceil(scale * width_px / 64) * 64, math.ceil(scale * height_px / 64) * 64
 
 
 def _restore_old_hires_sizes(params: MutableMapping[str, Any], keep_old_meaning: bool) -> None:
-    """In old infotexts Size was the final size: it becomes `Hires resize`, and `First pass size` becomes Size."""
+    """In old infotexts, Size was the final size: move it to `Hires resize`, and `First pass size` to Size."""
     try:
         first = int(params["First pass size-1"]), int(params["First pass size-2"])
         final = int(params["Size-1"]), int(params["Size-2"])
@@ -125,7 +125,7 @@ def _restore_old_hires_sizes(params: MutableMapping[str, Any], keep_old_meaning:
 
 
 def _take_out_styles(params: MutableMapping[str, Any], application: Any) -> None:
-    """Find saved styles in the prompts, as the setting infotext_styles says: Ignore, Discard, Apply, Apply if any."""
+    """Find saved styles in the prompts, according to the setting infotext_styles: Ignore, Discard, Apply, Apply if any."""
     mode = application.options.infotext_styles
     styles = getattr(application, "styles", None)
     if mode == "Ignore" or styles is None:

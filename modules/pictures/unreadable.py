@@ -1,4 +1,4 @@
-"""What Pillow's readers raise for a file that is damaged or no picture: its plugins parse by hand, and say so in their own ways."""
+"""The errors that Pillow's readers raise for a damaged file or one that is not a picture; each plugin has its own."""
 
 from __future__ import annotations
 

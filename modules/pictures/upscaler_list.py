@@ -1,4 +1,4 @@
-"""The list of upscalers that page, API and extensions share."""
+"""The list of upscalers shared by page, API and extensions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def _shared_list() -> list[UpscalerData]:
 
 
 def available_upscalers() -> list[UpscalerData]:
-    """The list that page, API and extensions share (`shared.sd_upscalers`): what is built in, the model files there are now, and what extensions
-    have added to it."""
+    """The list shared by page, API and extensions (`shared.sd_upscalers`): built-in ones, current model files, and entries added by
+    extensions."""
     app = installed_context()
     entries = _shared_list()
     replace_entries(entries, None if app is None else app.upscaler_models)

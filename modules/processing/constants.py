@@ -1,4 +1,4 @@
-"""Stable Diffusion's latents as extensions know them (other families say theirs in their `LatentFormat`), and what hires fix can do to latents."""
+"""Stable Diffusion's latents as extensions know them (other families declare theirs in `LatentFormat`), and latent upscaling in hires fix."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ LATENT_UPSCALE_MODES: dict[str, dict[str, Any]] = {
     "Latent (nearest)": {"mode": "nearest", "antialias": False},
     "Latent (nearest-exact)": {"mode": "nearest-exact", "antialias": False},
 }
-"""Ways to enlarge latents without going through pixels: arguments of the interpolation."""
+"""Ways to upscale latents directly: arguments for the interpolation."""

@@ -1,4 +1,4 @@
-"""What an inpainting model takes beside the latents of a request's pass; the request (`p`) remembers what its pass was given."""
+"""What an inpainting model takes in addition to the latents of a request's pass; the request (`p`) stores its current conditions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def condition_on_nothing(p: StableDiffusionProcessing, x_BCHW: Tensor, width: int | None = None, height: int | None = None) -> Tensor:
-    """For a picture of that size (default: the request's) made from nothing: all of it is masked."""
+    """For a picture of that size (default: the request's) made from nothing: everything is masked."""
     p.is_using_inpainting_conditioning = p.sd_model.is_inpaint
     return txt2img_image_conditioning(p.sd_model, x_BCHW, width or p.width, height or p.height)
 
@@ -21,7 +21,7 @@ def condition_on_nothing(p: StableDiffusionProcessing, x_BCHW: Tensor, width: in
 def condition_on_picture(
     p: StableDiffusionProcessing, source_image: Tensor | None, latent_image: Tensor, image_mask: Any = None, round_image_mask: bool = True
 ) -> Tensor:
-    """For a picture (BCHW, -1..1, or None where there are only its latents) of which the mask's part is made again."""
+    """For a picture (BCHW, -1..1, or None if there are only latents) whose masked part is repainted."""
     p.is_using_inpainting_conditioning = p.sd_model.is_inpaint
     p.image_conditioning_source = (source_image, latent_image, image_mask, round_image_mask)
     p.inpainting_mask_weight = float(p.options.inpainting_mask_weight)

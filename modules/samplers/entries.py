@@ -1,4 +1,4 @@
-"""An entry of the list of samplers. Must not know the list, nor the sampler that an entry makes."""
+"""An entry in the list of samplers. Must not know the list, nor the sampler that an entry creates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from backend.sampling.registry import SamplerSpec
 
 
 class SamplerData(NamedTuple):
-    """An entry of the list. `constructor(model)` makes the sampler."""
+    """An entry of the list. `constructor(model)` creates the sampler."""
 
     name: str
     constructor: Callable[[Any], Any]
@@ -17,7 +17,7 @@ class SamplerData(NamedTuple):
     options: dict[str, Any]
 
     def total_steps(self, steps: int) -> int:
-        """How often the model is asked: twice a step by second-order samplers."""
+        """Number of model calls: second-order samplers make two per step."""
         return steps * 2 if self.options.get("second_order", False) else steps
 
 

@@ -1,4 +1,4 @@
-"""Text as HTML, and what lies beside a gallery: the file and the parameters of a picture. Must not know controls."""
+"""Text as HTML, and a gallery's data: the file and the parameters of a picture. Must not know controls."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def plaintext_to_html(text: str, classname: str | None = None) -> str:
 
 
 def error_html(message: str) -> str:
-    """An error in plain words, for the log under the gallery."""
+    """An error message as HTML, for the log under the gallery."""
     return f"<div class='error'>{plaintext_to_html(message)}</div>"
 
 
 def read_generation_info(generation_info: str) -> dict[str, Any]:
-    """The JSON beside a gallery as a dict; empty when there is none or it is broken."""
+    """The generation info JSON of a gallery as a dict; empty if there is none or it is broken."""
     try:
         info = json.loads(generation_info or "{}")
     except ValueError:
@@ -29,7 +29,7 @@ def read_generation_info(generation_info: str) -> dict[str, Any]:
 
 
 def infotext_of(generation_info: str, picture_index: int) -> str:
-    """The parameters of the gallery's picture number `picture_index`; those of the first for a number that does not exist; "" without any."""
+    """Infotext of picture `picture_index` in the gallery. Falls back to the first picture if the index does not exist, and to "" if there is none."""
     infotexts = read_generation_info(generation_info).get("infotexts")
     if not isinstance(infotexts, list) or not infotexts:
         return ""
@@ -37,7 +37,7 @@ def infotext_of(generation_info: str, picture_index: int) -> str:
 
 
 def picture_at(gallery: Sequence[Any] | None, picture_index: float) -> str | None:
-    """The file of the gallery's picture number `picture_index` (the first for a number that does not exist); None for an empty gallery."""
+    """File of picture `picture_index` in the gallery (the first if the index does not exist); None for an empty gallery."""
     if not gallery:
         return None
     index = int(picture_index)
@@ -46,6 +46,6 @@ def picture_at(gallery: Sequence[Any] | None, picture_index: float) -> str | Non
 
 
 def update_generation_info(generation_info: str, html_info: str, img_index: float) -> str:
-    """What to show under the gallery when its picture number `img_index` is selected; `html_info` when that is not known."""
+    """The HTML to show under the gallery when picture `img_index` is selected; `html_info` if its parameters are unknown."""
     text = infotext_of(generation_info, int(img_index))
     return plaintext_to_html(text, "infotext") if text else html_info

@@ -1,6 +1,6 @@
-"""Which variants of a test run in turns at night, and which files begin: what keeps the suite short without losing a case.
+"""Which test variants only run at night, and which files start first: keeps the suite fast without losing a case.
 
-Every test has variants that run every time; the rest of them wait for `--nightly`, of which CI runs a seventh a day.
+Every test has variants that always run; the others wait for `--nightly`, of which CI runs a seventh per day.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import pytest
 
 COLLECTED = pytest.StashKey[list[str]]()
-"""All tests that were found, before any was left out."""
+"""All collected tests, before any was deselected."""
 
 NIGHTLY_VARIANTS = (
     # ControlNets: a family with another text encoder goes through the same code; of ranges, layouts and adapters one of each kind runs every time
@@ -36,23 +36,23 @@ NIGHTLY_VARIANTS = (
 )
 
 FIRST = ("tests/parity/", "tests/browser/", "tests/tools/", "tests/backend/parallel/", "tests/extensions_builtin/", "tests/modules/processing/")
-"""Folders whose files take long: begun last, one of them would keep one process busy when the others are done."""
+"""Folders with slow files: if started last, one of them would keep a process busy after the others are done."""
 
 _nightly = re.compile("|".join(f"(?:{pattern})" for pattern in NIGHTLY_VARIANTS))
 
 
 def is_nightly_variant(nodeid: str) -> bool:
-    """Whether this variant of its test runs at night alone."""
+    """Whether this test variant only runs at night."""
     return _nightly.search(nodeid) is not None
 
 
 def place_of(nodeid: str) -> int:
-    """Where a test's file goes in the order: numbers of FIRST, all others behind them."""
+    """Position of a test's file in the order: the entries of FIRST, then all others."""
     return next((place for place, folder in enumerate(FIRST) if nodeid.startswith(folder)), len(FIRST))
 
 
 def unmatched_patterns(nodeids: list[str]) -> list[str]:
-    """Patterns that name no test although tests of their file are there: the test was renamed."""
+    """Patterns that match no test although their file has tests: the test was renamed."""
     files = {nodeid.partition("::")[0] for nodeid in nodeids}
     found = []
     for pattern in NIGHTLY_VARIANTS:
