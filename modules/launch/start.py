@@ -29,7 +29,7 @@ from modules.launch.setup import Setup, install_packages, install_xformers, runt
 from modules.launch.stamp import FILE_NAME
 from modules.launch.sysinfo import write_sysinfo
 from modules.launch.timer import startup_timer
-from modules_forge.forge_version import version as FORGE_VERSION
+from modules.version import program_version
 
 log = logging.getLogger(__name__)
 
@@ -249,15 +249,15 @@ def commit_hash() -> str:
     try:
         return _git("rev-parse", "HEAD")
     except RuntimeError:
-        return program_version()
+        return "<none>"
 
 
 def git_tag() -> str:
-    """The version, and the commit by git's tags where this is a clone: `f2.0.1-...`. Extensions tell Forge by the `f2` it begins with."""
+    """The program's version; in a clone followed by -g and the short commit, as `git describe` writes it. It starts with Forge's "f2"."""
     try:
-        return f"{FORGE_VERSION}-{_git('describe', '--tags', '--always')}"
+        return f"{program_version()}-g{_git('rev-parse', '--short', 'HEAD')}"
     except RuntimeError:
-        return FORGE_VERSION
+        return program_version()
 
 
 def git_clone(url: str, dir: str, name: str, commithash: str | None = None) -> None:

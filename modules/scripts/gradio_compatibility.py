@@ -62,7 +62,7 @@ _CONSTRUCTOR: dict[str, Callable[[Any], dict[str, Any]]] = {
 """Old constructor argument -> current ones. Arguments in neither are dropped."""
 
 
-def todays_arguments(cls: type, arguments: dict[str, Any], given: tuple[Any, ...] = ()) -> dict[str, Any]:
+def current_arguments(cls: type, arguments: dict[str, Any], given: tuple[Any, ...] = ()) -> dict[str, Any]:
     """`arguments` as the constructor of `cls` takes them today, beside those `given` by position."""
     known = _names_taken_by(cls)
     if known is None:
@@ -246,7 +246,7 @@ def _translating_constructor(cls: type, original: Any) -> Any:
         if not guest_is_calling():
             return original(self, *args, **kwargs)
         with as_host():
-            return original(self, *args, **todays_arguments(cls, kwargs, args))
+            return original(self, *args, **current_arguments(cls, kwargs, args))
 
     setattr(construct, _MARK, True)
     return construct
@@ -257,7 +257,7 @@ def _translating_event(original: Any) -> Any:
     def listen(*args: Any, **kwargs: Any) -> Any:
         if not guest_is_calling():
             return original(*args, **kwargs)
-        today = {name: handler_of_guest(value) for name, value in todays_event_arguments(kwargs).items()}
+        today = {name: handler_of_guest(value) for name, value in current_event_arguments(kwargs).items()}
         return original(*(handler_of_guest(value) for value in args), **today)
 
     setattr(listen, _MARK, True)

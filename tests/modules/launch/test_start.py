@@ -12,7 +12,7 @@ import pytest
 
 from modules.launch import start
 from modules.launch.timer import Timer
-from modules_forge.forge_version import version as FORGE_VERSION
+from modules.version import program_version
 
 
 def test_is_installed_knows_distributions_and_modules() -> None:
@@ -67,8 +67,8 @@ def test_a_clone_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_outside_a_clone_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start.shutil, "which", lambda name: None)
-    assert (start.git_tag(), start.commit_hash()) == (FORGE_VERSION, "<none>")
-    assert FORGE_VERSION.startswith("f2")
+    assert (start.git_tag(), start.commit_hash()) == (program_version(), "<none>")
+    assert program_version().startswith("f2")
 
 
 @pytest.fixture
