@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from backend.model_folders import find_files
-from modules.pictures.upscaler import available_upscalers
+from modules.pictures.upscaler_list import available_upscalers
 
 log = logging.getLogger(__name__)
 
