@@ -6,13 +6,13 @@ names and tensors only; knows no files, no devices, and no families beyond their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from backend.storage.kinds import storage_of
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -264,46 +264,3 @@ def append_unused_block(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     old, new = f"transformer.resblocks.{last}.", f"transformer.resblocks.{last + 1}."
     copies = {new + key.removeprefix(old): tensor.clone() for key, tensor in state_dict.items() if key.startswith(old)}
     return {**state_dict, **copies}
-
-
-# --- whole files --------------------------------------------------------------------------------------------------------------------
-
-
-def join_checkpoint(family: str, unet: nn.Module, vae: nn.Module, text_encoders: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """One state dict in the original single-file layout of `family`: "sd15", "sd20" (or "sd21_v"), "sdxl" or "sdxl_refiner".
-
-    Text encoders in the family's order: SDXL takes CLIP-L, then OpenCLIP bigG. Tensors are contiguous and share memory with the modules
-    if only names change. Raises: ValueError for an unknown family or a wrong number of text encoders.
-    """
-    text_writers = _TEXT_WRITERS.get(family)
-    if text_writers is None:
-        raise ValueError(f"Family {family!r} has no single-file layout. Use one of {', '.join(_TEXT_WRITERS)}.")
-    if len(text_writers) != len(text_encoders):
-        raise ValueError(f"Family {family!r} has {len(text_writers)} text encoders, but {len(text_encoders)} were given. Pass all of them.")
-    joined = _prefixed(UNET_PREFIX, unet_to_ldm(unet.state_dict(), _config_of(unet)))
-    joined.update(_prefixed(VAE_PREFIX, vae_to_ldm(vae.state_dict(), _config_of(vae))))
-    for (prefix, write), encoder in zip(text_writers, text_encoders, strict=True):
-        joined.update(_prefixed(prefix, write(encoder.state_dict())))
-    return {key: tensor.detach().contiguous() for key, tensor in joined.items()}
-
-
-def _write_sd2_text(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return append_unused_block(clip_to_open_clip(state_dict))
-
-
-_TextWriter = Callable[[Mapping[str, "Tensor"]], "dict[str, Tensor]"]
-_TEXT_WRITERS: dict[str, tuple[tuple[str, _TextWriter], ...]] = {
-    "sd15": ((CLIP_L_PREFIX, clip_to_text_model),),
-    "sd20": ((OPEN_CLIP_PREFIX, _write_sd2_text),),
-    "sd21_v": ((OPEN_CLIP_PREFIX, _write_sd2_text),),
-    "sdxl": ((SDXL_CLIP_L_PREFIX, clip_to_text_model), (SDXL_OPEN_CLIP_PREFIX, clip_to_open_clip)),
-    "sdxl_refiner": ((REFINER_OPEN_CLIP_PREFIX, clip_to_open_clip),),
-}
-
-
-def _prefixed(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + key: tensor for key, tensor in state_dict.items()}
-
-
-def _config_of(module: nn.Module) -> Mapping[str, Any]:
-    return cast("Mapping[str, Any]", module.config)

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from backend.key_layout import join_checkpoint
+from backend.families.registry import find_family
 
 MB = 1e6
 _BLOCK_NUMBERS = 32 * 2**20
@@ -75,7 +75,7 @@ def small_networks() -> tuple[UNet2DConditionModel, AutoencoderKL, list[nn.Modul
 
 def write_random(path: Path, family: str, networks: tuple[nn.Module, nn.Module, list[nn.Module]]) -> None:
     """Write the networks' original-layout file in fp16, tensor by tensor from a block of random numbers. `networks` may be on the meta device."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in join_checkpoint(family, *networks).items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in find_family(family).join_checkpoint(*networks).items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, shape in shapes.items():

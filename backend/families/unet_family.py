@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from backend import checkpoint_config, checkpoint_identity, key_layout
@@ -106,6 +106,30 @@ def build_unet_program(unet: Any) -> Program:
     """The program. Also adds the original configuration names to the network, for extensions that read them."""
     add_original_names(unet)
     return build_program(unet)
+
+
+TextWriter = tuple[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]
+"""Where a text encoder lies in a single file, and what turns transformers' names into those there."""
+
+
+def join_unet_checkpoint(
+    text_writers: Sequence[TextWriter], unet: nn.Module, vae: nn.Module, text_encoders: Sequence[nn.Module]
+) -> dict[str, Tensor]:
+    """One state dict in the original single-file layout, with a writer for each text encoder.
+
+    Tensors are contiguous and share memory with the modules if only names change. Raises: ValueError for a wrong number of text encoders.
+    """
+    if len(text_writers) != len(text_encoders):
+        raise ValueError(f"A single file has {len(text_writers)} text encoders, but {len(text_encoders)} were given. Pass all of them.")
+    joined = _prefixed(key_layout.UNET_PREFIX, key_layout.unet_to_ldm(unet.state_dict(), cast("Mapping[str, Any]", unet.config)))
+    joined.update(_prefixed(key_layout.VAE_PREFIX, key_layout.vae_to_ldm(vae.state_dict(), cast("Mapping[str, Any]", vae.config))))
+    for (prefix, write), encoder in zip(text_writers, text_encoders, strict=True):
+        joined.update(_prefixed(prefix, write(encoder.state_dict())))
+    return {key: tensor.detach().contiguous() for key, tensor in joined.items()}
+
+
+def _prefixed(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: tensor for key, tensor in state_dict.items()}
 
 
 # prediction

@@ -59,10 +59,6 @@ class Storage(ABC):
     def run_dtype(self, computation_dtype: torch.dtype) -> torch.dtype:
         """The dtype of the weight that a layer which computes in `computation_dtype` gets."""
 
-    def matmul_if_it_can(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """`x @ weight.T + bias` directly from the stored weight; None if it must be dequantized first."""
-        return None
-
     @abstractmethod
     def requantize(self: StorageT, value: Tensor, *, seed: int) -> StorageT:
         """`value` (fp32, any device) stored as this kind, on its own device. `seed` is for kinds that round at random: equal seeds, equal weights."""

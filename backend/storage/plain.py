@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from backend.storage.base import Storage
 
@@ -23,9 +22,6 @@ class PlainStorage(Storage):
 
     def run_dtype(self, computation_dtype: torch.dtype) -> torch.dtype:
         return self.tensor.dtype
-
-    def matmul_if_it_can(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        return functional.linear(x, self.tensor, bias) if x.dtype == self.tensor.dtype and self.tensor.ndim == 2 else None
 
     def requantize(self, value: Tensor, *, seed: int) -> PlainStorage:
         return PlainStorage(value.to(self.tensor.dtype))

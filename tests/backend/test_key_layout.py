@@ -9,6 +9,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from backend import key_layout
+from backend.families.registry import find_family
 from tests.support.checkpoints import FAMILIES, build_models
 from tools.demo_model import networks as demo
 
@@ -73,7 +74,7 @@ def test_demo_checkpoint_shape_survives_a_round_trip():
         "output_blocks.3.1.norm.weight",
     } <= unet_ldm.keys()
     _vae_there_and_back(demo.build_vae())
-    joined = key_layout.join_checkpoint("sd15", demo.build_unet(), demo.build_vae(), [demo.build_text_encoder()])
+    joined = find_family("sd15").join_checkpoint(demo.build_unet(), demo.build_vae(), [demo.build_text_encoder()])
     assert "cond_stage_model.transformer.text_model.encoder.layers.3.mlp.fc1.weight" in joined
     assert all(tensor.is_contiguous() for tensor in joined.values())
 
@@ -110,7 +111,7 @@ def test_open_clip_survives_a_round_trip_through_diffusers_conversion(projection
 
 def test_sd2_files_carry_one_block_more_than_is_used(tmp_path):
     models = build_models(tmp_path / "x.safetensors", "sd20")
-    joined = key_layout.join_checkpoint("sd20", models.unet, models.vae, models.text_encoders)
+    joined = find_family("sd20").join_checkpoint(models.unet, models.vae, models.text_encoders)
     blocks = {key.split(".")[4] for key in joined if key.startswith("cond_stage_model.model.transformer.resblocks.")}
     assert len(blocks) == models.text_encoders[0].config.num_hidden_layers + 1
 
@@ -120,7 +121,5 @@ def test_unknown_keys_and_families_are_refused(tmp_path):
         key_layout.unet_to_ldm({"motion.weight": torch.zeros(1)}, demo.build_unet().config)
     with pytest.raises(KeyError, match="does not exist"):
         key_layout.open_clip_key("visual.proj")
-    with pytest.raises(ValueError, match="Use one of sd15"):
-        key_layout.join_checkpoint("flux", demo.build_unet(), demo.build_vae(), [])
-    with pytest.raises(ValueError, match="1 text encoders, but 0 were given"):
-        key_layout.join_checkpoint("sd15", demo.build_unet(), demo.build_vae(), [])
+    with pytest.raises(ValueError, match="has 1 text encoders, but 0 were given"):
+        find_family("sd15").join_checkpoint(demo.build_unet(), demo.build_vae(), [])

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel
 from backend import key_layout, loader, memory_management
 from backend.args import BackendConfig
 from backend.devices.probing import probe_devices
+from backend.families.registry import find_family
 from backend.loader import CheckpointError, load_checkpoint
 from tests.support.checkpoints import DISTILLED, FAMILIES, ReferenceModels, write_checkpoint
 from tools.demo_model import networks as demo
@@ -130,7 +131,7 @@ def test_demo_shape_loads(tmp_path):
     """Two levels, one resnet per level, also in the VAE; its training size comes from the metadata."""
     networks = demo.build_unet(), demo.build_vae(), demo.build_text_encoder()
     path = tmp_path / "demo.safetensors"
-    save_file(key_layout.join_checkpoint("sd15", *networks[:2], networks[2:]), path, metadata={"modelspec.resolution": "64x64"})
+    save_file(find_family("sd15").join_checkpoint(*networks[:2], networks[2:]), path, metadata={"modelspec.resolution": "64x64"})
     engine = load_checkpoint(path, config=CONFIG)
     unet, vae, texts = _networks(engine)
     for mine, theirs in zip((unet, vae, *texts), networks, strict=True):
@@ -191,7 +192,7 @@ def test_refiner_loads_with_bigg_alone(checkpoint, tmp_path):
         cross_attention_dim=bigg.config.hidden_size,
         projection_class_embeddings_input_dim=5 * 256 + bigg.config.projection_dim,
     )
-    save_file(key_layout.join_checkpoint("sdxl_refiner", unet, base.vae, [bigg]), tmp_path / "refiner.safetensors")
+    save_file(find_family("sdxl_refiner").join_checkpoint(unet, base.vae, [bigg]), tmp_path / "refiner.safetensors")
     engine = load_checkpoint(tmp_path / "refiner.safetensors", config=CONFIG)
     assert engine.family == "sdxl_refiner"
     _assert_same_weights(_networks(engine)[0], unet)

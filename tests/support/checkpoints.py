@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from backend.key_layout import join_checkpoint
+from backend.families.registry import find_family
 
 FAMILIES = ("sd15", "sd20", "sd21_v", "sdxl")
 REFINER = "sdxl_refiner"
@@ -329,9 +329,13 @@ def _round_weights(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.copy_(parameter.to(dtype))
 
 
+def _family_name(kind: str) -> str:
+    return "sd15" if kind in DISTILLED else "sd20" if kind == "sd21_v" else kind
+
+
 def _state_dict(models: ReferenceModels, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
     if layout == "ldm":
-        joined = join_checkpoint("sd15" if models.family in DISTILLED else models.family, models.unet, models.vae, models.text_encoders)
+        joined = find_family(_family_name(models.family)).join_checkpoint(models.unet, models.vae, models.text_encoders)
     elif layout == "diffusers":
         parts: dict[str, nn.Module] = {"unet": models.unet, "vae": models.vae}
         parts.update({("text_encoder", "text_encoder_2")[index]: encoder for index, encoder in enumerate(models.text_encoders)})

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel
 
-from backend.key_layout import join_checkpoint
+from backend.families.registry import find_family
 from backend.modules.k_model import KModel
 from backend.modules.k_prediction import Prediction
 from backend.patcher.unet import UnetPatcher
@@ -84,7 +84,7 @@ def write_checkpoint(machine: Machine, family: str) -> Path:
     path = checkpoint_path(machine, family)
     if not path.exists():
         torch.manual_seed(FAMILIES.index(family))
-        joined = join_checkpoint(family, *build_networks(machine, family))
+        joined = find_family(family).join_checkpoint(*build_networks(machine, family))
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         save_file({key: tensor.cpu().contiguous() for key, tensor in joined.items()}, part, metadata={"format": "pt"})

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from backend.key_layout import join_checkpoint
+from backend.families.registry import find_family
 from tools.demo_model.networks import LATENT_SCALE, build_text_encoder, build_unet, build_vae
 from tools.demo_model.train_unet import MIN_SNR_GAMMA, NUM_TRAIN_STEPS, alphas_cumprod
 
@@ -28,7 +28,7 @@ def load_base(checkpoint: Path, device: torch.device) -> BaseNetworks:
     """The three networks, fp32, without gradients. Raises: ValueError if the file does not contain them."""
     unet, vae, encoder = build_unet(), build_vae(), build_text_encoder()
     stored = load_file(checkpoint)
-    for key, tensor in join_checkpoint("sd15", unet, vae, [encoder]).items():  # shares the networks' memory
+    for key, tensor in find_family("sd15").join_checkpoint(unet, vae, [encoder]).items():  # shares the networks' memory
         if tensor.is_floating_point():
             if key not in stored or stored[key].shape != tensor.shape:
                 raise ValueError(f"{checkpoint.name}: is not the demo checkpoint; {key} is missing or has another shape. Export it again.")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from backend.key_layout import join_checkpoint
+from backend.families.registry import find_family
 from tools.demo_model.networks import LATENT_SCALE, SIDE_PX, build_text_encoder, build_unet
 from tools.demo_model.train_vae import load_trained, load_vae
 
@@ -48,7 +48,8 @@ def export_checkpoint(work_dir: Path, out: Path) -> None:
     fold_whitening(vae, data["mean"], data["matrix"])
     unet = load_trained(build_unet(), work_dir / "unet.pt", "ema")
     encoder = load_trained(build_text_encoder(), work_dir / "text.pt", "model")
-    tensors = {name: tensor.half() for name, tensor in join_checkpoint("sd15", unet, vae, [encoder]).items() if tensor.is_floating_point()}
+    joined = find_family("sd15").join_checkpoint(unet, vae, [encoder])
+    tensors = {name: tensor.half() for name, tensor in joined.items() if tensor.is_floating_point()}
     file_bytes = sum(tensor.numel() * 2 for tensor in tensors.values())
     if file_bytes > MAX_FILE_BYTES:
         raise ValueError(

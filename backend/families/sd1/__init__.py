@@ -14,11 +14,12 @@ from backend.families.unet_family import (
     find_unet_prediction,
     identify_unet,
     is_the_only_one,
+    join_unet_checkpoint,
     kl_vae,
     make_discrete_predictor,
     unet_key_map,
 )
-from backend.key_layout import join_checkpoint
+from backend.key_layout import CLIP_L_PREFIX, clip_to_text_model
 from backend.text_processing.classic_engine import ClassicTextProcessingEngine
 
 LATENT = LatentFormat(channels=4, factor=8, scale=0.18215)
@@ -42,7 +43,7 @@ FAMILY = Family(
         ClassicTextProcessingEngine(encoders["clip_l"], tokenizers["clip_l"], embedding_key="clip_l", embeddings=embeddings)
     ],
     encode=encode_text_alone,
-    join_checkpoint=partial(join_checkpoint, "sd15"),
+    join_checkpoint=partial(join_unet_checkpoint, ((CLIP_L_PREFIX, clip_to_text_model),)),
     defaults=PageDefaults(),
     forge_flags=frozenset({"is_sd1"}),
 )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from backend.checkpoint_file import TensorFile
 from backend.checkpoint_prediction import EPSILON, V_PREDICTION, PredictionSpec, predicts_velocity, read_prediction
@@ -18,11 +19,12 @@ from backend.families.unet_family import (
     find_unet_prediction,
     identify_unet,
     is_the_only_one,
+    join_unet_checkpoint,
     kl_vae,
     make_discrete_predictor,
     unet_key_map,
 )
-from backend.key_layout import join_checkpoint
+from backend.key_layout import OPEN_CLIP_PREFIX, append_unused_block, clip_to_open_clip
 from backend.text_processing.classic_engine import ClassicTextProcessingEngine
 
 LATENT = LatentFormat(channels=4, factor=8, scale=0.18215)
@@ -34,6 +36,11 @@ def find_prediction(file: TensorFile, found: FoundDenoiser, unet: nn.Module) -> 
     if found.is_inpaint or read_prediction(file, prefix=found.part.prefix) is not None:
         return find_unet_prediction(file, found, unet)
     return PredictionSpec(kind=V_PREDICTION if predicts_velocity(unet) else EPSILON, source="found by a test run of the UNet")
+
+
+def _write_text(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Files hold one block more than is used."""
+    return append_unused_block(clip_to_open_clip(state_dict))
 
 
 FAMILY = Family(
@@ -55,7 +62,7 @@ FAMILY = Family(
         ClassicTextProcessingEngine(encoders["clip_h"], tokenizers["clip_h"], embedding_key="clip_h", embeddings=embeddings)
     ],
     encode=encode_text_alone,
-    join_checkpoint=partial(join_checkpoint, "sd20"),
+    join_checkpoint=partial(join_unet_checkpoint, ((OPEN_CLIP_PREFIX, _write_text),)),
     defaults=PageDefaults(width_px=768, height_px=768),
     forge_flags=frozenset({"is_sd2"}),
 )

@@ -15,11 +15,12 @@ from backend.families.unet_family import (
     find_unet_prediction,
     identify_unet,
     is_slot,
+    join_unet_checkpoint,
     kl_vae,
     make_discrete_predictor,
     unet_key_map,
 )
-from backend.key_layout import join_checkpoint
+from backend.key_layout import SDXL_CLIP_L_PREFIX, SDXL_OPEN_CLIP_PREFIX, clip_to_open_clip, clip_to_text_model
 
 LATENT = LatentFormat(channels=4, factor=8, scale=0.13025)
 
@@ -40,7 +41,7 @@ FAMILY = Family(
     native_size_px=lambda prediction: 1024,
     build_text_engines=build_base_engines,
     encode=encode_base,
-    join_checkpoint=partial(join_checkpoint, "sdxl"),
+    join_checkpoint=partial(join_unet_checkpoint, ((SDXL_CLIP_L_PREFIX, clip_to_text_model), (SDXL_OPEN_CLIP_PREFIX, clip_to_open_clip))),
     text_settings={"sdxl_crop_top": 0, "sdxl_crop_left": 0},
     reads_size=True,
     defaults=PageDefaults(width_px=1024, height_px=1024),

@@ -14,11 +14,12 @@ from backend.families.unet_family import (
     find_unet_prediction,
     identify_unet,
     is_the_only_one,
+    join_unet_checkpoint,
     kl_vae,
     make_discrete_predictor,
     unet_key_map,
 )
-from backend.key_layout import join_checkpoint
+from backend.key_layout import REFINER_OPEN_CLIP_PREFIX, clip_to_open_clip
 
 LATENT = LatentFormat(channels=4, factor=8, scale=0.13025)
 
@@ -39,7 +40,7 @@ FAMILY = Family(
     native_size_px=lambda prediction: 1024,
     build_text_engines=build_refiner_engines,
     encode=encode_refiner,
-    join_checkpoint=partial(join_checkpoint, "sdxl_refiner"),
+    join_checkpoint=partial(join_unet_checkpoint, ((REFINER_OPEN_CLIP_PREFIX, clip_to_open_clip),)),
     text_settings={
         "sdxl_crop_top": 0,
         "sdxl_crop_left": 0,

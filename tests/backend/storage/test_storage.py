@@ -66,17 +66,6 @@ def test_requantize_keeps_what_is_exact_and_the_memory_it_writes_to(dtype: torch
     assert weight.requantize(value, seed=5).is_same(weight.requantize(value, seed=5))
 
 
-@pytest.mark.parametrize("dtype", PLAIN)
-def test_a_plain_weight_multiplies_directly_and_fp8_reports_that_it_cannot(dtype: torch.dtype) -> None:
-    x, bias = numbers(3, 4).to(dtype), numbers(6).to(dtype)
-    weight = storage(dtype)
-    got = weight.matmul_if_it_can(x, bias)
-    assert got is not None
-    torch.testing.assert_close(got, nn.functional.linear(x, weight.tensor, bias))
-    assert weight.matmul_if_it_can(x.double(), None) is None
-    assert storage(torch.float8_e4m3fn).matmul_if_it_can(x, bias) is None
-
-
 def test_bytes_count_what_is_stored() -> None:
     layer = nn.Linear(8, 4).to(torch.float8_e4m3fn)
     assert stored_bytes(layer.parameters()) == 8 * 4 + 4 == count_module_bytes(layer).total_bytes
