@@ -68,9 +68,7 @@ def run_job(app: Application, strategy: str, *, num_images: int, num_steps: int,
     return {UNET_PHASE: request.sampling_s}, [np.asarray(image.convert("RGB")).astype(int) for image in done.images]
 
 
-def make_job_bench(
-    strategy: str, *, num_images: int, num_steps: int, whole_request: bool, at_least: float, num_rounds: int = 7, side_px: int = 384
-) -> Bench:
+def make_job_bench(strategy: str, *, num_images: int, num_steps: int, at_least: float, num_rounds: int = 7, side_px: int = 384) -> Bench:
     """One slot against two. First, their pictures are compared.
 
     Small pictures favor one slot, which runs both branches in one batch: below 512 pixels a batch of two takes less time per row on a CPU.
@@ -90,11 +88,11 @@ def make_job_bench(
         return {"one slot": lambda: job("single", num_steps)[0], "two slots": lambda: job(strategy, num_steps)[0]}
 
     images = "1 image" if num_images == 1 else f"{num_images} images"
-    timed = "The whole request: prompt, sampling, decoding, infotext." if whole_request else "Timed: the UNet phase, from noise to latents."
     return Bench(
         question=(
-            f"How much faster are two CPU slots of one core each than one, {images} with CFG, strategy {strategy}, {num_steps} Euler steps? {timed} "
-            f"A narrow SD1.x network ({WIDTH} to {4 * WIDTH} channels), {side_px} pixels, fp32. Asked for: at least {at_least:.2f}x."
+            f"How much faster are two CPU slots of one core each than one, {images} with CFG, strategy {strategy}, {num_steps} Euler steps? "
+            f"Timed: the UNet phase, from noise to latents. A narrow SD1.x network ({WIDTH} to {4 * WIDTH} channels), {side_px} pixels, fp32. "
+            f"Asked for: at least {at_least:.2f}x."
         ),
         make_variants=make_variants,
         baseline="one slot",
@@ -102,5 +100,5 @@ def make_job_bench(
         work_per_call=num_images * num_steps,
         work_unit="image steps",
         packages=("torch", "diffusers", "transformers"),
-        time_metric=None if whole_request else UNET_PHASE,
+        time_metric=UNET_PHASE,
     )

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from benchmarks._multi_slot import make_job_bench
 
-BENCH = make_job_bench("layers", num_images=1, num_steps=8, whole_request=False, at_least=1.28)
+BENCH = make_job_bench("layers", num_images=1, num_steps=8, at_least=1.28)

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from benchmarks._multi_slot import make_job_bench
 
-BENCH = make_job_bench("replicas", num_images=4, num_steps=4, whole_request=False, at_least=1.93)
+BENCH = make_job_bench("replicas", num_images=4, num_steps=4, at_least=1.93)
