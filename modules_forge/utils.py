@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 
 PAD_UNIT_PX = 64
+MAX_MAP_PX = 2**26
+"""Of a map before it is brought to the size of the job: what one picture of a request may have."""
 
 
 def HWC3(x: np.ndarray) -> np.ndarray:
@@ -55,10 +57,12 @@ def safer_memory(x: np.ndarray) -> np.ndarray:
 
 
 def resize_image_with_pad(img: np.ndarray, resolution: int) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """(the picture with its shorter side resized to `resolution` and padded to multiples of 64, a function that removes the padding)."""
+    """(the picture with its shorter side at `resolution` and both padded to multiples of 64, what cuts the padding off a result of that size).
+
+    A strip whose longer side would get too long for MAX_MAP_PX is made as large as that allows."""
     height_px, width_px = img.shape[:2]
-    scale = float(resolution) / min(height_px, width_px)
-    new_height_px, new_width_px = int(np.round(height_px * scale)), int(np.round(width_px * scale))
+    scale = min(float(resolution) / min(height_px, width_px), (MAX_MAP_PX / (height_px * width_px)) ** 0.5)
+    new_height_px, new_width_px = max(1, int(np.round(height_px * scale))), max(1, int(np.round(width_px * scale)))
     method = Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX
     resized = np.asarray(Image.fromarray(HWC3(img)).resize((new_width_px, new_height_px), method))
     padded = np.pad(resized, ((0, pad64(new_height_px)), (0, pad64(new_width_px)), (0, 0)), mode="edge")

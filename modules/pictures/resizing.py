@@ -14,13 +14,16 @@ _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _WHITE_16, _WHITE_32 = 65535, 2**31 - 1
 
 JUST_RESIZE, CROP_AND_RESIZE, RESIZE_AND_FILL = 0, 1, 2
+MAX_BETWEEN_PX = 2**27
+"""Of a picture that is cut or shrunk afterwards. A strip of 1 by 5000 would otherwise take gigabytes on its way to a small square."""
 
 
 def resize_to(image: Image.Image, width_px: int, height_px: int, upscaler: UpscalerData | None = None) -> Image.Image:
-    """`image` at exactly this size. The upscaler, if any, is used when a side grows; the rest is Lanczos."""
-    grows = width_px > image.width or height_px > image.height
-    if upscaler is not None and upscaler.name != "None" and image.mode != "L" and grows:
-        scale = max(width_px / image.width, height_px / image.height)
+    """`image` at exactly this size. An upscaler does the enlarging when a side grows; the rest is Lanczos, and so is all of a strip whose enlarged
+    picture would be too large."""
+    grows, scale = width_px > image.width or height_px > image.height, max(width_px / image.width, height_px / image.height)
+    is_strip = image.width * image.height * scale**2 > max(MAX_BETWEEN_PX, 4 * width_px * height_px)
+    if upscaler is not None and upscaler.name != "None" and image.mode != "L" and grows and not is_strip:
         image = upscaler.scaler.upscale(image, scale, upscaler.data_path)
     if image.size == (width_px, height_px):
         return image
@@ -47,7 +50,12 @@ def _scaled_size_px(image: Image.Image, width_px: int, height_px: int, *, cover:
 
 
 def _cover(image: Image.Image, width_px: int, height_px: int, upscaler: UpscalerData | None) -> Image.Image:
-    resized = resize_to(image, *_scaled_size_px(image, width_px, height_px, cover=True), upscaler)
+    covering_px = _scaled_size_px(image, width_px, height_px, cover=True)
+    if covering_px[0] * covering_px[1] > max(MAX_BETWEEN_PX, 4 * width_px * height_px):
+        seen_width, seen_height = image.width * width_px / covering_px[0], image.height * height_px / covering_px[1]
+        left, top = (image.width - seen_width) / 2, (image.height - seen_height) / 2
+        return image.resize((width_px, height_px), resample=LANCZOS, box=(left, top, left + seen_width, top + seen_height))
+    resized = resize_to(image, *covering_px, upscaler)
     result = Image.new(image.mode, (width_px, height_px))
     result.paste(resized, ((width_px - resized.width) // 2, (height_px - resized.height) // 2))
     return result

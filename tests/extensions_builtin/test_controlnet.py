@@ -453,6 +453,9 @@ def test_detect(site: Site) -> None:
     assert site.post("/controlnet/detect", {"controlnet_input_images": [_picture()]})["info"] == "Success"
     for body in ({"controlnet_module": "canny"}, {"controlnet_module": "zoom", "controlnet_input_images": [_picture()]}):
         assert site.client.post("/controlnet/detect", json=body).status_code == 422
+    for number in ("NaN", "Infinity", "-Infinity"):
+        text = f'{{"controlnet_module": "canny", "controlnet_input_images": ["{_picture()}"], "controlnet_threshold_a": {number}}}'
+        assert site.client.post("/controlnet/detect", content=text, headers={"Content-Type": "application/json"}).status_code == 422
 
 
 def test_the_page_has_three_units_in_both_tabs(site: Site) -> None:

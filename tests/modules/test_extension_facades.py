@@ -83,6 +83,14 @@ def test_questions_of_old_programs_are_answered() -> None:
         getattr(model_hijack, name)(None)
 
 
+def test_a_strip_makes_no_map_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forge_utils, "MAX_MAP_PX", 2**16)
+    for shape in ((1, 2000, 3), (2000, 1, 3)):
+        padded, remove_pad = forge_utils.resize_image_with_pad(np.zeros(shape, dtype=np.uint8), 4096)
+        whole = remove_pad(padded)
+        assert whole.shape[0] * whole.shape[1] <= 2**16 * 1.2 and min(padded.shape[:2]) == 64
+
+
 def test_pictures_of_preprocessors_get_three_channels_and_multiples_of_64() -> None:
     grey = np.full((50, 70), 7, np.uint8)
     assert forge_utils.HWC3(grey).shape == (50, 70, 3)

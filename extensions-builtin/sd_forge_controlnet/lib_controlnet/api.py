@@ -30,8 +30,8 @@ class DetectRequest(BaseModel):
     controlnet_module: str = "none"
     controlnet_input_images: list[str] = Field(default=[], max_length=MAX_INPUT_PICTURES)
     controlnet_processor_res: int = 512
-    controlnet_threshold_a: float = -1
-    controlnet_threshold_b: float = -1
+    controlnet_threshold_a: float = Field(default=-1, allow_inf_nan=False)
+    controlnet_threshold_b: float = Field(default=-1, allow_inf_nan=False)
 
 
 def add_routes(_: Any, app: FastAPI) -> None:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from modules.pictures.resizing import fix_image, flatten, resize_by_mode, resize_to, to_8_bit
+from modules.pictures import resizing
+from modules.pictures.resizing import MAX_BETWEEN_PX, fix_image, flatten, resize_by_mode, resize_to, to_8_bit
 from modules.pictures.upscaler import LANCZOS, builtin_upscalers, find_upscaler
 
 
@@ -42,6 +43,25 @@ def test_fill_keeps_the_whole_picture_and_continues_its_edges() -> None:
     wide = np.asarray(resize_by_mode(2, source, 80, 20))
     assert (wide[:, :20] == (255, 0, 0)).all()
     assert (wide[:, 60:] == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (3, 60_000)])
+def test_a_strip_is_cut_before_it_is_enlarged(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    plain = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, to, **named: made.append(to[0] * to[1]) or plain(self, to, **named))
+    strip = Image.new("RGB", size, "red")
+    for mode in (0, 1, 2):
+        assert resize_by_mode(mode, strip, 2048, 2048, find_upscaler("nearest", builtin_upscalers())).size == (2048, 2048)
+    assert max(made) <= MAX_BETWEEN_PX
+
+
+def test_a_strip_shows_the_middle_as_a_small_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (200, 20, 3), dtype=np.uint8))
+    expected = np.asarray(resize_by_mode(1, picture, 40, 40)).astype(int)
+    monkeypatch.setattr(resizing, "MAX_BETWEEN_PX", 100)
+    found = np.asarray(resize_by_mode(1, picture, 40, 40)).astype(int)
+    assert np.abs(found - expected).mean() < 1
 
 
 def test_an_unknown_mode_says_which_there_are() -> None:
