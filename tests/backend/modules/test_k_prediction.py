@@ -124,7 +124,7 @@ def test_from_a_diffusers_scheduler() -> None:
 
 
 def test_unknown_kinds_are_refused() -> None:
-    with pytest.raises(ValueError, match="'velocity' is none of"):
+    with pytest.raises(ValueError, match="'velocity' is unknown"):
         Prediction(prediction_type="velocity")
-    with pytest.raises(ValueError, match="'cosine' is none of"):
+    with pytest.raises(ValueError, match="'cosine' is unknown"):
         Prediction(beta_schedule="cosine")

@@ -221,7 +221,7 @@ def test_one_channel_hints_and_wrong_numbers_of_hints(unet: UnetPatcher, network
     _run(apply_controlnet_advanced(unet, network, gray, 1.0, 0.0, 1.0))
     with pytest.raises(ControlNetError, match="3 hints for a batch of 1 pictures"):
         _run(apply_controlnet_advanced(unet, network, hint(batch=3), 1.0, 0.0, 1.0))
-    with pytest.raises(ControlNetError, match="hints of 3 channels"):
+    with pytest.raises(ControlNetError, match="Give one with 3"):
         _run(apply_controlnet_advanced(unet, network, torch.zeros(1, 5, 64, 64), 1.0, 0.0, 1.0))
 
 

@@ -163,5 +163,5 @@ def test_nonsense_is_refused_with_what_would_do(predictor: Prediction) -> None:
         compute_sigmas("karras", 0, predictor)
     with pytest.raises(ValueError, match="sigma_max must be above"):
         compute_sigmas("karras", 5, predictor, ScheduleSettings(sigma_min=20.0))
-    with pytest.raises(ValueError, match="sigma_max=nan"):
+    with pytest.raises(ValueError, match="sigma_max is nan"):
         ScheduleSettings(sigma_max=math.nan)
