@@ -144,7 +144,14 @@ class Executor:
             batch.fail(batch.here.slot, error)
 
     def _enter(self, batch: RowBatch, call: NetworkCall, residuals: dict[Addition, Tensor]) -> None:
-        """On the first stage's worker: make the state before the first segment, and send what other stages read of it."""
+        """The first stage, on its slot's worker: make the state before the first segment, and send what other stages read of it.
+
+        Args:
+            batch: rows that go through one replica together; their record of where they are.
+            call: their inputs, on the first stage's device.
+            residuals: those of ControlNets that are there already, by the place that adds them.
+        Returns: nothing; the state is in `batch.state`, and the stage's pieces have run.
+        """
         program, route = batch.route.replica.program, batch.route
         with profiler.recorder().measure("stage", "time embedding", slot=batch.here.slot, device=batch.here.device, **batch.facts()):
             state = batch.state = program.start(call.rows, residuals=residuals, options=call.options)
@@ -154,7 +161,12 @@ class Executor:
         self._run_stage(batch)
 
     def _resume(self, batch: RowBatch) -> None:
-        """On a later stage's worker: receive the tensors that arrived."""
+        """A later stage, on its slot's worker: receive the tensors that arrived, and run its pieces.
+
+        Args:
+            batch: its `here` is this stage, and `batch.transfers` holds every tensor that this stage reads.
+        Returns: nothing; the tensors are in `batch.state`.
+        """
         state, here = batch.state, batch.here
         assert state is not None
         state.tensors = {}
@@ -169,7 +181,13 @@ class Executor:
         self._run_stage(batch)
 
     def _run_stage(self, batch: RowBatch) -> None:
-        """Run the rest of the stage's pieces. If a piece needs a residual that has not arrived, the batch leaves the worker before it."""
+        """Run the rest of the stage's pieces. If a piece needs a residual that has not arrived, the batch leaves the worker before it.
+
+        Args:
+            batch: `batch.parts` are the pieces left, empty before the first.
+        Returns: nothing; the batch has left for its next stage, or comes back here once the residual has arrived.
+        Raises: Cancelled; SlotFailure if a ControlNet failed; what the device raised.
+        """
         state, here = batch.state, batch.here
         assert state is not None
         batch.parts = batch.parts or self._parts_of(batch)
@@ -248,7 +266,12 @@ class Executor:
                 tensors.pop(one.name, None)
 
     def _leave(self, batch: RowBatch) -> None:
-        """Go to the next stage once everything it reads has arrived; after the last stage, return the output."""
+        """Go to the next stage once everything it reads has arrived.
+
+        Args:
+            batch: done with its stage.
+        Returns: nothing; after the last stage `batch.result` is the network's output, on its way to the call's device.
+        """
         state = batch.state
         assert state is not None
         if batch.is_last_stage:

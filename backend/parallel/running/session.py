@@ -25,7 +25,7 @@ from backend.nn.network_call import NetworkCall
 from backend.nn.owner import owner_of
 from backend.parallel.placing.control_networks import ControlLink, place_control_networks
 from backend.parallel.placing.fleet import Fleet, current_fleet
-from backend.parallel.placing.placement import PlacedPlan, place_plan, place_whole
+from backend.parallel.placing.placement import PlacedPlan, place_plan
 from backend.parallel.planning.live_facts import guess_speed as guess_speed
 from backend.parallel.planning.live_facts import work_of_pieces
 from backend.parallel.planning.plan import Plan, ReplicaPlan
@@ -33,6 +33,7 @@ from backend.parallel.running import status
 from backend.parallel.running.bound_hooks import find_bound_hook as find_bound_hook
 from backend.parallel.running.executor import Executor, SlotFailure
 from backend.parallel.running.lost_slots import find_dead_slots, lose_slots
+from backend.parallel.running.one_slot import OneSlot
 from backend.parallel.running.run_gate import RunGate
 from backend.parallel.running.run_planning import RunPlanning
 from backend.parallel.running.sampling_request import SamplingRequest as SamplingRequest
@@ -67,6 +68,7 @@ class SamplingSession:
         fleet.is_divided = request.may_divide
         self._placed: PlacedPlan | None = None
         self._executor: Executor | None = None
+        self._one_slot = OneSlot(unet)
         self._adopt_fitting()
 
     @property
@@ -125,7 +127,9 @@ class SamplingSession:
         """Place what the plan needs and use the plan from now on. Raises: OutOfMemory, SlotLost."""
         self.plan, planning = plan, self.planning
         if plan.is_single and set(plan.used_slots) <= set(planning.home_slots) and not plan.has_control_elsewhere:
-            self._run_at_home()
+            self._placed = self._executor = None
+            self._one_slot = OneSlot(self.unet, (*self._extra_models, *(control.patcher for control in planning.control_networks)))
+            self._one_slot.place(working_bytes=planning.working_bytes(plan), preserved_bytes=self._preserved_bytes)
             return
         controls, control_patchers = (
             place_control_networks(planning.control_networks, plan, self.fleet, planning.control_cost) if planning.control_networks else ((), ())
@@ -152,16 +156,6 @@ class SamplingSession:
             measured_run=max(1, plan.lanes),
         )
         self.unet.model.runner = self
-
-    def _run_at_home(self) -> None:
-        """Place the network for a plan of one slot: whole, run by the calling thread (`KModel.run_here`)."""
-        place_whole(self.unet)
-        self._placed = self._executor = None
-        self.unet.model.runner = None
-        models = [self.unet, *self._extra_models, *(control.patcher for control in self.planning.control_networks)]
-        need_bytes = self.planning.working_bytes(self.plan)
-        memory_management.load_models_gpu(models, memory_required=need_bytes, hard_memory_preservation=self._preserved_bytes)
-        memory_management.hold_models(models)
 
     def _deal(self, num_rows: int) -> Sequence[int]:
         return self.planning.deal_rows(self.plan, num_rows)
@@ -192,7 +186,7 @@ class SamplingSession:
         began_s, executor, trial = time.perf_counter(), self._executor, self.planning.trial
         is_alone = trial.is_alone(self._num_calls) and self._is_tried
         if executor is None:
-            output = self.unet.model.run_here(call)
+            output = self._one_slot.run(call)
         else:
             output = self._run_alone(call, executor) if is_alone else executor.run(call)
         if trial.is_early(self._num_calls) and self._is_tried:
@@ -205,7 +199,7 @@ class SamplingSession:
     def _run_alone(self, call: NetworkCall, executor: Executor) -> Tensor:
         """Run the step on this slot alone. If it has no room for all rows, run it as planned and end the trial."""
         try:
-            return self.unet.model.run_here(call)
+            return self._one_slot.run(call)
         except torch.OutOfMemoryError:
             self.planning.trial.give_up()
         memory_management.soft_empty_cache(force=True)
