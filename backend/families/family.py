@@ -105,8 +105,10 @@ class Guidance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PageDefaults:
-    """The page's default values for the family."""
+    """The page's default values for the family. `preset`: the UI preset that covers it ("sd", "xl", "flux"), whose settings then apply instead; empty
+    if none does."""
 
+    preset: str = ""
     sampler: str = "Euler"
     schedule: str = "Automatic"
     steps: int = 20
@@ -127,10 +129,12 @@ class Family:
     `key_map` returns the names of a built denoiser. `build_program` cuts it into segments. `find_prediction` (file, found, loaded denoiser) says what
     it predicts. `native_size_px`: side of its training pictures, given its prediction. `encode` is the text recipe; `text_settings` are numbers that
     it reads from the model and callers may set. `attends_jointly`: text and picture share one attention, in which repeated text would count twice;
-    conditions of different lengths are then never joined by repetition. `default_schedule` is the meaning of Automatic if the sampler does not define
-    it. `join_inpaint` (mask in pixels, masked picture's latents) returns the extra channels of an inpainting model. `compute_dtypes`: dtypes its
-    network may compute in, best first; a device uses the first that it runs at full speed. `forge_flags`: attribute names that extensions check
-    ("is_sdxl"). `join_checkpoint` (denoiser, VAE, text encoders) returns the tensors of a single file.
+    conditions of different lengths are then never joined by repetition. `build_token_counter` returns a text engine without its network, for the
+    token counter of the page; None means CLIP's. `default_schedule` is the meaning of Automatic if the sampler does not define it.
+    `shift_of_tokens`: a flow's shift by the number of picture tokens, where the authors vary it. `forge_shifts_table_alone`: Forge forgets the shift
+    in computed schedules. `join_inpaint` (mask in pixels, masked picture's latents) returns the extra channels of an inpainting model.
+    `compute_dtypes`: dtypes its network may compute in, best first; a device uses the first that it runs at full speed. `forge_flags`: attribute
+    names that extensions check ("is_sdxl"). `join_checkpoint` (denoiser, VAE, text encoders) returns the tensors of a single file.
     """
 
     name: str
@@ -153,6 +157,9 @@ class Family:
     text_settings: Mapping[str, float] = field(default_factory=dict)
     reads_size: bool = False
     attends_jointly: bool = False
+    build_token_counter: Callable[[], TextEngine] | None = None
+    shift_of_tokens: Callable[[int], float] | None = None
+    forge_shifts_table_alone: bool = False
     join_inpaint: Callable[[Tensor, Tensor], Tensor] = mask_before_picture
     compute_dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
     default_schedule: str = "automatic"

@@ -94,13 +94,17 @@ class ConditionConstant(Condition):
         return self.cond
 
 
-def compile_conditions(cond: Tensor | Mapping[str, Tensor] | None) -> list[CompiledCondition] | None:
-    """Conditions of one branch from text alone (B, L, D), or from "crossattn" with "vector" (B, V) and further per-image tensors."""
+def compile_conditions(cond: Tensor | Mapping[str, Tensor] | None, *, text_repeats: bool = True) -> list[CompiledCondition] | None:
+    """Conditions of one branch from text alone (B, L, D), or from "crossattn" with "vector" (B, V) and further per-image tensors.
+
+    `text_repeats`: the network looks at the text by itself, so that repeating it changes nothing and texts of different lengths can join.
+    """
     if cond is None:
         return None
+    text = ConditionCrossAttn if text_repeats else Condition
     if isinstance(cond, Tensor):
-        return [{"cross_attn": cond, "model_conds": {"c_crossattn": ConditionCrossAttn(cond)}}]
-    compiled: CompiledCondition = {"cross_attn": cond["crossattn"], "model_conds": {"c_crossattn": ConditionCrossAttn(cond["crossattn"])}}
+        return [{"cross_attn": cond, "model_conds": {"c_crossattn": text(cond)}}]
+    compiled: CompiledCondition = {"cross_attn": cond["crossattn"], "model_conds": {"c_crossattn": text(cond["crossattn"])}}
     if cond.get("vector") is not None:
         compiled["pooled_output"] = cond["vector"]
         compiled["model_conds"]["y"] = Condition(cond["vector"])
@@ -109,7 +113,9 @@ def compile_conditions(cond: Tensor | Mapping[str, Tensor] | None) -> list[Compi
     return [compiled]
 
 
-def compile_weighted_conditions(cond: Tensor | Mapping[str, Tensor], weights: Sequence[Sequence[tuple[int, float]]]) -> list[CompiledCondition]:
+def compile_weighted_conditions(
+    cond: Tensor | Mapping[str, Tensor], weights: Sequence[Sequence[tuple[int, float]]], *, text_repeats: bool = True
+) -> list[CompiledCondition]:
     """Conditions of composed prompts ("a AND b :0.5"). `weights`: per image its parts as (row of `cond`, weight).
 
     An image with fewer parts than others has weight 0 in the rest. `strength` is a number, or (B, 1, 1, 1) if images differ.
@@ -117,7 +123,7 @@ def compile_weighted_conditions(cond: Tensor | Mapping[str, Tensor], weights: Se
     results: list[CompiledCondition] = []
     for part in range(max((len(parts) for parts in weights), default=0)):
         rows = [parts[part] if part < len(parts) else (parts[0][0], 0.0) for parts in weights]
-        compiled = compile_conditions(_take_rows(cond, [index for index, _ in rows]))
+        compiled = compile_conditions(_take_rows(cond, [index for index, _ in rows]), text_repeats=text_repeats)
         assert compiled is not None
         compiled[0]["strength"] = _join_strengths([float(weight) for _, weight in rows])
         results += compiled

@@ -17,6 +17,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+LONGEST_GROWTH = 3.0
+"""Steps of a flow that are longer than the one before by more than this go without what that one showed."""
 BrownianNoise = Callable[[float, float], Tensor]
 """(sigma, sigma_next) -> noise of unit variance, consistent with one Brownian path per image."""
 

@@ -12,7 +12,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from backend.sampling.sampler_types import Denoise, NoiseSource, OnStep, SamplerSettings, Walk, add_noise, derivative, split_ancestral, split_step
+from backend.sampling.sampler_types import (
+    LONGEST_GROWTH,
+    Denoise,
+    NoiseSource,
+    OnStep,
+    SamplerSettings,
+    Walk,
+    add_noise,
+    derivative,
+    split_ancestral,
+    split_step,
+)
 
 
 @torch.no_grad()
@@ -25,8 +36,9 @@ def sample_dpmpp_2m(
     for index, sigma, sigma_next in walk:
         denoised_BCHW = walk.step(index, x_BCHW, sigma)
         target_BCHW = denoised_BCHW
-        if old_BCHW is not None and sigma_next > 0:
-            ratio = math.log(walk.sigmas[index - 1] / sigma) / math.log(sigma / sigma_next)
+        step, last_step = (math.log(sigma / sigma_next) if sigma_next > 0 else math.inf), _last_step(walk, index)
+        if old_BCHW is not None and sigma_next > 0 and _may_extrapolate(settings, step, last_step):
+            ratio = last_step / step
             target_BCHW = denoised_BCHW + (denoised_BCHW - old_BCHW) / (2 * ratio)
         x_BCHW = target_BCHW + (x_BCHW - target_BCHW) * (sigma_next / sigma)
         old_BCHW = denoised_BCHW
@@ -102,8 +114,9 @@ def _sample_2m_sde(
         step = math.log(sigma / sigma_next)
         decay = step * (1 + eta)
         x_BCHW = _blend(denoised_BCHW, x_BCHW, math.exp(-decay))
-        if old_BCHW is not None:
-            ratio = math.log(walk.sigmas[index - 1] / sigma) / step
+        last_step = _last_step(walk, index)
+        if old_BCHW is not None and _may_extrapolate(settings, step, last_step):
+            ratio = last_step / step
             x_BCHW = x_BCHW + (denoised_BCHW - old_BCHW) * slope_weight(decay, ratio)
         if eta > 0:
             x_BCHW = x_BCHW + brownian(sigma, sigma_next) * _sde_noise(sigma_next, step, eta, settings)
@@ -129,6 +142,8 @@ def sample_dpmpp_3m_sde(
             continue
         step = math.log(sigma / sigma_next)
         decay = step * (1 + eta)
+        if history and not _may_extrapolate(settings, step, history[0][0]):
+            history = []
         x_BCHW = _blend(denoised_BCHW, x_BCHW, math.exp(-decay)) + _extrapolate(denoised_BCHW, history, step, decay)
         if eta > 0:
             x_BCHW = x_BCHW + brownian(sigma, sigma_next) * _sde_noise(sigma_next, step, eta, settings)
@@ -150,6 +165,20 @@ def _extrapolate(denoised_BCHW: Tensor, history: list[tuple[float, Tensor]], ste
     older_slope_BCHW = (old_BCHW - older_BCHW) / older_ratio
     bend_BCHW = (slope_BCHW - older_slope_BCHW) / (ratio + older_ratio)
     return (slope_BCHW + bend_BCHW * ratio) * phi_2 - bend_BCHW * (phi_2 / decay - 0.5)
+
+
+def _last_step(walk: Walk, index: int) -> float:
+    """The step that led to this one, in log sigma; 0 for the first."""
+    return math.log(walk.sigmas[index - 1] / walk.sigmas[index]) if index > 0 else 0.0
+
+
+def _may_extrapolate(settings: SamplerSettings, step: float, last_step: float) -> bool:
+    """Whether x0 may be continued over a step of this length in log sigma from what the last one showed.
+
+    A flow's schedule that is even in time and ends just above 0 has a last step many times as long as the one before it; the slope continued over
+    that would be most of the result.
+    """
+    return not settings.is_flow or step <= LONGEST_GROWTH * last_step
 
 
 def _phi_2(decay: float) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backend.sampling.sampler_types import Denoise, NoiseSource, OnStep, SamplerSettings, Walk, derivative
+from backend.sampling.sampler_types import LONGEST_GROWTH, Denoise, NoiseSource, OnStep, SamplerSettings, Walk, derivative
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 """Weights for even steps, the newest slope first. Hairer, Norsett and Wanner 1993, section III.1."""
@@ -148,6 +148,8 @@ def sample_unipc(
         if sigma_next <= 0:
             return denoised_BCHW
         order = min(len(history), walk.num_steps - index) if settings.uni_pc_lower_order_final else len(history)
+        if settings.is_flow and index > 0 and math.log(sigma / sigma_next) > LONGEST_GROWTH * math.log(walk.sigmas[index - 1] / sigma):
+            order = 1
         before_BCHW = x_BCHW
         x_BCHW = _unipc_update(before_BCHW, history, order, sigma_next, settings.uni_pc_variant, None)
     return x_BCHW

@@ -100,6 +100,7 @@ def sampling_function(self: Any, denoiser_params: Any, cond_scale: float, cond_c
         cond_scale=cond_scale,
         cond_composition=cond_composition,
         seed=self.p.seeds[0],
+        text_repeats=not getattr(getattr(engine, "family_facts", None), "attends_jointly", False),
     )
 
 
@@ -119,14 +120,19 @@ def denoise_guided(
     image_cond: Tensor | None = None,
     seed: int | None = None,
     on_branches: OnBranches | None = None,
+    text_repeats: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(denoised, cond_pred, uncond_pred), all x0 (B, C, H, W) in fp32.
 
     `cond_composition`: per image its parts as (row of `text_cond`, weight); None means one row per image with weight 1. `image_cond` is concatenated
     to the latents' channels (inpainting models); pass None for other models. Its shape cannot tell, as a latent may have one row and one column.
+    `text_repeats`: as `compile_conditions` takes it.
     """
-    cond = compile_conditions(text_cond) if cond_composition is None else compile_weighted_conditions(text_cond, cond_composition)
-    uncond = compile_conditions(text_uncond)
+    if cond_composition is None:
+        cond = compile_conditions(text_cond, text_repeats=text_repeats)
+    else:
+        cond = compile_weighted_conditions(text_cond, cond_composition, text_repeats=text_repeats)
+    uncond = compile_conditions(text_uncond, text_repeats=text_repeats)
     assert cond is not None
     every = [*cond, *(uncond or [])]
     concat = unet.extra_concat_condition if unet.extra_concat_condition is not None else image_cond

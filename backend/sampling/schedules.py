@@ -22,7 +22,8 @@ OLD_KARRAS_RANGE = (0.1, 10.0)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleSettings:
     """What a user may set. `sigma_min`, `sigma_max`, `rho`: None means the model's or the schedule's own value. `is_sdxl` picks the table of
-    schedules that were fitted to a model family."""
+    schedules that were fitted to a model family. `unshifted`: of a flow model, formulas that count in times leave out its shift, as Forge's
+    do for Flux.1 (only what is picked from the model's table is shifted there)."""
 
     sigma_min: float | None = None
     sigma_max: float | None = None
@@ -30,6 +31,7 @@ class ScheduleSettings:
     beta_alpha: float = 0.6
     beta_beta: float = 0.6
     is_sdxl: bool = False
+    unshifted: bool = False
 
     def __post_init__(self) -> None:
         for name in ("sigma_min", "sigma_max", "rho", "beta_alpha", "beta_beta"):
@@ -53,6 +55,11 @@ class ScheduleInputs:
     def table(self) -> Tensor:
         """The model's noise levels, ascending, on the host."""
         return self.predictor.sigmas.cpu()
+
+    @property
+    def counts_unshifted(self) -> bool:
+        """Whether times are spaced without the model's shift."""
+        return self.predictor.is_flow and self.settings.unshifted
 
     @property
     def is_model_range(self) -> bool:
@@ -150,6 +157,8 @@ def _polyexponential(inputs: ScheduleInputs) -> Tensor:
 
 def _sgm_uniform(inputs: ScheduleInputs) -> Tensor:
     """Evenly spaced timesteps without the last one (the spacing in Stability's sgm code, "trailing" in Lin et al. 2023, table 2)."""
+    if inputs.counts_unshifted:
+        return _end_with_zero(torch.linspace(inputs.sigma_max, inputs.sigma_min, inputs.num_steps + 1, dtype=torch.float64)[:-1])
     start, end = _timestep_range(inputs)
     return _at_timesteps(inputs, torch.linspace(start, end, inputs.num_steps + 1)[:-1])
 
@@ -162,6 +171,8 @@ def _quadratic_timesteps(inputs: ScheduleInputs) -> Tensor:
 
 def _normal(inputs: ScheduleInputs) -> Tensor:
     """Evenly spaced timesteps between those of sigma_max and sigma_min."""
+    if inputs.counts_unshifted:
+        return _end_with_zero(torch.linspace(inputs.sigma_max, inputs.sigma_min, inputs.num_steps, dtype=torch.float64))
     start, end = _timestep_range(inputs)
     return _at_timesteps(inputs, torch.linspace(start, end, inputs.num_steps))
 
@@ -187,11 +198,18 @@ def _ddim(inputs: ScheduleInputs) -> Tensor:
 
 
 def _beta(inputs: ScheduleInputs) -> Tensor:
-    """Quantiles of a beta distribution over sigma. Lee et al. 2024, "Beta Sampling is All You Need"."""
+    """Quantiles of a beta distribution. Lee et al. 2024, "Beta Sampling is All You Need".
+
+    For a flow model over its shifted times, without the last one, which is as good as 0; else over sigma, as Forge and A1111 have it.
+    """
     from scipy import stats  # heavy, and only this schedule needs it
 
-    ramp = 1 - torch.linspace(0, 1, inputs.num_steps, dtype=torch.float64).numpy()
+    over_times = inputs.predictor.is_flow and not inputs.settings.unshifted
+    ramp = 1 - torch.linspace(0, 1, inputs.num_steps + int(over_times), dtype=torch.float64)[: inputs.num_steps].numpy()
     quantiles = torch.from_numpy(stats.beta.ppf(ramp, inputs.settings.beta_alpha, inputs.settings.beta_beta))
+    if over_times:
+        start, end = _timestep_range(inputs)
+        return _at_timesteps(inputs, end + quantiles * (start - end))
     return _end_with_zero(inputs.sigma_min + quantiles * (inputs.sigma_max - inputs.sigma_min))
 
 

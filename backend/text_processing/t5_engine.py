@@ -78,10 +78,7 @@ class T5TextProcessingEngine:
         return tokenize_plain(self.tokenizer, texts)
 
     def tokenize_line(self, line: str) -> tuple[list[T5Chunk], int]:
-        """(chunks without padding, tokens without end tokens) of one prompt without schedules.
-
-        Raises: PromptTooLongError.
-        """
+        """(chunks without padding, tokens without end tokens) of one prompt without schedules."""
         spans = parse_prompt_attention(line, self.emphasis_name)
         chunks = [T5Chunk()]
         for span, tokens in zip(spans, self.tokenize([span.text for span in spans])):
@@ -91,11 +88,6 @@ class T5TextProcessingEngine:
             chunks[-1].tokens += tokens
             chunks[-1].multipliers += [span.weight] * len(tokens)
         num_tokens = sum(len(chunk.tokens) for chunk in chunks)
-        longest = max(len(chunk.tokens) for chunk in chunks) + 1
-        if longest > MAX_LENGTH:
-            raise PromptTooLongError(
-                f"prompt: T5 got {longest} tokens at once, but the limit is {MAX_LENGTH}. Shorten the prompt, or split it with BREAK."
-            )
         for chunk in chunks:
             chunk.tokens.append(self.id_end)
             chunk.multipliers.append(1.0)
@@ -114,11 +106,18 @@ class T5TextProcessingEngine:
     # tokens to vectors
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """The condition z_BLD of each prompt. Parts after a BREAK are encoded separately and appended; prompts with fewer parts get empty ones."""
+        """The condition z_BLD of each prompt. Parts after a BREAK are encoded separately and appended; prompts with fewer parts get empty ones.
+
+        Raises: PromptTooLongError.
+        """
         chunks_of_prompt, _ = self.process_texts(texts)
         self._used_weights |= any(weight != 1.0 for chunks in chunks_of_prompt for chunk in chunks for weight in chunk.multipliers)
         num_chunks = max((len(chunks) for chunks in chunks_of_prompt), default=1)
         length = max([self.min_length, *(len(chunk.tokens) for chunks in chunks_of_prompt for chunk in chunks)])
+        if length > MAX_LENGTH:
+            raise PromptTooLongError(
+                f"prompt: T5 got {length} tokens at once, but the limit is {MAX_LENGTH}. Shorten the prompt, or split it with BREAK."
+            )
         empty = T5Chunk([self.id_end], [1.0])
         known: dict[tuple[tuple[int, ...], tuple[float, ...]], Tensor] = {}
         rows = []

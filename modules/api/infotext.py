@@ -79,7 +79,7 @@ def _leave_out_unknown(app: Application, fields: dict[str, Any]) -> list[str]:
         "scheduler": schedules.find_scheduler,
         "hr_scheduler": schedules.find_scheduler,
     }
-    comments = []
+    comments = _leave_out_unknown_modules(app, fields)
     for name in [name for name in checks if name in fields]:
         try:
             checks[name](str(fields[name]))
@@ -88,6 +88,14 @@ def _leave_out_unknown(app: Application, fields: dict[str, Any]) -> list[str]:
             for gone in (name, *_FALLEN_WITH.get(name, ())):
                 fields.pop(gone, None)
     return comments
+
+
+def _leave_out_unknown_modules(app: Application, fields: dict[str, Any]) -> list[str]:
+    try:
+        app.additional_modules.chosen_by({"forge_additional_modules": fields.get("hr_additional_modules") or []})
+    except RequestError as error:
+        return [f"infotext: hr_additional_modules {fields.pop('hr_additional_modules')!r} was left out: {error}"]
+    return []
 
 
 def _known_overrides(app: Application, params: Mapping[str, Any], asked: Iterable[str], comments: list[str]) -> dict[str, Any]:

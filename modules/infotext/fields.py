@@ -5,9 +5,12 @@ The page's paste button and the API's `infotext` field use this table. Pure data
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+_HIRES_MODULE = re.compile(r"Hires Module \d+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +34,12 @@ def _wants_hires(params: Mapping[str, Any]) -> bool | None:
 def _styles(params: Mapping[str, Any]) -> list[str] | None:
     styles = params.get("Styles array")
     return list(styles) if isinstance(styles, (list, tuple)) else None
+
+
+def _hires_modules(params: Mapping[str, Any]) -> list[str] | None:
+    """Names of the second pass's files; the words for "as in the first pass" where the text has a second pass and names none."""
+    named = [str(value) for key, value in params.items() if _HIRES_MODULE.fullmatch(key)]
+    return named or (["Use same choices"] if _wants_hires(params) else None)
 
 
 def _fields(*pairs: tuple[str, str | Callable[[Mapping[str, Any]], Any]]) -> tuple[InfotextField, ...]:
@@ -68,6 +77,7 @@ TXT2IMG_FIELDS = COMMON_FIELDS + _fields(
     ("hr_resize_x", "Hires resize-1"),
     ("hr_resize_y", "Hires resize-2"),
     ("hr_checkpoint_name", "Hires checkpoint"),
+    ("hr_additional_modules", _hires_modules),
     ("hr_sampler_name", "Hires sampler"),
     ("hr_scheduler", "Hires schedule type"),
     ("hr_prompt", "Hires prompt"),

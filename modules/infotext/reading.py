@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+from modules.infotext.civitai import UNKNOWN_SAMPLER, is_civitai_flux, reread_flux
 from modules.infotext.foreign import COMFY_SAMPLERS, COMFY_SCHEDULES
 from modules.infotext.text import parse_infotext
 from modules.infotext.versions import backcompat
@@ -39,12 +40,15 @@ DEFAULTS: Mapping[str, str] = {
     "Cache FP16 weight for LoRA": "False",
     "Refiner switch by sampling steps": "False",
     "Emphasis": "Original",
+    "Shift": "0",
+    "Shift by size": "False",
+    "Forge flow schedules": "False",
 }
 """The meaning of a missing key. Infotexts omit these, so pasting one must reset them."""
 
 OLD_FIRST_PASS_AREA_PX = 512 * 512
 _LARGEST_SIDE_PX = 1_000_000
-_UNKNOWN_SAMPLER = "Undefined"
+_OTHER_SPELLINGS = {"Beta scheduler alpha": "Beta schedule alpha", "Beta scheduler beta": "Beta schedule beta"}
 
 
 def parse_generation_parameters(x: str, skip_fields: Sequence[str] | None = None) -> dict[str, Any]:
@@ -58,6 +62,8 @@ def parse_generation_parameters(x: str, skip_fields: Sequence[str] | None = None
     if skip_fields is None:
         skip_fields = list(options.infotext_skip_pasting) if options is not None else []
     params: dict[str, Any] = dict(parse_infotext(x))
+    if is_civitai_flux(params):
+        reread_flux(params)
     _use_our_names(params)
     _restore_old_hires_sizes(params, bool(options and options.use_old_hires_fix_width_height))
     if application is not None:
@@ -75,11 +81,14 @@ def parse_generation_parameters(x: str, skip_fields: Sequence[str] | None = None
 
 
 def _use_our_names(params: MutableMapping[str, Any]) -> None:
-    """Replace other programs' sampler and schedule names with ours."""
+    """Keys, samplers and schedules as other programs spell them, by the names they have here."""
+    for theirs, ours in _OTHER_SPELLINGS.items():
+        if theirs in params:
+            params.setdefault(ours, params.pop(theirs))
     sampler = params.get("Sampler")
     if sampler is None:
         return
-    if sampler == _UNKNOWN_SAMPLER:  # Civitai writes it for samplers missing from its own list
+    if sampler == UNKNOWN_SAMPLER:  # Civitai writes it for models that its own list does not know
         del params["Sampler"]
         return
     name, schedule = _comfy_names(sampler)

@@ -17,6 +17,8 @@ Version = tuple[int, int, int, int]
 PROMPT_TIMELINES_CHANGED: Version = (1, 6, 0, 0)
 NOISE_TABLE_IN_FLOAT32: Version = (1, 7, 0, 225)
 REFINER_SWITCHES_BY_TIMESTEP: Version = (1, 8, 0, 0)
+FORGE_UNSHIFTED_SCHEDULES = ("Normal", "SGM Uniform", "Beta")
+"""Forge computes these for Flux.1 without the model's shift."""
 
 
 def parse_version(text: str | None) -> Version | None:
@@ -29,7 +31,9 @@ def parse_version(text: str | None) -> Version | None:
 
 
 def backcompat(params: MutableMapping[str, Any]) -> None:
-    """Add the settings that reproduce a picture of the version in `params`. Does nothing without a known version."""
+    """Add the settings that reproduce a picture of the version that `params` names. Does nothing without a known version."""
+    if _wrote_forge(params) and "Distilled CFG Scale" in params and params.get("Schedule type") in FORGE_UNSHIFTED_SCHEDULES:
+        params["Forge flow schedules"] = "True"
     version = parse_version(params.get("Version"))
     if version is None:
         return
@@ -41,3 +45,7 @@ def backcompat(params: MutableMapping[str, Any]) -> None:
         params["Downcast alphas_cumprod"] = "True"
     if version < REFINER_SWITCHES_BY_TIMESTEP and params.get("Refiner"):
         params["Refiner switch by sampling steps"] = "True"
+
+
+def _wrote_forge(params: MutableMapping[str, Any]) -> bool:
+    return re.match(r"f\d", str(params.get("Version", "")), re.IGNORECASE) is not None

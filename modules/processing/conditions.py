@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from backend.text_processing.composition import split_composition, strip_comments
+from backend.text_processing.t5_engine import PromptTooLongError
 from modules.errors import RequestError
 from modules.processing.model_facts import reads_size, takes_distilled_guidance
 from modules.prompts import extra_networks
@@ -167,12 +168,20 @@ def _cached(
     network_data: Any,
     hires_steps: int | None = None,
 ) -> Any:
-    """The conditions of `prompts`, from `cache` ([key, conditions]) if nothing they depend on has changed."""
+    """The conditions of `prompts`, from `cache` ([key, conditions]) when nothing they depend on has changed.
+
+    Of those that were kept the distilled guidance alone is made anew: a text encoder of 9.5 GB need not come back for a slider.
+    """
     key = _cache_key(p, prompts, steps, hires_steps, network_data)
     if cache[0] is None or cache[0] != key:
-        conditions = encode(p.sd_model, prompts, steps, hires_steps, p.options.use_old_scheduling)
+        try:
+            conditions = encode(p.sd_model, prompts, steps, hires_steps, p.options.use_old_scheduling)
+        except PromptTooLongError as error:
+            raise RequestError(str(error)) from error
         cache[:] = [key, conditions, _take_text_params(p.sd_model)]
     _merge_text_params(p.extra_generation_params, cache[2] if len(cache) > 2 else {})
+    if takes_distilled_guidance(p.sd_model) and prompts.distilled_cfg_scale is not None:
+        return prompt_parser.with_guidance(cache[1], float(prompts.distilled_cfg_scale))
     return cache[1]
 
 
@@ -182,7 +191,6 @@ def _cache_key(p: StableDiffusionProcessing, prompts: SdConditioning, steps: int
         tuple(prompts),
         bool(prompts.is_negative_prompt),
         (prompts.width, prompts.height) if reads_size(engine) else None,
-        prompts.distilled_cfg_scale if takes_distilled_guidance(engine) else None,
         (steps, hires_steps) if any("[" in prompt for prompt in prompts) else None,
         getattr(engine, "load_number", id(engine)),
         str(engine.current_lora_hash),

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LATENT_MODE = "Latent"
 SAME_CHOICES = "Use same choices"
+BUILT_IN = "Built-in"
 NO_CHOICE = (None, "", "Use same checkpoint", "Use same sampler", "Use same scheduler")
 
 
@@ -62,6 +63,7 @@ def prepare_hires(p: StableDiffusionProcessingTxt2Img) -> None:
         p.firstphase_width = p.firstphase_height = 0
     step_of(p, "calculate_target_resolution", plan_target_size)()
     _choose_checkpoint(p)
+    _choose_modules(p)
     _set_prompts(p)
     _note(p)
     state = p.context.state
@@ -115,6 +117,15 @@ def _choose_checkpoint(p: StableDiffusionProcessingTxt2Img) -> None:
     except UnknownCheckpointError as error:
         raise UnknownCheckpointError(f"hr_checkpoint_name: {error} Leave it empty to use the same checkpoint.") from error
     p.extra_generation_params["Hires checkpoint"] = p.hr_checkpoint_info.short_title
+
+
+def _choose_modules(p: StableDiffusionProcessingTxt2Img) -> None:
+    """Raises UnknownModuleError, before the first pass has cost anything."""
+    if p.hr_additional_modules is None or SAME_CHOICES in p.hr_additional_modules:
+        return
+    files = p.context.additional_modules.chosen_by({"forge_additional_modules": p.hr_additional_modules})
+    names = [path.stem for path in files] or [BUILT_IN]
+    p.extra_generation_params.update({f"Hires Module {number}": name for number, name in enumerate(names, start=1)})
 
 
 def _set_prompts(p: StableDiffusionProcessingTxt2Img) -> None:

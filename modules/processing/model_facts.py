@@ -17,3 +17,22 @@ def reads_size(model: Any) -> bool:
     """Whether conditions depend on the picture's size."""
     family = getattr(model, "family_facts", None)
     return bool(model.is_sdxl) if family is None else bool(family.reads_size)
+
+
+def attends_jointly(model: Any) -> bool:
+    """Whether text and picture share one attention, so that a text must not be repeated to fit another's length."""
+    return bool(getattr(getattr(model, "family_facts", None), "attends_jointly", False))
+
+
+def shift_of_size(model: Any, latent_rows: int, latent_columns: int) -> float | None:
+    """The shift of noise levels that a flow model's authors give a picture of this size; None for a model that has one for all."""
+    family = getattr(model, "family_facts", None)
+    if family is None or family.shift_of_tokens is None:
+        return None
+    cell = family.latent.cell
+    return float(family.shift_of_tokens(-(-latent_rows // cell) * -(-latent_columns // cell)))
+
+
+def shifts_its_table_alone_in_forge(model: Any) -> bool:
+    """Whether Forge computes some schedules of this model without its shift."""
+    return bool(getattr(getattr(model, "family_facts", None), "forge_shifts_table_alone", False))

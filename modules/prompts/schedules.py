@@ -122,20 +122,29 @@ def get_learned_conditioning(
     """Each prompt's conditions in order of steps. AND is plain text here; a text that appears twice is encoded once.
 
     The texts of one prompt are encoded together, so that they get the same length. Different prompts are encoded separately, so that a prompt's
-    condition does not depend on its neighbors.
+    condition does not depend on its neighbors. Where text and picture share one attention, all are encoded together,
+    as lengths cannot be evened out afterwards.
     """
     schedules = get_learned_conditioning_prompt_schedules(prompts, steps, hires_steps, use_old_scheduling)
+    of_prompt = dict(zip(prompts, schedules))
+    groups = [list(of_prompt)] if _attends_jointly(model) else [[prompt] for prompt in of_prompt]
     encoded: dict[str, list[ScheduledPromptConditioning]] = {}
-    for prompt, schedule in zip(prompts, schedules):
-        if prompt not in encoded:
-            encoded[prompt] = _encode_schedule(model, schedule, prompts)
+    for group in groups:
+        encoded.update(zip(group, _encode_schedules(model, [of_prompt[prompt] for prompt in group], prompts)))
     return [list(encoded[prompt]) for prompt in prompts]
 
 
-def _encode_schedule(model: TextEncodingModel, schedule: Sequence[Sequence[Any]], prompts: Sequence[str]) -> list[ScheduledPromptConditioning]:
-    row_of_text = {text: row for row, text in enumerate(dict.fromkeys(text for _, text in schedule))}
+def _attends_jointly(model: Any) -> bool:
+    return bool(getattr(getattr(model, "family_facts", None), "attends_jointly", False))
+
+
+def _encode_schedules(
+    model: TextEncodingModel, schedules: Sequence[Sequence[Sequence[Any]]], prompts: Sequence[str]
+) -> list[list[ScheduledPromptConditioning]]:
+    texts = dict.fromkeys(text for schedule in schedules for _, text in schedule)
+    row_of_text = {text: row for row, text in enumerate(texts)}
     conds = model.get_learned_conditioning(SdConditioning(list(row_of_text), copy_from=prompts))
-    return [ScheduledPromptConditioning(last_step, _row(conds, row_of_text[text])) for last_step, text in schedule]
+    return [[ScheduledPromptConditioning(last_step, _row(conds, row_of_text[text])) for last_step, text in schedule] for schedule in schedules]
 
 
 def _row(conds: Any, row: int) -> Any:
@@ -150,6 +159,23 @@ def get_multicond_learned_conditioning(
     schedules = get_learned_conditioning(model, flat_prompts, steps, hires_steps, use_old_scheduling)
     batch = [[ComposableScheduledPromptConditioning(schedules[index], weight) for index, weight in parts] for parts in parts_of_prompt]
     return MulticondLearnedConditioning(shape=(len(prompts),), batch=batch)
+
+
+def with_guidance(conditions: Any, scale: float) -> Any:
+    """The same conditions (of prompts, or of prompts with AND) with another number of distilled guidance; tensors of text are shared."""
+    if isinstance(conditions, MulticondLearnedConditioning):
+        batch = [[ComposableScheduledPromptConditioning(_guided(part.schedules, scale), part.weight) for part in parts] for parts in conditions.batch]
+        return MulticondLearnedConditioning(conditions.shape, batch)
+    return [_guided(schedules, scale) for schedules in conditions]
+
+
+def _guided(schedules: Sequence[ScheduledPromptConditioning], scale: float) -> list[ScheduledPromptConditioning]:
+    return [
+        entry._replace(cond={**entry.cond, "guidance": torch.full_like(entry.cond["guidance"], scale)})
+        if isinstance(entry.cond, Mapping) and "guidance" in entry.cond
+        else entry
+        for entry in schedules
+    ]
 
 
 # a step's batch

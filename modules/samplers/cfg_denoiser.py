@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backend.sampling.sampling_function import denoise_guided
 from modules import devices
+from modules.processing.model_facts import attends_jointly
 from modules.prompts import schedules as prompt_parser
 from modules.samplers.common import InterruptedException, apply_refiner
 from modules.scripts import callbacks as script_callbacks
@@ -102,6 +103,7 @@ class CFGDenoiser(torch.nn.Module):
                 cond_composition=composition,
                 seed=self.p.seeds[self.picture],
                 on_branches=self._tell_branches if script_callbacks.is_listened_to("cfg_denoised") else None,
+                text_repeats=not attends_jointly(self.inner_model),
             )
 
         denoised_BCHW, _, self.last_uncond_BCHW = guide()

@@ -29,6 +29,7 @@ from backend.sampling.sampling_function import sampling_cleanup, sampling_prepar
 from backend.sampling.schedules import OLD_KARRAS_RANGE, ScheduleSettings, discard_next_to_last_sigma
 from modules.errors import RequestError
 from modules.jobs.live_preview import PreviewMaker
+from modules.processing.model_facts import shift_of_size, shifts_its_table_alone_in_forge
 from modules.samplers import schedules as sd_schedulers
 from modules.samplers.cfg_denoiser import CFGDenoiser
 from modules.samplers.common import InterruptedException, setup_img2img_steps
@@ -124,7 +125,15 @@ class KDiffusionSampler:
             beta_alpha=float(options.beta_dist_alpha),
             beta_beta=float(options.beta_dist_beta),
             is_sdxl=bool(self.sd_model.is_sdxl),
+            unshifted=self._is_as_forge(p),
         )
+
+    def _is_as_forge(self, p: Any) -> bool:
+        """Whether schedules leave out the model's shift where Forge forgets it."""
+        if not (p.options.flow_schedules_of_forge and shifts_its_table_alone_in_forge(self.sd_model)):
+            return False
+        p.extra_generation_params["Forge flow schedules"] = True
+        return True
 
     def _sigmas_of_extension(self, scheduler: sd_schedulers.Scheduler, p: Any, steps: int) -> Tensor:
         discards = bool(self.options.get("discard_next_to_last_sigma") or p.options.always_discard_next_to_last_sigma)
@@ -264,13 +273,25 @@ class KDiffusionSampler:
             unet = self.unet.clone()
             unet.model_options["disable_cfg1_optimization"] = True
             self.sd_model.forge_objects.unet = unet
-        with _noise_table(self.predictor, p):
+        with _noise_table(self.predictor, p, self._wanted_shift(p, x)):
             try:
                 self._session = sampling_prepare(self.unet, x=x, request=self._request(p, x.shape[0]))
                 yield
             finally:
                 self._session = None
                 sampling_cleanup(self.unet)
+
+    def _wanted_shift(self, p: Any, x_BCHW: Tensor) -> float | None:
+        """The shift of a flow model's noise levels that the settings ask for; None where it is the model's own. What is asked for is noted."""
+        if not self.predictor.is_flow:
+            return None
+        if p.options.flow_shift:
+            p.extra_generation_params["Shift"] = float(p.options.flow_shift)
+            return float(p.options.flow_shift)
+        shift = shift_of_size(self.sd_model, x_BCHW.shape[-2], x_BCHW.shape[-1]) if p.options.flow_shift_by_size else None
+        if shift is not None:
+            p.extra_generation_params["Shift by size"] = True
+        return shift
 
     def _request(self, p: Any, num_pictures: int) -> SamplingRequest:
         """What the planner needs to know about the pass."""
@@ -395,10 +416,11 @@ def _with_extra_noise(x_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
 
 
 @contextmanager
-def _noise_table(predictor: Any, p: Any) -> Iterator[None]:
-    """The model's noise table as selected in the settings, for the duration of a pass."""
-    if predictor.is_flow:  # flow models have no table of alphas
-        yield
+def _noise_table(predictor: Any, p: Any, shift: float | None) -> Iterator[None]:
+    """The model's table of noise levels as the settings want it, for the length of a pass. `shift`: of a flow model, None for its own."""
+    if predictor.is_flow:  # its times follow from no table of alphas
+        with _shifted(predictor, shift):
+            yield
         return
     options, quantized = p.options, predictor.quantize_timesteps
     buffers = {name: getattr(predictor, name) for name in _TABLE_BUFFERS}
@@ -416,6 +438,23 @@ def _noise_table(predictor: Any, p: Any) -> Iterator[None]:
         for name, buffer in buffers.items():  # the network may have moved to its device in the meantime
             setattr(predictor, name, buffer.to(getattr(predictor, name).device))
         predictor.quantize_timesteps = quantized
+
+
+@contextmanager
+def _shifted(predictor: Any, shift: float | None) -> Iterator[None]:
+    own = predictor.shift
+    _set_shift(predictor, own if shift is None else shift)
+    try:
+        yield
+    finally:
+        _set_shift(predictor, own)
+
+
+def _set_shift(predictor: Any, shift: float) -> None:
+    if shift != predictor.shift:
+        device = predictor.sigmas.device
+        predictor.set_shift(shift)
+        predictor.sigmas = predictor.sigmas.to(device)
 
 
 def samplers_data_k_diffusion() -> list[Any]:

@@ -43,9 +43,7 @@ NOT_READ: Mapping[str, str] = {
         quick_setting_list ui_tab_order hidden_tabs tabs_without_quick_settings_bar ui_reorder_list extra_options_txt2img extra_options_img2img
         extra_options_cols extra_options_accordion
     """,
-    "presets set size, CFG scale, sampler and schedule of the choices sd and xl": """
-        xl_GPU_MB flux_t2i_cfg flux_i2i_cfg flux_GPU_MB flux_t2i_d_cfg flux_t2i_hr_d_cfg flux_i2i_d_cfg
-    """,
+    "presets set sizes, scales, sampler and schedule": "xl_GPU_MB flux_GPU_MB",
     "the console shows one line per job and load; see --loglevel": """
         enable_console_prompts show_warnings show_gradio_deprecation_warnings memmon_poll_rate samples_log_stdout multiple_tqdm
         enable_upscale_progressbar print_hypernet_extra hide_ldm_prints dump_stacks_on_signal textual_inversion_print_at_load

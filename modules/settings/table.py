@@ -333,6 +333,18 @@ def _sampler_parameters() -> OptionTable:
         "skip_early_cond": slider(
             0.0, "Ignore the negative prompt in this share of the first steps", 0, 1, 0.01, strict=True, infotext="Skip Early CFG"
         ),
+        "flow_shift": slider(
+            0.0, "Flow models: shift", 0, 20, 0.01, strict=True, infotext="Shift", info="0 takes the model's: 3.16 for Flux.1-dev at any size"
+        ),
+        "flow_shift_by_size": option(
+            False, "Flow models: shift by the size of the picture", infotext="Shift by size", info="as the models' authors do; Forge does not"
+        ),
+        "flow_schedules_of_forge": option(
+            False,
+            "Flux.1: noise schedules as Forge computes them",
+            infotext="Forge flow schedules",
+            info="Normal, SGM Uniform and Beta without the model's shift, to make Forge's pictures again",
+        ),
         "beta_dist_alpha": slider(0.6, "Beta schedule: alpha", 0.01, 5, 0.01, strict=True, infotext="Beta schedule alpha"),
         "beta_dist_beta": slider(0.6, "Beta schedule: beta", 0.01, 5, 0.01, strict=True, infotext="Beta schedule beta"),
     }
@@ -373,6 +385,8 @@ def _forge_hidden() -> OptionTable:
         "forge_pin_shared_memory": choice("CPU", "Swap location", "CPU", "Shared"),
         "forge_preset": choice("sd", "UI preset", "sd", "xl", "flux", "all"),
         "forge_additional_modules": option([], "VAE and text encoder files"),
+        **{f"forge_checkpoint_{preset}": option("", f"Checkpoint when the preset {preset} was left") for preset in ("sd", "xl", "flux")},
+        **{f"forge_additional_modules_{preset}": option([], f"VAE and text encoder files then ({preset})") for preset in ("sd", "xl", "flux")},
     }
 
 

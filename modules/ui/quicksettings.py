@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from backend.foreign_json import parse_resolution
+from modules.checkpoints.families import FamilyFacts, facts_of, families_are_imported
 from modules.checkpoints.listing import CHECKPOINT_SUFFIXES, CheckpointInfo
 from modules.errors import RequestError
 from modules.ui.components import DropdownMulti, ToolButton
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PRESETS = ("sd", "xl", "all")
+PRESETS = ("sd", "xl", "flux", "all")
+_WITH_VALUES = ("sd", "xl", "flux")
 LOW_BITS = ("Automatic", "float8-e4m3fn", "float8-e5m2")
 NATIVE_SIZE_KEY = "modelspec.resolution"
 
@@ -99,7 +101,17 @@ def low_bits_are_shown(preset: str) -> bool:
 
 
 def clip_skip_is_shown(preset: str) -> bool:
-    return preset != "xl"
+    return preset in ("sd", "all")
+
+
+def distilled_is_shown(preset: str, facts: FamilyFacts | None) -> bool:
+    """Whether the sliders of distilled guidance are shown: the checkpoint says, and while it is not known the preset."""
+    return preset in ("flux", "all") if facts is None else facts.takes_distilled
+
+
+def selected_facts(app: Application) -> FamilyFacts | None:
+    """Of the selected checkpoint; None where that is not known without a wait."""
+    return facts_of(selected_checkpoint(app)) if families_are_imported() else None
 
 
 def selected_checkpoint(app: Application) -> CheckpointInfo | None:
@@ -129,7 +141,7 @@ def notice_html(app: Application) -> str:
     folders = " or ".join(f"<code>{html.escape(str(folder))}</code>" for folder in app.checkpoints.roots)
     kinds = ", ".join(f"<code>{suffix}</code>" for suffix in CHECKPOINT_SUFFIXES)
     return (
-        f"<div class='notice'><b>There is no checkpoint yet.</b> Put a Stable Diffusion 1.x, 2.x or SDXL file ({kinds}) into {folders}. "
+        f"<div class='notice'><b>There is no checkpoint yet.</b> Put a Stable Diffusion 1.x, 2.x, SDXL or Flux.1 file ({kinds}) into {folders}. "
         "It appears in the list above automatically; no restart needed.</div>"
     )
 
@@ -150,10 +162,12 @@ def native_size(app: Application) -> tuple[int, int] | None:
 
 def preset_defaults(options: Mapping[str, Any] | Any, preset: str, tab: str) -> Defaults | None:
     """The values that `preset` sets on the tab ("txt2img" or "img2img"); None for "all", which changes nothing."""
-    if preset not in ("sd", "xl"):
+    if preset not in _WITH_VALUES:
         return None
     prefix = f"{preset}_{'t2i' if tab == 'txt2img' else 'i2i'}"
     read = {name: getattr(options, f"{prefix}_{name}") for name in ("width", "height", "cfg", "sampler", "scheduler")}
+    is_flux = preset == "flux"
+    distilled, hires_distilled = (getattr(options, name) if is_flux else 3.5 for name in (f"{prefix}_d_cfg", "flux_t2i_hr_d_cfg"))
     return Defaults(
         width_px=int(read["width"]),
         height_px=int(read["height"]),
@@ -161,7 +175,28 @@ def preset_defaults(options: Mapping[str, Any] | Any, preset: str, tab: str) -> 
         hires_cfg_scale=float(getattr(options, f"{preset}_t2i_hr_cfg")),
         sampler=read["sampler"],
         scheduler=read["scheduler"],
+        distilled_cfg_scale=float(distilled),
+        hires_distilled_cfg_scale=float(hires_distilled),
     )
+
+
+def family_defaults(facts: FamilyFacts) -> Defaults:
+    """What the page proposes for a family that no preset is for."""
+    own = facts.defaults
+    return Defaults(
+        width_px=own.width_px,
+        height_px=own.height_px,
+        cfg_scale=own.cfg,
+        hires_cfg_scale=own.cfg,
+        sampler=own.sampler,
+        scheduler=own.schedule,
+    )
+
+
+def preset_for(preset: str, facts: FamilyFacts | None) -> str:
+    """The preset after a checkpoint of this family was chosen: flux for Flux, and not flux for others. Between sd and xl the user chooses."""
+    own = "" if facts is None else facts.defaults.preset
+    return own if own in _WITH_VALUES and preset != "all" and "flux" in (own, preset) else preset
 
 
 class QuickSettingsHandlers:
@@ -169,6 +204,7 @@ class QuickSettingsHandlers:
 
     def __init__(self, app: Application) -> None:
         self.app = app
+        self._preset = start_preset(app)
 
     def _keep(self, key: str, value: Any) -> None:
         try:
@@ -200,9 +236,47 @@ class QuickSettingsHandlers:
         self._keep("CLIP_stop_at_last_layers", int(value))
 
     def choose_preset(self, preset: str) -> list[Any]:
-        """Save the preset; returns which of the row's controls to show: low bits, clip skip."""
+        """Keep it, and bring back the checkpoint and files that were chosen with it last. Updates for checkpoint, modules, low bits, clip skip."""
+        if preset != self._preset:
+            self._exchange_choices(self._preset, preset)
         self._keep("forge_preset", preset)
-        return [gr.update(visible=low_bits_are_shown(preset)), gr.update(visible=clip_skip_is_shown(preset))]
+        self._preset = preset
+        return [
+            gr.update(**checkpoint_dropdown(self.app)),
+            gr.update(**modules_dropdown(self.app)),
+            gr.update(visible=low_bits_are_shown(preset)),
+            gr.update(visible=clip_skip_is_shown(preset)),
+        ]
+
+    def follow_checkpoint(self, checkpoint_before: str | None) -> str | None:
+        """The preset that takes the place of the one before because of the checkpoint that was just chosen; None where it stays."""
+        after = preset_for(self._preset, facts_of(selected_checkpoint(self.app)))  # now known, for the controls too
+        if after == self._preset:
+            return None
+        self._remember(self._preset, checkpoint_before)
+        self._restore_modules(after)
+        self._keep("forge_preset", after)
+        self._preset = after
+        return after
+
+    def _exchange_choices(self, before: str, after: str) -> None:
+        options = self.app.options
+        self._remember(before, options.sd_model_checkpoint)
+        if after in _WITH_VALUES and (info := self.app.checkpoints.find(getattr(options, f"forge_checkpoint_{after}"))) is not None:
+            self._keep("sd_model_checkpoint", info.title)
+            self._restore_modules(after)
+
+    def _remember(self, preset: str, checkpoint: str | None) -> None:
+        if preset in _WITH_VALUES:
+            self._keep(f"forge_checkpoint_{preset}", str(checkpoint or ""))
+            self._keep(f"forge_additional_modules_{preset}", list(self.app.options.forge_additional_modules or []))
+
+    def _restore_modules(self, preset: str) -> None:
+        """Those that were chosen with the preset last and are still there."""
+        if preset in _WITH_VALUES:
+            paths = {str(path) for path in self.app.additional_modules.files.values()}
+            kept = [str(name) for name in getattr(self.app.options, f"forge_additional_modules_{preset}") or []]
+            self._keep("forge_additional_modules", [name for name in kept if name in paths])
 
     def look_again(self) -> list[Any]:
         """Scan the model folders. Returns checkpoint and module lists, the notice, and whether to keep polling."""

@@ -21,6 +21,7 @@ MAX_SIDE_PX = 2048
 SIDE_STEP_PX = 8
 USE_SAME = "Use same checkpoint"
 USE_SAME_CHOICES = "Use same choices"
+BUILT_IN = "Built-in"
 HIDDEN_PART = "hidden-part"
 """Class of a container that exists but is hidden until the page's showPart() removes the class. (gradio can hide only single controls this way.)"""
 
@@ -44,6 +45,9 @@ class Defaults:
     height_px: int = 512
     cfg_scale: float = 7.0
     hires_cfg_scale: float = 7.0
+    distilled_cfg_scale: float = 3.5
+    hires_distilled_cfg_scale: float = 3.5
+    shows_distilled: bool = False
     sampler: str = "Euler a"
     scheduler: str = "Automatic"
 
@@ -147,9 +151,14 @@ def cfg_slider(label: str, value: float, elem_id: str) -> gr.Slider:
     return slider(minimum=1.0, maximum=30.0, step=0.1, label=label, value=value, elem_id=elem_id)
 
 
-def distilled_cfg_slider(label: str, elem_id: str) -> gr.Slider:
-    """Guidance of distilled models. Hidden: no family loaded today uses it."""
-    return slider(minimum=0.0, maximum=30.0, step=0.1, label=label, value=3.5, elem_id=elem_id, visible="hidden")
+def distilled_cfg_slider(label: str, value: float, elem_id: str, *, shown: bool) -> gr.Slider:
+    """Guidance of distilled models (Flux.1-dev)."""
+    return slider(minimum=0.0, maximum=30.0, step=0.1, label=label, value=value, elem_id=elem_id, visible=shown_or_hidden(shown))
+
+
+def shown_or_hidden(shown: bool) -> Any:
+    """A control's `visible`: a hidden one stays on the page and keeps its value."""
+    return True if shown else "hidden"
 
 
 def create_sampler_section(tab: str, choices: Choices, defaults: Defaults) -> SamplerSection:
@@ -185,7 +194,9 @@ def create_batch_section(tab: str) -> BatchSection:
 def create_cfg_section(tab: str, defaults: Defaults) -> CfgSection:
     """CFG Scale. At 1 the negative prompt has no effect, and its box shows that."""
     with FormRow(elem_id=f"{tab}_cfg_row"):
-        distilled = distilled_cfg_slider("Distilled CFG Scale", f"{tab}_distilled_cfg_scale")
+        distilled = distilled_cfg_slider(
+            "Distilled CFG Scale", defaults.distilled_cfg_scale, f"{tab}_distilled_cfg_scale", shown=defaults.shows_distilled
+        )
         scale = cfg_slider("CFG Scale", defaults.cfg_scale, f"{tab}_cfg_scale")
     scale.change(fn=None, js=f"(scale) => {{ markNegativePromptUnused('{tab}', scale <= 1); }}", inputs=[scale], show_progress="hidden")
     return CfgSection(distilled=distilled, scale=scale)
@@ -321,7 +332,9 @@ def _hires_main_rows(choices: Choices) -> dict[str, Any]:
 def _hires_cfg_row(defaults: Defaults) -> dict[str, Any]:
     with FormRow(elem_id="txt2img_hires_fix_row_cfg"):
         return {
-            "distilled_cfg": distilled_cfg_slider("Hires Distilled CFG Scale", "txt2img_hr_distilled_cfg"),
+            "distilled_cfg": distilled_cfg_slider(
+                "Hires Distilled CFG Scale", defaults.hires_distilled_cfg_scale, "txt2img_hr_distilled_cfg", shown=defaults.shows_distilled
+            ),
             "cfg": cfg_slider("Hires CFG Scale", defaults.hires_cfg_scale, "txt2img_hr_cfg"),
         }
 
@@ -336,7 +349,7 @@ def _hires_sampler_rows(choices: Choices, shown: bool) -> dict[str, Any]:
         parts["modules"] = DropdownMulti(
             label="Hires VAE / Text Encoder",
             elem_id="hr_vae_te",
-            choices=[USE_SAME_CHOICES, *choices.modules],
+            choices=[USE_SAME_CHOICES, BUILT_IN, *choices.modules],
             value=[USE_SAME_CHOICES],
             allow_custom_value=True,
         )

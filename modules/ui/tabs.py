@@ -6,6 +6,7 @@ Must not know how a picture is made or how HTTP is served: webui.py serves the r
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import platform
@@ -35,13 +36,19 @@ from modules.ui.quicksettings import (
     QuickSettings,
     QuickSettingsHandlers,
     checkpoint_dropdown,
+    clip_skip_is_shown,
     create_quicksettings,
+    distilled_is_shown,
+    family_defaults,
+    low_bits_are_shown,
+    modules_dropdown,
     native_size,
     preset_defaults,
+    selected_facts,
     start_preset,
 )
 from modules.ui.saving import PictureSaver, connect_saving
-from modules.ui.sections import Defaults
+from modules.ui.sections import SIDE_STEP_PX, Defaults, shown_or_hidden
 from modules.ui.settings import create_settings_tab
 from modules.ui.shown_text import plaintext_to_html
 from modules.ui.styles import connect_styles
@@ -112,7 +119,7 @@ def create_ui(app: Application) -> gr.Blocks:
         _connect_extras(app, extras)
         _connect_sending(app, txt2img, img2img, extras, pnginfo)
         _connect_quicksettings(app, quicksettings, txt2img, img2img)
-        _connect_loading(demo, app, quicksettings, settings_json, [txt2img, img2img])
+        _connect_loading(demo, app, quicksettings, settings_json, (txt2img, img2img))
         _register_paste_fields(txt2img, img2img)
     return demo
 
@@ -120,7 +127,9 @@ def create_ui(app: Application) -> gr.Blocks:
 def start_defaults(app: Application, tab: str) -> Defaults:
     """Start values of a tab: the preset's, with the size that the selected checkpoint declares."""
     options = app.options
-    defaults = preset_defaults(options, start_preset(app), tab) or Defaults(sampler=options.sd_t2i_sampler, scheduler=options.sd_t2i_scheduler)
+    preset = start_preset(app)
+    defaults = preset_defaults(options, preset, tab) or Defaults(sampler=options.sd_t2i_sampler, scheduler=options.sd_t2i_scheduler)
+    defaults = dataclasses.replace(defaults, shows_distilled=distilled_is_shown(preset, selected_facts(app)))
     return ui_choices.existing(defaults, native_size(app))
 
 
@@ -242,38 +251,72 @@ def _size_of(tab: GenerationTab) -> Any:
     return tab.size if isinstance(tab, Txt2imgTab) else tab.resize.size
 
 
-def _native_size_updates(app: Application) -> list[Any]:
-    """Width and height of both tabs, if the checkpoint declares its size."""
-    size = native_size(app)
-    return [gr.skip()] * 4 if size is None else [gr.update(value=side) for side in (*size, *size)]
+def _size_updates(app: Application) -> list[Any]:
+    """Width and height of both tabs: the steps that the checkpoint's family takes, and its size when it declares one."""
+    size, facts = native_size(app), selected_facts(app)
+    step = SIDE_STEP_PX if facts is None else facts.multiple_px
+    return [gr.update(step=step) if side is None else gr.update(step=step, value=side) for side in (size or (None, None)) * 2]
 
 
-def _preset_controls(tab: GenerationTab) -> list[Any]:
-    size = _size_of(tab)
-    controls = [size.width, size.height, tab.cfg.scale, tab.sampler.sampler, tab.sampler.scheduler]
-    return [*controls, tab.hires.cfg] if isinstance(tab, Txt2imgTab) else controls
+def _distilled_controls(txt2img: Txt2imgTab, img2img: Img2imgTab) -> list[gr.Slider]:
+    return [txt2img.cfg.distilled, txt2img.hires.distilled_cfg, img2img.cfg.distilled]
+
+
+def _preset_controls(txt2img: Txt2imgTab, img2img: Img2imgTab) -> list[Any]:
+    """What a preset sets, but for sizes and distilled scales."""
+    return [txt2img.cfg.scale, txt2img.sampler.sampler, txt2img.sampler.scheduler, txt2img.hires.cfg,
+            img2img.cfg.scale, img2img.sampler.sampler, img2img.sampler.scheduler]  # fmt: skip
+
+
+def _controls_of(txt2img: Txt2imgTab, img2img: Img2imgTab) -> list[Any]:
+    return [*_size_controls(txt2img, img2img), *_distilled_controls(txt2img, img2img), *_preset_controls(txt2img, img2img)]
+
+
+def _control_updates(app: Application, txt2img: Defaults | None, img2img: Defaults | None) -> list[Any]:
+    """What the tabs' controls show after the checkpoint or the preset was chosen, for `_controls_of`. No defaults: values stay."""
+    facts, preset = selected_facts(app), app.options.forge_preset
+    step = SIDE_STEP_PX if facts is None else facts.multiple_px
+    visible = shown_or_hidden(distilled_is_shown(preset, facts))
+    if txt2img is None or img2img is None:
+        return [*_size_updates(app), *[gr.update(visible=visible)] * 3, *[gr.skip()] * 7]
+    first, second = (ui_choices.existing(defaults, native_size(app)) for defaults in (txt2img, img2img))
+    sides = (first.width_px, first.height_px, second.width_px, second.height_px)
+    scales = (first.distilled_cfg_scale, first.hires_distilled_cfg_scale, second.distilled_cfg_scale)
+    others = (first.cfg_scale, first.sampler, first.scheduler, first.hires_cfg_scale, second.cfg_scale, second.sampler, second.scheduler)
+    return [
+        *[gr.update(value=side, step=step) for side in sides],
+        *[gr.update(value=scale, visible=visible) for scale in scales],
+        *[gr.update(value=value) for value in others],
+    ]
 
 
 def _preset_updates(app: Application, preset: str) -> list[Any]:
-    updates: list[Any] = []
-    for tab, count in (("txt2img", 6), ("img2img", 5)):
-        defaults = preset_defaults(app.options, preset, tab)
-        if defaults is None:
-            updates += [gr.skip()] * count
-            continue
-        defaults = ui_choices.existing(defaults, native_size(app))
-        values = (defaults.width_px, defaults.height_px, defaults.cfg_scale, defaults.sampler, defaults.scheduler, defaults.hires_cfg_scale)
-        updates += [gr.update(value=value) for value in values[:count]]
-    return updates
+    return _control_updates(app, *(preset_defaults(app.options, preset, tab) for tab in ("txt2img", "img2img")))
+
+
+def _checkpoint_updates(app: Application) -> list[Any]:
+    """After a checkpoint was chosen whose family the preset stays with; a family that no preset is for brings its own values."""
+    facts = selected_facts(app)
+    own = None if facts is None or facts.defaults.preset or app.options.forge_preset == "all" else family_defaults(facts)
+    return _control_updates(app, own, own)
 
 
 def _connect_quicksettings(app: Application, quicksettings: QuickSettings, txt2img: Txt2imgTab, img2img: Img2imgTab) -> None:
     handlers = QuickSettingsHandlers(app)
-    sizes = _size_controls(txt2img, img2img)
+    sizes, controls = _size_controls(txt2img, img2img), _controls_of(txt2img, img2img)
     lists = [quicksettings.checkpoint, quicksettings.modules, quicksettings.notice, quicksettings.watch]
 
     def choose_checkpoint(title: str | None) -> list[Any]:
-        return [handlers.choose_checkpoint(title), *_native_size_updates(app)]
+        """Updates for checkpoint, preset, modules, low bits, clip skip and the tabs' controls."""
+        before = app.options.sd_model_checkpoint
+        update = handlers.choose_checkpoint(title)
+        if app.options.sd_model_checkpoint == before:
+            return [update, *[gr.skip()] * 4, *_control_updates(app, None, None)]
+        preset = handlers.follow_checkpoint(before)
+        if preset is None:
+            return [update, *[gr.skip()] * 4, *_checkpoint_updates(app)]
+        shown = [gr.update(visible=low_bits_are_shown(preset)), gr.update(visible=clip_skip_is_shown(preset))]
+        return [update, gr.update(value=preset), gr.update(**modules_dropdown(app)), *shown, *_preset_updates(app, preset)]
 
     def choose_card(name: str) -> list[Any]:
         info = app.checkpoints.find(name)
@@ -284,12 +327,13 @@ def _connect_quicksettings(app: Application, quicksettings: QuickSettings, txt2i
         return [*handlers.choose_preset(preset), *_preset_updates(app, preset)]
 
     def look_again() -> list[Any]:
-        return [*handlers.look_again(), *_native_size_updates(app)]
+        return [*handlers.look_again(), *_size_updates(app)]
 
-    quicksettings.checkpoint.input(choose_checkpoint, inputs=[quicksettings.checkpoint], outputs=[quicksettings.checkpoint, *sizes], **QUIET)
+    row = [quicksettings.checkpoint, quicksettings.preset, quicksettings.modules, quicksettings.low_bits, quicksettings.clip_skip]
+    quicksettings.checkpoint.input(choose_checkpoint, inputs=[quicksettings.checkpoint], outputs=[*row, *controls], **QUIET)
     card = gr.Textbox(visible="hidden", elem_id="selected_checkpoint_name", label="Checkpoint")
     change = gr.Button(visible="hidden", elem_id="change_checkpoint")
-    change.click(choose_card, js="() => [desiredCheckpointName]", inputs=[card], outputs=[quicksettings.checkpoint, *sizes], **QUIET)
+    change.click(choose_card, js="() => [desiredCheckpointName]", inputs=[card], outputs=[*row, *controls], **QUIET)
     quicksettings.modules.input(handlers.choose_modules, inputs=[quicksettings.modules], outputs=[quicksettings.modules], **QUIET)
     quicksettings.low_bits.input(handlers.choose_low_bits, inputs=[quicksettings.low_bits], **QUIET)
     quicksettings.clip_skip.change(handlers.choose_clip_skip, inputs=[quicksettings.clip_skip], trigger_mode="always_last", **QUIET)
@@ -298,12 +342,14 @@ def _connect_quicksettings(app: Application, quicksettings: QuickSettings, txt2i
     quicksettings.preset.input(
         choose_preset,
         inputs=[quicksettings.preset],
-        outputs=[quicksettings.low_bits, quicksettings.clip_skip, *_preset_controls(txt2img), *_preset_controls(img2img)],
+        outputs=[quicksettings.checkpoint, quicksettings.modules, quicksettings.low_bits, quicksettings.clip_skip, *controls],
         **QUIET,
     )
 
 
-def _connect_loading(demo: gr.Blocks, app: Application, quicksettings: QuickSettings, settings_json: gr.Textbox, tabs: list[GenerationTab]) -> None:
+def _connect_loading(
+    demo: gr.Blocks, app: Application, quicksettings: QuickSettings, settings_json: gr.Textbox, tabs: tuple[Txt2imgTab, Img2imgTab]
+) -> None:
     """What a page that is loaded (again) shows is what counts now, not what counted when the server started.
 
     The answer may come late. A number that somebody typed or pasted before it came stays."""
@@ -313,12 +359,15 @@ def _connect_loading(demo: gr.Blocks, app: Application, quicksettings: QuickSett
 
     def load(*_: Any) -> list[Any]:
         app.checkpoints.refresh()
-        sides = native_size(app) or (None, None)
+        sides, facts = native_size(app) or (None, None), selected_facts(app)
         first = json.dumps([app.options.CLIP_stop_at_last_layers, *sides, *sides])
-        return [*handlers.current(), app.options.dumpjson(), first]
+        step = gr.skip() if facts is None or facts.multiple_px == SIDE_STEP_PX else gr.update(step=facts.multiple_px)
+        shown = gr.update(visible=shown_or_hidden(distilled_is_shown(app.options.forge_preset, facts)))
+        return [*handlers.current(), app.options.dumpjson(), first, *[step] * 4, *[shown] * 3]
 
     row = [quicksettings.checkpoint, quicksettings.modules, quicksettings.notice, quicksettings.watch]
-    loaded = demo.load(load, js="rememberShownValues", inputs=numbers, outputs=[*row, settings_json, first_values], **QUIET)
+    shaped = [*_size_controls(*tabs), *_distilled_controls(*tabs)]
+    loaded = demo.load(load, js="rememberShownValues", inputs=numbers, outputs=[*row, settings_json, first_values, *shaped], **QUIET)
     loaded.then(fn=None, js="firstValuesOfUntouched", inputs=[first_values, *numbers], outputs=numbers, show_progress="hidden")
 
 

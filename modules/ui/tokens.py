@@ -7,42 +7,52 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from modules.checkpoints.families import facts_of, families_are_imported
 from modules.checkpoints.import_lock import network_imports
 from modules.prompts import extra_networks
 from modules.scripts import callbacks
 from modules.scripts.hook_arguments import BeforeTokenCounterParams
+from modules.ui.quicksettings import selected_checkpoint
 from modules.ui.toprow import Toprow
 
 if TYPE_CHECKING:
-    from backend.text_processing.classic_engine import ClassicTextProcessingEngine
     from modules.application import Application
 
 CHUNK_TOKENS = 75
 MAX_COUNTED_CHARACTERS = 50_000
 
 
+def _clip_counter() -> Any:
+    from torch import nn  # heavy: only when text is first counted
+
+    from backend.text_processing.classic_engine import ClassicTextProcessingEngine  # imports torch
+    from backend.text_processing.clip_tokenizer import build_clip_tokenizer  # imports transformers
+
+    return ClassicTextProcessingEngine(nn.Identity(), build_clip_tokenizer())
+
+
 class TokenCounter:
-    """Counts with the CLIP vocabulary, which is read at the first count."""
+    """Counts with the vocabulary of the selected checkpoint's family, CLIP's where that is not known. A vocabulary is read with the first count."""
 
     _lock = threading.Lock()
 
     def __init__(self, app: Application) -> None:
         self.app = app
+        self._engines: dict[str, Any] = {}
 
-    @cached_property
-    def _text_engine(self) -> ClassicTextProcessingEngine:
+    def _text_engine(self) -> Any:
         with network_imports:
-            from torch import nn  # heavy: only when text is first counted
-
-            from backend.text_processing.classic_engine import ClassicTextProcessingEngine  # imports torch
-            from backend.text_processing.clip_tokenizer import build_clip_tokenizer  # imports transformers
-
-            return ClassicTextProcessingEngine(nn.Identity(), build_clip_tokenizer())
+            facts = facts_of(selected_checkpoint(self.app))
+            own = None if facts is None or facts.build_token_counter is None else facts
+            name = "" if own is None else own.name
+            if name not in self._engines:
+                self._engines[name] = _clip_counter() if own is None or own.build_token_counter is None else own.build_token_counter()
+        return self._engines[name]
 
     def lengths(self, prompt: str, num_steps: int) -> tuple[int, int]:
         """(tokens, tokens that fit) of the longest text used at any step: one part between ANDs, with its schedule at that step."""
@@ -55,7 +65,8 @@ class TokenCounter:
         steps = PassSteps(num_base_steps=max(1, num_steps))
         with self._lock:
             texts = {text for part in split_composition(prompt) for _, text in schedule_prompt(part.text, steps)}
-            counts = [self._text_engine.get_prompt_lengths(text) for text in texts]
+            engine = self._text_engine()
+            counts = [engine.get_prompt_lengths(text) for text in texts]
         return max(counts, default=(0, CHUNK_TOKENS))
 
     def count_html(self, prompt: str | None, num_steps: float, styles: Sequence[str] | None = None, *, negative: bool = False) -> str:
@@ -69,7 +80,7 @@ class TokenCounter:
         if self.app.options.disable_token_counters or len(text) > MAX_COUNTED_CHARACTERS:
             return ""
         if not text.strip():
-            return f"<span>0/{CHUNK_TOKENS}</span>"
+            return f"<span>0/{self._text_engine().get_prompt_lengths('')[1] if families_are_imported() else CHUNK_TOKENS}</span>"
         count, limit = self.lengths(text, int(num_steps or 1))
         return f"<span>{count}/{limit}</span>"
 

@@ -166,7 +166,7 @@ def _inputs(
 
 
 def _paste_target(inputs: Mapping[str, Component], override_settings: gr.Dropdown, scripts: TabScripts) -> PasteTarget:
-    not_pasted = ("override_settings", "n_iter", "batch_size", "seed_enable_extras", "hr_additional_modules")
+    not_pasted = ("override_settings", "n_iter", "batch_size", "seed_enable_extras")
     controls = {name: control for name, control in inputs.items() if name not in not_pasted and name not in scripts.inputs()}
     return PasteTarget(
         tab=TAB,

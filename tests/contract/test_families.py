@@ -25,9 +25,11 @@ from backend.families.key_map import KeyMap, Rows, cut_rows
 from backend.families.latent_format import LatentFormat
 from backend.loader import load_checkpoint
 from backend.modules.k_model import KModel
+from backend.modules.k_prediction import shift_time
 from backend.nn.network_call import NetworkCall
 from backend.parallel.planning.preview import preview_plan
 from backend.parallel.running import status
+from backend.sampling.registry import SamplerSpec
 from modules.application import Application
 from modules.errors import RequestError
 from tests.contract.sources import ROOT_DIR
@@ -155,6 +157,21 @@ def test_the_request_s_distilled_guidance_reaches_the_network_as_a_row(data_dir:
         assert guidance_rows() == [] and "Distilled" not in quick.infotexts[0] and not app.models.engine.use_distilled_cfg_scale
 
 
+def test_another_guidance_does_not_encode_the_prompt_again(data_dir: Path) -> None:
+    with virtual_fleet(1), installed_application(data_dir) as app:
+        app.options.live_previews_enable = False
+        first = _pictures(app, prompt="a cat AND a dog", distilled_cfg_scale=1.0)
+        assert app.models.engine is not None
+        encode, asked = app.models.engine.get_learned_conditioning, []
+        app.models.engine.get_learned_conditioning = lambda prompt: asked.append(list(prompt)) or encode(prompt)  # type: ignore[method-assign,func-returns-value]
+        other = _pictures(app, prompt="a cat AND a dog", distilled_cfg_scale=9.0)
+        again = _pictures(app, prompt="a cat AND a dog", distilled_cfg_scale=1.0)
+        assert asked == []
+        assert np.array_equal(again, first) and not np.array_equal(other, first)
+        _pictures(app, prompt="a cow AND a dog", distilled_cfg_scale=1.0)
+        assert asked == [["a cow", " a dog"]]
+
+
 @pytest.mark.parametrize("strategy", ["replicas", "layers"])
 def test_two_slots_make_the_same_pictures(data_dir: Path, expected: dict[str, np.ndarray], strategy: str) -> None:
     with virtual_fleet(2), installed_application(data_dir) as app, loaded_builtin(app, "sd_forge_lora"):
@@ -179,6 +196,47 @@ def test_what_the_family_has_no_form_of_is_refused_and_the_rest_works(data_dir: 
         assert _pictures(app, make=img2img, batch_size=1, denoising_strength=0.5).shape == (1, 64, 64, 3)
         hires = _pictures(app, batch_size=1, enable_hr=True, hr_scale=2.0, hr_upscaler="Latent", denoising_strength=0.6)
         assert hires.shape == (1, 128, 128, 3)
+
+
+def test_settings_of_a_flow_act_for_their_job_and_are_written(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise levels of each pass, seen where they are computed. 64x64 pixels are 256 tokens of this family: shift 5; twice as large, 17."""
+    seen: list[Tensor] = []
+    compute = SamplerSpec.compute_sigmas
+
+    def record(spec: SamplerSpec, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(compute(spec, *args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(SamplerSpec, "compute_sigmas", record)
+
+    def levels(scheduler: str, **settings: Any) -> tuple[list[Tensor], str]:
+        seen.clear()
+        hires = {"enable_hr": True, "hr_scale": 2.0, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+        overrides = {"sd_model_checkpoint": "glyphs", **settings}
+        job = {**JOB, **hires, "batch_size": 1, "sampler_name": "Euler", "scheduler": scheduler, "override_settings": overrides}
+        infotext = run(txt2img(**job)).infotexts[0]
+        return list(seen), infotext
+
+    with virtual_fleet(1), installed_application(data_dir) as app:
+        app.options.live_previews_enable = False
+        for settings, shifts, words in (
+            ({}, (3.0, 3.0), None),
+            ({"flow_shift": 1.0}, (1.0, 1.0), "Shift: 1"),
+            ({"flow_shift_by_size": True}, (5.0, 17.0), "Shift by size: True"),
+            ({}, (3.0, 3.0), None),
+        ):
+            found, infotext = levels("Simple", **settings)
+            assert len(found) == 2
+            for sigmas, shift in zip(found, shifts):
+                num_steps = len(sigmas) - 1
+                times = torch.arange(num_steps, 0, -1) / num_steps
+                torch.testing.assert_close(sigmas[:-1], shift_time(times, shift), atol=5e-3, rtol=0)
+            assert "Shift" not in infotext if words is None else words in infotext
+        (plain, _), infotext = levels("Normal")
+        (forge, _), forge_infotext = levels("Normal", flow_schedules_of_forge=True)
+        torch.testing.assert_close(forge[:-1], torch.linspace(1, 0.003, 4), atol=1e-3, rtol=0)
+        assert plain[1] > forge[1] + 0.1
+        assert "Forge flow schedules: True" in forge_infotext and "Forge" not in infotext
 
 
 def test_the_model_is_saved_as_it_was_read(data_dir: Path, tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ from backend.families.family import Family, FoundDenoiser, Guidance, PageDefault
 from backend.families.flux.identify import LATENT_CHANNELS, identify_flux
 from backend.families.flux.key_map import flux_key_map
 from backend.families.flux.program import CELL, build_flux_program
-from backend.families.flux.text import TEXT_ENCODERS, build_text_engines, encode
+from backend.families.flux.text import TEXT_ENCODERS, build_text_engines, build_token_counter, encode
 from backend.families.inpainting import mask_behind_picture
 from backend.families.latent_format import LatentFormat
 from backend.families.unet_family import kl_vae
 from backend.key_layout import UNET_PREFIX, clip_to_text_model, vae_to_ldm
-from backend.modules.k_prediction import FlowPrediction, shift_from_mu
+from backend.modules.k_prediction import FlowPrediction, mu_of_tokens, shift_from_mu
 from backend.nn.flux import IntegratedFluxTransformer2DModel
 from backend.state_dict import build_empty
 
@@ -34,6 +34,8 @@ LATENT = LatentFormat(channels=LATENT_CHANNELS, factor=8, scale=0.3611, shift=0.
 """A preview's colours are fitted to the VAE."""
 MU, SCHNELL_MU = 1.15, 1.0
 """Forge's, at every size: 1.15 is the published line's value at 1024x1024; schnell was published without a shift."""
+TABLE_LENGTH = 10000
+"""Forge's, from which schedules such as Simple pick their levels."""
 DISTILLED_CFG = 3.5
 _TEXT_PREFIXES = ("text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer.")
 
@@ -83,7 +85,7 @@ FAMILY = Family(
     vae=replace(kl_vae(LATENT, TITLE), usual_file="ae.safetensors (0.34 GB)"),
     latent=LATENT,
     find_prediction=_find_prediction,
-    make_predictor=lambda prediction: FlowPrediction(shift=prediction.shift, multiplier=1.0),
+    make_predictor=lambda prediction: FlowPrediction(shift=prediction.shift, multiplier=1.0, timesteps=TABLE_LENGTH),
     native_size_px=lambda prediction: 1024,
     build_text_engines=build_text_engines,
     encode=encode,
@@ -91,9 +93,12 @@ FAMILY = Family(
     join_inpaint=partial(mask_behind_picture, factor=LATENT.factor),
     compute_dtypes=(torch.bfloat16, torch.float16, torch.float32),
     attends_jointly=True,
+    build_token_counter=build_token_counter,
+    shift_of_tokens=lambda tokens: shift_from_mu(mu_of_tokens(tokens)),
+    forge_shifts_table_alone=True,
     default_schedule="simple",
     guidance=Guidance(distilled=DISTILLED_CFG),
-    defaults=PageDefaults(sampler="Euler", schedule="Simple", steps=20, cfg=1.0, width_px=896, height_px=1152),
+    defaults=PageDefaults(preset="flux", sampler="Euler", schedule="Simple", steps=20, cfg=1.0, width_px=896, height_px=1152),
     denoiser_title="transformer",
     forge_flags=frozenset({"is_flux"}),
 )

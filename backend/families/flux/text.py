@@ -18,6 +18,7 @@ from backend.families.t5_text import t5xxl
 from backend.families.unet_family import clip_l, is_slot, text_width
 from backend.text_processing.classic_engine import ClassicTextProcessingEngine
 from backend.text_processing.t5_engine import T5TextProcessingEngine
+from backend.text_processing.t5_tokenizer import build_t5_tokenizer
 from backend.text_processing.textual_inversion import EmbeddingDatabase
 
 T5, CLIP_L = 0, 1
@@ -43,6 +44,11 @@ def build_text_engines(encoders: Mapping[str, nn.Module], tokenizers: Mapping[st
         encoders["clip_l"], tokenizers["clip_l"], embedding_key="clip_l", embeddings=embeddings, return_pooled=True
     )  # fmt: skip
     return [T5TextProcessingEngine(encoders["t5xxl"], tokenizers["t5xxl"]), clip]
+
+
+def build_token_counter() -> TextEngine:
+    """T5's tokens, without T5."""
+    return T5TextProcessingEngine(nn.Identity(), build_t5_tokenizer())
 
 
 def encode(side: Any, prompt: Sequence[str]) -> dict[str, Tensor]:

@@ -44,6 +44,6 @@ FAMILY = Family(
     ],
     encode=encode_text_alone,
     join_checkpoint=partial(join_unet_checkpoint, ((CLIP_L_PREFIX, clip_to_text_model),)),
-    defaults=PageDefaults(),
+    defaults=PageDefaults(preset="sd"),
     forge_flags=frozenset({"is_sd1"}),
 )

@@ -63,6 +63,6 @@ FAMILY = Family(
     ],
     encode=encode_text_alone,
     join_checkpoint=partial(join_unet_checkpoint, ((OPEN_CLIP_PREFIX, _write_text),)),
-    defaults=PageDefaults(width_px=768, height_px=768),
+    defaults=PageDefaults(preset="sd", width_px=768, height_px=768),
     forge_flags=frozenset({"is_sd2"}),
 )

@@ -44,6 +44,6 @@ FAMILY = Family(
     join_checkpoint=partial(join_unet_checkpoint, ((SDXL_CLIP_L_PREFIX, clip_to_text_model), (SDXL_OPEN_CLIP_PREFIX, clip_to_open_clip))),
     text_settings={"sdxl_crop_top": 0, "sdxl_crop_left": 0},
     reads_size=True,
-    defaults=PageDefaults(width_px=1024, height_px=1024),
+    defaults=PageDefaults(preset="xl", width_px=1024, height_px=1024),
     forge_flags=frozenset({"is_sdxl"}),
 )

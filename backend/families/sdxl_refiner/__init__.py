@@ -48,6 +48,6 @@ FAMILY = Family(
         "sdxl_refiner_low_aesthetic_score": AESTHETIC_SCORE_NEGATIVE,
     },
     reads_size=True,
-    defaults=PageDefaults(width_px=1024, height_px=1024),
+    defaults=PageDefaults(preset="xl", width_px=1024, height_px=1024),
     forge_flags=frozenset({"is_sdxl"}),
 )

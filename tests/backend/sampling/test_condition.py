@@ -56,6 +56,17 @@ def test_what_may_share_a_batch() -> None:
     assert ConditionConstant(3).process_cond(5, CPU).concat([ConditionConstant(3)]) == 3
 
 
+def test_text_in_a_joint_attention_is_never_repeated() -> None:
+    """256 and 512 tokens would join by repetition; where the picture's tokens are in the same softmax, that would double the text's weight."""
+    short, long = torch.zeros(1, 256, 8), torch.zeros(1, 512, 8)
+    for cond in (lambda text: text, lambda text: {"crossattn": text, "vector": torch.zeros(1, 5)}):
+        for repeats in (True, False):
+            one, other = (compile_conditions(cond(text), text_repeats=repeats)[0]["model_conds"]["c_crossattn"] for text in (short, long))
+            assert one.can_concat(other) is repeats
+        weighted = compile_weighted_conditions(cond(short), [[(0, 1.0)]], text_repeats=False)[0]["model_conds"]["c_crossattn"]
+        assert not weighted.can_concat(other) and weighted.can_concat(one)
+
+
 def test_text_alone_and_text_with_a_vector() -> None:
     text, vector = torch.zeros(2, 77, 8), torch.zeros(2, 5)
     assert set(compile_conditions(text)[0]["model_conds"]) == {"c_crossattn"}

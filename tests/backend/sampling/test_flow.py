@@ -11,12 +11,13 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from scipy import stats
 
 from backend.modules.k_prediction import FlowPrediction, Prediction, mu_of_tokens, shift_from_mu, shift_time, unshift_time
 from backend.sampling.flow_form import to_sigma, to_time
 from backend.sampling.registry import SAMPLERS, find_sampler
 from backend.sampling.sampler_types import SamplerSettings, StepInfo, churn, split_ancestral_flow
-from backend.sampling.schedules import SCHEDULES, compute_sigmas
+from backend.sampling.schedules import SCHEDULES, ScheduleSettings, compute_sigmas
 from tests.backend.sampling.toys import one_stream
 
 FLOW = SamplerSettings(is_flow=True)
@@ -155,3 +156,34 @@ def test_euler_is_the_library_s_euler() -> None:
         return predictor.calculate_denoised(time, torch.tanh(latents) * (0.5 + time[:, None, None, None]), latents)
 
     torch.testing.assert_close(run_flow("Euler", denoise, start, compute_sigmas("simple", 10, predictor)), x, atol=1e-5, rtol=1e-5)
+
+
+def beta_times(predictor: FlowPrediction, num_steps: int, alpha: float, beta: float) -> list[float]:
+    """Lee et al. 2024: the quantiles of a beta distribution are the timesteps, which the model's table turns into noise levels."""
+
+    quantiles = [float(stats.beta.ppf(1 - step / num_steps, alpha, beta)) for step in range(num_steps)]
+    table = predictor.sigmas
+    return [float(table[round(quantile * (len(table) - 1))]) for quantile in quantiles]
+
+
+@pytest.mark.parametrize("num_steps", [4, 20])
+def test_beta_s_quantiles_are_times_before_the_shift(num_steps: int) -> None:
+    predictor = FlowPrediction(shift=math.exp(1.15), timesteps=10000)
+    sigmas = compute_sigmas("beta", num_steps, predictor, ScheduleSettings(beta_alpha=0.6, beta_beta=0.6))
+    torch.testing.assert_close(sigmas[:-1], torch.tensor(beta_times(predictor, num_steps, 0.6, 0.6)), atol=2e-4, rtol=1e-3)
+
+
+def test_schedules_as_forge_computes_them() -> None:
+    """Forge's table of Flux.1 is shifted (mu 1.15, 10000 entries); times that are computed, not looked up, are not."""
+    predictor = FlowPrediction(shift=math.exp(1.15), timesteps=10000)
+    lowest = float(predictor.sigmas[0])
+    assert lowest == pytest.approx(3.157e-4, rel=1e-3)
+    forge = ScheduleSettings(unshifted=True)
+    torch.testing.assert_close(compute_sigmas("normal", 4, predictor, forge), torch.tensor([1, 0.66677, 0.33354, lowest, 0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(compute_sigmas("sgm_uniform", 4, predictor, forge), torch.tensor([1, 0.75008, 0.50016, 0.25024, 0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(compute_sigmas("beta", 3, predictor, forge), torch.tensor([1, 0.50016, lowest, 0]), atol=1e-4, rtol=0)
+    for name in ("simple", "ddim", "karras", "exponential", "kl_optimal"):
+        assert torch.equal(compute_sigmas(name, 7, predictor, forge), compute_sigmas(name, 7, predictor))
+    for name in ("normal", "sgm_uniform", "beta"):
+        assert bool((compute_sigmas(name, 7, predictor)[1:-2] > compute_sigmas(name, 7, predictor, forge)[1:-2] + 0.05).all())
+        assert torch.equal(compute_sigmas(name, 7, Prediction(), forge), compute_sigmas(name, 7, Prediction()))

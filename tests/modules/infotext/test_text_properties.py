@@ -38,11 +38,11 @@ NUMBER_KEYS = (
     "Hires CFG Scale",
     "Hires Distilled CFG Scale", "Mask blur", "Masked area padding", "Noise multiplier", "Extra noise", "Refiner switch at", "NGMS", "Skip Early CFG",
     "Schedule min sigma", "Schedule max sigma", "Schedule rho", "Beta schedule alpha", "Beta schedule beta", "Eta", "Eta DDIM", "Sigma churn",
-    "Sigma tmin", "Sigma tmax", "Sigma noise", "UniPC order",
+    "Sigma tmin", "Sigma tmax", "Sigma noise", "UniPC order", "Shift",
 )  # fmt: skip
 FLAG_KEYS = (
     "Tiling", "NGMS all steps", "Pad conds", "Discard penultimate sigma", "SGM noise multiplier", "UniPC lower order final",
-    "Downcast alphas_cumprod",
+    "Downcast alphas_cumprod", "Shift by size", "Forge flow schedules",
     "Refiner switch by sampling steps",
 )  # fmt: skip
 RESERVED = {"Prompt", "Negative prompt"}

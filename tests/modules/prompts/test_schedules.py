@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -209,6 +210,16 @@ def test_a_prompt_s_condition_does_not_depend_on_its_neighbours() -> None:
 def test_texts_of_one_schedule_have_one_length() -> None:
     (schedule,) = prompt_parser.get_learned_conditioning(EngineModel(), [f"[a cat:{'word ' * 100}:3]"], 10)
     assert [entry.cond.shape for entry in schedule] == [(154, WIDTH)] * 2
+
+
+def test_where_text_and_picture_share_an_attention_all_prompts_get_one_length() -> None:
+    model = LetterModel()
+    model.family_facts = SimpleNamespace(attends_jointly=True)  # type: ignore[attr-defined]
+    c = prompt_parser.get_multicond_learned_conditioning(model, SdConditioning(["a AND [b:c:3]", "d", "a"]), 10)
+    assert [list(asked) for asked in model.asked] == [["a", " b", " c", "d"]]
+    rows, batch = prompt_parser.reconstruct_multicond_batch(c, 5)
+    assert rows == [[(0, 1.0), (1, 1.0)], [(2, 1.0)], [(3, 1.0)]]
+    assert [chr(int(row[0, 1])) for row in batch] == ["a", " ", "d", "a"]
 
 
 @given(st.text(st.sampled_from("()[]:|\\ AND BREAK0.5ab<>#\n") | st.characters(), max_size=30))

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from backend.families.family import PageDefaults
 from modules.application import Application
+from modules.checkpoints.families import FamilyFacts
 from modules.ui import quicksettings as quick
 from modules.ui.quicksettings import QuickSettingsHandlers
 from tests.support.applications import installed_application
@@ -119,11 +121,87 @@ def test_presets_give_the_values_users_know(app: Application) -> None:
     assert quick.preset_defaults(app.options, "all", "txt2img") is None
 
 
-def test_preset_is_kept_and_shows_its_controls(app: Application) -> None:
-    low_bits, clip_skip = QuickSettingsHandlers(app).choose_preset("xl")
-    assert (low_bits["visible"], clip_skip["visible"]) == (True, False)
-    assert app.options.forge_preset == "xl"
-    assert quick.start_preset(app) == "xl"
+def test_the_flux_preset_is_forge_s(app: Application) -> None:
+    first, second = (quick.preset_defaults(app.options, "flux", tab) for tab in ("txt2img", "img2img"))
+    assert first is not None and second is not None
+    assert (first.width_px, first.height_px, first.cfg_scale, first.hires_cfg_scale, first.sampler, first.scheduler) == (
+        896, 1152, 1.0, 1.0, "Euler", "Simple",
+    )  # fmt: skip
+    assert (second.width_px, second.height_px, second.cfg_scale, second.sampler, second.scheduler) == (1024, 1024, 1.0, "Euler", "Simple")
+    app.options.set("flux_t2i_d_cfg", 2.5)
+    app.options.set("flux_t2i_hr_d_cfg", 4.5)
+    app.options.set("flux_i2i_d_cfg", 30)
+    first, second = (quick.preset_defaults(app.options, "flux", tab) for tab in ("txt2img", "img2img"))
+    assert first is not None and second is not None
+    assert (first.distilled_cfg_scale, first.hires_distilled_cfg_scale, second.distilled_cfg_scale) == (2.5, 4.5, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "low_bits_shown", "clip_skip_shown"), [("sd", False, True), ("xl", True, False), ("flux", True, False), ("all", True, True)]
+)
+def test_preset_is_kept_and_shows_its_controls(app: Application, preset: str, low_bits_shown: bool, clip_skip_shown: bool) -> None:
+    *_, low_bits, clip_skip = QuickSettingsHandlers(app).choose_preset(preset)
+    assert (low_bits["visible"], clip_skip["visible"]) == (low_bits_shown, clip_skip_shown)
+    assert app.options.forge_preset == preset
+    assert quick.start_preset(app) == preset
+
+
+def facts(*, preset: str = "", distilled: bool = False) -> FamilyFacts:
+    return FamilyFacts(name="some", takes_distilled=distilled, multiple_px=16, defaults=PageDefaults(preset=preset, cfg=2.0, width_px=640))
+
+
+def test_distilled_sliders_follow_the_checkpoint_and_the_preset_where_it_says_nothing() -> None:
+    assert [quick.distilled_is_shown(preset, None) for preset in quick.PRESETS] == [False, False, True, True]
+    assert all(quick.distilled_is_shown(preset, facts(distilled=True)) for preset in quick.PRESETS)
+    assert not any(quick.distilled_is_shown(preset, facts()) for preset in quick.PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("preset", "family_preset", "after"),
+    [
+        ("sd", "flux", "flux"), ("xl", "flux", "flux"), ("flux", "xl", "xl"), ("flux", "sd", "sd"), ("sd", "xl", "sd"), ("xl", "sd", "xl"),
+        ("all", "flux", "all"), ("flux", "flux", "flux"), ("flux", "", "flux"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_the_other_kind_brings_its_preset(preset: str, family_preset: str, after: str) -> None:
+    assert quick.preset_for(preset, facts(preset=family_preset)) == after
+    assert quick.preset_for(preset, None) == preset
+
+
+def test_a_family_without_a_preset_proposes_its_own_values() -> None:
+    defaults = quick.family_defaults(facts())
+    assert (defaults.width_px, defaults.cfg_scale, defaults.hires_cfg_scale, defaults.sampler) == (640, 2.0, 2.0, "Euler")
+
+
+def test_a_preset_brings_back_its_checkpoint_and_files(app: Application) -> None:
+    for name in ("a", "b"):
+        put_checkpoint(app, f"{name}.safetensors")
+    put_modules(app, "clip.safetensors", "t5.safetensors")
+    paths = {name: str(path) for name, path in app.additional_modules.files.items()}
+    handlers = QuickSettingsHandlers(app)
+    handlers.choose_checkpoint("a.safetensors")
+    checkpoint, modules, *_ = handlers.choose_preset("flux")
+    assert "a.safetensors" in checkpoint["value"] and modules["value"] == []  # nothing was chosen with flux yet
+    handlers.choose_checkpoint("b.safetensors")
+    handlers.choose_modules(["t5.safetensors", "clip.safetensors"])
+    checkpoint, modules, *_ = handlers.choose_preset("sd")
+    assert "a.safetensors" in checkpoint["value"] and modules["value"] == []
+    checkpoint, modules, *_ = handlers.choose_preset("flux")
+    assert "b.safetensors" in checkpoint["value"] and modules["value"] == ["t5.safetensors", "clip.safetensors"]
+    assert app.options.forge_additional_modules == [paths["t5.safetensors"], paths["clip.safetensors"]]
+    Path(paths["clip.safetensors"]).unlink()
+    app.additional_modules.refresh()
+    handlers.choose_preset("sd")
+    _, modules, *_ = handlers.choose_preset("flux")
+    assert modules["value"] == ["t5.safetensors"]
+
+
+def put_modules(app: Application, *names: str) -> None:
+    folder = app.additional_modules.text_encoder_roots[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        save_file({"x": torch.zeros(2)}, folder / name)
+    app.additional_modules.refresh()
 
 
 def test_sdxl_flag_starts_with_the_xl_preset(tmp_path: Path) -> None:

@@ -134,9 +134,9 @@ def test_size_is_the_one_that_the_checkpoint_declares(page: gr.Blocks) -> None:
 def test_sizes_of_both_tabs_follow_a_chosen_checkpoint(app: Application, page: gr.Blocks) -> None:
     dropdown = by_id(page, "setting_sd_model_checkpoint")
     function = next(fn for fn in page.fns.values() if (dropdown._id, "input") in fn.targets)
-    _, *sizes = function.fn("small.safetensors")
-    assert [update["value"] for update in sizes] == [64, 72, 64, 72]
-    assert [block.elem_id for block in function.outputs[1:]] == ["txt2img_width", "txt2img_height", "img2img_width", "img2img_height"]
+    updates = dict(zip([block.elem_id for block in function.outputs], function.fn("small.safetensors")))
+    sides = ["txt2img_width", "txt2img_height", "img2img_width", "img2img_height"]
+    assert [(updates[side]["value"], updates[side]["step"]) for side in sides] == [(64, 8), (72, 8), (64, 8), (72, 8)]
 
 
 def test_preset_sets_its_values_but_not_the_size_that_the_checkpoint_declares(page: gr.Blocks) -> None:
@@ -148,7 +148,18 @@ def test_preset_sets_its_values_but_not_the_size_that_the_checkpoint_declares(pa
     assert updates["img2img_scheduler"]["value"] == "Karras"
     assert updates["txt2img_width"]["value"] == 64
     assert updates["txt2img_hr_cfg"]["value"] == 5
-    assert set(map(str, function.fn("all")[2:])) == {str(gr.skip())}
+    left_alone = dict(zip([block.elem_id for block in function.outputs], function.fn("all")))
+    assert {str(left_alone[name]) for name in ("txt2img_cfg_scale", "txt2img_sampling", "img2img_scheduler", "txt2img_hr_cfg")} == {str(gr.skip())}
+
+
+def test_flux_preset_shows_its_sliders_with_its_values(page: gr.Blocks) -> None:
+    radio = by_id(page, "forge_ui_preset")
+    function = next(fn for fn in page.fns.values() if (radio._id, "input") in fn.targets)
+    sliders = ("txt2img_distilled_cfg_scale", "txt2img_hr_distilled_cfg", "img2img_distilled_cfg_scale")
+    flux, sd = (dict(zip([block.elem_id for block in function.outputs], function.fn(preset))) for preset in ("flux", "sd"))
+    assert [(flux[name]["value"], flux[name]["visible"]) for name in sliders] == [(3.5, True)] * 3
+    assert [sd[name]["visible"] for name in sliders] == ["hidden"] * 3
+    assert (flux["txt2img_cfg_scale"]["value"], flux["txt2img_sampling"]["value"], flux["txt2img_scheduler"]["value"]) == (1.0, "Euler", "Simple")
 
 
 def test_extensions_find_the_controls_to_paste_into(page: gr.Blocks) -> None:
