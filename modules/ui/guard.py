@@ -29,8 +29,19 @@ class GuardedBlocks(gr.Blocks):
                 check_payload(value, is_plain_json=isinstance(block, gr.JSON))
             except ForeignFileError as error:
                 raise gr.Error(str(error), print_exception=False) from error
-        shown = [block if state is None or block._id not in state else state[block._id] for block in block_fn.inputs]
-        return await super().preprocess_data(block_fn, [fit_to_bounds(*pair) for pair in zip(shown, inputs)], state, explicit_call)
+        fitted = _fit_all(block_fn, inputs, state)
+        while True:
+            try:
+                return await super().preprocess_data(block_fn, fitted, state, explicit_call)
+            except gr.Error:
+                before, fitted = fitted, _fit_all(block_fn, inputs, state)
+                if fitted == before:  # else another event's answer changed the bounds in the meantime
+                    raise
+
+
+def _fit_all(block_fn: Any, inputs: list[Any], state: Any) -> list[Any]:
+    shown = [block if state is None or block._id not in state else state[block._id] for block in block_fn.inputs]
+    return [fit_to_bounds(*pair) for pair in zip(shown, inputs)]
 
 
 def fit_to_bounds(block: Any, value: Any) -> Any:

@@ -30,8 +30,9 @@ MAX_COUNTED_CHARACTERS = 50_000
 def _clip_counter() -> Any:
     from torch import nn  # heavy: only when text is first counted
 
-    from backend.text_processing.classic_engine import ClassicTextProcessingEngine  # imports torch
-    from backend.text_processing.clip_tokenizer import build_clip_tokenizer  # imports transformers
+    with network_imports:
+        from backend.text_processing.classic_engine import ClassicTextProcessingEngine  # imports torch
+        from backend.text_processing.clip_tokenizer import build_clip_tokenizer  # imports transformers
 
     return ClassicTextProcessingEngine(nn.Identity(), build_clip_tokenizer())
 

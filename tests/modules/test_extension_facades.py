@@ -100,7 +100,7 @@ def test_pictures_of_preprocessors_get_three_channels_and_multiples_of_64() -> N
     assert padded.shape == (128, 192, 3)
     assert remove_pad(padded).shape == (100, 140, 3)
     assert np.array_equal(forge_utils.pytorch_to_numpy(forge_utils.numpy_to_pytorch(padded))[0], padded)
-    with pytest.raises(ValueError, match="8 bit"):
+    with pytest.raises(ValueError, match="8-bit"):
         forge_utils.HWC3(np.zeros((2, 2)))
 
 

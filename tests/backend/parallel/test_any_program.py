@@ -189,7 +189,7 @@ def test_a_segment_that_reads_an_unproduced_tensor_is_refused(network: TokenNetw
     broken = replace(program.segments[0], consumes=("picture", "depth"))
     with pytest.raises(ValueError, match="joint 0 reads depth"):
         replace(program, segments=(broken, *program.segments[1:]))
-    with pytest.raises(ValueError, match="produces modulation, the program's constant"):
+    with pytest.raises(ValueError, match="produces the program's constant modulation"):
         replace(program, segments=(replace(program.segments[0], produces=("picture", "modulation")), *program.segments[1:]))
     with pytest.raises(ValueError, match="No segment produces the output 'answer'"):
         replace(program, segments=program.segments[:-1])
@@ -198,7 +198,7 @@ def test_a_segment_that_reads_an_unproduced_tensor_is_refused(network: TokenNetw
 def test_a_call_without_latents_or_with_different_row_counts_is_refused() -> None:
     with pytest.raises(ValueError, match="but no latents"):
         NetworkCall(rows={"text": torch.zeros(1, 2)})
-    with pytest.raises(ValueError, match="2 rows was given"):
+    with pytest.raises(ValueError, match="A call of 2 rows got"):
         NetworkCall(rows={"x": torch.zeros(2, 1), "text": torch.zeros(3, 2)})
     whole = NetworkCall(rows={"x": torch.zeros(2, 1), "mask": torch.ones(1, 2)})
     assert whole.take_rows(1, 2).rows["mask"].shape == (1, 2)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,12 @@ def test_handlers_of_guests_are_guests_too(kind: str) -> None:
     assert not guest_is_calling()
 
 
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """In a thread of its own: where browser tests ran before, this one has an event loop already."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
 def _all_values(handler: Any, argument: str) -> list[Any]:
     """What gradio would get from a handler of any kind."""
     if inspect.isasyncgenfunction(handler):
@@ -74,9 +82,9 @@ def _all_values(handler: Any, argument: str) -> list[Any]:
         async def collect() -> list[Any]:
             return [value async for value in handler(argument)]
 
-        return asyncio.run(collect())
+        return _run(collect())
     if inspect.iscoroutinefunction(handler):
-        return [asyncio.run(handler(argument))]
+        return [_run(handler(argument))]
     return list(handler(argument)) if inspect.isgeneratorfunction(handler) else [handler(argument)]
 
 

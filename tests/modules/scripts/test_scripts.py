@@ -426,7 +426,7 @@ def test_a_failing_callback_is_reported_and_the_others_are_told(app: Application
     """
     with caplog.at_level(logging.WARNING):
         with_extensions(fails={"scripts/fails.py": text})
-        assert "listens to on_list_unets, which never happens here" in caplog.text
+        assert "listens to on_list_unets, which never fires here" in caplog.text
         app.models.on_loaded[0]("engine")
         assert callbacks.callback_map["callbacks_model_loaded"][1].callback.__self__ == ["engine"]
         assert callbacks.ui_tabs_callback() == []

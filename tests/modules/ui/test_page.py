@@ -68,8 +68,8 @@ def test_scripts_define_the_names_that_extensions_use(tmp_path: Path) -> None:
     )
     for name in functions.split():
         assert f"function {name}(" in text, name
-    assert "let opts = {}" in text
-    assert "let uiCurrentTab = " in text
+    assert "var opts = {}" in text
+    assert "var uiCurrentTab = " in text
 
 
 def test_a_sheet_that_is_not_utf8_or_no_file_costs_only_its_own_letters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
