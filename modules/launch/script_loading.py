@@ -16,7 +16,7 @@ loaded_scripts: dict[str, ModuleType] = {}
 
 
 def load_module(path: str) -> ModuleType:
-    """Import the file `path`, anew if it was imported before. Raises what it raises.
+    """Import the file `path`, again if it was imported before. Raises what the file raises.
 
     The module's name is that of its file, `xyz_grid.py`, by which scripts find each other; the whole end of the path finds it too."""
     spec = importlib.util.spec_from_file_location(Path(path).name, path)

@@ -47,7 +47,7 @@ class Timer:
             self.record(name)
 
     def reset(self) -> None:
-        """Begin anew now."""
+        """Start again at this moment."""
         self.restart(time.time())
 
     @property

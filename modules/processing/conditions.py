@@ -170,7 +170,7 @@ def _cached(
 ) -> Any:
     """The conditions of `prompts`, from `cache` ([key, conditions]) when nothing they depend on has changed.
 
-    Of those that were kept the distilled guidance alone is made anew: a text encoder of 9.5 GB need not come back for a slider.
+    Only the distilled guidance of kept conditions is computed again: a slider must not bring a 9.5 GB text encoder back.
     """
     key = _cache_key(p, prompts, steps, hires_steps, network_data)
     if cache[0] is None or cache[0] != key:

@@ -18,7 +18,7 @@ def test_a_narrow_sdxl_network_lies_evenly_on_two_equal_slots(width: int, tmp_pa
     """Two pictures of 128 pixels with CFG. The text encoders lie on one of the slots, and are as large as the narrow denoiser."""
     with virtual_fleet(2), narrow_application(tmp_path, "sdxl", width=width) as (app, _):
         app.options.set("multi_gpu_strategy", "layers")
-        for _ in range(2):  # text encoders and VAE are where they stay, and the network is cut anew by measured times
+        for _ in range(2):  # the second job has text encoders and VAE in their final places and the cut made from measured times
             for index in range(2):
                 virtual_gpu.get_device(index).reset_peak()
             run(txt2img(batch_size=2, width=128, height=128, do_not_save_grid=True, do_not_save_samples=True))

@@ -86,7 +86,7 @@ def test_layers_give_the_very_bits_of_one_slot(fleet: Fleet, lora: bool) -> None
     session = begin_session(unet, SHAPE, request("layers"))
     assert session is not None and session.plan.strategy == "layers"
     assert len(session.plan.used_slots) >= min(3, len(fleet.working_slots)), "six pieces of unlike size may leave a fourth slot idle"
-    for _ in range(3):  # also after times were measured and the cut was made anew
+    for _ in range(3):  # the third job uses the cut made from measured times
         result = unet.model.apply_model(**make_inputs(unet.load_device))
         assert torch.equal(result.cpu(), whole(lora))
     end_session(unet)
