@@ -11,12 +11,12 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tools.measure import order_of_round, paired_ratio
 
-NUM_ROUNDS, NUM_STEPS, SIDE_PX = 7, 4, 384
+NUM_ROUNDS, NUM_STEPS, SIDE_PX = 7, 4, 256
 _CHILD = """
 import json, sys
 from benchmarks._multi_slot import TWO_SLOTS, UNET_PHASE, make_application, run_job, use_slots
@@ -53,9 +53,10 @@ class TreeProcess:
         self._process.wait()
 
 
-def compare(trees: Mapping[str, TreeProcess], jobs: Sequence[tuple[str, int]], num_rounds: int = NUM_ROUNDS) -> list[str]:
-    """A Markdown row per job: medians, the median of the ratios within a round, and all numbers."""
-    lines = ["| job | before, median s | after, median s | after / before | its min..max | before s | after s |", "|---|--:|--:|--:|---|---|---|"]
+def compare(trees: Mapping[str, TreeProcess], jobs: Sequence[tuple[str, int]], num_rounds: int = NUM_ROUNDS) -> Iterator[str]:
+    """A Markdown row per job, as soon as it is measured: medians, the median of the ratios within a round, and all numbers."""
+    yield "| job | before, median s | after, median s | after / before | its min..max | before s | after s |"
+    yield "|---|--:|--:|--:|---|---|---|"
     for job in jobs:
         times: dict[str, list[float]] = {name: [] for name in trees}
         for name in trees:
@@ -67,8 +68,7 @@ def compare(trees: Mapping[str, TreeProcess], jobs: Sequence[tuple[str, int]], n
         ratio, low, high = paired_ratio(after_s, before_s)
         raw = " | ".join(" ".join(f"{value:.3g}" for value in one) for one in (before_s, after_s))
         medians = f"{statistics.median(before_s):.3g} | {statistics.median(after_s):.3g}"
-        lines.append(f"| {job[0]}, {job[1]} images | {medians} | {ratio:.3f} | {low:.3f}..{high:.3f} | {raw} |")
-    return lines
+        yield f"| {job[0]}, {job[1]} images | {medians} | {ratio:.3f} | {low:.3f}..{high:.3f} | {raw} |"
 
 
 def main(words: Sequence[str]) -> None:
@@ -76,7 +76,8 @@ def main(words: Sequence[str]) -> None:
     jobs = [(strategy, int(images)) for strategy, _, images in (name.partition(":") for name in names)]
     trees = {"before": TreeProcess(Path(before)), "after": TreeProcess(Path(after))}
     try:
-        print("\n".join(compare(trees, jobs)))
+        for line in compare(trees, jobs):
+            print(line, flush=True)
     finally:
         for tree in trees.values():
             tree.close()
