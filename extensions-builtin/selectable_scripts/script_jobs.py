@@ -1,4 +1,4 @@
-"""What the scripts here have in common: a request that is used again for several jobs, and their results together."""
+"""Shared by the scripts here: copies of a request for several jobs, and joining their results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modules.processing import Processed, StableDiffusionProcessing
 
 
 def copy_request(p: StableDiffusionProcessing) -> StableDiffusionProcessing:
-    """`p` for a job of its own: what a job writes into the copy leaves `p` as it is."""
+    """A copy of `p` for one job; whatever the job writes into it leaves `p` unchanged."""
     one = copy.copy(p)
     for name in ("extra_generation_params", "override_settings", "comments"):
         setattr(one, name, dict(getattr(p, name)))
@@ -27,7 +27,7 @@ def copy_request(p: StableDiffusionProcessing) -> StableDiffusionProcessing:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Some pictures of a job, each with its parameters, and what they were made from."""
+    """Some pictures of a job, their parameters, and the result they came from."""
 
     pictures: tuple[tuple[Image.Image, str], ...]
     prompts: tuple[str, ...]
@@ -38,7 +38,7 @@ class Part:
 
 
 def part_of(done: Processed, first: int = 0, count: int | None = None) -> Part:
-    """The job's pictures without its grid, or `count` of them from number `first` on."""
+    """The job's pictures without its grid; with `count`, only that many, starting at number `first`."""
     chosen = slice(first, None if count is None else first + count)
     begin = done.index_of_first_image
     return Part(
@@ -52,7 +52,7 @@ def part_of(done: Processed, first: int = 0, count: int | None = None) -> Part:
 
 
 def together(p: StableDiffusionProcessing, parts: Sequence[Part], *, show_pictures: bool = True) -> Processed:
-    """One result of several jobs; the facts of all of them, and their pictures with `show_pictures`."""
+    """Join several jobs into one result with all their parameters, and with their pictures if `show_pictures`."""
     pictures = [picture for part in parts for picture in part.pictures] if show_pictures else []
     return Processed(
         p,
@@ -70,7 +70,7 @@ def together(p: StableDiffusionProcessing, parts: Sequence[Part], *, show_pictur
 
 
 def put_grid_in_front(p: StableDiffusionProcessing, result: Processed, grid: Image.Image, *, save: bool) -> None:
-    """Show `grid` before the pictures of `result`, and save it as settings say."""
+    """Put `grid` before the pictures of `result`, and save it if the settings ask for that."""
     infotext = result.infotexts[0] if result.infotexts else result.info
     result.images.insert(0, grid)
     result.infotexts.insert(0, infotext)

@@ -1,4 +1,4 @@
-"""The axes of the X/Y/Z plot: what can be varied, how a text becomes its values, and how a value gets into a request.
+"""The axes of the X/Y/Z plot: what can be varied, how text is parsed into values, and how a value is put into a request.
 
 Extensions add theirs to `axis_options` of scripts/xyz_grid.py, which imports these names.
 """
@@ -29,7 +29,7 @@ _SIZE = re.compile(r"\s*(\d+)\s*[x:]\s*(\d+)\s*")
 
 
 def str_permutations(text: str) -> str:
-    """The type of an axis whose values are put into every order."""
+    """Type of an axis that tries every order of its values."""
     return text
 
 
@@ -43,7 +43,7 @@ def apply_field(field: str) -> Apply:
 
 
 def apply_override(field: str, boolean: bool = False) -> Apply:
-    """Overrides a setting for the request; `boolean`: from the text "True" or "False"."""
+    """Overrides a setting for the request. `boolean`: the value is the text "True" or "False"."""
 
     def apply(p: Any, value: Any, values: Sequence[Any]) -> None:
         p.override_settings[field] = str(value).lower() == "true" if boolean else value
@@ -52,17 +52,15 @@ def apply_override(field: str, boolean: bool = False) -> Apply:
 
 
 def apply_prompt(p: Any, value: str, values: Sequence[str]) -> None:
-    """The first value of the axis, where the prompts have it, becomes `value`."""
+    """Replaces the axis's first value with `value` in both prompts."""
     wanted = str(values[0])
     if wanted not in p.prompt and wanted not in p.negative_prompt:
-        raise RequestError(
-            f"X/Y/Z plot: Prompt S/R did not find {wanted[:100]!r} in the prompt or the negative prompt. Its first value is what is replaced."
-        )
+        raise RequestError(f"X/Y/Z plot: Prompt S/R did not find {wanted[:100]!r} in a prompt. The axis replaces its first value there.")
     p.prompt, p.negative_prompt = p.prompt.replace(wanted, value), p.negative_prompt.replace(wanted, value)
 
 
 def apply_order(p: Any, value: Sequence[str], values: Sequence[Any]) -> None:
-    """The tokens of `value`, wherever they stand in the prompt, come in its order."""
+    """Reorders the tokens of `value` within the prompt to the order they have in `value`."""
     places = sorted((p.prompt.find(token), token) for token in value)
     missing = [token for place, token in places if place < 0]
     if missing:
@@ -78,7 +76,7 @@ def apply_size(p: Any, value: str, values: Sequence[str]) -> None:
     """Width and height from "512x768"."""
     match = _SIZE.fullmatch(value)
     if match is None:
-        raise RequestError(f"X/Y/Z plot: {value[:100]!r} is no size; write it like 512x768.")
+        raise RequestError(f"X/Y/Z plot: {value[:100]!r} is not a size. Write it like 512x768.")
     p.width, p.height = int(match[1]), int(match[2])
 
 
@@ -125,16 +123,16 @@ def _refuse_unknown(label: str, known: Sequence[str], values: Sequence[Any]) -> 
     by_name = {name.lower() for name in known}
     unknown = [str(value) for value in values if str(value).lower() not in by_name]
     if unknown:
-        raise RequestError(f"X/Y/Z plot: {label}: {unknown[0][:100]!r} is not there; there are {', '.join(known)}.")
+        raise RequestError(f"X/Y/Z plot: {label}: {unknown[0][:100]!r} is unknown. Choose from {', '.join(known)}.")
 
 
 def confirm_samplers(p: Any, values: Sequence[Any]) -> None:
-    """Raises RequestError for a sampler that is not there."""
+    """Raises RequestError for an unknown sampler."""
     _refuse_unknown("samplers", sampler_names(), [sd_samplers.samplers_map.get(str(value).lower(), value) for value in values])
 
 
 def confirm_checkpoints(p: Any, values: Sequence[Any]) -> None:
-    """Raises RequestError for a checkpoint that is not there."""
+    """Raises RequestError for an unknown checkpoint."""
     for value in values:
         if sd_models.get_closet_checkpoint_match(str(value)) is None:
             raise RequestError(f"X/Y/Z plot: there is no checkpoint {str(value)[:100]!r}; there are {', '.join(sd_models.checkpoint_tiles())}.")
@@ -165,13 +163,13 @@ def style_names() -> list[str]:
 
 
 def boolean_choice(reverse: bool = False) -> Callable[[], list[str]]:
-    """ "True" and "False", for an axis of a setting that is on or off."""
+    """ "True" and "False", for a setting that is on or off."""
     return lambda: ["False", "True"] if reverse else ["True", "False"]
 
 
 @dataclass(slots=True)
 class AxisOption:
-    """One thing that can be varied. `type` makes a value of a text; values of a higher `cost` change less often; `choices` fill the axis."""
+    """One thing that can be varied. `type` parses a value; axes with a higher `cost` change less often; `choices` are the values offered."""
 
     label: str
     type: Callable[[str], Any]
@@ -185,7 +183,7 @@ class AxisOption:
 
 
 class AxisOptionImg2Img(AxisOption):
-    """One of img2img alone."""
+    """An axis that only img2img has."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -193,7 +191,7 @@ class AxisOptionImg2Img(AxisOption):
 
 
 class AxisOptionTxt2Img(AxisOption):
-    """One of txt2img alone."""
+    """An axis that only txt2img has."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -201,7 +199,7 @@ class AxisOptionTxt2Img(AxisOption):
 
 
 def build_axis_options() -> list[AxisOption]:
-    """What this program can vary, in the order of the list on the page."""
+    """Everything this program can vary, in the order shown on the page."""
     samplers = {"format_value": format_value, "confirm": confirm_samplers, "choices": sampler_names}
     return [
         AxisOption("Nothing", str, do_nothing, format_value=format_nothing),
@@ -256,15 +254,15 @@ def build_axis_options() -> list[AxisOption]:
 
 
 def split_values(text: str) -> list[str]:
-    """The parts of a list with commas; quotation marks keep commas together."""
+    """Splits a list at its commas, except inside quotation marks."""
     rows = csv.reader(io.StringIO(" ".join(text.splitlines())), skipinitialspace=True, strict=False)
     return [part.strip() for part in itertools.chain.from_iterable(rows) if part.strip()]
 
 
 def read_values(option: AxisOption, text: str, chosen: Sequence[str], *, csv_mode: bool) -> list[Any]:
-    """The values of an axis: `text`, or `chosen` from its choices unless `csv_mode`. Raises RequestError.
+    """The values of an axis: parsed from `text`, or `chosen` from its choices unless `csv_mode`. Raises RequestError.
 
-    Whole numbers and others also as ranges: `1-5`, `1-10 (+3)`, `0-1 [5]` (five of them, ends included)."""
+    Numbers may be given as ranges: `1-5`, `1-10 (+3)`, `0-1 [5]` (five of them, ends included)."""
     if option.label == "Nothing":
         return [0]
     parts = list(chosen) if option.choices is not None and not csv_mode else split_values(text)
@@ -275,12 +273,12 @@ def read_values(option: AxisOption, text: str, chosen: Sequence[str], *, csv_mod
         values = [number for part in parts for number in _numbers(option, str(part))]
     elif option.type is str_permutations:
         if len(parts) > MAX_PERMUTED:
-            raise RequestError(f"X/Y/Z plot: {option.label} was given {len(parts)} parts; {MAX_PERMUTED} at most, as every order of them is made.")
+            raise RequestError(f"X/Y/Z plot: {option.label} has {len(parts)} parts. Use at most {MAX_PERMUTED}: every order is made.")
         values = list(itertools.permutations(parts))
     else:
         values = [option.type(part) for part in parts]
     if not values or len(values) > MAX_VALUES:
-        raise RequestError(f"X/Y/Z plot: {option.label} has {len(values)} values; 1 to {MAX_VALUES} are taken. Fill in the axis, or choose Nothing.")
+        raise RequestError(f"X/Y/Z plot: {option.label} has {len(values)} values. Give it 1 to {MAX_VALUES}, or choose Nothing.")
     return values
 
 
@@ -300,16 +298,16 @@ def _numbers(option: AxisOption, part: str) -> list[Any]:
             return [make(round(first + step * place, 10)) for place in range(count)]
         return [make(part)]
     except ValueError as error:
-        raise RequestError(f"X/Y/Z plot: {option.label}: {part[:100]!r} is no number and no range such as 1-5, 1-10 (+3) or 0-1 [5].") from error
+        raise RequestError(f"X/Y/Z plot: {option.label}: {part[:100]!r} is neither a number nor a range like 1-5, 1-10 (+3) or 0-1 [5].") from error
 
 
 def _check_count(option: AxisOption, count: int) -> None:
     if not 1 <= count <= MAX_VALUES:
-        raise RequestError(f"X/Y/Z plot: a range of {option.label} has {count} values; 1 to {MAX_VALUES} are taken.")
+        raise RequestError(f"X/Y/Z plot: a range of {option.label} has {count} values. Use 1 to {MAX_VALUES}.")
 
 
 def fix_seeds(option: AxisOption, values: Sequence[Any]) -> list[Any]:
-    """Random seeds on an axis of seeds become numbers, the same in every cell."""
+    """Replaces -1 on an axis of seeds with random numbers, once for all cells."""
     if option.label not in ("Seed", "Var. seed"):
         return list(values)
     return [random.randrange(2**32) if value in (None, "", -1) else value for value in values]

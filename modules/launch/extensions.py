@@ -82,7 +82,7 @@ def _read_end(pip_log: Path) -> str:
 
 
 def _restore(setup: Setup, name: str, pins: Mapping[str, str], changed_before: Mapping[str, str | None]) -> None:
-    """Put back what the installer of `name` changed although pip was told not to."""
+    """Undo changes to pinned packages that the installer of `name` made despite pip's constraints."""
     importlib.invalidate_caches()
     changed = {package: version for package, version in differing(pins).items() if package not in changed_before}
     if changed:
@@ -93,7 +93,7 @@ def _restore(setup: Setup, name: str, pins: Mapping[str, str], changed_before: M
 
 
 def installer_environment(setup: Setup, pip_log: Path) -> dict[str, str]:
-    """What an installer sees: this program on its import path (`import launch`), for pip every pinned package as a constraint, and a log."""
+    """The environment of an installer: `import launch` works, and pip has every pinned package as a constraint and writes a log."""
     environ: Mapping[str, str] = setup.environ
     path = [str(SCRIPT_DIR), *([environ["PYTHONPATH"]] if environ.get("PYTHONPATH") else [])]
     extra = {"PYTHONPATH": (";" if sys.platform == "win32" else ":").join(path), "PIP_LOG": str(pip_log)}

@@ -1,7 +1,7 @@
-"""Which package versions the program needs, whether they are there, and what an installer of an extension was refused. Standard library only.
+"""The package versions that the program needs, whether they are installed, and what extension installers were refused. Standard library only.
 
-torchvision and torchaudio are not among our packages, but each of their builds fits one build of torch alone, and another one beside torch keeps
-transformers from being imported. So they count as pinned as soon as torch is there.
+We do not use torchvision and torchaudio, but each of their builds works with only one build of torch, and transformers cannot be imported while a
+mismatched one is installed. So they are pinned too once torch is installed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LOG_TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d,\d+ ", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An installer wanted `wanted`; the program has and needs `name` at `version`. `who`: the package that asked; "" for the installer itself."""
+    """An installer asked for `wanted`, but the program needs `name` at `version`. `who`: the package that depends on it, or ""."""
 
     name: str
     version: str
@@ -48,7 +48,7 @@ class Refusal:
 
 
 def normalized(name: str) -> str:
-    """A package's name as indexes compare it."""
+    """A package's name in the form that indexes compare."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -58,7 +58,7 @@ def _name_of(requirement: str) -> str:
 
 
 def read_pins(text: str) -> dict[str, str]:
-    """Package -> version, for the lines of a requirements file that pin one for this Python."""
+    """Package -> version, from the lines of a requirements file that pin a package for this Python."""
     pins = {}
     for line in text.splitlines():
         match = _PIN.match(re.sub(r"\s", "", line.split("#")[0]))
@@ -68,7 +68,7 @@ def read_pins(text: str) -> dict[str, str]:
 
 
 def _applies(marker: str | None) -> bool:
-    """Whether a marker about the Python version holds; one about anything else does not pin."""
+    """Whether a marker about the Python version holds. Lines with any other marker are not pins."""
     if not marker:
         return True
     match = _MARKER.match(marker)
@@ -79,7 +79,7 @@ def _applies(marker: str | None) -> bool:
 
 
 def companions_of_torch(torch_version: str | None) -> dict[str, str]:
-    """The torchvision and torchaudio made for this build of torch: 2.13.0+cpu -> 0.28.0+cpu and 2.13.0+cpu. Empty for a torch of another kind."""
+    """The torchvision and torchaudio made for this build of torch: 2.13.0+cpu -> 0.28.0+cpu and 2.13.0+cpu. Empty for any other version scheme."""
     match = _TORCH.match(torch_version or "")
     if match is None or match["major"] != "2":
         return {}
@@ -88,7 +88,7 @@ def companions_of_torch(torch_version: str | None) -> dict[str, str]:
 
 
 def constraints(pins: Mapping[str, str]) -> list[str]:
-    """Lines of a pip constraints file: torch at its very build, what goes with it, and every pinned package that is there at its version."""
+    """Lines of a pip constraints file: the installed build of torch, its companions, and every installed pinned package at its pinned version."""
     torch_version = pip.installed_version("torch")
     lines = [] if torch_version is None else [f"torch=={torch_version}"]
     held = {name: version for name, version in pins.items() if name != "torch" and pip.installed_version(name) is not None}
@@ -96,13 +96,13 @@ def constraints(pins: Mapping[str, str]) -> list[str]:
 
 
 def differing(pins: Mapping[str, str]) -> dict[str, str | None]:
-    """Package -> installed version (None: none), of the pinned packages that are not there at their version. The build (`+cpu`) does not matter."""
+    """Package -> installed version (None if missing) of every pinned package whose version is wrong. The build (`+cpu`) does not matter."""
     installed = {name: pip.installed_version(name) for name in pins}
     return {name: version for name, version in installed.items() if (version or "").split("+")[0] != pins[name].split("+")[0]}
 
 
 def misfits_of_torch() -> dict[str, str]:
-    """Package -> installed version, of torchvision and torchaudio where they were made for another torch or another build of it."""
+    """Package -> installed version of torchvision and torchaudio, if built for a different torch or a different build of it."""
     found = {}
     for name, wanted in companions_of_torch(pip.installed_version("torch")).items():
         installed = pip.installed_version(name)
@@ -112,7 +112,7 @@ def misfits_of_torch() -> dict[str, str]:
 
 
 def find_refusals(output: str) -> list[Refusal]:
-    """What pip did not install because of a constraint, from what it printed or logged."""
+    """The packages that pip did not install because of a constraint, read from its output or log."""
     refusals: list[Refusal] = []
     for part in _LOG_TIME.sub("", output).split("The conflict is caused by:")[1:]:
         lines = [line.strip() for line in part.split("To fix this you could")[0].splitlines()]
@@ -126,7 +126,7 @@ def find_refusals(output: str) -> list[Refusal]:
 
 
 def leave_out(words: Sequence[str], refusals: Sequence[Refusal], folder: Path) -> list[str]:
-    """The words of a pip command, less the requirements that were refused; lists (`-r FILE`) are copied into `folder` without them."""
+    """The words of a pip command without the refused requirements. Requirements files (`-r FILE`) are copied into `folder` without them."""
     refused = {refusal.asked for refusal in refusals}
     kept: list[str] = []
     for word in words:
@@ -138,7 +138,7 @@ def leave_out(words: Sequence[str], refusals: Sequence[Refusal], folder: Path) -
 
 
 def _shortened(requirements: Path, refused: set[str], folder: Path) -> Path:
-    """The list without lines that name what was refused: a copy in `folder`, or the list itself when it has none or cannot be read."""
+    """A copy of the file in `folder` without the refused packages; the file itself if it names none of them or cannot be read."""
     try:
         lines = requirements.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):

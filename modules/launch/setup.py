@@ -52,7 +52,7 @@ class Setup:
         return self.prefix / "webui-constraints.txt"
 
     def read_pins(self) -> dict[str, str]:
-        """Package -> version, of all that the requirements files pin. Raises SetupError when one is not there."""
+        """Package -> version for everything the requirements files pin. Raises SetupError for a missing file."""
         found: dict[str, str] = {}
         for path in self.requirement_files:
             found |= launch_pins.read_pins(pip.read_requirements(path).decode("utf-8-sig"))
@@ -96,7 +96,7 @@ def install_packages(setup: Setup) -> bool:
 
 
 def _differing(setup: Setup, stamp: Mapping[str, str], torch_line: str | None) -> dict[str, str | None]:
-    """Pinned packages that are not at their version; without torch, when another one was asked for."""
+    """Pinned packages whose installed version is wrong. Skips torch if the user requested a different one."""
     pins = setup.read_pins()
     if torch_line is None or torch_line not in stamp.get("torch_command", torch_line):
         pins.pop("torch", None)
@@ -104,12 +104,12 @@ def _differing(setup: Setup, stamp: Mapping[str, str], torch_line: str | None) -
 
 
 def describe_differing(differing: Mapping[str, str | None], pins: Mapping[str, str]) -> str:
-    """What is there and what the program runs with, for a line of the log."""
+    """Installed and needed version of each package, for the log."""
     return "; ".join(f"{name} is {version or 'missing'}, the program runs with {pins[name]}" for name, version in differing.items())
 
 
 def put_back(setup: Setup, differing: Mapping[str, str | None]) -> None:
-    """Install pinned packages at their versions again, torch held as it is.
+    """Reinstall pinned packages at their pinned versions, leaving torch as it is.
 
     Raises:
         SetupError: pip failed; the program would not run.
@@ -120,7 +120,7 @@ def put_back(setup: Setup, differing: Mapping[str, str | None]) -> None:
 
 
 def take_off_misfits(setup: Setup) -> list[str]:
-    """Uninstall a torchvision or torchaudio that was made for another torch, which transformers cannot be imported beside; what was taken off."""
+    """Uninstall a torchvision or torchaudio built for a different torch, which would break transformers. Returns what was removed."""
     misfits = launch_pins.misfits_of_torch()
     if misfits:
         _pip(setup, ["uninstall", "--yes", *misfits], "without " + ", ".join(misfits))
@@ -128,7 +128,7 @@ def take_off_misfits(setup: Setup) -> list[str]:
 
 
 def _marks(setup: Setup, contents: Mapping[str, bytes], command: str) -> dict[str, str]:
-    """One mark per leading group of files: whoever installed the test extras has installed the others too."""
+    """A mark for the first file, for the first two, and so on: installing the test extras also installs the packages before them."""
     names = [path.name for path in setup.requirement_files]
     groups = [names[: i + 1] for i in range(len(names))]
     return {"+".join(group): fingerprint({name: contents[name] for name in group}, command) for group in groups}
@@ -179,7 +179,7 @@ def _install_rest(setup: Setup, contents: Mapping[str, bytes]) -> None:
 
 
 def write_constraints(setup: Setup, pins: Mapping[str, str]) -> Path | None:
-    """The constraints file, holding torch, what goes with torch, and those of `pins` that are installed; None when it cannot be written."""
+    """Write the constraints file: torch, its companions, and the installed ones of `pins`. Returns None if it cannot be written."""
     lines = launch_pins.constraints(pins)
     if not lines:
         return None

@@ -30,7 +30,7 @@ _HIDDEN = "(not shown)"
 def collect_sysinfo(config: AppConfig, environ: Mapping[str, str]) -> dict[str, Any]:
     """Everything as plain JSON values. Imports torch if it is installed."""
     return {
-        # under A1111's names, which clients read
+        # clients read A1111's names
         "Platform": platform.platform(),
         "Python": sys.version,
         "Version": program_version(),
@@ -81,7 +81,7 @@ def _describe_torch() -> dict[str, Any] | str:
     if importlib.util.find_spec("torch") is None:
         return "(not installed)"
     try:
-        import torch  # heavy, and only wanted here
+        import torch  # heavy
 
         return {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "devices": _describe_gpus(torch.cuda)}
     except (ImportError, OSError, AttributeError, RuntimeError) as error:  # a torch that fails to load is a common reason for the report

@@ -1,4 +1,4 @@
-"""How long the parts of the start took, for `--log-startup`, and extensions' own parts of something. Standard library only."""
+"""Measures how long each part of startup took, for `--log-startup`, and whatever extensions time with it. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Timer:
-    """Seconds from one `record` to the next, by name, counted from the moment it was made (or the command was given)."""
+    """Seconds between calls of `record`, by name. The clock starts when the timer is created, or at `began_s`."""
 
     def __init__(self, began_s: float | None = None) -> None:
         """`began_s` is wall-clock time, so that it survives the restart inside the virtual environment."""
@@ -24,19 +24,19 @@ class Timer:
         self.spans_s.clear()
 
     def record(self, category: str, extra_time: float = 0) -> None:
-        """What was done since the last record was `category`; the same name adds up. `extra_time`: more seconds that belong to it."""
+        """Count the seconds since the last record, plus `extra_time`, under `category`. Repeated names add up."""
         name = f"{self._above}{category}"
         self.spans_s[name] = self.spans_s.get(name, 0.0) + self.elapsed() + extra_time
 
     def elapsed(self) -> float:
-        """Seconds since the last record; the next ones count from now."""
+        """Seconds since the last record or call of this; the clock restarts."""
         now_s = time.time()
         span_s, self._last_s = now_s - self._last_s, now_s
         return span_s
 
     @contextlib.contextmanager
     def subcategory(self, name: str) -> Iterator[None]:
-        """What is recorded inside is part of `name`, as `name/part`; the rest of it is recorded as `name` at the end."""
+        """Record parts inside the block as `name/part`. Time that no part claims is recorded as `name` at the end."""
         above = self._above
         self.elapsed()
         self._above = f"{above}{name}/"
@@ -47,7 +47,7 @@ class Timer:
             self.record(name)
 
     def reset(self) -> None:
-        """Start again at this moment."""
+        """Restart now, without records."""
         self.restart(time.time())
 
     @property
@@ -60,7 +60,7 @@ class Timer:
         return self.total_s
 
     def dump(self) -> dict[str, Any]:
-        """The seconds, for a file."""
+        """All seconds as JSON values."""
         return {"total": self.total_s, "records": dict(self.spans_s)}
 
     @property

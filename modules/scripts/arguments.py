@@ -7,7 +7,7 @@ from typing import Any
 
 
 def start_value(control: Any) -> Any:
-    """The value of a control as a script is handed it: a choice of `type="index"` by its number, a field of text that is empty as ""."""
+    """A control's value as scripts receive it: the number of a choice for `type="index"`, "" for an empty text field."""
     value, choices = getattr(control, "value", None), getattr(control, "choices", None)
     if value is None and _is_text(control):
         return ""

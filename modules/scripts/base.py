@@ -70,7 +70,7 @@ class Script:
         return True
 
     def run(self, p: Any, *args: Any) -> Any:
-        """Called if the script is selected: make the pictures (a Processed), usually via process_images(p). None leaves that to the host."""
+        """Called if the script is selected: make the pictures (a Processed), usually via process_images(p). Return None to let the host do it."""
 
     def setup(self, p: Any, *args: Any) -> None: ...
 

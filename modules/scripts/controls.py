@@ -77,7 +77,7 @@ def build_script(runner: ScriptRunner, script: Script) -> None:
 
 
 def build_aside(build: Callable[[], Any], task: str) -> tuple[bool, Any]:
-    """As call_guest; what a failing `build` had put on the page already is taken off it."""
+    """Like call_guest, but removes from the page whatever a failing `build` had already added."""
     with gr.Column(elem_classes=["settings-part"]) as column:
         well, controls = call_guest(build, task)
     if not (well and column.children):

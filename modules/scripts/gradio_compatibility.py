@@ -63,7 +63,7 @@ _CONSTRUCTOR: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def current_arguments(cls: type, arguments: dict[str, Any], given: tuple[Any, ...] = ()) -> dict[str, Any]:
-    """`arguments` as the constructor of `cls` takes them today, beside those `given` by position."""
+    """`arguments` translated to what the constructor of `cls` takes today. `given`: the arguments passed by position."""
     known = _names_taken_by(cls)
     if known is None:
         return arguments
@@ -81,7 +81,7 @@ def current_arguments(cls: type, arguments: dict[str, Any], given: tuple[Any, ..
     if result.get("visible") is False and issubclass(cls, gradio.components.Component):
         result["visible"] = "hidden"  # it used to be in the DOM, where extensions' scripts look for it
     if issubclass(cls, gr.Textbox) and result.get("value") is None and not given and get_blocks_context() is not None:
-        result["value"] = ""  # empty was "" and not None; what a handler gives back is an update, which must not empty anything
+        result["value"] = ""  # an empty text used to be "", not None; updates from handlers keep None, or they would clear the control
     if isinstance(result.get("scale"), float):
         result["scale"] = max(round(result["scale"]), 0)
     if issubclass(cls, gr.Dataframe):
@@ -118,7 +118,7 @@ def current_event_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def handler_of_guest(handler: Any) -> Any:
-    """A function that a guest connects to an event, so that what it makes later meets old habits too; anything else as it is."""
+    """Wraps a function that a guest connects to an event, so that components it creates later accept old usage. Other values pass unchanged."""
     if not (inspect.isfunction(handler) or inspect.ismethod(handler)):
         return handler
     wrapped: Callable[..., Any]
@@ -219,7 +219,7 @@ def _update(value: Any = inspect.Parameter.empty, **properties: Any) -> dict[str
 
 
 def _style(self: Any, **properties: Any) -> Any:
-    """`.style(...)`: set what the component has a property for, ignore the rest."""
+    """`.style(...)`: sets properties that the component has and ignores the rest."""
     cls: Any = type(self)
     known = _names_taken_by(cls) or frozenset()
     renamed = {"full_width": None, "rounded": None, "border": None, "grid": "columns"}
@@ -306,7 +306,7 @@ def _write_no_stubs_for_guests() -> None:
 
 @contextlib.contextmanager
 def outside_of_page() -> Iterator[None]:
-    """Inside a page being built: what is created here belongs to no page yet, which is how extensions build tabs."""
+    """Inside the block, new components belong to no page even while one is being built. Extensions build their tabs this way."""
     kept = Context.root_block, Context.block
     Context.root_block = Context.block = None
     try:

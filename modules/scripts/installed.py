@@ -57,7 +57,7 @@ class ExtensionMetadata:
         return [name for name in _NAMES.split((text or "").strip().lower()) if name]
 
     def list_callback_order_instructions(self) -> Iterator[OrderRule]:
-        """What `[callbacks/NAME]` says."""
+        """The order rules in the `[callbacks/NAME]` sections."""
         for section in self.config.sections():
             if section.lower().startswith("callbacks/"):
                 name = section.split("/", 1)[1].lower()

@@ -40,7 +40,7 @@ class PostprocessedImage:
         self.caption: str | None = None
 
     def get_suffix(self, used_suffixes: dict[str, int] | None = None) -> str:
-        """The file name suffix from the picture's tags; with a number if `used_suffixes` already contains it."""
+        """The file name suffix from the picture's tags, numbered if `used_suffixes` already contains it."""
         used = {} if used_suffixes is None else used_suffixes
         tags = "".join(f"-{tag}" for tag in self.nametags)
         candidates = itertools.chain([tags], (f"{tags}-{number}" for number in itertools.count(1)))
@@ -49,7 +49,7 @@ class PostprocessedImage:
         return suffix
 
     def create_copy(self, new_image: Image.Image, *, nametags: Sequence[str] | None = None, disable_processing: bool = False) -> PostprocessedImage:
-        """Another picture with this one's information, also tagged with `nametags`."""
+        """A new picture with this one's information and the additional tags `nametags`."""
         copy = PostprocessedImage(new_image)
         copy.shared = self.shared
         copy.nametags = [*self.nametags, *(nametags or ())]
@@ -77,10 +77,10 @@ class ScriptPostprocessing:
         """Change `pp.image` and record that in `pp.info`."""
 
     def process_firstpass(self, pp: PostprocessedImage, **args: Any) -> None:
-        """Called on all operations before the first `process`, to announce what is known in advance."""
+        """Called on all operations before the first `process`, so that they can announce sizes and the like."""
 
     def image_changed(self) -> None:
-        """Another picture was loaded: forget what was cached for the last one."""
+        """Called when another picture is loaded: drop caches for the previous one."""
 
 
 Settings = Callable[[str], Any]
@@ -95,7 +95,7 @@ class Operation:
 
 
 class ScriptPostprocessingRunner:
-    """All operations. `setting` reads a setting: their order (postprocessing_operation_order) and the hidden ones."""
+    """All operations. `setting` reads a setting: the order (postprocessing_operation_order) and which operations are hidden."""
 
     def __init__(self, setting: Settings | None = None) -> None:
         self.scripts: list[ScriptPostprocessing] = []
@@ -108,9 +108,7 @@ class ScriptPostprocessingRunner:
         self.scripts = list(by_name.values())
 
     def initialize_scripts(self, scripts_data: Iterable[Any]) -> None:
-        """Make one operation of each class in `scripts_data` (entries with `script_class` and `path`), beside those that are there.
-
-        One that cannot be made is reported and left out."""
+        """Add an operation for each class in `scripts_data` (entries with `script_class` and `path`). Failures are reported and skipped."""
         for data in scripts_data:
             task = f"{data.script_class.__name__} of {end_of_path(data.path)} could not be made; the Extras tab is without it"
             well, script = call_guest(data.script_class, task)
@@ -120,7 +118,7 @@ class ScriptPostprocessingRunner:
                 self.register([script])
 
     def scripts_in_preferred_order(self) -> list[ScriptPostprocessing]:
-        """The operations in use: first those ordered by the settings, then the others by `order`."""
+        """The visible operations: first those that the settings order, then the others by `order`."""
         preferred = list(self._setting("postprocessing_operation_order") or [])
         hidden = set(self._setting("postprocessing_disable_in_extras") or [])
         shown = [script for script in self.scripts if script.name not in hidden]
@@ -133,9 +131,9 @@ class ScriptPostprocessingRunner:
         )
 
     def setup_ui(self) -> list[Any]:
-        """Build the controls of all operations in the current gradio context; what they send, in order.
+        """Build the controls of all operations in the current gradio context. Returns the inputs in order.
 
-        An operation that cannot build its own is reported and left out."""
+        An operation whose controls cannot be built is reported and skipped."""
         inputs: list[Any] = []
         for script in self.scripts_in_preferred_order():
             well, controls = _build_controls(script)
@@ -202,7 +200,7 @@ def _carry_out(operation: Operation, picture: PostprocessedImage, method: str) -
 
 
 def _build_controls(script: ScriptPostprocessing) -> tuple[bool, Mapping[str, Any]]:
-    """(whether it went well, the controls). What a failing operation had built already is taken off the page."""
+    """(whether it succeeded, the controls). Removes from the page whatever a failing operation had already built."""
     from modules.scripts.controls import build_aside  # imports gradio
 
     task = f"Operation {script.name!r} ({end_of_path(script.filename)}) could not build its controls; the Extras tab is without it"

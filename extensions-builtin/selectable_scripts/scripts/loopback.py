@@ -1,4 +1,4 @@
-"""img2img again and again: each picture is what the next one starts from."""
+"""Repeated img2img: each picture is the input of the next."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_LOOPS = 1000
 
 
 def strength_of(loop: int, num_loops: int, first: float, last: float, curve: str) -> float:
-    """Denoising strength of loop number `loop` (from 0): `first` at the beginning, `last` at the end, and the curve's way between them."""
+    """Denoising strength of loop number `loop` (from 0): from `first` to `last` along the curve."""
     if num_loops == 1:
         return first
     return round(first + (last - first) * CURVES[curve](loop / (num_loops - 1)), 6)
@@ -50,10 +50,13 @@ class Script(scripts.Script):
     def run(  # type: ignore[override]  # the host hands in the values of `ui`
         self, p: StableDiffusionProcessingImg2Img, loops: float, final_denoising_strength: float, denoising_curve: str, append_interrogation: str
     ) -> Processed:
-        """Raises RequestError for values that there are not."""
+        """Raises RequestError for values outside the choices."""
         num_loops = int(loops)
         if not 1 <= num_loops <= MAX_LOOPS or denoising_curve not in CURVES:
-            raise RequestError(f"Loopback: {num_loops} loops along {denoising_curve!r} were asked for; 1 to {MAX_LOOPS}, and {', '.join(CURVES)}.")
+            raise RequestError(
+                f"Loopback: {num_loops} loops along the curve {denoising_curve!r} were requested. "
+                f"Use 1 to {MAX_LOOPS} loops and one of {', '.join(CURVES)}."
+            )
         if append_interrogation not in ("None", "", None):
             raise RequestError(f"Loopback: {append_interrogation!r} cannot describe pictures here. Choose None.")
         fix_seed(p)

@@ -1,4 +1,4 @@
-"""A picture for every combination of the prompt's optional parts, which stand behind `|`."""
+"""A picture for every combination of the prompt's optional parts, which `|` separates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DELIMITERS = {"comma": ", ", "space": " "}
 
 
 def combine(parts: list[str], *, put_at_start: bool, delimiter: str) -> list[str]:
-    """The fixed part `parts[0]` with every subset of the others; subset number n has those whose bit is set in n."""
+    """The fixed part `parts[0]` with every subset of the others. Bit i of a subset's number includes optional part i."""
     optional = [part.strip().strip(",") for part in parts[1:]]
     prompts = []
     for number in range(2 ** len(optional)):
@@ -44,10 +44,10 @@ class Script(scripts.Script):
     def run(  # type: ignore[override]  # the host hands in the values of `ui`
         self, p: StableDiffusionProcessing, put_at_start: bool, different_seeds: bool, prompt_type: str, variations_delimiter: str, margin_size: float
     ) -> Processed:
-        """Raises RequestError for a choice that there is not, and for too many parts."""
+        """Raises RequestError for an unknown choice and for too many parts."""
         if prompt_type not in ("positive", "negative") or variations_delimiter not in DELIMITERS:
             raise RequestError(
-                f"Prompt matrix: {prompt_type!r} and {variations_delimiter!r} were chosen; there are positive and negative, comma and space."
+                f"Prompt matrix: {prompt_type!r} and {variations_delimiter!r} were chosen. Choose positive or negative, and comma or space."
             )
         fix_seed(p)
         whole = p.prompt if prompt_type == "positive" else p.negative_prompt
@@ -55,7 +55,7 @@ class Script(scripts.Script):
         parts = text.split("|")
         if len(parts) - 1 > MAX_OPTIONAL_PARTS:
             raise RequestError(
-                f"Prompt matrix: the prompt has {len(parts) - 1} optional parts; {MAX_OPTIONAL_PARTS} at most, or 2 ** parts pictures follow."
+                f"Prompt matrix: the prompt has {len(parts) - 1} optional parts. Use at most {MAX_OPTIONAL_PARTS}: each doubles the pictures."
             )
         prompts = combine(parts, put_at_start=put_at_start, delimiter=DELIMITERS[variations_delimiter])
         first_seed = int(p.seed)

@@ -20,7 +20,7 @@ MAX_LINES = 10_000
 def _yes_or_no(text: str) -> bool:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    raise ValueError("true or false is expected")
+    raise ValueError("must be true or false")
 
 
 OPTIONS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
@@ -35,22 +35,22 @@ OPTIONS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
 
 
 def parse_line(line: str) -> dict[str, Any]:
-    """The fields that a line sets. Raises RequestError for one that cannot be read."""
+    """The fields that a line sets. Raises RequestError if it cannot be parsed."""
     if "--" not in line:
         return {"prompt": line}
     try:
         words = shlex.split(line)
     except ValueError as error:
-        raise RequestError(f"Prompts from file: {line[:200]!r} cannot be read: {error}. Quotation marks come in pairs.") from error
+        raise RequestError(f"Prompts from file: {line[:200]!r} cannot be parsed ({error}). Close all quotation marks.") from error
     fields: dict[str, Any] = {}
     place = 0
     while place < len(words):
         name = words[place].removeprefix("--")
         if not words[place].startswith("--") or name not in OPTIONS:
-            raise RequestError(f"Prompts from file: {words[place][:100]!r} is no option; there are {', '.join(f'--{known}' for known in OPTIONS)}.")
+            raise RequestError(f"Prompts from file: {words[place][:100]!r} is not an option. Use {', '.join(f'--{known}' for known in OPTIONS)}.")
         if place + 1 == len(words):
             raise RequestError(f"Prompts from file: --{name} has no value in {line[:200]!r}.")
-        if name in ("prompt", "negative_prompt"):  # to the next option, so that quotation marks may be left out
+        if name in ("prompt", "negative_prompt"):  # up to the next option, so that quotation marks are optional
             end = next((later for later in range(place + 1, len(words)) if words[later].startswith("--")), len(words))
             fields[name], place = " ".join(words[place + 1 : end]), end
             continue
@@ -84,10 +84,10 @@ class Script(scripts.Script):
     def run(  # type: ignore[override]  # the host hands in the values of `ui`
         self, p: StableDiffusionProcessing, checkbox_iterate: bool, checkbox_iterate_batch: bool, prompt_position: str, prompt_txt: str
     ) -> Processed:
-        """Raises RequestError for lines that cannot be read; nothing is made then."""
+        """Raises RequestError for lines that cannot be parsed, before anything is made."""
         lines = [line.strip() for line in (prompt_txt or "").splitlines() if line.strip()]
         if not lines or len(lines) > MAX_LINES:
-            raise RequestError(f"Prompts from file: there are {len(lines)} lines; 1 to {MAX_LINES} are taken. Write a prompt into each line.")
+            raise RequestError(f"Prompts from file: there are {len(lines)} lines. Give it 1 to {MAX_LINES}, with a prompt in each.")
         jobs = [parse_line(line) for line in lines]
         p.do_not_save_grid = True
         if checkbox_iterate or checkbox_iterate_batch:

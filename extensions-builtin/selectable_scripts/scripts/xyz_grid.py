@@ -54,18 +54,18 @@ __all__ = [
 ]
 
 axis_options: list[AxisOption] = build_axis_options()
-"""What can be varied; extensions append to it."""
+"""Everything that can be varied. Extensions append to it."""
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 _FAR = 1_000_000
 _MENTION = re.compile(r"<[^<>]+>")
 SHARE_A_JOB = frozenset({"Nothing", "Seed", "Var. seed", "Prompt S/R", "Prompt order"})
-"""Axes of what the pictures of one job may differ in."""
+"""Axes along which the pictures of one job may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """An axis of the plot: its option, its values, and by how much the seed counts up along it."""
+    """An axis of the plot: its option, its values, and how much the seed increases from one value to the next."""
 
     name: str
     option: AxisOption
@@ -78,14 +78,14 @@ class Axis:
 
 
 def order_of_cells(axes: Sequence[Axis]) -> list[tuple[int, ...]]:
-    """Every combination of places: the axis that is dearest to change changes least often, those that may share a job change most often."""
+    """All cells of the grid. Axes that are expensive to change vary slowest; axes whose pictures may share a job vary fastest."""
     by_cost = sorted(range(len(axes)), key=lambda number: (-axes[number].option.cost, axes[number].option.label in SHARE_A_JOB))
     cells = itertools.product(*(range(len(axes[number].values)) for number in by_cost))
     return [tuple(place for _, place in sorted(zip(by_cost, cell))) for cell in cells]
 
 
 def group_cells(axes: Sequence[Axis], order: Sequence[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
-    """Yields neighbours that differ in prompts and seeds alone, at most `size` at a time: a job's pictures are dealt to all slots."""
+    """Yields runs of up to `size` neighbors that differ only in prompts and seeds. Each run becomes one job, whose pictures all slots share."""
 
     def what_a_job_has(cell: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(place for axis, place in zip(axes, cell) if axis.option.label not in SHARE_A_JOB)
@@ -96,12 +96,12 @@ def group_cells(axes: Sequence[Axis], order: Sequence[tuple[int, ...]], size: in
 
 
 def networks_of(request: StableDiffusionProcessing) -> list[str]:
-    """LoRA and other networks that the prompt mentions; a job has those of its first prompt."""
+    """LoRA and other networks that the prompt mentions. A job uses those of its first prompt."""
     return sorted(_MENTION.findall(str(request.prompt)))
 
 
 def join_requests(requests: Sequence[StableDiffusionProcessing]) -> StableDiffusionProcessing:
-    """One job of the pictures of several requests that differ in prompts and seeds alone."""
+    """Joins requests that differ only in prompts and seeds into one job."""
     joined = requests[0]
     for name in ("prompt", "negative_prompt", "seed", "subseed"):
         setattr(joined, name, [getattr(request, name) for request in requests])
@@ -168,11 +168,11 @@ class Script(scripts.Script):
         options: list[AxisOption] = self.current_axis_options
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(options):
             names = ", ".join(f"{number} {option.label}" for number, option in enumerate(options))
-            raise RequestError(f"X/Y/Z plot: {index!r} is no axis; there are {names}.")
+            raise RequestError(f"X/Y/Z plot: {index!r} is not an axis. Choose from {names}.")
         return options[index]
 
     def _select(self, index: int, text: str, chosen: list[str], csv_mode: bool) -> tuple[Any, Any, Any]:
-        """What an axis shows when its type, or how values are given, was changed."""
+        """Updates an axis's controls after its type, or the way to enter values, has changed."""
         choices = self._option(index or 0).choices
         if choices is None:
             return gr.update(visible=False), gr.update(visible=True), gr.update(visible="hidden")
@@ -204,7 +204,7 @@ class Script(scripts.Script):
         draw_legend: bool, include_lone_images: bool, include_sub_grids: bool, no_fixed_seeds: bool,
         vary_seeds_x: bool, vary_seeds_y: bool, vary_seeds_z: bool, margin_size: float, csv_mode: bool,
     ) -> Processed:  # fmt: skip
-        """Raises RequestError for axes and values that there are not, and for a grid beyond what the settings allow; nothing is made then."""
+        """Raises RequestError for unknown axes or values and for a grid larger than the settings allow, before anything is made."""
         if not no_fixed_seeds:
             fix_seed(p)
         given = ((x_type, x_values, x_values_dropdown), (y_type, y_values, y_values_dropdown), (z_type, z_values, z_values_dropdown))
@@ -244,7 +244,7 @@ class Script(scripts.Script):
         return axes
 
     def _make_cells(self, p: StableDiffusionProcessing, axes: Sequence[Axis]) -> tuple[dict[tuple[int, ...], Image.Image], list[Part]]:
-        """Picture by place, and what was made, in the order of the grid."""
+        """The picture of each cell, and the results in grid order."""
         state, order = p.context.state, order_of_cells(axes)
         may_share = p.n_iter == 1 and p.batch_size == 1 and isinstance(p.prompt, str)
         groups = list(group_cells(axes, order, len(memory_management.current_store().slots) if may_share else 1))
@@ -267,7 +267,7 @@ class Script(scripts.Script):
         return {cell: pictures[cell] for cell in in_order}, [parts[cell] for cell in in_order]
 
     def _infotext(self, p: StableDiffusionProcessing, axes: Sequence[Axis], first: str, *, keep_random: bool) -> str:
-        """The parameters of the first cell, and what the axes are."""
+        """The first cell's parameters plus the axes."""
         one = copy_request(p)
         for axis in axes:
             axis.option.apply(one, axis.values[0], axis.values)
@@ -318,15 +318,15 @@ def _check_grid(p: StableDiffusionProcessing, axes: Sequence[Axis]) -> None:
     megapixels = min(pictures, _FAR) * p.width * p.height / 1e6
     if megapixels > float(p.options.img_max_size_mp):
         raise RequestError(
-            f"X/Y/Z plot: {pictures} pictures of {p.width}x{p.height} are a grid of {megapixels:.0f} megapixels, and the setting "
-            f"'Largest grid to save' allows {p.options.img_max_size_mp}. Take fewer values, smaller pictures or a higher limit."
+            f"X/Y/Z plot: {pictures} pictures of {p.width}x{p.height} make a grid of {megapixels:.0f} megapixels, but the setting "
+            f"'Largest grid to save' allows {p.options.img_max_size_mp}. Use fewer values or smaller pictures, or raise the limit."
         )
 
 
 def _draw_grids(
     p: StableDiffusionProcessing, axes: Sequence[Axis], cells: dict[tuple[int, ...], Image.Image], *, draw_legend: bool, margin_px: int
 ) -> list[Image.Image]:
-    """The whole grid first, then the grid of each value of Z when there are several."""
+    """The whole grid, then, if Z has several values, the grid of each."""
     xs, ys, zs = ([[images.GridAnnotation(label)] for label in axis.labels(p)] for axis in axes)
     size = (max(picture.width for picture in cells.values()), max(picture.height for picture in cells.values()))
     empty = Image.new("RGB", size, p.options.grid_background_color)
@@ -344,7 +344,7 @@ def _draw_grids(
 
 
 def _fitted(picture: Image.Image, size: tuple[int, int], empty: Image.Image) -> Image.Image:
-    """The picture on a cell of the grid's size; sizes may differ along an axis."""
+    """The picture centered on a cell; pictures of one grid may differ in size."""
     if picture.size == size:
         return picture
     cell = empty.copy()
