@@ -25,7 +25,7 @@ from modules.scripts import callbacks
 
 if TYPE_CHECKING:
     from backend.devices.slot import Slot
-    from modules.server import WebServer
+    from modules.http_edge.server import WebServer
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def main(config: AppConfig) -> int:
 
 def run(config: AppConfig) -> int:
     """Serve until a command or Ctrl+C. Raises SetupError."""
-    from modules.server import WebServer  # imports fastapi and uvicorn, which --list-gpus does not need
+    from modules.http_edge.server import WebServer  # imports fastapi and uvicorn, which --list-gpus does not need
 
     server = WebServer(config)
     engine = EngineStart(config)
@@ -74,7 +74,7 @@ def run(config: AppConfig) -> int:
 def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
     """Build the API and the page and serve until a command ends it; returns the command."""
     from modules.api.api import create_api, create_internal_api
-    from modules.server import create_fastapi_app, keep_page_last
+    from modules.http_edge.server import create_fastapi_app, keep_page_last
 
     app.jobs.reopen()
     fastapi_app = create_fastapi_app(app.config)
@@ -129,7 +129,7 @@ def add_page(app: Application, fastapi_app: Any, engine: EngineStart) -> None:
     engine.wait_for_devices()
     startup_timer.record("import torch")
     load_extensions(app)
-    from modules.server import mount_page
+    from modules.http_edge.server import mount_page
     from modules.ui import extra_networks_routes, file_routes, page
     from modules.ui import tabs as ui
 
@@ -143,7 +143,7 @@ def add_page(app: Application, fastapi_app: Any, engine: EngineStart) -> None:
 def announce(app: Application, server: WebServer) -> None:
     """Log where the server is, and open what the flags ask to open."""
     from modules.http_edge.access import warn_of_open_parts
-    from modules.server import open_browser, open_tunnel
+    from modules.http_edge.server import open_browser, open_tunnel
 
     config = app.config
     log.info("%s: %s", "API" if config.nowebui else "Running on", server.address)

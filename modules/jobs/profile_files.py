@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from backend.unfinished_files import replace_content
 from modules.jobs.profile_record import TITLE, JobRecord, ProfileFile
-from modules.version import program_version
+from modules.launch.version import program_version
 
 log = logging.getLogger(__name__)
 

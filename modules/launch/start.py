@@ -29,7 +29,7 @@ from modules.launch.setup import Setup, install_packages, install_xformers, runt
 from modules.launch.stamp import FILE_NAME
 from modules.launch.sysinfo import write_sysinfo
 from modules.launch.timer import startup_timer
-from modules.version import program_version
+from modules.launch.version import program_version
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from backend.foreign_json import read_json_file
 from modules.app_config import SCRIPT_DIR, AppConfig
-from modules.version import program_version
+from modules.launch.version import program_version
 
 _SHOWN_VARIABLES = (
     *("COMMANDLINE_ARGS", "TORCH_COMMAND", "TORCH_INDEX_URL", "REQS_FILE", "XFORMERS_PACKAGE", "VENV_DIR", "IGNORE_CMD_ARGS_ERRORS"),

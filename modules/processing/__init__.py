@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from modules.errors import RequestError
 from modules.jobs.context import JobContext
 from modules.jobs.queue import queue_lock
+from modules.launch.version import program_version
 from modules.processing.constants import LATENT_UPSCALE_MODES, opt_C, opt_f
 from modules.processing.overrides import overridden, step_of
 from modules.processing.request import (
@@ -33,7 +34,6 @@ from modules.processing.request import (
 )
 from modules.processing.result import Processed, create_infotext, process_extra_images
 from modules.settings.options import active_overrides, write_text_atomically
-from modules.version import program_version
 
 if TYPE_CHECKING:
     from modules.processing.pictures import PictureCollector

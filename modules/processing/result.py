@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from modules.infotext.text import build_infotext
+from modules.launch.version import program_version
 from modules.processing.model_facts import takes_distilled_guidance
-from modules.version import program_version
 
 if TYPE_CHECKING:
     from modules.processing.request import StableDiffusionProcessing

@@ -18,6 +18,7 @@ import gradio as gr
 from modules.infotext import parameters as infotext_utils
 from modules.infotext.fields import FIELDS_BY_TAB
 from modules.jobs.queue import wrap_gradio_call, wrap_gradio_gpu_call
+from modules.launch.version import program_version
 from modules.ui import choices as ui_choices
 from modules.ui import page as ui_page
 from modules.ui import requests as ui_requests
@@ -54,7 +55,6 @@ from modules.ui.shown_text import plaintext_to_html
 from modules.ui.styles import connect_styles
 from modules.ui.tokens import TokenCounter, connect_token_counters
 from modules.ui.txt2img import Txt2imgTab, create_txt2img_tab
-from modules.version import program_version
 
 if TYPE_CHECKING:
     from modules.application import Application

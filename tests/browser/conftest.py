@@ -14,7 +14,7 @@ import pytest
 
 from modules.api.api import create_internal_api
 from modules.application import Application
-from modules.server import WebServer, create_fastapi_app, mount_page
+from modules.http_edge.server import WebServer, create_fastapi_app, mount_page
 from modules.ui import extra_networks_routes, file_routes
 from modules.ui import page as ui_page
 from modules.ui import tabs as ui

@@ -13,7 +13,7 @@ from PIL import Image
 
 from modules import scripts
 from modules.api.api import create_internal_api
-from modules.server import WebServer, create_fastapi_app, mount_page
+from modules.http_edge.server import WebServer, create_fastapi_app, mount_page
 from modules.ui.page import page_settings
 from modules.ui.tabs import create_ui
 from tests.browser.actions import expect_value, expected, generate, infotexts, open_page

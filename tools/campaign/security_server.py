@@ -99,7 +99,7 @@ class RunningServer:
 def running_server(root: Path, **config: Any) -> Iterator[RunningServer]:
     """The page and the API over HTTP on a free local port, with bait in place; `config` are fields of AppConfig."""
     import webui
-    from modules.server import WebServer, create_fastapi_app, keep_page_last
+    from modules.http_edge.server import WebServer, create_fastapi_app, keep_page_last
 
     data_dir = root / "data"
     bait = lay_bait(root, data_dir)

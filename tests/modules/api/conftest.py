@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 
 from modules.api.api import create_api
 from modules.application import Application
+from modules.http_edge.server import create_fastapi_app
 from modules.processing.result import Processed, create_infotext
 from modules.processing.validation import fix_seed, set_all_seeds, validate_request
-from modules.server import create_fastapi_app
 from tests.support.applications import installed_application
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from modules.version import program_version
+from modules.launch.version import program_version
 from tests.modules.api.conftest import Server
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from modules.api.api import create_api
 from modules.http_edge.connections import TimedConnection
-from modules.server import WebServer, create_fastapi_app
+from modules.http_edge.server import WebServer, create_fastapi_app
 from tests.modules.api.conftest import PictureMaker, write_checkpoint_header
 from tests.support.applications import installed_application
 

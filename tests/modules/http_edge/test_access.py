@@ -14,8 +14,8 @@ from starlette.routing import Mount
 
 from modules.api.api import create_api
 from modules.http_edge.access import kind_of
+from modules.http_edge.server import create_fastapi_app, keep_page_last, mount_page
 from modules.scripts import callbacks
-from modules.server import create_fastapi_app, keep_page_last, mount_page
 from modules.ui import extra_networks_routes, file_routes, page
 from modules.ui import tabs as ui
 from tests.support.applications import installed_application

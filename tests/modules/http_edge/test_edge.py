@@ -16,8 +16,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from modules.http_edge import bodies, edge
 from modules.http_edge.access import warn_of_open_parts
 from modules.http_edge.bodies import BodyRefused, BoundedBody, HeldBytes
+from modules.http_edge.server import create_fastapi_app
 from modules.launch.cmd_args import config_for_tests
-from modules.server import create_fastapi_app
 
 ADDRESS = "http://127.0.0.1:7860"
 EVIL = "http://evil.example"

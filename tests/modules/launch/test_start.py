@@ -12,7 +12,7 @@ import pytest
 
 from modules.launch import start
 from modules.launch.timer import Timer
-from modules.version import program_version
+from modules.launch.version import program_version
 
 
 def test_is_installed_knows_distributions_and_modules() -> None:

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
 from modules.application import Application
-from modules.server import SubpathApp
+from modules.http_edge.server import SubpathApp
 from modules.ui import file_routes
 from tests.support.applications import installed_application
 from tests.support.event_loops import close_event_loops as close_event_loops

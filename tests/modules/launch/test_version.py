@@ -8,18 +8,17 @@ from pathlib import Path
 import packaging.version
 import pytest
 
-from modules import version
 from modules.infotext.parameters import parse_generation_parameters
 from modules.infotext.text import build_infotext
 from modules.infotext.versions import backcompat, parse_version
-from modules.launch import start
+from modules.launch import start, version
 from modules_forge import forge_version
 
 TEXT = version.program_version()
 
 
 def test_it_says_which_program_it_is() -> None:
-    project = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    project = (Path(__file__).resolve().parents[3] / "pyproject.toml").read_text(encoding="utf-8")
     assert (f'name = "{version.NAME}"' in project, f'version = "{version.VERSION}"' in project) == (True, True)
     assert TEXT.endswith(f"-{version.NAME}-{version.VERSION}")
 

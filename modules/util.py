@@ -1,4 +1,4 @@
-"""File listings under the names that extensions import from `modules.shared`."""
+"""File listings under the names that extensions import, from here and from `modules.shared`."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from modules.app_config import AppConfig
+from modules.http_edge.server import SubpathApp, WebServer, create_fastapi_app, keep_page_last
 from modules.launch.cmd_args import config_for_tests
 from modules.launch.errors import SetupError
-from modules.server import SubpathApp, WebServer, create_fastapi_app, keep_page_last
 
 
 def free_port() -> int:

@@ -24,7 +24,7 @@ from modules.http_edge.connections import TimedConnection
 from modules.http_edge.edge import Edge
 from modules.http_edge.passwords import is_known
 from modules.launch.port import check_port
-from modules.version import program_version
+from modules.launch.version import program_version
 
 if TYPE_CHECKING:
     import gradio
