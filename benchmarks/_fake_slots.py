@@ -23,12 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from backend.nn.controlnet import controlnet_config
 from backend.nn.network_call import NetworkCall
 from backend.nn.unet_program import Program, build_program
 from backend.parallel.exchange.transport import DeviceTransport
 from backend.parallel.placing.fleet import SpeedBook
 from backend.parallel.planning.plan import ReplicaPlan
-from backend.parallel.planning.profiling import CountFlops, FusedAttention, controlnet_config
+from backend.parallel.planning.profiling import CountFlops, FusedAttention
 from backend.parallel.running.executor import Executor, Replica
 
 DTYPE = torch.float16

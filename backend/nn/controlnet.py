@@ -12,12 +12,17 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from backend.attention import install_attention
 
 HINT_STEP_PX = 8
 """Pixels of a hint per latent row or column."""
+
+_SHARED_WITH_UNET = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim",
+                     "transformer_layers_per_block", "use_linear_projection", "addition_embed_type", "addition_time_embed_dim",
+                     "projection_class_embeddings_input_dim", "num_attention_heads", "norm_num_groups", "mid_block_type")  # fmt: skip
 
 
 class ControlNetwork(nn.Module):
@@ -92,6 +97,19 @@ class ControlNetwork(nn.Module):
         hidden_BCHW = middle(hidden_BCHW, emb_BE, **_context_of(middle, context_BLD))
         residuals = [convolution(state) for state, convolution in zip(states, self.model.controlnet_down_blocks, strict=True)]
         return [*residuals, self.model.controlnet_mid_block(hidden_BCHW)]
+
+
+def controlnet_config(unet: Any) -> dict[str, Any]:
+    """Arguments for a ControlNetModel that matches a UNet: a copy of its encoder half, and one convolution per residual."""
+    return {name: unet.config[name] for name in _SHARED_WITH_UNET}
+
+
+def build_for_counting(unet: Any) -> ControlNetwork:
+    """A ControlNet that matches a UNet, on the meta device and with the library's own attention, which runs there."""
+    with torch.device("meta"):
+        network = ControlNetwork(ControlNetModel(**controlnet_config(unet)))
+    network.model.set_attn_processor(AttnProcessor2_0())
+    return network
 
 
 def _context_of(block: Any, context_BLD: Tensor | None) -> dict[str, Tensor | None]:

@@ -198,6 +198,11 @@ class Program(ABC):
     def example_rows(self, *, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Inputs of one row as empty tensors on the meta device, for counting costs."""
 
+    def build_control_network(self) -> nn.Module | None:
+        """A new ControlNet of the usual size for this network, for counting costs on the meta device: it takes `example_rows` and a `hint`
+        (1, 3, 8 H, 8 W). None if there are no ControlNets for it."""
+        return None
+
     @abstractmethod
     def working_bytes(self, shape: Sequence[int], itemsize: int) -> float:
         """Estimated memory that a pass over latents (B, C, H, W) takes in addition to the weights."""

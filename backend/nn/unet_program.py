@@ -32,6 +32,7 @@ from diffusers.models.unets.unet_2d_blocks import (
 )
 from torch import Tensor, nn
 
+from backend.nn.controlnet import build_for_counting
 from backend.nn.program import Addition, Exchange, NamedLayers, Program, Segment, TransformerOptions
 from backend.nn.unet_layers import LayerRange, find_norm_wrapper, run_layers
 from backend.nn.unet_state import CONTEXT, EMBEDDING, HIDDEN, TRANSFORMER_INPUT, UNetState, concat_skip, skip_name
@@ -203,6 +204,9 @@ class UNetProgram(Program):
         if config.addition_embed_type is not None:
             rows["y"] = torch.empty(1, config.projection_class_embeddings_input_dim, device="meta", dtype=dtype)
         return rows
+
+    def build_control_network(self) -> nn.Module:
+        return build_for_counting(self.embedding.unet)
 
     def working_bytes(self, shape: Sequence[int], itemsize: int) -> float:
         config = self.embedding.unet.config

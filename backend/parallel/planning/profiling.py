@@ -13,10 +13,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from backend.nn.controlnet import HINT_STEP_PX
 from backend.nn.empty_network import make_empty_network
 from backend.nn.piece import Piece
 from backend.nn.program import Program, ProgramState, Reading, trace_tensors
@@ -34,11 +35,10 @@ from backend.storage.kinds import module_stored_bytes
 
 _FREE_OPERATIONS = ("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "split",
                     "chunk", "detach", "alias", "select", "unbind", "empty", "as_strided", "_reshape_alias", "narrow")  # fmt: skip
-_SHARED_WITH_UNET = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim",
-                     "transformer_layers_per_block", "use_linear_projection", "addition_embed_type", "addition_time_embed_dim",
-                     "projection_class_embeddings_input_dim", "num_attention_heads", "norm_num_groups", "mid_block_type")  # fmt: skip
 _CACHE_LENGTH = 32
 _lock = threading.Lock()
+Key = TypeVar("Key")
+Count = TypeVar("Count")
 
 
 class CountFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -125,10 +125,9 @@ def profile_network(
     network: nn.Module, build: Callable[[Any], Program], *, latent_height: int, latent_width: int, context_length: int = 77, dtype: torch.dtype
 ) -> ModelProfile:
     """Costs of any network for which `build` makes a program, counted on the meta device. Cached per class, configuration, shape and dtype."""
-    key = (type(network), _as_text(without_original_names(network.config)) if isinstance(network, ConfigMixin) else _describe_weights(network))
     size = _Size(latent_height, latent_width, context_length, dtype)
     name = "UNet" if isinstance(network, UNet2DConditionModel) else type(network).__name__
-    return _counted(key, size, build, lambda: _cast(make_empty_network(network), dtype), name)
+    return _counted(_describe(network), size, build, lambda: _cast(make_empty_network(network), dtype), name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,30 +139,39 @@ class _Size:
     context_length: int
     dtype: torch.dtype
 
+    def example_rows(self, program: Program) -> dict[str, Tensor]:
+        return program.example_rows(
+            latent_height=self.latent_height, latent_width=self.latent_width, context_length=self.context_length, dtype=self.dtype
+        )
+
 
 _counts: OrderedDict[tuple[Any, _Size, str], ModelProfile] = OrderedDict()
+_control_counts: OrderedDict[tuple[Any, _Size], ComponentCost | None] = OrderedDict()
 
 
 def _counted(key: Any, size: _Size, build: Callable[[Any], Program], make_empty: Callable[[], nn.Module], name: str) -> ModelProfile:
     """The profile of a network without weights, counted once per key, size and name. The most recently used are cached."""
     with _lock:
-        found = _counts.get((key, size, name))
-        if found is None:
+        if (key, size, name) not in _counts:
             network = make_empty()
             program = build(network)
-            rows = program.example_rows(
-                latent_height=size.latent_height, latent_width=size.latent_width, context_length=size.context_length, dtype=size.dtype
-            )
-            found = _counts[key, size, name] = count_program(program, network, rows, name=name)
-        _counts.move_to_end((key, size, name))
-        if len(_counts) > _CACHE_LENGTH:
-            _counts.popitem(last=False)
-        return found
+            _counts[key, size, name] = count_program(program, network, size.example_rows(program), name=name)
+        return _keep(_counts, (key, size, name))
 
 
-def _describe_weights(network: nn.Module) -> str:
-    """Names and shapes. Two networks of one class for which they agree are treated as equal."""
-    return str([(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()])
+def _keep(counts: OrderedDict[Key, Count], key: Key) -> Count:
+    """The count, now the most recently used. The least recently used beyond the cache's length go."""
+    counts.move_to_end(key)
+    if len(counts) > _CACHE_LENGTH:
+        counts.popitem(last=False)
+    return counts[key]
+
+
+def _describe(network: nn.Module) -> tuple[type, str]:
+    """Class, and configuration or else names and shapes of weights. Networks for which they agree are treated as equal."""
+    if isinstance(network, ConfigMixin):
+        return type(network), _as_text(without_original_names(network.config))
+    return type(network), str([(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()])
 
 
 def count_program(program: Program, network: nn.Module, rows: Mapping[str, Tensor], *, name: str) -> ModelProfile:
@@ -185,8 +193,14 @@ def count_program(program: Program, network: nn.Module, rows: Mapping[str, Tenso
     )
 
 
+def empty_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> nn.Module:
+    """A diffusers UNet of this config on the meta device."""
+    with _lock:
+        return _make_unet(_as_text(config), dtype)
+
+
 @lru_cache(maxsize=2)
-def _make_unet(config_text: str, dtype: torch.dtype) -> Any:
+def _make_unet(config_text: str, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         return _cast(UNet2DConditionModel.from_config(without_original_names(json.loads(config_text))), dtype)
 
@@ -243,10 +257,6 @@ def _weight_bytes(named_layers: Any) -> int:
     return sum(parameter.nbytes for _, layer in named_layers for parameter in layer.parameters())
 
 
-def _widest(context_width: int | tuple[int, ...] | list[int]) -> int:
-    return context_width if isinstance(context_width, int) else max(context_width)
-
-
 def _as_text(config: Mapping[str, Any]) -> str:
     """The config as a key, without private entries (where it was read from, versions)."""
     return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True, default=str)
@@ -258,38 +268,25 @@ def with_stored_bytes(profile: ModelProfile, program: Program) -> ModelProfile:
     return replace(profile, pieces=pieces, embedding_bytes=module_stored_bytes(layer for _, layer in program.embedding.named_layers))
 
 
-def controlnet_config(unet: Any) -> dict[str, Any]:
-    """Arguments for a ControlNetModel that matches a UNet."""
-    return {name: unet.config[name] for name in _SHARED_WITH_UNET}
-
-
-def profile_controlnet(
-    unet_config: Mapping[str, Any], *, latent_height: int, latent_width: int, context_length: int = 77, dtype: torch.dtype | None = None
-) -> ComponentCost:
-    """Costs of a ControlNet that matches a UNet of this config: a copy of its encoder half, and one convolution per residual."""
+def profile_control_network(
+    network: nn.Module, program: Program, *, latent_height: int, latent_width: int, context_length: int = 77, dtype: torch.dtype | None = None
+) -> ComponentCost | None:
+    """Costs of a usual ControlNet for a network and its program; None if its family has no ControlNets. Cached like the network's own."""
+    size = _Size(latent_height, latent_width, context_length, dtype or torch.float16)
+    key = (_describe(network), size)
     with _lock:
-        return _count_controlnet(_as_text(unet_config), latent_height, latent_width, context_length, dtype or torch.float16)
+        if key not in _control_counts:
+            _control_counts[key] = _count_control_network(program, size)
+        return _keep(_control_counts, key)
 
 
-@lru_cache(maxsize=_CACHE_LENGTH)
-def _count_controlnet(config_text: str, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> ComponentCost:
-    unet = _make_unet(config_text, dtype)
-    with torch.device("meta"):
-        controlnet = _cast(ControlNetModel(**controlnet_config(unet)), dtype)
-    x_BCHW = torch.empty(1, unet.config.in_channels, latent_height, latent_width, device="meta", dtype=dtype)
-    hint_BCHW = torch.empty(1, 3, 8 * latent_height, 8 * latent_width, device="meta", dtype=dtype)
-    context_BLD = torch.empty(1, context_length, _widest(unet.config.cross_attention_dim), device="meta", dtype=dtype)
-    extra: dict[str, Any] = {}
-    if unet.config.addition_embed_type is not None:
-        pooled_width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        extra["added_cond_kwargs"] = {
-            "text_embeds": torch.empty(1, pooled_width, device="meta", dtype=dtype),
-            "time_ids": torch.empty(1, 6, device="meta"),
-        }
-    return _count_component(
-        "ControlNet", controlnet,
-        lambda: controlnet(x_BCHW, torch.empty(1, device="meta"), context_BLD, hint_BCHW, return_dict=False, **extra), runs_per_row=True,
-    )  # fmt: skip
+def _count_control_network(program: Program, size: _Size) -> ComponentCost | None:
+    control = program.build_control_network()
+    if control is None:
+        return None
+    control, rows = _cast(control, size.dtype), size.example_rows(program)
+    hint_BCHW = torch.empty(1, 3, HINT_STEP_PX * size.latent_height, HINT_STEP_PX * size.latent_width, device="meta", dtype=size.dtype)
+    return _count_component("ControlNet", control, lambda: control(hint=hint_BCHW, **rows), runs_per_row=True)
 
 
 def profile_vae_decoder(config: Mapping[str, Any], *, latent_height: int, latent_width: int, dtype: torch.dtype | None = None) -> ComponentCost:

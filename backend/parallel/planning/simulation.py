@@ -169,14 +169,12 @@ def _names_of_families() -> list[str]:
 def _profile_of_family(config: Mapping[str, Any], width_px: int, height_px: int, weights: str) -> ModelProfile:
     import torch
 
-    from backend.checkpoint_layout import Layout, Part
-    from backend.families.family import FoundDenoiser
     from backend.families.registry import find_family
     from backend.parallel.planning.profiling import profile_network, with_stored_bytes
     from backend.storage.running import set_types
 
     family = find_family(config["family"])
-    denoiser = family.build_denoiser(FoundDenoiser(part=Part("", Layout.DIFFUSERS), config=config["denoiser"]))
+    denoiser = _build_denoiser(config)
     set_types(denoiser, torch.bfloat16 if weights == "half" else torch.float8_e4m3fn, torch.bfloat16)
     factor = family.latent.factor
     profile = profile_network(
@@ -185,20 +183,39 @@ def _profile_of_family(config: Mapping[str, Any], width_px: int, height_px: int,
     return replace(with_stored_bytes(profile, family.build_program(denoiser)), name=f"{config['title']} {family.denoiser_title}")
 
 
+def _build_denoiser(config: Mapping[str, Any]) -> Any:
+    """The denoiser of a model with a family, without memory."""
+    from backend.checkpoint_layout import Layout, Part
+    from backend.families.family import FoundDenoiser
+    from backend.families.registry import find_family
+
+    return find_family(config["family"]).build_denoiser(FoundDenoiser(part=Part("", Layout.DIFFUSERS), config=config["denoiser"]))
+
+
 def component_costs(name: str, width_px: int, height_px: int, *, has_controlnet: bool, weights: str = "half") -> tuple[ComponentCost, ...]:
-    """Text encoders, VAE in half precision and, if wanted, a ControlNet. Raises: SimulationError for a ControlNet of a family that has none here."""
-    from backend.parallel.planning.profiling import profile_controlnet, profile_vae_decoder  # imports the network libraries
+    """Text encoders, VAE in half precision and, if wanted, a ControlNet. Raises: SimulationError for a ControlNet of a family that has none."""
+    from backend.parallel.planning.profiling import profile_vae_decoder  # imports the network libraries
 
     config = model_config(name)
     height, width = height_px // _LATENT_PX, width_px // _LATENT_PX
     text_bytes = sum(config["text_encoder_parameters"]) * BYTES_PER_WEIGHT[weights]
     vae_config = {**_VAE_CONFIG, "latent_channels": 16} if "family" in config else _VAE_CONFIG
     costs = [ComponentCost(name="text encoders", weight_bytes=text_bytes), profile_vae_decoder(vae_config, latent_height=height, latent_width=width)]
-    if has_controlnet:
-        if "family" in config:
-            raise SimulationError(f"--controlnet is counted for UNets; leave it out for {name}.")
-        costs.append(profile_controlnet(config["unet"], latent_height=height, latent_width=width))
-    return tuple(costs)
+    return (*costs, _control_cost(name, height, width)) if has_controlnet else tuple(costs)
+
+
+def _control_cost(name: str, latent_height: int, latent_width: int) -> ComponentCost:
+    from backend.families.registry import find_family
+    from backend.nn.unet_program import build_program
+    from backend.parallel.planning.profiling import empty_unet, profile_control_network
+
+    config = model_config(name)
+    network = _build_denoiser(config) if "family" in config else empty_unet(config["unet"])
+    program = find_family(config["family"]).build_program(network) if "family" in config else build_program(network)
+    cost = profile_control_network(network, program, latent_height=latent_height, latent_width=latent_width)
+    if cost is None:
+        raise SimulationError(f"--controlnet: there are no ControlNets for {name} here. Leave it out.")
+    return cost
 
 
 def card_slots(names: Sequence[str]) -> tuple[SlotFacts, ...]:

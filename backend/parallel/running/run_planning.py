@@ -15,7 +15,7 @@ from backend.parallel.planning.costs import ComponentCost, ModelProfile, with_me
 from backend.parallel.planning.live_facts import assuming_idle_evicted, guess_speed, profile_of, slot_facts, speed_of
 from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan
 from backend.parallel.planning.planner import JobShape, deal_by_speed, make_plan
-from backend.parallel.planning.profiling import profile_controlnet
+from backend.parallel.planning.profiling import profile_control_network
 from backend.parallel.running import status
 from backend.parallel.running.bound_hooks import find_bound_hook
 from backend.parallel.running.sampling_request import SamplingRequest
@@ -62,10 +62,15 @@ class RunPlanning:
 
     @property
     def control_cost(self) -> ComponentCost:
-        """Cost of one ControlNet for this denoiser and size."""
+        """Cost of one ControlNet for this denoiser and size. Raises: ValueError for a denoiser whose family has none."""
         height, width = self._shape[2:]
         model = self.unet.model
-        return profile_controlnet(model.diffusion_model.config, latent_height=height, latent_width=width, dtype=model.computation_dtype)
+        cost = profile_control_network(
+            model.diffusion_model, model.program, latent_height=height, latent_width=width, dtype=model.computation_dtype
+        )  # fmt: skip
+        if cost is None:
+            raise ValueError(f"The job has a control network, but there are none for {self.profile.name}. Leave it out.")
+        return cost
 
     # slots
 

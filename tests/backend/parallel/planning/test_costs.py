@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from backend.nn.piece import Piece
 from backend.nn.unet_program import build_program
 from backend.parallel.planning.costs import ModelProfile, contains, merge_pieces, with_measured_ms
-from backend.parallel.planning.profiling import profile_controlnet, profile_unet, profile_vae_decoder
+from backend.parallel.planning.profiling import empty_unet, profile_control_network, profile_unet, profile_vae_decoder
 from backend.parallel.planning.simulation import component_costs, model_config, profile_model
 from tests.support.parallel_costs import make_profile
 
@@ -155,7 +155,9 @@ def test_a_network_that_cannot_be_cut_is_refused() -> None:
 
 
 def test_controlnet_and_vae_of_narrow_models() -> None:
-    controlnet = profile_controlnet(NARROW, latent_height=8, latent_width=8)
+    unet = empty_unet(NARROW)
+    controlnet = profile_control_network(unet, build_program(unet), latent_height=8, latent_width=8)
+    assert controlnet is not None and profile_control_network(unet, build_program(unet), latent_height=8, latent_width=8) is controlnet
     assert controlnet.weight_bytes > 0 and controlnet.flops_per_row > 0
     vae = profile_vae_decoder({"block_out_channels": [32, 32], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 8,
                                "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
