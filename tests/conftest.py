@@ -24,6 +24,7 @@ for name in ("COMMANDLINE_ARGS", "TORCH_COMMAND", "REQS_FILE", "INDEX_URL", "TOR
 
 import pytest
 
+from tests.support.cpu_times import CpuTimes
 from tests.support.suite_order import COLLECTED, is_nightly_variant, place_of
 
 try:
@@ -43,6 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="none|all|K/N",
         help='tests marked "nightly" that run too: none of them, all, or every N-th from the K-th on',
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("xmlpath", None):
+        config.pluginmanager.register(CpuTimes())
 
 
 def pytest_report_header(config: pytest.Config) -> str:
