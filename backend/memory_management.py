@@ -1,20 +1,16 @@
 """Where models are, under the names that extensions know, all of them aware of several devices.
 
 Call `configure(config, slots)` first; otherwise the first use configures a default. Importing this module probes nothing.
-The decisions are pure modules in `backend.memory`; `backend.memory.store` moves the bytes. Knows no page and no job.
+The decisions are pure modules in `backend.memory`; `backend.memory.store` moves the bytes, `backend.memory.current` holds the process's store, and
+`backend.memory.shortages` recovers and explains. Knows no page and no job.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import logging
-import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import nn
@@ -22,17 +18,23 @@ from torch import nn
 from backend import profiler
 from backend.args import BackendConfig
 from backend.devices.inventory import DeviceFacts, describe_device
-from backend.devices.probing import probe_devices
 from backend.devices.slot import canonical_device
-from backend.memory import dtype_policy, recovery
+from backend.memory import dtype_policy
 from backend.memory.budget import DEFAULT_INFERENCE_BYTES, partial_load_budget_bytes, reserve_bytes
+from backend.memory.current import configure as configure
+from backend.memory.current import current_store as current_store
 from backend.memory.dtype_policy import MemoryPressure, dtype_from_flag
-from backend.memory.errors import DeviceRow, OutOfMemory
+from backend.memory.errors import DeviceRow
 from backend.memory.module_bytes import count_module_bytes, count_state_dict_bytes, count_state_dict_parameters, most_common_dtype, move_module
 from backend.memory.placement import ModelNeed, Placement, select_slot
+from backend.memory.recovery import is_out_of_memory as is_out_of_memory
 from backend.memory.residents import LoadedModel as LoadedModel
 from backend.memory.residents import Placeable
-from backend.memory.store import MemoryStore
+from backend.memory.shortages import entries_of
+from backend.memory.shortages import explain_shortage as explain_shortage
+from backend.memory.shortages import explaining_shortages as explaining_shortages
+from backend.memory.shortages import out_of_memory as out_of_memory
+from backend.memory.shortages import run_with_recovery as run_with_recovery
 from backend.memory.streaming import choose_resident_layers, list_layers
 from backend.memory.vram_state import CPUState as CPUState
 from backend.memory.vram_state import VRAMState, choose_cpu_state
@@ -40,10 +42,7 @@ from backend.memory.vram_state import VRAMState, choose_cpu_state
 if TYPE_CHECKING:
     from backend.devices.slot import Slot
 
-logger = logging.getLogger(__name__)
-
 DeviceLike = torch.device | str | None
-Result = TypeVar("Result")
 
 cpu = torch.device("cpu")
 OOM_EXCEPTION = torch.OutOfMemoryError
@@ -53,44 +52,10 @@ directml_enabled = False
 current_inference_memory = DEFAULT_INFERENCE_BYTES
 """Bytes reserved for activations; the GPU Weights slider sets it through `set_inference_memory`."""
 
-_DEVICE_NAMES = re.compile(r"\b(vgpu|cuda|xpu|mps):(\d+)|\bGPU (\d+)")
 _HALF_AND_FULL = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@dataclass(slots=True)
-class _Configured:
-    """What `configure` set; one per process."""
-
-    store: MemoryStore | None = None
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-
-_configured = _Configured()
-
-
 # set-up
-
-
-def configure(config: BackendConfig, slots: Sequence[Slot]) -> None:
-    """Use these flags and slots from now on. First takes models placed earlier off their devices."""
-    with _configured.lock:
-        if _configured.store is not None:
-            _configured.store.unload_all()
-        _configured.store = MemoryStore(config, slots)
-
-
-def current_store() -> MemoryStore:
-    """The configured store. If none is configured yet, configures a default: all flags off, the first device."""
-    store = _configured.store
-    return store if store is not None else _configure_default()
-
-
-def _configure_default() -> MemoryStore:
-    with _configured.lock:
-        if _configured.store is None:
-            config = BackendConfig()
-            _configured.store = MemoryStore(config, probe_devices(config))
-        return _configured.store
 
 
 def set_inference_memory(inference_bytes: int) -> None:
@@ -334,7 +299,7 @@ def free_memory(memory_required: int, device: DeviceLike, keep_loaded: Sequence[
 
     `keep_loaded`: residents or patchers that stay.
     """
-    current_store().free(int(memory_required), _device(device), keep=_entries_of(keep_loaded), free_all=free_all)
+    current_store().free(int(memory_required), _device(device), keep=entries_of(keep_loaded), free_all=free_all)
 
 
 def unload_model_clones(model: Placeable) -> None:
@@ -366,69 +331,9 @@ def describe_devices() -> tuple[DeviceRow, ...]:
     return current_store().describe()
 
 
-def out_of_memory(what: str, device: DeviceLike = None, need_bytes: int | None = None) -> OutOfMemory:
-    """The error to raise when `what` runs out of memory, with the table of all devices."""
-    return current_store().out_of_memory(what, _device(device), need_bytes)
-
-
 def hold_models(models: Iterable[Placeable]) -> None:
     """Protect a job's models from eviction until the next call. Pass an empty list when the job has ended."""
     current_store().hold(models)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch, of a library below it, or of ours means that a device is out of memory."""
-    return recovery.is_out_of_memory(error)
-
-
-def run_with_recovery(run: Callable[[], Result], *, what: str, device: DeviceLike = None, keep: Iterable[object] | None = None) -> Result:
-    """`run()`. If `device` runs out of memory, repeats it after releasing idle memory, after evicting all but `keep`, and while streaming `keep`.
-
-    `keep`: the patchers that `run` uses, by default those loaded last. `run` must be repeatable with the same result.
-    Raises: OutOfMemory with the table.
-    """
-    store = current_store()
-    device = _device(device)
-    try:
-        return recovery.run_with_remedies(run, store.remedies(device, None if keep is None else _entries_of(keep)), what)
-    except RuntimeError as error:
-        if isinstance(error, OutOfMemory) or not recovery.is_out_of_memory(error):
-            raise
-        raise store.out_of_memory(what, device, None) from error
-
-
-@contextmanager
-def explaining_shortages(what: str) -> Iterator[None]:
-    """Turns an out-of-memory error from inside into OutOfMemory, with `what` was being done and the models on every device. Raises: OutOfMemory."""
-    try:
-        yield
-    except RuntimeError as error:
-        told = explain_shortage(error, what)
-        if told is error:
-            raise
-        raise told from error.with_traceback(None)
-
-
-def explain_shortage(error: Exception, what: str) -> Exception:
-    """OutOfMemory with the table of all devices for an out-of-memory error that is not one already; any other error unchanged."""
-    if isinstance(error, OutOfMemory) or not recovery.is_out_of_memory(error):
-        return error
-    return current_store().out_of_memory(what, _device_in(error), None)
-
-
-def _device_in(error: BaseException) -> torch.device:
-    """The first device that an error's message names; the primary one if it names none."""
-    named = _DEVICE_NAMES.search(str(error))
-    if named is None:
-        return get_torch_device()
-    return torch.device(named[1], int(named[2])) if named[1] else torch.device("cuda", int(named[3]))
-
-
-def _entries_of(models: Iterable[object]) -> list[LoadedModel]:
-    """The residents for `models`, which may be patchers, their clones, or residents."""
-    held = list(models)
-    modules = {id(getattr(model, "model", None)) for model in held}
-    return [entry for entry in current_store().residents if entry in held or id(entry.real_model) in modules]
 
 
 def release_after_job() -> None:

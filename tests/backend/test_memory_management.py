@@ -16,6 +16,7 @@ from backend import memory_management
 from backend.args import BackendConfig
 from backend.devices import virtual_gpu
 from backend.devices.probing import probe_devices
+from backend.memory import current
 from backend.memory.errors import OutOfMemory
 from backend.patcher.base import ModelPatcher
 
@@ -28,7 +29,7 @@ def restored() -> Iterator[None]:
     """Each test starts and leaves the process unconfigured."""
     yield
     memory_management.set_inference_memory(memory_management.DEFAULT_INFERENCE_BYTES)
-    memory_management._configured.store = None
+    current.forget()
 
 
 def configure(**flags: object) -> None:
@@ -126,7 +127,7 @@ def test_importing_probes_nothing() -> None:
     """In a new process: after the import no store exists and torch's CUDA was not queried."""
     code = (
         "import torch; torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0; "
-        "import backend.memory_management as m; assert m._configured.store is None"
+        "import backend.memory_management; from backend.memory import current; assert current._configured.store is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

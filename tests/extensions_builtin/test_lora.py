@@ -19,6 +19,7 @@ from torch import Tensor
 from backend import memory_management
 from backend.args import BackendConfig
 from backend.devices.probing import probe_devices
+from backend.memory import current
 from backend.patcher.weight_patches import unpatched_tensors
 from modules.application import Application
 from modules.checkpoints.hashes import HashStore
@@ -47,7 +48,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
         (loras / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{" + b" " * 50)
         with loaded_builtin(app, "sd_forge_lora"):
             yield app
-    memory_management._configured.store = None
+    current.forget()
 
 
 def files() -> Any:

@@ -18,6 +18,7 @@ from backend.devices import virtual_gpu
 from backend.devices.probing import probe_devices
 from backend.devices.virtual_gpu import Faults
 from backend.loader import load_checkpoint
+from backend.memory import current
 from backend.memory.errors import OutOfMemory
 from backend.sampling.sampler_types import SamplerSettings
 from backend.sampling.samplers_dpm import sample_dpmpp_2m
@@ -45,7 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
     yield
-    memory_management._configured.store = None
+    current.forget()
 
 
 def load(checkpoint: Path, **flags: Any) -> Any:

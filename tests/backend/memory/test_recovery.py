@@ -14,6 +14,7 @@ from backend.args import BackendConfig
 from backend.devices import virtual_gpu
 from backend.devices.probing import probe_devices
 from backend.devices.virtual_gpu import Faults
+from backend.memory import current
 from backend.memory.errors import OutOfMemory
 from backend.memory.recovery import is_out_of_memory, run_with_remedies
 from backend.patcher.base import ModelPatcher
@@ -103,7 +104,7 @@ def gpu() -> Iterator[torch.device]:
     memory_management.set_inference_memory(0)
     yield memory_management.get_torch_device()
     memory_management.set_inference_memory(memory_management.DEFAULT_INFERENCE_BYTES)
-    memory_management._configured.store = None
+    current.forget()
 
 
 def patcher(num_layers: int, device: torch.device) -> ModelPatcher:

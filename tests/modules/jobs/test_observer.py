@@ -17,6 +17,7 @@ import torch
 from backend import memory_management
 from backend.devices import virtual_gpu
 from backend.devices.telemetry import GpuTelemetry
+from backend.memory import current
 from backend.nn.unet_program import Program
 from backend.parallel.placing.fleet import Fleet, current_fleet
 from backend.profiler import Recording
@@ -37,7 +38,7 @@ PLANS = ("single", "replicas", "layers")
 def plain_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
     with narrow_application(tmp_path_factory.mktemp("profiles")) as (app, _):
         yield app
-    memory_management._configured.store = None
+    current.forget()
 
 
 @pytest.fixture

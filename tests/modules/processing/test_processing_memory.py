@@ -16,6 +16,7 @@ from backend.args import BackendConfig
 from backend.devices import virtual_device, virtual_gpu
 from backend.devices.probing import probe_devices
 from backend.devices.virtual_gpu import Faults
+from backend.memory import current
 from backend.memory.errors import OutOfMemory
 from backend.sampling import registry
 from modules.application import Application
@@ -31,7 +32,7 @@ MIB = 2**20
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
     with narrow_application(tmp_path_factory.mktemp("memory")) as (app, _):
         yield app
-    memory_management._configured.store = None
+    current.forget()
 
 
 def configure(app: Application, cap_mib: int, **flags: object) -> None:
