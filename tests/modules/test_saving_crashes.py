@@ -3,60 +3,54 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from modules.pictures import images
 
-ROOT = Path(images.__file__).parents[2]
-PREAMBLE = """
-    import errno, os, signal, sys
-    from pathlib import Path
-    from PIL import Image
-    from modules.pictures import images
-    from modules.pictures import writing as image_writing
+NUM_SAVES = 8
+fork_server: Any = multiprocessing.get_context("forkserver" if os.name != "nt" else "spawn")
+"""Every save has a process of its own, forked from one that has imported this module."""
+if os.name != "nt":
+    fork_server.set_forkserver_preload([__name__])
 
-    folder, how = Path(sys.argv[1]), sys.argv[2]
 
-    def die(*_, **__):
+def no_links(*_: object) -> None:
+    raise OSError(errno.EPERM, "operation not permitted")
+
+
+def save_and_die(folder: Path, how: str) -> None:
+    """Save a red picture, and kill this process at the moment that `how` names."""
+
+    def die(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def no_links(*_, **__):
-        raise OSError(errno.EPERM, "operation not permitted")
-"""
-ONE_SAVE = """
-    if how == "before it has its name":
-        os.link = die
-    elif how == "before the temporary name goes":
-        path_unlink, Path.unlink = Path.unlink, die
-    elif how == "without links, before it has its name":
-        os.link, Path.replace = no_links, die
-    elif how == "while it is flushed":
-        os.fsync = die
-    elif how == "before it takes the old one's place":
-        Path.replace = die
-        images.save_image_with_geninfo(Image.new("RGB", (64, 64), "blue"), "new", folder / "00000-1.png")
+    changed: Any = {
+        "before it has its name": ((os, "link", die),),
+        "before the temporary name goes": ((Path, "unlink", die),),
+        "without links, before it has its name": ((os, "link", no_links), (Path, "replace", die)),
+        "while it is flushed": ((os, "fsync", die),),
+        "before it takes the old one's place": ((Path, "replace", die),),
+    }[how]
+    for owner, name, function in changed:
+        setattr(owner, name, function)
+    if how == "before it takes the old one's place":
+        images.save_image_with_geninfo(Image.new("RGB", (64, 64), "blue"), "new", str(folder / "00000-1.png"))
     images.save_image(Image.new("RGB", (64, 64), "red"), folder, "", 1, "a cat", info="Steps: 1, Sampler: Euler, Seed: 1", save_to_dirs=False)
-"""
-MANY_SAVES = """
+
+
+def save_many(folder: Path, how: str, written: Any) -> None:
     if how == "without links":
         os.link = no_links
-    for number in range(8):
+    for number in range(NUM_SAVES):
         path, _ = images.save_image(Image.new("RGB", (48, 48), (number, 0, 0)), folder, "", number, "a cat", info=how, save_to_dirs=False)
-        print(path)
-"""
-
-
-def start(body: str, folder: Path, how: str) -> subprocess.Popen[str]:
-    program = textwrap.dedent(PREAMBLE) + textwrap.dedent(body)
-    return subprocess.Popen([sys.executable, "-c", program, str(folder), how], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        written.put(str(path))
 
 
 def shown_names(folder: Path) -> list[str]:
@@ -87,9 +81,10 @@ def save(folder: Path, colour: str) -> Path:
 def test_a_killed_save_leaves_a_whole_picture_or_none(tmp_path: Path, how: str, is_saved: bool) -> None:
     """The folder has an older picture; after the kill it is intact, and the next save replaces neither it nor a finished one."""
     older = save(tmp_path, "green")
-    process = start(ONE_SAVE, tmp_path, how)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process = fork_server.Process(target=save_and_die, args=(tmp_path, how))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     names = shown_names(tmp_path)
     assert len(names) == 1 + is_saved
     assert colour_of(older) == (0, 128, 0)
@@ -102,19 +97,21 @@ def test_a_killed_save_leaves_a_whole_picture_or_none(tmp_path: Path, how: str, 
 
 @pytest.mark.parametrize("how", ["with links", "without links"])
 def test_processes_that_save_at_once_never_take_one_name(tmp_path: Path, how: str) -> None:
-    processes = [start(MANY_SAVES, tmp_path, how) for _ in range(3)]
-    written = [line for process in processes for line in process.communicate()[0].splitlines()]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert len(set(written)) == 24
+    queue = fork_server.SimpleQueue()
+    processes = [fork_server.Process(target=save_many, args=(tmp_path, how, queue)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    written = [queue.get() for _ in range(3 * NUM_SAVES)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(set(written)) == 3 * NUM_SAVES
     assert shown_names(tmp_path) == sorted(Path(path).name for path in written)
-    assert sorted(colour_of(Path(path))[0] for path in written) == sorted([*range(8)] * 3)
+    assert sorted(colour_of(Path(path))[0] for path in written) == sorted([*range(NUM_SAVES)] * 3)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_name_that_a_dying_process_claimed_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(*_: object) -> None:
-        raise OSError(errno.EPERM, "operation not permitted")
-
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
