@@ -23,6 +23,11 @@ _UNIT_BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _MIN_VIRTUAL_GPU_BYTES = 2**20
 
 
+dynamic_args: dict[str, Any] = {"embedding_dir": "./embeddings", "emphasis_name": "Original"}
+"""Facts that Forge keeps here, for extensions that read them: the folder of embeddings, and of the last batch the emphasis, the stored type of the
+denoiser (`forge_unet_storage_dtype`) and whether LoRAs are added while layers run (`online_lora`). The application writes; nothing here reads."""
+
+
 class ConfigError(ValueError):
     """Two settings contradict each other, or one has an invalid value."""
 

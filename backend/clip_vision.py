@@ -67,6 +67,29 @@ class ClipVision:
             embeds: Tensor = model(pixels).image_embeds
             return torch.cat([torch.zeros_like(embeds[:1]), embeds])
 
+    def encode_image(self, image: Tensor) -> ClipVisionOutput:
+        """Encode pictures (N, H, W, 3), 0..1, under Forge's names."""
+        pictures = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+        memory_management.load_models_gpu([self.patcher])
+        model: Any = self.patcher.model
+        device, dtype = self.patcher.load_device, next(model.parameters()).dtype
+        pixels = torch.cat([prepare_picture(picture, int(model.config.image_size)) for picture in pictures]).to(device, dtype)
+        with torch.inference_mode():
+            found = model(pixels, output_hidden_states=True)
+        return ClipVisionOutput(
+            last_hidden_state=found.last_hidden_state, penultimate_hidden_states=found.hidden_states[-2], image_embeds=found.image_embeds
+        )
+
+
+class ClipVisionOutput(dict[str, Tensor]):
+    """`last_hidden_state` (N, L, D), `penultimate_hidden_states` (N, L, D) and `image_embeds` (N, P), as keys and as attributes."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(f"a picture's encoding has {', '.join(self)}, and no {name}") from error
+
 
 def prepare_picture(picture: np.ndarray, side_px: int) -> Tensor:
     """The middle square as (1, 3, side, side), normalized as in CLIP's training."""

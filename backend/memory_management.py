@@ -156,6 +156,11 @@ def vram_state_of(device: DeviceLike = None) -> VRAMState:
     return current_store().state_of(_device(device))
 
 
+def set_vram_state(state: VRAMState | None) -> None:
+    """Use all GPUs as `state` says from now on, or as the flags say for None. Call it between jobs: models are evicted first."""
+    current_store().force_state(state)
+
+
 def is_intel_xpu() -> bool:
     return _facts(None).kind == "xpu"
 

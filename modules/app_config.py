@@ -56,6 +56,7 @@ class AppConfig:
     api_auth: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     api_log: bool = False
     api_server_stop: bool = False
+    allow_code: bool = False
     gradio_auth: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     gradio_allowed_paths: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()

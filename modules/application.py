@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from backend.args import dynamic_args
 from modules.app_config import SCRIPT_DIR, AppConfig
 from modules.checkpoints.cache import FileCache
 from modules.checkpoints.hashes import HashStore
@@ -135,6 +136,7 @@ def install(app: Application | None) -> None:
     _installed = app
     context.install_context(app)
     if app is not None:
+        dynamic_args["embedding_dir"] = str(next(iter(app.config.embeddings_dirs), "./embeddings"))
         control_models.configure_folders(
             controlnet_dir=app.config.controlnet_dirs[0],
             preprocessor_dir=Path(app.config.flags["controlnet_preprocessor_models_dir"]),

@@ -5,15 +5,18 @@ A preprocessor turns a picture into a hint, and may act on the rest of the job. 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from backend import memory_management
+from modules_forge import shared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from backend.clip_vision import ClipVision, ClipVisionOutput
     from backend.patcher.base import ModelPatcher
 
 
@@ -110,3 +113,45 @@ class Preprocessor:
     ) -> Any:
         """The hint of a picture (H, W, 3), uint8."""
         return input_image
+
+
+class PreprocessorClipVision(Preprocessor):
+    """Encodes a picture with the CLIP picture tower in `filename` of the preprocessors' folder. `url` is where to get it; nothing is fetched."""
+
+    global_cache: dict[str, ClipVision] = {}
+    """Path -> tower, for all preprocessors."""
+
+    def __init__(self, name: str, url: str, filename: str) -> None:
+        super().__init__()
+        self.name, self.url, self.filename = name, url, filename
+        self.slider_resolution = PreprocessorParameter(visible=False)
+        self.corp_image_with_a1111_mask_when_in_img2img_inpaint_tab = False
+        self.show_control_mode = False
+        self.sorting_priority = 1
+        self.clipvision: ClipVision | None = None
+
+    def load_clipvision(self) -> ClipVision:
+        """The tower, read once. Raises: FileNotFoundError that says what to do; CheckpointError for another kind of file."""
+        from backend.clip_vision import load_clip_vision  # imports transformers
+
+        path = Path(shared.preprocessor_dir) / self.filename
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.name} needs {path}, which is not there. Download it from {self.url} and put it there.")
+        key = str(path)
+        if key not in self.global_cache:
+            self.global_cache[key] = load_clip_vision(path)
+        self.clipvision = self.global_cache[key]
+        return self.clipvision
+
+    def __call__(
+        self,
+        input_image: Any,
+        resolution: int,
+        slider_1: float | None = None,
+        slider_2: float | None = None,
+        slider_3: float | None = None,
+        input_mask: Any = None,
+        **kwargs: Any,
+    ) -> ClipVisionOutput:
+        """The encoding of a picture (H, W, 3), uint8."""
+        return self.load_clipvision().encode_image(torch.from_numpy(input_image[None].copy()) / 255.0)

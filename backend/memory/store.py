@@ -67,6 +67,16 @@ class MemoryStore:
         fallback = VRAMState.DISABLED if device.type == "cpu" else VRAMState.NORMAL_VRAM
         return self._states.get(device, fallback)
 
+    def force_state(self, state: VRAMState | None) -> None:
+        """Use all GPUs as `state` says, or as the flags say for None. Models are evicted first if that changes anything."""
+        with self._lock:
+            chosen = {slot.torch_device: self._choose_state(slot) for slot in self.all_slots}
+            if state is not None:
+                chosen = {device: old if old in (VRAMState.DISABLED, VRAMState.SHARED) else state for device, old in chosen.items()}
+            if chosen != self._states:
+                self.unload_all()
+                self._states = chosen
+
     def bytes_of(self, device: torch.device) -> DeviceBytes:
         return read_device_bytes(device)
 

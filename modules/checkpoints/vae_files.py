@@ -121,6 +121,15 @@ def get_filename(filepath: str) -> str:
     return Path(filepath).name
 
 
+def reload_vae_weights(sd_model: Any = None, vae_file: Any = "") -> Any:
+    """The current checkpoint with the VAE of a file, which the setting `sd_vae` names from then on; without a file, with the VAE that the settings
+    name. Returns the model. Raises UnknownModuleError."""
+    app = required_context()
+    if vae_file is None or str(vae_file) not in NO_CHOICE:
+        app.options.set("sd_vae", "None" if vae_file is None else _installed().find(str(vae_file)).name)
+    return app.models.ensure_loaded()
+
+
 def __getattr__(name: str) -> Any:
     """`vae_dict`: file name -> path of the VAE files."""
     if name == "vae_dict":

@@ -1,4 +1,4 @@
-"""img2img over a folder of pictures, under the name that extensions call. One request is reused for every picture."""
+"""The img2img handler and img2img over a folder of pictures, under the names and with the argument order that extensions use."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 
 from backend.model_folders import find_files
 from modules.errors import RequestError
-from modules.infotext.parameters import parse_generation_parameters
+from modules.infotext.parameters import create_override_settings_dict, parse_generation_parameters
+from modules.jobs.txt2img import Outputs, handler_outputs
 from modules.pictures.metadata import read_info_from_image
 from modules.pictures.resizing import fix_image
 from modules.processing import Processed, StableDiffusionProcessingImg2Img
@@ -36,6 +37,84 @@ _FIELDS_FROM_INFOTEXT = {
 BATCH_PARAMETERS = (*_FIELDS_FROM_INFOTEXT, "Model hash")
 """What can be taken from the parameters of each picture."""
 _TYPES = {"seed": int, "steps": int, "cfg_scale": float}
+
+# positional arguments of `img2img` after id_task and request; those after the last belong to scripts
+ARGUMENTS = (
+    *("mode", "prompt", "negative_prompt", "styles", "init_img", "sketch", "sketch_fg", "init_img_with_mask", "init_img_with_mask_fg"),
+    *("inpaint_color_sketch", "inpaint_color_sketch_fg", "init_img_inpaint", "init_mask_inpaint", "mask_blur", "mask_alpha", "inpainting_fill"),
+    *("n_iter", "batch_size", "cfg_scale", "distilled_cfg_scale", "image_cfg_scale", "denoising_strength", "selected_scale_tab", "height", "width"),
+    *("scale_by", "resize_mode", "inpaint_full_res", "inpaint_full_res_padding", "inpainting_mask_invert", "batch_input_dir", "batch_output_dir"),
+    *("batch_inpaint_mask_dir", "override_settings_texts", "batch_use_png_info", "batch_png_info_props", "batch_png_info_dir"),
+    *("batch_source_type", "batch_upload"),
+)
+_OF_THE_REQUEST = (
+    *("prompt", "negative_prompt", "styles", "n_iter", "batch_size", "cfg_scale", "distilled_cfg_scale", "denoising_strength", "height", "width"),
+    *("resize_mode", "inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding", "inpainting_mask_invert", "mask_blur"),
+)
+_BATCH_MODE = 5
+
+
+def img2img(id_task: str, request: Any, *args: Any) -> Outputs:
+    """Queue the request and wait for it. Returns the pictures, their info as JSON, and parameters and comments as HTML.
+
+    `mode`: 0 img2img, 1 sketch, 2 inpaint, 3 inpaint sketch, 4 inpaint upload, 5 batch. Raises RequestError without a picture.
+    """
+    values = dict(zip(ARGUMENTS, args))
+    p = img2img_create_processing(request, values, tuple(args[len(ARGUMENTS) :]))
+
+    def run() -> Processed:
+        made = _run_batch(p, values) if int(values.get("mode") or 0) == _BATCH_MODE else process_with_scripts(p)
+        return made if made is not None else Processed(p, [])
+
+    return handler_outputs(p.context.jobs.run_and_wait(id_task or None, "img2img", run))
+
+
+def img2img_create_processing(request: Any, values: dict[str, Any], script_args: tuple[Any, ...]) -> StableDiffusionProcessingImg2Img:
+    """The request built from the handler's arguments by name. Raises RequestError without a picture."""
+    picture, mask = _picture_and_mask(values)
+    fields = {name: values[name] for name in _OF_THE_REQUEST if values.get(name) is not None}
+    overrides = create_override_settings_dict(values.get("override_settings_texts") or [])
+    p = StableDiffusionProcessingImg2Img(**fields, init_images=[picture], mask=mask, override_settings=overrides)
+    if int(values.get("selected_scale_tab") or 0) == 1 and picture is not None:
+        p.width, p.height = (max(int(side * float(values["scale_by"])) // opt_f, 1) * opt_f for side in picture.size)
+    p.script_args, p.user = script_args, getattr(request, "username", None)
+    return p
+
+
+def _picture_and_mask(values: dict[str, Any]) -> tuple[Image.Image | None, Image.Image | None]:
+    """What the chosen inner tab holds; both None for a batch. Raises RequestError."""
+    mode = int(values.get("mode") or 0)
+    names = {0: ("init_img", None), 1: ("sketch", "sketch_fg"), 2: ("init_img_with_mask", "init_img_with_mask_fg")}
+    names |= {3: ("inpaint_color_sketch", "inpaint_color_sketch_fg"), 4: ("init_img_inpaint", "init_mask_inpaint")}
+    if mode == _BATCH_MODE:
+        return None, None
+    if mode not in names or values.get(names[mode][0]) is None:
+        raise RequestError(f"img2img: mode {mode} has no picture. Modes are 0 to {_BATCH_MODE}; send the picture that belongs to the mode.")
+    picture, painted = fix_image(values[names[mode][0]]), values.get(names[mode][1] or "")
+    if mode == 4 or painted is None:
+        return picture, painted
+    mask = painted.convert("RGBA").getchannel("A") if mode in (2, 3) else None
+    if mode == 3 and mask is not None:
+        mask = ImageChops.lighter(mask, mask.point(lambda value: 255 if value else 0))
+    if mode in (1, 3):
+        picture = Image.alpha_composite(picture.convert("RGBA"), painted.convert("RGBA").resize(picture.size))
+    return picture, mask
+
+
+def _run_batch(p: StableDiffusionProcessingImg2Img, values: dict[str, Any]) -> Processed | None:
+    source = values.get("batch_upload") if values.get("batch_source_type") == "upload" else str(values.get("batch_input_dir") or "")
+    return process_batch(
+        p,
+        source or "",
+        str(values.get("batch_output_dir") or ""),
+        str(values.get("batch_inpaint_mask_dir") or ""),
+        p.script_args,
+        to_scale=int(values.get("selected_scale_tab") or 0) == 1,
+        scale_by=float(values.get("scale_by") or 1),
+        use_png_info=bool(values.get("batch_use_png_info")),
+        png_info_props=values.get("batch_png_info_props"),
+        png_info_dir=values.get("batch_png_info_dir"),
+    )
 
 
 def process_batch(

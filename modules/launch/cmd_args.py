@@ -83,7 +83,6 @@ NO_EFFECT: Mapping[str, tuple[bool | None, str]] = MappingProxyType(
         "--ui-debug-mode": (False, "models are loaded when needed"),
         "--disable-tls-verify": (False, "the server never verifies its own certificate"),
         "--use-textbox-seed": (False, "there is only one kind of seed field"),
-        "--allow-code": (False, "no script here runs code from the page"),
         "--textual-inversion-templates-dir": (True, "embeddings are not trained here"),
         "--enable-console-prompts": (False, "the terminal shows one line per job and load; see --loglevel"),
     }
@@ -206,6 +205,7 @@ def _add_server_arguments(parser: ArgumentParser) -> None:
         "--nowebui": "serve the REST API without the page",
         "--api-log": "log API calls",
         "--api-server-stop": "let API clients stop or restart the server",
+        "--allow-code": "run Python code from the page and the API (script Custom code), for users of this machine or with a password",
         "--share": "create a public link with gradio",
         "--autolaunch": "open the page in a browser",
     }
@@ -386,8 +386,8 @@ def _make_config(ns: Namespace, environ: Mapping[str, str], notices: list[str]) 
 
 
 _PLAIN_FIELDS = (
-    *("share", "autolaunch", "theme", "api", "nowebui", "api_log", "api_server_stop", "no_hashing", "freeze_settings", "hide_ui_dir_config"),
-    *("disable_console_progressbars", "sdxl", "controlnet", "list_gpus", "log_startup"),
+    *("share", "autolaunch", "theme", "api", "nowebui", "api_log", "api_server_stop", "allow_code", "no_hashing", "freeze_settings"),
+    *("hide_ui_dir_config", "disable_console_progressbars", "sdxl", "controlnet", "list_gpus", "log_startup"),
 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from backend.args import dynamic_args
 from modules.processing.tiling import apply_tiling
 from modules.prompts import extra_networks
 
@@ -27,6 +28,9 @@ def activate_networks(p: StableDiffusionProcessing, network_data: dict[str, Any]
         p.has_active_networks = True
         extra_networks.activate(p, network_data)
     engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
+    unet = engine.forge_objects.unet
+    dynamic_args.update(emphasis_name=str(p.options.emphasis), online_lora=unet.has_online_lora())
+    dynamic_args["forge_unet_storage_dtype"] = getattr(unet.model, "storage_dtype", None)
 
 
 def deactivate_networks(p: StableDiffusionProcessing) -> None:
@@ -37,10 +41,19 @@ def deactivate_networks(p: StableDiffusionProcessing) -> None:
 
 
 def prepare_networks(p: StableDiffusionProcessing) -> None:
-    """Before every pass: restore the networks as extra networks left them and set tiling. Patches of an earlier pass are removed."""
+    """Before every pass: restore the networks as extra networks left them, set tiling and token merging. Patches of an earlier pass are removed."""
     engine = p.sd_model
     engine.forge_objects = engine.forge_objects_after_applying_lora.shallow_copy()
     apply_tiling(engine, bool(p.tiling))
+    apply_token_merging(engine, p.get_token_merging_ratio(for_hr=p.is_hr_pass))
+
+
+def apply_token_merging(sd_model: Any, token_merging_ratio: float) -> None:
+    """Let the next pass merge that share (0..1) of the tokens of the UNet's outer self-attentions."""
+    from backend.misc.tomesd import TomePatcher  # imports torch
+
+    if token_merging_ratio > 0:
+        sd_model.forge_objects.unet = TomePatcher().patch(sd_model.forge_objects.unet, min(float(token_merging_ratio), 1.0))
 
 
 def run_sampling_hook(p: StableDiffusionProcessing, x_BCHW: Tensor, noise_BCHW: Tensor, c: Any, uc: Any) -> Tensor:

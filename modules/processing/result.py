@@ -243,6 +243,8 @@ def _option_parameters(p: StableDiffusionProcessing) -> dict[str, Any]:
     return {
         "Clip skip": clip_skip if clip_skip > 1 else None,
         "ENSD": p.options.eta_noise_seed_delta if p.uses_ensd and p.options.eta_noise_seed_delta else None,
+        "Token merging ratio": p.get_token_merging_ratio() or None,
+        "Token merging ratio hr": (p.get_token_merging_ratio(for_hr=True) or None) if getattr(p, "enable_hr", False) else None,
         "Init image hash": getattr(p, "init_img_hash", None),
         "RNG": p.options.randn_source if p.options.randn_source != "GPU" else None,
         "Tiling": True if p.tiling else None,

@@ -184,8 +184,6 @@ def _name_what_is_missing(p: StableDiffusionProcessing) -> None:
     if p.restore_faces:
         p.restore_faces = False
         p.comment("restore_faces: face restoration is not available; faces stay unchanged.")
-    if p.token_merging_ratio or p.token_merging_ratio_hr or p.options.token_merging_ratio:
-        p.comment("token_merging_ratio: token merging is not available; no tokens are merged.")
 
 
 def _name_inert_settings(p: StableDiffusionProcessing, app: JobContext) -> None:

@@ -1,9 +1,12 @@
-"""The arguments a script gets from untouched controls. Uses only attributes of controls; does not import gradio."""
+"""The arguments of a script: those of untouched controls, and values checked against their controls. Uses only attributes of controls; does not
+import gradio."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from modules.errors import RequestError
 
 
 def start_value(control: Any) -> Any:
@@ -31,3 +34,49 @@ def start_values(runner: Any) -> Mapping[int, Any]:
         if script.args_from is not None
         for index, control in enumerate(script.controls or ())
     }
+
+
+def checked_values(script: Any, values: Sequence[Any]) -> list[Any]:
+    """The values of a script's controls, each within its control's bounds: a slider's as a number, a choice that is there, a checkbox's as a bool.
+
+    Example: a slider of 0..2 with step 0.01 turns "1.5" into 1.5 and refuses 3 and NaN. Values of other controls are passed as they are.
+    Raises: RequestError that names the script, the control and the bounds.
+    """
+    controls = list(script.controls or ())
+    return [_checked(script.title(), controls[index], value) if index < len(controls) else value for index, value in enumerate(values)]
+
+
+def _checked(title: str, control: Any, value: Any) -> Any:
+    label, kind = f"{title}: {control.label}", {cls.__name__ for cls in type(control).__mro__}
+    if "Slider" in kind:
+        return _checked_number(label, value, control.minimum, control.maximum, whole=_is_whole(control))
+    if "Checkbox" in kind:
+        if value not in (True, False, None):
+            raise RequestError(f"{label} is {value!r}; send true or false.")
+        return bool(value)
+    if "Radio" in kind or ("Dropdown" in kind and not control.multiselect and not control.allow_custom_value):
+        return _checked_choice(label, value, control)
+    return value
+
+
+def _is_whole(control: Any) -> bool:
+    return all(isinstance(number, int) or float(number).is_integer() for number in (control.minimum, control.maximum, control.step or 0.5))
+
+
+def _checked_number(label: str, value: Any, low: float, high: float, *, whole: bool) -> float:
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not low <= number <= high:  # refuses NaN too
+        raise RequestError(f"{label} is {value!r}; send a number from {low:g} to {high:g}.")
+    return int(number) if whole else number
+
+
+def _checked_choice(label: str, value: Any, control: Any) -> Any:
+    choices = [choice[1] if isinstance(choice, (tuple, list)) else choice for choice in control.choices or ()]
+    if getattr(control, "type", None) == "index":
+        choices = list(range(len(choices)))
+    if isinstance(value, bool) or value not in choices:
+        raise RequestError(f"{label} is {value!r}; choose one of {', '.join(map(str, choices))}.")
+    return value

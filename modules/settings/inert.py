@@ -40,8 +40,7 @@ NOT_READ: Mapping[str, str] = {
     "the page has one layout": """
         img2img_inpaint_mask_high_contrast img2img_inpaint_mask_scribble_alpha open_dir_button_choice compact_prompt_box samplers_in_dropdown
         dimensions_and_batch_together txt2img_settings_accordion img2img_settings_accordion forge_canvas_plain forge_canvas_toolbar_always
-        quick_setting_list ui_tab_order hidden_tabs tabs_without_quick_settings_bar ui_reorder_list extra_options_txt2img extra_options_img2img
-        extra_options_cols extra_options_accordion
+        quick_setting_list ui_tab_order hidden_tabs tabs_without_quick_settings_bar ui_reorder_list
     """,
     "presets set sizes, scales, sampler and schedule": "xl_GPU_MB flux_GPU_MB",
     "the console shows one line per job and load; see --loglevel": """

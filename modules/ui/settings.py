@@ -98,8 +98,9 @@ def _component_arguments(info: OptionInfo) -> dict[str, Any]:
     return dict(args or {})
 
 
-def create_setting(key: str, info: OptionInfo, value: Any, choices: Mapping[str, list[str]]) -> Component:
-    """The control of one setting, with its comment under it."""
+def create_setting(key: str, info: OptionInfo, value: Any, choices: Mapping[str, list[str]], *, elem_id: str | None = None) -> Component:
+    """The control of one setting, with its comment under it. `elem_id` is its DOM id if it is not the one on the Settings tab."""
+    elem_id = elem_id or f"setting_{key}"
     kind = COMPONENTS[info.component] if isinstance(info.component, str) else info.component or default_component(info.default)
     args = _component_arguments(info)
     if kind in (gr.Dropdown, DropdownMulti, gr.Radio, gr.CheckboxGroup) and "choices" not in args:
@@ -107,17 +108,34 @@ def create_setting(key: str, info: OptionInfo, value: Any, choices: Mapping[str,
         if kind in (gr.Dropdown, DropdownMulti):
             args.setdefault("allow_custom_value", True)
     if kind is gr.HTML:
-        component = gr.HTML(info.default, elem_id=f"setting_{key}", **args)
+        component = gr.HTML(info.default, elem_id=elem_id, **args)
     elif info.refresh is not None:
         with FormRow():
-            component = kind(label=info.label, value=value, elem_id=f"setting_{key}", **args)
-            button = ToolButton(icon_name="refresh", elem_id=f"refresh_{key}")
+            component = kind(label=info.label, value=value, elem_id=elem_id, **args)
+            button = ToolButton(icon_name="refresh", elem_id=elem_id.replace("setting_", "refresh_", 1))
             button.click(_refresher(info), outputs=[component], show_progress="hidden", queue=False, api_visibility="private")
     else:
-        component = kind(label=info.label, value=value, elem_id=f"setting_{key}", **args)
+        component = kind(label=info.label, value=value, elem_id=elem_id, **args)
     if info.comment_before or info.comment_after:
         gr.HTML(f"{info.comment_before} {info.comment_after}", elem_classes=["setting-comment"])
     return component
+
+
+def create_setting_component(key: str, *, elem_id: str | None = None) -> Component:
+    """The control of the setting `key` with its current value, for extensions that show settings elsewhere. Raises KeyError."""
+    from modules.application import current_application  # extensions call this without an application
+    from modules.ui.choices import setting_choices  # it imports the page's sections
+
+    app = current_application()
+    info = app.options.data_labels[key]
+    return create_setting(key, info, getattr(app.options, key, info.default), setting_choices(app), elem_id=elem_id)
+
+
+def get_value_for_setting(key: str) -> Any:
+    """A gradio update with the setting's current value."""
+    from modules.application import current_application  # extensions call this without an application
+
+    return gr.update(value=getattr(current_application().options, key))
 
 
 def _refresher(info: OptionInfo) -> Callable[[], Any]:

@@ -37,7 +37,7 @@ BACKEND_RANKS = (
     ("memory", "memory_management", "control_dtype"),
     (
         *("checkpoint_config", "checkpoint_file", "checkpoint_identity", "checkpoint_layout", "checkpoint_pickle", "checkpoint_prediction"),
-        *("key_layout", "state_dict", "original_config", "attention", "utils"),
+        *("key_layout", "state_dict", "original_config", "attention", "utils", "misc", "operations"),
         "denoiser_types",
     ),
     ("nn",),

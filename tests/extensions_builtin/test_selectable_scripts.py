@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from modules import scripts
+from modules import images, scripts
 from modules.application import Application
 from modules.errors import RequestError
 from modules.processing import Processed
@@ -261,3 +263,151 @@ def test_cells_that_differ_in_prompts_and_seeds_alone_share_a_job_on_several_slo
     mixed = make(app, PLOT, txt2img(prompt="cat"), *args)
     assert sizes == [1, 1]  # a job has the networks of its first prompt
     assert len(mixed.images) == 3
+
+
+def img2img_labels(app: Application, title: str) -> list[Any]:
+    return [control.label for control in app.script_runners["img2img"].script(title).controls]
+
+
+def test_scripts_of_img2img_take_forges_arguments(app: Application) -> None:
+    assert img2img_labels(app, "SD upscale")[1:] == ["Tile overlap", "Upscaler", "Scale Factor"]
+    assert img2img_labels(app, "Poor man's outpainting") == ["Pixels to expand", "Mask blur", "Masked content", "Outpainting direction"]
+    assert img2img_labels(app, "Outpainting mk2")[1:] == [
+        *("Pixels to expand", "Mask blur", "Outpainting direction", "Fall-off exponent (lower=higher detail)", "Color variation"),
+    ]
+    assert [label.split("?")[0] for label in img2img_labels(app, "img2img alternative test")[1:]] == [
+        "Override `Sampling method` to Euler",
+        "Override `prompt` to the same value as `original prompt`",
+        *("Original prompt", "Original negative prompt"),
+        "Override `Sampling Steps` to the same value as `Decode steps`",
+        "Decode steps",
+        "Override `Denoising strength` to 1",
+        *("Decode CFG scale", "Randomness", "Sigma adjustment for finding noise for image"),
+    ]
+    assert "Custom code" not in app.script_runners["txt2img"].titles
+
+
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_sd_upscale_redraws_each_tile_with_its_own_seed(app: Application, monkeypatch: pytest.MonkeyPatch, num_slots: int) -> None:
+    store = SimpleNamespace(slots=("slot",) * num_slots)
+    monkeypatch.setattr(builtin_module("picture_tiles"), "memory_management", SimpleNamespace(current_store=lambda: store))
+    request = {"width": 64, "height": 64, "steps": 2, "denoising_strength": 0.5, "seed": 40}
+    result = make(app, "SD upscale", img2img(**request), None, 16, "Lanczos", 1.5)
+    assert result.images[0].size == (96, 96)
+    large = img2img().init_images[0].resize((96, 96), resample=1)
+    grid = images.split_grid(large, 64, 64, 16)
+    pieces = [piece for _, _, row in grid.tiles for piece in row]
+    for number, piece in enumerate(pieces):
+        piece[2] = run(img2img(**{**request, "seed": 40 + number, "init_images": [piece[2]]})).images[0]
+    difference = np.abs(pixels(result.images[0]) - pixels(images.combine_grid(grid))).max()
+    assert difference <= (0 if num_slots == 1 else 1), "a batch is rounded in another order"
+    assert "SD upscale upscaler: Lanczos" in result.infotexts[0] and "SD upscale overlap: 16" in result.infotexts[0]
+    with pytest.raises(RequestError, match="cannot overlap by 64 px"):
+        make(app, "SD upscale", img2img(), None, 64, 0, 2.0)
+    with pytest.raises(RequestError, match="Upscaler is 'Gone'"):
+        make(app, "SD upscale", img2img(), None, 16, "Gone", 2.0)
+
+
+def test_poor_mans_outpainting_keeps_the_picture_and_paints_around_it(app: Application) -> None:
+    request = img2img(width=128, height=128, steps=2, denoising_strength=0.9)
+    result = make(app, "Poor man's outpainting", request, 64, 2, "fill", ["right"])
+    assert result.images[0].size == (128, 64)
+    before, after = pixels(img2img().init_images[0]), pixels(result.images[0])
+    assert np.abs(after[:, :48] - before[:, :48]).max() <= 1
+    assert after[:, 80:].std() > 1
+    with pytest.raises(RequestError, match="choose one or more of left, right, up, down"):
+        make(app, "Poor man's outpainting", img2img(), 8, 4, "fill", ["inside"])
+    with pytest.raises(RequestError, match="128 px do not fit into tiles of 64x64"):
+        make(app, "Poor man's outpainting", img2img(), 128, 4, "fill", ["left"])
+
+
+def test_outpainting_mk2_goes_direction_by_direction(app: Application) -> None:
+    args = (None, 16, 2, ["left", "down"], 1.0, 0.05)
+    result = make(app, "Outpainting mk2", img2img(steps=2, denoising_strength=0.9, seed=5), *args)
+    assert [image.size for image in result.images] == [(80, 80)]
+    before, after = pixels(img2img().init_images[0]), pixels(result.images[0])
+    assert np.abs(after[:40, 40:] - before[:40, 24:]).mean() < 2, "away from the new parts it is the picture"
+    again = make(app, "Outpainting mk2", img2img(steps=2, denoising_strength=0.9, seed=5), *args)
+    assert same(result.images[0], again.images[0])
+
+
+def test_noise_for_a_new_part_has_the_colors_and_the_coarseness_of_the_picture() -> None:
+    outpainting = builtin_module("outpainting")
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[::2] = (200, 120, 40)
+    canvas = outpainting.enlarge_canvas(Image.fromarray(stripes), outpainting.Margins(right=64))
+    filled = np.asarray(outpainting.fill_with_matched_noise(canvas, falloff=1.0, color_variation=0.0, seed=1)).astype(float)
+    new = filled[:, 80:]
+    assert set(np.unique(new[..., 0].round(-1))) >= {0.0, 200.0} and new[..., 2].max() <= 41
+    assert np.abs(np.diff(new[..., 0], axis=0)).mean() > 3 * np.abs(np.diff(new[..., 0], axis=1)).mean(), "stripes lie as in the picture"
+    assert np.array_equal(filled[:, :50], stripes[:, :50].astype(float))
+    assert outpainting.choose_margins(100, 128, ["left", "up"], 8) == outpainting.Margins(left=28, up=64)
+
+
+@pytest.mark.parametrize("adjusts", [False, True])
+def test_found_noise_is_that_of_the_exact_path(monkeypatch: pytest.MonkeyPatch, app: Application, adjusts: bool) -> None:
+    """For data of deviation 1 the best denoiser is x / (1 + sigma^2), and Euler's path x0 sqrt(1 + sigma^2) (Song et al. 2021, equation 13)."""
+    module = builtin_script("img2imgalt")
+    latents = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(module, "sampling_prepare", lambda unet, x: None)
+    monkeypatch.setattr(module, "sampling_cleanup", lambda unet: None)
+    monkeypatch.setattr(module, "denoise_guided", lambda unet, x, sigma, **_: (x / (1 + sigma.view(-1, 1, 1, 1) ** 2), None, None))
+    sigmas = torch.cat([torch.linspace(10, 0.01, 400), torch.zeros(1)])
+    engine = SimpleNamespace(forge_objects=SimpleNamespace(unet=None), is_inpaint=False, get_learned_conditioning=len)
+    request = SimpleNamespace(
+        sd_model=engine, init_latent=latents, sampler=SimpleNamespace(get_sigmas=lambda p, steps: sigmas), image_conditioning=None,
+        width=48, height=48,
+        context=SimpleNamespace(state=SimpleNamespace(interrupted=False)),
+    )  # fmt: skip
+    found = module.find_noise(request, ("a", ""), 400, 1.0, adjusts=adjusts)
+    expected = latents * (1 + 10.0**2) ** 0.5 / 10.0 if adjusts else latents / latents.std()
+    assert (found - expected).abs().max() < 0.05
+    assert torch.allclose(module.mix_noise(found, latents, 1.0), latents) and torch.equal(module.mix_noise(found, latents, 0.0), found)
+
+
+def test_the_alternative_test_starts_from_the_found_noise(app: Application) -> None:
+    args = (None, True, True, "a red cat", "", True, 3, True, 1.0)
+    found, drawn = (make(app, "img2img alternative test", img2img(prompt="x"), *args, randomness, False) for randomness in (0.0, 1.0))
+    assert found.all_prompts == ["a red cat"] and "Decode steps: 3" in found.infotexts[0] and "Steps: 3" in found.infotexts[0]
+    assert not same(found.images[0], drawn.images[0])
+    other_seed = make(app, "img2img alternative test", img2img(prompt="x", seed=99), *args, 0.0, False)
+    assert same(found.images[0], other_seed.images[0]), "nothing is drawn"
+
+
+def test_custom_code_runs_only_where_the_operator_allows_it(app: Application) -> None:
+    module = builtin_script("custom_code")
+    config = SimpleNamespace(allow_code=True, is_local=True, api_auth=(), gradio_auth=())
+    assert module.run_as_function("x = 2\nreturn p + x", 4, {"p": 3}) == 5
+    with pytest.raises(RequestError, match="Custom code: "):
+        module.run_as_function("return (", 2, {})
+    with pytest.raises(RequestError, match="indent level is 0"):
+        module.read_indent(0)
+    for allowed, is_api, changed in (
+        (True, True, {}),
+        (False, False, {"allow_code": False}),
+        (False, True, {"is_local": False, "gradio_auth": (("a", "b"),)}),
+        (True, False, {"is_local": False, "gradio_auth": (("a", "b"),)}),
+        (False, False, {"is_local": False}),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            reached = SimpleNamespace(config=SimpleNamespace(**{**vars(config), **changed}))
+            patch.setattr(module, "current_application", lambda reached=reached: reached)
+            if allowed:
+                module.check_allowed(is_api=is_api)
+            else:
+                with pytest.raises(RequestError, match=r"--allow-code|does not run for everyone"):
+                    module.check_allowed(is_api=is_api)
+
+
+def test_custom_code_is_the_job(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = builtin_script("custom_code")
+    monkeypatch.setattr(module, "current_application", lambda: SimpleNamespace(config=SimpleNamespace(allow_code=True, is_local=True)))
+    script = module.Script()
+    made = script.run(txt2img(), "from modules.processing import process_images\np.seed = 77\nreturn process_images(p)", 2)
+    assert same(made.images[0], run(txt2img(seed=77)).images[0])
+    shown = script.run(txt2img(), "from PIL import Image\ndisplay(Image.new('RGB', (8, 8)), 5, 'words')", 2)
+    assert [image.size for image in shown.images] == [(8, 8)] and (shown.seed, shown.info) == (5, "words")
+
+
+def builtin_script(stem: str) -> Any:
+    return next(data.module for data in scripts.scripts_data if data.path.endswith(f"{stem}.py"))

@@ -162,5 +162,5 @@ def test_what_a_step_keeps_is_foreseen_and_binds_the_network_to_its_slot(case: _
     assert hook is not None
     kept = sum(tensor.nbytes for kinds in hook.references[0].bank.values() for pair in kinds.values() for tensor in pair)
     assert kept <= patched.extra_preserved_memory_during_sampling <= 4 * kept
-    assert find_bound_hook(patched.model_options["transformer_options"]) == "ReferenceAttention"
+    assert find_bound_hook(patched.model_options["transformer_options"]) == "ReferenceAttention holds tensors of its own"
     assert find_bound_hook(case.unet.model_options["transformer_options"]) is None

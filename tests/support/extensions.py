@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -27,6 +28,15 @@ def write_extension(app_or_dir: Application | Path, name: str, files: dict[str, 
 def builtin_module(name: str) -> Any:
     """A module of a built-in extension that is, or was, loaded in this process: other extensions also find it in sys.modules."""
     return sys.modules[name]
+
+
+def import_builtin(folder: str, name: str) -> Any:
+    """A module in a built-in extension's folder, imported as its scripts import it, without loading them."""
+    sys.path.insert(0, str(BUILTIN_DIR / folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BUILTIN_DIR / folder))
 
 
 @contextmanager

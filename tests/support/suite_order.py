@@ -24,6 +24,9 @@ NIGHTLY_VARIANTS = (
     r"parity/test_ip_adapter_parity\.py::test_(a_range_of_steps\[sdxl\]|two_adapters.*\[sd15\]|each_kind\[sdxl-plain\])",
     # LoRA: each family and each strategy run every time, not each pair
     r"parity/test_lora_parity\.py::.*\[(layers on 3-sd15|single on 1-sdxl|layers on 2-sdxl|replicas on 2-sd15)\]",
+    # built-in extensions: each on two slots every time, not each under both plans
+    r"extensions_builtin/test_guidance_guests\.py::test_two_slots.*\[layers-(freeu|sag|views|latent modifier|stylealign)\]",
+    r"extensions_builtin/test_guidance_guests\.py::test_two_slots.*\[replicas-(freeu, last steps|pag|hrfix|dynamic thresholding|token merging)\]",
     # whole pictures: a sampler with history in batches, one without it alone
     r"parity/test_pipeline_parity\.py::test_pictures_are_the_pipelines\[.*-(1-DPM\+\+ 2M|2-Euler)\]",
     r"parity/test_pipeline_parity\.py::test_without_guidance\[(sd15-inpaint|sd20|sd21_v)\]",

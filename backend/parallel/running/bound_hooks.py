@@ -1,4 +1,4 @@
-"""Finds hooks inside the network that carry their own tensors or modules, which ties the network to their device. Knows no plan."""
+"""Finds hooks inside the network that tie it to one slot: they carry tensors or modules, or need all rows of a call together. Knows no plan."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from torch import Tensor, nn
 
 
 def find_bound_hook(options: dict[str, object]) -> str | None:
-    """The name of the first hook inside the network that carries its own tensors or modules; None if no hook does."""
+    """Why the network must stay on one slot, from the first hook inside it that ties it there; None if no hook does.
+
+    A hook that needs all rows of a call says why in its attribute `keeps_rows_together`.
+    """
     for hook in _hooks_of(options):
+        if reason := getattr(hook, "keeps_rows_together", None):
+            return str(reason)
         cells = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or () if _is_filled(cell)]
         held = [hook, *cells, *getattr(getattr(hook, "__self__", None), "__dict__", {}).values(), *getattr(hook, "__dict__", {}).values()]
         if any(isinstance(one, (Tensor, nn.Module)) for one in held) or hasattr(hook, "to"):
-            return str(getattr(hook, "__qualname__", type(hook).__name__))
+            return f"{getattr(hook, '__qualname__', type(hook).__name__)} holds tensors of its own"
     return None
 
 

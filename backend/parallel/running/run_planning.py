@@ -81,14 +81,19 @@ class RunPlanning:
 
     def usable_slots(self) -> tuple[Slot, ...]:
         """Slots the plan may use. If none has room left: the first home slot."""
-        bound = find_bound_hook(self.unet.model_options.get("transformer_options", {}))
+        bound = self._bound_by
         home = [slot for slot in self.fleet.working_slots if slot.index in self.home_slots]
         slots = tuple(slot for slot in self.fleet.working_slots if self.budgets.share_of(slot.index) > 0)
         if bound is None:
             return slots or tuple(home[:1])
         if len(home) < len(slots):
-            logger.info("%s holds tensors of %s, so the UNet stays there.", bound, self.unet.load_device)
+            logger.info("%s, so the UNet stays on %s.", bound, self.unet.load_device)
         return tuple(home) or slots
+
+    @property
+    def _bound_by(self) -> str | None:
+        """Why the UNet must stay on its home slots; None if it need not."""
+        return find_bound_hook(self.unet.model_options.get("transformer_options", {}))
 
     def speed(self, slot: int) -> float:
         return speed_of(self.fleet.slot(slot), self.fleet, self.work)
@@ -115,6 +120,8 @@ class RunPlanning:
             emptied = [assuming_idle_evicted(room) for room in rooms]
             plans.append(make_plan(self.profile, emptied, links, job, strategy=self.request.strategy))
         plan = min(plans, key=lambda plan: plan.predicted_ms or float("inf"))
+        if (bound := self._bound_by) is not None and len(rooms) < len(self.fleet.working_slots):
+            plan = replace(plan, reason=f"{plan.reason}; {bound}, so other slots cannot help")
         trial = self.trial.without_gain
         if self.request.is_free and plan.is_replicated and trial is not None:
             alone = make_plan(self.profile, rooms, links, job, strategy="single")

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from modules.application import Application
 from modules.errors import RequestError
-from modules.jobs.img2img import process_batch
+from modules.jobs.img2img import ARGUMENTS, img2img_create_processing, process_batch
+from modules.jobs.img2img import img2img as page_img2img
 from modules.jobs.txt2img import txt2img, txt2img_create_processing
 from modules.ui.requests import Img2imgBatch, carry_out
 from tests.support.narrow_application import gradient, img2img, narrow_application
@@ -117,3 +119,47 @@ def test_the_handler_takes_its_arguments_in_the_order_of_the_surface(app: Applic
     assert '"prompt": "a cat"' in facts
     assert text.startswith("<p>a cat<br>")
     assert comments == "<p class='comments'></p>"
+
+
+def page_arguments(**changed: Any) -> list[Any]:
+    values: dict[str, Any] = {
+        "mode": 0, "prompt": "a red cat", "negative_prompt": "", "styles": [], "mask_blur": 0, "inpainting_fill": 1, "n_iter": 1, "batch_size": 1,
+        "cfg_scale": 4.0, "distilled_cfg_scale": 3.5, "denoising_strength": 0.7, "selected_scale_tab": 0, "height": 64, "width": 64, "scale_by": 1.0,
+        "resize_mode": 0, "inpaint_full_res": False, "inpaint_full_res_padding": 32, "inpainting_mask_invert": 0, "override_settings_texts": [],
+        **changed,
+    }  # fmt: skip
+    return [values.get(name) for name in ARGUMENTS]
+
+
+def test_the_page_handler_takes_forges_arguments(app: Application) -> None:
+    picture = gradient(64, 64)
+    pictures, info, shown, comments = page_img2img("", None, *page_arguments(init_img=picture))
+    assert len(pictures) == 1 and '"prompt": "a red cat"' in info and shown.startswith("<p>a red cat") and comments == "<p class='comments'></p>"
+    with pytest.raises(RequestError, match="mode 2 has no picture"):
+        page_img2img("", None, *page_arguments(mode=2))
+
+
+def test_the_handlers_modes_hold_a_picture_and_a_mask(app: Application) -> None:
+    picture, painted = gradient(64, 64), Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    painted.paste((255, 0, 0, 128), (0, 0, 32, 64))
+
+    def built(**values: Any) -> Any:
+        return img2img_create_processing(None, dict(zip(ARGUMENTS, page_arguments(**values))), (7,))
+
+    masked = built(mode=2, init_img_with_mask=picture, init_img_with_mask_fg=painted)
+    assert masked.image_mask.getpixel((1, 1)) == 128 and masked.image_mask.getpixel((60, 1)) == 0 and masked.script_args == (7,)
+    assert masked.init_images[0].getpixel((1, 1)) == picture.getpixel((1, 1))
+    sketch = built(mode=1, sketch=picture, sketch_fg=painted)
+    assert sketch.image_mask is None and sketch.init_images[0].getpixel((60, 1))[:3] == picture.getpixel((60, 1))
+    assert sketch.init_images[0].getpixel((1, 1))[0] > picture.getpixel((1, 1))[0] + 50
+    both = built(mode=3, inpaint_color_sketch=picture, inpaint_color_sketch_fg=painted)
+    assert both.image_mask.getpixel((1, 1)) == 255 and both.init_images[0].getpixel((1, 1))[0] > 100
+    uploaded = built(mode=4, init_img_inpaint=picture, init_mask_inpaint=painted, selected_scale_tab=1, scale_by=2.0)
+    assert uploaded.image_mask is painted and (uploaded.width, uploaded.height) == (128, 128)
+
+
+def test_the_handler_runs_a_folder(app: Application, tmp_path: Path) -> None:
+    gradient(64, 64).save(tmp_path / "a.png")
+    out = tmp_path / "out"
+    pictures, *_ = page_img2img("", None, *page_arguments(mode=5, batch_input_dir=str(tmp_path), batch_output_dir=str(out)))
+    assert len(pictures) == 1 and len(list(out.rglob("*.png"))) == 1

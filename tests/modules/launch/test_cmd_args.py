@@ -140,12 +140,12 @@ def test_server_flags_reach_their_fields(tmp_path: Path) -> None:
             "--gradio-allowed-path",
             "/y",
         ),
-        *("--theme", "dark", "--timeout-keep-alive", "5", "--api-log", "--api-server-stop", "--share", "--autolaunch"),
+        *("--theme", "dark", "--timeout-keep-alive", "5", "--api-log", "--api-server-stop", "--share", "--autolaunch", "--allow-code"),
     )
     assert (config.subpath, config.cors_origins, config.cors_origins_regex) == ("sd", ("http://a", "http://b"), "http://.*")
     assert (config.tls_keyfile, config.tls_certfile) == (tmp_path / "key", tmp_path / "cert")
     assert (config.gradio_allowed_paths, config.theme, config.timeout_keep_alive_s) == (("/x", "/y"), "dark", 5)
-    assert config.api_log and config.api_server_stop and config.share and config.autolaunch
+    assert config.api_log and config.api_server_stop and config.share and config.autolaunch and config.allow_code
 
 
 @pytest.mark.parametrize(

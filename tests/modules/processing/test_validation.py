@@ -131,10 +131,9 @@ def test_empty_fields_take_the_setting_of_their_name(app: Application) -> None:
 
 
 def test_what_is_not_there_is_named(app: Application) -> None:
-    p = txt2img(app, restore_faces=True, token_merging_ratio=0.5)
-    said = "".join(p.comments)
+    p = txt2img(app, restore_faces=True)
     assert p.restore_faces is False
-    assert all(name in said for name in ("restore_faces", "token_merging_ratio"))
+    assert "restore_faces" in "".join(p.comments)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(5, 5), ("0x10", 16), (7.0, 7), (2**64 - 1, 2**64 - 1), (0, 0)])
