@@ -50,7 +50,8 @@ def _belongs(folder: str, how: str = "") -> str:
     return f"Put it into {folder}{how}"
 
 
-_NO_SUPPORT = "This program makes pictures with SD 1.x, SD 2.x, SDXL and Flux.1 checkpoints; this model is not supported"
+_NO_SUPPORT = "This program does not know this model; docs/families.md lists those that it makes pictures with"
+_CHECKPOINT = _belongs("models/Stable-diffusion", " and choose it as the checkpoint; if it is chosen already, it is incomplete: download it again")
 
 KINDS: tuple[FileKind, ...] = (
     FileKind(
@@ -101,15 +102,15 @@ KINDS: tuple[FileKind, ...] = (
     ),
     FileKind(
         name="a Chroma checkpoint",
-        remedy=_NO_SUPPORT,
+        remedy=_CHECKPOINT,
         matches=_any_start("distilled_guidance_layer.", "model.diffusion_model.distilled_guidance_layer."),
     ),
     FileKind(
         name="a Flux checkpoint",
-        remedy=_belongs("models/Stable-diffusion", " and choose it as the checkpoint; if it is chosen already, it is incomplete: download it again"),
+        remedy=_CHECKPOINT,
         matches=_any_start("double_blocks.", "model.diffusion_model.double_blocks."),
     ),
-    FileKind(name="a Stable Diffusion 3 checkpoint", remedy=_NO_SUPPORT, matches=_any_start("joint_blocks.", "model.diffusion_model.joint_blocks.")),
+    FileKind(name="a Stable Diffusion 3 checkpoint", remedy=_CHECKPOINT, matches=_any_start("joint_blocks.", "model.diffusion_model.joint_blocks.")),
     FileKind(
         name="a transformer model in diffusers' layout (Flux, SD3 or newer)",
         remedy=_NO_SUPPORT,

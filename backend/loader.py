@@ -123,7 +123,7 @@ def _find_sources(main: TensorFile, extras: Sequence[TensorFile]) -> _Sources:
     for extra in extras:
         _refuse_useless_extra(extra, family)
     vae, texts = _find_vae(main, extras, family, found), _find_texts(main, extras, family, found)
-    missing = [encoder for encoder in family.text_encoders if encoder.name not in texts]
+    missing = [encoder for encoder in family.text_encoders if encoder.name not in texts and not encoder.is_optional]
     if vae is None or missing:
         raise CheckpointError(_missing_parts_message(main, extras, family, found, missing, lacks_vae=vae is None))
     _check_widths(main, family, texts, found)
@@ -196,7 +196,8 @@ def _find_texts(main: TensorFile, extras: Sequence[TensorFile], family: Family, 
 
 
 def _check_widths(main: TensorFile, family: Family, texts: Mapping[str, _Located], found: FoundDenoiser) -> None:
-    widths = {encoder: encoder.width(texts[encoder.name].file, texts[encoder.name].part) for encoder in family.text_encoders}
+    there = [encoder for encoder in family.text_encoders if encoder.name in texts]
+    widths = {encoder: encoder.width(texts[encoder.name].file, texts[encoder.name].part) for encoder in there}
     if found.context_width and sum(widths.values()) != found.context_width:
         given = " and ".join(f"{encoder.title} {width} ({texts[encoder.name].file.path.name})" for encoder, width in widths.items())
         raise CheckpointError(
@@ -209,7 +210,7 @@ def _missing_parts_message(
     main: TensorFile, extras: Sequence[TensorFile], family: Family, found: FoundDenoiser, missing: Sequence[Component], *, lacks_vae: bool
 ) -> str:
     """Lists every missing part with its name, file and folder."""
-    needs = [f"a {encoder.title} text encoder" for encoder in missing]
+    needs = [f"{'an' if encoder.title[0] in 'AEIOU' else 'a'} {encoder.title} text encoder" for encoder in missing]
     places = []
     if missing:
         files = [encoder.usual_file or "the text encoder's file" for encoder in missing]
@@ -250,11 +251,12 @@ def _build_engine(
 ) -> ForgeDiffusionEngine:
     family, found = sources.family, sources.found
     denoiser, vae = family.build_denoiser(found), family.vae.build(sources.vae.file, sources.vae.part)
-    texts = {encoder.name: encoder.build(sources.texts[encoder.name].file, sources.texts[encoder.name].part) for encoder in family.text_encoders}
+    there = [encoder for encoder in family.text_encoders if encoder.name in sources.texts]
+    texts = {encoder.name: encoder.build(sources.texts[encoder.name].file, sources.texts[encoder.name].part) for encoder in there}
     key_map = family.key_map(denoiser)
     denoiser_plan = _checked(plan_denoiser(denoiser, main, found.part, key_map.places), sources.denoiser, family.denoiser_title)
     vae_plan = _checked(family.vae.plan(vae, sources.vae.file, sources.vae.part), sources.vae, "VAE")
-    text_plans = {encoder.name: _plan_text(encoder, texts[encoder.name], sources.texts[encoder.name]) for encoder in family.text_encoders}
+    text_plans = {encoder.name: _plan_text(encoder, texts[encoder.name], sources.texts[encoder.name]) for encoder in there}
     # Weights are read only now that everything has been checked, so that a wrong file costs no memory.
     clip = _load_clip(texts, text_plans, sources, config)
     vae_patcher = _load_vae(vae, vae_plan, sources, config)
@@ -309,7 +311,8 @@ def _load_clip(encoders: dict[str, nn.Module], plans: dict[str, LoadPlan], sourc
         types = choose_text_encoder_types(matrix_dtypes(located.file, located.part), num_parameters, device, wanted=flag_dtype)
         assign_tensors(encoder, plans[slot], located.file, storage_dtype=types.storage_dtype, computation_dtype=types.computation_dtype)
         set_types(encoder, types.storage_dtype, types.computation_dtype)
-    tokenizers = {encoder.name: encoder.make_tokenizer() for encoder in sources.family.text_encoders if encoder.make_tokenizer is not None}
+    there = [encoder for encoder in sources.family.text_encoders if encoder.name in encoders]
+    tokenizers = {encoder.name: encoder.make_tokenizer() for encoder in there if encoder.make_tokenizer is not None}
     return CLIP(encoders, tokenizers)
 
 

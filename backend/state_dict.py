@@ -57,10 +57,17 @@ def build_empty(make: Callable[[], ModuleT]) -> ModuleT:
 
 
 def plan_denoiser(denoiser: nn.Module, file: TensorFile, part: Part, places_of: PlacesOf) -> LoadPlan:
-    """Sources of a denoiser's parameters. `places_of` returns each one's original names (the usual one first) with its rows of the matrix."""
+    """Sources of a denoiser's parameters. `places_of` returns each one's original names (the usual one first) with its rows of the matrix.
+
+    In diffusers' layout a parameter has our name, or its original one if both layouts share that.
+    """
     if part.layout is Layout.DIFFUSERS:
-        return _plan(denoiser, file, part, lambda key: [TensorSource(key=part.prefix + key)])
+        return _plan(denoiser, file, part, lambda key: [TensorSource(key=part.prefix + name) for name in (key, *_whole_names(places_of(key)))])
     return _plan(denoiser, file, part, lambda key: [TensorSource(key=part.prefix + name, rows=rows) for name, rows in places_of(key)])
+
+
+def _whole_names(places: Sequence[tuple[str, SharedRows | None]]) -> list[str]:
+    return [name for name, rows in places if rows is None]
 
 
 def plan_controlnet(controlnet: nn.Module, file: TensorFile, part: Part) -> LoadPlan:

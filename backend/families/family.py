@@ -51,7 +51,8 @@ class Component:
 
     `find` returns such networks in a file, which may be the checkpoint or an additional module. `takes`: whether one of them is this component of
     that denoiser. `build` makes it from its shapes, `plan` names the source of each weight. `width`: the width of its text features.
-    `reads_embeddings`: textual inversion has vectors of its width. `usual_file`: its file's usual name and size, for messages.
+    `reads_embeddings`: textual inversion has vectors of its width. `usual_file`: its file's usual name and size, for messages. `is_optional`: the
+    model works without it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Component:
     make_tokenizer: Callable[[], Any] | None = None
     reads_embeddings: bool = False
     usual_file: str = ""
+    is_optional: bool = False
 
 
 class TextEngine(Protocol):

@@ -22,24 +22,32 @@ DoubleStreamBlock = FluxTransformerBlock
 SingleStreamBlock = FluxSingleTransformerBlock
 
 
-class IntegratedFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[misc]  # the library's class is untyped
-    """diffusers' FluxTransformer2DModel with the original names of its parts."""
+class OriginalBlockNames:
+    """The original names of what Flux.1 and its relatives share, over diffusers' names."""
 
     @property
-    def double_blocks(self) -> nn.ModuleList:
+    def double_blocks(self: Any) -> nn.ModuleList:
         return self.transformer_blocks  # type: ignore[no-any-return]
 
     @property
-    def single_blocks(self) -> nn.ModuleList:
+    def single_blocks(self: Any) -> nn.ModuleList:
         return self.single_transformer_blocks  # type: ignore[no-any-return]
 
     @property
-    def img_in(self) -> nn.Module:
+    def img_in(self: Any) -> nn.Module:
         return self.x_embedder  # type: ignore[no-any-return]
 
     @property
-    def txt_in(self) -> nn.Module:
+    def txt_in(self: Any) -> nn.Module:
         return self.context_embedder  # type: ignore[no-any-return]
+
+    @property
+    def pe_embedder(self: Any) -> nn.Module:
+        return self.pos_embed  # type: ignore[no-any-return]
+
+
+class IntegratedFluxTransformer2DModel(OriginalBlockNames, FluxTransformer2DModel):  # type: ignore[misc]  # the library's class is untyped
+    """diffusers' FluxTransformer2DModel with the original names of its parts."""
 
     @property
     def time_in(self) -> nn.Module:
@@ -53,10 +61,6 @@ class IntegratedFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[
     def guidance_in(self) -> nn.Module:
         """Of a network without guidance an Identity, as Forge has it."""
         return self.time_text_embed.guidance_embedder if self.config.guidance_embeds else nn.Identity()
-
-    @property
-    def pe_embedder(self) -> nn.Module:
-        return self.pos_embed  # type: ignore[no-any-return]
 
     def inner_forward(
         self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None

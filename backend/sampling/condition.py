@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backend.nn.padded_text import TEXT_LENGTHS, pad_text
+
 Area = tuple[int, int, int, int]
 """(rows, columns, first row, first column) of latents."""
 CompiledCondition = dict[str, Any]
 """`model_conds`: Conditions by the name of the argument they become. The other keys say how the condition applies: `strength`, `area`, `mask`,
 `mask_strength`, `timestep_start`, `timestep_end`, `control`."""
 
+PASSED_ON = ("guidance", TEXT_LENGTHS)
+"""Conditions with one row per image that reach the network under their own names."""
 MAX_TOKEN_REPEATS = 4
 """Conditions whose joint length would exceed the shorter one by more than this factor run in separate calls."""
 
@@ -81,6 +85,18 @@ class ConditionCrossAttn(Condition):
         return torch.cat(joined) if others else joined[0]
 
 
+class ConditionPaddedText(Condition):
+    """Text (B, L, D) whose lengths the network is told. Different lengths are joined by padding, which nothing reads."""
+
+    def can_concat(self, other: Condition) -> bool:
+        return type(self) is type(other) and (self.cond.shape[0], self.cond.shape[2]) == (other.cond.shape[0], other.cond.shape[2])
+
+    def concat(self, others: Sequence[Condition]) -> Tensor:
+        conds = [self.cond, *(other.cond for other in others)]
+        longest = max(cond.shape[1] for cond in conds)
+        return torch.cat([pad_text(cond, longest) for cond in conds]) if others else self.cond
+
+
 class ConditionConstant(Condition):
     """A value shared by the whole batch."""
 
@@ -101,16 +117,23 @@ def compile_conditions(cond: Tensor | Mapping[str, Tensor] | None, *, text_repea
     """
     if cond is None:
         return None
-    text = ConditionCrossAttn if text_repeats else Condition
     if isinstance(cond, Tensor):
-        return [{"cross_attn": cond, "model_conds": {"c_crossattn": text(cond)}}]
+        return [{"cross_attn": cond, "model_conds": {"c_crossattn": _text_condition({}, text_repeats)(cond)}}]
+    text = _text_condition(cond, text_repeats)
     compiled: CompiledCondition = {"cross_attn": cond["crossattn"], "model_conds": {"c_crossattn": text(cond["crossattn"])}}
     if cond.get("vector") is not None:
         compiled["pooled_output"] = cond["vector"]
         compiled["model_conds"]["y"] = Condition(cond["vector"])
-    if "guidance" in cond:
-        compiled["model_conds"]["guidance"] = Condition(cond["guidance"])
+    for name in PASSED_ON:
+        if name in cond:
+            compiled["model_conds"][name] = Condition(cond[name])
     return [compiled]
+
+
+def _text_condition(cond: Mapping[str, Tensor], text_repeats: bool) -> type[Condition]:
+    if TEXT_LENGTHS in cond:
+        return ConditionPaddedText
+    return ConditionCrossAttn if text_repeats else Condition
 
 
 def compile_weighted_conditions(

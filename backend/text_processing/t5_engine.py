@@ -111,13 +111,10 @@ class T5TextProcessingEngine:
         Raises: PromptTooLongError.
         """
         chunks_of_prompt, _ = self.process_texts(texts)
-        self._used_weights |= any(weight != 1.0 for chunks in chunks_of_prompt for chunk in chunks for weight in chunk.multipliers)
+        self.note_weights(chunks_of_prompt)
         num_chunks = max((len(chunks) for chunks in chunks_of_prompt), default=1)
         length = max([self.min_length, *(len(chunk.tokens) for chunks in chunks_of_prompt for chunk in chunks)])
-        if length > MAX_LENGTH:
-            raise PromptTooLongError(
-                f"prompt: T5 got {length} tokens at once, but the limit is {MAX_LENGTH}. Shorten the prompt, or split it with BREAK."
-            )
+        check_length(length)
         empty = T5Chunk([self.id_end], [1.0])
         known: dict[tuple[tuple[int, ...], tuple[float, ...]], Tensor] = {}
         rows = []
@@ -130,16 +127,29 @@ class T5TextProcessingEngine:
             rows.append(torch.cat([known[tuple(chunk.tokens), tuple(chunk.multipliers)] for chunk in full]))
         return torch.stack(rows)
 
+    def note_weights(self, chunks_of_prompt: Sequence[Sequence[T5Chunk]]) -> None:
+        """Remember for the infotext whether prompts have weights."""
+        self._used_weights |= any(weight != 1.0 for chunks in chunks_of_prompt for chunk in chunks for weight in chunk.multipliers)
+
     def process_tokens(self, tokens: Sequence[int], multipliers: Sequence[float]) -> Tensor:
         """The features z_LD of one padded sequence of tokens, with emphasis applied."""
         z_1LD = self.encode_with_transformers(torch.tensor([list(tokens)]))
         weights_1L = torch.tensor([list(multipliers)], dtype=z_1LD.dtype, device=z_1LD.device)
         return apply_emphasis(self.emphasis_name, z_1LD, weights_1L)[0]
 
-    def encode_with_transformers(self, tokens_BL: Tensor) -> Tensor:
-        """z_BLD of token rows, without a mask."""
+    def encode_with_transformers(self, tokens_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        """z_BLD of token rows. `mask_BL`: 1 for tokens that others read; without it, all."""
         encoder: Any = self.text_encoder
         device = encoder.get_input_embeddings().weight.device
         with torch.no_grad():
-            features: Tensor = encoder(input_ids=tokens_BL.to(device)).last_hidden_state
+            mask_BL = None if mask_BL is None else mask_BL.to(device)
+            features: Tensor = encoder(input_ids=tokens_BL.to(device), attention_mask=mask_BL).last_hidden_state
         return features.float()
+
+
+def check_length(length: int) -> None:
+    """Raises: PromptTooLongError."""
+    if length > MAX_LENGTH:
+        raise PromptTooLongError(
+            f"prompt: T5 got {length} tokens at once, but the limit is {MAX_LENGTH}. Shorten the prompt, or split it with BREAK."
+        )

@@ -141,7 +141,7 @@ def notice_html(app: Application) -> str:
     folders = " or ".join(f"<code>{html.escape(str(folder))}</code>" for folder in app.checkpoints.roots)
     kinds = ", ".join(f"<code>{suffix}</code>" for suffix in CHECKPOINT_SUFFIXES)
     return (
-        f"<div class='notice'><b>There is no checkpoint yet.</b> Put a Stable Diffusion 1.x, 2.x, SDXL or Flux.1 file ({kinds}) into {folders}. "
+        f"<div class='notice'><b>There is no checkpoint yet.</b> Put one ({kinds}; docs/families.md lists the models) into {folders}. "
         "It appears in the list above automatically; no restart needed.</div>"
     )
 

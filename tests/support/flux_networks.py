@@ -4,6 +4,7 @@ not used.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,10 +58,11 @@ def make_random(build: Any, seed: int) -> Any:
     return network.eval().requires_grad_(False)
 
 
-def original_tensors(flux: FluxTransformer2DModel, prefix: str = "") -> dict[str, Tensor]:
-    """A transformer's weights in Black Forest Labs' layout."""
+def original_tensors(flux: Any, prefix: str = "", others: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """A transformer's weights in Black Forest Labs' layout. `others`: names of further weights of a relative, ours -> original."""
     sources = dict(flux.state_dict())
-    made: dict[str, Tensor] = {}
+    others_made = {original: sources.pop(ours) for ours, original in (others or {}).items()}
+    made: dict[str, Tensor] = dict(others_made)
 
     def move(name: str, *ours: str, ends: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))) -> None:
         for end, other in ends:
@@ -94,7 +96,7 @@ def original_tensors(flux: FluxTransformer2DModel, prefix: str = "") -> dict[str
         move(f"{new}.norm.query_norm", f"{old}.attn.norm_q", ends=scale)
         move(f"{new}.norm.key_norm", f"{old}.attn.norm_k", ends=scale)
     move("final_layer.linear", "proj_out")
-    for end in ("weight", "bias"):
+    for end in ("weight", "bias") if "norm_out.linear.weight" in sources else ():
         scales, shifts = sources.pop(f"norm_out.linear.{end}").chunk(2)
         made[f"final_layer.adaLN_modulation.1.{end}"] = torch.cat([shifts, scales])
     assert not sources, sorted(sources)

@@ -22,8 +22,6 @@ _ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", ""
 _DIFFUSERS_PREFIXES = ("transformer.", "model.diffusion_model.", "")
 _NORMS = ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.norm.key_norm.weight")
 _RELATIVES = (
-    (("nerf_image_embedder.", "nerf_blocks.", "nerf_final_layer"), "Chroma Radiance, which works on pixels"),
-    (("distilled_guidance_layer.",), "Chroma"),
     (("early_stream_modulations.",), "Flux.3"),
     (("double_stream_modulation_img.", "double_stream_modulation_txt."), "Flux.2"),
 )

@@ -8,6 +8,7 @@ Shapes: B rows, L tokens of text and picture, T text tokens, D token width, N he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,18 +61,36 @@ def run_double_block(block: Any, image_BLD: Tensor, text_BTD: Tensor, modulation
         text_BTD, image_BLD = block(hidden_states=image_BLD, encoder_hidden_states=text_BTD, temb=modulation_BD, image_rotary_emb=rope)
         return image_BLD, text_BTD
     image_mods, text_mods = (_modulate(norm, modulation_BD, 6) for norm in (block.norm1, block.norm1_context))
+    return run_double_with(block, image_BLD, text_BTD, (image_mods, text_mods), modulation_BD.dtype, rope)
+
+
+def run_double_with(
+    block: Any,
+    image_BLD: Tensor,
+    text_BTD: Tensor,
+    modulations: tuple[Sequence[Tensor], Sequence[Tensor]],
+    dtype: torch.dtype,
+    rope: Rope,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(picture, text) after a block with two streams whose six shifts, scales and gates are known, for the picture and for the text.
+
+    They have the streams' dtype; `dtype` is the network's. `mask` tells which keys count.
+    """
+    image_mods, text_mods = modulations
     attended = block.attn(
-        hidden_states=_norm(block.norm1.norm, image_BLD, image_mods[1], image_mods[0], modulation_BD.dtype),
-        encoder_hidden_states=_norm(block.norm1_context.norm, text_BTD, text_mods[1], text_mods[0], modulation_BD.dtype),
+        hidden_states=norm_with(block.norm1.norm, image_BLD, image_mods[1], image_mods[0], dtype),
+        encoder_hidden_states=norm_with(block.norm1_context.norm, text_BTD, text_mods[1], text_mods[0], dtype),
+        attention_mask=mask,
         image_rotary_emb=rope,
     )
     streams = []
     for stream, mixed, mods, norm, feed_forward in zip(
-        (image_BLD, text_BTD), attended, (image_mods, text_mods), (block.norm2, block.norm2_context), (block.ff, block.ff_context), strict=True
+        (image_BLD, text_BTD), attended, modulations, (block.norm2, block.norm2_context), (block.ff, block.ff_context), strict=True
     ):
-        stream = stream + mods[2] * mixed.float()
-        inner = feed_forward(_norm(norm, stream, mods[4], mods[3], modulation_BD.dtype))
-        streams.append(stream + mods[5] * inner.float())
+        stream = stream + mods[2] * mixed.to(stream.dtype)
+        inner = feed_forward(norm_with(norm, stream, mods[4], mods[3], dtype))
+        streams.append(stream + mods[5] * inner.to(stream.dtype))
     return streams[0], streams[1]
 
 
@@ -82,18 +101,25 @@ def run_single_block(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, rope
         mlp_BLD = block.act_mlp(block.proj_mlp(normed_BLD))
         mixed_BLD = block.attn(hidden_states=normed_BLD, image_rotary_emb=rope)
         return tokens_BLD + gate_BD.unsqueeze(1) * block.proj_out(torch.cat([mixed_BLD, mlp_BLD], dim=2))  # type: ignore[no-any-return]
-    shift, scale, gate = _modulate(block.norm, modulation_BD, 3)
-    normed_BLD = _norm(block.norm.norm, tokens_BLD, scale, shift, modulation_BD.dtype)
+    return run_single_with(block, tokens_BLD, _modulate(block.norm, modulation_BD, 3), modulation_BD.dtype, rope)
+
+
+def run_single_with(
+    block: Any, tokens_BLD: Tensor, modulations: Sequence[Tensor], dtype: torch.dtype, rope: Rope, mask: Tensor | None = None
+) -> Tensor:
+    """The tokens after a block with one stream whose shift, scale and gate are known, in the stream's dtype; `dtype` is the network's."""
+    shift, scale, gate = modulations
+    normed_BLD = norm_with(block.norm.norm, tokens_BLD, scale, shift, dtype)
     mlp_BLD = block.act_mlp(block.proj_mlp(normed_BLD))
-    mixed_BLD = block.attn(hidden_states=normed_BLD, image_rotary_emb=rope)
-    return tokens_BLD + gate * block.proj_out(torch.cat([mixed_BLD, mlp_BLD], dim=2)).float()  # type: ignore[no-any-return]
+    mixed_BLD = block.attn(hidden_states=normed_BLD, attention_mask=mask, image_rotary_emb=rope)
+    return tokens_BLD + gate * block.proj_out(torch.cat([mixed_BLD, mlp_BLD], dim=2)).to(tokens_BLD.dtype)  # type: ignore[no-any-return]
 
 
 def run_last_layer(network: Any, image_BLD: Tensor, modulation_BD: Tensor) -> Tensor:
     """Normalize the tokens and project them to latents."""
     if image_BLD.dtype != modulation_BD.dtype:
         scale, shift = _modulate(network.norm_out, modulation_BD, 2)
-        return network.proj_out(_norm(network.norm_out.norm, image_BLD, scale, shift, modulation_BD.dtype))  # type: ignore[no-any-return]
+        return network.proj_out(norm_with(network.norm_out.norm, image_BLD, scale, shift, modulation_BD.dtype))  # type: ignore[no-any-return]
     return network.proj_out(network.norm_out(image_BLD, modulation_BD))  # type: ignore[no-any-return]
 
 
@@ -103,6 +129,6 @@ def _modulate(norm: Any, modulation_BD: Tensor, count: int) -> tuple[Tensor, ...
     return tuple(part.unsqueeze(1) for part in numbers.chunk(count, dim=1))
 
 
-def _norm(norm: nn.Module, stream_BLD: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+def norm_with(norm: nn.Module, stream_BLD: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
     """A norm without weights, computed in the stream's dtype; the result has the network's."""
     return (norm(stream_BLD) * (1 + scale) + shift).to(dtype)  # type: ignore[no-any-return]

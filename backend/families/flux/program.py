@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backend.families.flux.layers import FluxAttentionProcessor, Rope, run_double_block, run_last_layer, run_single_block
+from backend.nn.block_segment import BlockSegment, residuals_from_the_first
 from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, Segment, TransformerOptions
 
 IMAGE, TEXT, TOKENS, MODULATION, COSINES, SINES, FLOW = "image", "text", "tokens", "modulation", "rope cosines", "rope sines", "flow"
@@ -39,7 +41,7 @@ SAFETY = 1.5
 
 
 @dataclass(frozen=True, slots=True)
-class _Sizes:
+class Sizes:
     """Sizes that the last segment needs: rows and columns of the latents, and text tokens."""
 
     height: int
@@ -47,30 +49,24 @@ class _Sizes:
     num_text: int
 
 
-_SIZES = "flux_sizes"
+SIZES = "flux_sizes"
 """Key of the sizes in the state's options, which travel with the state."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FluxSegment(Segment):
-    """One block, with the hooks that may replace it."""
+class FluxSegment(BlockSegment):
+    """One block with its modulation and rotations, a hook's "vec" and "pe"."""
 
-    def __call__(self, state: ProgramState, first_block: int = 0, end_block: int | None = None) -> None:
-        state.options["block"] = self.key
-        self._run(state)
-        self.add_residuals(state, at_end=True)
+    def _modulation(self, state: ProgramState) -> Tensor:
+        return state.tensors[MODULATION]
 
-    def _run(self, state: ProgramState) -> None:
+    def _forward(self, state: ProgramState, args: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The block itself, with a hook's arguments."""
         raise NotImplementedError
 
-    def _replacement(self, state: ProgramState) -> Callable[..., Mapping[str, Tensor]] | None:
-        """A hook that replaces the block: patches_replace["dit"][("double_block", 3)]."""
-        found: Callable[..., Mapping[str, Tensor]] | None = state.options.get("patches_replace", {}).get("dit", {}).get(self.key)
-        return found
-
-
-def _rope(state: ProgramState) -> Rope:
-    return state.tensors[COSINES], state.tensors[SINES]
+    def _run_streams(self, state: ProgramState, streams: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        rope: Rope = (state.tensors[COSINES], state.tensors[SINES])
+        return self.run_or_replace(state, {**streams, "vec": self._modulation(state), "pe": rope}, partial(self._forward, state))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,19 +74,13 @@ class DoubleSegment(FluxSegment):
     """A block with two streams. A replacement hook takes and returns "img" and "txt"."""
 
     def _run(self, state: ProgramState) -> None:
-        (block,), tensors, rope = self.layers, state.tensors, _rope(state)
-        replace = self._replacement(state)
-        if replace is None:
-            tensors[IMAGE], tensors[TEXT] = run_double_block(block, tensors[IMAGE], tensors[TEXT], tensors[MODULATION], rope)
-            return
-
-        def original(args: Mapping[str, Any]) -> dict[str, Tensor]:
-            image, text = run_double_block(block, args["img"], args["txt"], args["vec"], args["pe"])
-            return {"img": image, "txt": text}
-
-        args = {"img": tensors[IMAGE], "txt": tensors[TEXT], "vec": tensors[MODULATION], "pe": rope, "transformer_options": state.options}
-        out = replace(args, {"original_block": original})
+        tensors = state.tensors
+        out = self._run_streams(state, {"img": tensors[IMAGE], "txt": tensors[TEXT]})
         tensors[IMAGE], tensors[TEXT] = out["img"], out["txt"]
+
+    def _forward(self, state: ProgramState, args: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        image, text = run_double_block(self.layers[0], args["img"], args["txt"], args["vec"], args["pe"])
+        return {"img": image, "txt": text}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -100,19 +90,13 @@ class SingleSegment(FluxSegment):
     joins: bool
 
     def _run(self, state: ProgramState) -> None:
-        (block,), tensors, rope = self.layers, state.tensors, _rope(state)
+        tensors = state.tensors
         if self.joins:
             tensors[TOKENS] = torch.cat([tensors.pop(TEXT), tensors.pop(IMAGE)], dim=1)
-        replace = self._replacement(state)
-        if replace is None:
-            tensors[TOKENS] = run_single_block(block, tensors[TOKENS], tensors[MODULATION], rope)
-            return
+        tensors[TOKENS] = self._run_streams(state, {"img": tensors[TOKENS]})["img"]
 
-        def original(args: Mapping[str, Any]) -> dict[str, Tensor]:
-            return {"img": run_single_block(block, args["img"], args["vec"], args["pe"])}
-
-        args = {"img": tensors[TOKENS], "vec": tensors[MODULATION], "pe": rope, "transformer_options": state.options}
-        tensors[TOKENS] = replace(args, {"original_block": original})["img"]
+    def _forward(self, state: ProgramState, args: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        return {"img": run_single_block(self.layers[0], args["img"], args["vec"], args["pe"])}
 
     def _add(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """Add to the picture's tokens, which come last."""
@@ -129,10 +113,12 @@ class LastSegment(FluxSegment):
     network: Any
 
     def _run(self, state: ProgramState) -> None:
-        sizes: _Sizes = state.options[_SIZES]
+        sizes: Sizes = state.options[SIZES]
         image_BLD = state.tensors.pop(TOKENS)[:, sizes.num_text :] if TOKENS in state.tensors else state.tensors.pop(IMAGE)
-        flow_BLD = run_last_layer(self.network, image_BLD, state.tensors[MODULATION])
-        state.tensors[FLOW] = unpack(flow_BLD, sizes.height, sizes.width)
+        state.tensors[FLOW] = unpack(self._project(image_BLD, state), sizes.height, sizes.width)
+
+    def _project(self, image_BLD: Tensor, state: ProgramState) -> Tensor:
+        return run_last_layer(self.network, image_BLD, state.tensors[MODULATION])
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,19 +169,12 @@ class FluxProgram(Program):
         ids_L3 = torch.cat([places_L3.new_zeros(text_BLD.shape[1], 3), places_L3])
         cosines_LK, sines_LK = network.pos_embed(ids_L3)
         tensors = {IMAGE: image_BLD, TEXT: text_BLD.expand(num_rows, -1, -1), MODULATION: modulation_BD, COSINES: cosines_LK, SINES: sines_LK}
-        own_options = {**(options or {}), _SIZES: _Sizes(height, width, text_BLD.shape[1])}
+        own_options = {**(options or {}), SIZES: Sizes(height, width, text_BLD.shape[1])}
         return ProgramState(tensors, dict(residuals or {}), own_options)
 
     def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
         """Entry i of "input" is added after double block i, entry i of "output" after single block i."""
-        found: dict[Addition, Tensor] = {}
-        for addition in (one for segment in self.segments for one in segment.adds):
-            residuals = (control or {}).get(addition.kind)
-            if isinstance(residuals, (list, tuple)) and addition.number < len(residuals):
-                residual = residuals[addition.number]
-                if residual is not None:
-                    found[addition] = residual
-        return found
+        return residuals_from_the_first(self, control)
 
     def example_rows(self, *, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
         config = self.embedding.network.config
@@ -214,33 +193,41 @@ class FluxProgram(Program):
         return SAFETY * PEAK_NUMBERS * shape[0] * num_tokens * self.embedding.network.inner_dim * itemsize  # type: ignore[no-any-return]
 
 
-def build_flux_program(network: Any) -> FluxProgram:
-    """Cut a FluxTransformer2DModel into its blocks, and make it use the chosen attention."""
-    network.set_attn_processor(FluxAttentionProcessor())
+def make_segments(
+    network: Any,
+    double: Callable[..., Segment] = DoubleSegment,
+    single: Callable[..., Segment] = SingleSegment,
+    last: Callable[..., Segment] = LastSegment,
+) -> tuple[Segment, ...]:
+    """One segment per block of a network with Flux's blocks, and one for its last layers."""
     streams, num_singles = (IMAGE, TEXT), len(network.single_transformer_blocks)
-    doubles: list[Segment] = [
-        DoubleSegment(
+    doubles = [
+        double(
             kind=DOUBLE, number=number, named_layers=((f"transformer_blocks.{number}", block),), consumes=streams, produces=streams,
             adds=(Addition("input", number, IMAGE),),
         )
         for number, block in enumerate(network.transformer_blocks)
     ]  # fmt: skip
-    singles: list[Segment] = [
-        SingleSegment(
+    singles = [
+        single(
             kind=SINGLE, number=number, named_layers=((f"single_transformer_blocks.{number}", block),),
             consumes=(TOKENS,) if number else streams, produces=(TOKENS,), adds=(Addition("output", number, TOKENS),), joins=number == 0,
         )
         for number, block in enumerate(network.single_transformer_blocks)
     ]  # fmt: skip
     ends = tuple((name, network.get_submodule(name)) for name in ("norm_out", "proj_out"))
-    last = LastSegment(
-        kind=LAST, number=0, named_layers=ends, consumes=(TOKENS,) if num_singles else (IMAGE,), produces=(FLOW,), network=network
-    )  # fmt: skip
+    end = last(kind=LAST, number=0, named_layers=ends, consumes=(TOKENS,) if num_singles else (IMAGE,), produces=(FLOW,), network=network)
+    return (*doubles, *singles, end)
+
+
+def build_flux_program(network: Any) -> FluxProgram:
+    """Cut a FluxTransformer2DModel into its blocks, and make it use the chosen attention."""
+    network.set_attn_processor(FluxAttentionProcessor())
     return FluxProgram(
         embedding=FluxEmbedding(network),
-        segments=(*doubles, *singles, last),
+        segments=make_segments(network),
         reads=("x", "timesteps", "context", "y", *(("guidance",) if network.config.guidance_embeds else ())),
-        inputs=streams,
+        inputs=(IMAGE, TEXT),
         constants=(MODULATION, COSINES, SINES),
         output=FLOW,
         control_kinds=("input", "output"),

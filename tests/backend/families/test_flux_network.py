@@ -59,8 +59,6 @@ def test_the_published_head_gets_the_published_axes() -> None:
 @pytest.mark.parametrize(
     ("extra", "title"),
     [
-        ("distilled_guidance_layer.in_proj.weight", "Chroma"),
-        ("nerf_blocks.0.norm.scale", "Chroma Radiance"),
         ("double_stream_modulation_img.lin.weight", r"Flux\.2"),
         ("early_stream_modulations.image.lin.weight", r"Flux\.3"),
     ],
