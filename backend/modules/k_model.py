@@ -26,6 +26,7 @@ from backend.nn.empty_network import META, make_empty_network
 from backend.nn.network_call import NetworkCall, Runner
 from backend.nn.owner import owner_of
 from backend.nn.program import Program, TransformerOptions
+from backend.nn.unet import with_replaced_views
 from backend.parallel.placing.fleet import current_fleet
 from backend.parallel.planning.plan import Plan, ReplicaPlan
 from backend.parallel.running.executor import Executor, Replica
@@ -126,7 +127,7 @@ class KModel(nn.Module):
         context = None if c_crossattn is None else c_crossattn.to(dtype)
         known = {"x": model_input.to(dtype), "timesteps": self.predictor.timestep(sigma), "sigma": sigma, "context": context, "y": y}
         inputs = {name: tensor for name, tensor in {**kwargs, **known}.items() if isinstance(tensor, Tensor) and name in self.program.reads}
-        call = NetworkCall(rows=inputs, control=control, options=transformer_options or {})
+        call = NetworkCall(rows=inputs, control=control, options=with_replaced_views(self.diffusion_model, transformer_options or {}))
         return self.predictor.calculate_denoised(sigma, self.run_network(call).float(), x)
 
     def run_network(self, call: NetworkCall) -> Tensor:

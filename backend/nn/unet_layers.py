@@ -18,11 +18,14 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from backend.attention import attention_function
+from backend.nn.layer_names import name_of, running
 from backend.nn.program import TransformerOptions
 from backend.nn.unet_state import UNetState
 
 NormWrapper = Callable[[nn.Module, Tensor, TransformerOptions], Tensor]
 
+LAYER_VIEWS = "layer_views"
+"""The option with the views whose `forward` was replaced, by the layer's name (`backend.nn.unet`)."""
 _BLOCK_PATCHES = ("attn1_patch", "attn2_patch", "attn1_output_patch", "attn2_output_patch", "middle_patch")
 
 
@@ -80,11 +83,35 @@ def find_norm_wrapper(options: TransformerOptions) -> NormWrapper | None:
 
 
 def _run_layer(layer: nn.Module, hidden_BCHW: Tensor, state: UNetState, upsample_size: tuple[int, int] | None) -> Tensor:
+    view = _find_view(layer, state.options)
+    if view is not None:
+        return _run_replaced(view, layer, hidden_BCHW, state, upsample_size)
     if isinstance(layer, ResnetBlock2D):
         return _run_resnet(layer, hidden_BCHW, state)
     if isinstance(layer, Transformer2DModel):
         return _run_spatial_transformer(layer, hidden_BCHW, state)
     result: Tensor = layer(hidden_BCHW, upsample_size) if isinstance(layer, Upsample2D) else layer(hidden_BCHW)
+    return result
+
+
+def _find_view(layer: nn.Module, options: TransformerOptions) -> Any:
+    """The layer's view if its `forward` was replaced; else None."""
+    views = options.get(LAYER_VIEWS)
+    return views.get(name_of(layer)) if views else None
+
+
+def _run_replaced(view: Any, layer: nn.Module, hidden_BCHW: Tensor, state: UNetState, upsample_size: tuple[int, int] | None) -> Tensor:
+    """Call a replaced forward with what Forge passes to such a layer."""
+    with running(layer):
+        if isinstance(layer, ResnetBlock2D):
+            result: Tensor = view.forward(hidden_BCHW, state.emb_BE, state.options)
+        elif isinstance(layer, Transformer2DModel):
+            result = view.forward(hidden_BCHW, context=state.context_BLD, transformer_options=state.options)
+            state.options["transformer_index"] = state.options.get("transformer_index", 0) + 1
+        elif isinstance(layer, Upsample2D):
+            result = view.forward(hidden_BCHW, output_shape=upsample_size, transformer_options=state.options)
+        else:
+            result = view.forward(hidden_BCHW)
     return result
 
 
@@ -103,7 +130,7 @@ def _run_resnet(layer: Any, hidden_BCHW: Tensor, state: UNetState) -> Tensor:
 
 def _run_spatial_transformer(layer: Any, hidden_BCHW: Tensor, state: UNetState) -> Tensor:
     if has_block_hooks(state.options):
-        result_BCHW = _run_hooked_transformer(layer, hidden_BCHW, state)
+        result_BCHW = run_transformer(layer, hidden_BCHW, state)
     else:
         result_BCHW = layer(hidden_BCHW, encoder_hidden_states=state.context_BLD, return_dict=False)[0]
     state.options["transformer_index"] = state.options.get("transformer_index", 0) + 1
@@ -113,10 +140,11 @@ def _run_spatial_transformer(layer: Any, hidden_BCHW: Tensor, state: UNetState) 
 def has_block_hooks(options: TransformerOptions) -> bool:
     """Whether a hook is set inside a transformer block."""
     patches, replacements = options.get("patches") or {}, options.get("patches_replace") or {}
-    return any(patches.get(name) for name in _BLOCK_PATCHES) or any(replacements.get(name) for name in ("attn1", "attn2"))
+    hooked = any(patches.get(name) for name in _BLOCK_PATCHES) or any(replacements.get(name) for name in ("attn1", "attn2"))
+    return hooked or bool(options.get(LAYER_VIEWS))
 
 
-def _run_hooked_transformer(layer: Any, hidden_BCHW: Tensor, state: UNetState) -> Tensor:
+def run_transformer(layer: Any, hidden_BCHW: Tensor, state: UNetState) -> Tensor:
     """Transformer2DModel's arithmetic for continuous inputs, block by block."""
     return _run_blocks(layer, hidden_BCHW, state, WHOLE)
 
@@ -158,6 +186,19 @@ def _leave_transformer(layer: Any, tokens_BLD: Tensor, state: UNetState) -> Tens
 
 
 def _run_hooked_block(block: BasicTransformerBlock, tokens_BLD: Tensor, state: UNetState) -> Tensor:
+    """One transformer block, or what replaces its `forward`."""
+    view = _find_view(block, state.options)
+    if view is not None:
+        with running(block):
+            replaced_BLD: Tensor = view.forward(tokens_BLD, context=state.context_BLD, transformer_options=state.options)
+        return replaced_BLD
+    if "forward" in block.__dict__:
+        own_BLD: Tensor = block(tokens_BLD, encoder_hidden_states=state.context_BLD)
+        return own_BLD
+    return run_block(block, tokens_BLD, state)
+
+
+def run_block(block: BasicTransformerBlock, tokens_BLD: Tensor, state: UNetState) -> Tensor:
     """One transformer block with Forge's hooks before, instead of and after each attention."""
     extra = {key: value for key, value in state.options.items() if key not in ("patches", "patches_replace")}
     extra["n_heads"], extra["dim_head"] = block.num_attention_heads, block.attention_head_dim
@@ -178,17 +219,33 @@ def _attend(attention: Attention, name: str, normed_BLD: Tensor, context_BLD: Te
         if context_BLD is None:
             context_BLD = value_BLD = normed_BLD
         normed_BLD, context_BLD, value_BLD = patch(normed_BLD, context_BLD, value_BLD, extra)
+    output_BLD = _attend_plainly(attention, name, normed_BLD, context_BLD, value_BLD, state.options, extra)
+    for patch in state.patches(f"{name}_output_patch"):
+        output_BLD = patch(output_BLD, extra)
+    return output_BLD
+
+
+def _attend_plainly(
+    attention: Attention, name: str, normed_BLD: Tensor, context_BLD: Tensor | None, value_BLD: Tensor | None, options: TransformerOptions,
+    extra: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """The replacement for this block, else what replaces the layer's `forward`, else the usual attention; with the output projection."""
+    replace, view = _find_replacement(name, options), _find_view(attention, options)
+    if replace is None and view is not None:
+        with running(attention):
+            replaced_BLD: Tensor = view.forward(normed_BLD, context=context_BLD, value=value_BLD, transformer_options=extra)
+        return replaced_BLD
+    if replace is None and "forward" in attention.__dict__:
+        own_BLD: Tensor = attention(normed_BLD, encoder_hidden_states=context_BLD)
+        return own_BLD
     context_BLD = normed_BLD if context_BLD is None else context_BLD
     value_BLD = context_BLD if value_BLD is None else value_BLD
     query_BLD, key_BLD, value_BLD = attention.to_q(normed_BLD), attention.to_k(context_BLD), attention.to_v(value_BLD)
-    replace = _find_replacement(name, state.options)
     if replace is not None:
         mixed_BLD = replace(query_BLD, key_BLD, value_BLD, extra)
     else:
         mixed_BLD = attention_function(query_BLD, key_BLD, value_BLD, attention.heads)
     output_BLD: Tensor = attention.to_out[1](attention.to_out[0](mixed_BLD))
-    for patch in state.patches(f"{name}_output_patch"):
-        output_BLD = patch(output_BLD, extra)
     return output_BLD
 
 

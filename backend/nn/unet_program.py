@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from backend.nn.controlnet import build_for_counting
 from backend.nn.program import Addition, Exchange, NamedLayers, Program, Segment, TransformerOptions
+from backend.nn.unet import attach_views
 from backend.nn.unet_layers import LayerRange, find_norm_wrapper, run_layers
 from backend.nn.unet_state import CONTEXT, EMBEDDING, HIDDEN, TRANSFORMER_INPUT, UNetState, concat_skip, skip_name
 
@@ -226,6 +227,7 @@ def build_program(unet: UNet2DConditionModel) -> UNetProgram:
     embedding_names = ["time_proj", "time_embedding", *(["add_embedding"] if has_vector else [])]
     inputs = _input_segments(unet)
     segments = [*inputs, *_middle_segments(unet), *_output_segments(unet, len(inputs)), _last_segment(unet)]
+    attach_views(unet, segments)
     return UNetProgram(
         embedding=TimeEmbedding(_named(unet, embedding_names), unet),
         segments=tuple(segments),

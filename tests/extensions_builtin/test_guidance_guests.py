@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from backend import memory_management
+from backend.attention import attention_function
 from backend.memory.vram_state import VRAMState
 from backend.parallel.running import status
 from modules.application import Application
@@ -90,6 +91,24 @@ def _application(folder: Path) -> Iterator[Application]:
             yield app
 
 
+@contextmanager
+def _replaced_forward(app: Application) -> Iterator[None]:
+    """What an extension does to the model's inside: another attention, and a residual block that is damped."""
+    inside = app.models.ensure_loaded().forge_objects.unet.model.diffusion_model
+    attention, block = inside.input_blocks[1][1].transformer_blocks[0].attn2, inside.output_blocks[3][0]
+    before = block.forward
+
+    def attend(x: Any, context: Any = None, value: Any = None, **kwargs: Any) -> Any:
+        k, v = attention.to_k(context), attention.to_v(context)
+        return attention.to_out(attention_function(attention.to_q(x), k, v * 0.2, attention.heads))
+
+    attention.forward, block.forward = attend, lambda x, emb, *args: before(x, emb) * 0.8
+    try:
+        yield
+    finally:
+        del attention.forward, block.forward
+
+
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
     with _application(tmp_path_factory.mktemp("guests")) as app:
@@ -124,7 +143,10 @@ def plain(app: Application) -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def made(app: Application) -> dict[str, list[np.ndarray]]:
     """The pictures of each extension on one slot."""
-    return {name: _images(run(give(app, _pair(**FIELDS.get(name, {})), title, *args))) for name, (title, args, _) in ACTING.items()}
+    pictures = {name: _images(run(give(app, _pair(**FIELDS.get(name, {})), title, *args))) for name, (title, args, _) in ACTING.items()}
+    with _replaced_forward(app):
+        pictures["replaced forward"] = _images(run(give(app, _pair())))
+    return pictures
 
 
 def test_panels_have_the_titles_and_arguments_of_forge_in_its_order(app: Application) -> None:
@@ -226,6 +248,15 @@ def test_two_slots_make_the_pictures_of_one(app_of_two_gpus: Application, made: 
         assert "StyleAlign shares attention among the pictures of a batch, so other slots cannot help" in plan.reason
     else:
         assert {slot for stages in plan.stages for slot in stages} == {0, 1}
+
+
+def test_a_replaced_forward_acts_on_every_slot(app_of_two_gpus: Application, plain: list[np.ndarray], made: dict[str, list[np.ndarray]]) -> None:
+    with _replaced_forward(app_of_two_gpus):
+        pictures = _images(run(give(app_of_two_gpus, _pair())))
+    plan = status.current_plan()
+    assert plan is not None and {slot for stages in plan.stages for slot in stages} == {0, 1}
+    for one, other, without in zip(pictures, made["replaced forward"], plain, strict=True):
+        assert np.abs(one - other).max() <= ROUNDING < np.abs(one - without).max()
 
 
 def test_never_oom_streams_weights_and_tiles_the_vae_until_a_job_without_it(app_of_two_gpus: Application, plain: list[np.ndarray]) -> None:

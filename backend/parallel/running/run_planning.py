@@ -9,6 +9,7 @@ from dataclasses import replace
 from backend import memory_management
 from backend.devices.slot import Slot
 from backend.nn.owner import owner_of
+from backend.nn.unet import find_forward_binding
 from backend.parallel.placing.control_networks import ControlLink, PlannedControlNetwork, collect_control_networks, control_network_costs
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, with_measured_ms
@@ -93,7 +94,8 @@ class RunPlanning:
     @property
     def _bound_by(self) -> str | None:
         """Why the UNet must stay on its home slots; None if it need not."""
-        return find_bound_hook(self.unet.model_options.get("transformer_options", {}))
+        bound = find_bound_hook(self.unet.model_options.get("transformer_options", {}))
+        return find_forward_binding(self.unet.model.diffusion_model) if bound is None else bound
 
     def speed(self, slot: int) -> float:
         return speed_of(self.fleet.slot(slot), self.fleet, self.work)
