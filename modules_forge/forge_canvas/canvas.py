@@ -9,12 +9,15 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import inspect
 import io
+from abc import ABCMeta
 from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 import numpy as np
+from gradio.component_meta import ComponentMeta, updateable
 from PIL import Image, UnidentifiedImageError
 
 Picture = Image.Image | np.ndarray
@@ -43,7 +46,16 @@ def base64_to_image(base64_str: str, numpy: bool = True) -> Picture | None:
     return np.asarray(image) if numpy else image
 
 
-class LogicalImage(gr.Textbox):
+class _WithoutStub(ComponentMeta):
+    """gradio's metaclass, but without the .pyi file that gradio writes next to a component's source."""
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], attrs: dict[str, Any]) -> Any:
+        attrs["__init__"] = updateable(attrs["__init__"])
+        attrs["__init__"].__signature__ = inspect.signature(bases[0].__init__)  # type: ignore[misc]
+        return ABCMeta.__new__(mcs, name, bases, attrs)
+
+
+class LogicalImage(gr.Textbox, metaclass=_WithoutStub):
     """A hidden text with a picture in it: events get the picture (an array with `numpy`, else PIL), and may return either, or None."""
 
     def __init__(self, *args: Any, numpy: bool = True, **kwargs: Any) -> None:

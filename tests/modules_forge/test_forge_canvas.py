@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -11,6 +12,10 @@ from PIL import Image
 
 from modules_forge.forge_canvas import canvas as module
 from modules_forge.forge_canvas.canvas import ForgeCanvas, LogicalImage, base64_to_image, image_to_base64
+
+
+def test_no_stub_is_written_beside_the_source() -> None:
+    assert not Path(module.__file__).with_suffix(".pyi").exists()
 
 
 def picture(color: tuple[int, ...] = (200, 10, 60, 255)) -> Image.Image:
