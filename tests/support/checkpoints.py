@@ -11,7 +11,8 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def write_checkpoint(
     layout: str = "ldm",
     prediction: str = "epsilon",
     inpaint: bool = False,
+    is_shallow: bool = False,
     dtype: torch.dtype = torch.float32,
     metadata: dict[str, str] | None = None,
 ) -> ReferenceModels:
@@ -76,9 +78,10 @@ def write_checkpoint(
     `width` is the UNet's narrowest level (a multiple of 32). `layout`: "ldm" (original single file) or "diffusers" (unet., vae., text_encoder.
     and text_encoder_2. before the libraries' own keys). `prediction`: "epsilon" or "v_prediction"; "sd21_v" always predicts v. A v-prediction
     SDXL file is marked by the key `v_pred`, the others by metadata, as such files are found in the field. `.ckpt` and `.pt` paths are pickled.
+    `is_shallow`: two levels in the UNet, one resnet per level, so that pictures take a third of the time. For tests of what is around the networks.
     """
     prediction = "v_prediction" if family == "sd21_v" else prediction
-    facts = _Facts(family, width, seed, layout, prediction, inpaint, dtype, tuple(sorted((metadata or {}).items())), path.suffix)
+    facts = _Facts(family, width, seed, layout, prediction, inpaint, is_shallow, dtype, tuple(sorted((metadata or {}).items())), path.suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     if width > MOST_KEPT_WIDTH:
         models = _make(facts, path)
@@ -118,13 +121,15 @@ class _Facts:
     layout: str
     prediction: str
     inpaint: bool
+    is_shallow: bool
     dtype: torch.dtype
     metadata: tuple[tuple[str, str], ...]
     suffix: str
 
 
 def _make(facts: _Facts, path: Path) -> ReferenceModels:
-    models = build_models(path, facts.family, width=facts.width, seed=facts.seed, prediction=facts.prediction, inpaint=facts.inpaint)
+    named = {name: getattr(facts, name) for name in ("width", "seed", "prediction", "inpaint", "is_shallow")}
+    models = build_models(path, facts.family, **named)
     for module in (models.unet, models.vae, *models.text_encoders):
         _round_weights(module, facts.dtype)
     state_dict = _state_dict(models, facts.layout, facts.dtype)
@@ -170,21 +175,36 @@ class _Kept:
 _kept = _Kept()
 
 
-def build_models(path: Path, family: str, *, width: int = 32, seed: int = 0, prediction: str = "epsilon", inpaint: bool = False) -> ReferenceModels:
-    """Only the networks, nothing written."""
+def build_models(
+    path: Path,
+    family: str,
+    *,
+    width: int = 32,
+    seed: int = 0,
+    prediction: str = "epsilon",
+    inpaint: bool = False,
+    is_shallow: bool = False,
+) -> ReferenceModels:
+    """Only the networks, nothing written. Narrow ones are copies of those that the process has built before."""
     if family not in LATENT_SCALE:
         raise ValueError(f"family {family!r} is none of {', '.join(LATENT_SCALE)}")
+    facts = (family, width, seed, prediction, inpaint, is_shallow)
+    return replace(_build_models(*facts), path=path) if width > MOST_KEPT_WIDTH else CopiedModels(_kept_models(*facts), path)
+
+
+def _build_models(family: str, width: int, seed: int, prediction: str, inpaint: bool, is_shallow: bool) -> ReferenceModels:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoders = _build_text_encoders(family)
-        unet = _build_unet(family, width, in_channels=9 if inpaint else 4, context_width=sum(e.config.hidden_size for e in text_encoders))
-        vae = _build_vae(width, LATENT_SCALE[family])
+        build_unet = _build_shallow_unet if is_shallow else _build_unet
+        unet = build_unet(family, width, in_channels=9 if inpaint else 4, context_width=sum(e.config.hidden_size for e in text_encoders))
+        vae = _build_vae(width, LATENT_SCALE[family], layers_per_block=1 if is_shallow else 2)
         for module in (unet, vae, *text_encoders):
             _shake_norms_and_biases(module)
             module.eval().requires_grad_(False)
         _set_output_scales(unet, vae)
     return ReferenceModels(
-        path=path,
+        path=Path("none"),
         family=family,
         unet=unet,
         vae=vae,
@@ -192,6 +212,9 @@ def build_models(path: Path, family: str, *, width: int = 32, seed: int = 0, pre
         prediction=prediction,
         latent_scale=LATENT_SCALE[family],
     )
+
+
+_kept_models = lru_cache(maxsize=MOST_KEPT)(_build_models)
 
 
 def head_count(channels: int) -> int:
@@ -256,12 +279,33 @@ def _build_unet(family: str, width: int, *, in_channels: int, context_width: int
     )
 
 
-def _build_vae(width: int, latent_scale: float) -> AutoencoderKL:
+def _build_shallow_unet(family: str, width: int, *, in_channels: int, context_width: int) -> UNet2DConditionModel:
+    is_sdxl, is_sd1 = family in ("sdxl", REFINER), family == "sd15"
+    extra: dict[str, Any] = {}
+    if is_sdxl:
+        num_measures = 6 if family == "sdxl" else 5
+        extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+        extra["projection_class_embeddings_input_dim"] = num_measures * 256 + SDXL_PROJECTION_DIM
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=in_channels,
+        layers_per_block=1,
+        cross_attention_dim=context_width,
+        block_out_channels=(width, 2 * width),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D") if is_sdxl else ("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D") if is_sdxl else ("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=8 if is_sd1 else (head_count(width), head_count(2 * width)),
+        use_linear_projection=not is_sd1,
+        **extra,
+    )
+
+
+def _build_vae(width: int, latent_scale: float, layers_per_block: int) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(width, 2 * width, 2 * width, 2 * width),
-        layers_per_block=2,
+        layers_per_block=layers_per_block,
         latent_channels=4,
         norm_num_groups=32,
         scaling_factor=latent_scale,

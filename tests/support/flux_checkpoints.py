@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from backend.key_layout import vae_to_ldm
 from tests.support.flux_networks import CLIP_WIDTH, make_flux, make_random, make_vae, original_tensors
+from tests.support.kept import kept
 from tests.support.t5_encoders import t5_encoder, t5_state_dict
 
 
@@ -63,6 +64,7 @@ def write_flux(
     return FluxFiles(checkpoint=checkpoint, modules=tuple(modules), flux=flux, vae=vae, clip=clip, t5=t5)
 
 
+@kept
 def make_clip(seed: int = 2) -> CLIPTextModel:
     """CLIP-L's vocabulary, narrow."""
     config = CLIPTextConfig(

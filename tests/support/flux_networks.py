@@ -11,6 +11,8 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 
+from tests.support.kept import kept
+
 CLIP_WIDTH = 64
 CONFIG: dict[str, Any] = {
     "in_channels": 64,
@@ -38,11 +40,13 @@ VAE_CONFIG: dict[str, Any] = {
 }
 
 
+@kept
 def make_flux(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
     """All weights random, including norms and biases, so that a swapped key is noticed."""
     return make_random(lambda: FluxTransformer2DModel(**{**CONFIG, **changes}), seed)
 
 
+@kept
 def make_vae(seed: int = 1, **changes: Any) -> AutoencoderKL:
     return make_random(lambda: AutoencoderKL(**{**VAE_CONFIG, **changes}), seed)
 

@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tests.support.checkpoints import ReferenceModels
+from tests.support.kept import kept
 
 WIDTH, PROJECTED, SIDE_PX = 48, 40, 32
 """Of the narrow image encoder."""
 KINDS = ("plain", "plus", "full")
 
 
+@kept
 def build_tower(seed: int = 11) -> CLIPVisionModelWithProjection:
     """A random image encoder."""
     with torch.random.fork_rng(devices=[]):
