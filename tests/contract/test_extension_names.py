@@ -52,7 +52,7 @@ def names() -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def a_model_in_use(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with narrow_application(Path(tmp_path_factory.mktemp("data"))) as (app, _):
+    with narrow_application(Path(tmp_path_factory.mktemp("data")), is_shallow=True) as (app, _):
         app.models.ensure_loaded()
         with loaded_builtin(app, "sd_forge_controlnet", "sd_forge_lora"):
             yield

@@ -20,7 +20,7 @@ FIELDS: dict[str, Any] = {"steps": 3, "batch_size": 2, "denoising_strength": 0.8
 
 
 def test_each_picture_keeps_its_own_hint_under_replicas(tmp_path: Path) -> None:
-    with virtual_fleet(2), narrow_application(tmp_path, "sd15") as (app, models), loaded_builtin(app, "sd_forge_controlnet"):
+    with virtual_fleet(2), narrow_application(tmp_path, "sd15", is_shallow=True) as (app, models), loaded_builtin(app, "sd_forge_controlnet"):
         write_controlnet(tmp_path / "models" / "ControlNet" / "guide.safetensors", build_controlnet(models["sd15"], residual_scale=0.5))
         build_controls(app)
 

@@ -39,7 +39,7 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
     folder = tmp_path_factory.mktemp("lora")
-    with narrow_application(folder) as (app, models):
+    with narrow_application(folder, is_shallow=True) as (app, models):
         loras = folder / "models" / "Lora"
         write_lora(loras / "style.safetensors", models["sd15"], metadata={"ss_output_name": "My style"})
         write_lora(loras / "sub" / "text.safetensors", models["sd15"], unet=False)
@@ -399,7 +399,7 @@ def test_frozen_settings_freeze_those_of_extensions_too(tmp_path: Path) -> None:
 
 
 def test_without_the_extension_the_tag_is_named_as_unknown(tmp_path: Path) -> None:
-    with narrow_application(tmp_path) as (plain, _), loaded_builtin(plain):
+    with narrow_application(tmp_path, is_shallow=True) as (plain, _), loaded_builtin(plain):
         result = run(txt2img(prompt="a red cat<lora:style:1>"))
         assert "extra network of kind <lora:...>, which is unknown" in result.comments
         assert "sd_lora" not in plain.options.data_labels

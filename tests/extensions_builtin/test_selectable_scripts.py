@@ -28,7 +28,7 @@ OFF = (False, False, False)
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
     folder = tmp_path_factory.mktemp("scripts")
-    with narrow_application(folder) as (app, _):
+    with narrow_application(folder, is_shallow=True) as (app, _):
         checkpoint = app.config.ckpt_dirs[0] / "sd15.safetensors"
         (checkpoint.parent / "second.safetensors").write_bytes(checkpoint.read_bytes())
         app.checkpoints.refresh()

@@ -37,7 +37,7 @@ ROUNDING = 2  # of 255; docs/multi_gpu.md says why replicas differ at all
 
 @contextmanager
 def _with_guests(data_dir: Path) -> Iterator[Application]:
-    with narrow_application(data_dir, "sd15") as (app, _):
+    with narrow_application(data_dir, "sd15", is_shallow=True) as (app, _):
         shutil.copytree(GUESTS_DIR, app.config.extensions_dir)
         with loaded_extensions(app):
             build_controls(app)

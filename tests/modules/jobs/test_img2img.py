@@ -18,7 +18,7 @@ from tests.support.narrow_application import gradient, img2img, narrow_applicati
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
-    with narrow_application(tmp_path_factory.mktemp("narrow")) as (app, _):
+    with narrow_application(tmp_path_factory.mktemp("narrow"), is_shallow=True) as (app, _):
         yield app
 
 

@@ -36,7 +36,7 @@ PLANS = ("single", "replicas", "layers")
 
 @pytest.fixture(scope="module")
 def plain_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
-    with narrow_application(tmp_path_factory.mktemp("profiles")) as (app, _):
+    with narrow_application(tmp_path_factory.mktemp("profiles"), is_shallow=True) as (app, _):
         yield app
     current.forget()
 

@@ -19,7 +19,7 @@ from tests.support.narrow_application import gradient, narrow_application, pixel
 
 @pytest.fixture(scope="module")
 def shared_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
-    with narrow_application(tmp_path_factory.mktemp("narrow")) as (app, _):
+    with narrow_application(tmp_path_factory.mktemp("narrow"), is_shallow=True) as (app, _):
         app.options.samples_save = False
         app.options.grid_save = False
         yield app
@@ -151,7 +151,7 @@ def test_the_second_pass_may_use_another_checkpoint(app: Application, modules: l
     app.options.sd_model_checkpoint = "sd15"
     base = run(hires())
     path = app.config.ckpt_dirs[0] / "other.safetensors"
-    write_checkpoint(path, "sd15", seed=7)
+    write_checkpoint(path, "sd15", seed=7, is_shallow=True)
     try:
         fields = {"hr_checkpoint_name": "other", "hr_additional_modules": modules, "n_iter": 2}
         result = run(hires(**fields))

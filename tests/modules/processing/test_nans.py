@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
     folder = tmp_path_factory.mktemp("nans")
-    with narrow_application(folder, "sd15") as (app, models), loaded_builtin(app, "sd_forge_lora", "sd_forge_controlnet"):
+    with narrow_application(folder, "sd15", is_shallow=True) as (app, models), loaded_builtin(app, "sd_forge_lora", "sd_forge_controlnet"):
         loras = folder / "models" / "Lora"
         for name, value in (("sound", None), ("holed", math.nan), ("endless", math.inf), ("huge", 1e30)):
             write_lora(loras / f"{name}.safetensors", models["sd15"])

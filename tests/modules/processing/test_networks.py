@@ -13,7 +13,7 @@ from tests.support.narrow_application import narrow_application, pixels, run, tx
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
-    with narrow_application(tmp_path_factory.mktemp("networks")) as (app, _):
+    with narrow_application(tmp_path_factory.mktemp("networks"), is_shallow=True) as (app, _):
         app.options.samples_save = app.options.grid_save = False
         yield app
 

@@ -37,7 +37,7 @@ for _name in (*STEPS, *HIRES_STEPS):
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
-    with narrow_application(tmp_path_factory.mktemp("overrides")) as (app, _):
+    with narrow_application(tmp_path_factory.mktemp("overrides"), is_shallow=True) as (app, _):
         yield app
 
 

@@ -19,12 +19,12 @@ from modules.processing import Processed, process_extra_images
 from modules.samplers import cfg_denoiser
 from tests.support.applications import installed_application
 from tests.support.checkpoints import write_checkpoint
-from tests.support.narrow_application import narrow_application, pixels, run, submit, txt2img
+from tests.support.narrow_application import KnownPictures, narrow_application, pixels, run, submit, txt2img
 
 
 @pytest.fixture(scope="module")
 def shared_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
-    with narrow_application(tmp_path_factory.mktemp("narrow")) as (app, _):
+    with narrow_application(tmp_path_factory.mktemp("narrow"), is_shallow=True) as (app, _):
         yield app
 
 
@@ -37,6 +37,11 @@ def app(shared_app: Application) -> Iterator[Application]:
     shared_app.options.data.clear()
     shared_app.options.data.update(saved)
     shared_app.state.end()
+
+
+@pytest.fixture(scope="module")
+def known(shared_app: Application) -> KnownPictures:
+    return KnownPictures()
 
 
 def picture(result: Processed, index: int = 0) -> np.ndarray:
@@ -65,8 +70,8 @@ def test_a_picture_does_not_depend_on_its_batch(app: Application, sampler: str) 
     assert together.all_seeds == [5, 6, 7]
 
 
-def test_seed_prompt_and_scale_change_the_picture(app: Application) -> None:
-    base = picture(run(txt2img()))
+def test_seed_prompt_and_scale_change_the_picture(app: Application, known: KnownPictures) -> None:
+    base = known.txt2img()
     for change in ({"seed": 2}, {"prompt": "a house"}, {"cfg_scale": 9.0}, {"negative_prompt": "dark"}, {"steps": 5}, {"sampler_name": "Heun"}):
         assert not np.array_equal(picture(run(txt2img(**change))), base), change
 
@@ -81,18 +86,18 @@ def test_a_job_leaves_no_trace_in_the_next(app: Application) -> None:
 # Seeds
 
 
-def test_variation_seeds_move_the_picture_and_count_up(app: Application) -> None:
+def test_variation_seeds_move_the_picture_and_count_up(app: Application, known: KnownPictures) -> None:
     result = run(txt2img(subseed=9, subseed_strength=0.3, n_iter=2))
     assert (result.all_seeds, result.all_subseeds) == ([1, 1], [9, 10])
     assert not np.array_equal(picture(result, 0), picture(result, 1))
     assert np.array_equal(picture(result, 1), picture(run(txt2img(subseed=10, subseed_strength=0.3))))
-    assert np.array_equal(picture(run(txt2img(subseed=9, subseed_strength=0.0))), picture(run(txt2img())))
+    assert np.array_equal(picture(run(txt2img(subseed=9, subseed_strength=0.0))), known.txt2img())
     assert "Variation seed: 10, Variation seed strength: 0.3" in result.infotexts[-1]
 
 
-def test_seed_resize_starts_from_the_other_size(app: Application) -> None:
+def test_seed_resize_starts_from_the_other_size(app: Application, known: KnownPictures) -> None:
     result = run(txt2img(seed_resize_from_w=32, seed_resize_from_h=48))
-    assert not np.array_equal(picture(result), picture(run(txt2img())))
+    assert not np.array_equal(picture(result), known.txt2img())
     assert "Seed resize from: 32x48" in result.infotexts[0]
 
 
@@ -102,9 +107,9 @@ def test_a_random_seed_is_told(app: Application) -> None:
 
 
 @pytest.mark.parametrize("source", ["GPU", "CPU", "NV"])
-def test_noise_comes_from_where_the_setting_says(app: Application, source: str) -> None:
+def test_noise_comes_from_where_the_setting_says(app: Application, known: KnownPictures, source: str) -> None:
     result = run(txt2img(override_settings={"randn_source": source}))
-    same = np.array_equal(picture(result), picture(run(txt2img())))
+    same = np.array_equal(picture(result), known.txt2img())
     assert same == (source != "NV")
     assert ("RNG" in result.infotexts[0]) == (source != "GPU")
 
@@ -134,10 +139,10 @@ def test_with_scale_one_the_negative_prompt_has_no_part(app: Application) -> Non
     assert np.array_equal(picture(without), picture(with_one))
 
 
-def test_extra_networks_that_nobody_knows_are_named_and_left_out(app: Application) -> None:
+def test_extra_networks_that_nobody_knows_are_named_and_left_out(app: Application, known: KnownPictures) -> None:
     result = run(txt2img(prompt="a red cat<wolf:gone:1>"))
     assert "wolf" in result.comments
-    assert np.array_equal(picture(result), picture(run(txt2img())))
+    assert np.array_equal(picture(result), known.txt2img())
     assert "<wolf:gone:1>" in result.infotexts[0]
 
 
@@ -168,14 +173,14 @@ def test_the_infotext_has_the_keys_that_users_paste(app: Application) -> None:
     )
 
 
-def test_sampler_settings_reach_the_sampler_and_the_infotext(app: Application) -> None:
+def test_sampler_settings_reach_the_sampler_and_the_infotext(app: Application, known: KnownPictures) -> None:
     plain = picture(run(txt2img(sampler_name="Euler a")))
     result = run(txt2img(sampler_name="Euler a", eta=0.5, override_settings={"eta_noise_seed_delta": 31337}))
     assert not np.array_equal(picture(result), plain)
     assert "ENSD: 31337" in result.infotexts[0]
     assert "Eta: 0.5" in result.infotexts[0]
     churned = run(txt2img(s_churn=5.0, s_noise=1.02))
-    assert not np.array_equal(picture(churned), picture(run(txt2img())))
+    assert not np.array_equal(picture(churned), known.txt2img())
     assert "Sigma churn: 5.0, Sigma noise: 1.02" in churned.infotexts[0]
     ranged = run(txt2img(override_settings={"sigma_min": 0.1, "sigma_max": 10, "always_discard_next_to_last_sigma": True}, scheduler="Karras"))
     assert "Schedule min sigma: 0.1, Schedule max sigma: 10.0, Discard penultimate sigma: True" in ranged.infotexts[0]
@@ -195,8 +200,8 @@ def test_sampler_settings_reach_the_sampler_and_the_infotext(app: Application) -
         ({"tiling": True}, {}),
     ],
 )
-def test_settings_of_the_sampler_page_act(app: Application, overrides: dict[str, Any], fields: dict[str, Any]) -> None:
-    assert not np.array_equal(picture(run(txt2img(**fields, override_settings=overrides))), picture(run(txt2img(**fields))))
+def test_settings_of_the_sampler_page_act(app: Application, known: KnownPictures, overrides: dict[str, Any], fields: dict[str, Any]) -> None:
+    assert not np.array_equal(picture(run(txt2img(**fields, override_settings=overrides))), known.txt2img(**fields))
 
 
 def test_the_negative_prompt_is_skipped_below_its_sigma(app: Application) -> None:
@@ -378,12 +383,12 @@ def test_without_a_checkpoint_the_job_says_where_to_put_one_and_works_when_it_is
     with installed_application(tmp_path) as app:
         with pytest.raises(NoCheckpointError, match="Stable-diffusion"):
             submit(app, txt2img()).wait(60)
-        write_checkpoint(tmp_path / "models" / "Stable-diffusion" / "late.safetensors", "sd15")
+        write_checkpoint(tmp_path / "models" / "Stable-diffusion" / "late.safetensors", "sd15", is_shallow=True)
         assert len(submit(app, txt2img()).wait(60).images) == 1
 
 
-def test_a_broken_checkpoint_is_an_error_and_the_model_before_stays(app: Application) -> None:
-    expected = picture(run(txt2img()))
+def test_a_broken_checkpoint_is_an_error_and_the_model_before_stays(app: Application, known: KnownPictures) -> None:
+    expected = known.txt2img()
     broken = app.config.ckpt_dirs[0] / "broken.safetensors"
     broken.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00not a model at all")
     engine = app.models.engine

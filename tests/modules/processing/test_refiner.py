@@ -35,10 +35,10 @@ Loaded = tuple[Application, dict[str, ReferenceModels]]
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
     data_dir = tmp_path_factory.mktemp("refiner")
-    with narrow_application(data_dir, "sd15", "sdxl", "sdxl_refiner") as (app, models):
+    with narrow_application(data_dir, "sd15", "sdxl", "sdxl_refiner", is_shallow=True) as (app, models):
         folder = data_dir / "models" / "Stable-diffusion"
-        models["second"] = write_checkpoint(folder / "second.safetensors", "sd15", seed=9)
-        models["inpaint"] = write_checkpoint(folder / "inpaint.safetensors", "sd15", seed=4, inpaint=True)
+        models["second"] = write_checkpoint(folder / "second.safetensors", "sd15", seed=9, is_shallow=True)
+        models["inpaint"] = write_checkpoint(folder / "inpaint.safetensors", "sd15", seed=4, inpaint=True, is_shallow=True)
         app.checkpoints.refresh()
         app.options.samples_save = app.options.grid_save = False
         yield app, models

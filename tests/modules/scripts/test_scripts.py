@@ -44,7 +44,7 @@ from tests.support.narrow_application import img2img, narrow_application, pixels
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
-    with narrow_application(Path(tmp_path_factory.mktemp("data"))) as (app, _):
+    with narrow_application(Path(tmp_path_factory.mktemp("data")), is_shallow=True) as (app, _):
         yield app
 
 
