@@ -37,9 +37,9 @@ def read_cases(path: Path) -> list[Case]:
 def _case(element: ElementTree.Element) -> Case:
     noted = {item.attrib["name"]: float(item.attrib["value"]) for item in element.iter("property") if item.attrib["name"].startswith("cpu_")}
     return Case(
-        file="/".join(part for part in element.attrib["classname"].split(".") if not part[:1].isupper()),
-        name=element.attrib["name"],
-        wall_s=float(element.attrib["time"]),
+        file="/".join(part for part in element.get("classname", "").split(".") if not part[:1].isupper()),
+        name=element.get("name", ""),
+        wall_s=float(element.get("time", 0.0)),
         cpu_s=noted.get("cpu_s", 0.0),
         cpu_before_s=noted.get("cpu_before_s", 0.0),
     )
