@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
 VRAM_MODES = ("auto", "always_gpu", "high", "normal", "low", "no", "cpu")
-STRATEGIES = ("auto", "replicas", "layers", "single")
+STRATEGIES = ("auto", "replicas", "tiles", "layers", "single")
 STORAGE_TYPES = ("fp32", "fp16", "bf16", "fp8_e4m3fn", "fp8_e5m2")
 ATTENTION_KINDS = ("auto", "pytorch", "split", "quad", "xformers")
 

@@ -27,6 +27,7 @@ from backend.attention import attention_function
 from backend.checkpoint_file import CheckpointError, TensorFile
 from backend.control_dtype import pick_dtype
 from backend.modules.k_prediction import NEARLY_PURE_NOISE_SIGMA
+from backend.nn.unet_tiles import TILE_ROWS
 from backend.parallel.running.session import find_bound_hook
 from backend.patcher.base import ModelPatcher
 from backend.patcher.controlnet import ControlNetError, family_of
@@ -172,6 +173,11 @@ class Prompting:
 class PicturePrompts:
     """Replaces attn2: the text's attention, or its earlier replacement, plus each picture's attention."""
 
+    @property
+    def works_on_tiles(self) -> bool:
+        """Tokens are independent of each other here, unless a replacement by others is called."""
+        return all(getattr(hook, "works_on_tiles", False) for hook in self.before.values())
+
     def __init__(self, prompts: Sequence[Prompting], before: Mapping[Place, Callable[..., Tensor]]) -> None:
         self.prompts, self.before = tuple(prompts), dict(before)
         self.held: Tensor | None = None
@@ -186,7 +192,7 @@ class PicturePrompts:
                 kinds = _shown_to_rows(extra, q_BLD.shape[0], key_2TD.shape[0] - 1)
                 shown_BLD = attention_function(q_BLD, key_2TD[kinds], value_2TD[kinds], heads)
                 if prompt.mask_B1HW is not None:
-                    shown_BLD = shown_BLD * _mask_of_tokens(prompt.mask_B1HW, q_BLD, extra["original_shape"])
+                    shown_BLD = shown_BLD * _mask_of_tokens(prompt.mask_B1HW, q_BLD, extra["original_shape"], extra.get(TILE_ROWS))
                 result_BLD = result_BLD + prompt.weight * shown_BLD
         return result_BLD
 
@@ -197,8 +203,12 @@ def _shown_to_rows(extra: dict[str, Any], num_rows: int, num_pictures: int) -> l
     return [0 if row in extra["uncond_indices"] else 1 + places[row] % num_pictures for row in range(num_rows)]
 
 
-def _mask_of_tokens(mask_B1HW: Tensor, q_BLD: Tensor, original_shape: Sequence[int]) -> Tensor:
-    """The mask in the size of a level, (1, L, 1)."""
+def _mask_of_tokens(mask_B1HW: Tensor, q_BLD: Tensor, original_shape: Sequence[int], tile_rows: tuple[int, int, int] | None) -> Tensor:
+    """The mask in the size of a level, (1, L, 1); of a tile, that part of it. `tile_rows`: first row, end and rows of the whole at that level."""
+    if tile_rows is not None:
+        start, end, height = tile_rows
+        whole_B1HW = interpolate(mask_B1HW.to(q_BLD), size=(height, q_BLD.shape[1] // (end - start)), mode="area")
+        return whole_B1HW[:, :, start:end].flatten(2).transpose(1, 2)[:1]
     height, width = original_shape[-2:]
     while height * width > q_BLD.shape[1]:
         height, width = -(-height // 2), -(-width // 2)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from backend.nn.piece import Piece
+from backend.nn.tiles import CannotTile, Cut, Swaps, Tile, TileTraffic
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,10 @@ class Segment(ABC):
     @abstractmethod
     def __call__(self, state: Any, first_block: int = 0, end_block: int | None = None) -> None:
         """Advance the state past this segment, or past its blocks [`first_block`, `end_block`)."""
+
+    def run_tile(self, state: Any, tile: Tile) -> Swaps[None]:
+        """Advance a tile's state past this segment. Must give the tile's part of what `__call__` gives for the whole."""
+        raise CannotTile(f"The segment {self.kind} {self.number} has no code for tiles. Use another strategy (--multi-gpu-strategy).")
 
     @property
     def key(self) -> tuple[str, int]:
@@ -237,6 +242,24 @@ class Program(ABC):
                 if residual is not None:
                     found[addition] = residual
         return found
+
+    # tiles of one row on several slots
+
+    def why_no_tiles(self) -> str | None:
+        """Why rows of this network cannot be cut into tiles; None if they can."""
+        return "this family's network has no tiles"
+
+    def tile_traffic(self, rows: Mapping[str, Tensor]) -> TileTraffic:
+        """How rows of these inputs may be cut, and what the tiles of one row exchange."""
+        raise CannotTile(str(self.why_no_tiles()))
+
+    def start_tile(self, rows: Mapping[str, Tensor], tile: Tile, *, options: TransformerOptions | None = None) -> ProgramState:
+        """A tile's state before the first segment. `rows` are whole. The outputs of all tiles, joined along dim 2, are the whole's."""
+        raise CannotTile(str(self.why_no_tiles()))
+
+    def residual_of_tile(self, residual: Tensor, cut: Cut, rank: int) -> Tensor | None:
+        """A tile's part of a control residual; None if its size does not fit."""
+        return cut.take(residual, rank)
 
     # pieces
 

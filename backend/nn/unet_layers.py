@@ -203,16 +203,16 @@ def run_block(block: BasicTransformerBlock, tokens_BLD: Tensor, state: UNetState
     extra = {key: value for key, value in state.options.items() if key not in ("patches", "patches_replace")}
     extra["n_heads"], extra["dim_head"] = block.num_attention_heads, block.attention_head_dim
     self_context_BLD = state.context_BLD if block.only_cross_attention else None
-    tokens_BLD = _attend(block.attn1, "attn1", block.norm1(tokens_BLD), self_context_BLD, state, extra) + tokens_BLD
+    tokens_BLD = attend(block.attn1, "attn1", block.norm1(tokens_BLD), self_context_BLD, state, extra) + tokens_BLD
     for patch in state.patches("middle_patch"):
         tokens_BLD = patch(tokens_BLD, extra)
     if block.attn2 is not None:
-        tokens_BLD = _attend(block.attn2, "attn2", block.norm2(tokens_BLD), state.context_BLD, state, extra) + tokens_BLD
+        tokens_BLD = attend(block.attn2, "attn2", block.norm2(tokens_BLD), state.context_BLD, state, extra) + tokens_BLD
     result_BLD: Tensor = block.ff(block.norm3(tokens_BLD)) + tokens_BLD
     return result_BLD
 
 
-def _attend(attention: Attention, name: str, normed_BLD: Tensor, context_BLD: Tensor | None, state: UNetState, extra: dict[str, Any]) -> Tensor:
+def attend(attention: Attention, name: str, normed_BLD: Tensor, context_BLD: Tensor | None, state: UNetState, extra: dict[str, Any]) -> Tensor:
     """One attention: `{name}_patch`, then the replacement for this block or the usual attention, then `{name}_output_patch`."""
     value_BLD = context_BLD
     for patch in state.patches(f"{name}_patch"):

@@ -31,12 +31,15 @@ from diffusers.models.unets.unet_2d_blocks import (
     UpBlock2D,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 from backend.nn.controlnet import build_for_counting
 from backend.nn.program import Addition, Exchange, NamedLayers, Program, Segment, TransformerOptions
+from backend.nn.tiles import Swaps, Tile, TileTraffic
 from backend.nn.unet import attach_views
 from backend.nn.unet_layers import LayerRange, find_norm_wrapper, run_layers
 from backend.nn.unet_state import CONTEXT, EMBEDDING, HIDDEN, TRANSFORMER_INPUT, UNetState, concat_skip, skip_name
+from backend.nn.unet_tiles import count_traffic, find_untileable, run_last_on_tile, run_layers_on_tile
 
 PEAK_NUMBERS = {True: 26, False: 16}
 """Live numbers at the peak of a forward pass, per latent position and channel of the outer level: with transformers on that level (SD1.x, SD2.x)
@@ -91,6 +94,18 @@ class UNetSegment(Segment):
         """Runs after the block modifiers."""
         return
 
+    def run_tile(self, state: UNetState, tile: Tile) -> Swaps[None]:
+        """As `__call__`, for a plan without hooks around and between layers."""
+        state.options["block"] = self.key
+        self.add_residuals(state, at_end=False)
+        self._enter(state)
+        yield from self._run_layers_on_tile(state, tile)
+        self.add_residuals(state, at_end=True)
+        self._leave(state)
+
+    def _run_layers_on_tile(self, state: UNetState, tile: Tile) -> Swaps[None]:
+        state.hidden_BCHW = yield from run_layers_on_tile(self.layers, state.hidden_BCHW, state, tile)
+
     def _modify(self, state: UNetState, when: str) -> None:
         for modify in state.options.get("block_modifiers", ()):
             state.hidden_BCHW = modify(state.hidden_BCHW, when, state.options)
@@ -127,6 +142,10 @@ class OutputSegment(UNetSegment):
     def _run_layers(self, state: UNetState, part: LayerRange) -> None:
         state.hidden_BCHW = run_layers(self.layers, state.hidden_BCHW, state, self._odd_upsample_size(state), part=part)
 
+    def _run_layers_on_tile(self, state: UNetState, tile: Tile) -> Swaps[None]:
+        width = None if self.next_skip is None else state.skip_sizes[self.next_skip][1]
+        state.hidden_BCHW = yield from run_layers_on_tile(self.layers, state.hidden_BCHW, state, tile, width)
+
     def _odd_upsample_size(self, state: UNetState) -> tuple[int, int] | None:
         """The next skip's size if doubling would miss it (latents whose sides are not multiples of 2^levels, down to 1x1), else None.
 
@@ -150,6 +169,9 @@ class LastSegment(UNetSegment):
             return
         norm, activation, convolution = self.layers
         state.hidden_BCHW = convolution(activation(wrapper(norm, state.hidden_BCHW, state.options)))
+
+    def _run_layers_on_tile(self, state: UNetState, tile: Tile) -> Swaps[None]:
+        state.hidden_BCHW = yield from run_last_on_tile(self.layers, state.hidden_BCHW, tile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,6 +235,21 @@ class UNetProgram(Program):
         config = self.embedding.unet.config
         numbers: int = PEAK_NUMBERS["CrossAttn" in config.down_block_types[0]] * config.block_out_channels[0]
         return SAFETY * numbers * shape[0] * shape[2] * shape[3] * itemsize
+
+    def why_no_tiles(self) -> str | None:
+        return find_untileable(pair for segment in self.segments for pair in segment.named_layers)
+
+    def tile_traffic(self, rows: Mapping[str, Tensor]) -> TileTraffic:
+        height, width = rows["x"].shape[-2:]
+        return count_traffic([layer for segment in self.segments for layer in segment.layers], height, width)
+
+    def start_tile(self, rows: Mapping[str, Tensor], tile: Tile, *, options: TransformerOptions | None = None) -> UNetState:
+        """The state's "hidden" has one row more above and below than the tile, for the first convolution: the neighbor's, or zeros at the edge."""
+        state = self.start(rows, options=options)
+        start, end = tile.span
+        rows_BCHW = state.hidden_BCHW[:, :, max(0, start - 1) : end + 1]
+        state.hidden_BCHW = functional.pad(rows_BCHW, (0, 0, int(tile.is_first), int(tile.is_last)))
+        return state
 
     def skip_source(self, output_number: int) -> int:
         """The number of the input segment whose skip this output segment reads."""

@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="images at a time")
     parser.add_argument("--cfg", type=float, default=None, help="CFG scale; 1 means no unconditional branch; by default what the model is run with")
     parser.add_argument("--weights", default="half", choices=list(BYTES_PER_WEIGHT), help="how denoiser and text encoders are stored")
-    parser.add_argument("--strategy", default="auto", choices=["auto", "single", "replicas", "layers", "hybrid"])
+    parser.add_argument("--strategy", default="auto", choices=["auto", "single", "replicas", "tiles", "layers", "hybrid"])
     parser.add_argument("--link", default=None, help=f"how cards are linked: one of {', '.join(link_names())}; by default what they have")
     parser.add_argument("--controlnet", action="store_true", help="with one ControlNet")
     parser.add_argument("--validate", action="store_true", help="print predictions and published figures instead")

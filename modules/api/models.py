@@ -429,7 +429,8 @@ class SlotItem(BaseModel):
 
 
 class PlanItem(BaseModel):
-    """What runs where. `stages` lists each replica's slots, `rows` each replica's rows per step. Times are per step."""
+    """What runs where. `stages` lists each replica's slots, `rows` each replica's rows per step. `tiles`: for each team of slots that computes
+    rows together, how many rows of latents or tokens each slot computes. Times are per step."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -441,6 +442,7 @@ class PlanItem(BaseModel):
     predicted_ms: float | None
     measured_ms: float | None
     predicted_bytes: dict[int, int]
+    tiles: list[dict[int, int]] = []
 
 
 class LinkItem(BaseModel):

@@ -363,7 +363,7 @@ def _postprocessing() -> OptionTable:
 def _multi_gpu() -> OptionTable:
     info = "auto chooses the plan predicted to be fastest (or the one from --multi-gpu-strategy); only used with --multi-gpu"
     return {
-        "multi_gpu_strategy": choice("auto", "How a picture is divided over GPUs", "auto", "replicas", "layers", "single", info=info),
+        "multi_gpu_strategy": choice("auto", "How a picture is divided over GPUs", "auto", "replicas", "tiles", "layers", "single", info=info),
         "enable_async_gpu": option(True, "Copy between GPUs while they compute", info="off gives the same picture, slower"),
     }
 

@@ -14,7 +14,7 @@ Shapes: B rows, C latent channels, H W latent rows and columns, L tokens, D toke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backend.families.flux.layers import FluxAttentionProcessor, Rope, run_double_block, run_last_layer, run_single_block
+from backend.families.flux.tiles import TileTokens, find_untileable, run_double_on_tile, run_single_on_tile
 from backend.nn.block_segment import BlockSegment, residuals_from_the_first
 from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, Segment, TransformerOptions
+from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic
 
 IMAGE, TEXT, TOKENS, MODULATION, COSINES, SINES, FLOW = "image", "text", "tokens", "modulation", "rope cosines", "rope sines", "flow"
 DOUBLE, SINGLE, LAST = "double_block", "single_block", "last"
@@ -51,11 +53,22 @@ class Sizes:
 
 SIZES = "flux_sizes"
 """Key of the sizes in the state's options, which travel with the state."""
+_TILE_TOKENS = "flux_tile_tokens"
+"""Key of the tiles' tokens in the options of a tile's state."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FluxSegment(BlockSegment):
     """One block with its modulation and rotations, a hook's "vec" and "pe"."""
+
+    def run_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        """As `__call__`, for a plan without replaced blocks."""
+        state.options["block"] = self.key
+        yield from self._run_on_tile(state, tile)
+        self.add_residuals(state, at_end=True)
+
+    def _run_on_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        raise NotImplementedError
 
     def _modulation(self, state: ProgramState) -> Tensor:
         return state.tensors[MODULATION]
@@ -65,8 +78,11 @@ class FluxSegment(BlockSegment):
         raise NotImplementedError
 
     def _run_streams(self, state: ProgramState, streams: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        rope: Rope = (state.tensors[COSINES], state.tensors[SINES])
-        return self.run_or_replace(state, {**streams, "vec": self._modulation(state), "pe": rope}, partial(self._forward, state))
+        return self.run_or_replace(state, {**streams, "vec": self._modulation(state), "pe": _rope(state)}, partial(self._forward, state))
+
+
+def _rope(state: ProgramState) -> Rope:
+    return state.tensors[COSINES], state.tensors[SINES]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,6 +93,11 @@ class DoubleSegment(FluxSegment):
         tensors = state.tensors
         out = self._run_streams(state, {"img": tensors[IMAGE], "txt": tensors[TEXT]})
         tensors[IMAGE], tensors[TEXT] = out["img"], out["txt"]
+
+    def _run_on_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        (block,), tensors, tokens = self.layers, state.tensors, state.options[_TILE_TOKENS]
+        streams = yield from run_double_on_tile(block, tensors[IMAGE], tensors[TEXT], tensors[MODULATION], _rope(state), tile, tokens)
+        tensors[IMAGE], tensors[TEXT] = streams
 
     def _forward(self, state: ProgramState, args: Mapping[str, Any]) -> Mapping[str, Tensor]:
         image, text = run_double_block(self.layers[0], args["img"], args["txt"], args["vec"], args["pe"])
@@ -91,9 +112,17 @@ class SingleSegment(FluxSegment):
 
     def _run(self, state: ProgramState) -> None:
         tensors = state.tensors
+        self._join(tensors)
+        tensors[TOKENS] = self._run_streams(state, {"img": tensors[TOKENS]})["img"]
+
+    def _join(self, tensors: dict[str, Tensor]) -> None:
         if self.joins:
             tensors[TOKENS] = torch.cat([tensors.pop(TEXT), tensors.pop(IMAGE)], dim=1)
-        tensors[TOKENS] = self._run_streams(state, {"img": tensors[TOKENS]})["img"]
+
+    def _run_on_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        (block,), tensors, tokens = self.layers, state.tensors, state.options[_TILE_TOKENS]
+        self._join(tensors)
+        tensors[TOKENS] = yield from run_single_on_tile(block, tensors[TOKENS], tensors[MODULATION], _rope(state), tile, tokens)
 
     def _forward(self, state: ProgramState, args: Mapping[str, Any]) -> Mapping[str, Tensor]:
         return {"img": run_single_block(self.layers[0], args["img"], args["vec"], args["pe"])}
@@ -119,6 +148,11 @@ class LastSegment(FluxSegment):
 
     def _project(self, image_BLD: Tensor, state: ProgramState) -> Tensor:
         return run_last_layer(self.network, image_BLD, state.tensors[MODULATION])
+
+    def _run_on_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        """Nothing crosses: the sizes in the state are the tile's."""
+        self._run(state)
+        yield from ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +205,35 @@ class FluxProgram(Program):
         tensors = {IMAGE: image_BLD, TEXT: text_BLD.expand(num_rows, -1, -1), MODULATION: modulation_BD, COSINES: cosines_LK, SINES: sines_LK}
         own_options = {**(options or {}), SIZES: Sizes(height, width, text_BLD.shape[1])}
         return ProgramState(tensors, dict(residuals or {}), own_options)
+
+    def why_no_tiles(self) -> str | None:
+        return find_untileable([pair for segment in self.segments if segment.kind != LAST for pair in segment.named_layers])
+
+    def tile_traffic(self, rows: Mapping[str, Tensor]) -> TileTraffic:
+        """Rows of tokens are cut; every block needs the keys and values of all text and picture tokens."""
+        (height, width), num_text = rows["x"].shape[-2:], rows["context"].shape[1]
+        num_rows, num_blocks = -(-height // CELL), len(self.segments) - 1
+        num_tokens = num_text + num_rows * -(-width // CELL)
+        shared = 2 * num_blocks * num_tokens * self.embedding.network.inner_dim
+        return TileTraffic(length=num_rows, unit=1, num_exchanges=num_blocks, halo_numbers=0, sum_numbers=0, shared_numbers=shared)
+
+    def start_tile(self, rows: Mapping[str, Tensor], tile: Tile, *, options: TransformerOptions | None = None) -> ProgramState:
+        state, rank = self.start(rows, options=options), tile.rank
+        whole: Sizes = state.options[SIZES]
+        tokens = TileTokens.of(tile.cut, whole.num_text, -(-whole.width // CELL))
+        (start, end), tensors = tile.span, state.tensors
+        tensors[IMAGE], tensors[TEXT] = tensors[IMAGE][:, tokens.image(rank)], tensors[TEXT][:, tokens.text(rank)]
+        tensors[COSINES], tensors[SINES] = tokens.take_rope(_rope(state), rank)
+        own_height = min(CELL * end, whole.height) - CELL * start
+        state.options[SIZES] = replace(whole, height=own_height, num_text=tensors[TEXT].shape[1])
+        state.options[_TILE_TOKENS] = tokens
+        return state
+
+    def residual_of_tile(self, residual: Tensor, cut: Cut, rank: int) -> Tensor | None:
+        """A tile's part of picture tokens (B, L, D)."""
+        columns, rest = divmod(residual.shape[1], cut.bounds[-1])
+        start, end = cut.span(rank)
+        return None if rest else residual[:, start * columns : end * columns]
 
     def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
         """Entry i of "input" is added after double block i, entry i of "output" after single block i."""

@@ -87,7 +87,9 @@ def when_arrived(transfers: Iterable[Transfer], then: Callable[[BaseException | 
             left -= 1
             is_last = left == 0
         if is_last:
-            then(next((failure for future in copying if (failure := future.exception()) is not None), None))
+            failure = next((failure for future in copying if (failure := future.exception()) is not None), None)
+            copying.clear()  # a future keeps its callbacks, and with this list itself, alive
+            then(failure)
 
-    for future in copying:
+    for future in tuple(copying):
         future.add_done_callback(count_down)

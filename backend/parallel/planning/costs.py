@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from backend.nn.piece import Piece
+from backend.nn.tiles import TileTraffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class ModelProfile:
     """A network at one picture size and dtype.
 
     `embedding_bytes` are the weights of the time embedding, which stay with the first piece. Its result (`emb_bytes_per_row`) and the context
-    are sent to every slot that runs a piece. Latents arrive and results leave in every step.
+    are sent to every slot that runs a piece. Latents arrive and results leave in every step. `tiles`: what tiles of one row exchange, in
+    numbers of `itemsize` bytes; None if the network's rows cannot be cut.
     """
 
     name: str
@@ -58,6 +60,8 @@ class ModelProfile:
     context_bytes_per_row: int
     latent_bytes_per_row: int
     output_bytes_per_row: int
+    tiles: TileTraffic | None = None
+    itemsize: int = 2
 
     def __post_init__(self) -> None:
         if not self.pieces:

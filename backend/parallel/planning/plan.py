@@ -12,7 +12,7 @@ from typing import Literal
 
 from backend.nn.piece import Piece as Piece
 
-Strategy = Literal["single", "replicas", "layers", "hybrid"]
+Strategy = Literal["single", "replicas", "tiles", "layers", "hybrid"]
 
 
 class HasStrategy:
@@ -30,6 +30,16 @@ class HasStrategy:
     def is_replicated(self) -> bool:
         """Several copies, each complete on its own slot."""
         return self.strategy == "replicas"
+
+    @property
+    def is_tiled(self) -> bool:
+        """Several copies, each complete on its own slot; teams of slots compute each row together."""
+        return self.strategy == "tiles"
+
+    @property
+    def has_whole_copies(self) -> bool:
+        """Several copies, each complete on its own slot."""
+        return self.is_replicated or self.is_tiled
 
     @property
     def is_one_cut(self) -> bool:
@@ -104,13 +114,32 @@ def _follows(before: Piece | None, piece: Piece) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TileTeam:
+    """Slots that compute each of their rows together. `rows`: how many rows of latents or tokens each slot computes.
+
+    Example: slots (0, 1), rows (40, 24) of 64 rows of latents. Raises: ValueError for a slot without rows, or twice.
+    """
+
+    slots: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.slots or len(self.slots) != len(self.rows) or len(set(self.slots)) != len(self.slots) or min(self.rows) < 1:
+            raise ValueError(f"A team of the slots {self.slots} was given {self.rows} rows. Each slot is in a team once and has at least one row.")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return tuple(count / sum(self.rows) for count in self.rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan(HasStrategy):
     """The decision for one sampling run.
 
     `predicted_ms` is the time of one step of all images, `single_ms` the same on the fastest single slot with room for the network (inf if no
     slot has room). `predicted_bytes` is the peak per slot, `crossing_bytes` what moves between slots per step. `lanes` is how many sampler
     loops run at once. `component_slots` is where the planner put networks that had no slot yet, `control_slots` where each ControlNet runs for
-    each replica. `reason` is one sentence for the user.
+    each replica. With "tiles", `tiles` are the teams of slots, in the order of their replicas. `reason` is one sentence for the user.
     Raises: ValueError for a plan that contradicts itself.
     """
 
@@ -124,11 +153,12 @@ class Plan(HasStrategy):
     lanes: int = 1
     component_slots: Mapping[str, int] = field(default_factory=dict)
     control_slots: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tiles: tuple[TileTeam, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.replicas:
             raise ValueError(f"A plan ({self.strategy}) has no replica. It needs at least one copy of the network.")
-        fault = self._fault_of_replicas() or self._fault_of_lanes() or self._fault_of_controls()
+        fault = self._fault_of_replicas() or self._fault_of_tiles() or self._fault_of_lanes() or self._fault_of_controls()
         if fault is not None:
             raise ValueError(f"A plan ({self.strategy}) {fault}.")
 
@@ -137,11 +167,21 @@ class Plan(HasStrategy):
         if twice := sorted({slot for slot in slots if slots.count(slot) > 1}):
             return f"has slot {twice[0]} in two replicas; a slot computes for one replica"
         if (self.is_single or self.is_one_cut) is not (count == 1):
-            return f"has {count} replicas; single and layers have one, replicas and hybrid have more"
+            return f"has {count} replicas; single and layers have one, replicas, tiles and hybrid have more"
         if not self.is_cut and any(len(replica.used_slots) > 1 for replica in self.replicas):
             return "has a replica over several slots; only layers and hybrid may"
         if len({replica.pieces[-1].segment for replica in self.replicas}) > 1:
             return "has replicas of different lengths; each must contain every segment of the network"
+        return None
+
+    def _fault_of_tiles(self) -> str | None:
+        if self.is_tiled is not bool(self.tiles):
+            return f"has {len(self.tiles)} teams of slots; tiles has at least one, the others have none"
+        members = tuple(slot for team in self.tiles for slot in team.slots)
+        if self.tiles and members != self.used_slots:
+            return f"has teams of the slots {members}, but copies on {self.used_slots}; each team's copies come together, in the order of the teams"
+        if len({sum(team.rows) for team in self.tiles}) > 1 or (self.tiles and len(members) == len(self.tiles)):
+            return "has teams that cut rows of different lengths, or no team of several slots"
         return None
 
     def _fault_of_lanes(self) -> str | None:

@@ -13,16 +13,18 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 from typing import Literal
 
+from backend.nn.tiles import CannotTile
 from backend.parallel.planning.copy_costs import CopyCosts, SharedControls
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, merge_pieces
 from backend.parallel.planning.partition import MOST_IMBALANCE, MOST_NESTED, PartitionJob, partition
 from backend.parallel.planning.pipeline import StepRows
-from backend.parallel.planning.plan import HasStrategy, Plan, ReplicaPlan, Strategy
+from backend.parallel.planning.plan import HasStrategy, Plan, ReplicaPlan, Strategy, TileTeam
 from backend.parallel.planning.slot_facts import Link as Link
 from backend.parallel.planning.slot_facts import LinkTable
 from backend.parallel.planning.slot_facts import SlotFacts as SlotFacts
+from backend.parallel.planning.tile_costs import Team, TileCosts
 
-WantedStrategy = Literal["auto", "single", "replicas", "layers", "hybrid"]
+WantedStrategy = Literal["auto", "single", "replicas", "tiles", "layers", "hybrid"]
 
 LEAST_GAIN = 1.05
 """A plan over several slots is used only if it is predicted to be this much faster than one slot."""
@@ -44,7 +46,7 @@ class JobShape:
     is copied with every whole copy or runs on one slot for all of them, whichever is faster. If a copy is cut, the ControlNet runs on
     `control_slot`, or on the best slot if that is None.
     `rows_per_forward`: rows that a whole copy takes at once; a stage takes one. Cuts respect `max_crossing_bytes` per step if the other rules
-    allow it.
+    allow it. `why_no_tiles`: why rows of this run cannot be cut into tiles; None if they can.
     """
 
     images: int = 1
@@ -56,6 +58,7 @@ class JobShape:
     max_crossing_bytes: int | None = None
     control_slot: int | None = None
     is_async: bool = True
+    why_no_tiles: str | None = None
 
     @property
     def num_rows(self) -> int:
@@ -85,6 +88,7 @@ class _Candidate(HasStrategy):
     dealt: tuple[int, ...]
     control_slots: dict[str, tuple[int, ...]] = field(default_factory=dict)
     imbalance: float = 0.0
+    tiles: tuple[TileTeam, ...] = ()
 
     @property
     def num_slots(self) -> int:
@@ -149,6 +153,7 @@ class _Planner:
         makers: dict[str, Callable[[], Iterator[_Candidate]]] = {
             "single": lambda: iter((single,) if single is not None else ()),
             "replicas": self._replica_sets,
+            "tiles": self._tiles,
             "layers": lambda: self._layer_cuts(math.inf),
             "hybrid": lambda: self._hybrids(math.inf),
         }
@@ -185,7 +190,9 @@ class _Planner:
         layers = self._best(self._layer_cuts(limit_ms))
         limit_ms = min(limit_ms, layers.step_ms if layers else math.inf)
         hybrid = self._best(self._hybrids(limit_ms))
-        return self._best(candidate for candidate in (known, layers, hybrid) if candidate is not None)
+        best = self._best(candidate for candidate in (known, layers, hybrid) if candidate is not None)
+        tiles = self._best(self._tiles())
+        return tiles if tiles is not None and (best is None or tiles.step_ms * LEAST_GAIN <= best.step_ms) else best
 
     def _best(self, candidates: Iterator[_Candidate]) -> _Candidate | None:
         """Least time. Within SAME_TIME: fewer slots, then fewer crossing bytes, then lower slot indexes."""
@@ -218,6 +225,43 @@ class _Planner:
                 candidate = self._whole_copies((slot,), "single", shared_controls) if shared_controls else None
                 if candidate is not None:
                     yield candidate
+
+    def _tiles(self) -> Iterator[_Candidate]:
+        """Rows in tiles on teams of slots, each slot with a whole copy."""
+        if self._profile.tiles is None or self._job.why_no_tiles is not None:
+            return
+        costs = TileCosts(self._profile, self._profile.tiles, self._table, self._job, self._slots)
+        for subset in self._subsets(2):
+            for teams in costs.teams(subset):
+                candidate = self._in_tiles(costs, teams)
+                if candidate is not None:
+                    yield candidate
+
+    def _in_tiles(self, costs: TileCosts, teams: tuple[Team, ...]) -> _Candidate | None:
+        """These teams' rows, dealt by the teams' speeds; None if they do not fit or the picture has too few rows for so many tiles."""
+        try:
+            tiles = tuple(costs.plan_team(team) for team in teams)
+        except CannotTile:
+            return None
+        dealt = deal_by_speed(self._job.num_rows, [1.0 / costs.team_ms(team, one, 1) for team, one in zip(teams, tiles)])
+        peak_bytes, component_slots = costs.place(teams, tiles, dealt)
+        if min(dealt) == 0 or not self._fits(peak_bytes, [slot for team in teams for slot in team]):
+            return None
+        pieces = merge_pieces([cost.piece for cost in self._profile.pieces])
+        ends_ms = [costs.team_ms(team, one, rows) for team, one, rows in zip(teams, tiles, dealt)]
+        first_slots = tuple(team[0].index for team in teams for _ in team)
+        return _Candidate(
+            strategy="tiles",
+            groups=tuple(one.slots for one in tiles),
+            replicas=tuple(ReplicaPlan(pieces=pieces, slots=(slot.index,) * len(pieces)) for team in teams for slot in team),
+            step_ms=max(*ends_ms, costs.launches_ms(teams, dealt)),
+            peak_bytes=peak_bytes,
+            crossing_bytes=costs.crossing_bytes(teams, tiles, dealt),
+            component_slots=component_slots,
+            dealt=dealt,
+            control_slots={control.name: first_slots for control in self._job.control_networks},
+            tiles=tiles,
+        )
 
     def _layer_cuts(self, limit_ms: float) -> Iterator[_Candidate]:
         subsets = [subset for subset in self._subsets(2) if len(subset) <= MOST_NESTED or len(self._slots) in (len(subset), len(subset) + 1)]
@@ -425,6 +469,7 @@ class _Planner:
             lanes=self._job.images if chosen.is_cut and self._job.may_use_lanes else 1,
             component_slots=chosen.component_slots,
             control_slots=chosen.control_slots,
+            tiles=chosen.tiles,
         )
 
     def _streaming_plan(self, prefix: str) -> Plan:
@@ -453,6 +498,8 @@ class _Planner:
             what = f"the {self._profile.name} on slot {chosen.slot_indexes[0]}"
         elif chosen.is_replicated:
             what = f"{len(chosen.groups)} replicas on {_slots_text(chosen.slot_indexes)}, {self._sharing_text(chosen)}"
+        elif chosen.is_tiled:
+            what = self._tiles_text(chosen)
         elif chosen.is_one_cut:
             what = f"layers of one copy over {_slots_text(chosen.slot_indexes)}, {self._shares_text(chosen)}"
         else:
@@ -463,6 +510,10 @@ class _Planner:
         if single is None:
             return f"{what}, as the {self._profile.name} fits no single slot: {chosen.step_ms:.3g} ms predicted a step"
         return f"{what}: {single.step_ms / chosen.step_ms:.2f}x predicted of {_slots_text(single.slot_indexes)} alone"
+
+    def _tiles_text(self, chosen: _Candidate) -> str:
+        teams = [f"{_slots_text(team.slots)} ({':'.join(map(str, team.rows))})" for team in chosen.tiles]
+        return f"each row in tiles on {' / '.join(teams)}" + (f", {self._sharing_text(chosen)}" if len(teams) > 1 else "")
 
     def _sharing_text(self, chosen: _Candidate) -> str:
         if self._job.images == 1 and self._job.branches == 2 and chosen.dealt == (1, 1):
@@ -477,12 +528,21 @@ class _Planner:
         alone = f"slot {single.slot_indexes[0]} alone, {single.step_ms:.3g} ms predicted a step"
         if len(self._slots) == 1:
             return f"{alone}: it is the only slot"
-        if self._job.num_rows == 1:
-            return f"{alone}: one image without CFG is one row, which several slots cannot share"
+        if self._job.num_rows == 1 and best is None:
+            return f"{alone}: one image without CFG is one row, and {self._why_no_tiles() or 'no tiles of it fit'}"
         if best is None:
             return f"{alone}: no plan over several slots that fits is predicted to be faster"
         several = f"{best.strategy} on {_slots_text(best.slot_indexes)}"
         return f"{alone}: the best over several ({several}) is predicted at {single.step_ms / best.step_ms:.2f}x, below {LEAST_GAIN}x"
+
+    def _why_no_tiles(self) -> str | None:
+        """Why rows cannot be cut into tiles on any slots; None if they can."""
+        traffic = self._profile.tiles
+        if self._job.why_no_tiles is not None or traffic is None:
+            return f"it cannot be cut into tiles: {self._job.why_no_tiles or 'this network has none'}"
+        if traffic.length < 2 * traffic.unit:
+            return f"its {traffic.length} rows are too few for two tiles of at least {traffic.unit}"
+        return None
 
     def _why_not(self, wanted: str) -> str:
         if wanted != "single" and len(self._slots) == 1:
@@ -491,6 +551,8 @@ class _Planner:
             return "there is one row a step"
         if wanted == "hybrid" and len(self._slots) < 3:
             return "there are two slots"
+        if wanted == "tiles" and (reason := self._why_no_tiles()) is not None:
+            return reason
         need_bytes = self._profile.weight_bytes + self._profile.working_bytes_per_row()
         rooms = ", ".join(f"slot {slot.index}: {_gb(max(0, slot.free_bytes))}" for slot in self._slots)
         return f"does not fit ({self._profile.name} {_gb(need_bytes)}; {rooms})"

@@ -190,6 +190,8 @@ def count_program(program: Program, network: nn.Module, rows: Mapping[str, Tenso
         context_bytes_per_row=sum(tensor.nbytes for tensor in constants if id(tensor) in given),
         latent_bytes_per_row=rows["x"].nbytes,
         output_bytes_per_row=state.tensors[program.output].nbytes,
+        tiles=program.tile_traffic(rows) if program.why_no_tiles() is None else None,
+        itemsize=rows["x"].element_size(),
     )
 
 

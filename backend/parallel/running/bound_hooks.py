@@ -1,4 +1,4 @@
-"""Finds hooks inside the network that tie it to one slot: they carry tensors or modules, or need all rows of a call together. Knows no plan."""
+"""Finds hooks inside the network that tie it to one slot (own tensors, or all rows together) or to whole tensors. Knows no plan."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ def find_bound_hook(options: dict[str, object]) -> str | None:
         held = [hook, *cells, *getattr(getattr(hook, "__self__", None), "__dict__", {}).values(), *getattr(hook, "__dict__", {}).values()]
         if any(isinstance(one, (Tensor, nn.Module)) for one in held) or hasattr(hook, "to"):
             return f"{getattr(hook, '__qualname__', type(hook).__name__)} holds tensors of its own"
+    return None
+
+
+def find_whole_hook(options: dict[str, object]) -> str | None:
+    """The name of the first hook inside the network that needs whole tensors; None if all of them work on tiles of a row.
+
+    A hook works on tiles if it says so (`works_on_tiles = True`): a replaced cross-attention whose result for a token depends on that token alone.
+    """
+    for hook in _hooks_of(options):
+        if not getattr(hook, "works_on_tiles", False):
+            return str(getattr(hook, "__qualname__", type(hook).__name__))
     return None
 
 

@@ -31,7 +31,7 @@ class ControlPasses:
         """Submit ControlNet passes to their slots, and send residuals that already exist. Runs once per batch."""
         deferred = batch.call.control
         if batch.control is None and isinstance(deferred, DeferredControl):
-            kinds = _pending_kinds(deferred)
+            kinds = pending_kinds(deferred)
             links = [self._start_link(batch, part, kinds) for part in deferred.parts]
             batch.control = ResidualChain(links, kinds)
 
@@ -40,10 +40,10 @@ class ControlPasses:
         program, control = batch.route.replica.program, batch.call.control
         ready: dict[Addition, Tensor] = {}
         if isinstance(control, DeferredControl):
-            kinds = _pending_kinds(control)
+            kinds = pending_kinds(control)
             for part in control.parts:
                 if isinstance(part, Mapping):
-                    for addition, residual in program.name_residuals(_without(part, kinds)).items():
+                    for addition, residual in program.name_residuals(without_kinds(part, kinds)).items():
                         ready[addition] = add_residual(residual, ready[addition]) if addition in ready else residual
         else:
             ready = program.name_residuals(control)
@@ -87,10 +87,10 @@ class ControlPasses:
         return {addition: self._copiers.ship(residual, batch.route.addition_slots[addition]) for addition, residual in named.items()}
 
 
-def _pending_kinds(deferred: DeferredControl) -> frozenset[str]:
+def pending_kinds(deferred: DeferredControl) -> frozenset[str]:
     """Lists that a pass has yet to fill."""
     return frozenset(kind for part in deferred.parts if not isinstance(part, Mapping) for kind in part.kinds)
 
 
-def _without(control: ControlLists, kinds: frozenset[str]) -> ControlLists:
+def without_kinds(control: ControlLists, kinds: frozenset[str]) -> ControlLists:
     return {kind: residuals for kind, residuals in control.items() if kind not in kinds}

@@ -14,11 +14,12 @@ from backend.parallel.placing.control_networks import ControlLink, PlannedContro
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, with_measured_ms
 from backend.parallel.planning.live_facts import assuming_idle_evicted, guess_speed, profile_of, slot_facts, speed_of
-from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan
+from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan, TileTeam
 from backend.parallel.planning.planner import JobShape, deal_by_speed, make_plan
 from backend.parallel.planning.profiling import profile_control_network
+from backend.parallel.planning.tile_costs import TILE_MARGIN
 from backend.parallel.running import status
-from backend.parallel.running.bound_hooks import find_bound_hook
+from backend.parallel.running.bound_hooks import find_bound_hook, find_whole_hook
 from backend.parallel.running.sampling_request import SamplingRequest
 from backend.parallel.running.slot_budgets import SlotBudgets
 from backend.parallel.running.step_trial import StepTrial
@@ -112,6 +113,7 @@ class RunPlanning:
             is_async=self.request.asynchronous,
             components=control_network_costs(self.control_networks, self.control_cost, self.fleet, self.work) if self.control_networks else (),
             control_slot=self.home_slots[0] if len(self.fleet.working_slots) > 2 else None,
+            why_no_tiles=self._why_no_tiles(),
         )
         links = self.fleet.links
         status.set_links(links, self.fleet.verdicts)
@@ -125,16 +127,26 @@ class RunPlanning:
         if (bound := self._bound_by) is not None and len(rooms) < len(self.fleet.working_slots):
             plan = replace(plan, reason=f"{plan.reason}; {bound}, so other slots cannot help")
         trial = self.trial.without_gain
-        if self.request.is_free and plan.is_replicated and trial is not None:
+        if self.request.is_free and plan.has_whole_copies and trial is not None:
             alone = make_plan(self.profile, rooms, links, job, strategy="single")
             reason = f"slot {alone.used_slots[0]} alone: a step took {trial.alone_ms:.0f} ms there and {trial.divided_ms:.0f} ms as {plan.reason}"
             return replace(alone, reason=reason)
         return plan
 
+    def _why_no_tiles(self) -> str | None:
+        """Why rows of this run cannot be cut into tiles; None if they can."""
+        hook = find_whole_hook(self.unet.model_options.get("transformer_options", {}))
+        return f"{hook} needs whole tensors" if hook is not None else self.unet.model.program.why_no_tiles()
+
     # rows and bytes
 
     def deal_rows(self, plan: Plan, num_rows: int) -> Sequence[int]:
-        """Rows for each replica by its speed: its slots' slowest speed times their number. Example: 4 rows at speeds 1 and 3 -> 1, 3."""
+        """Rows for each replica by its speed: its slots' slowest speed times their number. Example: 4 rows at speeds 1 and 3 -> 1, 3.
+
+        With tiles: rows for each team, by the sum of its slots' speeds.
+        """
+        if plan.is_tiled:
+            return deal_by_speed(num_rows, [sum(self.speed(slot) for slot in team.slots) for team in plan.tiles])
         speeds = [min(self.speed(slot) for slot in replica.used_slots) * len(replica.used_slots) for replica in plan.replicas]
         if not self.control_networks:
             return deal_by_speed(num_rows, speeds)
@@ -168,9 +180,26 @@ class RunPlanning:
             num_rows = (num_rows + 1) // 2
         return num_rows
 
+    def team_rows_at_once(self, team: TileTeam, share: int) -> int:
+        """How many rows of a team's share to run at once: all, or fewer if a device has no room for its tiles of that many."""
+        num_rows = share
+        while num_rows > 1 and any(
+            self._tile_bytes(num_rows, part) > memory_management.get_free_memory(self.fleet.device(slot))
+            for slot, part in zip(team.slots, team.shares)
+        ):
+            num_rows = (num_rows + 1) // 2
+        return num_rows
+
+    def _tile_bytes(self, num_rows: int, share: float) -> int:
+        """Estimated working memory of `num_rows` tiles at once."""
+        return int(self.estimate_bytes(num_rows) * min(1.0, TILE_MARGIN * share))
+
     def working_bytes(self, plan: Plan) -> int:
         """Estimated working memory of one slot: for its whole share of rows on one slot or in replicas, for one or two rows in stages."""
         num_rows = self.request.num_rows
+        if plan.is_tiled:
+            dealt = self.deal_rows(plan, num_rows)
+            return max(self._tile_bytes(rows, max(team.shares)) for rows, team in zip(dealt, plan.tiles))
         if plan.is_replicated:
             num_rows = max(self.deal_rows(plan, num_rows))
         elif not plan.is_single:

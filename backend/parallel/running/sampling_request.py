@@ -10,7 +10,7 @@ from backend.parallel.planning.planner import WantedStrategy
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingRequest:
-    """`branches`: conditions per picture and step. `strategy`: auto, replicas, layers, hybrid or single.
+    """`branches`: conditions per picture and step. `strategy`: auto, replicas, tiles, layers, hybrid or single.
 
     Example: two pictures with CFG (four rows per step) are `SamplingRequest(images=2, branches=2)`.
     """

@@ -37,6 +37,7 @@ from backend.parallel.running.one_slot import OneSlot
 from backend.parallel.running.run_gate import RunGate
 from backend.parallel.running.run_planning import RunPlanning
 from backend.parallel.running.sampling_request import SamplingRequest as SamplingRequest
+from backend.parallel.running.tile_executor import TileExecutor
 from backend.parallel.running.worker import SlotLost
 from backend.patcher.base import ModelPatcher
 from backend.patcher.unet import UnetPatcher
@@ -67,7 +68,7 @@ class SamplingSession:
         self._num_calls, self._first_s, self._last_s = 0, 0.0, 0.0
         fleet.is_divided = request.may_divide
         self._placed: PlacedPlan | None = None
-        self._executor: Executor | None = None
+        self._executor: Executor | TileExecutor | None = None
         self._one_slot = OneSlot(unet)
         self._adopt_fitting()
 
@@ -99,6 +100,8 @@ class SamplingSession:
         """Publish what the page and the API show about the plan."""
         num_rows = self.request.num_rows
         rows = self._deal(num_rows) if len(self.plan.replicas) > 1 else (num_rows,)
+        if self.plan.is_tiled:
+            rows = [count for count, team in zip(rows, self.plan.tiles) for _ in team.slots]
         status.set_current_plan(self.plan, rows=rows, measured_ms=measured_ms)
         status.set_speeds({slot.index: self.planning.speed(slot.index) for slot in self.fleet.working_slots})
 
@@ -144,8 +147,25 @@ class SamplingSession:
             work_per_row=work_of_pieces(plan, planning.profile),
             controls=controls,
         )
-        self._executor = Executor(
-            self._placed.replicas,
+        self._executor = self._execute_tiles(self._placed) if plan.is_tiled else self._execute_rows(self._placed)
+        self.unet.model.runner = self
+
+    def _execute_tiles(self, placed: PlacedPlan) -> TileExecutor:
+        return TileExecutor(
+            placed.replicas,
+            placed.plan.tiles,
+            self.fleet,
+            deal=self._deal,
+            rows_per_batch=self.planning.team_rows_at_once,
+            work=self.planning.work,
+            asynchronous=self.request.asynchronous,
+            is_cancelled=self.request.is_cancelled,
+        )
+
+    def _execute_rows(self, placed: PlacedPlan) -> Executor:
+        planning, plan = self.planning, placed.plan
+        return Executor(
+            placed.replicas,
             self.fleet,
             deal=self._deal,
             rows_per_batch=self._rows_per_batch,
@@ -155,7 +175,6 @@ class SamplingSession:
             on_piece=None if planning.is_measured or not plan.is_one_cut else planning.note_piece,
             measured_run=max(1, plan.lanes),
         )
-        self.unet.model.runner = self
 
     def _deal(self, num_rows: int) -> Sequence[int]:
         return self.planning.deal_rows(self.plan, num_rows)
@@ -196,7 +215,7 @@ class SamplingSession:
         self._num_calls += 1
         return output
 
-    def _run_alone(self, call: NetworkCall, executor: Executor) -> Tensor:
+    def _run_alone(self, call: NetworkCall, executor: Executor | TileExecutor) -> Tensor:
         """Run the step on this slot alone. If it has no room for all rows, run it as planned and end the trial."""
         try:
             return self._one_slot.run(call)
@@ -207,11 +226,11 @@ class SamplingSession:
 
     @property
     def _is_tried(self) -> bool:
-        """Whether to run one early step on one slot: if the planner chose replicas itself and this slot has one of them."""
+        """Whether to run one early step on one slot: if the planner chose replicas or tiles itself and this slot has one of them."""
         planning = self.planning
         return (
             self.request.is_free
-            and self.plan.is_replicated
+            and self.plan.has_whole_copies
             and not planning.trial.is_known
             and self._placed is not None
             and self.unet in self._placed.patchers

@@ -47,7 +47,8 @@ class SlotStatus:
 class PlanStatus(HasStrategy):
     """The current plan. `replicas` counts whole copies of the network; `stages` lists each copy's slots in order.
 
-    `rows` is how many rows of one step each replica takes. Times are for one step of all images.
+    `rows` is how many rows of one step each replica takes. `tiles`: if slots compute rows together, each slot's part of a row, in rows of latents
+    or tokens, by team of slots; `rows` then gives each copy its team's. Times are for one step of all images.
     """
 
     strategy: Strategy
@@ -58,6 +59,7 @@ class PlanStatus(HasStrategy):
     predicted_ms: float | None
     measured_ms: float | None
     predicted_bytes: Mapping[int, int]
+    tiles: tuple[Mapping[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +113,7 @@ def _describe_plan(plan: Plan, rows: tuple[int, ...], measured_ms: float | None)
         predicted_ms=plan.predicted_ms or None,
         measured_ms=measured_ms,
         predicted_bytes=dict(plan.predicted_bytes),
+        tiles=tuple(dict(zip(team.slots, team.rows)) for team in plan.tiles),
     )
 
 

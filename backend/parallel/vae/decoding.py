@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from backend.devices.slot import Slot
 from backend.memory.errors import OutOfMemory
 from backend.nn.empty_network import copy_without_weights
 from backend.nn.owner import owner_of
+from backend.parallel.exchange.tile_task import Submit
 from backend.parallel.placing.fleet import Fleet, current_fleet
 from backend.parallel.placing.replica_modules import ReplicaModules, ReplicaPatcher
 from backend.parallel.planning.live_facts import guess_speed
@@ -29,14 +30,13 @@ from backend.parallel.planning.planner import deal_by_speed
 from backend.parallel.planning.vae_cost import DecoderSize, LinkCost, decode_macs, divide_rows, worth_splitting
 from backend.parallel.running.lost_slots import drop_dead_slots
 from backend.parallel.running.worker import SlotLost, SlotWorker
-from backend.parallel.vae.split import CannotSplit, DecoderShard, SplitDecoder, Submit
+from backend.parallel.vae.split import CannotSplit, DecoderShard, SplitDecoder
 from backend.patcher.vae import DecodeJob
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 _SHARED_LINK = LinkCost(exchange_s=1e-4, bytes_per_s=4e9)
 """Slots that share one memory: an exchange only wakes threads."""
@@ -99,17 +99,18 @@ def _decode(job: DecodeJob, latents_BCHW: Tensor, fleet: Fleet, slots: Sequence[
             )
             for slot, speed in zip(slots, speeds)
         ]
-        parts.append(SplitDecoder(shards, output_device=job.output_device).decode(latents_BCHW[num_dealt:]).float())
+        decoder = SplitDecoder(shards, output_device=job.output_device, transport=fleet.transport)
+        parts.append(decoder.decode(latents_BCHW[num_dealt:]).float())
     return torch.cat(parts)
 
 
 def _timed(worker: SlotWorker, slot: Slot) -> Submit:
-    """The worker's `submit` with a span around each function. The span includes a strip's waits for its neighbors."""
+    """The worker's `submit` with a span around each function: what a strip computes between two waits for its neighbors."""
 
-    def submit(function: Callable[[], Result], /) -> Future[Result]:
-        def run() -> Result:
+    def submit(function: Callable[[], None], /) -> Future[None]:
+        def run() -> None:
             with profiler.recorder().measure("VAE", "decode a strip", device=slot.torch_device, slot=slot.index):
-                return function()
+                function()
 
         return worker.submit(run)
 
