@@ -188,6 +188,19 @@ def test_a_hook_that_needs_whole_tensors_keeps_rows_whole_and_the_reason_says_so
     assert max(heights) == HEIGHT_PX // 8
 
 
+def test_a_replaced_forward_keeps_rows_whole(folder: Path) -> None:
+    with virtual_fleet(2), open_one(folder, "sd15", "tiles") as site:
+        view = site.app.models.ensure_loaded().forge_objects.unet.model.diffusion_model.input_blocks[1][0]
+        original = view.forward
+        view.forward = lambda *args, **kwargs: 1.0 * original(*args, **kwargs)
+        site.pictures(ask(cfg_scale=1.0, steps=1))
+        plan = status.current_plan()
+        del view.forward
+    assert plan is not None
+    assert plan.strategy == "single"
+    assert "replaced the forward of down_blocks.0.resnets.0" in plan.reason
+
+
 def test_a_full_slot_amid_exchanges_leaves_the_same_picture(folder: Path, alone: dict[str, dict[str, list[np.ndarray]]]) -> None:
     """The first shortage evicts idle models, the second takes the slot's share; each time the step is done again."""
     with virtual_fleet(3), open_one(folder, "sdxl", "tiles") as site:

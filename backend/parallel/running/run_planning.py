@@ -9,7 +9,7 @@ from dataclasses import replace
 from backend import memory_management
 from backend.devices.slot import Slot
 from backend.nn.owner import owner_of
-from backend.nn.unet import find_forward_binding
+from backend.nn.unet import find_forward_binding, replaced_views
 from backend.parallel.placing.control_networks import ControlLink, PlannedControlNetwork, collect_control_networks, control_network_costs
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, with_measured_ms
@@ -136,7 +136,12 @@ class RunPlanning:
     def _why_no_tiles(self) -> str | None:
         """Why rows of this run cannot be cut into tiles; None if they can."""
         hook = find_whole_hook(self.unet.model_options.get("transformer_options", {}))
-        return f"{hook} needs whole tensors" if hook is not None else self.unet.model.program.why_no_tiles()
+        if hook is not None:
+            return f"{hook} needs whole tensors"
+        replaced = next(iter(replaced_views(self.unet.model.diffusion_model)), None)
+        if replaced is not None:
+            return f"an extension replaced the forward of {replaced}, which may need whole tensors"
+        return self.unet.model.program.why_no_tiles()
 
     # rows and bytes
 
