@@ -2,24 +2,28 @@
 
 Does not know what the tensors are for. A `.safetensors` file is memory-mapped, and each tensor goes straight to its target dtype and device; its
 pages are released at once, so that a load never has a second copy of the file in memory. A file's first bytes, not its name, determine its kind.
+Weights in low bits are packed tensors: GGUF's as they are, others joined from the several tensors they are stored in (`quantized_file`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
-import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from backend import checkpoint_pickle
 from backend.foreign_json import MAX_BYTES, ForeignJsonError, open_file, parse_json
+from backend.gguf_file import MAGIC as GGUF_MAGIC
+from backend.gguf_file import GgufFile
+from backend.mapped_file import MappedFile
+from backend.quantized_file import as_whole_weights
+from backend.tensor_file import REPEAT_DOWNLOAD, TensorInfo, reading, say_mb
+from backend.tensor_file import CheckpointError as CheckpointError
+from backend.tensor_file import TensorFile as TensorFile
 
 _DTYPES = {
     "F64": torch.float64,
@@ -37,7 +41,6 @@ _DTYPES = {
 }
 _MAX_DIMS = 16
 _FOREIGN_MAGIC = {
-    b"GGUF": "a GGUF file. GGUF weights are not supported; use the .safetensors version of this model",
     b"version https://git-lfs": "a Git LFS pointer, not the model itself. Fetch the real file (git lfs pull, or download it from the model's page)",
     b"7z\xbc\xaf": "a 7z archive. Unpack it and put the model file from it into the folder",
     b"Rar!": "a RAR archive. Unpack it and put the model file from it into the folder",
@@ -47,37 +50,6 @@ _FOREIGN_MAGIC = {
     b"\x89HDF": "a Keras/HDF5 file. Use the .safetensors version of this model",
     b"%PDF": "a PDF document, not a model",
 }
-_REPEAT_DOWNLOAD = "Download it again and compare its size with the one on the model's page."
-
-
-class CheckpointError(Exception):
-    """A model file cannot be used; the message says which, why, and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Shape and stored dtype of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def stored_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
-class TensorFile(Protocol):
-    """An open file of tensors. `infos` is complete at once; `read` costs only the tensor that is read."""
-
-    path: Path
-    infos: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
-
-    def read(self, key: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor (or its rows from, to) that shares no memory with the file, as `dtype` (None: as stored) on `device`."""
-        ...
-
-    def close(self) -> None: ...
 
 
 @contextlib.contextmanager
@@ -98,7 +70,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
     Raises: CheckpointError as `open_tensor_file` does for a damaged header.
     """
-    with _reading(path), open_file(path) as stream:
+    with reading(path), open_file(path) as stream:
         head = stream.read(9)
         if not _looks_like_safetensors(head):
             return {}
@@ -107,7 +79,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _open(path: Path) -> TensorFile:
-    with _reading(path):
+    with reading(path):
         if path.is_dir():
             raise CheckpointError(
                 f"{path.name}: this is a folder. Choose one model file (.safetensors or .ckpt); "
@@ -115,20 +87,13 @@ def _open(path: Path) -> TensorFile:
             )
         with open_file(path) as stream:
             head = stream.read(64)
+    if head.startswith(GGUF_MAGIC):
+        return GgufFile(path)
     if _looks_like_safetensors(head):
-        return SafetensorsFile(path)
+        return as_whole_weights(SafetensorsFile(path))
     if head.startswith((b"PK\x03\x04", b"\x80")):
-        return PickleFile(path)
+        return as_whole_weights(PickleFile(path))
     raise CheckpointError(f"{path.name}: {_describe_foreign(head)}.")
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise CheckpointError(f"{path.name}: cannot be read from {path.parent}: {reason}. Check that it exists and is readable.") from error
 
 
 def _looks_like_safetensors(head: bytes) -> bool:
@@ -137,14 +102,14 @@ def _looks_like_safetensors(head: bytes) -> bool:
 
 def _describe_foreign(head: bytes) -> str:
     if not head:
-        return f"is empty (0 bytes); the download did not finish. {_REPEAT_DOWNLOAD.rstrip('.')}"
+        return f"is empty (0 bytes); the download did not finish. {REPEAT_DOWNLOAD.rstrip('.')}"
     for magic, what in _FOREIGN_MAGIC.items():
         if head.startswith(magic):
             return f"is {what}"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:1] in (b"<", b"{") or all(32 <= byte < 127 or byte in b"\t\r\n" for byte in text):
         return "is a text or web page, not a model; a download that failed or required a login leaves such a file. Download it again in the browser"
-    return f"is neither a .safetensors file nor a PyTorch .ckpt/.pt file; it may be damaged. {_REPEAT_DOWNLOAD.rstrip('.')}"
+    return f"is neither a .safetensors file nor a PyTorch .ckpt/.pt file; it may be damaged. {REPEAT_DOWNLOAD.rstrip('.')}"
 
 
 # --- safetensors --------------------------------------------------------------------------------------------------------------------
@@ -155,10 +120,10 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _reading(path), open_file(path) as stream:
+        with reading(path), open_file(path) as stream:
             file_bytes = path.stat().st_size
             header, self._data_start = _read_header(path, stream, stream.read(9), file_bytes)
-            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            self._mapped = MappedFile(stream)
         self.metadata: Mapping[str, str] = _metadata_of(header)
         self.infos: Mapping[str, TensorInfo] = {key: _info_of(path, key, entry) for key, entry in header.items() if key != "__metadata__"}
         self._starts = {key: header[key]["data_offsets"][0] for key in self.infos}
@@ -169,55 +134,38 @@ class SafetensorsFile:
             start, end = header[key]["data_offsets"]
             if end - start != info.stored_bytes:
                 raise CheckpointError(
-                    f"{self.path.name}: the size of {key[:200]} in the file does not match its shape; the file is damaged. {_REPEAT_DOWNLOAD}"
+                    f"{self.path.name}: the size of {key[:200]} in the file does not match its shape; the file is damaged. {REPEAT_DOWNLOAD}"
                 )
         promised = self._data_start + max((header[key]["data_offsets"][1] for key in self.infos), default=0)
         if promised > file_bytes:
             raise CheckpointError(
-                f"{self.path.name}: is cut short: it has {_mb(file_bytes)}, but its header says {_mb(promised)}. {_REPEAT_DOWNLOAD}"
+                f"{self.path.name}: is cut short: it has {say_mb(file_bytes)}, but its header says {say_mb(promised)}. {REPEAT_DOWNLOAD}"
             )
 
     def read(self, key: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
         info, start = self.infos[key], self._data_start + self._starts[key]
-        if rows is not None:
-            row_bytes = info.stored_bytes // info.shape[0]
-            info, start = TensorInfo((rows[1] - rows[0], *info.shape[1:]), info.dtype), start + rows[0] * row_bytes
-        if not info.stored_bytes:
-            return torch.empty(info.shape, dtype=dtype or info.dtype, device=device)
-        tensor = self._view(info, start).to(device=device, dtype=dtype or info.dtype, copy=True)
-        self._give_back(start, info.stored_bytes)
-        return tensor
+        if rows is None:
+            return self._mapped.read(start, info.shape, info.dtype, dtype=dtype, device=device)
+        row_bytes = info.stored_bytes // info.shape[0]
+        return self._mapped.read(start + rows[0] * row_bytes, (rows[1] - rows[0], *info.shape[1:]), info.dtype, dtype=dtype, device=device)
 
-    def _view(self, info: TensorInfo, start: int) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nothing writes to it
-            if start % info.dtype.itemsize:  # old writers did not align the data, but a tensor must be aligned
-                stored = torch.frombuffer(self._map, dtype=torch.uint8, count=info.stored_bytes, offset=start).clone().view(info.dtype)
-            else:
-                stored = torch.frombuffer(self._map, dtype=info.dtype, count=prod(info.shape), offset=start)
-        return stored.reshape(info.shape)
-
-    def _give_back(self, start: int, stored_bytes: int) -> None:
-        """Release the tensor's pages from this process; they are clean copies of the file."""
-        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows does this by itself
-            return
-        page_start = start - start % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_DONTNEED, page_start, start + stored_bytes - page_start)
+    def read_stored(self, key: str, *, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
+        return self.read(key, device=device, rows=rows)
 
     def close(self) -> None:
-        self._map.close()
+        self._mapped.close()
 
 
 def _read_header(path: Path, stream: BinaryIO, head: bytes, file_bytes: int) -> tuple[dict[str, Any], int]:
     header_bytes = int.from_bytes(head[:8], "little")
     if header_bytes + 8 > file_bytes:
-        raise CheckpointError(f"{path.name}: is cut short inside its header (it has {_mb(file_bytes)}). {_REPEAT_DOWNLOAD}")
+        raise CheckpointError(f"{path.name}: is cut short inside its header (it has {say_mb(file_bytes)}). {REPEAT_DOWNLOAD}")
     try:
         header = parse_json(head[8:] + stream.read(header_bytes - 1))
     except ForeignJsonError as error:
-        raise CheckpointError(f"{path.name}: its header cannot be read ({error}); the file is damaged. {_REPEAT_DOWNLOAD}") from error
+        raise CheckpointError(f"{path.name}: its header cannot be read ({error}); the file is damaged. {REPEAT_DOWNLOAD}") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path.name}: its header is not a table of tensors; the file is damaged. {_REPEAT_DOWNLOAD}")
+        raise CheckpointError(f"{path.name}: its header is not a table of tensors; the file is damaged. {REPEAT_DOWNLOAD}")
     return header, 8 + header_bytes
 
 
@@ -230,9 +178,9 @@ def _info_of(path: Path, key: str, entry: Any) -> TensorInfo:
     try:
         dtype_name, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path.name}: the header's entry for {key[:200]} is damaged. {_REPEAT_DOWNLOAD}") from error
+        raise CheckpointError(f"{path.name}: the header's entry for {key[:200]} is damaged. {REPEAT_DOWNLOAD}") from error
     if not isinstance(dtype_name, str) or len(shape) > _MAX_DIMS or any(type(number) is not int or number < 0 for number in (*shape, start, end)):
-        raise CheckpointError(f"{path.name}: the header's entry for {key[:200]} is damaged. {_REPEAT_DOWNLOAD}")
+        raise CheckpointError(f"{path.name}: the header's entry for {key[:200]} is damaged. {REPEAT_DOWNLOAD}")
     if dtype_name not in _DTYPES:
         raise CheckpointError(
             f"{path.name}: {key[:200]} is stored as {dtype_name[:20]}, which is not supported. Use an fp32, fp16, bf16 or fp8 version of this model."
@@ -256,6 +204,9 @@ class PickleFile:
         stored = self._tensors[key].detach()
         return (stored if rows is None else stored[rows[0] : rows[1]]).to(device=device, dtype=dtype or stored.dtype, copy=True)
 
+    def read_stored(self, key: str, *, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
+        return self.read(key, device=device, rows=rows)
+
     def close(self) -> None:
         self._tensors = {}
 
@@ -267,10 +218,6 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path.name}: {error}.") from error
     except checkpoint_pickle.DamagedPickleError as error:
         raise CheckpointError(
-            f"{path.name}: cannot be read as a PyTorch file; it is damaged or cut short (it has {_mb(path.stat().st_size)}; {error}). "
-            f"{_REPEAT_DOWNLOAD}"
+            f"{path.name}: cannot be read as a PyTorch file; it is damaged or cut short (it has {say_mb(path.stat().st_size)}; {error}). "
+            f"{REPEAT_DOWNLOAD}"
         ) from error
-
-
-def _mb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"

@@ -17,7 +17,7 @@ from diffusers import T2IAdapter as LibraryAdapter
 from torch import Tensor
 
 from backend import checkpoint_config, checkpoint_identity
-from backend.checkpoint_file import CheckpointError, TensorFile, TensorInfo, open_tensor_file
+from backend.checkpoint_file import CheckpointError, TensorFile, open_tensor_file
 from backend.checkpoint_layout import Part, find_controlnet
 from backend.control_dtype import pick_dtype
 from backend.control_lora import is_control_lora, read_control_lora
@@ -29,6 +29,7 @@ from backend.nn.t2i_adapter import AdapterNetwork
 from backend.patcher.controlnet import ControlBase, ControlNet, T2IAdapter
 from backend.patcher.controlnet_union import UnionControlNet
 from backend.state_dict import assign_tensors, build_empty, check_plan, plan_as_named, plan_controlnet
+from backend.tensor_file import TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,10 @@ class TensorsInMemory:
         """A copy of a tensor, or of some of its rows."""
         stored = self._tensors[key].detach()
         return (stored if rows is None else stored[rows[0] : rows[1]]).to(device=device, dtype=dtype or stored.dtype, copy=True)
+
+    def read_stored(self, key: str, *, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
+        """As `read`: nothing in memory is packed."""
+        return self.read(key, device=device, rows=rows)
 
     def close(self) -> None:
         """Release the tensors."""

@@ -22,6 +22,8 @@ class NetworkTypes:
     computation_dtype: torch.dtype
 
 
+PACKED = torch.uint8
+"""The dtype of packed weights in lists of dtypes."""
 HALF_AND_FULL = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -34,12 +36,15 @@ def choose_denoiser_types(
 ) -> NetworkTypes:
     """`stored`: the dtypes of the file's matrices. `wanted` (an option or a flag) takes precedence over the file, the file over the device's default.
 
-    `supported`: dtypes the network may compute in, best first. When the device's default decides, a weight that would be cast from one half type to
+    `supported`: dtypes the network may compute in, best first. Packed weights stay as they are; what a file packs mostly has its other weights in
+    the computation dtype. When the device's default decides, a weight that would be cast from one half type to
     another at every use is stored in the computation dtype instead.
     """
-    device = memory_management.get_torch_device()
+    device, types = memory_management.get_torch_device(), list(stored)
     computation_dtype = memory_management.get_computation_dtype(device, num_parameters, supported)
-    storage_dtype = wanted or _worth_keeping(list(stored), device) or memory_management.unet_dtype(device, num_parameters, supported)
+    if PACKED in types:
+        return NetworkTypes(storage_dtype=computation_dtype, computation_dtype=computation_dtype)
+    storage_dtype = wanted or _worth_keeping(types, device) or memory_management.unet_dtype(device, num_parameters, supported)
     if wanted is None and storage_dtype != computation_dtype and storage_dtype.itemsize == computation_dtype.itemsize:
         storage_dtype = computation_dtype
     return NetworkTypes(storage_dtype=storage_dtype, computation_dtype=computation_dtype)
@@ -61,7 +66,7 @@ def choose_text_encoder_types(
     stored: Iterable[torch.dtype], num_parameters: int, device: torch.device, *, wanted: torch.dtype | None = None
 ) -> NetworkTypes:
     """Types of a text encoder on `device`. `wanted` (a flag) beats the device's default; a large one keeps its file's dtype if that is narrower."""
-    types = list(stored)
+    types = [dtype for dtype in stored if dtype != PACKED]
     storage_dtype = wanted or memory_management.text_encoder_dtype(device)
     if wanted is None and num_parameters > LARGE_PARAMETERS and types:
         storage_dtype = memory_management.pick_weight_dtype(max(set(types), key=types.count), storage_dtype, device)

@@ -7,7 +7,7 @@ built without memory, checked against the file, and then filled tensor by tensor
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from backend.checkpoint_file import CheckpointError as CheckpointError
 from backend.checkpoint_file import TensorFile, open_tensor_file
 from backend.checkpoint_layout import Part
 from backend.checkpoint_prediction import PredictionSpec
-from backend.denoiser_types import choose_denoiser_types, choose_text_encoder_types
+from backend.denoiser_types import PACKED, choose_denoiser_types, choose_text_encoder_types
 from backend.diffusion_engine.base import EngineParts, ForgeDiffusionEngine, ModelConfig
 from backend.diffusion_engine.faces import FACES
 from backend.families import registry
@@ -34,7 +34,9 @@ from backend.parallel.vae.decoding import decode_on_all_slots
 from backend.patcher.clip import CLIP
 from backend.patcher.unet import UnetPatcher
 from backend.patcher.vae import VAE
-from backend.state_dict import LoadPlan, assign_tensors, check_plan, matrix_dtypes, plan_denoiser
+from backend.state_dict import LoadPlan, assign_tensors, check_plan, count_part_bytes, has_packed, matrix_dtypes, plan_denoiser
+from backend.storage.choices import bits_per_weight
+from backend.storage.kinds import describe_storage
 from backend.storage.running import set_types
 from backend.text_processing.textual_inversion import EmbeddingDatabase
 
@@ -43,8 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_QUANTIZED_KEYS = ("bitsandbytes__nf4", "bitsandbytes__fp4", ".scale_weight", ".comfy_quant", ".weight_scale")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Located:
@@ -52,6 +52,22 @@ class _Located:
 
     file: TensorFile
     part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class _WantedStorage:
+    """How the denoiser's weights should be stored: a dtype, or a format; neither leaves it to the file and the device."""
+
+    dtype: torch.dtype | None = None
+    format: str | None = None
+
+    @property
+    def is_nothing(self) -> bool:
+        return self.dtype is None and self.format is None
+
+    @property
+    def title(self) -> str:
+        return self.format or _dtype_text(self.dtype or torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,18 +91,23 @@ def load_checkpoint(
     config: BackendConfig,
     additional_modules: Sequence[Path] = (),
     unet_storage_dtype: torch.dtype | None = None,
+    unet_format: str | None = None,
     embedding_dirs: Sequence[Path] = (),
 ) -> ForgeDiffusionEngine:
     """The model in `path`. VAE and text encoders in `additional_modules` replace the file's.
 
-    `unet_storage_dtype` overrides the flags and the device's default. Networks move to a GPU when they are first used, or at once if they fit.
+    `unet_storage_dtype` overrides the flags and the device's default; `unet_format` (a key of `storage.choices.FORMATS`) overrides both. A
+    denoiser that the file has in low bits stays as it is. Networks move to a GPU when they are first used, or at once if they fit.
     Raises: CheckpointError for any file that is not a usable model. No file is changed, moved or deleted.
     """
     with ExitStack() as stack:
         main = stack.enter_context(open_tensor_file(Path(path)))
         extras = [stack.enter_context(open_tensor_file(Path(extra))) for extra in additional_modules]
         sources = _find_sources(main, extras)
-        engine = _build_engine(sources, main, config, unet_storage_dtype, embedding_dirs)
+        wanted = _usable_storage(
+            sources.denoiser, _WantedStorage(unet_storage_dtype or dtype_from_flag(config.unet_dtype or config.all_in), unet_format)
+        )
+        engine = _build_engine(sources, main, config, wanted, embedding_dirs)
     _log_loaded(engine, main.path, extras)
     return engine
 
@@ -102,7 +123,7 @@ def _log_loaded(engine: ForgeDiffusionEngine, path: Path, extras: Sequence[Tenso
         prediction.meaning,
         prediction.source,
         engine.denoiser_title,
-        _dtype_text(model.storage_dtype),
+        describe_storage(model.diffusion_model),
         _dtype_text(model.computation_dtype),
         _dtype_text(engine.forge_objects.vae.vae_dtype),
         "".join(f", with {extra.path.name}" for extra in extras),
@@ -117,8 +138,6 @@ def _dtype_text(dtype: torch.dtype) -> str:
 
 
 def _find_sources(main: TensorFile, extras: Sequence[TensorFile]) -> _Sources:
-    for file in (main, *extras):
-        _refuse_quantized(file)
     family, found = _identify(main)
     for extra in extras:
         _refuse_useless_extra(extra, family)
@@ -130,14 +149,6 @@ def _find_sources(main: TensorFile, extras: Sequence[TensorFile]) -> _Sources:
     for extra in extras:
         _refuse_misfit(extra, family, found)
     return _Sources(family=family, found=found, main=main, vae=vae, texts=texts)
-
-
-def _refuse_quantized(file: TensorFile) -> None:
-    found = next((key for key in file.infos if key.endswith(_QUANTIZED_KEYS)), None)
-    if found is not None:
-        raise CheckpointError(
-            f"{file.path.name}: has quantized weights ({found}), which are not supported. Use an fp32, fp16, bf16 or plain fp8 version of this model."
-        )
 
 
 def _identify(file: TensorFile) -> tuple[Family, FoundDenoiser]:
@@ -247,7 +258,7 @@ def _join_names(names: Sequence[str]) -> str:
 
 
 def _build_engine(
-    sources: _Sources, main: TensorFile, config: BackendConfig, unet_storage_dtype: torch.dtype | None, embedding_dirs: Sequence[Path]
+    sources: _Sources, main: TensorFile, config: BackendConfig, wanted: _WantedStorage, embedding_dirs: Sequence[Path]
 ) -> ForgeDiffusionEngine:
     family, found = sources.family, sources.found
     denoiser, vae = family.build_denoiser(found), family.vae.build(sources.vae.file, sources.vae.part)
@@ -260,7 +271,7 @@ def _build_engine(
     # Weights are read only now that everything has been checked, so that a wrong file costs no memory.
     clip = _load_clip(texts, text_plans, sources, config)
     vae_patcher = _load_vae(vae, vae_plan, sources, config)
-    unet_patcher, prediction = _load_denoiser(denoiser, denoiser_plan, sources, config, unet_storage_dtype, key_map)
+    unet_patcher, prediction = _load_denoiser(denoiser, denoiser_plan, sources, wanted, key_map)
     parts = EngineParts(
         family=family,
         config=ModelConfig(
@@ -297,19 +308,26 @@ def _checked(plan: LoadPlan, located: _Located, what: str) -> LoadPlan:
     return plan
 
 
-def _count_bytes(networks: Iterable[nn.Module], dtype: torch.dtype) -> int:
-    """The size of their weights in this dtype."""
-    return sum(parameter.numel() for network in networks for parameter in network.parameters()) * dtype.itemsize
+def _count_numbers(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _count_bytes(network: nn.Module, located: _Located, dtype: torch.dtype) -> int:
+    """The size of its weights in this dtype, or as the file has them packed."""
+    return count_part_bytes(located.file, located.part) if has_packed(located.file, located.part) else _count_numbers(network) * dtype.itemsize
 
 
 def _load_clip(encoders: dict[str, nn.Module], plans: dict[str, LoadPlan], sources: _Sources, config: BackendConfig) -> CLIP:
     flag_dtype = dtype_from_flag(config.clip_dtype or config.all_in)
-    device = memory_management.text_encoder_device(_count_bytes(encoders.values(), flag_dtype or memory_management.text_encoder_dtype()))
+    dtype = flag_dtype or memory_management.text_encoder_dtype()
+    device = memory_management.text_encoder_device(sum(_count_bytes(encoder, sources.texts[slot], dtype) for slot, encoder in encoders.items()))
     for slot, encoder in encoders.items():
         located = sources.texts[slot]
-        num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
+        num_parameters = _count_numbers(encoder)
         types = choose_text_encoder_types(matrix_dtypes(located.file, located.part), num_parameters, device, wanted=flag_dtype)
-        assign_tensors(encoder, plans[slot], located.file, storage_dtype=types.storage_dtype, computation_dtype=types.computation_dtype)
+        assign_tensors(
+            encoder, plans[slot], located.file, storage_dtype=types.storage_dtype, computation_dtype=types.computation_dtype, keeps_packed=True
+        )
         set_types(encoder, types.storage_dtype, types.computation_dtype)
     there = [encoder for encoder in sources.family.text_encoders if encoder.name in encoders]
     tokenizers = {encoder.name: encoder.make_tokenizer() for encoder in there if encoder.make_tokenizer is not None}
@@ -318,23 +336,44 @@ def _load_clip(encoders: dict[str, nn.Module], plans: dict[str, LoadPlan], sourc
 
 def _load_vae(vae: nn.Module, plan: LoadPlan, sources: _Sources, config: BackendConfig) -> VAE:
     flag_dtype = dtype_from_flag(config.vae_dtype)
-    device = memory_management.vae_device(_count_bytes([vae], flag_dtype or memory_management.vae_dtype(memory_management.get_torch_device())))
+    device = memory_management.vae_device(
+        _count_numbers(vae) * (flag_dtype or memory_management.vae_dtype(memory_management.get_torch_device())).itemsize
+    )
     dtype = flag_dtype or memory_management.vae_dtype(device)
     assign_tensors(vae, plan, sources.vae.file, storage_dtype=dtype)
     return VAE(vae, device=device, dtype=dtype, latent=sources.family.latent, slot_decoder=decode_on_all_slots)
 
 
+def _usable_storage(denoiser: _Located, wanted: _WantedStorage) -> _WantedStorage:
+    """What was wanted, or nothing, with a line in the log, if the file or the device does not allow it."""
+    if wanted.is_nothing:
+        return wanted
+    device = memory_management.get_torch_device()
+    if has_packed(denoiser.file, denoiser.part):
+        logger.warning("%s is in low bits already and stays as it is; %s was asked for.", denoiser.file.path.name, wanted.title)
+        return _WantedStorage()
+    if wanted.format is None and wanted.dtype is not None and not memory_management.supports_cast(device, wanted.dtype):
+        logger.warning("%s cannot store weights in %s; the device's usual type is used instead.", device, wanted.title)
+        return _WantedStorage()
+    return wanted
+
+
 def _load_denoiser(
-    denoiser: nn.Module, plan: LoadPlan, sources: _Sources, config: BackendConfig, wanted_dtype: torch.dtype | None, key_map: KeyMap
+    denoiser: nn.Module, plan: LoadPlan, sources: _Sources, wanted: _WantedStorage, key_map: KeyMap
 ) -> tuple[UnetPatcher, PredictionSpec]:
     family, file = sources.family, sources.main
-    num_parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    wanted_dtype = wanted_dtype or dtype_from_flag(config.unet_dtype or config.all_in)
-    stored = matrix_dtypes(file, sources.found.part)
-    types = choose_denoiser_types(stored, num_parameters, wanted=wanted_dtype, supported=family.compute_dtypes)
+    num_parameters = _count_numbers(denoiser)
+    stored = [PACKED] if wanted.format is not None else matrix_dtypes(file, sources.found.part)
+    types = choose_denoiser_types(stored, num_parameters, wanted=wanted.dtype, supported=family.compute_dtypes)
     storage_dtype, computation_dtype = types.storage_dtype, types.computation_dtype
-    load_device = memory_management.unet_inital_load_device(num_parameters, storage_dtype)
-    assign_tensors(denoiser, plan, file, storage_dtype=storage_dtype, computation_dtype=computation_dtype, device=load_device)
+    need_bytes = _count_bytes(denoiser, sources.denoiser, storage_dtype)
+    if wanted.format is not None:
+        need_bytes = int(num_parameters * bits_per_weight(wanted.format) / 8)
+    load_device = memory_management.unet_inital_load_device(need_bytes, torch.uint8)
+    assign_tensors(
+        denoiser, plan, file, storage_dtype=storage_dtype, computation_dtype=computation_dtype, device=load_device, keeps_packed=True,
+        packs_as=wanted.format,
+    )  # fmt: skip
     prediction = family.find_prediction(file, sources.found, denoiser)
     model = KModel(
         denoiser,

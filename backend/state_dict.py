@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from backend import key_layout
 from backend.checkpoint_file import CheckpointError, TensorFile, open_tensor_file
 from backend.checkpoint_layout import Layout, Part
+from backend.storage.choices import quantize_as
+from backend.storage.kinds import storage_of
+from backend.storage.packed import PackedTensor, can_cut, empty_packed, reshape_packed
 from backend.storage.running import is_cast_layer
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -179,8 +182,18 @@ def check_plan(plan: LoadPlan, file: TensorFile, what: str) -> None:
 
 
 def matrix_dtypes(file: TensorFile, part: Part) -> list[torch.dtype]:
-    """Stored dtypes of a part's matrices and kernels, one entry each."""
+    """Stored dtypes of a part's matrices and kernels, one entry each; uint8 for packed ones."""
     return [info.dtype for key, info in file.infos.items() if key.startswith(part.prefix) and len(info.shape) > 1]
+
+
+def count_part_bytes(file: TensorFile, part: Part) -> int:
+    """Bytes of a part's tensors in the file."""
+    return sum(info.stored_bytes for key, info in file.infos.items() if key.startswith(part.prefix))
+
+
+def has_packed(file: TensorFile, part: Part) -> bool:
+    """Whether the file has weights of the part packed."""
+    return any(info.packed is not None for key, info in file.infos.items() if key.startswith(part.prefix))
 
 
 def assign_tensors(
@@ -191,26 +204,74 @@ def assign_tensors(
     storage_dtype: torch.dtype,
     computation_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    keeps_packed: bool = False,
+    packs_as: str | None = None,
 ) -> None:
     """Give every parameter of an empty network its stored tensor on `device`, one at a time, so that nothing is in memory twice.
 
-    Weights of linear, convolution and embedding layers get `storage_dtype`. Norms, which are never stored compactly, get `computation_dtype`
-    if it is given.
+    Weights of linear, convolution and embedding layers get `storage_dtype`, or stay packed if the file has them packed and `keeps_packed` is set.
+    Norms, which are never stored compactly, get `computation_dtype` if it is given. `packs_as`: a format (`storage.choices`) for the linear layers'
+    plain matrices, which are quantized on `device`.
     """
     for name, target in list(module.state_dict().items()):
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
-        dtype = storage_dtype if is_cast_layer(owner) else computation_dtype or storage_dtype
-        tensor = _materialize(file, plan.sources[name], tuple(target.shape), dtype, device)
+        source, shape = plan.sources[name], tuple(target.shape)
+        if keeps_packed and _stays_packed(owner, leaf, file, source):
+            tensor = _read_packed(file, source, shape, device)
+        else:
+            dtype = storage_dtype if is_cast_layer(owner) else computation_dtype or storage_dtype
+            is_matrix = packs_as is not None and leaf == "weight" and isinstance(owner, nn.Linear)
+            tensor = _materialize(file, source, shape, torch.float32 if is_matrix else dtype, device)
+            if packs_as is not None and is_matrix:
+                packed = quantize_as(packs_as, tensor)
+                tensor = tensor.to(dtype) if packed is None else packed
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
     _fill_buffers(module, device)
 
 
-def _materialize(file: TensorFile, source: TensorSource, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    rows = None if source.rows is None else source.rows[:2]
+def assign_formats(module: nn.Module, plan: LoadPlan, file: TensorFile) -> None:
+    """Give the weights of an empty network that `assign_tensors` would keep packed their formats, without numbers, so that their bytes count."""
+    for name, target in list(module.state_dict().items()):
+        owner_name, _, leaf = name.rpartition(".")
+        owner, source = module.get_submodule(owner_name), plan.sources[name]
+        form = file.infos[source.key].packed
+        if form is not None and _stays_packed(owner, leaf, file, source):
+            rows = _rows_of(source, tuple(target.shape))
+            cut = form if rows is None else form.cut(*rows)
+            setattr(owner, leaf, nn.Parameter(empty_packed(cut.reshaped(tuple(target.shape))), requires_grad=False))
+
+
+def _stays_packed(owner: nn.Module, leaf: str, file: TensorFile, source: TensorSource) -> bool:
+    """Whether a layer can take the weight as the file packs it: not if its rows cannot be cut out, or it is stored transposed."""
+    form = file.infos[source.key].packed
+    if form is None or leaf != "weight" or not is_cast_layer(owner) or source.transposed:
+        return False
+    if source.rows is None and source.third is None:
+        return True
+    first, end = _rows_of(source, owner.weight.shape)  # type: ignore[misc, arg-type]
+    middle = (first + end) // 2
+    return can_cut(form, first, end) and (source.rows is None or not source.rows[3] or can_cut(form, first, middle))
+
+
+def _rows_of(source: TensorSource, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Rows of the stored matrix that are the parameter's; None for all."""
     if source.third is not None:
-        rows = (source.third * shape[0], (source.third + 1) * shape[0])
-    tensor = file.read(source.key, dtype=dtype, device=device, rows=rows)
+        return source.third * shape[0], (source.third + 1) * shape[0]
+    return None if source.rows is None else source.rows[:2]
+
+
+def _read_packed(file: TensorFile, source: TensorSource, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    tensor = file.read_stored(source.key, device=device, rows=_rows_of(source, shape))
+    if source.rows is not None and source.rows[3]:
+        storage, middle = storage_of(tensor), tensor.shape[0] // 2
+        tensor = type(storage).concat([storage.rows(middle, tensor.shape[0]), storage.rows(0, middle)]).tensor
+    assert isinstance(tensor, PackedTensor)
+    return reshape_packed(tensor, shape)
+
+
+def _materialize(file: TensorFile, source: TensorSource, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    tensor = file.read(source.key, dtype=dtype, device=device, rows=_rows_of(source, shape))
     if source.rows is not None and source.rows[3]:
         tensor = torch.cat([*reversed(tensor.chunk(2))])
     if source.transposed:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from backend import memory_management, profiler
 from backend.families.family import GUIDANCE, Conditioning, Family, TextEngine
+from backend.families.key_map import SAVED_DTYPE
 from backend.patcher.weight_patches import without_weight_patches
 from backend.storage.kinds import storage_of
 from backend.unfinished_files import replacing
@@ -217,7 +218,14 @@ def _save(state_dict: Mapping[str, Tensor], path: Path, metadata: Mapping[str, s
     from safetensors.torch import save_file  # only when something is saved
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    on_host = {key: storage_of(tensor).to(torch.device("cpu")).tensor.contiguous() for key, tensor in state_dict.items()}
+    on_host = {key: _plain_on_host(tensor) for key, tensor in state_dict.items()}
     with replacing(path) as unfinished:
         save_file(on_host, unfinished, metadata={**metadata, "format": "pt"})
     return str(path)
+
+
+def _plain_on_host(tensor: Tensor) -> Tensor:
+    """A weight as a file has it: packed ones in half precision."""
+    storage = storage_of(tensor)
+    plain = storage.dequantize(SAVED_DTYPE) if storage.is_packed else tensor
+    return storage_of(plain).to(torch.device("cpu")).tensor.contiguous()

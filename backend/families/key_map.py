@@ -16,6 +16,9 @@ from torch import Tensor
 
 from backend.storage.kinds import storage_of
 
+SAVED_DTYPE = torch.float16
+"""Of packed weights that are written to a file."""
+
 
 class Rows(NamedTuple):
     """Rows `first` up to, but not including, `end` of an original matrix with `total` rows. `swapped`: our first half is the original's second."""
@@ -101,6 +104,8 @@ class KeyMap:
 
 def _join(tensors: list[Tensor]) -> Tensor:
     stored = [storage_of(tensor) for tensor in tensors]
+    if any(one.is_packed for one in stored):  # files have plain tensors
+        return torch.cat([one.dequantize(SAVED_DTYPE) for one in stored])
     return type(stored[0]).concat(stored).tensor if len(stored) > 1 else tensors[0]
 
 

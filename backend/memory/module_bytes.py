@@ -65,7 +65,7 @@ def _own_tensors_of_all(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 def count_state_dict_bytes(state: Mapping[str, object], exclude_device: torch.device | None = None) -> int:
     """Bytes of the tensors in a state dict, except those on `exclude_device`."""
-    return sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor) and value.device != exclude_device)
+    return sum(storage_of(value).stored_bytes for value in state.values() if isinstance(value, torch.Tensor) and value.device != exclude_device)
 
 
 def count_state_dict_parameters(state: Mapping[str, object]) -> int:

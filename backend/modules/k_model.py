@@ -30,6 +30,7 @@ from backend.nn.unet import with_replaced_views
 from backend.parallel.placing.fleet import current_fleet
 from backend.parallel.planning.plan import Plan, ReplicaPlan
 from backend.parallel.running.executor import Executor, Replica
+from backend.storage.kinds import has_packed_weights
 from backend.storage.running import set_types
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ class _InForce:
 class KModel(nn.Module):
     """A denoiser. `diffusion_model` owns all weights; `program`, made by `build_program`, runs it and contains everything specific to its family.
 
-    Weights are stored in `storage_dtype`, and layers compute in `computation_dtype`. If these differ (fp8 storage), each layer's weights are
-    dequantized while it runs.
+    Weights are stored in `storage_dtype` or packed, and layers compute in `computation_dtype`. If these differ (`is_compact`), each layer's weights
+    are dequantized while it runs.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class KModel(nn.Module):
         self.storage_dtype: torch.dtype = storage_dtype or next(model.parameters()).dtype
         self.computation_dtype: torch.dtype = computation_dtype or self.storage_dtype
         set_types(model, self.storage_dtype, self.computation_dtype)
+        self.is_compact = self.storage_dtype != self.computation_dtype or has_packed_weights(model)
         install_attention(model)
         self.build_program = build_program
         self.program: Program = build_program(model)

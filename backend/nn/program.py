@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from backend.nn.piece import Piece
 from backend.nn.tiles import CannotTile, Cut, Swaps, Tile, TileTraffic
+from backend.storage.kinds import stored_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class Segment(ABC):
             yield from layer.named_parameters(prefix=name)
 
     def parameter_bytes(self) -> int:
-        return sum(parameter.nbytes for _, parameter in self.named_parameters())
+        return stored_bytes(parameter for _, parameter in self.named_parameters())
 
     @property
     def num_blocks(self) -> int:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 
 from backend.parallel.planning.simulation import (
-    BYTES_PER_WEIGHT,
     SimulatedJob,
     SimulationError,
     link_names,
@@ -20,6 +19,7 @@ from backend.parallel.planning.simulation import (
     report,
     simulate,
     usual_cfg,
+    weights_names,
 )
 from backend.parallel.planning.validation import validation_tables
 
@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", default="1024x1024", help="width x height in pixels")
     parser.add_argument("--batch", type=int, default=1, help="images at a time")
     parser.add_argument("--cfg", type=float, default=None, help="CFG scale; 1 means no unconditional branch; by default what the model is run with")
-    parser.add_argument("--weights", default="half", choices=list(BYTES_PER_WEIGHT), help="how denoiser and text encoders are stored")
+    parser.add_argument("--weights", default="half", help="how denoiser and text encoders are stored: half, fp8, fp8_scaled, nf4, q8_0, q4_k ...")
     parser.add_argument("--strategy", default="auto", choices=["auto", "single", "replicas", "tiles", "layers", "hybrid"])
     parser.add_argument("--link", default=None, help=f"how cards are linked: one of {', '.join(link_names())}; by default what they have")
     parser.add_argument("--controlnet", action="store_true", help="with one ControlNet")
@@ -56,6 +56,8 @@ def _job_of(options: argparse.Namespace) -> SimulatedJob:
         raise SimulationError("No cards were given. Name them with --gpus, as in --gpus 2xRTX3090,1xRTX4090, or use --validate.")
     if options.batch < 1:
         raise SimulationError(f"--batch {options.batch} was given; it must be at least 1.")
+    if options.weights not in weights_names():
+        raise SimulationError(f"--weights {options.weights!r} is unknown. Known: {', '.join(weights_names())}.")
     width_px, height_px = parse_picture_size(options.size)
     return SimulatedJob(
         cards=parse_cards(options.gpus),

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from backend.patcher.side_branch import LowRank
 from backend.patcher.weight_patches import WeightPatch, WeightPatchError
 
 _Patch = TypeVar("_Patch", bound="TensorPatch")
@@ -83,6 +84,9 @@ class LoraPatch(AddedPatch):
         patch = self._read(weight)  # the common case, in one pass over the weight
         weight.view(weight.shape[0], -1).addmm_(patch.up.flatten(1), patch.down.flatten(1), alpha=self._scale * strength)
         return weight
+
+    def low_rank(self) -> LowRank | None:
+        return None if self.mid is not None or self.dora_scale is not None else LowRank(self.up, self.down, self._scale)
 
     def difference(self, shape: torch.Size) -> Tensor:
         if self.mid is not None:

@@ -6,7 +6,9 @@ a network should be.
 
 Streamed layers: the host copy is patched, so fetched weights already are. Layers stored in fp8: the sum is rounded to one of its two neighbors at
 random (seeded by the weight's name, so equal everywhere), because rounding to nearest would drop nearly every small change.
-In online mode the stored weight does not change, and the change is added each time its layer runs, in the layer's computation dtype.
+In online mode the stored weight does not change, and the change is added each time its layer runs, in the layer's computation dtype: low-rank changes
+as a side branch (`side_branch`), others to the dequantized weight. Packed weights get low-rank changes in this way too, and all changes if their
+format cannot be written; so nothing is rewritten, and another strength costs nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from backend.memory.module_bytes import as_same_kind
 from backend.nn.owner import owner_of
+from backend.patcher.side_branch import LowRank, SideBranch, can_have_branch
 from backend.storage.kinds import storage_of
 
 
@@ -45,6 +48,10 @@ class WeightPatch(ABC):
     def on(self, device: torch.device) -> WeightPatch:
         """The same change with its tensors on `device`, for repeated use."""
         return self
+
+    def low_rank(self) -> LowRank | None:
+        """The change at strength 1 as a product of two narrow matrices, or None if it is no such product."""
+        return None
 
 
 class Step(NamedTuple):
@@ -152,7 +159,7 @@ class LoraLoader:
         if not force_refresh and _are_same(wanted, self._loaded):
             return
         self._compute_device = compute_device
-        merged, online = _collect_recipes(wanted)
+        merged, online = self._keep_packed(*_collect_recipes(wanted))
         try:
             self._refresh_merged(merged, compute_device, force=force_refresh)
             self._refresh_online(online)
@@ -161,6 +168,18 @@ class LoraLoader:
             raise
         self._loaded = wanted
         self.loaded_hash = str(list(lora_patches))
+
+    def _keep_packed(self, merged: dict[str, Recipe], online: dict[str, Recipe]) -> tuple[dict[str, Recipe], dict[str, Recipe]]:
+        """Recipes, with those of packed weights moved to the online ones if they are low-rank or the format cannot be written."""
+        layers = {name: (self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in merged}
+        moved = {}
+        for name, recipe in merged.items():
+            layer, attribute = layers[name]
+            storage = storage_of(getattr(layer, attribute))
+            if storage.is_packed and (name in online or not storage.can_requantize or find_low_rank(layer, attribute, recipe) is not None):
+                moved[name] = recipe
+        kept = {name: recipe for name, recipe in merged.items() if name not in moved}
+        return kept, {**online, **{name: (*recipe, *online.get(name, ())) for name, recipe in moved.items()}}
 
     def restore(self) -> None:
         """Restore every weight's original."""
@@ -214,7 +233,7 @@ class LoraLoader:
         for layer_name, layer in self.model.named_modules():
             prefix = f"{layer_name}." if layer_name else ""
             if any(f"{prefix}{attribute}" in self._online for attribute in layer._parameters) or layer_name in by_layer:
-                _set_online_merge(layer, by_layer.get(layer_name))
+                _set_online(layer, by_layer.get(layer_name))
         self._online = dict(recipes)
 
     def copied_for(self, model: nn.Module) -> LoraLoader:
@@ -258,16 +277,36 @@ def _collect_recipes(wanted: Iterable[tuple[LoraIdentifier, dict[str, list[Step]
 # online
 
 
-def _set_online_merge(layer: nn.Module, recipes: dict[str, Recipe] | None) -> None:
+def _set_online(layer: nn.Module, recipes: dict[str, Recipe] | None) -> None:
     """Replace the online changes of one layer; None removes them."""
     for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-        for hook_id in [hook_id for hook_id, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _OnlineMerge)]:
+        for hook_id in [hook_id for hook_id, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), (_OnlineMerge, SideBranch))]:
             del hooks[hook_id]
             layer._forward_hooks_always_called.pop(hook_id, None)
-    if recipes:
-        merge = _OnlineMerge(recipes)
+    whole: dict[str, Recipe] = {}
+    for name, recipe in (recipes or {}).items():
+        changes = find_low_rank(layer, name, recipe)
+        if changes is None:
+            whole[name] = recipe
+        else:
+            layer.register_forward_hook(SideBranch(changes).add)
+    if whole:
+        merge = _OnlineMerge(whole)
         layer.register_forward_pre_hook(merge.enter)  # after the hooks that fetch the weight
         layer.register_forward_hook(merge.leave, prepend=True, always_call=True)  # before the hooks that release it
+
+
+def find_low_rank(layer: nn.Module, name: str, recipe: Recipe) -> tuple[LowRank, ...] | None:
+    """A recipe's changes of a layer's weight as products, with their strengths; None if one is no product, or the layer cannot have a side branch."""
+    if name != "weight" or not can_have_branch(layer):
+        return None
+    changes = []
+    for step in recipe:
+        change = step.patch.low_rank()
+        if change is None or step.strength_model != 1.0 or step.offset is not None or step.function is not None:
+            return None
+        changes.append(change._replace(scale=change.scale * step.strength_patch))
+    return tuple(changes)
 
 
 class _OnlineMerge:

@@ -45,6 +45,21 @@ class Storage(ABC):
         """Bytes in memory."""
         return self.tensor.nbytes
 
+    @property
+    def title(self) -> str:
+        """The kind's name for users: "float16", "GGUF Q4_K"."""
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the tensor is packed bytes, which change only as a whole."""
+        return False
+
+    @property
+    def can_requantize(self) -> bool:
+        """Whether changed values can be stored as this kind again."""
+        return True
+
     # values
 
     @abstractmethod

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from backend.storage.base import Storage
 from backend.storage.fp8 import MANTISSA_BITS, Fp8Storage
+from backend.storage.packed import PackedStorage, PackedTensor
 from backend.storage.plain import PlainStorage
 
-KINDS: tuple[type[Storage], ...] = (Fp8Storage, PlainStorage)
+KINDS: tuple[type[Storage], ...] = (PackedStorage, Fp8Storage, PlainStorage)
 """Tried in this order. The last one accepts every tensor."""
 
 
@@ -36,3 +37,26 @@ def module_stored_bytes(modules: Iterable[nn.Module]) -> int:
 def is_compact(dtype: torch.dtype) -> bool:
     """Whether weights stored in `dtype` must be dequantized to compute."""
     return dtype in MANTISSA_BITS
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor is packed bytes with a format, so that no layer can use it as it is."""
+    return isinstance(tensor, PackedTensor)
+
+
+def has_packed_weights(module: nn.Module) -> bool:
+    """Whether any weight of the module is packed."""
+    return any(isinstance(parameter, PackedTensor) for parameter in module.parameters())
+
+
+def describe_storage(module: nn.Module) -> str:
+    """How most bytes of the module's weights are stored, for the log: "GGUF Q4_K", or "GGUF Q4_K and Q6_K" if both have a share of a tenth."""
+    counts: dict[str, int] = {}
+    for parameter in module.parameters():
+        storage = storage_of(parameter)
+        counts[storage.title] = counts.get(storage.title, 0) + storage.stored_bytes
+    total = sum(counts.values())
+    named = [title for title in sorted(counts, key=lambda title: -counts[title]) if counts[title] * 10 >= total][:3] or ["nothing"]
+    first, *rest = named
+    same_family = [title.removeprefix("GGUF ") if first.startswith("GGUF ") else title for title in rest]
+    return " and ".join([first, *same_family])

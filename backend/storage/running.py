@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from backend.storage.kinds import storage_of
+from backend.storage.kinds import has_packed_weights, storage_of
 
 
 def is_cast_layer(layer: nn.Module) -> bool:
@@ -25,9 +25,9 @@ def is_cast_layer(layer: nn.Module) -> bool:
 def set_types(module: nn.Module, storage_dtype: torch.dtype, computation_dtype: torch.dtype) -> None:
     """Store the weights of cast layers in `storage_dtype` and all others in `computation_dtype`; layers compute in `computation_dtype`.
 
-    A weight that already has its type keeps its memory. Integers, and buffers that no layer casts, keep their type.
+    A weight that already has its type keeps its memory. Packed weights, integers, and buffers that no layer casts, keep their type.
     """
-    if storage_dtype == computation_dtype:
+    if storage_dtype == computation_dtype and not has_packed_weights(module):
         nn.Module.to(module, storage_dtype)  # diffusers' own `to` warns about every change of dtype
         return
     for layer in module.modules():
@@ -54,7 +54,7 @@ class _Dequantizer:
         self._stored: dict[str, nn.Parameter] = {}
         self.handles: tuple[RemovableHandle, ...] = (
             layer.register_forward_pre_hook(self.enter),
-            layer.register_forward_hook(self.leave, always_call=True),
+            layer.register_forward_hook(self.leave, prepend=True, always_call=True),  # the last to enter leaves first
         )
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:

@@ -121,8 +121,7 @@ class ExtraNetworkLora(ExtraNetwork):
 
 def _wants_online(p: Any) -> bool:
     """Whether the UNet's stored weights stay unchanged: they have lower precision than the computation, and the setting says "(fp16 LoRA)"."""
-    model = p.sd_model.forge_objects.unet.model
-    return str(p.options.forge_unet_storage_dtype).endswith(_ONLINE_MARK) and model.storage_dtype != model.computation_dtype
+    return str(p.options.forge_unet_storage_dtype).endswith(_ONLINE_MARK) and p.sd_model.forge_objects.unet.model.is_compact
 
 
 def _write_hashes(p: Any, used: Sequence[Network]) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_WITH_HEADER = (".safetensors", ".sft")
+_WITH_HEADER = (".safetensors", ".sft", ".gguf")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

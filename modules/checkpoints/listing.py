@@ -22,7 +22,7 @@ from modules.nearest_names import say_nearest
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
+CHECKPOINT_SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth")
 SHORT_HASH_DIGITS = 10
 _HASH = re.compile("[0-9a-fA-F]{8,64}")
 

@@ -18,7 +18,7 @@ from modules.nearest_names import say_nearest
 
 log = logging.getLogger(__name__)
 
-MODULE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft")
+MODULE_SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 NO_CHOICE = ("", "None", "Automatic", "Built in", "Built-in", "Use same choices")
 
 

@@ -24,7 +24,7 @@ from modules.launch.inert_flags import FLAG_ROWS, FlagFacts, find_inert_flags
 from modules.launch.script_loading import preload_extensions
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
+CHECKPOINT_SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth")
 
 # Accepted for the sake of old scripts, without effect: flag -> (takes a value? None = optional value, what is true instead).
 NO_EFFECT: Mapping[str, tuple[bool | None, str]] = MappingProxyType(

@@ -58,7 +58,7 @@ RAW_FILES = {
     "text": (b"Access to this model is restricted.\n", "is a text or web page"),
     "json": (b'{"error": "not found"}' + b" " * 40, "is a text or web page"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 4265380512\n", "is a Git LFS pointer"),
-    "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 64, "GGUF weights are not supported"),
+    "gguf without tensors": (b"GGUF\x03\0\0\0" + b"\0" * 64, "has no tensors"),
     "png": (b"\x89PNG\r\n\x1a\n" + b"\0" * 64, "is a PNG picture"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + b"\0" * 64, "Unpack it"),
     "noise": (bytes(range(200, 256)) * 4, "is neither a .safetensors file nor a PyTorch"),
@@ -243,7 +243,6 @@ def test_a_lora_chosen_as_vae_is_named(good, tmp_path):
         ({"model.diffusion_model.input_blocks.0.0.weight": _ones(32, 6, 3, 3)}, "6 input channels"),
         ({"edm_mean": _ones(4)}, "Playground v2.5"),
         ({"edm_vpred.sigma_max": _ones(), "edm_vpred.sigma_min": _ones()}, "CosXL"),
-        ({"model.diffusion_model.input_blocks.1.1.proj_in.weight.quant_state.bitsandbytes__nf4": _ones(4)}, "quantized weights"),
     ],
 )
 def test_unsupported_relatives_are_named(extra, words, good, tmp_path):

@@ -144,6 +144,49 @@ def _tensor_seeds() -> list[bytes]:
     return [save_safetensors(tensors, {"modelspec.resolution": "512x512", "ss_tag_frequency": '{"a": {"b": 1}}'})]
 
 
+def _gguf_seeds() -> list[bytes]:
+    import gguf  # only for these seeds
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.gguf"
+        writer = gguf.GGUFWriter(path, "flux")
+        writer.add_array("comfy.gguf.orig_shape.conv", [2, 4, 8])
+        writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+        writer.add_string("general.name", "one")
+        numbers = torch.arange(128.0).reshape(2, 64).numpy()
+        for name, kind in (("a.weight", gguf.GGMLQuantizationType.Q8_0), ("conv", gguf.GGMLQuantizationType.Q4_0)):
+            writer.add_tensor(name, gguf.quants.quantize(numbers[: 2 if name == "a.weight" else 1], kind), raw_dtype=kind)
+        writer.add_tensor("b.bias", numbers[0, :5])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return [path.read_bytes()]
+
+
+def _low_bit_seeds() -> list[bytes]:
+    """fp8 and int8 with scales, and NF4 with and without double quantization."""
+
+    def text(value: Any) -> torch.Tensor:
+        return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+    scaled = {
+        "a.weight": torch.ones(4, 8).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(4, 1), "a.comfy_quant": text({"format": "float8_e4m3fn"}),
+        "b.weight": torch.ones(4, 8).to(torch.float8_e5m2), "b.scale_weight": torch.ones(()), "scaled_fp8": torch.zeros(2).to(torch.float8_e5m2),
+        "c.weight": torch.ones(4, 8, dtype=torch.int8), "c.SCB": torch.ones(4),
+    }  # fmt: skip
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [4, 64]}
+    four = {"a.weight": torch.ones(128, 1, dtype=torch.uint8), "a.weight.quant_map": torch.ones(16)}
+    plain = {**four, "a.weight.absmax": torch.ones(4), "a.weight.quant_state.bitsandbytes__nf4": text(state)}
+    nested = {
+        **four, "a.weight.absmax": torch.ones(4, dtype=torch.uint8), "a.weight.nested_absmax": torch.ones(1),
+        "a.weight.nested_quant_map": torch.ones(256),
+        "a.weight.quant_state.bitsandbytes__nf4": text({**state, "nested_blocksize": 256, "nested_offset": 0.1}),
+    }  # fmt: skip
+    del plain["a.weight.quant_map"], nested["a.weight.quant_map"]
+    return [save_safetensors(tensors) for tensors in (scaled, plain, nested)]
+
+
 def _pickle_seeds(*, is_zip: bool) -> list[bytes]:
     contents: list[Any] = [{"state_dict": {"a": torch.ones(3, 4), "b": torch.ones(2).half()}, "epoch": 3}, {"a": {"b": torch.ones(2)}}, torch.ones(2)]
     seeds = []
@@ -317,6 +360,8 @@ def _no_errors() -> tuple[type[BaseException], ...]:
 
 READERS: dict[str, Reader] = {
     "safetensors": Reader(suffix=".safetensors", seeds=_tensor_seeds, read=_read_checkpoint, refusals=_checkpoint_errors, inside=_inside_safetensors),
+    "GGUF": Reader(suffix=".gguf", seeds=_gguf_seeds, read=_read_tensors, refusals=_checkpoint_errors),
+    "low bits": Reader(suffix=".safetensors", seeds=_low_bit_seeds, read=_read_tensors, refusals=_checkpoint_errors, inside=_inside_safetensors),
     "pickle in a zip": Reader(
         suffix=".ckpt", seeds=lambda: _pickle_seeds(is_zip=True), read=_read_tensors, refusals=_checkpoint_errors, inside=_inside_zip
     ),

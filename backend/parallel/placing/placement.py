@@ -149,8 +149,7 @@ class _Placer:
 
     def _can_be_shared(self) -> bool:
         """Whether two workers may run one network at once: not if layers change while they run."""
-        network = self.unet.model
-        return network.storage_dtype == network.computation_dtype and not self.unet.has_online_lora()
+        return not self.unet.model.is_compact and not self.unet.has_online_lora()
 
     def _replica_patcher_for(self, replica: ReplicaPlan) -> ReplicaPatcher:
         key = tuple(sorted(replica.used_slots))

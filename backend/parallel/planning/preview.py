@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from backend import memory_management
-from backend.checkpoint_file import CheckpointError, open_tensor_file
+from backend.checkpoint_file import CheckpointError, TensorFile, open_tensor_file
 from backend.checkpoint_prediction import V_PREDICTION, PredictionSpec, read_prediction
 from backend.denoiser_types import choose_denoiser_types
 from backend.devices.slot import Slot
@@ -22,7 +20,7 @@ from backend.parallel.planning.plan import Plan
 from backend.parallel.planning.planner import JobShape, WantedStrategy, make_plan
 from backend.parallel.planning.profiling import profile_network, with_stored_bytes
 from backend.parallel.planning.slot_facts import Link, SlotFacts
-from backend.state_dict import matrix_dtypes
+from backend.state_dict import assign_formats, check_plan, has_packed, matrix_dtypes, plan_denoiser
 from backend.storage.running import set_types
 
 
@@ -43,21 +41,24 @@ def preview_plan(path: Path, *, images: int = 1, strategy: WantedStrategy = "aut
         if identified is None:
             raise CheckpointError(f"{path.name}: contains no UNet, so there is nothing to plan. Name a checkpoint with --ckpt.")
         family, found = identified
-        stored = matrix_dtypes(file, found.part)
         prediction = read_prediction(file, prefix=found.part.prefix)
+        side_px = family.native_size_px(prediction or PredictionSpec(kind=V_PREDICTION, source="the larger of both"))
+        profile = _profile(file, family, found, side_px // family.latent.factor)
     fleet = current_fleet()
-    side_px = family.native_size_px(prediction or PredictionSpec(kind=V_PREDICTION, source="the larger of both"))
-    profile = _profile(family, found, stored, side_px // family.latent.factor)
     plan = make_plan(profile, _facts(fleet.working_slots), _links(fleet), JobShape(images=images), strategy=strategy)
     return Preview(plan=plan, model=family.title, side_px=side_px, images=images)
 
 
-def _profile(family: Family, found: FoundDenoiser, stored: Sequence[torch.dtype], side: int) -> ModelProfile:
-    """Costs of the network as the loader would load it: with its storage type and its computation type."""
+def _profile(file: TensorFile, family: Family, found: FoundDenoiser, side: int) -> ModelProfile:
+    """Costs of the network as the loader would load it: with its storage type, or packed, and its computation type."""
     denoiser = family.build_denoiser(found)
     num_parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     wanted = memory_management.unet_dtype_from_flags()
-    types = choose_denoiser_types(stored, num_parameters, wanted=wanted, supported=family.compute_dtypes)
+    types = choose_denoiser_types(matrix_dtypes(file, found.part), num_parameters, wanted=wanted, supported=family.compute_dtypes)
+    if has_packed(file, found.part):
+        plan = plan_denoiser(denoiser, file, found.part, family.key_map(denoiser).places)
+        check_plan(plan, file, family.denoiser_title)
+        assign_formats(denoiser, plan, file)
     set_types(denoiser, types.storage_dtype, types.computation_dtype)
     profile = profile_network(denoiser, family.build_program, latent_height=side, latent_width=side, dtype=types.computation_dtype)
     return with_stored_bytes(profile, family.build_program(denoiser))

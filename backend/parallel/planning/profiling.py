@@ -31,7 +31,7 @@ from backend.nn.program import Program, ProgramState, Reading, trace_tensors
 from backend.nn.unet_program import build_program
 from backend.original_config import without_original_names
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, PieceCost, TakenSkip, with_measured_ms
-from backend.storage.kinds import module_stored_bytes
+from backend.storage.kinds import module_stored_bytes, stored_bytes
 
 _FREE_OPERATIONS = ("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "split",
                     "chunk", "detach", "alias", "select", "unbind", "empty", "as_strided", "_reshape_alias", "narrow")  # fmt: skip
@@ -127,7 +127,7 @@ def profile_network(
     """Costs of any network for which `build` makes a program, counted on the meta device. Cached per class, configuration, shape and dtype."""
     size = _Size(latent_height, latent_width, context_length, dtype)
     name = "UNet" if isinstance(network, UNet2DConditionModel) else type(network).__name__
-    return _counted(_describe(network), size, build, lambda: _cast(make_empty_network(network), dtype), name)
+    return _counted(_describe(network), size, build, lambda: _cast(make_empty_network(network, keeps_packed=False), dtype), name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ def count_program(program: Program, network: nn.Module, rows: Mapping[str, Tenso
     return ModelProfile(
         name=name,
         pieces=pieces,
-        embedding_bytes=sum(parameter.nbytes for _, parameter in program.embedding.named_parameters()),
+        embedding_bytes=stored_bytes(parameter for _, parameter in program.embedding.named_parameters()),
         emb_bytes_per_row=sum(tensor.nbytes for tensor in constants if id(tensor) not in given),
         context_bytes_per_row=sum(tensor.nbytes for tensor in constants if id(tensor) in given),
         latent_bytes_per_row=rows["x"].nbytes,
@@ -256,7 +256,7 @@ def _is_skip(reading: Reading) -> bool:
 
 
 def _weight_bytes(named_layers: Any) -> int:
-    return sum(parameter.nbytes for _, layer in named_layers for parameter in layer.parameters())
+    return module_stored_bytes(layer for _, layer in named_layers)
 
 
 def _as_text(config: Mapping[str, Any]) -> str:

@@ -26,7 +26,8 @@ WEIGHT_READ_SHARE = 0.5
 KERNEL_MS = 0.014
 """Time to launch one operation from Python. Fitted to the report that two RTX 4090s are slower than one for SD 1.5 at 512x512. Worker threads
 share one interpreter, so launches of all slots add up."""
-BYTES_PER_WEIGHT = {"half": 2, "fp8": 1}
+PLAIN_BYTES = {"half": 2.0, "fp8": 1.0}
+"""Bytes per weight of types that are cast while a layer runs. Others are packed: `weights_names`."""
 _LATENT_PX = 8
 USUAL_CFG = 7.0
 _VAE_CONFIG = {
@@ -55,7 +56,7 @@ class Card:
 class SimulatedJob:
     """What to predict. `strategy` is as in --multi-gpu-strategy. `link` is host, pcie or nvlink; None means what the cards have.
 
-    `weights`: how denoiser and text encoders are stored, half or fp8.
+    `weights`: how denoiser and text encoders are stored, one of `weights_names`.
     """
 
     cards: tuple[str, ...]
@@ -137,6 +138,20 @@ def parse_picture_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def weights_names() -> tuple[str, ...]:
+    """The values of `weights`."""
+    from backend.storage.choices import FORMATS  # imports torch
+
+    return (*PLAIN_BYTES, *FORMATS)
+
+
+def bytes_per_weight(weights: str) -> float:
+    """Of a large weight that is stored so."""
+    from backend.storage.choices import bits_per_weight  # imports torch
+
+    return PLAIN_BYTES[weights] if weights in PLAIN_BYTES else bits_per_weight(weights) / 8
+
+
 def model_config(name: str) -> dict[str, Any]:
     """Title, denoiser config and the text encoders' numbers of parameters. Raises: SimulationError."""
     if name not in _models():
@@ -171,11 +186,14 @@ def _profile_of_family(config: Mapping[str, Any], width_px: int, height_px: int,
 
     from backend.families.registry import find_family
     from backend.parallel.planning.profiling import profile_network, with_stored_bytes
+    from backend.storage.choices import pack_empty
     from backend.storage.running import set_types
 
     family = find_family(config["family"])
     denoiser = _build_denoiser(config)
-    set_types(denoiser, torch.bfloat16 if weights == "half" else torch.float8_e4m3fn, torch.bfloat16)
+    if weights not in PLAIN_BYTES:
+        pack_empty(denoiser, weights)
+    set_types(denoiser, torch.float8_e4m3fn if weights == "fp8" else torch.bfloat16, torch.bfloat16)
     factor = family.latent.factor
     profile = profile_network(
         denoiser, family.build_program, latent_height=height_px // factor, latent_width=width_px // factor, dtype=torch.bfloat16
@@ -198,7 +216,7 @@ def component_costs(name: str, width_px: int, height_px: int, *, has_controlnet:
 
     config = model_config(name)
     height, width = height_px // _LATENT_PX, width_px // _LATENT_PX
-    text_bytes = sum(config["text_encoder_parameters"]) * BYTES_PER_WEIGHT[weights]
+    text_bytes = int(sum(config["text_encoder_parameters"]) * bytes_per_weight(weights))
     vae_config = {**_VAE_CONFIG, "latent_channels": 16} if "family" in config else _VAE_CONFIG
     costs = [ComponentCost(name="text encoders", weight_bytes=text_bytes), profile_vae_decoder(vae_config, latent_height=height, latent_width=width)]
     return (*costs, _control_cost(name, height, width)) if has_controlnet else tuple(costs)

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from backend import memory_management
 from backend.devices import virtual_gpu
 from backend.devices.virtual_gpu import Faults
 from backend.families.flux.key_map import flux_key_map
 from backend.families.flux.program import build_flux_program
+from backend.memory.module_bytes import count_module_bytes
 from backend.modules.k_model import KModel, split_unet_across_gpus
 from backend.modules.k_prediction import FlowPrediction
 from backend.parallel.placing.fleet import Fleet
@@ -20,15 +22,28 @@ from backend.parallel.planning.plan import Piece, ReplicaPlan
 from backend.parallel.running.session import SamplingRequest, begin_session, end_session
 from backend.patcher.lora_files import match_lora, parse_lora
 from backend.patcher.unet import UnetPatcher
+from backend.storage.choices import quantize_as
 from tests.support.fleets import virtual_fleet
 from tests.support.flux_networks import CONFIG, make_flux, original_tensors
 
 SHAPE = (2, 16, 8, 8)
 ATOL = 2e-5
+LORA_BYTES = 400_000
+"""Of the rank-2 changes of every matrix, stacked."""
 
 
-def make_patcher(fleet: Fleet | None = None, lora: bool = False, dtype: torch.dtype = torch.float32) -> UnetPatcher:
-    flux = make_flux()
+LOW_BITS = ("fp8_scaled", "int8", "nf4", "q8_0", "q4_1")
+WIDE = {"num_attention_heads": 4}
+"""Rows that blocks of 32 divide."""
+
+
+def make_patcher(fleet: Fleet | None = None, lora: bool = False, dtype: torch.dtype = torch.float32, packed: str | None = None) -> UnetPatcher:
+    flux = make_flux(**(WIDE if packed else {}))
+    original = original_tensors(flux)
+    if packed is not None:
+        for layer in flux.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight = nn.Parameter(quantize_as(packed, layer.weight), requires_grad=False)
     model = KModel(
         flux, FlowPrediction(multiplier=1.0), storage_dtype=dtype, computation_dtype=torch.float32, build_program=build_flux_program,
         key_map=flux_key_map(flux),
@@ -38,7 +53,7 @@ def make_patcher(fleet: Fleet | None = None, lora: bool = False, dtype: torch.dt
     if lora:
         generator = torch.Generator().manual_seed(8)
         file: dict[str, Tensor] = {}
-        for key, tensor in original_tensors(flux).items():
+        for key, tensor in original.items():
             if key.endswith(".weight") and tensor.ndim == 2:
                 name = f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}"
                 file[f"{name}.lora_up.weight"] = torch.randn(tensor.shape[0], 2, generator=generator) * 0.1
@@ -60,8 +75,8 @@ def make_inputs(home: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(home) for name, tensor in inputs.items()}
 
 
-def whole(lora: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
-    unet = make_patcher(lora=lora, dtype=dtype)
+def whole(lora: bool = False, dtype: torch.dtype = torch.float32, packed: str | None = None) -> Tensor:
+    unet = make_patcher(lora=lora, dtype=dtype, packed=packed)
     if lora:
         unet.refresh_loras()
     inputs = make_inputs(torch.device("cpu"))
@@ -122,6 +137,39 @@ def test_weights_in_fp8_split_as_they_are() -> None:
         result = unet.model.apply_model(**make_inputs(unet.load_device))
         end_session(unet)
     assert torch.equal(result.cpu(), whole(dtype=torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("packed", LOW_BITS)
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "LoRA"])
+def test_packed_weights_split_as_they_are(packed: str, lora: bool) -> None:
+    """By layers to the very bits, and as replicas; slots hold packed bytes, with and without a LoRA beside them."""
+    expected = whole(lora, packed=packed)
+    with virtual_fleet(2) as fleet:
+        for strategy in ("layers", "replicas"):
+            unet = make_patcher(fleet, lora, packed=packed)
+            session = begin_session(unet, SHAPE, request(strategy))
+            assert session is not None and session.plan.strategy == strategy
+            result = unet.model.apply_model(**make_inputs(unet.load_device)).cpu()
+            assert torch.allclose(result, expected, atol=ATOL)
+            assert strategy == "replicas" or torch.equal(result, expected)
+            copies = 2 if strategy == "replicas" else 1
+            held = sum(virtual_gpu.get_device(slot).live_bytes for slot in (0, 1))
+            assert held < copies * (count_module_bytes(unet.model).total_bytes + (LORA_BYTES if lora else 0)) + 100_000
+            end_session(unet)
+            memory_management.unload_all_models()
+
+
+@pytest.mark.parametrize("strategy", ["replicas", "layers"])
+def test_a_step_of_packed_weights_that_runs_out_of_memory_is_done_again(strategy: str, caplog: pytest.LogCaptureFixture) -> None:
+    with virtual_fleet(2) as fleet:
+        unet = make_patcher(fleet, lora=True, packed="q8_0")
+        begin_session(unet, SHAPE, request(strategy))
+        virtual_gpu.get_device(1).set_faults(Faults(out_of_memory_at=frozenset({60})))
+        result = unet.model.apply_model(**make_inputs(unet.load_device))
+        end_session(unet)
+        virtual_gpu.get_device(1).set_faults(None)
+    assert torch.allclose(result.cpu(), whole(lora=True, packed="q8_0"), atol=ATOL)
+    assert "Out of memory on slot 1" in caplog.text
 
 
 CUTS = [*(tuple(int(number >= first) for number in range(6)) for first in range(1, 6)), (0, 1, 2, 3, 3, 0), (3, 3, 0, 1, 2, 2)]

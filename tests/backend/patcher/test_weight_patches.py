@@ -266,7 +266,7 @@ def test_streamed_layers_compute_with_patched_weights(devices: tuple[torch.devic
     one.refresh_loras()
     x = torch.randn(3, 8)
     for _ in range(2):
-        assert torch.equal(model(x.to(devices[0])).to("cpu"), reference.model(x))
+        torch.testing.assert_close(model(x.to(devices[0])).to("cpu"), reference.model(x), rtol=1e-5 if online else 0, atol=1e-6 if online else 0)
     assert model[0].weight.device == CPU
     if not online:
         assert_same(weights(model), weights(reference.model))

@@ -1,0 +1,260 @@
+"""GGUF files: their header, checked before anything is believed, and their tensors behind a memory map.
+
+Layout (ggml's docs/gguf.md, versions 2 and 3, little-endian): magic, version, number of tensors, number of entries; entries (key, type, value);
+tensors (name, dims from the innermost, type, offset from the start of the data); padding; data. Not the `gguf` package's reader: it believes every
+count and length in the header.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backend.foreign_json import open_file
+from backend.gguf_names import rename_llama_cpp
+from backend.mapped_file import MappedFile
+from backend.storage.gguf import GgufFormat
+from backend.storage.gguf_blocks import BLOCK_TYPES, TYPE_NAMES
+from backend.storage.kinds import storage_of
+from backend.storage.packed import PackedFormatError, PackedTensor, can_cut
+from backend.tensor_file import REPEAT_DOWNLOAD, CheckpointError, TensorInfo, reading, say_mb
+
+MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_PLAIN = {
+    0: torch.float32, 1: torch.float16, 24: torch.int8, 25: torch.int16, 26: torch.int32, 27: torch.int64, 28: torch.float64, 30: torch.bfloat16,
+}  # fmt: skip
+_UNREAD = {4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 41: "Q1_0"}
+"""Types that are out of use, or that ggml uses only while it computes."""
+_STRING, _ARRAY = 8, 9
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_MAX_HEADER_BYTES, _MAX_NAME_BYTES, _MAX_DIMS, _MAX_NESTING = 64 * 2**20, 1024, 8, 4
+_MAX_KEPT_BYTES, _MAX_KEPT_ITEMS = 65536, 16
+"""Longer texts and lists, such as a tokenizer's vocabulary, are passed over."""
+_LEAST_ENTRY_BYTES, _LEAST_TENSOR_BYTES = 8 + 4 + 1, 8 + 4 + 4 + 8
+_ALIGNMENT_KEY, _ARCHITECTURE_KEY, _SHAPE_KEY = "general.alignment", "general.architecture", "comfy.gguf.orig_shape."
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor as the header lists it. `shape`: outermost dim first, as torch has it."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+class GgufFile:
+    """A `.gguf` file of a denoiser, a text encoder or a whole checkpoint. Text encoders get the names that transformers gives them.
+
+    Raises: CheckpointError for a header that is damaged, lies, or names a type that no reader has.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with reading(path), open_file(path) as stream:
+            self._mapped = MappedFile(stream)
+        try:
+            metadata, entries, data_start = _read_header(path, self._mapped)
+            infos = {entry.name: _info_of(path, entry, metadata) for entry in entries}
+            starts = {entry.name: data_start + entry.offset for entry in entries}
+            self._check_extent(infos, starts)
+            names = rename_llama_cpp(infos, metadata.get(_ARCHITECTURE_KEY, ""))
+        except BaseException:
+            self._mapped.close()
+            raise
+        self.metadata: Mapping[str, str] = metadata
+        self.infos: Mapping[str, TensorInfo] = {names.get(name, name): info for name, info in infos.items()}
+        self._starts = {names.get(name, name): start for name, start in starts.items()}
+
+    def _check_extent(self, infos: Mapping[str, TensorInfo], starts: Mapping[str, int]) -> None:
+        end = max((starts[name] + info.stored_bytes for name, info in infos.items()), default=0)
+        if end > self._mapped.length:
+            raise CheckpointError(
+                f"{self.path.name}: is cut short: it has {say_mb(self._mapped.length)}, but its header says {say_mb(end)}. {REPEAT_DOWNLOAD}"
+            )
+
+    def read(self, key: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
+        info = self.infos[key]
+        if info.packed is None:
+            shape, start = self._place(key, rows, info.stored_bytes)
+            return self._mapped.read(start, shape, info.dtype, dtype=dtype, device=device)
+        cut = None if rows is None or can_cut(info.packed, *rows) else rows
+        stored = storage_of(self.read_stored(key, device=device, rows=rows if cut is None else None))
+        value = stored.dequantize(dtype or torch.float32)
+        return value if cut is None else value[cut[0] : cut[1]].clone()
+
+    def read_stored(self, key: str, *, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
+        form = self.infos[key].packed
+        if form is None:
+            return self.read(key, device=device, rows=rows)
+        _, start = self._place(key, rows, form.num_bytes)
+        part = form if rows is None else form.cut(*rows)
+        return PackedTensor(self._mapped.read(start, (part.num_bytes,), torch.uint8, device=device), part)
+
+    def _place(self, key: str, rows: tuple[int, int] | None, num_bytes: int) -> tuple[tuple[int, ...], int]:
+        """Shape and first byte of a tensor or of its rows."""
+        shape, start = self.infos[key].shape, self._starts[key]
+        return (shape, start) if rows is None else ((rows[1] - rows[0], *shape[1:]), start + rows[0] * (num_bytes // shape[0]))
+
+    def close(self) -> None:
+        self._mapped.close()
+
+
+class _Cursor:
+    """Reads the header in order and never past its limit."""
+
+    def __init__(self, path: Path, mapped: MappedFile) -> None:
+        self._path, self._mapped, self.position = path, mapped, 0
+        self.limit = min(mapped.length, _MAX_HEADER_BYTES)
+
+    def fail(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self._path.name}: {what}; the file is damaged. {REPEAT_DOWNLOAD}")
+
+    def skip(self, count: int) -> int:
+        """The position before `count` bytes, which are passed."""
+        start = self.position
+        if count > self.limit - start:
+            if self.limit < self._mapped.length:
+                raise self.fail(f"its header is longer than {_MAX_HEADER_BYTES // 2**20} MiB")
+            raise CheckpointError(f"{self._path.name}: is cut short inside its header (it has {say_mb(self._mapped.length)}). {REPEAT_DOWNLOAD}")
+        self.position = start + count
+        return start
+
+    def take(self, count: int) -> bytes:
+        start = self.skip(count)
+        return self._mapped.bytes_at(start, start + count)
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+
+    def text(self, what: str, limit: int = _MAX_NAME_BYTES) -> str:
+        length = self.number("<Q")
+        if length > limit:
+            raise self.fail(f"{what} in its header is {length} bytes long")
+        return self.take(length).decode("utf-8", errors="replace")
+
+    def count(self, what: str, least_bytes: int) -> int:
+        """A number of things that take at least `least_bytes` each."""
+        count: int = self.number("<Q")
+        if count * least_bytes > self._mapped.length:
+            raise self.fail(f"its header promises {count} {what}, more than the file has room for")
+        return count
+
+
+def _read_header(path: Path, mapped: MappedFile) -> tuple[dict[str, str], list[_Entry], int]:
+    """(metadata as text, tensors, where the data starts)."""
+    cursor = _Cursor(path, mapped)
+    cursor.take(len(MAGIC))
+    version = cursor.number("<I")
+    if version not in _VERSIONS:
+        why = "it was written for another byte order" if version & 0xFFFF == 0 else f"versions {', '.join(map(str, _VERSIONS))} can be read"
+        raise CheckpointError(f"{path.name}: is a GGUF file of version {version}; {why}. Convert it again from its source.")
+    num_tensors, num_entries = cursor.count("tensors", _LEAST_TENSOR_BYTES), cursor.count("entries", _LEAST_ENTRY_BYTES)
+    metadata = dict(_read_metadata(cursor, num_entries))
+    entries = [_read_tensor(cursor) for _ in range(num_tensors)]
+    twice = len(entries) - len({entry.name for entry in entries})
+    if twice:
+        raise cursor.fail(f"{twice} names of tensors are in its header twice")
+    alignment = _read_alignment(cursor, metadata)
+    return metadata, entries, -(-cursor.position // alignment) * alignment
+
+
+def _read_alignment(cursor: _Cursor, metadata: Mapping[str, str]) -> int:
+    text = metadata.get(_ALIGNMENT_KEY, "32")
+    alignment = int(text) if text.isdecimal() and len(text) < 8 else 0
+    if alignment < 1 or alignment & (alignment - 1):
+        raise cursor.fail(f"its {_ALIGNMENT_KEY} is {text[:20]}, which is no power of two")
+    return alignment
+
+
+def _read_metadata(cursor: _Cursor, count: int) -> Iterator[tuple[str, str]]:
+    for _ in range(count):
+        key = cursor.text("a key")
+        value = _read_value(cursor, cursor.number("<I"), 0)
+        if value is not None:
+            yield key, value
+
+
+def _read_value(cursor: _Cursor, kind: int, depth: int) -> str | None:
+    """A value as text, lists with commas. None for what is passed over."""
+    if kind in _SCALARS:
+        return str(cursor.number(_SCALARS[kind]))
+    if kind == _STRING:
+        length = cursor.number("<Q")
+        if length > _MAX_KEPT_BYTES:
+            cursor.skip(length)
+            return None
+        return cursor.take(length).decode("utf-8", errors="replace")
+    if kind == _ARRAY and depth < _MAX_NESTING:
+        return _read_list(cursor, depth)
+    raise cursor.fail(f"its header has a value of type {kind}{' in too many lists' if kind == _ARRAY else ''}")
+
+
+def _read_list(cursor: _Cursor, depth: int) -> str | None:
+    kind, count = cursor.number("<I"), cursor.number("<Q")
+    if kind in _SCALARS and count > _MAX_KEPT_ITEMS:
+        cursor.skip(count * struct.calcsize(_SCALARS[kind]))
+        return None
+    if count > cursor.limit - cursor.position:
+        raise cursor.fail(f"its header has a list of {count} values, more than the file has room for")
+    values: list[str] | None = None if count > _MAX_KEPT_ITEMS else []
+    for _ in range(count):
+        value = _read_value(cursor, kind, depth + 1)
+        if values is not None and value is not None:
+            values.append(value)
+    return None if values is None else ",".join(values)
+
+
+def _read_tensor(cursor: _Cursor) -> _Entry:
+    name = cursor.text("a tensor's name")
+    num_dims = cursor.number("<I")
+    if num_dims > _MAX_DIMS:
+        raise cursor.fail(f"{name[:200]} has {num_dims} dimensions")
+    dims = struct.unpack(f"<{num_dims}Q", cursor.take(8 * num_dims))
+    return _Entry(name, dims[::-1], cursor.number("<I"), cursor.number("<Q"))
+
+
+def _info_of(path: Path, entry: _Entry, metadata: Mapping[str, str]) -> TensorInfo:
+    shape = _whole_shape(path, entry, metadata.get(_SHAPE_KEY + entry.name))
+    if entry.kind in _PLAIN:
+        return TensorInfo(shape, _PLAIN[entry.kind])
+    kind = TYPE_NAMES.get(entry.kind)
+    if kind is None:
+        named = _UNREAD.get(entry.kind, "unknown")
+        raise CheckpointError(
+            f"{path.name}: {entry.name[:200]} is stored in GGUF's type {entry.kind} ({named}), which cannot be read. "
+            f"Use a version in one of {', '.join(BLOCK_TYPES)}."
+        )
+    weights = BLOCK_TYPES[kind].weights
+    if not entry.shape or entry.shape[-1] % weights:
+        raise CheckpointError(
+            f"{path.name}: {entry.name[:200]} has rows of {entry.shape[-1] if entry.shape else 1} numbers in {kind}, whose blocks have {weights}; "
+            f"the file is damaged. {REPEAT_DOWNLOAD}"
+        )
+    try:
+        return TensorInfo(shape, torch.uint8, GgufFormat(shape, kind))
+    except PackedFormatError as error:
+        raise CheckpointError(f"{path.name}: {entry.name[:200]}: {error}") from error
+
+
+def _whole_shape(path: Path, entry: _Entry, text: str | None) -> tuple[int, ...]:
+    """The tensor's shape, or the one it had before its rows were made fit for blocks (kernels of SD 1.x and SDXL)."""
+    if text is None:
+        return entry.shape
+    parts = text.split(",")
+    shape = tuple(int(part) for part in parts if part.isdecimal() and len(part) < 20)
+    if len(shape) != len(parts) or len(shape) > _MAX_DIMS or prod(shape) != prod(entry.shape):
+        raise CheckpointError(
+            f"{path.name}: {_SHAPE_KEY}{entry.name[:200]} is {text[:80]}, which does not fit the shape {entry.shape}; the file is damaged. "
+            f"{REPEAT_DOWNLOAD}"
+        )
+    return shape

@@ -1,0 +1,175 @@
+"""NF4 and FP4 as bitsandbytes stores them: a table of 16 numbers, and per block of weights the largest magnitude ("absmax") they are multiplied with.
+
+Sources: Dettmers et al. 2023, "QLoRA", section 3 (NF4, double quantization) and appendix E (the table); bitsandbytes' FP4 is 1 sign, 2 exponent and
+1 mantissa bits, as values of a table. With double quantization ("nested") the absmax are 8-bit indices into a second table, scaled per block of
+them, plus an offset.
+
+Buffer: absmax (fp32), or nested: table (256 fp32), scales (fp32), offset (fp32), indices (uint8); then two weights per byte, the first in the high
+half. A block runs over the flattened weight and may cross rows.
+
+Shapes: W weights, B blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import ceil, prod
+
+import torch
+from torch import Tensor, nn
+
+from backend.storage.packed import PackedFormat, PackedFormatError, PackedTensor, has_same_rows, say_misfit
+from backend.storage.tables import table_on
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+FP4 = (*_FP4_MAGNITUDES, *(-one for one in _FP4_MAGNITUDES))
+TABLES = {"nf4": NF4, "fp4": FP4}
+BLOCK = 64
+_FLOAT_BYTES = 4
+_NESTED_TABLE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class FourBitFormat(PackedFormat):
+    """`kind`: "nf4" or "fp4". `block`: weights per absmax. `nested_block`: absmax per scale of double quantization, 0 without it."""
+
+    shape: tuple[int, ...]
+    kind: str
+    block: int = BLOCK
+    nested_block: int = 0
+
+    @property
+    def title(self) -> str:
+        return self.kind.upper()
+
+    @property
+    def num_blocks(self) -> int:
+        return ceil(prod(self.shape) / self.block)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._absmax_bytes + ceil(prod(self.shape) / 2)
+
+    @property
+    def _absmax_bytes(self) -> int:
+        if not self.nested_block:
+            return self.num_blocks * _FLOAT_BYTES
+        return (_NESTED_TABLE + ceil(self.num_blocks / self.nested_block) + 1) * _FLOAT_BYTES + self.num_blocks
+
+    def dequantize(self, buffer_N: Tensor, out_dtype: torch.dtype) -> Tensor:
+        absmax_B1, codes = self.absmax(buffer_N).reshape(-1, 1), buffer_N[self._absmax_bytes :]
+        pairs = nn.functional.embedding(codes.int(), table_on(_PAIRS[self.kind], buffer_N.device))  # the two weights of each byte
+        count = prod(self.shape)
+        if count % self.block:
+            padded = nn.functional.pad(pairs.flatten()[:count], (0, -count % self.block)).reshape(-1, self.block)
+            return (padded * absmax_B1).flatten()[:count].to(out_dtype).reshape(self.shape)
+        value = torch.empty((self.num_blocks, self.block), dtype=out_dtype, device=buffer_N.device)
+        return torch.mul(pairs.reshape(-1, self.block), absmax_B1, out=value).reshape(self.shape)
+
+    def absmax(self, buffer_N: Tensor) -> Tensor:
+        """The blocks' largest magnitudes (B,), fp32."""
+        if not self.nested_block:
+            return buffer_N[: self._absmax_bytes].view(torch.float32)
+        num_scales = ceil(self.num_blocks / self.nested_block)
+        floats = buffer_N[: (_NESTED_TABLE + num_scales + 1) * _FLOAT_BYTES].view(torch.float32)
+        table, scales, offset = floats[:_NESTED_TABLE], floats[_NESTED_TABLE:-1], floats[-1]
+        indices = buffer_N[floats.shape[0] * _FLOAT_BYTES : self._absmax_bytes]
+        spread = scales.repeat_interleave(self.nested_block)[: self.num_blocks]
+        return nn.functional.embedding(indices.int(), table[:, None]).flatten() * spread + offset
+
+    def quantize(self, value: Tensor, *, seed: int, near_N: Tensor | None = None) -> Tensor:
+        """To the nearest number of the table, without double quantization. Raises: PackedFormatError for a doubly quantized format."""
+        if self.nested_block:
+            raise PackedFormatError("Weights are not quantized twice; use the format without double quantization.")
+        flat = value.detach().float().flatten()
+        blocks = nn.functional.pad(flat, (0, -flat.numel() % self.block)).reshape(-1, self.block)
+        absmax = blocks.abs().amax(dim=1)
+        scaled = blocks / torch.where(absmax == 0, torch.ones_like(absmax), absmax)[:, None]
+        numbers, codes_in_order = _sorted_codes(self.kind)
+        borders = torch.tensor([(below + above) / 2 for below, above in pairwise(numbers)], device=value.device)
+        places = torch.bucketize(scaled, borders).flatten()[: flat.numel()]
+        codes = torch.tensor(codes_in_order, dtype=torch.uint8, device=value.device)[places]
+        return join_four_bit(absmax, _two_per_byte(codes))
+
+    @property
+    def can_quantize(self) -> bool:  # type: ignore[override]  # a constant for the other formats
+        return not self.nested_block
+
+    def cut(self, first: int, end: int) -> FourBitFormat:
+        """Rows have no double quantization, whose blocks of absmax they would cross."""
+        row_length = prod(self.shape[1:])
+        start, stop = first * row_length, end * row_length
+        if start % self.block or (stop % self.block and stop != prod(self.shape)):
+            raise PackedFormatError(
+                f"Rows {first} to {end} of a weight of shape {self.shape} in {self.title} cannot be cut out: blocks of {self.block} cross rows of "
+                f"{row_length}. Use another version of this model."
+            )
+        return replace(self, shape=(end - first, *self.shape[1:]), nested_block=0)
+
+    def rows(self, buffer_N: Tensor, first: int, end: int) -> Tensor:
+        self.cut(first, end)
+        start, stop = (row * prod(self.shape[1:]) for row in (first, end))
+        absmax = self.absmax(buffer_N)[start // self.block : ceil(stop / self.block)]
+        return join_four_bit(absmax, buffer_N[self._absmax_bytes + start // 2 : self._absmax_bytes + ceil(stop / 2)])
+
+    def concat(self, others: Sequence[tuple[FourBitFormat, Tensor]]) -> tuple[FourBitFormat, Tensor]:
+        fits = all((one.kind, one.block, one.shape[1:]) == (self.kind, self.block, self.shape[1:]) for one, _ in others)
+        if not fits or any(prod(one.shape) % self.block for one, _ in others[:-1]):
+            raise PackedFormatError(f"Rows of {', '.join(f'{one.shape} in {one.title}' for one, _ in others)} cannot be stacked.")
+        absmax = torch.cat([one.absmax(buffer) for one, buffer in others])
+        codes = torch.cat([buffer[one._absmax_bytes :] for one, buffer in others])
+        shape = (sum(one.shape[0] for one, _ in others), *self.shape[1:])
+        return replace(self, shape=shape, nested_block=0), join_four_bit(absmax, codes)
+
+    def reshaped(self, shape: tuple[int, ...]) -> FourBitFormat:
+        if not has_same_rows(self, shape):
+            raise PackedFormatError(say_misfit(self, shape))
+        return replace(self, shape=shape)
+
+
+def join_four_bit(absmax: Tensor, codes: Tensor, nested: Sequence[Tensor] = ()) -> Tensor:
+    """The buffer. `codes`: two weights per byte. `nested`: table, scales and offset (fp32) if `absmax` are indices (uint8)."""
+    parts = [*(one.float() for one in nested), absmax if nested else absmax.float(), codes]
+    return torch.cat([one.contiguous().reshape(-1).view(torch.uint8) for one in parts])
+
+
+def quantize_four_bit(value: Tensor, kind: str, *, block: int = BLOCK) -> PackedTensor:
+    """A plain weight stored in "nf4" or "fp4"."""
+    form = FourBitFormat(tuple(value.shape), kind, block)
+    return PackedTensor(form.quantize(value, seed=0), form)
+
+
+def _two_per_byte(codes: Tensor) -> Tensor:
+    """Codes (uint8, below 16) in pairs, the first in the high half."""
+    pairs = nn.functional.pad(codes, (0, codes.numel() % 2)).reshape(-1, 2)
+    return pairs[:, 0] << 4 | pairs[:, 1]
+
+
+def _pairs_of_bytes(numbers: Sequence[float]) -> Tensor:
+    """The two numbers of every byte (256, 2), fp32."""
+    table = torch.tensor(numbers)
+    return torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
+
+
+def _nf4_pairs() -> Tensor:
+    return _pairs_of_bytes(NF4)
+
+
+def _fp4_pairs() -> Tensor:
+    return _pairs_of_bytes(FP4)
+
+
+_PAIRS = {"nf4": _nf4_pairs, "fp4": _fp4_pairs}
+
+
+def _sorted_codes(kind: str) -> tuple[list[float], list[int]]:
+    """The table's different numbers in ascending order, and their codes."""
+    codes = {number: code for code, number in reversed(list(enumerate(TABLES[kind])))}  # of the two zeros of FP4 the first
+    return sorted(codes), [codes[number] for number in sorted(codes)]

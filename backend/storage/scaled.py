@@ -1,0 +1,114 @@
+"""Eight bits per number and fp32 scales, one per weight or one per row: scaled fp8 (e4m3fn, e5m2) and int8. A value is a number times its scale.
+
+The buffer has the scales first, so that both parts lie on their alignment.
+
+Shapes: O rows, C numbers per row, S scales (1 or O).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from backend.storage.fp8 import MANTISSA_BITS, round_at_random
+from backend.storage.packed import PackedFormat, PackedFormatError, PackedTensor, has_same_rows, say_misfit
+
+_TITLES = {torch.float8_e4m3fn: "fp8 e4m3 scaled", torch.float8_e5m2: "fp8 e5m2 scaled", torch.int8: "int8 scaled"}
+SCALED_DTYPES = tuple(_TITLES)
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledFormat(PackedFormat):
+    """`dtype`: of the numbers. `num_scales`: 1 or the number of rows."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    num_scales: int = 1
+
+    @property
+    def title(self) -> str:
+        return _TITLES[self.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_scales * _SCALE_BYTES + prod(self.shape)
+
+    def dequantize(self, buffer_N: Tensor, out_dtype: torch.dtype) -> Tensor:
+        scales_S1, numbers_OC = self._parts(buffer_N)
+        readable_OC = numbers_OC if self.dtype == torch.int8 else numbers_OC.to(out_dtype)  # every half type holds fp8 exactly
+        value_OC = torch.empty(numbers_OC.shape, dtype=out_dtype, device=buffer_N.device)
+        return torch.mul(readable_OC, scales_S1, out=value_OC).reshape(self.shape)
+
+    def quantize(self, value: Tensor, *, seed: int, near_N: Tensor | None = None) -> Tensor:
+        """Rounds fp8 at random, with the mean preserved, and int8 to nearest. Scales that still cover their row are kept."""
+        value_OC = value.detach().float().reshape(self._rows, -1)
+        largest = 127.0 if self.dtype == torch.int8 else torch.finfo(self.dtype).max
+        needed_S1 = value_OC.abs().amax(dim=1, keepdim=True).div(largest)
+        if self.num_scales == 1:
+            needed_S1 = needed_S1.amax().reshape(1, 1)
+        kept_S1 = needed_S1 if near_N is None else self._parts(near_N)[0]
+        scales_S1 = torch.where(needed_S1 <= kept_S1 * (1 + 1e-6), kept_S1, needed_S1)
+        scales_S1 = torch.where(scales_S1 == 0, torch.ones_like(scales_S1), scales_S1)
+        scaled_OC = (value_OC / scales_S1).clamp(-largest, largest)
+        if self.dtype in MANTISSA_BITS:
+            return join_scaled(scales_S1, round_at_random(scaled_OC, self.dtype, seed=seed))
+        return join_scaled(scales_S1, scaled_OC.round().to(torch.int8))
+
+    def cut(self, first: int, end: int) -> ScaledFormat:
+        return replace(self, shape=(end - first, *self.shape[1:]), num_scales=1 if self.num_scales == 1 else end - first)
+
+    def rows(self, buffer_N: Tensor, first: int, end: int) -> Tensor:
+        scales_S1, numbers_OC = self._parts(buffer_N)
+        return join_scaled(scales_S1 if self.num_scales == 1 else scales_S1[first:end], numbers_OC[first:end])
+
+    def concat(self, others: Sequence[tuple[ScaledFormat, Tensor]]) -> tuple[ScaledFormat, Tensor]:
+        """Parts with different scales get one scale per row."""
+        if any(form.dtype != self.dtype or form.shape[1:] != self.shape[1:] for form, _ in others):
+            raise PackedFormatError(f"Rows of {', '.join(f'{one.shape} in {one.title}' for one, _ in others)} cannot be stacked.")
+        parts = [form._parts(buffer) for form, buffer in others]
+        num_rows = sum(form._rows for form, _ in others)
+        scales = torch.cat([scales_S1.expand(numbers_OC.shape[0], 1) for scales_S1, numbers_OC in parts])
+        numbers = torch.cat([numbers_OC.view(torch.uint8) for _, numbers_OC in parts]).view(self.dtype)
+        return replace(self, shape=(num_rows, *self.shape[1:]), num_scales=num_rows), join_scaled(scales, numbers)
+
+    def reshaped(self, shape: tuple[int, ...]) -> ScaledFormat:
+        if not has_same_rows(self, shape):
+            raise PackedFormatError(say_misfit(self, shape))
+        return replace(self, shape=shape)
+
+    @property
+    def _rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def _parts(self, buffer_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales (S, 1) and numbers (O, C), as views."""
+        split = self.num_scales * _SCALE_BYTES
+        return buffer_N[:split].view(torch.float32).reshape(-1, 1), buffer_N[split:].view(self.dtype).reshape(self._rows, -1)
+
+
+def join_scaled(scales: Tensor, numbers: Tensor) -> Tensor:
+    """The buffer of scales (fp32) and numbers."""
+    parts = [scales.float().contiguous().reshape(-1).view(torch.uint8), numbers.contiguous().reshape(-1).view(torch.uint8)]
+    return torch.cat(parts)
+
+
+def pack_scaled(numbers: Tensor, scales: Tensor) -> PackedTensor:
+    """A weight from its numbers (fp8 or int8) and their scales: one, or one per row in any shape. Raises: PackedFormatError if they do not fit."""
+    num_scales, num_rows = scales.numel(), numbers.shape[0] if numbers.ndim else 1
+    if numbers.dtype not in _TITLES or num_scales not in (1, num_rows) or (scales.ndim and num_scales != max(scales.shape)):
+        raise PackedFormatError(
+            f"{num_scales} scales of shape {tuple(scales.shape)} do not fit numbers of shape {tuple(numbers.shape)} and type {numbers.dtype}; "
+            f"one scale, or one per row, is needed"
+        )
+    return PackedTensor(join_scaled(scales, numbers), ScaledFormat(tuple(numbers.shape), numbers.dtype, num_scales))
+
+
+def quantize_scaled(value: Tensor, dtype: torch.dtype, *, per_row: bool = False, seed: int = 0) -> PackedTensor:
+    """A plain weight stored with scales."""
+    form = ScaledFormat(tuple(value.shape), dtype, value.shape[0] if per_row else 1)
+    return PackedTensor(form.quantize(value, seed=seed), form)

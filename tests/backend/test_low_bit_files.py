@@ -1,0 +1,266 @@
+"""Checkpoints, UNets and T5 encoders in low bits. Reference: the values that the format's own library reads, in a plain network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from backend import memory_management
+from backend.args import BackendConfig
+from backend.checkpoint_file import CheckpointError, open_tensor_file
+from backend.families.registry import identify
+from backend.families.t5_text import build_t5, find_t5, plan_t5
+from backend.loader import load_checkpoint
+from backend.memory.module_bytes import count_module_bytes
+from backend.parallel.planning import preview
+from backend.state_dict import assign_tensors, check_plan, plan_denoiser
+from backend.storage.kinds import has_packed_weights, storage_of
+from backend.storage.packed import PackedTensor
+from backend.storage.running import set_types
+from tests.support.fleets import virtual_fleet
+from tests.support.flux_checkpoints import write_flux
+from tests.support.flux_networks import make_flux, original_tensors
+from tests.support.low_bits import SPELLINGS, quantize, write_gguf, write_low_bits
+from tests.support.t5_encoders import t5_encoder, t5_state_dict
+
+WIDE = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 4}
+"""A Flux whose rows are multiples of 32."""
+WIDER = {**WIDE, "attention_head_dim": 64, "joint_attention_dim": 256, "axes_dims_rope": (8, 28, 28)}
+"""Multiples of 256, but for the inputs of the first layers."""
+
+
+def load_denoiser(path: Path) -> nn.Module:
+    """The denoiser alone, with packed weights as the file has them."""
+    with open_tensor_file(path) as file:
+        identified = identify(file)
+        assert identified is not None
+        family, found = identified
+        network = family.build_denoiser(found)
+        plan = plan_denoiser(network, file, found.part, family.key_map(network).places)
+        check_plan(plan, file, "transformer")
+        assign_tensors(network, plan, file, storage_dtype=torch.float32, keeps_packed=True)
+    set_types(network, torch.float32, torch.float32)
+    return network
+
+
+def run_flux(network: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    config = network.config
+    tokens, text = torch.randn(1, 16, 64, generator=generator), torch.randn(1, 8, config["joint_attention_dim"], generator=generator)
+    pooled = torch.randn(1, config["pooled_projection_dim"], generator=generator)
+    with torch.no_grad():
+        (flow,) = network(tokens, text, pooled, torch.tensor([0.5]), torch.zeros(16, 3), torch.zeros(8, 3), torch.tensor([3.5]), return_dict=False)
+    return flow  # type: ignore[no-any-return]
+
+
+def share_packed(network: nn.Module) -> float:
+    packed = sum(parameter.numel() for parameter in network.parameters() if isinstance(parameter, PackedTensor))
+    return packed / sum(parameter.numel() for parameter in network.parameters())
+
+
+def check_equal(network: nn.Module, path: Path, values: dict[str, Tensor]) -> None:
+    """The packed network has the values, and gives the very bits of a plain network with them."""
+    save_file({key: tensor.float().contiguous() for key, tensor in values.items()}, path)
+    plain = load_denoiser(path)
+    assert share_packed(network) > 0.9 and not has_packed_weights(plain)
+    expected = plain.state_dict()
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(storage_of(tensor).dequantize(torch.float32), expected[key].float()), key
+    assert torch.equal(run_flux(network), run_flux(plain))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_every_spelling_gives_the_references_bits(spelling: str, prefix: str, tmp_path: Path) -> None:
+    tensors = original_tensors(make_flux(**WIDE), prefix)
+    values = write_low_bits(tmp_path / "low.safetensors", tensors, spelling, prefix)
+    check_equal(load_denoiser(tmp_path / "low.safetensors"), tmp_path / "plain.safetensors", values)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_0"])
+def test_gguf_gives_the_packages_bits(kind: str, tmp_path: Path) -> None:
+    values = write_gguf(tmp_path / "low.gguf", original_tensors(make_flux(**WIDE)), kind)
+    check_equal(load_denoiser(tmp_path / "low.gguf"), tmp_path / "plain.safetensors", values)
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q4_K", "Q6_K", "IQ4_XS"])
+def test_gguf_with_large_blocks_gives_the_packages_bits(kind: str, tmp_path: Path) -> None:
+    values = write_gguf(tmp_path / "low.gguf", original_tensors(make_flux(**WIDER)), kind)
+    check_equal(load_denoiser(tmp_path / "low.gguf"), tmp_path / "plain.safetensors", values)
+
+
+def test_a_mixed_file_packs_what_has_a_scale(tmp_path: Path) -> None:
+    tensors = original_tensors(make_flux(**WIDE))
+    low = quantize(tensors, "scaled_fp8")
+    mixed = {key: tensor for key, tensor in low.tensors.items() if "double_blocks" in key or key == "scaled_fp8"}
+    plain = {key: tensor for key, tensor in tensors.items() if "double_blocks" not in key}
+    save_file({**mixed, **plain}, tmp_path / "mixed.safetensors")
+    network: Any = load_denoiser(tmp_path / "mixed.safetensors")
+    assert isinstance(network.transformer_blocks[0].attn.to_k.weight, PackedTensor)
+    assert torch.equal(network.single_transformer_blocks[0].proj_out.weight, tensors["single_blocks.0.linear2.weight"])
+
+
+@pytest.mark.parametrize("low", [*SPELLINGS, "gguf", "llama.cpp"])
+def test_t5_encoders_are_read_by_every_name(low: str, tmp_path: Path) -> None:
+    encoder = t5_encoder(width=64)
+    tensors, path = t5_state_dict(encoder), tmp_path / "t5.gguf"
+    if low in SPELLINGS:
+        values = write_low_bits(path, tensors, low)
+    elif low == "gguf":
+        values = write_gguf(path, tensors, "Q8_0", architecture="t5encoder")
+    else:
+        values = dict(zip(tensors, write_gguf(path, _llama_cpp(tensors), "Q8_0", architecture="t5encoder").values(), strict=True))
+    with open_tensor_file(path) as file:
+        (part,) = find_t5(file.infos)
+        network = build_t5(file, part)
+        assign_tensors(network, plan_t5(network, file, part), file, storage_dtype=torch.float32, keeps_packed=True)
+    set_types(network, torch.float32, torch.float32)
+    reference = _plain_t5(values, tmp_path)
+    tokens = torch.tensor([[5, 77, 3000, 1]])
+    assert has_packed_weights(network)
+    assert torch.equal(network(tokens).last_hidden_state, reference(tokens).last_hidden_state)
+
+
+def _plain_t5(values: dict[str, Tensor], folder: Path) -> Any:
+    save_file({key: tensor.float().contiguous() for key, tensor in values.items()}, folder / "t5.safetensors")
+    with open_tensor_file(folder / "t5.safetensors") as file:
+        (part,) = find_t5(file.infos)
+        network = build_t5(file, part)
+        assign_tensors(network, plan_t5(network, file, part), file, storage_dtype=torch.float32)
+    return network
+
+
+def _llama_cpp(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names that llama.cpp's converter gives them."""
+    names = {
+        "layer.0.SelfAttention.q": "attn_q", "layer.0.SelfAttention.k": "attn_k", "layer.0.SelfAttention.v": "attn_v",
+        "layer.0.SelfAttention.o": "attn_o", "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b", "layer.0.layer_norm": "attn_norm",
+        "layer.1.DenseReluDense.wi_0": "ffn_gate", "layer.1.DenseReluDense.wi_1": "ffn_up", "layer.1.DenseReluDense.wo": "ffn_down",
+        "layer.1.layer_norm": "ffn_norm",
+    }  # fmt: skip
+    renamed = {}
+    for key, tensor in tensors.items():
+        head, _, rest = key.removeprefix("encoder.block.").partition(".")
+        name = f"enc.blk.{head}.{names[rest.removesuffix('.weight')]}.weight" if key.startswith("encoder.block.") else key
+        renamed[name.replace("shared", "token_embd").replace("encoder.final_layer_norm", "enc.output_norm")] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("low", ["scaled_fp8", "Q8_0"])
+def test_a_whole_model_loads_and_runs_packed(low: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As users have it: a transformer in low bits, and T5 in low bits beside it."""
+    files = write_flux(tmp_path, **WIDE)
+    tensors, t5 = original_tensors(files.flux), t5_state_dict(files.t5)
+    if low == "Q8_0":
+        checkpoint, encoder = tmp_path / "flux.gguf", tmp_path / "t5xxl.gguf"
+        values, text_values = write_gguf(checkpoint, tensors, low), write_gguf(encoder, t5, low, architecture="t5encoder")
+    else:
+        checkpoint, encoder = tmp_path / "low.safetensors", tmp_path / "t5low.safetensors"
+        values, text_values = write_low_bits(checkpoint, tensors, low), write_low_bits(encoder, t5, low)
+    save_file({key: tensor.contiguous() for key, tensor in values.items()}, tmp_path / "plain.safetensors")
+    save_file({key: tensor.contiguous() for key, tensor in text_values.items()}, tmp_path / "t5plain.safetensors")
+    with virtual_fleet(1):
+        caplog.set_level("INFO", logger="backend.loader")
+        results = []
+        for main, text in ((checkpoint, encoder), (tmp_path / "plain.safetensors", tmp_path / "t5plain.safetensors")):
+            engine = load_checkpoint(main, config=BackendConfig(), additional_modules=[*files.modules[:2], text])
+            memory_management.load_models_gpu([engine.forge_objects.unet])
+            conditions = {name: tensor.cpu() for name, tensor in engine.get_learned_conditioning(["a red cube"]).items()}
+            unet = engine.forge_objects.unet
+            x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+            inputs = {
+                "x": x,
+                "t": torch.tensor([0.5]),
+                "c_crossattn": conditions["crossattn"],
+                "y": conditions["vector"],
+                "guidance": torch.tensor([3.5]),
+            }
+            on_slot = {name: tensor.to(unet.load_device) for name, tensor in inputs.items()}
+            results.append((conditions, unet.model.apply_model(**on_slot).cpu()))
+            memory_management.unload_all_models()
+    (packed_text, packed), (plain_text, plain) = results
+    assert all(torch.equal(packed_text[name], plain_text[name]) for name in plain_text) and torch.equal(packed, plain)
+    assert f"transformer stored in {'GGUF Q8_0' if low == 'Q8_0' else 'fp8 e4m3 scaled'}" in caplog.text
+
+
+def test_the_plan_before_loading_counts_packed_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "low.gguf"
+    write_gguf(path, original_tensors(make_flux(**WIDE)), "Q8_0")
+    with open_tensor_file(path) as file:
+        identified = identify(file)
+        assert identified is not None
+        profile = preview._profile(file, *identified, 8)
+    network = load_denoiser(path)
+    assert profile.weight_bytes == count_module_bytes(network).total_bytes
+    assert count_module_bytes(network).total_bytes < 0.35 * 4 * sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_a_model_in_low_bits_is_saved_in_half_precision(tmp_path: Path) -> None:
+    files = write_flux(tmp_path, **WIDE)
+    write_gguf(tmp_path / "low.gguf", original_tensors(files.flux), "Q8_0")
+    engine = load_checkpoint(tmp_path / "low.gguf", config=BackendConfig(), additional_modules=files.modules)
+    for save, name in ((engine.save_unet, "unet"), (engine.save_checkpoint, "whole")):
+        save(tmp_path / f"{name}.safetensors")
+        saved = load_denoiser(tmp_path / f"{name}.safetensors").state_dict()
+        for key, tensor in engine.forge_objects.unet.model.diffusion_model.state_dict().items():
+            half = storage_of(tensor).dequantize(torch.float16).float() if isinstance(tensor, PackedTensor) else tensor
+            assert torch.equal(saved[key], half), key
+
+
+# files that lie
+
+
+def test_files_for_other_programs_kernels_are_named(tmp_path: Path) -> None:
+    tensors = original_tensors(make_flux(**WIDE))
+    layer = "double_blocks.0.img_mlp.0"
+    for extra, words in (
+        ({f"{layer}.qweight": torch.zeros(4, dtype=torch.int8)}, "SVDQuant"),
+        ({f"{layer}.comfy_quant": _text('{"format": "nvfp4"}')}, "nvfp4, which needs the kernels of the package comfy-kitchen"),
+        ({f"{layer}.comfy_quant": _text('{"format": "int8_tensorwise", "convrot": true}')}, r"rotated inputs \(convrot\)"),
+        ({f"{layer}.comfy_quant": _text("{")}, "cannot be read"),
+        ({f"{layer}.comfy_quant": _text("[]")}, "is no description"),
+        ({"nowhere.scale_weight": torch.ones(())}, "but no nowhere.weight"),
+        ({f"{layer}.scale_weight": torch.ones(())}, "has a scale .* but is stored as float32"),
+    ):
+        save_file({**tensors, **extra}, tmp_path / "odd.safetensors")
+        with pytest.raises(CheckpointError, match=words), open_tensor_file(tmp_path / "odd.safetensors"):
+            pass
+
+
+def _text(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": [2**40, 2**40]}, r"a\.weight is .* numbers of 1 bytes are needed"),
+        ({"shape": [-1, 64]}, "its shape is"),
+        ({"shape": "x"}, "its shape is"),
+        ({"blocksize": 0}, "its block sizes are 0"),
+        ({"blocksize": 2**60}, "its block sizes are"),
+        ({"nested_blocksize": 256, "nested_offset": float("nan")}, "its offset is"),
+        ({"nested_blocksize": 256, "nested_offset": 0.1}, r"is missing|is \("),
+    ],
+)
+def test_descriptions_of_four_bits_that_lie_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    low = quantize({"a.weight": torch.randn(4, 64)}, "nf4").tensors
+    state = json.loads(bytes(low["a.weight.quant_state.bitsandbytes__nf4"].tolist()))
+    low["a.weight.quant_state.bitsandbytes__nf4"] = _text(json.dumps({**state, **change}))
+    save_file(low, tmp_path / "lies.safetensors")
+    with pytest.raises(CheckpointError, match=words), open_tensor_file(tmp_path / "lies.safetensors"):
+        pass
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_scales_that_are_no_numbers_are_refused(number: float, tmp_path: Path) -> None:
+    low = quantize({"a.weight": torch.randn(4, 64)}, "scaled_fp8").tensors
+    save_file({**low, "a.scale_weight": torch.tensor(number)}, tmp_path / "nan.safetensors")
+    with open_tensor_file(tmp_path / "nan.safetensors") as file, pytest.raises(CheckpointError, match=r"a\.scale_weight is not a number"):
+        file.read_stored("a.weight")
