@@ -22,6 +22,7 @@ class Placeable(Protocol):
     """What the store requires of a model patcher.
 
     It may also have `prepare_load(device)`, which gives weights to a network without any, `must_be_whole`, which means that it cannot stream,
+    `weight_budget_bytes`, the room for its weights that a plan chose (the rest streams; whole if there is room anyway),
     `forge_patch_model(device)`, `forge_unpatch_model(device)`, `model_patches_to(device)` and `refresh_loras()`.
     """
 

@@ -166,8 +166,11 @@ class MemoryStore:
         if state == VRAMState.NO_VRAM or self.config.cpu_offload:
             return 0
         free_bytes = self.bytes_of(entry.device).free_bytes
+        planned_bytes: int | None = getattr(entry.model, "weight_budget_bytes", None)
         if free_bytes - entry.exclusive_memory - keep_free_bytes >= 0:
             return -1
+        if planned_bytes is not None:
+            return min(planned_bytes, free_bytes + entry.inclusive_memory)
         return partial_load_budget_bytes(free_bytes + entry.inclusive_memory, keep_free_bytes)
 
     def _log_placed(self, entry: LoadedModel) -> None:
@@ -292,7 +295,7 @@ class MemoryStore:
 
     def _room(self, slot: Slot, model: nn.Module | None) -> SlotRoom:
         device = slot.torch_device
-        others = [entry for entry in self.residents if entry.device == device and entry.real_model is not model]
+        others = [entry for entry in self.residents if entry.device == device and not _is_part(entry.real_model, model)]
         return SlotRoom(
             index=slot.index,
             total_bytes=slot.total_bytes,
@@ -324,7 +327,15 @@ def _is_placed(entry: LoadedModel, budget_bytes: int) -> bool:
     """Whether a model is already on its device as the budget requires. A streamed one may differ by a tenth, to avoid moves."""
     if budget_bytes < 0 or entry.streamed is None:
         return budget_bytes < 0 and entry.streamed is None and entry.exclusive_memory == 0
-    return abs(budget_bytes - entry.streamed.resident_bytes) <= _BUDGET_SLACK * budget_bytes
+    return abs(budget_bytes - entry.streamed.budget_bytes) <= _BUDGET_SLACK * budget_bytes
+
+
+def _is_part(module: nn.Module | None, model: nn.Module | None) -> bool:
+    """Whether an entry's module is `model`, or a stage made of its layers, whose bytes are the model's own."""
+    if module is None or model is None or module is model:
+        return module is model
+    first = next(module.parameters(), None)
+    return first is not None and any(parameter is first for parameter in model.parameters())
 
 
 def _bytes_freed(entry: LoadedModel) -> int:

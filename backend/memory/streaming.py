@@ -30,8 +30,9 @@ class LayerBytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamedModel:
-    """What `start_streaming` did, and what `stop_streaming` needs to undo it."""
+    """What `start_streaming` did within `budget_bytes`, and what `stop_streaming` needs to undo it."""
 
+    budget_bytes: int
     resident_bytes: int
     streamed_bytes: int
     handles: tuple[RemovableHandle, ...]
@@ -86,7 +87,10 @@ def start_streaming(module: nn.Module, device: torch.device, budget_bytes: int, 
             handles += _look_up_on_host(child, device) if isinstance(child, nn.Embedding) else _fetch_for_forward(layer.name, child, device, fetcher)
     streamed_bytes = sum(layer.own_bytes for layer in layers if layer.name not in resident)
     return StreamedModel(
-        resident_bytes=sum(layer.own_bytes for layer in layers) - streamed_bytes, streamed_bytes=streamed_bytes, handles=tuple(handles)
+        budget_bytes=budget_bytes,
+        resident_bytes=sum(layer.own_bytes for layer in layers) - streamed_bytes,
+        streamed_bytes=streamed_bytes,
+        handles=tuple(handles),
     )
 
 

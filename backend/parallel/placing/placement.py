@@ -18,7 +18,7 @@ from backend import memory_management
 from backend.nn.owner import owner_of
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.placing.replica_modules import META, ReplicaModules, ReplicaPatcher
-from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan
+from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan, StreamedWeights
 from backend.parallel.running.executor import Replica
 from backend.parallel.running.residuals import ControlPlace
 from backend.patcher.base import ModelPatcher
@@ -46,6 +46,8 @@ class StagePatcher:
     current_device: torch.device
     replica: ReplicaPatcher | None = None
     must_be_whole: bool = False
+    weight_budget_bytes: int | None = None
+    """Room for its weights if the plan streams the rest; None leaves it to memory management."""
 
     def prepare_load(self, device: torch.device) -> None:
         """If the stage belongs to a replica module without weights, copy them."""
@@ -74,6 +76,10 @@ class Copies:
         """The modules under which memory management knows these copies and stages."""
         return self.replicas.networks | {stage.model for _, stage in self.stages.values()}
 
+    def stages_of(self, network: nn.Module) -> set[nn.Module]:
+        """The stages that consist of this network's own layers."""
+        return {stage.model for (serial, _), (_, stage) in self.stages.items() if serial == owner_of(network).serial}
+
     def release_stages(self, network: nn.Module) -> None:
         """Forget a network's stages. Its weights stay where they are."""
         for key in [key for key in self.stages if key[0] == owner_of(network).serial]:
@@ -96,7 +102,7 @@ def place_plan(
 
     Raises: OutOfMemory, SlotLost.
     """
-    placer = _Placer(unet, fleet)
+    placer = _Placer(unet, fleet, plan.streamed)
     places = controls or [{}] * len(plan.replicas)
     replicas = tuple(placer.add(replica, work_per_row or {}, controls) for replica, controls in zip(plan.replicas, places, strict=True))
     patchers = tuple(placer.patchers)
@@ -115,8 +121,9 @@ def place_whole(unet: UnetPatcher) -> None:
 class _Placer:
     """Gives each replica of a plan a network, and lists what must be loaded."""
 
-    def __init__(self, unet: UnetPatcher, fleet: Fleet) -> None:
+    def __init__(self, unet: UnetPatcher, fleet: Fleet, streamed: Mapping[int, StreamedWeights]) -> None:
         self.unet, self.fleet = unet, fleet
+        self._budgets = {fleet.device(slot): one.budget_bytes for slot, one in streamed.items()}
         self.copies = copies_of(unet.model)
         self.patchers: list[UnetPatcher | ReplicaPatcher | StagePatcher] = []
         self._whole_on: dict[torch.device, KModel] = {}
@@ -178,11 +185,13 @@ class _Placer:
         key, held = (owner_of(network).serial, device), frozenset(id(layer) for layer in layers)
         known = self.copies.stages.get(key)
         if known is not None and known[0] == held:
+            known[1].weight_budget_bytes = self._budgets.get(device)
             return known[1]
         if known is not None:
             memory_management.unload_model_clones(known[1])
         offload = META if copied is not None else self.unet.offload_device
         stage = StagePatcher(UNetStage(layers), device, offload, offload, replica=copied, must_be_whole=copied is not None)
+        stage.weight_budget_bytes = self._budgets.get(device)
         self.copies.stages[key] = (held, stage)
         return stage
 

@@ -28,7 +28,8 @@ class PieceCost:
     in FLOPs. `num_kernels` is how many operations a forward launches. `hidden_bytes_per_row` is what the next piece reads,
     `residual_bytes_per_row` what must travel with it if the segment is cut here. `skip_bytes_per_row` is what it leaves for later pieces, `takes`
     what it takes from earlier ones. `control_bytes_per_row` are the ControlNet residuals added in it.
-    `working_bytes_per_row` is the peak while it runs, without weights and without skips that wait for other pieces.
+    `working_bytes_per_row` is the peak while it runs, without weights and without skips that wait for other pieces. `largest_layer_bytes` is what
+    its largest layer takes while it is fetched, if the piece streams.
     """
 
     piece: Piece
@@ -42,6 +43,7 @@ class PieceCost:
     takes: tuple[TakenSkip, ...] = ()
     control_bytes_per_row: int = 0
     working_bytes_per_row: int = 0
+    largest_layer_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +104,10 @@ class ModelProfile:
     @property
     def num_kernels(self) -> int:
         return sum(cost.num_kernels for cost in self.pieces)
+
+    @property
+    def largest_layer_bytes(self) -> int:
+        return max(cost.largest_layer_bytes for cost in self.pieces)
 
     @property
     def skip_bytes_per_row(self) -> int:

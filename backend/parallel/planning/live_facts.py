@@ -11,12 +11,13 @@ from torch import nn
 from backend import memory_management
 from backend.devices.inventory import describe_device
 from backend.devices.slot import Slot
+from backend.memory.vram_state import VRAMState
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.placing.placement import copies_of
 from backend.parallel.planning.costs import ModelProfile, contains
 from backend.parallel.planning.plan import Piece, Plan
 from backend.parallel.planning.profiling import profile_network, with_stored_bytes
-from backend.parallel.planning.slot_facts import SlotFacts
+from backend.parallel.planning.slot_facts import HOST_BYTES_PER_MS, PINNED_BYTES_PER_MS, SlotFacts
 from backend.patcher.unet import UnetPatcher
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def slot_facts(
     """
     store, device = memory_management.current_store(), slot.torch_device
     (room,) = store.rooms([slot], unet.model)
-    own = copies_of(unet.model).networks | placed_by_plan
+    copies = copies_of(unet.model)
+    own = (copies.networks - copies.stages_of(unet.model)) | placed_by_plan
     copies_bytes = sum(entry.inclusive_memory for entry in store.residents if entry.device == device and entry.real_model in own)
     budget_bytes = room.free_bytes + room.evictable_bytes + room.present_bytes - _merge_bytes(unet)
     budget_bytes = max(0, int(budget_bytes * budget_share))
@@ -66,7 +68,22 @@ def slot_facts(
         total_bytes=slot.total_bytes,
         device_key=str(device),
         is_home=device == unet.load_device,
+        host_bytes_per_ms=host_bytes_per_ms(slot),
+        fetches_ahead=fetches_ahead(slot),
     )
+
+
+def fetches_ahead(slot: Slot) -> bool:
+    """Whether a streamed layer's weights come while the layer before it computes (--cuda-stream)."""
+    return memory_management.current_store().config.cuda_stream and slot.torch_device.type == "cuda"
+
+
+def host_bytes_per_ms(slot: Slot) -> float:
+    """How fast weights come from main memory; 0 for a slot whose weights cannot stream."""
+    config, device = memory_management.current_store().config, slot.torch_device
+    if device.type == "cpu" or memory_management.vram_state_of(device) in (VRAMState.HIGH_VRAM, VRAMState.SHARED):
+        return 0.0
+    return PINNED_BYTES_PER_MS if config.pin_shared_memory or config.cuda_stream else HOST_BYTES_PER_MS
 
 
 def _merge_bytes(unet: UnetPatcher) -> int:

@@ -15,13 +15,17 @@ blocks around the best of those (up to a segment's length to either side, all bo
 EXHAUSTIVE_LIMIT cuts, the search is exact at block granularity for any number of slots. With more than MOST_NESTED slots the search is local and
 starts from cuts in proportion to speed instead of from all cuts between segments.
 
+**Streaming** (`PartitionJob.may_stream`). A slot without room for its pieces keeps what its budget holds, less STREAM_SLACK and the layers in flight,
+and the rest comes from main memory for every row. Copying takes time on the slot, and time decides: balance and shares are no rules here, because
+slots that stream are full anyway. Example: 12 GB of pieces, a budget of 11 GB: 10.5 GB stay, 1.5 GB stream.
+
 A slot's peak bytes: its fixed bytes, the weights of its pieces, the time embedding's weights (first slot), the largest working memory of its
 pieces, and for every row that may be in flight the skips it keeps, the state at its boundaries and a ControlNet's residuals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, combinations_with_replacement, permutations
@@ -33,7 +37,7 @@ import numpy.typing as npt
 from backend.nn.piece import Piece
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, merge_pieces
 from backend.parallel.planning.pipeline import StageArrays, StepRows, join_candidates, lower_bounds, simulate_many
-from backend.parallel.planning.plan import ReplicaPlan
+from backend.parallel.planning.plan import ReplicaPlan, StreamedWeights
 from backend.parallel.planning.slot_facts import Link, LinkTable, SlotFacts
 
 Floats = npt.NDArray[np.float64]
@@ -42,6 +46,8 @@ Bools = npt.NDArray[np.bool_]
 
 MOST_WEIGHT_SHARE = 0.65
 MOST_IMBALANCE = 0.10
+STREAM_SLACK = 0.03
+"""Share of the budget that a slot that streams leaves to the allocator: it fetches and frees layers of several sizes all the time."""
 BALANCE_RANK = 4
 """Rank of the balance rule, which counts more than the two others together."""
 SAME_TIME = 0.01
@@ -63,7 +69,8 @@ class PartitionJob:
 
     `movable` are components without a slot yet. They go where most room is left, largest first. One that runs per row (a ControlNet) runs
     before the UNet on `control_slot`, or if that is None on the copy's slot with the best objective, and its work counts. `least_slots` is how
-    many slots must get pieces, if there are that many pieces. `rows_per_forward` is how many rows run at once.
+    many slots must get pieces, if there are that many pieces. `rows_per_forward` is how many rows run at once. `may_stream`: pieces without room
+    on their slot may come from main memory.
     """
 
     step_rows: StepRows = field(default_factory=StepRows)
@@ -73,6 +80,7 @@ class PartitionJob:
     max_crossing_bytes: int | None = None
     least_slots: int = 1
     is_async: bool = True
+    may_stream: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +89,7 @@ class Partition:
 
     `peak_bytes` is per slot index (including slots without pieces), `crossing_bytes` per step of all rows; `control_bytes` of these are a
     ControlNet's residuals. `rules_kept`: whether the cut keeps every rule of the objective. `imbalance`: the largest gap between the peaks of slots
-    of one size, as a share of the higher.
+    of one size, as a share of the higher. `streamed`: by slot, if any slot streams.
     """
 
     replica: ReplicaPlan
@@ -93,6 +101,7 @@ class Partition:
     component_slots: dict[str, int]
     rules_kept: bool
     imbalance: float
+    streamed: Mapping[int, StreamedWeights] = field(default_factory=dict)
 
 
 def partition(profile: ModelProfile, slots: Sequence[SlotFacts], links: Sequence[Link] = (), job: PartitionJob | None = None) -> Partition | None:
@@ -176,6 +185,9 @@ class _Numbers:
     broken_C: Floats
     breach_C: Floats
     places: tuple[Ints, ...]
+    streamed_CK: Floats
+    fetched_CK: Floats
+    """Bytes that stream for every row, and bytes of the layers that are on the slot while they compute."""
 
 
 class _Evaluator:
@@ -209,9 +221,8 @@ class _Evaluator:
         self._state = np.array([0.0, *(cost.hidden_bytes_per_row + cost.residual_bytes_per_row for cost in pieces)])
         self._pushed = np.array([0.0, *(cost.skip_bytes_per_row for cost in pieces)])
         working = np.array([cost.working_bytes_per_row for cost in pieces], dtype=np.float64)
-        self._largest = np.zeros((self.num_pieces + 1, self.num_pieces + 1))
-        for first in range(self.num_pieces):
-            self._largest[first, first + 1 :] = np.maximum.accumulate(working[first:])
+        self._largest = _maxima(working)
+        self._largest_layer = _maxima(np.array([cost.largest_layer_bytes or cost.weight_bytes for cost in pieces], dtype=np.float64))
 
     def _make_links(self, links: LinkTable) -> None:
         self._ms_per_byte = np.array([[links.ms_per_byte(source, target) for target in self.slots] for source in self.slots])
@@ -223,11 +234,12 @@ class _Evaluator:
         num_cuts, num_slots = len(cuts_CB), len(self.slots)
         edges = np.concatenate([np.zeros((num_cuts, 1), np.int64), cuts_CB, np.full((num_cuts, 1), self.num_pieces)], axis=1)
         peak = np.tile(np.array([slot.fixed_bytes for slot in self.slots], dtype=np.float64), (num_cuts, 1))
-        weight, working = np.zeros((num_cuts, num_slots)), np.zeros((num_cuts, num_slots))
+        weight, working, layer = (np.zeros((num_cuts, num_slots)) for _ in range(3))
         for run, slot in enumerate(self.run_slots):
             first, end = edges[:, run], edges[:, run + 1]
             weight[:, slot] += self._weights[end] - self._weights[first]
             working[:, slot] = np.maximum(working[:, slot], self._largest[first, end])
+            layer[:, slot] = np.maximum(layer[:, slot], self._largest_layer[first, end])
         weight[np.arange(num_cuts), self._slot_of(edges, 0)] += self.profile.embedding_bytes
         stages, crossing, changes, kept = self._make_stages(edges)
         skip_crossing, skip_kept, skip_ms = self._follow_skips(edges)
@@ -241,12 +253,35 @@ class _Evaluator:
         peak += weight + working * self.job.rows_per_forward + kept * self.job.step_rows.count
         places = self._add_components(peak, edges)
         budgets = np.array([slot.budget_bytes for slot in self.slots], dtype=np.float64)
-        excess = np.maximum(0.0, np.where(is_used, peak - budgets, 0.0)).sum(axis=1)
+        excess_CK = np.maximum(0.0, np.where(is_used, peak - budgets, 0.0))
+        streamed, fetched = self._stream(excess_CK, weight, layer)
+        peak += fetched - streamed
+        self._delay_by_streaming(stages, streamed)
+        excess = np.where(streamed > 0, np.maximum(0.0, peak - budgets), excess_CK).sum(axis=1)
         missing = np.maximum(0, min(self.job.least_slots, self.num_pieces) - is_used.sum(axis=1))
         excess += missing * float(budgets.max())
         crossing = crossing * self.job.step_rows.count
         broken, breach = self._rules(peak, weight, is_used, crossing)
-        return _Numbers(stages, peak, weight, crossing, changes, excess, broken, breach, places)
+        return _Numbers(stages, peak, weight, crossing, changes, excess, broken, breach, places, streamed, fetched)
+
+    def _stream(self, excess_CK: Floats, weight_CK: Floats, layer_CK: Floats) -> tuple[Floats, Floats]:
+        """Bytes of each slot's pieces that stream for every row, and bytes of the layers in flight. Zero if the job may not stream."""
+        if not self.job.may_stream:
+            return np.zeros_like(weight_CK), np.zeros_like(weight_CK)
+        does_stream_CK = (excess_CK > 0) & np.array([slot.may_stream for slot in self.slots])
+        fetched_CK = np.where(does_stream_CK, layer_CK * np.array([slot.layers_in_flight for slot in self.slots]), 0.0)
+        slack_K = STREAM_SLACK * np.array([max(0, slot.free_bytes) for slot in self.slots], dtype=np.float64)
+        streamed_CK = np.where(does_stream_CK, np.minimum(weight_CK, excess_CK + fetched_CK + slack_K), 0.0)
+        return streamed_CK, fetched_CK
+
+    def _delay_by_streaming(self, stages: StageArrays, streamed_CK: Floats) -> None:
+        """Charge fetching to each slot's first stage."""
+        rows = np.arange(len(streamed_CK))
+        for position, slot in enumerate(self.slots):
+            if streamed_CK[:, position].any():
+                compute_ms = np.where(stages.slot_CS == position, stages.run_ms_CS, 0.0).sum(axis=1)
+                first = (stages.slot_CS == position).argmax(axis=1)
+                stages.run_ms_CS[rows, first] += np.where(streamed_CK[:, position] > 0, slot.fetch_ms(streamed_CK[:, position], compute_ms), 0.0)
 
     def _slot_of(self, edges: Ints, piece: int) -> Ints:
         """Position of the slot that runs the piece."""
@@ -365,9 +400,11 @@ class _Evaluator:
 
     def _rules(self, peak: Floats, weight: Floats, is_used: Bools, crossing: Floats) -> tuple[Floats, Floats]:
         """How many rules each cut breaks, and by how much in total."""
+        over = np.full(len(peak), -1.0) if self.job.max_crossing_bytes is None else crossing / max(1, self.job.max_crossing_bytes) - 1.0
+        if self.job.may_stream:
+            return (over > 0).astype(np.float64), np.maximum(over, 0.0)
         is_alone = is_used.sum(axis=1) < 2
         share = np.where(is_alone, 0.0, weight.max(axis=1) / max(1, self.profile.weight_bytes) - MOST_WEIGHT_SHARE)
-        over = np.full(len(peak), -1.0) if self.job.max_crossing_bytes is None else crossing / max(1, self.job.max_crossing_bytes) - 1.0
         parts = [share, self._imbalance(peak) - MOST_IMBALANCE, over]
         broken = sum((part > 0).astype(np.float64) * rank for part, rank in zip(parts, (1, BALANCE_RANK, 1)))
         breach = sum(np.maximum(part, 0.0) for part in parts)
@@ -428,7 +465,26 @@ class _Evaluator:
             component_slots=components,
             rules_kept=bool(numbers.broken_C[0] == 0),
             imbalance=float(self._imbalance(numbers.peak_CK)[0]),
+            streamed=self._describe_streamed(numbers),
         )
+
+    def _describe_streamed(self, numbers: _Numbers) -> dict[int, StreamedWeights]:
+        if not numbers.streamed_CK.any():
+            return {}
+        rooms = numbers.weight_CK[0] - numbers.streamed_CK[0] + numbers.fetched_CK[0]
+        return {
+            slot.index: StreamedWeights(budget_bytes=int(rooms[position]), streamed_bytes=int(numbers.streamed_CK[0, position]))
+            for position, slot in enumerate(self.slots)
+            if numbers.weight_CK[0, position] > 0
+        }
+
+
+def _maxima(values: Floats) -> Floats:
+    """[first, end]: the largest of values[first:end]; 0 if there are none."""
+    maxima = np.zeros((len(values) + 1, len(values) + 1))
+    for first in range(len(values)):
+        maxima[first, first + 1 :] = np.maximum.accumulate(values[first:])
+    return maxima
 
 
 def _prefix(values: Sequence[float]) -> Floats:

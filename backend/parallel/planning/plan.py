@@ -104,6 +104,19 @@ class ReplicaPlan:
         return tuple(piece for piece, where in zip(self.pieces, self.slots) if where == slot)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamedWeights:
+    """The weights of one slot's layers when not all of them may stay there.
+
+    `budget_bytes` is the room for weights: those that stay, and the layers that are there only while they compute. `streamed_bytes` of weights
+    come from main memory for every row of a cut copy, for every forward of a whole one. Example: 11.9 GB of layers in a room of 11.0 GB, of which
+    0.1 GB is for the layer that computes: 10.9 GB stay and 1.0 GB streams.
+    """
+
+    budget_bytes: int
+    streamed_bytes: int
+
+
 def _follows(before: Piece | None, piece: Piece) -> bool:
     """Whether a piece begins where the previous one ends. The first piece begins the network."""
     if piece.end_block is not None and piece.end_block <= piece.first_block:
@@ -139,7 +152,9 @@ class Plan(HasStrategy):
     `predicted_ms` is the time of one step of all images, `single_ms` the same on the fastest single slot with room for the network (inf if no
     slot has room). `predicted_bytes` is the peak per slot, `crossing_bytes` what moves between slots per step. `lanes` is how many sampler
     loops run at once. `component_slots` is where the planner put networks that had no slot yet, `control_slots` where each ControlNet runs for
-    each replica. With "tiles", `tiles` are the teams of slots, in the order of their replicas. `reason` is one sentence for the user.
+    each replica. With "tiles", `tiles` are the teams of slots, in the order of their replicas.
+    `streamed`: by slot, what streams from main memory; empty if all weights stay on their slots, otherwise every slot that computes
+    has an entry. `reason` is one sentence for the user.
     Raises: ValueError for a plan that contradicts itself.
     """
 
@@ -154,11 +169,13 @@ class Plan(HasStrategy):
     component_slots: Mapping[str, int] = field(default_factory=dict)
     control_slots: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tiles: tuple[TileTeam, ...] = ()
+    streamed: Mapping[int, StreamedWeights] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.replicas:
             raise ValueError(f"A plan ({self.strategy}) has no replica. It needs at least one copy of the network.")
         fault = self._fault_of_replicas() or self._fault_of_tiles() or self._fault_of_lanes() or self._fault_of_controls()
+        fault = fault or self._fault_of_streaming()
         if fault is not None:
             raise ValueError(f"A plan ({self.strategy}) {fault}.")
 
@@ -193,6 +210,13 @@ class Plan(HasStrategy):
         for name, slots in self.control_slots.items():
             if len(slots) != len(self.replicas):
                 return f"has {len(slots)} slots for {name} and {len(self.replicas)} replicas; each replica needs one"
+        return None
+
+    def _fault_of_streaming(self) -> str | None:
+        if self.streamed and set(self.streamed) != set(self.used_slots):
+            return f"streams on the slots {sorted(self.streamed)} and computes on {sorted(self.used_slots)}; name every slot that computes, or none"
+        if any(one.budget_bytes < 0 or one.streamed_bytes < 0 for one in self.streamed.values()):
+            return "streams a negative number of bytes"
         return None
 
     @property

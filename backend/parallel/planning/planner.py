@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 from typing import Literal
 
+from backend.memory.budget import DEFAULT_INFERENCE_BYTES, partial_load_budget_bytes, reserve_bytes
 from backend.nn.tiles import CannotTile
 from backend.parallel.planning.copy_costs import CopyCosts, SharedControls
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, merge_pieces
 from backend.parallel.planning.partition import MOST_IMBALANCE, MOST_NESTED, PartitionJob, partition
 from backend.parallel.planning.pipeline import StepRows
-from backend.parallel.planning.plan import HasStrategy, Plan, ReplicaPlan, Strategy, TileTeam
+from backend.parallel.planning.plan import HasStrategy, Plan, ReplicaPlan, Strategy, StreamedWeights, TileTeam
 from backend.parallel.planning.slot_facts import Link as Link
 from backend.parallel.planning.slot_facts import LinkTable
 from backend.parallel.planning.slot_facts import SlotFacts as SlotFacts
@@ -89,6 +90,7 @@ class _Candidate(HasStrategy):
     control_slots: dict[str, tuple[int, ...]] = field(default_factory=dict)
     imbalance: float = 0.0
     tiles: tuple[TileTeam, ...] = ()
+    streamed: Mapping[int, StreamedWeights] = field(default_factory=dict)
 
     @property
     def num_slots(self) -> int:
@@ -128,7 +130,8 @@ def make_plan(profile: ModelProfile, slots: Sequence[SlotFacts], links: Sequence
     """The plan for a run. The first slot is the primary: it has the latents.
 
     auto picks the least predicted time among the plans that fit: one slot, unless several are predicted to be LEAST_GAIN times faster or no
-    single slot has room for the network. A named strategy is used if it fits; otherwise auto decides and the reason says so.
+    single slot has room for the network. If none has, plans in which a part of the weights streams from main memory compete too. A named strategy
+    is used if it fits, layers also if they stream; otherwise auto decides and the reason says so.
     Raises: ValueError without slots.
     """
     if not slots:
@@ -158,6 +161,8 @@ class _Planner:
             "hybrid": lambda: self._hybrids(math.inf),
         }
         found = self._best(makers[wanted]())
+        if found is None and wanted == "layers":
+            found = self._best(self._layer_cuts(math.inf, may_stream=True))
         if found is not None:
             return self._as_plan(found, single, f"{self._describe(found, single)}; {wanted} was requested")
         return self._choose(single, f"{wanted} was requested but {self._why_not(wanted)}; ")
@@ -166,10 +171,8 @@ class _Planner:
 
     def _choose(self, single: _Candidate | None, prefix: str) -> Plan:
         best = self._best_of_many(single)
-        if best is None and single is None:
-            return self._streaming_plan(prefix)
         if single is None:
-            assert best is not None
+            best = self._best_without_room(best)
             return self._as_plan(best, None, f"{prefix}{self._describe(best, None)}")
         if best is None or best.step_ms * LEAST_GAIN > single.step_ms:
             return self._as_plan(single, single, f"{prefix}{self._why_single(single, best)}")
@@ -193,6 +196,18 @@ class _Planner:
         best = self._best(candidate for candidate in (known, layers, hybrid) if candidate is not None)
         tiles = self._best(self._tiles())
         return tiles if tiles is not None and (best is None or tiles.step_ms * LEAST_GAIN <= best.step_ms) else best
+
+    def _best_without_room(self, resident: _Candidate | None) -> _Candidate:
+        """No single slot holds the network. `resident`: the best plan whose weights all stay on their slots.
+
+        Streaming is used if it is predicted to be LEAST_GAIN times faster, and over several slots if that is LEAST_GAIN times faster than to one.
+        Cuts that stream are searched over all sets of slots only if no other plan fits: where more slots hold everything, few fast ones may win.
+        """
+        alone = self._streaming_single()
+        if resident is not None and resident.step_ms <= alone.step_ms * LEAST_GAIN:
+            alone = resident
+        cut = self._best(self._layer_cuts(alone.step_ms / LEAST_GAIN, may_stream=True, most_slots=None if resident is None else 2))
+        return cut if cut is not None and cut.step_ms * LEAST_GAIN <= alone.step_ms else alone
 
     def _best(self, candidates: Iterator[_Candidate]) -> _Candidate | None:
         """Least time. Within SAME_TIME: fewer slots, then fewer crossing bytes, then lower slot indexes."""
@@ -263,12 +278,16 @@ class _Planner:
             tiles=tiles,
         )
 
-    def _layer_cuts(self, limit_ms: float) -> Iterator[_Candidate]:
+    def _layer_cuts(self, limit_ms: float, *, may_stream: bool = False, most_slots: int | None = None) -> Iterator[_Candidate]:
+        """Cuts over sets of slots; with `may_stream` those in which some slot streams."""
         subsets = [subset for subset in self._subsets(2) if len(subset) <= MOST_NESTED or len(self._slots) in (len(subset), len(subset) + 1)]
+        subsets = [subset for subset in subsets if most_slots is None or len(subset) <= most_slots]
         for subset in self._distinct(sorted(subsets, key=len, reverse=True)):
+            if may_stream and not any(slot.may_stream for slot in subset):
+                continue
             if self._lower_bound_ms(subset) * (1 + SAME_TIME) < limit_ms:
-                candidate = self._grouped((subset,), "layers")
-                if candidate is not None:
+                candidate = self._grouped((subset,), "layers", may_stream=may_stream)
+                if candidate is not None and bool(candidate.streamed) is may_stream:
                     limit_ms = min(limit_ms, candidate.step_ms)
                     yield candidate
 
@@ -374,15 +393,51 @@ class _Planner:
                 return False
         return True
 
+    # copies that stream
+
+    def _streaming_single(self) -> _Candidate:
+        """One slot that holds what it can while the rest streams: the fastest, or home if about as fast. The last resort, so it need not fit."""
+        slots = [slot for slot in self._slots if slot.may_stream] or self._slots
+        found = [self._stream_to(slot) for slot in slots]
+        best = min(found, key=lambda candidate: (candidate.step_ms, -self._facts[candidate.groups[0][0]].free_bytes))
+        homes = [candidate for candidate in found if self._facts[candidate.groups[0][0]].is_home and candidate.step_ms <= best.step_ms * LEAST_GAIN]
+        return homes[0] if homes else best
+
+    def _stream_to(self, slot: SlotFacts) -> _Candidate:
+        """A whole copy on a slot that is too small for it, with the bytes that memory management would leave there."""
+        profile, job = self._profile, self._job
+        controls_bytes = sum(control.weight_bytes for control in job.control_networks)
+        reserved_bytes = reserve_bytes(DEFAULT_INFERENCE_BYTES, slot.total_bytes)
+        budget_bytes = partial_load_budget_bytes(max(0, slot.free_bytes - controls_bytes), reserved_bytes)
+        resident_bytes = max(0, budget_bytes - slot.layers_in_flight * profile.largest_layer_bytes)
+        streamed = StreamedWeights(budget_bytes=budget_bytes, streamed_bytes=max(0, profile.weight_bytes - resident_bytes))
+        forwards_ms = self._copies.copy_ms(slot, job.num_rows)
+        num_forwards = len(self._copies.forwards(job.num_rows))
+        fetch_ms = num_forwards * float(slot.fetch_ms(streamed.streamed_bytes, forwards_ms / num_forwards))
+        pieces = merge_pieces([cost.piece for cost in profile.pieces])
+        return _Candidate(
+            strategy="single",
+            groups=((slot.index,),),
+            replicas=(ReplicaPlan(pieces=pieces, slots=(slot.index,) * len(pieces)),),
+            step_ms=forwards_ms + fetch_ms,
+            peak_bytes={one.index: one.budget_bytes if one is slot else one.fixed_bytes for one in self._slots},
+            crossing_bytes=0,
+            component_slots={},
+            dealt=(job.num_rows,),
+            control_slots={control.name: (slot.index,) for control in job.control_networks},
+            streamed={slot.index: streamed},
+        )
+
     # copies cut over slots
 
-    def _grouped(self, groups: tuple[tuple[SlotFacts, ...], ...], strategy: Strategy) -> _Candidate | None:
-        """Copies, each over a group of slots, with rows dealt by each group's throughput."""
+    def _grouped(self, groups: tuple[tuple[SlotFacts, ...], ...], strategy: Strategy, *, may_stream: bool = False) -> _Candidate | None:
+        """Copies, each over a group of slots, with rows dealt by each group's throughput. With `may_stream`: one copy, text encoders and VAE left
+        out, because they take turns with a network that fills the slots."""
         speeds = [sum(slot.speed for slot in group) for group in groups]
         dealt = deal_by_speed(self._job.num_rows, speeds)
         if min(dealt) == 0:
             return None
-        parts = [self._group(group, rows, place) for place, (group, rows) in enumerate(zip(groups, dealt))]
+        parts = [self._group(group, rows, place, may_stream) for place, (group, rows) in enumerate(zip(groups, dealt))]
         found = [part for part in parts if part is not None]
         if len(found) < len(parts):
             return None
@@ -403,11 +458,12 @@ class _Planner:
             dealt=dealt,
             control_slots=control_slots,
             imbalance=max(part.imbalance for part in found),
+            streamed={slot: one for part in found for slot, one in part.streamed.items()},
         )
 
-    def _group(self, group: tuple[SlotFacts, ...], num_rows: int, place: int) -> _Candidate | None:
+    def _group(self, group: tuple[SlotFacts, ...], num_rows: int, place: int, may_stream: bool) -> _Candidate | None:
         """One copy over one group. Components that do not run per row go to the first group's slots."""
-        movable = self._job.components if place == 0 else self._job.control_networks
+        movable = self._job.components if place == 0 and not may_stream else self._job.control_networks
         if len(group) == 1:
             job = replace(self._job, images=num_rows, branches=1, components=movable)
             planner = _Planner(self._profile, group, self._links, job)
@@ -417,7 +473,7 @@ class _Planner:
             PartitionJob(
                 step_rows=self._share_of_rows(num_rows), movable=movable, max_crossing_bytes=self._job.max_crossing_bytes, least_slots=len(group),
                 control_slot=self._control_slot(group),
-                is_async=self._job.is_async,
+                is_async=self._job.is_async, may_stream=may_stream,
             ),
         )  # fmt: skip
         if found is None or not self._group_fits(group, found.peak_bytes):
@@ -434,6 +490,7 @@ class _Planner:
             component_slots=found.component_slots,
             dealt=(num_rows,),
             imbalance=found.imbalance,
+            streamed=found.streamed,
         )
 
     def _control_slot(self, group: tuple[SlotFacts, ...]) -> int | None:
@@ -470,28 +527,12 @@ class _Planner:
             component_slots=chosen.component_slots,
             control_slots=chosen.control_slots,
             tiles=chosen.tiles,
-        )
-
-    def _streaming_plan(self, prefix: str) -> Plan:
-        slot = max(self._slots, key=lambda one: (one.free_bytes, one.speed, -one.index))
-        need_bytes = self._profile.weight_bytes + self._profile.working_bytes_per_row() + sum(one.weight_bytes for one in self._job.control_networks)
-        reason = (
-            f"{prefix}the {self._profile.name} needs {_gb(need_bytes)} and fits neither one slot nor all of them together; slot {slot.index} has "
-            f"the most room, {_gb(max(0, slot.free_bytes))}, so weights stream to slot {slot.index}"
-        )
-        step_ms = self._copies.copy_ms(slot, self._job.num_rows)
-        pieces = merge_pieces([cost.piece for cost in self._profile.pieces])
-        return Plan(
-            strategy="single",
-            replicas=(ReplicaPlan(pieces=pieces, slots=(slot.index,) * len(pieces)),),
-            reason=reason,
-            predicted_ms=step_ms,
-            single_ms=math.inf,
-            predicted_bytes={one.index: one.budget_bytes if one is slot else one.fixed_bytes for one in self._slots},
-            control_slots={control.name: (slot.index,) for control in self._job.control_networks},
+            streamed=chosen.streamed,
         )
 
     def _describe(self, chosen: _Candidate, single: _Candidate | None) -> str:
+        if chosen.streamed:
+            return self._describe_streaming(chosen)
         if chosen.is_single and not chosen.shared_control_slots:
             return f"slot {chosen.slot_indexes[0]} alone: {chosen.step_ms:.3g} ms predicted a step"
         if chosen.is_single:
@@ -514,6 +555,24 @@ class _Planner:
     def _tiles_text(self, chosen: _Candidate) -> str:
         teams = [f"{_slots_text(team.slots)} ({':'.join(map(str, team.rows))})" for team in chosen.tiles]
         return f"each row in tiles on {' / '.join(teams)}" + (f", {self._sharing_text(chosen)}" if len(teams) > 1 else "")
+
+    def _describe_streaming(self, chosen: _Candidate) -> str:
+        """ "layers of one copy over slots 0 and 1, 0.9 GB and 1.1 GB of whose weights stream ..." """
+        need_bytes = self._profile.weight_bytes + self._profile.working_bytes_per_row() + sum(one.weight_bytes for one in self._job.control_networks)
+        why = f"the {self._profile.name} needs {_gb(need_bytes)} and fits neither one slot nor all of them together"
+        if chosen.is_single:
+            (slot,) = chosen.slot_indexes
+            room = _gb(max(0, self._facts[slot].free_bytes))
+            streams = _gb(chosen.streamed[slot].streamed_bytes)
+            return f"{why}; slot {slot} has room for {room}, so {streams} of the weights stream to it: {chosen.step_ms:.3g} ms predicted a step"
+        amounts = {index: one.streamed_bytes for index, one in sorted(chosen.streamed.items()) if one.streamed_bytes}
+        streams = " and ".join(f"{_gb(num_bytes)} to slot {index}" for index, num_bytes in amounts.items())
+        alone = self._streaming_single()
+        return (
+            f"layers of one copy over {_slots_text(chosen.slot_indexes)}, of whose weights {streams} stream from main memory for every row, as the "
+            f"{self._profile.name} needs {_gb(need_bytes)}, more than these slots have: {chosen.step_ms:.3g} ms predicted a step, "
+            f"{alone.step_ms / chosen.step_ms:.2f}x of streaming to slot {alone.slot_indexes[0]} alone"
+        )
 
     def _sharing_text(self, chosen: _Candidate) -> str:
         if self._job.images == 1 and self._job.branches == 2 and chosen.dealt == (1, 1):

@@ -15,7 +15,7 @@ from backend.families.family import Family, FoundDenoiser
 from backend.families.registry import identify
 from backend.parallel.placing.fleet import Fleet, current_fleet
 from backend.parallel.planning.costs import ModelProfile
-from backend.parallel.planning.live_facts import guess_speed
+from backend.parallel.planning.live_facts import fetches_ahead, guess_speed, host_bytes_per_ms
 from backend.parallel.planning.plan import Plan
 from backend.parallel.planning.planner import JobShape, WantedStrategy, make_plan
 from backend.parallel.planning.profiling import profile_network, with_stored_bytes
@@ -74,6 +74,8 @@ def _facts(slots: Sequence[Slot]) -> list[SlotFacts]:
             budget_bytes=memory_management.get_free_memory(slot.torch_device),
             total_bytes=slot.total_bytes,
             device_key=str(slot.torch_device),
+            host_bytes_per_ms=host_bytes_per_ms(slot),
+            fetches_ahead=fetches_ahead(slot),
         )
         for slot in slots
     ]

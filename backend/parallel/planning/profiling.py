@@ -233,6 +233,7 @@ def _count_pieces(program: Program, state: ProgramState, count: CountFlops) -> t
             PieceCost(
                 piece=piece,
                 weight_bytes=_weight_bytes(program.piece_layers(piece)),
+                largest_layer_bytes=_largest_layer_bytes(program.piece_layers(piece)),
                 flops_per_row=count.flops - flops,
                 work_per_row=count.flops - flops,
                 num_kernels=count.num_kernels - kernels,
@@ -259,6 +260,13 @@ def _weight_bytes(named_layers: Any) -> int:
     return module_stored_bytes(layer for _, layer in named_layers)
 
 
+def _largest_layer_bytes(named_layers: Any) -> int:
+    """Bytes of the largest module's own tensors: what streaming fetches at once."""
+    modules = (module for _, layer in named_layers for module in layer.modules())
+    own_bytes = (stored_bytes((*module.parameters(recurse=False), *module.buffers(recurse=False))) for module in modules)
+    return max(own_bytes, default=0)
+
+
 def _as_text(config: Mapping[str, Any]) -> str:
     """The config as a key, without private entries (where it was read from, versions)."""
     return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True, default=str)
@@ -266,7 +274,14 @@ def _as_text(config: Mapping[str, Any]) -> str:
 
 def with_stored_bytes(profile: ModelProfile, program: Program) -> ModelProfile:
     """The profile with the bytes that this network's weights take in memory, whatever type they are computed in."""
-    pieces = tuple(replace(cost, weight_bytes=module_stored_bytes(layer for _, layer in program.piece_layers(cost.piece))) for cost in profile.pieces)
+    pieces = tuple(
+        replace(
+            cost,
+            weight_bytes=module_stored_bytes(layer for _, layer in program.piece_layers(cost.piece)),
+            largest_layer_bytes=_largest_layer_bytes(program.piece_layers(cost.piece)),
+        )
+        for cost in profile.pieces
+    )
     return replace(profile, pieces=pieces, embedding_bytes=module_stored_bytes(layer for _, layer in program.embedding.named_layers))
 
 

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from backend.parallel.planning.costs import ComponentCost, ModelProfile
-from backend.parallel.planning.plan import Plan, ReplicaPlan
+from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan
 from backend.parallel.planning.planner import JobShape, Link, SlotFacts, WantedStrategy, make_plan
+from backend.parallel.planning.slot_facts import HOST_BYTES_PER_MS
 
 DATA_DIR = Path(__file__).resolve().parent
 GIB = 2**30
 RESERVED_BYTES = GIB
 """Reserved on each card for the driver's context and other programs."""
+RESERVED_GIB = RESERVED_BYTES / GIB
 WEIGHT_READ_SHARE = 0.5
 """Share of a card's bandwidth at which a forward of one row reads weights. Fitted to published times of one row versus two."""
 KERNEL_MS = 0.014
@@ -107,12 +109,24 @@ def link_names() -> tuple[str, ...]:
 
 
 def find_card(name: str) -> Card:
-    """The card with that name, ignoring case, spaces, dashes, underscores and the words GeForce, NVIDIA and Tesla. Raises: SimulationError."""
-    wanted = _plain(name)
+    """The card with that name, ignoring case, spaces, dashes, underscores and the words GeForce, NVIDIA and Tesla.
+
+    "RTX3060:10" is an RTX 3060 of which 10 GiB may be used. Raises: SimulationError.
+    """
+    wanted, colon, memory_gib = _plain(name).partition(":")
     for known, facts in _data()["cards"].items():
         if _plain(known) == wanted:
-            return Card(name=known, **{key: facts[key] for key in ("memory_gib", "effective_tflops", "bandwidth_gb_s", "link", "basis")})
+            card = Card(name=known, **{key: facts[key] for key in ("memory_gib", "effective_tflops", "bandwidth_gb_s", "link", "basis")})
+            return _with_memory(card, memory_gib) if colon else card
     raise SimulationError(f"--gpus names the card {name!r}, which is not in cards.json. Known cards: {', '.join(card_names())}.")
+
+
+def _with_memory(card: Card, memory_gib: str) -> Card:
+    if re.fullmatch(r"\d{1,3}(\.\d{1,2})?", memory_gib) is None or not RESERVED_GIB < float(memory_gib) <= card.memory_gib:
+        raise SimulationError(
+            f"--gpus gives {card.name} {memory_gib} GiB; give a number above {RESERVED_GIB:g} and up to its {card.memory_gib:g}, as in {card.name}:4."
+        )
+    return replace(card, name=f"{card.name}:{memory_gib}", memory_gib=float(memory_gib))
 
 
 def _plain(name: str) -> str:
@@ -245,6 +259,7 @@ def card_slots(names: Sequence[str]) -> tuple[SlotFacts, ...]:
             SlotFacts(
                 index=index, name=card.name, kind="cuda", speed=card.effective_tflops * 1e9, budget_bytes=total_bytes - RESERVED_BYTES,
                 total_bytes=total_bytes, memory_bytes_per_ms=card.bandwidth_gb_s * 1e6 * WEIGHT_READ_SHARE, kernel_ms=KERNEL_MS,
+                host_bytes_per_ms=HOST_BYTES_PER_MS,
             )
         )  # fmt: skip
     return tuple(slots)
@@ -301,10 +316,25 @@ def report(simulation: Simulation) -> str:
 def _slot_line(slot: SlotFacts, plan: Plan) -> str:
     held = f"{plan.predicted_bytes.get(slot.index, 0) / 1e9:.2f} of {slot.total_bytes / 1e9:.1f} GB"
     parts = [_replica_text(number, replica, slot.index) for number, replica in enumerate(plan.replicas) if slot.index in replica.used_slots]
+    if slot.index in plan.streamed and (num_bytes := plan.streamed[slot.index].streamed_bytes):
+        parts.append(f"{num_bytes / 1e9:.2f} GB of its weights stream from main memory")
     parts += [name for name, where in plan.component_slots.items() if where == slot.index]
     return f"slot {slot.index} {slot.name}: {held}; {'; '.join(parts) or 'idle'}"
 
 
 def _replica_text(number: int, replica: ReplicaPlan, slot: int) -> str:
     pieces = replica.pieces_on(slot)
-    return f"copy {number}, whole" if len(pieces) == len(replica.pieces) else f"copy {number}, pieces {', '.join(map(str, pieces))}"
+    return f"copy {number}, whole" if len(pieces) == len(replica.pieces) else f"copy {number}, pieces {', '.join(_ranges_of(pieces))}"
+
+
+def _ranges_of(pieces: Sequence[Piece]) -> list[str]:
+    """Neighboring whole segments as one range: 3, 4, 5, 6[0:2] -> 3-5, 6[0:2]."""
+    runs: list[list[Piece]] = []
+    for piece in pieces:
+        follows = runs and _is_whole(runs[-1][-1]) and _is_whole(piece) and piece.segment == runs[-1][-1].segment + 1
+        runs[-1:] = [[*runs[-1], piece]] if follows else [*runs[-1:], [piece]]
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+
+
+def _is_whole(piece: Piece) -> bool:
+    return piece.first_block == 0 and piece.end_block is None

@@ -12,6 +12,8 @@ import numpy as np
 HOST_BYTES_PER_MS = 10e6
 """10 GB/s: a copy through host memory over PCIe 4.0 x16, typical for cards without peer access."""
 HOST_LATENCY_MS = 0.04
+PINNED_BYTES_PER_MS = 20e6
+"""20 GB/s: the same link from page-locked memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +26,8 @@ class SlotFacts:
     `memory_bytes_per_ms`: weights are read once per forward, so two rows in one forward take less than twice as long as one (inf: ignored).
     `kernel_ms`: time to launch one operation. A forward takes at least as long as its launches (0: ignored), and the worker threads share one
     interpreter, so launches of several slots add up. `is_home`: the network is on this slot, or would be if the work were not divided.
+    `host_bytes_per_ms`: how fast weights stream to it from main memory; 0 if it cannot hold a part of a network and stream the rest (a CPU slot,
+    or a flag forbids it). `fetches_ahead`: the next layer's weights come while a layer computes.
     """
 
     index: int
@@ -37,6 +41,8 @@ class SlotFacts:
     memory_bytes_per_ms: float = math.inf
     kernel_ms: float = 0.0
     is_home: bool = False
+    host_bytes_per_ms: float = 0.0
+    fetches_ahead: bool = False
 
     def __post_init__(self) -> None:
         if not (self.speed > 0 and math.isfinite(self.speed)):
@@ -55,6 +61,21 @@ class SlotFacts:
         """Time of one forward; `work` is the sum over its rows. Takes numbers or arrays of numbers."""
         compute_ms = work / self.speed + weight_bytes / self.memory_bytes_per_ms
         return compute_ms if self.kernel_ms == 0 else _larger(compute_ms, num_kernels * self.kernel_ms)
+
+    @property
+    def may_stream(self) -> bool:
+        """Whether the slot can hold a part of a network and stream the rest."""
+        return self.host_bytes_per_ms > 0
+
+    @property
+    def layers_in_flight(self) -> int:
+        """How many streamed layers are on the slot at once."""
+        return 2 if self.fetches_ahead else 1
+
+    def fetch_ms(self, streamed_bytes: Any, compute_ms: Any) -> Any:
+        """Time that streaming adds to a forward of `compute_ms`. Takes numbers or arrays of numbers."""
+        copy_ms = streamed_bytes / (self.host_bytes_per_ms or HOST_BYTES_PER_MS)
+        return np.maximum(0.0, copy_ms - compute_ms) if self.fetches_ahead else copy_ms
 
     def facts_without_index(self) -> SlotFacts:
         """The facts without index, name and home. Two slots with equal results are interchangeable in a plan over several slots."""

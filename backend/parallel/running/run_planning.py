@@ -101,6 +101,10 @@ class RunPlanning:
     def speed(self, slot: int) -> float:
         return speed_of(self.fleet.slot(slot), self.fleet, self.work)
 
+    def work_of(self, plan: Plan) -> str:
+        """The key under which a plan's speeds are recorded. Times that include streaming say nothing about a slot's speed at the network's work."""
+        return f"{self.work} streamed" if plan.streamed else self.work
+
     # the plan
 
     def make_plan(self) -> Plan:
@@ -120,7 +124,7 @@ class RunPlanning:
         own = {network for control in self.control_networks for network in control.networks}
         rooms = [slot_facts(slot, self.unet, self.fleet, self.work, self.budgets.share_of(slot.index), own) for slot in self.usable_slots()]
         plans = [make_plan(self.profile, rooms, links, job, strategy=self.request.strategy)]
-        if any(room.fixed_bytes for room in rooms) and plans[0].is_single:
+        if any(room.fixed_bytes for room in rooms) and (plans[0].is_single or plans[0].streamed):
             emptied = [assuming_idle_evicted(room) for room in rooms]
             plans.append(make_plan(self.profile, emptied, links, job, strategy=self.request.strategy))
         plan = min(plans, key=lambda plan: plan.predicted_ms or float("inf"))

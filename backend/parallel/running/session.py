@@ -169,10 +169,10 @@ class SamplingSession:
             self.fleet,
             deal=self._deal,
             rows_per_batch=self._rows_per_batch,
-            work=planning.work,
+            work=planning.work_of(plan),
             asynchronous=self.request.asynchronous,
             is_cancelled=self.request.is_cancelled,
-            on_piece=None if planning.is_measured or not plan.is_one_cut else planning.note_piece,
+            on_piece=None if planning.is_measured or plan.streamed or not plan.is_one_cut else planning.note_piece,
             measured_run=max(1, plan.lanes),
         )
 

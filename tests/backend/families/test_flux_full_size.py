@@ -91,3 +91,29 @@ def test_two_cards_of_8_gb_hold_flux_in_eight_bits_together_and_in_four_bits_eac
     plan = make_plan(profile, card_slots(cards), card_links(cards), JobShape(images=2, branches=1))
     assert plan.strategy == "replicas" and set(plan.used_slots) == {0, 1}
     assert plan_for("2xRTX3070", weights="q4_k", images=2).plan.lanes == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "weights", "most_streamed_gb"),
+    [("2xRTX3060", "half", 2.6), ("2xRTX3080", "half", 7.0), ("2xRTX3070:6", "fp8", 3.3)],
+)
+def test_layers_with_a_streamed_rest(gpus: str, weights: str, most_streamed_gb: float) -> None:
+    """bf16 on 2 x 12 and 2 x 10 GB, fp8 on 2 x 6 GB: both cards full, only what is missing streams, and that takes less time than one card alone."""
+    simulation, alone = plan_for(gpus, weights=weights), plan_for(gpus.removeprefix("2x"), weights=weights)
+    plan = simulation.plan
+    streamed = sum(one.streamed_bytes for one in plan.streamed.values())
+    room = sum(slot.budget_bytes for slot in simulation.slots)
+    assert plan.is_one_cut and set(plan.used_slots) == {0, 1}
+    assert 0 < simulation.profile.weight_bytes + 2 * simulation.profile.working_bytes_per_row() - room < streamed < most_streamed_gb * 1e9
+    assert all(plan.predicted_bytes[slot.index] <= slot.budget_bytes for slot in simulation.slots)
+    assert plan.predicted_ms < 0.9 * alone.plan.predicted_ms
+    printed = report(simulation)
+    assert printed.count("of its weights stream from main memory") == len([one for one in plan.streamed.values() if one.streamed_bytes])
+    assert "x of streaming to slot 0 alone" in printed
+
+
+def test_sdxl_streams_over_two_cards_of_3_gb() -> None:
+    simulation = simulate(SimulatedJob(cards=parse_cards("2xRTX3070:3"), model="sdxl"))
+    plan = simulation.plan
+    assert plan.is_one_cut and sum(one.streamed_bytes for one in plan.streamed.values()) > simulation.profile.weight_bytes - 2 * 2 * 2**30
+    assert plan.predicted_ms < simulate(SimulatedJob(cards=parse_cards("RTX3070:3"), model="sdxl")).plan.predicted_ms

@@ -37,8 +37,11 @@ WIDE = {"num_attention_heads": 4}
 """Rows that blocks of 32 divide."""
 
 
-def make_patcher(fleet: Fleet | None = None, lora: bool = False, dtype: torch.dtype = torch.float32, packed: str | None = None) -> UnetPatcher:
-    flux = make_flux(**(WIDE if packed else {}))
+def make_patcher(
+    fleet: Fleet | None = None, lora: bool = False, dtype: torch.dtype = torch.float32, packed: str | None = None, **changes: Any
+) -> UnetPatcher:
+    """`changes`: to the tiny network's configuration."""
+    flux = make_flux(**{**(WIDE if packed else {}), **changes})
     original = original_tensors(flux)
     if packed is not None:
         for layer in flux.modules():
@@ -75,8 +78,8 @@ def make_inputs(home: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(home) for name, tensor in inputs.items()}
 
 
-def whole(lora: bool = False, dtype: torch.dtype = torch.float32, packed: str | None = None) -> Tensor:
-    unet = make_patcher(lora=lora, dtype=dtype, packed=packed)
+def whole(lora: bool = False, dtype: torch.dtype = torch.float32, packed: str | None = None, **changes: Any) -> Tensor:
+    unet = make_patcher(lora=lora, dtype=dtype, packed=packed, **changes)
     if lora:
         unet.refresh_loras()
     inputs = make_inputs(torch.device("cpu"))

@@ -56,6 +56,15 @@ def test_the_command_prints_plan_time_and_bytes(capsys: pytest.CaptureFixture[st
     assert all(f"slot {index} {name}:" in printed for index, name in enumerate(("RTX3090", "RTX3090", "RTX4090")))
 
 
+def test_a_card_may_be_given_less_memory() -> None:
+    assert parse_cards("2xRTX3060:6,RTX4090") == ("RTX3060:6", "RTX3060:6", "RTX4090")
+    card = find_card("rtx 3060:6.5")
+    assert (card.memory_gib, card.effective_tflops) == (6.5, find_card("RTX3060").effective_tflops)
+    for wrong in ("RTX3060:13", "RTX3060:1", "RTX3060:", "RTX3060:x", "RTX3060:nan"):
+        with pytest.raises(SimulationError, match="give a number above 1 and up to its 12"):
+            find_card(wrong)
+
+
 def test_it_runs_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "backend.parallel.simulate", "--gpus", "2xNope"],
