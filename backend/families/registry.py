@@ -23,7 +23,8 @@ def all_families() -> tuple[Family, ...]:
     """All families, lowest rank first. The first call reads the folders."""
     if not _built_in:
         names = [info.name for info in pkgutil.iter_modules(_package.__path__) if info.ispkg]
-        _built_in.extend(_family_of(importlib.import_module(f"{_package.__name__}.{name}")) for name in names)
+        found = [_family_of(importlib.import_module(f"{_package.__name__}.{name}")) for name in names]
+        _built_in[:] = found  # all or none: after a folder that fails, the next call fails too instead of missing families
     return tuple(sorted([*_built_in, *_added], key=lambda family: (family.rank, family.name)))
 
 
