@@ -108,9 +108,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def open_one(folder: Path, family: str, strategy: str = "auto", **checkpoint: Any) -> Iterator[Site]:
-    """The site of a family; all sites of one kind share their files."""
+    """The site of a family; all sites of one kind share their files. SDXL's network is shallow, as `test_unet_tiles` has the deep one."""
     own = folder / f"{family}{'-inpaint' if checkpoint else ''}"
-    with narrow_application(own, family, **checkpoint) as (app, models), loaded_builtin(app, "sd_forge_lora"):
+    with narrow_application(own, family, is_shallow=family == "sdxl", **checkpoint) as (app, models), loaded_builtin(app, "sd_forge_lora"):
         lora = own / "models" / "Lora" / "style.safetensors"
         if not lora.exists():
             lora.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def test_a_full_slot_amid_exchanges_leaves_the_same_picture(folder: Path, alone:
     with virtual_fleet(3), open_one(folder, "sdxl", "tiles") as site:
         site.pictures(ask(cfg_scale=1.0, steps=1))
         device = virtual_gpu.get_device(1)
-        device.set_faults(Faults(out_of_memory_at=frozenset({700, 1500})))
+        device.set_faults(Faults(out_of_memory_at=frozenset({300, 700})))
         try:
             pictures = JOBS["one row"](site)
             assert device.num_refused == 2
@@ -219,7 +219,7 @@ def test_a_slot_lost_amid_exchanges_leaves_the_same_picture(folder: Path, alone:
     """Slot 2 has a copy of the network and nothing else that the job needs."""
     with virtual_fleet(3) as fleet, open_one(folder, "sdxl", "tiles") as site:
         site.pictures(ask(cfg_scale=1.0, steps=1))
-        virtual_gpu.get_device(2).set_faults(Faults(lost_at_operation=900))
+        virtual_gpu.get_device(2).set_faults(Faults(lost_at_operation=500))
         try:
             pictures = JOBS["one row"](site)
         finally:

@@ -14,12 +14,13 @@ Shapes: B rows, C latent channels, H W latent rows and columns, L tokens, M modu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock, ChromaTransformerBlock
 from torch import Tensor, nn
 
 from backend.families.flux.layers import FluxAttentionProcessor, norm_with, run_double_with, run_single_with
@@ -34,6 +35,7 @@ from backend.families.flux.program import (
     SIZES,
     TEXT,
     TIME_SCALE,
+    TOKENS,
     DoubleSegment,
     FluxProgram,
     LastSegment,
@@ -43,8 +45,10 @@ from backend.families.flux.program import (
     pack,
     picture_ids,
 )
+from backend.families.flux.tiles import TilePlace
 from backend.nn.padded_text import TEXT_LENGTHS, attention_mask, trim_text
 from backend.nn.program import Addition, NamedLayers, ProgramState, TransformerOptions
+from backend.nn.tiles import Tile
 
 MASK = "text mask"
 
@@ -73,6 +77,13 @@ class ChromaDoubleSegment(DoubleSegment):
         )
         return {"img": image_BLD, "txt": text_BTD}
 
+    def _tile_modulations(self, state: ProgramState) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        parts = _parts(self._modulation(state), state.tensors[IMAGE].dtype)
+        return parts[:6], parts[6:]
+
+    def _place(self, state: ProgramState, tile: Tile) -> TilePlace:
+        return replace(super()._place(state, tile), mask=state.tensors.get(MASK))
+
 
 class ChromaSingleSegment(SingleSegment):
     """A block with one stream; a hook's "vec" are its three vectors."""
@@ -83,6 +94,12 @@ class ChromaSingleSegment(SingleSegment):
     def _forward(self, state: ProgramState, args: Mapping[str, Any]) -> Mapping[str, Tensor]:
         parts = _parts(args["vec"], args["img"].dtype)
         return {"img": run_single_with(self.layers[0], args["img"], parts, args["vec"].dtype, args["pe"], state.tensors.get(MASK))}
+
+    def _tile_modulations(self, state: ProgramState) -> Sequence[Tensor]:
+        return _parts(self._modulation(state), state.tensors[TOKENS].dtype)
+
+    def _place(self, state: ProgramState, tile: Tile) -> TilePlace:
+        return replace(super()._place(state, tile), mask=state.tensors.get(MASK))
 
 
 class ChromaLastSegment(LastSegment):
@@ -139,6 +156,9 @@ class ChromaProgram(FluxProgram):
             tensors[MASK] = mask
         own_options = {**(options or {}), SIZES: Sizes(height, width, text_BLD.shape[1])}
         return ProgramState(tensors, dict(residuals or {}), own_options)
+
+    def _tile_kinds(self) -> tuple[type, ...]:
+        return ChromaTransformerBlock, ChromaSingleTransformerBlock
 
     def example_rows(self, *, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
         config = self.embedding.network.config

@@ -19,11 +19,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
 from backend.families.flux.layers import FluxAttentionProcessor, Rope, run_double_block, run_last_layer, run_single_block
-from backend.families.flux.tiles import TileTokens, find_untileable, run_double_on_tile, run_single_on_tile
+from backend.families.flux.tiles import TilePlace, TileTokens, find_untileable, modulate, run_double_on_tile, run_single_on_tile
 from backend.nn.block_segment import BlockSegment, residuals_from_the_first
 from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, Segment, TransformerOptions
 from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic
@@ -70,6 +71,9 @@ class FluxSegment(BlockSegment):
     def _run_on_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
         raise NotImplementedError
 
+    def _place(self, state: ProgramState, tile: Tile) -> TilePlace:
+        return TilePlace(tile, state.options[_TILE_TOKENS], _rope(state))
+
     def _modulation(self, state: ProgramState) -> Tensor:
         return state.tensors[MODULATION]
 
@@ -95,9 +99,15 @@ class DoubleSegment(FluxSegment):
         tensors[IMAGE], tensors[TEXT] = out["img"], out["txt"]
 
     def _run_on_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
-        (block,), tensors, tokens = self.layers, state.tensors, state.options[_TILE_TOKENS]
-        streams = yield from run_double_on_tile(block, tensors[IMAGE], tensors[TEXT], tensors[MODULATION], _rope(state), tile, tokens)
-        tensors[IMAGE], tensors[TEXT] = streams
+        (block,), tensors = self.layers, state.tensors
+        modulations, dtype, place = self._tile_modulations(state), tensors[MODULATION].dtype, self._place(state, tile)
+        tensors[IMAGE], tensors[TEXT] = yield from run_double_on_tile(block, tensors[IMAGE], tensors[TEXT], modulations, dtype, place)
+
+    def _tile_modulations(self, state: ProgramState) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Six shifts, scales and gates (B, 1, D) for the picture, and for the text."""
+        block: Any = self.layers[0]
+        image, text = (modulate(norm, state.tensors[MODULATION], 6, state.tensors[IMAGE].dtype) for norm in (block.norm1, block.norm1_context))
+        return image, text
 
     def _forward(self, state: ProgramState, args: Mapping[str, Any]) -> Mapping[str, Tensor]:
         image, text = run_double_block(self.layers[0], args["img"], args["txt"], args["vec"], args["pe"])
@@ -120,9 +130,15 @@ class SingleSegment(FluxSegment):
             tensors[TOKENS] = torch.cat([tensors.pop(TEXT), tensors.pop(IMAGE)], dim=1)
 
     def _run_on_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
-        (block,), tensors, tokens = self.layers, state.tensors, state.options[_TILE_TOKENS]
+        (block,), tensors = self.layers, state.tensors
         self._join(tensors)
-        tensors[TOKENS] = yield from run_single_on_tile(block, tensors[TOKENS], tensors[MODULATION], _rope(state), tile, tokens)
+        modulations, dtype = self._tile_modulations(state), tensors[MODULATION].dtype
+        tensors[TOKENS] = yield from run_single_on_tile(block, tensors[TOKENS], modulations, dtype, self._place(state, tile))
+
+    def _tile_modulations(self, state: ProgramState) -> Sequence[Tensor]:
+        """Shift, scale and gate (B, 1, D)."""
+        block: Any = self.layers[0]
+        return modulate(block.norm, state.tensors[MODULATION], 3, state.tensors[TOKENS].dtype)
 
     def _forward(self, state: ProgramState, args: Mapping[str, Any]) -> Mapping[str, Tensor]:
         return {"img": run_single_block(self.layers[0], args["img"], args["vec"], args["pe"])}
@@ -207,7 +223,12 @@ class FluxProgram(Program):
         return ProgramState(tensors, dict(residuals or {}), own_options)
 
     def why_no_tiles(self) -> str | None:
-        return find_untileable([pair for segment in self.segments if segment.kind != LAST for pair in segment.named_layers])
+        blocks = [pair for segment in self.segments if segment.kind != LAST for pair in segment.named_layers]
+        return find_untileable(blocks, self._tile_kinds())
+
+    def _tile_kinds(self) -> tuple[type, ...]:
+        """The classes of blocks that tiles know."""
+        return FluxTransformerBlock, FluxSingleTransformerBlock
 
     def tile_traffic(self, rows: Mapping[str, Tensor]) -> TileTraffic:
         """Rows of tokens are cut; every block needs the keys and values of all text and picture tokens."""

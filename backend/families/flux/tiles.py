@@ -1,4 +1,4 @@
-"""Flux.1's blocks on one tile: a share of the text's tokens and of the picture's, with the keys and values of all tiles.
+"""Blocks of Flux.1's kind on one tile: a share of the text's tokens and of the picture's, with the keys and values of all tiles.
 
 One exchange per block. Keys and values are computed and sent first; the queries, and in blocks with one stream the MLP, are computed while they
 travel. Text tokens are shared out too: on two slots, 512 of them on both would be a ninth of a 1024x1024 picture's work done twice.
@@ -8,17 +8,16 @@ Shapes: B rows, L tokens of this tile, T of all tiles, D token width, N heads, K
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
 from backend.attention import attention_function
-from backend.families.flux.layers import FluxAttentionProcessor, Rope
+from backend.families.flux.layers import FluxAttentionProcessor, Rope, norm_with
 from backend.nn.tiles import Cut, Received, Swaps, Tensors, Tile
 
 
@@ -51,14 +50,24 @@ class TileTokens:
         return cosines, sines
 
 
+@dataclass(frozen=True, slots=True)
+class TilePlace:
+    """Where a block runs: the tile with all tiles' tokens, the rotations of its own, and which keys of all tokens count (None: all)."""
+
+    tile: Tile
+    tokens: TileTokens
+    rope: Rope
+    mask: Tensor | None = None
+
+
 def run_double_on_tile(
-    block: Any, image_BLD: Tensor, text_BLD: Tensor, modulation_BD: Tensor, rope: Rope, tile: Tile, tokens: TileTokens
+    block: Any, image_BLD: Tensor, text_BLD: Tensor, modulations: tuple[Sequence[Tensor], Sequence[Tensor]], dtype: torch.dtype, place: TilePlace
 ) -> Swaps[tuple[Tensor, Tensor]]:
-    """(picture, text) after a block with two streams, as `layers.run_double_block`."""
-    attn, dtype, num_text = block.attn, modulation_BD.dtype, text_BLD.shape[1]
-    text_mods, image_mods = (_modulate(norm, modulation_BD, 6, image_BLD.dtype) for norm in (block.norm1_context, block.norm1))
-    text_normed = _norm(block.norm1_context.norm, text_BLD, text_mods[1], text_mods[0], dtype)
-    image_normed = _norm(block.norm1.norm, image_BLD, image_mods[1], image_mods[0], dtype)
+    """(picture, text) after a block with two streams, as `layers.run_double_with`."""
+    attn, num_text, tile, rope = block.attn, text_BLD.shape[1], place.tile, place.rope
+    image_mods, text_mods = modulations
+    text_normed = norm_with(block.norm1_context.norm, text_BLD, text_mods[1], text_mods[0], dtype)
+    image_normed = norm_with(block.norm1.norm, image_BLD, image_mods[1], image_mods[0], dtype)
     key = torch.cat([_heads(attn, attn.add_k_proj, text_normed, attn.norm_added_k), _heads(attn, attn.to_k, image_normed, attn.norm_k)], dim=1)
     value = torch.cat([_heads(attn, attn.add_v_proj, text_normed), _heads(attn, attn.to_v, image_normed)], dim=1)
     own = (apply_rotary_emb(key, rope, sequence_dim=1), value)
@@ -66,7 +75,7 @@ def run_double_on_tile(
     query = torch.cat([_heads(attn, attn.add_q_proj, text_normed, attn.norm_added_q), _heads(attn, attn.to_q, image_normed, attn.norm_q)], dim=1)
     query = apply_rotary_emb(query, rope, sequence_dim=1)
     received = yield awaited
-    mixed_BLD = _attend(attn, query, own, received, tile, tokens)
+    mixed_BLD = _attend(attn, query, own, received, place)
     del own, received, key, value
     mixed_text, mixed_image = (
         attn.to_add_out(mixed_BLD[:, :num_text].contiguous()),
@@ -78,17 +87,19 @@ def run_double_on_tile(
     )
 
 
-def _finish_stream(stream_BLD: Tensor, mixed_BLD: Tensor, mods: Tensors, norm: nn.Module, feed_forward: nn.Module, dtype: torch.dtype) -> Tensor:
+def _finish_stream(
+    stream_BLD: Tensor, mixed_BLD: Tensor, mods: Sequence[Tensor], norm: nn.Module, feed_forward: nn.Module, dtype: torch.dtype
+) -> Tensor:
     stream_BLD = stream_BLD + mods[2] * mixed_BLD
-    inner_BLD: Tensor = feed_forward(_norm(norm, stream_BLD, mods[4], mods[3], dtype))
+    inner_BLD: Tensor = feed_forward(norm_with(norm, stream_BLD, mods[4], mods[3], dtype))
     return stream_BLD + mods[5] * inner_BLD
 
 
-def run_single_on_tile(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, rope: Rope, tile: Tile, tokens: TileTokens) -> Swaps[Tensor]:
-    """Text and picture after a block with one stream, as `layers.run_single_block`."""
-    attn, dtype = block.attn, modulation_BD.dtype
-    shift, scale, gate = _modulate(block.norm, modulation_BD, 3, tokens_BLD.dtype)
-    normed_BLD = _norm(block.norm.norm, tokens_BLD, scale, shift, dtype)
+def run_single_on_tile(block: Any, tokens_BLD: Tensor, modulations: Sequence[Tensor], dtype: torch.dtype, place: TilePlace) -> Swaps[Tensor]:
+    """Text and picture after a block with one stream, as `layers.run_single_with`."""
+    attn, tile, rope = block.attn, place.tile, place.rope
+    shift, scale, gate = modulations
+    normed_BLD = norm_with(block.norm.norm, tokens_BLD, scale, shift, dtype)
     own = (
         apply_rotary_emb(_heads(attn, attn.to_k, normed_BLD, attn.norm_k), rope, sequence_dim=1),
         _heads(attn, attn.to_v, normed_BLD),
@@ -97,7 +108,7 @@ def run_single_on_tile(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, ro
     query = apply_rotary_emb(_heads(attn, attn.to_q, normed_BLD, attn.norm_q), rope, sequence_dim=1)
     mlp_BLD = block.act_mlp(block.proj_mlp(normed_BLD))
     received = yield awaited
-    mixed_BLD = _attend(attn, query, own, received, tile, tokens)
+    mixed_BLD = _attend(attn, query, own, received, place)
     del own, received
     return tokens_BLD + gate * block.proj_out(torch.cat([mixed_BLD, mlp_BLD], dim=2))  # type: ignore[no-any-return]
 
@@ -108,8 +119,9 @@ def _heads(attn: Any, layer: nn.Module, tokens_BLD: Tensor, norm: nn.Module | No
     return heads_BLNK if norm is None else norm(heads_BLNK)
 
 
-def _attend(attn: Any, query_BLNK: Tensor, own: Tensors, received: Received, tile: Tile, tokens: TileTokens) -> Tensor:
+def _attend(attn: Any, query_BLNK: Tensor, own: Tensors, received: Received, place: TilePlace) -> Tensor:
     """The tile's queries against the keys and values of all tiles, which lie in one buffer in the order of the whole."""
+    tile, tokens = place.tile, place.tokens
     batch, _, heads, width = query_BLNK.shape
     gathered = tile.buffer("keys and values", (2, batch, tokens.num_text + tokens.image_begins[-1], heads, width), own[0])
     for rank in range(tile.peers.count):
@@ -119,24 +131,19 @@ def _attend(attn: Any, query_BLNK: Tensor, own: Tensors, received: Received, til
             whole_BTNK[:, text].copy_(part_BLNK[:, :num_text])
             whole_BTNK[:, tokens.num_text :][:, image].copy_(part_BLNK[:, num_text:])
     query_BNLK, key_BNTK, value_BNTK = (one.transpose(1, 2) for one in (query_BLNK, gathered[0], gathered[1]))
-    return attention_function(query_BNLK, key_BNTK, value_BNTK, attn.heads, skip_reshape=True)
+    return attention_function(query_BNLK, key_BNTK, value_BNTK, attn.heads, place.mask, skip_reshape=True)
 
 
-def _modulate(norm: Any, modulation_BD: Tensor, count: int, stream_dtype: torch.dtype) -> Tensors:
+def modulate(norm: Any, modulation_BD: Tensor, count: int, stream_dtype: torch.dtype) -> Tensors:
     """A norm's shifts, scales and gates, (B, 1, D) each, in the stream's dtype."""
     numbers: Tensor = norm.linear(norm.silu(modulation_BD)).to(stream_dtype)
     return tuple(part.unsqueeze(1) for part in numbers.chunk(count, dim=1))
 
 
-def _norm(norm: nn.Module, stream_BLD: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """A norm without weights, computed in the stream's dtype; the result has the network's."""
-    return (norm(stream_BLD) * (1 + scale) + shift).to(dtype)  # type: ignore[no-any-return]
-
-
-def find_untileable(named_blocks: Sequence[tuple[str, nn.Module]]) -> str | None:
-    """The first block that tiles do not compute exactly, and why; None if there is none."""
+def find_untileable(named_blocks: Sequence[tuple[str, nn.Module]], kinds: Collection[type]) -> str | None:
+    """The first block that tiles do not compute exactly, and why; None if there is none. `kinds`: the blocks' classes that they know."""
     for name, block in named_blocks:
-        if type(block) not in (FluxTransformerBlock, FluxSingleTransformerBlock):
+        if type(block) not in kinds:
             return f"{name} is a {type(block).__name__}"
         attn: Any = block.attn
         if type(attn.processor) is not FluxAttentionProcessor:

@@ -28,8 +28,9 @@ RESUME_MS = 0.08
 computes meanwhile what was launched before."""
 LAUNCH_EXCHANGE_MS = 0.05
 """Time of the interpreter for one exchange of one tile: 25 us measured on a CPU slot, and as much assumed for starting copies on a card."""
-TILE_MARGIN = 1.25
-"""A tile's working memory in units of its share of the whole's: it also has boundary rows, and all keys and values of one layer."""
+TILE_EXTRA = 0.12
+"""Working memory of a tile beyond its share of the whole's, as a share of the whole's: boundary rows, and all keys and values of one layer, which
+are 2 of the 26 numbers that SD1.x has in memory at its peak per position and channel."""
 _MOST_PARTITIONED = 5
 
 Team = tuple[SlotFacts, ...]
@@ -130,7 +131,7 @@ class TileCosts:
         control_bytes = sum(control.weight_bytes for control in self.job.control_networks)
         for team, tile_team, rows in zip(teams, tiles, dealt):
             for place, (slot, share) in enumerate(zip(team, tile_team.shares)):
-                working = self.profile.working_bytes_per_row() * min(1.0, share * TILE_MARGIN)
+                working = self.profile.working_bytes_per_row() * min(1.0, share + TILE_EXTRA)
                 if place == 0 and self.job.control_networks:
                     working = max(working, *(control.working_bytes_per_row for control in self.job.control_networks))
                     found[slot.index] += control_bytes + rows * self.profile.control_bytes_per_row

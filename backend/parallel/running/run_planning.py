@@ -17,7 +17,7 @@ from backend.parallel.planning.live_facts import assuming_idle_evicted, guess_sp
 from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan, TileTeam
 from backend.parallel.planning.planner import JobShape, deal_by_speed, make_plan
 from backend.parallel.planning.profiling import profile_control_network
-from backend.parallel.planning.tile_costs import TILE_MARGIN
+from backend.parallel.planning.tile_costs import TILE_EXTRA
 from backend.parallel.running import status
 from backend.parallel.running.bound_hooks import find_bound_hook, find_whole_hook
 from backend.parallel.running.sampling_request import SamplingRequest
@@ -201,7 +201,7 @@ class RunPlanning:
 
     def _tile_bytes(self, num_rows: int, share: float) -> int:
         """Estimated working memory of `num_rows` tiles at once."""
-        return int(self.estimate_bytes(num_rows) * min(1.0, TILE_MARGIN * share))
+        return int(self.estimate_bytes(num_rows) * min(1.0, share + TILE_EXTRA))
 
     def working_bytes(self, plan: Plan) -> int:
         """Estimated working memory of one slot: for its whole share of rows on one slot or in replicas, for one or two rows in stages."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import ChromaPipeline
 from diffusers.loaders.single_file_utils import convert_chroma_transformer_checkpoint_to_diffusers
-from torch import Tensor
+from torch import Tensor, nn
 
 from backend.checkpoint_file import CheckpointError
 from backend.checkpoint_layout import Layout
@@ -18,10 +18,12 @@ from backend.families.chroma import FAMILY
 from backend.families.chroma.key_map import chroma_key_map
 from backend.families.chroma.program import build_chroma_program
 from backend.families.chroma.text import build_text_engines, encode
+from backend.nn.network_call import NetworkCall
 from backend.nn.padded_text import TEXT_LENGTHS
 from backend.text_processing.textual_inversion import EmbeddingDatabase
 from tests.support.chroma_networks import CONFIG, WIDTH, library_flow, make_chroma, original_tensors
 from tests.support.t5_encoders import t5_encoder, t5_tokenizer
+from tests.support.tiles import run_program_in_tiles
 from tests.support.tiny_families import (
     LIBRARY_SPELLINGS,
     ORIGINAL_SPELLINGS,
@@ -45,6 +47,20 @@ def make_inputs() -> dict[str, Tensor]:
 
 
 CHROMA = TinyFamily(family=FAMILY, config=CONFIG, make=make_chroma, original=original_tensors, inputs=make_inputs)
+
+
+@pytest.mark.parametrize("tiles", [(2, 2), (1, 3), (1, 1, 2)], ids=str)
+def test_tiles_of_rows_with_padded_texts_are_the_whole(tiles: tuple[int, ...]) -> None:
+    """In fp64, so that only a wrong token or mask is visible."""
+    program = build_chroma_program(nn.Module.to(make_chroma(), torch.float64))
+    assert program.why_no_tiles() is None
+    named = {"x": "x", "timesteps": "t", "context": "c_crossattn", TEXT_LENGTHS: TEXT_LENGTHS}
+    inputs = make_inputs()
+    call = NetworkCall(rows={name: inputs[key].double() if name in ("x", "context") else inputs[key] for name, key in named.items()})
+    with torch.no_grad():
+        expected = program.run(call.start(program))
+    found, _, _ = run_program_in_tiles(program, call, tiles)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * float(expected.std()))
 
 
 # files and names
