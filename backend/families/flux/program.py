@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backend.families.flux.layers import FluxAttentionProcessor, Rope, run_double_block, run_last_layer, run_single_block
-from backend.families.flux.tiles import TilePlace, TileTokens, find_untileable, modulate, run_double_on_tile, run_single_on_tile
+from backend.families.flux.tiles import TilePlace, TileTokens, find_untileable, modulate, residual_of_tile, run_double_on_tile, run_single_on_tile
 from backend.nn.block_segment import BlockSegment, residuals_from_the_first
 from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, Segment, TransformerOptions
 from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic
@@ -224,7 +224,7 @@ class FluxProgram(Program):
 
     def why_no_tiles(self) -> str | None:
         blocks = [pair for segment in self.segments if segment.kind != LAST for pair in segment.named_layers]
-        return find_untileable(blocks, self._tile_kinds())
+        return find_untileable(blocks, self._tile_kinds(), FluxAttentionProcessor)
 
     def _tile_kinds(self) -> tuple[type, ...]:
         """The classes of blocks that tiles know."""
@@ -252,9 +252,7 @@ class FluxProgram(Program):
 
     def residual_of_tile(self, residual: Tensor, cut: Cut, rank: int) -> Tensor | None:
         """A tile's part of picture tokens (B, L, D)."""
-        columns, rest = divmod(residual.shape[1], cut.bounds[-1])
-        start, end = cut.span(rank)
-        return None if rest else residual[:, start * columns : end * columns]
+        return residual_of_tile(residual, cut, rank)
 
     def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
         """Entry i of "input" is added after double block i, entry i of "output" after single block i."""

@@ -17,7 +17,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from backend.attention import attention_function
-from backend.families.flux.layers import FluxAttentionProcessor, Rope, norm_with
+from backend.families.flux.layers import Rope, norm_with
 from backend.nn.tiles import Cut, Received, Swaps, Tensors, Tile
 
 
@@ -52,11 +52,12 @@ class TileTokens:
 
 @dataclass(frozen=True, slots=True)
 class TilePlace:
-    """Where a block runs: the tile with all tiles' tokens, the rotations of its own, and which keys of all tokens count (None: all)."""
+    """Where a block runs: the tile with all tiles' tokens, the rotations of its own (of a network with RoPE), and which keys of all tokens count
+    (None: all)."""
 
     tile: Tile
     tokens: TileTokens
-    rope: Rope
+    rope: Rope | None = None
     mask: Tensor | None = None
 
 
@@ -68,26 +69,26 @@ def run_double_on_tile(
     image_mods, text_mods = modulations
     text_normed = norm_with(block.norm1_context.norm, text_BLD, text_mods[1], text_mods[0], dtype)
     image_normed = norm_with(block.norm1.norm, image_BLD, image_mods[1], image_mods[0], dtype)
-    key = torch.cat([_heads(attn, attn.add_k_proj, text_normed, attn.norm_added_k), _heads(attn, attn.to_k, image_normed, attn.norm_k)], dim=1)
-    value = torch.cat([_heads(attn, attn.add_v_proj, text_normed), _heads(attn, attn.to_v, image_normed)], dim=1)
-    own = (apply_rotary_emb(key, rope, sequence_dim=1), value)
+    key = torch.cat([heads_of(attn, attn.add_k_proj, text_normed, attn.norm_added_k), heads_of(attn, attn.to_k, image_normed, attn.norm_k)], dim=1)
+    value = torch.cat([heads_of(attn, attn.add_v_proj, text_normed), heads_of(attn, attn.to_v, image_normed)], dim=1)
+    own = (_rotate(key, rope), value)
     awaited = tile.peers.post(dict.fromkeys(tile.others, own))
-    query = torch.cat([_heads(attn, attn.add_q_proj, text_normed, attn.norm_added_q), _heads(attn, attn.to_q, image_normed, attn.norm_q)], dim=1)
-    query = apply_rotary_emb(query, rope, sequence_dim=1)
+    query = torch.cat([heads_of(attn, attn.add_q_proj, text_normed, attn.norm_added_q), heads_of(attn, attn.to_q, image_normed, attn.norm_q)], dim=1)
+    query = _rotate(query, rope)
     received = yield awaited
-    mixed_BLD = _attend(attn, query, own, received, place)
+    mixed_BLD = attend_to_all(attn, query, own, received, place)
     del own, received, key, value
     mixed_text, mixed_image = (
         attn.to_add_out(mixed_BLD[:, :num_text].contiguous()),
         attn.to_out[1](attn.to_out[0](mixed_BLD[:, num_text:].contiguous())),
     )
     return (
-        _finish_stream(image_BLD, mixed_image, image_mods, block.norm2, block.ff, dtype),
-        _finish_stream(text_BLD, mixed_text, text_mods, block.norm2_context, block.ff_context, dtype),
+        finish_stream(image_BLD, mixed_image, image_mods, block.norm2, block.ff, dtype),
+        finish_stream(text_BLD, mixed_text, text_mods, block.norm2_context, block.ff_context, dtype),
     )
 
 
-def _finish_stream(
+def finish_stream(
     stream_BLD: Tensor, mixed_BLD: Tensor, mods: Sequence[Tensor], norm: nn.Module, feed_forward: nn.Module, dtype: torch.dtype
 ) -> Tensor:
     stream_BLD = stream_BLD + mods[2] * mixed_BLD
@@ -101,25 +102,29 @@ def run_single_on_tile(block: Any, tokens_BLD: Tensor, modulations: Sequence[Ten
     shift, scale, gate = modulations
     normed_BLD = norm_with(block.norm.norm, tokens_BLD, scale, shift, dtype)
     own = (
-        apply_rotary_emb(_heads(attn, attn.to_k, normed_BLD, attn.norm_k), rope, sequence_dim=1),
-        _heads(attn, attn.to_v, normed_BLD),
+        _rotate(heads_of(attn, attn.to_k, normed_BLD, attn.norm_k), rope),
+        heads_of(attn, attn.to_v, normed_BLD),
     )
     awaited = tile.peers.post(dict.fromkeys(tile.others, own))
-    query = apply_rotary_emb(_heads(attn, attn.to_q, normed_BLD, attn.norm_q), rope, sequence_dim=1)
+    query = _rotate(heads_of(attn, attn.to_q, normed_BLD, attn.norm_q), rope)
     mlp_BLD = block.act_mlp(block.proj_mlp(normed_BLD))
     received = yield awaited
-    mixed_BLD = _attend(attn, query, own, received, place)
+    mixed_BLD = attend_to_all(attn, query, own, received, place)
     del own, received
     return tokens_BLD + gate * block.proj_out(torch.cat([mixed_BLD, mlp_BLD], dim=2))  # type: ignore[no-any-return]
 
 
-def _heads(attn: Any, layer: nn.Module, tokens_BLD: Tensor, norm: nn.Module | None = None) -> Tensor:
+def _rotate(heads_BLNK: Tensor, rope: Rope | None) -> Tensor:
+    return heads_BLNK if rope is None else apply_rotary_emb(heads_BLNK, rope, sequence_dim=1)
+
+
+def heads_of(attn: Any, layer: nn.Module, tokens_BLD: Tensor, norm: nn.Module | None = None) -> Tensor:
     """Queries, keys or values, (B, L, N, K), normalized per head."""
-    heads_BLNK: Tensor = layer(tokens_BLD).unflatten(-1, (-1, attn.head_dim))
+    heads_BLNK: Tensor = layer(tokens_BLD).unflatten(-1, (attn.heads, -1))
     return heads_BLNK if norm is None else norm(heads_BLNK)
 
 
-def _attend(attn: Any, query_BLNK: Tensor, own: Tensors, received: Received, place: TilePlace) -> Tensor:
+def attend_to_all(attn: Any, query_BLNK: Tensor, own: Tensors, received: Received, place: TilePlace) -> Tensor:
     """The tile's queries against the keys and values of all tiles, which lie in one buffer in the order of the whole."""
     tile, tokens = place.tile, place.tokens
     batch, _, heads, width = query_BLNK.shape
@@ -140,13 +145,20 @@ def modulate(norm: Any, modulation_BD: Tensor, count: int, stream_dtype: torch.d
     return tuple(part.unsqueeze(1) for part in numbers.chunk(count, dim=1))
 
 
-def find_untileable(named_blocks: Sequence[tuple[str, nn.Module]], kinds: Collection[type]) -> str | None:
-    """The first block that tiles do not compute exactly, and why; None if there is none. `kinds`: the blocks' classes that they know."""
+def residual_of_tile(residual_BLD: Tensor, cut: Cut, rank: int) -> Tensor | None:
+    """A tile's part of a control residual for picture tokens; None if they are not whole rows of them."""
+    columns, rest = divmod(residual_BLD.shape[1], cut.bounds[-1])
+    start, end = cut.span(rank)
+    return None if rest else residual_BLD[:, start * columns : end * columns]
+
+
+def find_untileable(named_blocks: Sequence[tuple[str, nn.Module]], kinds: Collection[type], processor: type) -> str | None:
+    """The first block that tiles do not compute exactly, and why; None if there is none. `kinds`, `processor`: what tiles know."""
     for name, block in named_blocks:
         if type(block) not in kinds:
             return f"{name} is a {type(block).__name__}"
         attn: Any = block.attn
-        if type(attn.processor) is not FluxAttentionProcessor:
+        if type(attn.processor) is not processor:
             return f"{name}.attn has the processor {type(attn.processor).__name__}"
         changed = [one for one in (block, attn) if "forward" in one.__dict__ or one._forward_pre_hooks or one._forward_hooks]
         if changed:

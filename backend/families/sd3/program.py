@@ -17,13 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
 from backend.families.flux.layers import norm_with
+from backend.families.flux.tiles import TilePlace, TileTokens, find_untileable, residual_of_tile
 from backend.families.sd3.layers import JointAttentionProcessor, modulate, run_joint_block
+from backend.families.sd3.tiles import run_joint_on_tile
 from backend.nn.block_segment import BlockSegment, residuals_from_the_first
 from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, Segment, TransformerOptions
+from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic
 
 IMAGE, TEXT, MODULATION, FLOW = "image", "text", "modulation", "flow"
 BLOCK, LAST = "double_block", "last"
@@ -35,6 +39,8 @@ PEAK_NUMBERS = 14
 SAFETY = 1.5
 _SIZES = "sd3_sizes"
 """Key of the latents' rows and columns in the state's options, which travel with the state."""
+_TILE_TOKENS = "sd3_tile_tokens"
+"""Key of the tiles' tokens in the options of a tile's state."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,6 +58,18 @@ class JointSegment(BlockSegment):
         if self.is_last:
             del tensors[TEXT]
 
+    def run_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        """As `__call__`, for a plan without replaced blocks."""
+        tensors, (block,) = state.tensors, self.layers
+        state.options["block"] = self.key
+        if self.number not in state.options.get("skip_layers", ()):
+            place = TilePlace(tile, state.options[_TILE_TOKENS])
+            tensors[IMAGE], text_BLD = yield from run_joint_on_tile(block, tensors[IMAGE], tensors[TEXT], tensors[MODULATION], place)
+            tensors[TEXT] = tensors[TEXT] if text_BLD is None else text_BLD
+        if self.is_last:
+            del tensors[TEXT]
+        self.add_residuals(state, at_end=True)
+
     def _forward(self, args: Mapping[str, Any]) -> Mapping[str, Tensor]:
         image_BLD, text_BTD = run_joint_block(self.layers[0], args["img"], args["txt"], args["vec"])
         return {"img": image_BLD, "txt": args["txt"] if text_BTD is None else text_BTD}
@@ -68,6 +86,11 @@ class LastSegment(BlockSegment):
         scale, shift = modulate(self.network.norm_out, modulation_BD, 2, image_BLD.dtype)
         flow_BLD = self.network.proj_out(norm_with(self.network.norm_out.norm, image_BLD, scale, shift, modulation_BD.dtype))
         state.tensors[FLOW] = unpatch(flow_BLD, *state.options[_SIZES])
+
+    def run_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        """Nothing crosses: the sizes in the state are the tile's."""
+        self._run(state)
+        yield from ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +133,33 @@ class Sd3Program(Program):
             image_BLD, text_BLD = image_BLD.float(), text_BLD.float()
         tensors = {IMAGE: image_BLD, TEXT: text_BLD.expand(x_BCHW.shape[0], -1, -1), MODULATION: modulation_BD}
         return ProgramState(tensors, dict(residuals or {}), {**(options or {}), _SIZES: (height, width)})
+
+    def why_no_tiles(self) -> str | None:
+        blocks = [pair for segment in self.segments if segment.kind == BLOCK for pair in segment.named_layers]
+        return find_untileable(blocks, (JointTransformerBlock,), JointAttentionProcessor)
+
+    def tile_traffic(self, rows: Mapping[str, Tensor]) -> TileTraffic:
+        """Rows of tokens are cut; every block needs the keys and values of all tokens, some those of the picture's again."""
+        (height, width), num_text, network = rows["x"].shape[-2:], rows["context"].shape[1], self.embedding.network
+        num_rows = -(-height // CELL)
+        num_picture = num_rows * -(-width // CELL)
+        shared = sum(num_text + num_picture * (1 + bool(block.use_dual_attention)) for block in network.transformer_blocks)
+        return TileTraffic(
+            length=num_rows, unit=1, num_exchanges=len(network.transformer_blocks), halo_numbers=0, sum_numbers=0,
+            shared_numbers=2 * shared * network.inner_dim,
+        )  # fmt: skip
+
+    def start_tile(self, rows: Mapping[str, Tensor], tile: Tile, *, options: TransformerOptions | None = None) -> ProgramState:
+        state, rank, (start, end) = self.start(rows, options=options), tile.rank, tile.span
+        (height, width), tensors = state.options[_SIZES], state.tensors
+        tokens = TileTokens.of(tile.cut, tensors[TEXT].shape[1], -(-width // CELL))
+        tensors[IMAGE], tensors[TEXT] = tensors[IMAGE][:, tokens.image(rank)], tensors[TEXT][:, tokens.text(rank)]
+        state.options |= {_SIZES: (min(CELL * end, height) - CELL * start, width), _TILE_TOKENS: tokens}
+        return state
+
+    def residual_of_tile(self, residual: Tensor, cut: Cut, rank: int) -> Tensor | None:
+        """A tile's part of picture tokens (B, L, D)."""
+        return residual_of_tile(residual, cut, rank)
 
     def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
         """Entry i of "output" is added to the picture after block i."""

@@ -185,7 +185,7 @@ def test_hooks_may_replace_a_block() -> None:
     ]
 
 
-@pytest.mark.parametrize(("strategy", "count"), [("layers", 2), ("layers", 4), ("replicas", 2)])
+@pytest.mark.parametrize(("strategy", "count"), [("layers", 2), ("layers", 4), ("replicas", 2), ("tiles", 2)])
 def test_several_slots_give_what_one_gives(strategy: str, count: int) -> None:
     check_slots(CHROMA, strategy, count)
 

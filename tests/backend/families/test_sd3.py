@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
-from torch import Tensor
+from torch import Tensor, nn
 
 from backend.checkpoint_file import CheckpointError
 from backend.checkpoint_layout import Layout, Part
 from backend.families.sd3 import FAMILY
 from backend.families.sd3.key_map import sd3_key_map
 from backend.families.sd3.program import build_sd3_program
+from backend.nn.network_call import NetworkCall
 from backend.nn.program import Addition
 from tests.support.sd3_networks import CONFIG, PLAIN, WIDTH, make_sd3, original_tensors
+from tests.support.tiles import run_program_in_tiles
 from tests.support.tiny_families import (
     LIBRARY_SPELLINGS,
     ORIGINAL_SPELLINGS,
@@ -42,6 +44,26 @@ def make_inputs() -> dict[str, Tensor]:
 SD35 = TinyFamily(family=FAMILY, config=CONFIG, make=make_sd3, original=original_tensors, inputs=make_inputs)
 SD3 = replace(SD35, config={**CONFIG, **PLAIN}, make=lambda: make_sd3(**PLAIN))
 KINDS = {"SD3.5 medium": SD35, "SD3 medium": SD3}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("height", "tiles", "skipped"), [(8, (2, 2), ()), (7, (1, 3), (1,)), (9, (1, 2, 2), (2,))], ids=str)
+def test_tiles_are_the_whole(kind: str, height: int, tiles: tuple[int, ...], skipped: tuple[int, ...]) -> None:
+    """In fp64, so that only a wrong token is visible; with residuals after blocks, and with blocks left out."""
+    program = build_sd3_program(nn.Module.to(KINDS[kind].make(), torch.float64))
+    assert program.why_no_tiles() is None
+    inputs, generator = {name: tensor.double() for name, tensor in make_inputs().items()}, torch.Generator().manual_seed(6)
+    rows = {"x": torch.randn(2, 16, height, 6, generator=generator).double(), "timesteps": 1000 * inputs["t"]}
+    width = program.embedding.network.inner_dim
+    residual = torch.randn(2, 3 * sum(tiles), width, generator=generator).double()
+    call = NetworkCall(
+        rows={**rows, "context": inputs["c_crossattn"], "y": inputs["y"]}, control={"output": [residual, None]}, options={"skip_layers": skipped}
+    )
+    with torch.no_grad():
+        expected = program.run(call.start(program))
+    found, peers, _ = run_program_in_tiles(program, call, tiles)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * float(expected.std()))
+    assert peers[0].num_posts == program.tile_traffic(call.rows).num_exchanges - len(skipped)
 
 
 # files and names
@@ -168,6 +190,6 @@ def test_in_fp16_streams_are_fp32_and_do_not_overflow() -> None:
     assert (state.tensors["flow"].float() - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
-@pytest.mark.parametrize(("strategy", "count"), [("layers", 2), ("layers", 3), ("replicas", 2)])
+@pytest.mark.parametrize(("strategy", "count"), [("layers", 2), ("layers", 3), ("replicas", 2), ("tiles", 2)])
 def test_several_slots_give_what_one_gives(strategy: str, count: int) -> None:
     check_slots(SD35, strategy, count)
