@@ -40,9 +40,13 @@ __all__ = [
 
 LoadEngine = Callable[["ModelRequest", BackendConfig], "ForgeDiffusionEngine"]
 
-# option forge_unet_storage_dtype -> torch dtype name; a suffix "(fp16 LoRA)" says how LoRA is applied, not how weights are stored
 _load_numbers = itertools.count(1)
+# option forge_unet_storage_dtype -> torch dtype name, or packed format; a suffix "(fp16 LoRA)" says how LoRA is applied, not how weights are stored
 _STORAGE_DTYPES = {"float8-e4m3fn": "float8_e4m3fn", "float8-e5m2": "float8_e5m2"}
+_PACKED_FORMATS = {"bnb-nf4": "nf4", "bnb-fp4": "fp4"}
+_KINDS = ("Automatic", "bnb-nf4", "float8-e4m3fn", "bnb-fp4", "float8-e5m2")
+LOW_BITS = tuple(f"{kind}{ending}" for kind in _KINDS for ending in ("", " (fp16 LoRA)"))
+"""Values of the option "Diffusion in Low Bits", in Forge's order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,10 +69,10 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def unet_storage_dtype_from_option(value: str) -> str | None:
-    """Torch dtype name for the option "Diffusion in Low Bits"; None lets the engine choose."""
+    """Torch dtype name, or packed format, for the option "Diffusion in Low Bits"; None lets the engine choose."""
     kind = str(value).split(" ", maxsplit=1)[0]
-    if kind in _STORAGE_DTYPES:
-        return _STORAGE_DTYPES[kind]
+    if (known := _STORAGE_DTYPES.get(kind) or _PACKED_FORMATS.get(kind)) is not None:
+        return known
     if kind not in ("Automatic", ""):
         log.warning("forge_unet_storage_dtype: %s is not available; Automatic is used.", value)
     return None
@@ -81,13 +85,15 @@ def load_engine(request: ModelRequest, config: BackendConfig) -> ForgeDiffusionE
     with network_imports:
         from backend.loader import CheckpointError, load_checkpoint  # imports torch
 
-    dtype = getattr(torch, request.unet_storage_dtype) if request.unet_storage_dtype else None
+    wanted = request.unet_storage_dtype
+    is_packed = wanted in _PACKED_FORMATS.values()
     try:
         return load_checkpoint(
             request.checkpoint.path,
             config=config,
             additional_modules=request.additional_modules,
-            unet_storage_dtype=dtype,
+            unet_storage_dtype=None if wanted is None or is_packed else getattr(torch, wanted),
+            unet_format=wanted if is_packed else None,
             embedding_dirs=request.embedding_dirs,
         )
     except CheckpointError as error:

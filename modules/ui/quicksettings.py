@@ -18,6 +18,7 @@ import gradio as gr
 from backend.foreign_json import parse_resolution
 from modules.checkpoints.families import FamilyFacts, facts_of, families_are_imported
 from modules.checkpoints.listing import CHECKPOINT_SUFFIXES, CheckpointInfo
+from modules.checkpoints.models import LOW_BITS
 from modules.errors import RequestError
 from modules.ui.components import DropdownMulti, ToolButton
 from modules.ui.sections import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_STEP_PX, Defaults
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 PRESETS = ("sd", "xl", "flux", "all")
 _WITH_VALUES = ("sd", "xl", "flux")
-LOW_BITS = ("Automatic", "float8-e4m3fn", "float8-e5m2")
 NATIVE_SIZE_KEY = "modelspec.resolution"
 
 

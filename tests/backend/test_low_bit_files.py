@@ -20,6 +20,7 @@ from backend.loader import load_checkpoint
 from backend.memory.module_bytes import count_module_bytes
 from backend.parallel.planning import preview
 from backend.state_dict import assign_tensors, check_plan, plan_denoiser
+from backend.storage.four_bit import quantize_four_bit
 from backend.storage.kinds import has_packed_weights, storage_of
 from backend.storage.packed import PackedTensor
 from backend.storage.running import set_types
@@ -201,6 +202,32 @@ def test_the_plan_before_loading_counts_packed_bytes(tmp_path: Path) -> None:
     assert count_module_bytes(network).total_bytes < 0.35 * 4 * sum(parameter.numel() for parameter in network.parameters())
 
 
+def test_a_plain_file_is_quantized_as_it_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What "Diffusion in Low Bits" asks for; a file that is in low bits already stays as it is, and the log says so."""
+    files, low = write_flux(tmp_path, **WIDE), tmp_path / "low.gguf"
+    write_gguf(low, original_tensors(files.flux), "Q8_0")
+    caplog.set_level("INFO", logger="backend.loader")
+    engine = load_checkpoint(files.checkpoint, config=BackendConfig(), additional_modules=files.modules, unet_format="nf4")
+    layer = engine.forge_objects.unet.model.diffusion_model.transformer_blocks[0].attn.to_k
+    assert storage_of(layer.weight).is_same(storage_of(quantize_four_bit(files.flux.transformer_blocks[0].attn.to_k.weight, "nf4")))
+    assert "transformer stored in NF4" in caplog.text
+    engine = load_checkpoint(low, config=BackendConfig(), additional_modules=files.modules, unet_format="nf4")
+    assert storage_of(engine.forge_objects.unet.model.diffusion_model.proj_out.weight).title == "GGUF Q8_0"
+    assert "low.gguf is in low bits already and stays as it is; nf4 was asked for." in caplog.text
+
+
+def test_a_type_that_the_device_cannot_store_is_said_and_the_usual_one_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_flux(tmp_path, **WIDE)
+    monkeypatch.setattr(memory_management, "supports_cast", lambda device, dtype: dtype != torch.float8_e5m2)
+    engine = load_checkpoint(
+        files.checkpoint, config=BackendConfig(), additional_modules=files.modules, unet_storage_dtype=torch.float8_e5m2
+    )  # fmt: skip
+    assert engine.forge_objects.unet.model.storage_dtype == torch.float32
+    assert "cannot store weights in float8_e5m2; the device's usual type is used instead" in caplog.text
+
+
 def test_a_model_in_low_bits_is_saved_in_half_precision(tmp_path: Path) -> None:
     files = write_flux(tmp_path, **WIDE)
     write_gguf(tmp_path / "low.gguf", original_tensors(files.flux), "Q8_0")
@@ -264,3 +291,16 @@ def test_scales_that_are_no_numbers_are_refused(number: float, tmp_path: Path) -
     save_file({**low, "a.scale_weight": torch.tensor(number)}, tmp_path / "nan.safetensors")
     with open_tensor_file(tmp_path / "nan.safetensors") as file, pytest.raises(CheckpointError, match=r"a\.scale_weight is not a number"):
         file.read_stored("a.weight")
+
+
+# bitsandbytes' own bytes
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "nf4_nested", "fp4_nested"])
+def test_bytes_of_bitsandbytes_have_its_values_bit_for_bit(name: str) -> None:
+    """Written by bitsandbytes 0.50.2 on the CPU (`quantize_4bit`, `as_dict(packed=True)`), with what its `dequantize_4bit` returned."""
+    with open_tensor_file(Path(__file__).parent / "data" / "bitsandbytes_0_50_2.safetensors") as file:
+        expected = file.read(f"{name}.expected")
+        assert torch.equal(storage_of(file.read_stored(f"{name}.weight")).dequantize(torch.float32), expected)
+        assert torch.equal(storage_of(file.read_stored(f"{name}.weight", rows=(1, 3))).dequantize(torch.float32), expected[1:3])
+        assert torch.equal(file.read(f"{name}.weight", rows=(2, 4)), expected[2:4])
