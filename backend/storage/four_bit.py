@@ -84,6 +84,10 @@ class FourBitFormat(PackedFormat):
         spread = scales.repeat_interleave(self.nested_block)[: self.num_blocks]
         return nn.functional.embedding(indices.int(), table[:, None]).flatten() * spread + offset
 
+    def parts(self, buffer_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Largest magnitudes (B,), fp32, and codes, two per byte."""
+        return self.absmax(buffer_N), buffer_N[self._absmax_bytes :]
+
     def quantize(self, value: Tensor, *, seed: int, near_N: Tensor | None = None) -> Tensor:
         """To the nearest number of the table, without double quantization. Raises: PackedFormatError for a doubly quantized format."""
         if self.nested_block:

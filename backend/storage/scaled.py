@@ -39,7 +39,7 @@ class ScaledFormat(PackedFormat):
         return self.num_scales * _SCALE_BYTES + prod(self.shape)
 
     def dequantize(self, buffer_N: Tensor, out_dtype: torch.dtype) -> Tensor:
-        scales_S1, numbers_OC = self._parts(buffer_N)
+        scales_S1, numbers_OC = self.parts(buffer_N)
         readable_OC = numbers_OC if self.dtype == torch.int8 else numbers_OC.to(out_dtype)  # every half type holds fp8 exactly
         value_OC = torch.empty(numbers_OC.shape, dtype=out_dtype, device=buffer_N.device)
         return torch.mul(readable_OC, scales_S1, out=value_OC).reshape(self.shape)
@@ -51,7 +51,7 @@ class ScaledFormat(PackedFormat):
         needed_S1 = value_OC.abs().amax(dim=1, keepdim=True).div(largest)
         if self.num_scales == 1:
             needed_S1 = needed_S1.amax().reshape(1, 1)
-        kept_S1 = needed_S1 if near_N is None else self._parts(near_N)[0]
+        kept_S1 = needed_S1 if near_N is None else self.parts(near_N)[0]
         scales_S1 = torch.where(needed_S1 <= kept_S1 * (1 + 1e-6), kept_S1, needed_S1)
         scales_S1 = torch.where(scales_S1 == 0, torch.ones_like(scales_S1), scales_S1)
         scaled_OC = (value_OC / scales_S1).clamp(-largest, largest)
@@ -63,14 +63,14 @@ class ScaledFormat(PackedFormat):
         return replace(self, shape=(end - first, *self.shape[1:]), num_scales=1 if self.num_scales == 1 else end - first)
 
     def rows(self, buffer_N: Tensor, first: int, end: int) -> Tensor:
-        scales_S1, numbers_OC = self._parts(buffer_N)
+        scales_S1, numbers_OC = self.parts(buffer_N)
         return join_scaled(scales_S1 if self.num_scales == 1 else scales_S1[first:end], numbers_OC[first:end])
 
     def concat(self, others: Sequence[tuple[ScaledFormat, Tensor]]) -> tuple[ScaledFormat, Tensor]:
         """Parts with different scales get one scale per row."""
         if any(form.dtype != self.dtype or form.shape[1:] != self.shape[1:] for form, _ in others):
             raise PackedFormatError(f"Rows of {', '.join(f'{one.shape} in {one.title}' for one, _ in others)} cannot be stacked.")
-        parts = [form._parts(buffer) for form, buffer in others]
+        parts = [form.parts(buffer) for form, buffer in others]
         num_rows = sum(form._rows for form, _ in others)
         scales = torch.cat([scales_S1.expand(numbers_OC.shape[0], 1) for scales_S1, numbers_OC in parts])
         numbers = torch.cat([numbers_OC.view(torch.uint8) for _, numbers_OC in parts]).view(self.dtype)
@@ -85,7 +85,7 @@ class ScaledFormat(PackedFormat):
     def _rows(self) -> int:
         return self.shape[0] if self.shape else 1
 
-    def _parts(self, buffer_N: Tensor) -> tuple[Tensor, Tensor]:
+    def parts(self, buffer_N: Tensor) -> tuple[Tensor, Tensor]:
         """Scales (S, 1) and numbers (O, C), as views."""
         split = self.num_scales * _SCALE_BYTES
         return buffer_N[:split].view(torch.float32).reshape(-1, 1), buffer_N[split:].view(self.dtype).reshape(self._rows, -1)
