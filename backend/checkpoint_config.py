@@ -7,7 +7,7 @@ width is not a multiple of 64 (narrow variants), as wide as the width's largest 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from backend.checkpoint_layout import Layout, Part
 SD15, SD20, SDXL, SDXL_REFINER = "sd15", "sd20", "sdxl", "sdxl_refiner"
 INPAINT_CHANNELS = 9
 _NORM_GROUPS = 32
+_MAX_LEVELS = 16
+"""Of names; networks have up to eleven."""
 _UNREAD_CONTEXT_WIDTH = 32
 """The text width given to a network without attention."""
 
@@ -55,6 +57,7 @@ class _Names:
         self._file_name, self._what = file.path.name, what
         self.prefix = part.prefix
         self.shapes = {key.removeprefix(part.prefix): info.shape for key, info in file.infos.items() if key.startswith(part.prefix)}
+        self._levels = {level for name in self.shapes for level in _levels_of(name)}
 
     def shape(self, key: str) -> tuple[int, ...]:
         if key not in self.shapes:
@@ -91,8 +94,19 @@ class _Names:
                 "model (BK-SDM: small-sd, tiny-sd) converted with the full model's numbers: use it in diffusers' layout."
             )
 
-    def has(self, start: str) -> bool:
-        return any(name.startswith(start) for name in self.shapes)
+    def has(self, level: str) -> bool:
+        """Whether there is a name in this level ("a.b."), or of this name. Takes the same time for any number of names."""
+        return level in self._levels or level in self.shapes
+
+
+def _levels_of(name: str) -> Iterator[str]:
+    """The levels a name is in, outermost first: "a.b.c" -> "a.", "a.b."."""
+    end = name.find(".")
+    for _ in range(_MAX_LEVELS):
+        if end < 0:
+            return
+        yield name[: end + 1]
+        end = name.find(".", end + 1)
 
 
 # --- UNet ---------------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Must not know adapters, units or folders. Shapes: N pictures, L tokens (one per 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from backend.checkpoint_file import CheckpointError, TensorFile, open_tensor_fil
 from backend.control_dtype import pick_dtype
 from backend.patcher.base import ModelPatcher
 from backend.state_dict import assign_tensors, build_empty, check_plan, plan_as_named
+from backend.tensor_file import refusing_odd_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -108,13 +110,21 @@ def load_clip_vision(path: Path) -> ClipVision:
     with open_tensor_file(path) as file:
         if not is_clip_vision(file.infos):
             raise CheckpointError(f"{path.name}: is not a CLIP vision model in transformers' layout (no {_HEAD}embeddings.*). Choose another file.")
-        config = _read_config(file)
-        model = build_empty(lambda: CLIPVisionModelWithProjection(config))
-        plan = plan_as_named(model, file, _stored_name)
-        check_plan(plan, file, "CLIP vision model")
+        with refusing_odd_shapes(file):
+            config = _read_config(file)
+            model = build_empty(lambda: CLIPVisionModelWithProjection(config))
+            plan = plan_as_named(model, file, _stored_name)
+            check_plan(plan, file, "CLIP vision model")
         assign_tensors(model, plan, file, storage_dtype=pick_dtype(model))
     logger.info("Loaded %s: a CLIP vision model of width %d.", path.name, config.hidden_size)
     return ClipVision(model, path)
+
+
+def _count_layers(keys: Collection[str]) -> int:
+    """Consecutive layers, from 0. Numbers behind a gap build none: a file with a layer of number 10**9 would take all memory."""
+    start = f"{_HEAD}encoder.layers."
+    numbers = {key.removeprefix(start).partition(".")[0] for key in keys if key.startswith(start)}
+    return next(count for count in itertools.count() if str(count) not in numbers)
 
 
 def _stored_name(key: str) -> str:
@@ -129,12 +139,11 @@ def _read_config(file: TensorFile) -> CLIPVisionConfig:
         raise CheckpointError(f"{file.path.name}: its CLIP vision model lacks {missing}. Choose a file with the projection, or download it again.")
     width, _, patch_px, _ = shapes[f"{_HEAD}embeddings.patch_embedding.weight"]
     projected = shapes["visual_projection.weight"][0]
-    num_layers = 1 + max(int(key.split(".")[3]) for key in shapes if key.startswith(f"{_HEAD}encoder.layers."))
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=shapes[f"{_HEAD}encoder.layers.0.mlp.fc1.weight"][0],
         projection_dim=projected,
-        num_hidden_layers=num_layers,
+        num_hidden_layers=_count_layers(shapes),
         num_attention_heads=_HEADS.get(width, head_count(width)),
         image_size=round((shapes[f"{_HEAD}embeddings.position_embedding.weight"][0] - 1) ** 0.5) * patch_px,
         patch_size=patch_px,

@@ -29,7 +29,7 @@ from backend.nn.t2i_adapter import AdapterNetwork
 from backend.patcher.controlnet import ControlBase, ControlNet, T2IAdapter
 from backend.patcher.controlnet_union import UnionControlNet
 from backend.state_dict import assign_tensors, build_empty, check_plan, plan_as_named, plan_controlnet
-from backend.tensor_file import TensorInfo
+from backend.tensor_file import TensorInfo, refusing_odd_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +78,15 @@ def load_controlnet(path: Path) -> ControlBase:
 def build_control(file: TensorFile) -> ControlBase:
     """The chain link for a file of tensors. Raises: CheckpointError."""
     _refuse_unsupported(file)
-    if is_control_lora(file.infos):
-        return read_control_lora(file)
-    if find_adapter(file.infos) is not None:
-        return _build_adapter(file)
-    part = find_controlnet(file.infos)
-    if part is None:
-        refuse_other_files(file)
-    return _build_controlnet(file, part)
+    with refusing_odd_shapes(file):
+        if is_control_lora(file.infos):
+            return read_control_lora(file)
+        if find_adapter(file.infos) is not None:
+            return _build_adapter(file)
+        part = find_controlnet(file.infos)
+        if part is None:
+            refuse_other_files(file)
+        return _build_controlnet(file, part)
 
 
 def refuse_other_files(file: TensorFile) -> NoReturn:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.loaders.unet import UNet2DConditionLoadersMixin
@@ -32,6 +33,7 @@ from backend.parallel.running.session import find_bound_hook
 from backend.patcher.base import ModelPatcher
 from backend.patcher.controlnet import ControlNetError, family_of
 from backend.patcher.unet import UnetPatcher
+from backend.tensor_file import refusing_odd_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +101,11 @@ class IPAdapter:
 
 def read_ip_adapter(file: TensorFile) -> IPAdapter:
     """The adapter in a file. Raises: CheckpointError if it is damaged, or made for faces."""
+    with refusing_odd_shapes(file):
+        return _read(file)
+
+
+def _read(file: TensorFile) -> IPAdapter:
     _refuse_faces(file)
     projection = {key.removeprefix(_PROJECTION): file.read(key, dtype=torch.float32) for key in file.infos if key.startswith(_PROJECTION)}
     numbers = sorted({int(key.split(".")[1]) for key in file.infos if key.startswith(_ATTENTION)})
@@ -106,12 +113,7 @@ def read_ip_adapter(file: TensorFile) -> IPAdapter:
     missing = [key for key in wanted if key not in file.infos]
     if missing:
         raise CheckpointError(f"{file.path.name}: is an IP-Adapter without {len(missing)} of its tensors (first: {missing[0]}); download it again.")
-    try:
-        image_proj = UNet2DConditionLoadersMixin()._convert_ip_adapter_image_proj_to_diffusers(projection, low_cpu_mem_usage=False)
-    except (KeyError, RuntimeError, IndexError) as error:
-        raise CheckpointError(
-            f"{file.path.name}: the image projection of this IP-Adapter is of an unsupported kind ({error}). Choose another file."
-        ) from error
+    image_proj = _build_projection(file, projection)
     pairs = [tuple(file.read(key, dtype=torch.float32) for key in wanted[index : index + 2]) for index in range(0, len(wanted), 2)]
     layers = AdapterLayers(image_proj, [(key, value) for key, value in pairs])
     layers.eval().requires_grad_(False).to(pick_dtype(layers))
@@ -120,9 +122,23 @@ def read_ip_adapter(file: TensorFile) -> IPAdapter:
     return adapter
 
 
+def _build_projection(file: TensorFile, projection: dict[str, Tensor]) -> nn.Module:
+    """The library's module with these weights. Built without memory first, which shows whether they fit: sizes come from several tensors, and their
+    product may be larger than any memory. Raises: CheckpointError."""
+    build = UNet2DConditionLoadersMixin()._convert_ip_adapter_image_proj_to_diffusers
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")  # nothing is copied into a module without memory
+            build(dict(projection), low_cpu_mem_usage=False)
+        return cast("nn.Module", build(projection, low_cpu_mem_usage=False))
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise CheckpointError(
+            f"{file.path.name}: the image projection of this IP-Adapter is of an unsupported kind ({error}). Choose another file."
+        ) from error
+
+
 def _feature_width(projection: Mapping[str, Tensor]) -> int:
-    name = next(name for name in ("proj.weight", "proj.0.weight", "proj_in.weight") if name in projection)
-    return projection[name].shape[-1]
+    return next(projection[name].shape[-1] for name in ("proj.weight", "proj.0.weight", "proj_in.weight") if name in projection)
 
 
 def _refuse_faces(file: TensorFile) -> None:

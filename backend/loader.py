@@ -38,6 +38,7 @@ from backend.state_dict import LoadPlan, assign_tensors, check_plan, count_part_
 from backend.storage.choices import bits_per_weight
 from backend.storage.kinds import describe_storage
 from backend.storage.running import set_types
+from backend.tensor_file import refusing_odd_shapes
 from backend.text_processing.textual_inversion import EmbeddingDatabase
 
 if TYPE_CHECKING:
@@ -85,6 +86,20 @@ class _Sources:
         return _Located(file=self.main, part=self.found.part)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Networks:
+    """The networks of a model without memory, and where their weights lie; text encoders by name."""
+
+    sources: _Sources
+    key_map: KeyMap
+    denoiser: nn.Module
+    vae: nn.Module
+    texts: Mapping[str, nn.Module]
+    denoiser_plan: LoadPlan
+    vae_plan: LoadPlan
+    text_plans: Mapping[str, LoadPlan]
+
+
 def load_checkpoint(
     path: Path,
     *,
@@ -101,15 +116,21 @@ def load_checkpoint(
     Raises: CheckpointError for any file that is not a usable model. No file is changed, moved or deleted.
     """
     with ExitStack() as stack:
-        main = stack.enter_context(open_tensor_file(Path(path)))
-        extras = [stack.enter_context(open_tensor_file(Path(extra))) for extra in additional_modules]
-        sources = _find_sources(main, extras)
+        main, *extras = (stack.enter_context(open_tensor_file(Path(name))) for name in (path, *additional_modules))
+        networks = _plan_networks(main, extras)
         wanted = _usable_storage(
-            sources.denoiser, _WantedStorage(unet_storage_dtype or dtype_from_flag(config.unet_dtype or config.all_in), unet_format)
+            networks.sources.denoiser, _WantedStorage(unet_storage_dtype or dtype_from_flag(config.unet_dtype or config.all_in), unet_format)
         )
-        engine = _build_engine(sources, main, config, wanted, embedding_dirs)
+        engine = _build_engine(networks, main, config, wanted, embedding_dirs)
     _log_loaded(engine, main.path, extras)
     return engine
+
+
+def check_files(path: Path, additional_modules: Sequence[Path] = ()) -> None:
+    """What `load_checkpoint` checks before it reads weights. Raises: CheckpointError."""
+    with ExitStack() as stack:
+        main, *extras = (stack.enter_context(open_tensor_file(Path(name))) for name in (path, *additional_modules))
+        _plan_networks(main, extras)
 
 
 def _log_loaded(engine: ForgeDiffusionEngine, path: Path, extras: Sequence[TensorFile]) -> None:
@@ -257,21 +278,35 @@ def _join_names(names: Sequence[str]) -> str:
 # --- building -----------------------------------------------------------------------------------------------------------------------
 
 
+def _plan_networks(main: TensorFile, extras: Sequence[TensorFile]) -> _Networks:
+    """All networks, built without memory, with checked sources: a wrong file costs no memory. Raises: CheckpointError."""
+    with refusing_odd_shapes(main, *extras):
+        sources = _find_sources(main, extras)
+        family, found = sources.family, sources.found
+        denoiser, vae = family.build_denoiser(found), family.vae.build(sources.vae.file, sources.vae.part)
+        there = [encoder for encoder in family.text_encoders if encoder.name in sources.texts]
+        texts = {encoder.name: encoder.build(sources.texts[encoder.name].file, sources.texts[encoder.name].part) for encoder in there}
+        key_map = family.key_map(denoiser)
+        return _Networks(
+            sources=sources,
+            key_map=key_map,
+            denoiser=denoiser,
+            vae=vae,
+            texts=texts,
+            denoiser_plan=_checked(plan_denoiser(denoiser, main, found.part, key_map.places), sources.denoiser, family.denoiser_title),
+            vae_plan=_checked(family.vae.plan(vae, sources.vae.file, sources.vae.part), sources.vae, "VAE"),
+            text_plans={encoder.name: _plan_text(encoder, texts[encoder.name], sources.texts[encoder.name]) for encoder in there},
+        )
+
+
 def _build_engine(
-    sources: _Sources, main: TensorFile, config: BackendConfig, wanted: _WantedStorage, embedding_dirs: Sequence[Path]
+    networks: _Networks, main: TensorFile, config: BackendConfig, wanted: _WantedStorage, embedding_dirs: Sequence[Path]
 ) -> ForgeDiffusionEngine:
+    sources, denoiser, vae = networks.sources, networks.denoiser, networks.vae
     family, found = sources.family, sources.found
-    denoiser, vae = family.build_denoiser(found), family.vae.build(sources.vae.file, sources.vae.part)
-    there = [encoder for encoder in family.text_encoders if encoder.name in sources.texts]
-    texts = {encoder.name: encoder.build(sources.texts[encoder.name].file, sources.texts[encoder.name].part) for encoder in there}
-    key_map = family.key_map(denoiser)
-    denoiser_plan = _checked(plan_denoiser(denoiser, main, found.part, key_map.places), sources.denoiser, family.denoiser_title)
-    vae_plan = _checked(family.vae.plan(vae, sources.vae.file, sources.vae.part), sources.vae, "VAE")
-    text_plans = {encoder.name: _plan_text(encoder, texts[encoder.name], sources.texts[encoder.name]) for encoder in there}
-    # Weights are read only now that everything has been checked, so that a wrong file costs no memory.
-    clip = _load_clip(texts, text_plans, sources, config)
-    vae_patcher = _load_vae(vae, vae_plan, sources, config)
-    unet_patcher, prediction = _load_denoiser(denoiser, denoiser_plan, sources, wanted, key_map)
+    clip = _load_clip(networks.texts, networks.text_plans, sources, config)
+    vae_patcher = _load_vae(vae, networks.vae_plan, sources, config)
+    unet_patcher, prediction = _load_denoiser(denoiser, networks.denoiser_plan, sources, wanted, networks.key_map)
     parts = EngineParts(
         family=family,
         config=ModelConfig(
@@ -317,7 +352,7 @@ def _count_bytes(network: nn.Module, located: _Located, dtype: torch.dtype) -> i
     return count_part_bytes(located.file, located.part) if has_packed(located.file, located.part) else _count_numbers(network) * dtype.itemsize
 
 
-def _load_clip(encoders: dict[str, nn.Module], plans: dict[str, LoadPlan], sources: _Sources, config: BackendConfig) -> CLIP:
+def _load_clip(encoders: Mapping[str, nn.Module], plans: Mapping[str, LoadPlan], sources: _Sources, config: BackendConfig) -> CLIP:
     flag_dtype = dtype_from_flag(config.clip_dtype or config.all_in)
     dtype = flag_dtype or memory_management.text_encoder_dtype()
     device = memory_management.text_encoder_device(sum(_count_bytes(encoder, sources.texts[slot], dtype) for slot, encoder in encoders.items()))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backend.storage.packed import PackedFormat
 
+_SHAPE_ERRORS = (ArithmeticError, AssertionError, LookupError, StopIteration, TypeError, ValueError)
 REPEAT_DOWNLOAD = "Download it again and compare its size with the one on the model's page."
 
 
@@ -60,6 +61,22 @@ def reading(path: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise CheckpointError(f"{path.name}: cannot be read from {path.parent}: {reason}. Check that it exists and is readable.") from error
+
+
+@contextlib.contextmanager
+def refusing_odd_shapes(*files: TensorFile) -> Iterator[None]:
+    """What reading a network's structure from names and shapes raises for those that no network has (a bias as a matrix, a width of 0) becomes a
+    CheckpointError that names the files. Not for code that computes: there, such an error is a bug.
+
+    Raises: CheckpointError.
+    """
+    try:
+        yield
+    except _SHAPE_ERRORS as error:
+        names = " with ".join(file.path.name for file in files)
+        raise CheckpointError(
+            f"{names}: the shapes of its tensors fit no known network ({type(error).__name__}: {error}). The file is damaged: {REPEAT_DOWNLOAD}"
+        ) from error
 
 
 def say_mb(num_bytes: int) -> str:

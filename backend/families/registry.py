@@ -14,6 +14,7 @@ from types import ModuleType
 from backend import families as _package
 from backend.checkpoint_file import TensorFile
 from backend.families.family import Family, FoundDenoiser
+from backend.tensor_file import refusing_odd_shapes
 
 _added: list[Family] = []
 _built_in: list[Family] = []
@@ -37,11 +38,12 @@ def find_family(name: str) -> Family:
 
 
 def identify(file: TensorFile) -> tuple[Family, FoundDenoiser] | None:
-    """The first family that finds its denoiser in the file. Raises: CheckpointError for an unsupported relative."""
-    for family in all_families():
-        found = family.identify(file)
-        if found is not None:
-            return family, found
+    """The first family that finds its denoiser in the file. Raises: CheckpointError for an unsupported relative, or shapes that no network has."""
+    with refusing_odd_shapes(file):
+        for family in all_families():
+            found = family.identify(file)
+            if found is not None:
+                return family, found
     return None
 
 

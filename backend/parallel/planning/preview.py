@@ -22,6 +22,7 @@ from backend.parallel.planning.profiling import profile_network, with_stored_byt
 from backend.parallel.planning.slot_facts import Link, SlotFacts
 from backend.state_dict import assign_formats, check_plan, has_packed, matrix_dtypes, plan_denoiser
 from backend.storage.running import set_types
+from backend.tensor_file import refusing_odd_shapes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +44,8 @@ def preview_plan(path: Path, *, images: int = 1, strategy: WantedStrategy = "aut
         family, found = identified
         prediction = read_prediction(file, prefix=found.part.prefix)
         side_px = family.native_size_px(prediction or PredictionSpec(kind=V_PREDICTION, source="the larger of both"))
-        profile = _profile(file, family, found, side_px // family.latent.factor)
+        with refusing_odd_shapes(file):
+            profile = _profile(file, family, found, side_px // family.latent.factor)
     fleet = current_fleet()
     plan = make_plan(profile, _facts(fleet.working_slots), _links(fleet), JobShape(images=images), strategy=strategy)
     return Preview(plan=plan, model=family.title, side_px=side_px, images=images)
