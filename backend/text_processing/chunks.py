@@ -12,6 +12,10 @@ from typing import NamedTuple
 from backend.text_processing.embedding import Embedding
 
 
+class PromptTooLongError(ValueError):
+    """A prompt has too many tokens or parts to encode; the message says how many and what to do."""
+
+
 class PromptChunkFix(NamedTuple):
     """`embedding` replaces the token embeddings from `offset` on, not counting the start token."""
 

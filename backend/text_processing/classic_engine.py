@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from backend.text_processing.chunks import ChunkBuilder, ChunkLayout, PromptChunk, PromptChunkFix
+from backend.text_processing.chunks import ChunkBuilder, ChunkLayout, PromptChunk, PromptChunkFix, PromptTooLongError
 from backend.text_processing.clip_tokenizer import tokenize_plain
 from backend.text_processing.embedding import Embedding
 from backend.text_processing.emphasis import DEFAULT_EMPHASIS, apply_emphasis, resolve_emphasis_name
@@ -23,6 +23,8 @@ from backend.text_processing.parsing import Span, parse_prompt_attention
 from backend.text_processing.textual_inversion import EmbeddingDatabase
 
 COMMA_PADDING_BACKTRACK = 20
+MAX_CHUNKS = 1000
+"""Of a prompt. A BREAK takes six characters and adds a chunk, of which each is encoded and read in every step."""
 
 
 class ClassicTextProcessingEngine:
@@ -93,10 +95,16 @@ class ClassicTextProcessingEngine:
         """The condition z_BLC of each prompt, all padded to the chunk count of the longest; with `return_pooled` (z_BLC, pooled_BP).
 
         The pooled vector is read at the end token of a prompt's first chunk.
+
+        Raises: PromptTooLongError.
         """
         chunks_of_prompt, _ = self.process_texts(texts)
         self._note_what_was_used(chunks_of_prompt)
         num_chunks = max((len(chunks) for chunks in chunks_of_prompt), default=1)
+        if num_chunks > MAX_CHUNKS:
+            raise PromptTooLongError(
+                f"prompt: it has {num_chunks} parts of {self.chunk_length} tokens, but the limit is {MAX_CHUNKS}. Shorten it, or remove some BREAKs."
+            )
         padding = self.empty_chunk()
         columns = [[chunks[index] if index < len(chunks) else padding for chunks in chunks_of_prompt] for index in range(num_chunks)]
         encoded = [self.process_chunks(column) for column in columns]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backend.text_processing.chunks import PromptTooLongError
 from backend.text_processing.clip_tokenizer import tokenize_plain
 from backend.text_processing.emphasis import DEFAULT_EMPHASIS, apply_emphasis, resolve_emphasis_name
 from backend.text_processing.parsing import parse_prompt_attention
@@ -20,10 +21,8 @@ from backend.text_processing.t5_tokenizer import END_TOKEN_ID, PAD_TOKEN_ID
 MIN_LENGTH = 256
 MAX_LENGTH = 4096
 """Most tokens between two BREAKs. Attention's memory grows with their square; networks were trained on less than a tenth of this."""
-
-
-class PromptTooLongError(ValueError):
-    """A prompt has too many tokens to encode at once; the message says how many and what to do."""
+MAX_TOTAL_LENGTH = 4 * MAX_LENGTH
+"""Most tokens of a prompt, padding included: each part between two BREAKs is padded to the longest."""
 
 
 @dataclass(slots=True)
@@ -114,7 +113,7 @@ class T5TextProcessingEngine:
         self.note_weights(chunks_of_prompt)
         num_chunks = max((len(chunks) for chunks in chunks_of_prompt), default=1)
         length = max([self.min_length, *(len(chunk.tokens) for chunks in chunks_of_prompt for chunk in chunks)])
-        check_length(length)
+        check_length(length, num_chunks)
         empty = T5Chunk([self.id_end], [1.0])
         known: dict[tuple[tuple[int, ...], tuple[float, ...]], Tensor] = {}
         rows = []
@@ -147,9 +146,13 @@ class T5TextProcessingEngine:
         return features.float()
 
 
-def check_length(length: int) -> None:
-    """Raises: PromptTooLongError."""
+def check_length(length: int, num_chunks: int) -> None:
+    """Whether `num_chunks` parts, the longest of `length` tokens, can be encoded. Raises: PromptTooLongError."""
     if length > MAX_LENGTH:
         raise PromptTooLongError(
             f"prompt: T5 got {length} tokens at once, but the limit is {MAX_LENGTH}. Shorten the prompt, or split it with BREAK."
+        )
+    if (total := num_chunks * max(length, MIN_LENGTH)) > MAX_TOTAL_LENGTH:
+        raise PromptTooLongError(
+            f"prompt: T5 got {num_chunks} parts, padded to {total} tokens, but the limit is {MAX_TOTAL_LENGTH}. Remove some BREAKs."
         )

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from backend.text_processing.chunks import PromptTooLongError
 from backend.text_processing.composition import split_composition, strip_comments
-from backend.text_processing.t5_engine import PromptTooLongError
 from modules.errors import RequestError
 from modules.processing.model_facts import reads_size, takes_distilled_guidance
 from modules.prompts import extra_networks
@@ -51,7 +51,8 @@ def setup_prompts(p: StableDiffusionProcessing) -> None:
 
 def finish_prompt(p: StableDiffusionProcessing, prompt: str, *, negative: bool = False) -> str:
     """The prompt to encode: with the chosen styles, without comments."""
-    text = _with_styles(p, str(prompt), negative)
+    whole = str(prompt).encode("utf-8", "replace").decode("utf-8")  # a page or script may send half of a surrogate pair, which has no token
+    text = _with_styles(p, whole, negative)
     text = strip_comments(text) if p.options.enable_prompt_comments else text
     if not negative:
         _check_parts(text)

@@ -42,7 +42,7 @@ class PaddingBlindT5Engine(T5TextProcessingEngine):
         """Parts between BREAKs are encoded separately and joined. Raises: PromptTooLongError."""
         chunks_of_prompt, _ = self.process_texts(texts)
         self.note_weights(chunks_of_prompt)
-        check_length(max(len(chunk.tokens) for chunks in chunks_of_prompt for chunk in chunks))
+        check_length(max(len(chunk.tokens) for chunks in chunks_of_prompt for chunk in chunks), max(map(len, chunks_of_prompt)))
         return stack_texts([torch.cat([self._encode(chunk) for chunk in chunks]) for chunks in chunks_of_prompt])
 
     def _encode(self, chunk: T5Chunk) -> Tensor:

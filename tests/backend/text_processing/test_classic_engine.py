@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from backend.text_processing.classic_engine import ClassicTextProcessingEngine
+from backend.text_processing.chunks import PromptTooLongError
+from backend.text_processing.classic_engine import MAX_CHUNKS, ClassicTextProcessingEngine
 from backend.text_processing.embedding import Embedding
 from backend.text_processing.textual_inversion import EmbeddingDatabase
 from tests.support.text_encoders import NUM_LAYERS, WIDTH, encoder, tokenizer
@@ -34,6 +35,11 @@ def test_plain_prompts_equal_the_encoder_s_own_output() -> None:
     with torch.no_grad():
         expected = encoder()(padded_ids(PROMPTS)).last_hidden_state
     assert torch.equal(sd1_engine()(PROMPTS), expected)
+
+
+def test_more_parts_than_memory_has_room_for_are_refused_before_anything_is_encoded() -> None:
+    with pytest.raises(PromptTooLongError, match=rf"it has {MAX_CHUNKS + 1} parts of 75 tokens, but the limit is {MAX_CHUNKS}"):
+        sd1_engine()(["a", "BREAK " * (MAX_CHUNKS + 1)])
 
 
 def test_plain_prompts_equal_diffusers_sd1() -> None:

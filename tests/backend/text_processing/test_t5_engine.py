@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backend.text_processing.t5_engine import MAX_LENGTH, PromptTooLongError, T5TextProcessingEngine
+from backend.text_processing.chunks import PromptTooLongError
+from backend.text_processing.t5_engine import MAX_LENGTH, MAX_TOTAL_LENGTH, MIN_LENGTH, T5TextProcessingEngine
 from tests.support.t5_encoders import WIDTH, t5_encoder, t5_tokenizer
 
 PROMPT = "a photo of an astronaut riding a horse on mars"
@@ -45,6 +46,14 @@ def test_more_tokens_than_attention_has_memory_for_are_refused_with_both_numbers
         engine()(["cat " * MAX_LENGTH])
     chunks, num_tokens = engine().tokenize_line("cat " * (MAX_LENGTH - 1) + "BREAK" + " cat" * 9)
     assert (len(chunks), num_tokens) == (2, MAX_LENGTH + 8)
+
+
+def test_more_breaks_than_memory_has_room_for_are_refused_before_anything_is_encoded() -> None:
+    """100,000 characters of BREAK would be 4 million padded tokens."""
+    most = MAX_TOTAL_LENGTH // MIN_LENGTH
+    with pytest.raises(PromptTooLongError, match=rf"T5 got {most + 1} parts, padded to {(most + 1) * MIN_LENGTH} tokens, but the limit is"):
+        engine()(["BREAK " * most])
+    assert engine(min_length=8)(["BREAK " * 9]).shape == (1, 80, WIDTH)
 
 
 def test_weights_scale_the_output_of_their_tokens() -> None:
