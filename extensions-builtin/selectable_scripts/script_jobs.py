@@ -1,4 +1,4 @@
-"""Shared by the scripts here: copies of a request for several jobs, and joining their results."""
+"""Shared by the scripts here: copies of a request for several jobs, joining their results, and limits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ from PIL import Image
 
 from modules import images
 from modules.processing import Processed, StableDiffusionProcessing
+
+MAX_PICTURES = 10_000
+"""Of one job of a script, like a request's largest batch count."""
+MAX_PROMPT_CHARS = 100_000
+"""As the API allows."""
+
+
+def megapixels_of_grid(num_pictures: int, width_px: int, height_px: int, margin_px: int) -> float:
+    """The size of a grid of that many pictures, with a margin beside each."""
+    return num_pictures * (width_px + margin_px) * (height_px + margin_px) / 1e6
 
 
 def copy_request(p: StableDiffusionProcessing) -> StableDiffusionProcessing:

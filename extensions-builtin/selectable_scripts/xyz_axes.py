@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from script_jobs import MAX_PROMPT_CHARS
+
 from modules import sd_models, sd_samplers, sd_schedulers, sd_vae, shared
 from modules.errors import RequestError
 
@@ -25,7 +27,7 @@ MAX_PERMUTED = 6
 _NUMBER = r"[+-]?\d+(?:\.\d*)?|[+-]?\.\d+"
 _RANGE = re.compile(rf"\s*({_NUMBER})\s*-\s*({_NUMBER})(?:\s*\(\s*({_NUMBER})\s*\))?\s*")
 _COUNTED_RANGE = re.compile(rf"\s*({_NUMBER})\s*-\s*({_NUMBER})\s*\[\s*(\d+)\s*\]\s*")
-_SIZE = re.compile(r"\s*(\d+)\s*[x:]\s*(\d+)\s*")
+_SIZE = re.compile(r"\s*(\d{1,5})\s*[x:]\s*(\d{1,5})\s*")
 
 
 def str_permutations(text: str) -> str:
@@ -56,7 +58,15 @@ def apply_prompt(p: Any, value: str, values: Sequence[str]) -> None:
     wanted = str(values[0])
     if wanted not in p.prompt and wanted not in p.negative_prompt:
         raise RequestError(f"X/Y/Z plot: Prompt S/R did not find {wanted[:100]!r} in a prompt. The axis replaces its first value there.")
-    p.prompt, p.negative_prompt = p.prompt.replace(wanted, value), p.negative_prompt.replace(wanted, value)
+    p.prompt, p.negative_prompt = (_replaced(text, wanted, value) for text in (p.prompt, p.negative_prompt))
+
+
+def _replaced(text: str, wanted: str, value: str) -> str:
+    """Raises RequestError if the text would become too long: its length may be the product of both."""
+    length = len(text) + text.count(wanted) * (len(value) - len(wanted))
+    if length > max(MAX_PROMPT_CHARS, len(text)):
+        raise RequestError(f"X/Y/Z plot: Prompt S/R would make a prompt of {length} characters. Use at most {MAX_PROMPT_CHARS}.")
+    return text.replace(wanted, value)
 
 
 def apply_order(p: Any, value: Sequence[str], values: Sequence[Any]) -> None:
@@ -256,7 +266,10 @@ def build_axis_options() -> list[AxisOption]:
 def split_values(text: str) -> list[str]:
     """Splits a list at its commas, except inside quotation marks."""
     rows = csv.reader(io.StringIO(" ".join(text.splitlines())), skipinitialspace=True, strict=False)
-    return [part.strip() for part in itertools.chain.from_iterable(rows) if part.strip()]
+    try:
+        return [part.strip() for part in itertools.chain.from_iterable(rows) if part.strip()]
+    except csv.Error as error:
+        raise RequestError(f"X/Y/Z plot: values that begin with {text[:60]!r} cannot be read: {error}.") from error
 
 
 def read_values(option: AxisOption, text: str, chosen: Sequence[str], *, csv_mode: bool) -> list[Any]:
@@ -268,6 +281,7 @@ def read_values(option: AxisOption, text: str, chosen: Sequence[str], *, csv_mod
     parts = list(chosen) if option.choices is not None and not csv_mode else split_values(text)
     if option.prepare is not None:
         parts = list(option.prepare(parts))
+    _check_count(option, len(parts))
     values: list[Any] = parts
     if option.type in (int, float):
         values = [number for part in parts for number in _numbers(option, str(part))]
@@ -277,8 +291,7 @@ def read_values(option: AxisOption, text: str, chosen: Sequence[str], *, csv_mod
         values = list(itertools.permutations(parts))
     else:
         values = [option.type(part) for part in parts]
-    if not values or len(values) > MAX_VALUES:
-        raise RequestError(f"X/Y/Z plot: {option.label} has {len(values)} values. Give it 1 to {MAX_VALUES}, or choose Nothing.")
+    _check_count(option, len(values))
     return values
 
 
@@ -297,13 +310,13 @@ def _numbers(option: AxisOption, part: str) -> list[Any]:
             _check_count(option, count)
             return [make(round(first + step * place, 10)) for place in range(count)]
         return [make(part)]
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # int() of infinity overflows
         raise RequestError(f"X/Y/Z plot: {option.label}: {part[:100]!r} is neither a number nor a range like 1-5, 1-10 (+3) or 0-1 [5].") from error
 
 
 def _check_count(option: AxisOption, count: int) -> None:
     if not 1 <= count <= MAX_VALUES:
-        raise RequestError(f"X/Y/Z plot: a range of {option.label} has {count} values. Use 1 to {MAX_VALUES}.")
+        raise RequestError(f"X/Y/Z plot: {option.label} has {count} values. Give it 1 to {MAX_VALUES}, or choose Nothing.")
 
 
 def fix_seeds(option: AxisOption, values: Sequence[Any]) -> list[Any]:

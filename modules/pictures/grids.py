@@ -140,10 +140,22 @@ def _text_width(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -
     return _PEN.textlength(text, font=font)
 
 
+MAX_LABEL_CHARS = 1000
+MAX_LABEL_LINES = 24
+"""A prompt may be a label; more of it than this makes no grid readable, and could make it as large as a client likes."""
+
+
 def wrap_text(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, max_width_px: float) -> list[str]:
-    """`text` as lines no wider than `max_width_px`, broken at spaces; a longer word gets its own line."""
+    """`text` as lines no wider than `max_width_px`, broken at white space; a longer word gets its own line. "…" ends a text that was cut."""
+    lines = _wrap(text[:MAX_LABEL_CHARS], font, max_width_px)
+    if len(text) > MAX_LABEL_CHARS or len(lines) > MAX_LABEL_LINES:
+        lines = [*lines[: MAX_LABEL_LINES - 1], "…"]
+    return lines
+
+
+def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, max_width_px: float) -> list[str]:
     lines: list[str] = []
-    for word in text.split(" ") if text else [""]:
+    for word in text.split() or [""]:
         joined = f"{lines[-1]} {word}" if lines else word
         if lines and _text_width(joined, font) <= max_width_px:
             lines[-1] = joined

@@ -138,8 +138,10 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
         number = float(value)
     except ValueError:
         raise RequestError(f"{name}: expected a number, got {value[:80]!r}.") from None  # type: ignore[index]  # only text fails
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
     if not math.isfinite(number) or not low <= number <= high:
-        raise RequestError(f"{name}: {value} is outside {low}..{high}.")
+        raise RequestError(f"{name}: {str(value)[:80]} is outside {low}..{high}.")
     return value if isinstance(value, (int, float)) else number
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from modules.app_config import SCRIPT_DIR
 from modules.scripts import callbacks as script_callbacks
 from modules.scripts import installed as extensions
-from modules.scripts.arguments import checked_values
+from modules.scripts.arguments import checked_value, checked_values
 from modules.scripts.base import AlwaysVisible, Script, ScriptBuiltinUI
 from modules.scripts.files import ScriptClassData, ScriptFile
 from modules.scripts.hook_arguments import (
@@ -52,6 +52,7 @@ __all__ = [
     "ScriptFile",
     "ScriptRunner",
     "basedir",
+    "checked_value",
     "checked_values",
     "list_files_with_name",
     "list_scripts",

@@ -46,13 +46,19 @@ def checked_values(script: Any, values: Sequence[Any]) -> list[Any]:
     return [_checked(script.title(), controls[index], value) if index < len(controls) else value for index, value in enumerate(values)]
 
 
+def checked_value(script: Any, label: str, value: Any) -> Any:
+    """`value` within the bounds of the script's control with this label. Raises: RequestError."""
+    control = next(control for control in script.controls if control.label == label)
+    return _checked(script.title(), control, value)
+
+
 def _checked(title: str, control: Any, value: Any) -> Any:
     label, kind = f"{title}: {control.label}", {cls.__name__ for cls in type(control).__mro__}
     if "Slider" in kind:
         return _checked_number(label, value, control.minimum, control.maximum, whole=_is_whole(control))
     if "Checkbox" in kind:
         if value not in (True, False, None):
-            raise RequestError(f"{label} is {value!r}; send true or false.")
+            raise RequestError(f"{label} is {_shown(value)}; send true or false.")
         return bool(value)
     if "Radio" in kind or ("Dropdown" in kind and not control.multiselect and not control.allow_custom_value):
         return _checked_choice(label, value, control)
@@ -66,10 +72,10 @@ def _is_whole(control: Any) -> bool:
 def _checked_number(label: str, value: Any, low: float, high: float, *, whole: bool) -> float:
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: a whole number of more than 308 digits
         number = float("nan")
     if not low <= number <= high:  # refuses NaN too
-        raise RequestError(f"{label} is {value!r}; send a number from {low:g} to {high:g}.")
+        raise RequestError(f"{label} is {_shown(value)}; send a number from {low:g} to {high:g}.")
     return int(number) if whole else number
 
 
@@ -78,5 +84,9 @@ def _checked_choice(label: str, value: Any, control: Any) -> Any:
     if getattr(control, "type", None) == "index":
         choices = list(range(len(choices)))
     if isinstance(value, bool) or value not in choices:
-        raise RequestError(f"{label} is {value!r}; choose one of {', '.join(map(str, choices))}.")
+        raise RequestError(f"{label} is {_shown(value)}; choose one of {', '.join(map(str, choices))}.")
     return value
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:100]

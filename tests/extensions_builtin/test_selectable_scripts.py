@@ -102,7 +102,7 @@ def test_a_prompt_matrix_of_the_negative_prompt(app: Application) -> None:
     assert result.all_seeds == [1, 2]
     with pytest.raises(RequestError, match="12 optional parts"):
         make(app, "Prompt matrix", txt2img(prompt="|".join("abcdefghijklm")))
-    with pytest.raises(RequestError, match="comma or space"):
+    with pytest.raises(RequestError, match="choose one of comma, space"):
         make(app, "Prompt matrix", txt2img(), False, False, "positive", "semicolon")
 
 
@@ -208,6 +208,93 @@ def test_values_that_make_no_picture_are_refused(app: Application, label: str, t
         app.options.img_max_size_mp = 200
 
 
+@pytest.mark.parametrize(
+    ("label", "text", "says"),
+    [
+        ("Steps", "1-1000," * 5000, "has 5000 values"),
+        ("Steps", "9" * 400 + "-5", "neither a number nor a range"),
+        ("Steps", "9" * 5000, "neither a number nor a range"),
+        ("Seed", "1-5 [" + "9" * 5000 + "]", "neither a number nor a range"),
+        ("Prompt S/R", "cat, " + "b" * 140_000, "cannot be read"),
+        ("Prompt S/R", "e, " + "b" * 90_000, "would make a prompt of 270"),
+        ("Size", "9" * 5000 + "x8", "is not a size"),
+        ("Size", "64x64, 16384x16384", "megapixels"),
+    ],
+)
+def test_values_without_end_are_refused_and_not_counted_out(app: Application, label: str, text: str, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        make(app, PLOT, txt2img(prompt="a red ember"), axis(app, label), text, [])
+
+
+def test_a_plot_of_more_pictures_than_a_job_may_have_is_refused_whatever_the_settings_allow(app: Application) -> None:
+    """A billion cells: their list alone would take all memory."""
+    seed, variation, steps = (axis(app, label) for label in ("Seed", "Var. seed", "Steps"))
+    app.options.img_max_size_mp = 1e9
+    try:
+        with pytest.raises(RequestError, match="1000000000 pictures were requested"):
+            make(app, PLOT, txt2img(width=8, height=8), seed, "1-1000", [], variation, "1-1000", [], steps, "1-1000", [])
+        with pytest.raises(RequestError, match="20000 pictures"):
+            make(app, PLOT, txt2img(batch_size=20), seed, "1-1000", [])
+    finally:
+        app.options.img_max_size_mp = 200
+
+
+ODD_NUMBERS = (float("nan"), 1e12, -1, 10**400, "wide", [1], None)
+
+
+@pytest.mark.parametrize("margin", ODD_NUMBERS)
+def test_margins_are_within_the_bounds_of_their_slider(app: Application, margin: Any) -> None:
+    with pytest.raises(RequestError, match=r"Grid margins \(px\) is .*; send a number from 0 to 500"):
+        make(app, "Prompt matrix", txt2img(), False, False, "positive", "comma", margin)
+    args = (axis(app, "Seed"), "1", [], 0, "", [], 0, "", [], True, False, False, False, *OFF, margin, False)
+    with pytest.raises(RequestError, match=r"Grid margins \(px\) is .*; send a number from 0 to 500"):
+        make(app, PLOT, txt2img(), *args)
+
+
+@pytest.mark.parametrize("number", ODD_NUMBERS)
+def test_numbers_of_a_loopback_are_within_bounds(app: Application, number: Any) -> None:
+    with pytest.raises(RequestError, match=r"Loops is .*; send a number from 1 to 32"):
+        make(app, "Loopback", img2img(), number, 0.5, "Linear", "None")
+    with pytest.raises(RequestError, match=r"Final denoising strength is .*; send a number from 0 to 1"):
+        make(app, "Loopback", img2img(), 2, number, "Linear", "None")
+
+
+@pytest.mark.parametrize("choice", [["Linear"], {}, 5, None, "linear"])
+def test_choices_of_a_script_are_those_of_its_controls(app: Application, choice: Any) -> None:
+    with pytest.raises(RequestError, match=r"curve is .*; choose one of Aggressive, Linear, Lazy"):
+        make(app, "Loopback", img2img(), 2, 0.5, choice, "None")
+    with pytest.raises(RequestError, match=r"Select prompt is .*; choose one of positive, negative"):
+        make(app, "Prompt matrix", txt2img(), False, False, choice)
+
+
+def test_a_matrix_of_a_prompt_with_line_breaks_has_its_grid(app: Application) -> None:
+    result = make(app, "Prompt matrix", txt2img(prompt="a cat|in\nrain\t|\x00\ud800"), False, False, "positive", "comma", 0)
+    assert len(result.images) == 5
+
+
+def test_texts_of_jobs_are_bounded(app: Application) -> None:
+    name = "Prompts from file or textbox"
+    with pytest.raises(RequestError, match="a line has 100003 characters"):
+        make(app, name, txt2img(), False, False, "start", "--a" + "b" * 100_000)
+    with pytest.raises(RequestError, match="10001 lines"):
+        make(app, name, txt2img(), False, False, "start", "a\n" * 10_001)
+    with pytest.raises(RequestError, match="20000 pictures were requested"):
+        make(app, name, txt2img(), False, False, "start", "--n_iter 100 --batch_size 200")
+    with pytest.raises(RequestError, match="0 lines"):
+        make(app, name, txt2img(), False, False, "start", None)
+
+
+def test_a_grid_of_pictures_that_came_out_too_large_is_left_out_and_said(app: Application) -> None:
+    app.options.img_max_size_mp = 0.02
+    try:
+        args = (axis(app, "Seed"), "1,2", [], 0, "", [], 0, "", [], True, False, False, False, *OFF, 0, False)
+        result = make(app, PLOT, txt2img(enable_hr=True, hr_scale=2, denoising_strength=0.5, hr_second_pass_steps=1), *args)
+    finally:
+        app.options.img_max_size_mp = 200
+    assert [picture.size for picture in result.images] == [(128, 128)] * 2
+    assert "no grid of 0.0328 megapixels was drawn" in result.comments
+
+
 def test_an_axis_and_a_choice_that_are_not_there_are_refused(app: Application) -> None:
     for index in (999, -1, "Steps", True, None):
         with pytest.raises(RequestError, match="is not an axis"):
@@ -306,6 +393,13 @@ def test_sd_upscale_redraws_each_tile_with_its_own_seed(app: Application, monkey
         make(app, "SD upscale", img2img(), None, 64, 0, 2.0)
     with pytest.raises(RequestError, match="Upscaler is 'Gone'"):
         make(app, "SD upscale", img2img(), None, 16, "Gone", 2.0)
+
+
+def test_sd_upscale_makes_no_picture_larger_than_one_may_be(app: Application) -> None:
+    """Pictures of 67 megapixels may come in: four times their sides would be a gigapixel."""
+    large = Image.new("RGB", (4200, 4200), "red")
+    with pytest.raises(RequestError, match="16800x16800 was requested"):
+        make(app, "SD upscale", img2img(init_images=[large]), None, 16, "Lanczos", 4.0)
 
 
 def test_poor_mans_outpainting_keeps_the_picture_and_paints_around_it(app: Application) -> None:

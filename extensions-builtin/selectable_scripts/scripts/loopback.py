@@ -18,7 +18,6 @@ CURVES: Mapping[str, Callable[[float], float]] = {
     "Linear": lambda progress: progress,
     "Lazy": lambda progress: 1 - math.cos(progress * math.pi / 2),
 }
-MAX_LOOPS = 1000
 
 
 def strength_of(loop: int, num_loops: int, first: float, last: float, curve: str) -> float:
@@ -51,14 +50,8 @@ class Script(scripts.Script):
         self, p: StableDiffusionProcessingImg2Img, loops: float, final_denoising_strength: float, denoising_curve: str, append_interrogation: str
     ) -> Processed:
         """Raises RequestError for values outside the choices."""
-        num_loops = int(loops)
-        if not 1 <= num_loops <= MAX_LOOPS or denoising_curve not in CURVES:
-            raise RequestError(
-                f"Loopback: {num_loops} loops along the curve {denoising_curve!r} were requested. "
-                f"Use 1 to {MAX_LOOPS} loops and one of {', '.join(CURVES)}."
-            )
-        if append_interrogation not in ("None", "", None):
-            raise RequestError(f"Loopback: {append_interrogation!r} cannot describe pictures here. Choose None.")
+        interrogation = append_interrogation or "None"
+        num_loops, last_strength, curve, _ = scripts.checked_values(self, (loops, final_denoising_strength, denoising_curve, interrogation))
         fix_seed(p)
         first_strength, state = float(p.denoising_strength or 0), p.context.state
         num_rounds = p.n_iter
@@ -73,7 +66,7 @@ class Script(scripts.Script):
                 one = copy_request(p)
                 one.n_iter, one.batch_size, one.do_not_save_grid, one.seed = 1, 1, True, seed
                 one.init_images = starts
-                one.denoising_strength = strength_of(loop, num_loops, first_strength, final_denoising_strength, denoising_curve)
+                one.denoising_strength = strength_of(loop, num_loops, first_strength, last_strength, curve)
                 if loop:
                     one.inpainting_fill = 1  # the picture itself; anything else would undo the loop before
                 done.append(part_of(process_images(one)))

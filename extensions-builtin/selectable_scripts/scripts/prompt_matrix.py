@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
-from script_jobs import put_grid_in_front
+from PIL import Image
+from script_jobs import megapixels_of_grid, put_grid_in_front
 
 from modules import images, scripts
 from modules.errors import RequestError
@@ -45,10 +47,8 @@ class Script(scripts.Script):
         self, p: StableDiffusionProcessing, put_at_start: bool, different_seeds: bool, prompt_type: str, variations_delimiter: str, margin_size: float
     ) -> Processed:
         """Raises RequestError for an unknown choice and for too many parts."""
-        if prompt_type not in ("positive", "negative") or variations_delimiter not in DELIMITERS:
-            raise RequestError(
-                f"Prompt matrix: {prompt_type!r} and {variations_delimiter!r} were chosen. Choose positive or negative, and comma or space."
-            )
+        given = (put_at_start, different_seeds, prompt_type, variations_delimiter, margin_size)
+        *_, variations_delimiter, margin_px = scripts.checked_values(self, given)
         fix_seed(p)
         whole = p.prompt if prompt_type == "positive" else p.negative_prompt
         text = whole[0] if isinstance(whole, list) else whole
@@ -70,8 +70,14 @@ class Script(scripts.Script):
         p.seed = [first_seed + (place if different_seeds else 0) for place in range(len(prompts))]
         result = process_images(p)
         pictures = result.images[result.index_of_first_image :]
-        if len(pictures) == len(prompts) and images.check_grid_size(pictures):
+        if len(pictures) == len(prompts) and _has_room(p, pictures, margin_px):
             grid = images.image_grid(pictures, p.batch_size, rows=1 << (len(parts) - 1) // 2)
-            grid = images.draw_prompt_matrix(grid, pictures[0].width, pictures[0].height, parts, int(margin_size))
+            grid = images.draw_prompt_matrix(grid, pictures[0].width, pictures[0].height, parts, margin_px)
             put_grid_in_front(p, result, grid, save=bool(p.options.grid_save))
         return result
+
+
+def _has_room(p: StableDiffusionProcessing, pictures: Sequence[Image.Image], margin_px: int) -> bool:
+    """Whether the grid stays within the settings' limit."""
+    width, height = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
+    return megapixels_of_grid(len(pictures), width, height, margin_px) <= float(p.options.img_max_size_mp)

@@ -8,13 +8,14 @@ from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
-from script_jobs import Part, copy_request, part_of, together
+from script_jobs import MAX_PICTURES, MAX_PROMPT_CHARS, Part, copy_request, part_of, together
 
 from modules import scripts
 from modules.errors import RequestError
 from modules.processing import Processed, StableDiffusionProcessing, fix_seed, process_images
 
 MAX_LINES = 10_000
+MAX_FILE_BYTES = 16 << 20
 
 
 def _yes_or_no(text: str) -> bool:
@@ -36,6 +37,8 @@ OPTIONS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
 
 def parse_line(line: str) -> dict[str, Any]:
     """The fields that a line sets. Raises RequestError if it cannot be parsed."""
+    if len(line) > MAX_PROMPT_CHARS:
+        raise RequestError(f"Prompts from file: a line has {len(line)} characters. Use at most {MAX_PROMPT_CHARS}. It begins with {line[:60]!r}.")
     if "--" not in line:
         return {"prompt": line}
     try:
@@ -85,10 +88,13 @@ class Script(scripts.Script):
         self, p: StableDiffusionProcessing, checkbox_iterate: bool, checkbox_iterate_batch: bool, prompt_position: str, prompt_txt: str
     ) -> Processed:
         """Raises RequestError for lines that cannot be parsed, before anything is made."""
-        lines = [line.strip() for line in (prompt_txt or "").splitlines() if line.strip()]
+        lines = [line.strip() for line in str(prompt_txt or "").splitlines() if line.strip()]
         if not lines or len(lines) > MAX_LINES:
             raise RequestError(f"Prompts from file: there are {len(lines)} lines. Give it 1 to {MAX_LINES}, with a prompt in each.")
         jobs = [parse_line(line) for line in lines]
+        num_pictures = sum(max(job.get("n_iter", p.n_iter), 1) * max(job.get("batch_size", p.batch_size), 1) for job in jobs)
+        if num_pictures > MAX_PICTURES:
+            raise RequestError(f"Prompts from file: {num_pictures} pictures were requested. Use at most {MAX_PICTURES}: take fewer lines or counts.")
         p.do_not_save_grid = True
         if checkbox_iterate or checkbox_iterate_batch:
             fix_seed(p)
@@ -124,4 +130,6 @@ def _request_for(p: StableDiffusionProcessing, job: Mapping[str, Any], seed: Any
 def _read_file(content: bytes | None) -> Any:
     if content is None:
         return gr.skip()
+    if len(content) > MAX_FILE_BYTES:
+        raise RequestError(f"Prompts from file: the file has {len(content)} bytes. Use one of at most {MAX_FILE_BYTES}.")
     return gr.update(value=content.decode("utf-8-sig", errors="replace"), lines=7)

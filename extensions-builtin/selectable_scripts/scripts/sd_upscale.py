@@ -12,6 +12,7 @@ from script_jobs import Part, together
 from modules import images, scripts, shared
 from modules.errors import RequestError
 from modules.processing import Processed, StableDiffusionProcessingImg2Img, fix_seed
+from modules.processing.validation import check_area
 
 MAX_TILES = 4096
 
@@ -76,6 +77,7 @@ class Script(scripts.Script):
     @staticmethod
     def _enlarge(p: StableDiffusionProcessingImg2Img, upscaler: int, factor: float) -> Image.Image:
         image = images.flatten(p.init_images[0], p.options.img2img_background_color)
+        check_area(int(image.width * factor), int(image.height * factor))
         chosen = shared.sd_upscalers[upscaler]
         enlarged: Image.Image = image if chosen.name == "None" else chosen.scaler.upscale(image, factor, chosen.data_path)
         return enlarged

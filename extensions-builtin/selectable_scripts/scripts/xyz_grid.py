@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 from PIL import Image
-from script_jobs import Part, copy_request, part_of, together
+from script_jobs import MAX_PICTURES, Part, copy_request, megapixels_of_grid, part_of, together
 from xyz_axes import (
     AxisOption,
     AxisOptionImg2Img,
@@ -57,7 +58,6 @@ axis_options: list[AxisOption] = build_axis_options()
 """Everything that can be varied. Extensions append to it."""
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-_FAR = 1_000_000
 _MENTION = re.compile(r"<[^<>]+>")
 SHARE_A_JOB = frozenset({"Nothing", "Seed", "Var. seed", "Prompt S/R", "Prompt order"})
 """Axes along which the pictures of one job may differ."""
@@ -209,12 +209,15 @@ class Script(scripts.Script):
             fix_seed(p)
         given = ((x_type, x_values, x_values_dropdown), (y_type, y_values, y_values_dropdown), (z_type, z_values, z_values_dropdown))
         axes = self._read_axes(p, given, (vary_seeds_x, vary_seeds_y, vary_seeds_z), csv_mode=csv_mode, keep_random=no_fixed_seeds)
-        _check_grid(p, axes)
+        margin_px = scripts.checked_value(self, "Grid margins (px)", margin_size)
+        _check_grid(p, axes, margin_px)
         cells, parts = self._make_cells(p, axes)
         if not parts:
             raise RequestError("X/Y/Z plot: the job was interrupted before its first picture.")
-        result = together(p, parts, show_pictures=include_lone_images)
-        grids = _draw_grids(p, axes, cells, draw_legend=draw_legend, margin_px=int(margin_size))
+        comment = _comment_on_size(p, axes, cells, margin_px)
+        grids = [] if comment else _draw_grids(p, axes, cells, draw_legend=draw_legend, margin_px=margin_px)
+        result = together(p, parts, show_pictures=include_lone_images or not grids)
+        result.comments += comment
         text = self._infotext(p, axes, parts[0].pictures[0][1], keep_random=no_fixed_seeds)
         shown = grids if include_sub_grids or len(grids) == 1 else grids[:1]
         result.images[:0], result.infotexts[:0] = shown, [text] * len(shown)
@@ -233,12 +236,13 @@ class Script(scripts.Script):
         step = 1
         for letter, (kind, text, chosen), varies in zip("XYZ", given, vary):
             option = self._option(kind)
-            values = read_values(option, text or "", chosen or [], csv_mode=csv_mode)
+            chosen = [str(value) for value in chosen] if isinstance(chosen, (list, tuple)) else []
+            values = read_values(option, str(text or ""), chosen, csv_mode=csv_mode)
             if not keep_random:
                 values = fix_seeds(option, values)
             if option.confirm is not None:
                 option.confirm(p, values)
-            shown = text if option.choices is None or csv_mode else ", ".join(chosen or [])
+            shown = text if option.choices is None or csv_mode else ", ".join(chosen)
             axes.append(Axis(name=letter, option=option, values=tuple(values), text=shown, seed_step=step if varies else 0))
             step *= len(values) if varies else 1
         return axes
@@ -311,16 +315,40 @@ def _chosen_from(script: Any, letter: str) -> Any:
     return read
 
 
-def _check_grid(p: StableDiffusionProcessing, axes: Sequence[Axis]) -> None:
-    pictures = p.n_iter * p.batch_size
-    for axis in axes:
-        pictures *= len(axis.values)
-    megapixels = min(pictures, _FAR) * p.width * p.height / 1e6
+def _check_grid(p: StableDiffusionProcessing, axes: Sequence[Axis], margin_px: int) -> None:
+    """Before anything is made. Raises RequestError."""
+    pictures = p.n_iter * p.batch_size * math.prod(len(axis.values) for axis in axes)
+    if pictures > MAX_PICTURES:
+        raise RequestError(f"X/Y/Z plot: {pictures} pictures were requested. Use at most {MAX_PICTURES}: take fewer values.")
+    width, height = _largest_size(p, axes)
+    megapixels = megapixels_of_grid(pictures, width, height, margin_px)
     if megapixels > float(p.options.img_max_size_mp):
         raise RequestError(
-            f"X/Y/Z plot: {pictures} pictures of {p.width}x{p.height} make a grid of {megapixels:.0f} megapixels, but the setting "
+            f"X/Y/Z plot: {pictures} pictures of {width}x{height} make a grid of {megapixels:.0f} megapixels, but the setting "
             f"'Largest grid to save' allows {p.options.img_max_size_mp}. Use fewer values or smaller pictures, or raise the limit."
         )
+
+
+def _largest_size(p: StableDiffusionProcessing, axes: Sequence[Axis]) -> tuple[int, int]:
+    """Width and height of a cell that every picture fits into: the request's, or the largest of the axis Size."""
+    one, sizes = copy_request(p), []
+    for axis in axes:
+        for value in axis.values if axis.option.label == "Size" else ():
+            axis.option.apply(one, value, axis.values)
+            sizes.append((one.width, one.height))
+    return max((width for width, _ in sizes), default=p.width), max((height for _, height in sizes), default=p.height)
+
+
+def _cell_size(cells: Mapping[tuple[int, ...], Image.Image]) -> tuple[int, int]:
+    return max(picture.width for picture in cells.values()), max(picture.height for picture in cells.values())
+
+
+def _comment_on_size(p: StableDiffusionProcessing, axes: Sequence[Axis], cells: Mapping[tuple[int, ...], Image.Image], margin_px: int) -> str:
+    """Why no grid is drawn if the pictures came out larger than asked for (hires fix); empty if it is."""
+    megapixels = megapixels_of_grid(math.prod(len(axis.values) for axis in axes), *_cell_size(cells), margin_px)
+    if megapixels <= float(p.options.img_max_size_mp):
+        return ""
+    return f"X/Y/Z plot: no grid of {megapixels:.3g} megapixels was drawn; the setting 'Largest grid to save' allows {p.options.img_max_size_mp}.\n"
 
 
 def _draw_grids(
@@ -328,7 +356,7 @@ def _draw_grids(
 ) -> list[Image.Image]:
     """The whole grid, then, if Z has several values, the grid of each."""
     xs, ys, zs = ([[images.GridAnnotation(label)] for label in axis.labels(p)] for axis in axes)
-    size = (max(picture.width for picture in cells.values()), max(picture.height for picture in cells.values()))
+    size = _cell_size(cells)
     empty = Image.new("RGB", size, p.options.grid_background_color)
     grids = []
     for z in range(len(zs)):

@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from modules.pictures.grids import GridAnnotation, LabelStyle, choose_num_rows, combine_grid, draw_labels, lay_grid, prompt_matrix_labels, split_grid
+from modules.pictures.grids import (
+    MAX_LABEL_LINES,
+    GridAnnotation,
+    LabelStyle,
+    choose_num_rows,
+    combine_grid,
+    draw_labels,
+    lay_grid,
+    prompt_matrix_labels,
+    split_grid,
+    wrap_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +88,21 @@ def test_labels_stand_outside_the_cells() -> None:
     assert (np.asarray(labelled)[:, :left] < 128).any()
     assert (np.asarray(labelled)[:top, left:] < 128).any()
     assert draw_labels(grid, (100, 100), [[GridAnnotation()], [GridAnnotation()]], [[GridAnnotation()], [GridAnnotation()]]).size == grid.size
+
+
+@pytest.mark.parametrize("text", ["in\nrain", "a\r\n\t b", "word " * 100_000, "w" * 2_000_000, "\x00\ud800\u202e", " \n "])
+def test_a_label_of_any_text_keeps_the_grid_small(text: str) -> None:
+    """A prompt may be a label; Pillow measures neither lines nor a million characters."""
+    grid = Image.new("RGB", (64, 64))
+    labelled = draw_labels(grid, (64, 64), [[GridAnnotation(text)]], [[GridAnnotation(text)]])
+    assert labelled.width <= 64 * 2 and labelled.height <= 64 + 40 * MAX_LABEL_LINES
+
+
+def test_a_label_that_was_cut_says_so() -> None:
+    font = LabelStyle().font(8)
+    assert wrap_text("one  two\nthree", font, 1000) == ["one two three"]
+    cut = wrap_text("word " * 1000, font, 40)
+    assert (len(cut), cut[-1]) == (MAX_LABEL_LINES, "…")
 
 
 def test_prompt_matrix_labels() -> None:
