@@ -59,5 +59,6 @@ class JobRoutes:
         return models.TaskProgressResponse.model_validate(report, from_attributes=True)
 
     async def pending_tasks(self) -> models.PendingTasksResponse:
+        """How many tasks wait, and their ids. Behind the page's login the ids are left out: one gives access to its user's previews."""
         tasks = list(self.app.jobs.tasks.pending)
-        return models.PendingTasksResponse(size=len(tasks), tasks=tasks)
+        return models.PendingTasksResponse(size=len(tasks), tasks=[] if self.app.config.gradio_auth else tasks)

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from modules.application import Application
 
 CHECKPOINT_KEYS = ("sd_model_checkpoint",)
+MODULE_KEYS = ("forge_additional_modules", "sd_vae")
+"""A name that is not there would make every later job fail."""
 
 
 def check_settings(app: Application, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` converted for the settings; a value equal to the current one is left as it is.
 
-    Raises OptionError and UnknownCheckpointError; nothing is changed.
+    Raises OptionError, UnknownCheckpointError and UnknownModuleError; nothing is changed.
     """
     checked = {}
     for key, value in values.items():
@@ -30,6 +32,8 @@ def check_settings(app: Application, values: Mapping[str, Any]) -> dict[str, Any
         cast = app.options.cast_value(key, value)
         if cast != app.options.data.get(key):
             _check_change(app, key, cast)
+            if key in MODULE_KEYS:
+                app.additional_modules.chosen_by({key: cast})
         checked[key] = cast
     return checked
 

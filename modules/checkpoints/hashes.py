@@ -18,7 +18,7 @@ BLOCK_BYTES = 1 << 20
 PARTIAL_OFFSET_BYTES = 0x100000
 PARTIAL_LENGTH_BYTES = 0x10000
 _NOTHING = hashlib.sha256(b"").hexdigest()
-HASHES_OF_NOTHING = frozenset({_NOTHING, _NOTHING[:8], "NOFILE"})
+HASHES_OF_NOTHING = frozenset({"NOFILE", *(_NOTHING[:digits] for digits in range(8, len(_NOTHING) + 1))})
 """The SHA256 of an empty file, and the partial hash of every file too short for one: they do not identify a file."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -281,6 +282,26 @@ def test_a_pasted_infotext_finds_a_file_that_has_another_name_here(app: Applicat
     assert pasted(text)["Prompt"] == "a cat <lora:style:0.8> <lora:their style 2:1> <lora:gone:1>"
     kept = f'a cat <lora:drawing:0.8>\nSteps: 3, Sampler: Euler, Seed: 1, Lora hashes: "drawing: {entry.shorthash}"'
     assert pasted(kept)["Prompt"] == "a cat <lora:drawing:0.8>"
+
+
+def test_the_hash_of_nothing_is_no_files(app: Application) -> None:
+    """Trainers wrote it into files that they hashed wrongly, and a file without tensors has it."""
+    nothing = hashlib.sha256().hexdigest()
+    folder = files().roots[0]
+    paths = [folder / f"{name}.safetensors" for name in ("whole", "short", "empty")]
+    for path, written in zip(paths, (nothing, nothing[:12].upper())):
+        save_file({"x": torch.ones(1)}, path, metadata={"sshs_model_hash": written})
+    save_file({}, paths[-1])
+    files().refresh()
+    try:
+        for asked in (nothing, nothing[:12], nothing[:8]):
+            text = f'a <lora:theirs:1>\nSteps: 3, Sampler: Euler, Seed: 1, Lora hashes: "theirs: {asked}"'
+            assert pasted(text)["Prompt"] == "a <lora:theirs:1>"
+        assert nothing[:12] not in [files().find(path.stem).shorthash for path in paths]
+    finally:
+        for path in paths:
+            path.unlink()
+        files().refresh()
 
 
 # what other extensions and clients use

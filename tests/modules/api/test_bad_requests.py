@@ -143,6 +143,8 @@ CASES = [
     Case("options: unknown key", "/sdapi/v1/options", {"no_such": 1}, 422, "there is no setting 'no_such'"),
     Case("options: wrong type", "/sdapi/v1/options", {"samples_save": "perhaps"}, 422, "samples_save"),
     Case("options: unknown checkpoint", "/sdapi/v1/options", {"sd_model_checkpoint": "gone"}, 422, "'gone'"),
+    Case("options: VAE by path", "/sdapi/v1/options", {"forge_additional_modules": ["/etc/passwd"]}, 422, "VAE or text encoder '/etc/passwd'"),
+    Case("options: unknown VAE", "/sdapi/v1/options", {"sd_vae": "gone"}, 422, "VAE or text encoder 'gone' does not exist"),
     Case("options: folder", "/sdapi/v1/options", {"outdir_samples": "/etc"}, 422, "--api-auth"),
     Case("options: list", "/sdapi/v1/options", [1], 422, "dict"),
     Case("extras: unknown upscaler", "/sdapi/v1/extra-single-image", {"image": PICTURE, "upscaler_1": "ESRGAN"}, 422, "no upscaler 'ESRGAN'"),

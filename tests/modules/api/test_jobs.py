@@ -106,3 +106,6 @@ def test_previews_of_the_page_are_not_shown_where_the_page_alone_asks_for_a_pass
             shown = server.get("/sdapi/v1/progress", auth=("c", "d"))["current_image"]
             assert (shown is not None) is is_shown
             assert server.client.post("/internal/progress", json={"id_task": "x"}).status_code == (401 if "gradio_auth" in flags else 200)
+            server.app.jobs.tasks.add("task(of another)")
+            waiting = server.get("/internal/pending-tasks", auth=("c", "d") if "api_auth" in flags else ("a", "b"))
+            assert waiting == {"size": 1, "tasks": [] if "gradio_auth" in flags else ["task(of another)"]}
