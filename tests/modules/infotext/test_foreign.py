@@ -165,6 +165,16 @@ def test_comfy_custom_sampler_with_nodes_that_are_a_sampler_and_a_schedule() -> 
     assert (parsed["CFG scale"], parsed["Distilled CFG Scale"]) == ("2.5", "3.0")
 
 
+@pytest.mark.parametrize("source", ["good", "bad", "joined", "zero"])
+def test_comfy_zeroed_conditions_say_nothing(source: str) -> None:
+    """ConditioningZeroOut takes a condition and makes zeros of it: its text is not the picture's."""
+    zero = {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": [source, 0]}}
+    joined = {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["good", 0], "conditioning_2": ["more", 0]}}
+    assert prompts(sampled("good", "zero", zero=zero, joined=joined)) == ("a fox", "")
+    half = {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["zero", 0], "conditioning_2": ["bad", 0]}}
+    assert prompts(sampled("good", "half", zero=zero, joined=joined, half=half)) == ("a fox", "blurry")
+
+
 @pytest.mark.parametrize("kind", ["ControlNetApplyAdvanced", "InpaintModelConditioning"])
 def test_comfy_nodes_with_both_conditions_keep_them_apart(kind: str) -> None:
     inputs = {"positive": ["good", 0], "negative": ["bad", 0], "control_net": ["net", 0], "vae": ["vae", 0], "pixels": ["picture", 0]}

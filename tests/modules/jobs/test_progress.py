@@ -4,6 +4,7 @@ import base64
 import io
 import time
 
+import pytest
 from PIL import Image
 
 from modules.jobs.progress import TaskBook, create_task_id, overall_progress, progress_share, report_task, seconds_left
@@ -53,6 +54,25 @@ def test_a_running_task_gets_each_preview_once() -> None:
     again = report_task(tasks, state, "task(a)", known_preview_id=first.id_live_preview)
     assert (again.live_preview, again.id_live_preview) == (None, first.id_live_preview)
     assert report_task(tasks, state, "task(a)", want_preview=False).live_preview is None
+
+
+@pytest.mark.parametrize("asked", ["task(b)", "task(", "task(A)", "", "*"])
+def test_a_preview_is_for_those_who_know_the_running_tasks_id(asked: str) -> None:
+    tasks, state = TaskBook(), running_state()
+    tasks.start("task(a)")
+    tasks.add("task(b)")
+    state.assign_current_image(Image.new("RGB", (8, 4), "red"))
+    state.textinfo = "step 3"
+    report = report_task(tasks, state, asked, known_preview_id=-1)
+    assert (report.active, report.live_preview, report.id_live_preview, report.progress, report.eta) == (False, None, -1, None, None)
+    assert report.textinfo != "step 3"
+
+
+def test_no_task_runs_under_no_id() -> None:
+    """A job of the API without an id: nobody can ask for its preview here."""
+    state = running_state()
+    state.assign_current_image(Image.new("RGB", (8, 4), "red"))
+    assert report_task(TaskBook(), state, "").live_preview is None
 
 
 def test_only_the_last_tasks_and_results_are_kept() -> None:

@@ -120,6 +120,28 @@ def test_logins_are_read_from_flags_and_files(tmp_path: Path) -> None:
     assert config.gradio_auth == (("x", "y"), ("carl", "c"), ("dora", "d"), ("eve", "e"))
 
 
+def test_logins_of_the_api_are_read_from_a_file_and_stay_out_of_the_process_list(tmp_path: Path) -> None:
+    file = tmp_path / "logins"
+    file.write_bytes(b"\xef\xbb\xbfann:a\r\nbob:b:b, carl:c\n\n")
+    assert config_of("--api", "--api-auth-file", str(file)).api_auth == (("ann", "a"), ("bob", "b:b"), ("carl", "c"))
+    both = config_of("--api-auth", "dora:d", "--api-auth-file", str(file))
+    assert both.api_auth == (("dora", "d"), ("ann", "a"), ("bob", "b:b"), ("carl", "c"))
+    assert "ann" not in repr(both)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "contains no login"), (b"\n , \n", "contains no login"), (b"\xff\xfe", "cannot be read as UTF-8"), (b"ann", "")],
+)
+def test_a_file_of_logins_without_one_ends_the_start(content: bytes, says: str, tmp_path: Path) -> None:
+    """Whoever names a file wants a password: without one the API must not be open."""
+    file = tmp_path / "logins"
+    file.write_bytes(content)
+    for flag in ("--api-auth-file", "--gradio-auth-path"):
+        message = error_of(flag, str(file))
+        assert flag in message and says in message
+
+
 def test_no_password_is_printed() -> None:
     assert "secret" not in error_of("--api-auth", "ann:secret,bob")
     assert "secret" not in repr(config_of("--api-auth", "ann:secret", "--gradio-auth", "bob:secret"))
@@ -164,6 +186,7 @@ def test_server_flags_reach_their_fields(tmp_path: Path) -> None:
         (["--tls-keyfile", "/no"], "--tls-certfile is missing"),
         (["--tls-keyfile", "/no", "--tls-certfile", "/no"], "no such file"),
         (["--gradio-auth-path", "/no"], "no such file"),
+        (["--api-auth-file", "/no"], "no such file"),
         (["--cors-allow-origins-regex", "("], "not a regular expression"),
         (["--filenames-max-length", "0"], "from 8 to 255"),
         (["--timeout-keep-alive", "-1"], "from 1 to 86400"),
