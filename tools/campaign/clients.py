@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tools.campaign.full_server import FullServer, full_server, report
+from tools.campaign.full_server import FullServer, Start, full_server, report, start_process
 
 KINDS: tuple[dict[str, Any], ...] = tuple(
     {"seed": seed, "prompt": prompt, "steps": steps} for seed, prompt, steps in zip(range(8), ("a red circle", "a blue square") * 4, (1, 2, 3, 4) * 2)
@@ -42,9 +42,9 @@ def run_client(server: FullServer, expected: list[str], number: int, until_s: fl
     return found
 
 
-def run(clients: int, seconds: float) -> Counter[str]:
+def run(clients: int, seconds: float, *, start: Start = start_process) -> Counter[str]:
     """Combined outcomes of all clients."""
-    with tempfile.TemporaryDirectory() as folder, full_server(Path(folder) / "data", Path(folder) / "log.txt") as server:
+    with tempfile.TemporaryDirectory() as folder, full_server(Path(folder) / "data", Path(folder) / "log.txt", start=start) as server:
         expected = [picture_of(server, kind) for kind in KINDS]
         until_s = time.monotonic() + seconds
         with ThreadPoolExecutor(clients) as pool:

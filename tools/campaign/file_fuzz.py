@@ -33,6 +33,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save as save_safetensors
 
+from tools.campaign import network_files
 from tools.development import ROOT_DIR
 
 REPORT = ROOT_DIR / "benchmarks" / "campaign_file_fuzz.md"
@@ -57,13 +58,17 @@ class Refused(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """How to read one kind of file, which errors it may raise, and valid seed files."""
+    """How to read one kind of file, which errors it may raise, and valid seed files.
+
+    `finish` is applied to each file once it is written. `one_of`: of so many cases one is run, where reading is slow."""
 
     suffix: str
     seeds: Callable[[], list[bytes]]
     read: Callable[[Path], object]
     refusals: Callable[[], tuple[type[BaseException], ...]]
     inside: Callable[[bytes, random.Random], bytes] | None = None
+    finish: Callable[[Path], None] | None = None
+    one_of: int = 1
 
 
 @dataclass
@@ -258,6 +263,13 @@ def _style_seeds() -> list[bytes]:
     ]
 
 
+def _sentencepiece_seeds() -> list[bytes]:
+    """Three pieces with scores, and a normalization."""
+    texts = [b"\x0a" + bytes([len(text)]) + text for text in (b"a", b"bc", b"\xe2\x96\x81")]
+    pieces = [text + b"\x15\0\0\x80\xbf" for text in texts]
+    return [b"".join(b"\x0a" + bytes([len(piece)]) + piece for piece in pieces) + b"\x1a\x06\x12\x04\x01\x02\x03\x04"]
+
+
 # readers
 
 
@@ -324,6 +336,18 @@ def _read_styles(path: Path) -> None:
     read_styles(path)
 
 
+def _read_sentencepiece(path: Path) -> None:
+    from backend.text_processing.sentencepiece_file import read_sentencepiece
+
+    read_sentencepiece(path.read_bytes())
+
+
+def _sentencepiece_errors() -> tuple[type[BaseException], ...]:
+    from backend.text_processing.sentencepiece_file import SentencePieceError
+
+    return (SentencePieceError,)
+
+
 def _checkpoint_errors() -> tuple[type[BaseException], ...]:
     from backend.checkpoint_file import CheckpointError
 
@@ -358,6 +382,11 @@ def _no_errors() -> tuple[type[BaseException], ...]:
     return ()
 
 
+def _network_reader(seeds: Callable[[], list[bytes]], read: Callable[[Path], object], *, one_of: int) -> Reader:
+    inside, finish = network_files.change_networks, network_files.stretch
+    return Reader(suffix=".safetensors", seeds=seeds, read=read, refusals=_checkpoint_errors, inside=inside, finish=finish, one_of=one_of)
+
+
 READERS: dict[str, Reader] = {
     "safetensors": Reader(suffix=".safetensors", seeds=_tensor_seeds, read=_read_checkpoint, refusals=_checkpoint_errors, inside=_inside_safetensors),
     "GGUF": Reader(suffix=".gguf", seeds=_gguf_seeds, read=_read_tensors, refusals=_checkpoint_errors),
@@ -375,6 +404,10 @@ READERS: dict[str, Reader] = {
     "JSON": Reader(suffix=".json", seeds=_json_seeds, read=_read_json, refusals=_json_errors),
     "description and cache": Reader(suffix=".json", seeds=_json_seeds, read=_read_description, refusals=_no_errors),
     "styles": Reader(suffix=".csv", seeds=_style_seeds, read=_read_styles, refusals=_request_errors),
+    "checkpoint's networks": _network_reader(network_files.checkpoint_seeds, network_files.read_checkpoint, one_of=20),
+    "VAE and text encoder": _network_reader(network_files.module_seeds, network_files.read_module, one_of=10),
+    "ControlNet and others": _network_reader(network_files.control_seeds, network_files.read_control, one_of=10),
+    "SentencePiece": Reader(suffix=".model", seeds=_sentencepiece_seeds, read=_read_sentencepiece, refusals=_sentencepiece_errors),
 }
 
 
@@ -406,11 +439,13 @@ def run_reader(reader: Reader, folder: Path, *, cases: int, seed: int, limit_s: 
     outcome, refusals, seeds = Outcome(), reader.refusals(), reader.seeds()
     path = folder / f"case{reader.suffix}"
     before_mib = _peak_mib()
-    for case in range(cases):
+    for case in range(0, cases, reader.one_of):
         chance = random.Random(f"{seed} {case}")
         source = chance.choice(seeds)
         change = reader.inside if reader.inside is not None and chance.random() < 0.7 else mutate
         path.write_bytes(change(source, chance))
+        if reader.finish is not None:
+            reader.finish(path)
         with within(limit_s, isolated=isolated):
             _read_case(reader, refusals, path, case, outcome)
     outcome.growth_mib = _peak_mib() - before_mib

@@ -13,10 +13,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tools.campaign.security_server import free_port
 
@@ -25,12 +25,23 @@ START_TIMEOUT_S = 300.0
 REQUEST: dict[str, Any] = {"prompt": "a red circle", "steps": 2, "seed": 1, "sampler_name": "Euler"}
 
 
+class ServerProcess(Protocol):
+    """The process of a server: a `subprocess.Popen`, or one like it."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int, /) -> None: ...
+    def kill(self) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class FullServer:
     """A running program. `post` and `get` raise urllib's errors."""
 
     address: str
-    process: subprocess.Popen[bytes]
+    process: ServerProcess
 
     def get(self, path: str, timeout_s: float = 60) -> Any:
         return self._ask(urllib.request.Request(f"{self.address}{path}"), timeout_s)
@@ -58,12 +69,19 @@ class FullServer:
             return json.loads(answer.read() or b"null")
 
 
-def start_server(data_dir: Path, log_file: Path, flags: Sequence[str] = ()) -> FullServer:
-    """Start `launch.py --nowebui` on `data_dir` and wait until it answers. With an empty folder it uses the demo checkpoint. Raises RuntimeError."""
-    port = free_port()
-    command = [sys.executable, str(ROOT / "launch.py"), "--skip-prepare-environment", "--nowebui", "--port", str(port)]
+def start_process(arguments: Sequence[str], log_file: Path) -> ServerProcess:
+    """Run `launch.py ARGUMENTS`, as a user does, in a process that writes to `log_file`."""
     with log_file.open("ab") as log:
-        process = subprocess.Popen([*command, "--data-dir", str(data_dir), *flags], cwd=ROOT, stdout=log, stderr=log, env={**os.environ})
+        return subprocess.Popen([sys.executable, str(ROOT / "launch.py"), *arguments], cwd=ROOT, stdout=log, stderr=log, env={**os.environ})
+
+
+Start = Callable[[Sequence[str], Path], ServerProcess]
+
+
+def start_server(data_dir: Path, log_file: Path, flags: Sequence[str] = ("--nowebui",), *, start: Start = start_process) -> FullServer:
+    """Start the program on `data_dir` and wait until it answers. With an empty folder it uses the demo checkpoint. Raises RuntimeError."""
+    port = free_port()
+    process = start(["--skip-prepare-environment", "--port", str(port), "--data-dir", str(data_dir), *flags], log_file)
     server = FullServer(address=f"http://127.0.0.1:{port}", process=process)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
@@ -77,9 +95,9 @@ def start_server(data_dir: Path, log_file: Path, flags: Sequence[str] = ()) -> F
 
 
 @contextlib.contextmanager
-def full_server(data_dir: Path, log_file: Path, flags: Sequence[str] = ()) -> Iterator[FullServer]:
+def full_server(data_dir: Path, log_file: Path, flags: Sequence[str] = ("--nowebui",), *, start: Start = start_process) -> Iterator[FullServer]:
     """A server that is stopped afterwards."""
-    server = start_server(data_dir, log_file, flags)
+    server = start_server(data_dir, log_file, flags, start=start)
     try:
         yield server
     finally:

@@ -6,19 +6,17 @@ python -m tools.campaign.interrupts --interrupts 500 --progress interrupts.jsonl
 from __future__ import annotations
 
 import argparse
-import logging
 import random
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 from backend.devices.virtual_device import Faults
-from tools.campaign.guided_job import PLANS, Bed, guided_bed
+from tools.campaign.guided_job import Bed, guided_bed
 from tools.campaign.progress import Progress
-from tools.campaign.reporting import BENCHMARKS, Report, write_report
+from tools.campaign.reporting import PlanCampaign, add_plan_arguments, run_plans
 
 _LOOK_S = 0.0005
 KINDS = ("interrupt", "skip")
@@ -97,32 +95,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 1 if any promise was broken."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--interrupts", type=int, default=500, help="total number of interrupts and skips, divided among the plans")
-    parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=list(PLANS))
     parser.add_argument("--whole-after", type=int, default=1, help="number of stopped jobs before a whole job is compared")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--progress", type=Path, help="a file that records finished cases; the next run resumes from it")
-    parser.add_argument("--report-folder", type=Path, default=BENCHMARKS)
+    add_plan_arguments(parser)
     chosen = parser.parse_args(arguments)
-    logging.disable(logging.CRITICAL)  # every failed job would log a lot
-    progress = Progress(chosen.progress)
-    command = f"python -m tools.campaign.interrupts --interrupts {chosen.interrupts} --whole-after {chosen.whole_after}"
-    command += f" --plans {' '.join(chosen.plans)}"
-    for plan in chosen.plans:
-        run_plan(plan, max(1, chosen.interrupts // len(chosen.plans)), progress, seed=chosen.seed, whole_after=chosen.whole_after)
-        path = write_report(
-            Report(
-                name="interrupts",
-                question=QUESTION,
-                command=command,
-                rows=summarize(progress),
-                found=progress.found,
-                seconds=progress.seconds,
-                commits=progress.commits,
-            ),
-            chosen.report_folder,
-        )
-    sys.stdout.write(path.read_text(encoding="utf-8"))
-    return 1 if progress.found else 0
+    campaign = PlanCampaign(
+        name="interrupts",
+        question=QUESTION,
+        command=f"python -m tools.campaign.interrupts --interrupts {chosen.interrupts} --whole-after {chosen.whole_after}",
+        run_plan=partial(run_plan, seed=chosen.seed, whole_after=chosen.whole_after),
+        summarize=summarize,
+    )
+    return run_plans(campaign, chosen, chosen.interrupts)
 
 
 if __name__ == "__main__":

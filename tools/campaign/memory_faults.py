@@ -6,19 +6,17 @@ python -m tools.campaign.memory_faults --faults 1000 --per-job 5 --progress faul
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from backend.devices.virtual_device import Faults
 from backend.memory.errors import OutOfMemory
-from tools.campaign.guided_job import PLANS, Bed, Sound, guided_bed
+from tools.campaign.guided_job import Bed, Sound, guided_bed
 from tools.campaign.progress import Progress
-from tools.campaign.reporting import BENCHMARKS, Report, write_report
+from tools.campaign.reporting import PlanCampaign, add_plan_arguments, run_plans
 
 _LASTING = 10**9
 SAME, CLEAR, NOT_REACHED, OTHER = "same picture", "clear failure", "not reached", "other"
@@ -45,11 +43,16 @@ class Place:
         return Faults(out_of_memory_at=range(self.at[0], _LASTING) if self.lasts else frozenset(self.at))
 
 
+def count_jobs(num_faults: int, per_job: int) -> int:
+    """How many jobs have that many faults: `per_job` in three of four, one in the fourth."""
+    return -(-num_faults * 4 // (3 * per_job + 1))
+
+
 def place_faults(num_faults: int, counts: Sequence[int], per_job: int = 1) -> list[Place]:
     """Jobs with `num_faults` in total, distributed over the devices in turn and spread over the `counts` allocations of a job on each device.
 
     Three of four jobs have `per_job` faults far from each other, the fourth has one that lasts."""
-    slots, jobs = len(counts), -(-num_faults // per_job)
+    slots, jobs = len(counts), count_jobs(num_faults, per_job)
     rounds = -(-jobs // slots)
     places = []
     for number in range(jobs):
@@ -63,7 +66,7 @@ def place_faults(num_faults: int, counts: Sequence[int], per_job: int = 1) -> li
 def run_plan(plan: str, num_faults: int, progress: Progress | None = None, *, per_job: int = 1) -> Progress:
     """Run jobs with `num_faults` in total, and a normal job after each. Cases in `progress` are not repeated."""
     progress = progress or Progress()
-    left = [number for number in range(-(-num_faults // per_job)) if number not in progress.done(plan)]
+    left = [number for number in range(count_jobs(num_faults, per_job)) if number not in progress.done(plan)]
     if not left:
         return progress
     with guided_bed(plan) as bed:
@@ -126,31 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 1 if any promise was broken."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=1000, help="total number of faults, divided among the plans")
-    parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=list(PLANS))
     parser.add_argument("--per-job", type=int, default=1, help="faults per job, far from each other")
-    parser.add_argument("--progress", type=Path, help="a file that records finished cases; the next run resumes from it")
-    parser.add_argument("--report-folder", type=Path, default=BENCHMARKS)
+    add_plan_arguments(parser)
     chosen = parser.parse_args(arguments)
-    logging.disable(logging.CRITICAL)  # every failed job would log a lot
-    progress = Progress(chosen.progress)
-    command = f"python -m tools.campaign.memory_faults --faults {chosen.faults} --per-job {chosen.per_job}"
-    command += f" --plans {' '.join(chosen.plans)}"
-    for plan in chosen.plans:
-        run_plan(plan, max(1, chosen.faults // len(chosen.plans)), progress, per_job=chosen.per_job)
-        path = write_report(
-            Report(
-                name="memory_faults",
-                question=QUESTION,
-                command=command,
-                rows=summarize(progress),
-                found=progress.found,
-                seconds=progress.seconds,
-                commits=progress.commits,
-            ),
-            chosen.report_folder,
-        )
-    sys.stdout.write(path.read_text(encoding="utf-8"))
-    return 1 if progress.found else 0
+    campaign = PlanCampaign(
+        name="memory_faults",
+        question=QUESTION,
+        command=f"python -m tools.campaign.memory_faults --faults {chosen.faults} --per-job {chosen.per_job}",
+        run_plan=partial(run_plan, per_job=chosen.per_job),
+        summarize=summarize,
+    )
+    return run_plans(campaign, chosen, chosen.faults)
 
 
 if __name__ == "__main__":

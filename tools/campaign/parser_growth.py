@@ -9,6 +9,7 @@ The exponent is that of the best-fitting power of n over the four lengths: 1 is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import itertools
 import json
@@ -29,7 +30,9 @@ from backend.text_processing.clip_tokenizer import build_clip_tokenizer, tokeniz
 from backend.text_processing.composition import split_composition, strip_comments
 from backend.text_processing.parsing import parse_prompt_attention
 from backend.text_processing.schedule import PassSteps, schedule_prompt
+from backend.text_processing.t5_tokenizer import build_t5_tokenizer
 from modules.api.pictures import PictureError, decode_picture
+from modules.errors import RequestError
 from modules.infotext.foreign import infotext_from_comfy, infotext_from_novelai, infotext_from_novelai_json
 from modules.infotext.parameters import parse_generation_parameters
 from modules.infotext.text import iterate_pairs, parse_infotext
@@ -92,6 +95,11 @@ def _tokenizer() -> Any:
 
 
 @cache
+def _t5_tokenizer() -> Any:
+    return build_t5_tokenizer()
+
+
+@cache
 def _guest(extension: str, module: str) -> Any:
     """A module of a built-in extension, found as the extension finds it."""
     folder = str(BUILTIN_DIR / extension)
@@ -106,6 +114,27 @@ def _rename_loras(text: str) -> None:
     """A pasted prompt that is `text`, with hashes of LoRAs that are `text` too."""
     params = {"Prompt": text, "Hires prompt": text, "Lora hashes": f"a: 0123456789ab, {text}"}
     _guest("sd_forge_lora", "infotext_lora").use_names_of(lambda hashes: dict.fromkeys(hashes, "b"), params)
+
+
+@cache
+def _axes() -> Any:
+    """An axis of numbers and one of texts, and what reads their values."""
+    module = _guest("selectable_scripts", "xyz_axes")
+    options = {option.label: option for option in module.build_axis_options()}
+    return module.read_values, options["Steps"], options["Prompt S/R"]
+
+
+def _read_axes(text: str) -> None:
+    read_values, *options = _axes()
+    for option in options:
+        with contextlib.suppress(RequestError):
+            read_values(option, text, [], csv_mode=True)
+
+
+def _read_line(text: str) -> None:
+    _guest("selectable_scripts", "script_jobs")
+    with contextlib.suppress(RequestError):
+        _guest("selectable_scripts/scripts", "prompts_from_file").parse_line(f"--prompt {text}")
 
 
 _GENERATOR = FilenameGenerator(None, 1, "a prompt", Image.new("RGB", (8, 8)))
@@ -134,6 +163,9 @@ PARSERS: Mapping[str, Reader] = {
     "ControlNet unit": lambda text: _guest("sd_forge_controlnet", "lib_controlnet.infotext").read_unit(f"Module: canny, Model: {text}"),
     "LoRAs of others": _rename_loras,
     "CLIP's tokens": lambda text: tokenize_plain(_tokenizer(), [text]),
+    "T5's tokens": lambda text: tokenize_plain(_t5_tokenizer(), [text]),
+    "axis of a plot": _read_axes,
+    "line of a job": _read_line,
 }
 
 _PIECES = (

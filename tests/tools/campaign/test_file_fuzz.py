@@ -17,7 +17,7 @@ from tools.development import ROOT_DIR
 def test_mutated_files_are_read_or_refused_by_an_error_of_ours(name: str, tmp_path: Path) -> None:
     outcome = run_reader(READERS[name], tmp_path, cases=80, seed=11)
     assert outcome.failures == []
-    assert outcome.read + outcome.refused == 80
+    assert outcome.read + outcome.refused == outcome.cases >= 80 // READERS[name].one_of
     assert outcome.growth_mib < MAX_GROWTH_MIB
 
 
@@ -60,5 +60,7 @@ def test_the_good_files_that_cases_are_made_of_are_read(name: str, tmp_path: Pat
     for seed in reader.seeds():
         path = tmp_path / f"good{reader.suffix}"
         path.write_bytes(seed)
+        if reader.finish is not None:
+            reader.finish(path)
         reader.read(path)
     assert Outcome().cases == 0
