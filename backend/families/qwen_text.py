@@ -1,0 +1,83 @@
+"""Qwen3 as a family's text encoder (Z-Image): its places in files, its configuration from shapes, its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import cast
+
+from torch import nn
+
+from backend.checkpoint_file import CheckpointError, TensorFile
+from backend.checkpoint_layout import Layout, Part
+from backend.families.family import Component
+from backend.families.file_shapes import FileShapes, read_part
+from backend.nn.qwen3 import Qwen3Shape, Qwen3TextEncoder, qwen3_config
+from backend.state_dict import LoadPlan, build_empty, plan_as_named
+from backend.text_processing.qwen_tokenizer import VOCAB_LENGTH, build_qwen_tokenizer
+
+NAME = "qwen3"
+TITLE = "Qwen3"
+_PREFIXES = (
+    "text_encoders.qwen3_4b.transformer.model.", "text_encoders.qwen3_4b.transformer.", "text_encoder.model.", "text_encoder.", "transformer.model.",
+    "model.", "",
+)  # fmt: skip
+
+
+def qwen3(usual_file: str) -> Component:
+    """A Qwen3 of any width."""
+    return Component(
+        name=NAME,
+        title=TITLE,
+        find=lambda file: find_qwen3(file.infos),
+        build=build_qwen3,
+        plan=plan_qwen3,
+        width=lambda file, part: read_qwen3_shape(file, part).width,
+        make_tokenizer=build_qwen_tokenizer,
+        usual_file=usual_file,
+    )
+
+
+def find_qwen3(keys: Collection[str]) -> Sequence[Part]:
+    """The first Qwen3 in a file. Qwen2.5 has no norms of queries; Gemma has further norms."""
+    marks = ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight", "layers.0.mlp.gate_proj.weight")
+    for prefix in _PREFIXES:
+        is_gemma = f"{prefix}layers.0.post_feedforward_layernorm.weight" in keys
+        if all(prefix + mark in keys for mark in marks) and not is_gemma:
+            return [Part(prefix, Layout.TRANSFORMERS, NAME)]
+    return []
+
+
+def read_qwen3_shape(file: TensorFile, part: Part) -> Qwen3Shape:
+    """Raises: CheckpointError if a tensor that determines the shape is missing, or has a shape that Qwen3 cannot have."""
+    shapes: FileShapes = read_part(file, part, TITLE)
+    vocab_length, width = shapes.find("embed_tokens.weight")
+    attention = "layers.0.self_attn."
+    (head_width,) = shapes.find(f"{attention}q_norm.weight", 1)
+    query_width, key_width = (shapes.find(f"{attention}{name}.weight")[0] for name in ("q_proj", "k_proj"))
+    if head_width % 2 or query_width % head_width or key_width % head_width or query_width % key_width:
+        raise shapes.refuse(f"queries {query_width} and keys {key_width} wide in heads {head_width} wide")
+    if vocab_length < VOCAB_LENGTH:
+        raise CheckpointError(
+            f"{file.path.name}: its Qwen3 text encoder knows {vocab_length} tokens; Qwen3 has {VOCAB_LENGTH}. It was trimmed, or belongs to another "
+            "model; use a complete file."
+        )
+    return Qwen3Shape(
+        vocab_length=vocab_length,
+        width=width,
+        inner_width=shapes.find("layers.0.mlp.gate_proj.weight")[0],
+        num_heads=query_width // head_width,
+        num_kv_heads=key_width // head_width,
+        head_width=head_width,
+        num_layers=shapes.count_blocks("layers."),
+    )
+
+
+def build_qwen3(file: TensorFile, part: Part) -> nn.Module:
+    """Without memory."""
+    config = qwen3_config(read_qwen3_shape(file, part))
+    return build_empty(lambda: cast("nn.Module", Qwen3TextEncoder(config)))
+
+
+def plan_qwen3(encoder: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
+    """Sources of its parameters."""
+    return plan_as_named(encoder, file, lambda key: part.prefix + key)

@@ -1,0 +1,76 @@
+"""What transformers with one stream share: rotations by three-part positions, gated MLPs, and a residual stream with a dtype of its own.
+
+Trained streams overflow fp16, and so do the products inside the MLPs. If the network computes in fp16, streams, modulations and gated products are
+therefore fp32, and only the inputs of matrices and attention are fp16.
+
+Shapes: B rows, L tokens, D token width, N heads, K head width, F inner width of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from backend.attention import attention_function
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines (B or 1, L, K / 2), fp32."""
+
+
+def rotations(places_BL3: Tensor, widths: Sequence[int], theta: float) -> Rope:
+    """Cosines and sines of the places' angles, axis by axis. Su et al. 2021, "RoFormer", eq. 15."""
+    angles = []
+    for axis, width in enumerate(widths):
+        omega = theta ** -(torch.arange(0, width, 2, dtype=torch.float64, device=places_BL3.device) / width)
+        angles.append((places_BL3[..., axis, None].double() * omega).float())
+    joined = torch.cat(angles, dim=-1)
+    return joined.cos(), joined.sin()
+
+
+def rotate(x_BLNK: Tensor, rope: Rope) -> Tensor:
+    """Neighboring numbers turned as pairs, computed in fp32, in the input's dtype."""
+    cosines, sines = (part.unsqueeze(2) for part in rope)
+    pairs = x_BLNK.float().reshape(*x_BLNK.shape[:-1], -1, 2)
+    real, imaginary = pairs[..., 0], pairs[..., 1]
+    turned = torch.stack([real * cosines - imaginary * sines, real * sines + imaginary * cosines], dim=-1)
+    return turned.flatten(-2).to(x_BLNK.dtype)
+
+
+def attend(attn: Any, tokens_BLD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+    """Self-attention with normalized heads and rotations; fewer heads of keys and values are repeated."""
+    query, key, value = (layer(tokens_BLD) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    head_width = query.shape[-1] // attn.heads
+    query, key, value = (part.unflatten(-1, (-1, head_width)) for part in (query, key, value))
+    query, key = rotate(attn.norm_q(query), rope), rotate(attn.norm_k(key), rope)
+    repeats = attn.heads // key.shape[2]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
+    mixed_BLD = attention_function(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn.heads, mask, skip_reshape=True)
+    return attn.to_out[0](mixed_BLD)  # type: ignore[no-any-return]
+
+
+def gated(up: nn.Module, gate: nn.Module, down: nn.Module, x_BLD: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)), in fp16 with the product scaled per token by a power of two. Shazeer 2020, "GLU Variants", eq. 6."""
+    gate_BLF, up_BLF = functional.silu(gate(x_BLD)), up(x_BLD)
+    if x_BLD.dtype is not torch.float16:
+        return down(gate_BLF * up_BLF)  # type: ignore[no-any-return]
+    product_BLF = gate_BLF.float() * up_BLF.float()
+    scale_BL1 = torch.exp2(torch.ceil(torch.log2(product_BLF.abs().amax(dim=-1, keepdim=True).clamp(min=1.0))))
+    return down((product_BLF / scale_BL1).half()).float() * scale_BL1  # type: ignore[no-any-return]
+
+
+def rms_norm(norm: Any, stream_BLD: Tensor) -> Tensor:
+    """The library's RMSNorm of a stream, in the stream's dtype, where the library would go on in its weight's. Zhang and Sennrich 2019, eq. 4."""
+    if stream_BLD.dtype == norm.weight.dtype:
+        return norm(stream_BLD)  # type: ignore[no-any-return]
+    variance = stream_BLD.float().pow(2).mean(dim=-1, keepdim=True)
+    return stream_BLD * torch.rsqrt(variance + norm.eps) * norm.weight.to(stream_BLD.dtype)  # type: ignore[no-any-return]
+
+
+def normed(norm: nn.Module, stream_BLD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norm of a stream, in the network's dtype."""
+    return norm(stream_BLD).to(dtype)  # type: ignore[no-any-return]

@@ -1,0 +1,49 @@
+"""The tokenizer of Qwen2, Qwen2.5 and Qwen3, rebuilt from its published merges without a model hub (see `data/NOTICE.md`)."""
+
+from __future__ import annotations
+
+import lzma
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Tokenizer
+
+VOCAB_LENGTH = 151_669
+"""Byte symbols, merges and markers. Networks have a few more rows, which no text reaches."""
+_FIRST_MARKER = 151_643
+_MARKERS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
+    "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>",
+    "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>",
+    "<think>", "</think>",
+)  # fmt: skip
+_PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+
+
+@cache
+def read_merges() -> tuple[str, ...]:
+    """The published merges, each two symbols with a space between them, the most frequent first."""
+    packed = (resources.files(__package__) / "data" / "qwen_merges.txt.xz").read_bytes()
+    lines = lzma.decompress(packed).decode().split("\n")
+    return tuple(line for line in lines if line and not line.startswith("#version"))
+
+
+def byte_symbols() -> list[str]:
+    """One visible character for every byte, in the order of their ids: printable bytes stand for themselves, the others for U+0100 and up."""
+    others = [byte for byte in range(256) if byte not in _PRINTABLE]
+    return [*map(chr, _PRINTABLE), *(chr(256 + number) for number in range(len(others)))]
+
+
+def build_qwen_tokenizer() -> Qwen2Tokenizer:
+    """A transformers Qwen2Tokenizer with the published vocabulary: byte symbols, then what each merge makes, then the markers."""
+    from transformers import AddedToken, Qwen2Tokenizer  # heavy: only when text is first encoded
+
+    merges = read_merges()
+    symbols = [*byte_symbols(), *(merge.replace(" ", "") for merge in merges)]
+    tokenizer = Qwen2Tokenizer(
+        vocab={symbol: number for number, symbol in enumerate(symbols)}, merges=[tuple(merge.split(" ")) for merge in merges]
+    )  # fmt: skip
+    tokenizer.add_tokens([AddedToken(marker, normalized=False, special=True) for marker in _MARKERS])
+    return tokenizer
