@@ -69,6 +69,8 @@ def _describe(shapes: FileShapes, names: _Names) -> FoundDenoiser:
         raise shapes.refuse(f"{inputs} inputs per token, width {width} and heads {head_width} wide")
     net_width, net_inputs = shapes.find(f"{_NET}in_proj.weight")
     shapes.find(names.net_layer)
+    if net_inputs % 4:
+        raise shapes.refuse(f"{net_inputs} inputs of the distilled guidance layer")
     config: dict[str, Any] = {
         "in_channels": inputs,
         "num_layers": shapes.count_blocks(names.double),
