@@ -18,7 +18,10 @@ from transformers import CLIPTextModelWithProjection
 from backend.checkpoint_file import CheckpointError
 from backend.diffusion_engine.sd35 import StableDiffusion3
 from backend.text_processing.clip_tokenizer import build_clip_tokenizer
+from modules.errors import RequestError
+from modules_forge.unet_patching import StepWindow
 from tests.support.dit_checkpoints import LAYOUTS, DitFiles
+from tests.support.extensions import import_builtin
 from tests.support.flow_pictures import (
     ONE_PIXEL_STEP,
     SIDE,
@@ -125,6 +128,24 @@ def test_img2img_is_the_pipeline_s(original: DitFiles) -> None:
     assert (start - library_start).abs().max() < 6e-3, "the posterior is narrow"
     check_same(our_picture(engine, "Euler", part, library_start, texts[0], cfg=CFG, uncond=texts[1]), library)
     assert (our_picture(engine, "Euler", part, start, texts[0], cfg=CFG, uncond=texts[1]) - library).abs().mean() < ONE_PIXEL_STEP
+
+
+def test_skip_layer_guidance_is_the_pipeline_s(original: DitFiles) -> None:
+    script = import_builtin("sd_forge_skip_layer_guidance/scripts", "forge_skip_layer_guidance")
+    engine = load(original.checkpoint, original.modules)
+    texts, sigmas = encode(engine), shifted_sigmas(engine)
+    plain = our_picture(engine, "Euler", sigmas, NOISE, texts[0], cfg=CFG, uncond=texts[1])
+    unet = engine.forge_objects.unet = engine.forge_objects.unet.clone()
+    unet.set_model_sampler_post_cfg_function(script.SkipLayerGuidance([1], 2.8, StepWindow(None, 0.0, 1.0)))
+    every_step = {"skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 2.0}
+    library = library_picture(original, StableDiffusion3Pipeline, "Euler", sigmas, latents=NOISE, skip_guidance_layers=[1], **every_step)
+    ours = our_picture(engine, "Euler", sigmas, NOISE, texts[0], cfg=CFG, uncond=texts[1])
+    check_same(ours, library)
+    assert (ours - plain).abs().mean() > ONE_PIXEL_STEP
+    assert script.parse_layers(" 9,7 , 8,", 24) == [7, 8, 9]
+    for wrong in ("", "seven", "24", "-1", "1e1", "\u0667"):
+        with pytest.raises(RequestError, match=r"slg_layers is .*blocks from 0 to 23"):
+            script.parse_layers(wrong, 24)
 
 
 def test_an_empty_negative_prompt_is_zeros(original: DitFiles) -> None:
