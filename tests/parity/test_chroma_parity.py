@@ -15,9 +15,10 @@ import torch
 from diffusers import ChromaImg2ImgPipeline, ChromaPipeline, FluxPipeline
 from torch import Tensor
 
+from backend.checkpoint_file import CheckpointError
 from backend.diffusion_engine.chroma import Chroma
 from tests.support.chroma_networks import write_chroma
-from tests.support.dit_checkpoints import LAYOUTS, DitFiles
+from tests.support.dit_checkpoints import LAYOUTS, DitFiles, save
 from tests.support.flow_pictures import (
     ONE_PIXEL_STEP,
     SIDE,
@@ -30,6 +31,7 @@ from tests.support.flow_pictures import (
     our_picture,
     shifted_sigmas,
 )
+from tests.support.flux_networks import make_vae
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")
 NOISE = torch.randn(1, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
@@ -106,6 +108,15 @@ def test_img2img_is_the_pipeline_s(original: DitFiles) -> None:
     )  # fmt: skip
     check_same(our_picture(engine, "Euler", part, library_start, texts[0], cfg=CFG, uncond=texts[1]), library)
     assert (our_picture(engine, "Euler", part, start, texts[0], cfg=CFG, uncond=texts[1]) - library).abs().mean() < ONE_PIXEL_STEP
+
+
+def test_what_is_missing_and_what_is_wrong_is_said(original: DitFiles, tmp_path: Path) -> None:
+    vae, t5 = original.modules
+    with pytest.raises(CheckpointError, match=r"chroma\.safetensors needs a T5-XXL text encoder: put t5xxl_fp16\.safetensors \(9\.5 GB\)"):
+        load(original.checkpoint, (vae,))
+    save(tmp_path / "sd.safetensors", make_vae(latent_channels=4).state_dict())
+    with pytest.raises(CheckpointError, match=r"sd\.safetensors: is a VAE with 4 latent channels; Chroma needs one with 16"):
+        load(original.checkpoint, (tmp_path / "sd.safetensors", t5))
 
 
 def test_the_model_is_saved_as_one_file_that_loads(original: DitFiles, tmp_path: Path) -> None:
