@@ -36,7 +36,8 @@ CONTEXT, NOISE, LAYER, LAST = "context_refiner", "noise_refiner", "layer", "last
 PATCH = "2-1"
 MULTIPLE = 32
 """Numbers of tokens are multiples of this, in training too."""
-EXAMPLE_TEXT_TOKENS = 512
+EXAMPLE_TEXT_TOKENS = 128
+"""A prompt of a hundred words in its template."""
 PEAK_NUMBERS = 16
 """Numbers in memory at a pass's peak, per token and unit of width; a test keeps the estimate above what is counted on the meta device."""
 SAFETY = 1.5
