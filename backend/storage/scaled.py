@@ -45,7 +45,8 @@ class ScaledFormat(PackedFormat):
         return torch.mul(readable_OC, scales_S1, out=value_OC).reshape(self.shape)
 
     def quantize(self, value: Tensor, *, seed: int, near_N: Tensor | None = None) -> Tensor:
-        """Rounds fp8 at random, with the mean preserved, and int8 to nearest. Scales that still cover their row are kept."""
+        """To nearest. fp8 that replaces another weight is rounded at random, which preserves the mean of small changes; scales that still cover their
+        row are kept."""
         value_OC = value.detach().float().reshape(self._rows, -1)
         largest = 127.0 if self.dtype == torch.int8 else torch.finfo(self.dtype).max
         needed_S1 = value_OC.abs().amax(dim=1, keepdim=True).div(largest)
@@ -55,6 +56,8 @@ class ScaledFormat(PackedFormat):
         scales_S1 = torch.where(needed_S1 <= kept_S1 * (1 + 1e-6), kept_S1, needed_S1)
         scales_S1 = torch.where(scales_S1 == 0, torch.ones_like(scales_S1), scales_S1)
         scaled_OC = (value_OC / scales_S1).clamp(-largest, largest)
+        if self.dtype in MANTISSA_BITS and near_N is None:
+            return join_scaled(scales_S1, scaled_OC.to(self.dtype))
         if self.dtype in MANTISSA_BITS:
             return join_scaled(scales_S1, round_at_random(scaled_OC, self.dtype, seed=seed))
         return join_scaled(scales_S1, scaled_OC.round().to(torch.int8))

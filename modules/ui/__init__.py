@@ -2,7 +2,7 @@
 
 Reading order: `tabs` (`create_ui` builds the tabs and connects them), then one tab: `txt2img` or `img2img` (its controls), `sections` and
 `toprow` (the groups of controls in a tab), `requests` (turns control values into a request), `generation` (handles a click on Generate),
-`common` and `components` (parts that several tabs share), `paste` (puts infotext into controls), `settings`, `extras`, `pnginfo`,
+`common` and `components` (parts that several tabs share), `paste` (puts infotext into controls), `settings`, `extras`, `pnginfo`, `checkpoint_tools`,
 `extra_networks*` (cards of model files), `file_routes` (files of extensions), `page` (style sheet, scripts, theme), `guard` and
 `page_files` (what a browser may name). Beside them: `choices`, `extensions`, `gpus`, `img2img_pictures`, `quicksettings`, `saving`,
 `scripts`, `shown_text`, `style_dialog`, `styles`, `symbols`, `symbols`, `tokens`.

@@ -24,6 +24,7 @@ from modules.ui import page as ui_page
 from modules.ui import requests as ui_requests
 from modules.ui import scripts as ui_scripts
 from modules.ui import symbols as ui_symbols
+from modules.ui.checkpoint_tools import create_checkpoint_tools_tab
 from modules.ui.common import OutputPanel, create_output_panel, create_refresh_button
 from modules.ui.extensions import create_extensions_tab
 from modules.ui.extra_networks_tabs import register_default_pages
@@ -107,6 +108,8 @@ def create_ui(app: Application) -> gr.Blocks:
                 extras = create_extras_tab(app, ui_scripts.postprocessing_runner())
             with gr.Tab("PNG Info", id="pnginfo", elem_id="tab_pnginfo"):
                 pnginfo = create_pnginfo_tab()
+            with gr.Tab("Checkpoint tools", id="checkpoint_tools", elem_id="tab_checkpoint_tools") as tools_item:
+                create_checkpoint_tools_tab(app, tools_item)
             ui_scripts.create_extension_tabs()
             with gr.Tab("Settings", id="settings", elem_id="tab_settings") as settings_item:
                 create_settings_tab(app, ui_choices.setting_choices(app), settings_json, settings_item)

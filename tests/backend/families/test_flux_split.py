@@ -162,6 +162,16 @@ def test_packed_weights_split_as_they_are(packed: str, lora: bool) -> None:
             memory_management.unload_all_models()
 
 
+def test_packed_weights_compute_a_row_in_tiles() -> None:
+    with virtual_fleet(2) as fleet:
+        unet = make_patcher(fleet, packed="q8_0")
+        session = begin_session(unet, SHAPE, SamplingRequest(images=1, branches=1, strategy="tiles"))
+        assert session is not None and session.plan.strategy == "tiles"
+        result = unet.model.apply_model(**{name: tensor[:1] for name, tensor in make_inputs(unet.load_device).items()})
+        end_session(unet)
+    assert torch.allclose(result.cpu(), whole(packed="q8_0")[:1], atol=ATOL)
+
+
 @pytest.mark.parametrize("strategy", ["replicas", "layers"])
 def test_a_step_of_packed_weights_that_runs_out_of_memory_is_done_again(strategy: str, caplog: pytest.LogCaptureFixture) -> None:
     with virtual_fleet(2) as fleet:
