@@ -19,16 +19,19 @@ from torch import Tensor
 from backend import checkpoint_config, checkpoint_identity
 from backend.checkpoint_file import CheckpointError, TensorFile, open_tensor_file
 from backend.checkpoint_layout import Part, find_controlnet
-from backend.control_dtype import pick_dtype
+from backend.control_dtype import FLUX_DTYPES, pick_dtype
 from backend.control_lora import is_control_lora, read_control_lora
+from backend.families.flux.controlnet_files import build_flux_controlnet, find_flux_controlnet, flux_controlnet_key_map
 from backend.families.registry import find_family
 from backend.families.unet_family import find_unet_family
 from backend.nn.controlnet import ControlNetwork
 from backend.nn.controlnet_union import UnionNetwork
+from backend.nn.flux_controlnet import FluxControlNetwork
 from backend.nn.t2i_adapter import AdapterNetwork
 from backend.patcher.controlnet import ControlBase, ControlNet, T2IAdapter
 from backend.patcher.controlnet_union import UnionControlNet
-from backend.state_dict import assign_tensors, build_empty, check_plan, plan_as_named, plan_controlnet
+from backend.patcher.flux_controlnet import FluxControlNet
+from backend.state_dict import assign_tensors, build_empty, check_plan, plan_as_named, plan_controlnet, plan_denoiser
 from backend.tensor_file import TensorInfo, refusing_odd_shapes
 
 logger = logging.getLogger(__name__)
@@ -41,7 +44,10 @@ _UNION_MARK = "task_embedding"
 _UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a ControlLLLite", ("lllite_",)),
     ("half an IP-Adapter", ("ip_adapter.", "image_proj.")),
-    ("a ControlNet for Flux or SD3", ("controlnet_blocks.", "controlnet_x_embedder.", "transformer_blocks.", "double_blocks.", "joint_blocks.")),
+    (
+        "a ControlNet for SD3 or an unknown kind for Flux",
+        ("controlnet_blocks.", "controlnet_x_embedder.", "transformer_blocks.", "double_blocks.", "joint_blocks."),
+    ),
     ("a ControlNet stored as differences from SD 1.5", ("difference",)),
 )
 
@@ -77,6 +83,9 @@ def load_controlnet(path: Path) -> ControlBase:
 
 def build_control(file: TensorFile) -> ControlBase:
     """The chain link for a file of tensors. Raises: CheckpointError."""
+    flux = find_flux_controlnet(file.infos)
+    if flux is not None:
+        return _build_flux_controlnet(file, flux)
     _refuse_unsupported(file)
     with refusing_odd_shapes(file):
         if is_control_lora(file.infos):
@@ -100,7 +109,7 @@ def _refuse_unsupported(file: TensorFile) -> None:
         found = next((key for key in file.infos if key.removeprefix("control_model.").startswith(starts)), None)
         if found is not None:
             raise CheckpointError(
-                f"{file.path.name}: is {name} (it has {found}), which is not supported. Use a ControlNet for SD 1.x, SD 2.x or SDXL."
+                f"{file.path.name}: is {name} (it has {found}), which is not supported. Use a ControlNet for SD 1.x, SD 2.x, SDXL or Flux.1."
             )
 
 
@@ -132,6 +141,18 @@ def _build_controlnet(file: TensorFile, part: Part) -> ControlNet:
     link.name = file.path.name
     what = f"a ControlNet Union of {link.num_types} kinds" if isinstance(link, UnionControlNet) else "a ControlNet"
     logger.info("Loaded %s: %s for %s, in %s.", file.path.name, what, find_family(family).title, str(link.control_model.dtype)[6:])
+    return link
+
+
+def _build_flux_controlnet(file: TensorFile, part: Part) -> FluxControlNet:
+    model = build_flux_controlnet(file, part)
+    plan = plan_denoiser(model, file, part, flux_controlnet_key_map(model).places)
+    check_plan(plan, file, "ControlNet")
+    assign_tensors(model, plan, file, storage_dtype=pick_dtype(model, FLUX_DTYPES))
+    link = FluxControlNet(FluxControlNetwork(model))  # type: ignore[arg-type]  # another network with the same calls
+    link.name = file.path.name
+    what = f"a ControlNet Union of {link.num_types} kinds" if link.num_types else "a ControlNet"
+    logger.info("Loaded %s: %s for Flux.1, in %s.", file.path.name, what, str(link.control_model.dtype)[6:])
     return link
 
 

@@ -323,6 +323,7 @@ def _build_engine(
         filename=main.path,
         native_size_px=_native_size_px(main, family, prediction),
         is_inpaint=found.is_inpaint,
+        takes_control_picture=found.takes_control_picture,
         metadata=main.metadata,
     )
     return FACES.get(family.name, ForgeDiffusionEngine)(parts)

@@ -6,16 +6,20 @@ Must not know the page or where files are listed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from backend.checkpoint_file import CheckpointError
 from backend.checkpoint_layout import find_controlnet
 from backend.controlnet_loader import TensorsInMemory, build_control, find_adapter
+from backend.families.flux.controlnet_files import find_flux_controlnet
 from backend.patcher.controlnet import ControlBase, apply_controlnet_advanced
 from backend.patcher.controlnet_union import UnionControlNet
+from backend.patcher.flux_controlnet import FluxControlNet
 
 
 class ControlModelPatcher:
@@ -51,7 +55,7 @@ class ControlModelPatcher:
 
 
 class ControlNetPatcher(ControlModelPatcher):
-    """A ControlNet for SD 1.x, SD 2.x or SDXL (also a Control-LoRA or a Union), or a T2I-Adapter, in the original layout or diffusers'."""
+    """A ControlNet for SD 1.x, SD 2.x, SDXL (also a Control-LoRA or a Union) or Flux.1, or a T2I-Adapter, in the original layout or diffusers'."""
 
     model_patcher: ControlBase
 
@@ -62,20 +66,24 @@ class ControlNetPatcher(ControlModelPatcher):
     @property
     def needs_control_type(self) -> bool:
         """Whether the network must be told the kind of its hint (`union_control_type`, see UNION_TYPES)."""
-        return isinstance(self.model_patcher, UnionControlNet)
+        return isinstance(self.model_patcher, UnionControlNet) or (
+            isinstance(self.model_patcher, FluxControlNet) and self.model_patcher.num_types > 0
+        )
 
     @staticmethod
     def try_build_from_state_dict(state_dict: Mapping[str, Tensor], ckpt_path: str) -> ControlNetPatcher | None:
         """Raises: CheckpointError for a damaged or unsupported ControlNet."""
-        if find_controlnet(state_dict) is None and find_adapter(state_dict) is None:
+        if all(find(state_dict) is None for find in (find_controlnet, find_adapter, find_flux_controlnet)):
             return None
         return ControlNetPatcher(build_control(TensorsInMemory(Path(ckpt_path), state_dict)))
 
     def process_before_every_sampling(self, process: Any, cond: Any, mask: Any, *args: Any, **kwargs: Any) -> None:
         """Put the ControlNet at the head of the pass's chain."""
         objects, link = process.sd_model.forge_objects, self.model_patcher
-        if isinstance(link, UnionControlNet):
+        if self.needs_control_type and isinstance(link, (UnionControlNet, FluxControlNet)):
             link = link.of_type(self.union_control_type)
+        if isinstance(link, FluxControlNet):
+            link = link.with_encoder(partial(_encode, process.sd_model))
         objects.unet = apply_controlnet_advanced(
             unet=objects.unet,
             controlnet=link,
@@ -89,6 +97,11 @@ class ControlNetPatcher(ControlModelPatcher):
             advanced_sigma_weighting=self.advanced_sigma_weighting,
             advanced_mask_weighting=self.advanced_mask_weighting if mask is None else mask,
         )
+
+
+def _encode(model: Any, pixels: Tensor) -> Tensor:
+    """Latents of pictures (I, 3, H, W) in 0..1, one at a time."""
+    return torch.cat([model.encode_first_stage(picture[None] * 2 - 1) for picture in pixels])
 
 
 __all__ = ["CheckpointError", "ControlModelPatcher", "ControlNetPatcher"]

@@ -67,6 +67,7 @@ class EngineParts:
     filename: Path
     native_size_px: int
     is_inpaint: bool = False
+    takes_control_picture: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -93,6 +94,8 @@ class ForgeDiffusionEngine:
         self.latent_scale = parts.config.latent_scale
         self.embeddings = parts.embeddings
         self.is_inpaint = parts.is_inpaint
+        self.takes_control_picture = parts.takes_control_picture
+        self.is_edit_model = parts.unet.most_references > 0 and any(word in parts.filename.stem.lower() for word in parts.family.edit_names)
         self.forge_objects = ForgeObjects(unet=parts.unet, clip=parts.clip, vae=parts.vae)
         self.forge_objects_original = self.forge_objects.shallow_copy()
         self.forge_objects_after_applying_lora = self.forge_objects.shallow_copy()

@@ -36,13 +36,14 @@ class FoundDenoiser:
     """A denoiser in a file: its part, and the arguments for building its network.
 
     `context_width` is the width of the text features it reads, 0 if the family checks that itself. `is_inpaint`: it takes a mask and a masked
-    picture in addition to the latents.
+    picture in addition to the latents. `takes_control_picture`: it takes the latents of a picture of edges or depth in addition to them.
     """
 
     part: Part
     config: Mapping[str, Any]
     context_width: int = 0
     is_inpaint: bool = False
+    takes_control_picture: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +136,7 @@ class Family:
     token counter of the page; None means CLIP's. `default_schedule` is the meaning of Automatic if the sampler does not define it.
     `shift_of_tokens`: a flow's shift by the number of picture tokens, where the authors vary it. `forge_shifts_table_alone`: Forge forgets the shift
     in computed schedules. `join_inpaint` (mask in pixels, masked picture's latents) returns the extra channels of an inpainting model.
+    `edit_names`: words in the file names of models that were trained to edit reference pictures, where nothing else tells them.
     `compute_dtypes`: dtypes its network may compute in, best first; a device uses the first that it runs at full speed. `forge_flags`: attribute
     names that extensions check ("is_sdxl"). `join_checkpoint` (denoiser, VAE, text encoders) returns the tensors of a single file.
     """
@@ -169,3 +171,4 @@ class Family:
     defaults: PageDefaults = PageDefaults()
     denoiser_title: str = "UNet"
     forge_flags: frozenset[str] = frozenset()
+    edit_names: tuple[str, ...] = ()

@@ -174,7 +174,8 @@ class Program(ABC):
 
     `reads` names the inputs of a call that it uses ("x" is the noisy latents). `start` produces `inputs` and `constants`: segments consume the
     former; all segments may read the latter, which never change (embeddings, text, RoPE tables). `output` names the result.
-    `control_kinds` are the lists that a ControlNet for this network fills.
+    `control_kinds` are the lists that a ControlNet for this network fills; `residual_share`: how many residuals a usual one has per addition, if one
+    residual is added in several places.
     Raises: ValueError if a segment reads something that nothing before it produces.
     """
 
@@ -185,6 +186,7 @@ class Program(ABC):
     constants: tuple[str, ...] = ()
     output: str = "hidden"
     control_kinds: tuple[str, ...] = ()
+    residual_share: float = 1.0
 
     def __post_init__(self) -> None:
         there = {*self.inputs, *self.constants}
@@ -212,6 +214,10 @@ class Program(ABC):
     @abstractmethod
     def working_bytes(self, shape: Sequence[int], itemsize: int) -> float:
         """Estimated memory that a pass over latents (B, C, H, W) takes in addition to the weights."""
+
+    def foreign_forward(self) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
+        """A pass of the whole network that an extension put in the place of the segments, from the rows of a call; None if nobody did."""
+        return None
 
     def run(self, state: ProgramState) -> Tensor:
         """Run all segments on the state's device. Returns the network's output."""

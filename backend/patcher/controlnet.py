@@ -250,7 +250,11 @@ class ControlBase:
         """This link's residuals times strength and weights, plus those of the links before."""
         for residuals in own.values():
             residuals[:] = [None if residual is None else self.scale(residual) for residual in residuals]
-        return add_residuals(compute_controlnet_weighting(own, self), before or {})
+        return add_residuals(self.spread(compute_controlnet_weighting(own, self)), before or {})
+
+    def spread(self, own: Residuals) -> Residuals:
+        """This link's weighed residuals, one for each place where one is added."""
+        return own
 
     def scale(self, residual_BCHW: Tensor) -> Tensor:
         """A residual times the strength, averaged over the picture if the network requires that."""
@@ -267,7 +271,7 @@ class ControlBase:
             if self.cond_hint_original is None:
                 raise ControlNetError(f"{self.name} was added to a run without a hint. Call set_cond_hint first.")
             hint = _with_channels(self.cond_hint_original, channels, self.name)
-            self.cond_hint = _crop_and_resize(hint, height, width).to(self.device, dtype)
+            self.cond_hint = crop_and_resize(hint, height, width).to(self.device, dtype)
             self._forget_embedding()
         pictures = x_BCHW.shape[0] // batched_number
         if self.cond_hint.shape[0] not in (1, pictures):
@@ -296,7 +300,7 @@ def _with_channels(hint: Tensor, channels: int, name: str) -> Tensor:
     raise ControlNetError(f"{name} got a hint with {hint.shape[1]} channels. Give one with {channels}.")
 
 
-def _crop_and_resize(hint_BCHW: Tensor, height: int, width: int) -> Tensor:
+def crop_and_resize(hint_BCHW: Tensor, height: int, width: int) -> Tensor:
     """The hint's middle part with the target's proportions, resized to the nearest pixel."""
     old_height, old_width = hint_BCHW.shape[-2:]
     if (old_height, old_width) == (height, width):
@@ -343,7 +347,12 @@ class ControlNet(ControlBase):
 
     def check_fits(self, model: KModel) -> None:
         """Raises: ControlNetError if widths or the extra vector differ from the denoiser's."""
-        own, theirs = self.control_model.config, model.diffusion_model.config
+        own: Any = self.control_model.config
+        theirs: Any = getattr(model.diffusion_model, "config", {})
+        if "block_out_channels" not in theirs:
+            raise ControlNetError(
+                f"{self.name} is a ControlNet for {family_of(own)}, but the checkpoint in use is no UNet. Choose one of the checkpoint's family."
+            )
         has_attention = "Cross" in "".join(own.down_block_types) or "Cross" in (own.mid_block_type or "")
         for what, name in _WIDTHS:
             is_read = name != "cross_attention_dim" or has_attention
@@ -416,7 +425,15 @@ class ControlNet(ControlBase):
     def _find_residuals(self, x_BCHW: Tensor, sigma_B: Tensor, cond: dict[str, Any], batched_number: int) -> Residuals:
         found, hint = self.prepare_pass(x_BCHW, sigma_B, cond, batched_number)
         arguments = {name: None if tensor is None else tensor.to(self.load_device) for name, tensor in found.items()}
-        residuals = [residual.to(x_BCHW.device) for residual in self._run({**arguments, "hint": hint}, hint)]
+        return self.place([residual.to(x_BCHW.device) for residual in self._run({**arguments, "hint": hint}, hint)])
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The lists of residuals that this link fills."""
+        return RESIDUAL_KINDS
+
+    def place(self, residuals: Sequence[Tensor]) -> Residuals:
+        """The network's residuals by list."""
         return place_residuals(residuals)
 
     @torch.no_grad()
@@ -470,7 +487,11 @@ class T2IAdapter(ControlBase):
 
     def check_fits(self, model: KModel) -> None:
         """Raises: ControlNetError if the features' widths differ from those of the denoiser's levels."""
-        theirs = model.diffusion_model.config
+        theirs: Any = getattr(model.diffusion_model, "config", {})
+        if "block_out_channels" not in theirs:
+            raise ControlNetError(
+                f"{self.name} is a T2I-Adapter, but the checkpoint in use is no UNet. Choose a ControlNet of the checkpoint's family."
+            )
         widths = list(theirs.block_out_channels)
         is_sdxl = theirs.projection_class_embeddings_input_dim is not None
         if self.t2i_model.is_for_sdxl is not is_sdxl or self.t2i_model.widths[: len(widths)] != widths[: len(self.t2i_model.widths)]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backend.nn.deferred_control import ControlTask, DeferredControl, Residuals, Send
-from backend.patcher.controlnet import RESIDUAL_KINDS, ControlBase, ControlNet, find_row_weights, place_residuals, weigh_residual
+from backend.patcher.controlnet import ControlBase, ControlNet, find_row_weights, weigh_residual
 
 PASS_HOOKS = ("controlnet_conditioning_modifiers", "controlnet_model_function_wrapper")
 """Transformer options whose hooks see a ControlNet's pass over all rows."""
@@ -37,7 +37,7 @@ class ControlNetTask:
 
     @property
     def kinds(self) -> frozenset[str]:
-        return RESIDUAL_KINDS
+        return self.link.kinds
 
     @property
     def network(self) -> nn.Module:
@@ -80,12 +80,12 @@ class ControlNetTask:
         known = self.link.has_embedding(x_BCHW.device)
         embedding = self.link.embedding_on(x_BCHW.device) if known else self.link.embed_hint(self.hint, network)
         embedding = embedding if embedding.shape[0] == 1 else embedding[list(self.pictures)]
-        found = place_residuals(network(**self.arguments, **self.link.pass_options(), hint=self.hint, hint_embedding=embedding))
+        found = self.link.place(network(**self.arguments, **self.link.pass_options(), hint=self.hint, hint_embedding=embedding))
         for kind, residuals in found.items():
             for index, residual in enumerate(residuals):
                 assert residual is not None
                 residuals[index] = weigh_residual(self.link.scale(residual), self.settings, kind, index, self.row_weights)
-        return found
+        return self.link.spread(found)
 
 
 def _with_rows(settings: ControlNet, mark_B: Tensor | None, mask_B1HW: Tensor | None) -> ControlNet:

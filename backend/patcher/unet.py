@@ -5,13 +5,14 @@ Must not know samplers, prompts or files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from backend import memory_management
+from backend.nn.references import REFERENCES, shape_of_cost
 from backend.patcher.base import ModelPatcher
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class UnetPatcher(ModelPatcher):
         self.extra_preserved_memory_during_sampling = 0
         self.extra_model_patchers_during_sampling: list[ModelPatcher] = []
         self.extra_concat_condition: Tensor | None = None
+        self.reference_latents: tuple[Tensor, ...] = ()
+        """Latents (B or 1, C, H, W) of reference pictures, for a network that takes them (Kontext)."""
 
     @classmethod
     def from_model(cls, model: KModel, load_device: torch.device | None = None, offload_device: torch.device | None = None) -> UnetPatcher:
@@ -48,6 +51,7 @@ class UnetPatcher(ModelPatcher):
         other.extra_preserved_memory_during_sampling = self.extra_preserved_memory_during_sampling
         other.extra_model_patchers_during_sampling = list(self.extra_model_patchers_during_sampling)
         other.extra_concat_condition = self.extra_concat_condition
+        other.reference_latents = self.reference_latents
         return other
 
     def clone(self) -> UnetPatcher:
@@ -99,6 +103,23 @@ class UnetPatcher(ModelPatcher):
         """Put a ControlNet at the head of the chain."""
         cnet.set_previous_controlnet(self.controlnet_linked_list)
         self.controlnet_linked_list = cnet
+
+    @property
+    def most_references(self) -> int:
+        """How many reference pictures the network takes."""
+        return sum(name in self.model.program.reads for name in REFERENCES)
+
+    def set_reference_latents(self, latents: Sequence[Tensor]) -> None:
+        """Let the network read these references, scaled like the latents it makes, in every step. Raises: ValueError for more than it takes."""
+        if len(latents) > self.most_references:
+            raise ValueError(
+                f"{len(latents)} reference pictures were given to a network that takes {self.most_references}. Use a Kontext model or fewer pictures."
+            )
+        self.reference_latents = tuple(latents)
+
+    def shape_of_cost(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of plain latents that cost as much as latents of `shape` with this run's references."""
+        return shape_of_cost(shape, self.reference_latents)
 
     def list_controlnets(self) -> list[Any]:
         """The chain, newest first."""

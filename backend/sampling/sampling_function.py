@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from backend import memory_management, profiler
+from backend.nn.references import REFERENCES, shape_of_cost
 from backend.parallel.running.session import SamplingRequest, SamplingSession, begin_session, end_session
 from backend.patcher.controlnet_tasks import defer_control, list_deferrable
 from backend.sampling.condition import Area, CompiledCondition, Condition, ConditionNoiseShape, compile_conditions, compile_weighted_conditions
@@ -136,9 +137,12 @@ def denoise_guided(
     assert cond is not None
     every = [*cond, *(uncond or [])]
     concat = unet.extra_concat_condition if unet.extra_concat_condition is not None else image_cond
-    if isinstance(concat, Tensor) and concat.ndim == 4 and concat.shape[0] == x_BCHW.shape[0] and concat.shape[2:] == x_BCHW.shape[2:]:
+    if isinstance(concat, Tensor) and concat.ndim == 4 and concat.shape[0] in (1, x_BCHW.shape[0]) and concat.shape[2:] == x_BCHW.shape[2:]:
         for compiled in every:
             compiled["model_conds"]["c_concat"] = ConditionNoiseShape(concat)
+    for name, latents in zip(REFERENCES, unet.reference_latents):
+        for compiled in every:
+            compiled["model_conds"][name] = Condition(latents)
     if unet.controlnet_linked_list is not None:
         for compiled in every:
             compiled["control"] = unet.controlnet_linked_list
@@ -322,7 +326,8 @@ def _pick_batch(model: KModel, branches: Sequence[_Branch], device: torch.device
     if len(fitting) == 1 or model.runner is not None:
         return fitting  # a plan deals rows to slots itself
     free_bytes = memory_management.get_free_memory(device)
-    shape = fitting[0].input_BCHW.shape
+    references = [condition.cond for name, condition in fitting[0].conditions.items() if name in REFERENCES]
+    shape = shape_of_cost(fitting[0].input_BCHW.shape, references)
     for parts in range(1, len(fitting)):
         count = len(fitting) // parts
         if model.memory_required([count * shape[0], *shape[1:]]) < free_bytes:
@@ -414,7 +419,7 @@ def sampling_prepare(unet: UnetPatcher, x: Tensor, request: SamplingRequest | No
     if session is None:
         extra_models += [link.control_model_wrapped for link in controls]
         estimate = unet.model_options.get("memory_peak_estimation_modifier", unet.memory_required)
-        need_bytes = estimate([2 * batch, channels, height, width])
+        need_bytes = estimate(list(unet.shape_of_cost([2 * batch, channels, height, width])))
         memory_management.load_models_gpu(models=[unet, *extra_models], memory_required=int(need_bytes), hard_memory_preservation=kept_bytes)
         memory_management.hold_models([unet, *extra_models])
     _warn_of_little_memory(unet.load_device)

@@ -36,3 +36,19 @@ def shift_of_size(model: Any, latent_rows: int, latent_columns: int) -> float | 
 def shifts_its_table_alone_in_forge(model: Any) -> bool:
     """Whether Forge computes some schedules of this model without its shift."""
     return bool(getattr(getattr(model, "family_facts", None), "forge_shifts_table_alone", False))
+
+
+def takes_control_picture(model: Any) -> bool:
+    """Whether the network takes a picture of edges or depth as more channels."""
+    return bool(getattr(model, "takes_control_picture", False))
+
+
+def is_edit_model(model: Any) -> bool:
+    """Whether the model was trained to edit reference pictures, as far as its file tells."""
+    return bool(getattr(model, "is_edit_model", False))
+
+
+def most_references(model: Any) -> int:
+    """How many reference pictures the network takes beside the picture it makes."""
+    unet = getattr(getattr(model, "forge_objects", None), "unet", None)
+    return int(getattr(unet, "most_references", 0))

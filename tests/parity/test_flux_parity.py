@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxImg2ImgPipeline, FluxPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+)
 from torch import Tensor
 
 from backend import memory_management
@@ -74,7 +82,7 @@ class _KarrasVariables(DPMSolverMultistepScheduler):
     def _sigma_to_alpha_sigma_t(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigma), sigma
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, **kwargs: Any) -> None:
         super().set_timesteps(len(self._levels) - 1)
         self.sigmas, self.timesteps = self._levels, self._levels[:-1] * 1000
 
@@ -209,11 +217,47 @@ def test_fill_is_the_pipeline_s(tmp_path: Path) -> None:
     mask[..., 5:41, : 4 * SIDE + 3] = 1.0
     with torch.no_grad():
         masked = (files.vae.encode((picture * 2 - 1) * (1 - mask)).latent_dist.mode() - 0.1159) * 0.3611
-    library = library_picture(
-        files, FluxFillPipeline, make_scheduler("Euler", sigmas), text, sigmas, 3.5, image=picture, mask_image=mask, latents=pack(noise), strength=1.0
-    )
+    given = {"image": picture, "mask_image": mask, "latents": pack(noise), "strength": 1.0}
+    library = library_picture(files, FluxFillPipeline, make_scheduler("Euler", sigmas), text, sigmas, 3.5, **given)
     image_cond = mask_behind_picture(mask, masked, factor=8)
     check_same(our_picture(engine, "Euler", sigmas, noise, text, image_cond=image_cond), library)
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M"])
+def test_kontext_reads_a_reference_as_the_pipeline_does(tmp_path: Path, sampler: str) -> None:
+    """A reference of another size than the picture; true CFG, where both branches see it."""
+    files, engine = load(tmp_path)
+    text, negative = (engine.get_learned_conditioning(_Prompts([prompt] * 2)) for prompt in ("a red cat", "dark"))
+    assert isinstance(text, dict) and isinstance(negative, dict)
+    sigmas, generator = shifted_sigmas(engine), torch.Generator().manual_seed(4)
+    picture, noise = torch.rand(1, 3, 6 * SIDE, 10 * SIDE, generator=generator), torch.randn(2, 16, SIDE, SIDE, generator=generator)
+    extra = {"negative_prompt_embeds": negative["crossattn"], "negative_pooled_prompt_embeds": negative["vector"], "true_cfg_scale": 2.0}
+    with torch.no_grad():
+        reference = (files.vae.encode(picture[..., :48, :80] * 2 - 1).latent_dist.mode() - 0.1159) * 0.3611
+    given = {"image": reference, "latents": pack(noise), "_auto_resize": False, "max_area": (8 * SIDE) ** 2, **extra}
+    library = library_picture(files, FluxKontextPipeline, make_scheduler(sampler, sigmas), text, sigmas, 3.5, **given)
+    unet = engine.forge_objects.unet = engine.forge_objects.unet.clone()
+    unet.set_reference_latents([reference])
+    ours = our_picture(engine, sampler, sigmas, noise, text, cfg=2.0, uncond=negative)
+    check_same(ours, library)
+    unet.set_reference_latents([])
+    assert (our_picture(engine, sampler, sigmas, noise, text, cfg=2.0, uncond=negative) - ours).abs().mean() > ONE_PIXEL_STEP, "the reference acts"
+
+
+def test_a_model_of_edges_or_depth_is_the_pipeline_s(tmp_path: Path) -> None:
+    """Channels of a Canny or Depth model: the picture's latents, then those of the edges."""
+    files, engine = load(tmp_path, in_channels=128, out_channels=64)
+    assert not engine.is_inpaint and engine.takes_control_picture
+    text = engine.get_learned_conditioning(_Prompts(["a red cat"]))
+    assert isinstance(text, dict)
+    sigmas, generator = shifted_sigmas(engine), torch.Generator().manual_seed(4)
+    noise, edges = torch.randn(1, 16, SIDE, SIDE, generator=generator), torch.randn(1, 16, SIDE, SIDE, generator=generator)
+    library = library_picture(
+        files, FluxControlPipeline, make_scheduler("Euler", sigmas), text, sigmas, 3.5, control_image=pack(edges), latents=pack(noise)
+    )
+    unet = engine.forge_objects.unet = engine.forge_objects.unet.clone()
+    unet.extra_concat_condition = edges
+    check_same(our_picture(engine, "Euler", sigmas, noise, text), library)
 
 
 def test_the_model_is_saved_as_one_file_that_loads(tmp_path: Path) -> None:

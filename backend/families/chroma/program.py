@@ -6,7 +6,7 @@
     single_block 0..    with 3
     last 0              with 2
 
-The streams are fp32 if the network computes in fp16 (see flux/layers.py). On one device in fp32, running all segments is bit for bit the library's
+The streams are fp32 if the network computes in fp16 (nn/flux_layers.py). On one device in fp32, running all segments is bit for bit the library's
 `forward` of texts without padding.
 
 Shapes: B rows, C latent channels, H W latent rows and columns, L tokens, M modulation vectors, D token width.
@@ -23,7 +23,6 @@ import torch
 from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock, ChromaTransformerBlock
 from torch import Tensor, nn
 
-from backend.families.flux.layers import FluxAttentionProcessor, norm_with, run_double_with, run_single_with
 from backend.families.flux.program import (
     CELL,
     COSINES,
@@ -46,6 +45,7 @@ from backend.families.flux.program import (
     picture_ids,
 )
 from backend.families.flux.tiles import TilePlace
+from backend.nn.flux_layers import FluxAttentionProcessor, norm_with, run_double_with, run_single_with
 from backend.nn.padded_text import TEXT_LENGTHS, attention_mask, trim_text
 from backend.nn.program import Addition, NamedLayers, ProgramState, TransformerOptions
 from backend.nn.tiles import Tile

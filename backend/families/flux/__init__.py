@@ -1,6 +1,6 @@
 """Flux.1: dev, Krea-dev, Kontext, schnell and Fill. A transformer of double and single blocks, T5-XXL and CLIP-L, latents of 16 channels.
 
-Reading order: `identify` (which files), `key_map` (names), `layers` and `program` (the network in segments), `text` (prompts), and here what they
+Reading order: `identify` (which files), `key_map` (names), `program` (the network in segments), `text` (prompts), and here what they
 make.
 """
 
@@ -101,4 +101,5 @@ FAMILY = Family(
     defaults=PageDefaults(preset="flux", sampler="Euler", schedule="Simple", steps=20, cfg=1.0, width_px=896, height_px=1152),
     denoiser_title="transformer",
     forge_flags=frozenset({"is_flux"}),
+    edit_names=("kontext",),
 )

@@ -1,7 +1,7 @@
 """Finds Flux.1 transformers in files, with their kind and the arguments for building them. Reads names and shapes only.
 
 Kinds by shape: "dev" (takes distilled guidance; also Krea-dev and Kontext, which have its shapes), "schnell" (takes none), "fill" (384 inputs per
-token: picture, masked picture and mask).
+token: picture, masked picture and mask), "control" (128: picture, and a picture of edges or depth).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from backend.families.family import FoundDenoiser
 
 LATENT_CHANNELS, CELL = 16, 2
 PLAIN_INPUTS, CONTROL_INPUTS, FILL_INPUTS = 64, 128, 384
-DEV, SCHNELL, FILL = "dev", "schnell", "fill"
+DEV, SCHNELL, FILL, CONTROL = "dev", "schnell", "fill", "control"
 
 _ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "")
 _DIFFUSERS_PREFIXES = ("transformer.", "model.diffusion_model.", "")
@@ -93,12 +93,7 @@ def _describe(file: TensorFile, part: Part, shapes: Mapping[str, tuple[int, ...]
     width, inputs = shape(names.image_in)
     head_width = next(shapes[norm][0] for norm in names.norms if norm in shapes)
     has_guidance = names.guidance_in in shapes
-    if inputs == CONTROL_INPUTS:
-        raise CheckpointError(
-            f"{file.path.name}: is a Flux.1 model that takes a picture of edges or depth (Canny, Depth: {inputs} inputs per token). "
-            "This is not supported; use Flux.1 dev, Krea-dev, Kontext, schnell or Fill."
-        )
-    if inputs not in (PLAIN_INPUTS, FILL_INPUTS) or head_width < 8 or head_width % 2 or width % head_width:
+    if inputs not in (PLAIN_INPUTS, CONTROL_INPUTS, FILL_INPUTS) or head_width < 8 or head_width % 2 or width % head_width:
         raise CheckpointError(
             f"{file.path.name}: looks like Flux.1, but has {inputs} inputs per token, width {width} and heads {head_width} wide. "
             "No such model is known; check that you downloaded the right file."
@@ -106,8 +101,8 @@ def _describe(file: TensorFile, part: Part, shapes: Mapping[str, tuple[int, ...]
     config: dict[str, Any] = {
         "in_channels": inputs,
         "out_channels": shape(names.out)[0],
-        "num_layers": _count(shapes, names.double),
-        "num_single_layers": _count(shapes, names.single),
+        "num_layers": count_blocks(shapes, names.double),
+        "num_single_layers": count_blocks(shapes, names.single),
         "attention_head_dim": head_width,
         "num_attention_heads": width // head_width,
         "joint_attention_dim": shape(names.text_in)[1],
@@ -115,11 +110,17 @@ def _describe(file: TensorFile, part: Part, shapes: Mapping[str, tuple[int, ...]
         "guidance_embeds": has_guidance,
         "axes_dims_rope": rope_widths(head_width),
     }
-    kind = FILL if inputs == FILL_INPUTS else DEV if has_guidance else SCHNELL
-    return kind, FoundDenoiser(part=part, config=config, context_width=config["joint_attention_dim"], is_inpaint=kind == FILL)
+    kind = {FILL_INPUTS: FILL, CONTROL_INPUTS: CONTROL}.get(inputs, DEV if has_guidance else SCHNELL)
+    return kind, FoundDenoiser(
+        part=part,
+        config=config,
+        context_width=config["joint_attention_dim"],
+        is_inpaint=kind == FILL,
+        takes_control_picture=kind == CONTROL,
+    )
 
 
-def _count(shapes: Mapping[str, tuple[int, ...]], start: str) -> int:
+def count_blocks(shapes: Mapping[str, tuple[int, ...]], start: str) -> int:
     """Number of consecutive blocks, from 0."""
     numbers = {key.removeprefix(start).partition(".")[0] for key in shapes if key.startswith(start)}
     count = 0

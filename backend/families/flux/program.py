@@ -6,7 +6,8 @@
     last 0              "flow": the picture's tokens, normalized, projected and put back into latents
 
 A cut between two single blocks transfers one tensor. On one device in fp32, running all segments is bit for bit the library's `forward`. In half
-precision, times and guidance stay fp32 up to their sinusoids, while the library rounds them first; in fp16 the streams are fp32 (layers.py).
+precision, times and guidance stay fp32 up to their sinusoids, while the library rounds them first; in fp16 the streams are fp32
+(backend/nn/flux_layers.py).
 
 Shapes: B rows, C latent channels, H W latent rows and columns, L tokens, D token width.
 """
@@ -21,20 +22,23 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
-from torch.nn import functional
 
-from backend.families.flux.layers import FluxAttentionProcessor, Rope, run_double_block, run_last_layer, run_single_block
 from backend.families.flux.tiles import TilePlace, TileTokens, find_untileable, modulate, residual_of_tile, run_double_on_tile, run_single_on_tile
 from backend.nn.block_segment import BlockSegment, residuals_from_the_first
+from backend.nn.flux import DoubleStreamBlock, SingleStreamBlock, find_replaced_forward
+from backend.nn.flux_controlnet import build_for_counting, usual_residuals
+from backend.nn.flux_layers import CELL as CELL
+from backend.nn.flux_layers import TIME_SCALE as TIME_SCALE
+from backend.nn.flux_layers import FluxAttentionProcessor, Rope, embed_modulation, run_double_block, run_last_layer, run_single_block
+from backend.nn.flux_layers import pack as pack
+from backend.nn.flux_layers import picture_ids as picture_ids
+from backend.nn.flux_layers import unpack as unpack
 from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, Segment, TransformerOptions
+from backend.nn.references import REFERENCES
 from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic
 
 IMAGE, TEXT, TOKENS, MODULATION, COSINES, SINES, FLOW = "image", "text", "tokens", "modulation", "rope cosines", "rope sines", "flow"
 DOUBLE, SINGLE, LAST = "double_block", "single_block", "last"
-CELL = 2
-TIME_SCALE = 1000.0
-"""Times (0..1) and guidance are multiplied by this before their sinusoids."""
-DEFAULT_GUIDANCE = 3.5
 EXAMPLE_TEXT_TOKENS = 512
 PEAK_NUMBERS = 18
 """Numbers in memory at a pass's peak, per token and unit of width: a single block's MLP (four times as wide), its output joined to attention's, the
@@ -45,11 +49,16 @@ SAFETY = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes that the last segment needs: rows and columns of the latents, and text tokens."""
+    """Sizes of the picture that is made: rows and columns of its latents; and the number of text tokens, which come before its tokens."""
 
     height: int
     width: int
     num_text: int
+
+    @property
+    def num_picture(self) -> int:
+        """Tokens of the picture. Those of references come after them."""
+        return -(-self.height // CELL) * -(-self.width // CELL)
 
 
 SIZES = "flux_sizes"
@@ -82,7 +91,34 @@ class FluxSegment(BlockSegment):
         raise NotImplementedError
 
     def _run_streams(self, state: ProgramState, streams: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self.run_or_replace(state, {**streams, "vec": self._modulation(state), "pe": _rope(state)}, partial(self._forward, state))
+        args = {**streams, "vec": self._modulation(state), "pe": _rope(state), "attn_mask": None}
+        return self.run_or_replace(state, args, partial(self._forward, state))
+
+    def add_residuals(self, state: ProgramState, *, at_end: bool) -> None:
+        """Add to the tokens of the picture that is made: after the text's, before those of references."""
+        sizes: Sizes = state.options[SIZES]
+        first = sizes.num_text if TOKENS in state.tensors else 0
+        for addition in self.adds:
+            if addition.at_end is at_end and (residual := state.residuals.pop(addition, None)) is not None:
+                tokens = state.tensors[addition.target]
+                residual = residual.flatten(2).transpose(1, 2) if residual.ndim == 4 else residual
+                end = first + sizes.num_picture
+                before, picture, after = tokens[:, :first], tokens[:, first:end], tokens[:, end:]
+                state.tensors[addition.target] = torch.cat([before, self._add(picture, residual), after], dim=1)
+
+
+def _call_double(block: Any, image_BLD: Tensor, text_BTD: Tensor, modulation_BD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """(picture, text), by the block's own `forward`, which an extension may have wrapped."""
+    if isinstance(block, DoubleStreamBlock):
+        image_BLD, text_BTD = block(img=image_BLD, txt=text_BTD, vec=modulation_BD, pe=rope)
+        return image_BLD, text_BTD
+    return run_double_block(block, image_BLD, text_BTD, modulation_BD, rope)
+
+
+def _call_single(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, rope: Rope) -> Tensor:
+    if isinstance(block, SingleStreamBlock):
+        return block(tokens_BLD, vec=modulation_BD, pe=rope)  # type: ignore[no-any-return]
+    return run_single_block(block, tokens_BLD, modulation_BD, rope)
 
 
 def _rope(state: ProgramState) -> Rope:
@@ -110,7 +146,7 @@ class DoubleSegment(FluxSegment):
         return image, text
 
     def _forward(self, state: ProgramState, args: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        image, text = run_double_block(self.layers[0], args["img"], args["txt"], args["vec"], args["pe"])
+        image, text = _call_double(self.layers[0], args["img"], args["txt"], args["vec"], args["pe"])
         return {"img": image, "txt": text}
 
 
@@ -141,14 +177,7 @@ class SingleSegment(FluxSegment):
         return modulate(block.norm, state.tensors[MODULATION], 3, state.tensors[TOKENS].dtype)
 
     def _forward(self, state: ProgramState, args: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        return {"img": run_single_block(self.layers[0], args["img"], args["vec"], args["pe"])}
-
-    def _add(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """Add to the picture's tokens, which come last."""
-        num_text = hidden.shape[1] - residual.shape[1]
-        if num_text < 0 or residual.shape[-1] != hidden.shape[-1]:
-            return super()._add(hidden, residual)
-        return torch.cat([hidden[:, :num_text], hidden[:, num_text:] + residual.to(hidden)], dim=1)
+        return {"img": _call_single(self.layers[0], args["img"], args["vec"], args["pe"])}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -160,7 +189,7 @@ class LastSegment(FluxSegment):
     def _run(self, state: ProgramState) -> None:
         sizes: Sizes = state.options[SIZES]
         image_BLD = state.tensors.pop(TOKENS)[:, sizes.num_text :] if TOKENS in state.tensors else state.tensors.pop(IMAGE)
-        state.tensors[FLOW] = unpack(self._project(image_BLD, state), sizes.height, sizes.width)
+        state.tensors[FLOW] = unpack(self._project(image_BLD[:, : sizes.num_picture], state), sizes.height, sizes.width)
 
     def _project(self, image_BLD: Tensor, state: ProgramState) -> Tensor:
         return run_last_layer(self.network, image_BLD, state.tensors[MODULATION])
@@ -187,18 +216,13 @@ class FluxEmbedding:
 
     def modulate(self, times_B: Tensor, guidance_B: Tensor | None, pooled_BV: Tensor) -> Tensor:
         """(B, D). `guidance_B` (default 3.5) is used only by a network that was distilled with it."""
-        embed, dtype = self.network.time_text_embed, pooled_BV.dtype
-        sum_BD: Tensor = embed.timestep_embedder(embed.time_proj(times_B.float() * TIME_SCALE).to(dtype))
-        if self.network.config.guidance_embeds:
-            guidance_B = torch.full_like(times_B, DEFAULT_GUIDANCE) if guidance_B is None else guidance_B
-            sum_BD = sum_BD + embed.guidance_embedder(embed.time_proj(guidance_B.float() * TIME_SCALE).to(dtype))
-        return sum_BD + embed.text_embedder(pooled_BV)  # type: ignore[no-any-return]
+        return embed_modulation(self.network, times_B, guidance_B, pooled_BV)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FluxProgram(Program):
     """Rows: "x" latents (B, 16, H, W), or 96 channels for Fill; "timesteps" times 0..1; "context" T5's features; "y" CLIP's pooled text;
-    "guidance" (B,) for a network that takes it."""
+    "guidance" (B,) for a network that takes it; "reference_1".. latents of pictures that its own tokens may attend to."""
 
     embedding: FluxEmbedding
 
@@ -212,10 +236,15 @@ class FluxProgram(Program):
             )
         num_rows, height, width = x_BCHW.shape[0], x_BCHW.shape[2], x_BCHW.shape[3]
         modulation_BD = self.embedding.modulate(rows["timesteps"], rows.get("guidance"), rows["y"].to(x_BCHW.dtype))
-        image_BLD, text_BLD = network.x_embedder(pack(x_BCHW)), network.context_embedder(context_BLD)
+        packed_BLC, places_L3 = _pack_pictures(rows)
+        if packed_BLC.shape[2] != network.config.in_channels:
+            raise ValueError(
+                f"A Flux model with {network.config.in_channels} inputs per token got {packed_BLC.shape[2]}. A Fill model takes a mask and a "
+                "picture, a Canny or Depth model a picture of edges or depth, other models none of these."
+            )
+        image_BLD, text_BLD = network.x_embedder(packed_BLC), network.context_embedder(context_BLD)
         if x_BCHW.dtype == torch.float16:
             image_BLD, text_BLD = image_BLD.float(), text_BLD.float()
-        places_L3 = picture_ids(-(-height // CELL), -(-width // CELL)).to(text_BLD.device, torch.float32)
         ids_L3 = torch.cat([places_L3.new_zeros(text_BLD.shape[1], 3), places_L3])
         cosines_LK, sines_LK = network.pos_embed(ids_L3)
         tensors = {IMAGE: image_BLD, TEXT: text_BLD.expand(num_rows, -1, -1), MODULATION: modulation_BD, COSINES: cosines_LK, SINES: sines_LK}
@@ -228,7 +257,7 @@ class FluxProgram(Program):
 
     def _tile_kinds(self) -> tuple[type, ...]:
         """The classes of blocks that tiles know."""
-        return FluxTransformerBlock, FluxSingleTransformerBlock
+        return FluxTransformerBlock, FluxSingleTransformerBlock, DoubleStreamBlock, SingleStreamBlock
 
     def tile_traffic(self, rows: Mapping[str, Tensor]) -> TileTraffic:
         """Rows of tokens are cut; every block needs the keys and values of all text and picture tokens."""
@@ -251,8 +280,24 @@ class FluxProgram(Program):
         return state
 
     def residual_of_tile(self, residual: Tensor, cut: Cut, rank: int) -> Tensor | None:
-        """A tile's part of picture tokens (B, L, D)."""
+        """A tile's part of picture tokens, (B, L, D) or (B, D, rows, columns)."""
+        if residual.ndim == 4:
+            return residual[:, :, slice(*cut.span(rank))] if residual.shape[2] == cut.bounds[-1] else None
         return residual_of_tile(residual, cut, rank)
+
+    def foreign_forward(self) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
+        """A pass with the `inner_forward` that an extension put in the place of the network's own."""
+        inner_forward = find_replaced_forward(self.embedding.network)
+        return None if inner_forward is None else partial(self._run_foreign, inner_forward)
+
+    def _run_foreign(self, inner_forward: Callable[..., Tensor], rows: Mapping[str, Tensor]) -> Tensor:
+        """Forge's call of `inner_forward`: tokens, positions with the picture's after the text's zeros, times 0..1."""
+        x_BCHW, text_BTD = rows["x"], rows["context"].expand(rows["x"].shape[0], -1, -1)
+        (num_rows, _, height, width), (packed_BLC, places_L3) = x_BCHW.shape, _pack_pictures(rows)
+        places_L3 = places_L3.to(x_BCHW.dtype)
+        image_ids, text_ids = places_L3.expand(num_rows, -1, -1), places_L3.new_zeros(num_rows, text_BTD.shape[1], 3)
+        flow_BLD = inner_forward(packed_BLC, image_ids, text_BTD, text_ids, rows["timesteps"], rows["y"].to(x_BCHW.dtype), rows.get("guidance"))
+        return unpack(flow_BLD[:, : Sizes(height, width, 0).num_picture], height, width)
 
     def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
         """Entry i of "input" is added after double block i, entry i of "output" after single block i."""
@@ -269,6 +314,10 @@ class FluxProgram(Program):
         if config.guidance_embeds:
             rows["guidance"] = torch.empty(1, device="meta")
         return rows
+
+    def build_control_network(self) -> nn.Module | None:
+        network = self.embedding.network
+        return build_for_counting(network) if "pooled_projection_dim" in network.config else None
 
     def working_bytes(self, shape: Sequence[int], itemsize: int) -> float:
         num_tokens = EXAMPLE_TEXT_TOKENS + -(-shape[2] // CELL) * -(-shape[3] // CELL)
@@ -305,34 +354,47 @@ def make_segments(
 def build_flux_program(network: Any) -> FluxProgram:
     """Cut a FluxTransformer2DModel into its blocks, and make it use the chosen attention."""
     network.set_attn_processor(FluxAttentionProcessor())
+    num_doubles, num_singles = len(network.transformer_blocks), len(network.single_transformer_blocks)
     return FluxProgram(
         embedding=FluxEmbedding(network),
         segments=make_segments(network),
-        reads=("x", "timesteps", "context", "y", *(("guidance",) if network.config.guidance_embeds else ())),
+        reads=("x", "timesteps", "context", "y", *(("guidance",) if network.config.guidance_embeds else ()), *_references_of(network)),
         inputs=(IMAGE, TEXT),
         constants=(MODULATION, COSINES, SINES),
         output=FLOW,
         control_kinds=("input", "output"),
+        residual_share=usual_residuals(num_doubles, num_singles) / max(1, num_doubles + num_singles),
     )
 
 
-def pack(x_BCHW: Tensor) -> Tensor:
-    """Latents as tokens of 2x2, (B, H/2 * W/2, 4 C), channel by channel. Odd sides are padded from the opposite edge."""
-    if x_BCHW.shape[2] % CELL or x_BCHW.shape[3] % CELL:
-        x_BCHW = functional.pad(x_BCHW, (0, x_BCHW.shape[3] % CELL, 0, x_BCHW.shape[2] % CELL), mode="circular")
-    batch, channels, height, width = x_BCHW.shape
-    cells = x_BCHW.reshape(batch, channels, height // CELL, CELL, width // CELL, CELL)
-    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * CELL**2)
+def _pack_pictures(rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens of the picture that is made and of the references after it, (B, L, C), and their positions, (L, 3), fp32."""
+    x_BCHW = rows["x"]
+    references = [rows[name].to(x_BCHW) for name in REFERENCES if name in rows]
+    packed_BLC = torch.cat([pack(x_BCHW), *(pack(one).expand(x_BCHW.shape[0], -1, -1) for one in references)], dim=1)
+    own_L3 = picture_ids(-(-x_BCHW.shape[2] // CELL), -(-x_BCHW.shape[3] // CELL))
+    places_L3 = torch.cat([own_L3, *place_references([one.shape[-2:] for one in references])])
+    return packed_BLC, places_L3.to(x_BCHW.device, torch.float32)
 
 
-def unpack(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
-    """The inverse: latents (B, C, height, width)."""
-    rows, columns = -(-height // CELL), -(-width // CELL)
-    cells = tokens_BLD.reshape(tokens_BLD.shape[0], rows, columns, -1, CELL, CELL)
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(tokens_BLD.shape[0], -1, rows * CELL, columns * CELL)[:, :, :height, :width]
+def _references_of(network: Any) -> tuple[str, ...]:
+    """Inputs for reference pictures: a network whose tokens are latents and nothing else has them."""
+    return REFERENCES if network.config.in_channels == network.proj_out.out_features else ()
 
 
-def picture_ids(rows: int, columns: int, number: int = 0) -> Tensor:
-    """Positions of a picture's tokens, (rows * columns, 3): picture index, row, column."""
-    places = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1).reshape(-1, 2)
-    return functional.pad(places, (1, 0), value=number)
+def place_references(sizes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Positions of the tokens of references of these sizes in latents: picture index 1, side by side on one canvas.
+
+    Kontext was trained with one reference, whose positions begin at (1, 0, 0). Each further one goes to the right of the others or below them,
+    where the canvas stays narrower: the network sees several pictures as one that was put together from them.
+    """
+    height = width = 0
+    found = []
+    for size in sizes:
+        rows, columns = (-(-int(side) // CELL) for side in size)
+        is_below = height + rows <= width + columns
+        first = (height, 0) if is_below else (0, width)
+        ids_L3 = picture_ids(rows, columns, 1)
+        found.append(ids_L3 + torch.tensor([0, *first]))
+        height, width = max(height, first[0] + rows), max(width, first[1] + columns)
+    return found

@@ -17,7 +17,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from backend.attention import attention_function
-from backend.families.flux.layers import Rope, norm_with
+from backend.nn.flux_layers import Rope, norm_with
 from backend.nn.tiles import Cut, Received, Swaps, Tensors, Tile
 
 
@@ -64,7 +64,7 @@ class TilePlace:
 def run_double_on_tile(
     block: Any, image_BLD: Tensor, text_BLD: Tensor, modulations: tuple[Sequence[Tensor], Sequence[Tensor]], dtype: torch.dtype, place: TilePlace
 ) -> Swaps[tuple[Tensor, Tensor]]:
-    """(picture, text) after a block with two streams, as `layers.run_double_with`."""
+    """(picture, text) after a block with two streams, as `flux_layers.run_double_with`."""
     attn, num_text, tile, rope = block.attn, text_BLD.shape[1], place.tile, place.rope
     image_mods, text_mods = modulations
     text_normed = norm_with(block.norm1_context.norm, text_BLD, text_mods[1], text_mods[0], dtype)
@@ -97,7 +97,7 @@ def finish_stream(
 
 
 def run_single_on_tile(block: Any, tokens_BLD: Tensor, modulations: Sequence[Tensor], dtype: torch.dtype, place: TilePlace) -> Swaps[Tensor]:
-    """Text and picture after a block with one stream, as `layers.run_single_with`."""
+    """Text and picture after a block with one stream, as `flux_layers.run_single_with`."""
     attn, tile, rope = block.attn, place.tile, place.rope
     shift, scale, gate = modulations
     normed_BLD = norm_with(block.norm.norm, tokens_BLD, scale, shift, dtype)

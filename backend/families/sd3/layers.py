@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from backend.attention import attention_function
-from backend.families.flux.layers import norm_with
+from backend.nn.flux_layers import norm_with
 
 
 class JointAttentionProcessor:

@@ -21,11 +21,11 @@ from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
-from backend.families.flux.layers import norm_with
 from backend.families.flux.tiles import TilePlace, TileTokens, find_untileable, residual_of_tile
 from backend.families.sd3.layers import JointAttentionProcessor, modulate, run_joint_block
 from backend.families.sd3.tiles import run_joint_on_tile
 from backend.nn.block_segment import BlockSegment, residuals_from_the_first
+from backend.nn.flux_layers import norm_with
 from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, Segment, TransformerOptions
 from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic
 

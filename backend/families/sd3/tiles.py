@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backend.families.flux.layers import norm_with
 from backend.families.flux.tiles import TilePlace, TileTokens, attend_to_all, finish_stream, heads_of
 from backend.families.sd3.layers import modulate
+from backend.nn.flux_layers import norm_with
 from backend.nn.tiles import Swaps, Tensors
 
 

@@ -243,7 +243,7 @@ def _count_pieces(program: Program, state: ProgramState, count: CountFlops) -> t
                 takes=tuple(
                     TakenSkip(max(one.source, 0), left[one.source, one.name]) for one in readings if _is_skip(one) and one.readers[-1] == index
                 ),
-                control_bytes_per_row=sum(sizes[one.target] for one in flow.adds if one.kind in program.control_kinds),
+                control_bytes_per_row=int(program.residual_share * sum(sizes[one.target] for one in flow.adds if one.kind in program.control_kinds)),
                 working_bytes_per_row=count.peak_bytes
                 - sum(num_bytes for name, num_bytes in before.items() if name not in (*flow.consumes, *program.constants)),
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 from backend.nn.deferred_control import ControlTask, DeferredControl, add_residual
 from backend.nn.program import Addition, ControlLists
 from backend.parallel.exchange.copies import Copiers
+from backend.parallel.exchange.transport import Transfer
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.running.failures import Cancelled, as_failure
 from backend.parallel.running.residuals import ControlPlace, ResidualChain, Transfers
@@ -82,9 +83,14 @@ class ControlPasses:
             raise
 
     def _ship(self, batch: RowBatch, residuals: ControlLists) -> Transfers:
-        """Start sending the residuals to the slots that add them, in order of use."""
+        """Start sending the residuals to the slots that add them, in order of use. One that a slot adds in several places is sent once."""
         named = batch.route.replica.program.name_residuals(residuals)
-        return {addition: self._copiers.ship(residual, batch.route.addition_slots[addition]) for addition, residual in named.items()}
+        sent: dict[tuple[int, int], Transfer] = {}
+        for addition, residual in named.items():
+            key = (id(residual), batch.route.addition_slots[addition])
+            if key not in sent:
+                sent[key] = self._copiers.ship(residual, key[1])
+        return {addition: sent[id(residual), batch.route.addition_slots[addition]] for addition, residual in named.items()}
 
 
 def pending_kinds(deferred: DeferredControl) -> frozenset[str]:

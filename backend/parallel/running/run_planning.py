@@ -33,7 +33,7 @@ class RunPlanning:
 
     def __init__(self, unet: UnetPatcher, shape: Sequence[int], request: SamplingRequest, fleet: Fleet, controls: Sequence[ControlLink] = ()) -> None:
         self.unet, self.fleet, self.request = unet, fleet, request
-        self._shape = tuple(shape)
+        self._shape = unet.shape_of_cost(shape)
         self.work = f"{owner_of(unet.model).serial} {self._shape[2]}x{self._shape[3]}"
         self.control_networks = collect_control_networks(controls, self.work)
         self.budgets = SlotBudgets()
@@ -95,6 +95,8 @@ class RunPlanning:
     @property
     def _bound_by(self) -> str | None:
         """Why the UNet must stay on its home slots; None if it need not."""
+        if self.unet.model.program.foreign_forward() is not None:
+            return "an extension's forward takes the whole network"
         bound = find_bound_hook(self.unet.model_options.get("transformer_options", {}))
         return find_forward_binding(self.unet.model.diffusion_model) if bound is None else bound
 
@@ -139,6 +141,8 @@ class RunPlanning:
 
     def _why_no_tiles(self) -> str | None:
         """Why rows of this run cannot be cut into tiles; None if they can."""
+        if self.unet.reference_latents:
+            return "every tile would need all reference pictures"
         hook = find_whole_hook(self.unet.model_options.get("transformer_options", {}))
         if hook is not None:
             return f"{hook} needs whole tensors"

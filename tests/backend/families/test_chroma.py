@@ -180,8 +180,8 @@ def test_hooks_may_replace_a_block() -> None:
     hooks = {"patches_replace": {"dit": {("double_block", 1): keep, ("single_block", 2): keep}}}
     assert torch.equal(run(CHROMA.build(), rows, options=hooks), run(CHROMA.build(), rows))
     assert seen == [
-        (["img", "pe", "transformer_options", "txt", "vec"], (2, 12, WIDTH)),
-        (["img", "pe", "transformer_options", "vec"], (2, 3, WIDTH)),
+        (["attn_mask", "img", "pe", "transformer_options", "txt", "vec"], (2, 12, WIDTH)),
+        (["attn_mask", "img", "pe", "transformer_options", "vec"], (2, 3, WIDTH)),
     ]
 
 

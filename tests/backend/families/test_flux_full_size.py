@@ -16,6 +16,7 @@ from backend.parallel.planning.simulation import (
     Simulation,
     card_links,
     card_slots,
+    component_costs,
     model_config,
     parse_cards,
     profile_model,
@@ -117,3 +118,12 @@ def test_sdxl_streams_over_two_cards_of_3_gb() -> None:
     plan = simulation.plan
     assert plan.is_one_cut and sum(one.streamed_bytes for one in plan.streamed.values()) > simulation.profile.weight_bytes - 2 * 2 * 2**30
     assert plan.predicted_ms < simulate(SimulatedJob(cards=parse_cards("RTX3070:3"), model="sdxl")).plan.predicted_ms
+
+
+def test_a_controlnet_counts_with_the_residuals_that_a_usual_one_has() -> None:
+    """Fifteen, of 25 to 28 MB each, not one for each of the 57 blocks; and a sixth to a half of the transformer's weights."""
+    profile = profile_model("flux-dev", 1024, 1024)
+    assert 15 * 25e6 < profile.control_bytes_per_row < 15 * 29e6
+    (control,) = [one for one in component_costs("flux-dev", 1024, 1024, has_controlnet=True) if one.runs_per_row]
+    assert profile.weight_bytes / 6 < control.weight_bytes < profile.weight_bytes / 2
+    assert 0.2 < control.flops_per_row / profile.flops_per_row < 0.35

@@ -33,12 +33,19 @@ def identify(tmp_path: Path, tensors: dict[str, Tensor]) -> Any:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 @pytest.mark.parametrize(
-    ("changes", "kind"), [({}, "dev"), ({"guidance_embeds": False}, "schnell"), ({"in_channels": 384, "out_channels": 64}, "fill")]
+    ("changes", "kind"),
+    [
+        ({}, "dev"),
+        ({"guidance_embeds": False}, "schnell"),
+        ({"in_channels": 384, "out_channels": 64}, "fill"),
+        ({"in_channels": 128, "out_channels": 64}, "control"),
+    ],
 )
 def test_original_files_are_identified_by_names_and_shapes(tmp_path: Path, prefix: str, changes: dict[str, Any], kind: str) -> None:
     flux = make_flux(**changes)
     found_kind, found = identify(tmp_path, original_tensors(flux, prefix))
     assert (found_kind, found.part.prefix, found.part.layout, found.is_inpaint) == (kind, prefix, Layout.LDM, kind == "fill")
+    assert found.takes_control_picture is (kind == "control")
     assert found.config == {name: flux.config[name] for name in found.config}
 
 
@@ -75,8 +82,6 @@ def test_other_files_are_ignored_or_refused_by_name(tmp_path: Path) -> None:
     assert identify(tmp_path, {**tensors, "controlnet_blocks.0.weight": torch.zeros(2, 2)}) is None
     assert identify(tmp_path, {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.zeros(2, 2)}) is None
     assert identify(tmp_path, {"transformer_blocks.0.attn.norm_k.weight": torch.zeros(16)}) is None
-    with pytest.raises(CheckpointError, match="Canny, Depth"):
-        identify(tmp_path, original_tensors(make_flux(in_channels=128, out_channels=64)))
     with pytest.raises(CheckpointError, match=r"lacks txt_in\.weight"):
         identify(tmp_path, {key: tensor for key, tensor in tensors.items() if key != "txt_in.weight"})
     with pytest.raises(CheckpointError, match="32 inputs per token"):
@@ -238,7 +243,8 @@ def test_hooks_may_replace_a_block() -> None:
 
     hooks = {"patches_replace": {"dit": {("double_block", 1): keep, ("single_block", 2): keep}}}
     assert torch.equal(run(program, rows, options=hooks), run(program, rows))
-    assert seen == [["img", "pe", "transformer_options", "txt", "vec"], ["img", "pe", "transformer_options", "vec"]]
+    common = ["attn_mask", "img", "pe", "transformer_options"]
+    assert seen == [[*common, "txt", "vec"], [*common, "vec"]]
     hooks["patches_replace"]["dit"][("single_block", 2)] = lambda args, extra: {"img": args["img"]}
     assert not torch.equal(run(program, rows, options=hooks), run(program, rows))
 

@@ -13,10 +13,16 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from torch import Tensor, nn
+from torch.nn import functional
 
 from backend.attention import attention_function
 
+CELL = 2
+TIME_SCALE = 1000.0
+"""Times (0..1) and guidance are multiplied by this before their sinusoids."""
+DEFAULT_GUIDANCE = 3.5
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines (L, K), fp32."""
 
@@ -58,7 +64,9 @@ def _project(attn: Any, tokens_BLD: Tensor, layers: tuple[nn.Module, ...], norms
 def run_double_block(block: Any, image_BLD: Tensor, text_BTD: Tensor, modulation_BD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     """(picture, text) after a block with two streams."""
     if image_BLD.dtype == modulation_BD.dtype:
-        text_BTD, image_BLD = block(hidden_states=image_BLD, encoder_hidden_states=text_BTD, temb=modulation_BD, image_rotary_emb=rope)
+        text_BTD, image_BLD = FluxTransformerBlock.forward(
+            block, hidden_states=image_BLD, encoder_hidden_states=text_BTD, temb=modulation_BD, image_rotary_emb=rope
+        )
         return image_BLD, text_BTD
     image_mods, text_mods = (_modulate(norm, modulation_BD, 6) for norm in (block.norm1, block.norm1_context))
     return run_double_with(block, image_BLD, text_BTD, (image_mods, text_mods), modulation_BD.dtype, rope)
@@ -132,3 +140,38 @@ def _modulate(norm: Any, modulation_BD: Tensor, count: int) -> tuple[Tensor, ...
 def norm_with(norm: nn.Module, stream_BLD: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
     """A norm without weights, computed in the stream's dtype; the result has the network's."""
     return (norm(stream_BLD) * (1 + scale) + shift).to(dtype)  # type: ignore[no-any-return]
+
+
+def embed_modulation(network: Any, times_B: Tensor, guidance_B: Tensor | None, pooled_BV: Tensor) -> Tensor:
+    """What modulates every block, (B, D): times 0..1, pooled text, and the guidance (default 3.5) of a network that was distilled with it.
+
+    Times and guidance stay fp32 up to their sinusoids.
+    """
+    embed, dtype = network.time_text_embed, pooled_BV.dtype
+    sum_BD: Tensor = embed.timestep_embedder(embed.time_proj(times_B.float() * TIME_SCALE).to(dtype))
+    if network.config.guidance_embeds:
+        guidance_B = torch.full_like(times_B, DEFAULT_GUIDANCE) if guidance_B is None else guidance_B
+        sum_BD = sum_BD + embed.guidance_embedder(embed.time_proj(guidance_B.float() * TIME_SCALE).to(dtype))
+    return sum_BD + embed.text_embedder(pooled_BV)  # type: ignore[no-any-return]
+
+
+def pack(x_BCHW: Tensor) -> Tensor:
+    """Latents as tokens of 2x2, (B, H/2 * W/2, 4 C), channel by channel. Odd sides are padded from the opposite edge."""
+    if x_BCHW.shape[2] % CELL or x_BCHW.shape[3] % CELL:
+        x_BCHW = functional.pad(x_BCHW, (0, x_BCHW.shape[3] % CELL, 0, x_BCHW.shape[2] % CELL), mode="circular")
+    batch, channels, height, width = x_BCHW.shape
+    cells = x_BCHW.reshape(batch, channels, height // CELL, CELL, width // CELL, CELL)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * CELL**2)
+
+
+def unpack(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
+    """The inverse: latents (B, C, height, width)."""
+    rows, columns = -(-height // CELL), -(-width // CELL)
+    cells = tokens_BLD.reshape(tokens_BLD.shape[0], rows, columns, -1, CELL, CELL)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(tokens_BLD.shape[0], -1, rows * CELL, columns * CELL)[:, :, :height, :width]
+
+
+def picture_ids(rows: int, columns: int, number: int = 0) -> Tensor:
+    """Positions of a picture's tokens, (rows * columns, 3): picture index, row, column."""
+    places = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1).reshape(-1, 2)
+    return functional.pad(places, (1, 0), value=number)
