@@ -106,6 +106,15 @@ function firstValuesOfUntouched(text, ...shown) {
     return shown.map((value, index) => (value === valuesShownAtFirst[index] ? first[index] ?? value : value));
 }
 
+/** Count the tokens of all prompts again: the selected checkpoint, and with it the vocabulary, may be another one. */
+function recountTokens() {
+    for (const tab of ["txt2img", "img2img"]) {
+        for (const infix of ["", "negative_"]) {
+            gradioApp().getElementById(`${tab}_${infix}token_button`)?.click();
+        }
+    }
+}
+
 /** Set the number field `elementId` to -1: a new seed each time. */
 function setRandomSeed(elementId) {
     setInputValue(elementId, "-1");

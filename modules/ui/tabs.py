@@ -333,21 +333,23 @@ def _connect_quicksettings(app: Application, quicksettings: QuickSettings, txt2i
         return [*handlers.look_again(), *_size_updates(app)]
 
     row = [quicksettings.checkpoint, quicksettings.preset, quicksettings.modules, quicksettings.low_bits, quicksettings.clip_skip]
-    quicksettings.checkpoint.input(choose_checkpoint, inputs=[quicksettings.checkpoint], outputs=[*row, *controls], **QUIET)
+    chosen = quicksettings.checkpoint.input(choose_checkpoint, inputs=[quicksettings.checkpoint], outputs=[*row, *controls], **QUIET)
     card = gr.Textbox(visible="hidden", elem_id="selected_checkpoint_name", label="Checkpoint")
     change = gr.Button(visible="hidden", elem_id="change_checkpoint")
-    change.click(choose_card, js="() => [desiredCheckpointName]", inputs=[card], outputs=[*row, *controls], **QUIET)
+    by_card = change.click(choose_card, js="() => [desiredCheckpointName]", inputs=[card], outputs=[*row, *controls], **QUIET)
     quicksettings.modules.input(handlers.choose_modules, inputs=[quicksettings.modules], outputs=[quicksettings.modules], **QUIET)
     quicksettings.low_bits.input(handlers.choose_low_bits, inputs=[quicksettings.low_bits], **QUIET)
     quicksettings.clip_skip.change(handlers.choose_clip_skip, inputs=[quicksettings.clip_skip], trigger_mode="always_last", **QUIET)
     quicksettings.refresh.click(look_again, outputs=[*lists, *sizes], **QUIET)
     quicksettings.watch.tick(look_again, outputs=[*lists, *sizes], **QUIET)
-    quicksettings.preset.input(
+    by_preset = quicksettings.preset.input(
         choose_preset,
         inputs=[quicksettings.preset],
         outputs=[quicksettings.checkpoint, quicksettings.modules, quicksettings.low_bits, quicksettings.clip_skip, *controls],
         **QUIET,
     )
+    for event in (chosen, by_card, by_preset):  # another family counts tokens with another vocabulary
+        event.then(fn=None, js="recountTokens", show_progress="hidden")
 
 
 def _connect_loading(
@@ -372,6 +374,7 @@ def _connect_loading(
     shaped = [*_size_controls(*tabs), *_distilled_controls(*tabs)]
     loaded = demo.load(load, js="rememberShownValues", inputs=numbers, outputs=[*row, settings_json, first_values, *shaped], **QUIET)
     loaded.then(fn=None, js="firstValuesOfUntouched", inputs=[first_values, *numbers], outputs=numbers, show_progress="hidden")
+    loaded.then(fn=None, js="recountTokens", show_progress="hidden")
 
 
 def _register_paste_fields(txt2img: Txt2imgTab, img2img: Img2imgTab) -> None:
