@@ -13,8 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from backend import checkpoint_file, memory_management
 from backend.args import BackendConfig
 from backend.checkpoint_file import CheckpointError
+from backend.devices import virtual_gpu
+from backend.diffusion_engine.base import ForgeDiffusionEngine
 from backend.loader import load_checkpoint
 from backend.nn.program import Program
 from backend.parallel.planning.preview import preview_plan
@@ -138,3 +141,25 @@ def test_there_is_a_plan_before_it_is_loaded(data_dir: Path) -> None:
     with virtual_fleet(2):
         preview = preview_plan(data_dir / "models" / "Stable-diffusion" / "dev.safetensors")
     assert (preview.model, preview.side_px) == ("Flux.1", 1024)
+
+
+def test_a_text_encoder_larger_than_its_slot_streams_and_is_not_read_again(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of 4 and 12 MB on a slot of 6 MB, before and after the transformer has had the slot; the file is read once."""
+    checkpoint = data_dir / "models" / "Stable-diffusion" / "dev.safetensors"
+
+    def condition(engine: ForgeDiffusionEngine, prompt: str) -> dict[str, torch.Tensor]:
+        found = engine.get_learned_conditioning([prompt])
+        assert isinstance(found, dict)
+        return {name: tensor.cpu() for name, tensor in found.items()}
+
+    with virtual_fleet(1, 64 * 2**20):
+        wanted = condition(load_checkpoint(checkpoint, config=BackendConfig()), "a red cat")
+    with virtual_fleet(1, 6 * 2**20):
+        engine = load_checkpoint(checkpoint, config=BackendConfig())
+        monkeypatch.setattr(checkpoint_file, "open_tensor_file", lambda path: pytest.fail(f"{path} was read again"))
+        for _ in range(2):
+            made = condition(engine, "a red cat")
+            assert all(torch.allclose(made[name], wanted[name], atol=1e-5) for name in wanted)
+            assert {str(tensor.device) for tensor in engine.cond_stage_model["t5xxl"].parameters()} == {"cpu", "vgpu:0"}, "in part"
+            memory_management.load_model_gpu(engine.forge_objects.unet)
+            assert virtual_gpu.get_device(0).peak_bytes <= 6 * 2**20

@@ -38,7 +38,12 @@ WIDE = {"num_attention_heads": 4}
 
 
 def make_patcher(
-    fleet: Fleet | None = None, lora: bool = False, dtype: torch.dtype = torch.float32, packed: str | None = None, **changes: Any
+    fleet: Fleet | None = None,
+    lora: bool = False,
+    dtype: torch.dtype = torch.float32,
+    packed: str | None = None,
+    compute: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> UnetPatcher:
     """`changes`: to the tiny network's configuration."""
     flux = make_flux(**{**(WIDE if packed else {}), **changes})
@@ -48,7 +53,7 @@ def make_patcher(
             if isinstance(layer, nn.Linear):
                 layer.weight = nn.Parameter(quantize_as(packed, layer.weight), requires_grad=False)
     model = KModel(
-        flux, FlowPrediction(multiplier=1.0), storage_dtype=dtype, computation_dtype=torch.float32, build_program=build_flux_program,
+        flux, FlowPrediction(multiplier=1.0), storage_dtype=dtype, computation_dtype=compute, build_program=build_flux_program,
         key_map=flux_key_map(flux),
     )  # fmt: skip
     cpu = torch.device("cpu")
@@ -183,6 +188,18 @@ def test_a_step_of_packed_weights_that_runs_out_of_memory_is_done_again(strategy
         virtual_gpu.get_device(1).set_faults(None)
     assert torch.allclose(result.cpu(), whole(lora=True, packed="q8_0"), atol=ATOL)
     assert "Out of memory on slot 1" in caplog.text
+
+
+def test_layers_in_fp16_give_the_very_bits_of_one_slot() -> None:
+    """Cards without bfloat16: matrices in fp16, streams in fp32 (test_flux_network.py), whole or cut."""
+    half: dict[str, Any] = {"dtype": torch.float16, "compute": torch.float16}
+    with virtual_fleet(2) as fleet:
+        unet = make_patcher(fleet, **half)
+        session = begin_session(unet, SHAPE, request("layers"))
+        assert session is not None and session.plan.strategy == "layers"
+        result = unet.model.apply_model(**make_inputs(unet.load_device)).cpu()
+        end_session(unet)
+    assert torch.equal(result, whole(**half)) and (result - whole()).abs().mean() < 0.02
 
 
 CUTS = [*(tuple(int(number >= first) for number in range(6)) for first in range(1, 6)), (0, 1, 2, 3, 3, 0), (3, 3, 0, 1, 2, 2)]
