@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,14 +38,16 @@ def test_the_judge_sees_outlines_as_hollow() -> None:
         assert all(finding.outlined for finding in judge_picture(draw_scene(scene, outline_only=True)).findings)
 
 
-@pytest.mark.parametrize("field", ["colour", "shape", "objects", "background"])
-def test_the_score_notices_a_wrong_picture(field: str) -> None:
+@pytest.fixture(scope="module")
+def scores_of_wrong_pictures() -> list[Any]:
     rng = random.Random(13)
-    scores = []
-    for _ in range(40):
-        scene, other = sample_scene(rng), sample_scene(rng)
-        scores.append(getattr(score_verdict(scene, judge_picture(draw_scene(other))), field))
-    assert sum(scores) < 20
+    pairs = [(sample_scene(rng), sample_scene(rng)) for _ in range(40)]
+    return [score_verdict(scene, judge_picture(draw_scene(other))) for scene, other in pairs]
+
+
+@pytest.mark.parametrize("field", ["colour", "shape", "objects", "background"])
+def test_the_score_notices_a_wrong_picture(field: str, scores_of_wrong_pictures: list[Any]) -> None:
+    assert sum(getattr(score, field) for score in scores_of_wrong_pictures) < 20
 
 
 def test_held_out_combinations_never_reach_training() -> None:
