@@ -193,7 +193,8 @@ class MemoryStore:
             self.drop_dead()
             before = self.bytes_of(device)
             evict_all = free_all or self.config.always_offload or self.state_of(device) == VRAMState.NO_VRAM
-            on_device = [entry for entry in self.residents if entry.device == device]
+            has_room = not evict_all and before.free_bytes > need_bytes  # usual, and counting bytes takes a walk through every network
+            on_device = [] if has_room else [entry for entry in self.residents if entry.device == device]
             victims = plan_eviction(
                 [
                     Resident(key=index, frees_bytes=_bytes_freed(entry), pinned=entry in keep or self._is_held(entry))
