@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from backend import memory_management
 from backend.sampling.sampling_function import denoise_guided
 from modules import devices
 from modules.processing.model_facts import attends_jointly
@@ -84,8 +85,7 @@ class CFGDenoiser(torch.nn.Module):
         return float(options.skip_early_cond) > 0 and self.step / max(self.total_steps, 1) <= float(options.skip_early_cond)
 
     def _denoise(self, x: Tensor, sigma: Tensor, cond: Any, uncond: Any, scale: float, image_cond: Tensor | None) -> Tensor:
-        composition, cond_rows = prompt_parser.reconstruct_multicond_batch(cond, self.step)
-        uncond_rows = None if uncond is None else prompt_parser.reconstruct_cond_batch(uncond, self.step)
+        composition, cond_rows, uncond_rows = self._choose_prompts(cond, uncond, x.device)
         asked = CFGDenoiserParams(x, image_cond, sigma, self.step, self.total_steps, cond_rows, uncond_rows, self)
         if script_callbacks.is_listened_to("cfg_denoiser"):
             asked.sampling_step, asked.total_sampling_steps = self.p.context.state.sampling_step, self.p.context.state.sampling_steps
@@ -109,6 +109,15 @@ class CFGDenoiser(torch.nn.Module):
         denoised_BCHW, _, self.last_uncond_BCHW = guide()
         devices.test_layers_for_nans(self.sampler.unet.model, denoised_BCHW, guide)
         return denoised_BCHW
+
+    def _choose_prompts(self, cond: Any, uncond: Any, device: torch.device) -> tuple[Any, Any, Any]:
+        """(composition, rows of the prompts, rows of the negative prompts) of this step. New tensors, which a full device may have no room for."""
+
+        def choose() -> tuple[Any, Any, Any]:
+            composition, cond_rows = prompt_parser.reconstruct_multicond_batch(cond, self.step)
+            return composition, cond_rows, None if uncond is None else prompt_parser.reconstruct_cond_batch(uncond, self.step)
+
+        return memory_management.run_with_recovery(choose, what="choosing the prompts of a step", device=device)
 
     def _tell_branches(self, cond_BCHW: Tensor, uncond_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The answers for the prompts and then those for the negative prompts, as those who listen leave them."""
