@@ -47,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     checkpoints = folder / "models" / "Stable-diffusion"
     checkpoints.mkdir(parents=True)
-    write_checkpoint(checkpoints / "narrow.safetensors", "sd15", width=32, metadata={"modelspec.resolution": "64x64"})
+    write_checkpoint(checkpoints / "narrow.safetensors", "sd15", is_shallow=True, metadata={"modelspec.resolution": "64x64"})
     with installed_application(folder, api=True) as app:
         app.options.set("stealth_pnginfo_option", "None")
         fastapi_app = FastAPI()
