@@ -100,9 +100,11 @@ class TileTask(Generic[Result]):
             self._end(CancelledError("A tile was cancelled before it started."))
         elif (error := done.exception()) is not None:
             self._end(error)
-        elif self._outcome is not None:
-            (value,), self._outcome = self._outcome, None
-            self.result.set_result(value)
+            return
+        outcome, self._outcome = self._outcome, None
+        if outcome is not None:
+            with suppress(InvalidStateError):  # the check of an earlier run may come late, on another thread
+                self.result.set_result(outcome[0])
 
     def _end(self, error: BaseException) -> None:
         """Free the tile's tensors, end the other tiles' waits, and pass the error on. The generator does not run at this point."""
