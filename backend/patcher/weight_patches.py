@@ -312,6 +312,9 @@ def find_low_rank(layer: nn.Module, name: str, recipe: Recipe) -> tuple[LowRank,
 class _OnlineMerge:
     """The hooks of one layer, which swap in changed weights while it runs. Patches stay on the device where they were last used."""
 
+    needs_whole_weight = True
+    """Read by the hooks that dequantize (`storage.running`), which else give a table only the rows that are looked up."""
+
     def __init__(self, recipes: Mapping[str, Recipe]) -> None:
         self._recipes = dict(recipes)
         self._device: torch.device | None = None

@@ -99,6 +99,10 @@ class Storage(ABC):
         """Rows [`first`, `end`), as a view."""
         return type(self)(self.tensor[first:end])
 
+    def look_up(self, indices: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """The values of rows in the order of `indices`."""
+        return self.dequantize(out_dtype)[indices]
+
     @classmethod
     def concat(cls: type[StorageT], parts: Sequence[StorageT]) -> StorageT:
         """Weights of one kind stacked along rows (q, k and v to one fused matrix)."""

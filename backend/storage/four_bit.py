@@ -123,6 +123,12 @@ class FourBitFormat(PackedFormat):
         absmax = self.absmax(buffer_N)[start // self.block : ceil(stop / self.block)]
         return join_four_bit(absmax, buffer_N[self._absmax_bytes + start // 2 : self._absmax_bytes + ceil(stop / 2)])
 
+    def take_rows(self, buffer_N: Tensor, indices_R: Tensor) -> tuple[FourBitFormat, Tensor]:
+        form = self.cut(0, 1)  # one row has whole blocks
+        absmax_B, codes = self.parts(buffer_N)
+        rows = absmax_B.reshape(self.shape[0], -1)[indices_R], codes.reshape(self.shape[0], -1)[indices_R]
+        return replace(form, shape=(indices_R.numel(), *self.shape[1:])), join_four_bit(*rows)
+
     def concat(self, others: Sequence[tuple[FourBitFormat, Tensor]]) -> tuple[FourBitFormat, Tensor]:
         fits = all((one.kind, one.block, one.shape[1:]) == (self.kind, self.block, self.shape[1:]) for one, _ in others)
         if not fits or any(prod(one.shape) % self.block for one, _ in others[:-1]):

@@ -63,6 +63,10 @@ class GgufFormat(PackedFormat):
         row_bytes = self.num_bytes // self.shape[0]
         return buffer_N[first * row_bytes : end * row_bytes]
 
+    def take_rows(self, buffer_N: Tensor, indices_R: Tensor) -> tuple[GgufFormat, Tensor]:
+        form = self.cut(0, indices_R.numel())
+        return form, buffer_N.reshape(self.shape[0], -1)[indices_R].reshape(-1)
+
     def concat(self, others: Sequence[tuple[GgufFormat, Tensor]]) -> tuple[GgufFormat, Tensor]:
         if any((form.kind, form.shape[1:]) != (self.kind, self.shape[1:]) for form, _ in others):
             raise PackedFormatError(f"Rows of {', '.join(f'{one.shape} in {one.title}' for one, _ in others)} cannot be stacked.")

@@ -66,6 +66,10 @@ class PackedFormat(ABC):
     def rows(self, buffer_N: Tensor, first: int, end: int) -> Tensor:
         """The buffer of rows [`first`, `end`), to be read by `cut`'s format. Raises: PackedFormatError like `cut`."""
 
+    def take_rows(self: FormatT, buffer_N: Tensor, indices_R: Tensor) -> tuple[FormatT, Tensor]:
+        """Format and buffer of rows in the order of `indices_R`. Raises: PackedFormatError like `cut`."""
+        raise PackedFormatError(f"Single rows of {self.title} are not read.")
+
     @abstractmethod
     def concat(self: FormatT, others: Sequence[tuple[FormatT, Tensor]]) -> tuple[FormatT, Tensor]:
         """Format and buffer of weights stacked along rows; `others` are all parts. Raises: PackedFormatError if they do not fit together."""
@@ -283,6 +287,13 @@ class PackedStorage(Storage):
     def requantize(self, value: Tensor, *, seed: int) -> PackedStorage:
         buffer = self.format.quantize(value.to(self.device), seed=seed, near_N=self.tensor.buffer)
         return PackedStorage(PackedTensor(buffer, self.format))
+
+    def look_up(self, indices: Tensor, out_dtype: torch.dtype) -> Tensor:
+        try:
+            format_of_rows, buffer = self.format.take_rows(self.tensor.buffer, indices)
+        except PackedFormatError:  # blocks cross rows
+            return super().look_up(indices, out_dtype)
+        return format_of_rows.dequantize(buffer, out_dtype)
 
     def is_same(self, other: Storage) -> bool:
         return isinstance(other, PackedStorage) and self.format == other.format and torch.equal(self.tensor.buffer, other.tensor.buffer)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from backend.storage.kinds import has_packed_weights, storage_of
+from backend.storage.kinds import has_packed_weights, is_packed, storage_of
 
 
 def is_cast_layer(layer: nn.Module) -> bool:
@@ -57,7 +57,9 @@ class _Dequantizer:
             layer.register_forward_hook(self.leave, prepend=True, always_call=True),  # the last to enter leaves first
         )
 
-    def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if isinstance(layer, nn.Embedding) and is_packed(layer.weight) and args and not _is_changed_whole(layer):
+            return self._enter_table(layer, args)
         for name, parameter in layer._parameters.items():
             if parameter is None:
                 continue
@@ -65,6 +67,15 @@ class _Dequantizer:
             if not storage.computes_in(self._dtype):
                 self._stored[name] = parameter
                 layer._parameters[name] = nn.Parameter(storage.dequantize(self._dtype), requires_grad=False)
+        return None
+
+    def _enter_table(self, layer: nn.Embedding, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Dequantize only the rows of a table that are looked up, and number them anew: a language model's table is large, a prompt short."""
+        rows, indices = torch.unique(args[0], return_inverse=True)
+        self._stored["weight"] = layer.weight
+        value = storage_of(layer.weight).look_up(rows, self._dtype)
+        layer._parameters["weight"] = nn.Parameter(value, requires_grad=False)
+        return (indices, *args[1:])
 
     def leave(self, layer: nn.Module, args: object, output: object) -> None:
         layer._parameters.update(self._stored)
@@ -75,6 +86,11 @@ class _Dequantizer:
         memo[id(self)] = copy
         copy._dtype, copy._stored, copy.handles = self._dtype, {}, ()
         return copy
+
+
+def _is_changed_whole(layer: nn.Module) -> bool:
+    """Whether another hook changes the layer's weight, for which it must be there with all its rows."""
+    return any(getattr(getattr(hook, "__self__", None), "needs_whole_weight", False) for hook in layer._forward_pre_hooks.values())
 
 
 @contextmanager

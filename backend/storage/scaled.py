@@ -69,6 +69,11 @@ class ScaledFormat(PackedFormat):
         scales_S1, numbers_OC = self.parts(buffer_N)
         return join_scaled(scales_S1 if self.num_scales == 1 else scales_S1[first:end], numbers_OC[first:end])
 
+    def take_rows(self, buffer_N: Tensor, indices_R: Tensor) -> tuple[ScaledFormat, Tensor]:
+        scales_S1, numbers_OC = self.parts(buffer_N)
+        taken = numbers_OC.view(torch.uint8)[indices_R]
+        return self.cut(0, indices_R.numel()), join_scaled(scales_S1 if self.num_scales == 1 else scales_S1[indices_R], taken)
+
     def concat(self, others: Sequence[tuple[ScaledFormat, Tensor]]) -> tuple[ScaledFormat, Tensor]:
         """Parts with different scales get one scale per row."""
         if any(form.dtype != self.dtype or form.shape[1:] != self.shape[1:] for form, _ in others):

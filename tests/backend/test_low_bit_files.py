@@ -24,6 +24,7 @@ from backend.storage.four_bit import quantize_four_bit
 from backend.storage.kinds import has_packed_weights, storage_of
 from backend.storage.packed import PackedTensor
 from backend.storage.running import set_types
+from tests.support.checkpoints import write_checkpoint
 from tests.support.fleets import virtual_fleet
 from tests.support.flux_checkpoints import write_flux
 from tests.support.flux_networks import make_flux, original_tensors
@@ -238,6 +239,23 @@ def test_a_model_in_low_bits_is_saved_in_half_precision(tmp_path: Path) -> None:
         for key, tensor in engine.forge_objects.unet.model.diffusion_model.state_dict().items():
             half = storage_of(tensor).dequantize(torch.float16).float() if isinstance(tensor, PackedTensor) else tensor
             assert torch.equal(saved[key], half), key
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_unet_in_gguf_has_its_kernels_back(family: str, tmp_path: Path) -> None:
+    """As ComfyUI-GGUF's converter writes them: kernels whose rows blocks do not divide are matrices, with their shapes in the metadata."""
+    source = write_checkpoint(tmp_path / "whole.safetensors", family)
+    prefix = "model.diffusion_model."
+    with open_tensor_file(source.path) as file:
+        tensors = {key.removeprefix(prefix): file.read(key, dtype=torch.float32) for key in file.infos if key.startswith(prefix)}
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items() if tensor.ndim == 4 and tensor.numel() % 256 == 0}
+    flat = {key: tensor.reshape(-1, 256) if key in shapes else tensor for key, tensor in tensors.items()}
+    values = write_gguf(tmp_path / "unet.gguf", flat, "Q8_0", architecture=family, shapes=shapes)
+    save_file({f"{prefix}{key}": tensor.contiguous() for key, tensor in values.items()}, tmp_path / "plain.safetensors")
+    network, plain = load_denoiser(tmp_path / "unet.gguf"), load_denoiser(tmp_path / "plain.safetensors").state_dict()
+    assert share_packed(network) > 0.8
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(storage_of(tensor).dequantize(torch.float32), plain[key].float()), key
 
 
 # files that lie

@@ -125,3 +125,16 @@ def test_other_changes_are_added_while_the_layer_runs_if_they_cannot_be_merged_o
     patched(reference, patches, 1.0)
     torch.testing.assert_close(module(x), reference(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(module[0].weight.buffer, before)
+
+
+def test_a_packed_table_is_changed_while_it_is_looked_up() -> None:
+    table = nn.Embedding(50, 64).requires_grad_(False)
+    packed = quantize_as("q8_0", numbers(50, 64, seed=1))
+    assert packed is not None
+    table.weight = nn.Parameter(packed, requires_grad=False)
+    module = nn.Sequential(table)
+    set_types(module, torch.float32, torch.float32)
+    diff, tokens = numbers(50, 64, seed=2), torch.tensor([[3, 7, 49]])
+    expected = (storage_of(packed).dequantize(torch.float32) + diff)[tokens]
+    patched(module, {"0.weight": DiffPatch(diff=diff)}, 1.0, online_mode=True)
+    torch.testing.assert_close(module(tokens), expected)

@@ -68,6 +68,8 @@ def test_every_format_answers_every_question(name: str) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(weight.dequantize(dtype), values.to(dtype))
     assert torch.equal(weight.rows(2, 5).dequantize(torch.float32), values[2:5])
+    indices = torch.tensor([4, 0, 4])
+    assert torch.equal(weight.look_up(indices, torch.float32), values[indices])
     joined = PackedStorage.concat([weight.rows(0, 2), weight.rows(2, ROWS)])  # type: ignore[list-item]
     assert torch.equal(joined.dequantize(torch.float32), values)
     assert weight.is_same(storage_of(PACK[name](value))) and not weight.is_same(storage_of(PACK[name](value + 0.1)))
@@ -149,6 +151,20 @@ def test_a_layer_computes_with_the_dequantized_weight_and_keeps_the_packed_one()
     assert module[0].weight is stored and has_packed_weights(module) and describe_storage(module) == "GGUF Q8_0 and float32"
     assert module.to(torch.float16)[0].weight is stored and module[0].bias.dtype == torch.float16
     assert module.to(META)[0].weight.device == META and module[0].weight.buffer.device == META
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, 48])
+def test_a_table_dequantizes_the_rows_that_are_looked_up(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = nn.Embedding(50, columns).requires_grad_(False)
+    table.weight = nn.Parameter(quantize_four_bit(numbers(50, columns), "nf4"), requires_grad=False)
+    set_types(nn.Sequential(table), torch.float32, torch.float32)
+    stored, values = table.weight, storage_of(table.weight).dequantize(torch.float32)
+    read: list[int] = []
+    dequantize = FourBitFormat.dequantize
+    monkeypatch.setattr(FourBitFormat, "dequantize", lambda form, *rest: read.append(form.shape[0]) or dequantize(form, *rest))
+    tokens = torch.tensor([[3, 7, 3], [49, 0, 7]])
+    assert torch.equal(table(tokens), values[tokens]) and table.weight is stored
+    assert read == [4 if columns == COLUMNS else 50], "blocks of 64 cross rows of 48, so that all are read"
 
 
 def test_bytes_count_as_packed_and_an_empty_copy_counts_the_same() -> None:

@@ -37,6 +37,7 @@ def test_every_kind_answers_every_question(dtype: torch.dtype) -> None:
     values = weight.dequantize(torch.float32)
     assert values.dtype == torch.float32 and torch.equal(values, weight.tensor.float())
     assert torch.equal(weight.rows(2, 5).dequantize(torch.float32), values[2:5])
+    assert torch.equal(weight.look_up(torch.tensor([3, 0]), torch.float32), values[[3, 0]])
     joined = type(weight).concat([weight.rows(0, 2), weight.rows(2, 6)])
     assert joined.is_same(weight) and not joined.is_same(weight.rows(0, 6).to(CPU).rows(0, 3))
     assert not weight.is_same(storage(dtype, seed=1))
