@@ -1,0 +1,67 @@
+"""Forty kinds of extensions without a browser: each loads without a word in the log and does in a job what it is there for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modules.application import Application
+from modules.ui import tabs as ui
+from tests.support.event_loops import close_event_loops as close_event_loops
+from tests.support.extensions import write_extension
+from tests.support.fleets import virtual_fleet
+from tests.support.narrow_application import narrow_application
+from tests.support.trial_extensions import KINDS, PICTURE
+from tools.extension_trial import HEADER, PageLess
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
+    with narrow_application(tmp_path_factory.mktemp("kinds")) as (app, _):
+        app.options.samples_save = app.options.grid_save = False
+        yield app
+
+
+def test_there_are_at_least_thirty_kinds() -> None:
+    assert len(KINDS) >= 30 and HEADER.count("|") == 16
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_a_kind_of_extension_loads_and_acts(app: Application, name: str) -> None:
+    kind = KINDS[name]
+    folder = write_extension(app.config.extensions_dir, f"trial-{name}", kind.files)
+    trial = PageLess(app).try_extension(folder, num_slots=1)
+    assert (trial.acts, trial.errors) == (kind.acts, [])
+    assert trial.is_well
+
+
+def test_a_page_with_every_kind_is_built(tmp_path: Path, app: Application) -> None:
+    folders = [write_extension(app.config.extensions_dir, f"trial-{name}", kind.files) for name, kind in KINDS.items()]
+    with PageLess(app).loaded(folders):
+        page = ui.create_ui(app)
+    ids = [block.elem_id for block in page.blocks.values() if block.elem_id]
+    assert {"trial_canvas", "hello_tab"} <= set(ids) or "tab_trial_canvas_tab" in ids
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("plan", ["replicas", "layers"])
+def test_every_kind_that_changes_pictures_makes_them_the_same_on_two_slots(
+    tmp_path_factory: pytest.TempPathFactory, app: Application, plan: str
+) -> None:
+    def pictures(on: Application) -> dict[str, Any]:
+        found = {}
+        for name, kind in KINDS.items():
+            if kind.acts == PICTURE:
+                folder = write_extension(on.config.extensions_dir, f"trial-{name}", kind.files)
+                found[name] = PageLess(on).pictures_with(folder)
+        return found
+
+    one = pictures(app)
+    with virtual_fleet(2), narrow_application(tmp_path_factory.mktemp(plan)) as (other, _):
+        other.options.samples_save = other.options.grid_save = False
+        other.options.set("multi_gpu_strategy", plan)
+        two = pictures(other)
+    assert {name: max(abs(a - b).max() for a, b in zip(one[name], two[name], strict=True)) <= 2 for name in one} == dict.fromkeys(one, True)
