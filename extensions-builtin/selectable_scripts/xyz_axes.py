@@ -245,6 +245,8 @@ def build_axis_options() -> list[AxisOption]:
         AxisOption("VAE", str, apply_vae, format_remove_path, cost=0.7, choices=vae_names),
         AxisOption("Styles", str, apply_styles, choices=style_names),
         AxisOption("UniPC Order", int, apply_override("uni_pc_order"), cost=0.5),
+        AxisOption("Token merging ratio", float, apply_override("token_merging_ratio")),
+        AxisOption("Token merging ratio high-res", float, apply_override("token_merging_ratio_hr")),
         AxisOption(
             "Always discard next-to-last sigma",
             str,
