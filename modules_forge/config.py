@@ -8,7 +8,7 @@ from types import MappingProxyType
 INSTEAD: Mapping[str, str] = MappingProxyType(
     {
         "sd-webui-controlnet": "ControlNet is built in; use its panel in the txt2img and img2img tabs",
-        "multidiffusion-upscaler-for-automatic1111": "its views are in the panel MultiDiffusion Integrated, regions in Regional Prompts; large pictures are decoded in tiles anyway",
+        "multidiffusion-upscaler-for-automatic1111": "use the panels MultiDiffusion Integrated and Regional Prompts, which do the same",
         "forge_space_example": "spaces are not part of this program",
     }
 )

@@ -189,11 +189,12 @@ def test_an_extension_acts_and_says_so_in_the_parameters(app: Application, plain
         (HRFIX, [True, 2, 2.0, 0, 1, True, "lanczos"], "Downscale Method is 'lanczos'; choose one of bicubic"),
         (THRESHOLD, ["maybe"], "Enabled is 'maybe'; send true or false"),
         (VIEWS, [True, "MultiDiffusion", 8], "Tile Width is 8; send a number from 16"),
+        (VIEWS, [True, "MultiDiffusion", 16, 16, 2048], "are 1369 views of this picture; 1024 at most"),
     ],
 )
 def test_a_value_out_of_its_bounds_is_refused(app: Application, title: str, args: list[Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
-        run(give(app, _pair(), title, *args))
+        run(give(app, _pair(width=304, height=304), title, *args))
 
 
 def test_settings_in_the_tab_override_for_its_jobs(app: Application) -> None:

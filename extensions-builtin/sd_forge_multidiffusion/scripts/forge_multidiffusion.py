@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
-from overlapping_views import GAUSSIAN, PLAIN, ViewedNetwork
+from overlapping_views import GAUSSIAN, PLAIN, ViewedNetwork, list_views
 
 from modules import scripts
+from modules.errors import RequestError
 from modules.infotext_utils import PasteField
 
 TITLE = "MultiDiffusion Integrated"
 PX_PER_LATENT = 8
+MAX_VIEWS = 1024
+"""A step is not interrupted between its views."""
 KEYS = tuple(f"multidiffusion_{name}" for name in ("enabled", "method", "tile_width", "tile_height", "tile_overlap", "tile_batch_size"))
 
 
@@ -47,6 +50,9 @@ class MultiDiffusionForForge(scripts.Script):
             return
         unet = p.sd_model.forge_objects.unet.clone()
         size = height // PX_PER_LATENT, width // PX_PER_LATENT
+        num_views = len(list_views(*kwargs["x"].shape[-2:], *size, overlap // PX_PER_LATENT))
+        if num_views > MAX_VIEWS:
+            raise RequestError(f"{TITLE}: tiles of {width}x{height} are {num_views} views of this picture; {MAX_VIEWS} at most. Choose larger tiles.")
         unet.set_model_unet_function_wrapper(ViewedNetwork(method, size, overlap // PX_PER_LATENT, at_once))
         p.sd_model.forge_objects.unet = unet
         p.extra_generation_params.update(zip(KEYS, values))
