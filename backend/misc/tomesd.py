@@ -12,14 +12,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 CELL = 2
 _FACT = "token merging"
-Patcher = TypeVar("Patcher")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
