@@ -59,46 +59,41 @@ class CastLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.parameters_manual_cast:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # the layer that this is mixed into
+            return super().forward(x, *args, **kwargs)
         is_embedding = isinstance(self, nn.Embedding)  # takes numbers of tokens, and keeps its own type
         stored = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
         cast = {name: parameter.to(x.device if is_embedding else x) for name, parameter in stored.items()}
-        return torch.func.functional_call(_Plain.of(self), cast, (x, *args), kwargs)
+        return torch.func.functional_call(_without_cast(self), cast, (x, *args), kwargs)
 
 
-class _Plain:
-    """The same layer without the cast, for one call."""
+def _without_cast(layer: nn.Module) -> nn.Module:
+    """The same layer as torch's own, for one call."""
+    kind = _PLAIN_OF[type(layer)]
+    plain: nn.Module = kind.__new__(kind)
+    plain.__dict__.update(layer.__dict__)
+    plain._parameters, plain._buffers = dict(layer._parameters), dict(layer._buffers)
+    return plain
 
-    @staticmethod
-    def of(layer: nn.Module) -> nn.Module:
-        plain = layer.__class__.__new__(_PLAIN_OF[layer.__class__])
-        plain.__dict__.update(layer.__dict__)
-        plain._parameters, plain._buffers = dict(layer._parameters), dict(layer._buffers)
-        return plain
+
+def _cast_layer(plain: type[nn.Module]) -> Any:
+    """The cast layer of a layer of torch."""
+    about = {"__module__": __name__, "__qualname__": f"ForgeOperations.{plain.__name__}", "__doc__": f"torch's {plain.__name__} as a CastLayer."}
+    return type(plain.__name__, (CastLayer, plain), about)
 
 
 class ForgeOperations:
     """Layers by torch's names. Each has `parameters_manual_cast`."""
 
-    class Linear(CastLayer, nn.Linear): ...
-
-    class Conv1d(CastLayer, nn.Conv1d): ...
-
-    class Conv2d(CastLayer, nn.Conv2d): ...
-
-    class Conv3d(CastLayer, nn.Conv3d): ...
-
-    class ConvTranspose1d(CastLayer, nn.ConvTranspose1d): ...
-
-    class ConvTranspose2d(CastLayer, nn.ConvTranspose2d): ...
-
-    class ConvTranspose3d(CastLayer, nn.ConvTranspose3d): ...
-
-    class GroupNorm(CastLayer, nn.GroupNorm): ...
-
-    class LayerNorm(CastLayer, nn.LayerNorm): ...
-
-    class Embedding(CastLayer, nn.Embedding): ...
+    Linear = _cast_layer(nn.Linear)
+    Conv1d = _cast_layer(nn.Conv1d)
+    Conv2d = _cast_layer(nn.Conv2d)
+    Conv3d = _cast_layer(nn.Conv3d)
+    ConvTranspose1d = _cast_layer(nn.ConvTranspose1d)
+    ConvTranspose2d = _cast_layer(nn.ConvTranspose2d)
+    ConvTranspose3d = _cast_layer(nn.ConvTranspose3d)
+    GroupNorm = _cast_layer(nn.GroupNorm)
+    LayerNorm = _cast_layer(nn.LayerNorm)
+    Embedding = _cast_layer(nn.Embedding)
 
 
 _CAST_OF: dict[type, type] = {

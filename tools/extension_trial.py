@@ -152,6 +152,8 @@ class PageLess:
 
     def __init__(self, app: Application) -> None:
         self.app = app
+        self._plain: Any = None
+        """The job without an extension."""
 
     @contextmanager
     def loaded(self, folders: Sequence[Path]) -> Iterator[None]:
@@ -170,14 +172,15 @@ class PageLess:
 
     def try_extension(self, folder: Path, num_slots: int) -> Trial:
         """What one extension does."""
-        trial, plain = Trial(folder.name, num_slots), process_with_scripts(_pair())
+        trial = Trial(folder.name, num_slots)
+        self._plain = self._plain or process_with_scripts(_pair())
         handler = _Errors(trial.errors)
         logging.getLogger().addHandler(handler)
         try:
             with self.loaded([folder]):
                 trial.num_classes = len(_all_classes())
                 trial.num_controls = sum(len(script.controls or ()) for script in _own_scripts(self.app, folder.name, "txt2img"))
-                trial.acts = _try_job(self.app, folder.name, plain)
+                trial.acts = _try_job(self.app, folder.name, self._plain)
         finally:
             logging.getLogger().removeHandler(handler)
         return trial
@@ -193,9 +196,10 @@ def try_all_without_page(folders: Sequence[Path], slots: Sequence[int] = SLOTS) 
     trials = []
     for num_slots in slots:
         with tempfile.TemporaryDirectory() as data, configured_slots(*["cpu"] * num_slots), narrow_application(Path(data)) as (app, _):
+            trial = PageLess(app)
             for folder in folders:
                 copied = shutil.copytree(folder, app.config.extensions_dir / folder.name, symlinks=True)
-                trials.append(PageLess(app).try_extension(Path(copied), num_slots))
+                trials.append(trial.try_extension(Path(copied), num_slots))
     return trials
 
 

@@ -93,7 +93,7 @@ class LayerView:
 class ResBlock(LayerView):
     """x (B, C, H, W), emb (B, E)."""
 
-    def forward(self, x: Tensor, emb: Tensor, transformer_options: TransformerOptions | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, emb: Tensor, transformer_options: TransformerOptions | None = None) -> Tensor:
         result: Tensor = self.layer(x, emb)
         return result
 
@@ -105,7 +105,7 @@ class Downsample(LayerView):
 class Upsample(LayerView):
     """x (B, C, H, W); `output_shape` ends in the wanted rows and columns."""
 
-    def forward(self, x: Tensor, output_shape: Sequence[int] | None = None, transformer_options: TransformerOptions | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, output_shape: Sequence[int] | None = None, transformer_options: TransformerOptions | None = None) -> Tensor:
         result: Tensor = self.layer(x, None if output_shape is None else tuple(output_shape[-2:]))
         return result
 
@@ -113,7 +113,7 @@ class Upsample(LayerView):
 class CrossAttention(LayerView):
     """x (B, L, D), context and value (B, M, ...): self-attention without a context."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, mask: Tensor | None = None,
         transformer_options: TransformerOptions | None = None,
     ) -> Tensor:  # fmt: skip
@@ -142,7 +142,7 @@ class BasicTransformerBlock(LayerView):
         self.__dict__["inner"] = tuple(own)
         self.__dict__.update({view.name.rpartition(".")[2]: view for view in own})
 
-    def forward(self, x: Tensor, context: Tensor | None = None, transformer_options: TransformerOptions | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, context: Tensor | None = None, transformer_options: TransformerOptions | None = None) -> Tensor:
         return run_block(self.layer, x, _state(x, context, transformer_options))
 
 
@@ -154,7 +154,7 @@ class SpatialTransformer(LayerView):
         blocks = [BasicTransformerBlock(network, f"{name}.transformer_blocks.{index}") for index in range(len(self.layer.transformer_blocks))]
         self.__dict__.update(inner=tuple(blocks), transformer_blocks=blocks)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, transformer_options: TransformerOptions | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, context: Tensor | None = None, transformer_options: TransformerOptions | None = None) -> Tensor:
         return run_transformer(self.layer, x, _state(x, context, transformer_options))
 
 

@@ -91,7 +91,7 @@ def _picture_and_mask(values: dict[str, Any]) -> tuple[Image.Image | None, Image
     if mode not in names or values.get(names[mode][0]) is None:
         raise RequestError(f"img2img: mode {mode} has no picture. Modes are 0 to {_BATCH_MODE}; send the picture that belongs to the mode.")
     picture, painted = fix_image(values[names[mode][0]]), values.get(names[mode][1] or "")
-    if mode == 4 or painted is None:
+    if mode == 4 or painted is None or picture is None:
         return picture, painted
     mask = painted.convert("RGBA").getchannel("A") if mode in (2, 3) else None
     if mode == 3 and mask is not None:

@@ -55,7 +55,7 @@ class PersonalizedBase(Dataset[list[DatasetEntry]]):
         if not self.dataset:
             raise ValueError(f"{data_root} has no pictures that can be read ({', '.join(SUFFIXES)}).")
         for entry in self.dataset:
-            if model is not None:
+            if model is not None and entry.pixel_values is not None:
                 entry.latent_sample = model.get_first_stage_encoding(model.encode_first_stage(entry.pixel_values.unsqueeze(0)))[0]
             if include_cond and not (self.tag_drop_out or self.shuffle_tags):
                 entry.cond_text = self.create_text(entry.filename_text or "")

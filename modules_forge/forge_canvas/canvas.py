@@ -60,8 +60,9 @@ class LogicalImage(gr.Textbox, metaclass=_WithoutStub):
 
     def __init__(self, *args: Any, numpy: bool = True, **kwargs: Any) -> None:
         self.numpy = numpy
-        value = kwargs.pop("value", None)
-        super().__init__(*args, value=None if value is None else image_to_base64(value), **kwargs)
+        if kwargs.get("value") is not None:
+            kwargs["value"] = image_to_base64(kwargs["value"])
+        super().__init__(*args, **kwargs)
 
     def preprocess(self, payload: str | None) -> Any:
         return base64_to_image(payload or "", self.numpy)
@@ -104,7 +105,7 @@ class ForgeCanvas:
             value=initial_image,
             show_label=False,
             elem_id=self.uuid,
-            elem_classes=elem_classes,
+            elem_classes=elem_classes if elem_classes is None or isinstance(elem_classes, str) else list(elem_classes),
             type="pil",
             image_mode="RGBA",
             format="png",

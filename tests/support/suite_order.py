@@ -27,6 +27,10 @@ NIGHTLY_VARIANTS = (
     # built-in extensions: each on two slots every time, not each under both plans
     r"extensions_builtin/test_guidance_guests\.py::test_two_slots.*\[layers-(freeu|sag|views|latent modifier|stylealign)\]",
     r"extensions_builtin/test_guidance_guests\.py::test_two_slots.*\[replicas-(freeu, last steps|pag|hrfix|dynamic thresholding|token merging)\]",
+    # kinds of extensions: one of those that go the same way runs every time
+    r"tools/test_trial_kinds\.py::test_a_kind.*\[(pre-cfg|cfg-function|cfg-function-of-three|unet-wrapper|attn1-patch|attn2-replace|attn-output)\]",
+    r"tools/test_trial_kinds\.py::test_a_kind.*\[(input-block|input-block-after-skip|block-inner-modifier|group-norm|cfg-denoised|after-cfg)\]",
+    r"tools/test_trial_kinds\.py::test_a_kind.*\[(token-merging|batch-prompts|noise|latents|pictures|selectable|conditioning-modifier)\]",
     # whole pictures: a sampler with history in batches, one without it alone
     r"parity/test_pipeline_parity\.py::test_pictures_are_the_pipelines\[.*-(1-DPM\+\+ 2M|2-Euler)\]",
     r"parity/test_pipeline_parity\.py::test_without_guidance\[(sd15-inpaint|sd20|sd21_v)\]",

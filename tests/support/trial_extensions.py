@@ -228,7 +228,7 @@ KINDS: dict[str, Kind] = {
     "extra-network": Kind(
         files={
             "scripts/trial.py": """
-                from modules import extra_networks
+                from modules import extra_networks, script_callbacks
 
                 class Trial(extra_networks.ExtraNetwork):
                     def __init__(self):
@@ -241,6 +241,7 @@ KINDS: dict[str, Kind] = {
                         pass
 
                 extra_networks.register_extra_network(Trial())
+                script_callbacks.on_script_unloaded(lambda: extra_networks.extra_network_registry.pop("trial", None))
             """
         },
         acts=PARAMETERS,
