@@ -20,8 +20,10 @@ from backend.devices.virtual_gpu import Faults
 from backend.ip_adapter import apply_ip_adapter, read_ip_adapter
 from backend.parallel.running import status
 from backend.parallel.vae import decoding
+from backend.patcher.base import set_model_options_patch_replace
 from backend.patcher.controlnet import apply_controlnet_advanced
 from backend.sampling import sampling_function
+from backend.sampling.sampling_function import calc_cond_uncond_batch
 from modules.application import Application
 from tests.parity.test_split_parity import _each_row_alone
 from tests.support.checkpoints import ReferenceModels
@@ -85,7 +87,28 @@ def with_ip_adapter(site: Site) -> Callable[[Any], Any]:
     return lambda unet: apply_ip_adapter(unet, adapter, features, weight=0.9, mask_B1HW=region)
 
 
+def with_calls_of_other_kinds(unet: Any) -> Any:
+    """Halves of the picture one by one, and one more pass with another attention, as extensions run the network."""
+
+    def in_halves(apply_model: Any, args: dict[str, Any]) -> torch.Tensor:
+        return torch.cat([apply_model(half, args["timestep"], **args["c"]) for half in args["input"].chunk(2, dim=2)], dim=2)
+
+    def away_from_another(args: dict[str, Any]) -> torch.Tensor:
+        options = {**args["model_options"]}
+        options.pop("model_function_wrapper")
+        options = set_model_options_patch_replace(options, lambda q, k, v, extra: v, "attn1", "input", 1)
+        other, _ = calc_cond_uncond_batch(args["model"], args["cond"], None, args["input"], args["sigma"], options)
+        guided: torch.Tensor = args["denoised"] + args["cond_denoised"] - other
+        return guided
+
+    patched = unet.clone()
+    patched.set_model_unet_function_wrapper(in_halves)
+    patched.set_model_sampler_post_cfg_function(away_from_another)
+    return patched
+
+
 JOBS: dict[str, Callable[[Site], list[np.ndarray]]] = {
+    "calls of other kinds": lambda site: site.pictures(ask(), with_calls_of_other_kinds),
     "one row": lambda site: site.pictures(ask(cfg_scale=1.0)),
     "batch": lambda site: site.pictures(ask(batch_size=2, sampler_name="DPM++ SDE")),
     "inpaint": lambda site: site.pictures(

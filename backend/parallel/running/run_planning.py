@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from backend import memory_management
 from backend.devices.slot import Slot
+from backend.nn.network_call import NetworkCall
 from backend.nn.owner import owner_of
 from backend.nn.unet import find_forward_binding, replaced_views
 from backend.parallel.placing.control_networks import ControlLink, PlannedControlNetwork, collect_control_networks, control_network_costs
@@ -150,6 +151,10 @@ class RunPlanning:
         if replaced is not None:
             return f"an extension replaced the forward of {replaced}, which may need whole tensors"
         return self.unet.model.program.why_no_tiles()
+
+    def must_be_whole(self, call: NetworkCall) -> bool:
+        """Whether a call cannot be cut into the plan's tiles: it has another size than the run (a part of the picture), or hooks of its own."""
+        return call.rows["x"].shape[-2:] != self._shape[-2:] or find_whole_hook(call.options) is not None
 
     # rows and bytes
 

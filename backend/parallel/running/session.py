@@ -206,6 +206,8 @@ class SamplingSession:
         is_alone = trial.is_alone(self._num_calls) and self._is_tried
         if executor is None:
             output = self._one_slot.run(call)
+        elif isinstance(executor, TileExecutor) and self.planning.must_be_whole(call):
+            output = executor.run_whole(call)
         else:
             output = self._run_alone(call, executor) if is_alone else executor.run(call)
         if trial.is_early(self._num_calls) and self._is_tried:

@@ -129,6 +129,16 @@ class TileExecutor:
             for one in passes:
                 one.tasks.clear()  # otherwise a pass and its tasks keep each other, and tensors, alive
 
+    def run_whole(self, call: NetworkCall) -> Tensor:
+        """The network's output for a call that cannot be cut as planned, from the first slot of the first team. Raises: SlotFailure."""
+        team = self._teams[0]
+        slot, program = team.plan.slots[0], team.replicas[0].program
+        sent = self._send_inputs(call, slot, team.devices[0])
+        done = self._fleet.worker(slot).submit(lambda: program.run(sent.start(program)), priority=(next(self._numbers),))
+        if (error := done.exception()) is not None:
+            raise as_failure(slot, error)
+        return self._fleet.transport.send(done.result(), call.device)
+
     def _deal_rows(self, num_rows: int) -> list[tuple[Team, int, int]]:
         """Assign rows to teams in order, `rows_per_batch` at once."""
         dealt, first = [], 0
