@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,14 +62,13 @@ class CastLayer(nn.Module):
             return super().forward(x, *args, **kwargs)
         is_embedding = isinstance(self, nn.Embedding)  # takes numbers of tokens, and keeps its own type
         stored = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
-        cast = {name: parameter.to(x.device if is_embedding else x) for name, parameter in stored.items()}
-        return torch.func.functional_call(_without_cast(self), cast, (x, *args), kwargs)
+        moved = {name: parameter.to(x.device if is_embedding else x) for name, parameter in stored.items()}
+        return torch.func.functional_call(_without_cast(self), moved, (x, *args), kwargs)
 
 
 def _without_cast(layer: nn.Module) -> nn.Module:
     """The same layer as torch's own, for one call."""
-    kind = _PLAIN_OF[type(layer)]
-    plain: nn.Module = kind.__new__(kind)
+    plain = cast("nn.Module", object.__new__(_PLAIN_OF[type(layer)]))
     plain.__dict__.update(layer.__dict__)
     plain._parameters, plain._buffers = dict(layer._parameters), dict(layer._buffers)
     return plain

@@ -61,7 +61,7 @@ class LogicalImage(gr.Textbox, metaclass=_WithoutStub):
     def __init__(self, *args: Any, numpy: bool = True, **kwargs: Any) -> None:
         self.numpy = numpy
         if kwargs.get("value") is not None:
-            kwargs["value"] = image_to_base64(kwargs["value"])
+            kwargs["value"] = self.postprocess(kwargs["value"])
         super().__init__(*args, **kwargs)
 
     def preprocess(self, payload: str | None) -> Any:

@@ -57,7 +57,7 @@ def test_panels_open_act_and_stay_within_the_page(page: Any, panels: Site) -> No
     page.wait_for_function("() => document.querySelector('#txt2img_actions_column').contains(document.querySelector('#txt2img_generate'))")
     expect_number(page, "txt2img_steps", 2)
     ids = page.evaluate("() => [...document.querySelectorAll('[id]')].map(element => element.id)")
-    of_panels = [one for one in ids if one.startswith(("script_", "extensions-", "soft_inpainting", "mask_blend"))]
+    of_panels = [one for one in ids if one.startswith(("script_txt2img", "script_img2img", "extensions-", "soft_inpainting", "mask_blend"))]
     assert len(of_panels) == len(set(of_panels))
 
 

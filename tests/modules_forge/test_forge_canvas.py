@@ -42,6 +42,7 @@ def test_a_canvas_has_two_pictures_and_an_editor(canvas: Any) -> None:
     assert isinstance(canvas.background, LogicalImage) and isinstance(canvas.foreground, gr.Textbox)
     assert canvas.background.preprocess(canvas.background.value).tobytes() == picture().tobytes()
     assert canvas.foreground.preprocess(None) is None
+    assert LogicalImage(value="").value == "", "an empty text, as extensions' controls start"
     assert canvas.background.postprocess(np.asarray(picture())) == image_to_base64(picture())
     with gr.Blocks():
         plain = ForgeCanvas(no_upload=True, no_scribbles=True, numpy=True)
