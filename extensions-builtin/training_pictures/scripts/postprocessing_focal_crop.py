@@ -30,13 +30,13 @@ class ScriptPostprocessingFocalCrop(ScriptPostprocessing):
                 for name, value in zip(names, (0.9, 0.15, 0.5))
             ]  # fmt: skip
             debug = gr.Checkbox(label="Create debug image", elem_id="train_process_focal_crop_debug")
-        return {"enable": enable, **{f"{name}_weight": weight for name, weight in zip(names, weights)}, "debug": debug}
+        return {"enable": enable, **{name + "_weight": weight for name, weight in zip(names, weights)}, "debug": debug}
 
     def process(self, pp: PostprocessedImage, **args: Any) -> None:
         target = pp.shared.target_width, pp.shared.target_height
         if not args.get("enable") or not all(target):
             return
-        weights = {name: float(args[f"{name}_weight"] or 0) for name in ("face", "entropy", "edges")}
+        weights = {name: float(args[name + "_weight"] or 0) for name in ("face", "entropy", "edges")}
         pp.image, marked = crop_around_focus(pp.image, (int(target[0] or 0), int(target[1] or 0)), marks=bool(args["debug"]), **weights)
         pp.info["Auto focal point crop"] = f"{pp.image.width}x{pp.image.height}"
         if marked is not None:
