@@ -367,6 +367,9 @@ def _load_clip(encoders: Mapping[str, nn.Module], plans: Mapping[str, LoadPlan],
         set_types(encoder, types.storage_dtype, types.computation_dtype)
     there = [encoder for encoder in sources.family.text_encoders if encoder.name in encoders]
     tokenizers = {encoder.name: encoder.make_tokenizer() for encoder in there if encoder.make_tokenizer is not None}
+    for encoder in there:
+        if encoder.read_tokenizer is not None:
+            tokenizers[encoder.name] = encoder.read_tokenizer(sources.texts[encoder.name].file, sources.texts[encoder.name].part)
     return CLIP(encoders, tokenizers)
 
 

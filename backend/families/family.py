@@ -52,8 +52,8 @@ class Component:
 
     `find` returns such networks in a file, which may be the checkpoint or an additional module. `takes`: whether one of them is this component of
     that denoiser. `build` makes it from its shapes, `plan` names the source of each weight. `width`: the width of its text features.
-    `reads_embeddings`: textual inversion has vectors of its width. `usual_file`: its file's usual name and size, for messages. `is_optional`: the
-    model works without it.
+    `make_tokenizer` builds its tokenizer, or `read_tokenizer` reads it from the encoder's file. `reads_embeddings`: textual inversion has vectors of
+    its width. `usual_file`: its file's usual name and size, for messages. `is_optional`: the model works without it.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Component:
     plan: Callable[[nn.Module, TensorFile, Part], LoadPlan]
     width: Callable[[TensorFile, Part], int] = lambda file, part: 0
     make_tokenizer: Callable[[], Any] | None = None
+    read_tokenizer: Callable[[TensorFile, Part], Any] | None = None
     reads_embeddings: bool = False
     usual_file: str = ""
     is_optional: bool = False

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
-from backend.nn.stream_layers import gated, normed
+from backend.nn.stream_layers import gated, half_rope, normed
 
 THETA = 1_000_000.0
 NORM_EPS = 1e-6
@@ -69,7 +69,7 @@ class Qwen3TextEncoder(nn.Module):
         embedded_BLD = self.embed_tokens(input_ids)
         dtype = embedded_BLD.dtype
         stream_BLD: Tensor = embedded_BLD.float() if dtype in (torch.float16, torch.bfloat16) else embedded_BLD
-        rope = _rope(input_ids.shape[1], self.config.head_dim, dtype, input_ids.device)
+        rope = half_rope(input_ids.shape[1], self.config.head_dim, THETA, dtype, input_ids.device)
         for layer in self.layers[:-1]:
             stream_BLD = _run_layer(layer, stream_BLD, rope, dtype)
         return stream_BLD
@@ -83,11 +83,3 @@ def _run_layer(layer: Any, stream_BLD: Tensor, rope: tuple[Tensor, Tensor], dtyp
     mlp = layer.mlp
     inner_BLD = gated(mlp.up_proj, mlp.gate_proj, mlp.down_proj, normed(layer.post_attention_layernorm, stream_BLD, dtype))
     return stream_BLD + inner_BLD.to(stream_BLD.dtype)
-
-
-def _rope(length: int, head_width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (1, L, K), as transformers' layers take them. Su et al. 2021, "RoFormer", eq. 34."""
-    omega = 1.0 / (THETA ** (torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width))
-    angles = torch.arange(length, dtype=torch.float32, device=device)[None, :, None] * omega
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)

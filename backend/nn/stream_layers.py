@@ -8,7 +8,7 @@ Shapes: B rows, L tokens, D token width, N heads, K head width, F inner width of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,9 +53,9 @@ def attend(attn: Any, tokens_BLD: Tensor, rope: Rope, mask: Tensor | None) -> Te
     return attn.to_out[0](mixed_BLD)  # type: ignore[no-any-return]
 
 
-def gated(up: nn.Module, gate: nn.Module, down: nn.Module, x_BLD: Tensor) -> Tensor:
-    """down(silu(gate(x)) * up(x)), in fp16 with the product scaled per token by a power of two. Shazeer 2020, "GLU Variants", eq. 6."""
-    gate_BLF, up_BLF = functional.silu(gate(x_BLD)), up(x_BLD)
+def gated(up: nn.Module, gate: nn.Module, down: nn.Module, x_BLD: Tensor, activation: Callable[[Tensor], Tensor] = functional.silu) -> Tensor:
+    """down(activation(gate(x)) * up(x)), in fp16 with the product scaled per token by a power of two. Shazeer 2020, "GLU Variants", eq. 6."""
+    gate_BLF, up_BLF = activation(gate(x_BLD)), up(x_BLD)
     if x_BLD.dtype is not torch.float16:
         return down(gate_BLF * up_BLF)  # type: ignore[no-any-return]
     product_BLF = gate_BLF.float() * up_BLF.float()
@@ -74,3 +74,11 @@ def rms_norm(norm: Any, stream_BLD: Tensor) -> Tensor:
 def normed(norm: nn.Module, stream_BLD: Tensor, dtype: torch.dtype) -> Tensor:
     """The norm of a stream, in the network's dtype."""
     return norm(stream_BLD).to(dtype)  # type: ignore[no-any-return]
+
+
+def half_rope(length: int, head_width: int, theta: float, dtype: torch.dtype, device: torch.device) -> Rope:
+    """Cosines and sines (1, L, K) of places 0..L-1, each angle twice, as transformers' decoders take them. Su et al. 2021, "RoFormer", eq. 34."""
+    omega = 1.0 / (theta ** (torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width))
+    angles = torch.arange(length, dtype=torch.float32, device=device)[None, :, None] * omega
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)

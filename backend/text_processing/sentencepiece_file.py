@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _PIECES, _NORMALIZER, _CHARSMAP = 1, 3, 2
-_TEXT, _SCORE = 1, 2
+_TEXT, _SCORE, _KIND = 1, 2, 3
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Kinds of pieces."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_VARINT_BYTES = 10
 
@@ -22,34 +24,41 @@ class SentencePieceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class SentencePieceModel:
-    """`pieces`: (text, log probability) by id. `charsmap`: the precompiled normalization, as the library `tokenizers` takes it."""
+    """`pieces`: (text, log probability) by id, `kinds`: NORMAL, CONTROL .. of each. `charsmap`: the precompiled normalization, as the library
+    `tokenizers` takes it."""
 
     pieces: tuple[tuple[str, float], ...]
     charsmap: bytes
+    kinds: tuple[int, ...] = ()
 
 
 def read_sentencepiece(data: bytes) -> SentencePieceModel:
     """Raises: SentencePieceError."""
     pieces: list[tuple[str, float]] = []
+    kinds: list[int] = []
     charsmap = b""
     for field, value in _fields(memoryview(data)):
         if field == _PIECES:
-            pieces.append(_read_piece(_as_bytes(value)))
+            text, score, kind = _read_piece(_as_bytes(value))
+            pieces.append((text, score))
+            kinds.append(kind)
         elif field == _NORMALIZER:
             charsmap = next((bytes(_as_bytes(inner)) for name, inner in _fields(_as_bytes(value)) if name == _CHARSMAP), charsmap)
     if not pieces:
         raise SentencePieceError("the SentencePiece model has no pieces")
-    return SentencePieceModel(tuple(pieces), charsmap)
+    return SentencePieceModel(tuple(pieces), charsmap, tuple(kinds))
 
 
-def _read_piece(data: memoryview) -> tuple[str, float]:
-    text, score = "", 0.0
+def _read_piece(data: memoryview) -> tuple[str, float, int]:
+    text, score, kind = "", 0.0, NORMAL
     for field, value in _fields(data):
         if field == _TEXT:
             text = _as_text(_as_bytes(value))
         elif field == _SCORE:
             score = _as_float(_as_bytes(value))
-    return text, score
+        elif field == _KIND and isinstance(value, int):
+            kind = value
+    return text, score, kind
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:

@@ -1,0 +1,200 @@
+"""Lumina2 as a list of segments over diffusers' Lumina2Transformer2DModel, with the block names that hooks use.
+
+    start               tokens of 2x2 latents ("image") and of text ("text"); the constants "modulation" (of the time), "rope cosines",
+                        "rope sines" (text before picture), and "text mask" if rows' texts have different lengths
+    context_refiner 0.. consumes and produces "text", without the time
+    noise_refiner 0..   consumes and produces "image"
+    layer 0..           the first joins them to "tokens" (text before picture), the others update those
+    last 0              "flow": the picture's tokens, normalized, projected, put back into latents, and negated: the network predicts x0 - noise
+
+Places: text (0, 0, 0), (1, 0, 0) ..; the picture's (n, row, column) behind n tokens of text. In fp32 the library's `forward` gives the same up to
+rounding: it rotates by complex products.
+
+Shapes: B rows, C latent channels, H W latent rows and columns, L tokens, D token width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from backend.families.lumina2.identify import CELL
+from backend.families.zimage.program import pack, unpack
+from backend.nn.block_segment import BlockSegment
+from backend.nn.padded_text import TEXT_LENGTHS, attention_mask, read_lengths
+from backend.nn.program import Addition, NamedLayers, Program, ProgramState, Segment, TransformerOptions
+from backend.nn.stream_layers import Rope, attend, gated, rms_norm, rotations
+
+IMAGE, TEXT, TOKENS, MODULATION, COSINES, SINES, MASK, FLOW = (
+    "image", "text", "tokens", "modulation", "rope cosines", "rope sines", "text mask", "flow",
+)  # fmt: skip
+CONTEXT, NOISE, LAYER, LAST = "context_refiner", "noise_refiner", "layer", "last"
+THETA = 10_000.0
+EXAMPLE_TEXT_TOKENS = 256
+PEAK_NUMBERS = 20
+"""Numbers in memory at a pass's peak, per token and unit of width; a test keeps the estimate above what is counted on the meta device."""
+SAFETY = 1.5
+_SIZES = "lumina2_sizes"
+"""Key of the latents' rows and columns, and of the number of text tokens, in the state's options, which travel with the state."""
+
+
+def run_block(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+    """The tokens after a block, which has attention, then an MLP, each between two norms. Its modulation, if any, has the network's dtype."""
+    dtype, stream, mlp = modulation_BD.dtype, tokens_BLD, block.feed_forward
+    norm = block.norm1.norm if block.modulation else block.norm1
+    attention_scale, attention_gate, mlp_scale, mlp_gate = _modulate(block, modulation_BD, stream.dtype)
+    mixed = attend(block.attn, (rms_norm(norm, stream) * attention_scale).to(dtype), rope, mask)
+    stream = stream + attention_gate * rms_norm(block.norm2, mixed.to(stream.dtype))
+    inner = gated(mlp.linear_3, mlp.linear_1, mlp.linear_2, (rms_norm(block.ffn_norm1, stream) * mlp_scale).to(dtype))
+    return stream + mlp_gate * rms_norm(block.ffn_norm2, inner.to(stream.dtype))
+
+
+def _modulate(block: Any, modulation_BD: Tensor, dtype: torch.dtype) -> tuple[Tensor | float, ...]:
+    """Scales and gates of attention and MLP, (B, 1, D) each in the stream's dtype; ones in a block that does not read the time."""
+    if not block.modulation:
+        return 1.0, 1.0, 1.0, 1.0
+    numbers: Tensor = block.norm1.linear(block.norm1.silu(modulation_BD)).unsqueeze(1).to(dtype)
+    attention_scale, attention_gate, mlp_scale, mlp_gate = numbers.chunk(4, dim=2)
+    return 1.0 + attention_scale, attention_gate.tanh(), 1.0 + mlp_scale, mlp_gate.tanh()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StreamSegment(BlockSegment):
+    """A block over `stream`; `joins`: it is the first over text and picture. A hook takes and returns "img" (or "txt" in a refiner of text)."""
+
+    stream: str
+    joins: bool = False
+
+    def _run(self, state: ProgramState) -> None:
+        if self.joins:
+            state.tensors[TOKENS] = torch.cat([state.tensors.pop(TEXT), state.tensors.pop(IMAGE)], dim=1)
+        name = "txt" if self.stream == TEXT else "img"
+        args = {name: state.tensors[self.stream], "vec": state.tensors[MODULATION], "pe": self._rope(state)}
+
+        def forward(args: Mapping[str, Any]) -> Mapping[str, Tensor]:
+            return {name: run_block(self.layers[0], args[name], args["vec"], args["pe"], self._mask(state))}
+
+        state.tensors[self.stream] = self.run_or_replace(state, args, forward)[name]
+
+    def _rope(self, state: ProgramState) -> Rope:
+        cosines, sines = state.tensors[COSINES], state.tensors[SINES]
+        if self.stream == TOKENS:
+            return cosines, sines
+        length = state.tensors[self.stream].shape[1]
+        part = slice(0, length) if self.stream == TEXT else slice(-length, None)
+        return cosines[:, part], sines[:, part]
+
+    def _mask(self, state: ProgramState) -> Tensor | None:
+        """Which keys count: all of the picture's."""
+        mask = state.tensors.get(MASK)
+        if mask is None or self.stream == IMAGE:
+            return None
+        return mask if self.stream == TOKENS else mask[..., : state.tensors[TEXT].shape[1]]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LastSegment(BlockSegment):
+    """Turns the picture's tokens back into latents."""
+
+    network: Any
+
+    def _run(self, state: ProgramState) -> None:
+        height, width, num_text = state.options[_SIZES]
+        tokens_BLD, modulation_BD = state.tensors.pop(TOKENS)[:, num_text:], state.tensors[MODULATION]
+        layer = self.network.norm_out
+        scale = 1.0 + layer.linear_1(layer.silu(modulation_BD)).unsqueeze(1).to(tokens_BLD.dtype)
+        flow_BLD = layer.linear_2((layer.norm(tokens_BLD) * scale).to(modulation_BD.dtype))
+        state.tensors[FLOW] = -unpack(flow_BLD, height, width)
+
+
+@dataclass(frozen=True, eq=False)
+class Lumina2Embedding:
+    """The layers before the blocks."""
+
+    network: Any
+
+    @property
+    def named_layers(self) -> NamedLayers:
+        return tuple((name, self.network.get_submodule(name)) for name in ("x_embedder", "time_caption_embed"))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, layer in self.named_layers:
+            yield from layer.named_parameters(prefix=name)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Lumina2Program(Program):
+    """Rows: "x" latents (B, 16, H, W); "timesteps" 0..1, 1 for a clean picture; "context" Gemma2's features; "text_lengths" (B,) how many count."""
+
+    embedding: Lumina2Embedding
+
+    def start(
+        self, rows: Mapping[str, Tensor], *, residuals: Mapping[Addition, Tensor] | None = None, options: TransformerOptions | None = None
+    ) -> ProgramState:
+        network, x_BCHW, context_BLD = self.embedding.network, rows["x"], rows["context"]
+        embed, num_rows, (height, width) = network.time_caption_embed, x_BCHW.shape[0], x_BCHW.shape[2:]
+        lengths = read_lengths(rows.get(TEXT_LENGTHS), num_rows, context_BLD.shape[1])
+        image_BLD = network.x_embedder(pack(x_BCHW))
+        text_BLD = embed.caption_embedder(context_BLD[:, : max(lengths)]).expand(num_rows, -1, -1)
+        if x_BCHW.dtype == torch.float16:
+            image_BLD, text_BLD = image_BLD.float(), text_BLD.float()
+        cells, distinct = (-(-height // CELL), -(-width // CELL)), lengths if len(set(lengths)) > 1 else lengths[:1]
+        places = torch.stack([_places(*cells, text_BLD.shape[1], count) for count in distinct]).to(x_BCHW.device)
+        cosines, sines = rotations(places, network.config.axes_dim_rope, THETA)
+        modulation_BD = embed.timestep_embedder(embed.time_proj(rows["timesteps"].float()).to(x_BCHW.dtype))
+        tensors = {IMAGE: image_BLD, TEXT: text_BLD, MODULATION: modulation_BD, COSINES: cosines, SINES: sines}
+        if len(distinct) > 1:
+            counts_BL = torch.arange(text_BLD.shape[1])[None] < torch.tensor(lengths)[:, None]
+            mask = attention_mask(counts_BL.to(x_BCHW.device), image_BLD.shape[1])
+            assert mask is not None
+            tensors[MASK] = mask
+        return ProgramState(tensors, dict(residuals or {}), {**(options or {}), _SIZES: (height, width, text_BLD.shape[1])})
+
+    def example_rows(self, *, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        config = self.embedding.network.config
+        return {
+            "x": torch.empty(1, config.in_channels, latent_height, latent_width, device="meta", dtype=dtype),
+            "timesteps": torch.empty(1, device="meta"),
+            "context": torch.empty(1, max(context_length, EXAMPLE_TEXT_TOKENS), config.cap_feat_dim, device="meta", dtype=dtype),
+        }
+
+    def working_bytes(self, shape: Sequence[int], itemsize: int) -> float:
+        num_tokens = EXAMPLE_TEXT_TOKENS + -(-shape[2] // CELL) * -(-shape[3] // CELL)
+        return SAFETY * PEAK_NUMBERS * shape[0] * num_tokens * int(self.embedding.network.config.hidden_size) * itemsize
+
+
+def build_lumina2_program(network: Any) -> Lumina2Program:
+    """Cut a Lumina2Transformer2DModel into its blocks."""
+    refiners: list[Segment] = [
+        StreamSegment(kind=kind, number=number, named_layers=((f"{kind}.{number}", block),), consumes=(stream,), produces=(stream,), stream=stream)
+        for kind, stream in ((CONTEXT, TEXT), (NOISE, IMAGE))
+        for number, block in enumerate(getattr(network, kind))
+    ]
+    layers: list[Segment] = [
+        StreamSegment(
+            kind=LAYER, number=number, named_layers=((f"layers.{number}", block),), consumes=(TOKENS,) if number else (IMAGE, TEXT),
+            produces=(TOKENS,), stream=TOKENS, joins=number == 0,
+        )
+        for number, block in enumerate(network.layers)
+    ]  # fmt: skip
+    ends = (("norm_out", network.norm_out),)
+    last = LastSegment(kind=LAST, number=0, named_layers=ends, consumes=(TOKENS,), produces=(FLOW,), network=network)
+    return Lumina2Program(
+        embedding=Lumina2Embedding(network),
+        segments=(*refiners, *layers, last),
+        reads=("x", "timesteps", "context", TEXT_LENGTHS),
+        inputs=(IMAGE, TEXT),
+        constants=(MODULATION, COSINES, SINES, MASK),
+        output=FLOW,
+    )
+
+
+def _places(rows: int, columns: int, num_text: int, length: int) -> Tensor:
+    """Places (L, 3) of the text, padding included, and of the picture's tokens behind `length` tokens of text."""
+    grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1).reshape(-1, 2)
+    return torch.cat([functional.pad(torch.arange(num_text)[:, None], (0, 2)), functional.pad(grid, (1, 0), value=length)])
