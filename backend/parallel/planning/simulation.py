@@ -33,7 +33,7 @@ PLAIN_BYTES = {"half": 2.0, "fp8": 1.0}
 _LATENT_PX = 8
 USUAL_CFG = 7.0
 WORTH_GIVING_WAY = 0.9
-"""Text encoders and VAE leave a slot for a plan whose step takes less than this share of the time. A job's own plan never waits for them."""
+"""Text encoders and VAE leave a slot for replicas whose step takes less than this share of the time. A job's own plan never waits for them."""
 _VAE_CONFIG = {
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -291,10 +291,11 @@ def simulate(job: SimulatedJob) -> Simulation:
     vae = next(component for component in components if component.name == "VAE")
     plan = make_plan(profile, slots, links, shape, strategy=job.strategy)
     if not plan.component_slots or (len(slots) > 1 and plan.strategy != "replicas"):
-        # what is idle while the denoiser runs gives way where not all fits, or where a plan that needs its room is faster
+        # what is idle while the denoiser runs gives way where not all fits, or where whole copies that need its room are faster
         alone = replace(shape, components=tuple(component for component in components if component.runs_per_row))
         other = make_plan(profile, slots, links, alone, strategy=job.strategy)
-        plan = other if not plan.component_slots or other.predicted_ms < WORTH_GIVING_WAY * plan.predicted_ms else plan
+        is_faster = other.strategy == "replicas" and other.predicted_ms < WORTH_GIVING_WAY * plan.predicted_ms
+        plan = other if not plan.component_slots or is_faster else plan
     vae_ms = vae.flops_per_row / max(slot.speed for slot in slots)
     return Simulation(job=job, plan=plan, profile=profile, slots=slots, vae_ms=vae_ms)
 
