@@ -367,9 +367,10 @@ def _load_clip(encoders: Mapping[str, nn.Module], plans: Mapping[str, LoadPlan],
         set_types(encoder, types.storage_dtype, types.computation_dtype)
     there = [encoder for encoder in sources.family.text_encoders if encoder.name in encoders]
     tokenizers = {encoder.name: encoder.make_tokenizer() for encoder in there if encoder.make_tokenizer is not None}
-    for encoder in there:
-        if encoder.read_tokenizer is not None:
-            tokenizers[encoder.name] = encoder.read_tokenizer(sources.texts[encoder.name].file, sources.texts[encoder.name].part)
+    for component in there:
+        if component.read_tokenizer is not None:
+            located = sources.texts[component.name]
+            tokenizers[component.name] = component.read_tokenizer(located.file, located.part)
     return CLIP(encoders, tokenizers)
 
 

@@ -71,7 +71,7 @@ class Gemma2TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         embedded_BLD = self.embed_tokens(input_ids)
         dtype = embedded_BLD.dtype
-        stream_BLD = embedded_BLD.float() * self.config.hidden_size**0.5
+        stream_BLD: Tensor = embedded_BLD.float() * self.config.hidden_size**0.5
         rope = half_rope(input_ids.shape[1], self.config.head_dim, THETA, dtype, input_ids.device)
         for layer in self.layers[:-1]:
             stream_BLD = _run_layer(layer, stream_BLD, rope, dtype)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from backend.nn.padded_text import stack_texts
+from backend.text_processing.chunks import PromptTooLongError
 from backend.text_processing.clip_tokenizer import tokenize_plain
 from backend.text_processing.emphasis import DEFAULT_EMPHASIS, apply_emphasis, resolve_emphasis_name
 from backend.text_processing.parsing import parse_prompt_attention
-from backend.text_processing.t5_engine import PromptTooLongError
 
 MAX_LENGTH = 4096
 """Most tokens between two BREAKs. Networks were trained on less than a quarter of this."""

@@ -9,8 +9,8 @@ import torch
 
 from backend.nn.qwen3 import Qwen3Shape, Qwen3TextEncoder, qwen3_config
 from backend.text_processing.chat_engine import ChatTextProcessingEngine, Template
+from backend.text_processing.chunks import PromptTooLongError
 from backend.text_processing.qwen_tokenizer import VOCAB_LENGTH
-from backend.text_processing.t5_engine import PromptTooLongError
 from tests.support.zimage_networks import qwen3_encoder, qwen_tokenizer
 
 PUBLISHED: dict[str, list[int]] = {
