@@ -34,6 +34,17 @@ def module_stored_bytes(modules: Iterable[nn.Module]) -> int:
     return sum(stored_bytes(module.parameters()) for module in modules)
 
 
+_EXTRA_BYTES = 5
+"""Per number of a packed weight while it is dequantized: its code, and its product in fp32 where the format subtracts a minimum."""
+
+
+def dequantizing_bytes(modules: Iterable[nn.Module], itemsize: int) -> int:
+    """What dequantizing the largest packed weight of these modules takes beside the packed bytes: the weight in numbers of `itemsize` bytes, and
+    what it is made from. 0 without packed weights."""
+    sizes = [parameter.numel() for module in modules for parameter in module.parameters() if isinstance(parameter, PackedTensor)]
+    return max(sizes, default=0) * (itemsize + _EXTRA_BYTES)
+
+
 def is_compact(dtype: torch.dtype) -> bool:
     """Whether weights stored in `dtype` must be dequantized to compute."""
     return dtype in MANTISSA_BITS

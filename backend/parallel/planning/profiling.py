@@ -31,7 +31,7 @@ from backend.nn.program import Program, ProgramState, Reading, trace_tensors
 from backend.nn.unet_program import build_program
 from backend.original_config import without_original_names
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, PieceCost, TakenSkip, with_measured_ms
-from backend.storage.kinds import module_stored_bytes, stored_bytes
+from backend.storage.kinds import dequantizing_bytes, module_stored_bytes, stored_bytes
 
 _FREE_OPERATIONS = ("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "split",
                     "chunk", "detach", "alias", "select", "unbind", "empty", "as_strided", "_reshape_alias", "narrow")  # fmt: skip
@@ -273,12 +273,17 @@ def _as_text(config: Mapping[str, Any]) -> str:
 
 
 def with_stored_bytes(profile: ModelProfile, program: Program) -> ModelProfile:
-    """The profile with the bytes that this network's weights take in memory, whatever type they are computed in."""
+    """The profile with the bytes that this network's weights take in memory, whatever type they are computed in.
+
+    What dequantizing a packed weight takes counts as working memory, once per row to be on the safe side.
+    """
     pieces = tuple(
         replace(
             cost,
             weight_bytes=module_stored_bytes(layer for _, layer in program.piece_layers(cost.piece)),
             largest_layer_bytes=_largest_layer_bytes(program.piece_layers(cost.piece)),
+            working_bytes_per_row=cost.working_bytes_per_row
+            + dequantizing_bytes((layer for _, layer in program.piece_layers(cost.piece)), profile.itemsize),
         )
         for cost in profile.pieces
     )
