@@ -39,7 +39,7 @@ def test_a_control_lora_is_the_checkpoints_encoder_with_its_differences(loaded: 
     assert isinstance(link, ControlLora)
     noise = _noise(2)
     library = loaded.library_picture(noise, hint(batch=2), reference, controlnet_conditioning_scale=0.8)
-    without = loaded.our_picture(loaded.unet, noise)
+    without = loaded.plain_picture(2)
     unet = apply_controlnet_advanced(loaded.unet, link, hint(batch=2), 0.8, 0.0, 1.0)
     _assert_same(loaded.our_picture(unet, noise), library, without)
     again = apply_controlnet_advanced(loaded.unet, link, hint(batch=2), 0.8, 0.0, 1.0)

@@ -57,7 +57,7 @@ def test_one_hint_of_a_kind(loaded: Loaded, tmp_path: Path, control_type: int, n
     link, noise = _link(union, tmp_path), _noise()
     library = _library_picture(loaded, noise, union, control_image=[hint()], control_mode=[control_type], controlnet_conditioning_scale=0.8)
     unet = apply_controlnet_advanced(loaded.unet, link.of_type(control_type), hint(), 0.8, 0.0, 1.0)
-    _assert_same(loaded.our_picture(unet, noise), library, loaded.our_picture(loaded.unet, noise))
+    _assert_same(loaded.our_picture(unet, noise), library, loaded.plain_picture())
 
 
 def test_two_units_share_the_network(loaded: Loaded, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_two_units_share_the_network(loaded: Loaded, tmp_path: Path) -> None:
     unet = apply_controlnet_advanced(loaded.unet, link.of_type(1), hints[0], 0.7, 0.0, 1.0)
     unet = apply_controlnet_advanced(unet, link.of_type(5), hints[1], 0.4, 0.0, 1.0)
     assert len(unet.controlnet_linked_list.get_models()) == 1
-    _assert_same(loaded.our_picture(unet, noise), library, loaded.our_picture(loaded.unet, noise))
+    _assert_same(loaded.our_picture(unet, noise), library, loaded.plain_picture())
 
 
 def test_a_picture_of_a_batch_is_the_picture_alone(loaded: Loaded, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_each_kind(site: _Site, tmp_path: Path, kind: str) -> None:
     tables, noise, loaded = adapter_tables(site.loaded.models, kind), _noise(), site.loaded
     adapter = _read(write_adapter_file(tmp_path / f"ip.{'bin' if kind == 'plain' else 'safetensors'}", tables))
     library = site.library_picture(noise, [tables], 0.7, reference_picture())
-    without = loaded.our_picture(loaded.unet, noise)
+    without = loaded.plain_picture()
     unet = site.seen(loaded.unet, adapter, reference_picture(), weight=0.7)
     _assert_same(loaded.our_picture(unet, noise), library, without)
     assert torch.equal(loaded.our_picture(loaded.unet, noise), without), "off again"
@@ -111,7 +111,7 @@ def test_two_adapters_with_a_mask_beside_a_controlnet(site: _Site, tmp_path: Pat
         adapter = _read(write_adapter_file(tmp_path / f"{index}.safetensors", one))
         unet = site.seen(unet, adapter, picture, weight=(0.6, 0.5)[index], mask_B1HW=left if index == 0 else None)
     ours = loaded.our_picture(unet, noise)
-    _assert_same(ours, library, loaded.our_picture(loaded.unet, noise))
+    _assert_same(ours, library, loaded.plain_picture())
     both = apply_controlnet_advanced(unet, loaded.links[0], hint(), 1.0, 0.0, 1.0)
     assert (loaded.our_picture(both, noise) - ours).abs().mean() > 0.5 * ONE_PIXEL_STEP
 
@@ -123,7 +123,7 @@ def test_a_range_of_steps(site: _Site, tmp_path: Path) -> None:
     all_of_it, half, none = (
         loaded.our_picture(site.seen(loaded.unet, adapter, reference_picture(), percent_range=one), noise) for one in ranges
     )  # fmt: skip
-    plain = loaded.our_picture(loaded.unet, noise)
+    plain = loaded.plain_picture()
     assert (none - plain).abs().max() < 1e-3
     assert (half - plain).abs().max() > 1e-2 and not torch.equal(half, all_of_it)
 
