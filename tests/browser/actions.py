@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tests.browser.conftest import Site
+if TYPE_CHECKING:
+    from tests.browser.conftest import Site
 
 ANSWER_TIMEOUT_MS = 120_000  # a machine that is busy with something else is slow, not broken
 STILL_LOOKS_MAX = 60
 STILL_PAUSE_MS = 250
+WINDOW = {"width": 1440, "height": 900}
+START = "start over\nNegative prompt: nothing\nSteps: 2, Sampler: Euler a, Schedule type: Automatic, CFG scale: 7, Seed: -1, Size: 64x64"
 GALLERY_IMAGE = "#{tab}_gallery .preview img[data-testid=detailed-image]"
 
 
@@ -23,19 +26,60 @@ def expected(page: Any, selector: str) -> Any:
     return expect(page.locator(selector))
 
 
-def open_page(page: Any, site: Site, query: str = "", *, until_first_values: bool = True) -> None:
-    """Load the page and wait until its scripts have set it up and the server has said what its lists and numbers are now."""
+def open_page(page: Any, site: Site, query: str = "", *, until_first_values: bool = True) -> Any:
+    """Load the page and wait until its scripts have set it up and the server has said what its lists and numbers are now. Returns `page`."""
     page.goto(f"{site.address}/{query}")
     wait_until_loaded(page)
     if until_first_values:
         expect_value(page, "#first_values textarea", re.compile("."))
         wait_until_drawn(page)
+    return page
+
+
+def start_over(page: Any) -> None:
+    """Put a page that other tests have used back to txt2img with START's values, by its own paste button. Pictures and open accordions stay."""
+    page.set_viewport_size(WINDOW)
+    show_tab(page, "txt2img")
+    page.click("#txt2img_generation_tab-button")
+    page.fill("#txt2img_prompt textarea", START)
+    page.click(".txt2img-paste")
+    expect_value(page, "#txt2img_prompt textarea", START.partition("\n")[0])
+    expect_number(page, "txt2img_steps", 2)
+    set_number(page, "txt2img_batch_count", 1)
+    if page.is_checked("#txt2img_hr-checkbox input"):
+        page.click("#txt2img_hr-visible-checkbox")
+        expected(page, "#txt2img_hr-checkbox input").not_to_be_checked()
+    page.evaluate("window.numAnswers = 0")
 
 
 def wait_until_loaded(page: Any) -> None:
     """Also begins to count the answers that Generate gets."""
     page.wait_for_function("typeof uiIsLoaded !== 'undefined' && uiIsLoaded && optionsAreAvailable")
     page.evaluate("() => { window.numAnswers = 0; const before = taskAnswered; taskAnswered = (tab) => { before(tab); window.numAnswers += 1; }; }")
+
+
+def show_img2img(page: Any) -> None:
+    """The tab as it is at first: one picture, at the checkpoint's size."""
+    show_tab(page, "img2img")
+    page.click("#img2img_img2img_tab-button")
+    page.click("#img2img_tab_resize_to-button")
+    for side in ("width", "height"):
+        set_number(page, f"img2img_{side}", 64)
+
+
+def put_picture(page: Any, elem_id: str, path: Path | str) -> None:
+    """Upload a picture, in the place of one that is there."""
+    clear_picture(page, elem_id)
+    page.set_input_files(f"{elem_id} input[type=file]", str(path))
+    page.wait_for_selector(f"{elem_id} img")
+
+
+def clear_picture(page: Any, elem_id: str) -> None:
+    """Take away the picture that an earlier test left."""
+    clear = page.locator(f"{elem_id} button[aria-label='Remove Image']")
+    if clear.count():
+        clear.first.click()
+        page.wait_for_selector(f"{elem_id} img", state="detached")
 
 
 def show_tab(page: Any, name: str) -> None:

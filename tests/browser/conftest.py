@@ -18,15 +18,18 @@ from modules.http_edge.server import WebServer, create_fastapi_app, mount_page
 from modules.ui import extra_networks_routes, file_routes
 from modules.ui import page as ui_page
 from modules.ui import tabs as ui
+from tests.browser import actions
 from tests.support.applications import installed_application
 from tests.support.checkpoints import write_checkpoint
 from tests.support.extensions import loaded_builtin
 from tests.support.fleets import configured_slots
 from webui import files_of_extensions
 
+CHECKPOINT = "models/Stable-diffusion/narrow.safetensors"
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run")
 TIMEOUT_MS = 300_000  # a busy machine is slow, not broken
+PASSED = pytest.StashKey[bool]()
 KNOWN_MESSAGES = ("Method not implemented",)  # from gradio's own picture component
 
 
@@ -38,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             # warnings of libraries on the server's threads are not the page's fault; gradio and the browser leave sockets to the garbage collector
             for kind in ("DeprecationWarning", "FutureWarning", "ResourceWarning", "pytest.PytestUnraisableExceptionWarning"):
                 item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
+    report = yield
+    if report.when == "call":
+        item.stash[PASSED] = report.passed
+    return report
 
 
 @dataclass
@@ -73,8 +84,8 @@ def serve(data_dir: Path, *extensions: str, slots: int = 1) -> Iterator[Site]:
 
 def put_checkpoint(data_dir: Path) -> Path:
     """A narrow random SD 1.x file that makes 64x64 pictures."""
-    path = data_dir / "models" / "Stable-diffusion" / "narrow.safetensors"
-    write_checkpoint(path, "sd15", metadata={"modelspec.resolution": "64x64"})
+    path = data_dir / CHECKPOINT
+    write_checkpoint(path, "sd15", is_shallow=True, metadata={"modelspec.resolution": "64x64"})
     return path
 
 
@@ -86,10 +97,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield site
 
 
-@pytest.fixture(scope="module")
-def empty_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with serve(Path(tmp_path_factory.mktemp("empty"))) as site:
-        yield site
+def remove_checkpoint(site: Site) -> None:
+    """As on a first start: the file is gone, nothing is chosen or loaded."""
+    (site.app.config.data_dir / CHECKPOINT).unlink(missing_ok=True)
+    site.app.models.unload()
+    site.app.options.sd_model_checkpoint = None
+    site.app.checkpoints.refresh()
 
 
 @pytest.fixture(scope="session")
@@ -135,22 +148,68 @@ def observed() -> Observed:
 @pytest.fixture(scope="session")
 def profile(browser: Any) -> Iterator[Any]:
     """Shared by all windows: the page's programs, fetched and compiled once."""
-    context = browser.new_context(viewport={"width": 1440, "height": 900}, accept_downloads=True)
+    context = browser.new_context(viewport=actions.WINDOW, accept_downloads=True)
     context.set_default_timeout(TIMEOUT_MS)
     yield context
     context.close()
 
 
 @pytest.fixture
-def page(profile: Any, observed: Observed) -> Iterator[Any]:
-    """A new, isolated window. The test fails if the page contacts another host or reports an error."""
+def new_page(profile: Any, observed: Observed) -> Iterator[Any]:
+    """A new, isolated window, for `open_page`. The test fails if the page contacts another host or reports an error."""
+    others = list(profile.pages)
     page = profile.new_page()
     observed.watch(page)
     yield page
     if page.url.startswith("http"):
         page.evaluate("() => { localStorage.clear(); sessionStorage.clear(); }")
     for window in profile.pages:
-        window.close()
+        if window not in others:
+            window.close()
     profile.clear_cookies()
+    assert observed.foreign_requests == []
+    assert observed.errors == []
+
+
+@dataclass
+class SharedWindow:
+    """A window with the file's page. Loading the page is most of a test's work, so tests that only need its controls take turns at one window."""
+
+    profile: Any
+    site: Site
+    page: Any = None
+    observed: Observed = field(default_factory=Observed)
+
+    def open(self) -> Any:
+        """The window with txt2img's controls as `start_over` sets them. The page is loaded the first time, and after a test that failed."""
+        if self.page is None:
+            self.page, self.observed = self.profile.new_page(), Observed()
+            self.observed.watch(self.page)
+            actions.open_page(self.page, self.site)
+        self.page.bring_to_front()
+        actions.start_over(self.page)
+        return self.page
+
+    def close(self) -> None:
+        if self.page is not None:
+            self.page.evaluate("() => { localStorage.clear(); sessionStorage.clear(); }")
+            self.page.close()
+        self.page = None
+
+
+@pytest.fixture(scope="module")
+def shared_window(profile: Any, site: Site) -> Iterator[SharedWindow]:
+    window = SharedWindow(profile, site)
+    yield window
+    window.close()
+
+
+@pytest.fixture
+def page(request: pytest.FixtureRequest, shared_window: SharedWindow) -> Iterator[Any]:
+    """The file's shared window, as earlier tests left it except for what `start_over` resets. Fails on the same things as `new_page`."""
+    yield shared_window.open()
+    observed = shared_window.observed
+    if not request.node.stash.get(PASSED, False) or observed.foreign_requests or observed.errors:
+        shared_window.close()
     assert observed.foreign_requests == []
     assert observed.errors == []

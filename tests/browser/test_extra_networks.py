@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.browser.actions import expect_value, generate, infotexts, open_page, set_number
+from tests.browser.actions import expect_value, generate, infotexts, set_number
 from tests.browser.conftest import Site, put_checkpoint, serve
 
 
@@ -50,7 +50,6 @@ def expect_prompt(page: Any, text: str) -> None:
 
 
 def test_a_card_goes_into_the_prompt_and_out_again(page: Any, site: Site, tmp_path: Path) -> None:
-    open_page(page, site)
     page.fill("#txt2img_prompt textarea", "a cat")
     show_cards(page, "lora")
     expect_names(page, "outline", "face", "hat")
@@ -77,7 +76,7 @@ def test_a_card_goes_into_the_prompt_and_out_again(page: Any, site: Site, tmp_pa
 
 
 def test_what_is_written_shows_on_the_card_and_new_files_after_a_refresh(page: Any, site: Site) -> None:
-    open_page(page, site)
+    page.fill("#txt2img_prompt textarea", "")
     show_cards(page, "lora")
     page.hover("#txt2img_lora_cards [data-name=face]")
     page.click("#txt2img_lora_cards [data-name=face] .edit-button")
@@ -102,8 +101,8 @@ def test_what_is_written_shows_on_the_card_and_new_files_after_a_refresh(page: A
 def test_a_checkpoint_is_chosen_by_its_card(page: Any, site: Site) -> None:
     folder = site.app.config.ckpt_dirs[0]
     (folder / "second.safetensors").write_bytes((folder / "narrow.safetensors").read_bytes())
-    open_page(page, site)
     show_cards(page, "checkpoints")
+    page.click("#txt2img_checkpoints_extra_refresh")
     page.click("#txt2img_checkpoints_cards [data-name='second.safetensors']")
     page.wait_for_function("document.querySelector('#setting_sd_model_checkpoint input').value.startsWith('second')")
     assert site.app.options.sd_model_checkpoint.startswith("second")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.actions import expect_number, expected, generate, infotexts, open_page, set_number
+from tests.browser.actions import expect_number, expected, generate, infotexts, set_number
 from tests.browser.conftest import Site, put_checkpoint, serve
 from tests.support.flux_checkpoints import write_flux
 
@@ -53,7 +53,6 @@ def wait_for_text(page: Any, selector: str, pattern: str) -> None:
 
 
 def test_a_flux_checkpoint_from_choice_to_picture_and_back(page: Any, site: Site, tmp_path: Path) -> None:
-    open_page(page, site)
     wait_for_preset(page, "sd")
     wait_until_shown(page, SLIDERS[0], shown=False)
     choose_checkpoint(page, "flux")
@@ -104,7 +103,6 @@ def test_a_flux_checkpoint_from_choice_to_picture_and_back(page: Any, site: Site
 
 
 def test_the_preset_brings_back_checkpoint_and_files(page: Any, site: Site) -> None:
-    open_page(page, site)
     page.click("#forge_ui_preset input[value=flux]")
     page.wait_for_function("document.querySelector('#setting_sd_model_checkpoint input').value.startsWith('flux')")
     wait_for_text(page, "#setting_forge_additional_modules", "t5xxl")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from modules.pictures.metadata import read_info_from_image
 from tests.browser.actions import (
+    clear_picture,
     expect_count,
     expect_number,
     expect_text,
@@ -22,19 +23,22 @@ from tests.browser.actions import (
     newest_picture,
     open_page,
     paint,
+    put_picture,
     set_number,
+    show_img2img,
     show_tab,
     shown_picture,
+    start_over,
     wait_for_answer,
     wait_for_picture_on_canvas,
     wait_until_drawn,
     wait_until_loaded,
 )
-from tests.browser.conftest import Observed, Site, put_checkpoint
+from tests.browser.conftest import Observed, Site, put_checkpoint, remove_checkpoint
 
 
-def test_prompt_becomes_a_picture(page: Any, site: Site) -> None:
-    open_page(page, site)
+def test_prompt_becomes_a_picture(new_page: Any, site: Site) -> None:
+    page = open_page(new_page, site)
     expect_number(page, "txt2img_width", 64)
     expect_number(page, "txt2img_height", 64)
     page.fill("#txt2img_prompt textarea", "a photo of a cat")
@@ -62,7 +66,6 @@ def test_prompt_becomes_a_picture(page: Any, site: Site) -> None:
 
 
 def test_preview_and_progress_show_while_it_works_and_interrupt_ends_it(page: Any, site: Site) -> None:
-    open_page(page, site)
     page.fill("#txt2img_prompt textarea", "many steps")
     set_number(page, "txt2img_steps", 150)
     page.click("#txt2img_generate")
@@ -78,7 +81,6 @@ def test_preview_and_progress_show_while_it_works_and_interrupt_ends_it(page: An
 
 
 def test_skip_goes_on_with_the_next_batch(page: Any, site: Site) -> None:
-    open_page(page, site)
     page.fill("#txt2img_prompt textarea", "two batches")
     set_number(page, "txt2img_steps", 60)
     set_number(page, "txt2img_batch_count", 2)
@@ -91,7 +93,6 @@ def test_skip_goes_on_with_the_next_batch(page: Any, site: Site) -> None:
 
 
 def test_keys_generate(page: Any, site: Site) -> None:
-    open_page(page, site)
     page.fill("#txt2img_prompt textarea", "by key")
     set_number(page, "txt2img_steps", 2)
     page.press("#txt2img_prompt textarea", "Control+Enter")
@@ -100,7 +101,6 @@ def test_keys_generate(page: Any, site: Site) -> None:
 
 
 def test_selected_picture_rules_text_seed_and_what_is_sent(page: Any, site: Site) -> None:
-    open_page(page, site)
     page.fill("#txt2img_prompt textarea", "a batch of three")
     set_number(page, "txt2img_steps", 2)
     set_number(page, "txt2img_batch_count", 3)
@@ -123,7 +123,6 @@ def test_selected_picture_rules_text_seed_and_what_is_sent(page: Any, site: Site
 
 
 def test_same_seed_gives_the_same_picture(page: Any, site: Site) -> None:
-    open_page(page, site)
     set_number(page, "txt2img_steps", 2)
     set_number(page, "txt2img_seed", 9)
     generate(page)
@@ -142,11 +141,9 @@ def write_picture(path: Path, size: tuple[int, int] = (96, 64)) -> str:
     return str(path)
 
 
-def test_picture_becomes_another_in_img2img(page: Any, site: Site, tmp_path: Path) -> None:
-    open_page(page, site)
-    show_tab(page, "img2img")
-    page.set_input_files("#img2img_image input[type=file]", write_picture(tmp_path / "a.png"))
-    page.wait_for_selector("#img2img_image img")
+def test_picture_becomes_another_in_img2img_of_its_size_or_by_a_factor(page: Any, site: Site, tmp_path: Path) -> None:
+    show_img2img(page)
+    put_picture(page, "#img2img_image", write_picture(tmp_path / "a.png"))
     page.click("#img2img_detect_image_size_btn")
     expect_number(page, "img2img_width", 96)
     page.fill("#img2img_prompt textarea", "from a picture")
@@ -157,26 +154,20 @@ def test_picture_becomes_another_in_img2img(page: Any, site: Site, tmp_path: Pat
     with Image.open(newest_picture(site, "img2img-images")) as image:
         assert image.size == (96, 64)
 
-
-def test_resize_by_tells_the_size_and_uses_it(page: Any, site: Site, tmp_path: Path) -> None:
-    open_page(page, site)
-    show_tab(page, "img2img")
-    page.set_input_files("#img2img_image input[type=file]", write_picture(tmp_path / "a.png", (64, 64)))
-    page.wait_for_selector("#img2img_image img")
     page.click("#img2img_tab_resize_by-button")
     page.wait_for_selector("#img2img_scale", state="visible")
-    set_number(page, "img2img_scale", 2)
-    page.wait_for_function("document.querySelector('#img2img_scale_resolution_preview').textContent.includes('to 128x128')")
+    set_number(page, "img2img_scale", 1.5)
+    page.wait_for_function("document.querySelector('#img2img_scale_resolution_preview').textContent.includes('to 144x96')")
     set_number(page, "img2img_steps", 2)
     generate(page, "img2img")
     with Image.open(newest_picture(site, "img2img-images")) as image:
-        assert image.size == (128, 128)
+        assert image.size == (144, 96)
 
 
-def test_painted_mask_says_what_is_made_anew(page: Any, site: Site, tmp_path: Path) -> None:
+def test_painted_mask_says_what_is_made_anew(new_page: Any, site: Site, tmp_path: Path) -> None:
+    page = open_page(new_page, site)  # a canvas draws all the time: not in the shared window
     source = Path(write_picture(tmp_path / "a.png", (64, 64)))
-    open_page(page, site)
-    show_tab(page, "img2img")
+    show_img2img(page)
     page.click("#img2img_inpaint_tab-button")
     page.wait_for_selector("#inpaint_controls", state="visible")
     page.wait_for_selector("#img2maskimg canvas")
@@ -199,8 +190,7 @@ def test_uploaded_mask_says_what_is_made_anew(page: Any, site: Site, tmp_path: P
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (16, 16, 48, 48))
     mask.save(tmp_path / "mask.png")
-    open_page(page, site)
-    show_tab(page, "img2img")
+    show_img2img(page)
     page.click("#img2img_inpaint_upload_tab-button")
     page.wait_for_selector("#img_inpaint_mask", state="visible")
     page.set_input_files("#img_inpaint_base input[type=file]", str(source))
@@ -216,8 +206,8 @@ def test_uploaded_mask_says_what_is_made_anew(page: Any, site: Site, tmp_path: P
 
 
 def test_missing_picture_is_told_in_words(page: Any, site: Site) -> None:
-    open_page(page, site)
-    show_tab(page, "img2img")
+    show_img2img(page)
+    clear_picture(page, "#img2img_image")
     generate(page, "img2img")
     expect_text(page, "#html_log_img2img", "img2img needs a picture")
     page.wait_for_selector(".toast-body, [data-testid=toast-body]")
@@ -225,14 +215,12 @@ def test_missing_picture_is_told_in_words(page: Any, site: Site) -> None:
 
 
 def test_png_info_reads_a_picture_and_sends_it_on(page: Any, site: Site) -> None:
-    open_page(page, site)
     page.fill("#txt2img_prompt textarea", "to be read back")
     set_number(page, "txt2img_steps", 3)
     set_number(page, "txt2img_seed", 321)
     generate(page)
     text = page.inner_text("#html_info_txt2img")
-    page.reload()
-    wait_until_loaded(page)
+    start_over(page)
     show_tab(page, "pnginfo")
     page.set_input_files("#pnginfo_image input[type=file]", str(newest_picture(site, "txt2img-images")))
     page.wait_for_function("document.querySelector('#pnginfo_generation_info textarea').value !== ''")
@@ -249,7 +237,6 @@ def test_png_info_reads_a_picture_and_sends_it_on(page: Any, site: Site) -> None
 
 
 def test_pasted_parameters_fill_the_controls(page: Any, site: Site) -> None:
-    open_page(page, site)
     parameters = "a fox\nNegative prompt: hen\nSteps: 11, Sampler: Heun, Schedule type: Karras, CFG scale: 3.5, Seed: 5, Size: 128x64, Clip skip: 2"
     page.fill("#txt2img_prompt textarea", parameters)
     page.click(".txt2img-paste")
@@ -264,12 +251,12 @@ def test_pasted_parameters_fill_the_controls(page: Any, site: Site) -> None:
     expect_text(page, "#txt2img_override_settings", "Clip skip: 2")
 
 
-def test_late_first_values_leave_what_was_pasted_meanwhile(page: Any, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_first_values_leave_what_was_pasted_meanwhile(new_page: Any, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is asked for first values when the page loads; while it looks through folders, people already type."""
     may_answer, refresh = threading.Event(), site.app.checkpoints.refresh
     monkeypatch.setattr(site.app.checkpoints, "refresh", lambda: (may_answer.wait(60), refresh()))
     try:
-        open_page(page, site, until_first_values=False)
+        page = open_page(new_page, site, until_first_values=False)
         page.fill("#txt2img_prompt textarea", "a fox\nSteps: 11, CFG scale: 3.5, Size: 128x64")
         page.click(".txt2img-paste")
         expect_number(page, "txt2img_width", 128)
@@ -283,7 +270,6 @@ def test_late_first_values_leave_what_was_pasted_meanwhile(page: Any, site: Site
 
 
 def test_size_is_swapped_and_hires_size_follows(page: Any, site: Site) -> None:
-    open_page(page, site)
     set_number(page, "txt2img_width", 128)
     page.click("#txt2img_hr > .label-wrap")
     page.wait_for_function("document.querySelector('#txtimg_hr_finalres').textContent.includes('from 128x64 to 256x128')")
@@ -298,7 +284,6 @@ def test_size_is_swapped_and_hires_size_follows(page: Any, site: Site) -> None:
 
 
 def test_hires_fix_makes_the_larger_picture(page: Any, site: Site) -> None:
-    open_page(page, site)
     page.click("#txt2img_hr > .label-wrap")
     page.wait_for_function("document.querySelector('#txt2img_hr-checkbox input').checked")
     set_number(page, "txt2img_steps", 3)
@@ -309,7 +294,6 @@ def test_hires_fix_makes_the_larger_picture(page: Any, site: Site) -> None:
 
 
 def test_upscale_button_replaces_the_picture_in_the_gallery(page: Any, site: Site) -> None:
-    open_page(page, site)
     set_number(page, "txt2img_steps", 3)
     set_number(page, "txt2img_batch_count", 2)
     site.app.options.return_grid = False
@@ -324,22 +308,8 @@ def test_upscale_button_replaces_the_picture_in_the_gallery(page: Any, site: Sit
     expect_count(page, "#txt2img_gallery .thumbnail-small", 2)
 
 
-def test_changed_setting_is_kept_and_found_by_search(page: Any, site: Site) -> None:
-    open_page(page, site)
-    show_tab(page, "settings")
-    page.fill("#settings_search input, #settings_search textarea", "quality of jpeg")
-    page.click("#settings_search_result button")
-    page.wait_for_selector("#setting_jpeg_quality", state="visible")
-    set_number(page, "setting_jpeg_quality", 55)
-    page.click("#settings_submit")
-    page.wait_for_function("document.querySelector('#settings_result').textContent.includes('Quality of jpeg')")
-    assert site.app.options.jpeg_quality == 55
-    page.wait_for_function("opts.jpeg_quality === 55")
-    site.app.options.jpeg_quality = 80
-
-
-def test_running_job_is_found_again_after_a_reload(page: Any, site: Site, observed: Observed) -> None:
-    open_page(page, site)
+def test_running_job_is_found_again_after_a_reload(new_page: Any, site: Site, observed: Observed) -> None:
+    page = open_page(new_page, site)
     page.fill("#txt2img_prompt textarea", "reloaded meanwhile")
     set_number(page, "txt2img_steps", 100)
     page.click("#txt2img_generate")
@@ -354,7 +324,6 @@ def test_running_job_is_found_again_after_a_reload(page: Any, site: Site, observ
 
 
 def test_names_that_extensions_use_work(page: Any, site: Site) -> None:
-    open_page(page, site)
     facts = page.evaluate(
         """() => {
             let loaded = false;
@@ -372,28 +341,14 @@ def test_names_that_extensions_use_work(page: Any, site: Site) -> None:
     page.wait_for_function("document.querySelector('#txt2img_token_counter').textContent.trim() === '4/75'")
 
 
-@pytest.mark.parametrize("width", [1440, 820, 420])
-def test_nothing_runs_out_of_the_window(page: Any, site: Site, width: int) -> None:
-    page.set_viewport_size({"width": width, "height": 900})
-    open_page(page, site)
-    for tab in ("txt2img", "img2img", "pnginfo", "settings"):
-        if page.locator(f"#tab_{tab}-button").is_visible():
-            show_tab(page, tab)
-            page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
-
-
-def test_dark_theme(page: Any, site: Site) -> None:
-    open_page(page, site, "?__theme=dark")
-    page.wait_for_function("document.body.classList.contains('dark')")
-
-
-def test_page_without_a_checkpoint_says_what_to_do_and_goes_on_when_one_is_there(page: Any, empty_site: Site) -> None:
-    open_page(page, empty_site)
-    folder = str(empty_site.app.config.ckpt_dirs[0])
+def test_page_without_a_checkpoint_says_what_to_do_and_goes_on_when_one_is_there(new_page: Any, site: Site) -> None:
+    remove_checkpoint(site)
+    page = open_page(new_page, site)
+    folder = str(site.app.config.ckpt_dirs[0])
     expect_text(page, "#no_checkpoint_notice", folder, ".safetensors")
     generate(page)
     expect_text(page, "#html_log_txt2img", folder)
-    put_checkpoint(empty_site.app.config.data_dir)
+    put_checkpoint(site.app.config.data_dir)
     page.wait_for_function("document.querySelector('#setting_sd_model_checkpoint input').value.startsWith('narrow')")
     page.wait_for_selector("#no_checkpoint_notice", state="hidden")
     expect_number(page, "txt2img_width", 64)
@@ -402,8 +357,8 @@ def test_page_without_a_checkpoint_says_what_to_do_and_goes_on_when_one_is_there
     shown_picture(page)
 
 
-def test_accordions_of_tabs_that_were_not_shown_yet_stay_as_they_were_made(page: Any, site: Site) -> None:
-    open_page(page, site)
+def test_accordions_of_tabs_that_were_not_shown_yet_stay_as_they_were_made(new_page: Any, site: Site) -> None:
+    page = open_page(new_page, site)
     show_tab(page, "extras")
     expected(page, "#extras_upscale-visible-checkbox").to_be_checked()
     page.wait_for_timeout(1000)  # nothing may happen meanwhile: an accordion that closes does so within a frame of being drawn
@@ -413,7 +368,6 @@ def test_accordions_of_tabs_that_were_not_shown_yet_stay_as_they_were_made(page:
 
 
 def test_a_picture_is_sent_to_extras_and_enlarged(page: Any, site: Site) -> None:
-    open_page(page, site)
     page.fill("#txt2img_prompt textarea", "to be enlarged")
     set_number(page, "txt2img_steps", 2)
     generate(page)
@@ -430,8 +384,9 @@ def test_a_picture_is_sent_to_extras_and_enlarged(page: Any, site: Site) -> None
         assert (read_info_from_image(image)[0] or "").startswith("to be enlarged")
 
 
-def test_a_sketch_is_painted_on_a_copied_picture(page: Any, site: Site) -> None:
-    open_page(page, site)
+@pytest.mark.nightly
+def test_a_sketch_is_painted_on_a_copied_picture(new_page: Any, site: Site) -> None:
+    page = open_page(new_page, site)  # a canvas draws all the time: not in the shared window
     page.fill("#txt2img_prompt textarea", "to be sketched on")
     set_number(page, "txt2img_steps", 2)
     generate(page)
@@ -445,3 +400,54 @@ def test_a_sketch_is_painted_on_a_copied_picture(page: Any, site: Site) -> None:
     generate(page, "img2img")
     shown_picture(page, "img2img")
     expect_text(page, "#html_log_img2img", "Time taken")
+
+
+def test_the_panel_shows_what_a_job_left_on_the_devices(page: Any, site: Site) -> None:
+    """Closed at first, filled when opened, and up to date after a job."""
+    site.app.models.unload()
+    expected(page, "#txt2img_gpus_table table").not_to_be_visible()
+    page.click("#txt2img_gpus > button")
+    page.wait_for_selector("#txt2img_gpus_table table", state="visible")
+    expected(page, "#txt2img_gpus_table").not_to_contain_text("KModel")
+    set_number(page, "txt2img_steps", 60)  # long enough for the panel to refresh during the job, and once after it
+    generate(page)
+    expect_text(page, "#txt2img_gpus_table", "KModel")
+    show_tab(page, "img2img")
+    page.click("#img2img_gpus > button")
+    page.wait_for_selector("#img2img_gpus_table table", state="visible")
+    expect_text(page, "#img2img_gpus_table", "KModel")
+
+
+# the Settings tab has hundreds of controls: what comes after it is slow
+
+
+def test_changed_setting_is_kept_and_found_by_search(page: Any, site: Site) -> None:
+    show_tab(page, "settings")
+    page.fill("#settings_search input, #settings_search textarea", "quality of jpeg")
+    page.click("#settings_search_result button")
+    page.wait_for_selector("#setting_jpeg_quality", state="visible")
+    set_number(page, "setting_jpeg_quality", 55)
+    page.click("#settings_submit")
+    page.wait_for_function("document.querySelector('#settings_result').textContent.includes('Quality of jpeg')")
+    assert site.app.options.jpeg_quality == 55
+    page.wait_for_function("opts.jpeg_quality === 55")
+    site.app.options.jpeg_quality = 80
+
+
+def expect_all_within(page: Any, width: int) -> None:
+    for tab in ("txt2img", "img2img", "pnginfo", "settings"):
+        if page.locator(f"#tab_{tab}-button").is_visible():
+            show_tab(page, tab)
+            page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
+
+
+@pytest.mark.parametrize("width", [1440, 820, 420])
+def test_nothing_runs_out_of_the_window(page: Any, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    expect_all_within(page, width)
+
+
+@pytest.mark.nightly
+def test_nothing_runs_out_of_a_small_window_from_the_start(new_page: Any, site: Site) -> None:
+    new_page.set_viewport_size({"width": 420, "height": 900})
+    expect_all_within(open_page(new_page, site), 420)

@@ -79,7 +79,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 def test_every_global_is_a_property_of_window_and_acts(page: Any, site: Site) -> None:
-    open_page(page, site)
     assert page.evaluate("names => names.filter(name => !(name in window))", GLOBALS.split()) == []
     facts = page.evaluate(
         """async () => {
@@ -110,11 +109,10 @@ def test_every_global_is_a_property_of_window_and_acts(page: Any, site: Site) ->
     }
     page.evaluate("switch_to_img2img_tab(2)")
     page.wait_for_function("get_tab_index('tabs') === 1 && get_tab_index('mode_img2img') === 2")
-    page.evaluate("switchWidthHeight('img2img')")
+    page.evaluate("switchWidthHeight('img2img'); delete localization.Steps")
 
 
 def test_selectors_and_classes_of_the_old_page_find_what_they_mean(page: Any, site: Site) -> None:
-    open_page(page, site)
     assert page.evaluate("window.guestSaw") == {"prompt": True, "option": "boolean", "tab": True}
     found = page.evaluate(
         """() => ({
@@ -144,7 +142,6 @@ def test_selectors_and_classes_of_the_old_page_find_what_they_mean(page: Any, si
 
 
 def test_files_of_an_extension_are_served_and_its_empty_text_is_a_text(page: Any, site: Site) -> None:
-    open_page(page, site)
     for begin in ("file=", "gradio_api/file="):
         answer = page.request.get(f"{site.address}/{begin}extensions/guest/tags/words.csv?1")
         assert (answer.status, answer.text()) == (200, "cat,1\n")
@@ -157,7 +154,6 @@ def test_files_of_an_extension_are_served_and_its_empty_text_is_a_text(page: Any
 @pytest.mark.parametrize("height", [768, 900, 1080])
 def test_every_page_of_the_settings_can_be_scrolled_to(page: Any, site: Site, height: int) -> None:
     page.set_viewport_size({"width": 1440, "height": height})
-    open_page(page, site)
     show_tab(page, "settings")
     page.wait_for_selector("#settings > .tab-wrapper .tab-nav > button")
     outside = page.evaluate(
@@ -176,31 +172,34 @@ def test_every_page_of_the_settings_can_be_scrolled_to(page: Any, site: Site, he
     expected(page, "#settings > .tab-wrapper .tab-nav > button >> nth=0").to_have_attribute("aria-selected", "true")
 
 
-def test_what_was_typed_survives_a_reload_and_a_restart(page: Any, site: Site) -> None:
-    open_page(page, site)
+def test_what_was_typed_survives_a_reload_and_a_restart(new_page: Any, site: Site) -> None:
+    page = open_page(new_page, site)
     page.fill(PROMPT, "kept over a reload")
     page.fill("#txt2img_neg_prompt textarea", "not this")
     set_number(page, "txt2img_steps", 33)
     set_number(page, "txt2img_width", 256)
     page.reload()
     wait_until_loaded(page)
-    for _ in range(2):
-        expect_value(page, PROMPT, "kept over a reload")
-        expect_value(page, "#txt2img_neg_prompt textarea", "not this")
-        expect_number(page, "txt2img_steps", 33)
-        expect_number(page, "txt2img_width", 256)
-        page.route("**/gradio_api/app_id", lambda route: route.fulfill(json={"app_id": 17}))  # another server answers in its place
-        page.evaluate("window.isOldPage = true; restart_reload()")
-        page.wait_for_function("!window.isOldPage")
-        page.unroute("**/gradio_api/app_id")
-        wait_until_loaded(page)
+    expect_what_was_typed(page)
+    page.route("**/gradio_api/app_id", lambda route: route.fulfill(json={"app_id": 17}))  # another server answers in its place
+    page.evaluate("window.isOldPage = true; restart_reload()")
+    page.wait_for_function("!window.isOldPage")
+    page.unroute("**/gradio_api/app_id")
+    wait_until_loaded(page)
+    expect_what_was_typed(page)
+
+
+def expect_what_was_typed(page: Any) -> None:
     expect_value(page, PROMPT, "kept over a reload")
+    expect_value(page, "#txt2img_neg_prompt textarea", "not this")
+    expect_number(page, "txt2img_steps", 33)
+    expect_number(page, "txt2img_width", 256)
 
 
-def test_nothing_is_kept_when_the_setting_says_so(page: Any, site: Site) -> None:
+def test_nothing_is_kept_when_the_setting_says_so(new_page: Any, site: Site) -> None:
     site.app.options.keep_values_in_browser = False
     try:
-        open_page(page, site)
+        page = open_page(new_page, site)
         page.wait_for_function("opts.keep_values_in_browser === false")
         page.fill(PROMPT, "forgotten")
         page.reload()
@@ -213,7 +212,6 @@ def test_nothing_is_kept_when_the_setting_says_so(page: Any, site: Site) -> None
 
 
 def test_menus_of_a_right_click_and_generating_forever(page: Any, site: Site) -> None:
-    open_page(page, site)
     page.click("#txt2img_generate", button="right")
     page.click("#context-menu >> text=Guest's entry")
     page.wait_for_function("window.guestPressed === true")
@@ -231,7 +229,6 @@ def test_menus_of_a_right_click_and_generating_forever(page: Any, site: Site) ->
 
 
 def test_the_gallery_stays_in_its_place_when_a_job_begins(page: Any, site: Site) -> None:
-    open_page(page, site)
     top = "document.querySelector('#txt2img_gallery_container').getBoundingClientRect().top"
     before = page.evaluate(top)
     set_number(page, "txt2img_steps", 100)
@@ -242,15 +239,14 @@ def test_the_gallery_stays_in_its_place_when_a_job_begins(page: Any, site: Site)
     wait_for_answer(page)
 
 
-def test_the_dark_theme_has_dark_scrollbars_and_boxes(page: Any, site: Site) -> None:
-    open_page(page, site, "?__theme=dark")
-    page.wait_for_function("getComputedStyle(document.documentElement).colorScheme === 'dark'")
-    open_page(page, site, "?__theme=light")
-    page.wait_for_function("getComputedStyle(document.documentElement).colorScheme !== 'dark'")
+@pytest.mark.parametrize(("theme", "is_dark"), [("dark", True), pytest.param("light", False, marks=pytest.mark.nightly)])
+def test_the_theme_of_the_address_colors_scrollbars_and_boxes(new_page: Any, site: Site, theme: str, is_dark: bool) -> None:
+    page = open_page(new_page, site, f"?__theme={theme}")
+    facts = "[document.body.classList.contains('dark'), getComputedStyle(document.documentElement).colorScheme === 'dark']"
+    page.wait_for_function(f"wanted => {facts}.every(fact => fact === wanted)", arg=is_dark)
 
 
 def test_every_button_says_what_it_does(page: Any, site: Site) -> None:
-    open_page(page, site)
     for tab in ("txt2img", "img2img", "extras", "pnginfo", "settings"):
         show_tab(page, tab)
         nameless = """Array.from(document.querySelectorAll(".gradio-container button"), button => ({
