@@ -416,6 +416,10 @@ def test_the_panel_shows_what_a_job_left_on_the_devices(page: Any, site: Site) -
     page.click("#img2img_gpus > button")
     page.wait_for_selector("#img2img_gpus_table table", state="visible")
     expect_text(page, "#img2img_gpus_table", "KModel")
+    page.click("#img2img_gpus > button")
+    show_tab(page, "txt2img")
+    page.click("#txt2img_gpus > button")  # an open panel asks the server all the time
+    page.wait_for_selector("#txt2img_gpus_table table", state="hidden")
 
 
 # the Settings tab has hundreds of controls: what comes after it is slow
