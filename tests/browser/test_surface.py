@@ -151,27 +151,6 @@ def test_files_of_an_extension_are_served_and_its_empty_text_is_a_text(page: Any
     expected(page, "#html_info_txt2img").to_contain_text("Guest words: ''")
 
 
-@pytest.mark.parametrize("height", [768, 900, 1080])
-def test_every_page_of_the_settings_can_be_scrolled_to(page: Any, site: Site, height: int) -> None:
-    page.set_viewport_size({"width": 1440, "height": height})
-    show_tab(page, "settings")
-    page.wait_for_selector("#settings > .tab-wrapper .tab-nav > button")
-    outside = page.evaluate(
-        """() => {
-            const frame = document.querySelector("#settings > .tab-wrapper");
-            return Array.from(frame.querySelectorAll(".tab-nav > button")).filter((button) => {
-                button.scrollIntoView({block: "nearest"});
-                const [outer, inner] = [frame.getBoundingClientRect(), button.getBoundingClientRect()];
-                return inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1 || inner.bottom > window.innerHeight;
-            }).map(button => button.textContent.trim());
-        }"""
-    )
-    assert outside == []
-    first = page.locator("#settings > .tab-wrapper .tab-nav > button").first
-    first.click()
-    expected(page, "#settings > .tab-wrapper .tab-nav > button >> nth=0").to_have_attribute("aria-selected", "true")
-
-
 def test_what_was_typed_survives_a_reload_and_a_restart(new_page: Any, site: Site) -> None:
     page = open_page(new_page, site)
     page.fill(PROMPT, "kept over a reload")
@@ -244,6 +223,30 @@ def test_the_theme_of_the_address_colors_scrollbars_and_boxes(new_page: Any, sit
     page = open_page(new_page, site, f"?__theme={theme}")
     facts = "[document.body.classList.contains('dark'), getComputedStyle(document.documentElement).colorScheme === 'dark']"
     page.wait_for_function(f"wanted => {facts}.every(fact => fact === wanted)", arg=is_dark)
+
+
+# the Settings tab has hundreds of controls: what comes after it is slow
+
+
+@pytest.mark.parametrize("height", [768, 900, 1080])
+def test_every_page_of_the_settings_can_be_scrolled_to(page: Any, site: Site, height: int) -> None:
+    page.set_viewport_size({"width": 1440, "height": height})
+    show_tab(page, "settings")
+    page.wait_for_selector("#settings > .tab-wrapper .tab-nav > button")
+    outside = page.evaluate(
+        """() => {
+            const frame = document.querySelector("#settings > .tab-wrapper");
+            return Array.from(frame.querySelectorAll(".tab-nav > button")).filter((button) => {
+                button.scrollIntoView({block: "nearest"});
+                const [outer, inner] = [frame.getBoundingClientRect(), button.getBoundingClientRect()];
+                return inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1 || inner.bottom > window.innerHeight;
+            }).map(button => button.textContent.trim());
+        }"""
+    )
+    assert outside == []
+    first = page.locator("#settings > .tab-wrapper .tab-nav > button").first
+    first.click()
+    expected(page, "#settings > .tab-wrapper .tab-nav > button >> nth=0").to_have_attribute("aria-selected", "true")
 
 
 def test_every_button_says_what_it_does(page: Any, site: Site) -> None:

@@ -2,7 +2,7 @@
 
 A team is one or more slots, each with a whole copy of the network; it computes every one of its rows together, a tile on each slot.
 
-    time of a team = its slowest tile + exchanges * latency + the bytes that arrive at its busiest slot / the link's speed
+    time of a team = its slowest tile * loss + exchanges * latency + the bytes that arrive at its busiest slot / the link's speed
 
 Example: one row on four equal slots is one team of four; with CFG, two teams of two are better, because fewer bytes cross.
 """
@@ -28,6 +28,9 @@ RESUME_MS = 0.08
 computes meanwhile what was launched before."""
 LAUNCH_EXCHANGE_MS = 0.05
 """Time of the interpreter for one exchange of one tile: 25 us measured on a CPU slot, and as much assumed for starting copies on a card."""
+TILE_LOSS = 1.06
+"""A tile's time in units of its share of the whole's: kernels over fewer rows are less efficient, and norms of boundary rows are computed twice.
+Fitted to the field study's figures, which have it from a published run without exchanges (simulate.md)."""
 TILE_EXTRA = 0.12
 """Working memory of a tile beyond its share of the whole's, as a share of the whole's: boundary rows, and all keys and values of one layer, which
 are 2 of the 26 numbers that SD1.x has in memory at its peak per position and channel."""
@@ -64,8 +67,9 @@ class TileCosts:
         """Time of `num_rows` rows of a step on a team, with ControlNets on its first slot before."""
         profile, costs = self.profile, CopyCosts(self.profile, self.slots, self.table, self.job)
         forwards = costs.forwards(num_rows)
+        loss = TILE_LOSS if len(team) > 1 else 1.0
         tile_ms = [
-            math.fsum(slot.forward_ms(rows * profile.work_per_row * share, profile.weight_bytes, profile.num_kernels) for rows in forwards)
+            loss * math.fsum(slot.forward_ms(rows * profile.work_per_row * share, profile.weight_bytes, profile.num_kernels) for rows in forwards)
             for slot, share in zip(team, tiles.shares)
         ]
         tile_ms[0] += sum(
