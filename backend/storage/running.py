@@ -72,8 +72,10 @@ class _Dequantizer:
     def _enter_table(self, layer: nn.Embedding, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Dequantize only the rows of a table that are looked up, and number them anew: a language model's table is large, a prompt short."""
         rows, indices = torch.unique(args[0], return_inverse=True)
-        self._stored["weight"] = layer.weight
-        value = storage_of(layer.weight).look_up(rows, self._dtype)
+        parameter = layer._parameters["weight"]
+        assert parameter is not None
+        self._stored["weight"] = parameter
+        value = storage_of(parameter).look_up(rows, self._dtype)
         layer._parameters["weight"] = nn.Parameter(value, requires_grad=False)
         return (indices, *args[1:])
 
