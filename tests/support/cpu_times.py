@@ -34,10 +34,8 @@ class CpuTimes:
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
         if call.when == "teardown":  # the properties are written from its report
             now_s = spent_s()
-            spent = max(
-                0.0, now_s - (self._last_s or 0.0)
-            )  # less than before: a browser has ended, and nobody is told the seconds of its own children
-            item.user_properties.append(("cpu_s", f"{spent:.3f}"))
+            # a browser that ends takes the seconds of its own children with it, which were counted before
+            item.user_properties.append(("cpu_s", f"{max(0.0, now_s - (self._last_s or 0.0)):.3f}"))
             self._last_s = now_s
         return (yield)
 
