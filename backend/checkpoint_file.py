@@ -39,7 +39,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_MAX_DIMS = 16
+_MAX_DIMS, _MAX_SIDE = 16, 2**48
 _FOREIGN_MAGIC = {
     b"version https://git-lfs": "a Git LFS pointer, not the model itself. Fetch the real file (git lfs pull, or download it from the model's page)",
     b"7z\xbc\xaf": "a 7z archive. Unpack it and put the model file from it into the folder",
@@ -179,7 +179,12 @@ def _info_of(path: Path, key: str, entry: Any) -> TensorInfo:
         dtype_name, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path.name}: the header's entry for {key[:200]} is damaged. {REPEAT_DOWNLOAD}") from error
-    if not isinstance(dtype_name, str) or len(shape) > _MAX_DIMS or any(type(number) is not int or number < 0 for number in (*shape, start, end)):
+    numbers = (*shape, start, end)
+    if (
+        not isinstance(dtype_name, str)
+        or len(shape) > _MAX_DIMS
+        or any(type(number) is not int or not 0 <= number <= _MAX_SIDE for number in numbers)
+    ):
         raise CheckpointError(f"{path.name}: the header's entry for {key[:200]} is damaged. {REPEAT_DOWNLOAD}")
     if dtype_name not in _DTYPES:
         raise CheckpointError(

@@ -52,9 +52,15 @@ class LoadPlan:
 
 
 def build_empty(make: Callable[[], ModuleT]) -> ModuleT:
-    """The network that `make` builds, with parameters on the meta device (no memory), in eval mode and without gradients."""
-    with torch.device("meta"):
-        module = make()
+    """The network that `make` builds, with parameters on the meta device (no memory), in eval mode and without gradients.
+
+    Raises: ValueError for widths whose product is no number of bytes.
+    """
+    try:
+        with torch.device("meta"):
+            module = make()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
     module.eval().requires_grad_(False)
     return module
 

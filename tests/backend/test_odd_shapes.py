@@ -17,7 +17,7 @@ from backend.checkpoint_config import read_unet_shape
 from backend.checkpoint_file import CheckpointError, TensorInfo, open_tensor_file
 from backend.checkpoint_layout import Layout, Part
 from backend.clip_vision import load_clip_vision
-from backend.controlnet_loader import load_controlnet
+from backend.controlnet_loader import build_control, load_controlnet
 from backend.families import registry
 from backend.ip_adapter import read_ip_adapter
 from backend.tensor_file import refusing_odd_shapes
@@ -166,6 +166,15 @@ def test_a_controlnet_of_odd_shapes_is_refused(shape: tuple[int, ...], tmp_path:
     for key in shapes:
         with pytest.raises(CheckpointError, match=r"odd\.safetensors"):
             load_controlnet(written(tmp_path, {**shapes, key: shape}))
+
+
+def test_a_controlnet_wider_than_any_memory_is_refused() -> None:
+    """Found by the fuzz: torch cannot even count its bytes."""
+    shapes = {f"control_model.{key}": value for key, value in UNET.items() if not key.startswith("out")}
+    shapes |= {"control_model.zero_convs.0.0.weight": (32, 32, 1, 1), "control_model.input_hint_block.0.weight": (16, 3, 3, 3)}
+    shapes |= {"control_model.input_hint_block.2.weight": (16, 16, 3, 3), "control_model.input_blocks.1.0.in_layers.2.weight": (2**62, 32, 3, 3)}
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors: .*(Storage size|overflow)"):
+        build_control(Named(shapes))  # type: ignore[arg-type]
 
 
 def lines_of(call: Any) -> int:
