@@ -306,7 +306,7 @@ def _build_engine(
     family, found = sources.family, sources.found
     clip = _load_clip(networks.texts, networks.text_plans, sources, config)
     vae_patcher = _load_vae(vae, networks.vae_plan, sources, config)
-    unet_patcher, prediction = _load_denoiser(denoiser, networks.denoiser_plan, sources, wanted, networks.key_map)
+    unet_patcher, prediction = _load_denoiser(denoiser, networks.denoiser_plan, sources, wanted, networks.key_map, config)
     parts = EngineParts(
         family=family,
         config=ModelConfig(
@@ -398,8 +398,15 @@ def _usable_storage(denoiser: _Located, wanted: _WantedStorage) -> _WantedStorag
     return wanted
 
 
+def _first_place(need_bytes: int, config: BackendConfig) -> torch.device:
+    """Where a denoiser's weights lie until the first plan: on the first slot if they fit, unless the plan will cut them over the slots."""
+    if config.multi_gpu_strategy == "layers" and len(memory_management.compute_slots()) > 1:
+        return memory_management.cpu
+    return memory_management.unet_inital_load_device(need_bytes, torch.uint8)
+
+
 def _load_denoiser(
-    denoiser: nn.Module, plan: LoadPlan, sources: _Sources, wanted: _WantedStorage, key_map: KeyMap
+    denoiser: nn.Module, plan: LoadPlan, sources: _Sources, wanted: _WantedStorage, key_map: KeyMap, config: BackendConfig
 ) -> tuple[UnetPatcher, PredictionSpec]:
     family, file = sources.family, sources.main
     num_parameters = _count_numbers(denoiser)
@@ -409,7 +416,7 @@ def _load_denoiser(
     need_bytes = _count_bytes(denoiser, sources.denoiser, storage_dtype)
     if wanted.format is not None:
         need_bytes = int(num_parameters * bits_per_weight(wanted.format) / 8)
-    load_device = memory_management.unet_inital_load_device(need_bytes, torch.uint8)
+    load_device = _first_place(need_bytes, config)
     assign_tensors(
         denoiser, plan, file, storage_dtype=storage_dtype, computation_dtype=computation_dtype, device=load_device, keeps_packed=True,
         packs_as=wanted.format,

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,8 @@ class ModelRequest:
     additional_modules: tuple[Path, ...] = ()
     unet_storage_dtype: str | None = None
     embedding_dirs: tuple[Path, ...] = ()
+    multi_gpu_strategy: str = field(default="auto", compare=False)
+    """How the job that loads it divides pictures. It decides where weights lie at first, so it makes no other model."""
 
     def identity(self) -> tuple[object, ...]:
         files = (self.checkpoint.path, *self.additional_modules)
@@ -90,7 +92,7 @@ def load_engine(request: ModelRequest, config: BackendConfig) -> ForgeDiffusionE
     try:
         return load_checkpoint(
             request.checkpoint.path,
-            config=config,
+            config=replace(config, multi_gpu_strategy=request.multi_gpu_strategy),
             additional_modules=request.additional_modules,
             unet_storage_dtype=None if wanted is None or is_packed else getattr(torch, wanted),
             unet_format=wanted if is_packed else None,
@@ -143,7 +145,12 @@ class ModelHost:
             additional_modules=self.additional_modules.chosen_by(chosen),
             unet_storage_dtype=unet_storage_dtype_from_option(chosen.get("forge_unet_storage_dtype") or "Automatic"),
             embedding_dirs=self._embedding_dirs,
+            multi_gpu_strategy=self._strategy_of(chosen),
         )
+
+    def _strategy_of(self, options: Mapping[str, Any]) -> str:
+        chosen = str(options.get("multi_gpu_strategy") or "auto")
+        return self.config.multi_gpu_strategy if chosen == "auto" else chosen
 
     def _checkpoint_named(self, wanted: str | None) -> CheckpointInfo:
         if (found := self.checkpoints.find(wanted)) is not None:

@@ -188,3 +188,11 @@ def test_the_checkpoint_selected_at_start(tmp_path: Path, app: Application) -> N
     write_model(app.config.ckpt_dirs[0] / "xl.safetensors", "conditioner.embedders.1.model.ln_final.weight")
     app.checkpoints.refresh()
     assert selected(saved="one", want_sdxl=True) == "xl"
+
+
+def test_how_pictures_are_divided_goes_to_the_reader_and_makes_no_other_model(app: Application, loader: Loader) -> None:
+    app.options.set("multi_gpu_strategy", "layers")
+    app.models.ensure_loaded()
+    app.options.set("multi_gpu_strategy", "replicas")
+    app.models.ensure_loaded()
+    assert [request.multi_gpu_strategy for request in loader.requests] == ["layers"]
