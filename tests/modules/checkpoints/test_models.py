@@ -191,6 +191,7 @@ def test_the_checkpoint_selected_at_start(tmp_path: Path, app: Application) -> N
 
 
 def test_how_pictures_are_divided_goes_to_the_reader_and_makes_no_other_model(app: Application, loader: Loader) -> None:
+    app.options.set("sd_model_checkpoint", "one")
     app.options.set("multi_gpu_strategy", "layers")
     app.models.ensure_loaded()
     app.options.set("multi_gpu_strategy", "replicas")
