@@ -50,7 +50,7 @@ def test_each_place_is_guided_by_its_regions_prompt() -> None:
     unet: Any = UnetPatcher.__new__(UnetPatcher)
     regions = [*module.divide_evenly(2, across=True), module.Region(0, 1, 0, 1, 0.5)]
     unet.model, unet.model_options = model, {"transformer_options": {}, "conditioning_modifiers": [module.RegionalConditions(regions)]}
-    unet.extra_concat_condition = unet.controlnet_linked_list = None
+    unet.extra_concat_condition, unet.controlnet_linked_list, unet.reference_latents = None, None, ()
     text = torch.tensor([3.0, 5.0, 9.0, 1.0]).view(4, 1, 1).expand(4, 7, 8)
     denoised = denoise_guided(
         unet, torch.zeros(1, 4, 2, 4), torch.ones(1), text_cond=text[:3], text_uncond=text[3:], cond_scale=2.0,

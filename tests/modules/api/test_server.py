@@ -156,6 +156,6 @@ def test_multi_gpu_tells_of_slots_plan_and_links(server: Server) -> None:
     status.set_links((), {})
     assert answer["plan"] == {
         "strategy": "replicas", "reason": "why", "replicas": 2, "stages": [[0], [1]], "rows": [1, 1],
-        "predicted_ms": None, "measured_ms": 3.5, "predicted_bytes": {"0": 7},
+        "predicted_ms": None, "measured_ms": 3.5, "predicted_bytes": {"0": 7}, "tiles": [],
     }  # fmt: skip
     assert list(answer["links"][0]) == ["source", "target", "route", "reason", "bytes_per_ms", "latency_ms"]
