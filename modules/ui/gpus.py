@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from modules.application import Application
 
 REFRESH_S = 2
-_NOTHING_RUNS = "<div hidden class='idle'></div>"
 _UNKNOWN = "–"
 _DONE = "Stage runs"
 _OPTIONAL = ("Use", "Temp.", _DONE)
@@ -39,7 +38,7 @@ def create_gpu_panel(app: Application, tab: str) -> gr.Accordion:
 
     def refresh(shown: str | None) -> Any:
         busy = is_busy(app)
-        if not busy and _NOTHING_RUNS in (shown or ""):
+        if not busy and idle_mark(app) in (shown or ""):
             return gr.skip()
         return status_html(app, is_busy=busy)
 
@@ -54,6 +53,11 @@ def is_busy(app: Application) -> bool:
     return bool(app.state.job)
 
 
+def idle_mark(app: Application) -> str:
+    """Says which job was the last when nothing ran. So a job that began and ended between two looks is noticed too."""
+    return f"<div hidden class='idle' data-after='{app.state.time_start or 0}'></div>"
+
+
 def status_html(app: Application, *, is_busy: bool) -> str:
     """The panel's content: the plan and the slots; when idle also a hint for using an idle slot, and the last job's timeline."""
     from backend import profiler  # imports torch, which the page avoids until the panel is opened
@@ -64,7 +68,7 @@ def status_html(app: Application, *, is_busy: bool) -> str:
     if is_busy:
         return text
     advice = describe_idleness(plan, slots, uses_many=app.config.backend.multi_gpu, job=app.last_profile)
-    return "".join([text, f"<p class='advice'>{html.escape(advice)}</p>" if advice else "", timeline_html(app), _NOTHING_RUNS])
+    return "".join([text, f"<p class='advice'>{html.escape(advice)}</p>" if advice else "", timeline_html(app), idle_mark(app)])
 
 
 def timeline_html(app: Application) -> str:

@@ -115,7 +115,7 @@ def _write_header(path: Path, header: dict, data: bytes) -> None:
         ({"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}, "entry for a is damaged"),
         ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "entry for a is damaged"),
         ({"dtype": "F32", "shape": [10**30], "data_offsets": [0, 8]}, "entry for a is damaged"),
-        ({"dtype": "F32", "shape": [2**60, 2**60], "data_offsets": [0, 8]}, "does not match its shape"),
+        ({"dtype": "F32", "shape": [2**60, 2**60], "data_offsets": [0, 8]}, "entry for a is damaged"),
         ({"dtype": "F32", "shape": [1] * 70 + [2], "data_offsets": [0, 8]}, "entry for a is damaged"),
         ({"dtype": "F32", "shape": "x"}, "entry for a is damaged"),
         ({"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}, "is stored as F4, which is not supported"),

@@ -7,6 +7,7 @@ import gradio as gr
 import pytest
 
 from backend.parallel.running.status import PlanStatus, SlotStatus
+from modules.application import Application
 from modules.ui import gpus
 from tests.support.applications import installed_application
 
@@ -47,9 +48,9 @@ def test_the_plan_is_a_sentence() -> None:
 def test_a_panel_refreshes_while_a_job_runs_and_once_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 
-    def status_html(app: object, *, is_busy: bool) -> str:
+    def status_html(app: Application, *, is_busy: bool) -> str:
         asked.append(is_busy)
-        return "shown" if is_busy else f"shown{gpus._NOTHING_RUNS}"
+        return "shown" if is_busy else f"shown{gpus.idle_mark(app)}"
 
     monkeypatch.setattr(gpus, "status_html", status_html)
     with installed_application(tmp_path) as app, gr.Blocks(analytics_enabled=False) as page:
@@ -63,7 +64,11 @@ def test_a_panel_refreshes_while_a_job_runs_and_once_after(tmp_path: Path, monke
         app.state.end()
         shown = handlers["tick"](shown)
         assert handlers["tick"](shown) == gr.skip()
-    assert asked == [False, True, True, False]
+        app.state.begin("a job shorter than the pause between two ticks")
+        app.state.end()
+        shown = handlers["tick"](shown)
+        assert handlers["tick"](shown) == gr.skip()
+    assert asked == [False, True, True, False, False]
 
 
 def test_the_real_status_can_be_shown(tmp_path: Path) -> None:
