@@ -146,6 +146,8 @@ def test_a_canny_model_makes_its_picture_from_edges(site: Site, rows: list[Any])
 @pytest.mark.parametrize(
     ("model", "args", "words"),
     [
+        ("dev", ["false", "Automatic", "None"], "send true or false"),
+        ("dev", ["/etc/passwd"], "send true or false"),
         ("canny", None, "canny.safetensors makes pictures from a picture of edges or depth"),
         ("dev", [True, "Perhaps"], "'Perhaps' says whether"),
         ("dev", [True, "Automatic", "nothing"], "no preprocessor 'nothing'"),

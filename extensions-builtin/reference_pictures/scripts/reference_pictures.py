@@ -106,6 +106,8 @@ class GivenPictures:
 def read_arguments(p: Any, args: Sequence[Any]) -> GivenPictures:
     """The script's arguments from the page or the API; the panel's own values if there are none. Raises RequestError."""
     enabled, own, preprocessor, *given = [*args, *[False, AUTOMATIC, NO_PREPROCESSOR][len(args) :]]
+    if enabled not in (True, False, None):
+        raise RequestError(f"Reference pictures: the first argument turns the panel on; send true or false, not {str(enabled)[:80]!r}.")
     if own not in (AUTOMATIC, YES, NO):
         raise RequestError(f"Reference pictures: {own!r} says whether img2img's picture is a reference; send {AUTOMATIC!r}, {YES!r} or {NO!r}.")
     if preprocessor not in (None, "", NO_PREPROCESSOR) and preprocessor not in supported_preprocessors:
