@@ -148,7 +148,7 @@ def reshape_packed(tensor: PackedTensor, shape: tuple[int, ...]) -> PackedTensor
 
 
 def can_cut(format: PackedFormat, first: int, end: int) -> bool:
-    """Whether rows can be cut out without quantizing anew."""
+    """Whether rows can be cut out without quantizing again."""
     try:
         format.cut(first, end)
     except PackedFormatError:

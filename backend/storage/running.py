@@ -70,7 +70,7 @@ class _Dequantizer:
         return None
 
     def _enter_table(self, layer: nn.Embedding, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Dequantize only the rows of a table that are looked up, and number them anew: a language model's table is large, a prompt short."""
+        """Dequantize only the rows of a table that are looked up, and number them again: a language model's table is large, a prompt short."""
         rows, indices = torch.unique(args[0], return_inverse=True)
         parameter = layer._parameters["weight"]
         assert parameter is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _KEPT_ON = ("cpu", "cuda", "xpu", "mps")
-"""Virtual GPUs come and go, and their memory is counted, so a table goes to them anew each time."""
+"""Virtual GPUs come and go, and their memory is counted, so a table is copied to them each time."""
 
 MakeTable = Callable[[], Tensor]
 

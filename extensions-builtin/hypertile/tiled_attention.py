@@ -1,7 +1,7 @@
 """HyperTile: self-attention within tiles of the picture instead of over all of it. Knows no page.
 
 Source: tfernd, "HyperTile" (2023): the tokens of a block are cut into tiles whose number of rows and columns is chosen among the smallest divisors
-of the block's that are large enough, anew in each step, so that no seam stays in place.
+of the block's that are large enough, chosen again in each step, so that no seam stays in place.
 
 Shapes: B rows, L tokens = h w, T tiles of l tokens, D width of a token.
 """

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backend.nn.tiles import Awaited, Received, Tensors
 from backend.parallel.exchange.copies import when_arrived
-from backend.parallel.exchange.parcels import Parcel, send_parcel
+from backend.parallel.exchange.messages import PackedMessage, send_message
 from backend.parallel.exchange.transport import Transfer
 
 _Key = tuple[int, int, int]
@@ -50,7 +50,7 @@ class Meeting:
 
     devices: Sequence[torch.device]
     ship: ShipToTile
-    _arrived: dict[_Key, Parcel] = field(default_factory=dict)
+    _arrived: dict[_Key, PackedMessage] = field(default_factory=dict)
     _waiting: dict[int, _Wait] = field(default_factory=dict)
     _is_cancelled: bool = False
     _errors: dict[int, BaseException] = field(default_factory=dict)
@@ -61,21 +61,21 @@ class Meeting:
         """Start sending a tile's messages. Raises: ReleasedError after a cancel; what starting the copies raises."""
         self.raise_if_cancelled(sender)
         for receiver, tensors in outgoing.items():
-            parcels = [self._send(sender, receiver, tensors)]
+            messages = [self._send(sender, receiver, tensors)]
             with self._lock:
                 self._num_in_transit += 1
-            when_arrived(parcels[0].transfers, partial(self._deliver, (number, sender, receiver), parcels))
+            when_arrived(messages[0].transfers, partial(self._deliver, (number, sender, receiver), messages))
 
-    def _send(self, sender: int, receiver: int, tensors: Tensors) -> Parcel:
+    def _send(self, sender: int, receiver: int, tensors: Tensors) -> PackedMessage:
         try:
-            return send_parcel(tensors, lambda tensor: self.ship(tensor, receiver), stays_here=self.devices[sender] == self.devices[receiver])
+            return send_message(tensors, lambda tensor: self.ship(tensor, receiver), stays_here=self.devices[sender] == self.devices[receiver])
         except torch.AcceleratorError as error:
             self.cancel(errors={receiver: error})
             raise
 
-    def _deliver(self, key: _Key, parcels: list[Parcel], failure: BaseException | None) -> None:
-        """`parcels` is the one message. It is taken out, as a copy's future keeps its callbacks alive and would keep itself with them."""
-        parcel = parcels.pop()
+    def _deliver(self, key: _Key, messages: list[PackedMessage], failure: BaseException | None) -> None:
+        """`messages` is the one message. It is taken out, as a copy's future keeps its callbacks alive and would keep itself with them."""
+        message = messages.pop()
         with self._lock:
             self._num_in_transit -= 1
             self._lock.notify_all()
@@ -86,7 +86,7 @@ class Meeting:
         with self._lock:
             if self._is_cancelled:
                 return
-            self._arrived[key] = parcel
+            self._arrived[key] = message
             wait = self._waiting.get(key[2])
             if wait is not None:
                 wait.missing.discard(key)
@@ -107,8 +107,8 @@ class Meeting:
             if missing:
                 self._waiting[rank] = _Wait(missing, resume)
                 return None
-            parcels = {peer: self._arrived.pop(key) for peer, key in keys.items()}
-        return {peer: parcel.open() for peer, parcel in parcels.items()}
+            messages = {peer: self._arrived.pop(key) for peer, key in keys.items()}
+        return {peer: message.open() for peer, message in messages.items()}
 
     def cancel(self, errors: Mapping[int, BaseException] | None = None) -> None:
         """End every wait, now and later, and drop all messages. Tiles raise ReleasedError from now on, and those in `errors` their own error.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backend.nn.tiles import Swaps, swap
 from backend.parallel.exchange.meeting import Meeting, TilePeers
-from backend.parallel.exchange.parcels import MOST_PACKED_BYTES, send_parcel
+from backend.parallel.exchange.messages import MOST_PACKED_BYTES, send_message
 from backend.parallel.exchange.tile_task import TileTask, finish_all
 from backend.parallel.exchange.transport import Transfer, make_transport
 
@@ -66,15 +66,15 @@ def test_small_tensors_travel_as_one_and_come_out_as_they_were() -> None:
         return TRANSPORT.ship(tensor, CPU)
 
     sent = (torch.arange(3, dtype=torch.float16), torch.rand(2, 5), torch.rand(4, 6)[:, ::2], torch.tensor(7.0, dtype=torch.float64))
-    opened = send_parcel(sent, ship, stays_here=False).open()
+    opened = send_message(sent, ship, stays_here=False).open()
     assert len(shipped) == 1
     assert shipped[0].nbytes == sum(tensor.nbytes for tensor in sent)
     assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(opened, sent))
     shipped.clear()
-    assert all(one is other for one, other in zip(send_parcel(sent, ship, stays_here=True).open(), sent))
+    assert all(one is other for one, other in zip(send_message(sent, ship, stays_here=True).open(), sent))
     large = torch.zeros(MOST_PACKED_BYTES // 4)
     shipped.clear()
-    send_parcel((large, large), ship, stays_here=False)
+    send_message((large, large), ship, stays_here=False)
     assert len(shipped) == 2
 
 

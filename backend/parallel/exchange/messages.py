@@ -33,7 +33,7 @@ class _Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class PackedMessage:
     """Tensors in transit to one tile. `places` are None if each tensor travels alone."""
 
     transfers: tuple[Transfer, ...]
@@ -48,14 +48,14 @@ class Parcel:
         return tuple(parts[position] for position in range(len(parts)))
 
 
-def send_parcel(tensors: Sequence[Tensor], ship: Ship, *, stays_here: bool) -> Parcel:
+def send_message(tensors: Sequence[Tensor], ship: Ship, *, stays_here: bool) -> PackedMessage:
     """Start sending. `stays_here`: the receiver is on the same device."""
     if stays_here or len(tensors) < 2 or sum(tensor.nbytes for tensor in tensors) > MOST_PACKED_BYTES:
-        return Parcel(tuple(ship(tensor) for tensor in tensors))
+        return PackedMessage(tuple(ship(tensor) for tensor in tensors))
     places, parts, first = [], [], 0
     for position in sorted(range(len(tensors)), key=lambda position: -tensors[position].element_size()):
         tensor = tensors[position]
         places.append(_Place(position, first, first + tensor.nbytes, tensor.shape, tensor.dtype))
         parts.append(tensor.contiguous().view(-1).view(torch.uint8))
         first += tensor.nbytes
-    return Parcel((ship(torch.cat(parts)),), tuple(places))
+    return PackedMessage((ship(torch.cat(parts)),), tuple(places))
