@@ -17,7 +17,7 @@ from benchmarks._multi_slot import CFG, TOLERANCE, TWO_SLOTS, UNET_PHASE, make_a
 from modules.application import Application
 from tools.measure import Bench, Metrics, Variant
 
-NUM_STEPS, SIDE_PX = 4, 384
+NUM_STEPS, SIDE_PX = 5, 320
 STEP = "step s"
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from backend.parallel.vae.split import DecoderShard, SplitDecoder
 from tools.measure import Bench, Metrics, Variant
 
-SIDE = 96
+SIDE = 40
 CPU = torch.device("cpu")
 
 
@@ -61,7 +61,7 @@ BENCH = Bench(
     ),
     make_variants=make_variants,
     baseline="whole, one core",
-    num_rounds=4,
+    num_rounds=3,
     work_per_call=1,
     work_unit="pictures",
     packages=("torch", "diffusers"),
