@@ -41,10 +41,14 @@ def enter_environment(argv: Sequence[str], script: str) -> None:
 
 
 def pytest_arguments(argv: Sequence[str], num_cores: int | None = None) -> list[str]:
-    """The user's own arguments; without any but options of the whole suite, all of it on all cores, each file's tests in one process."""
-    num_workers = min(num_cores or os.cpu_count() or 1, MAX_WORKERS)
-    if num_workers == 1 or not _is_whole_suite(argv):
+    """The user's own arguments; without any but options of the whole suite, all of it on all cores, each file's tests in one process.
+
+    One process more than cores, because tests wait for servers and the browser a sixth of the time.
+    """
+    num_cores = num_cores or os.cpu_count() or 1
+    if num_cores == 1 or not _is_whole_suite(argv):
         return list(argv)
+    num_workers = min(num_cores + 1, MAX_WORKERS)
     return ["-n", str(num_workers), "--dist", "loadfile", "--no-loadscope-reorder", *argv]
 
 

@@ -90,11 +90,11 @@ def test_themes_are_listed_without_importing_them(tmp_path: Path) -> None:
 
 
 def test_the_whole_suite_runs_on_all_cores_and_a_part_as_asked() -> None:
-    assert pytest_arguments([], 2) == ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    assert pytest_arguments([], 2) == ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
     assert pytest_arguments([], 64)[1] == "4"
     assert pytest_arguments([], 1) == []
     assert pytest_arguments(["tests/x.py"], 8) == ["tests/x.py"]
-    assert pytest_arguments(["--nightly", "2/7"], 2) == ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--nightly", "2/7"]
+    assert pytest_arguments(["--nightly", "2/7"], 2) == ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", "--nightly", "2/7"]
     assert pytest_arguments(["--nightly=2/7", "--junitxml", "a.xml"], 2)[-3:] == ["--nightly=2/7", "--junitxml", "a.xml"]
     assert pytest_arguments(["--nightly=2/7", "--junitxml", "a.xml"], 2)[0] == "-n"
     assert pytest_arguments(["--nightly", "all", "tests/x.py"], 2) == ["--nightly", "all", "tests/x.py"]
