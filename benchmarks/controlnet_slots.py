@@ -60,7 +60,7 @@ def _make_variants() -> Mapping[str, Variant]:
             for name, strategy, is_planned in (
                 ("one slot", "single", False),
                 ("two slots, before", "auto", False),
-                ("two slots, beside", "auto", True),
+                ("two slots, planned", "auto", True),
             ):
                 variants[f"{count} ControlNet{'s' * (count > 1)}, {rows}: {name}"] = _make_variant(app, parts, cfg, strategy, is_planned)
     _compare(variants)

@@ -1,4 +1,4 @@
-// Prompts and numbers survive a reload, also the one after the server was started anew: this browser tab keeps what was typed.
+// Prompts and numbers survive a reload, also the one after the server was restarted: this browser tab keeps what was typed.
 // What is kept is written when somebody changes it, never when the page goes away or loses its server. Must not know any single control.
 "use strict";
 

@@ -23,7 +23,7 @@ function showSetting(tabId, elementId, tries = SETTING_WAIT_TRIES) {
 
 var RESTART_POLL_MS = 500;
 
-/** The page's server is about to start anew: say so, wait until another one answers in its place, and load the page again. */
+/** The page's server is about to restart: say so, wait until another one answers in its place, and load the page again. */
 function restart_reload() {
     const note = document.createElement("div");
     note.className = "restart-note";

@@ -1,6 +1,6 @@
 """Texts of different lengths in one call of a network: shorter ones are padded, and each row says how many of its tokens count.
 
-A family whose text and picture attend to each other without a fixed text length returns "text_lengths" (B,) beside "crossattn" (B, L, D). Padding
+A family whose text and picture attend to each other without a fixed text length returns "text_lengths" (B,) with "crossattn" (B, L, D). Padding
 then changes nothing, so that prompt and negative prompt can run as rows of one call. Knows no families.
 
 Shapes: B rows, L tokens, D width.

@@ -1,4 +1,4 @@
-"""Reference pictures: latents whose tokens a network reads beside those of the picture it makes (Kontext). Knows no family and no files.
+"""Reference pictures: latents whose tokens a network reads along with those of the picture it makes (Kontext). Knows no family and no files.
 
 Shapes: B rows, C channels, H W latent rows and columns.
 """

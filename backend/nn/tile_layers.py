@@ -103,7 +103,7 @@ def fetch_edges(x_BCHW: Tensor, tile: Tile, reach: ReachOf) -> Swaps[tuple[Tenso
 def convolve_padded(conv: Any, padded_BCHW: Tensor) -> Tensor:
     """A 3x3 convolution of a tensor that already includes the rows above and below.
 
-    A layer with hooks (its weights stream in, are dequantized, or get a LoRA beside them) is called as a module: it pads once more, and the rows
+    A layer with hooks (its weights stream in, are dequantized, or get a side-branch LoRA) is called as a module: it pads once more, and the rows
     made from that padding are cut off.
     """
     if _is_bare(conv):

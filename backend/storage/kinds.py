@@ -39,7 +39,7 @@ _EXTRA_BYTES = 5
 
 
 def dequantizing_bytes(modules: Iterable[nn.Module], itemsize: int) -> int:
-    """What dequantizing the largest packed weight of these modules takes beside the packed bytes: the weight in numbers of `itemsize` bytes, and
+    """What dequantizing the largest packed weight of these modules takes besides the packed bytes: the weight in numbers of `itemsize` bytes, and
     what it is made from. 0 without packed weights."""
     sizes = [parameter.numel() for module in modules for parameter in module.parameters() if isinstance(parameter, PackedTensor)]
     return max(sizes, default=0) * (itemsize + _EXTRA_BYTES)

@@ -43,7 +43,7 @@ class Canvas:
     margins: Margins
 
     def mask(self, reach_px: int) -> Image.Image:
-        """What is repainted: what is new, and `reach_px` of the picture beside it."""
+        """What is repainted: what is new, and `reach_px` of the picture next to it."""
         mask, margins = Image.new("L", self.picture.size, 255), self.margins
         kept = (
             margins.left + (reach_px if margins.left else 0),
@@ -99,7 +99,7 @@ def _with_values_of(noise: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _grow(new: np.ndarray) -> np.ndarray:
-    """1 where `new`, falling to 0 over a few pixels beside it, by the distance along rows and columns."""
+    """1 where `new`, falling to 0 over a few pixels next to it, by the distance along rows and columns."""
     share, reached = new.astype(np.float64), new
     for step in range(1, _FADE_PX):
         around = np.pad(reached, 1)

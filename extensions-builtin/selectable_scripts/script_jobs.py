@@ -18,7 +18,7 @@ MAX_PROMPT_CHARS = 100_000
 
 
 def megapixels_of_grid(num_pictures: int, width_px: int, height_px: int, margin_px: int) -> float:
-    """The size of a grid of that many pictures, with a margin beside each."""
+    """The size of a grid of that many pictures, with a margin at each."""
     return num_pictures * (width_px + margin_px) * (height_px + margin_px) / 1e6
 
 

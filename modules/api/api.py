@@ -140,7 +140,7 @@ def _add_server(router: APIRouter, server: ServerRoutes, *, stoppable: bool) -> 
 
 
 class Api:
-    """The API as extensions hold it that were written for A1111: its generation routes to be called from Python, and routes of their own beside them.
+    """The API as extensions hold it that were written for A1111: its generation routes to be called from Python, and routes of their own to be added.
 
     Works on the installed application; a password is asked for by the server, whoever adds a route. `queue_lock` is kept for those that read it.
     """

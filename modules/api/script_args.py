@@ -15,7 +15,7 @@ from modules.scripts.arguments import start_values
 log = logging.getLogger(__name__)
 
 FIELDS_OF_REQUEST = frozenset({"sampler", "seed", "refiner", "extra options", "api payload"})
-"""Always-on names that copied payloads carry beside the fields of the request that say the same. Forge takes them, and reads the fields alone."""
+"""Always-on names that copied payloads carry besides the fields of the request that say the same. Forge takes them, and reads the fields alone."""
 
 
 def find_runner(app: Any, tab: str) -> Any:

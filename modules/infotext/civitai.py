@@ -31,7 +31,7 @@ def _names_flux(resources: Any) -> bool:
 
 
 def reread_flux(params: MutableMapping[str, Any]) -> None:
-    """Sampler and scales as Flux takes them: CFG 1, the number written beside it as distilled CFG. Clip skip means nothing to Flux."""
+    """Sampler and scales as Flux takes them: CFG 1, the number written next to it as distilled CFG. Clip skip means nothing to Flux."""
     params.pop("Clip skip", None)
     if params.get("Sampler") in (None, UNKNOWN_SAMPLER):
         params["Sampler"] = FLUX_SAMPLER

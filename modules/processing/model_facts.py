@@ -49,6 +49,6 @@ def is_edit_model(model: Any) -> bool:
 
 
 def most_references(model: Any) -> int:
-    """How many reference pictures the network takes beside the picture it makes."""
+    """How many reference pictures the network takes in addition to the picture it makes."""
     unet = getattr(getattr(model, "forge_objects", None), "unet", None)
     return int(getattr(unet, "most_references", 0))

@@ -65,7 +65,7 @@ def _gallery() -> OptionTable:
         "open_dir_button_choice": choice(
             "Subdirectory", "Folder that the folder button opens", "Output Root", "Subdirectory", "Subdirectory (even temp dir)"
         ),
-        "hires_button_gallery_insert": option(False, "Upscale button: put the result beside the image"),
+        "hires_button_gallery_insert": option(False, "Upscale button: put the result next to the image"),
     }
 
 
@@ -107,7 +107,7 @@ def _infotext() -> OptionTable:
     return {
         "enable_pnginfo": option(True, "Write the parameters into image files"),
         "stealth_pnginfo_option": choice("Alpha", "Hide the parameters in the pixels", "Alpha", "RGB", "None"),
-        "save_txt": option(False, "Write the parameters into a text file beside the image"),
+        "save_txt": option(False, "Write the parameters into a text file next to the image"),
         "add_model_name_to_info": option(True, "Include the model's name"),
         "add_model_hash_to_info": option(True, "Include the model's hash"),
         "add_vae_name_to_info": option(True, "Include the VAE's name"),

@@ -37,7 +37,7 @@ class DatasetEntry:
 class PersonalizedBase(Dataset[list[DatasetEntry]]):
     """`data_root`'s pictures, each `repeats` times an epoch, in batches; each item is a list of entries.
 
-    A picture's words are those of the text file beside it, else those of its name without numbers at its start. `template_file` has lines in which
+    A picture's words are those of the text file next to it, else those of its name without numbers at its start. `template_file` has lines in which
     `[name]` is the placeholder and `[filewords]` the words; each use draws one. Raises: ValueError for a folder without pictures.
     """
 
@@ -97,9 +97,9 @@ class PersonalizedBase(Dataset[list[DatasetEntry]]):
 
 
 def _words_of(path: Path) -> str:
-    beside = path.with_suffix(".txt")
-    if beside.is_file():
-        return beside.read_text(encoding="utf-8", errors="replace").strip()
+    caption = path.with_suffix(".txt")
+    if caption.is_file():
+        return caption.read_text(encoding="utf-8", errors="replace").strip()
     return re_numbers_at_start.sub("", path.stem)
 
 

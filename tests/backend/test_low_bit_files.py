@@ -156,7 +156,7 @@ def _llama_cpp(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("low", ["scaled_fp8", "Q8_0"])
 def test_a_whole_model_loads_and_runs_packed(low: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As users have it: a transformer in low bits, and T5 in low bits beside it."""
+    """As users have it: a transformer in low bits, and T5 in low bits with it."""
     files = write_flux(tmp_path, **WIDE)
     tensors, t5 = original_tensors(files.flux), t5_state_dict(files.t5)
     if low == "Q8_0":

@@ -1,4 +1,4 @@
-"""Flux.1 on the page: choosing its checkpoint brings its preset, sliders and counter; files beside it are chosen; its infotext comes back."""
+"""Flux.1 on the page: choosing its checkpoint brings its preset, sliders and counter; its other files are chosen; its infotext comes back."""
 
 from __future__ import annotations
 

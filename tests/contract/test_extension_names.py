@@ -42,7 +42,7 @@ OF_SINGLE_EXTENSIONS = (
     *("modules_forge.forge_canvas.canvas.ForgeCanvas", "modules_forge.supported_preprocessor.PreprocessorClipVision"),
     *("modules.ui_settings.create_setting_component", "modules.ui_settings.get_value_for_setting"),
 )
-"""Names that one extension was seen to use; what they do is tested beside their modules."""
+"""Names that one extension was seen to use; what they do is tested with their modules."""
 
 
 def names() -> list[str]:

@@ -219,7 +219,7 @@ def test_a_t2i_adapter(loaded: Loaded, tmp_path: Path, kind: str, layout: str, c
     unet = apply_controlnet_advanced(loaded.unet, link, picture, 0.8, 0.0, 1.0)
     _assert_same(loaded.our_picture(unet, noise), library, loaded.plain_picture(2))
     both = apply_controlnet_advanced(unet, loaded.links[0], hint(), 1.0, 0.0, 1.0)
-    assert (loaded.our_picture(both, noise) - library).abs().mean() > 0.5 * ONE_PIXEL_STEP, "beside a ControlNet"
+    assert (loaded.our_picture(both, noise) - library).abs().mean() > 0.5 * ONE_PIXEL_STEP, "together with a ControlNet"
 
 
 def test_a_t2i_adapter_of_another_family_is_refused(loaded: Loaded, tmp_path: Path) -> None:

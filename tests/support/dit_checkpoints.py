@@ -1,4 +1,4 @@
-"""Tiny checkpoints of transformer families as users have them: the transformer with its modules beside it, all in one file, and diffusers' names."""
+"""Tiny checkpoints of transformer families as users have them: the transformer with its modules next to it, all in one file, and diffusers' names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TextFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DitFiles:
-    """A checkpoint with the modules that it needs beside it, and the libraries' networks that they were written from."""
+    """A checkpoint with the modules that it needs, and the libraries' networks that they were written from."""
 
     checkpoint: Path
     modules: tuple[Path, ...]

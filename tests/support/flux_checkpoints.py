@@ -1,4 +1,4 @@
-"""Tiny Flux.1 checkpoints as users have them: a transformer with its modules beside it, all in one file, and diffusers' names."""
+"""Tiny Flux.1 checkpoints as users have them: a transformer with its modules next to it, all in one file, and diffusers' names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.t5_encoders import t5_encoder, t5_state_dict
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FluxFiles:
-    """A checkpoint with the modules that it needs beside it, and diffusers' and transformers' networks that they were written from."""
+    """A checkpoint with the modules that it needs, and diffusers' and transformers' networks that they were written from."""
 
     checkpoint: Path
     modules: tuple[Path, ...]

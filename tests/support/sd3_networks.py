@@ -94,7 +94,7 @@ def make_clip_g(seed: int = 3) -> CLIPTextModelWithProjection:
 
 
 def write_sd3(data_dir: Path, layout: str = "original", *, name: str = "sd35", seed: int = 0, with_t5: bool = True, **changes: Any) -> DitFiles:
-    """`with_t5`: with T5 inside, or beside it as a module."""
+    """`with_t5`: with T5 inside, or as a module of its own."""
     sd3, vae = make_sd3(seed, **changes), make_vae(scaling_factor=1.5305, shift_factor=0.0609)
     clip_l, clip_g, t5 = make_clip(), make_clip_g(), t5_encoder(width=T5_WIDTH)
     generator = torch.Generator().manual_seed(7)

@@ -165,7 +165,7 @@ def check_out_of_memory(machine: Machine, report: Report) -> None:
         peak_gb, live_bytes = machine.peak_gb()["allocated_gb"], machine.allocated_bytes()
         report.value("undisturbed", peak_gb=peak_gb, weights_gb=round(live_bytes / GB, 3))
         for room_bytes in rooms:
-            name = f"{room_bytes / MIB:.0f} MiB beside what is there"
+            name = f"{room_bytes / MIB:.0f} MiB besides what is there"
             with _room(machine, room_bytes):
                 try:
                     diff = np.abs(pixels(process_images(txt2img(machine, "sd15", **fields))) - expected)

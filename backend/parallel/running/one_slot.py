@@ -26,22 +26,22 @@ from backend.patcher.unet import UnetPatcher
 
 @dataclass(frozen=True, eq=False)
 class OneSlot:
-    """A run of the whole network on its home slot. `beside`: models that the run needs on the same device, such as ControlNets."""
+    """A run of the whole network on its home slot. `companions`: models that the run needs on the same device, such as ControlNets."""
 
     unet: UnetPatcher
-    beside: Sequence[ModelPatcher] = ()
+    companions: Sequence[ModelPatcher] = ()
 
     def place(self, *, working_bytes: int, preserved_bytes: int) -> None:
         """Load everything whole and hold it.
 
         Args:
-            working_bytes: memory that a call needs beside the weights.
+            working_bytes: memory that a call needs besides the weights.
             preserved_bytes: memory that stays free for others.
         Raises: OutOfMemory if the slot is too small even after everything idle has been evicted.
         """
         place_whole(self.unet)
         self.unet.model.runner = None
-        models = [self.unet, *self.beside]
+        models = [self.unet, *self.companions]
         memory_management.load_models_gpu(models, memory_required=working_bytes, hard_memory_preservation=preserved_bytes)
         memory_management.hold_models(models)
 

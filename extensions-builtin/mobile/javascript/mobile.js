@@ -1,5 +1,5 @@
 "use strict";
-/* Narrow windows: Generate stands above the pictures, which lie below the settings there, and not beside the prompt far above them. */
+/* Narrow windows: Generate stands above the pictures, which lie below the settings there, and not next to the prompt far above them. */
 
 let isSetupForMobile = false;
 

@@ -1,4 +1,4 @@
-"""Reference pictures: up to four pictures that an editing model (Flux.1 Kontext) reads beside the picture it makes, and the picture of edges or depth
+"""Reference pictures: up to four pictures that an editing model (Flux.1 Kontext) reads for the picture it makes, and the picture of edges or depth
 that a Flux.1 Canny or Depth model makes its picture from. The panel, and the work during a job.
 """
 
@@ -117,7 +117,7 @@ def read_arguments(p: Any, args: Sequence[Any]) -> GivenPictures:
 
 
 def takes_img2img_picture(p: Any, own: str, others: int) -> bool:
-    """Whether img2img's picture is a reference. "Yes" needs a model that takes one, and room beside the other pictures."""
+    """Whether img2img's picture is a reference. "Yes" needs a model that takes one, and room for one more."""
     is_img2img = bool(getattr(p, "init_images", None))
     if not is_img2img or own == NO or takes_control_picture(p.sd_model):
         return False

@@ -1,4 +1,4 @@
-"""Flux.1's files beside the checkpoint: what is missing, what takes whose place, what fits nothing, and where the text encoders go."""
+"""Flux.1's files besides the checkpoint: what is missing, what takes whose place, what fits nothing, and where the text encoders go."""
 
 from __future__ import annotations
 

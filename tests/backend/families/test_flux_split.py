@@ -150,7 +150,7 @@ def test_weights_in_fp8_split_as_they_are() -> None:
 @pytest.mark.parametrize("packed", LOW_BITS)
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "LoRA"])
 def test_packed_weights_split_as_they_are(packed: str, lora: bool) -> None:
-    """By layers to the very bits, and as replicas; slots hold packed bytes, with and without a LoRA beside them."""
+    """By layers to the very bits, and as replicas; slots hold packed bytes, with and without a side-branch LoRA."""
     expected = whole(lora, packed=packed)
     with virtual_fleet(2) as fleet:
         for strategy in ("layers", "replicas"):

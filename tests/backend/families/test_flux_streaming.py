@@ -23,13 +23,13 @@ from tests.backend.families.test_flux_split import SHAPE, make_inputs, make_patc
 from tests.support.fleets import virtual_fleet
 
 WIDE = {"num_attention_heads": 12, "num_single_layers": 6}
-"""A network of 24 MB: plans expect 512 tokens of text, whose activations must be small beside the weights."""
+"""A network of 24 MB: plans expect 512 tokens of text, whose activations must be small compared with the weights."""
 WORKING_BYTES = 6 * 2**20
 """A row's activations with as much text, and the state at the cuts."""
 
 
 def cap_bytes(share: float, num_slots: int = 2, **network: Any) -> int:
-    """A cap at which `num_slots` slots together have room for this share of the network's weights, beside what a row needs."""
+    """A cap at which `num_slots` slots together have room for this share of the network's weights, besides what a row needs."""
     return WORKING_BYTES + int(share * count_module_bytes(make_patcher(**WIDE, **network).model).total_bytes / num_slots)
 
 

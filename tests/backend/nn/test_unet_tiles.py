@@ -115,7 +115,7 @@ def test_what_crosses_is_what_the_planner_counts(programs: dict[str, UNetProgram
 
 
 def test_a_layer_with_hooks_is_called_as_a_module(programs: dict[str, UNetProgram]) -> None:
-    """A weight that streams in or gets a LoRA beside it changes what the layer computes; tiles must not go around it."""
+    """A weight that streams in or gets a side-branch LoRA changes what the layer computes; tiles must not go around it."""
     program = programs["sd15"]
     call = make_call(program, 16, 8)
     convs = [layer for layer in program.embedding.unet.modules() if isinstance(layer, nn.Conv2d)]

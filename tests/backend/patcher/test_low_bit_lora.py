@@ -1,4 +1,4 @@
-"""LoRA over packed weights: beside the layer where it is low-rank, merged or added while the layer runs where it is not. Reference: the dequantized
+"""LoRA over packed weights: a side branch where it is low-rank, merged or added while the layer runs where it is not. Reference: the dequantized
 weight with the change merged in fp32."""
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def test_several_changes_are_stacked_and_a_convolution_has_a_branch_too() -> Non
         one.refresh_loras()
     x = numbers(3, SIDE, seed=9)
     torch.testing.assert_close(module(x), reference.model(x), rtol=1e-5, atol=1e-5)
-    assert len(module[0]._forward_hooks) == len(module[2]._forward_hooks) == 2, "a branch beside the hook that dequantizes, however many changes"
+    assert len(module[0]._forward_hooks) == len(module[2]._forward_hooks) == 2, "a branch next to the hook that dequantizes, however many changes"
 
 
 @pytest.mark.parametrize("kind", ["fp8_scaled", "int8", "nf4", "q8_0", "q4_0"])
