@@ -3,7 +3,7 @@
 Trained streams overflow fp16, and so do the products inside the MLPs. If the network computes in fp16, streams, modulations and gated products are
 therefore fp32, and only the inputs of matrices and attention are fp16.
 
-Shapes: B rows, L tokens, D token width, N heads, K head width, F inner width of the MLP.
+Shapes: B rows, L tokens, D token width, N heads, M heads of keys and values, K head width, T keys, F inner width of the MLP.
 """
 
 from __future__ import annotations
@@ -42,15 +42,22 @@ def rotate(x_BLNK: Tensor, rope: Rope) -> Tensor:
 
 def attend(attn: Any, tokens_BLD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
     """Self-attention with normalized heads and rotations; fewer heads of keys and values are repeated."""
-    query, key, value = (layer(tokens_BLD) for layer in (attn.to_q, attn.to_k, attn.to_v))
-    head_width = query.shape[-1] // attn.heads
-    query, key, value = (part.unflatten(-1, (-1, head_width)) for part in (query, key, value))
-    query, key = rotate(attn.norm_q(query), rope), rotate(attn.norm_k(key), rope)
-    repeats = attn.heads // key.shape[2]
+    query, key, value = (heads_of(attn, layer, tokens_BLD) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    return join_heads(attn, rotate(attn.norm_q(query), rope), rotate(attn.norm_k(key), rope), value, mask)
+
+
+def heads_of(attn: Any, layer: nn.Module, tokens_BLD: Tensor) -> Tensor:
+    """Queries, keys or values, (B, L, heads, K)."""
+    return layer(tokens_BLD).unflatten(-1, (-1, attn.inner_dim // attn.heads))  # type: ignore[no-any-return]
+
+
+def join_heads(attn: Any, query_BLNK: Tensor, key_BTMK: Tensor, value_BTMK: Tensor, mask: Tensor | None) -> Tensor:
+    """The attention of rotated queries to T keys, projected to (B, L, D). `mask`: which keys count, (B, 1, 1, T)."""
+    repeats = attn.heads // key_BTMK.shape[2]
     if repeats > 1:
-        key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
-    mixed_BLD = attention_function(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn.heads, mask, skip_reshape=True)
-    return attn.to_out[0](mixed_BLD)  # type: ignore[no-any-return]
+        key_BTMK, value_BTMK = key_BTMK.repeat_interleave(repeats, dim=2), value_BTMK.repeat_interleave(repeats, dim=2)
+    query, key, value = (heads.transpose(1, 2) for heads in (query_BLNK, key_BTMK, value_BTMK))
+    return attn.to_out[0](attention_function(query, key, value, attn.heads, mask, skip_reshape=True))  # type: ignore[no-any-return]
 
 
 def gated(up: nn.Module, gate: nn.Module, down: nn.Module, x_BLD: Tensor, activation: Callable[[Tensor], Tensor] = functional.silu) -> Tensor:

@@ -132,13 +132,33 @@ class Cut:
         return whole_BCHW[:, :, start:end]
 
 
+def residual_of_rows(residual_BLD: Tensor, cut: Cut, rank: int) -> Tensor | None:
+    """A tile's part of a control residual for picture tokens, row by row; None if they are not whole rows of them."""
+    columns, rest = divmod(residual_BLD.shape[1], cut.bounds[-1])
+    start, end = cut.span(rank)
+    return None if rest else residual_BLD[:, start * columns : end * columns]
+
+
+@dataclass(slots=True, eq=False)
+class NormMemory:
+    """A tile's own sums of group norms, by the number of the exchange: of the pass before, if what arrives is of that pass too (`before`), and of
+    this pass (`now`)."""
+
+    before: Mapping[int, Tensor] = field(default_factory=dict)
+    now: dict[int, Tensor] = field(default_factory=dict)
+
+
 @dataclass(slots=True, eq=False)
 class Tile:
-    """One tile while it runs, at the level where it is now. Used by one thread at a time."""
+    """One tile while it runs, at the level where it is now. Used by one thread at a time.
+
+    `norms`: where passes whose exchanges may be displaced keep their sums; None if all exchanges are waited for.
+    """
 
     peers: Peers
     cut: Cut
     level: int = 0
+    norms: NormMemory | None = None
     _scratch: dict[object, Tensor] = field(default_factory=dict)
 
     @property

@@ -23,7 +23,7 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
-from backend.families.flux.tiles import TilePlace, TileTokens, find_untileable, modulate, residual_of_tile, run_double_on_tile, run_single_on_tile
+from backend.families.flux.tiles import TilePlace, TileTokens, find_untileable, modulate, run_double_on_tile, run_single_on_tile
 from backend.nn.block_segment import BlockSegment, residuals_from_the_first
 from backend.nn.flux import DoubleStreamBlock, SingleStreamBlock, find_replaced_forward
 from backend.nn.flux_controlnet import build_for_counting, usual_residuals
@@ -35,7 +35,7 @@ from backend.nn.flux_layers import picture_ids as picture_ids
 from backend.nn.flux_layers import unpack as unpack
 from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, Segment, TransformerOptions
 from backend.nn.references import REFERENCES
-from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic
+from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic, residual_of_rows
 
 IMAGE, TEXT, TOKENS, MODULATION, COSINES, SINES, FLOW = "image", "text", "tokens", "modulation", "rope cosines", "rope sines", "flow"
 DOUBLE, SINGLE, LAST = "double_block", "single_block", "last"
@@ -283,7 +283,7 @@ class FluxProgram(Program):
         """A tile's part of picture tokens, (B, L, D) or (B, D, rows, columns)."""
         if residual.ndim == 4:
             return residual[:, :, slice(*cut.span(rank))] if residual.shape[2] == cut.bounds[-1] else None
-        return residual_of_tile(residual, cut, rank)
+        return residual_of_rows(residual, cut, rank)
 
     def foreign_forward(self) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
         """A pass with the `inner_forward` that an extension put in the place of the network's own."""

@@ -145,13 +145,6 @@ def modulate(norm: Any, modulation_BD: Tensor, count: int, stream_dtype: torch.d
     return tuple(part.unsqueeze(1) for part in numbers.chunk(count, dim=1))
 
 
-def residual_of_tile(residual_BLD: Tensor, cut: Cut, rank: int) -> Tensor | None:
-    """A tile's part of a control residual for picture tokens; None if they are not whole rows of them."""
-    columns, rest = divmod(residual_BLD.shape[1], cut.bounds[-1])
-    start, end = cut.span(rank)
-    return None if rest else residual_BLD[:, start * columns : end * columns]
-
-
 def find_untileable(named_blocks: Sequence[tuple[str, nn.Module]], kinds: Collection[type], processor: type) -> str | None:
     """The first block that tiles do not compute exactly, and why; None if there is none. `kinds`, `processor`: what tiles know."""
     for name, block in named_blocks:

@@ -29,6 +29,8 @@ from backend.nn.block_segment import BlockSegment
 from backend.nn.padded_text import TEXT_LENGTHS, attention_mask, read_lengths
 from backend.nn.program import Addition, NamedLayers, Program, ProgramState, Segment, TransformerOptions
 from backend.nn.stream_layers import Rope, attend, gated, rms_norm, rotations
+from backend.nn.stream_tiles import Spans, StreamPlace, attend_on_tile, join_spans, share_out, share_rows, spans_of
+from backend.nn.tiles import Swaps, Tile, TileTraffic
 
 IMAGE, TEXT, TOKENS, MODULATION, COSINES, SINES, MASK, FLOW = (
     "image", "text", "tokens", "modulation", "rope cosines", "rope sines", "text mask", "flow",
@@ -41,20 +43,42 @@ PEAK_NUMBERS = 20
 SAFETY = 1.5
 _SIZES = "lumina2_sizes"
 """Key of the latents' rows and columns, and of the number of text tokens, in the state's options, which travel with the state."""
+_PLACES = "lumina2_places"
+"""Key of where each stream's tokens are, in the options of a tile's state."""
+Modulation = tuple[Tensor | float, ...]
+"""Scale and gate of attention, scale and gate of the MLP."""
 
 
 def run_block(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
     """The tokens after a block, which has attention, then an MLP, each between two norms. Its modulation, if any, has the network's dtype."""
-    dtype, stream, mlp = modulation_BD.dtype, tokens_BLD, block.feed_forward
+    numbers = _modulate(block, modulation_BD, tokens_BLD.dtype)
+    mixed_BLD = attend(block.attn, _norm_in(block, tokens_BLD, numbers, modulation_BD.dtype), rope, mask)
+    return _finish_block(block, tokens_BLD, mixed_BLD, numbers, modulation_BD.dtype)
+
+
+def run_block_on_tile(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, place: StreamPlace) -> Swaps[Tensor]:
+    """`run_block` for a tile's tokens."""
+    numbers = _modulate(block, modulation_BD, tokens_BLD.dtype)
+    mixed_BLD = yield from attend_on_tile(block.attn, _norm_in(block, tokens_BLD, numbers, modulation_BD.dtype), place)
+    return _finish_block(block, tokens_BLD, mixed_BLD, numbers, modulation_BD.dtype)
+
+
+def _norm_in(block: Any, stream_BLD: Tensor, numbers: Modulation, dtype: torch.dtype) -> Tensor:
+    """What attention reads."""
     norm = block.norm1.norm if block.modulation else block.norm1
-    attention_scale, attention_gate, mlp_scale, mlp_gate = _modulate(block, modulation_BD, stream.dtype)
-    mixed = attend(block.attn, (rms_norm(norm, stream) * attention_scale).to(dtype), rope, mask)
-    stream = stream + attention_gate * rms_norm(block.norm2, mixed.to(stream.dtype))
-    inner = gated(mlp.linear_3, mlp.linear_1, mlp.linear_2, (rms_norm(block.ffn_norm1, stream) * mlp_scale).to(dtype))
-    return stream + mlp_gate * rms_norm(block.ffn_norm2, inner.to(stream.dtype))
+    return (rms_norm(norm, stream_BLD) * numbers[0]).to(dtype)
 
 
-def _modulate(block: Any, modulation_BD: Tensor, dtype: torch.dtype) -> tuple[Tensor | float, ...]:
+def _finish_block(block: Any, stream_BLD: Tensor, mixed_BLD: Tensor, numbers: Modulation, dtype: torch.dtype) -> Tensor:
+    """The stream after attention's result and the MLP."""
+    _, attention_gate, mlp_scale, mlp_gate = numbers
+    stream_BLD = stream_BLD + attention_gate * rms_norm(block.norm2, mixed_BLD.to(stream_BLD.dtype))
+    mlp = block.feed_forward
+    inner_BLD = gated(mlp.linear_3, mlp.linear_1, mlp.linear_2, (rms_norm(block.ffn_norm1, stream_BLD) * mlp_scale).to(dtype))
+    return stream_BLD + mlp_gate * rms_norm(block.ffn_norm2, inner_BLD.to(stream_BLD.dtype))
+
+
+def _modulate(block: Any, modulation_BD: Tensor, dtype: torch.dtype) -> Modulation:
     """Scales and gates of attention and MLP, (B, 1, D) each in the stream's dtype; ones in a block that does not read the time."""
     if not block.modulation:
         return 1.0, 1.0, 1.0, 1.0
@@ -80,6 +104,18 @@ class StreamSegment(BlockSegment):
             return {name: run_block(self.layers[0], args[name], args["vec"], args["pe"], self._mask(state))}
 
         state.tensors[self.stream] = self.run_or_replace(state, args, forward)[name]
+
+    def run_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        """Refiners of the text run whole on every tile: its few tokens cost less than exchanges."""
+        state.options["block"] = self.key
+        if self.stream == TEXT:
+            self._run(state)
+            return
+        if self.joins:
+            text_BLD = state.options[_PLACES][TEXT].take(state.tensors.pop(TEXT), tile.rank)
+            state.tensors[TOKENS] = torch.cat([text_BLD, state.tensors.pop(IMAGE)], dim=1)
+        tokens_BLD, place = state.tensors[self.stream], state.options[_PLACES][self.stream]
+        state.tensors[self.stream] = yield from run_block_on_tile(self.layers[0], tokens_BLD, state.tensors[MODULATION], place)
 
     def _rope(self, state: ProgramState) -> Rope:
         cosines, sines = state.tensors[COSINES], state.tensors[SINES]
@@ -110,6 +146,11 @@ class LastSegment(BlockSegment):
         scale = 1.0 + layer.linear_1(layer.silu(modulation_BD)).unsqueeze(1).to(tokens_BLD.dtype)
         flow_BLD = layer.linear_2((layer.norm(tokens_BLD) * scale).to(modulation_BD.dtype))
         state.tensors[FLOW] = -unpack(flow_BLD, height, width)
+
+    def run_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        """Nothing crosses: the sizes in the state are the tile's."""
+        self._run(state)
+        yield from ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +195,37 @@ class Lumina2Program(Program):
             assert mask is not None
             tensors[MASK] = mask
         return ProgramState(tensors, dict(residuals or {}), {**(options or {}), _SIZES: (height, width, text_BLD.shape[1])})
+
+    def why_no_tiles(self) -> str | None:
+        return None
+
+    def tile_traffic(self, rows: Mapping[str, Tensor]) -> TileTraffic:
+        """Rows of tokens are cut; refiners of the picture need the keys and values of its tokens, layers those of all."""
+        (height, width), num_text, network = rows["x"].shape[-2:], rows["context"].shape[1], self.embedding.network
+        num_rows = -(-height // CELL)
+        num_picture, num_refiners, num_layers = num_rows * -(-width // CELL), len(network.noise_refiner), len(network.layers)
+        shared = num_refiners * num_picture + num_layers * (num_picture + num_text)
+        return TileTraffic(
+            length=num_rows, unit=1, num_exchanges=num_refiners + num_layers, halo_numbers=0, sum_numbers=0,
+            shared_numbers=2 * shared * network.layers[0].attn.inner_kv_dim,
+        )  # fmt: skip
+
+    def start_tile(self, rows: Mapping[str, Tensor], tile: Tile, *, options: TransformerOptions | None = None) -> ProgramState:
+        """Texts stay whole until they join the picture."""
+        state, (start, end) = self.start(rows, options=options), tile.span
+        (height, width, num_text), tensors = state.options[_SIZES], state.tensors
+        image, text = share_rows(tile.cut, -(-width // CELL)), share_out(tile.cut, num_text)
+        tables = (tensors[COSINES], tensors[SINES])
+        picture_tables = (tables[0][:, num_text:], tables[1][:, num_text:])
+        places: dict[str, StreamPlace | Spans] = {
+            IMAGE: StreamPlace.of(tile, spans_of(image), picture_tables),
+            TOKENS: StreamPlace.of(tile, join_spans(text, image), tables, tensors.get(MASK)),
+            TEXT: spans_of(text),
+        }
+        tensors[IMAGE] = spans_of(image).take(tensors[IMAGE], tile.rank)
+        own_text = text[tile.rank].stop - text[tile.rank].start
+        state.options |= {_SIZES: (min(CELL * end, height) - CELL * start, width, own_text), _PLACES: places}
+        return state
 
     def example_rows(self, *, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
         config = self.embedding.network.config

@@ -21,13 +21,13 @@ from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
-from backend.families.flux.tiles import TilePlace, TileTokens, find_untileable, residual_of_tile
+from backend.families.flux.tiles import TilePlace, TileTokens, find_untileable
 from backend.families.sd3.layers import JointAttentionProcessor, modulate, run_joint_block
 from backend.families.sd3.tiles import run_joint_on_tile
 from backend.nn.block_segment import BlockSegment, residuals_from_the_first
 from backend.nn.flux_layers import norm_with
 from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, Segment, TransformerOptions
-from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic
+from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic, residual_of_rows
 
 IMAGE, TEXT, MODULATION, FLOW = "image", "text", "modulation", "flow"
 BLOCK, LAST = "double_block", "last"
@@ -159,7 +159,7 @@ class Sd3Program(Program):
 
     def residual_of_tile(self, residual: Tensor, cut: Cut, rank: int) -> Tensor | None:
         """A tile's part of picture tokens (B, L, D)."""
-        return residual_of_tile(residual, cut, rank)
+        return residual_of_rows(residual, cut, rank)
 
     def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
         """Entry i of "output" is added to the picture after block i."""

@@ -28,6 +28,8 @@ from backend.nn.block_segment import BlockSegment, residuals_from_the_first
 from backend.nn.padded_text import TEXT_LENGTHS, read_lengths
 from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, Segment, TransformerOptions
 from backend.nn.stream_layers import Rope, attend, gated, rms_norm, rotations
+from backend.nn.stream_tiles import Spans, StreamPlace, attend_on_tile, join_spans, share_out, share_rows, spans_of
+from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic, residual_of_rows
 
 IMAGE, TEXT, TOKENS, MODULATION, COSINES, SINES, MASK, FLOW = (
     "image", "text", "tokens", "modulation", "rope cosines", "rope sines", "text mask", "flow",
@@ -43,20 +45,41 @@ PEAK_NUMBERS = 16
 SAFETY = 1.5
 _SIZES = "zimage_sizes"
 """Key of the latents' rows and columns in the state's options, which travel with the state."""
+_PLACES = "zimage_places"
+"""Key of where each stream's tokens are, in the options of a tile's state."""
+Modulation = tuple[Tensor | float, ...]
+"""Scale and gate of attention, scale and gate of the MLP."""
 
 
 def run_block(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
     """The tokens after a block, which has attention, then an MLP, each between two norms. Its modulation, if any, has the network's dtype."""
-    dtype, stream = modulation_BD.dtype, tokens_BLD
-    attention_scale, attention_gate, mlp_scale, mlp_gate = _modulate(block, modulation_BD, stream.dtype)
-    mixed = attend(block.attention, (rms_norm(block.attention_norm1, stream) * attention_scale).to(dtype), rope, mask)
-    stream = stream + attention_gate * rms_norm(block.attention_norm2, mixed.to(stream.dtype))
+    numbers = _modulate(block, modulation_BD, tokens_BLD.dtype)
+    mixed_BLD = attend(block.attention, _norm_in(block, tokens_BLD, numbers, modulation_BD.dtype), rope, mask)
+    return _finish_block(block, tokens_BLD, mixed_BLD, numbers, modulation_BD.dtype)
+
+
+def run_block_on_tile(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, place: StreamPlace) -> Swaps[Tensor]:
+    """`run_block` for a tile's tokens."""
+    numbers = _modulate(block, modulation_BD, tokens_BLD.dtype)
+    mixed_BLD = yield from attend_on_tile(block.attention, _norm_in(block, tokens_BLD, numbers, modulation_BD.dtype), place)
+    return _finish_block(block, tokens_BLD, mixed_BLD, numbers, modulation_BD.dtype)
+
+
+def _norm_in(block: Any, stream_BLD: Tensor, numbers: Modulation, dtype: torch.dtype) -> Tensor:
+    """What attention reads."""
+    return (rms_norm(block.attention_norm1, stream_BLD) * numbers[0]).to(dtype)
+
+
+def _finish_block(block: Any, stream_BLD: Tensor, mixed_BLD: Tensor, numbers: Modulation, dtype: torch.dtype) -> Tensor:
+    """The stream after attention's result and the MLP."""
+    _, attention_gate, mlp_scale, mlp_gate = numbers
+    stream_BLD = stream_BLD + attention_gate * rms_norm(block.attention_norm2, mixed_BLD.to(stream_BLD.dtype))
     mlp = block.feed_forward
-    inner = gated(mlp.w3, mlp.w1, mlp.w2, (rms_norm(block.ffn_norm1, stream) * mlp_scale).to(dtype))
-    return stream + mlp_gate * rms_norm(block.ffn_norm2, inner.to(stream.dtype))
+    inner_BLD = gated(mlp.w3, mlp.w1, mlp.w2, (rms_norm(block.ffn_norm1, stream_BLD) * mlp_scale).to(dtype))
+    return stream_BLD + mlp_gate * rms_norm(block.ffn_norm2, inner_BLD.to(stream_BLD.dtype))
 
 
-def _modulate(block: Any, modulation_BD: Tensor, dtype: torch.dtype) -> tuple[Tensor | float, ...]:
+def _modulate(block: Any, modulation_BD: Tensor, dtype: torch.dtype) -> Modulation:
     """Scales and gates of attention and MLP, (B, 1, D) each in the stream's dtype; ones in a block that does not read the time."""
     if not block.modulation:
         return 1.0, 1.0, 1.0, 1.0
@@ -79,6 +102,16 @@ class StreamSegment(BlockSegment):
             return {name: run_block(self.layers[0], args[name], args["vec"], args["pe"], self._mask(state))}
 
         state.tensors[self.stream] = self.run_or_replace(state, args, forward)[name]
+
+    def run_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        """Refiners of the text run whole on every tile: its few tokens cost less than exchanges."""
+        state.options["block"] = self.key
+        if self.stream == TEXT:
+            self._run(state)
+        else:
+            tokens_BLD, place = state.tensors[self.stream], state.options[_PLACES][self.stream]
+            state.tensors[self.stream] = yield from run_block_on_tile(self.layers[0], tokens_BLD, state.tensors[MODULATION], place)
+        self.add_residuals(state, at_end=True)
 
     def _rope(self, state: ProgramState) -> Rope:
         cosines, sines = state.tensors[COSINES], state.tensors[SINES]
@@ -114,6 +147,12 @@ class JoinedSegment(StreamSegment):
             state.tensors[TOKENS] = torch.cat([state.tensors.pop(IMAGE), state.tensors.pop(TEXT)], dim=1)
         super()._run(state)
 
+    def run_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        if self.joins:
+            text_BLD = state.options[_PLACES][TEXT].take(state.tensors.pop(TEXT), tile.rank)
+            state.tensors[TOKENS] = torch.cat([state.tensors.pop(IMAGE), text_BLD], dim=1)
+        yield from super().run_tile(state, tile)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LastSegment(BlockSegment):
@@ -129,6 +168,11 @@ class LastSegment(BlockSegment):
         scale = 1.0 + layer.adaLN_modulation(modulation_BD).unsqueeze(1).to(tokens_BLD.dtype)
         flow_BLD = layer.linear((layer.norm_final(tokens_BLD) * scale).to(modulation_BD.dtype))
         state.tensors[FLOW] = -unpack(flow_BLD, height, width)
+
+    def run_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        """Nothing crosses: the sizes in the state are the tile's."""
+        self._run(state)
+        yield from ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +223,40 @@ class ZImageProgram(Program):
         if min(padded) < text_BLD.shape[1]:
             tensors[MASK] = _mask(padded, image_BLD.shape[1], text_BLD.shape[1]).to(x_BCHW.device)
         return ProgramState(tensors, dict(residuals or {}), {**(options or {}), _SIZES: (height, width)})
+
+    def why_no_tiles(self) -> str | None:
+        return None
+
+    def tile_traffic(self, rows: Mapping[str, Tensor]) -> TileTraffic:
+        """Rows of tokens are cut; refiners of the picture need the keys and values of its tokens, layers those of all."""
+        (height, width), num_text, network = rows["x"].shape[-2:], _rounded(rows["context"].shape[1]), self.embedding.network
+        num_rows = -(-height // CELL)
+        num_picture = _rounded(num_rows * -(-width // CELL))
+        num_refiners, num_layers = len(network.noise_refiner), len(network.layers)
+        shared = num_refiners * num_picture + num_layers * (num_picture + num_text)
+        return TileTraffic(
+            length=num_rows, unit=1, num_exchanges=num_refiners + num_layers, halo_numbers=0, sum_numbers=0,
+            shared_numbers=2 * shared * network.layers[0].attention.inner_kv_dim,
+        )  # fmt: skip
+
+    def start_tile(self, rows: Mapping[str, Tensor], tile: Tile, *, options: TransformerOptions | None = None) -> ProgramState:
+        """The last tile has the picture's padding, too. Texts stay whole until they join the picture."""
+        state, (start, end) = self.start(rows, options=options), tile.span
+        (height, width), tensors = state.options[_SIZES], state.tensors
+        num_picture, num_text, rope = tensors[IMAGE].shape[1], tensors[TEXT].shape[1], (tensors[COSINES], tensors[SINES])
+        image, text = share_rows(tile.cut, -(-width // CELL), num_picture), share_out(tile.cut, num_text)
+        places: dict[str, StreamPlace | Spans] = {
+            IMAGE: StreamPlace.of(tile, spans_of(image), rope),
+            TOKENS: StreamPlace.of(tile, join_spans(image, text), rope, tensors.get(MASK)),
+            TEXT: spans_of(text),
+        }
+        tensors[IMAGE] = spans_of(image).take(tensors[IMAGE], tile.rank)
+        state.options |= {_SIZES: (min(CELL * end, height) - CELL * start, width), _PLACES: places}
+        return state
+
+    def residual_of_tile(self, residual: Tensor, cut: Cut, rank: int) -> Tensor | None:
+        """A tile's part of picture tokens (B, L, D)."""
+        return residual_of_rows(residual, cut, rank)
 
     def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
         """Entry i of "input" is added to the picture after layer i."""

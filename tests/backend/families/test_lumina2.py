@@ -165,7 +165,7 @@ def test_in_fp16_streams_are_fp32_and_do_not_overflow() -> None:
     assert (state.tensors["flow"].float() - wanted).abs().max() < 0.03 * wanted.abs().max()
 
 
-@pytest.mark.parametrize(("strategy", "count"), [("layers", 2), ("layers", 3), ("replicas", 2)])
+@pytest.mark.parametrize(("strategy", "count"), [("layers", 2), ("layers", 3), ("replicas", 2), ("tiles", 3)])
 def test_several_slots_give_what_one_gives(strategy: str, count: int) -> None:
     check_slots(LUMINA, strategy, count)
 
