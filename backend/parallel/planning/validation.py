@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from backend.parallel.planning.costs import ModelProfile
 from backend.parallel.planning.pipeline import StageTime, StepRows, simulate_pipeline
 from backend.parallel.planning.planner import JobShape, deal_by_speed, make_plan
 from backend.parallel.planning.simulation import (
@@ -13,11 +15,19 @@ from backend.parallel.planning.simulation import (
     SimulatedJob,
     card_links,
     card_slots,
+    component_costs,
+    model_config,
     parse_cards,
     parse_picture_size,
     profile_model,
     simulate,
 )
+from backend.parallel.planning.slot_facts import Link, LinkTable, SlotFacts
+from backend.parallel.planning.tile_costs import TileCosts
+
+KERNEL_FLOOR_MS = 0.01
+"""Time of one operation of a forward on a card, however small the tile. Fitted to DistriFusion's nine rows: their times on 1 to 8 cards have a part
+of about 26 ms a step that does not shrink."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +98,7 @@ def _deals() -> Iterator[Comparison]:
 
 
 def tile_comparisons() -> Iterator[Comparison]:
-    """Speedups of exact tiles for one SDXL image with CFG: the study's for cards without launch times, and one that others measured."""
+    """Speedups of exact tiles for one SDXL image with CFG, which the study computed for cards without launch times."""
     for card, link, expected in (
         ("RTX3090", "pcie", {2: (1.62, 1.75), 4: (3.06, 3.40)}),
         ("RTX3090", "host", {2: (1.42, 1.57), 4: (2.67, 3.04)}),
@@ -100,14 +110,49 @@ def tile_comparisons() -> Iterator[Comparison]:
                 yield Comparison(
                     what=f"{count}x{card}, {link}, {side_px}x{side_px}", predicted=_predict_tiles(card, count, link, side_px), expected=speedup
                 )
-    measured = _predict_tiles("A100-80", 4, "nvlink", 2048)
-    yield Comparison(what="4xA100-80, 2048x2048: measured, TensorRT-LLM PR #1514 (torch, synchronous)", predicted=measured, expected=2.92)
 
 
 def _predict_tiles(card: str, count: int, link: str, side_px: int) -> float:
     names, profile = (card,) * count, profile_model("sdxl", side_px, side_px)
     slots = [replace(slot, kernel_ms=0.0) for slot in card_slots(names)]
     return make_plan(profile, slots, card_links(names, link), JobShape(), strategy="tiles").predicted_speedup
+
+
+def measured_tiles() -> Iterator[Comparison]:
+    """Speedups of tiles and of sequence parallel over one card of the same kind, which others measured, mostly of whole requests.
+
+    The speed of one card is taken from the row itself. The VAE decodes on one card. Each card has a process of its own, so launches do not add up,
+    but a UNet's forward takes at least KERNEL_FLOOR_MS for each operation, however small the tile. A DiT has few large matrix products instead.
+    """
+    for study in json.loads((DATA_DIR / "published_tiles.json").read_text(encoding="utf-8")):
+        for size, (alone_s, times_s) in study["rows"].items():
+            for count, together_s in times_s.items():
+                what = f"{count}x{study['cards']}, {study['model']}, {size}: {study['source']}, {alone_s:g} -> {together_s:g} s"
+                yield Comparison(what=what, predicted=_predict_measured(study, size, int(count), 1000.0 * alone_s), expected=alone_s / together_s)
+
+
+def _predict_measured(study: Mapping[str, Any], size: str, count: int, alone_ms: float) -> float:
+    (width_px, height_px), names, branches, steps = parse_picture_size(size), (study["cards"],) * count, study["branches"], study["steps"]
+    profile = profile_model(study["model"], width_px, height_px)
+    vae = component_costs(study["model"], width_px, height_px, has_controlnet=False)[1] if study.get("has_vae") else None
+    vae_work = 0.0 if vae is None else vae.flops_per_row
+    slots = card_slots(names)
+    floor_ms = 0.0 if "family" in model_config(study["model"]) else KERNEL_FLOOR_MS * profile.num_kernels
+    fixed_ms = steps * (profile.weight_bytes / slots[0].memory_bytes_per_ms + floor_ms)
+    speed = (steps * branches * profile.work_per_row + vae_work) / (alone_ms - fixed_ms)
+    slots = tuple(replace(slot, speed=speed, kernel_ms=0.0) for slot in slots)
+    job = JobShape(branches=branches, exact_share=study.get("exact_steps", steps) / steps)
+    step_ms = _team_step_ms(profile, slots, card_links(names, study["link"]), job, one_team=bool(study.get("team")))
+    return float(alone_ms / (steps * (step_ms + floor_ms) + vae_work / speed))
+
+
+def _team_step_ms(profile: ModelProfile, slots: Sequence[SlotFacts], links: Sequence[Link], job: JobShape, *, one_team: bool) -> float:
+    """A step of all rows on one team, or on as many equal teams as there are rows and slots for."""
+    assert profile.tiles is not None
+    costs = TileCosts(profile, profile.tiles, LinkTable(links), job, tuple(slots))
+    num_teams = 1 if one_team else min(job.num_rows, len(slots) // 2)
+    teams = [tuple(slots[place::num_teams]) for place in range(num_teams)]
+    return max(costs.team_ms(team, costs.plan_team(team), job.num_rows // num_teams) for team in teams)
 
 
 def validation_tables() -> str:
@@ -119,6 +164,8 @@ def validation_tables() -> str:
             *_table("study (computed)", study_comparisons()),
             "",
             *_table("exact tiles", tuple(tile_comparisons())),
+            "",
+            *_table("tiles (measured)", tuple(measured_tiles())),
         ]
     )
 
