@@ -50,6 +50,11 @@ def make_application() -> Application:
     """An application with a narrow checkpoint in a temporary folder, which exists until the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     write_checkpoint(folder / "models" / "Stable-diffusion" / "narrow.safetensors", "sd15", width=WIDTH)
+    return install_application(folder)
+
+
+def install_application(folder: Path) -> Application:
+    """An application over a folder of data, which saves nothing."""
     app = build_application(config_for_tests(folder))
     install(app)
     app.options.live_previews_enable = False

@@ -14,8 +14,12 @@ import torch
 from diffusers import ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
+from torch.nn import functional
 
 from backend.attention import install_attention
+from backend.nn.tiles import Swaps, Tile, TileTraffic
+from backend.nn.unet_state import CONTEXT, EMBEDDING, UNetState
+from backend.nn.unet_tiles import count_traffic, find_untileable, run_layers_on_tile
 
 HINT_STEP_PX = 8
 """Pixels of a hint per latent row or column."""
@@ -97,6 +101,59 @@ class ControlNetwork(nn.Module):
         hidden_BCHW = middle(hidden_BCHW, emb_BE, **_context_of(middle, context_BLD))
         residuals = [convolution(state) for state, convolution in zip(states, self.model.controlnet_down_blocks, strict=True)]
         return [*residuals, self.model.controlnet_mid_block(hidden_BCHW)]
+
+    # tiles of one row on several slots
+
+    def why_no_tiles(self) -> str | None:
+        """Why the network's rows cannot be cut into tiles; None if they can."""
+        return find_untileable((f"layer {number}", layer) for number, layer in enumerate(self._layers_in_order()))
+
+    def tile_traffic(self, height: int, width: int) -> TileTraffic:
+        """What tiles of one row of latents exchange in a pass."""
+        return count_traffic(self._layers_in_order(), height, width)
+
+    @property
+    def residual_levels(self) -> list[int]:
+        """How often the latents have been halved where each residual is made, in the order of `forward`."""
+        levels, level = [0], 0
+        for block in self.model.down_blocks:
+            levels += [level] * len(block.resnets)
+            level += bool(block.downsamplers)
+            levels += [level] if block.downsamplers else []
+        return [*levels, level]
+
+    def run_tile(
+        self, tile: Tile, x: Tensor, timesteps: Tensor, context: Tensor | None, y: Tensor | None, hint_embedding: Tensor
+    ) -> Swaps[list[Tensor]]:
+        """The tile's rows of what `forward` returns, for a network with tiles (`why_no_tiles`). All arguments are whole; the tile is at the outermost
+        level before and after."""
+        start, end = tile.span
+        tensors = {EMBEDDING: self._embed_time(x, timesteps, y), **({} if context is None else {CONTEXT: context})}
+        state = UNetState(tensors)
+        rows_BCHW = functional.pad(x[:, :, max(0, start - 1) : end + 1], (0, 0, int(tile.is_first), int(tile.is_last)))
+        hidden_BCHW = yield from run_layers_on_tile([self.model.conv_in], rows_BCHW, state, tile)
+        hidden_BCHW = self._join_hint(hidden_BCHW, repeat_rows(hint_embedding, x.shape[0])[:, :, start:end])
+        states = [hidden_BCHW]
+        for layers in self._runs_of_layers():
+            hidden_BCHW = yield from run_layers_on_tile(layers, hidden_BCHW, state, tile)
+            states.append(hidden_BCHW)
+        tile.level = 0
+        outputs = [*self.model.controlnet_down_blocks, self.model.controlnet_mid_block]
+        return [convolution(one) for one, convolution in zip(states, outputs, strict=True)]
+
+    def _runs_of_layers(self) -> list[list[nn.Module]]:
+        """Layers between two residuals, in order; the last run is the middle."""
+        runs: list[list[nn.Module]] = []
+        for block in self.model.down_blocks:
+            attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
+            runs += [[resnet] if attention is None else [resnet, attention] for resnet, attention in zip(block.resnets, attentions)]
+            runs += [[down] for down in block.downsamplers or ()]
+        middle = self.model.mid_block
+        pairs = [layer for pair in zip(middle.attentions, middle.resnets[1:]) for layer in pair if layer is not None]
+        return [*runs, [middle.resnets[0], *pairs]]
+
+    def _layers_in_order(self) -> list[nn.Module]:
+        return [self.model.conv_in, *(layer for run in self._runs_of_layers() for layer in run)]
 
 
 def controlnet_config(unet: Any) -> dict[str, Any]:

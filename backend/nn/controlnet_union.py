@@ -28,6 +28,9 @@ class UnionNetwork(ControlNetwork):
         """How many kinds of hints the network supports."""
         return int(self.config.num_control_type)
 
+    def why_no_tiles(self) -> str | None:
+        return "a ControlNet Union reads means over the whole picture"
+
     def forward(
         self,
         x: Tensor,

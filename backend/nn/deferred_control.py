@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from backend.nn.tiles import Swaps, Tile
+
 Residuals = dict[str, list[Tensor | None]]
 """Residuals by kind of place in the network (`Addition.kind`). The last of each list is used first."""
 Send = Callable[[Tensor, torch.device], Tensor]
@@ -45,6 +47,15 @@ class ControlTask(Protocol):
 
     def run(self, network: nn.Module) -> Residuals:
         """Residuals (B, C, H, W), computed on the inputs' device with `network`, which must be there too."""
+        ...
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether tiles of a row can compute their own parts of the residuals."""
+        ...
+
+    def run_on_tile(self, network: nn.Module, tile: Tile) -> Swaps[Residuals]:
+        """A tile's rows of what `run` gives; only if `has_tiles`."""
         ...
 
 

@@ -209,16 +209,39 @@ def finish_norm_padded(posted: PostedNorm, tile: Tile) -> Swaps[Tensor]:
 
 
 def _scale_and_shift(posted: PostedNorm, received: Received, tile: Tile) -> tuple[Tensor, Tensor]:
-    moments_R2N = torch.stack([received[rank][0] if rank in received else posted.own_2N for rank in range(tile.peers.count)])
-    shares_R1 = tile.shares_on(posted.own_2N.device, posted.own_2N.dtype)
-    return join_moments(posted.norm, moments_R2N, shares_R1, posted.x_BCHW.shape[0])
+    own_2N, number = posted.own_2N, posted.awaited.number
+    moments_R2N = torch.stack([received[rank][0] if rank in received else own_2N for rank in range(tile.peers.count)])
+    shares_R1 = tile.shares_on(own_2N.device, own_2N.dtype)
+    mean_N, variance_N = join_moments(moments_R2N, shares_R1)
+    if tile.norms is not None:
+        tile.norms.now[number] = own_2N
+        if (before_2N := tile.norms.before.get(number)) is not None:
+            moments_R2N[tile.rank] = before_2N
+            mean_N, variance_N = correct_moments(join_moments(moments_R2N, shares_R1), before_2N, own_2N)
+    return scale_and_shift(posted.norm, mean_N, variance_N, posted.x_BCHW.shape[0])
 
 
-def join_moments(norm: nn.GroupNorm, moments_R2N: Tensor, shares_R1: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """Combine the tiles' means and variances (Chan, Golub and LeVeque, 1979) into scale and shift, (B, C, 1, 1)."""
+def join_moments(moments_R2N: Tensor, shares_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (N,) of all tiles from those of each (Chan, Golub and LeVeque, 1979)."""
     mean_RN, variance_RN = moments_R2N.unbind(1)
     mean_N = (shares_R1 * mean_RN).sum(0)
-    variance_N = (shares_R1 * (variance_RN + (mean_RN - mean_N).square())).sum(0)
+    return mean_N, (shares_R1 * (variance_RN + (mean_RN - mean_N).square())).sum(0)
+
+
+def correct_moments(before: tuple[Tensor, Tensor], own_before_2N: Tensor, own_2N: Tensor) -> tuple[Tensor, Tensor]:
+    """All tiles' mean and variance of the pass before, moved by how this tile's E(x) and E(x^2) have changed since (Li et al. 2024, "DistriFusion",
+    section 4.2). Where that gives no positive variance: the tile's own."""
+    mean_N, variance_N = before
+    own_mean_N, own_variance_N = own_2N.unbind(0)
+    old_mean_N, old_variance_N = own_before_2N.unbind(0)
+    moved_mean_N = mean_N + own_mean_N - old_mean_N
+    moved_square_N = variance_N + mean_N.square() + own_variance_N + own_mean_N.square() - old_variance_N - old_mean_N.square()
+    moved_variance_N = moved_square_N - moved_mean_N.square()
+    return moved_mean_N, torch.where(moved_variance_N > 0, moved_variance_N, own_variance_N)
+
+
+def scale_and_shift(norm: nn.GroupNorm, mean_N: Tensor, variance_N: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """The norm with these statistics as scale and shift, (B, C, 1, 1)."""
     per_group = norm.num_channels // norm.num_groups
     inverse_BC = torch.rsqrt(variance_N + norm.eps).repeat_interleave(per_group).view(batch, -1)
     scale_BC = norm.weight.to(mean_N.dtype) * inverse_BC

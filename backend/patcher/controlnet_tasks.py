@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from backend.nn.controlnet import ControlNetwork
 from backend.nn.deferred_control import ControlTask, DeferredControl, Residuals, Send
+from backend.nn.tiles import Swaps, Tile
 from backend.patcher.controlnet import ControlBase, ControlNet, find_row_weights, weigh_residual
 
 PASS_HOOKS = ("controlnet_conditioning_modifiers", "controlnet_model_function_wrapper")
@@ -75,17 +78,51 @@ class ControlNetTask:
 
     def run(self, network: nn.Module) -> Residuals:
         """Residuals times strength and weights, computed with `network`, a copy on the inputs' device."""
-        x_BCHW = self.arguments["x"]
-        assert x_BCHW is not None
-        known = self.link.has_embedding(x_BCHW.device)
-        embedding = self.link.embedding_on(x_BCHW.device) if known else self.link.embed_hint(self.hint, network)
-        embedding = embedding if embedding.shape[0] == 1 else embedding[list(self.pictures)]
+        embedding = self._embed(network)
         found = self.link.place(network(**self.arguments, **self.link.pass_options(), hint=self.hint, hint_embedding=embedding))
         for kind, residuals in found.items():
             for index, residual in enumerate(residuals):
                 assert residual is not None
                 residuals[index] = weigh_residual(self.link.scale(residual), self.settings, kind, index, self.row_weights)
         return self.link.spread(found)
+
+    def _embed(self, network: nn.Module) -> Tensor:
+        """The hint of each row, or one for all, embedded on the inputs' device."""
+        x_BCHW = self.arguments["x"]
+        assert x_BCHW is not None
+        known = self.link.has_embedding(x_BCHW.device)
+        embedding = self.link.embedding_on(x_BCHW.device) if known else self.link.embed_hint(self.hint, network)
+        return embedding if embedding.shape[0] == 1 else embedding[list(self.pictures)]
+
+    @property
+    def has_tiles(self) -> bool:
+        """A residual that is averaged over the picture needs it whole."""
+        network = self.network
+        is_plain = isinstance(network, ControlNetwork) and network.why_no_tiles() is None
+        return is_plain and not self.link.global_average_pooling and type(self.link).place is ControlNet.place
+
+    def run_on_tile(self, network: nn.Module, tile: Tile) -> Swaps[Residuals]:
+        """A tile's rows of what `run` gives."""
+        assert isinstance(network, ControlNetwork)
+        arguments: dict[str, Any] = dict(self.arguments)
+        residuals = yield from network.run_tile(tile, **arguments, hint_embedding=self._embed(network))
+        *down, middle = [(one, self._settings_at(tile, level)) for one, level in zip(residuals, network.residual_levels, strict=True)]
+        return {
+            kind: [
+                weigh_residual(self.link.scale(residual), settings, kind, index, self.row_weights) for index, (residual, settings) in enumerate(found)
+            ]
+            for kind, found in (("middle", [middle]), ("output", down))
+        }
+
+    def _settings_at(self, tile: Tile, level: int) -> ControlNet:
+        """The settings with the mask's rows of a tile at a level."""
+        mask_B1HW, x_BCHW = self.settings.advanced_mask_weighting, self.arguments["x"]
+        if mask_B1HW is None or x_BCHW is None:
+            return self.settings
+        size = (tile.cut.begins(level)[-1], -(-x_BCHW.shape[3] // (1 << level)))
+        start, end = tile.cut.span(tile.rank, level)
+        whole_B1HW = functional.interpolate(mask_B1HW.to(x_BCHW.device, torch.float32), size=size, mode="bilinear")
+        return _with_rows(self.settings, self.settings.transformer_options.get("cond_mark"), whole_B1HW[:, :, start:end])
 
 
 def _with_rows(settings: ControlNet, mark_B: Tensor | None, mask_B1HW: Tensor | None) -> ControlNet:

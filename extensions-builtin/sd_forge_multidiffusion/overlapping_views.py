@@ -75,10 +75,15 @@ def weigh_view(view: View, method: str, like: Tensor) -> Tensor:
 
 
 class ViewedNetwork:
-    """A wrapper of the UNet function: runs `views_at_once` views in one call, and averages."""
+    """A wrapper of the UNet function: runs `views_at_once` views on every one of `num_slots` slots in one call, and averages."""
 
-    def __init__(self, method: str, view_size: tuple[int, int], overlap: int, views_at_once: int) -> None:
-        self._method, self._size, self._overlap, self._at_once = method, view_size, overlap, views_at_once
+    def __init__(self, method: str, view_size: tuple[int, int], overlap: int, views_at_once: int, num_slots: int = 1) -> None:
+        self._method, self._size, self._overlap, self._at_once = method, view_size, overlap, views_at_once * num_slots
+
+    def parts_of(self, height: int, width: int) -> tuple[int, int, int]:
+        """For the planner: how many views of each picture a call takes, and their rows and columns."""
+        views = list_views(height, width, *self._size, self._overlap)
+        return min(len(views), self._at_once), views[0].height, views[0].width
 
     def __call__(self, apply_model: Callable[..., Tensor], args: Mapping[str, Any]) -> Tensor:
         x_RCHW, sigma_R, given, kinds = args["input"], args["timestep"], args["c"], args["cond_or_uncond"]

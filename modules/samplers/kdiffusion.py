@@ -45,6 +45,8 @@ __all__ = ["CFGDenoiser", "CFGDenoiserKDiffusion", "KDiffusionSampler", "sampler
 CFGDenoiserKDiffusion = CFGDenoiser
 
 _TABLE_BUFFERS = ("sigmas", "log_sigmas", "alphas_cumprod")
+LEAST_DISPLACED_STEPS = 8
+"""With fewer steps left after the exact ones, tiles do not use values of the step before: steps differ too much from each other."""
 _ETA_INFOTEXT = {"eta_ancestral": "Eta", "eta_ddim": "Eta DDIM"}
 _CHURN_INFOTEXT = {"s_churn": ("Sigma churn", 0.0), "s_tmin": ("Sigma tmin", 0.0), "s_tmax": ("Sigma tmax", 0.0), "s_noise": ("Sigma noise", 1.0)}
 
@@ -224,7 +226,7 @@ class KDiffusionSampler:
     ) -> Tensor:
         """From unit noise `x` to latents."""
         num_steps = steps or p.steps
-        with self._network_ready(p, x):
+        with self._network_ready(p, x, num_steps):
             sigmas_T = self.get_sigmas(p, num_steps)
             if p.options.sgm_noise_multiplier:
                 p.extra_generation_params["SGM noise multiplier"] = True
@@ -244,7 +246,7 @@ class KDiffusionSampler:
     ) -> Tensor:
         """From latents `x`, with `noise` added at the level of the denoising strength, to latents."""
         num_steps, from_end = setup_img2img_steps(p, steps)
-        with self._network_ready(p, x):
+        with self._network_ready(p, x, from_end + 1):
             sigmas_T = self.get_sigmas(p, num_steps)
             part_T = sigmas_T[max(len(sigmas_T) - 2 - from_end, 0) :]
             x_BCHW = self._with_recovery(lambda: x.to(self.unet.load_device), "moving the latents")
@@ -267,16 +269,18 @@ class KDiffusionSampler:
         return start_BCHW
 
     @contextmanager
-    def _network_ready(self, p: Any, x: Tensor) -> Iterator[None]:
-        """The UNet on its device with the noise table chosen in the settings; undone afterwards."""
+    def _network_ready(self, p: Any, x: Tensor, num_steps: int) -> Iterator[None]:
+        """The UNet on its device, for so many steps, with the noise table chosen in the settings; undone afterwards."""
         if self.spec.needs_uncond:
             unet = self.unet.clone()
             unet.model_options["disable_cfg1_optimization"] = True
             self.sd_model.forge_objects.unet = unet
         with _noise_table(self.predictor, p, self._wanted_shift(p, x)):
             try:
-                self._session = sampling_prepare(self.unet, x=x, request=self._request(p, x.shape[0]))
+                self._session = sampling_prepare(self.unet, x=x, request=self._request(p, x.shape[0], num_steps))
                 yield
+                if self._session is not None and self._session.was_displaced:
+                    p.extra_generation_params["Tiles"] = f"displaced after {p.options.multi_gpu_exact_steps} steps"
             finally:
                 self._session = None
                 sampling_cleanup(self.unet)
@@ -293,13 +297,15 @@ class KDiffusionSampler:
             p.extra_generation_params["Shift by size"] = True
         return shift
 
-    def _request(self, p: Any, num_pictures: int) -> SamplingRequest:
+    def _request(self, p: Any, num_pictures: int, num_steps: int) -> SamplingRequest:
         """What the planner needs to know about the pass."""
         state = p.context.state
         return SamplingRequest(
             images=num_pictures,
             branches=self._num_branches(p),
-            steps=p.steps,
+            steps=num_steps,
+            calls_per_step=2 if self.options.get("second_order") else 1,
+            displaced_after=_displaced_after(p, num_steps),
             strategy=self._strategy(p),
             asynchronous=bool(p.enable_async_gpu and p.options.enable_async_gpu),
             may_use_lanes=may_use_lanes(self, p, num_pictures),
@@ -392,6 +398,20 @@ class KDiffusionSampler:
         profiler.recorder().note_step()
         if self._preview is not None and self._preview.due(index + 1):
             state.do_set_current_image()
+
+
+def _displaced_after(p: Any, num_steps: int) -> int | None:
+    """After how many steps tiles may use what was sent in the step before, if the settings ask for that; None for jobs of few steps."""
+    if p.options.multi_gpu_tiles != "displaced":
+        return None
+    exact_steps = int(p.options.multi_gpu_exact_steps)
+    if num_steps < exact_steps + LEAST_DISPLACED_STEPS:
+        p.comment(
+            f"Displaced tiles: of {num_steps} steps {exact_steps} are exact and fewer than {LEAST_DISPLACED_STEPS} are left, which differ too much "
+            "from each other. Tiles are exact."
+        )
+        return None
+    return exact_steps
 
 
 def _spec_of(function: str | Callable[..., Any]) -> SamplerSpec:

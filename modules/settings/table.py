@@ -364,6 +364,14 @@ def _multi_gpu() -> OptionTable:
     info = "auto chooses the plan predicted to be fastest (or the one from --multi-gpu-strategy); only used with --multi-gpu"
     return {
         "multi_gpu_strategy": choice("auto", "How a picture is divided over GPUs", "auto", "replicas", "tiles", "layers", "single", info=info),
+        "multi_gpu_tiles": choice(
+            "exact",
+            "What tiles of one picture use of each other",
+            "exact",
+            "displaced",
+            info="displaced: values of the step before, so that no GPU waits; faster, but another picture. Jobs of few steps stay exact",
+        ),
+        "multi_gpu_exact_steps": slider(4, "Displaced tiles: exact steps first", 1, 50, 1, strict=True),
         "enable_async_gpu": option(True, "Copy between GPUs while they compute", info="off gives the same picture, slower"),
     }
 

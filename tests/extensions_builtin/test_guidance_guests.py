@@ -144,6 +144,8 @@ def plain(app: Application) -> list[np.ndarray]:
 def made(app: Application) -> dict[str, list[np.ndarray]]:
     """The pictures of each extension on one slot."""
     pictures = {name: _images(run(give(app, _pair(**FIELDS.get(name, {})), title, *args))) for name, (title, args, _) in ACTING.items()}
+    title, args, _ = ACTING["views"]
+    pictures["views of one row"] = _images(run(give(app, _pair(batch_size=1, cfg_scale=1.0), title, *args)))
     with _replaced_forward(app):
         pictures["replaced forward"] = _images(run(give(app, _pair())))
     return pictures
@@ -249,6 +251,16 @@ def test_two_slots_make_the_pictures_of_one(app_of_two_gpus: Application, made: 
         assert "StyleAlign shares attention among the pictures of a batch, so other slots cannot help" in plan.reason
     else:
         assert {slot for stages in plan.stages for slot in stages} == {0, 1}
+
+
+def test_views_of_one_row_are_dealt_to_all_slots(app_of_two_gpus: Application, made: dict[str, list[np.ndarray]]) -> None:
+    """One picture without CFG is one row, but its views are four."""
+    title, args, _ = ACTING["views"]
+    pictures = _images(run(give(app_of_two_gpus, _pair(batch_size=1, cfg_scale=1.0), title, *args)))
+    assert np.abs(pictures[0] - made["views of one row"][0]).max() <= ROUNDING
+    plan = status.current_plan()
+    assert plan is not None and {slot for stages in plan.stages for slot in stages} == {0, 1}
+    assert plan.strategy == app_of_two_gpus.options.multi_gpu_strategy
 
 
 def test_a_replaced_forward_acts_on_every_slot(app_of_two_gpus: Application, plain: list[np.ndarray], made: dict[str, list[np.ndarray]]) -> None:

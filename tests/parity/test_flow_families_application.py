@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from backend.parallel.running import status
 from modules.application import Application
@@ -31,7 +32,15 @@ JOBS: dict[str, Callable[[], Any]] = {
     "txt2img": lambda: txt2img(**BASE, batch_size=2, prompt=LONG),
     "AND": lambda: txt2img(**BASE, prompt=f"a red cat AND {LONG} :0.4"),
     "img2img": lambda: img2img(**BASE, denoising_strength=0.6),
+    "inpaint": lambda: img2img(**BASE, denoising_strength=0.8, mask=_mask(), inpainting_fill=1),
+    "hires": lambda: txt2img(**BASE, enable_hr=True, hr_scale=1.125, hr_upscaler="Latent", denoising_strength=0.7),
 }
+
+
+def _mask() -> Image.Image:
+    values = np.zeros((SIDE_PX, SIDE_PX), dtype=np.uint8)
+    values[16:48, 24:] = 255
+    return Image.fromarray(values)
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +86,15 @@ def test_two_slots_make_the_same_pictures(data_dir: Path, alone: dict[tuple[str,
             assert np.abs(_pictures(app, family, job) - alone[family, job]).max() <= 1, job
             plan = status.current_plan()
             assert plan is not None and plan.strategy == strategy
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.nightly), pytest.param(4, marks=pytest.mark.nightly)])
+def test_tiles_make_the_same_pictures(data_dir: Path, alone: dict[tuple[str, str], np.ndarray], count: int) -> None:
+    """Every family and job; the enlarged picture has an odd number of latent rows and columns."""
+    with virtual_fleet(count), installed_application(data_dir) as app:
+        app.options.live_previews_enable = False
+        app.options.set("multi_gpu_strategy", "tiles")
+        for family, job in alone:
+            assert np.abs(_pictures(app, family, job) - alone[family, job]).max() <= 1, f"{family}: {job}"
+            plan = status.current_plan()
+            assert plan is not None and plan.strategy == "tiles", f"{family}: {job}: {plan}"

@@ -181,7 +181,10 @@ WEIGHED: dict[str, Any] = {
     "positive_advanced_weighting": even_weights(SOFT_WEIGHT),
     "negative_advanced_weighting": even_weights(0.0),
 }
-SLOT_CASES = [("layers", 2, ("InstantX", "XLabs")), ("layers", 3, ("Union",)), ("replicas", 2, ("InstantX", "XLabs")), ("single", 2, ("Union",))]
+SLOT_CASES = [
+    *(("layers", 2, ("InstantX", "XLabs")), ("layers", 3, ("Union",)), ("replicas", 2, ("InstantX", "XLabs")), ("single", 2, ("Union",))),
+    *(("tiles", 2, ("InstantX", "XLabs")), ("tiles", 3, ("Union",))),
+]
 
 
 @pytest.mark.parametrize(("strategy", "slots", "kinds"), SLOT_CASES)

@@ -160,6 +160,7 @@ def alone(folder: Path) -> dict[str, dict[str, list[np.ndarray]]]:
 FLEETS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "2 virtual GPUs": lambda: virtual_fleet(2),
     "3 virtual GPUs": lambda: virtual_fleet(3),
+    "4 virtual GPUs": lambda: virtual_fleet(4),
     "2 CPU slots": lambda: cpu_fleet(2),
 }
 CASES: dict[str, tuple[str, str, tuple[str, ...], dict[str, bool]]] = {
@@ -169,6 +170,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...], dict[str, bool]]] = {
     "inpainting model on CPU slots": ("2 CPU slots", "sd15", ("inpaint",), {"inpaint": True}),
     "every job of sd15 on 2": ("2 virtual GPUs", "sd15", tuple(JOBS), {}),
     "every job of sdxl on 3": ("3 virtual GPUs", "sdxl", SDXL_JOBS, {}),
+    "every job of sdxl on 4": ("4 virtual GPUs", "sdxl", SDXL_JOBS, {}),
 }
 
 
@@ -188,6 +190,27 @@ def test_tiles_make_the_whole_rows_pictures(folder: Path, alone: dict[str, dict[
             assert plan is not None
             assert plan.strategy == "tiles", f"{job}: {plan.reason}"
             assert_near(pictures, alone["inpainting model" if checkpoint else family][job])
+
+
+def test_displaced_tiles_are_near_and_named_and_jobs_of_few_steps_stay_exact(folder: Path, alone: dict[str, dict[str, list[np.ndarray]]]) -> None:
+    with cpu_fleet(2), open_one(folder, "sd15", "tiles") as site:
+
+        def make(**fields: Any) -> tuple[np.ndarray, str, list[str]]:
+            done = run(ask(cfg_scale=1.0, **fields))
+            return pixels(done.images[0]), done.infotexts[0], list(done.comments.split("\n"))
+
+        exact, exact_text, _ = make(steps=12)
+        site.app.options.set("multi_gpu_tiles", "displaced")
+        displaced, text, _ = make(steps=12)
+        plan = status.current_plan()
+        few, few_text, comments = make()
+        site.app.options.set("multi_gpu_tiles", "exact")
+    assert "Tiles: displaced after 4 steps" in text
+    assert text.replace(", Tiles: displaced after 4 steps", "") == exact_text
+    assert plan is not None and "displaced in 67% of the steps" in plan.reason
+    assert 0 < np.abs(displaced - exact).mean() < 6
+    assert_near([few], alone["sd15"]["one row"])
+    assert "Tiles:" not in few_text and any("of 2 steps 4 are exact" in comment for comment in comments)
 
 
 def test_a_hook_that_needs_whole_tensors_keeps_rows_whole_and_the_reason_says_so(folder: Path) -> None:

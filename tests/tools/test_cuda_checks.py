@@ -69,9 +69,13 @@ def test_what_does_not_hold_is_counted(tmp_path: Path) -> None:
 
 
 def test_the_tiny_checks_run_on_the_cpu(tmp_path: Path) -> None:
-    assert main(["--device", "cpu", "--tiny", "--out", str(tmp_path), "--only", "machine", "free_memory", "split", "links"]) == 0
+    assert (
+        main(["--device", "cpu", "--tiny", "--out", str(tmp_path), "--only", "machine", "free_memory", "split", "tiles", "flux_tiles", "links"]) == 0
+    )
     found = {(entry["check"], entry["name"]) for entry in read_results(tmp_path) if entry["kind"] == "expect" and entry["holds"]}
     assert sum(check == "split" for check, _ in found) == 8, "two plans, with and without streams: bit-equal, and the same every time"
+    for name in ("tiles", "flux_tiles"):
+        assert sum(check == name for check, _ in found) == 5, "even and uneven: near the whole, and the same every time; displaced: near the whole"
 
 
 def test_names_of_checks() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tools.cuda_checks import memory_checks, patch_checks, picture_checks, profile_checks, slot_checks, speed_checks
+from tools.cuda_checks import memory_checks, patch_checks, picture_checks, profile_checks, slot_checks, speed_checks, tile_checks
 from tools.cuda_checks.runner import Check
 
 CHECKS: tuple[Check, ...] = (
@@ -19,6 +19,10 @@ CHECKS: tuple[Check, ...] = (
     Check("profile", 8, "Are --profile's figures torch's and the driver's?", profile_checks.check_profile, 60),
     Check("jobs_on_two_slots", 6, "Are whole jobs on two slots the picture of one slot, every time?", slot_checks.check_jobs_on_two_slots, 50),
     Check("out_of_memory", 5, "What does a real shortage of memory do to a job?", memory_checks.check_out_of_memory, 50),
+    Check(
+        "tiles", 17, "One card as two slots: is a row in tiles the whole row, every time, and what do exchanges cost?", tile_checks.check_tiles, 90
+    ),
+    Check("flux_tiles", 17, "The same for blocks of Flux.1's width.", tile_checks.check_flux_tiles, 40),
     Check("lora", 7, "What do applying and removing a LoRA cost at full width?", patch_checks.check_lora, 40),
     Check("storage", 5, "fp8, offloading and streaming: peak, time and the picture?", memory_checks.check_storage, 75),
     Check("controlnet", 7, "What does a step of SDXL take with ControlNets?", patch_checks.check_controlnet, 50),

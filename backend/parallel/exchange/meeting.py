@@ -3,6 +3,9 @@
 A `Meeting` lives for one pass of the network. All tiles run the same code, so the n-th post of one matches the n-th post of the others, whichever
 thread comes first. Every wait ends: with the messages, or by `cancel`, which calls all waiting tiles and drops what is in transit.
 
+A pass may take the messages of the pass before instead of its own (`before`, displaced exchanges): those were sent a step ago, so nobody waits.
+Its own messages then stay for the pass after it (`keeps`).
+
 CUDA: a message has arrived here when its copy has been enqueued; `Transfer.receive` makes the receiver's stream wait for it, not the host.
 """
 
@@ -46,10 +49,16 @@ class _Wait:
 
 @dataclass(slots=True, eq=False)
 class Meeting:
-    """The exchanges of one pass. `devices` of the tiles by rank. Thread-safe."""
+    """The exchanges of one pass. `devices` of the tiles by rank. Thread-safe.
+
+    `keeps`: messages stay here when they are taken, for the next pass. `before`: the meeting of the pass before, whose messages this pass takes and
+    removes; None if it takes its own.
+    """
 
     devices: Sequence[torch.device]
     ship: ShipToTile
+    keeps: bool = False
+    before: Meeting | None = None
     _arrived: dict[_Key, PackedMessage] = field(default_factory=dict)
     _waiting: dict[int, _Wait] = field(default_factory=dict)
     _is_cancelled: bool = False
@@ -61,7 +70,7 @@ class Meeting:
         """Start sending a tile's messages. Raises: ReleasedError after a cancel; what starting the copies raises."""
         self.raise_if_cancelled(sender)
         for receiver, tensors in outgoing.items():
-            messages = [self._send(sender, receiver, tensors)]
+            messages = [self._send(sender, receiver, tuple(map(_without_rest, tensors)) if self.keeps else tensors)]
             with self._lock:
                 self._num_in_transit += 1
             when_arrived(messages[0].transfers, partial(self._deliver, (number, sender, receiver), messages))
@@ -100,6 +109,12 @@ class Meeting:
 
         Raises: ReleasedError after a cancel; torch.AcceleratorError if a copy to this tile's device failed.
         """
+        if self.before is not None:
+            self.raise_if_cancelled(rank)
+            return self.before._take(rank, awaited, resume, removes=True)
+        return self._take(rank, awaited, resume, removes=not self.keeps)
+
+    def _take(self, rank: int, awaited: Awaited, resume: Callable[[], None], *, removes: bool) -> Received | None:
         keys = {peer: (awaited.number, peer, rank) for peer in awaited.peers}
         with self._lock:
             self._raise_if_cancelled(rank)
@@ -107,7 +122,7 @@ class Meeting:
             if missing:
                 self._waiting[rank] = _Wait(missing, resume)
                 return None
-            messages = {peer: self._arrived.pop(key) for peer, key in keys.items()}
+            messages = {peer: self._arrived.pop(key) if removes else self._arrived[key] for peer, key in keys.items()}
         return {peer: message.open() for peer, message in messages.items()}
 
     def cancel(self, errors: Mapping[int, BaseException] | None = None) -> None:
@@ -123,11 +138,20 @@ class Meeting:
             self._arrived.clear()
         for wait in waiting:
             wait.resume()
+        if self.before is not None:
+            self.before.cancel(errors)
+
+    def drop_messages(self) -> None:
+        """Free what was kept for a next pass that does not come. A copy's future keeps its callbacks, and with them this meeting, alive."""
+        with self._lock:
+            self._arrived.clear()
 
     def wait_for_copies(self) -> None:
         """Wait until nothing is in transit any more, so that failed tiles leave no memory behind. Not for a worker's thread."""
         with self._lock:
             self._lock.wait_for(lambda: self._num_in_transit == 0)
+        if self.before is not None:
+            self.before.wait_for_copies()
 
     def raise_if_cancelled(self, rank: int) -> None:
         """For the tile with this rank. Raises as `take_or_wait`."""
@@ -160,6 +184,11 @@ class TilePeers:
         self.num_exchanges += 1
         self.meeting.post(self.num_exchanges, self.rank, outgoing)
         return Awaited(self.num_exchanges, tuple(outgoing))
+
+
+def _without_rest(tensor: Tensor) -> Tensor:
+    """A copy of a part, because keeping a view would keep the whole tensor."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _again(error: BaseException) -> BaseException:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from backend.memory.module_bytes import count_module_bytes
+from backend.nn.controlnet import ControlNetwork
 from backend.nn.empty_network import META
 from backend.nn.owner import owner_of
 from backend.parallel.placing.fleet import Fleet
@@ -84,6 +85,7 @@ def control_network_costs(
             weight_bytes=count_module_bytes(control.network).total_bytes,
             flops_per_row=cost.flops_per_row * control.links * _slowness(control, fleet, work),
             num_kernels=cost.num_kernels * control.links,
+            tiles=cost.tiles if isinstance(control.network, ControlNetwork) and control.network.why_no_tiles() is None else None,
         )
         for control in control_networks
     )

@@ -125,7 +125,10 @@ class ModelProfile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComponentCost:
-    """Another network next to the UNet. With `runs_per_row` (a ControlNet) it runs before the UNet for every row, otherwise once per picture."""
+    """Another network next to the UNet. With `runs_per_row` (a ControlNet) it runs before the UNet for every row, otherwise once per picture.
+
+    `tiles`: what tiles of one row exchange in a ControlNet's pass; None if its rows cannot be cut.
+    """
 
     name: str
     weight_bytes: int
@@ -133,6 +136,7 @@ class ComponentCost:
     working_bytes_per_row: int = 0
     num_kernels: int = 0
     runs_per_row: bool = False
+    tiles: TileTraffic | None = None
 
 
 def with_measured_ms(profile: ModelProfile, measured_ms: Mapping[Piece, float]) -> ModelProfile:

@@ -47,7 +47,8 @@ class JobShape:
     is copied with every whole copy or runs on one slot for all of them, whichever is faster. If a copy is cut, the ControlNet runs on
     `control_slot`, or on the best slot if that is None.
     `rows_per_forward`: rows that a whole copy takes at once; a stage takes one. Cuts respect `max_crossing_bytes` per step if the other rules
-    allow it. `why_no_tiles`: why rows of this run cannot be cut into tiles; None if they can.
+    allow it. `why_no_tiles`: why rows of this run cannot be cut into tiles; None if they can. `exact_share`: share of the steps in which tiles wait
+    for what they send each other; in the others they use what was sent in the step before.
     """
 
     images: int = 1
@@ -60,6 +61,7 @@ class JobShape:
     control_slot: int | None = None
     is_async: bool = True
     why_no_tiles: str | None = None
+    exact_share: float = 1.0
 
     @property
     def num_rows(self) -> int:
@@ -248,9 +250,10 @@ class _Planner:
         costs = TileCosts(self._profile, self._profile.tiles, self._table, self._job, self._slots)
         for subset in self._subsets(2):
             for teams in costs.teams(subset):
-                candidate = self._in_tiles(costs, teams)
-                if candidate is not None:
-                    yield candidate
+                for placed in costs.control_places(teams):
+                    candidate = self._in_tiles(placed, teams)
+                    if candidate is not None:
+                        yield candidate
 
     def _in_tiles(self, costs: TileCosts, teams: tuple[Team, ...]) -> _Candidate | None:
         """These teams' rows, dealt by the teams' speeds; None if they do not fit or the picture has too few rows for so many tiles."""
@@ -260,11 +263,12 @@ class _Planner:
             return None
         dealt = deal_by_speed(self._job.num_rows, [1.0 / costs.team_ms(team, one, 1) for team, one in zip(teams, tiles)])
         peak_bytes, component_slots = costs.place(teams, tiles, dealt)
-        if min(dealt) == 0 or not self._fits(peak_bytes, [slot for team in teams for slot in team]):
+        if min(dealt) == 0 or not self._fits(peak_bytes, [*(slot for team in teams for slot in team), *costs.shared_controls.values()]):
             return None
         pieces = merge_pieces([cost.piece for cost in self._profile.pieces])
         ends_ms = [costs.team_ms(team, one, rows) for team, one, rows in zip(teams, tiles, dealt)]
-        first_slots = tuple(team[0].index for team in teams for _ in team)
+        members = tuple(slot.index for team in teams for slot in team)
+        shared = costs.shared_controls
         return _Candidate(
             strategy="tiles",
             groups=tuple(one.slots for one in tiles),
@@ -274,7 +278,10 @@ class _Planner:
             crossing_bytes=costs.crossing_bytes(teams, tiles, dealt),
             component_slots=component_slots,
             dealt=dealt,
-            control_slots={control.name: first_slots for control in self._job.control_networks},
+            control_slots={
+                control.name: (shared[control.name].index,) * len(members) if control.name in shared else members
+                for control in self._job.control_networks
+            },
             tiles=tiles,
         )
 
@@ -554,7 +561,9 @@ class _Planner:
 
     def _tiles_text(self, chosen: _Candidate) -> str:
         teams = [f"{_slots_text(team.slots)} ({':'.join(map(str, team.rows))})" for team in chosen.tiles]
-        return f"each row in tiles on {' / '.join(teams)}" + (f", {self._sharing_text(chosen)}" if len(teams) > 1 else "")
+        displaced = 1.0 - self._job.exact_share
+        how = f", displaced in {displaced:.0%} of the steps" if displaced else ""
+        return f"each row in tiles on {' / '.join(teams)}{how}" + (f", {self._sharing_text(chosen)}" if len(teams) > 1 else "")
 
     def _describe_streaming(self, chosen: _Candidate) -> str:
         """ "layers of one copy over slots 0 and 1, 0.9 GB and 1.1 GB of whose weights stream ..." """

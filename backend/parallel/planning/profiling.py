@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from backend.nn.controlnet import HINT_STEP_PX
+from backend.nn.controlnet import HINT_STEP_PX, ControlNetwork
 from backend.nn.empty_network import make_empty_network
 from backend.nn.piece import Piece
 from backend.nn.program import Program, ProgramState, Reading, trace_tensors
+from backend.nn.tiles import TileTraffic
 from backend.nn.unet_program import build_program
 from backend.original_config import without_original_names
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, PieceCost, TakenSkip, with_measured_ms
@@ -308,7 +309,12 @@ def _count_control_network(program: Program, size: _Size) -> ComponentCost | Non
         return None
     control, rows = _cast(control, size.dtype), size.example_rows(program)
     hint_BCHW = torch.empty(1, 3, HINT_STEP_PX * size.latent_height, HINT_STEP_PX * size.latent_width, device="meta", dtype=size.dtype)
-    return _count_component("ControlNet", control, lambda: control(hint=hint_BCHW, **rows), runs_per_row=True)
+    cost = _count_component("ControlNet", control, lambda: control(hint=hint_BCHW, **rows), runs_per_row=True)
+    return replace(cost, tiles=_traffic_of_control(control, size.latent_height, size.latent_width))
+
+
+def _traffic_of_control(control: nn.Module, height: int, width: int) -> TileTraffic | None:
+    return control.tile_traffic(height, width) if isinstance(control, ControlNetwork) and control.why_no_tiles() is None else None
 
 
 def profile_vae_decoder(config: Mapping[str, Any], *, latent_height: int, latent_width: int, dtype: torch.dtype | None = None) -> ComponentCost:

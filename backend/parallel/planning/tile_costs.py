@@ -4,6 +4,8 @@ A team is one or more slots, each with a whole copy of the network; it computes 
 
     time of a team = its slowest tile * loss + exchanges * latency + the bytes that arrive at its busiest slot / the link's speed
 
+Displaced steps wait for nothing: the slowest tile, or the bytes if they take longer. They keep what arrives in a step until the next has read it.
+
 Example: one row on four equal slots is one team of four; with CFG, two teams of two are better, because fewer bytes cross.
 """
 
@@ -11,16 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from backend.nn.tiles import TileTraffic, divide_into_tiles
-from backend.parallel.planning.copy_costs import CopyCosts
+from backend.parallel.planning.copy_costs import CopyCosts, SharedControls
 from backend.parallel.planning.plan import TileTeam
 from backend.parallel.planning.slot_facts import LinkTable, SlotFacts
 
 if TYPE_CHECKING:
-    from backend.parallel.planning.costs import ModelProfile
+    from backend.parallel.planning.costs import ComponentCost, ModelProfile
     from backend.parallel.planning.planner import JobShape
 
 RESUME_MS = 0.08
@@ -34,6 +36,8 @@ Fitted to the field study's figures, which have it from a published run without 
 TILE_EXTRA = 0.12
 """Working memory of a tile beyond its share of the whole's, as a share of the whole's: boundary rows, and all keys and values of one layer, which
 are 2 of the 26 numbers that SD1.x has in memory at its peak per position and channel."""
+_KEPT_STEPS = 2
+"""Steps whose messages are in memory at once if they are displaced: the one before, and the current one's, which replace them."""
 _MOST_PARTITIONED = 5
 
 Team = tuple[SlotFacts, ...]
@@ -41,13 +45,28 @@ Team = tuple[SlotFacts, ...]
 
 @dataclass(frozen=True, slots=True)
 class TileCosts:
-    """Costs of a job's rows in tiles. `traffic`: what tiles of one row exchange."""
+    """Costs of a job's rows in tiles. `traffic`: what tiles of one row exchange. `shared_controls`: ControlNets whose passes run whole on one slot;
+    the others are computed in the teams' tiles."""
 
     profile: ModelProfile
     traffic: TileTraffic
     table: LinkTable
     job: JobShape
     slots: tuple[SlotFacts, ...]
+    shared_controls: SharedControls = field(default_factory=dict)
+
+    def control_places(self, teams: Sequence[Team]) -> Iterator[TileCosts]:
+        """These costs for every choice of where ControlNets run. Those that cannot be cut run whole on some slot."""
+        must_share = {control.name for control in self.job.control_networks if control.tiles is None}
+        members = tuple(slot for team in teams for slot in team)
+        for shared in CopyCosts(self.profile, self.slots, self.table, self.job).shared_control_places(members):
+            if must_share <= shared.keys():
+                yield replace(self, shared_controls=shared)
+
+    @property
+    def tiled_controls(self) -> tuple[ComponentCost, ...]:
+        """ControlNets that are computed in tiles, with a copy on every slot of every team."""
+        return tuple(control for control in self.job.control_networks if control.name not in self.shared_controls)
 
     def teams(self, slots: Team) -> Iterator[tuple[Team, ...]]:
         """Ways to form teams of these slots, at most one for each row, and at least one of them of several slots."""
@@ -64,31 +83,67 @@ class TileCosts:
         return TileTeam(slots=tuple(slot.index for slot in team), rows=rows)
 
     def team_ms(self, team: Team, tiles: TileTeam, num_rows: int) -> float:
-        """Time of `num_rows` rows of a step on a team, with ControlNets on its first slot before."""
-        profile, costs = self.profile, CopyCosts(self.profile, self.slots, self.table, self.job)
-        forwards = costs.forwards(num_rows)
-        loss = TILE_LOSS if len(team) > 1 else 1.0
-        tile_ms = [
-            loss * math.fsum(slot.forward_ms(rows * profile.work_per_row * share, profile.weight_bytes, profile.num_kernels) for rows in forwards)
-            for slot, share in zip(team, tiles.shares)
-        ]
-        tile_ms[0] += sum(
-            team[0].forward_ms(rows * control.flops_per_row, control.weight_bytes, control.num_kernels)
-            for control in self.job.control_networks
-            for rows in forwards
+        """Time of `num_rows` rows of a step on a team, with its ControlNets."""
+        profile = self.profile
+        network_ms = self._parts_ms(team, tiles, num_rows, (profile.work_per_row, profile.weight_bytes, profile.num_kernels))
+        controls_ms = sum(
+            self._parts_ms(team, tiles, num_rows, (control.flops_per_row, control.weight_bytes, control.num_kernels))
+            for control in self.tiled_controls
         )
-        return max(tile_ms) + self._exchanges_ms(team, tiles, num_rows, len(forwards)) + max(self._way_ms(slot, num_rows) for slot in team)
+        way_ms = max(self._way_ms(slot, num_rows) for slot in team)
+        waits_ms = self._wait_ms(team, num_rows, controls_ms + profile.share_before_control * network_ms)
+        computing_ms, (latency_ms, bytes_ms) = network_ms + controls_ms + waits_ms, self._exchanges_ms(team, tiles, num_rows)
+        exact_ms, displaced_ms = computing_ms + latency_ms + bytes_ms, max(computing_ms, bytes_ms)
+        return self.job.exact_share * exact_ms + (1.0 - self.job.exact_share) * displaced_ms + way_ms
 
-    def _exchanges_ms(self, team: Team, tiles: TileTeam, num_rows: int, num_forwards: int) -> float:
+    def _parts_ms(self, team: Team, tiles: TileTeam, num_rows: int, work: tuple[float, int, int]) -> float:
+        """Time of the slowest tile of `num_rows` rows. `work`: FLOPs of a row, bytes of weights, number of kernels."""
+        flops, weight_bytes, num_kernels = work
+        loss = TILE_LOSS if len(team) > 1 else 1.0
+        forwards = CopyCosts(self.profile, self.slots, self.table, self.job).forwards(num_rows)
+        return max(
+            loss * math.fsum(slot.forward_ms(rows * flops * share, weight_bytes, num_kernels) for rows in forwards)
+            for slot, share in zip(team, tiles.shares)
+        )
+
+    def _wait_ms(self, team: Team, num_rows: int, before_ms: float) -> float:
+        """How much longer a team takes because of whole passes of ControlNets. Its own slots run them first, and the other tiles wait at the next
+        exchange; other slots run them while the team works for `before_ms`."""
+        costs = CopyCosts(self.profile, self.slots, self.table, self.job, self.shared_controls)
+        own_ms = max((costs.busy_ms(slot) for slot in team), default=0.0)
+        residual_bytes = num_rows * self.profile.control_bytes_per_row
+        arriving_ms = [
+            costs.busy_ms(source) + max(self.table.latency_ms(source, slot) + residual_bytes * self.table.ms_per_byte(source, slot) for slot in team)
+            for source in self.shared_controls.values()
+            if source not in team
+        ]
+        return own_ms + max([0.0, *(one - own_ms - before_ms for one in arriving_ms)])
+
+    def _exchanges_ms(self, team: Team, tiles: TileTeam, num_rows: int) -> tuple[float, float]:
+        """Latencies of all exchanges, and the time of the bytes that arrive at the busiest slot."""
         if len(team) == 1:
-            return 0.0
+            return 0.0, 0.0
+        num_forwards = len(CopyCosts(self.profile, self.slots, self.table, self.job).forwards(num_rows))
         pairs = [(source, target) for source in team for target in team if source is not target]
         latency_ms = max(self.table.latency_ms(source, target) for source, target in pairs)
         latency_ms += 0.0 if all(slot.kind == "cuda" for slot in team) else RESUME_MS
-        arriving = self.traffic.arriving_bytes(tiles.rows, self.profile.itemsize)
+        arriving = self._arriving_bytes(tiles)
         slowest = [max(self.table.ms_per_byte(source, target) for source in team if source is not target) for target in team]
         bytes_ms = max(num_bytes * ms_per_byte for num_bytes, ms_per_byte in zip(arriving, slowest))
-        return num_forwards * self.traffic.num_exchanges * latency_ms + num_rows * bytes_ms
+        return num_forwards * self._num_exchanges * latency_ms, num_rows * bytes_ms
+
+    @property
+    def _all_traffic(self) -> list[TileTraffic]:
+        """Of the network and its ControlNets in tiles."""
+        return [self.traffic, *(control.tiles for control in self.tiled_controls if control.tiles is not None)]
+
+    @property
+    def _num_exchanges(self) -> int:
+        return sum(traffic.num_exchanges for traffic in self._all_traffic)
+
+    def _arriving_bytes(self, tiles: TileTeam) -> list[int]:
+        """Bytes of a row that arrive at each slot."""
+        return [sum(parts) for parts in zip(*(one.arriving_bytes(tiles.rows, self.profile.itemsize) for one in self._all_traffic))]
 
     def _way_ms(self, slot: SlotFacts, num_rows: int) -> float:
         """Time of latents and results between the primary and a slot."""
@@ -99,12 +154,19 @@ class TileCosts:
     def launches_ms(self, teams: Sequence[Team], dealt: Sequence[int]) -> float:
         """Launch time of all slots together: they share one interpreter, and every tile launches what the whole would."""
         costs = CopyCosts(self.profile, self.slots, self.table, self.job)
-        exchanges_ms = self.traffic.num_exchanges * LAUNCH_EXCHANGE_MS
-        return sum(
-            len(costs.forwards(rows)) * (self.profile.num_kernels * slot.kernel_ms + (exchanges_ms if len(team) > 1 else 0.0))
+        exchanges_ms = self._num_exchanges * LAUNCH_EXCHANGE_MS
+        kernels = self.profile.num_kernels + sum(control.num_kernels for control in self.tiled_controls)
+        own_ms = sum(
+            len(costs.forwards(rows)) * (kernels * slot.kernel_ms + (exchanges_ms if len(team) > 1 else 0.0))
             for team, rows in zip(teams, dealt)
             for slot in team
             if slot.kernel_ms > 0
+        )
+        num_forwards = len(costs.forwards(self.job.num_rows))
+        return own_ms + sum(
+            num_forwards * control.num_kernels * self.shared_controls[control.name].kernel_ms
+            for control in self.job.control_networks
+            if control.name in self.shared_controls
         )
 
     def crossing_bytes(self, teams: Sequence[Team], tiles: Sequence[TileTeam], dealt: Sequence[int]) -> int:
@@ -112,14 +174,18 @@ class TileCosts:
         total = 0
         for team, tile_team, rows in zip(teams, tiles, dealt):
             crosses = any(self.table.crosses(source, target) for source in team for target in team)
-            total += rows * sum(self.traffic.arriving_bytes(tile_team.rows, self.profile.itemsize)) if crosses else 0
+            total += rows * sum(self._arriving_bytes(tile_team)) if crosses else 0
+            for slot, share in zip(team, tile_team.shares):
+                num_sources = sum(self.table.crosses(other, slot) for other in self.shared_controls.values())
+                total += int(num_sources * rows * share * self.profile.control_bytes_per_row)
             total += sum(rows * self.profile.copy_bytes_per_row for slot in team if self.table.crosses(self.slots[0], slot))
         return total
 
     def place(self, teams: Sequence[Team], tiles: Sequence[TileTeam], dealt: Sequence[int]) -> tuple[dict[int, int], dict[str, int]]:
-        """Peak bytes per slot, and the slot of each component: ControlNets on each team's first slot, the others where most is free."""
+        """Peak bytes per slot, and the slot of each component: ControlNets where they run (in tiles: the first team's first slot), the others where
+        most is free."""
         peak_bytes = self._peak_bytes(teams, tiles, dealt)
-        component_slots = {control.name: teams[0][0].index for control in self.job.control_networks}
+        component_slots = {control.name: self.shared_controls.get(control.name, teams[0][0]).index for control in self.job.control_networks}
         others = sorted((component for component in self.job.components if not component.runs_per_row), key=lambda one: -one.weight_bytes)
         for component in others:
             place = max(self.slots, key=lambda slot: (slot.budget_bytes - peak_bytes[slot.index], -slot.index))
@@ -132,15 +198,23 @@ class TileCosts:
         found = {slot.index: slot.fixed_bytes for slot in self.slots}
         holders: set[str] = set()
         most_rows = max(1, self.job.rows_per_forward)
-        control_bytes = sum(control.weight_bytes for control in self.job.control_networks)
+        weight_bytes = self.profile.weight_bytes + sum(control.weight_bytes for control in self.tiled_controls)
         for team, tile_team, rows in zip(teams, tiles, dealt):
-            for place, (slot, share) in enumerate(zip(team, tile_team.shares)):
-                working = self.profile.working_bytes_per_row() * min(1.0, share + TILE_EXTRA)
-                if place == 0 and self.job.control_networks:
-                    working = max(working, *(control.working_bytes_per_row for control in self.job.control_networks))
-                    found[slot.index] += control_bytes + rows * self.profile.control_bytes_per_row
-                found[slot.index] += int(min(most_rows, max(1, rows)) * working) + (0 if slot.device in holders else self.profile.weight_bytes)
+            if self.job.exact_share < 1 and len(team) > 1:
+                for slot, num_bytes in zip(team, self._arriving_bytes(tile_team)):
+                    found[slot.index] += _KEPT_STEPS * rows * num_bytes
+            for slot, share in zip(team, tile_team.shares):
+                whole = max([self.profile.working_bytes_per_row(), *(control.working_bytes_per_row for control in self.tiled_controls)])
+                working = whole * min(1.0, share + TILE_EXTRA)
+                if self.job.control_networks:
+                    found[slot.index] += int(rows * share * self.profile.control_bytes_per_row)
+                found[slot.index] += int(min(most_rows, max(1, rows)) * working) + (0 if slot.device in holders else weight_bytes)
                 holders.add(slot.device)
+        for control in self.job.control_networks:
+            if control.name in self.shared_controls:
+                place = self.shared_controls[control.name].index
+                working = max(1, self.job.rows_per_forward) * control.working_bytes_per_row
+                found[place] += control.weight_bytes + working + self.job.num_rows * self.profile.control_bytes_per_row
         return found
 
 

@@ -121,6 +121,7 @@ class RunPlanning:
             components=control_network_costs(self.control_networks, self.control_cost, self.fleet, self.work) if self.control_networks else (),
             control_slot=self.home_slots[0] if len(self.fleet.working_slots) > 2 else None,
             why_no_tiles=self._why_no_tiles(),
+            exact_share=self._exact_share,
         )
         links = self.fleet.links
         status.set_links(links, self.fleet.verdicts)
@@ -139,6 +140,12 @@ class RunPlanning:
             reason = f"slot {alone.used_slots[0]} alone: a step took {trial.alone_ms:.0f} ms there and {trial.divided_ms:.0f} ms as {plan.reason}"
             return replace(alone, reason=reason)
         return plan
+
+    @property
+    def _exact_share(self) -> float:
+        """Share of the run's steps in which tiles wait for each other."""
+        exact_steps = self.request.displaced_after
+        return 1.0 if exact_steps is None else min(1.0, exact_steps / max(1, self.request.steps))
 
     def _why_no_tiles(self) -> str | None:
         """Why rows of this run cannot be cut into tiles; None if they can."""

@@ -31,12 +31,14 @@ from backend.parallel.planning.live_facts import work_of_pieces
 from backend.parallel.planning.plan import Plan, ReplicaPlan
 from backend.parallel.running import status
 from backend.parallel.running.bound_hooks import find_bound_hook as find_bound_hook
+from backend.parallel.running.displaced import DisplacedPasses
 from backend.parallel.running.executor import Executor, SlotFailure
 from backend.parallel.running.lost_slots import find_dead_slots, lose_slots
 from backend.parallel.running.one_slot import OneSlot
 from backend.parallel.running.run_gate import RunGate
 from backend.parallel.running.run_planning import RunPlanning
 from backend.parallel.running.sampling_request import SamplingRequest as SamplingRequest
+from backend.parallel.running.sampling_request import foresee_calls
 from backend.parallel.running.tile_executor import TileExecutor
 from backend.parallel.running.worker import SlotLost
 from backend.patcher.base import ModelPatcher
@@ -46,9 +48,13 @@ logger = logging.getLogger(__name__)
 
 
 class SamplingSession:
-    """The current plan of one run. `plan` may change during the run. The session is the network's `Runner` while the plan uses other slots."""
+    """The current plan of one run. `plan` may change during the run. The session is the network's `Runner` while the plan uses other slots.
+
+    `was_displaced`: whether a step used what tiles had sent in the step before, so that the result is an approximation.
+    """
 
     plan: Plan
+    was_displaced: bool
 
     def __init__(
         self,
@@ -70,6 +76,8 @@ class SamplingSession:
         self._placed: PlacedPlan | None = None
         self._executor: Executor | TileExecutor | None = None
         self._one_slot = OneSlot(unet)
+        self._displaced: DisplacedPasses | None = None
+        self.was_displaced = False
         self._adopt_fitting()
 
     @property
@@ -151,6 +159,8 @@ class SamplingSession:
         self.unet.model.runner = self
 
     def _execute_tiles(self, placed: PlacedPlan) -> TileExecutor:
+        exact_steps = self.request.displaced_after
+        self._displaced = None if exact_steps is None else DisplacedPasses(exact_steps * self.request.calls_per_step)
         return TileExecutor(
             placed.replicas,
             placed.plan.tiles,
@@ -160,6 +170,7 @@ class SamplingSession:
             work=self.planning.work,
             asynchronous=self.request.asynchronous,
             is_cancelled=self.request.is_cancelled,
+            displaced=self._displaced,
         )
 
     def _execute_rows(self, placed: PlacedPlan) -> Executor:
@@ -215,6 +226,7 @@ class SamplingSession:
             trial.note((time.perf_counter() - began_s) * 1000.0)
         self._first_s, self._last_s = self._first_s or began_s, time.perf_counter()
         self._num_calls += 1
+        self.was_displaced |= self._displaced is not None and self._displaced.num_displaced > 0
         return output
 
     def _run_alone(self, call: NetworkCall, executor: Executor | TileExecutor) -> Tensor:
@@ -326,6 +338,7 @@ def begin_session(
         status.set_current_plan(None)
         profiler.recorder().note_plan(None)
         return None
+    shape, request = foresee_calls(unet.model_options.get("model_function_wrapper"), shape, request)
     session = SamplingSession(unet, shape, request, fleet, extra_models=extra_models, controls=controls, preserved_bytes=preserved_bytes)
     owner_of(unet.model).put(session)
     logger.info("%s", session.plan.reason)

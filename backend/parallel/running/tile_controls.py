@@ -1,4 +1,5 @@
-"""ControlNet residuals for rows in tiles: each pass runs whole, on one slot, and every tile gets its part of each residual.
+"""ControlNet residuals for rows in tiles. If every slot of the team has a copy of the ControlNet, each tile computes its own part before its first
+segment. Otherwise the pass runs whole on one slot, and every tile gets its part of each residual.
 
 Knows no plan and no sampler.
 """
@@ -8,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from backend.nn.deferred_control import ControlTask, DeferredControl, add_residual
 from backend.nn.network_call import NetworkCall
 from backend.nn.program import Addition, ControlLists, Program
-from backend.nn.tiles import Cut
+from backend.nn.tiles import Cut, Swaps, Tile
 from backend.parallel.exchange.copies import Copiers
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.planning.plan import TileTeam
@@ -25,16 +28,30 @@ from backend.parallel.running.routing import Replica
 from backend.parallel.running.row_batch import Run
 from backend.parallel.running.stopwatch import Stopwatch
 
+Sent = TypeVar("Sent")
+TiledTask = tuple[ControlTask, nn.Module]
+"""A pass in tiles: its inputs, and the copy of the ControlNet, both on the tile's slot."""
+
 
 @dataclass(slots=True, eq=False)
 class TileResiduals:
-    """What the tiles of some rows add: residuals that exist from the start, and chains of passes that still run. By rank."""
+    """What the tiles of some rows add: residuals that exist from the start, those of passes in tiles, and chains of whole passes that still run. By
+    rank."""
 
     _ready: Sequence[Mapping[Addition, Tensor]]
     _chains: Sequence[ResidualChain] = field(default_factory=tuple)
+    _tiled: Sequence[Sequence[TiledTask]] = field(default_factory=tuple)
+    tiled_work_per_row: float = 0.0
+    """FLOPs of the passes in tiles, for a whole row."""
 
-    def ready(self, rank: int) -> Mapping[Addition, Tensor]:
-        return self._ready[rank]
+    def compute_own(self, rank: int, tile: Tile, program: Program) -> Swaps[dict[Addition, Tensor]]:
+        """A tile's part of the residuals that need not be waited for. On its slot's worker."""
+        total = dict(self._ready[rank])
+        for task, network in self._tiled[rank] if self._tiled else ():
+            found = yield from task.run_on_tile(network, tile)
+            for addition, residual in program.name_residuals(found).items():
+                total[addition] = add_residual(residual, total[addition]) if addition in total else residual
+        return total
 
     def chain(self, rank: int) -> ResidualChain | None:
         return self._chains[rank] if self._chains else None
@@ -50,18 +67,27 @@ class TileControls:
     def __init__(self, fleet: Fleet, copiers: Copiers, is_cancelled: Callable[[], bool]) -> None:
         self._fleet, self._copiers, self._is_cancelled = fleet, copiers, is_cancelled
 
-    def start(self, call: NetworkCall, replica: Replica, team: TileTeam, run: Run) -> TileResiduals | None:
-        """Submit ControlNet passes to the slots of `replica.controls`, and send residuals that already exist. None without control."""
-        control, cut = call.control, Cut.of_rows(team.rows)
+    def start(self, call: NetworkCall, replicas: Sequence[Replica], team: TileTeam, run: Run) -> TileResiduals | None:
+        """Send each tile the inputs of its ControlNets, submit whole passes to their slots, and send residuals that already exist. None without
+        control. `replicas`: the team's copies of the network. Raises: SlotFailure; then no pass has been submitted."""
+        control, cut, replica = call.control, Cut.of_rows(team.rows), replicas[0]
         if control is None:
             return None
         if not isinstance(control, DeferredControl):
             return TileResiduals(self._send_ready(replica.program, [control], team, cut))
-        kinds = pending_kinds(control)
-        known = [without_kinds(part, kinds) for part in control.parts if isinstance(part, Mapping)]
-        links = [self._start_link(call, part, kinds, replica, team, cut, run) for part in control.parts]
-        chains = [ResidualChain([(slot, futures[rank]) for slot, futures in links], kinds) for rank in range(len(team.slots))]
-        return TileResiduals(self._send_ready(replica.program, known, team, cut), chains)
+        tasks = [part for part in control.parts if not isinstance(part, Mapping) and _runs_in_tiles(part, replicas, team)]
+        tiled = [self._send_tasks(tasks, one, slot) for one, slot in zip(replicas, team.slots)]
+        left = DeferredControl(tuple(part for part in control.parts if part not in tasks))
+        kinds = pending_kinds(left)
+        known = [without_kinds(part, kinds) for part in left.parts if isinstance(part, Mapping)]
+        ready = self._send_ready(replica.program, known, team, cut)
+        links = [self._start_link(call, part, kinds, replica, team, cut, run) for part in left.parts] if kinds else []
+        chains = [ResidualChain([(slot, futures[rank]) for slot, futures in links], kinds) for rank in range(len(team.slots))] if kinds else []
+        return TileResiduals(ready, chains, tiled, sum(replica.controls[task.network].work_per_row for task in tasks))
+
+    def _send_tasks(self, tasks: Sequence[ControlTask], replica: Replica, slot: int) -> list[TiledTask]:
+        send, device = self._fleet.transport.send, self._fleet.device(slot)
+        return [(_blaming_all(slot, partial(task.on, device, send)), replica.controls[task.network].network) for task in tasks]
 
     def _send_ready(self, program: Program, controls: Sequence[ControlLists], team: TileTeam, cut: Cut) -> list[dict[Addition, Tensor]]:
         total: dict[Addition, Tensor] = {}
@@ -71,7 +97,7 @@ class TileControls:
         send = self._fleet.transport.send
         return [
             {
-                addition: send(part, self._fleet.device(slot))
+                addition: _blaming_all(slot, partial(send, part, self._fleet.device(slot)))
                 for addition, residual in total.items()
                 if (part := program.residual_of_tile(residual, cut, rank)) is not None
             }
@@ -121,6 +147,20 @@ class TileControls:
                 if (part := program.residual_of_tile(residual, cut, rank)) is not None:
                     shipped[rank][addition] = self._copiers.ship(part, slot)
         return shipped
+
+
+def _blaming_all(slot: int, run: Callable[[], Sent]) -> Sent:
+    """`run()`, a copy to a slot. Raises: SlotFailure of that slot if it is full or lost."""
+    try:
+        return run()
+    except RuntimeError as error:
+        raise as_failure(slot, error) from error
+
+
+def _runs_in_tiles(task: ControlTask, replicas: Sequence[Replica], team: TileTeam) -> bool:
+    """Whether every slot of the team has its own copy of the task's network, and tiles compute it."""
+    places = [replica.controls.get(task.network) for replica in replicas]
+    return len(team.slots) > 1 and task.has_tiles and all(place is not None and place.slot == slot for place, slot in zip(places, team.slots))
 
 
 def _pass_on(futures: Sequence[Future[Transfers]], done: Future[list[Transfers]]) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from backend import profiler
+from backend.nn.deferred_control import add_residual
 from backend.nn.network_call import NetworkCall
 from backend.nn.program import ProgramState, Segment
 from backend.nn.tiles import Cut, Tile
@@ -28,6 +29,7 @@ from backend.parallel.exchange.tile_task import Later, TileTask, TileWork
 from backend.parallel.exchange.transport import Transfer
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.planning.plan import TileTeam
+from backend.parallel.running.displaced import DisplacedPasses, KeptPass
 from backend.parallel.running.failures import Cancelled, SlotFailure, as_failure, worst_of
 from backend.parallel.running.residuals import ResidualChain
 from backend.parallel.running.routing import Replica
@@ -59,12 +61,14 @@ def make_teams(replicas: Sequence[Replica], tiles: Sequence[TileTeam], device_of
 
 @dataclass(slots=True, eq=False)
 class _Pass:
-    """Rows of a call that a team computes together. `busy_ms`: how long each slot was busy with them so far."""
+    """Rows of a call that a team computes together. `busy_ms`: how long each slot was busy with them so far. `kept`: what the next pass of these rows
+    may use, in a run with displaced passes."""
 
     call: NetworkCall
     team: Team
     run: Run
     number: int
+    kept: KeptPass | None = None
     tasks: list[TileTask[Transfer]] = field(default_factory=list)
     residuals: TileResiduals | None = None
     busy_ms: list[float] = field(default_factory=list)
@@ -93,12 +97,14 @@ class TileExecutor:
         work: str = "",
         asynchronous: bool = True,
         is_cancelled: Callable[[], bool] = lambda: False,
+        displaced: DisplacedPasses | None = None,
     ) -> None:
-        """As `Executor`; `deal` and `rows_per_batch` are for teams instead of replicas."""
+        """As `Executor`; `deal` and `rows_per_batch` are for teams instead of replicas. `displaced`: which passes need not wait for other tiles; None
+        if all wait."""
         self._fleet, self._work = fleet, work
         self._teams = make_teams(replicas, tiles, fleet.device)
         self._deal, self._rows_per_batch = deal, rows_per_batch
-        self._is_cancelled = is_cancelled
+        self._is_cancelled, self._displaced = is_cancelled, displaced
         self._numbers = count()
         self._copiers = Copiers(fleet, asynchronous=asynchronous)
         self._controls = TileControls(fleet, self._copiers, is_cancelled)
@@ -109,6 +115,8 @@ class TileExecutor:
         return frozenset.intersection(*(frozenset(team.replicas[0].controls) for team in self._teams))
 
     def close(self) -> None:
+        if self._displaced is not None:
+            self._displaced.forget()
         self._copiers.close()
 
     def run(self, call: NetworkCall) -> Tensor:
@@ -116,6 +124,7 @@ class TileExecutor:
         recorder = profiler.recorder()
         run = Run(next(self._numbers), recorder.step)
         passes = [_Pass(call.take_rows(first, end), team, run, recorder.next_batch()) for team, first, end in self._deal_rows(call.num_rows)]
+        self._prepare_exchanges(call, passes)
         failures: list[BaseException] = []
         for one in passes:
             try:
@@ -124,10 +133,30 @@ class TileExecutor:
                 run.has_failed = True
                 failures.append(error)
         try:
-            return self._gather(passes, failures, call.device)
+            output = self._gather(passes, failures, call.device)
+            if self._displaced is not None:
+                self._displaced.keep([one.kept for one in passes if one.kept is not None])
+            return output
+        except BaseException:
+            if self._displaced is not None:
+                self._displaced.forget()
+            raise
         finally:
             for one in passes:
                 one.tasks.clear()  # otherwise a pass and its tasks keep each other, and tensors, alive
+
+    def _prepare_exchanges(self, call: NetworkCall, passes: Sequence[_Pass]) -> None:
+        """In a run with displaced passes: keep this call's messages, and give it those of the call before if it may use them."""
+        if self._displaced is None:
+            return
+        self._displaced.admits(call)  # otherwise there is nothing to take
+        for place, one in enumerate(passes):
+            before = self._displaced.take(place, one.team.plan)
+            one.kept = KeptPass.follow(before, one.team.plan, self._make_meeting(one.team))
+
+    def _make_meeting(self, team: Team) -> Meeting:
+        slots = team.plan.slots
+        return Meeting(team.devices, lambda tensor, rank: self._copiers.ship(tensor, slots[rank]))
 
     def run_whole(self, call: NetworkCall) -> Tensor:
         """The network's output for a call that cannot be cut as planned, from the first slot of the first team. Raises: SlotFailure."""
@@ -151,8 +180,8 @@ class TileExecutor:
     def _start(self, one: _Pass) -> None:
         """Send the inputs to every slot of the team and start its tiles. Raises: SlotFailure; then no tile has started."""
         team, slots = one.team, one.team.plan.slots
-        meeting = Meeting(team.devices, lambda tensor, rank: self._copiers.ship(tensor, slots[rank]))
-        one.residuals = self._controls.start(one.call, team.replicas[0], team.plan, one.run)
+        meeting = self._make_meeting(team) if one.kept is None else one.kept.meeting
+        one.residuals = self._controls.start(one.call, team.replicas, team.plan, one.run)
         one.busy_ms = [0.0] * len(slots)
         calls = [self._send_inputs(one.call, slot, device) for slot, device in zip(slots, team.devices)]
         one.tasks = [
@@ -191,7 +220,8 @@ class TileExecutor:
         started = [task for one in passes for task in one.tasks]
         wait([task.result for task in started])
         for task in started:
-            task.meeting.wait_for_copies()
+            if task.meeting.before is None or task.result.exception() is not None:
+                task.meeting.wait_for_copies()
         for one in passes:
             failures += [as_failure(slot, error) for slot, error in _failures_of(one)]
             if one.residuals is not None:
@@ -205,9 +235,11 @@ class TileExecutor:
 
     def _record(self, one: _Pass) -> None:
         """Each slot's speed, from the time in which it did not wait for others."""
+        control_work = 0.0 if one.residuals is None else one.residuals.tiled_work_per_row
         for slot, replica, share, busy_ms in zip(one.team.plan.slots, one.team.replicas, one.team.plan.shares, one.busy_ms):
             profiler.meter().count_stage_run(slot)
-            self._fleet.speeds.record(slot, self._work, one.call.num_rows * share * sum(replica.work_per_row.values()), busy_ms)
+            work_per_row = sum(replica.work_per_row.values()) + control_work
+            self._fleet.speeds.record(slot, self._work, one.call.num_rows * share * work_per_row, busy_ms)
 
     # one tile, on its slot's worker
 
@@ -217,10 +249,10 @@ class TileExecutor:
                 raise Cancelled
 
         program, residuals = one.team.replicas[rank].program, one.residuals
-        tile = Tile(TilePeers(meeting, rank, check), one.team.cut)
+        tile = Tile(TilePeers(meeting, rank, check), one.team.cut, norms=None if one.kept is None else one.kept.norms[rank])
         state = program.start_tile(call.rows, tile, options=call.options)
         if residuals is not None:
-            state.residuals.update(residuals.ready(rank))
+            state.residuals.update((yield from residuals.compute_own(rank, tile, program)))
         for segment in program.segments:
             check()
             if residuals is not None and (chain := residuals.chain(rank)) is not None:
@@ -240,7 +272,7 @@ def _take_residuals(segment: Segment, state: ProgramState, chain: ResidualChain)
         raise as_failure(slot, error)
     for addition in additions:
         if (residual := chain.take(addition)) is not None:
-            state.residuals[addition] = residual
+            state.residuals[addition] = add_residual(state.residuals.get(addition), residual)
 
 
 def _failures_of(one: _Pass) -> list[tuple[int, BaseException]]:

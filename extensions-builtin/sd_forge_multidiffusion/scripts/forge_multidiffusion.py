@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 from overlapping_views import GAUSSIAN, PLAIN, ViewedNetwork, list_views
 
+from backend import memory_management
 from modules import scripts
 from modules.errors import RequestError
 from modules.infotext_utils import PasteField
@@ -19,7 +20,7 @@ KEYS = tuple(f"multidiffusion_{name}" for name in ("enabled", "method", "tile_wi
 
 
 class MultiDiffusionForForge(scripts.Script):
-    """Sizes are pixels of the result. "Tile Batch Size" is how many views are in the network at once, over all GPUs."""
+    """Sizes are pixels of the result. "Tile Batch Size" is how many views each GPU has in the network at once."""
 
     sorting_priority = 16
 
@@ -53,6 +54,7 @@ class MultiDiffusionForForge(scripts.Script):
         num_views = len(list_views(*kwargs["x"].shape[-2:], *size, overlap // PX_PER_LATENT))
         if num_views > MAX_VIEWS:
             raise RequestError(f"{TITLE}: tiles of {width}x{height} are {num_views} views of this picture; {MAX_VIEWS} at most. Choose larger tiles.")
-        unet.set_model_unet_function_wrapper(ViewedNetwork(method, size, overlap // PX_PER_LATENT, at_once))
+        num_slots = len(memory_management.current_store().slots)
+        unet.set_model_unet_function_wrapper(ViewedNetwork(method, size, overlap // PX_PER_LATENT, at_once, num_slots))
         p.sd_model.forge_objects.unet = unet
         p.extra_generation_params.update(zip(KEYS, values))

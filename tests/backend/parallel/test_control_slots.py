@@ -24,10 +24,12 @@ from backend.modules.k_prediction import Prediction
 from backend.nn.controlnet import ControlNetwork
 from backend.nn.deferred_control import DeferredControl, Residuals, Send
 from backend.nn.network_call import NetworkCall
+from backend.nn.tiles import Cut, Tile
 from backend.nn.unet_program import UNetProgram as Program
 from backend.nn.unet_program import build_program
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.planning.plan import ReplicaPlan
+from backend.parallel.planning.tile_costs import TileCosts
 from backend.parallel.running.executor import Cancelled, Executor, Replica, SlotFailure
 from backend.parallel.running.residuals import ControlPlace, ResidualChain
 from backend.parallel.running.session import SamplingRequest, SamplingSession
@@ -38,6 +40,7 @@ from backend.sampling.sampling_function import denoise_guided, sampling_cleanup,
 from tests.support.checkpoints import build_models
 from tests.support.controlnets import build_controlnet, hint
 from tests.support.fleets import configured_slots, virtual_fleet
+from tests.support.tiles import run_in_turns
 
 IMAGES, SIDE = 2, 16
 HINT_PX = 8 * SIDE
@@ -153,6 +156,68 @@ def test_rows_of_three_slots_make_the_full_picture() -> None:
     assert torch.allclose(result, _whole(2), atol=1e-4)
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+@torch.no_grad()
+def test_tiles_compute_their_own_residuals(setting: str, networks: tuple[KModel, tuple[ControlNetwork, ...]]) -> None:
+    """Uneven tiles of an odd size, in fp32. Reference: the pass over the whole rows."""
+    height, width, tiles, generator = 23, 9, (8, 15), torch.Generator().manual_seed(6)
+    with configured_slots("cpu"):
+        link = ControlNet(networks[1][0])
+        link.set_cond_hint(SETTINGS[setting].get("image_bchw", hint(HINT_PX)), 0.8)
+        for name, value in SETTINGS[setting].items():
+            setattr(link, name, value)
+        link.pre_run(networks[0], lambda percent: 1.0 - percent)
+        link.timestep_range = None
+        link.transformer_options = {"cond_or_uncond": [1, 0], "cond_mark": torch.tensor([1.0, 1.0, 0.0, 0.0]), "sigmas": torch.tensor([3.0, 3.0])}
+        inputs = torch.randn(4, 4, height, width, generator=generator), torch.full((4,), 3.0)
+        deferred = defer_control(link, *inputs, {"c_crossattn": torch.randn(4, 77, 64, generator=generator)}, 2)
+        assert deferred is not None
+        (task,) = deferred.parts
+        assert not isinstance(task, dict) and task.has_tiles
+        whole, cut = task.run(task.network), Cut.of_rows(tiles)
+        parts, peers, _ = run_in_turns(lambda peers: task.run_on_tile(task.network, Tile(peers, cut)), len(tiles))
+    assert peers[0].num_posts == networks[1][0].tile_traffic(height, width).num_exchanges
+    for kind in ("middle", "output"):
+        for place, expected in enumerate(whole[kind]):
+            assert expected is not None
+            found = torch.cat([part[kind][place] for part in parts], dim=2)
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.std()) + 1e-6)
+
+
+def test_every_slot_of_a_team_has_the_controlnet_and_computes_its_tile(two_gpus: Fleet) -> None:
+    unet = _unet({})
+    session = _prepare(unet, "tiles", images=1, branches=1)
+    assert session is not None and session.plan.control_slots == {"ControlNet": (0, 1)}
+    result = _denoise(unet, images=1, cond_scale=1.0)
+    sampling_cleanup(unet)
+    assert torch.allclose(result, _whole(1, images=1, cond_scale=1.0), atol=1e-4)
+
+
+def test_a_controlnet_that_needs_the_whole_picture_sends_each_tile_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first link averages its residuals over the picture, the second does not: one runs whole, the other in tiles, and they add up. Both have a
+    copy on each slot, though one network on each would be as fast here."""
+    monkeypatch.setattr(TileCosts, "control_places", lambda self, teams: iter((self,)))
+    with configured_slots("cpu"):
+        unet = _with_an_averaging_link()
+        _prepare(unet, "auto", images=1, branches=1)
+        expected = _denoise(unet, images=1, cond_scale=1.0)
+        sampling_cleanup(unet)
+    with virtual_fleet(2):
+        unet = _with_an_averaging_link()
+        session = _prepare(unet, "tiles", images=1, branches=1)
+        assert session is not None and session.plan.control_slots == {"ControlNet 1": (0, 1), "ControlNet 2": (0, 1)}
+        result = _denoise(unet, images=1, cond_scale=1.0)
+        sampling_cleanup(unet)
+    assert torch.allclose(result, expected, atol=1e-4)
+
+
+def _with_an_averaging_link() -> UnetPatcher:
+    unet = _unet({}, {})
+    first = unet.controlnet_linked_list.previous_controlnet
+    first.global_average_pooling = True
+    return unet
+
+
 def test_a_cut_network_gives_the_same(two_gpus: Fleet) -> None:
     unet = _unet({}, {})
     session = _prepare(unet, "layers")
@@ -164,7 +229,8 @@ def test_a_cut_network_gives_the_same(two_gpus: Fleet) -> None:
 
 
 def _session_with_control_elsewhere(unet: UnetPatcher, **request: Any) -> SamplingSession:
-    """One picture without CFG: one row, with the ControlNet on the other slot."""
+    """One picture without CFG: one row, which a hook keeps whole, with the ControlNet on the other slot."""
+    unet.set_model_input_block_patch(lambda hidden, options: hidden)
     session = _prepare(unet, "auto", images=1, branches=1, **request)
     assert session is not None
     assert (session.plan.strategy, session.plan.used_slots) == ("single", (0,))

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from backend.parallel.planning.costs import ModelProfile
+from backend.parallel.planning.costs import ComponentCost, ModelProfile
 from backend.parallel.planning.plan import Plan, ReplicaPlan, TileTeam
 from backend.parallel.planning.planner import JobShape, Link, SlotFacts, WantedStrategy, make_plan
-from backend.parallel.planning.simulation import profile_model
+from backend.parallel.planning.simulation import component_costs, profile_model
 
 GB = 10**9
 
@@ -116,6 +116,45 @@ def test_counts_of_full_size_sdxl(sdxl: ModelProfile) -> None:
     assert sdxl.tiles.unit == 4
     received_mb = sdxl.tiles.arriving_bytes((64, 64), 2)[0] / 1e6
     assert received_mb == pytest.approx(428 / 2, rel=0.1)  # it counts 428 MB for two rows
+
+
+# ControlNets
+
+
+@pytest.fixture(scope="module")
+def control() -> ComponentCost:
+    """Of full-size SDXL."""
+    return component_costs("sdxl", 1024, 1024, has_controlnet=True)[-1]
+
+
+def plan_with(profile: ModelProfile, control: ComponentCost, *speeds: float, budget_bytes: int = 20 * GB, branches: int = 1) -> Plan:
+    job = JobShape(branches=branches, components=(control,))
+    return make_plan(profile, make_slots(*speeds, budget_bytes=budget_bytes), make_links(len(speeds)), job, strategy="tiles")
+
+
+def test_a_controlnet_is_computed_in_the_tiles_of_the_row(sdxl: ModelProfile, control: ComponentCost) -> None:
+    """A whole pass on one of two slots would cost its time once more: about a third of the network's."""
+    assert control.tiles is not None and 40 <= control.tiles.num_exchanges <= 70
+    plan, whole = (plan_with(sdxl, one, 1.0, 1.0) for one in (control, replace(control, tiles=None)))
+    assert plan.control_slots == {"ControlNet": (0, 1)}
+    assert len(set(whole.control_slots["ControlNet"])) == 1
+    assert plan.predicted_ms < 0.9 * whole.predicted_ms
+    assert plan.predicted_speedup > 1.6
+
+
+def test_a_controlnet_that_cannot_be_cut_goes_to_a_slot_outside_the_team_if_that_is_faster(sdxl: ModelProfile, control: ComponentCost) -> None:
+    plan = plan_with(sdxl, replace(control, tiles=None), 1.0, 1.0, 0.9)
+    (slot,) = set(plan.control_slots["ControlNet"])
+    assert slot not in plan.used_slots
+    assert f"ControlNet on slot {slot}" in plan.reason
+
+
+def test_slots_without_room_for_the_controlnet_leave_it_to_one(sdxl: ModelProfile, control: ComponentCost) -> None:
+    alone = plan_with(sdxl, control, 1.0, 1.0)
+    slots = make_slots(1.0, 1.0)
+    slots[1] = replace(slots[1], budget_bytes=alone.predicted_bytes[1] - control.weight_bytes // 2)
+    plan = make_plan(sdxl, slots, make_links(2), JobShape(branches=1, components=(control,)), strategy="tiles")
+    assert plan.is_tiled and plan.control_slots == {"ControlNet": (0, 0)}
 
 
 def make_tile_plan(*tiles: TileTeam, copies: int | None = None, **fields: object) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from backend.modules.k_prediction import Prediction
 from backend.parallel.placing.fleet import Fleet, Trial
 from backend.parallel.planning.planner import LEAST_GAIN
 from backend.parallel.running.executor import Cancelled, SlotFailure
+from backend.parallel.running.sampling_request import foresee_calls
 from backend.parallel.running.session import SamplingRequest, begin_session, end_session, find_bound_hook
 from backend.parallel.running.worker import SlotLost
 from backend.patcher.unet import UnetPatcher
@@ -78,6 +80,16 @@ def two_gpus() -> Iterator[Fleet]:
 
 def _request(strategy: Any, **fields: Any) -> SamplingRequest:
     return SamplingRequest(images=SHAPE[0], branches=1, strategy=strategy, **fields)
+
+
+def test_a_wrapper_that_cuts_pictures_says_what_calls_take() -> None:
+    """Nine views of 64x64 of one picture, without CFG, are nine rows, and pictures share their calls."""
+    request = SamplingRequest(images=2, branches=1, may_use_lanes=True)
+    wrapper = SimpleNamespace(parts_of=lambda height, width: (9, 64, 64))
+    shape, seen = foresee_calls(wrapper, (2, 4, 160, 160), request)
+    assert (shape, seen.images, seen.num_rows, seen.may_use_lanes) == ((18, 4, 64, 64), 18, 18, False)
+    for whole in (None, SimpleNamespace(), SimpleNamespace(parts_of=lambda height, width: (1, height, width))):
+        assert foresee_calls(whole, (2, 4, 160, 160), request) == ((2, 4, 160, 160), request)
 
 
 STRATEGIES = ["replicas", "layers", "single"]
