@@ -1,0 +1,1 @@
+"""`canvas`: the picture to paint on that extensions import as `ForgeCanvas`."""

@@ -1,4 +1,7 @@
-"""Stable Diffusion 1.x and its inpainting variant; also its narrow variants."""
+"""Stable Diffusion 1.x and its inpainting variant; also its narrow variants.
+
+Everything but the text encoder, CLIP-L, is that of `unet_family`. Example: a file whose UNet takes text of 768 numbers per token is this family's.
+"""
 
 from __future__ import annotations
 

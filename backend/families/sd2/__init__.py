@@ -1,4 +1,7 @@
-"""Stable Diffusion 2.x, noise or velocity prediction. Its OpenCLIP H is read before the last block, so clip skip 1 is the published setting."""
+"""Stable Diffusion 2.x, noise or velocity prediction. Its OpenCLIP H is read before the last block, so clip skip 1 is the published setting.
+
+Everything else is that of `unet_family`. Example: a file whose UNet takes text of 1024 numbers per token and no vector is this family's.
+"""
 
 from __future__ import annotations
 

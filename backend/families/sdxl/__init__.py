@@ -1,4 +1,8 @@
-"""SDXL base and its inpainting variant, noise or velocity prediction."""
+"""SDXL base and its inpainting variant, noise or velocity prediction.
+
+The text recipe is in `sdxl_text`, everything else in `unet_family`. Example: a file whose UNet takes text of 2048 numbers per token and a vector of
+2816 is this family's.
+"""
 
 from __future__ import annotations
 

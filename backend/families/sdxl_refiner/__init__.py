@@ -1,4 +1,8 @@
-"""The SDXL refiner: bigG only, and an aesthetic score instead of the target size."""
+"""The SDXL refiner: bigG only, and an aesthetic score instead of the target size.
+
+The text recipe is in `sdxl_text`, everything else in `unet_family`. Example: a file whose UNet takes text of 1280 numbers per token is this
+family's.
+"""
 
 from __future__ import annotations
 
