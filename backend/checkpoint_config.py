@@ -326,6 +326,9 @@ def _one_if_equal(numbers: list[int]) -> int | list[int]:
 # --- VAE ----------------------------------------------------------------------------------------------------------------------------
 
 
+_VAE_OWNERS = {16: "Flux and SD3", 32: "Flux.2"}
+
+
 def vae_config(file: TensorFile, part: Part, *, channels: int, scale: float, family_title: str) -> dict[str, Any]:
     """Arguments for diffusers' AutoencoderKL; `channels` and `scale` describe the family's latents.
 
@@ -336,7 +339,8 @@ def vae_config(file: TensorFile, part: Part, *, channels: int, scale: float, fam
     num_levels = names.count(level_name + "{}.")
     latent_channels = names.shape("decoder.conv_in.weight")[1]
     if latent_channels != channels:
-        owners = "16 channels belong to Flux and SD3. " if latent_channels == 16 else ""
+        owner = _VAE_OWNERS.get(latent_channels)
+        owners = f"{latent_channels} channels belong to {owner}. " if owner else ""
         raise CheckpointError(
             f"{file.path.name}: is a VAE with {latent_channels} latent channels; {family_title} needs one with {channels}. "
             f"{owners}Choose another VAE, or None."

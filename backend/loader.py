@@ -305,6 +305,7 @@ def _build_engine(
     sources, denoiser, vae = networks.sources, networks.denoiser, networks.vae
     family, found = sources.family, sources.found
     clip = _load_clip(networks.texts, networks.text_plans, sources, config)
+    latent = family.latent if family.latent_of_vae is None else family.latent_of_vae(vae)
     vae_patcher = _load_vae(vae, networks.vae_plan, sources, config)
     unet_patcher, prediction = _load_denoiser(denoiser, networks.denoiser_plan, sources, wanted, networks.key_map, config)
     parts = EngineParts(
@@ -313,7 +314,7 @@ def _build_engine(
             family=family.name,
             unet_config=_config_of(denoiser),
             vae_config=_config_of(vae),
-            latent_scale=family.latent.scale,
+            latent_scale=latent.scale,
             prediction=prediction,
         ),
         unet=unet_patcher,
@@ -322,6 +323,7 @@ def _build_engine(
         embeddings=_build_embeddings(clip, family, embedding_dirs),
         filename=main.path,
         native_size_px=_native_size_px(main, family, prediction),
+        latent=latent,
         is_inpaint=found.is_inpaint,
         takes_control_picture=found.takes_control_picture,
         metadata=main.metadata,

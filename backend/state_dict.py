@@ -27,6 +27,8 @@ SharedRows = tuple[int, int, int, bool]
 PlacesOf = Callable[[str], Sequence[tuple[str, SharedRows | None]]]
 
 _QKV_THIRDS = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
+_INNER_CONVS = {"quant_conv.": "encoder.", "post_quant_conv.": "decoder."}
+"""Convolutions around a VAE's latents, and where Flux.2's original file has them."""
 _IGNORED_ENDINGS = ("position_ids", "logit_scale", "num_batches_tracked")
 
 
@@ -97,9 +99,10 @@ def plan_vae(vae: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
     num_levels = len(cast("Mapping[str, Any]", vae.config)["up_block_types"])
 
     def candidates(key: str) -> list[TensorSource]:
+        inner = [TensorSource(key=part.prefix + half + key) for conv, half in _INNER_CONVS.items() if key.startswith(conv)]
         if part.layout is Layout.LDM:
-            return [TensorSource(key=part.prefix + key_layout.vae_key_to_ldm(key, num_levels))]
-        return [TensorSource(key=part.prefix + key), TensorSource(key=part.prefix + _old_vae_name(key))]
+            return [TensorSource(key=part.prefix + key_layout.vae_key_to_ldm(key, num_levels)), *inner]
+        return [TensorSource(key=part.prefix + key), TensorSource(key=part.prefix + _old_vae_name(key)), *inner]
 
     return _plan(vae, file, part, candidates)
 

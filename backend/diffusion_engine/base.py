@@ -23,6 +23,7 @@ from backend.unfinished_files import replacing
 
 if TYPE_CHECKING:
     from backend.checkpoint_prediction import PredictionSpec
+    from backend.families.latent_format import LatentFormat
     from backend.patcher.clip import CLIP
     from backend.patcher.unet import UnetPatcher
     from backend.patcher.vae import VAE
@@ -56,7 +57,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineParts:
-    """The parts of an engine. `native_size_px` is the side length of the pictures the model was trained on."""
+    """The parts of an engine. `native_size_px` is the side length of the pictures the model was trained on. `latent`: with the VAE's statistics."""
 
     family: Family
     config: ModelConfig
@@ -66,6 +67,7 @@ class EngineParts:
     embeddings: EmbeddingDatabase
     filename: Path
     native_size_px: int
+    latent: LatentFormat
     is_inpaint: bool = False
     takes_control_picture: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -80,7 +82,7 @@ class ForgeDiffusionEngine:
         self.model_config = parts.config
         self.family_facts = parts.family
         self.family, self.family_title, self.denoiser_title = parts.family.name, parts.family.title, parts.family.denoiser_title
-        self.latent_format = parts.family.latent
+        self.latent_format = parts.latent
         self.matched_guesses: Sequence[str] = (self.family,)
         program = parts.unet.model.program
         self.use_distilled_cfg_scale = parts.family.guidance.distilled is not None and GUIDANCE in program.reads

@@ -135,7 +135,8 @@ class Family:
     it reads from the model and callers may set. `attends_jointly`: text and picture share one attention, in which repeated text would count twice;
     conditions of different lengths are then never joined by repetition. `build_token_counter` returns a text engine without its network, for the
     token counter of the page; None means CLIP's. `default_schedule` is the meaning of Automatic if the sampler does not define it.
-    `shift_of_tokens`: a flow's shift by the number of picture tokens, where the authors vary it. `forge_shifts_table_alone`: Forge forgets the shift
+    `shift_of_tokens`: a flow's shift by the number of picture tokens and of steps, where the authors vary it; `always_shifts_by_size`: without being
+    asked to. `latent_of_vae`: the latents that a loaded VAE's own statistics describe. `forge_shifts_table_alone`: Forge forgets the shift
     in computed schedules. `join_inpaint` (mask in pixels, masked picture's latents) returns the extra channels of an inpainting model.
     `edit_names`: words in the file names of models that were trained to edit reference pictures, where nothing else tells them.
     `compute_dtypes`: dtypes its network may compute in, best first; a device uses the first that it runs at full speed. `forge_flags`: attribute
@@ -163,7 +164,9 @@ class Family:
     reads_size: bool = False
     attends_jointly: bool = False
     build_token_counter: Callable[[], TextEngine] | None = None
-    shift_of_tokens: Callable[[int], float] | None = None
+    shift_of_tokens: Callable[[int, int], float] | None = None
+    always_shifts_by_size: bool = False
+    latent_of_vae: Callable[[nn.Module], LatentFormat] | None = None
     forge_shifts_table_alone: bool = False
     join_inpaint: Callable[[Tensor, Tensor], Tensor] = mask_before_picture
     compute_dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)

@@ -1,8 +1,8 @@
-"""Qwen3 as a family's text encoder (Z-Image): its places in files, its configuration from shapes, its weights."""
+"""Qwen3 as a family's text encoder (Z-Image, Flux.2): its places in files, its configuration from shapes, its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
 from torch import nn
@@ -18,23 +18,33 @@ from backend.text_processing.qwen_tokenizer import VOCAB_LENGTH, build_qwen_toke
 NAME = "qwen3"
 TITLE = "Qwen3"
 _PREFIXES = (
-    "text_encoders.qwen3_4b.transformer.model.", "text_encoders.qwen3_4b.transformer.", "text_encoder.model.", "text_encoder.", "transformer.model.",
-    "model.", "",
+    "text_encoders.qwen3_4b.transformer.model.", "text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer.model.",
+    "text_encoders.qwen3_8b.transformer.", "text_encoder.model.", "text_encoder.", "transformer.model.", "model.", "",
 )  # fmt: skip
+LayersRead = Callable[[int], tuple[int, ...]]
+"""Number of layers -> which of them are read, counted from 1."""
 
 
-def qwen3(usual_file: str) -> Component:
+def before_the_last(num_layers: int) -> tuple[int, ...]:
+    return (num_layers - 1,)
+
+
+def qwen3(usual_file: str, reads: LayersRead = before_the_last) -> Component:
     """A Qwen3 of any width."""
     return Component(
         name=NAME,
         title=TITLE,
         find=lambda file: find_qwen3(file.infos),
-        build=build_qwen3,
+        build=lambda file, part: build_qwen3(file, part, reads),
         plan=plan_qwen3,
-        width=lambda file, part: read_qwen3_shape(file, part).width,
+        width=lambda file, part: _features_width(read_qwen3_shape(file, part), reads),
         make_tokenizer=build_qwen_tokenizer,
         usual_file=usual_file,
     )
+
+
+def _features_width(shape: Qwen3Shape, reads: LayersRead) -> int:
+    return shape.width * len(reads(shape.num_layers))
 
 
 def find_qwen3(keys: Collection[str]) -> Sequence[Part]:
@@ -72,10 +82,10 @@ def read_qwen3_shape(file: TensorFile, part: Part) -> Qwen3Shape:
     )
 
 
-def build_qwen3(file: TensorFile, part: Part) -> nn.Module:
+def build_qwen3(file: TensorFile, part: Part, reads: LayersRead = before_the_last) -> nn.Module:
     """Without memory."""
     config = qwen3_config(read_qwen3_shape(file, part))
-    return build_empty(lambda: cast("nn.Module", Qwen3TextEncoder(config)))
+    return build_empty(lambda: cast("nn.Module", Qwen3TextEncoder(config, reads(config.num_hidden_layers))))
 
 
 def plan_qwen3(encoder: nn.Module, file: TensorFile, part: Part) -> LoadPlan:

@@ -87,8 +87,8 @@ def run_double_with(
     """
     image_mods, text_mods = modulations
     attended = block.attn(
-        hidden_states=norm_with(block.norm1.norm, image_BLD, image_mods[1], image_mods[0], dtype),
-        encoder_hidden_states=norm_with(block.norm1_context.norm, text_BTD, text_mods[1], text_mods[0], dtype),
+        hidden_states=norm_with(bare(block.norm1), image_BLD, image_mods[1], image_mods[0], dtype),
+        encoder_hidden_states=norm_with(bare(block.norm1_context), text_BTD, text_mods[1], text_mods[0], dtype),
         attention_mask=mask,
         image_rotary_emb=rope,
     )
@@ -137,6 +137,11 @@ def _modulate(norm: Any, modulation_BD: Tensor, count: int) -> tuple[Tensor, ...
     return tuple(part.unsqueeze(1) for part in numbers.chunk(count, dim=1))
 
 
+def bare(norm: Any) -> nn.Module:
+    """The norm without weights inside an adaptive one, or itself."""
+    return getattr(norm, "norm", norm)  # type: ignore[no-any-return]
+
+
 def norm_with(norm: nn.Module, stream_BLD: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
     """A norm without weights, computed in the stream's dtype; the result has the network's."""
     return (norm(stream_BLD) * (1 + scale) + shift).to(dtype)  # type: ignore[no-any-return]
@@ -155,20 +160,21 @@ def embed_modulation(network: Any, times_B: Tensor, guidance_B: Tensor | None, p
     return sum_BD + embed.text_embedder(pooled_BV)  # type: ignore[no-any-return]
 
 
-def pack(x_BCHW: Tensor) -> Tensor:
-    """Latents as tokens of 2x2, (B, H/2 * W/2, 4 C), channel by channel. Odd sides are padded from the opposite edge."""
-    if x_BCHW.shape[2] % CELL or x_BCHW.shape[3] % CELL:
-        x_BCHW = functional.pad(x_BCHW, (0, x_BCHW.shape[3] % CELL, 0, x_BCHW.shape[2] % CELL), mode="circular")
+def pack(x_BCHW: Tensor, cell: int = CELL) -> Tensor:
+    """Latents as tokens of `cell` x `cell`, by default 2x2: (B, H/2 * W/2, 4 C), channel by channel. Odd sides are padded from the opposite edge."""
+    missing_rows, missing_columns = -x_BCHW.shape[2] % cell, -x_BCHW.shape[3] % cell
+    if missing_rows or missing_columns:
+        x_BCHW = functional.pad(x_BCHW, (0, missing_columns, 0, missing_rows), mode="circular")
     batch, channels, height, width = x_BCHW.shape
-    cells = x_BCHW.reshape(batch, channels, height // CELL, CELL, width // CELL, CELL)
-    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * CELL**2)
+    cells = x_BCHW.reshape(batch, channels, height // cell, cell, width // cell, cell)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * cell**2)
 
 
-def unpack(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
+def unpack(tokens_BLD: Tensor, height: int, width: int, cell: int = CELL) -> Tensor:
     """The inverse: latents (B, C, height, width)."""
-    rows, columns = -(-height // CELL), -(-width // CELL)
-    cells = tokens_BLD.reshape(tokens_BLD.shape[0], rows, columns, -1, CELL, CELL)
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(tokens_BLD.shape[0], -1, rows * CELL, columns * CELL)[:, :, :height, :width]
+    rows, columns = -(-height // cell), -(-width // cell)
+    cells = tokens_BLD.reshape(tokens_BLD.shape[0], rows, columns, -1, cell, cell)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(tokens_BLD.shape[0], -1, rows * cell, columns * cell)[:, :, :height, :width]
 
 
 def picture_ids(rows: int, columns: int, number: int = 0) -> Tensor:

@@ -1,13 +1,14 @@
-"""The layers of transformers' Qwen3 as a text encoder: token ids in, features of the layer before the last out. Safe in half precision.
+"""The layers of transformers' Qwen3 as a text encoder: token ids in, the residual stream after some of its layers out. Safe in half precision.
 
-Residual streams of trained decoders overflow fp16, so in half precision the stream is fp32; in fp16 the products inside the MLPs are too. The last
-layer and the last norm do not run; they are kept so that a saved model is complete.
+Residual streams of trained decoders overflow fp16, so in half precision the stream is fp32; in fp16 the products inside the MLPs are too. Layers
+behind the last one read, and the last norm, do not run; they are kept so that a saved model is complete.
 
-Shapes: B prompts, L tokens, D width, K head width.
+Shapes: B prompts, L tokens, D width, K head width, N layers that are read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +54,15 @@ def qwen3_config(shape: Qwen3Shape) -> Qwen3Config:
 
 
 class Qwen3TextEncoder(nn.Module):
-    """Token ids (B, L) in, features (B, L, D) out. Names are those of transformers' Qwen3Model."""
+    """Token ids (B, L) in, the stream after each layer of `reads` side by side, (B, L, N * D), out. Names are those of transformers' Qwen3Model.
 
-    def __init__(self, config: Qwen3Config) -> None:
+    `reads`: numbers of layers, counted from 1; by default the one before the last.
+    """
+
+    def __init__(self, config: Qwen3Config, reads: Sequence[int] = ()) -> None:
         super().__init__()
         self.config = config
+        self.reads = tuple(reads) or (config.num_hidden_layers - 1,)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Qwen3DecoderLayer(config, number) for number in range(config.num_hidden_layers)])
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -65,19 +70,31 @@ class Qwen3TextEncoder(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`attention_mask` (B, L) is 0 for padding, which is behind the text and does not change its features."""
         embedded_BLD = self.embed_tokens(input_ids)
         dtype = embedded_BLD.dtype
         stream_BLD: Tensor = embedded_BLD.float() if dtype in (torch.float16, torch.bfloat16) else embedded_BLD
         rope = half_rope(input_ids.shape[1], self.config.head_dim, THETA, dtype, input_ids.device)
-        for layer in self.layers[:-1]:
-            stream_BLD = _run_layer(layer, stream_BLD, rope, dtype)
-        return stream_BLD
+        mask = None if attention_mask is None else _readable(attention_mask)
+        read = {0: stream_BLD}
+        for number, layer in enumerate(self.layers[: max(self.reads)], 1):
+            stream_BLD = _run_layer(layer, stream_BLD, rope, dtype, mask)
+            if number in self.reads:
+                read[number] = stream_BLD
+        return torch.cat([read[number] for number in self.reads], dim=-1)
 
 
-def _run_layer(layer: Any, stream_BLD: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+def _readable(attention_mask_BL: Tensor) -> Tensor:
+    """Which tokens each token reads, (B, 1, L, L): itself and those before it, but no padding."""
+    length = attention_mask_BL.shape[1]
+    causal_LL = torch.ones(length, length, dtype=torch.bool, device=attention_mask_BL.device).tril()
+    return causal_LL & attention_mask_BL.bool()[:, None, None, :]
+
+
+def _run_layer(layer: Any, stream_BLD: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype, mask: Tensor | None) -> Tensor:
     mixed_BLD, _ = layer.self_attn(
-        hidden_states=normed(layer.input_layernorm, stream_BLD, dtype), position_embeddings=rope, attention_mask=None
+        hidden_states=normed(layer.input_layernorm, stream_BLD, dtype), position_embeddings=rope, attention_mask=mask
     )  # fmt: skip
     stream_BLD = stream_BLD + mixed_BLD.to(stream_BLD.dtype)
     mlp = layer.mlp

@@ -62,12 +62,18 @@ def join_heads(attn: Any, query_BLNK: Tensor, key_BTMK: Tensor, value_BTMK: Tens
 
 def gated(up: nn.Module, gate: nn.Module, down: nn.Module, x_BLD: Tensor, activation: Callable[[Tensor], Tensor] = functional.silu) -> Tensor:
     """down(activation(gate(x)) * up(x)), in fp16 with the product scaled per token by a power of two. Shazeer 2020, "GLU Variants", eq. 6."""
-    gate_BLF, up_BLF = activation(gate(x_BLD)), up(x_BLD)
-    if x_BLD.dtype is not torch.float16:
-        return down(gate_BLF * up_BLF)  # type: ignore[no-any-return]
-    product_BLF = gate_BLF.float() * up_BLF.float()
-    scale_BL1 = torch.exp2(torch.ceil(torch.log2(product_BLF.abs().amax(dim=-1, keepdim=True).clamp(min=1.0))))
-    return down((product_BLF / scale_BL1).half()).float() * scale_BL1  # type: ignore[no-any-return]
+    return project_product(down, activation(gate(x_BLD)), up(x_BLD))
+
+
+def project_product(down: nn.Module, gate_BLF: Tensor, up_BLF: Tensor, before_BLD: Tensor | None = None) -> Tensor:
+    """down(gate * up), or down of `before` and gate * up side by side, in fp16 scaled per token by a power of two, with an fp32 result."""
+    is_half = gate_BLF.dtype is torch.float16
+    product = gate_BLF.float() * up_BLF.float() if is_half else gate_BLF * up_BLF
+    joined = product if before_BLD is None else torch.cat([before_BLD.to(product.dtype), product], dim=-1)
+    if not is_half:
+        return down(joined)  # type: ignore[no-any-return]
+    scale_BL1 = torch.exp2(torch.ceil(torch.log2(joined.abs().amax(dim=-1, keepdim=True).clamp(min=1.0))))
+    return down((joined / scale_BL1).half()).float() * scale_BL1  # type: ignore[no-any-return]
 
 
 def rms_norm(norm: Any, stream_BLD: Tensor) -> Tensor:

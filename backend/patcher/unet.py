@@ -113,7 +113,8 @@ class UnetPatcher(ModelPatcher):
         """Let the network read these references, scaled like the latents it makes, in every step. Raises: ValueError for more than it takes."""
         if len(latents) > self.most_references:
             raise ValueError(
-                f"{len(latents)} reference pictures were given to a network that takes {self.most_references}. Use a Kontext model or fewer pictures."
+                f"{len(latents)} reference pictures were given to a network that takes {self.most_references}. Use a Kontext or Flux.2-klein model, "
+                "or fewer pictures."
             )
         self.reference_latents = tuple(latents)
 

@@ -99,8 +99,8 @@ class VAE:
         )
 
     def _read_shape(self, model: Any, latent: LatentFormat | None) -> None:
-        self.latent_channels = int(model.config.latent_channels) if latent is None else latent.channels
-        self.downscale_ratio = 2 ** (len(model.config.block_out_channels) - 1) if latent is None else latent.factor
+        self.latent_channels = int(model.config.latent_channels) if latent is None else latent.vae_channels
+        self.downscale_ratio = 2 ** (len(model.config.block_out_channels) - 1) if latent is None else latent.vae_factor
         self._width_share = model.config.block_out_channels[0] / _PUBLISHED_WIDTH
 
     @property

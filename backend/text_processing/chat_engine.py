@@ -24,12 +24,17 @@ MAX_LENGTH = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """What stands before and after a prompt. `num_dropped`: tokens at the start whose features are left out. `trained_length`: for the counter."""
+    """What stands before and after a prompt. `num_dropped`: tokens at the start whose features are left out. `trained_length`: for the counter.
+
+    `padded_length`: shorter texts get tokens `pad_token` behind them up to this many, whose features count too.
+    """
 
     before: str = ""
     after: str = ""
     num_dropped: int = 0
     trained_length: int = 512
+    padded_length: int = 0
+    pad_token: int = 0
 
 
 @dataclass(slots=True)
@@ -43,7 +48,8 @@ class ChatChunk:
 class ChatTextProcessingEngine:
     """Callable: prompts in, (features (B, L, D) fp32 with zeros behind shorter ones, their lengths (B,)) out.
 
-    `text_encoder` takes ids (B, L) and returns features (B, L, D). Every text is encoded alone and unpadded. Not safe to call from two threads.
+    `text_encoder` takes ids (B, L), with a template that pads also a mask (B, L) that is 0 for padding, and returns features (B, L, D). Every text is
+    encoded alone. Not safe to call from two threads.
     """
 
     comma_padding_backtrack = 0
@@ -106,9 +112,12 @@ class ChatTextProcessingEngine:
         """(L, D) of a chunk in its template."""
         before, after = self.tokenize([self.template.before, self.template.after])
         tokens = [*before, *chunk.tokens, *after]
-        multipliers = [1.0] * len(before) + chunk.multipliers + [1.0] * len(after)
+        num_pads = max(0, self.template.padded_length - len(tokens))
+        multipliers = [1.0] * len(before) + chunk.multipliers + [1.0] * (len(after) + num_pads)
         encoder: Any = self.text_encoder
+        device = encoder.get_input_embeddings().weight.device
+        masks = [torch.tensor([[1] * len(tokens) + [0] * num_pads], device=device)] if num_pads else []
         with torch.no_grad():
-            z_1LD = encoder(torch.tensor([tokens], device=encoder.get_input_embeddings().weight.device)).float()
+            z_1LD = encoder(torch.tensor([tokens + [self.template.pad_token] * num_pads], device=device), *masks).float()
         weights_1L = torch.tensor([multipliers], dtype=z_1LD.dtype, device=z_1LD.device)
         return apply_emphasis(self.emphasis_name, z_1LD, weights_1L)[0, self.template.num_dropped :]

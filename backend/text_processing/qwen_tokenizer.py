@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 VOCAB_LENGTH = 151_669
 """Byte symbols, merges and markers. Networks have a few more rows, which no text reaches."""
-_FIRST_MARKER = 151_643
+END_OF_TEXT = 151_643
+"""The first marker, which also pads."""
 _MARKERS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
     "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>",

@@ -82,7 +82,7 @@ class PreviewMaker:
         """0..1 CHW."""
         if self._method == FULL:
             return self._engine.decode_first_stage(latent_CHW[None])[0].add(1).div(2)
-        return apply_projection(latent_CHW, latent_projection(self._engine))
+        return approximate_colors(self._engine, latent_CHW)
 
 
 def _resolve_method(name: str) -> str:
@@ -92,6 +92,12 @@ def _resolve_method(name: str) -> str:
     return FULL if name == FULL else "Approx cheap"
 
 
+def approximate_colors(engine: Any, latent_CHW: Tensor) -> Tensor:
+    """Colors 0..1 (3, H, W) in the size of the VAE's latents, without the VAE."""
+    format_ = getattr(engine, "latent_format", None)
+    return apply_projection(latent_CHW if format_ is None else format_.unfolded(latent_CHW), latent_projection(engine))
+
+
 def apply_projection(latent_CHW: Tensor, projection: Tensor) -> Tensor:
     """Colors CHW of latents under a projection (C + 1, 3); its last row is the constant."""
     flat_HWC = latent_CHW.float().cpu().movedim(0, -1)
@@ -99,13 +105,14 @@ def apply_projection(latent_CHW: Tensor, projection: Tensor) -> Tensor:
 
 
 def latent_projection(engine: Any) -> Tensor:
-    """(C + 1, 3): the best linear map from latent channels to colors: the family's table, else fitted once per VAE."""
-    table = getattr(getattr(engine, "latent_format", None), "preview", None)
-    if table is not None:
-        return torch.tensor(table)
+    """(C + 1, 3): the best linear map from channels of the VAE's latents to colors: the family's table, else fitted once per VAE."""
+    format_ = getattr(engine, "latent_format", None)
+    if format_ is not None and format_.preview is not None:
+        return torch.tensor(format_.preview)
     network = engine.forge_objects.vae.first_stage_model
     if network not in _fitted:
-        _fitted[network] = fit_projection(engine.decode_first_stage, int(engine.forge_objects.vae.latent_channels))
+        fold = (lambda z_BCHW: z_BCHW) if format_ is None else format_.folded
+        _fitted[network] = fit_projection(lambda z_BCHW: engine.decode_first_stage(fold(z_BCHW)), int(engine.forge_objects.vae.latent_channels))
     return _fitted[network]
 
 

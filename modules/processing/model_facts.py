@@ -24,13 +24,18 @@ def attends_jointly(model: Any) -> bool:
     return bool(getattr(getattr(model, "family_facts", None), "attends_jointly", False))
 
 
-def shift_of_size(model: Any, latent_rows: int, latent_columns: int) -> float | None:
+def always_shifts_by_size(model: Any) -> bool:
+    """Whether noise levels depend on the size of the picture unless a job asks for a shift."""
+    return bool(getattr(getattr(model, "family_facts", None), "always_shifts_by_size", False))
+
+
+def shift_of_size(model: Any, latent_rows: int, latent_columns: int, num_steps: int) -> float | None:
     """The shift of noise levels that a flow model's authors give a picture of this size; None for a model that has one for all."""
     family = getattr(model, "family_facts", None)
     if family is None or family.shift_of_tokens is None:
         return None
     cell = family.latent.cell
-    return float(family.shift_of_tokens(-(-latent_rows // cell) * -(-latent_columns // cell)))
+    return float(family.shift_of_tokens(-(-latent_rows // cell) * -(-latent_columns // cell), num_steps))
 
 
 def shifts_its_table_alone_in_forge(model: Any) -> bool:

@@ -84,8 +84,7 @@ def samples_to_images_tensor(sample: Tensor, approximation: int | None = None, m
     engine = _engine(model)
     if approximation in (None, 0):
         return decode_first_stage(engine, sample)
-    projection = live_preview.latent_projection(engine)
-    return torch.stack([live_preview.apply_projection(latent_CHW, projection) for latent_CHW in sample]).mul(2).sub(1)
+    return torch.stack([live_preview.approximate_colors(engine, latent_CHW) for latent_CHW in sample]).mul(2).sub(1)
 
 
 def single_sample_to_image(sample: Tensor, approximation: int | None = None) -> Image.Image:

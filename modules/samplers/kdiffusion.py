@@ -29,7 +29,7 @@ from backend.sampling.sampling_function import sampling_cleanup, sampling_prepar
 from backend.sampling.schedules import OLD_KARRAS_RANGE, ScheduleSettings, discard_next_to_last_sigma
 from modules.errors import RequestError
 from modules.jobs.live_preview import PreviewMaker
-from modules.processing.model_facts import shift_of_size, shifts_its_table_alone_in_forge
+from modules.processing.model_facts import always_shifts_by_size, shift_of_size, shifts_its_table_alone_in_forge
 from modules.samplers import schedules as sd_schedulers
 from modules.samplers.cfg_denoiser import CFGDenoiser
 from modules.samplers.common import InterruptedException, setup_img2img_steps
@@ -226,7 +226,7 @@ class KDiffusionSampler:
     ) -> Tensor:
         """From unit noise `x` to latents."""
         num_steps = steps or p.steps
-        with self._network_ready(p, x, num_steps):
+        with self._network_ready(p, x, num_steps, num_steps):
             sigmas_T = self.get_sigmas(p, num_steps)
             if p.options.sgm_noise_multiplier:
                 p.extra_generation_params["SGM noise multiplier"] = True
@@ -246,7 +246,7 @@ class KDiffusionSampler:
     ) -> Tensor:
         """From latents `x`, with `noise` added at the level of the denoising strength, to latents."""
         num_steps, from_end = setup_img2img_steps(p, steps)
-        with self._network_ready(p, x, from_end + 1):
+        with self._network_ready(p, x, num_steps, from_end + 1):
             sigmas_T = self.get_sigmas(p, num_steps)
             part_T = sigmas_T[max(len(sigmas_T) - 2 - from_end, 0) :]
             x_BCHW = self._with_recovery(lambda: x.to(self.unet.load_device), "moving the latents")
@@ -269,15 +269,15 @@ class KDiffusionSampler:
         return start_BCHW
 
     @contextmanager
-    def _network_ready(self, p: Any, x: Tensor, num_steps: int) -> Iterator[None]:
-        """The UNet on its device, for so many steps, with the noise table chosen in the settings; undone afterwards."""
+    def _network_ready(self, p: Any, x: Tensor, num_steps: int, num_run: int) -> Iterator[None]:
+        """The UNet on its device with the noise table chosen in the settings, for a pass over the last `num_run` of so many steps; undone afterwards."""
         if self.spec.needs_uncond:
             unet = self.unet.clone()
             unet.model_options["disable_cfg1_optimization"] = True
             self.sd_model.forge_objects.unet = unet
-        with _noise_table(self.predictor, p, self._wanted_shift(p, x)):
+        with _noise_table(self.predictor, p, self._wanted_shift(p, x, num_steps)):
             try:
-                self._session = sampling_prepare(self.unet, x=x, request=self._request(p, x.shape[0], num_steps))
+                self._session = sampling_prepare(self.unet, x=x, request=self._request(p, x.shape[0], num_run))
                 yield
                 if self._session is not None and self._session.was_displaced:
                     p.extra_generation_params["Tiles"] = f"displaced after {p.options.multi_gpu_exact_steps} steps"
@@ -285,15 +285,18 @@ class KDiffusionSampler:
                 self._session = None
                 sampling_cleanup(self.unet)
 
-    def _wanted_shift(self, p: Any, x_BCHW: Tensor) -> float | None:
-        """The shift of a flow model's noise levels that the settings ask for; None where it is the model's own. What is asked for is noted."""
+    def _wanted_shift(self, p: Any, x_BCHW: Tensor, num_steps: int) -> float | None:
+        """The shift of a flow model's noise levels by settings or size; None where it is the model's own. What the settings ask for is noted."""
         if not self.predictor.is_flow:
             return None
         if p.options.flow_shift:
             p.extra_generation_params["Shift"] = float(p.options.flow_shift)
             return float(p.options.flow_shift)
-        shift = shift_of_size(self.sd_model, x_BCHW.shape[-2], x_BCHW.shape[-1]) if p.options.flow_shift_by_size else None
-        if shift is not None:
+        is_usual = always_shifts_by_size(self.sd_model)
+        if not (is_usual or p.options.flow_shift_by_size):
+            return None
+        shift = shift_of_size(self.sd_model, *x_BCHW.shape[-2:], num_steps)
+        if shift is not None and not is_usual:
             p.extra_generation_params["Shift by size"] = True
         return shift
 

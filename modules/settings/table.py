@@ -337,7 +337,10 @@ def _sampler_parameters() -> OptionTable:
             0.0, "Flow models: shift", 0, 20, 0.01, strict=True, infotext="Shift", info="0 takes the model's: 3.16 for Flux.1-dev at any size"
         ),
         "flow_shift_by_size": option(
-            False, "Flow models: shift by the size of the picture", infotext="Shift by size", info="as the models' authors do; Forge does not"
+            False,
+            "Flow models: shift by the size of the picture",
+            infotext="Shift by size",
+            info="as the models' authors do; Forge does not",
         ),
         "flow_schedules_of_forge": option(
             False,

@@ -6,7 +6,6 @@ it is given texts without padding; tests/backend/families/test_chroma.py holds t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,30 @@ from torch import Tensor
 
 from backend.checkpoint_file import CheckpointError
 from backend.diffusion_engine.chroma import Chroma
+from tests.support import flow_pictures
 from tests.support.chroma_networks import write_chroma
 from tests.support.dit_checkpoints import LAYOUTS, DitFiles, save
 from tests.support.flow_pictures import (
-    ONE_PIXEL_STEP,
     SIDE,
     STEPS,
     Prompts,
     check_same,
-    cpu_engine,
+    check_saved,
     load,
     make_scheduler,
     our_picture,
+    random_picture,
     shifted_sigmas,
+    start_from_picture,
 )
 from tests.support.flux_networks import make_vae
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("on_the_cpu"),
+]
 NOISE = torch.randn(1, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
 CFG = 3.0
-
-
-@pytest.fixture(autouse=True)
-def _engine() -> Iterator[None]:
-    with cpu_engine():
-        yield
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -60,15 +58,13 @@ def encode(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def library_picture(files: DitFiles, kind: Any, sampler: str, texts: tuple[dict[str, Tensor], ...], sigmas: Tensor, **fields: Any) -> Tensor:
     pipeline = kind(scheduler=make_scheduler(sampler, sigmas), vae=files.vae, transformer=files.transformer, text_encoder=None, tokenizer=None)
-    pipeline.set_progress_bar_config(disable=True)
     text, negative = (one["crossattn"] for one in texts)
     masks = {
         "prompt_attention_mask": torch.ones(text.shape[:2]), "negative_prompt_attention_mask": torch.ones(negative.shape[:2]),
     }  # fmt: skip
-    arguments = {"height": 8 * SIDE, "width": 8 * SIDE, "sigmas": sigmas[:-1].tolist(), "num_inference_steps": len(sigmas) - 1, **masks, **fields}
-    return pipeline(  # type: ignore[no-any-return]
-        prompt_embeds=text, negative_prompt_embeds=negative, guidance_scale=CFG, output_type="pt", **arguments
-    ).images
+    return flow_pictures.library_picture(
+        pipeline, sigmas=sigmas, prompt_embeds=text, negative_prompt_embeds=negative, guidance_scale=CFG, **masks, **fields
+    )  # fmt: skip
 
 
 def pack(x: Tensor) -> Tensor:
@@ -97,17 +93,12 @@ def test_img2img_is_the_pipeline_s(original: DitFiles) -> None:
     engine = load(original.checkpoint, original.modules)
     texts, sigmas = encode(engine), shifted_sigmas(engine)
     part = sigmas[STEPS // 2 :]
-    picture = torch.rand(1, 3, 8 * SIDE, 8 * SIDE, generator=torch.Generator().manual_seed(4))
+    picture = random_picture()
     with torch.no_grad():
         encoded = (original.vae.encode(picture * 2 - 1).latent_dist.mode() - 0.1159) * 0.3611
-    start = engine.forge_objects.unet.model.predictor.noise_scaling(part[0], NOISE, engine.encode_first_stage(picture * 2 - 1))
-    library_start = part[0] * NOISE + (1 - part[0]) * encoded
-    assert (start - library_start).abs().max() < 2e-3, "the posterior is narrow"
-    library = library_picture(
-        original, ChromaImg2ImgPipeline, "Euler", texts, sigmas, image=picture, strength=0.5, latents=pack(library_start)
-    )  # fmt: skip
-    check_same(our_picture(engine, "Euler", part, library_start, texts[0], cfg=CFG, uncond=texts[1]), library)
-    assert (our_picture(engine, "Euler", part, start, texts[0], cfg=CFG, uncond=texts[1]) - library).abs().mean() < ONE_PIXEL_STEP
+    start = start_from_picture(engine, picture, encoded, NOISE, part[0])
+    library = library_picture(original, ChromaImg2ImgPipeline, "Euler", texts, sigmas, image=picture, strength=0.5, latents=pack(start))
+    check_same(our_picture(engine, "Euler", part, start, texts[0], cfg=CFG, uncond=texts[1]), library)
 
 
 def test_what_is_missing_and_what_is_wrong_is_said(original: DitFiles, tmp_path: Path) -> None:
@@ -121,8 +112,4 @@ def test_what_is_missing_and_what_is_wrong_is_said(original: DitFiles, tmp_path:
 
 def test_the_model_is_saved_as_one_file_that_loads(original: DitFiles, tmp_path: Path) -> None:
     engine = load(original.checkpoint, original.modules)
-    engine.save_checkpoint(tmp_path / "whole.safetensors")
-    again = load(tmp_path / "whole.safetensors")
-    for find in (lambda one: one.forge_objects.unet.model.diffusion_model, lambda one: one.first_stage_model, lambda one: one.cond_stage_model):
-        before, after = find(engine).state_dict(), find(again).state_dict()
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    check_saved(engine, tmp_path / "whole.safetensors")

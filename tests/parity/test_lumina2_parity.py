@@ -6,7 +6,6 @@ tests/backend/families/test_lumina2.py holds to transformers. fp32 throughout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,28 @@ from torch import Tensor
 from backend.checkpoint_file import CheckpointError
 from backend.nn.padded_text import pad_text
 from tests.support.dit_checkpoints import LAYOUTS, DitFiles
-from tests.support.flow_pictures import SIDE, STEPS, Prompts, check_same, cpu_engine, load, make_scheduler, our_picture, shifted_sigmas
+from tests.support.flow_pictures import (
+    SIDE,
+    STEPS,
+    Prompts,
+    check_same,
+    check_saved,
+    library_picture,
+    load,
+    make_scheduler,
+    our_picture,
+    random_picture,
+    shifted_sigmas,
+    start_from_picture,
+)
 from tests.support.lumina2_networks import write_lumina2
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("on_the_cpu"),
+]
 NOISE = torch.randn(1, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
 CFG = 3.0
-
-
-@pytest.fixture(autouse=True)
-def _engine() -> Iterator[None]:
-    with cpu_engine():
-        yield
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -47,14 +56,11 @@ def check_picture(files: DitFiles, sampler: str = "Euler", *, starts_in_the_midd
     prompts = [Prompts(["a red cat"]), Prompts(["dark"])]
     prompts[1].is_negative_prompt = True
     texts, sigmas, start = [engine.get_learned_conditioning(prompt) for prompt in prompts], shifted_sigmas(engine), NOISE
-    if starts_in_the_middle:  # img2img: (1 - t) x0 + t * noise
-        picture = torch.rand(1, 3, 8 * SIDE, 8 * SIDE, generator=torch.Generator().manual_seed(4)) * 2 - 1
-        sigmas = sigmas[STEPS // 2 :]
+    if starts_in_the_middle:
+        picture, sigmas = random_picture(), sigmas[STEPS // 2 :]
         with torch.no_grad():
-            encoded = (files.vae.encode(picture).latent_dist.mode() - 0.1159) * 0.3611
-        start = sigmas[0] * NOISE + (1 - sigmas[0]) * encoded
-        ours = engine.forge_objects.unet.model.predictor.noise_scaling(sigmas[0], NOISE, engine.encode_first_stage(picture))
-        assert (ours - start).abs().max() < 2e-3, "the posterior is narrow"
+            encoded = (files.vae.encode(picture * 2 - 1).latent_dist.mode() - 0.1159) * 0.3611
+        start = start_from_picture(engine, picture, encoded, NOISE, sigmas[0])
     library = _library_picture(files, sampler, texts, sigmas, start)
     check_same(our_picture(engine, sampler, sigmas, start, texts[0], cfg=CFG, uncond=texts[1]), library)
 
@@ -63,16 +69,14 @@ def _library_picture(files: DitFiles, sampler: str, texts: Any, sigmas: Tensor, 
     pipeline = Lumina2Pipeline(
         scheduler=make_scheduler(sampler, sigmas), vae=files.vae, transformer=files.transformer, text_encoder=None, tokenizer=None
     )
-    pipeline.set_progress_bar_config(disable=True)
     features = [one["crossattn"] for one in texts]
     longest = max(one.shape[1] for one in features)
     text, negative = (pad_text(one, longest) for one in features)
     masks = [(torch.arange(longest)[None] < one.shape[1]).long() for one in features]
-    return pipeline(  # type: ignore[no-any-return]
-        prompt_embeds=text, prompt_attention_mask=masks[0], negative_prompt_embeds=negative, negative_prompt_attention_mask=masks[1],
-        height=8 * SIDE, width=8 * SIDE, guidance_scale=CFG, cfg_normalization=False, sigmas=sigmas[:-1].tolist(),
-        num_inference_steps=len(sigmas) - 1, latents=latents, output_type="pt",
-    ).images  # fmt: skip
+    return library_picture(
+        pipeline, sigmas=sigmas, prompt_embeds=text, prompt_attention_mask=masks[0], negative_prompt_embeds=negative,
+        negative_prompt_attention_mask=masks[1], guidance_scale=CFG, cfg_normalization=False, latents=latents,
+    )  # fmt: skip
 
 
 def test_pictures_of_every_layout_are_the_pipeline_s(files: DitFiles) -> None:
@@ -95,10 +99,6 @@ def test_what_is_missing_is_said_by_name(original: DitFiles) -> None:
 
 def test_the_model_is_saved_as_one_file_that_loads(original: DitFiles, tmp_path: Path) -> None:
     engine = load(original.checkpoint, original.modules)
-    engine.save_checkpoint(tmp_path / "whole.safetensors")
-    again = load(tmp_path / "whole.safetensors")
-    for find in (lambda one: one.forge_objects.unet.model.diffusion_model, lambda one: one.first_stage_model, lambda one: one.cond_stage_model):
-        before, after = find(engine).state_dict(), find(again).state_dict()
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    again = check_saved(engine, tmp_path / "whole.safetensors")
     one, other = (found.get_learned_conditioning(Prompts(["a red cat"])) for found in (engine, again))
     assert isinstance(one, dict) and isinstance(other, dict) and torch.equal(one["crossattn"], other["crossattn"]), "the tokenizer too"

@@ -5,7 +5,6 @@ The pipeline runs the very networks that the files were written from, its own te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from backend.diffusion_engine.sd35 import StableDiffusion3
 from backend.text_processing.clip_tokenizer import build_clip_tokenizer
 from modules.errors import RequestError
 from modules_forge.unet_patching import StepWindow
+from tests.support import flow_pictures
 from tests.support.dit_checkpoints import LAYOUTS, DitFiles
 from tests.support.extensions import import_builtin
 from tests.support.flow_pictures import (
@@ -28,25 +28,24 @@ from tests.support.flow_pictures import (
     STEPS,
     Prompts,
     check_same,
-    cpu_engine,
+    check_saved,
     load,
     make_scheduler,
     our_picture,
+    random_picture,
     shifted_sigmas,
+    start_from_picture,
 )
 from tests.support.sd3_networks import PLAIN, write_sd3
 from tests.support.t5_encoders import t5_tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("on_the_cpu"),
+]
 NOISE = torch.randn(1, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
 CFG = 3.0
 PROMPT, NEGATIVE = "a red cat", "dark and blurry"
-
-
-@pytest.fixture(autouse=True)
-def _engine() -> Iterator[None]:
-    with cpu_engine():
-        yield
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -61,13 +60,11 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> DitFiles:
 
 def make_pipeline(files: DitFiles, kind: Any, scheduler: Any) -> Any:
     """With text encoders and tokenizers; CLIP-L's pooled text is not projected, as its identity says in the published pipelines."""
-    pipeline = kind(
+    return kind(
         transformer=files.transformer, scheduler=scheduler, vae=files.vae, text_encoder=_with_identity(files.texts["clip_l"]),
         tokenizer=build_clip_tokenizer(), text_encoder_2=files.texts["clip_g"], tokenizer_2=build_clip_tokenizer(pad_token_id=0),
         text_encoder_3=files.texts.get("t5xxl"), tokenizer_3=t5_tokenizer() if "t5xxl" in files.texts else None,
     )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _with_identity(clip: Any) -> CLIPTextModelWithProjection:
@@ -79,8 +76,7 @@ def _with_identity(clip: Any) -> CLIPTextModelWithProjection:
 
 def library_picture(files: DitFiles, kind: Any, sampler: str, sigmas: Tensor, **fields: Any) -> Tensor:
     pipeline = make_pipeline(files, kind, make_scheduler(sampler, sigmas))
-    arguments = {"height": 8 * SIDE, "width": 8 * SIDE, "sigmas": sigmas[:-1].tolist(), "num_inference_steps": len(sigmas) - 1, **fields}
-    return pipeline(PROMPT, negative_prompt=NEGATIVE, guidance_scale=CFG, output_type="pt", **arguments).images  # type: ignore[no-any-return]
+    return flow_pictures.library_picture(pipeline, PROMPT, negative_prompt=NEGATIVE, guidance_scale=CFG, sigmas=sigmas, **fields)
 
 
 def encode(engine: Any) -> list[dict[str, Tensor]]:
@@ -116,18 +112,15 @@ def test_img2img_is_the_pipeline_s(original: DitFiles) -> None:
     engine = load(original.checkpoint, original.modules)
     texts, sigmas = encode(engine), shifted_sigmas(engine)
     part = sigmas[STEPS // 2 :]
-    picture = torch.rand(1, 3, 8 * SIDE, 8 * SIDE, generator=torch.Generator().manual_seed(4))
+    picture = random_picture()
     with torch.no_grad():
         encoded = (original.vae.encode(picture * 2 - 1).latent_dist.mode() - 0.0609) * 1.5305
     library = library_picture(
         original, StableDiffusion3Img2ImgPipeline, "Euler", sigmas, image=encoded, strength=0.5, generator=torch.Generator().manual_seed(6)
     )
     noise = torch.randn(NOISE.shape, generator=torch.Generator().manual_seed(6))
-    start = engine.forge_objects.unet.model.predictor.noise_scaling(part[0], noise, engine.encode_first_stage(picture * 2 - 1))
-    library_start = part[0] * noise + (1 - part[0]) * encoded
-    assert (start - library_start).abs().max() < 6e-3, "the posterior is narrow"
-    check_same(our_picture(engine, "Euler", part, library_start, texts[0], cfg=CFG, uncond=texts[1]), library)
-    assert (our_picture(engine, "Euler", part, start, texts[0], cfg=CFG, uncond=texts[1]) - library).abs().mean() < ONE_PIXEL_STEP
+    start = start_from_picture(engine, picture, encoded, noise, part[0], tolerance=6e-3)
+    check_same(our_picture(engine, "Euler", part, start, texts[0], cfg=CFG, uncond=texts[1]), library)
 
 
 def test_skip_layer_guidance_is_the_pipeline_s(original: DitFiles) -> None:
@@ -169,8 +162,4 @@ def test_what_is_missing_is_said_and_t5_is_not(original: DitFiles) -> None:
 
 def test_the_model_is_saved_as_one_file_that_loads(original: DitFiles, tmp_path: Path) -> None:
     engine = load(original.checkpoint, original.modules)
-    engine.save_checkpoint(tmp_path / "whole.safetensors")
-    again = load(tmp_path / "whole.safetensors")
-    for find in (lambda one: one.forge_objects.unet.model.diffusion_model, lambda one: one.first_stage_model, lambda one: one.cond_stage_model):
-        before, after = find(engine).state_dict(), find(again).state_dict()
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    check_saved(engine, tmp_path / "whole.safetensors")

@@ -6,7 +6,6 @@ is our CFG scale less 1. fp32 throughout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,27 @@ from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from torch import Tensor
 
 from backend.checkpoint_file import CheckpointError
+from tests.support import flow_pictures
 from tests.support.dit_checkpoints import LAYOUTS, DitFiles
 from tests.support.flow_pictures import (
-    ONE_PIXEL_STEP,
     SIDE,
     STEPS,
     Prompts,
     check_same,
-    cpu_engine,
+    check_saved,
     load,
     make_scheduler,
     our_picture,
+    random_picture,
     shifted_sigmas,
+    start_from_picture,
 )
 from tests.support.zimage_networks import qwen_tokenizer, write_zimage
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("on_the_cpu"),
+]
 NOISE = torch.randn(1, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
 CFG = 3.0
 PROMPT, NEGATIVE = "a red cat on a mat " * 6, "dark"
@@ -40,12 +44,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """The published template for a question alone."""
-
-
-@pytest.fixture(autouse=True)
-def _engine() -> Iterator[None]:
-    with cpu_engine():
-        yield
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -65,9 +63,7 @@ def library_picture(files: DitFiles, kind: Any, sampler: str, sigmas: Tensor, cf
         scheduler=make_scheduler(sampler, sigmas), vae=files.vae, transformer=files.transformer, text_encoder=files.texts["qwen3"],
         tokenizer=tokenizer,
     )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    arguments = {"height": 8 * SIDE, "width": 8 * SIDE, "sigmas": sigmas[:-1].tolist(), "num_inference_steps": len(sigmas) - 1, **fields}
-    return pipeline(PROMPT, negative_prompt=NEGATIVE, guidance_scale=cfg - 1, output_type="pt", **arguments).images  # type: ignore[no-any-return]
+    return flow_pictures.library_picture(pipeline, PROMPT, negative_prompt=NEGATIVE, guidance_scale=cfg - 1, sigmas=sigmas, **fields)
 
 
 def encode(engine: Any) -> list[dict[str, Tensor]]:
@@ -96,15 +92,12 @@ def test_img2img_is_the_pipeline_s(original: DitFiles) -> None:
     engine = load(original.checkpoint, original.modules)
     texts, sigmas = encode(engine), shifted_sigmas(engine)
     part = sigmas[STEPS // 2 :]
-    picture = torch.rand(1, 3, 8 * SIDE, 8 * SIDE, generator=torch.Generator().manual_seed(4))
+    picture = random_picture()
     with torch.no_grad():
         encoded = (original.vae.encode(picture * 2 - 1).latent_dist.mode() - 0.1159) * 0.3611
-    library_start = part[0] * NOISE + (1 - part[0]) * encoded
-    start = engine.forge_objects.unet.model.predictor.noise_scaling(part[0], NOISE, engine.encode_first_stage(picture * 2 - 1))
-    assert (start - library_start).abs().max() < 2e-3, "the posterior is narrow"
-    library = library_picture(original, ZImageImg2ImgPipeline, "Euler", sigmas, image=picture, strength=0.5, latents=library_start)
-    check_same(our_picture(engine, "Euler", part, library_start, texts[0], cfg=CFG, uncond=texts[1]), library)
-    assert (our_picture(engine, "Euler", part, start, texts[0], cfg=CFG, uncond=texts[1]) - library).abs().mean() < ONE_PIXEL_STEP
+    start = start_from_picture(engine, picture, encoded, NOISE, part[0])
+    library = library_picture(original, ZImageImg2ImgPipeline, "Euler", sigmas, image=picture, strength=0.5, latents=start)
+    check_same(our_picture(engine, "Euler", part, start, texts[0], cfg=CFG, uncond=texts[1]), library)
 
 
 def test_what_is_missing_is_said_by_name(original: DitFiles) -> None:
@@ -118,8 +111,4 @@ def test_what_is_missing_is_said_by_name(original: DitFiles) -> None:
 
 def test_the_model_is_saved_as_one_file_that_loads(original: DitFiles, tmp_path: Path) -> None:
     engine = load(original.checkpoint, original.modules)
-    engine.save_checkpoint(tmp_path / "whole.safetensors")
-    again = load(tmp_path / "whole.safetensors")
-    for find in (lambda one: one.forge_objects.unet.model.diffusion_model, lambda one: one.first_stage_model, lambda one: one.cond_stage_model):
-        before, after = find(engine).state_dict(), find(again).state_dict()
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    check_saved(engine, tmp_path / "whole.safetensors")

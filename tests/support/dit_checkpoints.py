@@ -46,22 +46,24 @@ def write_dit(
     original: Mapping[str, Tensor],
     vae: Any,
     texts: Mapping[str, TextFile],
+    original_vae: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> DitFiles:
-    """Files where users put them. `original`: the transformer's weights in the original layout. "all-in-one" has everything in one file."""
+    """Files where users put them. `original`, `original_vae`: weights in the original layout. "all-in-one" has everything in one file."""
     folder = data_dir / "models"
     checkpoint = folder / "Stable-diffusion" / f"{name}.safetensors"
+    original_vae = original_vae or vae_to_ldm(vae.state_dict(), vae.config)
     networks = {key: text.network for key, text in texts.items()}
     if layout == "all-in-one":
         whole = {f"model.diffusion_model.{key}": tensor for key, tensor in original.items()}
-        whole |= {f"vae.{key}": tensor for key, tensor in vae_to_ldm(vae.state_dict(), vae.config).items()}
+        whole |= {f"vae.{key}": tensor for key, tensor in original_vae.items()}
         for text in texts.values():
             whole |= {text.prefix + key: tensor for key, tensor in text.tensors.items()}
         save(checkpoint, whole, dtype)
         return DitFiles(checkpoint=checkpoint, modules=(), transformer=transformer, vae=vae, texts=networks)
     is_original = layout == "original"
     save(checkpoint, original if is_original else dict(transformer.state_dict()), dtype)
-    modules = {folder / "VAE" / "ae.safetensors": vae_to_ldm(vae.state_dict(), vae.config) if is_original else dict(vae.state_dict())}
+    modules: dict[Path, Mapping[str, Tensor]] = {folder / "VAE" / "ae.safetensors": original_vae if is_original else dict(vae.state_dict())}
     modules |= {folder / "text_encoder" / text.file_name: text.tensors for text in texts.values()}
     for path, tensors in modules.items():
         save(path, tensors, dtype)

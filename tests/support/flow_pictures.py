@@ -107,6 +107,38 @@ def our_picture(engine: ForgeDiffusionEngine, *args: Any, **kwargs: Any) -> Tens
     return engine.decode_first_stage(our_latents(engine, *args, **kwargs)).clamp(-1, 1) / 2 + 0.5
 
 
+def library_picture(pipeline: Any, *args: Any, sigmas: Tensor, **fields: Any) -> Tensor:
+    """What a library's pipeline makes with these noise levels, (B, 3, H, W) 0..1."""
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {"height": 8 * SIDE, "width": 8 * SIDE, "sigmas": sigmas[:-1].tolist(), "num_inference_steps": len(sigmas) - 1, **fields}
+    return pipeline(*args, output_type="pt", **arguments).images  # type: ignore[no-any-return]
+
+
+def random_picture(seed: int = 4, *, height: int = 8 * SIDE, width: int = 8 * SIDE) -> Tensor:
+    """(1, 3, H, W), 0..1."""
+    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def start_from_picture(
+    engine: ForgeDiffusionEngine, picture: Tensor, encoded: Tensor, noise: Tensor, level: Tensor, tolerance: float = 2e-3
+) -> Tensor:
+    """img2img's first latents, (1 - t) x0 + t * noise, of the picture as the library encoded it; ours differ by the width of the posterior."""
+    start = level * noise + (1 - level) * encoded
+    ours = engine.forge_objects.unet.model.predictor.noise_scaling(level, noise, engine.encode_first_stage(picture * 2 - 1))
+    assert (ours - start).abs().max() < tolerance, "the posterior is narrow"
+    return start
+
+
+def check_saved(engine: ForgeDiffusionEngine, path: Path) -> ForgeDiffusionEngine:
+    """The whole model is written as one file, from which the same networks are loaded."""
+    engine.save_checkpoint(path)
+    again = load(path)
+    for find in (lambda one: one.forge_objects.unet.model.diffusion_model, lambda one: one.first_stage_model, lambda one: one.cond_stage_model):
+        before, after = find(engine).state_dict(), find(again).state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    return again
+
+
 def check_same(ours: Tensor, library: Tensor) -> None:
     assert ours.shape == library.shape and library.std() > 0.05, "a picture, not a plane"
     assert (ours - library).abs().mean() < 0.02 * ONE_PIXEL_STEP

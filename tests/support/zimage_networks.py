@@ -70,11 +70,11 @@ def qwen_tokenizer() -> Any:
 
 
 @cache
-def qwen3_encoder(*, seed: int = 0, width: int = TEXT_WIDTH) -> Any:
+def qwen3_encoder(*, seed: int = 0, width: int = TEXT_WIDTH, layers: int = 3) -> Any:
     """transformers' own Qwen3Model in fp32. Equal arguments return the same object: do not modify it."""
     config = Qwen3Config(
-        vocab_size=151_936, hidden_size=width, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        vocab_size=151_936, hidden_size=width, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
     )  # fmt: skip
     torch.manual_seed(seed)
     model = Qwen3Model(config).eval().requires_grad_(False)

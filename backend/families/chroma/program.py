@@ -14,9 +14,8 @@ Shapes: B rows, C latent channels, H W latent rows and columns, L tokens, M modu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,81 +33,16 @@ from backend.families.flux.program import (
     SIZES,
     TEXT,
     TIME_SCALE,
-    TOKENS,
-    DoubleSegment,
     FluxProgram,
-    LastSegment,
-    SingleSegment,
     Sizes,
     make_segments,
     pack,
     picture_ids,
 )
-from backend.families.flux.tiles import TilePlace
-from backend.nn.flux_layers import FluxAttentionProcessor, norm_with, run_double_with, run_single_with
+from backend.families.flux.vector_segments import MASK, VectorDoubleSegment, VectorLastSegment, VectorSingleSegment
+from backend.nn.flux_layers import FluxAttentionProcessor
 from backend.nn.padded_text import TEXT_LENGTHS, attention_mask, trim_text
 from backend.nn.program import Addition, NamedLayers, ProgramState, TransformerOptions
-from backend.nn.tiles import Tile
-
-MASK = "text mask"
-
-
-def _parts(modulation_BMD: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Shifts, scales and gates, (B, 1, D) each, in the streams' dtype."""
-    return modulation_BMD.to(dtype).split(1, dim=1)  # type: ignore[no-untyped-call,no-any-return]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ChromaDoubleSegment(DoubleSegment):
-    """A block with two streams. `first_picture`, `first_text`: the numbers of its first vectors; a hook's "vec" are all 12."""
-
-    first_picture: int
-    first_text: int
-
-    def _modulation(self, state: ProgramState) -> Tensor:
-        vectors = state.tensors[MODULATION]
-        starts = (self.first_picture, self.first_text)
-        return torch.cat([vectors[:, start + 6 * self.number : start + 6 * self.number + 6] for start in starts], dim=1)
-
-    def _forward(self, state: ProgramState, args: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        parts = _parts(args["vec"], args["img"].dtype)
-        image_BLD, text_BTD = run_double_with(
-            self.layers[0], args["img"], args["txt"], (parts[:6], parts[6:]), args["vec"].dtype, args["pe"], state.tensors.get(MASK)
-        )
-        return {"img": image_BLD, "txt": text_BTD}
-
-    def _tile_modulations(self, state: ProgramState) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        parts = _parts(self._modulation(state), state.tensors[IMAGE].dtype)
-        return parts[:6], parts[6:]
-
-    def _place(self, state: ProgramState, tile: Tile) -> TilePlace:
-        return replace(super()._place(state, tile), mask=state.tensors.get(MASK))
-
-
-class ChromaSingleSegment(SingleSegment):
-    """A block with one stream; a hook's "vec" are its three vectors."""
-
-    def _modulation(self, state: ProgramState) -> Tensor:
-        return state.tensors[MODULATION][:, 3 * self.number : 3 * self.number + 3]
-
-    def _forward(self, state: ProgramState, args: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        parts = _parts(args["vec"], args["img"].dtype)
-        return {"img": run_single_with(self.layers[0], args["img"], parts, args["vec"].dtype, args["pe"], state.tensors.get(MASK))}
-
-    def _tile_modulations(self, state: ProgramState) -> Sequence[Tensor]:
-        return _parts(self._modulation(state), state.tensors[TOKENS].dtype)
-
-    def _place(self, state: ProgramState, tile: Tile) -> TilePlace:
-        return replace(super()._place(state, tile), mask=state.tensors.get(MASK))
-
-
-class ChromaLastSegment(LastSegment):
-    """Turns the picture's tokens back into latents."""
-
-    def _project(self, image_BLD: Tensor, state: ProgramState) -> Tensor:
-        vectors = state.tensors[MODULATION]
-        shift, scale = _parts(vectors[:, -2:], image_BLD.dtype)
-        return self.network.proj_out(norm_with(self.network.norm_out.norm, image_BLD, scale, shift, vectors.dtype))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,9 +112,11 @@ def build_chroma_program(network: Any) -> ChromaProgram:
         embedding=ChromaEmbedding(network),
         segments=make_segments(
             network,
-            partial(ChromaDoubleSegment, first_picture=first_picture, first_text=first_text),
-            ChromaSingleSegment,
-            ChromaLastSegment,
+            lambda **facts: VectorDoubleSegment(
+                **facts, first_picture=first_picture + 6 * facts["number"], first_text=first_text + 6 * facts["number"]
+            ),
+            lambda **facts: VectorSingleSegment(**facts, first=3 * facts["number"]),
+            VectorLastSegment,
         ),
         reads=("x", "timesteps", "context", TEXT_LENGTHS),
         inputs=(IMAGE, TEXT),

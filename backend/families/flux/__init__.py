@@ -94,7 +94,7 @@ FAMILY = Family(
     compute_dtypes=(torch.bfloat16, torch.float16, torch.float32),
     attends_jointly=True,
     build_token_counter=build_token_counter,
-    shift_of_tokens=lambda tokens: shift_from_mu(mu_of_tokens(tokens)),
+    shift_of_tokens=lambda tokens, steps: shift_from_mu(mu_of_tokens(tokens)),
     forge_shifts_table_alone=True,
     default_schedule="simple",
     guidance=Guidance(distilled=DISTILLED_CFG),

@@ -21,10 +21,7 @@ DEV, SCHNELL, FILL, CONTROL = "dev", "schnell", "fill", "control"
 _ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "")
 _DIFFUSERS_PREFIXES = ("transformer.", "model.diffusion_model.", "")
 _NORMS = ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.norm.key_norm.weight")
-_RELATIVES = (
-    (("early_stream_modulations.",), "Flux.3"),
-    (("double_stream_modulation_img.", "double_stream_modulation_txt."), "Flux.2"),
-)
+_RELATIVES = ((("early_stream_modulations.",), "Flux.3"),)
 _CONTROLNET_MARKS = ("controlnet_blocks.", "controlnet_x_embedder.", "controlnet_single_blocks.", "input_hint_block.")
 
 

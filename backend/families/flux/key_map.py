@@ -39,15 +39,15 @@ _DOUBLE = {
     "ff_context.net.2": "txt_mlp.2",
 }
 _SINGLE = {"norm.linear": "modulation.lin", "proj_out": "linear2"}
-_DOUBLE_NORMS = {
+DOUBLE_NORMS = {
     "attn.norm_q": "img_attn.norm.query_norm",
     "attn.norm_k": "img_attn.norm.key_norm",
     "attn.norm_added_q": "txt_attn.norm.query_norm",
     "attn.norm_added_k": "txt_attn.norm.key_norm",
 }
-_SINGLE_NORMS = {"attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm"}
-_IMAGE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-_TEXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+SINGLE_NORMS = {"attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm"}
+IMAGE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+TEXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 RESPELLED = {"_norm.scale": "_norm.weight"}
 
 
@@ -69,8 +69,8 @@ def flux_key_map(network: nn.Module) -> KeyMap:
 def _add_double(number: int, width: int, modules: dict[str, str], rows: dict[str, Rows], lora_names: dict[str, dict[str, Rows]]) -> None:
     ours, original = f"transformer_blocks.{number}", f"double_blocks.{number}"
     modules.update({f"{ours}.{name}": f"{original}.{other}" for name, other in _DOUBLE.items()})
-    _add_norms(ours, original, _DOUBLE_NORMS, modules)
-    for names, stream, number_in_xlabs, fused in ((_IMAGE_QKV, "img", 1, "attn.to_qkv"), (_TEXT_QKV, "txt", 2, "attn.to_added_qkv")):
+    add_norms(ours, original, DOUBLE_NORMS, modules)
+    for names, stream, number_in_xlabs, fused in ((IMAGE_QKV, "img", 1, "attn.to_qkv"), (TEXT_QKV, "txt", 2, "attn.to_added_qkv")):
         parts = share_rows([f"{ours}.{name}" for name in names], [width] * 3)
         rows.update(parts)
         modules.update(dict.fromkeys(parts, f"{original}.{stream}_attn.qkv"))
@@ -84,16 +84,16 @@ def _add_single(
 ) -> None:
     ours, original = f"single_transformer_blocks.{number}", f"single_blocks.{number}"
     modules.update({f"{ours}.{name}": f"{original}.{other}" for name, other in _SINGLE.items()})
-    _add_norms(ours, original, _SINGLE_NORMS, modules)
-    parts = share_rows([f"{ours}.{name}" for name in (*_IMAGE_QKV, "proj_mlp")], [width] * 3 + [mlp_width])
+    add_norms(ours, original, SINGLE_NORMS, modules)
+    parts = share_rows([f"{ours}.{name}" for name in (*IMAGE_QKV, "proj_mlp")], [width] * 3 + [mlp_width])
     rows.update(parts)
     modules.update(dict.fromkeys(parts, f"{original}.linear1"))
-    attention = share_rows([f"{ours}.{name}" for name in _IMAGE_QKV], [width] * 3)
+    attention = share_rows([f"{ours}.{name}" for name in IMAGE_QKV], [width] * 3)
     lora_names[f"{ours}.attn.to_qkv"] = lora_names[f"{original}.processor.qkv"] = attention  # XLabs: "processor.qkv" + "_lora.up.weight"
     lora_names[f"{original}.processor.proj"] = {f"{ours}.proj_out": Rows(0, width, width)}
 
 
-def _add_norms(ours: str, original: str, names: Mapping[str, str], modules: dict[str, str]) -> None:
+def add_norms(ours: str, original: str, names: Mapping[str, str], modules: dict[str, str]) -> None:
     """Add norm layers, whose weights are called scales in the original."""
     for name, other in names.items():
         modules[f"{ours}.{name}"] = f"{original}.{other}"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
@@ -49,16 +49,20 @@ SAFETY = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes of the picture that is made: rows and columns of its latents; and the number of text tokens, which come before its tokens."""
+    """Sizes of the picture that is made: rows and columns of its latents; and the number of text tokens, which come before its tokens.
+
+    `cell`: latents per side of one token.
+    """
 
     height: int
     width: int
     num_text: int
+    cell: int = CELL
 
     @property
     def num_picture(self) -> int:
         """Tokens of the picture. Those of references come after them."""
-        return -(-self.height // CELL) * -(-self.width // CELL)
+        return -(-self.height // self.cell) * -(-self.width // self.cell)
 
 
 SIZES = "flux_sizes"
@@ -189,7 +193,7 @@ class LastSegment(FluxSegment):
     def _run(self, state: ProgramState) -> None:
         sizes: Sizes = state.options[SIZES]
         image_BLD = state.tensors.pop(TOKENS)[:, sizes.num_text :] if TOKENS in state.tensors else state.tensors.pop(IMAGE)
-        state.tensors[FLOW] = unpack(self._project(image_BLD[:, : sizes.num_picture], state), sizes.height, sizes.width)
+        state.tensors[FLOW] = unpack(self._project(image_BLD[:, : sizes.num_picture], state), sizes.height, sizes.width, sizes.cell)
 
     def _project(self, image_BLD: Tensor, state: ProgramState) -> Tensor:
         return run_last_layer(self.network, image_BLD, state.tensors[MODULATION])
@@ -224,6 +228,7 @@ class FluxProgram(Program):
     """Rows: "x" latents (B, 16, H, W), or 96 channels for Fill; "timesteps" times 0..1; "context" T5's features; "y" CLIP's pooled text;
     "guidance" (B,) for a network that takes it; "reference_1".. latents of pictures that its own tokens may attend to."""
 
+    cell: ClassVar[int] = CELL
     embedding: FluxEmbedding
 
     def start(
@@ -262,19 +267,19 @@ class FluxProgram(Program):
     def tile_traffic(self, rows: Mapping[str, Tensor]) -> TileTraffic:
         """Rows of tokens are cut; every block needs the keys and values of all text and picture tokens."""
         (height, width), num_text = rows["x"].shape[-2:], rows["context"].shape[1]
-        num_rows, num_blocks = -(-height // CELL), len(self.segments) - 1
-        num_tokens = num_text + num_rows * -(-width // CELL)
+        num_rows, num_blocks = -(-height // self.cell), len(self.segments) - 1
+        num_tokens = num_text + num_rows * -(-width // self.cell)
         shared = 2 * num_blocks * num_tokens * self.embedding.network.inner_dim
         return TileTraffic(length=num_rows, unit=1, num_exchanges=num_blocks, halo_numbers=0, sum_numbers=0, shared_numbers=shared)
 
     def start_tile(self, rows: Mapping[str, Tensor], tile: Tile, *, options: TransformerOptions | None = None) -> ProgramState:
         state, rank = self.start(rows, options=options), tile.rank
         whole: Sizes = state.options[SIZES]
-        tokens = TileTokens.of(tile.cut, whole.num_text, -(-whole.width // CELL))
+        tokens = TileTokens.of(tile.cut, whole.num_text, -(-whole.width // self.cell))
         (start, end), tensors = tile.span, state.tensors
         tensors[IMAGE], tensors[TEXT] = tensors[IMAGE][:, tokens.image(rank)], tensors[TEXT][:, tokens.text(rank)]
         tensors[COSINES], tensors[SINES] = tokens.take_rope(_rope(state), rank)
-        own_height = min(CELL * end, whole.height) - CELL * start
+        own_height = min(self.cell * end, whole.height) - self.cell * start
         state.options[SIZES] = replace(whole, height=own_height, num_text=tensors[TEXT].shape[1])
         state.options[_TILE_TOKENS] = tokens
         return state
@@ -320,7 +325,7 @@ class FluxProgram(Program):
         return build_for_counting(network) if "pooled_projection_dim" in network.config else None
 
     def working_bytes(self, shape: Sequence[int], itemsize: int) -> float:
-        num_tokens = EXAMPLE_TEXT_TOKENS + -(-shape[2] // CELL) * -(-shape[3] // CELL)
+        num_tokens = EXAMPLE_TEXT_TOKENS + -(-shape[2] // self.cell) * -(-shape[3] // self.cell)
         return SAFETY * PEAK_NUMBERS * shape[0] * num_tokens * self.embedding.network.inner_dim * itemsize  # type: ignore[no-any-return]
 
 
@@ -329,8 +334,9 @@ def make_segments(
     double: Callable[..., Segment] = DoubleSegment,
     single: Callable[..., Segment] = SingleSegment,
     last: Callable[..., Segment] = LastSegment,
+    ends: Sequence[str] = ("norm_out", "proj_out"),
 ) -> tuple[Segment, ...]:
-    """One segment per block of a network with Flux's blocks, and one for its last layers."""
+    """One segment per block of a network with Flux's blocks, and one for its last layers `ends`."""
     streams, num_singles = (IMAGE, TEXT), len(network.single_transformer_blocks)
     doubles = [
         double(
@@ -346,8 +352,8 @@ def make_segments(
         )
         for number, block in enumerate(network.single_transformer_blocks)
     ]  # fmt: skip
-    ends = tuple((name, network.get_submodule(name)) for name in ("norm_out", "proj_out"))
-    end = last(kind=LAST, number=0, named_layers=ends, consumes=(TOKENS,) if num_singles else (IMAGE,), produces=(FLOW,), network=network)
+    last_layers = tuple((name, network.get_submodule(name)) for name in ends)
+    end = last(kind=LAST, number=0, named_layers=last_layers, consumes=(TOKENS,) if num_singles else (IMAGE,), produces=(FLOW,), network=network)
     return (*doubles, *singles, end)
 
 

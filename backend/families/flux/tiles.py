@@ -17,7 +17,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from backend.attention import attention_function
-from backend.nn.flux_layers import Rope, norm_with
+from backend.nn.flux_layers import Rope, bare, norm_with
 from backend.nn.tiles import Cut, Received, Swaps, Tensors, Tile
 
 
@@ -67,8 +67,8 @@ def run_double_on_tile(
     """(picture, text) after a block with two streams, as `flux_layers.run_double_with`."""
     attn, num_text, tile, rope = block.attn, text_BLD.shape[1], place.tile, place.rope
     image_mods, text_mods = modulations
-    text_normed = norm_with(block.norm1_context.norm, text_BLD, text_mods[1], text_mods[0], dtype)
-    image_normed = norm_with(block.norm1.norm, image_BLD, image_mods[1], image_mods[0], dtype)
+    text_normed = norm_with(bare(block.norm1_context), text_BLD, text_mods[1], text_mods[0], dtype)
+    image_normed = norm_with(bare(block.norm1), image_BLD, image_mods[1], image_mods[0], dtype)
     key = torch.cat([heads_of(attn, attn.add_k_proj, text_normed, attn.norm_added_k), heads_of(attn, attn.to_k, image_normed, attn.norm_k)], dim=1)
     value = torch.cat([heads_of(attn, attn.add_v_proj, text_normed), heads_of(attn, attn.to_v, image_normed)], dim=1)
     own = (_rotate(key, rope), value)
@@ -145,13 +145,13 @@ def modulate(norm: Any, modulation_BD: Tensor, count: int, stream_dtype: torch.d
     return tuple(part.unsqueeze(1) for part in numbers.chunk(count, dim=1))
 
 
-def find_untileable(named_blocks: Sequence[tuple[str, nn.Module]], kinds: Collection[type], processor: type) -> str | None:
-    """The first block that tiles do not compute exactly, and why; None if there is none. `kinds`, `processor`: what tiles know."""
+def find_untileable(named_blocks: Sequence[tuple[str, nn.Module]], kinds: Collection[type], *processors: type) -> str | None:
+    """The first block that tiles do not compute exactly, and why; None if there is none. `kinds`, `processors`: what tiles know."""
     for name, block in named_blocks:
         if type(block) not in kinds:
             return f"{name} is a {type(block).__name__}"
         attn: Any = block.attn
-        if type(attn.processor) is not processor:
+        if type(attn.processor) not in processors:
             return f"{name}.attn has the processor {type(attn.processor).__name__}"
         changed = [one for one in (block, attn) if "forward" in one.__dict__ or one._forward_pre_hooks or one._forward_hooks]
         if changed:

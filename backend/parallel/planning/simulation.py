@@ -231,11 +231,18 @@ def component_costs(name: str, width_px: int, height_px: int, *, has_controlnet:
     from backend.parallel.planning.profiling import profile_vae_decoder  # imports the network libraries
 
     config = model_config(name)
-    height, width = height_px // _LATENT_PX, width_px // _LATENT_PX
+    height, width = height_px // _LATENT_PX, width_px // _LATENT_PX  # of the VAE's latents
     text_bytes = int(sum(config["text_encoder_parameters"]) * bytes_per_weight(weights))
-    vae_config = {**_VAE_CONFIG, "latent_channels": 16} if "family" in config else _VAE_CONFIG
+    vae_config = {**_VAE_CONFIG, "latent_channels": _latent_channels(config)}
     costs = [ComponentCost(name="text encoders", weight_bytes=text_bytes), profile_vae_decoder(vae_config, latent_height=height, latent_width=width)]
     return (*costs, _control_cost(name, height, width)) if has_controlnet else tuple(costs)
+
+
+def _latent_channels(config: Mapping[str, Any]) -> int:
+    """Of the VAE."""
+    from backend.families.registry import find_family
+
+    return find_family(config.get("family", "sdxl")).latent.vae_channels
 
 
 def _control_cost(name: str, latent_height: int, latent_width: int) -> ComponentCost:

@@ -69,8 +69,8 @@ class ReferencePictures(scripts.Script):
         model = p.sd_model
         if p.reference_pictures.pictures and not (takes_control_picture(model) or most_references(model)):
             raise RequestError(
-                f"Reference pictures were given, but {model.family_title} in {name_of(model)} takes none. Choose a Kontext, Canny or Depth model, or "
-                "turn the panel off."
+                f"Reference pictures were given, but {model.family_title} in {name_of(model)} takes none. Choose a Kontext, Flux.2-klein, Canny or "
+                "Depth model, or turn the panel off."
             )
         count = len(p.reference_pictures.pictures) + p.reference_pictures.takes_img2img_picture
         if count and not takes_control_picture(model):
@@ -122,7 +122,7 @@ def takes_img2img_picture(p: Any, own: str, others: int) -> bool:
     if not is_img2img or own == NO or takes_control_picture(p.sd_model):
         return False
     if own == YES and not most_references(p.sd_model):
-        raise RequestError(f"img2img's picture was to be a reference, but {name_of(p.sd_model)} takes none. Choose a Kontext model.")
+        raise RequestError(f"img2img's picture was to be a reference, but {name_of(p.sd_model)} takes none. Choose a Kontext or Flux.2-klein model.")
     return (own == YES or is_edit_model(p.sd_model)) and others < MOST_PICTURES
 
 

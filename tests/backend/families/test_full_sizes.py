@@ -16,6 +16,8 @@ PUBLISHED = {
     "chroma": (8.900e9, 74.4e12),
     "sd35-medium": (2.243e9 + 384**2 * 1536, 11.3e12),
     "sd35-large": (8.057e9 + 192**2 * 2432 - 38 * 4 * 64, 31.1e12),
+    "flux2-klein-4b": (3.876e9, 34.8e12),
+    "flux2-klein-9b": (9.079e9, 75.5e12),
     "z-image": (6.155e9, 56.6e12),
     "lumina2": (2.610e9, 23.9e12),
 }
@@ -42,7 +44,8 @@ def test_the_estimate_of_working_memory_lies_over_what_is_counted(name: str, sid
     family = find_family(model_config(name)["family"])
     program = family.build_program(family.build_denoiser(FoundDenoiser(part=Part("", Layout.DIFFUSERS), config=model_config(name)["denoiser"])))
     counted = profile_model(name, side_px, side_px).working_bytes_per_row()
-    assert counted < program.working_bytes((1, 16, side_px // 8, side_px // 8), 2) < 2 * counted
+    side = side_px // family.latent.factor
+    assert counted < program.working_bytes((1, family.latent.channels, side, side), 2) < 2 * counted
 
 
 @pytest.mark.nightly
@@ -54,6 +57,7 @@ def test_the_estimate_of_working_memory_lies_over_what_is_counted(name: str, sid
         ("chroma", "2xRTX4060Ti16", "fp8", "replicas"),
         ("sd35-large", "2xRTX3060", "half", "layers"),
         ("sd35-medium", "2xRTX3090", "half", "replicas"),
+        ("flux2-klein-9b", "2xRTX3060", "half", "layers"),
     ],
 )
 def test_plans_are_those_of_the_docs(name: str, gpus: str, weights: str, strategy: str) -> None:

@@ -239,7 +239,7 @@ FAMILY = Family(
     encode=lambda model, prompt: model.run_text_engine(0, prompt),
     join_checkpoint=join,
     attends_jointly=True,
-    shift_of_tokens=lambda tokens: 1 + tokens / 64,
+    shift_of_tokens=lambda tokens, steps: 1 + tokens / 64,
     forge_shifts_table_alone=True,
     default_schedule="simple",
     guidance=Guidance(distilled=2.0),
