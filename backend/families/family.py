@@ -5,8 +5,9 @@ Must not know devices, jobs, or files beyond their names and shapes. The network
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -108,17 +109,32 @@ class Guidance:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PageVariant:
+    """Models of the family that only their files' names tell, with other values. `names`: a regular expression, searched in the lower-case name."""
+
+    names: str
+    steps: int
+    cfg: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PageDefaults:
     """The page's default values for the family. `preset`: the UI preset that covers it ("sd", "xl", "flux"), whose settings then apply instead; empty
-    if none does."""
+    if none does. `variants`: the first whose names match a file replaces steps and CFG."""
 
     preset: str = ""
+    variants: tuple[PageVariant, ...] = ()
     sampler: str = "Euler"
     schedule: str = "Automatic"
     steps: int = 20
     cfg: float = 7.0
     width_px: int = 512
     height_px: int = 512
+
+    def for_name(self, stem: str) -> PageDefaults:
+        """The values for a file of this name, itself if it is of the usual kind."""
+        found = next((variant for variant in self.variants if re.search(variant.names, stem.lower())), None)
+        return self if found is None else replace(self, steps=found.steps, cfg=found.cfg)
 
 
 BuildTextEngines = Callable[[Mapping[str, nn.Module], Mapping[str, Any], "EmbeddingDatabase"], Sequence[TextEngine]]

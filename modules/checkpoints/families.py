@@ -26,12 +26,14 @@ _WITH_HEADER = (".safetensors", ".sft", ".gguf")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FamilyFacts:
     """`name`, as the engine calls the family; `takes_distilled`: the network takes the distilled CFG scale; `multiple_px`: sides of pictures are
-    multiples of it; `defaults`: the family's PageDefaults; `build_token_counter`: as the family has it."""
+    multiples of it; `defaults`: the family's PageDefaults for a file of this name; `is_variant`: they are not its usual ones; `build_token_counter`:
+    as the family has it."""
 
     name: str
     takes_distilled: bool
     multiple_px: int
     defaults: Any
+    is_variant: bool = False
     build_token_counter: Callable[[], Any] | None = None
 
 
@@ -65,10 +67,12 @@ def _read(path: Path, mtime_ns: int, size_bytes: int) -> FamilyFacts | None:
     if identified is None:
         return None
     family, found = identified
+    defaults = family.defaults.for_name(path.stem)
     return FamilyFacts(
         name=family.name,
         takes_distilled=family.guidance.distilled is not None and bool(found.config.get("guidance_embeds", True)),
         multiple_px=max(8, family.latent.multiple_px),
-        defaults=family.defaults,
+        defaults=defaults,
+        is_variant=defaults is not family.defaults,
         build_token_counter=family.build_token_counter,
     )

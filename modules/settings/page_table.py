@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modules.settings.kinds import OptionTable, choice, option, output_folder, slider, source_path, text, text_list
+from modules.settings.presets import PRESETS, Preset
 
 
 def extra_networks_options() -> OptionTable:
@@ -158,32 +159,33 @@ def interface_sections() -> list[tuple[tuple[Any, ...], OptionTable]]:
     ]
 
 
-def _preset(prefix: str, *, width: int, height: int, side: int, cfg: float, sampler: str, scheduler: str) -> OptionTable:
+def _preset(preset: Preset) -> OptionTable:
+    prefix = preset.name
     table: OptionTable = {
-        f"{prefix}_t2i_width": slider(width, "txt2img width", 64, 2048, 8),
-        f"{prefix}_t2i_height": slider(height, "txt2img height", 64, 2048, 8),
-        f"{prefix}_t2i_cfg": slider(cfg, "txt2img CFG", 1, 30, 0.1),
-        f"{prefix}_t2i_hr_cfg": slider(cfg, "txt2img hires CFG", 1, 30, 0.1),
-        f"{prefix}_i2i_width": slider(side, "img2img width", 64, 2048, 8),
-        f"{prefix}_i2i_height": slider(side, "img2img height", 64, 2048, 8),
-        f"{prefix}_i2i_cfg": slider(cfg, "img2img CFG", 1, 30, 0.1),
+        f"{prefix}_t2i_width": slider(preset.width_px, "txt2img width", 64, 2048, 8),
+        f"{prefix}_t2i_height": slider(preset.height_px, "txt2img height", 64, 2048, 8),
+        f"{prefix}_t2i_cfg": slider(preset.cfg, "txt2img CFG", 1, 30, 0.1),
+        f"{prefix}_t2i_hr_cfg": slider(preset.cfg, "txt2img hires CFG", 1, 30, 0.1),
+        f"{prefix}_i2i_width": slider(preset.side_px, "img2img width", 64, 2048, 8),
+        f"{prefix}_i2i_height": slider(preset.side_px, "img2img height", 64, 2048, 8),
+        f"{prefix}_i2i_cfg": slider(preset.cfg, "img2img CFG", 1, 30, 0.1),
     }
-    for tab in ("t2i", "i2i"):
-        table[f"{prefix}_{tab}_sampler"] = option(sampler, f"{tab.replace('2i', '2img').replace('t2', 'txt2')} sampler", "Dropdown")
-        table[f"{prefix}_{tab}_scheduler"] = option(scheduler, f"{tab.replace('2i', '2img').replace('t2', 'txt2')} schedule", "Dropdown")
+    for tab, title in (("t2i", "txt2img"), ("i2i", "img2img")):
+        table[f"{prefix}_{tab}_sampler"] = option(preset.sampler, f"{title} sampler", "Dropdown")
+        table[f"{prefix}_{tab}_scheduler"] = option(preset.scheduler, f"{title} schedule", "Dropdown")
+        if preset.steps is not None:
+            table[f"{prefix}_{tab}_step"] = slider(preset.steps, f"{title} steps", 1, 150, 1)
+    if preset.has_gpu_weights:
+        table[f"{prefix}_GPU_MB"] = option(None, "GPU Weights (MB)", "Number")
+    if preset.distilled is not None:
+        for key in ("t2i_d_cfg", "t2i_hr_d_cfg", "i2i_d_cfg"):
+            table[f"{prefix}_{key}"] = slider(preset.distilled, "Distilled CFG", 0, 30, 0.1)
     return table
 
 
 def preset_sections() -> list[tuple[tuple[Any, ...], OptionTable]]:
-    """The values set by the presets sd, xl and flux. `*_GPU_MB` without a value means the whole GPU minus 1024 MB."""
-    sd = _preset("sd", width=512, height=640, side=512, cfg=7.0, sampler="Euler a", scheduler="Automatic")
-    xl = _preset("xl", width=896, height=1152, side=1024, cfg=5.0, sampler="DPM++ 2M SDE", scheduler="Karras")
-    flux = _preset("flux", width=896, height=1152, side=1024, cfg=1.0, sampler="Euler", scheduler="Simple")
-    xl["xl_GPU_MB"] = option(None, "GPU Weights (MB)", "Number")
-    flux["flux_GPU_MB"] = option(None, "GPU Weights (MB)", "Number")
-    for key in ("flux_t2i_d_cfg", "flux_t2i_hr_d_cfg", "flux_i2i_d_cfg"):
-        flux[key] = slider(3.5, "Distilled CFG", 0, 30, 0.1)
-    return [(("ui_sd", "UI defaults 'sd'", "ui"), sd), (("ui_xl", "UI defaults 'xl'", "ui"), xl), (("ui_flux", "UI defaults 'flux'", "ui"), flux)]
+    """The values set by the presets. `*_GPU_MB` without a value means the whole GPU minus 1024 MB."""
+    return [((f"ui_{preset.name}", f"UI defaults '{preset.name}'", "ui"), _preset(preset)) for preset in PRESETS]
 
 
 def controlnet_options() -> OptionTable:

@@ -13,6 +13,8 @@ from typing import Any
 from modules.settings.kinds import OptionTable, choice, color, log_file, option, output_folder, slider, source_path, text, text_list
 from modules.settings.options import options_section
 from modules.settings.page_table import controlnet_options, extra_networks_options, interface_sections, preset_sections
+from modules.settings.presets import ALL as EVERY_PRESET
+from modules.settings.presets import NAMES as PRESET_NAMES
 
 CATEGORIES = (
     ("saving", "Saving images"),
@@ -394,10 +396,10 @@ def _forge_hidden() -> OptionTable:
         "forge_inference_memory": option(1024, "MB of a card kept free for computing"),
         "forge_async_loading": choice("Queue", "Swap method", "Queue", "Async"),
         "forge_pin_shared_memory": choice("CPU", "Swap location", "CPU", "Shared"),
-        "forge_preset": choice("sd", "UI preset", "sd", "xl", "flux", "all"),
+        "forge_preset": choice("sd", "UI preset", *PRESET_NAMES, EVERY_PRESET),
         "forge_additional_modules": option([], "VAE and text encoder files"),
-        **{f"forge_checkpoint_{preset}": option("", f"Checkpoint when the preset {preset} was left") for preset in ("sd", "xl", "flux")},
-        **{f"forge_additional_modules_{preset}": option([], f"VAE and text encoder files then ({preset})") for preset in ("sd", "xl", "flux")},
+        **{f"forge_checkpoint_{preset}": option("", f"Checkpoint when the preset {preset} was left") for preset in PRESET_NAMES},
+        **{f"forge_additional_modules_{preset}": option([], f"VAE and text encoder files then ({preset})") for preset in PRESET_NAMES},
     }
 
 

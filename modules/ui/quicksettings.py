@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +20,17 @@ from modules.checkpoints.families import FamilyFacts, facts_of, families_are_imp
 from modules.checkpoints.listing import CHECKPOINT_SUFFIXES, CheckpointInfo
 from modules.checkpoints.models import LOW_BITS
 from modules.errors import RequestError
+from modules.settings.presets import ALL, NAMES
 from modules.ui.components import DropdownMulti, ToolButton
-from modules.ui.sections import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_STEP_PX, Defaults
+from modules.ui.sections import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_STEP_PX, USUAL_STEPS, Defaults
 
 if TYPE_CHECKING:
     from modules.application import Application
 
 log = logging.getLogger(__name__)
 
-PRESETS = ("sd", "xl", "flux", "all")
-_WITH_VALUES = ("sd", "xl", "flux")
+PRESETS = (*NAMES, ALL)
+_WITH_VALUES = NAMES
 NATIVE_SIZE_KEY = "modelspec.resolution"
 
 
@@ -101,12 +102,12 @@ def low_bits_are_shown(preset: str) -> bool:
 
 
 def clip_skip_is_shown(preset: str) -> bool:
-    return preset in ("sd", "all")
+    return preset in ("sd", ALL)
 
 
 def distilled_is_shown(preset: str, facts: FamilyFacts | None) -> bool:
     """Whether the sliders of distilled guidance are shown: the checkpoint says, and while it is not known the preset."""
-    return preset in ("flux", "all") if facts is None else facts.takes_distilled
+    return preset in ("flux", ALL) if facts is None else facts.takes_distilled
 
 
 def selected_facts(app: Application) -> FamilyFacts | None:
@@ -160,14 +161,18 @@ def native_size(app: Application) -> tuple[int, int] | None:
     return parse_native_size(selected.metadata.get(NATIVE_SIZE_KEY)) if selected is not None else None
 
 
-def preset_defaults(options: Mapping[str, Any] | Any, preset: str, tab: str) -> Defaults | None:
-    """The values that `preset` sets on the tab ("txt2img" or "img2img"); None for "all", which changes nothing."""
+def preset_defaults(options: Mapping[str, Any] | Any, preset: str, tab: str, before: str = "") -> Defaults | None:
+    """The values that `preset` sets on the tab ("txt2img" or "img2img"); None for "all", which changes nothing.
+
+    A preset without a number of steps takes back that of the preset `before`.
+    """
     if preset not in _WITH_VALUES:
         return None
     prefix = f"{preset}_{'t2i' if tab == 'txt2img' else 'i2i'}"
     read = {name: getattr(options, f"{prefix}_{name}") for name in ("width", "height", "cfg", "sampler", "scheduler")}
     is_flux = preset == "flux"
     distilled, hires_distilled = (getattr(options, name) if is_flux else 3.5 for name in (f"{prefix}_d_cfg", "flux_t2i_hr_d_cfg"))
+    usual_steps = USUAL_STEPS if _own_steps(options, before, prefix[-3:]) is not None else None
     return Defaults(
         width_px=int(read["width"]),
         height_px=int(read["height"]),
@@ -177,7 +182,14 @@ def preset_defaults(options: Mapping[str, Any] | Any, preset: str, tab: str) -> 
         scheduler=read["scheduler"],
         distilled_cfg_scale=float(distilled),
         hires_distilled_cfg_scale=float(hires_distilled),
+        steps=_own_steps(options, preset, prefix[-3:]) or usual_steps,
     )
+
+
+def _own_steps(options: Mapping[str, Any] | Any, preset: str, tab: str) -> int | None:
+    """The number of steps that a preset sets on "t2i" or "i2i"; None if it leaves them."""
+    steps = getattr(options, f"{preset}_{tab}_step", None)
+    return None if steps is None else int(steps)
 
 
 def family_defaults(facts: FamilyFacts) -> Defaults:
@@ -190,13 +202,29 @@ def family_defaults(facts: FamilyFacts) -> Defaults:
         hires_cfg_scale=own.cfg,
         sampler=own.sampler,
         scheduler=own.schedule,
+        steps=own.steps,
     )
 
 
+def fit_variant(defaults: Defaults | None, facts: FamilyFacts | None) -> Defaults | None:
+    """A preset's values with those of a checkpoint whose name says that it is another kind of model than the preset is for (a base model)."""
+    if defaults is None or facts is None or not facts.is_variant:
+        return defaults
+    own = facts.defaults
+    return replace(defaults, cfg_scale=own.cfg, hires_cfg_scale=own.cfg, steps=own.steps)
+
+
+def is_other_variant(preset: str, before: FamilyFacts | None, after: FamilyFacts | None) -> bool:
+    """Whether a checkpoint of the preset's family followed one of another kind (a base model after a distilled one, or the other way around)."""
+    if after is None or after.defaults.preset != preset:
+        return False
+    return after.is_variant != (before is not None and before.is_variant)
+
+
 def preset_for(preset: str, facts: FamilyFacts | None) -> str:
-    """The preset after a checkpoint of this family was chosen: flux for Flux, and not flux for others. Between sd and xl the user chooses."""
+    """The preset after a checkpoint of this family was chosen: the family's. Between sd and xl the user chooses."""
     own = "" if facts is None else facts.defaults.preset
-    return own if own in _WITH_VALUES and preset != "all" and "flux" in (own, preset) else preset
+    return preset if own not in _WITH_VALUES or preset == ALL or {own, preset} <= {"sd", "xl"} else own
 
 
 class QuickSettingsHandlers:
@@ -247,6 +275,11 @@ class QuickSettingsHandlers:
             gr.update(visible=low_bits_are_shown(preset)),
             gr.update(visible=clip_skip_is_shown(preset)),
         ]
+
+    @property
+    def preset(self) -> str:
+        """The one that is chosen."""
+        return self._preset
 
     def follow_checkpoint(self, checkpoint_before: str | None) -> str | None:
         """The preset that takes the place of the one before because of the checkpoint that was just chosen; None where it stays."""

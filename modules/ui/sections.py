@@ -19,6 +19,7 @@ from modules.ui.shown_text import read_generation_info
 MIN_SIDE_PX = 64
 MAX_SIDE_PX = 2048
 SIDE_STEP_PX = 8
+USUAL_STEPS = 20
 USE_SAME = "Use same checkpoint"
 USE_SAME_CHOICES = "Use same choices"
 BUILT_IN = "Built-in"
@@ -39,7 +40,7 @@ class Choices:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """Start values of a generation tab."""
+    """Values of a generation tab. `steps`: None leaves what the slider shows."""
 
     width_px: int = 512
     height_px: int = 512
@@ -50,6 +51,7 @@ class Defaults:
     shows_distilled: bool = False
     sampler: str = "Euler a"
     scheduler: str = "Automatic"
+    steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +171,16 @@ def create_sampler_section(tab: str, choices: Choices, defaults: Defaults) -> Sa
         scheduler = gr.Dropdown(
             label="Schedule type", choices=list(choices.schedulers), value=defaults.scheduler, elem_id=f"{tab}_scheduler", min_width=120
         )
-        steps = slider(minimum=1, maximum=150, step=1, precision=0, label="Sampling steps", value=20, elem_id=f"{tab}_steps", min_width=160)
+        steps = slider(
+            minimum=1,
+            maximum=150,
+            step=1,
+            precision=0,
+            label="Sampling steps",
+            value=defaults.steps or USUAL_STEPS,
+            elem_id=f"{tab}_steps",
+            min_width=160,
+        )
     return SamplerSection(sampler=sampler, scheduler=scheduler, steps=steps)
 
 

@@ -16,6 +16,7 @@ from gradio.components import Component
 
 from modules.errors import OptionError, RequestError
 from modules.settings.options import OptionInfo
+from modules.settings.presets import NAMES as PRESET_NAMES
 from modules.ui.components import DropdownMulti, FormRow, ToolButton
 from modules.ui.sections import slider
 from modules.ui.shown_text import error_html
@@ -43,19 +44,8 @@ COMPONENTS: dict[str, Callable[..., Any]] = {
     "Textbox": gr.Textbox,
 }
 LIVE_CHOICES: Mapping[str, str] = {
-    "sd_t2i_sampler": "samplers",
-    "sd_i2i_sampler": "samplers",
-    "xl_t2i_sampler": "samplers",
-    "xl_i2i_sampler": "samplers",
-    "flux_t2i_sampler": "samplers",
-    "flux_i2i_sampler": "samplers",
+    **{f"{preset}_{tab}_{name}": f"{name}s" for preset in PRESET_NAMES for tab in ("t2i", "i2i") for name in ("sampler", "scheduler")},
     "hide_samplers": "samplers",
-    "sd_t2i_scheduler": "schedulers",
-    "sd_i2i_scheduler": "schedulers",
-    "xl_t2i_scheduler": "schedulers",
-    "xl_i2i_scheduler": "schedulers",
-    "flux_t2i_scheduler": "schedulers",
-    "flux_i2i_scheduler": "schedulers",
     "gradio_theme": "themes",
     "sd_vae": "vaes",
 }

@@ -42,6 +42,8 @@ from modules.ui.quicksettings import (
     create_quicksettings,
     distilled_is_shown,
     family_defaults,
+    fit_variant,
+    is_other_variant,
     low_bits_are_shown,
     modules_dropdown,
     native_size,
@@ -131,8 +133,11 @@ def start_defaults(app: Application, tab: str) -> Defaults:
     """Start values of a tab: the preset's, with the size that the selected checkpoint declares."""
     options = app.options
     preset = start_preset(app)
-    defaults = preset_defaults(options, preset, tab) or Defaults(sampler=options.sd_t2i_sampler, scheduler=options.sd_t2i_scheduler)
-    defaults = dataclasses.replace(defaults, shows_distilled=distilled_is_shown(preset, selected_facts(app)))
+    facts = selected_facts(app)
+    defaults = fit_variant(preset_defaults(options, preset, tab), facts) or Defaults(
+        sampler=options.sd_t2i_sampler, scheduler=options.sd_t2i_scheduler
+    )
+    defaults = dataclasses.replace(defaults, shows_distilled=distilled_is_shown(preset, facts))
     return ui_choices.existing(defaults, native_size(app))
 
 
@@ -268,7 +273,7 @@ def _distilled_controls(txt2img: Txt2imgTab, img2img: Img2imgTab) -> list[gr.Sli
 def _preset_controls(txt2img: Txt2imgTab, img2img: Img2imgTab) -> list[Any]:
     """What a preset sets, but for sizes and distilled scales."""
     return [txt2img.cfg.scale, txt2img.sampler.sampler, txt2img.sampler.scheduler, txt2img.hires.cfg,
-            img2img.cfg.scale, img2img.sampler.sampler, img2img.sampler.scheduler]  # fmt: skip
+            img2img.cfg.scale, img2img.sampler.sampler, img2img.sampler.scheduler, txt2img.sampler.steps, img2img.sampler.steps]  # fmt: skip
 
 
 def _controls_of(txt2img: Txt2imgTab, img2img: Img2imgTab) -> list[Any]:
@@ -281,7 +286,7 @@ def _control_updates(app: Application, txt2img: Defaults | None, img2img: Defaul
     step = SIDE_STEP_PX if facts is None else facts.multiple_px
     visible = shown_or_hidden(distilled_is_shown(preset, facts))
     if txt2img is None or img2img is None:
-        return [*_size_updates(app), *[gr.update(visible=visible)] * 3, *[gr.skip()] * 7]
+        return [*_size_updates(app), *[gr.update(visible=visible)] * 3, *[gr.skip()] * 9]
     first, second = (ui_choices.existing(defaults, native_size(app)) for defaults in (txt2img, img2img))
     sides = (first.width_px, first.height_px, second.width_px, second.height_px)
     scales = (first.distilled_cfg_scale, first.hires_distilled_cfg_scale, second.distilled_cfg_scale)
@@ -290,11 +295,14 @@ def _control_updates(app: Application, txt2img: Defaults | None, img2img: Defaul
         *[gr.update(value=side, step=step) for side in sides],
         *[gr.update(value=scale, visible=visible) for scale in scales],
         *[gr.update(value=value) for value in others],
+        *[gr.skip() if steps is None else gr.update(value=steps) for steps in (first.steps, second.steps)],
     ]
 
 
-def _preset_updates(app: Application, preset: str) -> list[Any]:
-    return _control_updates(app, *(preset_defaults(app.options, preset, tab) for tab in ("txt2img", "img2img")))
+def _preset_updates(app: Application, preset: str, before: str) -> list[Any]:
+    """After `preset` took the place of `before`."""
+    facts = selected_facts(app)
+    return _control_updates(app, *(fit_variant(preset_defaults(app.options, preset, tab, before), facts) for tab in ("txt2img", "img2img")))
 
 
 def _checkpoint_updates(app: Application) -> list[Any]:
@@ -311,15 +319,17 @@ def _connect_quicksettings(app: Application, quicksettings: QuickSettings, txt2i
 
     def choose_checkpoint(title: str | None) -> list[Any]:
         """Updates for checkpoint, preset, modules, low bits, clip skip and the tabs' controls."""
-        before = app.options.sd_model_checkpoint
+        before, preset_before, facts_before = app.options.sd_model_checkpoint, handlers.preset, selected_facts(app)
         update = handlers.choose_checkpoint(title)
         if app.options.sd_model_checkpoint == before:
             return [update, *[gr.skip()] * 4, *_control_updates(app, None, None)]
         preset = handlers.follow_checkpoint(before)
+        if preset is None and is_other_variant(preset_before, facts_before, selected_facts(app)):
+            return [update, *[gr.skip()] * 4, *_preset_updates(app, preset_before, preset_before)]
         if preset is None:
             return [update, *[gr.skip()] * 4, *_checkpoint_updates(app)]
         shown = [gr.update(visible=low_bits_are_shown(preset)), gr.update(visible=clip_skip_is_shown(preset))]
-        return [update, gr.update(value=preset), gr.update(**modules_dropdown(app)), *shown, *_preset_updates(app, preset)]
+        return [update, gr.update(value=preset), gr.update(**modules_dropdown(app)), *shown, *_preset_updates(app, preset, preset_before)]
 
     def choose_card(name: str) -> list[Any]:
         info = app.checkpoints.find(name)
@@ -327,7 +337,8 @@ def _connect_quicksettings(app: Application, quicksettings: QuickSettings, txt2i
         return [gr.update(**checkpoint_dropdown(app)), *chosen[1:]]
 
     def choose_preset(preset: str) -> list[Any]:
-        return [*handlers.choose_preset(preset), *_preset_updates(app, preset)]
+        before = handlers.preset
+        return [*handlers.choose_preset(preset), *_preset_updates(app, preset, before)]
 
     def look_again() -> list[Any]:
         return [*handlers.look_again(), *_size_updates(app)]

@@ -74,6 +74,6 @@ FAMILY = Family(
     build_token_counter=build_token_counter,
     forge_shifts_table_alone=True,
     default_schedule="simple",
-    defaults=PageDefaults(sampler="Euler", schedule="Beta", steps=26, cfg=3.5, width_px=1024, height_px=1024),
+    defaults=PageDefaults(preset="chroma", sampler="Euler", schedule="Beta", steps=26, cfg=3.5, width_px=1024, height_px=1024),
     denoiser_title="transformer",
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from backend.checkpoint_file import TensorFile
 from backend.checkpoint_prediction import FLOW, PredictionSpec
-from backend.families.family import Family, FoundDenoiser, PageDefaults
+from backend.families.family import Family, FoundDenoiser, PageDefaults, PageVariant
 from backend.families.flux import FAMILY as FLUX
 from backend.families.flux2.identify import TITLE, identify_flux2
 from backend.families.flux2.key_map import flux2_key_map
@@ -86,6 +86,15 @@ FAMILY = Family(
     shift_of_tokens=lambda tokens, steps: shift_from_mu(mu_of(tokens, steps)),
     always_shifts_by_size=True,
     default_schedule="simple",
-    defaults=PageDefaults(sampler="Euler", schedule="Simple", steps=4, cfg=1.0, width_px=1024, height_px=1024),
+    defaults=PageDefaults(
+        preset="klein",
+        variants=(PageVariant(names="base", steps=20, cfg=5.0),),
+        sampler="Euler",
+        schedule="Simple",
+        steps=4,
+        cfg=1.0,
+        width_px=1024,
+        height_px=1024,
+    ),
     denoiser_title="transformer",
 )

@@ -73,6 +73,6 @@ FAMILY = Family(
     compute_dtypes=(torch.bfloat16, torch.float16, torch.float32),
     attends_jointly=True,
     default_schedule="simple",
-    defaults=PageDefaults(sampler="Euler", schedule="Simple", steps=30, cfg=4.0, width_px=1024, height_px=1024),
+    defaults=PageDefaults(preset="lumina", sampler="Euler", schedule="Simple", steps=30, cfg=4.0, width_px=1024, height_px=1024),
     denoiser_title="transformer",
 )

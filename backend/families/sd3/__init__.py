@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from backend.checkpoint_file import TensorFile
 from backend.checkpoint_prediction import FLOW, PredictionSpec
-from backend.families.family import Family, FoundDenoiser, PageDefaults
+from backend.families.family import Family, FoundDenoiser, PageDefaults, PageVariant
 from backend.families.latent_format import LatentFormat
 from backend.families.sd3.identify import LATENT_CHANNELS, TITLE, identify_sd3
 from backend.families.sd3.key_map import sd3_key_map
@@ -73,7 +73,16 @@ FAMILY = Family(
     compute_dtypes=(torch.bfloat16, torch.float16, torch.float32),
     attends_jointly=True,
     default_schedule="simple",
-    defaults=PageDefaults(sampler="Euler", schedule="SGM Uniform", steps=20, cfg=4.5, width_px=1024, height_px=1024),
+    defaults=PageDefaults(
+        preset="sd3",
+        variants=(PageVariant(names="turbo", steps=4, cfg=1.0), PageVariant(names="medium", steps=20, cfg=5.0)),
+        sampler="Euler",
+        schedule="SGM Uniform",
+        steps=20,
+        cfg=4.5,
+        width_px=1024,
+        height_px=1024,
+    ),
     denoiser_title="transformer",
     forge_flags=frozenset({"is_sd3"}),
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from backend.checkpoint_file import TensorFile
 from backend.checkpoint_prediction import FLOW, PredictionSpec
-from backend.families.family import Family, FoundDenoiser, PageDefaults
+from backend.families.family import Family, FoundDenoiser, PageDefaults, PageVariant
 from backend.families.flux import LATENT
 from backend.families.single_file import VAE_PREFIX, join_parts
 from backend.families.unet_family import kl_vae
@@ -28,6 +28,8 @@ from backend.nn.zimage import ZImageTransformer
 from backend.state_dict import build_empty
 
 SHIFT = 3.0
+BASE_NAMES = r"base|^z[-_ ]?image([-_ .](bf16|fp16|fp8|q\d|int8).*)?$"
+"""Of files that are not Turbo: fine-tunes whose names say nothing are Turbo's."""
 
 
 def _build(found: FoundDenoiser) -> nn.Module:
@@ -72,6 +74,15 @@ FAMILY = Family(
     attends_jointly=True,
     build_token_counter=build_token_counter,
     default_schedule="simple",
-    defaults=PageDefaults(sampler="Euler", schedule="Simple", steps=9, cfg=1.0, width_px=1024, height_px=1024),
+    defaults=PageDefaults(
+        preset="zit",
+        variants=(PageVariant(names=BASE_NAMES, steps=25, cfg=4.0),),
+        sampler="Euler",
+        schedule="Simple",
+        steps=9,
+        cfg=1.0,
+        width_px=1024,
+        height_px=1024,
+    ),
     denoiser_title="transformer",
 )

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from backend.families.family import PageDefaults
+from backend.families.registry import all_families, find_family
 from modules.application import Application
 from modules.checkpoints.families import FamilyFacts
+from modules.settings.presets import NAMES
 from modules.ui import quicksettings as quick
 from modules.ui.quicksettings import QuickSettingsHandlers
 from tests.support.applications import installed_application
@@ -151,7 +153,7 @@ def facts(*, preset: str = "", distilled: bool = False) -> FamilyFacts:
 
 
 def test_distilled_sliders_follow_the_checkpoint_and_the_preset_where_it_says_nothing() -> None:
-    assert [quick.distilled_is_shown(preset, None) for preset in quick.PRESETS] == [False, False, True, True]
+    assert {preset for preset in quick.PRESETS if quick.distilled_is_shown(preset, None)} == {"flux", "all"}
     assert all(quick.distilled_is_shown(preset, facts(distilled=True)) for preset in quick.PRESETS)
     assert not any(quick.distilled_is_shown(preset, facts()) for preset in quick.PRESETS)
 
@@ -160,12 +162,56 @@ def test_distilled_sliders_follow_the_checkpoint_and_the_preset_where_it_says_no
     ("preset", "family_preset", "after"),
     [
         ("sd", "flux", "flux"), ("xl", "flux", "flux"), ("flux", "xl", "xl"), ("flux", "sd", "sd"), ("sd", "xl", "sd"), ("xl", "sd", "xl"),
-        ("all", "flux", "all"), ("flux", "flux", "flux"), ("flux", "", "flux"),
+        ("all", "flux", "all"), ("flux", "flux", "flux"), ("flux", "", "flux"), ("xl", "zit", "zit"), ("zit", "klein", "klein"), ("zit", "sd", "sd"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_the_other_kind_brings_its_preset(preset: str, family_preset: str, after: str) -> None:
     assert quick.preset_for(preset, facts(preset=family_preset)) == after
     assert quick.preset_for(preset, None) == preset
+
+
+def test_presets_have_the_values_of_their_families(app: Application) -> None:
+    """One table for the page, which starts without torch, and one for the families."""
+    for family in all_families():
+        own = family.defaults
+        if not own.preset or getattr(app.options, f"{own.preset}_t2i_step", None) is None:
+            continue
+        made = quick.preset_defaults(app.options, own.preset, "txt2img")
+        assert made is not None
+        shown = (made.width_px, made.height_px, made.cfg_scale, made.sampler, made.scheduler, made.steps)
+        assert shown == (own.width_px, own.height_px, own.cfg, own.sampler, own.schedule, own.steps), family.name
+    assert {family.defaults.preset for family in all_families()} - {""} == set(NAMES)
+
+
+def test_steps_are_set_by_newer_presets_and_taken_back_by_older_ones(app: Application) -> None:
+    """Forge's presets leave the slider alone among themselves."""
+    app.options.set("zit_t2i_step", 8)
+    found = [quick.preset_defaults(app.options, preset, "txt2img", before) for preset, before in (("zit", "sd"), ("xl", "zit"), ("xl", "sd"))]
+    assert [None if one is None else one.steps for one in found] == [8, 20, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "cfg"),
+    [
+        ("z_image_turbo_bf16", 9, 1.0), ("z_image_bf16", 25, 4.0), ("z-image", 25, 4.0), ("my_zimage_tune_v2", 9, 1.0), ("Z-Image-Base-fp8", 25, 4.0),
+    ],
+)  # fmt: skip
+def test_a_file_s_name_tells_a_base_model(name: str, steps: int, cfg: float) -> None:
+    own = find_family("zimage").defaults.for_name(name)
+    assert (own.steps, own.cfg) == (steps, cfg)
+
+
+def test_a_base_model_brings_its_own_steps_and_scale(app: Application) -> None:
+    app.options.set("klein_t2i_step", 6)
+    usual = find_family("flux2").defaults
+    base = usual.for_name("flux-2-klein-base-4b")
+    known = [FamilyFacts(name="flux2", takes_distilled=False, multiple_px=16, defaults=own, is_variant=own is base) for own in (usual, base)]
+    defaults = quick.preset_defaults(app.options, "klein", "txt2img", "sd")
+    first, second = (quick.fit_variant(defaults, one) for one in known)
+    assert first is not None and (first.steps, first.cfg_scale) == (6, 1.0)
+    assert second is not None and (second.steps, second.cfg_scale, second.hires_cfg_scale) == (20, 5.0, 5.0)
+    assert quick.is_other_variant("klein", *known) and quick.is_other_variant("klein", *reversed(known))
+    assert not quick.is_other_variant("klein", known[0], known[0]) and not quick.is_other_variant("zit", *known)
 
 
 def test_a_family_without_a_preset_proposes_its_own_values() -> None:

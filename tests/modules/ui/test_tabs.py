@@ -165,6 +165,15 @@ def test_flux_preset_shows_its_sliders_with_its_values(page: gr.Blocks) -> None:
     assert (flux["txt2img_cfg_scale"]["value"], flux["txt2img_sampling"]["value"], flux["txt2img_scheduler"]["value"]) == (1.0, "Euler", "Simple")
 
 
+def test_a_newer_family_s_preset_sets_the_steps_of_both_tabs(page: gr.Blocks) -> None:
+    radio = by_id(page, "forge_ui_preset")
+    function = next(fn for fn in page.fns.values() if (radio._id, "input") in fn.targets)
+    zit, sd, xl = (dict(zip([block.elem_id for block in function.outputs], function.fn(preset))) for preset in ("zit", "sd", "xl"))
+    assert [zit[f"{tab}_steps"]["value"] for tab in ("txt2img", "img2img")] == [9, 9] and zit["txt2img_cfg_scale"]["value"] == 1
+    assert [sd[f"{tab}_steps"]["value"] for tab in ("txt2img", "img2img")] == [20, 20]
+    assert str(xl["txt2img_steps"]) == str(gr.skip())
+
+
 def test_extensions_find_the_controls_to_paste_into(page: gr.Blocks) -> None:
     fields = parameters.paste_fields
     assert set(fields) == {"txt2img", "img2img", "inpaint"}
