@@ -96,42 +96,124 @@ def kohya(name: str) -> str:
     return f"lora_unet_{name.replace('.', '_')}"
 
 
-ORIGINAL_SPELLINGS: dict[str, tuple[Callable[[str], str], str, str]] = {
+Spellings = Mapping[str, tuple[Callable[[str], str], str, str]]
+"""By name: what makes a layer's name in the file, and the endings of up and down."""
+ORIGINAL_SPELLINGS: Spellings = {
     "kohya": (kohya, ".lora_up.weight", ".lora_down.weight"),
     "LyCORIS": (lambda name: f"lycoris_{name.replace('.', '_')}", ".lora_up.weight", ".lora_down.weight"),
     "diffusion_model.": (lambda name: f"diffusion_model.{name}", ".lora_B.weight", ".lora_A.weight"),
 }
-LIBRARY_SPELLINGS: dict[str, tuple[Callable[[str], str], str, str]] = {
+LIBRARY_SPELLINGS: Spellings = {
     "transformer.": (lambda name: f"transformer.{name}", ".lora_B.weight", ".lora_A.weight"),
     "PEFT with an adapter's name": (lambda name: f"base_model.model.{name}", ".lora_B.default.weight", ".lora_A.default.weight"),
     "OneTrainer": (lambda name: f"lora_transformer_{name.replace('.', '_')}", ".lora_up.weight", ".lora_down.weight"),
 }
 
 
-def check_lora_spelling(tiny: TinyFamily, spelling: str) -> None:
+def check_lora_spelling(tiny: TinyFamily, spelling: str, originals: Spellings = ORIGINAL_SPELLINGS, libraries: Spellings = LIBRARY_SPELLINGS) -> None:
     """Every matrix changed by a file in this spelling has W + strength * alpha / rank * up @ down, merged by hand in the spelling's layout."""
-    is_original = spelling in ORIGINAL_SPELLINGS
-    name_of, up_ending, down_ending = (ORIGINAL_SPELLINGS if is_original else LIBRARY_SPELLINGS)[spelling]
+    is_original = spelling in originals
+    name_of, up_ending, down_ending = (originals if is_original else libraries)[spelling]
     before = tiny.original(tiny.make()) if is_original else tiny.make().state_dict()
-    generator = torch.Generator().manual_seed(3)
+    numbers = Numbers()
     file: dict[str, Tensor] = {}
     wanted = dict(before)
-    for key, tensor in before.items():
-        if not key.endswith(".weight") or tensor.ndim != 2:
-            continue
-        name = key.removesuffix(".weight")
-        up, down = torch.randn(tensor.shape[0], RANK, generator=generator) * 0.1, torch.randn(RANK, tensor.shape[1], generator=generator) * 0.1
+    for name, weight in matrices(before).items():
+        up, down = numbers(weight.shape[0], RANK), numbers(RANK, weight.shape[1])
         file |= {name_of(name) + up_ending: up, name_of(name) + down_ending: down, f"{name_of(name)}.alpha": torch.tensor(ALPHA)}
-        wanted[key] = tensor + STRENGTH * ALPHA / RANK * up @ down
+        wanted[f"{name}.weight"] = weight + STRENGTH * ALPHA / RANK * up @ down
+    network = apply_file(tiny, file)
+    check_weights(tiny.original(network) if is_original else _library_names(tiny, network), wanted)
+
+
+class Numbers:
+    """Small random numbers, other ones at each call."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(3)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator) * 0.1
+
+
+def matrices(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with two dims, by their layers' names."""
+    return {key.removesuffix(".weight"): tensor for key, tensor in tensors.items() if key.endswith(".weight") and tensor.ndim == 2}
+
+
+def apply_file(tiny: TinyFamily, file: Mapping[str, Tensor], strength: float = STRENGTH) -> Any:
+    """Our network with a LoRA file merged, of which every layer must have been found."""
     unet = tiny.patcher()
-    patches = match_lora(parse_lora("test", file), unet, None, model_family=tiny.family.title)
+    patches = match_lora(parse_lora("test", dict(file)), unet, None, model_family=tiny.family.title)
     assert file and patches.unmatched == ()
-    unet.add_patches(filename="test", patches=dict(patches.unet), strength_patch=STRENGTH)
+    unet.add_patches(filename="test", patches=dict(patches.unet), strength_patch=strength)
     unet.refresh_loras()
-    network = unet.model.diffusion_model
-    made = tiny.original(network) if is_original else _library_names(tiny, network)
+    return unet.model.diffusion_model
+
+
+def check_weights(made: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     for key, tensor in wanted.items():
-        torch.testing.assert_close(made[key], tensor, atol=2e-6, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(made[key], tensor, atol=5e-6, rtol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+# LyCORIS
+
+
+Change = Callable[[Tensor, Numbers], tuple[dict[str, Tensor], Tensor]]
+"""(weight (O, I), random numbers) -> (a file's parts for its layer, the weight that they make at strength 1)."""
+
+
+def loha(weight: Tensor, numbers: Numbers) -> tuple[dict[str, Tensor], Tensor]:
+    """Hyeon-Woo et al. 2022, "FedPara", section 2: (w1_a w1_b) * (w2_a w2_b), times alpha / rank."""
+    outputs, inputs = weight.shape
+    parts = {f"hada_w{number}_{side}": numbers(*shape) * 3 for number in (1, 2) for side, shape in (("a", (outputs, RANK)), ("b", (RANK, inputs)))}
+    product = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+    return {**parts, "alpha": torch.tensor(ALPHA)}, weight + ALPHA / RANK * product
+
+
+def lokr(weight: Tensor, numbers: Numbers) -> tuple[dict[str, Tensor], Tensor]:
+    """Edalati et al. 2022, "KronA": the Kronecker product of a small matrix and one of low rank, times alpha / rank."""
+    outputs, inputs = weight.shape
+    parts = {"lokr_w1": numbers(2, 2), "lokr_w2_a": numbers(outputs // 2, RANK), "lokr_w2_b": numbers(RANK, inputs // 2)}
+    return {**parts, "alpha": torch.tensor(ALPHA)}, weight + ALPHA / RANK * torch.kron(parts["lokr_w1"], parts["lokr_w2_a"] @ parts["lokr_w2_b"])
+
+
+def whole_lokr(weight: Tensor, numbers: Numbers) -> tuple[dict[str, Tensor], Tensor]:
+    """Both factors whole: alpha counts for nothing."""
+    parts = {"lokr_w1": numbers(2, 2), "lokr_w2": numbers(weight.shape[0] // 2, weight.shape[1] // 2)}
+    return {**parts, "alpha": torch.tensor(ALPHA)}, weight + torch.kron(parts["lokr_w1"], parts["lokr_w2"])
+
+
+def dora(weight: Tensor, numbers: Numbers) -> tuple[dict[str, Tensor], Tensor]:
+    """Liu et al. 2024, equation 5, with lengths of outputs as PEFT and LyCORIS write them: each row's direction, and the trained length."""
+    up, down = numbers(weight.shape[0], RANK), numbers(RANK, weight.shape[1])
+    lengths = numbers(weight.shape[0], 1).abs() + 0.5
+    total = weight + up @ down
+    return {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": lengths}, total / total.norm(dim=1, keepdim=True) * lengths
+
+
+def oft(weight: Tensor, numbers: Numbers) -> tuple[dict[str, Tensor], Tensor]:
+    """Qiu et al. 2023, section 3: groups of outputs turned by Cayley's transform of a skew matrix."""
+    size = 2
+    blocks = numbers(weight.shape[0] // size, size, size)
+    skew = blocks - blocks.transpose(1, 2)
+    rotations = (torch.eye(size) + skew) @ torch.linalg.inv(torch.eye(size) - skew)
+    turned = torch.einsum("gnm,gni->gmi", rotations, weight.reshape(-1, size, weight.shape[1])).reshape(weight.shape)
+    return {"oft_blocks": blocks}, turned
+
+
+ADAPTERS: dict[str, Change] = {"LoHa": loha, "LoKr": lokr, "LoKr of whole factors": whole_lokr, "DoRA": dora, "OFT": oft}
+
+
+def check_adapter(tiny: TinyFamily, kind: str) -> None:
+    """Every matrix of an original file, fused ones included, changed by a file of this kind, as the paper's formula changes it by hand."""
+    before = tiny.original(tiny.make())
+    numbers, wanted = Numbers(), dict(before)
+    file: dict[str, Tensor] = {}
+    for name, weight in matrices(before).items():
+        parts, wanted[f"{name}.weight"] = ADAPTERS[kind](weight, numbers)
+        file |= {f"diffusion_model.{name}.{part}": tensor for part, tensor in parts.items()}
+    check_weights(tiny.original(apply_file(tiny, file, strength=1.0)), wanted)
 
 
 def _library_names(tiny: TinyFamily, network: Any) -> dict[str, Tensor]:

@@ -25,9 +25,11 @@ from tests.support.chroma_networks import CONFIG, WIDTH, library_flow, make_chro
 from tests.support.t5_encoders import t5_encoder, t5_tokenizer
 from tests.support.tiles import run_program_in_tiles
 from tests.support.tiny_families import (
+    ADAPTERS,
     LIBRARY_SPELLINGS,
     ORIGINAL_SPELLINGS,
     TinyFamily,
+    check_adapter,
     check_loading,
     check_lora_spelling,
     check_slots,
@@ -117,6 +119,11 @@ def test_the_library_s_converter_agrees_where_it_has_no_constants(monkeypatch: p
 @pytest.mark.parametrize("spelling", [*ORIGINAL_SPELLINGS, *LIBRARY_SPELLINGS])
 def test_loras_of_every_spelling(spelling: str) -> None:
     check_lora_spelling(CHROMA, spelling)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_other_adapters(kind: str) -> None:
+    check_adapter(CHROMA, kind)
 
 
 # the network

@@ -26,9 +26,11 @@ from backend.text_processing.textual_inversion import EmbeddingDatabase
 from tests.support.flux2_networks import CONFIG, QWEN_WIDTH, TEXT_WIDTH, WIDTH, library_flow, make_flux2, original_tensors
 from tests.support.tiles import run_program_in_tiles
 from tests.support.tiny_families import (
+    ADAPTERS,
     LIBRARY_SPELLINGS,
     ORIGINAL_SPELLINGS,
     TinyFamily,
+    check_adapter,
     check_loading,
     check_lora_spelling,
     check_slots,
@@ -92,6 +94,11 @@ def test_the_key_map_writes_original_files_that_the_library_converts() -> None:
 @pytest.mark.parametrize("spelling", [*ORIGINAL_SPELLINGS, *LIBRARY_SPELLINGS])
 def test_loras_of_every_spelling(spelling: str) -> None:
     check_lora_spelling(FLUX2, spelling)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_other_adapters(kind: str) -> None:
+    check_adapter(FLUX2, kind)
 
 
 # the network

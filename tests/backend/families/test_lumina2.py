@@ -38,9 +38,11 @@ from tests.support.lumina2_networks import (
     spiece_model,
 )
 from tests.support.tiny_families import (
+    ADAPTERS,
     LIBRARY_SPELLINGS,
     ORIGINAL_SPELLINGS,
     TinyFamily,
+    check_adapter,
     check_loading,
     check_lora_spelling,
     check_slots,
@@ -102,6 +104,11 @@ def test_the_key_map_writes_original_files_that_the_library_converts(monkeypatch
 @pytest.mark.parametrize("spelling", [*ORIGINAL_SPELLINGS, *LIBRARY_SPELLINGS])
 def test_loras_of_every_spelling(spelling: str) -> None:
     check_lora_spelling(LUMINA, spelling)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_other_adapters(kind: str) -> None:
+    check_adapter(LUMINA, kind)
 
 
 # the network

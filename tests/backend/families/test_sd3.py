@@ -21,9 +21,11 @@ from backend.nn.program import Addition
 from tests.support.sd3_networks import CONFIG, PLAIN, WIDTH, make_sd3, original_tensors
 from tests.support.tiles import run_program_in_tiles
 from tests.support.tiny_families import (
+    ADAPTERS,
     LIBRARY_SPELLINGS,
     ORIGINAL_SPELLINGS,
     TinyFamily,
+    check_adapter,
     check_loading,
     check_lora_spelling,
     check_slots,
@@ -108,6 +110,11 @@ def test_the_key_map_writes_original_files_that_the_library_converts(kind: str) 
 @pytest.mark.parametrize("spelling", [*ORIGINAL_SPELLINGS, *LIBRARY_SPELLINGS])
 def test_loras_of_every_spelling(spelling: str) -> None:
     check_lora_spelling(SD35, spelling)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_other_adapters(kind: str) -> None:
+    check_adapter(SD35, kind)
 
 
 # the network

@@ -18,9 +18,11 @@ from backend.families.zimage.key_map import zimage_key_map
 from backend.families.zimage.program import build_zimage_program, pack, unpack
 from backend.nn.padded_text import TEXT_LENGTHS
 from tests.support.tiny_families import (
+    ADAPTERS,
     LIBRARY_SPELLINGS,
     ORIGINAL_SPELLINGS,
     TinyFamily,
+    check_adapter,
     check_loading,
     check_lora_spelling,
     check_slots,
@@ -88,6 +90,11 @@ def test_the_key_map_writes_original_files_that_the_library_converts() -> None:
 @pytest.mark.parametrize("spelling", [*ORIGINAL_SPELLINGS, *LIBRARY_SPELLINGS])
 def test_loras_of_every_spelling(spelling: str) -> None:
     check_lora_spelling(ZIMAGE, spelling)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_other_adapters(kind: str) -> None:
+    check_adapter(ZIMAGE, kind)
 
 
 # the network
