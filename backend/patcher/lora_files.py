@@ -222,7 +222,7 @@ def _explain_misfit(patch: WeightPatch, shape: torch.Size) -> str | None:
 
 def _explain_foreign(file: LoraFile, model_family: str, what: str, names: Sequence[str] | Mapping[str, Any]) -> str:
     family = file.family
-    made_for = f" It seems to be made for {family}; choose a checkpoint of that family" if family and family != model_family else ""
+    made_for = f" It seems to be made for {family}; choose a checkpoint of that family" if family and not model_family.startswith(family) else ""
     remedy = made_for or " It may be for another model family or damaged; choose another checkpoint"
     return (
         f"LoRA {file.name} does not fit {model_family}: {what} ({_first(names)}).{remedy}, or remove it from the prompt. Nothing of it was applied."

@@ -163,7 +163,8 @@ _FAMILY_BY_VERSION = (
     (("sdxl", "stable-diffusion-xl"), "SDXL"),
     (("sd_v1", "stable-diffusion-v1", "sd1"), "SD 1.x"),
     (("sd_v2", "stable-diffusion-v2", "sd2"), "SD 2.x"),
-    (("flux",), "Flux"),
+    (("flux2", "flux-2", "flux.2"), "Flux.2"),
+    (("flux",), "Flux.1"),
     (("sd3", "stable-diffusion-3"), "SD 3"),
     (("hunyuan",), "Hunyuan"),
     (("wan",), "Wan"),
@@ -173,6 +174,8 @@ _FAMILY_BY_VERSION = (
     (("chroma",), "Chroma"),
 )
 _FAMILY_BY_LAYER = (
+    (("stream_modulation", "to_qkv_mlp_proj", "ff_linear_in", "ff.linear_in"), "Flux.2"),
+    (("img_mod_lin", "img_mod.lin", "_modulation_lin", ".modulation.lin"), "Flux.1"),
     (("double_blocks", "single_blocks", "single_transformer_blocks"), "Flux"),
     (("joint_blocks", "attn_add_k_proj", "attn.add_k_proj"), "SD 3"),
     (("lora_te2_", "text_encoder_2.", "input_blocks_8_1_transformer_blocks_1", "down_blocks_2_attentions_1_transformer_blocks_9"), "SDXL"),

@@ -5,6 +5,8 @@ Must not know sampling or pictures. Functions take the request (`p`) and set its
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +25,15 @@ if TYPE_CHECKING:
 # settings that affect prompt encoding
 _ENCODING_OPTIONS = (
     *("CLIP_stop_at_last_layers", "sdxl_clip_l_skip", "emphasis", "comma_padding_backtrack", "sdxl_crop_left", "sdxl_crop_top"),
-    *("sdxl_refiner_low_aesthetic_score", "sdxl_refiner_high_aesthetic_score"),
+    *("sdxl_refiner_low_aesthetic_score", "sdxl_refiner_high_aesthetic_score", "sd3_enable_t5"),
 )
+_SETTINGS_OF_ENGINES = (
+    *("sdxl_crop_top", "sdxl_crop_left", "sdxl_refiner_low_aesthetic_score", "sdxl_refiner_high_aesthetic_score", "sd3_enable_t5"),
+)
+"""Attributes of engines whose families read them."""
+
+log = logging.getLogger(__name__)
+_told_of_t5: weakref.WeakSet[Any] = weakref.WeakSet()
 
 MAX_PARTS = 128
 """Maximum number of parts joined by AND; each part is one row per picture in every step."""
@@ -86,9 +95,20 @@ def apply_prompt_options(p: StableDiffusionProcessing) -> None:
     engine.set_emphasis(options.emphasis)
     for text_engine in engine.text_engines:
         text_engine.comma_padding_backtrack = int(options.comma_padding_backtrack)
-    for name in ("sdxl_crop_top", "sdxl_crop_left", "sdxl_refiner_low_aesthetic_score", "sdxl_refiner_high_aesthetic_score"):
+    for name in _SETTINGS_OF_ENGINES:
         if hasattr(engine, name):
             setattr(engine, name, options[name])
+    if getattr(engine, "text_processing_engine_t5", None) is not None and hasattr(engine, "sd3_enable_t5"):
+        _note_t5(p, bool(options.sd3_enable_t5))
+
+
+def _note_t5(p: StableDiffusionProcessing, is_read: bool) -> None:
+    """SD3's T5 is read if the setting says so, as in Forge."""
+    if is_read:
+        p.extra_generation_params["SD3 T5"] = True
+    elif p.sd_model not in _told_of_t5:
+        _told_of_t5.add(p.sd_model)
+        log.info("SD3's T5 is loaded but not read. Turn on the setting 'Use the T5 text encoder' (sd3_enable_t5), or leave its file out.")
 
 
 def setup_conditions(p: StableDiffusionProcessing) -> None:

@@ -59,7 +59,6 @@ NOT_READ: Mapping[str, str] = {
     "hidden folders are searched like others": "list_hidden_files",
     "checkpoints are mapped from disk": "disable_mmap_load_safetensors",
     "models share each device as memory allows": "sd_checkpoints_keep_in_cpu",
-    "SD 3 reads T5 whenever the checkpoint has it or it is chosen as a module": "sd3_enable_t5",
     "the chosen VAE is always used": "sd_vae_overrides_per_model_preferences",
     "hashes of embeddings are always written": "textual_inversion_add_hashes_to_infotext",
     "themes come with gradio": "gradio_themes_cache",

@@ -427,7 +427,7 @@ def build_option_table(flags: Mapping[str, object], *, outputs_dir: Path | str =
             (("training", "Training", "training"), _training()),
             (("sd", "Stable Diffusion", "sd"), _stable_diffusion()),
             (("sdxl", "Stable Diffusion XL", "sd"), _sdxl()),
-            (("sd3", "Stable Diffusion 3", "sd"), {"sd3_enable_t5": option(False, "Use the T5 text encoder")}),
+            (("sd3", "Stable Diffusion 3", "sd"), {"sd3_enable_t5": option(False, "Use the T5 text encoder", infotext="SD3 T5")}),
             (("vae", "VAE", "sd"), _vae()),
             (("img2img", "img2img", "sd"), _img2img()),
             (("optimizations", "Optimizations", "sd"), _optimizations()),

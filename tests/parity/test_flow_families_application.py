@@ -80,6 +80,18 @@ def test_jobs_make_pictures(alone: dict[tuple[str, str], np.ndarray], family: st
     assert not np.array_equal(alone[family, "txt2img"][0], alone[family, "AND"][0])
 
 
+def test_sd3_reads_t5_if_the_setting_says_so(data_dir: Path, alone: dict[tuple[str, str], np.ndarray]) -> None:
+    with virtual_fleet(1), installed_application(data_dir) as app:
+        app.options.live_previews_enable = False
+        request = JOBS["txt2img"]()
+        request.override_settings = {"sd_model_checkpoint": "sd3", "sd3_enable_t5": True}
+        done = run(request)
+        assert "SD3 T5: True" in done.infotexts[0]
+        read = np.stack([pixels(image) for image in done.images[done.index_of_first_image :]])
+        assert np.array_equal(_pictures(app, "sd3", "txt2img"), alone["sd3", "txt2img"]), "the next job does not"
+    assert np.abs(read.astype(int) - alone["sd3", "txt2img"]).mean() > 1
+
+
 @pytest.mark.parametrize("strategy", ["layers", "replicas"])
 @pytest.mark.parametrize("family", WRITERS)
 def test_two_slots_make_the_same_pictures(data_dir: Path, alone: dict[tuple[str, str], np.ndarray], family: str, strategy: str) -> None:

@@ -71,6 +71,7 @@ FAMILY = Family(
     encode=encode,
     join_checkpoint=join_sd3,
     compute_dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    text_settings={"sd3_enable_t5": True},
     attends_jointly=True,
     default_schedule="simple",
     defaults=PageDefaults(

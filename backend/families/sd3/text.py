@@ -1,7 +1,7 @@
 """SD3's text recipe: features of CLIP-L and OpenCLIP bigG side by side, padded to T5's width, then T5's. The vector is both pooled texts.
 
-T5 is optional: without it zeros take its place, as in training, where it was left out half of the time (Esser et al. 2024, section 5.3.3). An empty
-negative prompt is zeros throughout, as in Forge.
+T5 is optional: without it, or with `sd3_enable_t5` off, zeros take its place, as in training, where it was left out half of the time (Esser et al.
+2024, section 5.3.3). An empty negative prompt is zeros throughout, as in Forge.
 
 Shapes: B prompts, L tokens, C token width of a CLIP, D token width of the transformer, P width of a pooled text.
 """
@@ -58,7 +58,7 @@ def encode(side: Any, prompt: Sequence[str]) -> dict[str, Tensor]:
     l_BLC, pooled_l_BP = side.run_text_engine(CLIP_L, prompt)
     g_BLC, pooled_g_BP = side.run_text_engine(CLIP_G, prompt)
     clip_BLD = _widen(torch.cat([l_BLC, g_BLC.to(l_BLC)], dim=-1), int(side.model_config.unet_config["joint_attention_dim"]))
-    if len(side.text_engines) > T5:
+    if len(side.text_engines) > T5 and side.sd3_enable_t5:
         t5_BLD = side.run_text_engine(T5, prompt).to(clip_BLD)
     else:
         t5_BLD = clip_BLD.new_zeros(clip_BLD.shape[0], MIN_LENGTH, clip_BLD.shape[2])

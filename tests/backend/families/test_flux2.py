@@ -22,6 +22,7 @@ from backend.families.latent_format import LatentFormat
 from backend.nn.network_call import NetworkCall
 from backend.nn.padded_text import TEXT_LENGTHS
 from backend.nn.qwen3 import Qwen3TextEncoder
+from backend.patcher.lora_files import LoraError
 from backend.text_processing.textual_inversion import EmbeddingDatabase
 from tests.support.flux2_networks import CONFIG, QWEN_WIDTH, TEXT_WIDTH, WIDTH, library_flow, make_flux2, original_tensors
 from tests.support.tiles import run_program_in_tiles
@@ -30,6 +31,7 @@ from tests.support.tiny_families import (
     LIBRARY_SPELLINGS,
     ORIGINAL_SPELLINGS,
     TinyFamily,
+    apply_file,
     check_adapter,
     check_loading,
     check_lora_spelling,
@@ -99,6 +101,19 @@ def test_loras_of_every_spelling(spelling: str) -> None:
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_other_adapters(kind: str) -> None:
     check_adapter(FLUX2, kind)
+
+
+def test_a_lora_of_flux_1_is_refused_by_name() -> None:
+    """It has the same names for most of its layers."""
+    file = {}
+    for name, shape in (("double_blocks_0_img_mod_lin", (6 * WIDTH, WIDTH)), ("single_blocks_0_linear1", (7 * WIDTH, WIDTH))):
+        file |= {f"lora_unet_{name}.lora_up.weight": torch.zeros(shape[0], 2), f"lora_unet_{name}.lora_down.weight": torch.zeros(2, shape[1])}
+    with pytest.raises(LoraError, match=r"does not fit Flux\.2-klein: .*It seems to be made for Flux\.1; choose a checkpoint of that family"):
+        apply_file(FLUX2, file)
+    own = {"diffusion_model.single_stream_modulation.lin.lora_B.weight": torch.zeros(5, 2)}
+    own |= {"diffusion_model.single_stream_modulation.lin.lora_A.weight": torch.zeros(2, 7)}
+    with pytest.raises(LoraError, match=r"does not fit Flux\.2-klein: 1 of its 1 layers do not fit .*It may be for another model family"):
+        apply_file(FLUX2, own)
 
 
 # the network
