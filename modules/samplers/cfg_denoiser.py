@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from modules.samplers.kdiffusion import KDiffusionSampler
 
 
+def is_truncated(step: int, num_steps: int, share: float) -> bool:
+    """Whether a step, counted from 0, belongs to the last `share` of all. A share of 0.75 is Lumina2's published truncation at 0.25."""
+    return (step + 1) / num_steps > 1 - share + 1e-9
+
+
 class CFGDenoiser(torch.nn.Module):
     """`denoise(x_BCHW, sigma_B)` for samplers. One instance serves one pass.
 
@@ -78,11 +83,13 @@ class CFGDenoiser(torch.nn.Module):
         return denoised_BCHW
 
     def _skips_guidance(self, sigma: Tensor, s_min_uncond: float) -> bool:
-        """Whether this step skips the negative prompt, because of "Negative Guidance minimum sigma" or "Skip Early CFG"."""
-        options = self.p.options
+        """Whether this step skips the negative prompt, because of "Negative Guidance minimum sigma", "Skip Early CFG" or "Skip Late CFG"."""
+        options, num_steps = self.p.options, max(self.total_steps, 1)
         if s_min_uncond > 0 and float(sigma[0]) < s_min_uncond and (self.step % 2 == 1 or options.s_min_uncond_all):
             return True
-        return float(options.skip_early_cond) > 0 and self.step / max(self.total_steps, 1) <= float(options.skip_early_cond)
+        if float(options.skip_early_cond) > 0 and self.step / num_steps <= float(options.skip_early_cond):
+            return True
+        return is_truncated(self.step, num_steps, float(options.skip_late_cond))
 
     def _denoise(self, x: Tensor, sigma: Tensor, cond: Any, uncond: Any, scale: float, image_cond: Tensor | None) -> Tensor:
         composition, cond_rows, uncond_rows = self._choose_prompts(cond, uncond, x.device)

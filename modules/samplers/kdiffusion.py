@@ -47,6 +47,7 @@ CFGDenoiserKDiffusion = CFGDenoiser
 _TABLE_BUFFERS = ("sigmas", "log_sigmas", "alphas_cumprod")
 LEAST_DISPLACED_STEPS = 8
 """With fewer steps left after the exact ones, tiles do not use values of the step before: steps differ too much from each other."""
+_GUIDANCE_INFOTEXT = (("NGMS", "s_min_uncond"), ("Skip Early CFG", "skip_early_cond"), ("Skip Late CFG", "skip_late_cond"))
 _ETA_INFOTEXT = {"eta_ancestral": "Eta", "eta_ddim": "Eta DDIM"}
 _CHURN_INFOTEXT = {"s_churn": ("Sigma churn", 0.0), "s_tmin": ("Sigma tmin", 0.0), "s_tmax": ("Sigma tmax", 0.0), "s_noise": ("Sigma noise", 1.0)}
 
@@ -163,9 +164,9 @@ class KDiffusionSampler:
         denoiser.step = 0
         denoiser.image_cfg_scale = getattr(p, "image_cfg_scale", None)
         options = p.options
-        for key, name, default in (("NGMS", "s_min_uncond", 0.0), ("Skip Early CFG", "skip_early_cond", 0.0)):
+        for key, name in _GUIDANCE_INFOTEXT:
             value = p.s_min_uncond if name == "s_min_uncond" else options[name]
-            if value != default:
+            if value:
                 p.extra_generation_params[key] = value
         if options.s_min_uncond_all and p.s_min_uncond:
             p.extra_generation_params["NGMS all steps"] = True
@@ -270,7 +271,7 @@ class KDiffusionSampler:
 
     @contextmanager
     def _network_ready(self, p: Any, x: Tensor, num_steps: int, num_run: int) -> Iterator[None]:
-        """The UNet on its device with the noise table chosen in the settings, for a pass over the last `num_run` of so many steps; undone afterwards."""
+        """The UNet on its device with the noise table chosen in the settings, for the last `num_run` of so many steps; undone afterwards."""
         if self.spec.needs_uncond:
             unet = self.unet.clone()
             unet.model_options["disable_cfg1_optimization"] = True

@@ -335,6 +335,9 @@ def _sampler_parameters() -> OptionTable:
         "skip_early_cond": slider(
             0.0, "Ignore the negative prompt in this share of the first steps", 0, 1, 0.01, strict=True, infotext="Skip Early CFG"
         ),
+        "skip_late_cond": slider(
+            0.0, "Ignore the negative prompt in this share of the last steps", 0, 1, 0.01, strict=True, infotext="Skip Late CFG"
+        ),
         "flow_shift": slider(
             0.0, "Flow models: shift", 0, 20, 0.01, strict=True, infotext="Shift", info="0 takes the model's: 3.16 for Flux.1-dev at any size"
         ),

@@ -33,7 +33,7 @@ TEXT_REQUESTS: dict[str, dict[str, Any]] = {
     "UniPC's own timesteps": {"sampler_name": "UniPC", "override_settings": {"uni_pc_skip_type": "logSNR"}},
     "emphasis": {"prompt": "a (cat:1.6)", "override_settings": {"emphasis": "No norm"}},
     "tiling": {"tiling": True},
-    "guidance cut short": {"override_settings": {"s_min_uncond": 2.0, "skip_early_cond": 0.3}},
+    "guidance cut short": {"override_settings": {"s_min_uncond": 2.0, "skip_early_cond": 0.3, "skip_late_cond": 0.3}},
     "penultimate sigma": {"override_settings": {"always_discard_next_to_last_sigma": True}},
     "hires fix, latent": {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent (bicubic)", "denoising_strength": 0.6, "hr_cfg": 3.0},
     "hires fix, all its own": {

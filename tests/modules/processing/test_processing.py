@@ -193,6 +193,7 @@ def test_sampler_settings_reach_the_sampler_and_the_infotext(app: Application, k
         ({"enable_quantization": True}, {"scheduler": "Karras"}),
         ({"sgm_noise_multiplier": True}, {}),
         ({"skip_early_cond": 0.5}, {}),
+        ({"skip_late_cond": 0.5}, {}),
         ({"use_old_karras_scheduler_sigmas": True}, {"scheduler": "Karras"}),
         ({"uni_pc_variant": "bh2"}, {"sampler_name": "UniPC", "steps": 4}),
         ({"CLIP_stop_at_last_layers": 2}, {}),
@@ -208,6 +209,16 @@ def test_the_negative_prompt_is_skipped_below_its_sigma(app: Application) -> Non
     result = run(txt2img(s_min_uncond=100.0, override_settings={"s_min_uncond_all": True}))
     assert np.array_equal(picture(result), picture(run(txt2img(cfg_scale=1))))
     assert "NGMS: 100.0" in result.infotexts[0]
+
+
+def test_the_negative_prompt_is_skipped_in_the_last_steps(app: Application) -> None:
+    """The whole schedule is CFG 1. Lumina2's pipeline truncates where (i + 1) / n > ratio."""
+    result = run(txt2img(override_settings={"skip_late_cond": 1.0}))
+    assert np.array_equal(picture(result), picture(run(txt2img(cfg_scale=1))))
+    assert "Skip Late CFG: 1.0" in result.infotexts[0]
+    for num_steps, ratio in ((4, 0.25), (30, 0.25), (7, 0.5), (10, 0.3), (5, 1.0)):
+        library = [(step + 1) / num_steps > ratio for step in range(num_steps)]
+        assert [cfg_denoiser.is_truncated(step, num_steps, 1 - ratio) for step in range(num_steps)] == library
 
 
 def test_files_are_saved_with_their_parameters(app: Application, tmp_path: Path) -> None:
