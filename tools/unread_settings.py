@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from modules.settings.presets import NAMES
 from tools.documents import write_measured
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("modules", "modules_forge", "backend", "extensions-builtin", "javascript", "scripts")
 OWN_FILES = {"settings/table.py", "settings/page_table.py", "settings/inert.py"}
-READ_BY_PRESET = re.compile(r"(sd|xl|flux)_(t2i|i2i)_(width|height|cfg|d_cfg|sampler|scheduler)")
+READ_BY_PRESET = re.compile(rf"({'|'.join(NAMES)})_(t2i|i2i)_(width|height|cfg|d_cfg|sampler|scheduler|step)")
 """Settings whose names a preset assembles from three parts."""
 _PATTERN = re.compile(r"""f["']((?:[a-z0-9_]|\{[^{}"']+\})+)["']""")
 

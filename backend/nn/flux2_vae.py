@@ -51,6 +51,6 @@ class Flux2VAE(AutoencoderKLFlux2):  # type: ignore[misc]  # the library's class
 
 
 def build_flux2_vae(config: Mapping[str, Any], statistics: LatentStatistics) -> Flux2VAE:
-    vae = Flux2VAE(**config)
+    vae: Flux2VAE = Flux2VAE(**config)
     vae.statistics = statistics
     return vae

@@ -296,7 +296,7 @@ class KDiffusionSampler:
         is_usual = always_shifts_by_size(self.sd_model)
         if not (is_usual or p.options.flow_shift_by_size):
             return None
-        shift = shift_of_size(self.sd_model, *x_BCHW.shape[-2:], num_steps)
+        shift = shift_of_size(self.sd_model, x_BCHW.shape[-2], x_BCHW.shape[-1], num_steps)
         if shift is not None and not is_usual:
             p.extra_generation_params["Shift by size"] = True
         return shift

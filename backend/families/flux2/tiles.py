@@ -29,4 +29,4 @@ def run_single_on_tile(block: Any, tokens_BLD: Tensor, modulations: Sequence[Ten
     received = yield awaited
     mixed_BLD = attend_to_all(attn, query, own, received, place)
     del own, received, key, value
-    return tokens_BLD + gate * join_projection(attn, mixed_BLD, mlp).to(tokens_BLD.dtype)  # type: ignore[no-any-return]
+    return tokens_BLD + gate * join_projection(attn, mixed_BLD, mlp).to(tokens_BLD.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -215,10 +215,10 @@ def test_tiles_are_the_whole(tiles: tuple[int, ...]) -> None:
 def test_padding_is_read_and_reads_nothing_of_itself() -> None:
     """transformers' own model with its mask; the published layers are a quarter, a half and three quarters of 36."""
     assert quarters(36) == (9, 18, 27)
-    library, tokenizer = qwen3_encoder(width=QWEN_WIDTH, layers=4), qwen_tokenizer()
+    library, tokenizer, no_embeddings = qwen3_encoder(width=QWEN_WIDTH, layers=4), qwen_tokenizer(), cast("EmbeddingDatabase", None)
     ours = Qwen3TextEncoder(library.config, quarters(4))
     ours.load_state_dict(library.state_dict())
-    engine: Any = build_text_engines({"qwen3": ours}, {"qwen3": tokenizer}, EmbeddingDatabase())[0]
+    engine: Any = build_text_engines({"qwen3": ours}, {"qwen3": tokenizer}, no_embeddings)[0]
     text_BLD, lengths_B = engine(["a red cat", "dog"])
     assert text_BLD.shape == (2, 512, TEXT_WIDTH) and lengths_B.tolist() == [512, 512]
     for row, prompt in enumerate(("a red cat", "dog")):

@@ -63,17 +63,10 @@ def test_the_published_head_gets_the_published_axes() -> None:
         assert sum(rope_widths(width)) == width and all(part % 2 == 0 and part > 0 for part in rope_widths(width))
 
 
-@pytest.mark.parametrize(
-    ("extra", "title"),
-    [
-        ("double_stream_modulation_img.lin.weight", r"Flux\.2"),
-        ("early_stream_modulations.image.lin.weight", r"Flux\.3"),
-    ],
-)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_relatives_are_refused_by_name(tmp_path: Path, extra: str, title: str, prefix: str) -> None:
-    tensors = {**original_tensors(make_flux(), prefix), prefix + extra: torch.zeros(2, 2)}
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors: is {title}.*not supported.*Flux\.1"):
+def test_relatives_are_refused_by_name(tmp_path: Path, prefix: str) -> None:
+    tensors = {**original_tensors(make_flux(), prefix), f"{prefix}early_stream_modulations.image.lin.weight": torch.zeros(2, 2)}
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is Flux\.3.*not supported.*Flux\.1"):
         identify(tmp_path, tensors)
 
 

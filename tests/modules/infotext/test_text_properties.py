@@ -37,12 +37,13 @@ NUMBER_KEYS = (
     "Conditional mask weight", "Clip skip", "ENSD", "Token merging ratio", "Token merging ratio hr", "Hires upscale", "Hires steps",
     "Hires CFG Scale",
     "Hires Distilled CFG Scale", "Mask blur", "Masked area padding", "Noise multiplier", "Extra noise", "Refiner switch at", "NGMS", "Skip Early CFG",
+    "Skip Late CFG",
     "Schedule min sigma", "Schedule max sigma", "Schedule rho", "Beta schedule alpha", "Beta schedule beta", "Eta", "Eta DDIM", "Sigma churn",
     "Sigma tmin", "Sigma tmax", "Sigma noise", "UniPC order", "Shift",
 )  # fmt: skip
 FLAG_KEYS = (
     "Tiling", "NGMS all steps", "Pad conds", "Discard penultimate sigma", "SGM noise multiplier", "UniPC lower order final",
-    "Downcast alphas_cumprod", "Shift by size", "Forge flow schedules",
+    "Downcast alphas_cumprod", "Shift by size", "Forge flow schedules", "SD3 T5",
     "Refiner switch by sampling steps",
 )  # fmt: skip
 RESERVED = {"Prompt", "Negative prompt"}
