@@ -3,6 +3,7 @@
     double_blocks.0.img_mod.lin.weight         fp8, or int8     what is seen: the same name, with a packed format
     double_blocks.0.img_mod.lin.scale_weight   fp32             (older spelling; with a tensor `scaled_fp8` that marks the file)
     double_blocks.0.img_mod.lin.weight_scale   fp32             (present spelling; with `comfy_quant`, a JSON text, or an entry of the metadata)
+    double_blocks.0.img_mod.lin.weight_scale_2 fp32             (nvfp4: the scale of the scales of blocks, which are in weight_scale; mxfp8 has none)
     double_blocks.0.img_mod.lin.SCB            fp32             (bitsandbytes, int8)
     double_blocks.0.img_mod.lin.weight.quant_state.bitsandbytes__nf4, .absmax, .quant_map, .nested_absmax, .nested_quant_map
 
@@ -20,9 +21,14 @@ import torch
 from torch import Tensor
 
 from backend.foreign_json import ForeignJsonError, parse_json
+from backend.key_layout import UNET_PREFIX
+from backend.storage.block_scaled import KINDS as BLOCK_SCALED_KINDS
+from backend.storage.block_scaled import BlockScaledFormat, join_block_scaled, ordered_scale_shape, unorder_scales
+from backend.storage.choices import ROTATED_GROUP
 from backend.storage.four_bit import TABLES, FourBitFormat, join_four_bit
 from backend.storage.kinds import storage_of
-from backend.storage.packed import PackedFormat, PackedTensor, can_cut
+from backend.storage.packed import PackedFormat, PackedFormatError, PackedTensor, can_cut
+from backend.storage.rotation import is_group
 from backend.storage.scaled import SCALED_DTYPES, ScaledFormat, join_scaled
 from backend.tensor_file import CheckpointError, TensorFile, TensorInfo
 
@@ -35,6 +41,7 @@ _HELPERS = (*_SCALE_ENDS, *_QUANT_ENDS, ".scale_input", ".input_scale", ".weight
 _MARKER = "scaled_fp8"
 _METADATA_KEY = "_quantization_metadata"
 _COMFY_DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
+_MUST_HAVE_SCALES = ("int8_tensorwise", *BLOCK_SCALED_KINDS)
 _SVDQUANT_ENDS = (".qweight", ".wscales", ".wtscale", ".smooth_factor")
 _MAX_JSON_BYTES = 65536
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -45,7 +52,7 @@ _OTHER_VERSION = "Use an fp8, GGUF, bf16 or fp16 version of this model."
 def as_whole_weights(file: TensorFile) -> TensorFile:
     """The file with each quantized weight as one packed tensor; the file itself if it has none. On an error the file is closed.
 
-    Raises: CheckpointError for parts that do not fit together, and for formats that need kernels of other programs.
+    Raises: CheckpointError for parts that do not fit together, and for formats that are not read.
     """
     try:
         weights = _find_weights(file)
@@ -57,6 +64,9 @@ def as_whole_weights(file: TensorFile) -> TensorFile:
 
 class _Weight(Protocol):
     """A quantized weight."""
+
+    @property
+    def key(self) -> str: ...
 
     @property
     def format(self) -> PackedFormat: ...
@@ -104,14 +114,29 @@ def _find_weights(file: TensorFile) -> dict[str, _Weight]:
     weights: dict[str, _Weight] = {}
     for key in file.infos:
         if key.endswith(_SCALE_ENDS):
-            weight = _scaled_weight(file, key, described)
+            made = _block_scaled_weight if _kind_of(described, key) in BLOCK_SCALED_KINDS else _scaled_weight
+            weight = made(file, key, described)
             weights[weight.key] = weight
         elif key.endswith(_INT8_END):
             weight = _scaled_weight(file, key, {}, divisor=_INT8_RANGE)
             weights[weight.key] = weight
         elif _STATE_MARK in key:
             weights[key[: key.index(_STATE_MARK)]] = _four_bit_weight(file, key)
+    _refuse_missing_scales(file, described, weights)
     return weights
+
+
+def _kind_of(described: Mapping[str, Mapping[str, Any]], scale: str) -> str:
+    return str(described.get(scale.rpartition(".")[0], {}).get("format"))
+
+
+def _refuse_missing_scales(file: TensorFile, described: Mapping[str, Mapping[str, Any]], weights: Mapping[str, _Weight]) -> None:
+    for layer, description in described.items():
+        if description.get("format") in _MUST_HAVE_SCALES and f"{layer}.weight" in file.infos and f"{layer}.weight" not in weights:
+            raise CheckpointError(
+                f"{file.path.name}: {layer[:200]} is stored as {description['format']} but has no {layer[:200]}.weight_scale. "
+                "The file is incomplete: download it again."
+            )
 
 
 def _refuse_svdquant(file: TensorFile) -> None:
@@ -146,7 +171,12 @@ def _layers_in_metadata(file: TensorFile) -> Mapping[str, Mapping[str, Any]]:
     except ForeignJsonError as error:
         raise CheckpointError(f"{file.path.name}: {_METADATA_KEY} in its metadata cannot be read ({error}). {_OTHER_VERSION}") from error
     layers = found.get("layers") if isinstance(found, dict) else None
-    return {str(name): one for name, one in layers.items() if isinstance(one, dict)} if isinstance(layers, dict) else {}
+    return {_full_name(file, str(name)): one for name, one in layers.items() if isinstance(one, dict)} if isinstance(layers, dict) else {}
+
+
+def _full_name(file: TensorFile, layer: str) -> str:
+    """The layer's name in the file: metadata may leave the denoiser's prefix out."""
+    return layer if f"{layer}.weight" in file.infos or f"{UNET_PREFIX}{layer}.weight" not in file.infos else UNET_PREFIX + layer
 
 
 def _read_json(file: TensorFile, key: str) -> Mapping[str, Any]:
@@ -165,12 +195,12 @@ def _read_json(file: TensorFile, key: str) -> Mapping[str, Any]:
 
 def _refuse_unread(file: TensorFile, layer: str, description: Mapping[str, Any]) -> None:
     name = str(description.get("format"))[:40]
-    if description.get("convrot"):
-        name = f"{name} with rotated inputs (convrot)"
-    elif name in _COMFY_DTYPES:
+    if name in BLOCK_SCALED_KINDS or (name in _COMFY_DTYPES and (name == "int8_tensorwise" or not description.get("convrot"))):
         return
+    rotated = " with rotation (convrot)" if description.get("convrot") else ""
+    known = ", ".join((*_COMFY_DTYPES, *BLOCK_SCALED_KINDS))
     raise CheckpointError(
-        f"{file.path.name}: {layer[:200]} is stored as {name}, which needs the kernels of the package comfy-kitchen; this program does not use them. "
+        f"{file.path.name}: {layer[:200]} is stored as {name}{rotated}, which cannot be read; of the formats that comfy_quant names, {known} can. "
         f"{_OTHER_VERSION}"
     )
 
@@ -212,7 +242,70 @@ def _scaled_weight(file: TensorFile, scale: str, described: Mapping[str, Mapping
             f"{file.path.name}: {scale[:200]} has the shape {scales.shape}, but {key[:200]} of shape {info.shape} needs one scale, or one per row. "
             f"{_OTHER_VERSION}"
         )
-    return _Scaled(key=key, scale=scale, format=ScaledFormat(info.shape, info.dtype, num_scales), divisor=divisor)
+    group = _rotated_group(file, layer, described.get(layer, {}))
+    try:
+        form = ScaledFormat(info.shape, info.dtype, num_scales, group)
+    except PackedFormatError as error:
+        raise CheckpointError(f"{file.path.name}: {key[:200]}: {error} {_OTHER_VERSION}") from error
+    return _Scaled(key=key, scale=scale, format=form, divisor=divisor)
+
+
+def _rotated_group(file: TensorFile, layer: str, description: Mapping[str, Any]) -> int:
+    """How many numbers of a row the file rotates together; 0 if it does not."""
+    if not description.get("convrot"):
+        return 0
+    group = description.get("convrot_groupsize", ROTATED_GROUP)
+    if type(group) is not int or not is_group(group):
+        raise CheckpointError(
+            f"{file.path.name}: {layer[:200]} says that groups of {str(group)[:20]} numbers are rotated; it is a power of 4 up to 4096. "
+            f"The file is damaged. {_OTHER_VERSION}"
+        )
+    return group
+
+
+# mxfp8 and nvfp4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _BlockScaled:
+    """Small numbers with a scale per block."""
+
+    key: str
+    format: BlockScaledFormat
+
+    def read(self, file: TensorFile, rows: tuple[int, int] | None) -> PackedTensor:
+        ordered = file.read(f"{self.key}_scale").view(torch.uint8)
+        blocks = unorder_scales(ordered, self.format.shape[0], self.format.blocks_per_row)
+        scales = file.read(f"{self.key}_scale_2", dtype=torch.float32).reshape(-1, 1) if self.format.num_scales else torch.empty(0, 1)
+        not_a_number = blocks == 0xFF if self.format.kind == "mxfp8" else blocks & 0x7F == 0x7F
+        if bool(not_a_number.any()) or not bool(torch.isfinite(scales).all()):
+            raise CheckpointError(f"{file.path.name}: the scales of {self.key[:200]} are not numbers; the file is damaged. Download it again.")
+        form = self.format if rows is None else self.format.cut(*rows)
+        return PackedTensor(join_block_scaled(scales, blocks if rows is None else blocks[rows[0] : rows[1]], file.read(self.key, rows=rows)), form)
+
+
+def _block_scaled_weight(file: TensorFile, scale: str, described: Mapping[str, Mapping[str, Any]]) -> _BlockScaled:
+    layer, kind = scale.rpartition(".")[0], _kind_of(described, scale)
+    key, facts = f"{layer}.weight", BLOCK_SCALED_KINDS[kind]
+    info = file.infos.get(key)
+    wanted = torch.float8_e4m3fn if facts.per_byte == 1 else torch.uint8
+    if info is None or info.dtype != wanted or len(info.shape) != 2 or not all(info.shape) or info.shape[1] * facts.per_byte % facts.block:
+        raise _misfit(file, key, kind, f"a matrix of {str(wanted).removeprefix('torch.')} whose rows are divided into blocks of {facts.block}")
+    num_rows, num_blocks = info.shape[0], info.shape[1] * facts.per_byte // facts.block
+    scale_info, ordered = file.infos[scale], ordered_scale_shape(num_rows, num_blocks)
+    if scale_info.dtype.itemsize != 1 or prod(scale_info.shape) != prod(ordered) or not scale.endswith("weight_scale"):
+        raise _misfit(file, f"{key}_scale", kind, f"{ordered[0]}x{ordered[1]} scales of one byte")
+    second = file.infos.get(f"{key}_scale_2")
+    if kind == "nvfp4" and (second is None or prod(second.shape) != 1 or not second.dtype.is_floating_point):
+        raise _misfit(file, f"{key}_scale_2", kind, "one number")
+    shape = (num_rows, info.shape[1] * facts.per_byte)
+    return _BlockScaled(key=key, format=BlockScaledFormat(shape, kind, 1 if kind == "nvfp4" else 0))
+
+
+def _misfit(file: TensorFile, key: str, kind: str, wanted: str) -> CheckpointError:
+    info = file.infos.get(key)
+    found = "is missing" if info is None else f"has the shape {info.shape} and the type {str(info.dtype).removeprefix('torch.')}"
+    return CheckpointError(f"{file.path.name}: {key[:200]} {found}; {kind} needs {wanted} there. The file is damaged; use another one.")
 
 
 # bitsandbytes' four bits

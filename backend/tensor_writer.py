@@ -17,10 +17,11 @@ from torch import Tensor
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
+    torch.bool: "BOOL", torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
 _ALIGNMENT = 8
-_GGUF_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
+GGUF_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
+"""Plain types of GGUF files, by their numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def write_gguf(path: Path, tensors: Sequence[Written], numbers_of: NumbersOf, ar
 
     writer = gguf.GGUFWriter(path, architecture)
     for tensor in tensors:
-        number = gguf.GGMLQuantizationType(_GGUF_TYPES[tensor.dtype] if tensor.block_type is None else tensor.block_type)
+        number = gguf.GGMLQuantizationType(GGUF_TYPES[tensor.dtype] if tensor.block_type is None else tensor.block_type)
         writer.add_tensor_info(tensor.name, tensor.shape or (1,), np.dtype(np.float32), tensor.num_bytes, raw_dtype=number)
     try:
         writer.write_header_to_file()

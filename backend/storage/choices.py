@@ -8,12 +8,16 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from backend.storage.block_scaled import KINDS as BLOCK_SCALED_KINDS
+from backend.storage.block_scaled import BlockScaledFormat
 from backend.storage.four_bit import FourBitFormat
 from backend.storage.gguf import GgufFormat
 from backend.storage.gguf_blocks import BLOCK_TYPES
 from backend.storage.packed import PackedFormat, PackedFormatError, PackedTensor, empty_packed
 from backend.storage.scaled import ScaledFormat
 
+ROTATED_GROUP = 256
+"""Numbers that int8_convrot rotates together."""
 MakeFormat = Callable[[tuple[int, ...]], PackedFormat]
 
 
@@ -24,10 +28,22 @@ def _gguf(kind: str) -> MakeFormat:
 FORMATS: dict[str, MakeFormat] = {
     "fp8_scaled": lambda shape: ScaledFormat(shape, torch.float8_e4m3fn),
     "int8": lambda shape: ScaledFormat(shape, torch.int8, shape[0]),
+    "int8_convrot": lambda shape: ScaledFormat(shape, torch.int8, shape[0], ROTATED_GROUP),
     "nf4": lambda shape: FourBitFormat(shape, "nf4"),
     "fp4": lambda shape: FourBitFormat(shape, "fp4"),
     **{kind.lower(): _gguf(kind) for kind in BLOCK_TYPES},
+    "mxfp8": lambda shape: BlockScaledFormat(shape, "mxfp8"),
+    "nvfp4": lambda shape: BlockScaledFormat(shape, "nvfp4", 1),
 }
+"""nvfp4 is comfy-kitchen's. GGUF's type of that name has other blocks and no quantizer; it is only read."""
+
+
+_BLOCKS = {
+    "int8_convrot": ROTATED_GROUP,
+    **{kind.lower(): block_type.weights for kind, block_type in BLOCK_TYPES.items()},
+    **{kind: facts.block for kind, facts in BLOCK_SCALED_KINDS.items()},
+}
+"""Numbers of a row that a format stores together."""
 
 
 def bits_per_weight(name: str) -> float:
@@ -38,11 +54,7 @@ def bits_per_weight(name: str) -> float:
 
 def format_for(name: str, shape: tuple[int, ...]) -> PackedFormat | None:
     """The format of a matrix of this shape; None if it stays plain: no matrix, or rows that the format's blocks do not divide."""
-    if len(shape) != 2:
-        return None
-    form = FORMATS[name](shape)
-    block = BLOCK_TYPES[form.kind].weights if isinstance(form, GgufFormat) else 1
-    return None if shape[1] % block else form
+    return None if len(shape) != 2 or shape[1] % _BLOCKS.get(name, 1) else FORMATS[name](shape)
 
 
 def quantize_as(name: str, value: Tensor, *, seed: int = 0) -> PackedTensor | None:

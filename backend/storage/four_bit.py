@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from math import ceil, prod
 
 import torch
@@ -32,6 +31,7 @@ _FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
 FP4 = (*_FP4_MAGNITUDES, *(-one for one in _FP4_MAGNITUDES))
 TABLES = {"nf4": NF4, "fp4": FP4}
 BLOCK = 64
+_LEAST_ABSMAX = 1e-38
 _FLOAT_BYTES = 4
 _NESTED_TABLE = 256
 
@@ -77,27 +77,34 @@ class FourBitFormat(PackedFormat):
         """The blocks' largest magnitudes (B,), fp32."""
         if not self.nested_block:
             return buffer_N[: self._absmax_bytes].view(torch.float32)
-        num_scales = ceil(self.num_blocks / self.nested_block)
-        floats = buffer_N[: (_NESTED_TABLE + num_scales + 1) * _FLOAT_BYTES].view(torch.float32)
-        table, scales, offset = floats[:_NESTED_TABLE], floats[_NESTED_TABLE:-1], floats[-1]
-        indices = buffer_N[floats.shape[0] * _FLOAT_BYTES : self._absmax_bytes]
+        table, scales, offset, indices, _ = self.nested_parts(buffer_N)
         spread = scales.repeat_interleave(self.nested_block)[: self.num_blocks]
         return nn.functional.embedding(indices.int(), table[:, None]).flatten() * spread + offset
+
+    def nested_parts(self, buffer_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Table (256,), scales and offset of double quantization, fp32, the absmax' indices (B,), and codes, two per byte; views."""
+        num_floats = _NESTED_TABLE + ceil(self.num_blocks / self.nested_block) + 1
+        floats, codes = buffer_N[: num_floats * _FLOAT_BYTES].view(torch.float32), buffer_N[self._absmax_bytes :]
+        return floats[:_NESTED_TABLE], floats[_NESTED_TABLE:-1], floats[-1], buffer_N[num_floats * _FLOAT_BYTES : self._absmax_bytes], codes
 
     def parts(self, buffer_N: Tensor) -> tuple[Tensor, Tensor]:
         """Largest magnitudes (B,), fp32, and codes, two per byte."""
         return self.absmax(buffer_N), buffer_N[self._absmax_bytes :]
 
     def quantize(self, value: Tensor, *, seed: int, near_N: Tensor | None = None) -> Tensor:
-        """To the nearest number of the table, without double quantization. Raises: PackedFormatError for a doubly quantized format."""
+        """To the nearest number of the table, without double quantization; bitsandbytes' codes on a CPU.
+
+        Raises: PackedFormatError for a doubly quantized format.
+        """
         if self.nested_block:
             raise PackedFormatError("Weights are not quantized twice; use the format without double quantization.")
         flat = value.detach().float().flatten()
         blocks = nn.functional.pad(flat, (0, -flat.numel() % self.block)).reshape(-1, self.block)
         absmax = blocks.abs().amax(dim=1)
-        scaled = blocks / torch.where(absmax == 0, torch.ones_like(absmax), absmax)[:, None]
+        scaled = (blocks * (1 / absmax.clamp(min=_LEAST_ABSMAX))[:, None]).clamp(-1, 1)
         numbers, codes_in_order = _sorted_codes(self.kind)
-        borders = torch.tensor([(below + above) / 2 for below, above in pairwise(numbers)], device=value.device)
+        table = torch.tensor(numbers, device=value.device)
+        borders = (table[1:] + table[:-1]) / 2
         places = torch.bucketize(scaled, borders).flatten()[: flat.numel()]
         codes = torch.tensor(codes_in_order, dtype=torch.uint8, device=value.device)[places]
         return join_four_bit(absmax, _two_per_byte(codes))
@@ -180,6 +187,6 @@ _PAIRS = {"nf4": _nf4_pairs, "fp4": _fp4_pairs}
 
 
 def _sorted_codes(kind: str) -> tuple[list[float], list[int]]:
-    """The table's different numbers in ascending order, and their codes."""
-    codes = {number: code for code, number in reversed(list(enumerate(TABLES[kind])))}  # of the two zeros of FP4 the first
-    return sorted(codes), [codes[number] for number in sorted(codes)]
+    """The table's numbers in ascending order, and their codes. FP4 has two zeros: bitsandbytes takes the second for small positive numbers."""
+    codes = sorted(range(len(TABLES[kind])), key=lambda code: (TABLES[kind][code], code))
+    return [TABLES[kind][code] for code in codes], codes

@@ -6,10 +6,13 @@ change. The noise is drawn on the host from a seed, so that every copy of a netw
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backend.storage.base import Storage
+from backend.storage.tables import table_on
 
 MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 
@@ -31,6 +34,26 @@ class Fp8Storage(Storage):
 
     def requantize(self, value: Tensor, *, seed: int) -> Fp8Storage:
         return Fp8Storage(round_at_random(value, self.tensor.dtype, seed=seed))
+
+
+_WITHOUT_FP8 = frozenset({"mps"})
+"""Types of devices that have no fp8 tensors: bytes are looked up in a table there."""
+
+
+def read_fp8(numbers: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
+    """Bytes (uint8) of fp8 numbers as numbers in `out_dtype`, which every half type and fp32 hold exactly."""
+    if numbers.device.type not in _WITHOUT_FP8:
+        return numbers.view(dtype).to(out_dtype)
+    table = table_on(_TABLES[dtype], numbers.device).to(out_dtype)
+    return nn.functional.embedding(numbers.int(), table)[..., 0]
+
+
+def _table(dtype: torch.dtype) -> Tensor:
+    """The number of every byte (256, 1), fp32."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()[:, None]
+
+
+_TABLES = {dtype: partial(_table, dtype) for dtype in MANTISSA_BITS}
 
 
 def round_at_random(value: Tensor, dtype: torch.dtype, *, seed: int) -> Tensor:

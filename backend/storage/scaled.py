@@ -1,6 +1,7 @@
 """Eight bits per number and fp32 scales, one per weight or one per row: scaled fp8 (e4m3fn, e5m2) and int8. A value is a number times its scale.
 
-The buffer has the scales first, so that both parts lie on their alignment.
+Rotated int8 ("convrot") has groups of each row multiplied with a Hadamard matrix before rounding, which spreads outliers over the group; values are
+rotated back (`rotation`). The buffer has the scales first, so that both parts lie on their alignment.
 
 Shapes: O rows, C numbers per row, S scales (1 or O).
 """
@@ -14,8 +15,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from backend.storage.fp8 import MANTISSA_BITS, round_at_random
+from backend.storage.fp8 import MANTISSA_BITS, read_fp8, round_at_random
 from backend.storage.packed import PackedFormat, PackedFormatError, PackedTensor, has_same_rows, say_misfit
+from backend.storage.rotation import is_group, rotate
 
 _TITLES = {torch.float8_e4m3fn: "fp8 e4m3 scaled", torch.float8_e5m2: "fp8 e5m2 scaled", torch.int8: "int8 scaled"}
 SCALED_DTYPES = tuple(_TITLES)
@@ -24,30 +26,41 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class ScaledFormat(PackedFormat):
-    """`dtype`: of the numbers. `num_scales`: 1 or the number of rows."""
+    """`dtype`: of the numbers. `num_scales`: 1 or the number of rows. `group`: numbers of a row that are rotated together; 0 without rotation."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     num_scales: int = 1
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group and (not is_group(self.group) or prod(self.shape[1:]) % self.group):
+            raise PackedFormatError(
+                f"A weight of shape {self.shape} cannot be rotated in groups of {self.group}: a group is a power of 4 that divides its rows."
+            )
 
     @property
     def title(self) -> str:
-        return _TITLES[self.dtype]
+        return f"{_TITLES[self.dtype]} and rotated" if self.group else _TITLES[self.dtype]
 
     @property
     def num_bytes(self) -> int:
         return self.num_scales * _SCALE_BYTES + prod(self.shape)
 
     def dequantize(self, buffer_N: Tensor, out_dtype: torch.dtype) -> Tensor:
-        scales_S1, numbers_OC = self.parts(buffer_N)
-        readable_OC = numbers_OC if self.dtype == torch.int8 else numbers_OC.to(out_dtype)  # every half type holds fp8 exactly
-        value_OC = torch.empty(numbers_OC.shape, dtype=out_dtype, device=buffer_N.device)
+        scales_S1, bytes_OC = self._split(buffer_N)
+        readable_OC = bytes_OC.view(torch.int8) if self.dtype == torch.int8 else read_fp8(bytes_OC, self.dtype, out_dtype)
+        if self.group:
+            return rotate(readable_OC.float() * scales_S1, self.group).to(out_dtype).reshape(self.shape)
+        value_OC = torch.empty(bytes_OC.shape, dtype=out_dtype, device=buffer_N.device)
         return torch.mul(readable_OC, scales_S1, out=value_OC).reshape(self.shape)
 
     def quantize(self, value: Tensor, *, seed: int, near_N: Tensor | None = None) -> Tensor:
         """To nearest. fp8 that replaces another weight is rounded at random, which preserves the mean of small changes; scales that still cover their
         row are kept."""
         value_OC = value.detach().float().reshape(self._rows, -1)
+        if self.group:
+            value_OC = rotate(value_OC, self.group)
         largest = 127.0 if self.dtype == torch.int8 else torch.finfo(self.dtype).max
         needed_S1 = value_OC.abs().amax(dim=1, keepdim=True).div(largest)
         if self.num_scales == 1:
@@ -76,7 +89,7 @@ class ScaledFormat(PackedFormat):
 
     def concat(self, others: Sequence[tuple[ScaledFormat, Tensor]]) -> tuple[ScaledFormat, Tensor]:
         """Parts with different scales get one scale per row."""
-        if any(form.dtype != self.dtype or form.shape[1:] != self.shape[1:] for form, _ in others):
+        if any((form.dtype, form.group, form.shape[1:]) != (self.dtype, self.group, self.shape[1:]) for form, _ in others):
             raise PackedFormatError(f"Rows of {', '.join(f'{one.shape} in {one.title}' for one, _ in others)} cannot be stacked.")
         parts = [form.parts(buffer) for form, buffer in others]
         num_rows = sum(form._rows for form, _ in others)
@@ -95,8 +108,13 @@ class ScaledFormat(PackedFormat):
 
     def parts(self, buffer_N: Tensor) -> tuple[Tensor, Tensor]:
         """Scales (S, 1) and numbers (O, C), as views."""
+        scales_S1, bytes_OC = self._split(buffer_N)
+        return scales_S1, bytes_OC.view(self.dtype)
+
+    def _split(self, buffer_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales (S, 1) and the bytes of the numbers (O, C)."""
         split = self.num_scales * _SCALE_BYTES
-        return buffer_N[:split].view(torch.float32).reshape(-1, 1), buffer_N[split:].view(self.dtype).reshape(self._rows, -1)
+        return buffer_N[:split].view(torch.float32).reshape(-1, 1), buffer_N[split:].reshape(self._rows, -1)
 
 
 def join_scaled(scales: Tensor, numbers: Tensor) -> Tensor:

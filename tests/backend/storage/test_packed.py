@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from backend.devices import virtual_gpu
 from backend.memory.module_bytes import count_module_bytes, move_module
 from backend.nn.empty_network import META, copy_without_weights
+from backend.storage import fp8
+from backend.storage.block_scaled import BlockScaledFormat
 from backend.storage.four_bit import FourBitFormat, join_four_bit, quantize_four_bit
 from backend.storage.gguf import quantize_gguf
 from backend.storage.kinds import describe_storage, has_packed_weights, storage_of
-from backend.storage.packed import PackedFormatError, PackedStorage, PackedTensor, reshape_packed
+from backend.storage.packed import PackedFormat, PackedFormatError, PackedStorage, PackedTensor, reshape_packed
 from backend.storage.running import computing_in, set_types
-from backend.storage.scaled import pack_scaled, quantize_scaled
+from backend.storage.scaled import ScaledFormat, pack_scaled, quantize_scaled
 from tests.support.fleets import virtual_fleet
 
 CPU = torch.device("cpu")
@@ -40,6 +42,10 @@ def nested_nf4(value: Tensor) -> PackedTensor:
     return PackedTensor(buffer, FourBitFormat(tuple(value.shape), "nf4", 64, 2))
 
 
+def packed_as(form: PackedFormat, value: Tensor) -> PackedTensor:
+    return PackedTensor(form.quantize(value, seed=0), form)
+
+
 PACK: dict[str, Callable[[Tensor], PackedTensor]] = {
     "fp8 e4m3 scaled": lambda value: quantize_scaled(value, torch.float8_e4m3fn),
     "fp8 e5m2 scaled": lambda value: quantize_scaled(value, torch.float8_e5m2, per_row=True),
@@ -47,12 +53,16 @@ PACK: dict[str, Callable[[Tensor], PackedTensor]] = {
     "NF4": lambda value: quantize_four_bit(value, "nf4"),
     "FP4": lambda value: quantize_four_bit(value, "fp4"),
     "NF4 nested": nested_nf4,
+    "int8 scaled and rotated": lambda value: packed_as(ScaledFormat(tuple(value.shape), torch.int8, value.shape[0], 64), value),
+    "mxfp8": lambda value: packed_as(BlockScaledFormat(tuple(value.shape), "mxfp8"), value),
+    "nvfp4": lambda value: packed_as(BlockScaledFormat(tuple(value.shape), "nvfp4", 1), value),
+    "nvfp4, a scale per row": lambda value: packed_as(BlockScaledFormat(tuple(value.shape), "nvfp4", value.shape[0]), value),
     "GGUF Q8_0": lambda value: quantize_gguf(value, "Q8_0"),
     "GGUF Q4_1": lambda value: quantize_gguf(value, "Q4_1"),
 }
 ERRORS = {
     "fp8 e4m3 scaled": 0.05, "fp8 e5m2 scaled": 0.1, "int8 scaled": 0.02, "NF4": 0.11, "FP4": 0.16, "NF4 nested": 0.12, "GGUF Q8_0": 0.01,
-    "GGUF Q4_1": 0.09,
+    "GGUF Q4_1": 0.09, "int8 scaled and rotated": 0.02, "mxfp8": 0.05, "nvfp4": 0.13, "nvfp4, a scale per row": 0.13,
 }  # fmt: skip
 
 
@@ -61,7 +71,7 @@ def test_every_format_answers_every_question(name: str) -> None:
     value = numbers(ROWS, COLUMNS)
     packed = PACK[name](value)
     weight = storage_of(packed)
-    assert type(weight) is PackedStorage and weight.title == name.removesuffix(" nested")
+    assert type(weight) is PackedStorage and weight.title == name.removesuffix(" nested").partition(",")[0]
     assert (weight.shape, weight.device, weight.stored_bytes) == ((ROWS, COLUMNS), CPU, packed.buffer.nbytes)
     values = weight.dequantize(torch.float32)
     assert torch.linalg.vector_norm(values - value) < ERRORS[name] * torch.linalg.vector_norm(value)
@@ -94,6 +104,24 @@ def test_requantize_keeps_what_is_exact_and_the_memory_it_writes_to(name: str) -
     assert torch.allclose(weight.dequantize(torch.float32), other.dequantize(torch.float32), atol=0.02)
     weight.copy_from(other)
     assert weight.is_same(other)
+
+
+@pytest.mark.parametrize("name", [name for name in PACK if "fp8" in name or "nvfp4" in name])
+def test_a_device_without_fp8_looks_the_numbers_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's GPUs have no such tensors."""
+    weight = storage_of(PACK[name](numbers(ROWS, COLUMNS)))
+    expected = [weight.dequantize(dtype) for dtype in (torch.float32, torch.float16)]
+    monkeypatch.setattr(fp8, "_WITHOUT_FP8", {"cpu"})
+    monkeypatch.setattr(torch.Tensor, "view", _view_without_fp8(torch.Tensor.view))
+    assert all(torch.equal(weight.dequantize(value.dtype), value) for value in expected)
+
+
+def _view_without_fp8(view: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def checked(tensor: Tensor, *shape: object) -> Tensor:
+        assert "float8" not in str(shape) or tensor.numel() == 256, "only the table itself is made of fp8 numbers"
+        return view(tensor, *shape)
+
+    return checked
 
 
 def test_double_quantization_is_read_and_never_written() -> None:
