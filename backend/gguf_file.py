@@ -8,7 +8,7 @@ count and length in the header.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backend.foreign_json import open_file
-from backend.gguf_names import rename_llama_cpp
+from backend.gguf_names import one_too_large, rename_llama_cpp
 from backend.mapped_file import MappedFile
 from backend.storage.gguf import GgufFormat
 from backend.storage.gguf_blocks import BLOCK_TYPES, TYPE_NAMES
@@ -37,8 +37,10 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _MAX_HEADER_BYTES, _MAX_NAME_BYTES, _MAX_DIMS, _MAX_NESTING = 64 * 2**20, 1024, 8, 4
 _MAX_KEPT_BYTES, _MAX_KEPT_ITEMS = 65536, 16
-"""Longer texts and lists, such as a tokenizer's vocabulary, are passed over."""
+"""Longer texts and lists are passed over; of a tokenizer's lists the place is kept."""
+_LIST_HEAD_BYTES = 4 + 8
 _LEAST_ENTRY_BYTES, _LEAST_TENSOR_BYTES = 8 + 4 + 1, 8 + 4 + 4 + 8
+_TOKENIZER_KEYS = "tokenizer.ggml."
 _ALIGNMENT_KEY, _ARCHITECTURE_KEY, _SHAPE_KEY = "general.alignment", "general.architecture", "comfy.gguf.orig_shape."
 
 
@@ -52,6 +54,25 @@ class _Entry:
     offset: int
 
 
+@dataclass(frozen=True, slots=True)
+class _List:
+    """A list in the header: the type of its values, their number, and its first byte."""
+
+    kind: int
+    count: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """`metadata`: as text. `lists`: a tokenizer's lists. `data_start`: where the data starts."""
+
+    metadata: Mapping[str, str]
+    lists: Mapping[str, _List]
+    entries: Sequence[_Entry]
+    data_start: int
+
+
 class GgufFile:
     """A `.gguf` file of a denoiser, a text encoder or a whole checkpoint. Text encoders get the names that transformers gives them.
 
@@ -63,15 +84,17 @@ class GgufFile:
         with reading(path), open_file(path) as stream:
             self._mapped = MappedFile(stream)
         try:
-            metadata, entries, data_start = _read_header(path, self._mapped)
-            infos = {entry.name: _info_of(path, entry, metadata) for entry in entries}
-            starts = {entry.name: data_start + entry.offset for entry in entries}
+            header = _read_header(path, self._mapped)
+            infos = {entry.name: _info_of(path, entry, header.metadata) for entry in header.entries}
+            starts = {entry.name: header.data_start + entry.offset for entry in header.entries}
             self._check_extent(infos, starts)
-            names = rename_llama_cpp(infos, metadata.get(_ARCHITECTURE_KEY, ""))
+            names = rename_llama_cpp(infos, header.metadata.get(_ARCHITECTURE_KEY, ""))
+            self._one_too_large = frozenset(names.get(name, name) for name in one_too_large(infos) if infos[name].packed is None)
         except BaseException:
             self._mapped.close()
             raise
-        self.metadata: Mapping[str, str] = metadata
+        self.metadata: Mapping[str, str] = header.metadata
+        self._lists = header.lists
         self.infos: Mapping[str, TensorInfo] = {names.get(name, name): info for name, info in infos.items()}
         self._starts = {names.get(name, name): start for name, start in starts.items()}
 
@@ -86,6 +109,9 @@ class GgufFile:
         info = self.infos[key]
         if info.packed is None:
             shape, start = self._place(key, rows, info.stored_bytes)
+            if key in self._one_too_large:
+                value = self._mapped.read(start, shape, info.dtype, dtype=torch.float32, device=device) - 1
+                return value.to(dtype or info.dtype)
             return self._mapped.read(start, shape, info.dtype, dtype=dtype, device=device)
         cut = None if rows is None or can_cut(info.packed, *rows) else rows
         stored = storage_of(self.read_stored(key, device=device, rows=rows if cut is None else None))
@@ -100,6 +126,23 @@ class GgufFile:
         part = form if rows is None else form.cut(*rows)
         return PackedTensor(self._mapped.read(start, (part.num_bytes,), torch.uint8, device=device), part)
 
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of texts among the tokenizer's entries; empty if there is none. Raises: CheckpointError."""
+        found = self._lists.get(key)
+        if found is None or found.kind != _STRING:
+            return ()
+        cursor = _Cursor(self.path, self._mapped, found.start)
+        return tuple(cursor.text("a token", _MAX_KEPT_BYTES) for _ in range(found.count))
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of numbers among the tokenizer's entries; empty if there is none."""
+        found = self._lists.get(key)
+        if found is None or found.kind not in _SCALARS:
+            return ()
+        code = _SCALARS[found.kind]
+        num_bytes = found.count * struct.calcsize(code)
+        return struct.unpack(f"<{found.count}{code[1:]}", self._mapped.bytes_at(found.start, found.start + num_bytes))
+
     def _place(self, key: str, rows: tuple[int, int] | None, num_bytes: int) -> tuple[tuple[int, ...], int]:
         """Shape and first byte of a tensor or of its rows."""
         shape, start = self.infos[key].shape, self._starts[key]
@@ -112,8 +155,8 @@ class GgufFile:
 class _Cursor:
     """Reads the header in order and never past its limit."""
 
-    def __init__(self, path: Path, mapped: MappedFile) -> None:
-        self._path, self._mapped, self.position = path, mapped, 0
+    def __init__(self, path: Path, mapped: MappedFile, position: int = 0) -> None:
+        self._path, self._mapped, self.position = path, mapped, position
         self.limit = min(mapped.length, _MAX_HEADER_BYTES)
 
     def fail(self, what: str) -> CheckpointError:
@@ -129,9 +172,25 @@ class _Cursor:
         self.position = start + count
         return start
 
+    def skip_texts(self, count: int) -> None:
+        """Pass `count` texts."""
+        position, limit, read = self.position, self.limit, self._mapped.bytes_at
+        for _ in range(count):
+            if position + 8 > limit:
+                break
+            position += 8 + int.from_bytes(read(position, position + 8), "little")
+        else:
+            self.skip(position - self.position)
+            return
+        self.skip(limit - self.position + 1)
+
     def take(self, count: int) -> bytes:
         start = self.skip(count)
         return self._mapped.bytes_at(start, start + count)
+
+    def bytes_at(self, start: int, end: int) -> bytes:
+        """Bytes that were passed before."""
+        return self._mapped.bytes_at(start, end)
 
     def number(self, code: str) -> Any:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
@@ -150,8 +209,7 @@ class _Cursor:
         return count
 
 
-def _read_header(path: Path, mapped: MappedFile) -> tuple[dict[str, str], list[_Entry], int]:
-    """(metadata as text, tensors, where the data starts)."""
+def _read_header(path: Path, mapped: MappedFile) -> _Header:
     cursor = _Cursor(path, mapped)
     cursor.take(len(MAGIC))
     version = cursor.number("<I")
@@ -159,13 +217,13 @@ def _read_header(path: Path, mapped: MappedFile) -> tuple[dict[str, str], list[_
         why = "it was written for another byte order" if version & 0xFFFF == 0 else f"versions {', '.join(map(str, _VERSIONS))} can be read"
         raise CheckpointError(f"{path.name}: is a GGUF file of version {version}; {why}. Convert it again from its source.")
     num_tensors, num_entries = cursor.count("tensors", _LEAST_TENSOR_BYTES), cursor.count("entries", _LEAST_ENTRY_BYTES)
-    metadata = dict(_read_metadata(cursor, num_entries))
+    metadata, lists = _read_metadata(cursor, num_entries)
     entries = [_read_tensor(cursor) for _ in range(num_tensors)]
     twice = len(entries) - len({entry.name for entry in entries})
     if twice:
         raise cursor.fail(f"{twice} names of tensors are in its header twice")
     alignment = _read_alignment(cursor, metadata)
-    return metadata, entries, -(-cursor.position // alignment) * alignment
+    return _Header(metadata, lists, entries, -(-cursor.position // alignment) * alignment)
 
 
 def _read_alignment(cursor: _Cursor, metadata: Mapping[str, str]) -> int:
@@ -176,12 +234,21 @@ def _read_alignment(cursor: _Cursor, metadata: Mapping[str, str]) -> int:
     return alignment
 
 
-def _read_metadata(cursor: _Cursor, count: int) -> Iterator[tuple[str, str]]:
+def _read_metadata(cursor: _Cursor, count: int) -> tuple[dict[str, str], dict[str, _List]]:
+    """(values as text, lists of a tokenizer)."""
+    metadata: dict[str, str] = {}
+    lists: dict[str, _List] = {}
     for _ in range(count):
         key = cursor.text("a key")
-        value = _read_value(cursor, cursor.number("<I"), 0)
+        kind = cursor.number("<I")
+        start = cursor.position
+        value = _read_value(cursor, kind, 0)
         if value is not None:
-            yield key, value
+            metadata[key] = value
+        if kind == _ARRAY and key.startswith(_TOKENIZER_KEYS):
+            kind_of_values, length = struct.unpack("<IQ", cursor.bytes_at(start, start + _LIST_HEAD_BYTES))
+            lists[key] = _List(kind_of_values, length, start + _LIST_HEAD_BYTES)
+    return metadata, lists
 
 
 def _read_value(cursor: _Cursor, kind: int, depth: int) -> str | None:
@@ -206,6 +273,9 @@ def _read_list(cursor: _Cursor, depth: int) -> str | None:
         return None
     if count > cursor.limit - cursor.position:
         raise cursor.fail(f"its header has a list of {count} values, more than the file has room for")
+    if kind == _STRING and count > _MAX_KEPT_ITEMS:
+        cursor.skip_texts(count)
+        return None
     values: list[str] | None = None if count > _MAX_KEPT_ITEMS else []
     for _ in range(count):
         value = _read_value(cursor, kind, depth + 1)

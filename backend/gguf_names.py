@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
-_T5_ENDS = {"token_embd.weight": "shared.weight", "enc.output_norm.weight": "encoder.final_layer_norm.weight"}
+_T5_ENDS = {"token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm"}
 _T5_BLOCK = {
     "attn_q": "layer.0.SelfAttention.q",
     "attn_k": "layer.0.SelfAttention.k",
@@ -18,21 +18,59 @@ _T5_BLOCK = {
     "ffn_down": "layer.1.DenseReluDense.wo",
     "ffn_norm": "layer.1.layer_norm",
 }
-_T5_NAME = re.compile(r"enc\.blk\.(\d{1,3})\.(\w+)\.weight")
 _T5_MARK = "enc.blk.0.attn_q.weight"
 _T5_ARCHITECTURES = ("t5", "t5encoder")
+_DECODER_ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_DECODER_BLOCK = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_GEMMA_BLOCK = {
+    **_DECODER_BLOCK,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_DECODER_MARKS = ("token_embd.weight", "blk.0.attn_q.weight", "blk.0.ffn_gate.weight")
+_GEMMA_MARK = "blk.0.post_ffw_norm.weight"
+_PERMUTED_ARCHITECTURES = ("llama", "mistral3")
+"""Their rows of queries and keys are in another order. No picture model that is read here uses them."""
+_NAME = re.compile(r"(?:(?:enc\.)?blk\.(\d{1,3})\.)?([\w.]+)\.(weight|bias)")
 
 
 def rename_llama_cpp(names: Collection[str], architecture: str) -> dict[str, str]:
     """The file's name -> transformers', for the names that differ; empty for a file that llama.cpp did not name."""
-    if _T5_MARK not in names and architecture not in _T5_ARCHITECTURES:
-        return {}
-    return {name: renamed for name in names if (renamed := _t5_name(name)) is not None and renamed not in names}
+    if _T5_MARK in names or architecture in _T5_ARCHITECTURES:
+        return _renamed(names, _T5_ENDS, "encoder.block.", _T5_BLOCK)
+    if all(mark in names for mark in _DECODER_MARKS) and architecture not in _PERMUTED_ARCHITECTURES:
+        return _renamed(names, _DECODER_ENDS, "model.layers.", _GEMMA_BLOCK if _GEMMA_MARK in names else _DECODER_BLOCK)
+    return {}
 
 
-def _t5_name(name: str) -> str | None:
-    if name in _T5_ENDS:
-        return _T5_ENDS[name]
-    match = _T5_NAME.fullmatch(name)
-    layer = _T5_BLOCK.get(match[2]) if match is not None else None
-    return f"encoder.block.{match[1]}.{layer}.weight" if match is not None and layer is not None else None
+def one_too_large(names: Collection[str]) -> frozenset[str]:
+    """The file's names of weights to which llama.cpp adds 1: those of Gemma's norms, which transformers stores as differences to 1."""
+    return frozenset(name for name in names if name.endswith("norm.weight")) if _GEMMA_MARK in names else frozenset()
+
+
+def _renamed(names: Collection[str], ends: Mapping[str, str], blocks: str, block: Mapping[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            continue
+        number, layer, leaf = match.groups()
+        renamed = ends.get(layer) if number is None else block.get(layer)
+        if renamed is not None:
+            whole = f"{renamed}.{leaf}" if number is None else f"{blocks}{number}.{renamed}.{leaf}"
+            if whole not in names:
+                found[name] = whole
+    return found

@@ -12,10 +12,11 @@ from backend.checkpoint_file import CheckpointError, TensorFile
 from backend.checkpoint_layout import Layout, Part
 from backend.families.family import Component
 from backend.families.file_shapes import read_part
+from backend.families.file_tokenizers import is_gguf, read_gguf_pieces, refusing_tokenizers
 from backend.nn.gemma2 import Gemma2Shape, Gemma2TextEncoder, gemma2_config
 from backend.state_dict import LoadPlan, build_empty, plan_as_named
 from backend.text_processing.gemma_tokenizer import build_gemma_tokenizer
-from backend.text_processing.sentencepiece_file import SentencePieceError, read_sentencepiece
+from backend.text_processing.sentencepiece_file import read_sentencepiece, write_sentencepiece
 
 NAME = "gemma2"
 TITLE = "Gemma2"
@@ -38,7 +39,7 @@ def gemma2(usual_file: str) -> Component:
         build=build_gemma2,
         plan=plan_gemma2,
         width=lambda file, part: read_gemma2_shape(file, part).width,
-        read_tokenizer=lambda file, part: read_gemma_tokenizer(file),
+        read_tokenizer=read_gemma_tokenizer,
         usual_file=usual_file,
     )
 
@@ -75,7 +76,7 @@ def build_gemma2(file: TensorFile, part: Part) -> nn.Module:
     """Without memory, but with the bytes of its tokenizer, so that a saved model has them."""
     config = gemma2_config(read_gemma2_shape(file, part))
     encoder = build_empty(lambda: Gemma2TextEncoder(config))
-    encoder.tokenizer_bytes = read_tokenizer_bytes(file)
+    encoder.tokenizer_bytes = read_tokenizer_bytes(file, part)
     return encoder
 
 
@@ -84,13 +85,16 @@ def plan_gemma2(encoder: nn.Module, file: TensorFile, part: Part) -> LoadPlan:
     return plan_as_named(encoder, file, lambda key: part.prefix + key)
 
 
-def read_tokenizer_bytes(file: TensorFile) -> Tensor:
+def read_tokenizer_bytes(file: TensorFile, part: Part) -> Tensor:
     """The SentencePiece model in the file, uint8. Raises: CheckpointError if there is none."""
+    pieces = read_gguf_pieces(file, "llama", read_part(file, part, TITLE).find("embed_tokens.weight")[0]) if is_gguf(file) else None
+    if pieces is not None:
+        return torch.frombuffer(bytearray(write_sentencepiece(pieces)), dtype=torch.uint8)
     key = next((key for key in file.infos if key.rpartition(".")[2] == TOKENIZER), None)
     if key is None:
         raise CheckpointError(
             f"{file.path.name}: its Gemma2 text encoder comes without its tokenizer ({TOKENIZER}), and none is shipped. Use a file with both, as "
-            "gemma_2_2b_fp16.safetensors for ComfyUI."
+            "gemma_2_2b_fp16.safetensors for ComfyUI, or a GGUF file made by llama.cpp."
         )
     info = file.infos[key]
     if info.dtype is not torch.uint8 or len(info.shape) != 1 or not 0 < info.shape[0] <= MAX_TOKENIZER_BYTES:
@@ -98,10 +102,8 @@ def read_tokenizer_bytes(file: TensorFile) -> Tensor:
     return file.read(key)
 
 
-def read_gemma_tokenizer(file: TensorFile) -> Any:
+def read_gemma_tokenizer(file: TensorFile, part: Part) -> Any:
     """The tokenizer in the file. Raises: CheckpointError if there is none, or none that can be read."""
-    data = read_tokenizer_bytes(file).numpy().tobytes()
-    try:
+    data = read_tokenizer_bytes(file, part).numpy().tobytes()
+    with refusing_tokenizers(file):
         return build_gemma_tokenizer(read_sentencepiece(data))
-    except SentencePieceError as error:
-        raise CheckpointError(f"{file.path.name}: its tokenizer cannot be read: {error}. The file is damaged; download it again.") from error

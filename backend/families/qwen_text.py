@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -11,9 +11,12 @@ from backend.checkpoint_file import CheckpointError, TensorFile
 from backend.checkpoint_layout import Layout, Part
 from backend.families.family import Component
 from backend.families.file_shapes import FileShapes, read_part
+from backend.families.file_tokenizers import refusing_tokenizers
+from backend.gguf_tokenizer import read_gguf_tokenizer
 from backend.nn.qwen3 import Qwen3Shape, Qwen3TextEncoder, qwen3_config
 from backend.state_dict import LoadPlan, build_empty, plan_as_named
-from backend.text_processing.qwen_tokenizer import VOCAB_LENGTH, build_qwen_tokenizer
+from backend.text_processing.qwen_tokenizer import VOCAB_LENGTH, build_byte_tokenizer, build_qwen_tokenizer
+from backend.text_processing.sentencepiece_file import CONTROL, UNUSED, USER_DEFINED
 
 NAME = "qwen3"
 TITLE = "Qwen3"
@@ -38,7 +41,7 @@ def qwen3(usual_file: str, reads: LayersRead = before_the_last) -> Component:
         build=lambda file, part: build_qwen3(file, part, reads),
         plan=plan_qwen3,
         width=lambda file, part: _features_width(read_qwen3_shape(file, part), reads),
-        make_tokenizer=build_qwen_tokenizer,
+        read_tokenizer=read_qwen_tokenizer,
         usual_file=usual_file,
     )
 
@@ -80,6 +83,17 @@ def read_qwen3_shape(file: TensorFile, part: Part) -> Qwen3Shape:
         head_width=head_width,
         num_layers=shapes.count_blocks("layers."),
     )
+
+
+def read_qwen_tokenizer(file: TensorFile, part: Part) -> Any:
+    """The tokenizer of a GGUF file, or the published one. Raises: CheckpointError for one that is damaged."""
+    num_rows = read_part(file, part, TITLE).find("embed_tokens.weight")[0]
+    found = read_gguf_tokenizer(file, model="gpt2", num_rows=num_rows)
+    if found is None:
+        return build_qwen_tokenizer()
+    count = max((number + 1 for number, kind in enumerate(found.kinds) if kind != UNUSED), default=0)  # rows behind them are padding
+    with refusing_tokenizers(file):
+        return build_byte_tokenizer(found.tokens[:count], found.merges, [kind in (CONTROL, USER_DEFINED) for kind in found.kinds[:count]])
 
 
 def build_qwen3(file: TensorFile, part: Part, reads: LayersRead = before_the_last) -> nn.Module:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
 from backend.checkpoint_file import CheckpointError, TensorFile
 from backend.checkpoint_layout import Layout, Part
 from backend.families.family import Component, FoundDenoiser
+from backend.families.file_tokenizers import is_gguf, read_gguf_pieces, refusing_tokenizers
 from backend.nn.t5 import T5Shape, T5TextEncoder, t5_config
 from backend.state_dict import LoadPlan, build_empty, plan_as_named
 from backend.text_processing.t5_tokenizer import VOCAB_LENGTH, build_t5_tokenizer
@@ -33,7 +34,7 @@ def t5xxl(takes: Callable[[TensorFile, Part, FoundDenoiser], bool]) -> Component
         build=build_t5,
         plan=plan_t5,
         width=lambda file, part: read_t5_shape(file, part).width,
-        make_tokenizer=build_t5_tokenizer,
+        read_tokenizer=read_t5_tokenizer,
         usual_file="t5xxl_fp16.safetensors (9.5 GB)",
     )
 
@@ -72,6 +73,15 @@ def read_t5_shape(file: TensorFile, part: Part) -> T5Shape:
         num_layers=_count_blocks(file.infos, f"{part.prefix}encoder.block."),
         num_buckets=num_buckets,
     )
+
+
+def read_t5_tokenizer(file: TensorFile, part: Part) -> Any:
+    """The tokenizer of a GGUF file, or the published one. Raises: CheckpointError for one that is damaged."""
+    pieces = read_gguf_pieces(file, "t5", read_t5_shape(file, part).vocab_length) if is_gguf(file) else None
+    if pieces is None:
+        return build_t5_tokenizer()
+    with refusing_tokenizers(file):
+        return build_t5_tokenizer(pieces)
 
 
 def _shape(file: TensorFile, part: Part, name: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -39,12 +40,26 @@ def byte_symbols() -> list[str]:
 
 def build_qwen_tokenizer() -> Qwen2Tokenizer:
     """A transformers Qwen2Tokenizer with the published vocabulary: byte symbols, then what each merge makes, then the markers."""
-    from transformers import AddedToken, Qwen2Tokenizer  # heavy: only when text is first encoded
-
     merges = read_merges()
     symbols = [*byte_symbols(), *(merge.replace(" ", "") for merge in merges)]
-    tokenizer = Qwen2Tokenizer(
-        vocab={symbol: number for number, symbol in enumerate(symbols)}, merges=[tuple(merge.split(" ")) for merge in merges]
-    )  # fmt: skip
-    tokenizer.add_tokens([AddedToken(marker, normalized=False, special=True) for marker in _MARKERS])
+    return build_byte_tokenizer([*symbols, *_MARKERS], merges, [False] * len(symbols) + [True] * len(_MARKERS))
+
+
+def build_byte_tokenizer(tokens: Sequence[str], merges: Sequence[str], are_markers: Sequence[bool]) -> Qwen2Tokenizer:
+    """A transformers Qwen2Tokenizer with these tokens by id and merges. Tokens from the first marker on are kept whole.
+
+    Raises: ValueError for a merge of symbols that are no tokens, and for tokens that are there twice.
+    """
+    from transformers import AddedToken, Qwen2Tokenizer  # heavy: only when text is first encoded
+
+    first_marker = next((number for number, is_marker in enumerate(are_markers) if is_marker), len(tokens))
+    vocab = {token: number for number, token in enumerate(tokens[:first_marker])}
+    if len(vocab) < first_marker:
+        raise ValueError(f"{first_marker - len(vocab)} of its {first_marker} tokens are there twice")
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    unknown = next((pair for pair in pairs if not {*pair, "".join(pair)} <= vocab.keys()), None)
+    if unknown is not None:
+        raise ValueError(f"it merges {unknown[0][:40]!r} and {unknown[1][:40]!r}, which are not all tokens")
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=pairs)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in tokens[first_marker:]])
     return tokenizer

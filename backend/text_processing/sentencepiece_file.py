@@ -1,4 +1,4 @@
-"""Reads SentencePiece's model files: the pieces with their scores, and the table of character normalization.
+"""Reads and writes SentencePiece's model files: the pieces with their scores, and the table of character normalization.
 
 Supports the parts of the protobuf wire format that these files use. Linear in the file's length; other fields are skipped. Must not know which model
 the pieces belong to.
@@ -47,6 +47,28 @@ def read_sentencepiece(data: bytes) -> SentencePieceModel:
     if not pieces:
         raise SentencePieceError("the SentencePiece model has no pieces")
     return SentencePieceModel(tuple(pieces), charsmap, tuple(kinds))
+
+
+def write_sentencepiece(model: SentencePieceModel) -> bytes:
+    """The file that `read_sentencepiece` reads this model from."""
+    kinds = model.kinds or (NORMAL,) * len(model.pieces)
+    whole = bytearray()
+    for (text, score), kind in zip(model.pieces, kinds, strict=True):
+        piece = _field(_TEXT, text.encode()) + bytes([_SCORE << 3 | _FIXED32]) + struct.pack("<f", score) + bytes([_KIND << 3 | _VARINT, kind & 0x7F])
+        whole += _field(_PIECES, piece)
+    if model.charsmap:
+        whole += _field(_NORMALIZER, _field(_CHARSMAP, model.charsmap))
+    return bytes(whole)
+
+
+def _field(number: int, data: bytes) -> bytes:
+    """A field of bytes, whose length comes first."""
+    length, head = len(data), bytearray([number << 3 | _BYTES])
+    while length > 0x7F:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    head.append(length)
+    return bytes(head) + data
 
 
 def _read_piece(data: memoryview) -> tuple[str, float, int]:

@@ -256,4 +256,4 @@ def test_a_file_without_a_sound_tokenizer_is_refused_by_name(tmp_path: Path) -> 
     ):
         save_file(tensors, path)
         with open_tensor_file(path) as file, pytest.raises(CheckpointError, match=rf"gemma\.safetensors: .*{words}"):
-            read_gemma_tokenizer(file)
+            read_gemma_tokenizer(file, Part("", Layout.TRANSFORMERS, "gemma2"))
