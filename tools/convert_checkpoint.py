@@ -24,7 +24,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path, help="the file to write, .safetensors or .gguf")
     parser.add_argument("--to", default=KEEP, help=f"how weights are stored: {', '.join(conversion_types())}; by default as they are")
     parser.add_argument("--part", default="all", help=f"what to take: {', '.join(PARTS)}")
-    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="merge it into the denoiser; may be repeated")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="merge it into the denoiser and the text encoders; may be repeated"
+    )
     return parser
 
 

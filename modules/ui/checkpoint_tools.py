@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TYPES = ("keep", "fp32", "fp16", "bf16", "fp8", "fp8_scaled", "int8", "nf4", "fp4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+TYPES = (
+    *("keep", "fp32", "fp16", "bf16", "fp8", "fp8_scaled", "int8", "int8_convrot", "nf4", "fp4"),
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp8", "nvfp4"),
+)
 PARTS = ("all", "denoiser", "vae", "text")
 _LORA_SUFFIXES = (".safetensors", ".pt", ".ckpt")
 _MAX_NAME = 200
+_GGUF = ".gguf"
 
 
 class ToolsHandlers:
@@ -82,14 +86,15 @@ class ToolsHandlers:
             from backend.checkpoint_file import CheckpointError
             from backend.patcher.lora_files import LoraError
 
-        target = self._target(name, to)
+        files = tuple(self._file(source) for source in sources)
+        target = self._target(name, to, is_kept_gguf=to == "keep" and bool(files) and all(_is_gguf(path) for path in files))
 
         def report(done: int, total: int) -> None:
             progress(done / max(total, 1), desc=f"{done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
         try:
             job = Conversion(
-                sources=tuple(self._file(source) for source in sources),
+                sources=files,
                 target=target,
                 to=to,
                 part=part,
@@ -102,12 +107,12 @@ class ToolsHandlers:
         log.info("Checkpoint tools: wrote %s (%.2f GB).", target, num_bytes / 1e9)
         return f"{target.name}: {num_bytes / 1e9:.2f} GB, in {target.parent}."
 
-    def _target(self, name: str, to: str) -> Path:
+    def _target(self, name: str, to: str, *, is_kept_gguf: bool) -> Path:
         """A new file in the checkpoint folder. Raises: RequestError for a name with folders, or none."""
         name = (name or "").strip()
         if not name or len(name) > _MAX_NAME or name.startswith(".") or any(sign in name for sign in '/\\:*?"<>|\0'):
             raise RequestError(f'File name {name[:_MAX_NAME]!r}: give a name without folders or the signs / \\ : * ? " < > |.')
-        suffix = ".gguf" if to.startswith("q") else ".safetensors"
+        suffix = _GGUF if to.startswith("q") or is_kept_gguf else ".safetensors"
         return self.app.config.ckpt_dirs[0] / (name if Path(name).suffix.lower() == suffix else f"{name}{suffix}")
 
     def _file(self, name: str) -> Path:
@@ -122,6 +127,10 @@ class ToolsHandlers:
         if name not in files:
             raise RequestError(f"LoRA {name[:_MAX_NAME]!r} does not exist; {say_nearest(name, files)}.")
         return files[name]
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == _GGUF
 
 
 def create_checkpoint_tools_tab(app: Application, item: gr.Tab) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from backend.checkpoint_file import open_tensor_file
 from modules.application import Application
 from tests.browser.actions import expect_number, expected, generate, infotexts, open_page, set_number, show_tab
 from tests.browser.conftest import Site, put_checkpoint, serve
@@ -64,3 +65,28 @@ def test_panels_open_act_and_stay_within_the_page(page: Any, panels: Site) -> No
 def test_the_application_knows_all_of_them(panels: Site) -> None:
     app: Application = panels.app
     assert {extension.name for extension in app.extensions if extension.enabled} >= set(FOLDERS)
+
+
+def test_a_checkpoint_is_converted_on_the_page(page: Any, panels: Site) -> None:
+    """Chosen by mouse, with the bar shown while it writes; an existing file is kept, and the new one can be chosen as checkpoint."""
+    open_page(page, panels)
+    show_tab(page, "checkpoint_tools")
+    choose(page, "#checkpoint_tools_files", "narrow.safetensors")
+    choose(page, "#checkpoint_tools_type", "nf4")
+    page.fill("#checkpoint_tools_name textarea, #checkpoint_tools_name input", "narrow-nf4")
+    page.click("#checkpoint_tools_convert")
+    expected(page, "#checkpoint_tools_result").to_contain_text("narrow-nf4.safetensors: 0.0")
+    target = panels.app.config.ckpt_dirs[0] / "narrow-nf4.safetensors"
+    before = target.read_bytes()
+    with open_tensor_file(target) as file:
+        assert any(info.packed is not None and info.packed.title == "NF4" for info in file.infos.values())
+    page.click("#checkpoint_tools_convert")
+    expected(page, "#checkpoint_tools_result").to_contain_text("exists already")
+    assert target.read_bytes() == before
+    assert "narrow-nf4.safetensors" in [info.name for info in panels.app.checkpoints]
+
+
+def choose(page: Any, dropdown: str, text: str) -> None:
+    page.click(f"{dropdown} input")
+    page.locator(f"{dropdown} [role=option]", has_text=text).first.click()
+    page.keyboard.press("Escape")
