@@ -254,6 +254,7 @@ class EngineStart:
         from backend.devices.cpu_threads import apply_cpu_threads
         from backend.devices.determinism import apply_determinism
         from backend.devices.probing import probe_devices
+        from backend.storage.fusing import configure_fusing
 
         link_test.keep_verdicts_in(self._config.data_dir / "cache")
         slots = probe_devices(self._config.backend)
@@ -261,6 +262,7 @@ class EngineStart:
         apply_cpu_threads(self._config.backend, slots)
         apply_determinism(self._config.backend)
         configure_attention(self._config.backend)
+        configure_fusing(self._config.backend.compile_dequantization)
         warn_of_inert_flags(self._config, slots)
 
     def _import_networks(self) -> None:

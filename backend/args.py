@@ -62,6 +62,8 @@ class BackendConfig:
     clip_dtype: str | None = None
     all_in: str | None = None
     vae_in_cpu: bool = False
+    fast_fp8: bool = False
+    compile_dequantization: bool = False
 
     attention: str = "auto"
     force_upcast_attention: bool = False
@@ -182,6 +184,14 @@ def _add_precision_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--vae-in-cpu", action="store_true", help="run the VAE on the CPU")
     for dtype in ("fp8-e4m3fn", "fp8-e5m2", "fp16", "fp32"):
         group.add_argument(f"--clip-in-{dtype}", action="store_true", help=f"store the text encoders in {dtype}")
+    group.add_argument(
+        "--fast-fp8", action="store_true", help="multiply weights stored in fp8 e4m3 as they are, on cards that can (RTX 40 and later); less exact"
+    )
+    group.add_argument(
+        "--compile-dequantization",
+        action="store_true",
+        help="compile the dequantization of GGUF weights on CUDA devices, which takes seconds at first",
+    )
     group.add_argument("--no-half", action="store_true", help="same as --all-in-fp32")
     group.add_argument("--no-half-vae", action="store_true", help="same as --vae-in-fp32")
     group.add_argument("--pytorch-deterministic", action="store_true", help="use only algorithms that give the same bits every time")
@@ -307,5 +317,15 @@ def backend_config_from_namespace(ns: Namespace) -> BackendConfig:
 
 def _read_plain_flags(ns: Namespace) -> dict[str, Any]:
     """The on/off flags that have the same name as their field."""
-    names = ("cpu_offload", "pin_shared_memory", "cuda_stream", "cuda_malloc", "vae_in_cpu", "profile", "disable_gpu_warning")
+    names = (
+        "cpu_offload",
+        "pin_shared_memory",
+        "cuda_stream",
+        "cuda_malloc",
+        "vae_in_cpu",
+        "fast_fp8",
+        "compile_dequantization",
+        "profile",
+        "disable_gpu_warning",
+    )
     return {name: getattr(ns, name) for name in (*names, "force_upcast_attention", "disable_attention_upcast")}

@@ -118,9 +118,7 @@ def load_checkpoint(
     with ExitStack() as stack:
         main, *extras = (stack.enter_context(open_tensor_file(Path(name))) for name in (path, *additional_modules))
         networks = _plan_networks(main, extras)
-        wanted = _usable_storage(
-            networks.sources.denoiser, _WantedStorage(unet_storage_dtype or dtype_from_flag(config.unet_dtype or config.all_in), unet_format)
-        )
+        wanted = _WantedStorage(unet_storage_dtype or dtype_from_flag(config.unet_dtype or config.all_in), unet_format)
         engine = _build_engine(networks, main, config, wanted, embedding_dirs)
     _log_loaded(engine, main.path, extras)
     return engine
@@ -307,7 +305,8 @@ def _build_engine(
     clip = _load_clip(networks.texts, networks.text_plans, sources, config)
     latent = family.latent if family.latent_of_vae is None else family.latent_of_vae(vae)
     vae_patcher = _load_vae(vae, networks.vae_plan, sources, config)
-    unet_patcher, prediction = _load_denoiser(denoiser, networks.denoiser_plan, sources, wanted, networks.key_map, config)
+    usable, why_not = _usable_storage(sources.denoiser, wanted)
+    unet_patcher, prediction = _load_denoiser(denoiser, networks.denoiser_plan, sources, usable, networks.key_map, config)
     parts = EngineParts(
         family=family,
         config=ModelConfig(
@@ -327,6 +326,7 @@ def _build_engine(
         is_inpaint=found.is_inpaint,
         takes_control_picture=found.takes_control_picture,
         metadata=main.metadata,
+        storage_notes=_storage_notes(wanted, why_not, denoiser, config),
     )
     return FACES.get(family.name, ForgeDiffusionEngine)(parts)
 
@@ -386,18 +386,26 @@ def _load_vae(vae: nn.Module, plan: LoadPlan, sources: _Sources, config: Backend
     return VAE(vae, device=device, dtype=dtype, latent=sources.family.latent, slot_decoder=decode_on_all_slots)
 
 
-def _usable_storage(denoiser: _Located, wanted: _WantedStorage) -> _WantedStorage:
-    """What was wanted, or nothing, with a line in the log, if the file or the device does not allow it."""
-    if wanted.is_nothing:
-        return wanted
+def _usable_storage(denoiser: _Located, wanted: _WantedStorage) -> tuple[_WantedStorage, str]:
+    """What was wanted, or nothing if the file or the device does not allow it; and then why."""
     device = memory_management.get_torch_device()
-    if has_packed(denoiser.file, denoiser.part):
-        logger.warning("%s is in low bits already and stays as it is; %s was asked for.", denoiser.file.path.name, wanted.title)
-        return _WantedStorage()
+    if not wanted.is_nothing and has_packed(denoiser.file, denoiser.part):
+        return _WantedStorage(), f"{denoiser.file.path.name} is in low bits already"
     if wanted.format is None and wanted.dtype is not None and not memory_management.supports_cast(device, wanted.dtype):
-        logger.warning("%s cannot store weights in %s; the device's usual type is used instead.", device, wanted.title)
-        return _WantedStorage()
-    return wanted
+        return _WantedStorage(), f"{device} cannot store weights in {wanted.title}"
+    return wanted, ""
+
+
+def _storage_notes(wanted: _WantedStorage, why_not: str, denoiser: nn.Module, config: BackendConfig) -> tuple[str, ...]:
+    """What runs instead of the wanted storage and products, for the log and for jobs."""
+    notes = []
+    if why_not:
+        notes.append(f"Diffusion in Low Bits: {why_not}; the weights are stored in {describe_storage(denoiser)}, not in {wanted.title}.")
+    if config.fast_fp8 and not memory_management.multiplies_fp8():
+        notes.append("--fast-fp8: not every GPU in use multiplies fp8 numbers (compute capability 8.9 or later); weights are dequantized instead.")
+    for note in notes:
+        logger.warning("%s", note)
+    return tuple(notes)
 
 
 def _first_place(need_bytes: int, config: BackendConfig) -> torch.device:
@@ -431,6 +439,7 @@ def _load_denoiser(
         computation_dtype=computation_dtype,
         build_program=family.build_program,
         key_map=key_map,
+        multiplies_fp8=memory_management.multiplies_fp8(),
     )
     return UnetPatcher.from_model(model), prediction
 

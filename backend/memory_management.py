@@ -464,6 +464,11 @@ def supports_dtype(device: DeviceLike, dtype: torch.dtype) -> bool:
     return dtype_policy.supports_dtype(_facts(device), dtype)
 
 
+def multiplies_fp8() -> bool:
+    """Whether products of e4m3 weights run in fp8: it was asked for, and every slot that computes can. Slots that differed would give other bits."""
+    return _config().fast_fp8 and all(dtype_policy.multiplies_fp8(_facts(slot.torch_device)) for slot in compute_slots())
+
+
 def supports_cast(device: DeviceLike, dtype: torch.dtype) -> bool:
     """Whether weights may be stored as `dtype` on the device and cast for use."""
     is_fp8 = dtype in (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -57,7 +57,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineParts:
-    """The parts of an engine. `native_size_px` is the side length of the pictures the model was trained on. `latent`: with the VAE's statistics."""
+    """The parts of an engine. `native_size_px` is the side length of the pictures the model was trained on. `latent`: with the VAE's statistics.
+    `storage_notes`: what runs instead of the weights' storage that was asked for, in sentences for users."""
 
     family: Family
     config: ModelConfig
@@ -71,6 +72,7 @@ class EngineParts:
     is_inpaint: bool = False
     takes_control_picture: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
+    storage_notes: tuple[str, ...] = ()
 
 
 class ForgeDiffusionEngine:
@@ -92,6 +94,7 @@ class ForgeDiffusionEngine:
             setattr(self, name, value)
         self.native_size_px = parts.native_size_px
         self.metadata = dict(parts.metadata)
+        self.storage_notes = parts.storage_notes
         self.filename = str(parts.filename)
         self.latent_scale = parts.config.latent_scale
         self.embeddings = parts.embeddings

@@ -92,6 +92,11 @@ def choose_vae_dtypes(facts: DeviceFacts) -> tuple[torch.dtype, ...]:
     return (torch.float32,)
 
 
+def multiplies_fp8(facts: DeviceFacts) -> bool:
+    """Whether the device has matrix products of fp8 numbers: NVIDIA's from compute capability 8.9."""
+    return facts.kind == "cuda" and (facts.compute_capability or (0, 0)) >= (8, 9)
+
+
 def supports_dtype(facts: DeviceFacts, dtype: torch.dtype) -> bool:
     """Whether the device can compute in `dtype`."""
     if dtype == torch.float32:

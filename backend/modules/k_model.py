@@ -50,7 +50,7 @@ class KModel(nn.Module):
     """A denoiser. `diffusion_model` owns all weights; `program`, made by `build_program`, runs it and contains everything specific to its family.
 
     Weights are stored in `storage_dtype` or packed, and layers compute in `computation_dtype`. If these differ (`is_compact`), each layer's weights
-    are dequantized while it runs.
+    are dequantized while it runs; or, if it `multiplies_fp8`, those stored in e4m3 are multiplied as they are.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class KModel(nn.Module):
         config: object = None,
         build_program: BuildProgram = build_unet_program,
         key_map: KeyMap | None = None,
+        multiplies_fp8: bool = False,
     ) -> None:
         super().__init__()
         self.diffusion_model: Any = model
@@ -71,7 +72,8 @@ class KModel(nn.Module):
         self.key_map = unet_key_map(model) if key_map is None else key_map
         self.storage_dtype: torch.dtype = storage_dtype or next(model.parameters()).dtype
         self.computation_dtype: torch.dtype = computation_dtype or self.storage_dtype
-        set_types(model, self.storage_dtype, self.computation_dtype)
+        self.multiplies_fp8 = multiplies_fp8
+        set_types(model, self.storage_dtype, self.computation_dtype, multiplies_fp8=multiplies_fp8)
         self.is_compact = self.storage_dtype != self.computation_dtype or has_packed_weights(model)
         install_attention(model)
         self.build_program = build_program
@@ -101,6 +103,7 @@ class KModel(nn.Module):
             config=self.config,
             build_program=self.build_program,
             key_map=self.key_map,
+            multiplies_fp8=self.multiplies_fp8,
         )
         return empty.train(self.training)
 

@@ -9,7 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from backend.storage.gguf_blocks import BLOCK_TYPES, BlockType, dequantize_blocks
+from backend.storage.fusing import dequantize_fused
+from backend.storage.gguf_blocks import BLOCK_TYPES, BlockType
 from backend.storage.packed import PackedFormat, PackedFormatError, PackedTensor, has_same_rows, say_misfit
 
 
@@ -43,7 +44,7 @@ class GgufFormat(PackedFormat):
         return self.block_type.write is not None
 
     def dequantize(self, buffer_N: Tensor, out_dtype: torch.dtype) -> Tensor:
-        return dequantize_blocks(self.block_type, buffer_N.reshape(-1, self.block_type.num_bytes), out_dtype).reshape(self.shape)
+        return dequantize_fused(self.block_type, buffer_N.reshape(-1, self.block_type.num_bytes), out_dtype).reshape(self.shape)
 
     def quantize(self, value: Tensor, *, seed: int, near_N: Tensor | None = None) -> Tensor:
         if self.block_type.write is None:

@@ -58,6 +58,8 @@ def _half(blocks_BN: Tensor, first: int) -> Tensor:
 def _spread(bytes_BK: Tensor, bits: int) -> Tensor:
     """Every byte cut into fields of `bits` bits, the lowest first: (B, fields, K)."""
     count, mask = 8 // bits, (1 << bits) - 1
+    if torch.compiler.is_compiling():  # one kernel in the end, which writes no parts
+        return torch.stack([bytes_BK >> (bits * place) & mask for place in range(count)], dim=1)
     fields = torch.empty((bytes_BK.shape[0], count, bytes_BK.shape[1]), dtype=torch.uint8, device=bytes_BK.device)
     torch.bitwise_and(bytes_BK, mask, out=fields[:, 0])
     for place in range(1, count - 1):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from backend.storage.kinds import has_packed_weights, is_packed, storage_of
+from backend.storage.native_fp8 import operand_of
 
 
 def is_cast_layer(layer: nn.Module) -> bool:
@@ -22,10 +23,11 @@ def is_cast_layer(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding))
 
 
-def set_types(module: nn.Module, storage_dtype: torch.dtype, computation_dtype: torch.dtype) -> None:
+def set_types(module: nn.Module, storage_dtype: torch.dtype, computation_dtype: torch.dtype, *, multiplies_fp8: bool = False) -> None:
     """Store the weights of cast layers in `storage_dtype` and all others in `computation_dtype`; layers compute in `computation_dtype`.
 
     A weight that already has its type keeps its memory. Packed weights, integers, and buffers that no layer casts, keep their type.
+    `multiplies_fp8`: linear layers with e4m3 weights compute their product in fp8 instead of dequantizing (`native_fp8`).
     """
     if storage_dtype == computation_dtype and not has_packed_weights(module):
         nn.Module.to(module, storage_dtype)  # diffusers' own `to` warns about every change of dtype
@@ -34,7 +36,7 @@ def set_types(module: nn.Module, storage_dtype: torch.dtype, computation_dtype: 
         is_cast = is_cast_layer(layer)
         _cast_own_tensors(layer, storage_dtype if is_cast else computation_dtype)
         if is_cast:
-            _Dequantizer(layer, computation_dtype)
+            _Dequantizer(layer, computation_dtype, multiplies_fp8=multiplies_fp8)
 
 
 def _cast_own_tensors(layer: nn.Module, dtype: torch.dtype) -> None:
@@ -47,10 +49,10 @@ def _cast_own_tensors(layer: nn.Module, dtype: torch.dtype) -> None:
 
 
 class _Dequantizer:
-    """The hooks of one layer. A deep copy of the layer gets its own hooks, because only the dtype outlives a forward."""
+    """The hooks of one layer. A deep copy of the layer gets its own hooks, because only the types outlive a forward."""
 
-    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, layer: nn.Module, dtype: torch.dtype, *, multiplies_fp8: bool = False) -> None:
+        self._dtype, self._multiplies_fp8 = dtype, multiplies_fp8
         self._stored: dict[str, nn.Parameter] = {}
         self.handles: tuple[RemovableHandle, ...] = (
             layer.register_forward_pre_hook(self.enter),
@@ -66,6 +68,10 @@ class _Dequantizer:
             storage = storage_of(parameter)
             if not storage.computes_in(self._dtype):
                 self._stored[name] = parameter
+                operand = operand_of(storage) if self._multiplies_fp8 and isinstance(layer, nn.Linear) and not _is_changed_whole(layer) else None
+                if operand is not None:
+                    layer._parameters[name] = operand  # type: ignore[assignment]  # a Parameter of it would lose its scales
+                    continue
                 layer._parameters[name] = nn.Parameter(storage.dequantize(self._dtype), requires_grad=False)
         return None
 
@@ -86,7 +92,7 @@ class _Dequantizer:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Dequantizer:
         copy = _Dequantizer.__new__(_Dequantizer)
         memo[id(self)] = copy
-        copy._dtype, copy._stored, copy.handles = self._dtype, {}, ()
+        copy._dtype, copy._multiplies_fp8, copy._stored, copy.handles = self._dtype, self._multiplies_fp8, {}, ()
         return copy
 
 

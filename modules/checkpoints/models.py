@@ -22,6 +22,7 @@ from modules.checkpoints.listing import CheckpointInfo, CheckpointRegistry, read
 from modules.checkpoints.vae_files import ModuleRegistry
 from modules.errors import RequestError
 from modules.jobs.context import required_context
+from modules.settings.low_bits import AUTOMATIC, PACKED_FORMATS, storage_of_low_bits
 
 if TYPE_CHECKING:
     from backend.diffusion_engine.base import ForgeDiffusionEngine
@@ -35,18 +36,11 @@ __all__ = [
     "ModelRequest",
     "read_metadata_from_safetensors",
     "select_starting_checkpoint",
-    "unet_storage_dtype_from_option",
 ]
 
 LoadEngine = Callable[["ModelRequest", BackendConfig], "ForgeDiffusionEngine"]
 
 _load_numbers = itertools.count(1)
-# option forge_unet_storage_dtype -> torch dtype name, or packed format; a suffix "(fp16 LoRA)" says how LoRA is applied, not how weights are stored
-_STORAGE_DTYPES = {"float8-e4m3fn": "float8_e4m3fn", "float8-e5m2": "float8_e5m2"}
-_PACKED_FORMATS = {"bnb-nf4": "nf4", "bnb-fp4": "fp4"}
-_KINDS = ("Automatic", "bnb-nf4", "float8-e4m3fn", "bnb-fp4", "float8-e5m2")
-LOW_BITS = tuple(f"{kind}{ending}" for kind in _KINDS for ending in ("", " (fp16 LoRA)"))
-"""Values of the option "Diffusion in Low Bits", in Forge's order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,16 +64,6 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_mtime_ns, stat.st_size
 
 
-def unet_storage_dtype_from_option(value: str) -> str | None:
-    """Torch dtype name, or packed format, for the option "Diffusion in Low Bits"; None lets the engine choose."""
-    kind = str(value).split(" ", maxsplit=1)[0]
-    if (known := _STORAGE_DTYPES.get(kind) or _PACKED_FORMATS.get(kind)) is not None:
-        return known
-    if kind not in ("Automatic", ""):
-        log.warning("forge_unet_storage_dtype: %s is not available; Automatic is used.", value)
-    return None
-
-
 def load_engine(request: ModelRequest, config: BackendConfig) -> ForgeDiffusionEngine:
     """Read the files. Raises ModelLoadError."""
     import torch  # heavy; the server starts answering before it is loaded
@@ -88,7 +72,7 @@ def load_engine(request: ModelRequest, config: BackendConfig) -> ForgeDiffusionE
         from backend.loader import CheckpointError, load_checkpoint  # imports torch
 
     wanted = request.unet_storage_dtype
-    is_packed = wanted in _PACKED_FORMATS.values()
+    is_packed = wanted in PACKED_FORMATS.values()
     try:
         return load_checkpoint(
             request.checkpoint.path,
@@ -143,7 +127,7 @@ class ModelHost:
         return ModelRequest(
             checkpoint=self._checkpoint_named(chosen.get("sd_model_checkpoint")),
             additional_modules=self.additional_modules.chosen_by(chosen),
-            unet_storage_dtype=unet_storage_dtype_from_option(chosen.get("forge_unet_storage_dtype") or "Automatic"),
+            unet_storage_dtype=storage_of_low_bits(chosen.get("forge_unet_storage_dtype") or AUTOMATIC),
             embedding_dirs=self._embedding_dirs,
             multi_gpu_strategy=self._strategy_of(chosen),
         )

@@ -137,7 +137,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     """The job itself. The request is valid and its model is loaded."""
     import torch  # heavy; only needed when a job runs
 
-    from modules.processing.conditions import setup_prompts
+    from modules.processing.conditions import keep_networks_apart, setup_prompts
     from modules.processing.nans import explaining_nans
     from modules.processing.networks import deactivate_networks
     from modules.processing.pictures import PictureCollector
@@ -151,6 +151,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     step_of(p, "setup_prompts", setup_prompts)()
     set_all_seeds(p)
     p.run_hook("process")
+    keep_networks_apart(p)
     collector = PictureCollector(p, context.state)
     with torch.no_grad(), explaining_nans(p):
         _prepare(p)

@@ -58,6 +58,21 @@ def setup_prompts(p: StableDiffusionProcessing) -> None:
     p.main_prompt, p.main_negative_prompt = p.all_prompts[0], p.all_negative_prompts[0]
 
 
+def keep_networks_apart(p: StableDiffusionProcessing) -> None:
+    """Make the batches of a job smaller until the prompts of each name the same extra networks with the same strengths: a batch has one set of them.
+
+    Not for several initial pictures, which are one batch; the first prompt's networks are used for it.
+    """
+    if p.batch_size < 2 or len(set(p.all_prompts)) < 2 or len(getattr(p, "init_images", None) or ()) > 1:
+        return
+    networks = [extra_networks.parse_prompt(text)[1] for text in p.all_prompts]
+    sizes = [size for size in range(p.batch_size, 0, -1) if p.batch_size % size == 0]
+    size = next(size for size in sizes if all(one == networks[place - place % size] for place, one in enumerate(networks)))
+    if size < p.batch_size:
+        p.comment(f"The prompts name different extra networks, so pictures are made {size} at a time, not {p.batch_size}.")
+        p.n_iter, p.batch_size = p.n_iter * (p.batch_size // size), size
+
+
 def finish_prompt(p: StableDiffusionProcessing, prompt: str, *, negative: bool = False) -> str:
     """The prompt to encode: with the chosen styles, without comments."""
     whole = str(prompt).encode("utf-8", "replace").decode("utf-8")  # a page or script may send half of a surrogate pair, which has no token

@@ -22,6 +22,8 @@ def activate_networks(p: StableDiffusionProcessing, network_data: dict[str, Any]
     engine = p.sd_model
     engine.forge_objects = engine.forge_objects_original.shallow_copy()
     engine.forge_objects.vae.auto_fp32 = bool(p.options.auto_vae_precision)
+    for note in engine.storage_notes:
+        p.comment(note)
     if not p.do_not_reload_embeddings:
         engine.embeddings.load_textual_inversion_embeddings()
     if not p.disable_extra_networks:

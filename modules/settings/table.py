@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.settings.kinds import OptionTable, choice, color, log_file, option, output_folder, slider, source_path, text, text_list
+from modules.settings.low_bits import AUTOMATIC, LOW_BITS
 from modules.settings.options import options_section
 from modules.settings.page_table import controlnet_options, extra_networks_options, interface_sections, preset_sections
 from modules.settings.presets import ALL as EVERY_PRESET
@@ -395,7 +396,7 @@ def _hidden() -> OptionTable:
 
 def _forge_hidden() -> OptionTable:
     return {
-        "forge_unet_storage_dtype": option("Automatic", "Diffusion in Low Bits"),
+        "forge_unet_storage_dtype": choice(AUTOMATIC, "Diffusion in Low Bits", *LOW_BITS),
         "forge_inference_memory": option(1024, "MB of a card kept free for computing"),
         "forge_async_loading": choice("Queue", "Swap method", "Queue", "Async"),
         "forge_pin_shared_memory": choice("CPU", "Swap location", "CPU", "Shared"),

@@ -18,8 +18,8 @@ import gradio as gr
 from backend.foreign_json import parse_resolution
 from modules.checkpoints.families import FamilyFacts, facts_of, families_are_imported
 from modules.checkpoints.listing import CHECKPOINT_SUFFIXES, CheckpointInfo
-from modules.checkpoints.models import LOW_BITS
 from modules.errors import RequestError
+from modules.settings.low_bits import LOW_BITS
 from modules.settings.presets import ALL, NAMES
 from modules.ui.components import DropdownMulti, ToolButton
 from modules.ui.sections import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_STEP_PX, USUAL_STEPS, Defaults

@@ -55,6 +55,8 @@ def test_the_value_cannot_be_changed() -> None:
         ("--no-half-vae", {"vae_dtype": "fp32"}),
         ("--no-half-vae --vae-in-fp32", {"vae_dtype": "fp32"}),
         ("--vae-in-cpu", {"vae_in_cpu": True}),
+        ("--fast-fp8", {"fast_fp8": True}),
+        ("--compile-dequantization", {"compile_dequantization": True}),
         ("--all-in-fp16", {"all_in": "fp16"}),
         ("--no-half", {"all_in": "fp32"}),
         ("--xformers", {"attention": "xformers"}),

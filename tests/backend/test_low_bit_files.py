@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from backend import memory_management
@@ -17,6 +17,7 @@ from backend.checkpoint_file import CheckpointError, open_tensor_file
 from backend.families.registry import identify
 from backend.families.t5_text import build_t5, find_t5, plan_t5
 from backend.loader import load_checkpoint
+from backend.memory import dtype_policy
 from backend.memory.module_bytes import count_module_bytes
 from backend.parallel.planning import preview
 from backend.state_dict import assign_tensors, check_plan, plan_denoiser
@@ -214,7 +215,8 @@ def test_a_plain_file_is_quantized_as_it_is_read(tmp_path: Path, caplog: pytest.
     assert "transformer stored in NF4" in caplog.text
     engine = load_checkpoint(low, config=BackendConfig(), additional_modules=files.modules, unet_format="nf4")
     assert storage_of(engine.forge_objects.unet.model.diffusion_model.proj_out.weight).title == "GGUF Q8_0"
-    assert "low.gguf is in low bits already and stays as it is; nf4 was asked for." in caplog.text
+    note = "Diffusion in Low Bits: low.gguf is in low bits already; the weights are stored in GGUF Q8_0, not in nf4."
+    assert note in caplog.text and engine.storage_notes == (note,)
 
 
 def test_a_type_that_the_device_cannot_store_is_said_and_the_usual_one_used(
@@ -226,7 +228,22 @@ def test_a_type_that_the_device_cannot_store_is_said_and_the_usual_one_used(
         files.checkpoint, config=BackendConfig(), additional_modules=files.modules, unet_storage_dtype=torch.float8_e5m2
     )  # fmt: skip
     assert engine.forge_objects.unet.model.storage_dtype == torch.float32
-    assert "cannot store weights in float8_e5m2; the device's usual type is used instead" in caplog.text
+    (note,) = engine.storage_notes
+    assert "cannot store weights in float8_e5m2; the weights are stored in float32, not in float8_e5m2." in note and note in caplog.text
+
+
+def test_fp8_products_need_every_slot_and_it_is_said_where_they_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, config = write_flux(tmp_path, **WIDE), BackendConfig(fast_fp8=True)
+    with virtual_fleet(2, fast_fp8=True):
+        engine = load_checkpoint(files.checkpoint, config=config, additional_modules=files.modules, unet_format="fp8_scaled")
+        (note,) = engine.storage_notes
+        assert note.startswith("--fast-fp8: not every GPU in use multiplies fp8 numbers") and not engine.forge_objects.unet.model.multiplies_fp8
+        monkeypatch.setattr(dtype_policy, "multiplies_fp8", lambda facts: True)
+        engine = load_checkpoint(files.checkpoint, config=config, additional_modules=files.modules, unet_format="fp8_scaled")
+        assert engine.storage_notes == () and engine.forge_objects.unet.model.multiplies_fp8
+        cards = iter([True, False])
+        monkeypatch.setattr(dtype_policy, "multiplies_fp8", lambda facts: next(cards))
+        assert not memory_management.multiplies_fp8()
 
 
 def test_a_model_in_low_bits_is_saved_in_half_precision(tmp_path: Path) -> None:
@@ -266,8 +283,9 @@ def test_files_for_other_programs_kernels_are_named(tmp_path: Path) -> None:
     layer = "double_blocks.0.img_mlp.0"
     for extra, words in (
         ({f"{layer}.qweight": torch.zeros(4, dtype=torch.int8)}, "SVDQuant"),
-        ({f"{layer}.comfy_quant": _text('{"format": "nvfp4"}')}, "nvfp4, which needs the kernels of the package comfy-kitchen"),
-        ({f"{layer}.comfy_quant": _text('{"format": "int8_tensorwise", "convrot": true}')}, r"rotated inputs \(convrot\)"),
+        ({f"{layer}.comfy_quant": _text('{"format": "asym_w4a8_int8"}')}, "stored as asym_w4a8_int8, which cannot be read; .*, mxfp8, nvfp4 can"),
+        ({f"{layer}.comfy_quant": _text('{"format": "convrot_w4a4", "convrot": true}')}, r"convrot_w4a4 with rotation \(convrot\)"),
+        ({f"{layer}.comfy_quant": _text('{"format": "nvfp4"}')}, r"stored as nvfp4 but has no .*\.weight_scale"),
         ({f"{layer}.comfy_quant": _text("{")}, "cannot be read"),
         ({f"{layer}.comfy_quant": _text("[]")}, "is no description"),
         ({"nowhere.scale_weight": torch.ones(())}, "but no nowhere.weight"),
@@ -311,6 +329,79 @@ def test_scales_that_are_no_numbers_are_refused(number: float, tmp_path: Path) -
         file.read_stored("a.weight")
 
 
+# comfy-kitchen's own bytes
+
+
+KITCHEN = Path(__file__).parent / "data" / "comfy_kitchen_0_2_40.safetensors"
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4", "int8_row", "int8_tensor", "convrot", "convrot64"])
+def test_bytes_of_comfy_kitchen_have_its_values(name: str) -> None:
+    """Written by comfy-kitchen 0.2.40 on the CPU (`QuantizedTensor.from_float`, `state_dict_tensors`), with what its `dequantize` returned.
+
+    Bit for bit, but for the sums of a rotation, which have another order.
+    """
+    with open_tensor_file(KITCHEN) as file:
+        expected, source = file.read(f"{name}.expected"), file.read("block.source" if name in ("mxfp8", "nvfp4") else "rows.source")
+        found = storage_of(file.read_stored(f"{name}.weight"))
+        value = found.dequantize(torch.float32)
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6 if "convrot" in name else 0)
+        for first, end in ((0, 4), (len(value) - 7, len(value))):
+            torch.testing.assert_close(file.read(f"{name}.weight", rows=(first, end)), value[first:end], rtol=0, atol=1e-7)
+        ours = (
+            found.requantize(source, seed=0) if "int8" not in name else storage_of(PackedTensor(found.format.quantize(source, seed=0), found.format))
+        )  # type: ignore[attr-defined]
+        same = (ours.dequantize(torch.float32) - expected).abs() < 1e-6
+        assert same.float().mean() > (0.999 if "convrot" in name else 0.99999)
+
+
+def _kitchen() -> dict[str, Tensor]:
+    return load_file(KITCHEN)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mxfp8.weight_scale": torch.zeros(128, 8, dtype=torch.uint8)}, "mxfp8 needs 256x8 scales of one byte there"),
+        ({"mxfp8.weight": torch.zeros(160, 159, dtype=torch.uint8)}, "mxfp8 needs a matrix of float8_e4m3fn"),
+        ({"nvfp4.weight_scale_2": None}, r"nvfp4\.weight_scale_2 is missing; nvfp4 needs one number there"),
+        ({"nvfp4.weight_scale_2": torch.ones(3)}, "nvfp4 needs one number there"),
+        ({"nvfp4.weight": None}, r"nvfp4\.weight is missing"),
+        ({"nvfp4.weight_scale": None}, r"stored as nvfp4 but has no nvfp4\.weight_scale"),
+        ({"convrot.comfy_quant": b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 96}'}, "groups of 96 numbers are rotated"),
+        ({"convrot.comfy_quant": b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 4e99}'}, "numbers are rotated"),
+        ({"convrot.comfy_quant": b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 1024}'}, "a power of 4 that divides its rows"),
+    ],
+)
+def test_descriptions_of_comfy_kitchen_that_lie_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    tensors: dict[str, Any] = {**_kitchen(), **change}
+    made = {key: _text(value.decode()) if isinstance(value, bytes) else value for key, value in tensors.items() if value is not None}
+    save_file(made, tmp_path / "lies.safetensors")
+    with pytest.raises(CheckpointError, match=words), open_tensor_file(tmp_path / "lies.safetensors"):
+        pass
+
+
+@pytest.mark.parametrize(("name", "byte"), [("mxfp8", 0xFF), ("nvfp4", 0x7F)])
+def test_scales_of_blocks_that_are_no_numbers_are_refused(name: str, byte: int, tmp_path: Path) -> None:
+    tensors = _kitchen()
+    tensors[f"{name}.weight_scale"] = torch.full(tensors[f"{name}.weight_scale"].shape, byte, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "nan.safetensors")
+    with (
+        open_tensor_file(tmp_path / "nan.safetensors") as file,
+        pytest.raises(CheckpointError, match=rf"the scales of {name}\.weight are not numbers"),
+    ):
+        file.read_stored(f"{name}.weight")
+
+
+def test_a_layer_named_in_the_metadata_may_lack_the_denoisers_prefix(tmp_path: Path) -> None:
+    """ComfyUI takes the prefix off before it reads `_quantization_metadata`."""
+    prefix, tensors = "model.diffusion_model.", _kitchen()
+    made = {f"{prefix}a{key.removeprefix('nvfp4')}": tensor for key, tensor in tensors.items() if key.startswith("nvfp4.weight")}
+    save_file(made, tmp_path / "a.safetensors", {"_quantization_metadata": json.dumps({"layers": {"a": {"format": "nvfp4"}}})})
+    with open_tensor_file(tmp_path / "a.safetensors") as file:
+        assert torch.equal(file.read(f"{prefix}a.weight"), tensors["nvfp4.expected"])
+
+
 # bitsandbytes' own bytes
 
 
@@ -322,3 +413,12 @@ def test_bytes_of_bitsandbytes_have_its_values_bit_for_bit(name: str) -> None:
         assert torch.equal(storage_of(file.read_stored(f"{name}.weight")).dequantize(torch.float32), expected)
         assert torch.equal(storage_of(file.read_stored(f"{name}.weight", rows=(1, 3))).dequantize(torch.float32), expected[1:3])
         assert torch.equal(file.read(f"{name}.weight", rows=(2, 4)), expected[2:4])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_codes_are_those_that_bitsandbytes_writes(kind: str) -> None:
+    """Written by bitsandbytes 0.50.2 on the CPU (`quantize_4bit`)."""
+    codes = load_file(Path(__file__).parent / "data" / "bitsandbytes_0_50_2_codes.safetensors")
+    packed = quantize_four_bit(codes["source"].float(), kind)
+    found_absmax, found_codes = packed.format.parts(packed.buffer)  # type: ignore[attr-defined]
+    assert torch.equal(found_absmax, codes[f"{kind}.absmax"]) and torch.equal(found_codes, codes[f"{kind}.codes"])

@@ -22,6 +22,7 @@ from backend.args import BackendConfig
 from backend.devices.probing import probe_devices
 from backend.memory import current
 from backend.patcher.weight_patches import unpatched_tensors
+from backend.storage.kinds import storage_of
 from modules.application import Application
 from modules.checkpoints.hashes import HashStore
 from modules.errors import OptionError
@@ -229,6 +230,26 @@ def test_fp8_storage_merged_and_added_while_layers_run(app: Application, monkeyp
         assert not np.array_equal(pictures[choice], plain) and np.array_equal(make(), plain)
     one, two = pictures.values()
     assert not np.array_equal(one, two)
+
+
+def test_each_prompt_of_a_batch_has_its_own_strength(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over weights in four bits, where another strength rewrites nothing; and the client is told that the batch is made in parts."""
+    monkeypatch.setitem(app.options.data, "forge_unet_storage_dtype", "bnb-nf4")
+    use_devices(app, **VIRTUAL)
+    prompts = ["a red cat<lora:style:0.8>", "a red cat<lora:style:0.8>", "a red cat<lora:style:0.3>", "a red cat"]
+    job = txt2img(prompt=prompts, seed=[5, 5, 5, 5], batch_size=4)
+    stored = weights(app)
+    together = run(job)
+    alone = [make(prompt, seed=5) for prompt in prompts]
+    for found, wanted in zip(together.images[together.index_of_first_image :], alone, strict=True):
+        assert np.array_equal(pixels(found), wanted)
+    assert not np.array_equal(alone[1], alone[2]) and not np.array_equal(alone[2], alone[3])
+    assert "pictures are made 1 at a time, not 4" in together.comments
+    assert "<lora:style:0.3>" in together.infotexts[together.index_of_first_image + 2]
+    now = weights(app)
+    assert all(storage_of(now[key]).is_same(storage_of(tensor)) for key, tensor in stored.items())
+    halves = run(txt2img(prompt=[prompts[0], prompts[0], prompts[3], prompts[3]], seed=[5, 6, 5, 6], batch_size=4))
+    assert "pictures are made 2 at a time, not 4" in halves.comments and len(halves.images) - halves.index_of_first_image == 4
 
 
 def test_a_saved_model_has_no_lora_in_it(app: Application, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from backend.parallel.running.session import SamplingRequest, begin_session, end
 from backend.patcher.lora_files import match_lora, parse_lora
 from backend.patcher.unet import UnetPatcher
 from backend.storage.choices import quantize_as
+from backend.storage.kinds import has_packed_weights
 from tests.support.fleets import virtual_fleet
 from tests.support.flux_networks import CONFIG, make_flux, original_tensors
 
@@ -32,7 +33,7 @@ LORA_BYTES = 400_000
 """Of the rank-2 changes of every matrix, stacked."""
 
 
-LOW_BITS = ("fp8_scaled", "int8", "nf4", "q8_0", "q4_1")
+LOW_BITS = ("fp8_scaled", "int8", "int8_convrot", "mxfp8", "nvfp4", "nf4", "fp4", "q8_0", "q4_1")
 WIDE = {"num_attention_heads": 4}
 """Rows that blocks of 32 divide."""
 
@@ -51,7 +52,8 @@ def make_patcher(
     if packed is not None:
         for layer in flux.modules():
             if isinstance(layer, nn.Linear):
-                layer.weight = nn.Parameter(quantize_as(packed, layer.weight), requires_grad=False)
+                found = quantize_as(packed, layer.weight)
+                layer.weight = layer.weight if found is None else nn.Parameter(found, requires_grad=False)
     model = KModel(
         flux, FlowPrediction(multiplier=1.0), storage_dtype=dtype, computation_dtype=compute, build_program=build_flux_program,
         key_map=flux_key_map(flux),
@@ -182,8 +184,10 @@ def test_a_step_of_packed_weights_that_runs_out_of_memory_is_done_again(strategy
     with virtual_fleet(2) as fleet:
         unet = make_patcher(fleet, lora=True, packed="q8_0")
         begin_session(unet, SHAPE, request(strategy))
+        held = sum(virtual_gpu.get_device(slot).live_bytes for slot in (0, 1))
         virtual_gpu.get_device(1).set_faults(Faults(out_of_memory_at=frozenset({60})))
         result = unet.model.apply_model(**make_inputs(unet.load_device))
+        assert has_packed_weights(unet.model) and sum(virtual_gpu.get_device(slot).live_bytes for slot in (0, 1)) < held + LORA_BYTES + 100_000
         end_session(unet)
         virtual_gpu.get_device(1).set_faults(None)
     assert torch.allclose(result.cpu(), whole(lora=True, packed="q8_0"), atol=ATOL)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backend.devices.inventory import DeviceFacts
-from backend.memory.dtype_policy import MemoryPressure, choose_dtype, choose_vae_dtypes, dtype_from_flag, supports_dtype, uses_bf16
+from backend.memory.dtype_policy import MemoryPressure, choose_dtype, choose_vae_dtypes, dtype_from_flag, multiplies_fp8, supports_dtype, uses_bf16
 
 HALF_AND_FULL = (torch.float16, torch.bfloat16, torch.float32)
 fp16, bf16, fp32 = HALF_AND_FULL
@@ -67,3 +67,9 @@ def test_flags_name_types() -> None:
 def test_the_cpu_computes_in_full_precision() -> None:
     assert supports_dtype(facts("cpu"), fp32) and not supports_dtype(facts("cpu"), fp16)
     assert supports_dtype(facts("cuda", "A100", (8, 0)), fp16)
+
+
+def test_fp8_products_are_nvidias_from_8_9() -> None:
+    cards = {(8, 9): True, (9, 0): True, (12, 0): True, (8, 6): False, (7, 5): False}
+    assert {capability: multiplies_fp8(facts("cuda", "card", capability)) for capability in cards} == cards
+    assert not any(multiplies_fp8(facts(kind)) for kind in ("rocm", "xpu", "mps", "cpu", "virtual"))

@@ -9,7 +9,7 @@ import pytest
 from backend.args import BackendConfig
 from modules.application import Application, build_application
 from modules.checkpoints import models as sd_models
-from modules.checkpoints.models import LOW_BITS, ModelLoadError, ModelRequest, select_starting_checkpoint, unet_storage_dtype_from_option
+from modules.checkpoints.models import ModelLoadError, ModelRequest, select_starting_checkpoint
 from modules.checkpoints.vae_files import UnknownModuleError
 from modules.errors import NoCheckpointError
 from modules.launch.cmd_args import config_for_tests
@@ -147,20 +147,6 @@ def test_unloading_drops_the_model_and_the_next_job_loads_it_again(app: Applicat
     assert app.models.engine is None
     app.models.ensure_loaded()
     assert len(loader.requests) == 2
-
-
-def test_low_bits_option(caplog: pytest.LogCaptureFixture) -> None:
-    assert unet_storage_dtype_from_option("Automatic") is None
-    assert unet_storage_dtype_from_option("float8-e4m3fn (fp16 LoRA)") == "float8_e4m3fn"
-    assert unet_storage_dtype_from_option("bnb-nf4 (fp16 LoRA)") == "nf4" and unet_storage_dtype_from_option("bnb-fp4") == "fp4"
-    assert caplog.text == ""
-    assert unet_storage_dtype_from_option("int4") is None
-    assert "int4 is not available" in caplog.text
-
-
-def test_low_bits_are_forges_in_forges_order() -> None:
-    kinds = ("Automatic", "bnb-nf4", "float8-e4m3fn", "bnb-fp4", "float8-e5m2")
-    assert [value for kind in kinds for value in (kind, f"{kind} (fp16 LoRA)")] == list(LOW_BITS)
 
 
 def test_a_checkpoint_that_the_settings_name_and_that_is_gone_is_said(app: Application, caplog: pytest.LogCaptureFixture) -> None:
