@@ -150,14 +150,25 @@ def _tensor_seeds() -> list[bytes]:
 
 
 def _gguf_seeds() -> list[bytes]:
+    """A denoiser, and text encoders with tokenizers."""
+    return [_gguf_seed("flux"), _gguf_seed("qwen3", "gpt2"), _gguf_seed("gemma2", "llama")]
+
+
+def _gguf_seed(architecture: str, tokenizer: str = "") -> bytes:
     import gguf  # only for these seeds
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.gguf"
-        writer = gguf.GGUFWriter(path, "flux")
+        writer = gguf.GGUFWriter(path, architecture)
         writer.add_array("comfy.gguf.orig_shape.conv", [2, 4, 8])
-        writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
         writer.add_string("general.name", "one")
+        if tokenizer:
+            letters = [chr(97 + number) for number in range(26)]
+            writer.add_tokenizer_model(tokenizer)
+            writer.add_token_list([*letters, "ab"])
+            writer.add_token_types([1] * 26 + [4])
+            writer.add_token_scores([-float(number) for number in range(27)])
+            writer.add_token_merges(["a b", *(f"{letter} b" for letter in letters[1:])])
         numbers = torch.arange(128.0).reshape(2, 64).numpy()
         for name, kind in (("a.weight", gguf.GGMLQuantizationType.Q8_0), ("conv", gguf.GGMLQuantizationType.Q4_0)):
             writer.add_tensor(name, gguf.quants.quantize(numbers[: 2 if name == "a.weight" else 1], kind), raw_dtype=kind)
@@ -166,11 +177,11 @@ def _gguf_seeds() -> list[bytes]:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return [path.read_bytes()]
+        return path.read_bytes()
 
 
 def _low_bit_seeds() -> list[bytes]:
-    """fp8 and int8 with scales, and NF4 with and without double quantization."""
+    """fp8 and int8 with scales, NF4 with and without double quantization, and comfy-kitchen's formats."""
 
     def text(value: Any) -> torch.Tensor:
         return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
@@ -189,7 +200,14 @@ def _low_bit_seeds() -> list[bytes]:
         "a.weight.quant_state.bitsandbytes__nf4": text({**state, "nested_blocksize": 256, "nested_offset": 0.1}),
     }  # fmt: skip
     del plain["a.weight.quant_map"], nested["a.weight.quant_map"]
-    return [save_safetensors(tensors) for tensors in (scaled, plain, nested)]
+    rotated = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}
+    kitchen = {
+        "a.weight": torch.ones(4, 16, dtype=torch.int8), "a.weight_scale": torch.ones(4, 1), "a.comfy_quant": text(rotated),
+        "b.weight": torch.ones(4, 32).to(torch.float8_e4m3fn), "b.weight_scale": torch.ones(128, 4, dtype=torch.uint8),
+        "b.comfy_quant": text({"format": "mxfp8"}), "c.weight": torch.ones(4, 8, dtype=torch.uint8),
+        "c.weight_scale": torch.ones(128, 4).to(torch.float8_e4m3fn), "c.weight_scale_2": torch.ones(()), "c.comfy_quant": text({"format": "nvfp4"}),
+    }  # fmt: skip
+    return [save_safetensors(tensors) for tensors in (scaled, plain, nested, kitchen)]
 
 
 def _pickle_seeds(*, is_zip: bool) -> list[bytes]:
@@ -275,10 +293,13 @@ def _sentencepiece_seeds() -> list[bytes]:
 
 def _read_tensors(path: Path) -> None:
     from backend.checkpoint_file import open_tensor_file
+    from backend.gguf_tokenizer import read_gguf_tokenizer
 
     with open_tensor_file(path) as file:
         for key in file.infos:
             file.read(key)
+        for model in ("gpt2", "llama", "t5"):
+            read_gguf_tokenizer(file, model=model, num_rows=2**20)
 
 
 def _read_checkpoint(path: Path) -> None:
