@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from backend.parallel.planning.partition import Partition, PartitionJob, partition
+from backend.parallel.planning.cut_costs import Partition, PartitionJob
+from backend.parallel.planning.partition import partition
 from backend.parallel.planning.pipeline import StepRows
 from backend.parallel.planning.simulation import card_links, card_slots, component_costs, model_config, profile_model
 from benchmarks._fake_slots import FakeModel, fake_device

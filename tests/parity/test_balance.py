@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from backend.devices import virtual_gpu
-from backend.parallel.planning.partition import MOST_IMBALANCE
+from backend.parallel.planning.cut_costs import MOST_IMBALANCE
 from backend.parallel.running import status
 from tests.support.fleets import virtual_fleet
 from tests.support.narrow_application import narrow_application, run, txt2img

@@ -17,7 +17,9 @@ from backend.memory.budget import DEFAULT_INFERENCE_BYTES, partial_load_budget_b
 from backend.nn.tiles import CannotTile
 from backend.parallel.planning.copy_costs import CopyCosts, SharedControls
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, merge_pieces
-from backend.parallel.planning.partition import MOST_IMBALANCE, MOST_NESTED, PartitionJob, partition
+from backend.parallel.planning.cut_costs import MOST_IMBALANCE, PartitionJob
+from backend.parallel.planning.cut_search import MOST_NESTED
+from backend.parallel.planning.partition import partition
 from backend.parallel.planning.pipeline import StepRows
 from backend.parallel.planning.plan import HasStrategy, Plan, ReplicaPlan, Strategy, StreamedWeights, TileTeam
 from backend.parallel.planning.slot_facts import Link as Link

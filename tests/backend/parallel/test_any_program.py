@@ -18,7 +18,8 @@ from backend.nn.piece import Piece
 from backend.nn.program import trace_tensors
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.planning.costs import ModelProfile
-from backend.parallel.planning.partition import PartitionJob, partition
+from backend.parallel.planning.cut_costs import PartitionJob
+from backend.parallel.planning.partition import partition
 from backend.parallel.planning.plan import ReplicaPlan
 from backend.parallel.planning.profiling import profile_network
 from backend.parallel.running.executor import Executor, Replica

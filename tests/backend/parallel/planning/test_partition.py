@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, contains
-from backend.parallel.planning.partition import MOST_IMBALANCE, MOST_WEIGHT_SHARE, SAME_TIME, Partition, PartitionJob, partition
+from backend.parallel.planning.cut_costs import MOST_IMBALANCE, MOST_WEIGHT_SHARE, Partition, PartitionJob
+from backend.parallel.planning.cut_search import SAME_TIME
+from backend.parallel.planning.partition import partition
 from backend.parallel.planning.pipeline import StageTime, StepRows, simulate_pipeline
 from backend.parallel.planning.simulation import component_costs, profile_model
 from backend.parallel.planning.slot_facts import Link, SlotFacts

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backend.parallel.planning.costs import ComponentCost, ModelProfile
-from backend.parallel.planning.partition import STREAM_SLACK, PartitionJob, partition
+from backend.parallel.planning.cut_costs import STREAM_SLACK, PartitionJob
+from backend.parallel.planning.partition import partition
 from backend.parallel.planning.pipeline import StepRows
 from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan, StreamedWeights
 from backend.parallel.planning.planner import JobShape, make_plan
