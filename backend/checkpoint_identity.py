@@ -149,9 +149,19 @@ KINDS: tuple[FileKind, ...] = (
         matches=_has_all("1.weight", "3.conv.0.weight"),
     ),
     FileKind(
+        name="the VAE of Qwen-Image and Wan 2.1",
+        remedy=_belongs("models/VAE", " and choose it under 'VAE / Text Encoder' with a Qwen-Image checkpoint"),
+        matches=_any_part("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"),
+    ),
+    FileKind(
         name="a VAE",
         remedy=_belongs("models/VAE", " and choose it under 'VAE / Text Encoder' with a checkpoint"),
         matches=_any_start("decoder.conv_in.", "first_stage_model.decoder.", "vae.decoder.", "encoder.conv_in."),
+    ),
+    FileKind(
+        name="a Qwen or Gemma text encoder",
+        remedy=_belongs("models/text_encoder", " and choose it under 'VAE / Text Encoder' with a checkpoint of its family"),
+        matches=_any_part("layers.0.self_attn.q_proj.weight"),
     ),
     FileKind(
         name="a text encoder",

@@ -34,6 +34,8 @@ class Part:
 _UNET_PREFIXES = (key_layout.UNET_PREFIX, "unet.", "diffusion_model.", "")
 _CONTROLNET_PREFIXES = ("control_model.", "controlnet.", "")
 _VAE_PREFIXES = (key_layout.VAE_PREFIX, "vae.", "")
+VIDEO_VAE_MARK = "decoder.mid_block.resnets.0.norm1.gamma"
+"""In diffusers' layout of Qwen-Image's and Wan's VAE."""
 _CLIP_PREFIXES = {
     key_layout.CLIP_L_PREFIX: "clip_l",
     key_layout.SDXL_CLIP_L_PREFIX: "clip_l",
@@ -77,8 +79,10 @@ def find_controlnet(keys: Collection[str]) -> Part | None:
 
 
 def find_vae(keys: Collection[str]) -> Part | None:
-    """The VAE, or None."""
+    """The VAE for pictures, or None. That of Qwen-Image and Wan, which is another network, shares some names with it."""
     for prefix in _VAE_PREFIXES:
+        if f"{prefix}{VIDEO_VAE_MARK}" in keys:
+            continue
         if _any_starts(keys, f"{prefix}decoder.mid_block.", f"{prefix}decoder.up_blocks."):
             return Part(prefix, Layout.DIFFUSERS)
         if _any_starts(keys, f"{prefix}decoder.mid.", f"{prefix}decoder.up."):

@@ -441,7 +441,10 @@ def _load_denoiser(
         key_map=key_map,
         multiplies_fp8=memory_management.multiplies_fp8(),
     )
-    return UnetPatcher.from_model(model), prediction
+    patcher = UnetPatcher.from_model(model)
+    if family.guidance.rescale is not None:
+        patcher.set_guidance_rescale(family.guidance.rescale)
+    return patcher, prediction
 
 
 def _build_embeddings(clip: CLIP, family: Family, folders: Sequence[Path]) -> EmbeddingDatabase:

@@ -97,15 +97,21 @@ class Encoder(Protocol):
         ...
 
 
+RescaleGuidance = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x, x0 of the positive prompt, combined x0), all (B, C, H, W), to the x0 that the sampler gets."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Guidance:
-    """`distilled`: the default guidance number that the network takes instead of CFG, None for a family without it.
+    """`distilled`: the default guidance number that the network takes instead of CFG, None for a family without it. `rescale` changes what CFG
+    combined; None leaves it.
 
     A network of the family takes it if its program reads "guidance" (Flux.1-dev does, schnell does not). The engine then adds that condition, with
     the request's distilled CFG scale, to the result of `encode`.
     """
 
     distilled: float | None = None
+    rescale: RescaleGuidance | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,6 +161,7 @@ class Family:
     asked to. `latent_of_vae`: the latents that a loaded VAE's own statistics describe. `forge_shifts_table_alone`: Forge forgets the shift
     in computed schedules. `join_inpaint` (mask in pixels, masked picture's latents) returns the extra channels of an inpainting model.
     `edit_names`: words in the file names of models that were trained to edit reference pictures, where nothing else tells them.
+    `reads_pictures`: its text encoder sees reference pictures, as `pictures` of the prompts, (H, W, 3) uint8 RGB arrays.
     `compute_dtypes`: dtypes its network may compute in, best first; a device uses the first that it runs at full speed. `forge_flags`: attribute
     names that extensions check ("is_sdxl"). `join_checkpoint` (denoiser, VAE, text encoders) returns the tensors of a single file.
     """
@@ -179,6 +186,7 @@ class Family:
     text_settings: Mapping[str, float] = field(default_factory=dict)
     reads_size: bool = False
     attends_jointly: bool = False
+    reads_pictures: bool = False
     build_token_counter: Callable[[], TextEngine] | None = None
     shift_of_tokens: Callable[[int, int], float] | None = None
     always_shifts_by_size: bool = False

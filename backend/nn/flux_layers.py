@@ -57,7 +57,7 @@ class FluxAttentionProcessor:
 
 def _project(attn: Any, tokens_BLD: Tensor, layers: tuple[nn.Module, ...], norms: tuple[nn.Module, nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys, normalized per head, and values."""
-    query_BLNK, key_BLNK, value_BLNK = (layer(tokens_BLD).unflatten(-1, (-1, attn.head_dim)) for layer in layers)
+    query_BLNK, key_BLNK, value_BLNK = (layer(tokens_BLD).unflatten(-1, (attn.heads, -1)) for layer in layers)
     return norms[0](query_BLNK), norms[1](key_BLNK), value_BLNK
 
 
@@ -85,21 +85,38 @@ def run_double_with(
 
     They have the streams' dtype; `dtype` is the network's. `mask` tells which keys count.
     """
+    norms = (bare(block.norm1), bare(block.norm1_context)), (block.norm2, block.norm2_context)
+    return run_two_streams(block.attn, (image_BLD, text_BTD), modulations, norms, (block.ff, block.ff_context), dtype, rope, mask)
+
+
+def run_two_streams(
+    attention: Any,
+    streams: tuple[Tensor, Tensor],
+    modulations: tuple[Sequence[Tensor], Sequence[Tensor]],
+    norms: tuple[tuple[Any, Any], tuple[Any, Any]],
+    feed_forwards: tuple[Any, Any],
+    dtype: torch.dtype,
+    rope: Rope,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(picture, text) after joint attention and an MLP each, with six shifts, scales and gates for either, as `run_double_with` takes them.
+
+    `norms`: those before attention, and those before the MLPs; all without weights. In each pair the picture's comes first.
+    """
+    image_BLD, text_BTD = streams
     image_mods, text_mods = modulations
-    attended = block.attn(
-        hidden_states=norm_with(bare(block.norm1), image_BLD, image_mods[1], image_mods[0], dtype),
-        encoder_hidden_states=norm_with(bare(block.norm1_context), text_BTD, text_mods[1], text_mods[0], dtype),
+    attended = attention(
+        hidden_states=norm_with(norms[0][0], image_BLD, image_mods[1], image_mods[0], dtype),
+        encoder_hidden_states=norm_with(norms[0][1], text_BTD, text_mods[1], text_mods[0], dtype),
         attention_mask=mask,
         image_rotary_emb=rope,
     )
-    streams = []
-    for stream, mixed, mods, norm, feed_forward in zip(
-        (image_BLD, text_BTD), attended, modulations, (block.norm2, block.norm2_context), (block.ff, block.ff_context), strict=True
-    ):
+    advanced = []
+    for stream, mixed, mods, norm, feed_forward in zip(streams, attended, modulations, norms[1], feed_forwards, strict=True):
         stream = stream + mods[2] * mixed.to(stream.dtype)
         inner = feed_forward(norm_with(norm, stream, mods[4], mods[3], dtype))
-        streams.append(stream + mods[5] * inner.to(stream.dtype))
-    return streams[0], streams[1]
+        advanced.append(stream + mods[5] * inner.to(stream.dtype))
+    return advanced[0], advanced[1]
 
 
 def run_single_block(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, rope: Rope) -> Tensor:

@@ -79,7 +79,7 @@ class Qwen3TextEncoder(nn.Module):
         mask = None if attention_mask is None else _readable(attention_mask)
         read = {0: stream_BLD}
         for number, layer in enumerate(self.layers[: max(self.reads)], 1):
-            stream_BLD = _run_layer(layer, stream_BLD, rope, dtype, mask)
+            stream_BLD = run_decoder_layer(layer, stream_BLD, rope, dtype, mask)
             if number in self.reads:
                 read[number] = stream_BLD
         return torch.cat([read[number] for number in self.reads], dim=-1)
@@ -92,7 +92,8 @@ def _readable(attention_mask_BL: Tensor) -> Tensor:
     return causal_LL & attention_mask_BL.bool()[:, None, None, :]
 
 
-def _run_layer(layer: Any, stream_BLD: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype, mask: Tensor | None) -> Tensor:
+def run_decoder_layer(layer: Any, stream_BLD: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
+    """The stream, in a dtype of its own, after a layer of transformers' Qwen2 or Qwen3 that computes in `dtype`."""
     mixed_BLD, _ = layer.self_attn(
         hidden_states=normed(layer.input_layernorm, stream_BLD, dtype), position_embeddings=rope, attention_mask=mask
     )  # fmt: skip

@@ -91,7 +91,16 @@ def normed(norm: nn.Module, stream_BLD: Tensor, dtype: torch.dtype) -> Tensor:
 
 def half_rope(length: int, head_width: int, theta: float, dtype: torch.dtype, device: torch.device) -> Rope:
     """Cosines and sines (1, L, K) of places 0..L-1, each angle twice, as transformers' decoders take them. Su et al. 2021, "RoFormer", eq. 34."""
-    omega = 1.0 / (theta ** (torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width))
-    angles = torch.arange(length, dtype=torch.float32, device=device)[None, :, None] * omega
+    omega = half_frequencies(head_width, theta, device)
+    return half_tables(torch.arange(length, dtype=torch.float32, device=device)[None, :, None] * omega, dtype)
+
+
+def half_frequencies(head_width: int, theta: float, device: torch.device) -> Tensor:
+    """Angles per place, (K / 2,) fp32."""
+    return 1.0 / (theta ** (torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width))
+
+
+def half_tables(angles: Tensor, dtype: torch.dtype) -> Rope:
+    """Cosines and sines (..., K) of angles (..., K / 2), each twice."""
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -177,6 +177,7 @@ _FAMILY_BY_LAYER = (
     (("stream_modulation", "to_qkv_mlp_proj", "ff_linear_in", "ff.linear_in"), "Flux.2"),
     (("img_mod_lin", "img_mod.lin", "_modulation_lin", ".modulation.lin"), "Flux.1"),
     (("double_blocks", "single_blocks", "single_transformer_blocks"), "Flux"),
+    (("img_mlp_net", "img_mlp.net", "txt_mlp_net", "txt_mlp.net", "img_mod_1", "img_mod.1"), "Qwen-Image"),
     (("joint_blocks", "attn_add_k_proj", "attn.add_k_proj"), "SD 3"),
     (("lora_te2_", "text_encoder_2.", "input_blocks_8_1_transformer_blocks_1", "down_blocks_2_attentions_1_transformer_blocks_9"), "SDXL"),
 )

@@ -31,7 +31,7 @@ class UnetPatcher(ModelPatcher):
         self.extra_model_patchers_during_sampling: list[ModelPatcher] = []
         self.extra_concat_condition: Tensor | None = None
         self.reference_latents: tuple[Tensor, ...] = ()
-        """Latents (B or 1, C, H, W) of reference pictures, for a network that takes them (Kontext)."""
+        """Latents (B or 1, C, H, W) of reference pictures, for a network that takes them (Kontext, Qwen-Image-Edit)."""
 
     @classmethod
     def from_model(cls, model: KModel, load_device: torch.device | None = None, offload_device: torch.device | None = None) -> UnetPatcher:
@@ -113,8 +113,8 @@ class UnetPatcher(ModelPatcher):
         """Let the network read these references, scaled like the latents it makes, in every step. Raises: ValueError for more than it takes."""
         if len(latents) > self.most_references:
             raise ValueError(
-                f"{len(latents)} reference pictures were given to a network that takes {self.most_references}. Use a Kontext or Flux.2-klein model, "
-                "or fewer pictures."
+                f"{len(latents)} reference pictures were given to a network that takes {self.most_references}. Use an editing model (Flux.1 Kontext, "
+                "Flux.2-klein, Qwen-Image-Edit), or fewer pictures."
             )
         self.reference_latents = tuple(latents)
 
@@ -147,6 +147,10 @@ class UnetPatcher(ModelPatcher):
 
     def add_sampler_pre_cfg_function(self, modifier: object, ensure_uniqueness: bool = False) -> None:
         self.append_model_option("sampler_pre_cfg_function", modifier, ensure_uniqueness)
+
+    def set_guidance_rescale(self, rescale: object) -> None:
+        """After CFG's own formula, a function maps (x, x0 of the positive prompt, combined x0) to the denoised batch (Qwen-Image's rule)."""
+        self.model_options["guidance_rescale"] = rescale
 
     def set_memory_peak_estimation_modifier(self, modifier: object) -> None:
         """Set a function (input_shape) -> bytes that replaces the network's own estimate."""

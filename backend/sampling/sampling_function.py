@@ -169,8 +169,8 @@ def sampling_function_inner(
     """Classifier-free guidance: uncond + scale * (cond - uncond) on x0. Ho and Salimans 2022, eq. 6.
 
     At scale 1 the unconditional branch is skipped, unless prompt weights do not sum to 1 or an extension requires it.
-    Hooks: pre-CFG functions may change all inputs; a CFG function replaces the formula (it works on x minus prediction); post-CFG functions may
-    change the result.
+    Hooks: pre-CFG functions may change all inputs; a CFG function replaces the formula (it works on x minus prediction) and the family's rescaling;
+    post-CFG functions may change the result.
     `return_full`: also return the predictions of both branches. The unconditional one is zeros if it did not run.
     `on_branches` may change both before they are combined; if the unconditional branch did not run it gets the conditional one twice.
     """
@@ -185,8 +185,12 @@ def sampling_function_inner(
         uncond_pred = uncond_pred if run_uncond is None else changed_uncond
     if "sampler_cfg_function" in options:
         result = _run_cfg_function(options, model, x, timestep, cond_scale, cond_pred, uncond_pred)
+    elif run_uncond is None:
+        result = cond_pred
     else:
-        result = cond_pred if run_uncond is None else _compose(cond_pred, uncond_pred, cond_scale, _total_strength(cond))
+        result = _compose(cond_pred, uncond_pred, cond_scale, _total_strength(cond))
+        if (rescale := options.get("guidance_rescale")) is not None:
+            result = rescale(x, cond_pred, result)
     for after in options.get("sampler_post_cfg_function", ()):
         result = after(
             {

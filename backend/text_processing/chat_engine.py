@@ -110,14 +110,28 @@ class ChatTextProcessingEngine:
 
     def _encode(self, chunk: ChatChunk) -> Tensor:
         """(L, D) of a chunk in its template."""
-        before, after = self.tokenize([self.template.before, self.template.after])
+        before, after = self._frame()
         tokens = [*before, *chunk.tokens, *after]
         num_pads = max(0, self.template.padded_length - len(tokens))
         multipliers = [1.0] * len(before) + chunk.multipliers + [1.0] * (len(after) + num_pads)
+        with torch.no_grad():
+            z_1LD = self._run(tokens, num_pads).float()
+        weights_1L = torch.tensor([multipliers], dtype=z_1LD.dtype, device=z_1LD.device)
+        return apply_emphasis(self.emphasis_name, z_1LD, weights_1L)[0, self.num_dropped :]
+
+    @property
+    def num_dropped(self) -> int:
+        """Tokens at the start whose features are left out."""
+        return self.template.num_dropped
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The tokens before and after the prompt."""
+        before, after = self.tokenize([self.template.before, self.template.after])
+        return before, after
+
+    def _run(self, tokens: list[int], num_pads: int) -> Tensor:
+        """The encoder's features (1, L, D), with those of so many tokens of padding."""
         encoder: Any = self.text_encoder
         device = encoder.get_input_embeddings().weight.device
         masks = [torch.tensor([[1] * len(tokens) + [0] * num_pads], device=device)] if num_pads else []
-        with torch.no_grad():
-            z_1LD = encoder(torch.tensor([tokens + [self.template.pad_token] * num_pads], device=device), *masks).float()
-        weights_1L = torch.tensor([multipliers], dtype=z_1LD.dtype, device=z_1LD.device)
-        return apply_emphasis(self.emphasis_name, z_1LD, weights_1L)[0, self.template.num_dropped :]
+        return encoder(torch.tensor([tokens + [self.template.pad_token] * num_pads], device=device), *masks)  # type: ignore[no-any-return]

@@ -5,6 +5,7 @@ Must not know sampling or pictures. Functions take the request (`p`) and set its
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from backend.text_processing.chunks import PromptTooLongError
 from backend.text_processing.composition import split_composition, strip_comments
+from backend.text_processing.picture_chat_engine import NoVisionError
 from modules.errors import RequestError
-from modules.processing.model_facts import reads_size, takes_distilled_guidance
+from modules.processing.model_facts import reads_pictures, reads_size, takes_distilled_guidance
 from modules.prompts import extra_networks
 from modules.prompts import schedules as prompt_parser
 from modules.prompts.schedules import SdConditioning
@@ -129,7 +131,7 @@ def _note_t5(p: StableDiffusionProcessing, is_read: bool) -> None:
 def setup_conditions(p: StableDiffusionProcessing) -> None:
     """Set `c` and `uc` of the batch. At CFG scale 1 the negative prompt is not encoded, because it does not affect the picture."""
     apply_prompt_options(p)
-    facts: dict[str, Any] = {"width": p.width, "height": p.height, "distilled_cfg_scale": p.distilled_cfg_scale}
+    facts = _facts(p, p.width, p.height, p.distilled_cfg_scale)
     prompts = SdConditioning(p.prompts, **facts)
     negative_prompts = SdConditioning(p.negative_prompts, **facts, is_negative_prompt=True)
     p.firstpass_steps = num_denoiser_calls(p.sampler_name, p.steps)
@@ -146,7 +148,7 @@ def setup_hires_conditions(p: StableDiffusionProcessingTxt2Img) -> None:
         p.hr_c, p.hr_uc = p.c, p.uc
         return
     apply_prompt_options(p)
-    facts: dict[str, Any] = {"width": p.hr_upscale_to_x, "height": p.hr_upscale_to_y, "distilled_cfg_scale": p.hr_distilled_cfg}
+    facts = _facts(p, p.hr_upscale_to_x, p.hr_upscale_to_y, p.hr_distilled_cfg)
     prompts = SdConditioning(p.hr_prompts, **facts)
     negative_prompts = SdConditioning(p.hr_negative_prompts, **facts, is_negative_prompt=True)
     steps = num_denoiser_calls(p.hr_sampler_name or p.sampler_name, p.hr_second_pass_steps or p.steps)
@@ -176,12 +178,18 @@ def _prompts_of_pass(p: Any, sampler_name: str | None) -> tuple[SdConditioning, 
     """(prompts, negative prompts, their extra networks, steps of the second pass) of the current pass."""
     if p.is_hr_pass and not p.options.hires_fix_use_firstpass_conds:
         texts, negative_texts, data = p.hr_prompts, p.hr_negative_prompts, p.hr_extra_network_data
-        facts = {"width": p.hr_upscale_to_x, "height": p.hr_upscale_to_y, "distilled_cfg_scale": p.hr_distilled_cfg}
+        facts = _facts(p, p.hr_upscale_to_x, p.hr_upscale_to_y, p.hr_distilled_cfg)
         hires_steps: int | None = num_denoiser_calls(sampler_name, p.hr_second_pass_steps or p.steps)
     else:
         texts, negative_texts, data, hires_steps = p.prompts, p.negative_prompts, p.extra_network_data, None
-        facts = {"width": p.width, "height": p.height, "distilled_cfg_scale": p.distilled_cfg_scale}
+        facts = _facts(p, p.width, p.height, p.distilled_cfg_scale)
     return SdConditioning(texts, **facts), SdConditioning(negative_texts, **facts, is_negative_prompt=True), data, hires_steps
+
+
+def _facts(p: StableDiffusionProcessing, width_px: int, height_px: int, distilled_cfg_scale: float) -> dict[str, Any]:
+    """What conditions may depend on beside the prompts, as SdConditioning takes it."""
+    pictures = p.text_pictures if reads_pictures(p.sd_model) else ()
+    return {"width": width_px, "height": height_px, "distilled_cfg_scale": distilled_cfg_scale, "pictures": pictures}
 
 
 def _is_weighted(conditions: prompt_parser.MulticondLearnedConditioning) -> bool:
@@ -212,7 +220,7 @@ def _cached(
     if cache[0] is None or cache[0] != key:
         try:
             conditions = encode(p.sd_model, prompts, steps, hires_steps, p.options.use_old_scheduling)
-        except PromptTooLongError as error:
+        except (PromptTooLongError, NoVisionError) as error:
             raise RequestError(str(error)) from error
         cache[:] = [key, conditions, _take_text_params(p.sd_model)]
     _merge_text_params(p.extra_generation_params, cache[2] if len(cache) > 2 else {})
@@ -227,6 +235,7 @@ def _cache_key(p: StableDiffusionProcessing, prompts: SdConditioning, steps: int
         tuple(prompts),
         bool(prompts.is_negative_prompt),
         (prompts.width, prompts.height) if reads_size(engine) else None,
+        tuple((picture.shape, hashlib.sha256(picture.tobytes()).digest()) for picture in prompts.pictures),
         (steps, hires_steps) if any("[" in prompt for prompt in prompts) else None,
         getattr(engine, "load_number", id(engine)),
         str(engine.current_lora_hash),

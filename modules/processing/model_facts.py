@@ -53,6 +53,11 @@ def is_edit_model(model: Any) -> bool:
     return bool(getattr(model, "is_edit_model", False))
 
 
+def reads_pictures(model: Any) -> bool:
+    """Whether the text encoder sees reference pictures."""
+    return bool(getattr(getattr(model, "family_facts", None), "reads_pictures", False))
+
+
 def most_references(model: Any) -> int:
     """How many reference pictures the network takes in addition to the picture it makes."""
     unet = getattr(getattr(model, "forge_objects", None), "unet", None)

@@ -133,6 +133,8 @@ class StableDiffusionProcessing:
     refiner_checkpoint_info: Any = field(default=None, init=False)
     refiner: Any = field(default=None, init=False)
     image_conditioning_source: Any = field(default=None, init=False)
+    text_pictures: tuple[Any, ...] = field(default=(), init=False)
+    """Pictures that the text encoder is to see, (H, W, 3) uint8 RGB arrays."""
 
     # conditions cached across jobs; clear_prompt_cache() empties them
     cached_c = [None, None]

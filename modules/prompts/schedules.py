@@ -27,7 +27,8 @@ class TextEncodingModel(Protocol):
 
 
 class SdConditioning(list[str]):
-    """A list of prompts with the size of their picture. Missing values come from `copy_from`, or from `prompts` if that has them."""
+    """A list of prompts with the size of their picture, and the pictures that the text encoder is to see, (H, W, 3) uint8 arrays. Missing values
+    come from `copy_from`, or from `prompts` if that has them."""
 
     def __init__(
         self,
@@ -37,12 +38,14 @@ class SdConditioning(list[str]):
         height: int | None = None,
         copy_from: Any = None,
         distilled_cfg_scale: float | None = None,
+        pictures: Sequence[Any] = (),
     ) -> None:
         super().__init__(prompts)
         source = prompts if copy_from is None else copy_from
         self.is_negative_prompt = is_negative_prompt or getattr(source, "is_negative_prompt", False)
         self.width = width or getattr(source, "width", None)
         self.height = height or getattr(source, "height", None)
+        self.pictures = tuple(pictures) or getattr(source, "pictures", ())
         self.distilled_cfg_scale = getattr(source, "distilled_cfg_scale", None) if distilled_cfg_scale is None else distilled_cfg_scale
 
 

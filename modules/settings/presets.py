@@ -25,8 +25,8 @@ class Preset:
     has_gpu_weights: bool = False
 
 
-def _square(name: str, *, cfg: float, scheduler: str, steps: int) -> Preset:
-    return Preset(name=name, width_px=1024, height_px=1024, side_px=1024, cfg=cfg, sampler="Euler", scheduler=scheduler, steps=steps)
+def _square(name: str, *, cfg: float, scheduler: str, steps: int, side_px: int = 1024) -> Preset:
+    return Preset(name=name, width_px=side_px, height_px=side_px, side_px=side_px, cfg=cfg, sampler="Euler", scheduler=scheduler, steps=steps)
 
 
 PRESETS = (
@@ -42,5 +42,6 @@ PRESETS = (
     _square("chroma", cfg=3.5, scheduler="Beta", steps=26),
     _square("sd3", cfg=4.5, scheduler="SGM Uniform", steps=20),
     _square("lumina", cfg=4.0, scheduler="Simple", steps=30),
+    _square("qwen", cfg=4.0, scheduler="Simple", steps=50, side_px=1328),
 )  # fmt: skip
 NAMES = tuple(preset.name for preset in PRESETS)

@@ -20,12 +20,16 @@ from backend import memory_management
 from backend.args import BackendConfig
 from backend.devices.probing import probe_devices
 from backend.families.flux.program import FluxProgram, place_references
+from backend.families.qwenimage.program import QwenProgram
+from backend.nn.qwen_vision import prepare_picture
+from backend.text_processing import picture_chat_engine
 from modules.api.api import create_api
 from modules.application import Application
 from modules.scripts.without_page import build_controls
 from tests.support.applications import installed_application
 from tests.support.extensions import import_builtin, loaded_builtin
 from tests.support.flux_checkpoints import write_flux
+from tests.support.qwenimage_networks import write_qwenimage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -62,6 +66,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         write_flux(folder, "all-in-one", name=name)
     write_flux(folder, "all-in-one", name="canny", in_channels=128, out_channels=64)
     write_flux(folder, "original", name="parts")
+    write_qwenimage(folder, "all-in-one", name="qwen_image_edit_2509")
     with installed_application(folder, api=True) as app, loaded_builtin(app, "reference_pictures", "sd_forge_controlnet"):
         app.options.live_previews_enable = False
         build_controls(app)
@@ -181,3 +186,32 @@ def test_parts_that_are_missing_are_named_with_file_size_and_folder(site: Site) 
         "models/VAE",
     ):
         assert words in answer.text, answer.text
+
+
+def test_qwen_image_edit_reads_references_and_its_text_encoder_sees_them(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """img2img's picture first, then the panel's, for both prompts; the same pictures are not encoded again for the next seed."""
+    calls: list[tuple[dict[str, tuple[int, ...]], int]] = []
+    start, shown = QwenProgram.start, []
+
+    def noted(self: QwenProgram, rows: dict[str, Tensor], **options: Any) -> Any:
+        calls.append(({name: tuple(tensor.shape) for name, tensor in rows.items()}, rows["x"].shape[0]))
+        return start(self, rows, **options)
+
+    def seen(picture: np.ndarray, *args: Any) -> Any:
+        shown.append(picture.shape)
+        return prepare_picture(picture, *args)
+
+    monkeypatch.setattr(QwenProgram, "start", noted)
+    monkeypatch.setattr(picture_chat_engine, "prepare_picture", seen)
+    fields: dict[str, Any] = {"cfg_scale": 3, "negative_prompt": "dark", "width": SIDE_PX, "height": SIDE_PX}
+    both, info = site.make("qwen_image_edit_2509", [True, "Automatic", "None", png(2, 40, 70)], init=png(), **fields)
+    assert references_of(calls[-1][0]) == [(8, 8), (8, 4)] and "Reference pictures: 2" in info
+    assert shown == [(64, 64, 3), (70, 40, 3)] * 2 and calls[-1][1] == 2, "prompt and negative prompt, and both in one call"
+    site.make("qwen_image_edit_2509", [True, "Automatic", "None", png(2, 40, 70)], init=png(), seed=2, **fields)
+    assert len(shown) == 4
+    other, _ = site.make("qwen_image_edit_2509", [True, "Automatic", "None", png(3, 40, 70)], init=png(), **fields)
+    assert len(shown) == 8 and np.abs(both - other).mean() > 0.1
+    site.make("qwen_image_edit_2509", [True, "No", "None"], init=png(), **fields)
+    assert len(shown) == 8 and references_of(calls[-1][0]) == []
+    two = site.post("/sdapi/v1/img2img", "qwen_image_edit_2509", None, init_images=[png(1), png(2)], batch_size=2)
+    assert two.status_code == 422 and "2 initial pictures were sent at once" in two.text

@@ -48,6 +48,7 @@ def write_dit(
     texts: Mapping[str, TextFile],
     original_vae: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
+    vae_name: str = "ae",
 ) -> DitFiles:
     """Files where users put them. `original`, `original_vae`: weights in the original layout. "all-in-one" has everything in one file."""
     folder = data_dir / "models"
@@ -63,7 +64,7 @@ def write_dit(
         return DitFiles(checkpoint=checkpoint, modules=(), transformer=transformer, vae=vae, texts=networks)
     is_original = layout == "original"
     save(checkpoint, original if is_original else dict(transformer.state_dict()), dtype)
-    modules: dict[Path, Mapping[str, Tensor]] = {folder / "VAE" / "ae.safetensors": original_vae if is_original else dict(vae.state_dict())}
+    modules: dict[Path, Mapping[str, Tensor]] = {folder / "VAE" / f"{vae_name}.safetensors": original_vae if is_original else dict(vae.state_dict())}
     modules |= {folder / "text_encoder" / text.file_name: text.tensors for text in texts.values()}
     for path, tensors in modules.items():
         save(path, tensors, dtype)

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from backend.nn.controlnet import HINT_STEP_PX, ControlNetwork
 from backend.nn.empty_network import make_empty_network
+from backend.nn.picture_vae import PictureVae
 from backend.nn.piece import Piece
 from backend.nn.program import Program, ProgramState, Reading, trace_tensors
 from backend.nn.tiles import TileTraffic
@@ -318,7 +319,7 @@ def _traffic_of_control(control: nn.Module, height: int, width: int) -> TileTraf
 
 
 def profile_vae_decoder(config: Mapping[str, Any], *, latent_height: int, latent_width: int, dtype: torch.dtype | None = None) -> ComponentCost:
-    """Costs of a VAE: the bytes of the whole model, the FLOPs and working memory of one decode."""
+    """Costs of a VAE, an AutoencoderKL or a PictureVae: the bytes of the whole model, the FLOPs and working memory of one decode."""
     with _lock:
         return _count_vae_decoder(_as_text(config), latent_height, latent_width, dtype or torch.float16)
 
@@ -326,7 +327,8 @@ def profile_vae_decoder(config: Mapping[str, Any], *, latent_height: int, latent
 @lru_cache(maxsize=_CACHE_LENGTH)
 def _count_vae_decoder(config_text: str, latent_height: int, latent_width: int, dtype: torch.dtype) -> ComponentCost:
     with torch.device("meta"):
-        vae: Any = _cast(AutoencoderKL.from_config(json.loads(config_text)), dtype)
+        config = json.loads(config_text)
+        vae: Any = _cast((PictureVae if "has_time" in config else AutoencoderKL).from_config(config), dtype)
     latent_BCHW = torch.empty(1, vae.config.latent_channels, latent_height, latent_width, device="meta", dtype=dtype)
     return _count_component("VAE", vae, lambda: vae.decode(latent_BCHW, return_dict=False))
 

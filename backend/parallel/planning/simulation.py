@@ -233,7 +233,7 @@ def component_costs(name: str, width_px: int, height_px: int, *, has_controlnet:
     config = model_config(name)
     height, width = height_px // _LATENT_PX, width_px // _LATENT_PX  # of the VAE's latents
     text_bytes = int(sum(config["text_encoder_parameters"]) * bytes_per_weight(weights))
-    vae_config = {**_VAE_CONFIG, "latent_channels": _latent_channels(config)}
+    vae_config = config.get("vae") or {**_VAE_CONFIG, "latent_channels": _latent_channels(config)}
     costs = [ComponentCost(name="text encoders", weight_bytes=text_bytes), profile_vae_decoder(vae_config, latent_height=height, latent_width=width)]
     return (*costs, _control_cost(name, height, width)) if has_controlnet else tuple(costs)
 

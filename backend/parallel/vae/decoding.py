@@ -30,6 +30,7 @@ from backend.parallel.planning.planner import deal_by_speed
 from backend.parallel.planning.vae_cost import DecoderSize, LinkCost, decode_macs, divide_rows, worth_splitting
 from backend.parallel.running.lost_slots import drop_dead_slots
 from backend.parallel.running.worker import SlotLost, SlotWorker
+from backend.parallel.vae.layers import has_strips
 from backend.parallel.vae.split import CannotSplit, DecoderShard, SplitDecoder
 from backend.patcher.vae import DecodeJob
 
@@ -73,7 +74,7 @@ def _decode(job: DecodeJob, latents_BCHW: Tensor, fleet: Fleet, slots: Sequence[
     size = DecoderSize.from_config(cast("Any", job.network).config)
     num_dealt = num_images - num_images % len(slots)
     macs = decode_macs(height, width, size)
-    split_pays = worth_splitting(
+    split_pays = has_strips(job.network) and worth_splitting(
         height,
         width,
         len(slots),

@@ -80,6 +80,11 @@ def read_strip_network(vae: Any, device: torch.device) -> StripNetwork:
     )
 
 
+def has_strips(vae: Any) -> bool:
+    """Whether the network's kind of decoder can be split at all. Qwen-Image's cannot."""
+    return type(vae.decoder) is Decoder
+
+
 def _require(holds: bool, truth: str) -> None:
     if not holds:
         raise CannotSplit(f"This VAE cannot be decoded in strips: {truth}. It is decoded whole.")

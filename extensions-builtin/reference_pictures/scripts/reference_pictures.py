@@ -1,5 +1,5 @@
-"""Reference pictures: up to four pictures that an editing model (Flux.1 Kontext) reads for the picture it makes, and the picture of edges or depth
-that a Flux.1 Canny or Depth model makes its picture from. The panel, and the work during a job.
+"""Reference pictures: up to four pictures that an editing model (Flux.1 Kontext, Qwen-Image-Edit) reads for the picture it makes, and the picture of
+edges or depth that a Flux.1 Canny or Depth model makes its picture from. The panel, and the work during a job.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from modules.api.pictures import decode_picture
 from modules.errors import RequestError
 from modules.pictures.resizing import CROP_AND_RESIZE, flatten, resize_by_mode, to_8_bit
 from modules.processing.latents import encode_pixels, latent_format_of, pil_to_pixels
-from modules.processing.model_facts import is_edit_model, most_references, takes_control_picture
+from modules.processing.model_facts import is_edit_model, most_references, reads_pictures, takes_control_picture
 from modules.ui_components import InputAccordion
 from modules_forge.shared import supported_preprocessors
 
 MOST_PICTURES = 4
 MOST_PIXELS = 1024 * 1024
-"""Larger references are scaled down to about this: Kontext was trained with pictures of a megapixel, and every token of theirs costs time."""
+"""Larger references are scaled down to about this: editing models were trained with pictures of a megapixel, and every token of theirs costs time."""
 AUTOMATIC, YES, NO = "Automatic", "Yes", "No"
 NO_PREPROCESSOR = "None"
 INFOTEXT_KEY = "Reference pictures"
@@ -42,11 +42,14 @@ class ReferencePictures(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        with InputAccordion(False, label="Reference pictures (Kontext, Canny, Depth)", elem_id=self.elem_id("enabled")) as enabled:
+        with InputAccordion(
+            False, label="Reference pictures (Kontext, Flux.2-klein, Qwen-Image-Edit, Canny, Depth)", elem_id=self.elem_id("enabled")
+        ) as enabled:
             with gr.Row():
                 own = gr.Radio(
                     label="img2img's picture is the first one", choices=[AUTOMATIC, YES, NO], value=AUTOMATIC, visible=is_img2img,
-                    info="Automatic: if the model is for editing, which the word kontext in its file name tells.", elem_id=self.elem_id("img2img"),
+                    info="Automatic: if the model is for editing, which its file name tells (kontext for Flux.1, edit for Qwen-Image).",
+                    elem_id=self.elem_id("img2img"),
                 )  # fmt: skip
                 preprocessor = gr.Dropdown(
                     label="Preprocessor for Canny and Depth models", choices=[NO_PREPROCESSOR, *list_preprocessors()], value=NO_PREPROCESSOR,
@@ -69,9 +72,11 @@ class ReferencePictures(scripts.Script):
         model = p.sd_model
         if p.reference_pictures.pictures and not (takes_control_picture(model) or most_references(model)):
             raise RequestError(
-                f"Reference pictures were given, but {model.family_title} in {name_of(model)} takes none. Choose a Kontext, Flux.2-klein, Canny or "
-                "Depth model, or turn the panel off."
+                f"Reference pictures were given, but {model.family_title} in {name_of(model)} takes none. Choose an editing model (Kontext, "
+                "Flux.2-klein, Qwen-Image-Edit), a Canny or a Depth model, or turn the panel off."
             )
+        if reads_pictures(model):
+            p.text_pictures = text_pictures(p, p.reference_pictures)
         count = len(p.reference_pictures.pictures) + p.reference_pictures.takes_img2img_picture
         if count and not takes_control_picture(model):
             p.extra_generation_params[INFOTEXT_KEY] = count
@@ -92,7 +97,7 @@ class ReferencePictures(scripts.Script):
         p.sd_model.forge_objects.unet = unet
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
-        p.reference_pictures = GivenPictures([], False, NO_PREPROCESSOR)
+        p.reference_pictures, p.text_pictures = GivenPictures([], False, NO_PREPROCESSOR), ()
 
 
 class GivenPictures:
@@ -122,7 +127,7 @@ def takes_img2img_picture(p: Any, own: str, others: int) -> bool:
     if not is_img2img or own == NO or takes_control_picture(p.sd_model):
         return False
     if own == YES and not most_references(p.sd_model):
-        raise RequestError(f"img2img's picture was to be a reference, but {name_of(p.sd_model)} takes none. Choose a Kontext or Flux.2-klein model.")
+        raise RequestError(f"img2img's picture was to be a reference, but {name_of(p.sd_model)} takes none. Choose an editing model.")
     return (own == YES or is_edit_model(p.sd_model)) and others < MOST_PICTURES
 
 
@@ -148,6 +153,18 @@ def list_preprocessors() -> list[str]:
 
 def name_of(model: Any) -> str:
     return str(model.filename).replace("\\", "/").rpartition("/")[2]
+
+
+def text_pictures(p: Any, given: GivenPictures) -> tuple[np.ndarray, ...]:
+    """What the text encoder sees, in the order of the references. Raises RequestError for several initial pictures: all prompts see the same ones."""
+    own = list(p.init_images) if given.takes_img2img_picture else []
+    if len(own) > 1:
+        raise RequestError(
+            f"{p.sd_model.family_title} looks at its initial picture while it reads the prompt, but {len(own)} initial pictures were sent at once. "
+            "Send one at a time."
+        )
+    pictures = [flatten(picture, p.options.img2img_background_color) for picture in own]
+    return tuple(np.asarray(picture.convert("RGB")) for picture in (*pictures, *given.pictures))
 
 
 # latents

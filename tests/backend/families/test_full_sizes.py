@@ -20,6 +20,7 @@ PUBLISHED = {
     "flux2-klein-9b": (9.079e9, 75.5e12),
     "z-image": (6.155e9, 56.6e12),
     "lumina2": (2.610e9, 23.9e12),
+    "qwen-image": (20.43e9, 70.6e12),
 }
 
 
