@@ -5,6 +5,7 @@ Knows key layouts and shapes; callers supply families and configurations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,8 @@ def _fits(stored: tuple[int, ...], wanted: tuple[int, ...], source: TensorSource
         return len(stored) == len(wanted) and stored == (3 * wanted[0], *wanted[1:])
     if source.transposed:
         return stored == wanted[::-1]
+    if len(stored) == 1 < len(wanted):
+        return stored[0] == math.prod(wanted)  # a table whose rows are stored as one
     return _without_tail_ones(stored) == _without_tail_ones(wanted)  # a 1x1 convolution may be stored as a matrix, and vice versa
 
 

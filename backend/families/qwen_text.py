@@ -1,8 +1,11 @@
-"""Qwen3 as a family's text encoder (Z-Image, Flux.2): its places in files, its configuration from shapes, its weights."""
+"""Qwen3 (Z-Image, Flux.2), and the language model of Qwen3-VL (Krea 2), as a family's text encoder: its places in files, its configuration from
+shapes, its weights.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
@@ -13,7 +16,7 @@ from backend.families.family import Component
 from backend.families.file_shapes import FileShapes, read_part
 from backend.families.file_tokenizers import refusing_tokenizers
 from backend.gguf_tokenizer import read_gguf_tokenizer
-from backend.nn.qwen3 import Qwen3Shape, Qwen3TextEncoder, qwen3_config
+from backend.nn.qwen3 import THETA, VL_THETA, Qwen3Shape, Qwen3TextEncoder, qwen3_config
 from backend.state_dict import LoadPlan, build_empty, plan_as_named
 from backend.text_processing.qwen_tokenizer import VOCAB_LENGTH, build_byte_tokenizer, build_qwen_tokenizer
 from backend.text_processing.sentencepiece_file import CONTROL, UNUSED, USER_DEFINED
@@ -24,6 +27,15 @@ _PREFIXES = (
     "text_encoders.qwen3_4b.transformer.model.", "text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer.model.",
     "text_encoders.qwen3_8b.transformer.", "text_encoder.model.", "text_encoder.", "transformer.model.", "model.", "",
 )  # fmt: skip
+_MARKS = ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight", "layers.0.mlp.gate_proj.weight")
+VL_NAME, VL_TITLE = "qwen3_vl", "Qwen3-VL"
+VL_FILE_PREFIX = "text_encoders.qwen3vl_4b.transformer.model.language_model."
+_VL_PREFIXES = (
+    VL_FILE_PREFIX, "text_encoders.qwen3vl_4b.transformer.model.", "text_encoder.model.language_model.", "text_encoder.language_model.",
+    "model.language_model.", "language_model.", "model.", "",
+)  # fmt: skip
+_VL_MARK = "deepstack_merger_list."
+"""In names of the picture tower, which prompts alone do not need; it tells Qwen3-VL from a Qwen3 of the same shapes."""
 LayersRead = Callable[[int], tuple[int, ...]]
 """Number of layers -> which of them are read, counted from 1."""
 
@@ -46,16 +58,33 @@ def qwen3(usual_file: str, reads: LayersRead = before_the_last) -> Component:
     )
 
 
+def qwen3_vl(usual_file: str, reads: LayersRead) -> Component:
+    """The language model of a Qwen3-VL of any width."""
+    return replace(
+        qwen3(usual_file, reads),
+        name=VL_NAME,
+        title=VL_TITLE,
+        find=lambda file: find_qwen3_vl(file.infos),
+        build=lambda file, part: build_qwen3(file, part, reads, VL_THETA),
+    )
+
+
+def find_qwen3_vl(keys: Collection[str]) -> Sequence[Part]:
+    """The first Qwen3-VL in a file: a Qwen3 beside its picture tower, or under the name of one."""
+    has_tower = any(_VL_MARK in key for key in keys)
+    prefixes = _VL_PREFIXES if has_tower else (VL_FILE_PREFIX,)
+    return next(([Part(prefix, Layout.TRANSFORMERS, VL_NAME)] for prefix in prefixes if all(prefix + mark in keys for mark in _MARKS)), [])
+
+
 def _features_width(shape: Qwen3Shape, reads: LayersRead) -> int:
     return shape.width * len(reads(shape.num_layers))
 
 
 def find_qwen3(keys: Collection[str]) -> Sequence[Part]:
     """The first Qwen3 in a file. Qwen2.5 has no norms of queries; Gemma has further norms."""
-    marks = ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight", "layers.0.mlp.gate_proj.weight")
     for prefix in _PREFIXES:
         is_gemma = f"{prefix}layers.0.post_feedforward_layernorm.weight" in keys
-        if all(prefix + mark in keys for mark in marks) and not is_gemma:
+        if all(prefix + mark in keys for mark in _MARKS) and not is_gemma:
             return [Part(prefix, Layout.TRANSFORMERS, NAME)]
     return []
 
@@ -96,9 +125,9 @@ def read_qwen_tokenizer(file: TensorFile, part: Part) -> Any:
         return build_byte_tokenizer(found.tokens[:count], found.merges, [kind in (CONTROL, USER_DEFINED) for kind in found.kinds[:count]])
 
 
-def build_qwen3(file: TensorFile, part: Part, reads: LayersRead = before_the_last) -> nn.Module:
+def build_qwen3(file: TensorFile, part: Part, reads: LayersRead = before_the_last, theta: float = THETA) -> nn.Module:
     """Without memory."""
-    config = qwen3_config(read_qwen3_shape(file, part))
+    config = qwen3_config(replace(read_qwen3_shape(file, part), theta=theta))
     return build_empty(lambda: cast("nn.Module", Qwen3TextEncoder(config, reads(config.num_hidden_layers))))
 
 

@@ -21,12 +21,14 @@ from backend.nn.stream_layers import gated, half_rope, normed
 
 THETA = 1_000_000.0
 NORM_EPS = 1e-6
-"""Of every published Qwen3."""
+"""Of every published Qwen3 for text alone."""
+VL_THETA = 5_000_000.0
+"""Of Qwen3-VL, whose places in text alone count up as in other decoders."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Qwen3Shape:
-    """A Qwen3's structure, derived from its shapes."""
+    """A Qwen3's structure, derived from its shapes. `theta` is the base of its rotations, which no shape tells."""
 
     vocab_length: int
     width: int
@@ -35,6 +37,7 @@ class Qwen3Shape:
     num_kv_heads: int
     head_width: int
     num_layers: int
+    theta: float = THETA
 
 
 def qwen3_config(shape: Qwen3Shape) -> Qwen3Config:
@@ -47,7 +50,7 @@ def qwen3_config(shape: Qwen3Shape) -> Qwen3Config:
         head_dim=shape.head_width,
         num_hidden_layers=shape.num_layers,
         rms_norm_eps=NORM_EPS,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        rope_parameters={"rope_type": "default", "rope_theta": shape.theta},
     )
     config._attn_implementation = "sdpa"  # layers outside of a transformers model fall back to one without a causal mask
     return config
@@ -75,7 +78,7 @@ class Qwen3TextEncoder(nn.Module):
         embedded_BLD = self.embed_tokens(input_ids)
         dtype = embedded_BLD.dtype
         stream_BLD: Tensor = embedded_BLD.float() if dtype in (torch.float16, torch.bfloat16) else embedded_BLD
-        rope = half_rope(input_ids.shape[1], self.config.head_dim, THETA, dtype, input_ids.device)
+        rope = half_rope(input_ids.shape[1], self.config.head_dim, self.config.rope_parameters["rope_theta"], dtype, input_ids.device)
         mask = None if attention_mask is None else _readable(attention_mask)
         read = {0: stream_BLD}
         for number, layer in enumerate(self.layers[: max(self.reads)], 1):

@@ -43,5 +43,6 @@ PRESETS = (
     _square("sd3", cfg=4.5, scheduler="SGM Uniform", steps=20),
     _square("lumina", cfg=4.0, scheduler="Simple", steps=30),
     _square("qwen", cfg=4.0, scheduler="Simple", steps=50, side_px=1328),
+    _square("krea", cfg=1.0, scheduler="Simple", steps=8),
 )  # fmt: skip
 NAMES = tuple(preset.name for preset in PRESETS)

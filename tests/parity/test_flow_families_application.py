@@ -1,5 +1,4 @@
-"""Chroma, SD3.5, Flux.2-klein, Z-Image, Lumina2 and Qwen-Image through the whole product: jobs with CFG, AND, prompt editing and texts of unlike
-lengths, on one and two slots.
+"""The families of transformers through the whole product: jobs with CFG, AND, prompt editing and texts of unlike lengths, on one and two slots.
 
 Reference: one slot; rows in batches differ by rounding.
 """
@@ -21,6 +20,7 @@ from tests.support.chroma_networks import write_chroma
 from tests.support.dit_checkpoints import DitFiles
 from tests.support.fleets import virtual_fleet
 from tests.support.flux2_networks import write_flux2
+from tests.support.krea2_networks import write_krea2
 from tests.support.lumina2_networks import write_lumina2
 from tests.support.narrow_application import img2img, pixels, run, txt2img
 from tests.support.qwenimage_networks import write_qwenimage
@@ -30,7 +30,7 @@ from tests.support.zimage_networks import write_zimage
 SIDE_PX = 64
 WRITERS: dict[str, Callable[..., DitFiles]] = {
     "chroma": write_chroma, "sd3": write_sd3, "flux2": write_flux2, "zimage": write_zimage, "lumina2": write_lumina2,
-    "qwenimage": write_qwenimage,
+    "qwenimage": write_qwenimage, "krea2": write_krea2,
 }  # fmt: skip
 BASE: dict[str, Any] = {"cfg_scale": 3.0, "sampler_name": "Euler", "scheduler": "Simple", "do_not_save_grid": True, "negative_prompt": "dark"}
 LONG = "a red cat on a green mat in front of a blue house, [a hat:a bag:0.5] " * 3

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from backend.checkpoint_file import TensorFile
 from backend.checkpoint_prediction import FLOW, PredictionSpec
-from backend.families.family import Family, FoundDenoiser, Guidance, PageDefaults
+from backend.families.family import Family, FoundDenoiser, Guidance, PageDefaults, PageVariant
 from backend.families.flux import TABLE_LENGTH
 from backend.families.key_map import KeyMap
 from backend.families.qwen_vae import LATENT, qwen_vae, vae_to_file
@@ -87,7 +87,16 @@ FAMILY = Family(
     default_schedule="simple",
     guidance=Guidance(rescale=keep_flow_length),
     reads_pictures=True,
-    defaults=PageDefaults(preset="qwen", sampler="Euler", schedule="Simple", steps=50, cfg=4.0, width_px=1328, height_px=1328),
+    defaults=PageDefaults(
+        preset="qwen",
+        variants=(PageVariant(names="lightning", steps=8, cfg=1.0),),
+        sampler="Euler",
+        schedule="Simple",
+        steps=50,
+        cfg=4.0,
+        width_px=1328,
+        height_px=1328,
+    ),
     denoiser_title="transformer",
     edit_names=EDIT_NAMES,
 )

@@ -1,0 +1,99 @@
+"""Krea 2: Raw and Turbo. A transformer with one stream and grouped attention, Qwen3-VL-4B's features of twelve layers, Qwen-Image's VAE.
+
+Reading order: `identify` (which files), `key_map` (names), `program` (the network in segments), `text` (prompts), and here what they make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from diffusers import Krea2Transformer2DModel
+from torch import Tensor, nn
+
+from backend.checkpoint_file import TensorFile
+from backend.checkpoint_prediction import FLOW, PredictionSpec
+from backend.families.family import Family, FoundDenoiser, PageDefaults, PageVariant
+from backend.families.flux import TABLE_LENGTH
+from backend.families.krea2.identify import TITLE, identify_krea2
+from backend.families.krea2.key_map import TABLE, krea2_key_map
+from backend.families.krea2.program import build_krea2_program
+from backend.families.krea2.text import TEXT_ENCODERS, build_text_engines, build_token_counter, encode
+from backend.families.qwen_text import VL_FILE_PREFIX
+from backend.families.qwen_vae import LATENT, qwen_vae, vae_to_file
+from backend.families.single_file import VAE_PREFIX, join_parts
+from backend.key_layout import UNET_PREFIX
+from backend.modules.k_prediction import FlowPrediction, mu_of_tokens, shift_from_mu
+from backend.state_dict import build_empty
+
+MU = 1.15
+"""Turbo's at every size, and other UIs' for both."""
+FEW_TOKENS, MANY_TOKENS = (256, 0.5), (6400, 1.15)
+"""The authors' line of mu for Raw."""
+
+
+def _build(found: FoundDenoiser) -> nn.Module:
+    return build_empty(lambda: cast("nn.Module", Krea2Transformer2DModel(**found.config)))
+
+
+def _find_prediction(file: TensorFile, found: FoundDenoiser, network: nn.Module) -> PredictionSpec:
+    return PredictionSpec(kind=FLOW, shift=shift_from_mu(MU), source="the family's rule")
+
+
+def _shift_of_tokens(tokens: int, steps: int) -> float:
+    return shift_from_mu(mu_of_tokens(tokens, few=FEW_TOKENS, many=MANY_TOKENS))
+
+
+def join_krea2(denoiser: nn.Module, vae: nn.Module, encoders: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """An all-in-one file's tensors in the original layout, where a block's table of modulations has no rows."""
+    (qwen3_vl,) = encoders
+    state = {key: tensor.flatten() if _is_block_table(key) else tensor for key, tensor in denoiser.state_dict().items()}
+    return join_parts(
+        {
+            UNET_PREFIX: krea2_key_map(denoiser).to_original(state),
+            VAE_PREFIX: vae_to_file(cast("Any", vae)),
+            VL_FILE_PREFIX: qwen3_vl.state_dict(),
+        }
+    )
+
+
+def _is_block_table(key: str) -> bool:
+    return key.startswith("transformer_blocks.") and key.endswith(TABLE)
+
+
+FAMILY = Family(
+    name="krea2",
+    title=TITLE,
+    line=TITLE,
+    rank=33,
+    identify=identify_krea2,
+    build_denoiser=_build,
+    key_map=krea2_key_map,
+    build_program=build_krea2_program,
+    text_encoders=TEXT_ENCODERS,
+    vae=qwen_vae(TITLE),
+    latent=LATENT,
+    find_prediction=_find_prediction,
+    make_predictor=lambda prediction: FlowPrediction(shift=prediction.shift, multiplier=1.0, timesteps=TABLE_LENGTH),
+    native_size_px=lambda prediction: 1024,
+    build_text_engines=build_text_engines,
+    encode=encode,
+    join_checkpoint=join_krea2,
+    compute_dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    attends_jointly=True,
+    build_token_counter=build_token_counter,
+    shift_of_tokens=_shift_of_tokens,
+    default_schedule="simple",
+    defaults=PageDefaults(
+        preset="krea",
+        variants=(PageVariant(names="raw", steps=28, cfg=5.5),),
+        sampler="Euler",
+        schedule="Simple",
+        steps=8,
+        cfg=1.0,
+        width_px=1024,
+        height_px=1024,
+    ),
+    denoiser_title="transformer",
+)
