@@ -82,12 +82,12 @@ def attend_on_tile(attn: Any, tokens_BLD: Tensor, place: StreamPlace) -> Swaps[T
     awaited = tile.peers.post(dict.fromkeys(tile.others, own))
     query_BLNK = rotate(attn.norm_q(heads_of(attn, attn.to_q, tokens_BLD)), rope)
     received = yield awaited
-    key_BTMK, value_BTMK = _gather(own, received, place)
+    key_BTMK, value_BTMK = gather_heads(own, received, place)
     del own, received
     return join_heads(attn, query_BLNK, key_BTMK, value_BTMK, place.mask)
 
 
-def _gather(own: Tensors, received: Received, place: StreamPlace) -> tuple[Tensor, Tensor]:
+def gather_heads(own: Tensors, received: Received, place: StreamPlace) -> tuple[Tensor, Tensor]:
     """Keys and values of all tiles in the order of the whole, in one buffer per shape."""
     batch, _, heads, width = own[0].shape
     gathered = place.tile.buffer("keys and values", (2, batch, place.spans.length, heads, width), own[0])

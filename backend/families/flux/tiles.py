@@ -65,10 +65,25 @@ def run_double_on_tile(
     block: Any, image_BLD: Tensor, text_BLD: Tensor, modulations: tuple[Sequence[Tensor], Sequence[Tensor]], dtype: torch.dtype, place: TilePlace
 ) -> Swaps[tuple[Tensor, Tensor]]:
     """(picture, text) after a block with two streams, as `flux_layers.run_double_with`."""
-    attn, num_text, tile, rope = block.attn, text_BLD.shape[1], place.tile, place.rope
+    norms = (bare(block.norm1), bare(block.norm1_context)), (block.norm2, block.norm2_context)
+    return run_two_streams_on_tile(block.attn, (image_BLD, text_BLD), modulations, norms, (block.ff, block.ff_context), dtype, place)
+
+
+def run_two_streams_on_tile(
+    attn: Any,
+    streams: tuple[Tensor, Tensor],
+    modulations: tuple[Sequence[Tensor], Sequence[Tensor]],
+    norms: tuple[tuple[Any, Any], tuple[Any, Any]],
+    feed_forwards: tuple[Any, Any],
+    dtype: torch.dtype,
+    place: TilePlace,
+) -> Swaps[tuple[Tensor, Tensor]]:
+    """(picture, text) of a tile, as `flux_layers.run_two_streams`."""
+    image_BLD, text_BLD = streams
+    num_text, tile, rope = text_BLD.shape[1], place.tile, place.rope
     image_mods, text_mods = modulations
-    text_normed = norm_with(bare(block.norm1_context), text_BLD, text_mods[1], text_mods[0], dtype)
-    image_normed = norm_with(bare(block.norm1), image_BLD, image_mods[1], image_mods[0], dtype)
+    text_normed = norm_with(norms[0][1], text_BLD, text_mods[1], text_mods[0], dtype)
+    image_normed = norm_with(norms[0][0], image_BLD, image_mods[1], image_mods[0], dtype)
     key = torch.cat([heads_of(attn, attn.add_k_proj, text_normed, attn.norm_added_k), heads_of(attn, attn.to_k, image_normed, attn.norm_k)], dim=1)
     value = torch.cat([heads_of(attn, attn.add_v_proj, text_normed), heads_of(attn, attn.to_v, image_normed)], dim=1)
     own = (_rotate(key, rope), value)
@@ -83,8 +98,8 @@ def run_double_on_tile(
         attn.to_out[1](attn.to_out[0](mixed_BLD[:, num_text:].contiguous())),
     )
     return (
-        finish_stream(image_BLD, mixed_image, image_mods, block.norm2, block.ff, dtype),
-        finish_stream(text_BLD, mixed_text, text_mods, block.norm2_context, block.ff_context, dtype),
+        finish_stream(image_BLD, mixed_image, image_mods, norms[1][0], feed_forwards[0], dtype),
+        finish_stream(text_BLD, mixed_text, text_mods, norms[1][1], feed_forwards[1], dtype),
     )
 
 

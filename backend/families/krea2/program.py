@@ -29,6 +29,8 @@ from backend.nn.flux_layers import pack, picture_ids, unpack
 from backend.nn.padded_text import TEXT_LENGTHS, attention_mask, trim_text
 from backend.nn.program import Addition, NamedLayers, Program, ProgramState, TransformerOptions
 from backend.nn.stream_layers import Rope, gated, rotate, rotations
+from backend.nn.stream_tiles import StreamPlace, gather_heads, join_spans, share_out, share_rows
+from backend.nn.tiles import Swaps, Tile, TileTraffic
 
 TOKENS, MODULATION, TIME, COSINES, SINES, MASK, FLOW = "tokens", "modulation", "time", "rope cosines", "rope sines", "text mask", "flow"
 LAYER, LAST = "layer", "last"
@@ -38,6 +40,8 @@ PEAK_NUMBERS = 14
 SAFETY = 1.5
 _SIZES = "krea2_sizes"
 """Key of the latents' rows and columns, and of the number of text tokens, in the state's options, which travel with the state."""
+_PLACE = "krea2_place"
+"""Key of where a tile's tokens are, in the options of its state."""
 
 
 def norm_around_one(norm: Any, stream_BLD: Tensor) -> Tensor:
@@ -48,26 +52,68 @@ def norm_around_one(norm: Any, stream_BLD: Tensor) -> Tensor:
 
 def attend(attn: Any, tokens_BLD: Tensor, rope: Rope | None, mask: Tensor | None) -> Tensor:
     """Self-attention with fewer heads of keys and values, which are repeated, and a gate for every number it gives."""
-    query = norm_around_one(attn.norm_q, attn.to_q(tokens_BLD).unflatten(-1, (-1, attn.head_dim)))
-    key = norm_around_one(attn.norm_k, attn.to_k(tokens_BLD).unflatten(-1, (-1, attn.head_dim)))
-    value = attn.to_v(tokens_BLD).unflatten(-1, (-1, attn.head_dim))
-    if rope is not None:
-        query, key = rotate(query, rope), rotate(key, rope)
-    repeats = attn.num_heads // attn.num_kv_heads
+    query_BLNK, key_BLMK = (_heads_of(attn, layer, tokens_BLD, norm, rope) for layer, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k)))
+    return _join_heads(attn, tokens_BLD, query_BLNK, key_BLMK, _heads_of(attn, attn.to_v, tokens_BLD), mask)
+
+
+def attend_on_tile(attn: Any, tokens_BLD: Tensor, place: StreamPlace) -> Swaps[Tensor]:
+    """`attend` for a tile's own queries."""
+    own = (_heads_of(attn, attn.to_k, tokens_BLD, attn.norm_k, place.rope), _heads_of(attn, attn.to_v, tokens_BLD))
+    awaited = place.tile.peers.post(dict.fromkeys(place.tile.others, own))
+    query_BLNK = _heads_of(attn, attn.to_q, tokens_BLD, attn.norm_q, place.rope)
+    received = yield awaited
+    key_BTMK, value_BTMK = gather_heads(own, received, place)
+    del own, received
+    return _join_heads(attn, tokens_BLD, query_BLNK, key_BTMK, value_BTMK, place.mask)
+
+
+def _heads_of(attn: Any, layer: nn.Module, tokens_BLD: Tensor, norm: Any = None, rope: Rope | None = None) -> Tensor:
+    """Queries, keys or values, (B, L, heads, K), normalized and rotated where the network does."""
+    heads_BLNK: Tensor = layer(tokens_BLD).unflatten(-1, (-1, attn.head_dim))
+    heads_BLNK = heads_BLNK if norm is None else norm_around_one(norm, heads_BLNK)
+    return heads_BLNK if rope is None else rotate(heads_BLNK, rope)
+
+
+def _join_heads(attn: Any, tokens_BLD: Tensor, query_BLNK: Tensor, key_BTMK: Tensor, value_BTMK: Tensor, mask: Tensor | None) -> Tensor:
+    """The attention of the tokens' queries to T keys, gated by the tokens, projected to (B, L, D)."""
+    repeats = attn.num_heads // key_BTMK.shape[2]
     if repeats > 1:
-        key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
-    mixed_BLD = attention_function(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn.num_heads, mask, skip_reshape=True)
+        key_BTMK, value_BTMK = key_BTMK.repeat_interleave(repeats, dim=2), value_BTMK.repeat_interleave(repeats, dim=2)
+    query, key, value = (heads.transpose(1, 2) for heads in (query_BLNK, key_BTMK, value_BTMK))
+    mixed_BLD = attention_function(query, key, value, attn.num_heads, mask, skip_reshape=True)
     return attn.to_out[0](mixed_BLD * torch.sigmoid(attn.to_gate(tokens_BLD)))  # type: ignore[no-any-return]
 
 
 def run_block(block: Any, tokens_BLD: Tensor, modulation_B1M: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
     """The tokens after a block. The modulation, six vectors in one, has the network's dtype, the tokens may have another."""
-    dtype, ff = modulation_B1M.dtype, block.ff
-    vectors = modulation_B1M.unflatten(-1, (6, -1)).to(tokens_BLD.dtype) + block.scale_shift_table.to(tokens_BLD.dtype)
-    scale, shift, gate, mlp_scale, mlp_shift, mlp_gate = vectors.unbind(-2)
-    mixed_BLD = attend(block.attn, ((1.0 + scale) * norm_around_one(block.norm1, tokens_BLD) + shift).to(dtype), rope, mask)
-    tokens_BLD = tokens_BLD + gate * mixed_BLD.to(tokens_BLD.dtype)
-    inner_BLD = gated(ff.up, ff.gate, ff.down, ((1.0 + mlp_scale) * norm_around_one(block.norm2, tokens_BLD) + mlp_shift).to(dtype))
+    vectors = _vectors_of(block, modulation_B1M, tokens_BLD.dtype)
+    mixed_BLD = attend(block.attn, _norm_in(block.norm1, tokens_BLD, vectors[0], vectors[1], modulation_B1M.dtype), rope, mask)
+    return _finish_block(block, tokens_BLD, mixed_BLD, vectors, modulation_B1M.dtype)
+
+
+def run_block_on_tile(block: Any, tokens_BLD: Tensor, modulation_B1M: Tensor, place: StreamPlace) -> Swaps[Tensor]:
+    """`run_block` for a tile's tokens."""
+    vectors = _vectors_of(block, modulation_B1M, tokens_BLD.dtype)
+    mixed_BLD = yield from attend_on_tile(block.attn, _norm_in(block.norm1, tokens_BLD, vectors[0], vectors[1], modulation_B1M.dtype), place)
+    return _finish_block(block, tokens_BLD, mixed_BLD, vectors, modulation_B1M.dtype)
+
+
+def _vectors_of(block: Any, modulation_B1M: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+    """Scale, shift and gate of attention, and of the MLP, (B, 1, D) each in the stream's dtype."""
+    table_6D: Tensor = block.scale_shift_table.to(dtype)
+    return torch.unbind(modulation_B1M.view(*modulation_B1M.shape[:-1], 6, -1).to(dtype) + table_6D, dim=-2)
+
+
+def _norm_in(norm: Any, tokens_BLD: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention or the MLP reads, in the network's dtype."""
+    return ((1.0 + scale) * norm_around_one(norm, tokens_BLD) + shift).to(dtype)
+
+
+def _finish_block(block: Any, tokens_BLD: Tensor, mixed_BLD: Tensor, vectors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The tokens with what attention gave, and then with what the MLP makes of them."""
+    _, _, gate, mlp_scale, mlp_shift, mlp_gate = vectors
+    tokens_BLD, ff = tokens_BLD + gate * mixed_BLD.to(tokens_BLD.dtype), block.ff
+    inner_BLD = gated(ff.up, ff.gate, ff.down, _norm_in(block.norm2, tokens_BLD, mlp_scale, mlp_shift, dtype))
     return tokens_BLD + mlp_gate * inner_BLD.to(tokens_BLD.dtype)
 
 
@@ -109,6 +155,11 @@ class LayerSegment(BlockSegment):
 
         state.tensors[TOKENS] = self.run_or_replace(state, args, forward)["img"]
 
+    def run_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        state.options["block"] = self.key
+        tokens_BLD = yield from run_block_on_tile(self.layers[0], state.tensors[TOKENS], state.tensors[MODULATION], state.options[_PLACE])
+        state.tensors[TOKENS] = tokens_BLD
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LastSegment(BlockSegment):
@@ -122,6 +173,11 @@ class LastSegment(BlockSegment):
         scale, shift = (time_B1D.to(tokens_BLD.dtype) + layer.scale_shift_table.to(tokens_BLD.dtype)).chunk(2, dim=1)
         flow_BLD = layer.linear(((1.0 + scale) * norm_around_one(layer.norm, tokens_BLD) + shift).to(time_B1D.dtype))
         state.tensors[FLOW] = unpack(flow_BLD, height, width)
+
+    def run_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        """Nothing crosses: the sizes in the state are the tile's."""
+        self._run(state)
+        yield from ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +197,7 @@ class Krea2Embedding:
     def read_text(self, context_BTM: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens (B, T, D) of the features of all layers side by side."""
         network = self.network
-        text_BTD = fuse_text(network.text_fusion, context_BTM.unflatten(-1, (network.config.num_text_layers, -1)), mask)
+        text_BTD = fuse_text(network.text_fusion, context_BTM.view(*context_BTM.shape[:2], network.config.num_text_layers, -1), mask)
         normed_BTD = norm_around_one(network.txt_in.norm, text_BTD).to(context_BTM.dtype)
         return network.txt_in.linear_2(functional.gelu(network.txt_in.linear_1(normed_BTD), approximate="tanh"))  # type: ignore[no-any-return]
 
@@ -172,6 +228,31 @@ class Krea2Program(Program):
         if mask is not None:
             tensors[MASK] = mask
         return ProgramState(tensors, dict(residuals or {}), {**(options or {}), _SIZES: (height, width, text_BTD.shape[1])})
+
+    def why_no_tiles(self) -> str | None:
+        return None
+
+    def tile_traffic(self, rows: Mapping[str, Tensor]) -> TileTraffic:
+        """Rows of tokens are cut; every block needs the keys and values, of few heads, of all text and picture tokens."""
+        (height, width), config = rows["x"].shape[-2:], self.embedding.network.config
+        num_rows = -(-height // CELL)
+        num_tokens = rows["context"].shape[1] + num_rows * -(-width // CELL)
+        return TileTraffic(
+            length=num_rows, unit=1, num_exchanges=config.num_layers, halo_numbers=0, sum_numbers=0,
+            shared_numbers=2 * config.num_layers * num_tokens * config.num_key_value_heads * config.attention_head_dim,
+        )  # fmt: skip
+
+    def start_tile(self, rows: Mapping[str, Tensor], tile: Tile, *, options: TransformerOptions | None = None) -> ProgramState:
+        """Every tile reads the whole text, which costs less than exchanges, and goes on with its share of it."""
+        state, (start, end) = self.start(rows, options=options), tile.span
+        (height, width, num_text), tensors = state.options[_SIZES], state.tensors
+        text, image = share_out(tile.cut, num_text), share_rows(tile.cut, -(-width // CELL))
+        spans = join_spans(text, image)
+        tensors[TOKENS] = spans.take(tensors[TOKENS], tile.rank)
+        own_text = text[tile.rank].stop - text[tile.rank].start
+        place = StreamPlace.of(tile, spans, (tensors[COSINES], tensors[SINES]), tensors.get(MASK))
+        state.options |= {_SIZES: (min(CELL * end, height) - CELL * start, width, own_text), _PLACE: place}
+        return state
 
     def example_rows(self, *, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
         config = self.embedding.network.config

@@ -1,4 +1,4 @@
-"""Qwen-Image as a list of segments over diffusers' QwenImageTransformer2DModel, with the block names that hooks use.
+"""Qwen-Image as a list of segments over diffusers' QwenImageTransformer2DModel, with the block names that hooks use. Tiles are Flux.1's.
 
     start               patches of 2x2 latents become tokens: "image" (references behind the picture that is made) and "text"; the constants
                         "modulation" (of the time), "reference modulation" (of time 0, for editing models that have one), "rope cosines",
@@ -16,10 +16,11 @@ Shapes: B rows, C latent channels, H W latent rows and columns, L tokens, D toke
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import Tensor, nn
 
 from backend.families.flux.program import (
@@ -33,16 +34,18 @@ from backend.families.flux.program import (
     SIZES,
     TEXT,
     DoubleSegment,
+    FluxProgram,
     LastSegment,
     Sizes,
 )
+from backend.families.flux.tiles import TilePlace, run_two_streams_on_tile
 from backend.families.qwenimage.identify import CELL
-from backend.nn.block_segment import residuals_from_the_first
 from backend.nn.flux_layers import FluxAttentionProcessor, Rope, pack, picture_ids, run_two_streams
 from backend.nn.padded_text import TEXT_LENGTHS, attention_mask, trim_text
-from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, TransformerOptions
+from backend.nn.program import Addition, NamedLayers, ProgramState, TransformerOptions
 from backend.nn.references import REFERENCES
 from backend.nn.stream_layers import rotations
+from backend.nn.tiles import Swaps, Tile
 
 REFERENCE_MODULATION, MASK = "reference modulation", "text mask"
 THETA = 10_000.0
@@ -65,12 +68,29 @@ class QwenSegment(DoubleSegment):
             clean_mods = modulations(block.img_mod, reference_BD, image_BLD.dtype)
             image_mods = [_per_token(own, clean, sizes.num_picture, image_BLD) for own, clean in zip(image_mods, clean_mods)]
         text_mods = modulations(block.txt_mod, vector_BD, text_BTD.dtype)
-        norms = (block.img_norm1, block.txt_norm1), (block.img_norm2, block.txt_norm2)
         image_BLD, text_BTD = run_two_streams(
-            block.attn, (image_BLD, text_BTD), (image_mods, text_mods), norms, (block.img_mlp, block.txt_mlp), vector_BD.dtype, args["pe"],
-            state.tensors.get(MASK),
-        )  # fmt: skip
+            block.attn, (image_BLD, text_BTD), (image_mods, text_mods), *_norms_and_mlps(block), vector_BD.dtype, args["pe"], state.tensors.get(MASK)
+        )
         return {"img": image_BLD, "txt": text_BTD}
+
+    def _run_on_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
+        block: Any = self.layers[0]
+        tensors, vector_BD = state.tensors, state.tensors[MODULATION]
+        mods = modulations(block.img_mod, vector_BD, tensors[IMAGE].dtype), modulations(block.txt_mod, vector_BD, tensors[TEXT].dtype)
+        tensors[IMAGE], tensors[TEXT] = yield from run_two_streams_on_tile(
+            block.attn, (tensors[IMAGE], tensors[TEXT]), mods, *_norms_and_mlps(block), vector_BD.dtype, self._place(state, tile)
+        )
+
+    def _place(self, state: ProgramState, tile: Tile) -> TilePlace:
+        return replace(super()._place(state, tile), mask=state.tensors.get(MASK))
+
+
+Pair = tuple[Any, Any]
+
+
+def _norms_and_mlps(block: Any) -> tuple[tuple[Pair, Pair], Pair]:
+    """The picture's and the text's norms before attention, those before the MLPs, and the MLPs."""
+    return ((block.img_norm1, block.txt_norm1), (block.img_norm2, block.txt_norm2)), (block.img_mlp, block.txt_mlp)
 
 
 def modulations(layers: nn.Module, vector_BD: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
@@ -106,11 +126,11 @@ class QwenEmbedding:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class QwenProgram(Program):
+class QwenProgram(FluxProgram):
     """Rows: "x" latents (B, 16, H, W); "timesteps" times 0..1; "context" Qwen2.5-VL's features; "text_lengths" (B,) how many of them count;
     "reference_1".. latents of pictures that its own tokens may attend to."""
 
-    embedding: QwenEmbedding
+    embedding: QwenEmbedding  # type: ignore[assignment]  # read by this class alone
 
     def start(
         self, rows: Mapping[str, Tensor], *, residuals: Mapping[Addition, Tensor] | None = None, options: TransformerOptions | None = None
@@ -137,9 +157,8 @@ class QwenProgram(Program):
         own_options = {**(options or {}), SIZES: Sizes(height, width, text_BLD.shape[1])}
         return ProgramState(tensors, dict(residuals or {}), own_options)
 
-    def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
-        """Entry i of "input" is added to the picture after block i."""
-        return residuals_from_the_first(self, control)
+    def _tile_kinds(self) -> tuple[type, ...]:
+        return (QwenImageTransformerBlock,)
 
     def example_rows(self, *, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
         config = self.embedding.network.config

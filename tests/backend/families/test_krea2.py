@@ -163,6 +163,6 @@ def test_in_fp16_the_stream_is_fp32_and_does_not_overflow() -> None:
     assert (state.tensors["flow"].float() - wanted).abs().max() < 0.03 * wanted.abs().max()
 
 
-@pytest.mark.parametrize(("strategy", "count"), [("layers", 2), ("layers", 4), ("replicas", 2)])
+@pytest.mark.parametrize(("strategy", "count"), [("layers", 2), ("layers", 4), ("replicas", 2), ("tiles", 2)])
 def test_several_slots_give_what_one_gives(strategy: str, count: int) -> None:
     check_slots(KREA2, strategy, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,13 @@ def test_in_fp16_streams_are_fp32_and_do_not_overflow() -> None:
 def test_several_slots_give_what_one_gives(tiny: TinyFamily, strategy: str, count: int) -> None:
     """With texts of unlike lengths and a reference."""
     check_slots(tiny, strategy, count)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_tiles_give_what_one_slot_gives(count: int) -> None:
+    """Without references, which every tile would need whole."""
+    alone = {name: tensor for name, tensor in make_inputs().items() if not name.startswith("reference")}
+    check_slots(replace(QWEN, inputs=lambda: alone), "tiles", count)
 
 
 # guidance
