@@ -9,7 +9,7 @@ import torch
 from backend import memory_management
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-FLUX_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRANSFORMER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def pick_dtype(model: torch.nn.Module, dtypes: Sequence[torch.dtype] = _DTYPES) -> torch.dtype:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel
@@ -19,11 +19,15 @@ from torch import Tensor
 from backend import checkpoint_config, checkpoint_identity
 from backend.checkpoint_file import CheckpointError, TensorFile, open_tensor_file
 from backend.checkpoint_layout import Part, find_controlnet
-from backend.control_dtype import FLUX_DTYPES, pick_dtype
+from backend.control_dtype import TRANSFORMER_DTYPES, pick_dtype
 from backend.control_lora import is_control_lora, read_control_lora
 from backend.families.flux.controlnet_files import build_flux_controlnet, find_flux_controlnet, flux_controlnet_key_map
+from backend.families.key_map import OriginalPlace
 from backend.families.registry import find_family
+from backend.families.sd3.controlnet import Sd3ControlNetwork
+from backend.families.sd3.controlnet_files import build_sd3_controlnet, find_sd3_controlnet, is_for_canny, sd3_controlnet_places
 from backend.families.unet_family import find_unet_family
+from backend.families.zimage.controlnet_files import build_zimage_controlnet, find_zimage_controlnet, zimage_controlnet_places
 from backend.nn.controlnet import ControlNetwork
 from backend.nn.controlnet_union import UnionNetwork
 from backend.nn.flux_controlnet import FluxControlNetwork
@@ -31,10 +35,16 @@ from backend.nn.t2i_adapter import AdapterNetwork
 from backend.patcher.controlnet import ControlBase, ControlNet, T2IAdapter
 from backend.patcher.controlnet_union import UnionControlNet
 from backend.patcher.flux_controlnet import FluxControlNet
+from backend.patcher.latent_controlnet import BorrowingControlNet, HintEncoder
+from backend.patcher.sd3_controlnet import Sd3ControlNet, complete_sd3
+from backend.patcher.zimage_controlnet import complete_zimage
 from backend.state_dict import assign_tensors, build_empty, check_plan, plan_as_named, plan_controlnet, plan_denoiser
 from backend.tensor_file import TensorInfo, refusing_odd_shapes
 
 logger = logging.getLogger(__name__)
+
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+LinkT = TypeVar("LinkT", bound=ControlBase)
 
 _LATENT_CHANNELS = 4
 _ADAPTER_STEPS_PX = (8, 16)
@@ -45,7 +55,7 @@ _UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a ControlLLLite", ("lllite_",)),
     ("half an IP-Adapter", ("ip_adapter.", "image_proj.")),
     (
-        "a ControlNet for SD3 or an unknown kind for Flux",
+        "a ControlNet of an unknown kind for a transformer",
         ("controlnet_blocks.", "controlnet_x_embedder.", "transformer_blocks.", "double_blocks.", "joint_blocks."),
     ),
     ("a ControlNet stored as differences from SD 1.5", ("difference",)),
@@ -83,9 +93,10 @@ def load_controlnet(path: Path) -> ControlBase:
 
 def build_control(file: TensorFile) -> ControlBase:
     """The chain link for a file of tensors. Raises: CheckpointError."""
-    flux = find_flux_controlnet(file.infos)
-    if flux is not None:
-        return _build_flux_controlnet(file, flux)
+    with refusing_odd_shapes(file):
+        for find, build in _TRANSFORMERS:
+            if (transformer := find(file.infos)) is not None:
+                return build(file, transformer)
     _refuse_unsupported(file)
     with refusing_odd_shapes(file):
         if is_control_lora(file.infos):
@@ -96,6 +107,11 @@ def build_control(file: TensorFile) -> ControlBase:
         if part is None:
             refuse_other_files(file)
         return _build_controlnet(file, part)
+
+
+def reads_control(keys: Collection[str]) -> bool:
+    """Whether these are tensor names of a ControlNet or T2I-Adapter that `build_control` reads tensor by tensor."""
+    return any(find(keys) is not None for find in (find_controlnet, find_adapter, *(find for find, _ in _TRANSFORMERS)))
 
 
 def refuse_other_files(file: TensorFile) -> NoReturn:
@@ -109,7 +125,8 @@ def _refuse_unsupported(file: TensorFile) -> None:
         found = next((key for key in file.infos if key.removeprefix("control_model.").startswith(starts)), None)
         if found is not None:
             raise CheckpointError(
-                f"{file.path.name}: is {name} (it has {found}), which is not supported. Use a ControlNet for SD 1.x, SD 2.x, SDXL or Flux.1."
+                f"{file.path.name}: is {name} (it has {found}), which is not supported. Use a ControlNet for SD 1.x, SD 2.x, SDXL, "
+                "Flux.1, SD 3.x or Z-Image."
             )
 
 
@@ -144,16 +161,51 @@ def _build_controlnet(file: TensorFile, part: Part) -> ControlNet:
     return link
 
 
+# --- ControlNets of transformers ----------------------------------------------------------------------------------------------------
+
+
+def _fill(model: ModuleT, file: TensorFile, part: Part, places: Callable[[str], Sequence[OriginalPlace]]) -> ModuleT:
+    """The network with the file's tensors."""
+    plan = plan_denoiser(model, file, part, places)
+    check_plan(plan, file, "ControlNet")
+    assign_tensors(model, plan, file, storage_dtype=pick_dtype(model, TRANSFORMER_DTYPES))
+    return model
+
+
+def _named(link: LinkT, file: TensorFile, model: torch.nn.Module, what: str) -> LinkT:
+    link.name = file.path.name
+    logger.info("Loaded %s: %s, in %s.", file.path.name, what, str(next(model.parameters()).dtype)[6:])
+    return link
+
+
 def _build_flux_controlnet(file: TensorFile, part: Part) -> FluxControlNet:
     model = build_flux_controlnet(file, part)
-    plan = plan_denoiser(model, file, part, flux_controlnet_key_map(model).places)
-    check_plan(plan, file, "ControlNet")
-    assign_tensors(model, plan, file, storage_dtype=pick_dtype(model, FLUX_DTYPES))
+    _fill(model, file, part, flux_controlnet_key_map(model).places)
     link = FluxControlNet(FluxControlNetwork(model))  # type: ignore[arg-type]  # another network with the same calls
-    link.name = file.path.name
-    what = f"a ControlNet Union of {link.num_types} kinds" if link.num_types else "a ControlNet"
-    logger.info("Loaded %s: %s for Flux.1, in %s.", file.path.name, what, str(link.control_model.dtype)[6:])
-    return link
+    return _named(link, file, model, f"a ControlNet {f'Union of {link.num_types} kinds ' if link.num_types else ''}for Flux.1")
+
+
+def _build_sd3_controlnet(file: TensorFile, part: Part) -> HintEncoder:
+    model = build_sd3_controlnet(file, part)
+    _fill(model, file, part, sd3_controlnet_places(model))
+    if model.config.use_pos_embed:
+        return _named(Sd3ControlNet(Sd3ControlNetwork(model)), file, model, "a ControlNet for SD 3")  # type: ignore[arg-type]
+    is_canny = is_for_canny(file, part)
+    link = BorrowingControlNet(complete_sd3(model, file.path.name, is_canny=is_canny))
+    return _named(link, file, model, f"a ControlNet for SD3.5 large{', for edges' if is_canny else ''}")
+
+
+def _build_zimage_controlnet(file: TensorFile, part: Part) -> HintEncoder:
+    model = build_zimage_controlnet(file, part)
+    _fill(model, file, part, zimage_controlnet_places(model))
+    return _named(BorrowingControlNet(complete_zimage(model, file.path.name)), file, model, "a ControlNet Union for Z-Image")
+
+
+_TRANSFORMERS: tuple[tuple[Callable[[Collection[str]], Part | None], Callable[[TensorFile, Part], HintEncoder]], ...] = (
+    (find_flux_controlnet, _build_flux_controlnet),
+    (find_sd3_controlnet, _build_sd3_controlnet),
+    (find_zimage_controlnet, _build_zimage_controlnet),
+)
 
 
 # --- T2I-Adapters -------------------------------------------------------------------------------------------------------------------

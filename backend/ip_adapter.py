@@ -52,12 +52,18 @@ def is_ip_adapter(keys: Collection[str]) -> bool:
 
 
 class AdapterLayers(nn.Module):
-    """The layers that turn a picture's features into tokens, and tokens into keys and values, in the order of the file's numbers."""
+    """The layers that turn a picture's features into tokens, and tokens into keys and values, in the order of the file's numbers.
 
-    def __init__(self, image_proj: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    `pairs`: weights of keys and values; `biases`, if there are any, in the same order.
+    """
+
+    def __init__(self, image_proj: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]], biases: Sequence[tuple[Tensor, Tensor]] | None = None) -> None:
         super().__init__()
         self.image_proj = image_proj
-        self.to_k, self.to_v = (nn.ModuleList([_as_linear(pair[index]) for pair in pairs]) for index in (0, 1))
+        both: Sequence[tuple[Tensor | None, Tensor | None]] = biases or [(None, None)] * len(pairs)
+        self.to_k, self.to_v = (
+            nn.ModuleList([_as_linear(pair[index], bias[index]) for pair, bias in zip(pairs, both, strict=True)]) for index in (0, 1)
+        )
 
     @torch.inference_mode()
     def forward(self, features: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -66,9 +72,11 @@ class AdapterLayers(nn.Module):
         return [(to_k(tokens), to_v(tokens)) for to_k, to_v in zip(self.to_k, self.to_v, strict=True)]
 
 
-def _as_linear(weight: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+def _as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
 
 
@@ -205,7 +213,7 @@ class PicturePrompts:
         for prompt in self.prompts:
             if prompt.is_always_on or prompt.acts_at(float(extra["sigmas"][0])):
                 key_2TD, value_2TD = prompt.pair_on(place, q_BLD.device)
-                kinds = _shown_to_rows(extra, q_BLD.shape[0], key_2TD.shape[0] - 1)
+                kinds = shown_to_rows(extra, q_BLD.shape[0], key_2TD.shape[0] - 1)
                 shown_BLD = attention_function(q_BLD, key_2TD[kinds], value_2TD[kinds], heads)
                 if prompt.mask_B1HW is not None:
                     shown_BLD = shown_BLD * _mask_of_tokens(prompt.mask_B1HW, q_BLD, extra["original_shape"], extra.get(TILE_ROWS))
@@ -213,7 +221,7 @@ class PicturePrompts:
         return result_BLD
 
 
-def _shown_to_rows(extra: dict[str, Any], num_rows: int, num_pictures: int) -> list[int]:
+def shown_to_rows(extra: dict[str, Any], num_rows: int, num_pictures: int) -> list[int]:
     """For each row the index of its picture: 0 (the empty picture) in the negative branch, else 1 + the row's position in the batch."""
     places: Sequence[int] = extra.get("picture_indices") or [0] * num_rows
     return [0 if row in extra["uncond_indices"] else 1 + places[row] % num_pictures for row in range(num_rows)]

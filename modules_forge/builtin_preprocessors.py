@@ -117,10 +117,10 @@ class PreprocessorInpaintOnly(PreprocessorInpaint):
 
 
 class PicturePreprocessor(PixelPreprocessor):
-    """For IP-Adapters: the unmodified picture. The adapter, which knows its image encoder, computes the features."""
+    """For IP-Adapters and Redux: the unmodified picture. The adapter, which knows its image encoder, computes the features."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name, ("IP-Adapter",), lambda image, *_: image, filters=("ip-adapter", "ip_adapter"), has_resolution=False, priority=100)
+    def __init__(self, name: str, filters: Sequence[str] = ("ip-adapter", "ip_adapter")) -> None:
+        super().__init__(name, ("IP-Adapter",), lambda image, *_: image, filters=filters, has_resolution=False, priority=100)
         self.corp_image_with_a1111_mask_when_in_img2img_inpaint_tab = False
         self.show_control_mode = False
 
@@ -163,7 +163,8 @@ def builtin_preprocessors() -> list[Preprocessor]:
         ),
         PixelPreprocessor("recolor_intensity", ("Recolor",), lambda image, power, _: maps.take_intensity(image, power), sliders=(gamma,)),
         PixelPreprocessor("t2ia_color_grid", ("T2I-Adapter",), lambda image, *_: maps.make_color_grid(image), filters=("t2i", "color")),
-        *(PicturePreprocessor(f"{tower} (IPAdapter)") for tower in ("CLIP-ViT-H", "CLIP-ViT-bigG")),
+        *(PicturePreprocessor(f"{tower} (IPAdapter)") for tower in ("CLIP-ViT-H", "CLIP-ViT-bigG", "CLIP-ViT-L")),
+        PicturePreprocessor("SigLIP (Redux)", ("redux",)),
         PreprocessorInpaintOnly(),
         PreprocessorInpaint(),
         PreprocessorReference(),

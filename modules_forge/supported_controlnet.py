@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from backend.checkpoint_file import CheckpointError
-from backend.checkpoint_layout import find_controlnet
-from backend.controlnet_loader import TensorsInMemory, build_control, find_adapter
-from backend.families.flux.controlnet_files import find_flux_controlnet
+from backend.controlnet_loader import TensorsInMemory, build_control, reads_control
 from backend.patcher.controlnet import ControlBase, apply_controlnet_advanced
 from backend.patcher.controlnet_union import UnionControlNet
 from backend.patcher.flux_controlnet import FluxControlNet
+from backend.patcher.latent_controlnet import HintEncoder
 
 
 class ControlModelPatcher:
@@ -55,7 +54,7 @@ class ControlModelPatcher:
 
 
 class ControlNetPatcher(ControlModelPatcher):
-    """A ControlNet for SD 1.x, SD 2.x, SDXL (also a Control-LoRA or a Union) or Flux.1, or a T2I-Adapter, in the original layout or diffusers'."""
+    """A ControlNet for SD 1.x, SD 2.x, SDXL (also a Control-LoRA or a Union), Flux.1, SD 3.x or Z-Image, or a T2I-Adapter."""
 
     model_patcher: ControlBase
 
@@ -73,7 +72,7 @@ class ControlNetPatcher(ControlModelPatcher):
     @staticmethod
     def try_build_from_state_dict(state_dict: Mapping[str, Tensor], ckpt_path: str) -> ControlNetPatcher | None:
         """Raises: CheckpointError for a damaged or unsupported ControlNet."""
-        if all(find(state_dict) is None for find in (find_controlnet, find_adapter, find_flux_controlnet)):
+        if not reads_control(state_dict):
             return None
         return ControlNetPatcher(build_control(TensorsInMemory(Path(ckpt_path), state_dict)))
 
@@ -82,7 +81,7 @@ class ControlNetPatcher(ControlModelPatcher):
         objects, link = process.sd_model.forge_objects, self.model_patcher
         if self.needs_control_type and isinstance(link, (UnionControlNet, FluxControlNet)):
             link = link.of_type(self.union_control_type)
-        if isinstance(link, FluxControlNet):
+        if isinstance(link, HintEncoder):
             link = link.with_encoder(partial(_encode, process.sd_model))
         objects.unet = apply_controlnet_advanced(
             unet=objects.unet,

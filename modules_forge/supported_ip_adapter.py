@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from backend.checkpoint_file import CheckpointError, open_tensor_file
+from backend.checkpoint_file import CheckpointError, TensorFile
 from backend.clip_vision import ClipVision, is_clip_vision, load_clip_vision, tower_widths
 from backend.controlnet_loader import TensorsInMemory
 from backend.ip_adapter import IPAdapter, apply_ip_adapter, is_ip_adapter, read_ip_adapter
-from backend.model_folders import find_files
 from backend.patcher.controlnet import ControlNetError
 from modules_forge import shared
+from modules_forge.picture_towers import KeptTower, WidthReader, tower_files
 from modules_forge.supported_controlnet import ControlModelPatcher
 
-logger = logging.getLogger(__name__)
+_TOWER: KeptTower[ClipVision] = KeptTower()
 
-_ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
-_PICKLE_WORDS = ("clip", "vit", "encoder")
-"""Words in file names that make a pickled file worth opening, which takes long."""
-_widths: dict[tuple[str, int, int], tuple[int, int] | None] = {}
-_towers: dict[str, ClipVision] = {}
+
+def _read_widths(file: TensorFile) -> tuple[int, int] | None:
+    return tower_widths(file) if is_clip_vision(file.infos) else None
+
+
+_widths = WidthReader(_read_widths)
 
 
 class IPAdapterPatcher(ControlModelPatcher):
@@ -60,43 +60,15 @@ class IPAdapterPatcher(ControlModelPatcher):
 def find_tower(adapter: IPAdapter) -> ClipVision:
     """The image encoder for an adapter; the last one stays in memory. Raises: ControlNetError if it is missing or damaged."""
     place = 0 if adapter.reads_hidden_states else 1
-    for path in _candidates():
-        widths = _read_widths(path)
+    for path in tower_files():
+        widths = _widths.of(path)
         if widths is not None and widths[place] == adapter.feature_width:
-            return _load(path)
+            try:
+                return _TOWER.get(path, load_clip_vision)
+            except CheckpointError as error:
+                raise ControlNetError(str(error)) from error
     raise ControlNetError(
         f"{adapter.name} needs the image encoder {adapter.tower_name} ({('width', 'projection')[place]} {adapter.feature_width}), but there is none. "
         "Put its file (model.safetensors of the image_encoder folder that comes with the adapter, under any name) into "
         f"{shared.preprocessor_dir}."
     )
-
-
-def _load(path: Path) -> ClipVision:
-    if str(path) not in _towers:
-        _towers.clear()
-        try:
-            _towers[str(path)] = load_clip_vision(path)
-        except CheckpointError as error:
-            raise ControlNetError(str(error)) from error
-    return _towers[str(path)]
-
-
-def _candidates() -> Iterator[Path]:
-    for folder in (Path(shared.preprocessor_dir), Path(shared.controlnet_dir), Path(shared.controlnet_dir).parent / "clip_vision"):
-        for path in find_files(folder, _ENDINGS):
-            if path.suffix.lower() == ".safetensors" or any(word in path.name.lower() for word in _PICKLE_WORDS):
-                yield path
-
-
-def _read_widths(path: Path) -> tuple[int, int] | None:
-    """Widths of the image encoder in a file; None if the file is something else or cannot be read."""
-    stat = path.stat()
-    key = (str(path), stat.st_mtime_ns, stat.st_size)
-    if key not in _widths:
-        try:
-            with open_tensor_file(path) as file:
-                _widths[key] = tower_widths(file) if is_clip_vision(file.infos) else None
-        except CheckpointError as error:
-            logger.debug("%s was skipped in the search for an image encoder: %s", path.name, error)
-            _widths[key] = None
-    return _widths[key]

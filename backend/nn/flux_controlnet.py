@@ -1,7 +1,7 @@
 """ControlNets for Flux.1 as callables that return residuals: diffusers' FluxControlNetModel with the arguments of the other ControlNets.
 
-Two kinds. InstantX and Shakker read the latents of the hint; a Union is also told its kind. XLabs reads the hint's pixels and has two blocks, whose
-residuals repeat along the network. Must not know samplers, devices or files.
+Three kinds. InstantX and Shakker read the latents of the hint; a Union is also told its kind. alimama's, for inpainting, read a mask too. XLabs reads
+the hint's pixels and has two blocks, whose residuals repeat along the network. Must not know samplers, devices or files.
 
 Shapes: B rows, C channels, H W latent rows and columns, L tokens of the picture, T text tokens, D token width, h w rows and columns of tokens.
 """
@@ -9,7 +9,7 @@ Shapes: B rows, C channels, H W latent rows and columns, L tokens of the picture
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,12 +18,21 @@ from torch import Tensor, nn
 
 from backend.nn.controlnet import repeat_rows
 from backend.nn.flux_layers import CELL, FluxAttentionProcessor, embed_modulation, pack, picture_ids, run_double_block, run_single_block
+from backend.nn.transformer_controlnet import TransformerControlNetwork, as_picture
 
 UNION_KINDS = ("Canny", "Tile", "Depth", "Blur", "Pose", "Gray", "Low quality")
 """What the numbers mean in the published Unions."""
 _USUAL_DOUBLES, _USUAL_SINGLES = 5, 10
 _SHARED_WITH_TRANSFORMER = ("in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim",
                             "guidance_embeds", "axes_dims_rope")  # fmt: skip
+
+
+def build_library_network(config: Mapping[str, Any], hint_inputs: int) -> FluxControlNetModel:
+    """The library's network, which reads so many numbers per token of the hint: 64 of latents, and 4 of a mask for inpainting."""
+    model = without_warning(lambda: FluxControlNetModel.from_config(config))
+    if hint_inputs != model.config.in_channels:
+        model.controlnet_x_embedder = nn.Linear(hint_inputs, model.inner_dim)
+    return model
 
 
 def without_warning(make: Callable[[], FluxControlNetModel]) -> FluxControlNetModel:
@@ -33,47 +42,45 @@ def without_warning(make: Callable[[], FluxControlNetModel]) -> FluxControlNetMo
         return make()
 
 
-class FluxControlNetwork(nn.Module):
-    """A ControlNet around diffusers' module. `reads_pixels`: the hint is a picture in 0..1; otherwise it is the picture's latents."""
+class FluxControlNetwork(TransformerControlNetwork):
+    """A ControlNet around diffusers' module. One for inpainting has a wider `controlnet_x_embedder`, which also reads the mask."""
 
     def __init__(self, model: FluxControlNetModel) -> None:
-        super().__init__()
-        self.model: Any = model
+        super().__init__(model)
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             block.attn.set_processor(FluxAttentionProcessor())
-
-    @property
-    def config(self) -> Any:
-        """The library's configuration of the network."""
-        return self.model.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which weights are stored and computed."""
-        dtype: torch.dtype = next(self.model.parameters()).dtype
-        return dtype
 
     @property
     def reads_pixels(self) -> bool:
         return self.model.input_hint_block is not None
 
     @property
+    def hole_value(self) -> float | None:
+        return 0.0 if self.model.controlnet_x_embedder.in_features > self.config.in_channels else None
+
+    @property
     def num_types(self) -> int:
-        """How many kinds of hints a Union is told apart; 0 for other ControlNets."""
         return int(self.config.num_mode or 0)
 
     @property
     def num_doubles(self) -> int:
         return len(self.model.controlnet_blocks)
 
+    @property
+    def residual_width(self) -> int:
+        return int(self.model.inner_dim * (self.num_doubles + len(self.model.controlnet_single_blocks)))
+
     def make_empty(self) -> FluxControlNetwork:
         """A new network of the same kind with the same names and types, whose weights are yet to be filled."""
-        model = without_warning(lambda: type(self.model).from_config(self.config))
+        model = build_library_network(self.config, self.model.controlnet_x_embedder.in_features)
         nn.Module.to(model, self.dtype)  # diffusers' own `to` warns about every change of type
         return type(self)(model).requires_grad_(False).train(self.training)
 
     def embed_hint(self, hint: Tensor) -> Tensor:
-        """Tokens (B, L, D) of a hint: latents (B, 16, H, W), or pixels (B, 3, 8 H, 8 W) in 0..1. The same in every step."""
+        """Tokens (B, L, D) of a hint, the same in every step.
+
+        Latents (B, 16, H, W) and, for inpainting, the given part (B, 1, H, W) behind them; or pixels (B, 3, 8 H, 8 W) in 0..1.
+        """
         if self.reads_pixels:
             hint = self.model.input_hint_block(hint * 2 - 1)
         embedded: Tensor = self.model.controlnet_x_embedder(pack(hint))
@@ -108,7 +115,7 @@ class FluxControlNetwork(nn.Module):
         places_L3 = picture_ids(rows, columns).to(image_BLD.device, torch.float32)
         rope = self.model.pos_embed(torch.cat([places_L3.new_zeros(text_BTD.shape[1], 3), places_L3]))
         found = self._run_blocks(image_BLD, text_BTD, modulation_BD, rope)
-        return [one_BLD.transpose(1, 2).unflatten(2, (rows, columns)) for one_BLD in found]  # type: ignore[no-untyped-call]
+        return [as_picture(one_BLD, rows, columns) for one_BLD in found]
 
     def _embed_text(self, context_BTD: Tensor, control_type: int) -> Tensor:
         text_BTD: Tensor = self.model.context_embedder(context_BTD)

@@ -164,6 +164,14 @@ def norm_with(norm: nn.Module, stream_BLD: Tensor, scale: Tensor, shift: Tensor,
     return (norm(stream_BLD) * (1 + scale) + shift).to(dtype)  # type: ignore[no-any-return]
 
 
+def picture_queries(block: Any, image_BLD: Tensor, modulation_BD: Tensor) -> Tensor:
+    """The picture's queries in a block with two streams, (B, N, L, K), normalized per head and not rotated, in the network's dtype."""
+    shift, scale = _modulate(block.norm1, modulation_BD, 6)[:2]
+    normed_BLD = norm_with(block.norm1.norm, image_BLD, scale, shift, modulation_BD.dtype)
+    query_BLNK: Tensor = block.attn.norm_q(block.attn.to_q(normed_BLD).unflatten(-1, (-1, block.attn.head_dim)))
+    return query_BLNK.transpose(1, 2)
+
+
 def embed_modulation(network: Any, times_B: Tensor, guidance_B: Tensor | None, pooled_BV: Tensor) -> Tensor:
     """What modulates every block, (B, D): times 0..1, pooled text, and the guidance (default 3.5) of a network that was distilled with it.
 

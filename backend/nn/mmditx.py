@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import SD3Transformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
 
 JointBlock = JointTransformerBlock
+
+
+def make_table_a_parameter(embedding: Any) -> None:
+    """Turn the positions of the library's embedding of latents, which files contain, from a buffer into a parameter."""
+    table: Tensor = embedding.pos_embed
+    del embedding.pos_embed
+    embedding.pos_embed = nn.Parameter(table, requires_grad=False)
 
 
 class MMDiTX(SD3Transformer2DModel):  # type: ignore[misc]  # the library's class is untyped
@@ -36,9 +45,7 @@ class MMDiTX(SD3Transformer2DModel):  # type: ignore[misc]  # the library's clas
             pooled_projection_dim=pooled_projection_dim, out_channels=out_channels, pos_embed_max_size=pos_embed_max_size,
             dual_attention_layers=dual_attention_layers, qk_norm=qk_norm,
         )  # fmt: skip
-        table: Tensor = self.pos_embed.pos_embed
-        del self.pos_embed.pos_embed
-        self.pos_embed.pos_embed = nn.Parameter(table)
+        make_table_a_parameter(self.pos_embed)
 
     @property
     def joint_blocks(self) -> nn.ModuleList:

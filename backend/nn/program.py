@@ -175,7 +175,7 @@ class Program(ABC):
     `reads` names the inputs of a call that it uses ("x" is the noisy latents). `start` produces `inputs` and `constants`: segments consume the
     former; all segments may read the latter, which never change (embeddings, text, RoPE tables). `output` names the result.
     `control_kinds` are the lists that a ControlNet for this network fills; `residual_share`: how many residuals a usual one has per addition, if one
-    residual is added in several places.
+    residual is added in several places; `has_control_in_tiles`: residuals can be cut into the tiles of a row.
     Raises: ValueError if a segment reads something that nothing before it produces.
     """
 
@@ -187,6 +187,7 @@ class Program(ABC):
     output: str = "hidden"
     control_kinds: tuple[str, ...] = ()
     residual_share: float = 1.0
+    has_control_in_tiles: bool = True
 
     def __post_init__(self) -> None:
         there = {*self.inputs, *self.constants}

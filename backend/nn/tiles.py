@@ -132,11 +132,13 @@ class Cut:
         return whole_BCHW[:, :, start:end]
 
 
-def residual_of_rows(residual_BLD: Tensor, cut: Cut, rank: int) -> Tensor | None:
-    """A tile's part of a control residual for picture tokens, row by row; None if they are not whole rows of them."""
-    columns, rest = divmod(residual_BLD.shape[1], cut.bounds[-1])
+def residual_of_rows(residual: Tensor, cut: Cut, rank: int) -> Tensor | None:
+    """A tile's part of a control residual for picture tokens, (B, L, D) row by row or (B, D, rows, columns); None if they are not whole rows."""
     start, end = cut.span(rank)
-    return None if rest else residual_BLD[:, start * columns : end * columns]
+    if residual.ndim == 4:
+        return residual[:, :, start:end] if residual.shape[2] == cut.bounds[-1] else None
+    columns, rest = divmod(residual.shape[1], cut.bounds[-1])
+    return None if rest else residual[:, start * columns : end * columns]
 
 
 @dataclass(slots=True, eq=False)

@@ -126,7 +126,7 @@ def weigh_residual(residual_BCHW: Tensor, cnet: ControlBase, kind: str, index: i
         if mark_B is None:
             raise ControlNetError("A ControlNet weights the branches differently, but `cond_mark`, which says each row's branch, is missing. Set it.")
         weight = (positive * (1.0 - mark_B) + negative * mark_B).view(-1, 1, 1, 1) * weight
-    if cnet.advanced_mask_weighting is not None:
+    if cnet.advanced_mask_weighting is not None and cnet.is_spatial(kind):
         mask_B1HW = interpolate(cnet.advanced_mask_weighting.to(residual_BCHW.device, torch.float32), size=residual_BCHW.shape[-2:], mode="bilinear")
         if mask_B1HW.shape[0] not in (1, residual_BCHW.shape[0]):
             mask_B1HW = mask_B1HW.repeat(residual_BCHW.shape[0] // mask_B1HW.shape[0], 1, 1, 1)
@@ -255,6 +255,10 @@ class ControlBase:
     def spread(self, own: Residuals) -> Residuals:
         """This link's weighed residuals, one for each place where one is added."""
         return own
+
+    def is_spatial(self, kind: str) -> bool:
+        """Whether the residuals of this list have rows and columns of the picture, so that a mask applies to them."""
+        return True
 
     def scale(self, residual_BCHW: Tensor) -> Tensor:
         """A residual times the strength, averaged over the picture if the network requires that."""

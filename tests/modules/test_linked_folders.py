@@ -12,14 +12,15 @@ from backend.text_processing.embedding_creation import clean_name
 from modules.checkpoints.vae_files import ModuleRegistry, UnknownModuleError
 from modules.modelloader import load_models
 from modules.pictures.upscaler_models import UpscalerModels
-from modules_forge import shared, supported_ip_adapter
+from modules_forge import shared
+from modules_forge.picture_towers import tower_files
 
 
 def _image_encoders(root: Path) -> list[str]:
     folders = shared.preprocessor_dir, shared.controlnet_dir, shared.diffusers_dir
     shared.configure_folders(controlnet_dir=root.parent / "none" / "x", preprocessor_dir=root, diffusers_dir=root)
     try:
-        return [path.stem for path in supported_ip_adapter._candidates()]
+        return [path.stem for path in tower_files()]
     finally:
         controlnet, preprocessor, diffusers = (folders[place] for place in (1, 0, 2))
         shared.configure_folders(controlnet_dir=Path(controlnet), preprocessor_dir=Path(preprocessor), diffusers_dir=Path(diffusers))

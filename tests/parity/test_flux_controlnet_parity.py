@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxControlNetPipeline, FluxMultiControlNetModel
+from diffusers import FluxControlNetPipeline, FluxMultiControlNetModel, FluxPipeline
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from backend import memory_management
@@ -28,14 +29,16 @@ from backend.parallel.placing.fleet import current_fleet
 from backend.parallel.running import status
 from backend.parallel.running.session import SamplingRequest
 from backend.patcher.controlnet import ControlNet, ControlNetError, apply_controlnet_advanced
-from backend.patcher.flux_controlnet import SOFT_WEIGHT, FluxControlNet, even_weights
+from backend.patcher.flux_controlnet import FluxControlNet
+from backend.patcher.latent_controlnet import SOFT_WEIGHT, even_weights
 from backend.patcher.unet import UnetPatcher
 from backend.sampling.sampling_function import denoise_guided, sampling_cleanup, sampling_prepare
 from tests.backend.families.test_flux_split import SHAPE, make_inputs, make_patcher
-from tests.parity.test_flux_parity import ONE_PIXEL_STEP, SIDE, _Prompts, check_same, load, make_scheduler, our_picture, pack, shifted_sigmas
+from tests.parity.test_flux_parity import load, pack
 from tests.support.checkpoints import build_models
 from tests.support.controlnets import build_controlnet
 from tests.support.fleets import virtual_fleet
+from tests.support.flow_pictures import ONE_PIXEL_STEP, SIDE, Prompts, check_same, make_scheduler, our_picture, shifted_sigmas
 from tests.support.flux_checkpoints import FluxFiles
 from tests.support.flux_controlnets import KINDS, make_controlnet, write_flux_controlnet, xlabs_tensors
 
@@ -92,7 +95,7 @@ def with_link(engine: ForgeDiffusionEngine, link: FluxControlNet, picture: Tenso
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_one_controlnet_is_the_pipeline_s(tmp_path: Path, kind: str) -> None:
     files, engine = load(tmp_path)
-    text = engine.get_learned_conditioning(_Prompts(["a red cat"]))
+    text = engine.get_learned_conditioning(Prompts(["a red cat"]))
     assert isinstance(text, dict)
     controlnet, sigmas = make_controlnet(kind), shifted_sigmas(engine)
     mode = {"control_mode": MODE} if kind == "Union" else {}
@@ -109,7 +112,7 @@ def test_one_controlnet_is_the_pipeline_s(tmp_path: Path, kind: str) -> None:
 def test_two_controlnets_and_two_pictures_are_the_pipeline_s(tmp_path: Path) -> None:
     """One after the other in the chain. (With true CFG the library gives the negative branch the positive one's residuals; we compute its own.)"""
     files, engine = load(tmp_path)
-    text = engine.get_learned_conditioning(_Prompts(["a red cat", "a green dog"]))
+    text = engine.get_learned_conditioning(Prompts(["a red cat", "a green dog"]))
     assert isinstance(text, dict)
     controlnets, hints, sigmas = [make_controlnet("InstantX", seed) for seed in (5, 6)], [hint(6), hint(7)], shifted_sigmas(engine)
     library = library_picture(
@@ -121,10 +124,47 @@ def test_two_controlnets_and_two_pictures_are_the_pipeline_s(tmp_path: Path) -> 
     check_same(our_picture(engine, "Euler", sigmas, noise(2), text), library)
 
 
+def test_inpainting_reads_a_mask_behind_the_latents(tmp_path: Path) -> None:
+    """alimama's network is the library's with a wider embedder of the hint; the library has no pipeline for it. Its hint: the latents of the picture
+    with black in the hole, and 1 where the picture is given."""
+    files, engine = load(tmp_path)
+    text = engine.get_learned_conditioning(Prompts(["a red cat"]))
+    assert isinstance(text, dict)
+    library, generator = make_controlnet("InstantX", seed=9), torch.Generator().manual_seed(9)
+    library = copy.deepcopy(library)
+    library.controlnet_x_embedder = nn.Linear(68, 48)
+    library.controlnet_x_embedder.weight.data = torch.randn(48, 68, generator=generator) * 0.15
+    library.requires_grad_(False)
+    link = make_link(tmp_path, "InstantX", library, lambda pixels: encode(files, pixels))
+    hole, picture = torch.zeros(1, 1, 8 * SIDE, 8 * SIDE), hint()
+    hole[..., 16:40, 8:24] = 1.0
+    with pytest.raises(ControlNetError, match="is for inpainting, but its hint has no part to fill"):
+        link.set_cond_hint(picture)
+    link.set_cond_hint(torch.where(hole > 0, -1.0, picture))
+    assert link.cond_hint is not None
+    given = torch.ones(1, 1, SIDE, SIDE)
+    given[..., 2:5, 1:3] = 0.0
+    wanted = torch.cat([encode(files, picture * (1 - hole)), given], dim=1)
+    torch.testing.assert_close(link.cond_hint, wanted)
+    ids = FluxPipeline._prepare_latent_image_ids(1, SIDE // 2, SIDE // 2, "cpu", torch.float32)
+    doubles, singles = library(
+        pack(noise()), pack(wanted), encoder_hidden_states=text["crossattn"], pooled_projections=text["vector"], timestep=torch.tensor([0.7]),
+        img_ids=ids, txt_ids=torch.zeros(text["crossattn"].shape[1], 3), guidance=torch.tensor([3.5]), return_dict=False,
+    )  # fmt: skip
+    found = link.control_model(
+        noise(), wanted, torch.tensor([0.7]), text["crossattn"], y=text["vector"], guidance=torch.tensor([3.5])
+    )  # fmt: skip
+    for ours, theirs in zip(found, [*doubles, *singles], strict=True):
+        torch.testing.assert_close(ours.flatten(2).transpose(1, 2), theirs, atol=1e-5, rtol=1e-4)
+    assert link.control_model.make_empty().model.controlnet_x_embedder.in_features == 68
+    with_link(engine, link, torch.where(hole > 0, -1.0, picture))
+    our_picture(engine, "Euler", shifted_sigmas(engine), noise(), text)
+
+
 def test_files_of_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
     tensors = dict(make_controlnet("InstantX").state_dict())
     save_file({**tensors, "controlnet_x_embedder.weight": torch.zeros(48, 144)}, tmp_path / "fill.safetensors")
-    with pytest.raises(CheckpointError, match=r"fill\.safetensors.*144 per token of the hint.*not those for inpainting"):
+    with pytest.raises(CheckpointError, match=r"fill\.safetensors.*144 per token of the hint.*Supported are 64 of both .* and 68 of the hint"):
         load_controlnet(tmp_path / "fill.safetensors")
     del tensors["context_embedder.weight"]
     save_file(tensors, tmp_path / "part.safetensors")

@@ -1,4 +1,4 @@
-"""ControlNets for Flux.1 in files: InstantX's and Shakker's (diffusers' names) and XLabs' (the original names). Reads names and shapes only.
+"""ControlNets for Flux.1 in files: InstantX's, Shakker's and alimama's (diffusers' names) and XLabs' (original names). Reads names and shapes.
 
 controlnet_blocks.0, controlnet_x_embedder, transformer_blocks.0 ..                   the same
 pos_embed_input, input_hint_block.0, .2 .. .14, double_blocks.0.img_attn.qkv ..       controlnet_x_embedder, input_hint_block.conv_in ..
@@ -16,7 +16,7 @@ from backend.checkpoint_layout import Layout, Part
 from backend.families.flux.identify import PLAIN_INPUTS, count_blocks, rope_widths
 from backend.families.flux.key_map import flux_key_map
 from backend.families.key_map import KeyMap
-from backend.nn.flux_controlnet import without_warning
+from backend.nn.flux_controlnet import build_library_network
 from backend.state_dict import build_empty
 
 _PREFIXES = ("", "controlnet.", "control_model.")
@@ -24,6 +24,8 @@ _LIBRARY_MARK, _XLABS_MARK = "controlnet_x_embedder.weight", "pos_embed_input.we
 _HINT_LAYERS = ("conv_in", *(f"blocks.{number}" for number in range(6)), "conv_out")
 """The library's names of XLabs' convolutions, which are numbered 0, 2 .. 14 there."""
 _HINT_CHANNELS = 16
+MASK_INPUTS = 4
+"""Per token of the hint: one for each latent."""
 
 
 def find_flux_controlnet(keys: Collection[str]) -> Part | None:
@@ -40,10 +42,10 @@ def find_flux_controlnet(keys: Collection[str]) -> Part | None:
 
 
 def build_flux_controlnet(file: TensorFile, part: Part) -> FluxControlNetModel:
-    """The network without weights. Raises: CheckpointError for one that lacks layers, or with more inputs (inpainting), which are not supported."""
+    """The network without weights. Raises: CheckpointError for one that lacks layers, or has inputs of an unknown kind."""
     shapes = {key.removeprefix(part.prefix): info.shape for key, info in file.infos.items() if key.startswith(part.prefix)}
     config = _read_library(file, shapes) if part.layout is Layout.DIFFUSERS else _read_xlabs(file, shapes)
-    return build_empty(lambda: without_warning(lambda: FluxControlNetModel(**config)))
+    return build_empty(lambda: build_library_network(config, shapes[_LIBRARY_MARK if part.layout is Layout.DIFFUSERS else _XLABS_MARK][1]))
 
 
 def _read_library(file: TensorFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -80,10 +82,12 @@ def _config(
     if missing:
         raise CheckpointError(f"{file.path.name}: its ControlNet for Flux.1 lacks {missing[0]}. The file is incomplete; download it again.")
     (width, inputs), hint_inputs = shapes[image_in], shapes[hint_in][1]
-    if inputs != PLAIN_INPUTS or hint_inputs != PLAIN_INPUTS or head_width < 8 or head_width % 2 or width % head_width:
+    known = (PLAIN_INPUTS, PLAIN_INPUTS + MASK_INPUTS) if hint_in == _LIBRARY_MARK else (PLAIN_INPUTS,)
+    if inputs != PLAIN_INPUTS or hint_inputs not in known or head_width < 8 or head_width % 2 or width % head_width:
         raise CheckpointError(
             f"{file.path.name}: is a ControlNet for Flux.1 with {inputs} inputs per token, {hint_inputs} per token of the hint, and heads "
-            f"{head_width} of {width} wide. Supported are {PLAIN_INPUTS} of both (InstantX, Shakker, XLabs), not those for inpainting."
+            f"{head_width} of {width} wide. Supported are {PLAIN_INPUTS} of both (InstantX, Shakker, XLabs), and {PLAIN_INPUTS + MASK_INPUTS} of "
+            "the hint (alimama, for inpainting)."
         )
     return {
         "in_channels": inputs,

@@ -36,6 +36,7 @@ from backend.nn.flux_layers import unpack as unpack
 from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, Segment, TransformerOptions
 from backend.nn.references import REFERENCES
 from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic, residual_of_rows
+from backend.nn.transformer_controlnet import as_tokens
 
 IMAGE, TEXT, TOKENS, MODULATION, COSINES, SINES, FLOW = "image", "text", "tokens", "modulation", "rope cosines", "rope sines", "flow"
 DOUBLE, SINGLE, LAST = "double_block", "single_block", "last"
@@ -105,7 +106,7 @@ class FluxSegment(BlockSegment):
         for addition in self.adds:
             if addition.at_end is at_end and (residual := state.residuals.pop(addition, None)) is not None:
                 tokens = state.tensors[addition.target]
-                residual = residual.flatten(2).transpose(1, 2) if residual.ndim == 4 else residual
+                residual = as_tokens(residual)
                 end = first + sizes.num_picture
                 before, picture, after = tokens[:, :first], tokens[:, first:end], tokens[:, end:]
                 state.tensors[addition.target] = torch.cat([before, self._add(picture, residual), after], dim=1)
@@ -286,8 +287,6 @@ class FluxProgram(Program):
 
     def residual_of_tile(self, residual: Tensor, cut: Cut, rank: int) -> Tensor | None:
         """A tile's part of picture tokens, (B, L, D) or (B, D, rows, columns)."""
-        if residual.ndim == 4:
-            return residual[:, :, slice(*cut.span(rank))] if residual.shape[2] == cut.bounds[-1] else None
         return residual_of_rows(residual, cut, rank)
 
     def foreign_forward(self) -> Callable[[Mapping[str, Tensor]], Tensor] | None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backend.families.lumina2.identify import CELL
-from backend.families.zimage.program import pack, unpack
+from backend.families.zimage.layers import pack, unpack
 from backend.nn.block_segment import BlockSegment
 from backend.nn.padded_text import TEXT_LENGTHS, attention_mask, read_lengths
 from backend.nn.program import Addition, NamedLayers, Program, ProgramState, Segment, TransformerOptions

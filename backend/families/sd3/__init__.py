@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from backend.checkpoint_file import TensorFile
 from backend.checkpoint_prediction import FLOW, PredictionSpec
 from backend.families.family import Family, FoundDenoiser, PageDefaults, PageVariant
-from backend.families.latent_format import LatentFormat
-from backend.families.sd3.identify import LATENT_CHANNELS, TITLE, identify_sd3
+from backend.families.sd3.identify import TITLE, identify_sd3
 from backend.families.sd3.key_map import sd3_key_map
-from backend.families.sd3.program import CELL, build_sd3_program
+from backend.families.sd3.latent import LATENT
+from backend.families.sd3.program import build_sd3_program
 from backend.families.sd3.text import TEXT_ENCODERS, build_text_engines, encode
 from backend.families.single_file import VAE_PREFIX, join_parts, t5_to_file
 from backend.families.unet_family import kl_vae
@@ -27,7 +27,6 @@ from backend.modules.k_prediction import FlowPrediction
 from backend.nn.mmditx import MMDiTX
 from backend.state_dict import build_empty
 
-LATENT = LatentFormat(channels=LATENT_CHANNELS, factor=8, scale=1.5305, shift=0.0609, cell=CELL)
 SHIFT = 3.0
 _TEXT_PREFIXES = tuple(f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
 

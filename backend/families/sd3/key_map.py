@@ -16,7 +16,7 @@ from torch import nn
 from backend.families.flux.key_map import share_rows
 from backend.families.key_map import KeyMap, Rows
 
-_ENDS = {
+ENDS = {
     "pos_embed.proj": "x_embedder.proj",
     "pos_embed.pos_embed": "pos_embed",
     "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -55,7 +55,7 @@ def sd3_key_map(network: nn.Module) -> KeyMap:
     sd3: Any = network
     width, there = sd3.inner_dim, dict(sd3.named_modules())
     swapped = Rows(0, 2 * width, 2 * width, swapped=True)
-    modules, rows = dict(_ENDS), {"norm_out.linear": swapped}
+    modules, rows = dict(ENDS), {"norm_out.linear": swapped}
     for number, block in enumerate(sd3.transformer_blocks):
         ours, original = f"transformer_blocks.{number}", f"joint_blocks.{number}"
         modules.update({f"{ours}.{name}": f"{original}.{other}" for name, other in _BLOCK.items() if f"{ours}.{name}" in there})

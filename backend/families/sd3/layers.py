@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from backend.attention import attention_function
+from backend.families.sd3.identify import PATCH
 from backend.nn.flux_layers import norm_with
 
 
@@ -65,7 +67,23 @@ def run_joint_block(block: Any, image_BLD: Tensor, text_BTD: Tensor, modulation_
     return image_BLD, text_BTD + text_mods[5] * inner.to(text_BTD.dtype)
 
 
+def run_single_block(block: Any, image_BLD: Tensor, modulation_BD: Tensor) -> Tensor:
+    """The picture after a block without text, as ControlNets for SD3.5 large have them."""
+    dtype = modulation_BD.dtype
+    mods = modulate(block.norm1, modulation_BD, 6, image_BLD.dtype)
+    mixed = block.attn(hidden_states=norm_with(block.norm1.norm, image_BLD, mods[1], mods[0], dtype))
+    image_BLD = image_BLD + mods[2] * mixed.to(image_BLD.dtype)
+    inner: Tensor = block.ff(norm_with(block.norm2, image_BLD, mods[4], mods[3], dtype))
+    return image_BLD + mods[5] * inner.to(image_BLD.dtype)
+
+
 def modulate(norm: Any, modulation_BD: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """A norm's shifts, scales and gates, (B, 1, D) each, in the stream's dtype."""
     numbers: Tensor = norm.linear(norm.silu(modulation_BD)).to(dtype)
     return tuple(part.unsqueeze(1) for part in numbers.chunk(count, dim=1))
+
+
+def pad_to_cells(x_BCHW: Tensor) -> Tensor:
+    """Odd sides padded from the opposite edge."""
+    height, width = x_BCHW.shape[2:]
+    return functional.pad(x_BCHW, (0, width % PATCH, 0, height % PATCH), mode="circular") if height % PATCH or width % PATCH else x_BCHW

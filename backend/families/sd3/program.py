@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
-from torch.nn import functional
 
 from backend.families.flux.tiles import TilePlace, TileTokens, find_untileable
-from backend.families.sd3.layers import JointAttentionProcessor, modulate, run_joint_block
+from backend.families.sd3.controlnet import build_for_counting
+from backend.families.sd3.layers import JointAttentionProcessor, modulate, pad_to_cells, run_joint_block
 from backend.families.sd3.tiles import run_joint_on_tile
 from backend.nn.block_segment import BlockSegment, residuals_from_the_first
 from backend.nn.flux_layers import norm_with
@@ -125,8 +125,7 @@ class Sd3Program(Program):
             )
         height, width = x_BCHW.shape[2:]
         _check_size(network.config.pos_embed_max_size, height, width)
-        padded_BCHW = functional.pad(x_BCHW, (0, width % CELL, 0, height % CELL), mode="circular") if height % CELL or width % CELL else x_BCHW
-        image_BLD = network.pos_embed(padded_BCHW).contiguous()
+        image_BLD = network.pos_embed(pad_to_cells(x_BCHW)).contiguous()
         modulation_BD = network.time_text_embed(rows["timesteps"].float(), rows["y"].to(x_BCHW.dtype))
         text_BLD = network.context_embedder(rows["context"])
         if x_BCHW.dtype == torch.float16:
@@ -158,7 +157,7 @@ class Sd3Program(Program):
         return state
 
     def residual_of_tile(self, residual: Tensor, cut: Cut, rank: int) -> Tensor | None:
-        """A tile's part of picture tokens (B, L, D)."""
+        """A tile's part of picture tokens, (B, L, D) or (B, D, rows, columns)."""
         return residual_of_rows(residual, cut, rank)
 
     def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
@@ -173,6 +172,9 @@ class Sd3Program(Program):
             "context": torch.empty(1, max(context_length, EXAMPLE_TEXT_TOKENS), config.joint_attention_dim, device="meta", dtype=dtype),
             "y": torch.empty(1, config.pooled_projection_dim, device="meta", dtype=dtype),
         }
+
+    def build_control_network(self) -> nn.Module | None:
+        return build_for_counting(self.embedding.network)
 
     def working_bytes(self, shape: Sequence[int], itemsize: int) -> float:
         num_tokens = EXAMPLE_TEXT_TOKENS + -(-shape[2] // CELL) * -(-shape[3] // CELL)

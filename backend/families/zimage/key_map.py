@@ -22,8 +22,8 @@ _ENDS = {
     "pads.picture": "x_pad_token",
     "pads.text": "cap_pad_token",
 }
-_ATTENTION = {"to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm"}
-_QKV = ("to_q", "to_k", "to_v")
+ATTENTION = {"to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm"}
+QKV = ("to_q", "to_k", "to_v")
 
 
 def zimage_key_map(network: nn.Module) -> KeyMap:
@@ -34,8 +34,8 @@ def zimage_key_map(network: nn.Module) -> KeyMap:
     for kind in ("noise_refiner", "context_refiner", "layers"):
         for number in range(len(getattr(zimage, kind))):
             attention = f"{kind}.{number}.attention"
-            modules.update({f"{attention}.{name}": f"{attention}.{other}" for name, other in _ATTENTION.items()})
-            parts = share_rows([f"{attention}.{name}" for name in _QKV], [zimage.dim] * 3)
+            modules.update({f"{attention}.{name}": f"{attention}.{other}" for name, other in ATTENTION.items()})
+            parts = share_rows([f"{attention}.{name}" for name in QKV], [zimage.dim] * 3)
             rows.update(parts)
             modules.update(dict.fromkeys(parts, f"{attention}.qkv"))
     return KeyMap(modules=modules, rows=rows)

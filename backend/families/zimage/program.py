@@ -7,15 +7,14 @@
     layer 0..           the first joins them to "tokens" (picture before text), the others update those
     last 0              "flow": the picture's tokens, normalized, projected, put back into latents, and negated: the network predicts x0 - noise
 
-Places: text (1, 0, 0), (2, 0, 0) ..; the picture's (n + 1, row, column) behind n padded text tokens, so that rows with longer texts have other
-rotations. In fp32 the library's `forward` gives the same up to rounding: it rotates by complex products.
+In fp32 the library's `forward` gives the same up to rounding: it rotates by complex products.
 
 Shapes: B rows, C latent channels, H W latent rows and columns, L tokens, D token width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,21 +22,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from backend.families.zimage.controlnet import build_for_counting
 from backend.families.zimage.identify import CELL
+from backend.families.zimage.layers import (
+    COSINES,
+    IMAGE,
+    MASK,
+    MODULATION,
+    PATCH,
+    SINES,
+    TEXT,
+    ZImageEmbedding,
+    rounded,
+    run_block,
+    run_block_on_tile,
+    start_tensors,
+    unpack,
+)
 from backend.nn.block_segment import BlockSegment, residuals_from_the_first
-from backend.nn.padded_text import TEXT_LENGTHS, read_lengths
-from backend.nn.program import Addition, ControlLists, NamedLayers, Program, ProgramState, Segment, TransformerOptions
-from backend.nn.stream_layers import Rope, attend, gated, rms_norm, rotations
-from backend.nn.stream_tiles import Spans, StreamPlace, attend_on_tile, join_spans, share_out, share_rows, spans_of
+from backend.nn.padded_text import TEXT_LENGTHS
+from backend.nn.program import Addition, ControlLists, Program, ProgramState, Segment, TransformerOptions
+from backend.nn.stream_layers import Rope
+from backend.nn.stream_tiles import Spans, StreamPlace, join_spans, share_out, share_rows, spans_of
 from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic, residual_of_rows
+from backend.nn.transformer_controlnet import as_tokens
 
-IMAGE, TEXT, TOKENS, MODULATION, COSINES, SINES, MASK, FLOW = (
-    "image", "text", "tokens", "modulation", "rope cosines", "rope sines", "text mask", "flow",
-)  # fmt: skip
+TOKENS, FLOW = "tokens", "flow"
 CONTEXT, NOISE, LAYER, LAST = "context_refiner", "noise_refiner", "layer", "last"
-PATCH = "2-1"
-MULTIPLE = 32
-"""Numbers of tokens are multiples of this, in training too."""
 EXAMPLE_TEXT_TOKENS = 128
 """A prompt of a hundred words in its template."""
 PEAK_NUMBERS = 16
@@ -47,45 +58,6 @@ _SIZES = "zimage_sizes"
 """Key of the latents' rows and columns in the state's options, which travel with the state."""
 _PLACES = "zimage_places"
 """Key of where each stream's tokens are, in the options of a tile's state."""
-Modulation = tuple[Tensor | float, ...]
-"""Scale and gate of attention, scale and gate of the MLP."""
-
-
-def run_block(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
-    """The tokens after a block, which has attention, then an MLP, each between two norms. Its modulation, if any, has the network's dtype."""
-    numbers = _modulate(block, modulation_BD, tokens_BLD.dtype)
-    mixed_BLD = attend(block.attention, _norm_in(block, tokens_BLD, numbers, modulation_BD.dtype), rope, mask)
-    return _finish_block(block, tokens_BLD, mixed_BLD, numbers, modulation_BD.dtype)
-
-
-def run_block_on_tile(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, place: StreamPlace) -> Swaps[Tensor]:
-    """`run_block` for a tile's tokens."""
-    numbers = _modulate(block, modulation_BD, tokens_BLD.dtype)
-    mixed_BLD = yield from attend_on_tile(block.attention, _norm_in(block, tokens_BLD, numbers, modulation_BD.dtype), place)
-    return _finish_block(block, tokens_BLD, mixed_BLD, numbers, modulation_BD.dtype)
-
-
-def _norm_in(block: Any, stream_BLD: Tensor, numbers: Modulation, dtype: torch.dtype) -> Tensor:
-    """What attention reads."""
-    return (rms_norm(block.attention_norm1, stream_BLD) * numbers[0]).to(dtype)
-
-
-def _finish_block(block: Any, stream_BLD: Tensor, mixed_BLD: Tensor, numbers: Modulation, dtype: torch.dtype) -> Tensor:
-    """The stream after attention's result and the MLP."""
-    _, attention_gate, mlp_scale, mlp_gate = numbers
-    stream_BLD = stream_BLD + attention_gate * rms_norm(block.attention_norm2, mixed_BLD.to(stream_BLD.dtype))
-    mlp = block.feed_forward
-    inner_BLD = gated(mlp.w3, mlp.w1, mlp.w2, (rms_norm(block.ffn_norm1, stream_BLD) * mlp_scale).to(dtype))
-    return stream_BLD + mlp_gate * rms_norm(block.ffn_norm2, inner_BLD.to(stream_BLD.dtype))
-
-
-def _modulate(block: Any, modulation_BD: Tensor, dtype: torch.dtype) -> Modulation:
-    """Scales and gates of attention and MLP, (B, 1, D) each in the stream's dtype; ones in a block that does not read the time."""
-    if not block.modulation:
-        return 1.0, 1.0, 1.0, 1.0
-    numbers: Tensor = block.adaLN_modulation(modulation_BD).unsqueeze(1).to(dtype)
-    attention_scale, attention_gate, mlp_scale, mlp_gate = numbers.chunk(4, dim=2)
-    return 1.0 + attention_scale, attention_gate.tanh(), 1.0 + mlp_scale, mlp_gate.tanh()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -128,12 +100,22 @@ class StreamSegment(BlockSegment):
             return None
         return mask if self.stream == TOKENS else mask[..., -state.tensors[TEXT].shape[1] :]
 
-    def _add(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """Add to the picture's tokens, which come first."""
-        num_others = hidden.shape[1] - residual.shape[1]
-        if num_others < 0 or residual.shape[-1] != hidden.shape[-1]:
-            return super()._add(hidden, residual)
-        return hidden + functional.pad(residual.to(hidden), (0, 0, 0, num_others))
+    def add_residuals(self, state: ProgramState, *, at_end: bool) -> None:
+        """Add to the picture's tokens, which come first, or to those behind them. A residual may be longer than its rows' text: that is padding."""
+        for addition in self.adds:
+            if addition.at_end is at_end and (residual := state.residuals.pop(addition, None)) is not None:
+                hidden, first = state.tensors[addition.target], 0
+                if addition.kind == "output":
+                    height, width = state.options[_SIZES]
+                    first = -(-height // CELL) * -(-width // CELL)
+                    residual = as_tokens(residual)[:, : hidden.shape[1] - first]
+                state.tensors[addition.target] = self._add_from(hidden, as_tokens(residual), first)
+
+    def _add_from(self, hidden: Tensor, residual: Tensor, first: int) -> Tensor:
+        num_after = hidden.shape[1] - first - residual.shape[1]
+        if num_after < 0 or residual.shape[-1] != hidden.shape[-1]:
+            return self._add(hidden, residual)  # which says that it does not fit
+        return hidden + functional.pad(residual.to(hidden), (0, 0, first, num_after))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -175,27 +157,6 @@ class LastSegment(BlockSegment):
         yield from ()
 
 
-@dataclass(frozen=True, eq=False)
-class ZImageEmbedding:
-    """The layers before the blocks, and the learned tokens of padding, which are the network's own."""
-
-    network: Any
-
-    @property
-    def named_layers(self) -> NamedLayers:
-        return tuple((name, self.network.get_submodule(name)) for name in (f"all_x_embedder.{PATCH}", "cap_embedder", "t_embedder", "pads"))
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, layer in self.named_layers:
-            yield from layer.named_parameters(prefix=name)
-
-    def modulate(self, times_B: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, 256) of times 0..1, 1 for a clean picture."""
-        embed = self.network.t_embedder
-        features = embed.timestep_embedding(times_B.float() * self.network.t_scale, embed.frequency_embedding_size)
-        return embed.mlp(features.to(dtype))  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ZImageProgram(Program):
     """Rows: "x" latents (B, 16, H, W); "timesteps" 0..1, 1 for a clean picture; "context" Qwen3's features; "text_lengths" (B,) how many count."""
@@ -205,33 +166,17 @@ class ZImageProgram(Program):
     def start(
         self, rows: Mapping[str, Tensor], *, residuals: Mapping[Addition, Tensor] | None = None, options: TransformerOptions | None = None
     ) -> ProgramState:
-        network, x_BCHW, context_BLD = self.embedding.network, rows["x"], rows["context"]
-        num_rows, (height, width) = x_BCHW.shape[0], x_BCHW.shape[2:]
-        lengths = read_lengths(rows.get(TEXT_LENGTHS), num_rows, context_BLD.shape[1])
-        padded = [_rounded(length) for length in lengths]
-        image_BLD = _pad(network.all_x_embedder[PATCH](pack(x_BCHW)), network.pads.picture)
-        text_BLD = network.cap_embedder(context_BLD[:, : max(lengths)]).expand(num_rows, -1, -1)
-        text_BLD = _pad_rows(_pad(text_BLD, network.pads.text), lengths, network.pads.text)
-        if x_BCHW.dtype == torch.float16:
-            image_BLD, text_BLD = image_BLD.float(), text_BLD.float()
-        cells = (-(-height // CELL), -(-width // CELL))
-        distinct = padded if len(set(padded)) > 1 else padded[:1]
-        places = torch.stack([_places(*cells, image_BLD.shape[1], text_BLD.shape[1], count) for count in distinct]).to(x_BCHW.device)
-        cosines, sines = rotations(places, network.axes_dims, network.rope_theta)
-        modulation_BD = self.embedding.modulate(rows["timesteps"], x_BCHW.dtype)
-        tensors = {IMAGE: image_BLD, TEXT: text_BLD, MODULATION: modulation_BD, COSINES: cosines, SINES: sines}
-        if min(padded) < text_BLD.shape[1]:
-            tensors[MASK] = _mask(padded, image_BLD.shape[1], text_BLD.shape[1]).to(x_BCHW.device)
-        return ProgramState(tensors, dict(residuals or {}), {**(options or {}), _SIZES: (height, width)})
+        tensors = start_tensors(self.embedding, rows)
+        return ProgramState(tensors, dict(residuals or {}), {**(options or {}), _SIZES: tuple(rows["x"].shape[2:])})
 
     def why_no_tiles(self) -> str | None:
         return None
 
     def tile_traffic(self, rows: Mapping[str, Tensor]) -> TileTraffic:
         """Rows of tokens are cut; refiners of the picture need the keys and values of its tokens, layers those of all."""
-        (height, width), num_text, network = rows["x"].shape[-2:], _rounded(rows["context"].shape[1]), self.embedding.network
+        (height, width), num_text, network = rows["x"].shape[-2:], rounded(rows["context"].shape[1]), self.embedding.network
         num_rows = -(-height // CELL)
-        num_picture = _rounded(num_rows * -(-width // CELL))
+        num_picture = rounded(num_rows * -(-width // CELL))
         num_refiners, num_layers = len(network.noise_refiner), len(network.layers)
         shared = num_refiners * num_picture + num_layers * (num_picture + num_text)
         return TileTraffic(
@@ -259,7 +204,7 @@ class ZImageProgram(Program):
         return residual_of_rows(residual, cut, rank)
 
     def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
-        """Entry i of "input" is added to the picture after layer i."""
+        """After layer i, entry i of "input" is added to the picture, and entry i of "output" to the tokens behind it: its padding and the text."""
         return residuals_from_the_first(self, control)
 
     def example_rows(self, *, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -269,6 +214,9 @@ class ZImageProgram(Program):
             "timesteps": torch.empty(1, device="meta"),
             "context": torch.empty(1, max(context_length, EXAMPLE_TEXT_TOKENS), config.cap_feat_dim, device="meta", dtype=dtype),
         }
+
+    def build_control_network(self) -> nn.Module | None:
+        return build_for_counting(self.embedding.network)
 
     def working_bytes(self, shape: Sequence[int], itemsize: int) -> float:
         num_tokens = EXAMPLE_TEXT_TOKENS + -(-shape[2] // CELL) * -(-shape[3] // CELL)
@@ -287,7 +235,7 @@ def build_zimage_program(network: Any) -> ZImageProgram:
     layers: list[Segment] = [
         JoinedSegment(
             kind=LAYER, number=number, named_layers=((f"layers.{number}", block),), consumes=(TOKENS,) if number else (IMAGE, TEXT),
-            produces=(TOKENS,), adds=(Addition("input", number, TOKENS),), stream=TOKENS, joins=number == 0,
+            produces=(TOKENS,), adds=(Addition("input", number, TOKENS), Addition("output", number, TOKENS)), stream=TOKENS, joins=number == 0,
         )
         for number, block in enumerate(network.layers)
     ]  # fmt: skip
@@ -300,52 +248,6 @@ def build_zimage_program(network: Any) -> ZImageProgram:
         inputs=(IMAGE, TEXT),
         constants=(MODULATION, COSINES, SINES, MASK),
         output=FLOW,
-        control_kinds=("input",),
+        control_kinds=("input", "output"),
+        has_control_in_tiles=False,
     )
-
-
-def pack(x_BCHW: Tensor) -> Tensor:
-    """Latents as tokens of 2x2, (B, H/2 * W/2, 4 C), channels last. Odd sides are padded from the opposite edge."""
-    if x_BCHW.shape[2] % CELL or x_BCHW.shape[3] % CELL:
-        x_BCHW = functional.pad(x_BCHW, (0, x_BCHW.shape[3] % CELL, 0, x_BCHW.shape[2] % CELL), mode="circular")
-    batch, channels, height, width = x_BCHW.shape
-    cells = x_BCHW.reshape(batch, channels, height // CELL, CELL, width // CELL, CELL)
-    return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, channels * CELL**2)
-
-
-def unpack(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
-    """The inverse: latents (B, C, height, width)."""
-    rows, columns = -(-height // CELL), -(-width // CELL)
-    cells = tokens_BLD.reshape(tokens_BLD.shape[0], rows, columns, CELL, CELL, -1)
-    return cells.permute(0, 5, 1, 3, 2, 4).reshape(tokens_BLD.shape[0], -1, rows * CELL, columns * CELL)[:, :, :height, :width]
-
-
-def _rounded(length: int) -> int:
-    return -(-length // MULTIPLE) * MULTIPLE
-
-
-def _pad(tokens_BLD: Tensor, pad_1D: Tensor) -> Tensor:
-    """Learned tokens behind the others, up to a multiple of 32."""
-    missing = _rounded(tokens_BLD.shape[1]) - tokens_BLD.shape[1]
-    return torch.cat([tokens_BLD, pad_1D.to(tokens_BLD).expand(tokens_BLD.shape[0], missing, -1)], dim=1) if missing else tokens_BLD
-
-
-def _pad_rows(text_BLD: Tensor, lengths: Sequence[int], pad_1D: Tensor) -> Tensor:
-    """Learned tokens in the place of what does not count in shorter rows."""
-    if min(lengths) == max(lengths):
-        return text_BLD
-    counts_BL = torch.arange(text_BLD.shape[1])[None] < torch.tensor(lengths)[:, None]
-    return torch.where(counts_BL.to(text_BLD.device)[..., None], text_BLD, pad_1D.to(text_BLD))
-
-
-def _mask(padded: Sequence[int], num_picture: int, num_text: int) -> Tensor:
-    """Which keys count, (B, 1, 1, L): those behind a row's own padding do not."""
-    counts_BL = torch.arange(num_picture + num_text)[None] < num_picture + torch.tensor(padded)[:, None]
-    return counts_BL[:, None, None]
-
-
-def _places(rows: int, columns: int, num_picture: int, num_text: int, padded_text: int) -> Tensor:
-    """Places (L, 3) of the picture's tokens, its padding (all 0) and the text, in the order of joined tokens."""
-    grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1).reshape(-1, 2)
-    picture = functional.pad(functional.pad(grid, (1, 0), value=padded_text + 1), (0, 0, 0, num_picture - len(grid)))
-    return torch.cat([picture, functional.pad(torch.arange(1, num_text + 1)[:, None], (0, 2))])

@@ -157,10 +157,15 @@ class RunPlanning:
         replaced = next(iter(replaced_views(self.unet.model.diffusion_model)), None)
         if replaced is not None:
             return f"an extension replaced the forward of {replaced}, which may need whole tensors"
+        if self.control_networks and not self.unet.model.program.has_control_in_tiles:
+            return "residuals of its ControlNets belong to the text too"
         return self.unet.model.program.why_no_tiles()
 
     def must_be_whole(self, call: NetworkCall) -> bool:
-        """Whether a call cannot be cut into the plan's tiles: it has another size than the run (a part of the picture), or hooks of its own."""
+        """Whether a call cannot be cut into the plan's tiles: it has another size than the run (a part of the picture), hooks of its own, or
+        residuals that cannot be cut."""
+        if call.control is not None and not self.unet.model.program.has_control_in_tiles:
+            return True
         return call.rows["x"].shape[-2:] != self._shape[-2:] or find_whole_hook(call.options) is not None
 
     # rows and bytes

@@ -168,13 +168,12 @@ def load_model(name: str, *, keep: int) -> Any:
 
 def _read(path: str) -> Any:
     from backend.checkpoint_file import CheckpointError, open_tensor_file
-    from backend.checkpoint_layout import find_controlnet
-    from backend.controlnet_loader import build_control, refuse_other_files
+    from backend.controlnet_loader import build_control, reads_control, refuse_other_files
     from modules_forge.supported_controlnet import ControlNetPatcher
 
     try:
         with open_tensor_file(Path(path)) as file:
-            if find_controlnet(file.infos) is not None:  # tensor by tensor, to avoid two copies in memory
+            if reads_control(file.infos):  # tensor by tensor, to avoid two copies in memory
                 return ControlNetPatcher(build_control(file))
         model = try_load_supported_control_model(path)
         if model is None:

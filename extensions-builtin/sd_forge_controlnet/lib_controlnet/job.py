@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from backend.patcher.controlnet import ControlNetError, soft_weights, zero_weights
-from backend.patcher.flux_controlnet import SOFT_WEIGHT, even_weights
+from backend.patcher.latent_controlnet import SOFT_WEIGHT, HintEncoder, even_weights
 from lib_controlnet import api, global_state
 from lib_controlnet.enums import ControlMode, ControlNetUnionControlType, HiResFixOption
 from lib_controlnet.external_code import ControlNetUnit
@@ -125,10 +125,10 @@ def patch_pass(p: Any, one: ActiveUnit, x: Any, args: Any, kwargs: Mapping[str, 
 
 def weights_of(one: ActiveUnit, p: Any) -> tuple[Any, Any]:
     """Weights of the positive and negative branch for the unit's control mode."""
-    is_flux = bool(getattr(p.sd_model, "is_flux", False))
-    soft = even_weights(SOFT_WEIGHT) if is_flux else soft_weights(is_sdxl=bool(getattr(p.sd_model, "is_sdxl", False)))
+    is_transformer = isinstance(getattr(one.model, "model_patcher", None), HintEncoder)
+    soft = even_weights(SOFT_WEIGHT) if is_transformer else soft_weights(is_sdxl=bool(getattr(p.sd_model, "is_sdxl", False)))
     if one.preprocessor.use_soft_projection_in_hr_fix and p.is_hr_pass:
         return soft, soft
     if one.unit.control_mode is ControlMode.PROMPT:
         return soft, soft
-    return (soft, even_weights(0.0) if is_flux else zero_weights()) if one.unit.control_mode is ControlMode.CONTROL else (None, None)
+    return (soft, even_weights(0.0) if is_transformer else zero_weights()) if one.unit.control_mode is ControlMode.CONTROL else (None, None)

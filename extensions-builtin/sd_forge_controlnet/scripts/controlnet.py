@@ -13,6 +13,7 @@ from modules import script_callbacks, scripts, shared
 from modules_forge.builtin_preprocessors import builtin_preprocessors
 from modules_forge.shared import add_supported_control_model, add_supported_preprocessor, supported_preprocessors
 from modules_forge.supported_controlnet import ControlNetPatcher
+from modules_forge.supported_flux_pictures import FluxIPAdapterPatcher, ReduxPatcher
 from modules_forge.supported_ip_adapter import IPAdapterPatcher
 
 
@@ -81,7 +82,8 @@ def register() -> None:
         if preprocessor.name not in supported_preprocessors:
             add_supported_preprocessor(preprocessor)
     add_supported_control_model(ControlNetPatcher)
-    add_supported_control_model(IPAdapterPatcher)
+    for kind in (FluxIPAdapterPatcher, ReduxPatcher, IPAdapterPatcher):  # files that the last refuses as made for faces may be InstantX's
+        add_supported_control_model(kind)
 
 
 register()

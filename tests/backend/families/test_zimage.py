@@ -15,7 +15,8 @@ from backend.checkpoint_layout import Layout, Part
 from backend.families.zimage import FAMILY
 from backend.families.zimage.identify import axis_widths
 from backend.families.zimage.key_map import zimage_key_map
-from backend.families.zimage.program import build_zimage_program, pack, unpack
+from backend.families.zimage.layers import pack, unpack
+from backend.families.zimage.program import build_zimage_program
 from backend.nn.padded_text import TEXT_LENGTHS
 from tests.support.tiny_families import (
     ADAPTERS,
