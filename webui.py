@@ -6,7 +6,6 @@ import contextlib
 import gc
 import logging
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,14 +16,14 @@ from modules.app_config import AppConfig
 from modules.application import Application, build_application
 from modules.checkpoints.import_lock import network_imports
 from modules.checkpoints.models import select_starting_checkpoint
+from modules.launch.devices import find_devices
 from modules.launch.errors import SetupError
-from modules.launch.inert_flags import DEVICE_ROWS, FlagFacts, find_inert_flags
 from modules.launch.timer import startup_timer
 from modules.pictures import unfinished_files
 from modules.scripts import callbacks
 
 if TYPE_CHECKING:
-    from backend.devices.slot import Slot
+    from modules.cluster.front import ClusterFront
     from modules.http_edge.server import WebServer
 
 log = logging.getLogger(__name__)
@@ -54,24 +53,34 @@ def run(config: AppConfig) -> int:
     app = build_application(config)
     app.restartable = True
     application.install(app)
+    front = start_front(app) if config.cluster is not None else None
     select_checkpoint(app)
     unfinished_files.start_clearing(app)
     startup_timer.record("application")
     try:
-        command = serve(app, server, engine)
+        command = serve(app, server, engine, front)
         while command == "restart":
             log.info("Restarting.")
             callbacks.app_reload_callback()
             server = WebServer(config)
-            command = serve(app, server, engine)
+            command = serve(app, server, engine, front)
     finally:
         app.close()
+        if front is not None:
+            front.close()
         application.install(None)
         engine.finish()
     return 0
 
 
-def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
+def start_front(app: Application) -> ClusterFront:
+    """Make this server the front of a cluster (--cluster). Raises SetupError."""
+    from modules.cluster.start import connect_front  # imports ray, if it is installed
+
+    return connect_front(app)
+
+
+def serve(app: Application, server: WebServer, engine: EngineStart, front: ClusterFront | None = None) -> str:
     """Build the API and the page and serve until a command ends it; returns the command."""
     from modules.api.api import create_api, create_internal_api
     from modules.http_edge.server import create_fastapi_app, keep_page_last
@@ -87,6 +96,8 @@ def serve(app: Application, server: WebServer, engine: EngineStart) -> str:
         else:
             engine.wait_for_devices()
             load_extensions(app)
+        if front is not None:
+            front.take_up_jobs()
         callbacks.app_started_callback(app.demo, fastapi_app)
         keep_page_last(fastapi_app)
         server.start(fastapi_app)
@@ -209,25 +220,13 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def warn_of_inert_flags(config: AppConfig, slots: Sequence[Slot]) -> None:
-    """Log a line for each flag without effect on these devices. Those that depend only on other flags were logged before."""
-    from backend.devices.inventory import describe_device  # imports torch
-
-    kinds = tuple(describe_device(slot.torch_device).kind for slot in slots)
-    gpus = tuple(str(slot.torch_device) for kind, slot in zip(kinds, slots) if kind != "cpu")
-    facts = FlagFacts(flags=config.flags, kinds=kinds if config.backend.multi_gpu else kinds[:1], gpus=gpus)
-    for sentence in find_inert_flags(DEVICE_ROWS, facts):
-        log.warning("%s", sentence)
-
-
 class EngineStart:
     """Imports the engine and probes devices on a separate thread: torch in parallel with gradio; what only pictures need after the page is up."""
 
     def __init__(self, config: AppConfig) -> None:
-        self._config = config
         self._importer: threading.Thread | None = None
         worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-start")
-        self._devices = worker.submit(self._find_devices)
+        self._devices = worker.submit(find_devices, config)
         worker.shutdown(wait=False)
 
     def wait_for_devices(self) -> None:
@@ -246,24 +245,6 @@ class EngineStart:
         """Wait for running threads: the interpreter must not exit while a thread is inside torch's code."""
         if self._importer is not None:
             self._importer.join(FINISH_TIMEOUT_S)
-
-    def _find_devices(self) -> None:
-        from backend import memory_management  # imports torch
-        from backend.attention import configure_attention
-        from backend.devices import link_test
-        from backend.devices.cpu_threads import apply_cpu_threads
-        from backend.devices.determinism import apply_determinism
-        from backend.devices.probing import probe_devices
-        from backend.storage.fusing import configure_fusing
-
-        link_test.keep_verdicts_in(self._config.data_dir / "cache")
-        slots = probe_devices(self._config.backend)
-        memory_management.configure(self._config.backend, slots)
-        apply_cpu_threads(self._config.backend, slots)
-        apply_determinism(self._config.backend)
-        configure_attention(self._config.backend)
-        configure_fusing(self._config.backend.compile_dequantization)
-        warn_of_inert_flags(self._config, slots)
 
     def _import_networks(self) -> None:
         import importlib

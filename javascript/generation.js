@@ -81,9 +81,13 @@ function taskAnswered(tab) {
     showSubmitButtons(tab, true);
 }
 
+function taskOf(tab) {
+    return [localGet(`${tab}_task_id`, "")];
+}
+
 function interruptPressed(tab) {
     showSubmitInterruptingPlaceholder(tab);
-    return [localGet(`${tab}_task_id`, "")];
+    return taskOf(tab);
 }
 
 /** Reconnect to a task that was running before the page was reloaded. */

@@ -26,6 +26,8 @@ class AppConfig:
     The first entry of each `*_dirs` is the standard folder; folders from flags follow in the order given.
     `notices` are messages for the user from parsing the flags (a flag without effect, a missing folder).
     `has_screen` says whether a browser can be shown on this machine; `subpath` has no slash at either end.
+    `cluster` is the address of a Ray cluster, "auto" or "local"; `cluster_workers` the least and the largest number of workers, None for one per
+    machine.
     `flags` contains every flag by its name with underscores, as `shared.cmd_opts` shows them to extensions.
     """
 
@@ -76,8 +78,13 @@ class AppConfig:
     sdxl: bool = False
     controlnet: bool = False
     list_gpus: bool = False
+    cluster: str | None = None
+    gpus_per_replica: float | None = None
+    cluster_workers: tuple[int, int] | None = None
+    queue_limit: int = 256
     log_startup: bool = False
     loglevel: str = "INFO"
+    log_format: str = "text"
 
     backend: BackendConfig = field(default_factory=BackendConfig)
     flags: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), repr=False)

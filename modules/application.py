@@ -19,8 +19,10 @@ from modules.checkpoints.models import LoadEngine, ModelHost, load_engine
 from modules.checkpoints.vae_files import ModuleRegistry
 from modules.jobs import context
 from modules.jobs.bar import JobBar
+from modules.jobs.context import RemoteEngine
 from modules.jobs.queue import JobQueue
 from modules.jobs.state import State
+from modules.jobs.states import JobStates
 from modules.pictures.upscaler_models import UpscalerModels, build_upscaler_models
 from modules.prompts.styles import StyleDatabase
 from modules.settings.folder_policy import FolderPolicy
@@ -50,6 +52,7 @@ class Application:
     script_runners: dict[str, Any] = field(default_factory=dict)
     job_bar: JobBar = field(default_factory=JobBar)
     last_profile: Any = None
+    remote_engine: RemoteEngine | None = None
     demo: Any = None
     fastapi_app: Any = None
     restartable: bool = False
@@ -92,20 +95,23 @@ def _split(value: Any) -> set[str]:
 
 
 def build_application(config: AppConfig, *, load: LoadEngine = load_engine) -> Application:
-    """Everything below the page, wired up. Reads the settings file and scans for models; loads none."""
+    """Everything below the page, wired up. Reads the settings file and scans for models; loads none.
+
+    With --cluster every running job has its own state, because several run at a time.
+    """
     options = create_options(config)
     file_cache = FileCache(config.data_dir / "cache")
     hashes = HashStore(file_cache, enabled=not config.no_hashing)
     checkpoints = CheckpointRegistry(config.ckpt_dirs, hashes, extra_files=_named_checkpoint(config), demo_files=_demo_checkpoints(config))
     additional_modules = ModuleRegistry(config.vae_dirs, config.text_encoder_dirs)
-    state = State()
+    state = State() if config.cluster is None else JobStates()
     checkpoints.refresh()
     additional_modules.refresh()
     return Application(
         config=config,
         options=options,
         state=state,
-        jobs=JobQueue(state),
+        jobs=JobQueue(state, config.queue_limit),
         checkpoints=checkpoints,
         additional_modules=additional_modules,
         models=ModelHost(checkpoints, additional_modules, config.backend, options.snapshot, embedding_dirs=config.embeddings_dirs, load=load),

@@ -22,6 +22,7 @@ from modules.api.generation import GenerationRoutes, Process
 from modules.api.internal import InternalRoutes
 from modules.api.jobs import JobRoutes
 from modules.api.listings import ListingRoutes
+from modules.api.metrics import MetricsRoutes
 from modules.api.pictures import decode_picture, encode_picture, encode_settings, fetch_rules, infotext_of
 from modules.api.routes import RoutePolicy, create_router
 from modules.api.server import ServerRoutes
@@ -53,6 +54,7 @@ def create_api(app: Application, fastapi_app: FastAPI, *, process: Process = pro
     _add_job_control(router, JobRoutes(app))
     _add_listings(router, ListingRoutes(app))
     _add_server(router, ServerRoutes(app), stoppable=app.config.api_server_stop)
+    router.add_api_route("/metrics", MetricsRoutes(app).metrics, methods=["GET"])
     fastapi_app.include_router(router)
 
 
@@ -64,6 +66,7 @@ def create_internal_api(app: Application, fastapi_app: FastAPI) -> None:
     jobs, internal = JobRoutes(app), InternalRoutes(app)
     open_router = create_router(RoutePolicy())
     open_router.add_api_route("/internal/ping", internal.ping, methods=["GET"])
+    open_router.add_api_route("/internal/ready", internal.ready, methods=["GET"])
     open_router.add_api_route("/internal/progress", jobs.task_progress, methods=["POST"], response_model=models.TaskProgressResponse)
     # These reveal facts about the machine and other users' task names, so they need the password if one is set.
     closed_router = create_router(RoutePolicy(credentials=app.config.api_auth or app.config.gradio_auth, log_calls=app.config.api_log))
@@ -128,6 +131,7 @@ def _add_server(router: APIRouter, server: ServerRoutes, *, stoppable: bool) -> 
     _add(router, "GET", "cmd-flags", server.cmd_flags)
     _add(router, "GET", "memory", server.memory, models.MemoryResponse)
     _add(router, "GET", "multi-gpu", server.multi_gpu, models.MultiGpuResponse)
+    _add(router, "POST", "cluster/drain", server.drain)
     _add(router, "POST", "unload-checkpoint", server.unload_checkpoint)
     _add(router, "POST", "reload-checkpoint", server.reload_checkpoint)
     if stoppable:

@@ -69,7 +69,7 @@ class GenerationRoutes:
     async def _carry_out(self, tab: str, body: models.GenerationRequest) -> tuple[StableDiffusionProcessing, dict[str, Any], Processed]:
         self.app.jobs.check_room()
         p, parameters = await run_in(pool_for(body), self._prepare, tab, body)
-        job = self.app.jobs.submit(body.force_task_id, tab, lambda: self._run(p))
+        job = self.app.jobs.submit(body.force_task_id, tab, lambda: self._run(p), request=p)
         saves = body.save_images or p.selected_script is not None  # a selected script may save its results
         return p, parameters, await wait_for_job(job, drop_from=None if saves else self.app.jobs)
 

@@ -26,6 +26,20 @@ class InternalRoutes:
         """Uses no thread, so it answers even if all of them are busy."""
         return {}
 
+    async def ready(self) -> Response:
+        """200 if a picture could be made now, else 503 with the reason: for load balancers and Kubernetes."""
+        reason = self._why_not_ready()
+        status = 200 if reason is None else 503
+        return Response(json.dumps({"ready": reason is None, "reason": reason or ""}), status_code=status, media_type="application/json")
+
+    def _why_not_ready(self) -> str | None:
+        if not len(self.app.checkpoints):
+            return "There is no checkpoint."
+        remote = self.app.remote_engine
+        if remote is not None and not any(worker["state"] in ("idle", "busy") for worker in remote.describe()["workers"]):
+            return "No worker is connected."
+        return None
+
     def quicksettings_hint(self) -> list[models.QuicksettingsHint]:
         """Every setting by key and label."""
         return [models.QuicksettingsHint(name=key, label=info.label) for key, info in self.app.options.data_labels.items() if info.label]

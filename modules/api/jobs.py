@@ -11,6 +11,7 @@ from modules.jobs.progress import overall_progress, report_task
 
 if TYPE_CHECKING:
     from modules.application import Application
+    from modules.jobs.state import State
 
 _PREVIEW_FORMATS = ("png", "jpeg", "webp")
 
@@ -33,14 +34,18 @@ class JobRoutes:
             current = await run_in(previews(), encode_picture, image, extension=options.samples_format, infotext=None, settings=settings)
         return models.ProgressResponse(**overall_progress(state), current_image=current)
 
-    async def interrupt(self) -> dict[str, Any]:
-        """End the running job within one step; finished pictures are returned and saved."""
-        self.app.state.interrupt()
+    async def interrupt(self, id_task: str = "") -> dict[str, Any]:
+        """End the running job within one step; finished pictures are returned and saved. On a cluster `id_task` names one of several."""
+        if not (id_task and self.app.jobs.cancel(id_task)):
+            self._state(id_task).interrupt()
         return {}
 
-    async def skip(self) -> None:
+    async def skip(self, id_task: str = "") -> None:
         """End the running batch within one step."""
-        self.app.state.skip()
+        self._state(id_task).skip()
+
+    def _state(self, task_id: str) -> State:
+        return self.app.state.of_job(task_id) if task_id else self.app.state
 
     async def task_progress(self, body: models.TaskProgressRequest) -> models.TaskProgressResponse:
         """Progress of one task, for the page."""

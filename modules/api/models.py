@@ -458,9 +458,58 @@ class LinkItem(BaseModel):
     latency_ms: float
 
 
+class WorkerSlotItem(BaseModel):
+    """A slot of a worker."""
+
+    index: int
+    device: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+    utilization: float | None
+
+
+class WorkerItem(BaseModel):
+    """A worker of the cluster. `state`: idle, busy, draining or refused; `pid`: its process there; `reason`: why it is refused, else its plan;
+    `speed`: measured megapixel steps per second."""
+
+    worker: str
+    machine: str
+    address: str
+    pid: int
+    state: str
+    reason: str
+    running: int
+    checkpoint: str
+    networks: list[str]
+    done: int
+    speed: float | None
+    busy_s: float
+    step_ms: float | None
+    free_disk_bytes: int | None
+    slots: list[WorkerSlotItem]
+
+
+class ClusterItem(BaseModel):
+    """The workers, pieces that wait for one, pieces made again after a loss, and jobs that cost a load of their checkpoint."""
+
+    workers: list[WorkerItem]
+    waiting: int
+    retries: int
+    loads: int
+
+
+class DrainRequest(BaseModel):
+    """`worker`: the name of a worker or machine."""
+
+    worker: str = Field(min_length=1, max_length=500)
+    draining: bool = True
+
+
 class MultiGpuResponse(BaseModel):
-    """The slots, the newest job's plan (null if there has been none), and the links between slots."""
+    """The slots, the newest job's plan (null if there has been none), the links between slots, and on a cluster's front the workers."""
 
     slots: list[SlotItem]
     plan: PlanItem | None
     links: list[LinkItem]
+    cluster: ClusterItem | None = None

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import Response
+from fastapi import HTTPException, Response
 from fastapi.concurrency import run_in_threadpool
 
-from modules.api.models import LinkItem, MemoryResponse, MultiGpuResponse, PlanItem, SlotItem
+from modules.api.models import ClusterItem, DrainRequest, LinkItem, MemoryResponse, MultiGpuResponse, PlanItem, SlotItem
 from modules.api.settings import check_settings
 from modules.api.waiting import wait_for_job
 
@@ -70,7 +70,15 @@ class ServerRoutes:
             slots=[SlotItem.model_validate(slot) for slot in status.describe_slots()],
             plan=None if plan is None else PlanItem.model_validate(plan),
             links=[LinkItem.model_validate(link) for link in status.current_links()],
+            cluster=None if self.app.remote_engine is None else ClusterItem.model_validate(self.app.remote_engine.describe()),
         )
+
+    def drain(self, body: DrainRequest) -> dict[str, Any]:
+        """Give a worker or machine no new jobs, so that it can be updated, or give it jobs again. 404 without --cluster."""
+        if self.app.remote_engine is None:
+            raise HTTPException(404, "This server has no workers: it was started without --cluster.")
+        self.app.remote_engine.drain(body.worker, is_draining=body.draining)
+        return {}
 
     async def unload_checkpoint(self) -> dict[str, Any]:
         """Unload the model; the next job loads it again. Waits for the jobs before it."""
@@ -80,6 +88,8 @@ class ServerRoutes:
     async def reload_checkpoint(self) -> dict[str, Any]:
         """Load the selected model now. Raises NoCheckpointError, ModelLoadError."""
         await run_in_threadpool(self.app.models.resolve)
+        if self.app.remote_engine is not None:
+            return {}  # workers load a model with the first job that needs it
         await wait_for_job(self.app.jobs.submit(None, "reload-checkpoint", self._load))
         return {}
 

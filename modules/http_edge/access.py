@@ -2,7 +2,7 @@
 
 | kind | paths | asks for |
 |---|---|---|
-| open | `/internal/ping`, the login form and its assets | nothing |
+| open | `/internal/ping`, `/internal/ready`, the login form and its assets | nothing |
 | api | `/sdapi/...` | --api-auth |
 | page | gradio's, `/internal/progress`, pictures of cards, files of extensions | --gradio-auth (its cookie, or the same as HTTP basic) |
 | guest | all others: `/controlnet/...`, `/docs`, `/internal/sysinfo`, extensions | --api-auth, else --gradio-auth; or the page's cookie |
@@ -33,7 +33,7 @@ ACTING_PATHS = frozenset({"/logout"})
 
 def kind_of(path: str, *, is_page: bool) -> Kind:
     """`is_page`: no route of the API or of an extension matches this path, so gradio handles it."""
-    if path == "/internal/ping":
+    if path in ("/internal/ping", "/internal/ready"):
         return "open"
     if path == "/sdapi" or path.startswith("/sdapi/"):
         return "api"

@@ -29,6 +29,19 @@ if TYPE_CHECKING:
     from modules.settings.options import Options
 
 
+class RemoteEngine(Protocol):
+    """Makes the pictures of requests on other machines; see modules.cluster."""
+
+    def process(self, p: Any) -> Any:
+        """As modules.processing.process_images. Runs on the job's thread."""
+
+    def describe(self) -> dict[str, Any]:
+        """The machines, for GET multi-gpu, /metrics and the panel of GPUs."""
+
+    def drain(self, worker: str, *, is_draining: bool = True) -> None:
+        """Give a worker or machine no new jobs, or give it jobs again. Raises RequestError if there is none of this name."""
+
+
 class JobContext(Protocol):
     """`options` are the current settings; a job reads its own snapshot, `p.options`."""
 
@@ -46,6 +59,8 @@ class JobContext(Protocol):
     job_bar: JobBar
     last_profile: Any
     folders: FolderPolicy
+    remote_engine: RemoteEngine | None
+    """What makes the pictures instead of this process's engine; None on a server of its own."""
 
 
 _installed: JobContext | None = None

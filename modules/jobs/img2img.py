@@ -66,7 +66,7 @@ def img2img(id_task: str, request: Any, *args: Any) -> Outputs:
         made = _run_batch(p, values) if int(values.get("mode") or 0) == _BATCH_MODE else process_with_scripts(p)
         return made if made is not None else Processed(p, [])
 
-    return handler_outputs(p.context.jobs.run_and_wait(id_task or None, "img2img", run))
+    return handler_outputs(p.context.jobs.run_and_wait(id_task or None, "img2img", run, request=p))
 
 
 def img2img_create_processing(request: Any, values: dict[str, Any], script_args: tuple[Any, ...]) -> StableDiffusionProcessingImg2Img:

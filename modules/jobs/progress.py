@@ -44,9 +44,14 @@ class TaskBook:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self.pending: OrderedDict[str, float] = OrderedDict()
-        self.current: str | None = None
+        self.running: list[str] = []
         self.finished: list[str] = []
         self.results: list[tuple[str, Any]] = []
+
+    @property
+    def current(self) -> str | None:
+        """The running task, the oldest if there are several."""
+        return next(iter(self.running), None)
 
     def add(self, task_id: str) -> None:
         with self._changed:
@@ -54,13 +59,12 @@ class TaskBook:
 
     def start(self, task_id: str) -> None:
         with self._changed:
-            self.current = task_id
+            self.running = [*self.running, task_id]
             self.pending.pop(task_id, None)
 
     def finish(self, task_id: str) -> None:
         with self._changed:
-            if self.current == task_id:
-                self.current = None
+            self.running = [running for running in self.running if running != task_id]
             self.pending.pop(task_id, None)
             self.finished = [*self.finished, task_id][-FINISHED_TASKS_KEPT:]
             self._changed.notify_all()
@@ -70,7 +74,7 @@ class TaskBook:
             self.results = [*self.results, (task_id, result)][-RESULTS_KEPT:]
 
     def is_live(self, task_id: str) -> bool:
-        return task_id == self.current or task_id in self.pending
+        return task_id in self.running or task_id in self.pending
 
     def wait_for_result(self, task_id: str, timeout_s: float | None = None) -> Any:
         """The recorded result of `task_id` once it has finished; None if there is none."""
@@ -109,9 +113,10 @@ def report_task(
     tasks: TaskBook, state: State, task_id: str, *, known_preview_id: int = -1, want_preview: bool = True, image_format: str = "png"
 ) -> ProgressReport:
     """Status of `task_id`. Includes the preview if it is newer than `known_preview_id`."""
-    active, queued, completed = task_id == tasks.current, task_id in tasks.pending, task_id in tasks.finished
+    active, queued, completed = task_id in tasks.running, task_id in tasks.pending, task_id in tasks.finished
     if not active:
         return ProgressReport(active=False, queued=queued, completed=completed, id_live_preview=-1, textinfo=_queue_text(tasks, task_id, queued))
+    state = state.of_job(task_id)
     share = progress_share(state)
     preview_id, image = state.id_live_preview, state.current_image
     fresh = want_preview and image is not None and preview_id != known_preview_id

@@ -10,15 +10,17 @@ import html
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from modules import errors
 from modules.errors import JobCancelled, QueueFullError, RequestError, ServerClosingError
 from modules.jobs.context import required_context
+from modules.jobs.current import current_job_id
+from modules.jobs.meter import JobMeter
 from modules.jobs.progress import TaskBook, create_task_id
 from modules.jobs.state import State
 
@@ -101,10 +103,13 @@ def keeping_errors() -> Iterator[Kept]:
 class Job(Generic[ResultT]):
     """A job in the queue. `wait()` returns its result or raises its error."""
 
-    def __init__(self, task_id: str, name: str, run: Callable[[], ResultT]) -> None:
+    def __init__(self, task_id: str, name: str, run: Callable[[], ResultT], *, owner: str | None = None, runs_elsewhere: bool = False) -> None:
         self.task_id = task_id
         self.name = name
         self.run = run
+        self.owner = owner
+        self.runs_elsewhere = runs_elsewhere
+        self.submitted_s = time.monotonic()
         self.context = contextvars.copy_context()
         self.done = threading.Event()
         self._callbacks: list[Callable[[], None]] = []
@@ -139,13 +144,17 @@ class Job(Generic[ResultT]):
     def carry_out(self) -> None:
         """Run the job on this thread; whatever it raises is stored for the waiter."""
         with keeping_errors() as kept:
-            self.result = self.context.run(self.run)
+            self.result = self.context.run(self._run_named)
         error = self.error = kept.take()
         if error is None or isinstance(error, RequestError):
             return
         self.error = _explained(error, self.name)
         errors.record_exception(error)
         log.error("Job %s failed: %s: %s", self.name, type(self.error).__name__, self.error, exc_info=error)
+
+    def _run_named(self) -> ResultT:
+        current_job_id.set(self.task_id)
+        return self.run()
 
 
 def _explained(error: Exception, name: str) -> Exception:
@@ -155,37 +164,82 @@ def _explained(error: Exception, name: str) -> Exception:
     return memory_management.explain_shortage(error, f"the job {name}")
 
 
-class JobQueue:
-    """First in, first out. The worker thread starts with the first job and is a daemon, so it never delays the end of the program.
+class Journal(Protocol):
+    """Where accepted jobs are written down, so that they survive the process; see modules.cluster."""
 
-    At most `max_waiting` jobs wait at a time.
+    def accept(self, task_id: str, name: str, request: Any) -> None:
+        """Raises an error if the job cannot be kept; it is then not accepted."""
+
+    def end(self, task_id: str) -> None:
+        """The job has ended, successfully or not."""
+
+
+def choose_fairly(waiting: Sequence[Job[Any]], running: Sequence[Job[Any]]) -> Job[Any]:
+    """The oldest waiting job of the owner with the fewest running jobs; first come, first served among owners that are level.
+
+    For example, while two jobs of ann run and none of bob, bob's job goes before ann's third.
+    """
+    num_running = Counter(job.owner for job in running)
+    return min(waiting, key=lambda job: num_running[job.owner])  # min() keeps the order of equals
+
+
+class JobQueue:
+    """First in, first out. Worker threads start with the first job and are daemons, so they never delay the end of the program.
+
+    At most `max_waiting` jobs wait at a time. On one machine one job runs at a time. A cluster's front raises `max_running`: jobs with a `request`
+    then run side by side, each with its own state, shared fairly between owners; other jobs still take turns, because they use this machine.
     """
 
     def __init__(self, state: State, max_waiting: int = MAX_WAITING_JOBS) -> None:
         self.state = state
         self.max_waiting = max_waiting
         self.tasks = TaskBook()
+        self.meter = JobMeter()
+        self.journal: Journal | None = None
+        self._max_running = 1
         self._waiting: deque[Job[Any]] = deque()
         self._changed = threading.Condition(threading.RLock())
-        self._running: Job[Any] | None = None
-        self._worker: threading.Thread | None = None
+        self._running: list[Job[Any]] = []
+        self._workers: list[threading.Thread] = []
         self._closed = False
 
-    def submit(self, task_id: str | None, name: str, run: Callable[[], ResultT]) -> Job[ResultT]:
+    @property
+    def max_running(self) -> int:
+        return self._max_running
+
+    @max_running.setter
+    def max_running(self, value: int) -> None:
+        with self._changed:
+            self._max_running = max(1, value)
+            self._start_workers()
+            self._changed.notify_all()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def submit(self, task_id: str | None, name: str, run: Callable[[], ResultT], *, request: Any = None) -> Job[ResultT]:
         """Append a job to the queue. Called from inside a job, it runs immediately, because waiting for itself would deadlock.
 
-        Raises ServerClosingError and QueueFullError.
+        `request`: what `run` processes, if it is a request for pictures. Raises ServerClosingError and QueueFullError.
         """
-        job: Job[ResultT] = Job(task_id or create_task_id(name), name, run)
-        if threading.current_thread() is self._worker:
+        is_elsewhere = request is not None and self.journal is not None
+        job: Job[ResultT] = Job(task_id or create_task_id(name), name, run, owner=getattr(request, "user", None), runs_elsewhere=is_elsewhere)
+        if threading.current_thread() in self._workers:
             job.carry_out()
             job.finish()
             return job
         with self._changed:
             self.check_room()
+            if self.journal is not None and request is not None:
+                self.journal.accept(job.task_id, name, request)
             self.tasks.add(job.task_id)
             self._waiting.append(job)
-            self._start_worker()
+            self._start_workers()
             self._changed.notify_all()
         return job
 
@@ -195,11 +249,12 @@ class JobQueue:
             if self._closed:
                 raise ServerClosingError("the server is shutting down and accepts no more jobs.")
             if len(self._waiting) >= self.max_waiting:
+                self.meter.num_refused += 1
                 raise QueueFullError(f"{len(self._waiting)} jobs are already waiting; the queue is full. Try again later.")
 
-    def run_and_wait(self, task_id: str | None, name: str, run: Callable[[], ResultT]) -> ResultT:
+    def run_and_wait(self, task_id: str | None, name: str, run: Callable[[], ResultT], *, request: Any = None) -> ResultT:
         """submit() and wait()."""
-        return self.submit(task_id, name, run).wait()
+        return self.submit(task_id, name, run, request=request).wait()
 
     def cancel(self, task_id: str) -> bool:
         """Remove a waiting job from the queue; returns whether it was there. Its waiter gets JobCancelled."""
@@ -217,8 +272,8 @@ class JobQueue:
             is_waiting = job in self._waiting
             if is_waiting:
                 self._waiting.remove(job)
-            elif self._running is job:  # the next job starts under this lock and resets the flag
-                self.state.interrupt()
+            elif job in self._running:  # the next job starts under this lock and resets the flag
+                self.state.of_job(job.task_id).interrupt()
         if is_waiting:
             self._drop(job, JobCancelled(f"job {job.name} ({job.task_id}): its client disconnected."))
 
@@ -228,55 +283,82 @@ class JobQueue:
             self._closed = False
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Accept no more jobs, drop waiting ones, interrupt the running one and wait for it. Every waiter gets an answer."""
+        """Accept no more jobs, drop waiting ones, interrupt running ones and wait for them. Every waiter gets an answer.
+
+        Jobs in the journal stay there: the next start runs them.
+        """
         with self._changed:
             self._closed = True
             dropped = list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
         for job in dropped:
-            self._drop(job, ServerClosingError(f"job {job.name} ({job.task_id}): the server is shutting down."))
+            self._drop(job, ServerClosingError(f"job {job.name} ({job.task_id}): the server is shutting down."), is_kept=True)
         with self._changed:
-            if self._running is not None:
-                self.state.interrupt()
-        if self._worker is not None and self._worker is not threading.current_thread():
-            self._worker.join(timeout_s)
+            workers = [worker for worker in self._workers if worker is not threading.current_thread()]
+            for job in self._running:
+                self.state.of_job(job.task_id).interrupt()
+        deadline_s = time.monotonic() + timeout_s
+        for worker in workers:
+            worker.join(max(0.0, deadline_s - time.monotonic()))
 
-    def _drop(self, job: Job[Any], error: JobCancelled) -> None:
+    def _drop(self, job: Job[Any], error: JobCancelled, *, is_kept: bool = False) -> None:
         self.tasks.finish(job.task_id)
+        self.meter.num_ended["canceled"] += 1
+        if not is_kept:
+            self._end_in_journal(job)
         job.error = error
         job.finish()
 
-    def _start_worker(self) -> None:
-        if self._worker is None or not self._worker.is_alive():
-            self._worker = threading.Thread(target=self._work, name="job-worker", daemon=True)
-            self._worker.start()
+    def _end_in_journal(self, job: Job[Any]) -> None:
+        if job.runs_elsewhere and self.journal is not None:
+            self.journal.end(job.task_id)
+
+    def _start_workers(self) -> None:
+        self._workers = [worker for worker in self._workers if worker.is_alive()]
+        num_wanted = min(self._max_running, len(self._running) + len(self._waiting))
+        while len(self._workers) < num_wanted:
+            worker = threading.Thread(target=self._work, name="job-worker", daemon=True)
+            self._workers.append(worker)
+            worker.start()
 
     def _work(self) -> None:
         while (job := self._next_job()) is not None:
-            with queue_lock:
+            with self.state.of_thread(job.task_id), self._turn_of(job):
                 self._do(job)
+
+    def _turn_of(self, job: Job[Any]) -> AbstractContextManager[Any]:
+        return nullcontext() if job.runs_elsewhere else queue_lock
 
     def _next_job(self) -> Job[Any] | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
+            self._changed.wait_for(lambda: self._closed or (self._waiting and len(self._running) < self._max_running))
             if not self._waiting:
                 return None
-            job = self._waiting.popleft()
+            job = choose_fairly(self._waiting, self._running)
+            self._waiting.remove(job)
             self.tasks.start(job.task_id)
-            self.state.begin(job.name)
-            self._running = job
+            with self.state.of_thread(job.task_id):
+                self.state.begin(job.name)
+            self._running.append(job)
+            self.meter.note_wait(time.monotonic() - job.submitted_s)
             return job
 
     def _do(self, job: Job[Any]) -> None:
+        started_s = time.monotonic()
         try:
             job.carry_out()
             if job.error is None:
                 self.tasks.record(job.task_id, job.result)
         finally:
+            self.meter.note_end(time.monotonic() - started_s, is_failed=job.error is not None)
+            if not (self._closed and self.state.of_job(job.task_id).interrupted):  # cut short by close(): the next start runs it again
+                self._end_in_journal(job)
             with self._changed:
-                self._running = None
+                self._running.remove(job)
+                self._changed.notify_all()
             self.state.end()
+            self.state.drop(job.task_id)
             self.tasks.finish(job.task_id)
             job.finish()
 

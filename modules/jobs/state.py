@@ -9,7 +9,8 @@ import datetime
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image
@@ -45,6 +46,20 @@ class State:
         self.preview_maker: PreviewMaker | None = None
         self._server_command: str | None = None
         self._server_command_changed = threading.Condition()
+
+    # One job at a time has one state. modules.jobs.states has a state per job, for a cluster's front.
+
+    def of_job(self, task_id: str) -> State:
+        """The state of the job `task_id`."""
+        return self
+
+    @contextmanager
+    def of_thread(self, task_id: str) -> Iterator[None]:
+        """Inside, the calling thread works on the job `task_id`."""
+        yield
+
+    def drop(self, task_id: str) -> None:
+        """The job `task_id` has ended; its state is not asked for again."""
 
     @property
     def server_command(self) -> str | None:

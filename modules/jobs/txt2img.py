@@ -56,7 +56,7 @@ def txt2img_create_processing(id_task: str, request: Any, *args: Any, force_enab
 def txt2img(id_task: str, request: Any, *args: Any) -> Outputs:
     """Queue the request and wait for it. Returns the pictures, their info as JSON, and parameters and comments as HTML."""
     p = txt2img_create_processing(id_task, request, *args)
-    return handler_outputs(p.context.jobs.run_and_wait(id_task or None, "txt2img", lambda: process_images(p)))
+    return handler_outputs(p.context.jobs.run_and_wait(id_task or None, "txt2img", lambda: process_images(p), request=p))
 
 
 def handler_outputs(processed: Processed) -> Outputs:

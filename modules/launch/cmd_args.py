@@ -148,6 +148,7 @@ def build_parser() -> ArgumentParser:
     _add_launcher_arguments(parser)
     _add_server_arguments(parser)
     _add_folder_arguments(parser)
+    _add_cluster_arguments(parser)
     _add_page_arguments(parser)
     _add_extension_arguments(parser)
     _add_no_effect_arguments(parser)
@@ -174,6 +175,7 @@ def _add_launcher_arguments(parser: ArgumentParser) -> None:
         "--list-gpus": "print the devices, then stop",
     }
     _add_switches(group, switches)
+    group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: one JSON object per line, with the job's id")
     group.add_argument("--loglevel", type=str.upper, choices=LOG_LEVELS, help="how much to print (default: INFO)")
 
 
@@ -210,6 +212,19 @@ def _add_server_arguments(parser: ArgumentParser) -> None:
         "--autolaunch": "open the page in a browser",
     }
     _add_switches(group, switches)
+
+
+def _add_cluster_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("more machines (docs/cluster.md)")
+    group.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="make pictures on the workers of a Ray cluster: ray://HEAD:10001, HEAD:6379, auto (the cluster this machine belongs to) "
+        "or local (a cluster of this machine alone)",
+    )
+    group.add_argument("--gpus-per-replica", type=float, metavar="N", help="GPUs of one worker, fractions too (default: all GPUs of its machine)")
+    group.add_argument("--cluster-workers", metavar="MIN-MAX", help="how many workers to run, by queue length (default: one per machine)")
+    group.add_argument("--queue-limit", type=int, default=256, metavar="N", help="jobs that may wait; more are answered 503 (default: 256)")
 
 
 def _add_folder_arguments(parser: ArgumentParser) -> None:
@@ -379,6 +394,8 @@ def _make_config(ns: Namespace, environ: Mapping[str, str], notices: list[str]) 
         has_screen=_has_screen(environ),
         disable_extension_access=bool(flags["disable_extension_access"]),
         loglevel=_log_level(ns, environ),
+        log_format=ns.log_format,
+        **_cluster_fields(ns),
         backend=backend_config_from_namespace(ns),
         flags=MappingProxyType(flags),
         notices=(*notices, *folder_notices),
@@ -389,6 +406,33 @@ _PLAIN_FIELDS = (
     *("share", "autolaunch", "theme", "api", "nowebui", "api_log", "api_server_stop", "allow_code", "no_hashing", "freeze_settings"),
     *("hide_ui_dir_config", "disable_console_progressbars", "sdxl", "controlnet", "list_gpus", "log_startup"),
 )
+
+
+_CLUSTER_ADDRESS = re.compile(r"auto|local|ray://[\w.-]+:\d{1,5}|[\w.-]+:\d{1,5}")
+
+
+def _cluster_fields(ns: Namespace) -> dict[str, Any]:
+    if ns.cluster is not None and not _CLUSTER_ADDRESS.fullmatch(ns.cluster):
+        raise FlagError(f"--cluster {ns.cluster}: not an address. Give auto, local, ray://HEAD:10001 or HEAD:6379.")
+    if ns.gpus_per_replica is not None and not 0 < ns.gpus_per_replica <= 64:
+        raise FlagError(f"--gpus-per-replica {ns.gpus_per_replica}: must be above 0 and at most 64.")
+    return {
+        "cluster": ns.cluster,
+        "gpus_per_replica": ns.gpus_per_replica,
+        "cluster_workers": _read_range("--cluster-workers", ns.cluster_workers),
+        "queue_limit": _check_range("--queue-limit", ns.queue_limit, 1, 1_000_000),
+    }
+
+
+def _read_range(flag: str, text: str | None) -> tuple[int, int] | None:
+    """`"0-8"` -> `(0, 8)`, `"4"` -> `(4, 4)`."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if least > most or most < 1:
+        raise FlagError(f"{flag} {text}: must be a number or MIN-MAX, such as 0-8.")
+    return least, most
 
 
 def _server_fields(ns: Namespace) -> dict[str, Any]:

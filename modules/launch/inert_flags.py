@@ -82,6 +82,7 @@ FLAG_ROWS = (
         ("--device-id",), lambda f: _names_more_than_one(f) and not f.has("multi_gpu"),
         " beyond its first device: without --multi-gpu only one device is used",
     ),
+    Row(("--gpus-per-replica", "--cluster-workers"), lambda f: not f.has("cluster"), " without --cluster"),
     Row(("--share",), _is_without_page, " with --nowebui: it shares the page"),
     Row(("--autolaunch",), _is_without_page, " with --nowebui: there is no page to open"),
     Row(("--autolaunch",), lambda f: not f.has_screen, ": this machine has no screen for a browser"),

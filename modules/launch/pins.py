@@ -15,7 +15,7 @@ from pathlib import Path
 
 from modules.launch import pip
 
-_PIN = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[^\s;]+)(?:;(?P<marker>.*))?$")
+_PIN = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*)(?:\[[\w,-]+\])?==(?P<version>[^\s;]+)(?:;(?P<marker>.*))?$")
 _MARKER = re.compile(r"^python_version(?P<operator>>=|<=|==|<|>)[\"'](?P<major>\d+)\.(?P<minor>\d+)[\"']$")
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "<": operator.lt, ">": operator.gt}
 _TORCH = re.compile(r"^(?P<major>\d+)\.(?P<minor>\d+)\.(?P<patch>\d+)(?P<build>\+.*)?$")

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 MIN_FREE_BYTES = 2 * 2**30  # torch for the CPU and the rest; torch for CUDA takes about three times that
 RUNTIME_FILE = "requirements_versions.txt"
 TEST_FILE = "requirements_test.txt"
+CLUSTER_FILE = "requirements_cluster.txt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,8 +5,10 @@ Standard library only. `launch.py` passes in argv and the environment.
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import shlex
 import shutil
@@ -18,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modules.app_config import SCRIPT_DIR, AppConfig
+from modules.jobs.current import current_job_id
 from modules.launch import venv as launch_venv
 from modules.launch.cmd_args import FlagError, parse_config
 from modules.launch.env import library_environment
@@ -25,7 +28,7 @@ from modules.launch.errors import SetupError
 from modules.launch.extensions import run_installers
 from modules.launch.pins import find_refusals, leave_out, names_a_requirement
 from modules.launch.port import check_port
-from modules.launch.setup import Setup, install_packages, install_xformers, runtime_file
+from modules.launch.setup import CLUSTER_FILE, Setup, install_packages, install_xformers, runtime_file
 from modules.launch.stamp import FILE_NAME
 from modules.launch.sysinfo import write_sysinfo
 from modules.launch.timer import startup_timer
@@ -72,11 +75,23 @@ class _PlainFormatter(logging.Formatter):
         return text if is_plain else f"{record.levelname}: {text}"
 
 
-def setup_logging(level: str) -> None:
-    """Install one handler on standard output, replacing that of an earlier call."""
+class _JsonFormatter(logging.Formatter):
+    """One JSON object per record, with the id of the job that it is about."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc).isoformat(timespec="milliseconds")
+        facts = {"time": moment, "level": record.levelname, "logger": record.name, "job": current_job_id.get(), "message": record.getMessage()}
+        if record.exc_info:
+            facts["error"] = self.formatException(record.exc_info)
+        return json.dumps(facts)
+
+
+def setup_logging(level: str, log_format: str = "text") -> None:
+    """Install one handler on standard output, replacing that of an earlier call. `log_format`: "text" or "json"."""
     handler = logging.StreamHandler(sys.stdout)
     handler.set_name("webui")
-    handler.setFormatter(_PlainFormatter("%(name)s: %(message)s" if level == "DEBUG" else "%(message)s"))
+    plain = _PlainFormatter("%(name)s: %(message)s" if level == "DEBUG" else "%(message)s")
+    handler.setFormatter(_JsonFormatter() if log_format == "json" else plain)
     root = logging.getLogger()
     for old in [old for old in root.handlers if old.get_name() == "webui"]:
         root.removeHandler(old)
@@ -98,7 +113,7 @@ def prepare(argv: Sequence[str], environ: Mapping[str, str], script: Path) -> Ap
         startup_timer.restart(float(environ[BEGAN_VARIABLE]))
     try:
         config = parse_config(argv, environ)
-        setup_logging(config.loglevel)
+        setup_logging(config.loglevel, config.log_format)
         return _prepare(config, argv, environ, script)
     except FlagError as error:
         setup_logging("INFO")
@@ -147,8 +162,9 @@ def enter_venv(argv: Sequence[str], environ: Mapping[str, str], script: Path, *,
 
 def _prepare_packages(config: AppConfig, environ: Mapping[str, str]) -> None:
     flags = config.flags
+    runtime = runtime_file(SCRIPT_DIR, environ)
     setup = Setup(
-        requirement_files=(runtime_file(SCRIPT_DIR, environ),),
+        requirement_files=(runtime,) if config.cluster is None else (runtime, SCRIPT_DIR / CLUSTER_FILE),
         environ=environ,
         skip_install=flags["skip_install"],
         reinstall_torch=flags["reinstall_torch"],

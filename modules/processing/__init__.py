@@ -85,7 +85,11 @@ def __getattr__(name: str) -> Any:
 def process_images(p: StableDiffusionProcessing) -> Processed:
     """Run the request: load its model, make its pictures, save them. Raises RequestError if it cannot be done.
 
-    Runs on the calling thread, one job at a time; the page and the API call it from the job worker."""
+    Runs on the calling thread, one job at a time; the page and the API call it from the job worker. The front of a cluster has another machine
+    do it."""
+    if p.context.remote_engine is not None:
+        processed: Processed = p.context.remote_engine.process(p)
+        return processed
     from backend import memory_management, profiler  # these import torch, as does the sampler list
     from backend.parallel.running.lost_slots import dropping_dead_slots
     from modules.jobs.observer import JobObserver
@@ -106,7 +110,7 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
                 return process_images_inner(p)
         finally:
             active_overrides.reset(token)
-            _keep_overrides(p, context)
+            keep_overrides(p, context)
             memory_management.release_after_job()
 
 
@@ -124,7 +128,7 @@ def _as_job(context: JobContext) -> Iterator[None]:
         state.end()
 
 
-def _keep_overrides(p: StableDiffusionProcessing, context: JobContext) -> None:
+def keep_overrides(p: StableDiffusionProcessing, context: JobContext) -> None:
     """override_settings_restore_afterwards=False turns the overrides into the current settings (in memory only, until they are saved)."""
     if p.override_settings_restore_afterwards:
         return
@@ -147,7 +151,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     p.seed, p.subseed = _own_seed(p.seed), _own_seed(p.subseed)
     fix_seed(p)
     _describe_model(p, context)
-    _set_folders(p)
+    set_folders(p)
     step_of(p, "setup_prompts", setup_prompts)()
     set_all_seeds(p)
     p.run_hook("process")
@@ -195,7 +199,8 @@ def _describe_model(p: StableDiffusionProcessing, context: JobContext) -> None:
     p.sd_vae_hash = (context.hashes.sha256(vae, f"vae/{vae.name}") or "")[:10] or None if vae is not None else None
 
 
-def _set_folders(p: StableDiffusionProcessing) -> None:
+def set_folders(p: StableDiffusionProcessing) -> None:
+    """Where its pictures are saved, unless the request says so."""
     options, kind = p.options, "img2img" if isinstance(p, StableDiffusionProcessingImg2Img) else "txt2img"
     p.outpath_samples = p.outpath_samples or options.outdir_samples or options[f"outdir_{kind}_samples"]
     p.outpath_grids = p.outpath_grids or options.outdir_grids or options[f"outdir_{kind}_grids"]
@@ -236,7 +241,8 @@ def _run_batch(p: StableDiffusionProcessing, context: JobContext, collector: Pic
     activate_networks(p, p.extra_network_data)
     p.run_hook("process_batch", **hook_values)
     step_of(p, "setup_conds", setup_conditions)()
-    _write_params(p, context, collector)
+    if p.iteration == 0:
+        write_params(context, collector.infotext(0))
     sampled = PostSampleArgs(_sample(p))
     p.run_hook_with("post_sample", sampled)
     samples = sampled.samples
@@ -307,11 +313,11 @@ def _set_batch(p: StableDiffusionProcessing) -> None:
     )
 
 
-def _write_params(p: StableDiffusionProcessing, context: JobContext, collector: PictureCollector) -> None:
+def write_params(context: JobContext, infotext: str) -> None:
     """Write params.txt, which the paste button reads when the prompt box is empty."""
-    if p.iteration > 0 or context.config.flags.get("no_prompt_history"):
+    if context.config.flags.get("no_prompt_history"):
         return
     try:
-        write_text_atomically(context.config.data_dir / "params.txt", collector.infotext(0))
+        write_text_atomically(context.config.data_dir / "params.txt", infotext)
     except OSError as error:
         log.warning("params.txt could not be written (%s).", error)

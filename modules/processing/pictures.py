@@ -36,6 +36,7 @@ class PictureCollector:
         self.state = state
         self.images: list[Image.Image] = []
         self.infotexts: list[str] = []
+        self.incomplete: list[int] = []
         self.index_of_first_image = 0
 
     def infotext(self, place: int, *, use_main_prompt: bool = False) -> str:
@@ -62,8 +63,21 @@ class PictureCollector:
         p.run_hook_with("postprocess_image", finished)
         image = self._match_colors(index, place, finished.image)
         image = self._paste_back(index, place, image)
-        text = self.infotext(place)
-        if p.save_samples():
+        self.add_finished(place, image, self.infotext(place))
+
+    def add_finished(self, place: int, image: Image.Image, text: str, *, is_complete: bool | None = None) -> None:
+        """Save and keep picture `place` of the job, whose parameters are `text`.
+
+        `is_complete`: whether all its steps were run, for a picture of another machine; of one made here the job's state tells.
+        """
+        p = self.p
+        if is_complete is None:
+            is_complete, saves = not (self.state.interrupted or self.state.skipped), p.save_samples()
+        else:
+            saves = p.options.samples_save and not p.do_not_save_samples and (is_complete or p.options.save_incomplete_images)
+        if not is_complete:
+            self.incomplete.append(len(self.images))
+        if saves:
             self._save(image, p.outpath_samples, place, text)
         if p.options.enable_pnginfo:
             image.info["parameters"] = text
@@ -128,7 +142,7 @@ class PictureCollector:
         p = self.p
         self._add_grid()
         text = self.infotexts[0] if self.infotexts else self.infotext(0)
-        return Processed(
+        processed = Processed(
             p,
             images_list=self.images,
             seed=p.all_seeds[0],
@@ -138,6 +152,8 @@ class PictureCollector:
             infotexts=self.infotexts,
             extra_images_list=p.extra_result_images,
         )
+        processed.incomplete = self.incomplete
+        return processed
 
     def _add_grid(self) -> None:
         p, options = self.p, self.p.options

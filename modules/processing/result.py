@@ -91,7 +91,12 @@ _JS_KEYS = (
 
 
 class Processed:
-    """The pictures of a job and the parameters they were made with. `images` starts with the grid if there is one."""
+    """The pictures of a job and the parameters they were made with. `images` starts with the grid if there is one.
+
+    `incomplete`: which pictures, not counting the grid, were interrupted or skipped before their last step.
+    """
+
+    incomplete: list[int] = []
 
     def __init__(
         self,

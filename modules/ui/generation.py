@@ -30,6 +30,7 @@ from modules.ui.shown_text import error_html, picture_at, plaintext_to_html, rea
 if TYPE_CHECKING:
     from modules.application import Application
     from modules.jobs.queue import Job, keeping_errors
+    from modules.jobs.state import State
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ class GenerateHandler:
         started = time.perf_counter()
         with keeping_errors() as kept:
             request = self.build(values)
-            job = self.app.jobs.submit(task_id or None, self.tab, lambda: self.process(request))
+            job = self.app.jobs.submit(task_id or None, self.tab, lambda: self.process(request), request=request)
             processed = await wait_for_job(job)
             answer = await self._answer(processed, time.perf_counter() - started)
         error = kept.take()
@@ -232,15 +233,19 @@ class JobControl:
     async def interrupt(self, task_id: str) -> None:
         if task_id and self.app.jobs.cancel(task_id):
             return
-        state = self.app.state
+        state = self._state(task_id)
         several = state.job_count > 1 and state.job_no + 1 < state.job_count
         if self.app.options.interrupt_after_current and several and not state.stopping_generation:
             state.stop_generating()
         else:
             state.interrupt()
 
-    async def interrupt_now(self) -> None:
-        self.app.state.interrupt()
+    async def interrupt_now(self, task_id: str = "") -> None:
+        self._state(task_id).interrupt()
 
-    async def skip(self) -> None:
-        self.app.state.skip()
+    async def skip(self, task_id: str = "") -> None:
+        self._state(task_id).skip()
+
+    def _state(self, task_id: str) -> State:
+        """The state of the page's own job: on the front of a cluster others run beside it."""
+        return self.app.state.of_job(task_id) if task_id else self.app.state

@@ -63,12 +63,49 @@ def status_html(app: Application, *, is_busy: bool) -> str:
     from backend import profiler  # imports torch, which the page avoids until the panel is opened
     from backend.parallel.running import status
 
+    if app.remote_engine is not None:
+        return f"{workers_html(app.remote_engine.describe())}{'' if is_busy else idle_mark(app)}"
     plan, slots = status.current_plan(), status.describe_slots()
     text = f"{plan_html(plan)}{slots_html(slots, profiler.meter().stage_runs)}"
     if is_busy:
         return text
     advice = describe_idleness(plan, slots, uses_many=app.config.backend.multi_gpu, job=app.last_profile)
     return "".join([text, f"<p class='advice'>{html.escape(advice)}</p>" if advice else "", timeline_html(app), idle_mark(app)])
+
+
+def workers_html(described: Mapping[str, Any]) -> str:
+    """Machines, their workers and slots, on the front of a cluster."""
+    workers = described["workers"]
+    if not workers:
+        return "<p class='plan'>No worker is connected. On each machine with GPUs run: python -m modules.cluster worker --address HEAD</p>"
+    busy = sum(worker["state"] == "busy" for worker in workers)
+    waiting = f"; {described['waiting']} wait for one" if described["waiting"] else ""
+    head = "".join(f"<th>{name}</th>" for name in ("Machine", "Worker", "State", "Model", "Slot", "Memory", "Use"))
+    rows = "".join(_worker_rows(worker) for worker in workers)
+    return (
+        f"<p class='plan'>{busy} of {len(workers)} workers are busy{waiting}.</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def _worker_rows(worker: Mapping[str, Any]) -> str:
+    """A row per slot; what is about the worker is in the first."""
+    state = f"{worker['state']}<small>{html.escape(worker['reason'])}</small>"
+    model = f"{html.escape(worker['checkpoint'] or _UNKNOWN)}<small>{html.escape(', '.join(worker['networks']))}</small>"
+    own = [html.escape(worker["machine"]), html.escape(worker["worker"]), state, model]
+    slots = worker["slots"] or [None]
+    rows = []
+    for number, slot in enumerate(slots):
+        cells = [*(own if number == 0 else [""] * len(own)), *(["", "", ""] if slot is None else _slot_cells(slot))]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return "".join(rows)
+
+
+def _slot_cells(slot: Mapping[str, Any]) -> list[str]:
+    device = f"{html.escape(slot['name'])}<small>{html.escape(slot['device'])}</small>"
+    used_bytes, total_bytes = slot["total_bytes"] - slot["free_bytes"], max(1, slot["total_bytes"])
+    words = f"{_gib(used_bytes)} of {_gib(slot['total_bytes'])} GiB"
+    bar = f"<div class='bar'><i style='width:{100 * used_bytes / total_bytes:.1f}%'></i></div><small>{words}</small>"
+    return [device, bar, _number(slot["utilization"], " %")]
 
 
 def timeline_html(app: Application) -> str:

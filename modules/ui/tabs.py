@@ -203,8 +203,9 @@ def _connect_generation(app: Application, tab: GenerationTab, handler: GenerateH
     restored.then(fn=None, js=f"() => {{ taskAnswered('{name}'); }}", show_progress="hidden")
     control = JobControl(app)
     tab.toprow.interrupt.click(control.interrupt, js=f"() => interruptPressed('{name}')", inputs=[tab.task_id], **QUIET)
-    tab.toprow.interrupting.click(control.interrupt_now, **QUIET)
-    tab.toprow.skip.click(control.skip, **QUIET)
+    own_task = {"js": f"() => taskOf('{name}')", "inputs": [tab.task_id], **QUIET}
+    tab.toprow.interrupting.click(control.interrupt_now, **own_task)
+    tab.toprow.skip.click(control.skip, **own_task)
     tab.toprow.clear_prompt.click(fn=None, js="() => ''", outputs=[tab.toprow.prompt], show_progress="hidden")
     connect_token_counters(TokenCounter(app), tab.toprow, tab.sampler.steps)
     connect_styles(app, tab.toprow)

@@ -1,4 +1,4 @@
-"""Rules for every file: no bare except, no print, argv and environment only in launch.py, a module docstring."""
+"""Rules for every file: no bare except, no print, argv and environment only in the launchers, a module docstring."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ WALLS = {
     "modules/api/routes.py": "the API's handlers",
     "modules/errors.py": "code of extensions, behind the script host",
 }
+# Entry points, which read argv and the environment: of the server, and of a machine that joins a cluster.
+LAUNCHERS = {"launch.py", "modules/cluster/commands.py"}
 # Where everything that is raised on a thread is carried to whoever waits for it, and raised there.
 CARRIERS = {"backend/parallel/running/worker.py": "the slots' workers"}
 
@@ -79,12 +81,12 @@ def test_no_print_outside_the_launcher() -> None:
     assert [f"{source.name}:{line}" for source in product_sources() if source.name != "launch.py" for line in calls_of(source, "print")] == []
 
 
-def test_argv_and_the_environment_are_read_in_the_launcher_alone() -> None:
+def test_argv_and_the_environment_are_read_in_the_launchers_alone() -> None:
     names = {("sys", "argv"), ("os", "environ"), ("os", "getenv"), ("os", "putenv")}
     found = [
         f"{source.name}:{node.lineno} {node.value.id}.{node.attr}"
         for source in product_sources()
-        if source.name != "launch.py"
+        if source.name not in LAUNCHERS
         for node in ast.walk(source.tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and (node.value.id, node.attr) in names
     ]

@@ -23,7 +23,11 @@ NEED = {
     "--tls-certfile": ["--tls-keyfile", __file__],
     "--enable-insecure-extension-access": ["--listen"],
 }
-VALUES = {"--device-id": "1", "--virtual-gpus": "1GB", "--use-cpu": "all", "--api-auth": "a:b", "--gradio-auth": "a:b", "--loglevel": "DEBUG"}
+VALUES = {"--device-id": "1", "--virtual-gpus": "1GB", "--use-cpu": "all", "--api-auth": "a:b", "--gradio-auth": "a:b", "--loglevel": "DEBUG"} | {
+    "--cluster": "local",
+    "--gpus-per-replica": "1",
+    "--cluster-workers": "0-4",
+}
 FILES = ("--tls-keyfile", "--tls-certfile", "--ckpt", "--api-auth-file", "--gradio-auth-path")
 
 

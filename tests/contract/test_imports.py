@@ -41,8 +41,12 @@ json.dump(report, open(sys.argv[1], "w"))
 HEAVY = ("torch", "numpy", "PIL", "gradio", "diffusers", "transformers", "fastapi", "pydantic", "safetensors", "requests", "psutil")
 
 
+NEEDS_OPTIONAL_PACKAGE = {"modules.cluster.ray_serve"}  # Ray, which sets variables of its own when it is imported
+
+
 def importable_names() -> list[str]:
-    return [module_name(source) for source in product_sources() if source.top in ("modules", "modules_forge", "backend")]
+    names = [module_name(source) for source in product_sources() if source.top in ("modules", "modules_forge", "backend")]
+    return [name for name in names if name not in NEEDS_OPTIONAL_PACKAGE]
 
 
 def list_files() -> set[Path]:

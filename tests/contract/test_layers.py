@@ -212,6 +212,14 @@ def test_residents_do_not_read_the_lobby() -> None:
     assert found == []
 
 
+def test_one_file_knows_ray() -> None:
+    """A cluster's jobs, routing and files are ours and are tested without Ray; `modules.cluster` is the only room that knows clusters at all."""
+    found = {source.name for source in product_sources() for name, _ in imported_names(source) if name.split(".")[0] == "ray"}
+    assert found == {"modules/cluster/ray_serve.py"}
+    rooms = {source.name for source in product_sources() for name, _ in imported_names(source) if name.startswith("modules.cluster")}
+    assert {name for name in rooms if not name.startswith("modules/cluster/")} == {"webui.py"}
+
+
 def test_no_relative_imports() -> None:
     found = [
         f"{source.name}:{node.lineno}"

@@ -8,7 +8,7 @@ import sys
 from tests.contract.sources import LAYERS, ROOT_DIR, imported_names, product_sources
 
 IMPORT_NAMES = {"pillow": "PIL", "nvidia-ml-py": "pynvml", "pyyaml": "yaml"}
-OPTIONAL = {"xformers", "spandrel"}  # installed by a flag, or by users who want upscaler files
+OPTIONAL = {"xformers", "spandrel", "ray"}  # installed by a flag, or by users who want upscaler files
 USED_BY_OTHERS = {"accelerate": "diffusers places and offloads weights with it"}
 DECISION = ROOT_DIR / "docs" / "decisions" / "003-dependencies.md"
 
@@ -28,9 +28,12 @@ def imported_packages() -> set[str]:
     return tops - ours - set(sys.stdlib_module_names) - OPTIONAL
 
 
+PINNED = re.compile(r"[\w.-]+(\[\w+\])?==[\w.+]+(; python_version (<|>=) \"3\.\d+\")?")
+
+
 def test_every_line_is_pinned() -> None:
-    for name in ("requirements_versions.txt", "requirements_test.txt"):
-        assert [line for line in pinned_lines(name) if not re.fullmatch(r"[\w.-]+==[\w.+]+(; python_version (<|>=) \"3\.\d+\")?", line)] == []
+    for name in ("requirements_versions.txt", "requirements_test.txt", "requirements_cluster.txt"):
+        assert [line for line in pinned_lines(name) if not PINNED.fullmatch(line)] == []
 
 
 def test_every_import_has_its_requirement() -> None:

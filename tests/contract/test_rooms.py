@@ -11,7 +11,10 @@ import pytest
 
 from tests.contract.sources import LAYERS, ROOT_DIR, imported_names, product_sources
 
-ROOMS = ("processing", "prompts", "samplers", "scripts", "ui", "launch", "infotext", "pictures", "checkpoints", "jobs", "settings", "http_edge")
+ROOMS = (
+    *("processing", "prompts", "samplers", "scripts", "ui", "launch", "infotext", "pictures", "checkpoints", "jobs", "settings", "http_edge"),
+    "cluster",
+)
 PARALLEL_ROOMS = ("planning", "running", "placing", "exchange", "vae")
 PACKAGES = [f"modules/{room}" for room in ROOMS] + ["backend/parallel", *(f"backend/parallel/{room}" for room in PARALLEL_ROOMS)]
 LOBBY = {"__init__", "app_config", "application", "nearest_names", "util"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from modules.jobs.current import current_job_id
 from modules.launch import start
 from modules.launch.timer import Timer
 from modules.launch.version import program_version
@@ -128,3 +130,19 @@ def test_half_a_letter_in_a_record_can_be_written(root_logger: logging.Logger) -
     formatter = root_logger.handlers[-1].formatter
     assert formatter is not None
     assert formatter.format(logging.makeLogRecord({"msg": "a \ud800", "levelno": logging.INFO, "levelname": "INFO"})).encode("utf-8")
+
+
+def test_logs_as_json_carry_the_jobs_id_and_stay_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    start.setup_logging("INFO", "json")
+    token = current_job_id.set("task(1)")
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        logging.getLogger("x").warning("a %s", "b\nERROR: forged", exc_info=True)
+    finally:
+        current_job_id.reset(token)
+        start.setup_logging("INFO")
+    (line,) = capsys.readouterr().out.splitlines()
+    record = json.loads(line)
+    assert (record["job"], record["level"], record["message"], record["logger"]) == ("task(1)", "WARNING", "a b\nERROR: forged", "x")
+    assert "ValueError: two" in record["error"]
