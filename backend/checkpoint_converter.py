@@ -10,7 +10,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from backend.checkpoint_file import TensorFile, open_tensor_file
 from backend.checkpoint_layout import Part
-from backend.checkpoint_merge import NO_CHANGES, merge_loras
+from backend.checkpoint_merge import NO_CHANGES, InTurn, WeightChange, merge_loras
 from backend.checkpoint_output import GGUF_SUFFIX, KEEP, PLAIN_TYPES, ConversionError, Entry, Output, is_gguf_type
 from backend.families.family import Component
 from backend.families.registry import all_families, identify
@@ -37,7 +38,8 @@ _FP8_MARK = "scaled_fp8"
 class Conversion:
     """`sources`: one file, or several whose denoiser, VAE and text encoders are put together. `to`: a key of PLAIN_TYPES, a format with a quantizer
     (`storage.choices.FORMATS`), or KEEP. `part`: one of PARTS; its prefix is taken off. `loras`: files with strengths, merged into the denoiser and
-    the text encoders.
+    the text encoders. `vae`: a file whose VAE takes the place of the source's. `leave_out`: patterns (`model_ema.*`) of names that are not written.
+    `metadata`: texts for the header of a .safetensors target, beside the source's modelspec.
     """
 
     sources: tuple[Path, ...]
@@ -45,6 +47,9 @@ class Conversion:
     to: str = KEEP
     part: str = "all"
     loras: tuple[tuple[Path, float], ...] = ()
+    vae: Path | None = None
+    leave_out: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -73,17 +78,22 @@ Report = Callable[[int, int], None]
 """(bytes written, bytes in all)."""
 
 
-def convert_checkpoint(job: Conversion, report: Report = lambda done, total: None) -> int:
-    """Write the target; returns its bytes of tensors. Raises: ConversionError, CheckpointError, LoraError, FileExistsError, OSError."""
+def convert_checkpoint(job: Conversion, report: Report = lambda done, total: None, change: WeightChange = NO_CHANGES) -> int:
+    """Write the target; returns its bytes of tensors. `change` comes before the LoRA of the job.
+
+    Raises: ConversionError, CheckpointError, LoraError, FileExistsError, OSError."""
     if job.target.exists():
         raise ConversionError(f"{job.target} exists already. Name another target, or delete it first.")
     with ExitStack() as stack:
         files = [stack.enter_context(open_tensor_file(path)) for path in job.sources]
         entries = list(_entries(files, job))
+        if job.vae is not None:
+            entries = _with_vae(entries, files[0], stack.enter_context(open_tensor_file(job.vae)))
+        entries = [entry for entry in entries if not any(fnmatchcase(entry.key, pattern) for pattern in job.leave_out)]
         if not entries:
             raise ConversionError(f"{', '.join(file.path.name for file in files)}: has no {job.part} part to take out.")
-        merger = merge_loras(files, job.loras) if job.loras else NO_CHANGES
-        outputs = {entry.name: Output(entry, job.to, merger, to_gguf=job.is_gguf) for entry in entries}
+        changes = InTurn((change, merge_loras(files, job.loras))) if job.loras else change
+        outputs = {entry.name: Output(entry, job.to, changes, to_gguf=job.is_gguf) for entry in entries}
         return _write(job, outputs, files[0], report)
 
 
@@ -109,7 +119,8 @@ def _write(job: Conversion, outputs: Mapping[str, Output], main: TensorFile, rep
         if job.is_gguf:
             write_gguf(unfinished, announced, numbers_of, _architecture(main))
         else:
-            write_safetensors(unfinished, announced, numbers_of, {key: value for key, value in main.metadata.items() if key.startswith("modelspec.")})
+            kept = {key: value for key, value in main.metadata.items() if key.startswith("modelspec.")}
+            write_safetensors(unfinished, announced, numbers_of, {**kept, **job.metadata})
     return total
 
 
@@ -155,6 +166,17 @@ def _name_in_target(key: str, found: str | None, parts: Mapping[str, Part], job:
     if not is_alone:
         return _prefix_in_one(found) + bare
     return bare if job.is_gguf and len(parts) == 1 else key
+
+
+def _with_vae(entries: Sequence[Entry], main: TensorFile, vae: TensorFile) -> list[Entry]:
+    """The entries with the VAE of another file. Raises: ConversionError."""
+    place = dict(_find_parts(main, [main])).get("vae")
+    found = dict(_find_parts(vae, [main])).get("vae") or dict(_find_parts(vae, [vae])).get("vae")
+    if place is None or found is None:
+        raise ConversionError(f"{(main if place is None else vae).path.name}: has no VAE. Choose a checkpoint with one, and a file of a VAE.")
+    keys = [key for key in vae.infos if key.startswith(found.prefix)]
+    baked = [Entry(name=place.prefix + key.removeprefix(found.prefix), key=key, file=vae, part="vae") for key in keys]
+    return [*(entry for entry in entries if entry.part != "vae"), *baked]
 
 
 def _find_parts(file: TensorFile, files: Sequence[TensorFile]) -> Iterator[tuple[str, Part]]:

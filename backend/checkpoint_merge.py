@@ -1,10 +1,11 @@
-"""LoRA merged into a file's weights: which stored tensor is changed by what, for the denoiser and the text encoders."""
+"""What changes weights on their way from file to file; LoRA: which stored tensor is changed by what, for the denoiser and the text encoders."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,31 @@ class _Change:
         part = torch.cat([*reversed(part.chunk(2))]) if is_swapped else part.clone()
         merged = merge_recipe(part.reshape(self.shape), self.steps).reshape(part.shape)
         value[first:end] = torch.cat([*reversed(merged.chunk(2))]) if is_swapped else merged
+        return value
+
+
+class WeightChange(Protocol):
+    """Changes some tensors of some files."""
+
+    def changes(self, file: TensorFile, key: str) -> bool:
+        """Whether the tensor `key` of `file` is changed."""
+
+    def merge(self, file: TensorFile, key: str, value: Tensor) -> Tensor:
+        """The tensor (fp32, may be overwritten) with the change."""
+
+
+@dataclass(frozen=True, slots=True)
+class InTurn:
+    """One change after the other."""
+
+    parts: tuple[WeightChange, ...]
+
+    def changes(self, file: TensorFile, key: str) -> bool:
+        return any(part.changes(file, key) for part in self.parts)
+
+    def merge(self, file: TensorFile, key: str, value: Tensor) -> Tensor:
+        for part in self.parts:
+            value = part.merge(file, key, value) if part.changes(file, key) else value
         return value
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backend.checkpoint_file import TensorFile
-from backend.checkpoint_merge import Merger
+from backend.checkpoint_merge import WeightChange
 from backend.storage.block_scaled import BlockScaledFormat, order_scales
 from backend.storage.choices import FORMATS, format_for
 from backend.storage.four_bit import TABLES, FourBitFormat
@@ -60,7 +60,7 @@ class Output:
     Raises: ConversionError if the target's kind of file cannot have it.
     """
 
-    def __init__(self, entry: Entry, to: str, merger: Merger, *, to_gguf: bool) -> None:
+    def __init__(self, entry: Entry, to: str, merger: WeightChange, *, to_gguf: bool) -> None:
         self._entry, self._merger = entry, merger
         self._info = entry.file.infos[entry.key]
         self._is_changed = merger.changes(entry.file, entry.key)
@@ -77,7 +77,7 @@ class Output:
             raise ConversionError(f"{where} is stored in {self._format.title}, which a {kind} file cannot have. Choose another type with --to.")
         if self._format is not None and self._is_kept and self._is_changed and not self._format.can_quantize:
             raise ConversionError(
-                f"{where} is stored in {self._format.title}, which cannot be written again with a LoRA. Choose another type with --to."
+                f"{where} is stored in {self._format.title}, which cannot be written again once it is changed. Choose another type with --to."
             )
         if to_gguf and self._format is None and self._dtype not in GGUF_TYPES:
             raise ConversionError(
