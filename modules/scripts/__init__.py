@@ -2,7 +2,8 @@
 
 Reading order: `base` (`Script`), `hooks` and `hook_arguments` (every hook, with its arguments), `loading` (finds and imports files),
 `runner` (the scripts of one tab), `controls` and `without_page` (script arguments, with and without a page), `callbacks` and `events`
-(events outside a job), `postprocessing` (operations of the Extras tab), `installed` and `extension_order` (extension folders).
+(events outside a job), `postprocessing` (operations of the Extras tab), `installed` and `extension_order` (extension folders),
+`installing` (git).
 The rest: `arguments`, `files`, `gradio_compatibility`, `hook_signatures`.
 
 Example: extensions/tiler/scripts/tiler.py defines `class Tiler(scripts.Script)` with `process(self, p, enabled)`. `loading` imports the
