@@ -141,13 +141,16 @@ def add_page(app: Application, fastapi_app: Any, engine: EngineStart) -> None:
     startup_timer.record("import torch")
     load_extensions(app)
     from modules.http_edge.server import mount_page
-    from modules.ui import extra_networks_routes, file_routes, page
+    from modules.ui import choices, extra_networks_routes, file_routes, history_routes, page, queue_routes
     from modules.ui import tabs as ui
 
     extra_networks_routes.add_routes(app, fastapi_app)
     file_routes.add_routes(app, fastapi_app)
+    history_routes.add_routes(app, fastapi_app)
+    queue_routes.add_routes(app, fastapi_app)
     app.demo = ui.create_ui(app)
-    mount_page(fastapi_app, app.demo, app.config, page.page_settings(app.config, app.options.gradio_theme, **files_of_extensions()))
+    settings = page.page_settings(app.config, app.options.gradio_theme, **files_of_extensions(), localization=choices.localization_table(app))
+    mount_page(fastapi_app, app.demo, app.config, settings)
     startup_timer.record("page")
 
 

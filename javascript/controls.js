@@ -1,4 +1,4 @@
-// Small behaviors of controls: accordions with a checkbox, seeds, the unused negative prompt, tooltips, the color theme.
+// Small behaviors of controls: accordions with a checkbox, seeds, the unused negative prompt.
 "use strict";
 
 // ---- accordion with a checkbox: the feature is on while it is open ----
@@ -81,6 +81,25 @@ onUiLoaded(() => {
     onUiUpdate(setup);
 });
 
+// ---- accordions of scripts: built open, so that their controls exist, and closed at once ----
+
+function closeAccordionsAtStart() {
+    for (const accordion of gradioApp().querySelectorAll(".close-at-start")) {
+        const header = accordion.querySelector(":scope > .label-wrap");
+        if (header) {
+            accordion.classList.remove("close-at-start");
+            if (accordionIsOpen(header)) {
+                header.click();
+            }
+        }
+    }
+}
+
+onUiLoaded(() => {
+    closeAccordionsAtStart();
+    onUiUpdate(closeAccordionsAtStart);
+});
+
 // ---- showing and hiding parts, seeds, negative prompt ----
 
 /** Show or hide the container with the id `elementId`. */
@@ -129,66 +148,3 @@ function markNegativePromptUnused(tab, unused) {
         row.title = unused ? "The negative prompt has no effect while CFG Scale is 1" : "";
     }
 }
-
-// ---- tooltips, by id; for both tabs by the id without its tab ----
-
-var CONTROL_TITLES = {
-    paste: "Read generation parameters from the prompt, or from the last picture if the prompt is empty",
-    clear_prompt: "Clear the prompt",
-    style_apply: "Insert the chosen styles into the prompt",
-    restore_progress: "Show the job that was running before the page was reloaded",
-    res_switch_btn: "Swap width and height",
-    random_seed: "Seed -1: a different picture each time",
-    reuse_seed: "Use the seed of the selected picture",
-    random_subseed: "Variation seed -1: a different one each time",
-    reuse_subseed: "Use the variation seed of the selected picture",
-    subseed_show: "Variation seed and seed resize",
-    open_folder: "Open the picture folder on the server",
-    save: "Save the selected picture to the folder of saved pictures",
-    save_zip: "Save all pictures of the gallery as one zip file",
-    send_to_img2img: "Send the selected picture and its parameters to img2img",
-    send_to_inpaint: "Send the selected picture and its parameters to inpaint",
-    send_to_extras: "Send the selected picture to Extras",
-    styles_edit_button: "Write, change and delete styles",
-    style_copy: "Take the prompts of the tab into this style",
-    style_apply_dialog: "Put this style into the prompts of the tab",
-    controlnet_trigger_preprocessor: "Show the map that the preprocessor makes of the picture",
-    controlnet_refresh_models: "Look for control model files again",
-    grid_fill_x_tool_button: "Fill in every value that there is",
-    grid_fill_y_tool_button: "Fill in every value that there is",
-    grid_fill_z_tool_button: "Fill in every value that there is",
-    upscale: "Repeat the selected picture with hires fix",
-    detect_image_size_btn: "Use the picture's width and height",
-    forge_refresh_checkpoint: "Scan for model files again",
-    generate: "Ctrl+Enter",
-    skip: "Stop this batch and continue with the next (Alt+Enter)",
-    interrupt: "Stop the job and keep finished pictures (Esc)",
-};
-
-function titleOfControl(id) {
-    if (id in CONTROL_TITLES) {
-        return CONTROL_TITLES[id];
-    }
-    const ofTab = id.replace(/^(txt2img|img2img|extras|xyz)_/, "").replace(/^controlnet_ControlNet-\d+_/, "");
-    const plain = ofTab.replace(/_(txt2img|img2img|extras)$/, "");
-    return CONTROL_TITLES[ofTab] || CONTROL_TITLES[plain] || (plain.startsWith("refresh_") ? "Look for what there is again" : "");
-}
-
-onUiLoaded(() => {
-    const label = () => {
-        for (const input of gradioApp().querySelectorAll(".styles-row input:not([placeholder])")) {
-            input.placeholder = "Styles";
-        }
-        for (const element of gradioApp().querySelectorAll("button[id]:not([title])")) {
-            const title = titleOfControl(element.id);
-            if (title) {
-                element.title = title;
-                if (!element.textContent.trim()) {
-                    element.setAttribute("aria-label", title);
-                }
-            }
-        }
-    };
-    label();
-    onAfterUiUpdate(label);
-});

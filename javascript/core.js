@@ -120,16 +120,18 @@ function notifyUiChange(mutations) {
     }
 }
 
-// The framework creates a tab's content when it is first shown. Scripts expect these two to exist from the start.
-var TABS_TO_RENDER = ["img2img", "extras", "pnginfo"];
+// The framework creates a tab's content when it is first shown. Scripts expect these to exist from the start.
+var TABS_TO_RENDER = ["txt2img", "img2img", "extras", "pnginfo"];
 var hiddenTabsWereShown = false;
 
 function firstTabStands() {
-    return Boolean(get_uiCurrentTab() && gradioApp().querySelector("#txt2img_prompt textarea") && gradioApp().querySelector("#settings_json textarea"));
+    const content = get_uiCurrentTabContent();
+    return Boolean(get_uiCurrentTab() && content && content.querySelector(".block") && gradioApp().querySelector("#settings_json textarea"));
 }
 
 function hiddenTabsStand() {
-    return TABS_TO_RENDER.every((name) => !tabButton(name) || gradioApp().querySelector(`#tab_${name} .block`));
+    const sign = (name) => (["txt2img", "img2img"].includes(name) ? `#${name}_prompt textarea` : `#tab_${name} .block`);
+    return TABS_TO_RENDER.every((name) => !tabButton(name) || gradioApp().querySelector(sign(name)));
 }
 
 function showHiddenTabsOnce() {

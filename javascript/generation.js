@@ -46,6 +46,7 @@ function followTask(tab, taskId) {
 
 function submitTask(tab, args) {
     const taskId = randomId();
+    noteOwnTask(taskId);
     followTask(tab, taskId);
     const result = create_submit_args(args);
     result[0] = taskId;
@@ -79,6 +80,7 @@ function taskAnswered(tab) {
         taskEndFunctions[tab]();
     }
     showSubmitButtons(tab, true);
+    setTimeout(notifyOfPictures); // when the pictures are drawn
 }
 
 function taskOf(tab) {
@@ -147,11 +149,11 @@ document.addEventListener("keydown", (event) => {
         return;
     }
     let handled = false;
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !event.shiftKey) {
         handled = pressIfShown(`${tab}_generate`);
     } else if (event.key === "Enter" && event.altKey) {
         handled = pressIfShown(`${tab}_skip`);
-    } else if (event.key === "Escape" && !gradioApp().querySelector("[role=listbox], dialog[open]")) {
+    } else if (event.key === "Escape" && !gradioApp().querySelector("[role=listbox], dialog[open], .global-popup, #lightboxModal.shown")) {
         handled = pressIfShown(`${tab}_interrupt`);
     }
     if (handled) {

@@ -6,6 +6,7 @@ webui.py builds and installs one; page, API and guests use the installed one. Mu
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ class Application:
     demo: Any = None
     fastapi_app: Any = None
     restartable: bool = False
+    history: Any = None
+    closers: list[Callable[[], None]] = field(default_factory=list)
+    """Called by close()."""
     started_at: float = field(default_factory=time.time)
 
     def save_options(self) -> None:
@@ -63,8 +67,10 @@ class Application:
         self.options.save(self.config.settings_file)
 
     def close(self) -> None:
-        """Close the job queue; the running job stops within one step."""
+        """Close the job queue, where the running job stops within one step, then what else was opened."""
         self.jobs.close()
+        while self.closers:
+            self.closers.pop()()
 
 
 def create_options(config: AppConfig) -> Options:

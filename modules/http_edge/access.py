@@ -4,7 +4,7 @@
 |---|---|---|
 | open | `/internal/ping`, `/internal/ready`, the login form and its assets | nothing |
 | api | `/sdapi/...` | --api-auth |
-| page | gradio's, `/internal/progress`, pictures of cards, files of extensions | --gradio-auth (its cookie, or the same as HTTP basic) |
+| page | gradio's, `/internal/progress`, cards, history, queue, files of extensions | --gradio-auth (its cookie, or the same as HTTP basic) |
 | guest | all others: `/controlnet/...`, `/docs`, `/internal/sysinfo`, extensions | --api-auth, else --gradio-auth; or the page's cookie |
 """
 
@@ -20,7 +20,7 @@ from modules.http_edge.passwords import Logins, header_is_known
 
 Kind = Literal["open", "api", "page", "guest"]
 
-PAGE_PREFIXES = ("/sd_extra_networks/", "/internal/progress", "/file=", "/gradio_api/file=")
+PAGE_PREFIXES = ("/sd_extra_networks/", "/webui_history/", "/webui_queue/", "/internal/progress", "/file=", "/gradio_api/file=")
 LOGIN_PATHS = frozenset(
     {"/", "/login", "/logout", "/theme.css", "/gradio_api/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json", "/pwa_icon"}
     | {"/gradio_api/app_id", "/gradio_api/startup-events", "/gradio_api/login_check", "/gradio_api/token", "/gradio_api/user"}

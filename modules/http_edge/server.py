@@ -20,6 +20,7 @@ from starlette.routing import Mount
 
 from modules.app_config import AppConfig
 from modules.http_edge.bodies import MAX_UPLOAD_BYTES
+from modules.http_edge.compression import PageCompression
 from modules.http_edge.connections import TimedConnection
 from modules.http_edge.edge import Edge
 from modules.http_edge.passwords import is_known
@@ -69,6 +70,7 @@ def create_fastapi_app(config: AppConfig) -> EdgeApp:
     """The app for the API's routes and the page. Only `--cors-allow-origins` opens it to other sites."""
     app = EdgeApp(title="WebUI", version=program_version(), docs_url="/docs", redoc_url="/redoc")
     app.edge = Edge(config, lambda: app.router.routes)
+    app.add_middleware(PageCompression)
     if config.cors_origins or config.cors_origins_regex:
         app.add_middleware(
             CORSMiddleware,

@@ -12,6 +12,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,13 @@ class TaskBook:
     def add(self, task_id: str) -> None:
         with self._changed:
             self.pending[task_id] = time.time()
+
+    def arrange(self, task_ids: Sequence[str]) -> None:
+        """The pending tasks have this order from now on."""
+        with self._changed:
+            for task_id in task_ids:
+                if task_id in self.pending:
+                    self.pending.move_to_end(task_id)
 
     def start(self, task_id: str) -> None:
         with self._changed:

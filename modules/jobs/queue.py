@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextvars
 import html
+import itertools
 import logging
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 MAX_WAITING_JOBS = 256
+ENDED_JOBS_KEPT = 24
 
 
 class FIFOLock:
@@ -100,8 +103,12 @@ def keeping_errors() -> Iterator[Kept]:
         kept.error = error
 
 
+Repeat = Callable[[str], "Job[Any]"]
+"""Submits the same job under a new task id."""
+
+
 class Job(Generic[ResultT]):
-    """A job in the queue. `wait()` returns its result or raises its error."""
+    """A job in the queue. `wait()` returns its result or raises its error. `label` says to people what it makes."""
 
     def __init__(self, task_id: str, name: str, run: Callable[[], ResultT], *, owner: str | None = None, runs_elsewhere: bool = False) -> None:
         self.task_id = task_id
@@ -110,6 +117,10 @@ class Job(Generic[ResultT]):
         self.owner = owner
         self.runs_elsewhere = runs_elsewhere
         self.submitted_s = time.monotonic()
+        self.label = ""
+        self.repeat: Repeat | None = None
+        self.number = 0
+        self.started_at: float | None = None
         self.context = contextvars.copy_context()
         self.done = threading.Event()
         self._callbacks: list[Callable[[], None]] = []
@@ -164,6 +175,20 @@ def _explained(error: Exception, name: str) -> Exception:
     return memory_management.explain_shortage(error, f"the job {name}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobLine:
+    """A job as people see it: `state` is waiting, running, done, failed, canceled or interrupted; `seconds` it has run."""
+
+    number: int
+    task_id: str
+    name: str
+    label: str
+    state: str
+    seconds: float | None = None
+    error: str = ""
+    can_repeat: bool = False
+
+
 class Journal(Protocol):
     """Where accepted jobs are written down, so that they survive the process; see modules.cluster."""
 
@@ -184,7 +209,9 @@ def choose_fairly(waiting: Sequence[Job[Any]], running: Sequence[Job[Any]]) -> J
 
 
 class JobQueue:
-    """First in, first out. Worker threads start with the first job and are daemons, so they never delay the end of the program.
+    """First in, first out, unless somebody moves a waiting job.
+
+    Worker threads start with the first job and are daemons, so they never delay the end of the program.
 
     At most `max_waiting` jobs wait at a time. On one machine one job runs at a time. A cluster's front raises `max_running`: jobs with a `request`
     then run side by side, each with its own state, shared fairly between owners; other jobs still take turns, because they use this machine.
@@ -200,6 +227,8 @@ class JobQueue:
         self._waiting: deque[Job[Any]] = deque()
         self._changed = threading.Condition(threading.RLock())
         self._running: list[Job[Any]] = []
+        self._numbers = itertools.count(1)
+        self._ended: deque[tuple[JobLine, Repeat | None]] = deque(maxlen=ENDED_JOBS_KEPT)
         self._workers: list[threading.Thread] = []
         self._closed = False
 
@@ -222,19 +251,24 @@ class JobQueue:
     def num_running(self) -> int:
         return len(self._running)
 
-    def submit(self, task_id: str | None, name: str, run: Callable[[], ResultT], *, request: Any = None) -> Job[ResultT]:
+    def submit(
+        self, task_id: str | None, name: str, run: Callable[[], ResultT], *, request: Any = None, label: str = "", repeat: Repeat | None = None
+    ) -> Job[ResultT]:
         """Append a job to the queue. Called from inside a job, it runs immediately, because waiting for itself would deadlock.
 
-        `request`: what `run` processes, if it is a request for pictures. Raises ServerClosingError and QueueFullError.
+        `request`: what `run` processes, if it is a request for pictures. `label` says to people what it makes, `repeat` submits it again.
+        Raises ServerClosingError and QueueFullError.
         """
         is_elsewhere = request is not None and self.journal is not None
         job: Job[ResultT] = Job(task_id or create_task_id(name), name, run, owner=getattr(request, "user", None), runs_elsewhere=is_elsewhere)
+        job.label, job.repeat = label, repeat
         if threading.current_thread() in self._workers:
             job.carry_out()
             job.finish()
             return job
         with self._changed:
             self.check_room()
+            job.number = next(self._numbers)
             if self.journal is not None and request is not None:
                 self.journal.accept(job.task_id, name, request)
             self.tasks.add(job.task_id)
@@ -265,6 +299,44 @@ class JobQueue:
             self._waiting.remove(job)
         self._drop(job, JobCancelled(f"job {job.name} ({job.task_id}): canceled before it started."))
         return True
+
+    def lines(self) -> list[JobLine]:
+        """The running jobs, then those that wait in their order, then those that have ended, the last first."""
+        with self._changed:
+            running = [_line(job, "running") for job in self._running]
+            return [*running, *(_line(job, "waiting") for job in self._waiting), *(line for line, _ in reversed(self._ended))]
+
+    def move(self, number: int, places: int) -> bool:
+        """Move the waiting job `number` by `places` (negative: forward) as far as there are any; returns whether it waits."""
+        with self._changed:
+            job = next((waiting for waiting in self._waiting if waiting.number == number), None)
+            if job is None:
+                return False
+            place = min(len(self._waiting) - 1, max(0, self._waiting.index(job) + places))
+            self._waiting.remove(job)
+            self._waiting.insert(place, job)
+            self.tasks.arrange([waiting.task_id for waiting in self._waiting])
+        return True
+
+    def end(self, number: int) -> bool:
+        """Cancel the job `number` if it waits, interrupt it if it runs; returns whether it did either."""
+        with self._changed:
+            running = next((job for job in self._running if job.number == number), None)
+            if running is not None:
+                self.state.of_job(running.task_id).interrupt()
+                return True
+            task_id = next((waiting.task_id for waiting in self._waiting if waiting.number == number), None)
+        return task_id is not None and self.cancel(task_id)
+
+    def repeat(self, number: int, task_id: str) -> Job[Any]:
+        """Queue the job `number` again. Raises: RequestError if it is forgotten or cannot be repeated; and as submit() does."""
+        with self._changed:
+            known = [job.repeat for job in (*self._running, *self._waiting) if job.number == number]
+            known += [repeat for line, repeat in self._ended if line.number == number]
+        repeat = next((one for one in known if one is not None), None)
+        if repeat is None:
+            raise RequestError(f"job {number} cannot be repeated: it is forgotten or came over the API. The last {ENDED_JOBS_KEPT} are remembered.")
+        return repeat(task_id)
 
     def abandon(self, job: Job[Any]) -> None:
         """Nobody needs the job's result any more: remove it from the queue, or interrupt it if it runs."""
@@ -303,6 +375,8 @@ class JobQueue:
             worker.join(max(0.0, deadline_s - time.monotonic()))
 
     def _drop(self, job: Job[Any], error: JobCancelled, *, is_kept: bool = False) -> None:
+        with self._changed:
+            self._ended.append((_line(job, "canceled"), job.repeat))
         self.tasks.finish(job.task_id)
         self.meter.num_ended["canceled"] += 1
         if not is_kept:
@@ -340,6 +414,7 @@ class JobQueue:
             self.tasks.start(job.task_id)
             with self.state.of_thread(job.task_id):
                 self.state.begin(job.name)
+            job.started_at = time.time()
             self._running.append(job)
             self.meter.note_wait(time.monotonic() - job.submitted_s)
             return job
@@ -356,11 +431,26 @@ class JobQueue:
                 self._end_in_journal(job)
             with self._changed:
                 self._running.remove(job)
+                self._ended.append((_line(job, self._end_of(job)), job.repeat))
                 self._changed.notify_all()
             self.state.end()
             self.state.drop(job.task_id)
             self.tasks.finish(job.task_id)
             job.finish()
+
+    def _end_of(self, job: Job[Any]) -> str:
+        if job.error is not None:
+            return "failed"
+        return "interrupted" if self.state.of_job(job.task_id).interrupted else "done"
+
+
+def _line(job: Job[Any], state: str) -> JobLine:
+    seconds = None if job.started_at is None else time.time() - job.started_at
+    error = "" if job.error is None or state == "canceled" else str(job.error)
+    return JobLine(
+        number=job.number, task_id=job.task_id, name=job.name, label=job.label, state=state, seconds=seconds, error=error,
+        can_repeat=job.repeat is not None,
+    )  # fmt: skip
 
 
 # Wrappers for the page's handlers, under the names that extensions import.

@@ -93,9 +93,7 @@ NOT_YET: Mapping[str, str] = MappingProxyType(
     {
         "--controlnet-loglevel": "ControlNet uses --loglevel",
         "--hypernetwork-dir": "hypernetworks are not read",
-        "--localizations-dir": "the page is in English",
         "--unix-filenames-sanitization": "file names are valid on all systems",
-        "--ui-config-file": "the page uses its built-in start values",
         "--codeformer-models-path": "there is no face restoration",
         "--gfpgan-models-path": "there is no face restoration",
     }

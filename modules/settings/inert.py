@@ -29,18 +29,9 @@ NOT_READ: Mapping[str, str] = {
     """,
     "pasted parameters always fill in ControlNet's units": "control_net_sync_field_args",
     "there is no face restoration": "save_images_before_face_restoration code_former_weight face_restoration_unload",
-    "there are no keys for editing prompt weights": """
-        keyedit_precision_attention keyedit_precision_extra keyedit_delimiters keyedit_delimiters_whitespace keyedit_move
-    """,
-    "the page's own viewer shows pictures": """
-        js_modal_lightbox js_modal_lightbox_initially_zoomed js_modal_lightbox_gamepad js_modal_lightbox_gamepad_repeat
-        sd_webui_modal_lightbox_icon_opacity sd_webui_modal_lightbox_toolbar_opacity js_live_preview_in_modal_lightbox
-    """,
-    "no sound is played": "notification_audio notification_volume",
     "the page has one layout": """
-        img2img_inpaint_mask_high_contrast img2img_inpaint_mask_scribble_alpha open_dir_button_choice compact_prompt_box samplers_in_dropdown
-        dimensions_and_batch_together txt2img_settings_accordion img2img_settings_accordion forge_canvas_plain forge_canvas_toolbar_always
-        quick_setting_list ui_tab_order hidden_tabs tabs_without_quick_settings_bar ui_reorder_list
+        open_dir_button_choice compact_prompt_box samplers_in_dropdown
+        dimensions_and_batch_together txt2img_settings_accordion img2img_settings_accordion
     """,
     "presets set sizes, scales, sampler and schedule": "xl_GPU_MB flux_GPU_MB",
     "the console shows one line per job and load; see --loglevel": """
@@ -67,12 +58,11 @@ NOT_READ: Mapping[str, str] = {
     "Full previews are made whenever they are selected": "live_preview_allow_lowvram_full",
     "previews show the picture in progress": "live_preview_content",
     "postprocessing is in the Extras tab only": "postprocessing_enable_in_main_ui",
-    "states of extensions are not saved": "restore_config_state_file",
+    "saved states are restored on the Extensions tab": "restore_config_state_file",
     "checkpoints are found by name": "sd_checkpoint_hash",
 }
 
 BY_DESIGN: Mapping[str, str] = {
-    "localization": "the page is in English; the table of that name on the page is for extensions",
     "upcast_attn": "start with --force-upcast-attention",
     "cross_attention_optimization": "choose attention at startup with --attention-pytorch, --attention-split, --attention-quad or --xformers",
     "fp8_storage": "use the setting forge_unet_storage_dtype or --unet-in-fp8-e4m3fn",

@@ -97,6 +97,9 @@ def _interface() -> OptionTable:
         "gradio_theme": option("Default", "Theme", "Dropdown"),
         "gradio_themes_cache": option(True, "Keep themes on disk"),
         "show_progress_in_title": option(True, "Show progress in the window title"),
+        "history_for_everyone": option(
+            False, "Show the history to everyone who can open the page", api=False, info="matters only where others can and there is no password"
+        ),
         "keep_values_in_browser": option(True, "Keep prompts and numbers of this browser tab when the page is loaded again"),
         "send_seed": option(True, "Send the seed along with an image"),
         "send_size": option(True, "Send the size along with an image"),
@@ -128,7 +131,15 @@ def _live_previews() -> OptionTable:
         "live_previews_image_format": choice("png", "File format of previews", "png", "jpeg", "webp"),
         "show_progress_grid": option(True, "Show all images of a batch as a grid"),
         "show_progress_every_n_steps": slider(10, "Steps between previews", -1, 32, 1, info="-1 shows finished images only"),
-        "show_progress_type": choice("Approx NN", "How previews are made", "Full", "Approx NN", "Approx cheap", "TAESD"),
+        "show_progress_type": choice(
+            "Approx NN",
+            "How previews are made",
+            "Full",
+            "Approx NN",
+            "Approx cheap",
+            "TAESD",
+            info="Full decodes with the VAE; the three others are one and the same here: colors fitted to the VAE",
+        ),
         "live_preview_allow_lowvram_full": option(False, "Allow Full previews with --lowvram"),
         "live_preview_content": choice("Prompt", "What previews show", "Combined", "Prompt", "Negative prompt"),
         "live_preview_refresh_period": option(1000, "Time between previews, ms", "Number"),

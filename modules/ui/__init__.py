@@ -1,11 +1,14 @@
 """The page. Must not know how a picture is made or how HTTP is served.
 
-Reading order: `tabs` (`create_ui` builds the tabs and connects them), then one tab: `txt2img` or `img2img` (its controls), `sections` and
-`toprow` (the groups of controls in a tab), `requests` (turns control values into a request), `generation` (handles a click on Generate),
-`common` and `components` (parts that several tabs share), `paste` (puts infotext into controls), `settings`, `extras`, `pnginfo`, `checkpoint_tools`,
-`extra_networks*` (cards of model files), `file_routes` (files of extensions), `page` (style sheet, scripts, theme), `guard` and
-`page_files` (what a browser may name). Beside them: `choices`, `extensions`, `gpus`, `img2img_pictures`, `quicksettings`, `saving`,
-`scripts`, `shown_text`, `style_dialog`, `styles`, `symbols`, `symbols`, `tokens`.
+Reading order: `tabs` (`create_ui` builds the tabs and connects them), then one tab: `txt2img` or `img2img` (its controls), `sections` and `toprow`
+(the groups of controls in a tab), `requests` (turns control values into a request), `generation` (handles a click on Generate), `common` and
+`components` (parts that several tabs share), `paste` (puts infotext into controls), `settings`, `extras`, `pnginfo`, `checkpoint_tools`,
+`checkpoint_merger`,
+`extra_networks*` (cards of model files), `file_routes` (files of extensions), `page` (style sheet, scripts, theme), `guard` and `page_files` (what
+a browser may name). `history` and `history_routes`, `queue_routes` (with `said_errors`) are tabs that the page's scripts draw. Beside them:
+`choices`, `extensions`, `gpus`, `img2img_pictures`, `load_save`,
+`localization`, `paint_canvas`, `part_order`, `quicksettings`, `saving`, `scripts`, `shown_text`, `style_dialog`, `styles`,
+`symbols`, `tokens`.
 
 Example: a new slider of txt2img is built in `sections`, placed in `txt2img`, mapped to its request field in `requests`, and named for infotext in
 modules/infotext/fields.py.

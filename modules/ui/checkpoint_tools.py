@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,8 @@ _MAX_NAME = 200
 _GGUF = ".gguf"
 
 
-class ToolsHandlers:
-    """Handlers of the tab. One conversion runs at a time."""
+class FileMaker:
+    """What the tabs that write model files share: the files that can be named, the target's name, one job at a time."""
 
     def __init__(self, app: Application) -> None:
         self.app = app
@@ -53,6 +53,45 @@ class ToolsHandlers:
     def _lora_files(self) -> dict[str, Path]:
         return {path.relative_to(root).as_posix(): path for root in self.app.config.lora_dirs for path in find_files(root, _LORA_SUFFIXES)}
 
+    def make(self, write: Callable[[], str], doing: str) -> str:
+        """What `write` says in HTML, or why nothing was written. `doing`: "converted", "merged"."""
+        if self.app.config.disable_extension_access:
+            text = f"Files cannot be {doing} from other computers. Start with --enable-insecure-extension-access to allow it."
+            return plaintext_to_html(text, "error")
+        if not self._running.acquire(blocking=False):
+            return plaintext_to_html("A file is being written already. Wait until it is done.", "error")
+        try:
+            return plaintext_to_html(write())
+        except RequestError as error:
+            return plaintext_to_html(str(error), "error")
+        finally:
+            self._running.release()
+
+    def _target(self, name: str, to: str, *, is_kept_gguf: bool = False) -> Path:
+        """A new file in the checkpoint folder. Raises: RequestError for a name with folders, or none."""
+        name = (name or "").strip()
+        if not name or len(name) > _MAX_NAME or name.startswith(".") or any(sign in name for sign in '/\\:*?"<>|\0'):
+            raise RequestError(f'File name {name[:_MAX_NAME]!r}: give a name without folders or the signs / \\ : * ? " < > |.')
+        suffix = _GGUF if to.startswith("q") or is_kept_gguf else ".safetensors"
+        return self.app.config.ckpt_dirs[0] / (name if Path(name).suffix.lower() == suffix else f"{name}{suffix}")
+
+    def _file(self, name: str) -> Path:
+        known = self.file_names()
+        info, module = self.app.checkpoints.find(name), self.app.additional_modules.files.get(name)
+        if info is None and module is None:
+            raise RequestError(f"File {name[:_MAX_NAME]!r} does not exist; {say_nearest(name, known)}.")
+        return info.path if info is not None else Path(str(module))
+
+    def _lora(self, name: str) -> Path:
+        files = self._lora_files()
+        if name not in files:
+            raise RequestError(f"LoRA {name[:_MAX_NAME]!r} does not exist; {say_nearest(name, files)}.")
+        return files[name]
+
+
+class ToolsHandlers(FileMaker):
+    """Handlers of the tab."""
+
     def refresh(self) -> list[Any]:
         return [gr.update(choices=self.file_names()), gr.update(choices=self.lora_names())]
 
@@ -67,18 +106,7 @@ class ToolsHandlers:
         progress: gr.Progress = gr.Progress(),  # noqa: B008  # how gradio finds it
     ) -> str:
         """Convert, and say in HTML what was written, or why nothing was."""
-        if self.app.config.disable_extension_access:
-            return plaintext_to_html(
-                "Files cannot be converted from other computers. Start with --enable-insecure-extension-access to allow it.", "error"
-            )
-        if not self._running.acquire(blocking=False):
-            return plaintext_to_html("A file is being converted already. Wait until it is done.", "error")
-        try:
-            return plaintext_to_html(self._convert(sources or [], to, part, loras or [], strength, name, progress))
-        except RequestError as error:
-            return plaintext_to_html(str(error), "error")
-        finally:
-            self._running.release()
+        return self.make(lambda: self._convert(sources or [], to, part, loras or [], strength, name, progress), "converted")
 
     def _convert(self, sources: Sequence[str], to: str, part: str, loras: Sequence[str], strength: float, name: str, progress: Any) -> str:
         with network_imports:
@@ -106,27 +134,6 @@ class ToolsHandlers:
             raise RequestError(str(error)) from error
         log.info("Checkpoint tools: wrote %s (%.2f GB).", target, num_bytes / 1e9)
         return f"{target.name}: {num_bytes / 1e9:.2f} GB, in {target.parent}."
-
-    def _target(self, name: str, to: str, *, is_kept_gguf: bool) -> Path:
-        """A new file in the checkpoint folder. Raises: RequestError for a name with folders, or none."""
-        name = (name or "").strip()
-        if not name or len(name) > _MAX_NAME or name.startswith(".") or any(sign in name for sign in '/\\:*?"<>|\0'):
-            raise RequestError(f'File name {name[:_MAX_NAME]!r}: give a name without folders or the signs / \\ : * ? " < > |.')
-        suffix = _GGUF if to.startswith("q") or is_kept_gguf else ".safetensors"
-        return self.app.config.ckpt_dirs[0] / (name if Path(name).suffix.lower() == suffix else f"{name}{suffix}")
-
-    def _file(self, name: str) -> Path:
-        known = self.file_names()
-        info, module = self.app.checkpoints.find(name), self.app.additional_modules.files.get(name)
-        if info is None and module is None:
-            raise RequestError(f"File {name[:_MAX_NAME]!r} does not exist; {say_nearest(name, known)}.")
-        return info.path if info is not None else Path(str(module))
-
-    def _lora(self, name: str) -> Path:
-        files = self._lora_files()
-        if name not in files:
-            raise RequestError(f"LoRA {name[:_MAX_NAME]!r} does not exist; {say_nearest(name, files)}.")
-        return files[name]
 
 
 def _is_gguf(path: Path) -> bool:

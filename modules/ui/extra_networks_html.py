@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,7 @@ def card_html(tabname: str, page: Any, item: dict[str, Any], onclick: str | None
     if hidden and settings.hidden_models == "Never":
         return ""
     preview = item.get("preview")
-    picture = f"<img src='{html.escape(str(preview))}' class='preview' loading='lazy' alt=''>" if preview else ""
+    picture = f"<img src='{html.escape(str(preview))}' class='preview' loading='lazy' alt=''>" if preview else _blank(name)
     keys = "".join(f" data-sort-{key}='{html.escape(str(value))}'" for key, value in (item.get("sort_keys") or {}).items())
     sizes = [f"{name}: {px}px" for name, px in (("width", settings.width_px), ("height", settings.height_px)) if px]
     style = "; ".join([*sizes, *([f"font-size: {settings.text_scale * 100:g}%"] if settings.text_scale != 1.0 else [])])
@@ -109,6 +110,13 @@ def card_html(tabname: str, page: Any, item: dict[str, Any], onclick: str | None
         f"{' data-hidden=1' if hidden else ''}{keys} style='{style}'{f' onclick={onclick}' if onclick else ''}>"
         f"{picture}{_buttons(item)}<div class='actions'><span class='name'>{html.escape(name)}</span>{_description(item, settings)}</div></div>"
     )
+
+
+def _blank(name: str) -> str:
+    """In the place of a preview: the beginning of the file's name, on a color of its own."""
+    stem = name.replace("\\", "/").rpartition("/")[2]
+    hue = zlib.crc32(name.encode("utf-8", "replace")) % 360
+    return f"<div class='blank' style='--hue: {hue}' aria-hidden='true'>{html.escape(stem[:2])}</div>"
 
 
 def _buttons(item: dict[str, Any]) -> str:

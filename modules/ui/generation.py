@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
+LABEL_CHARACTERS = 200
 PNG_TEXT_KEY = "parameters"
 
 BuildRequest = Callable[[Mapping[str, Any]], Any]
@@ -193,12 +194,32 @@ class GenerateHandler:
     async def _run(self, task_id: str, values: Mapping[str, Any]) -> Answer:
         started = time.perf_counter()
         with keeping_errors() as kept:
-            request = self.build(values)
-            job = self.app.jobs.submit(task_id or None, self.tab, lambda: self.process(request), request=request)
-            processed = await wait_for_job(job)
+            processed = await wait_for_job(self._submit(task_id, values))
             answer = await self._answer(processed, time.perf_counter() - started)
         error = kept.take()
         return answer if error is None else self._failed(error)
+
+    def _submit(self, task_id: str, values: Mapping[str, Any]) -> Job[Any]:
+        """Queue the job that these control values ask for."""
+        request = self.build(values)
+        return self.app.jobs.submit(
+            task_id or None,
+            self.tab,
+            lambda: self.process(request),
+            request=request,
+            label=str(values.get("prompt") or "")[:LABEL_CHARACTERS],
+            repeat=lambda again: self._submit(again, values),
+        )
+
+    def enqueue(self, task_id: str, *values: Any) -> str:
+        """Queue the job without waiting for it; returns an HTML line that says so. Its pictures are saved, and are in the history."""
+        with keeping_errors() as kept:
+            job = self._submit(task_id, dict(zip(self.names, values)))
+        error = kept.take()
+        if error is not None:
+            return self._failed(error).html_log
+        place = self.app.jobs.num_waiting
+        return plaintext_to_html(f"Job {job.number} is in the queue; {place} waiting." if place else f"Job {job.number} has begun.")
 
     def _failed(self, error: Exception) -> Answer:
         """The job worker has logged what happened inside a job."""

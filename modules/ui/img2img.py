@@ -15,6 +15,7 @@ from modules.ui.components import FormRow, ResizeHandleRow, ToolButton
 from modules.ui.extra_networks_tabs import create_card_tabs
 from modules.ui.gpus import create_gpu_panel
 from modules.ui.img2img_pictures import PictureSection, connect_mask_controls, create_pictures, scale_text, size_updates
+from modules.ui.part_order import PartOrder
 from modules.ui.paste import PasteTarget
 from modules.ui.scripts import TabScripts, no_scripts
 from modules.ui.sections import (
@@ -95,32 +96,48 @@ def create_img2img_tab(
     scripts.section("prompt")
     with gr.Tabs(elem_id=f"{TAB}_extra_tabs", elem_classes=["extra-networks"]):
         with gr.Tab("Generation", id=f"{TAB}_generation", elem_id=f"{TAB}_generation_tab"), ResizeHandleRow(elem_classes=["generation-columns"]):
-            with gr.Column(elem_id=f"{TAB}_settings", elem_classes=["settings-column"]):
-                pictures = create_pictures(app)
-                scripts.section("image")
-                inpaint = _create_inpaint()
-                scripts.section("inpaint")
-                connect_mask_controls(pictures)
-                resize_mode = gr.Radio(label="Resize mode", choices=list(RESIZE_MODES), value=RESIZE_MODES[0], type="index", elem_id="resize_mode")
-                sampler = create_sampler_section(TAB, choices, defaults)
-                scripts.section("sampler")
-                with gr.Row(elem_id=f"{TAB}_dimensions", elem_classes=["size-and-batch"]):
-                    resize = _create_resize(app, defaults, pictures, resize_mode)
-                    batch = create_batch_section(TAB)
-                for section in ("dimensions", "batch"):
-                    scripts.section(section)
-                cfg = create_cfg_section(TAB, defaults)
-                scripts.section("cfg")
-                denoising = slider(minimum=0.0, maximum=1.0, step=0.01, label="Denoising strength", value=0.75, elem_id="img2img_denoising_strength")
-                scripts.section("denoising")
-                with gr.Column(elem_id=f"{TAB}_accordions", elem_classes=["accordions"]):
+            with gr.Column(elem_id=f"{TAB}_settings", elem_classes=["settings-column"]) as column:
+                order = PartOrder(column)
+                with order.part("image"):
+                    pictures = create_pictures(app)
+                    scripts.section("image")
+                with order.part("inpaint"):
+                    inpaint = _create_inpaint()
+                    scripts.section("inpaint")
+                    connect_mask_controls(pictures)
+                    resize_mode = gr.Radio(
+                        label="Resize mode", choices=list(RESIZE_MODES), value=RESIZE_MODES[0], type="index", elem_id="resize_mode"
+                    )
+                with order.part("sampler"):
+                    sampler = create_sampler_section(TAB, choices, defaults)
+                    scripts.section("sampler")
+                with order.part("dimensions"):
+                    with gr.Row(elem_id=f"{TAB}_dimensions", elem_classes=["size-and-batch"]):
+                        resize = _create_resize(app, defaults, pictures, resize_mode)
+                        batch = create_batch_section(TAB)
+                    for section in ("dimensions", "batch"):
+                        scripts.section(section)
+                with order.part("cfg"):
+                    cfg = create_cfg_section(TAB, defaults)
+                    scripts.section("cfg")
+                with order.part("denoising"):
+                    denoising = slider(
+                        minimum=0.0, maximum=1.0, step=0.01, label="Denoising strength", value=0.75, elem_id="img2img_denoising_strength"
+                    )
+                    scripts.section("denoising")
+                with order.part("accordions"), gr.Column(elem_id=f"{TAB}_accordions", elem_classes=["accordions"]):
                     refiner = create_refiner_section(TAB, choices, lambda: ui_choices.checkpoint_titles(app))
                     scripts.section("accordions")
-                seed_slot = gr.Column(elem_id=f"{TAB}_seed_column", elem_classes=["tight-column"])
-                override_settings = create_override_settings(TAB)
-                scripts.section("override_settings")
-                script_slot = gr.Column(elem_classes=["tight-column"])
-                create_gpu_panel(app, TAB)
+                with order.part("seed"):
+                    seed_slot = gr.Column(elem_id=f"{TAB}_seed_column", elem_classes=["tight-column"])
+                with order.part("override_settings"):
+                    override_settings = create_override_settings(TAB)
+                    scripts.section("override_settings")
+                with order.part("scripts"):
+                    script_slot = gr.Column(elem_classes=["tight-column"])
+                with order.part("gpus"):
+                    create_gpu_panel(app, TAB)
+            order.arrange(app.options.ui_reorder_list)
             output = create_output_panel(TAB, show_folder_button=not app.config.hide_ui_dir_config, gallery_height=app.options.gallery_height)
         create_card_tabs(TAB, output.gallery)
     task_id = gr.Textbox(visible="hidden", elem_id=f"{TAB}_task_id", label="Task")

@@ -5,7 +5,7 @@ Must not know how a request is built from them (modules/ui/requests.py), nor the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 
 from modules.jobs.img2img import BATCH_PARAMETERS
 from modules.ui.components import FormRow
+from modules.ui.paint_canvas import PaintCanvas, create_paint_canvas
 from modules.ui.requests import (
     MODE_BATCH,
     MODE_IMG2IMG,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from modules.application import Application
 
 PICTURE_HEIGHT_PX = 420
+CANVAS_HEIGHT_PX = 500
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 PICTURE: dict[str, Any] = {
     "type": "pil",
@@ -77,9 +79,9 @@ class PictureSection:
 
     mode: gr.Number
     init_image: gr.Image
-    sketch: gr.ImageEditor
-    inpaint_editor: gr.ImageEditor
-    inpaint_sketch: gr.ImageEditor
+    sketch: PaintCanvas
+    inpaint_editor: PaintCanvas
+    inpaint_sketch: PaintCanvas
     inpaint_upload_image: gr.Image
     inpaint_upload_mask: gr.Image
     batch: BatchSource
@@ -114,15 +116,20 @@ def create_pictures(app: Application) -> PictureSection:
             parts["init_image"] = gr.Image(label="Image for img2img", elem_id="img2img_image", **PICTURE)
             copies["img2img"] = _copy_row("img2img")
         with gr.Tab("Sketch", elem_id="img2img_img2img_sketch_tab") as sketch_tab:
-            parts["sketch"] = _editor("Image for sketch", "img2img_sketch", options.img2img_sketch_default_brush_color)
+            parts["sketch"] = _sketch("Image for sketch", "img2img_sketch", options.img2img_sketch_default_brush_color)
             copies["sketch"] = _copy_row("sketch")
         with gr.Tab("Inpaint", elem_id="img2img_inpaint_tab") as inpaint_tab:
-            colors = list(dict.fromkeys([options.img2img_inpaint_mask_brush_color, "#ffffff", "#000000"]))
-            parts["inpaint_editor"] = _editor("Image for inpainting with mask", "img2maskimg", colors[0], colors)
+            parts["inpaint_editor"] = create_paint_canvas(
+                "Image for inpainting with mask",
+                "img2maskimg",
+                kind="mask",
+                color=options.img2img_inpaint_mask_brush_color,
+                height_px=CANVAS_HEIGHT_PX,
+            )
             copies["inpaint"] = _copy_row("inpaint")
         with gr.Tab("Inpaint sketch", elem_id="img2img_inpaint_sketch_tab") as inpaint_sketch_tab:
             color = options.img2img_inpaint_sketch_default_brush_color
-            parts["inpaint_sketch"] = _editor("Image for inpainting what is painted over", "inpaint_sketch", color)
+            parts["inpaint_sketch"] = _sketch("Image for inpainting what is painted over", "inpaint_sketch", color)
             copies["inpaint_sketch"] = _copy_row("inpaint_sketch")
         with gr.Tab("Inpaint upload", elem_id="img2img_inpaint_upload_tab") as upload_tab, gr.Row():
             labelled = {**PICTURE, "show_label": True, "height": PICTURE_HEIGHT_PX - 80}
@@ -136,27 +143,8 @@ def create_pictures(app: Application) -> PictureSection:
     return section
 
 
-def _editor(label: str, elem_id: str, color: str, fixed_colors: Sequence[str] | None = None) -> gr.ImageEditor:
-    """A picture to paint on. With `fixed_colors` the user can pick only those."""
-    if fixed_colors is None:
-        brush = gr.Brush(default_color=color, color_mode="defaults")
-    else:
-        brush = gr.Brush(colors=list(fixed_colors), default_color=color, color_mode="fixed")
-    return gr.ImageEditor(
-        label=label,
-        show_label=False,
-        elem_id=elem_id,
-        type="pil",
-        image_mode="RGBA",
-        format="png",
-        sources=["upload", "clipboard"],
-        transforms=(),
-        layers=False,
-        height=PICTURE_HEIGHT_PX + 80,
-        brush=brush,
-        canvas_size=(512, 512),
-        buttons=["fullscreen"],
-    )
+def _sketch(label: str, elem_id: str, color: str) -> PaintCanvas:
+    return create_paint_canvas(label, elem_id, kind="sketch", color=color, height_px=CANVAS_HEIGHT_PX)
 
 
 def _copy_row(name: str) -> dict[str, gr.Button]:

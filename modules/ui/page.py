@@ -9,9 +9,10 @@ import html
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 
@@ -49,9 +50,12 @@ def script_files(script_dir: Path) -> list[Path]:
     return sorted(script_dir.glob("*.js"), key=lambda path: (path.name != FIRST_SCRIPT, path.name))
 
 
-def head_html(config: AppConfig, script_dir: Path | None = None, *, more_scripts: Sequence[Path] = ()) -> str:
-    """The scripts for the page's head. `more_scripts` (of extensions) come after the page's own."""
-    start = f"<script>window.webuiTheme = {json.dumps(config.theme)};</script>"
+def head_html(
+    config: AppConfig, script_dir: Path | None = None, *, more_scripts: Sequence[Path] = (), localization: Mapping[str, str] | None = None
+) -> str:
+    """The scripts for the page's head. `more_scripts` (of extensions) come after the page's own. `localization`: English texts and translations."""
+    table = json.dumps(dict(localization or {})).replace("<", "\\u003c")
+    start = f"<script>window.webuiTheme = {json.dumps(config.theme)}; window.webuiLocalization = {table};</script>"
     folder = script_dir or SCRIPT_DIR / "javascript"
     return "\n".join([start, *(_inline_script(path) for path in script_files(folder)), *(_inline_script_of_guest(path) for path in more_scripts)])
 
@@ -73,6 +77,16 @@ def _inline_script_of_guest(path: Path) -> str:
     kind = ' type="module"' if path.suffix == ".mjs" else ""
     text = _END_OF_SCRIPT.sub(r"<\\/\1", text)
     return f'<script data-file="{html.escape(path.name)}"{kind}>\n{text}\n</script>'
+
+
+def notification_html(config: AppConfig) -> str:
+    """The sound of a finished job: `notification.mp3` in the data folder; empty without it, and the page's script makes one."""
+    file = _notification_file(config)
+    return f"<audio src='gradio_api/file={html.escape(quote(file.as_posix()))}' preload='none'></audio>" if file.is_file() else ""
+
+
+def _notification_file(config: AppConfig) -> Path:
+    return config.data_dir / "notification.mp3"
 
 
 def style_text(config: AppConfig, *, more_sheets: Sequence[Path] = ()) -> str:
@@ -97,7 +111,12 @@ def _sheet_text(sheet: Path) -> str:
 
 
 def page_settings(
-    config: AppConfig, theme_name: str = "Default", *, more_scripts: Sequence[Path] = (), more_sheets: Sequence[Path] = ()
+    config: AppConfig,
+    theme_name: str = "Default",
+    *,
+    more_scripts: Sequence[Path] = (),
+    more_sheets: Sequence[Path] = (),
+    localization: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for both `gradio.Blocks.launch` and `gradio.mount_gradio_app`. The caller adds address, login and certificates.
 
@@ -105,12 +124,12 @@ def page_settings(
     return {
         "theme": create_theme(theme_name),
         "css": style_text(config, more_sheets=more_sheets),
-        "head": head_html(config, more_scripts=more_scripts),
+        "head": head_html(config, more_scripts=more_scripts, localization=localization),
         "footer_links": [],
         "run_history": False,
         "show_error": True,
         "ssr_mode": False,
         "pwa": False,
         "enable_monitoring": False,
-        "allowed_paths": [str(config.outputs_dir), *config.gradio_allowed_paths],
+        "allowed_paths": [str(config.outputs_dir), str(_notification_file(config)), *config.gradio_allowed_paths],
     }

@@ -21,6 +21,7 @@ from modules.infotext.fields import FIELDS_BY_TAB
 from modules.launch.guest_calls import call_guest
 from modules.scripts import callbacks
 from modules.ui.page_files import picture_of_page
+from modules.ui.pnginfo import read_picture
 from modules.ui.shown_text import infotext_of, picture_at
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 
 SEED_FIELDS = frozenset({"seed", "subseed", "subseed_strength", "seed_resize_from_w", "seed_resize_from_h"})
 SIZE_FIELDS = frozenset({"width", "height"})
-QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+TOLD: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""For handlers that may show a toast: gradio has a way to send one only through its queue."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +158,21 @@ class Paster:
             return ""
 
 
+def connect_dropped_picture(paster: Paster, dropped: gr.File) -> None:
+    """A picture dropped on a prompt fills the controls with its parameters."""
+
+    def read(path: str | None) -> list[Any]:
+        """Updates for the (again empty) file field and the controls."""
+        text, _ = read_picture(path)
+        if not text:
+            gr.Info("This file contains no parameters: it is no picture, it was made by another program, or its text was removed.")
+        return [None, *paster.updates(text)]
+
+    dropped.upload(read, inputs=[dropped], outputs=[dropped, *paster.outputs()], **TOLD)
+
+
 def connect_paste_button(paster: Paster, button: gr.Button, prompt: gr.Textbox) -> None:
-    button.click(paster.paste, inputs=[prompt], outputs=paster.outputs(), **QUIET)
+    button.click(paster.paste, inputs=[prompt], outputs=paster.outputs(), **TOLD)
 
 
 def connect_gallery_button(
@@ -178,7 +193,7 @@ def connect_gallery_button(
     shown = button.click(
         fn=None, js=f"() => {{ const index = selected_gallery_index(); {switch_js}(); return index; }}", outputs=[index], show_progress="hidden"
     )
-    shown.then(send, inputs=[gallery, generation_info, index], outputs=[image, *paster.outputs()], **QUIET)
+    shown.then(send, inputs=[gallery, generation_info, index], outputs=[image, *paster.outputs()], **TOLD)
 
 
 def connect_text_button(
@@ -193,4 +208,4 @@ def connect_text_button(
     inputs = [text] if source is None else [text, source]
     outputs = paster.outputs() if image is None else [image, *paster.outputs()]
     shown = button.click(fn=None, js=f"() => {{ {switch_js}(); }}", show_progress="hidden")
-    shown.then(send, inputs=inputs, outputs=outputs, **QUIET)
+    shown.then(send, inputs=inputs, outputs=outputs, **TOLD)

@@ -225,7 +225,7 @@ def create_seed_section(tab: str, generation_info: gr.Textbox) -> SeedSection:
             random_subseed = ToolButton(icon_name="dice", elem_id=f"{tab}_random_subseed")
             reuse_subseed = ToolButton(icon_name="reuse", elem_id=f"{tab}_reuse_subseed")
             strength = slider(minimum=0.0, maximum=1.0, step=0.01, label="Variation strength", value=0.0, elem_id=f"{tab}_subseed_strength")
-        with FormRow():
+        with FormRow(elem_id=f"{tab}_seed_resize_from_row"):
             resize_from_w = side_slider("Resize seed from width", 0, f"{tab}_seed_resize_from_w", minimum=0)
             resize_from_h = side_slider("Resize seed from height", 0, f"{tab}_seed_resize_from_h", minimum=0)
     section = SeedSection(

@@ -6,6 +6,7 @@ Must not know any particular setting, unless its choices are known only while th
 from __future__ import annotations
 
 import html
+import importlib.metadata
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from gradio.components import Component
 
+from modules.app_config import SCRIPT_DIR
 from modules.errors import OptionError, RequestError
+from modules.settings.inert import WHAT_IS_TRUE
 from modules.settings.options import OptionInfo
 from modules.settings.presets import NAMES as PRESET_NAMES
 from modules.ui.components import DropdownMulti, FormRow, ToolButton
+from modules.ui.load_save import StartValues, create_defaults_page
 from modules.ui.sections import slider
 from modules.ui.shown_text import error_html
 
@@ -47,8 +51,27 @@ LIVE_CHOICES: Mapping[str, str] = {
     **{f"{preset}_{tab}_{name}": f"{name}s" for preset in PRESET_NAMES for tab in ("t2i", "i2i") for name in ("sampler", "scheduler")},
     "hide_samplers": "samplers",
     "gradio_theme": "themes",
+    "hidden_tabs": "tabs",
+    "localization": "localizations",
+    "quick_setting_list": "settings",
+    "tabs_without_quick_settings_bar": "tabs",
+    "ui_reorder_list": "parts",
+    "ui_tab_order": "tabs",
     "sd_vae": "vaes",
 }
+
+
+MAX_LICENSE_NAME = 60
+SHOW_ALL_HTML = (
+    "<button type='button' id='settings_show_all_pages' onclick='showAllSettings(true)'>Show all pages</button>"
+    "<button type='button' id='settings_show_one_page' class='hidden-part' onclick='showAllSettings(false)'>Show one page</button>"
+)
+SYSINFO_HTML = (
+    "<p>Facts about this machine for a report of a fault: versions, flags, settings. Passwords are left out; look through it all the same.</p>"
+    "<p><a href='internal/sysinfo-download' id='sysinfo_download' download>Download</a> &nbsp; "
+    "<a href='internal/sysinfo' target='_blank' rel='noopener'>Show</a> &nbsp; "
+    "<a href='#' onclick='showProfile(&quot;./internal/profile-startup&quot;); return false'>How long the start took</a></p>"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +84,12 @@ class SettingsTab:
 
 
 def sections_of(labels: Mapping[str, OptionInfo]) -> dict[tuple[str, str], dict[str, OptionInfo]]:
-    """The options that have a page, by (section id, title), in table order. One section id may have two titles."""
+    """The options that have a page, by (section id, title), in table order. One section id may have two titles.
+
+    An option without effect has none: it is kept for files and requests only (modules/settings/inert.py)."""
     sections: dict[tuple[str, str], dict[str, OptionInfo]] = {}
     for key, info in labels.items():
-        if info.section and info.section[0] is not None and key not in OWNED_BY_QUICK_SETTINGS:
+        if info.section and info.section[0] is not None and key not in OWNED_BY_QUICK_SETTINGS and key not in WHAT_IS_TRUE:
             sections.setdefault((str(info.section[0]), str(info.section[1])), {})[key] = info
     return sections
 
@@ -126,6 +151,43 @@ def get_value_for_setting(key: str) -> Any:
     from modules.application import current_application  # extensions call this without an application
 
     return gr.update(value=getattr(current_application().options, key))
+
+
+def chosen_quick_settings(app: Application) -> list[str]:
+    """The settings that the user wants above the tabs: those named that have a page and are not there anyway."""
+    shown = {key for infos in sections_of(app.options.data_labels).values() for key in infos}
+    return [key for key in dict.fromkeys(map(str, app.options.quick_setting_list or [])) if key in shown]
+
+
+def create_quick_settings_row(app: Application, choices: Mapping[str, list[str]]) -> dict[str, Component]:
+    """The chosen settings, each of which is saved when it is changed; the caller connects them."""
+    keys = chosen_quick_settings(app)
+    if not keys:
+        return {}
+    with gr.Row(elem_id="quicksettings_more"):
+        return {key: create_setting(key, app.options.data_labels[key], getattr(app.options, key), choices) for key in keys}
+
+
+def connect_quick_settings(app: Application, components: Mapping[str, Component], settings_json: gr.Textbox) -> None:
+    """Save a changed setting at once. What cannot be saved is said in a toast."""
+
+    def connect(key: str, component: Component) -> None:
+        handlers = SettingsHandlers(app, [key])
+
+        def save(value: Any) -> str:
+            shown, said = handlers.apply(value)
+            if "class='error'" in said:
+                gr.Warning(said)
+            return shown
+
+        event = (
+            component.release if isinstance(component, gr.Slider) else getattr(component, "blur" if isinstance(component, gr.Textbox) else "input")
+        )
+        event(save, inputs=[component], outputs=[settings_json], show_progress="hidden", api_visibility="private")
+
+    for key, component in components.items():
+        if not isinstance(component, gr.HTML):
+            connect(key, component)
 
 
 def _refresher(info: OptionInfo) -> Callable[[], Any]:
@@ -230,15 +292,20 @@ def _result_html(changed: list[str], problems: list[str]) -> str:
     return done + "".join(f"<div class='html-log'>{error_html(problem)}</div>" for problem in problems)
 
 
-def create_settings_tab(app: Application, choices: Mapping[str, list[str]], settings_json: gr.Textbox, item: gr.Tab) -> SettingsTab:
-    """Build the tab inside the current gradio context. `choices`: the available samplers, schedulers, themes and vaes.
+def create_settings_tab(
+    app: Application, choices: Mapping[str, list[str]], settings_json: gr.Textbox, item: gr.Tab, *, start_values: StartValues | None = None
+) -> SettingsTab:
+    """Build the tab inside the current gradio context. `choices`: what is known only while the server runs (`choices.setting_choices`).
 
-    `settings_json`, a hidden box outside the tabs, gives the page's scripts all values; `item` is the main tab around this one."""
+    `settings_json`, a hidden box outside the tabs, gives the page's scripts all values; `item` is the main tab around this one. `start_values`: the
+    fields of the Defaults page."""
     options = app.options
     components: dict[str, Component] = {}
+    shown_above = chosen_quick_settings(app)
     with gr.Row(elem_id="settings_top"):
         apply = gr.Button("Apply settings", variant="primary", elem_id="settings_submit")
         restart = gr.Button("Reload UI", elem_id="settings_restart_gradio", visible=app.restartable)
+        gr.HTML(SHOW_ALL_HTML, elem_id="settings_show_all", padding=False)
         search = gr.Textbox(placeholder="Search settings", show_label=False, container=False, elem_id="settings_search", label="Search settings")
     result = gr.HTML(elem_id="settings_result")
     hits = gr.HTML(elem_id="settings_search_result")
@@ -246,10 +313,19 @@ def create_settings_tab(app: Application, choices: Mapping[str, list[str]], sett
         for tab_id, title, infos in settings_pages(options.data_labels):
             with gr.Tab(title, elem_id=tab_id), gr.Column(elem_id=f"column_{tab_id}", elem_classes=["settings-section"]):
                 for key, info in infos.items():
+                    if key in shown_above:
+                        continue
                     component = create_setting(key, info, getattr(options, key, info.default), choices)
                     if not info.do_not_save:
                         components[key] = component
-        unload = _create_actions()
+        if start_values is not None:
+            create_defaults_page(start_values, is_frozen=app.config.freeze_settings)
+        with gr.Tab("Sysinfo", elem_id="settings_tab_sysinfo"), gr.Column(elem_classes=["settings-section"]):
+            gr.HTML(SYSINFO_HTML)
+        unload = _create_actions(app)
+        with gr.Tab("Licenses", elem_id="settings_tab_licenses") as licenses_item, gr.Column(elem_classes=["settings-section"]):
+            licenses = gr.HTML(elem_id="licenses")
+    licenses_item.select(licenses_html, outputs=[licenses], show_progress="hidden", queue=False, api_visibility="private")
     handlers = SettingsHandlers(app, list(components))
     controls = list(components.values())
     apply.click(handlers.apply, inputs=controls, outputs=[settings_json, result], show_progress="hidden", api_visibility="private")
@@ -261,6 +337,39 @@ def create_settings_tab(app: Application, choices: Mapping[str, list[str]], sett
     return SettingsTab(apply=apply, result=result, components=components)
 
 
-def _create_actions() -> gr.Button:
+def _create_actions(app: Application) -> gr.Button:
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     with gr.Tab("Actions", elem_id="settings_tab_actions"), gr.Column(elem_id="column_settings_actions", elem_classes=["settings-section"]):
+        said = gr.HTML(elem_id="settings_action_result")
+        gr.Button("Let the browser notify me of finished jobs", elem_id="request_notifications")
+        table = gr.Button("Save the page's texts as a file to be translated", elem_id="download_localization")
+        table.click(fn=None, js="() => { download_localization(); }", show_progress="hidden")
+        hints = gr.Button("List the names of all settings", elem_id="settings_list_names")
+        hints.click(fn=None, js="() => { settingsHintsShowQuicksettings(); }", show_progress="hidden")
+        hashes = gr.Button("Compute the hashes of all checkpoints", elem_id="calculate_all_checkpoint_hash")
+        hashes.click(lambda: _compute_hashes(app), outputs=[said], **quiet)
         return gr.Button("Unload all models", elem_id="sett_unload_sd_model")
+
+
+def _compute_hashes(app: Application) -> str:
+    """Compute hashes that are not known yet, as a job, so that no picture is made meanwhile."""
+
+    def compute() -> int:
+        app.checkpoints.refresh()
+        return sum(info.calculate_shorthash() is not None for info in list(app.checkpoints))
+
+    return f"<p>{app.jobs.run_and_wait(None, 'hashes', compute)} checkpoints have a hash.</p>"
+
+
+def licenses_html() -> str:
+    """The license of this program and those that the packages of this installation declare."""
+    rows = []
+    for found in sorted(importlib.metadata.distributions(), key=lambda one: str(one.metadata["Name"]).lower()):
+        facts = found.metadata
+        declared = facts.get("License-Expression") or facts.get("License") or ""
+        classified = [line.rpartition("::")[2].strip() for line in facts.get_all("Classifier") or [] if line.startswith("License")]
+        license_text = declared if declared and len(declared) < MAX_LICENSE_NAME else ", ".join(classified)
+        title = f"{facts['Name']} {found.version}"
+        rows.append(f"<tr><td>{html.escape(title)}</td><td>{html.escape(license_text or 'see its files')}</td></tr>")
+    own = (SCRIPT_DIR / "LICENSE").read_text(encoding="utf-8") if (SCRIPT_DIR / "LICENSE").is_file() else ""
+    return f"<h3>This program</h3><pre class='license-text'>{html.escape(own)}</pre><h3>Packages</h3><table>{''.join(rows)}</table>"

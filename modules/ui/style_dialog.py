@@ -11,6 +11,7 @@ import gradio as gr
 from modules.errors import RequestError
 from modules.prompts.styles import PromptStyle, apply_style
 from modules.ui.components import FormRow, ToolButton
+from modules.ui.paste import TOLD
 from modules.ui.sections import HIDDEN_PART
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ def connect_style_dialog(app: Application, dialog: StyleDialog, *, prompt: gr.Te
     texts, mains, lists = [dialog.prompt, dialog.negative_prompt], [prompt, negative_prompt], [dialog.select, styles]
     dialog.edit.click(lambda: gr.update(choices=app.styles.names()), outputs=[dialog.select], **QUIET)
     dialog.select.change(lambda name: style_texts(app, name), inputs=[dialog.select], outputs=texts, **QUIET)
-    dialog.save.click(lambda *values: save_style(app, *values), inputs=[dialog.select, *texts], outputs=lists, **QUIET)
-    dialog.delete.click(lambda name: delete_style(app, name), inputs=[dialog.select], outputs=[*lists, *texts], **QUIET)
+    dialog.save.click(lambda *values: save_style(app, *values), inputs=[dialog.select, *texts], outputs=lists, **TOLD)
+    dialog.delete.click(lambda name: delete_style(app, name), inputs=[dialog.select], outputs=[*lists, *texts], **TOLD)
     dialog.copy.click(fn=None, js="(prompt, negative) => [prompt, negative]", inputs=mains, outputs=texts, show_progress="hidden")
     dialog.apply.click(_applied, inputs=[*mains, *texts], outputs=mains, **QUIET)
 

@@ -24,6 +24,7 @@ from modules.ui import page as ui_page
 from modules.ui import requests as ui_requests
 from modules.ui import scripts as ui_scripts
 from modules.ui import symbols as ui_symbols
+from modules.ui.checkpoint_merger import create_checkpoint_merger_tab
 from modules.ui.checkpoint_tools import create_checkpoint_tools_tab
 from modules.ui.common import OutputPanel, create_output_panel, create_refresh_button
 from modules.ui.extensions import create_extensions_tab
@@ -31,8 +32,11 @@ from modules.ui.extra_networks_tabs import register_default_pages
 from modules.ui.extras import ExtrasTab, build_extras, carry_out, connect_gallery_to_extras, connect_picture_to_extras, create_extras_tab
 from modules.ui.generation import GenerateHandler, JobControl
 from modules.ui.guard import GuardedBlocks
+from modules.ui.history import HistoryTab, connect_history, create_history_tab, create_queue_tab
 from modules.ui.img2img import Img2imgTab, create_img2img_tab
-from modules.ui.paste import Paster, connect_gallery_button, connect_paste_button, connect_text_button
+from modules.ui.load_save import StartValues
+from modules.ui.part_order import arrange_tabs
+from modules.ui.paste import TOLD, Paster, connect_dropped_picture, connect_gallery_button, connect_paste_button, connect_text_button
 from modules.ui.pnginfo import PngInfoTab, create_pnginfo_tab
 from modules.ui.quicksettings import (
     QuickSettings,
@@ -53,7 +57,7 @@ from modules.ui.quicksettings import (
 )
 from modules.ui.saving import PictureSaver, connect_saving
 from modules.ui.sections import SIDE_STEP_PX, Defaults, shown_or_hidden
-from modules.ui.settings import create_settings_tab
+from modules.ui.settings import connect_quick_settings, create_quick_settings_row, create_settings_tab
 from modules.ui.shown_text import plaintext_to_html
 from modules.ui.styles import connect_styles
 from modules.ui.tokens import TokenCounter, connect_token_counters
@@ -92,7 +96,7 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibil
 
 def create_ui(app: Application) -> gr.Blocks:
     """The whole page for `app`. Only builds components; loads no model."""
-    choices = ui_choices.generation_choices(app)
+    choices, setting_choices = ui_choices.generation_choices(app), ui_choices.setting_choices(app)
     styles = ui_choices.style_names(app)
     infotext_utils.reset()
     register_default_pages(app)
@@ -101,29 +105,42 @@ def create_ui(app: Application) -> gr.Blocks:
     with ui_scripts.page_build(), blocks as demo:
         quicksettings = create_quicksettings(app)
         settings_json = gr.Textbox(value=app.options.dumpjson(), visible="hidden", elem_id="settings_json", label="settings")
-        with gr.Tabs(elem_id="tabs"):
-            with gr.Tab("Txt2img", id="txt2img", elem_id="tab_txt2img"), ui_scripts.tab_scripts(app, "txt2img") as scripts:
+        more_settings = create_quick_settings_row(app, setting_choices)
+        with gr.Tabs(elem_id="tabs") as main_tabs:
+            with gr.Tab("Txt2img", id="txt2img", elem_id="tab_txt2img") as txt2img_item, ui_scripts.tab_scripts(app, "txt2img") as scripts:
                 txt2img = create_txt2img_tab(app, choices, start_defaults(app, "txt2img"), styles, scripts)
-            with gr.Tab("Img2img", id="img2img", elem_id="tab_img2img"), ui_scripts.tab_scripts(app, "img2img") as scripts:
+            with gr.Tab("Img2img", id="img2img", elem_id="tab_img2img") as img2img_item, ui_scripts.tab_scripts(app, "img2img") as scripts:
                 img2img = create_img2img_tab(app, choices, start_defaults(app, "img2img"), styles, scripts)
-            with gr.Tab("Extras", id="extras", elem_id="tab_extras"):
+            with gr.Tab("Extras", id="extras", elem_id="tab_extras") as extras_item:
                 extras = create_extras_tab(app, ui_scripts.postprocessing_runner())
             with gr.Tab("PNG Info", id="pnginfo", elem_id="tab_pnginfo"):
                 pnginfo = create_pnginfo_tab()
+            with gr.Tab("Checkpoint Merger", id="modelmerger", elem_id="tab_modelmerger") as merger_item:
+                create_checkpoint_merger_tab(app, merger_item)
             with gr.Tab("Checkpoint tools", id="checkpoint_tools", elem_id="tab_checkpoint_tools") as tools_item:
                 create_checkpoint_tools_tab(app, tools_item)
+            start_values = StartValues(app.config.ui_config_file)
+            for name, tab in (("txt2img", txt2img_item), ("img2img", img2img_item), ("extras", extras_item)):
+                start_values.add_tab(name, tab)
+            with gr.Tab("History", id="history", elem_id="tab_history"):
+                history = create_history_tab()
+            with gr.Tab("Queue", id="queue", elem_id="tab_queue"):
+                create_queue_tab()
             ui_scripts.create_extension_tabs()
             with gr.Tab("Settings", id="settings", elem_id="tab_settings") as settings_item:
-                create_settings_tab(app, ui_choices.setting_choices(app), settings_json, settings_item)
+                create_settings_tab(app, setting_choices, settings_json, settings_item, start_values=start_values)
             with gr.Tab("Extensions", id="extensions", elem_id="tab_extensions") as extensions_item:
                 create_extensions_tab(app, extensions_item)
+        arrange_tabs(main_tabs, order=app.options.ui_tab_order, hidden=app.options.hidden_tabs)
         gr.HTML(footer_html(), elem_id="footer")
+        gr.HTML(ui_page.notification_html(app.config), elem_id="audio_notification", visible="hidden")
         _connect_generation(app, txt2img, _handler(app, "txt2img", txt2img, ui_requests.build_txt2img))
         _connect_generation(app, img2img, _handler(app, "img2img", img2img, ui_requests.build_img2img))
         _connect_upscale(txt2img, _handler(app, "txt2img", txt2img, ui_requests.build_upscale))
         _connect_extras(app, extras)
-        _connect_sending(app, txt2img, img2img, extras, pnginfo)
+        _connect_sending(app, txt2img, img2img, extras, pnginfo, history)
         _connect_quicksettings(app, quicksettings, txt2img, img2img)
+        connect_quick_settings(app, more_settings, settings_json)
         _connect_loading(demo, app, quicksettings, settings_json, (txt2img, img2img))
         _register_paste_fields(txt2img, img2img)
     return demo
@@ -154,7 +171,7 @@ def versions_html() -> str:
 def footer_html() -> str:
     """Versions, for bug reports."""
     facts = (f"version: {program_version()}", f"python: {platform.python_version()}", f"gradio: {gr.__version__}")
-    return f"<div class='versions'>{'<span class=sep>•</span>'.join(facts)}</div>"
+    return f"<h1 class='only-read-aloud'>{ui_page.TITLE}</h1><div class='versions'>{'<span class=sep>•</span>'.join(facts)}</div>"
 
 
 def _handler(app: Application, name: str, tab: GenerationTab, build: Callable[[Application, Mapping[str, Any]], Any]) -> GenerateHandler:
@@ -201,6 +218,7 @@ def _connect_generation(app: Application, tab: GenerationTab, handler: GenerateH
         api_visibility="private",
     )
     restored.then(fn=None, js=f"() => {{ taskAnswered('{name}'); }}", show_progress="hidden")
+    tab.toprow.enqueue.click(handler.enqueue, js="enqueueTask", inputs=[tab.task_id, *tab.inputs.values()], outputs=[output.html_log], **QUIET)
     control = JobControl(app)
     tab.toprow.interrupt.click(control.interrupt, js=f"() => interruptPressed('{name}')", inputs=[tab.task_id], **QUIET)
     own_task = {"js": f"() => taskOf('{name}')", "inputs": [tab.task_id], **QUIET}
@@ -232,10 +250,12 @@ def _connect_extras(app: Application, tab: ExtrasTab) -> None:
     connect_saving(PictureSaver(app, "extras"), output)
 
 
-def _connect_sending(app: Application, txt2img: Txt2imgTab, img2img: Img2imgTab, extras: ExtrasTab, pnginfo: PngInfoTab) -> None:
+def _connect_sending(app: Application, txt2img: Txt2imgTab, img2img: Img2imgTab, extras: ExtrasTab, pnginfo: PngInfoTab, history: HistoryTab) -> None:
     to_txt2img, to_img2img = Paster(app, txt2img.paste_target), Paster(app, img2img.paste_target)
     connect_paste_button(to_txt2img, txt2img.toprow.paste, txt2img.toprow.prompt)
     connect_paste_button(to_img2img, img2img.toprow.paste, img2img.toprow.prompt)
+    connect_dropped_picture(to_txt2img, txt2img.toprow.prompt_image)
+    connect_dropped_picture(to_img2img, img2img.toprow.prompt_image)
     pictures = img2img.pictures
     for output in (txt2img.output, img2img.output, extras.output):
         if "extras" in output.buttons:
@@ -246,6 +266,8 @@ def _connect_sending(app: Application, txt2img: Txt2imgTab, img2img: Img2imgTab,
         connect_gallery_button(
             output.buttons["inpaint"], to_img2img, pictures.inpaint_editor, output.gallery, output.generation_info, "switch_to_inpaint"
         )
+    takers: dict[str, Any] = {"img2img": pictures.init_image, "inpaint": pictures.inpaint_editor, "extras": extras.image}
+    connect_history(app, history, to_txt2img, to_img2img, takers)
     connect_picture_to_extras(pnginfo.to_extras, extras, pnginfo.image)
     connect_text_button(pnginfo.to_txt2img, to_txt2img, pnginfo.text, "switch_to_txt2img")
     connect_text_button(pnginfo.to_img2img, to_img2img, pnginfo.text, "switch_to_img2img", image=pictures.init_image, source=pnginfo.image)
@@ -345,11 +367,11 @@ def _connect_quicksettings(app: Application, quicksettings: QuickSettings, txt2i
         return [*handlers.look_again(), *_size_updates(app)]
 
     row = [quicksettings.checkpoint, quicksettings.preset, quicksettings.modules, quicksettings.low_bits, quicksettings.clip_skip]
-    chosen = quicksettings.checkpoint.input(choose_checkpoint, inputs=[quicksettings.checkpoint], outputs=[*row, *controls], **QUIET)
+    chosen = quicksettings.checkpoint.input(choose_checkpoint, inputs=[quicksettings.checkpoint], outputs=[*row, *controls], **TOLD)
     card = gr.Textbox(visible="hidden", elem_id="selected_checkpoint_name", label="Checkpoint")
     change = gr.Button(visible="hidden", elem_id="change_checkpoint")
     by_card = change.click(choose_card, js="() => [desiredCheckpointName]", inputs=[card], outputs=[*row, *controls], **QUIET)
-    quicksettings.modules.input(handlers.choose_modules, inputs=[quicksettings.modules], outputs=[quicksettings.modules], **QUIET)
+    quicksettings.modules.input(handlers.choose_modules, inputs=[quicksettings.modules], outputs=[quicksettings.modules], **TOLD)
     quicksettings.low_bits.input(handlers.choose_low_bits, inputs=[quicksettings.low_bits], **QUIET)
     quicksettings.clip_skip.change(handlers.choose_clip_skip, inputs=[quicksettings.clip_skip], trigger_mode="always_last", **QUIET)
     quicksettings.refresh.click(look_again, outputs=[*lists, *sizes], **QUIET)

@@ -22,7 +22,9 @@ PROMPT_HINTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Toprow:
-    """The parts at the top of a tab. `token_buttons` are (button, prompt, counter) for the prompt and the negative prompt."""
+    """The parts at the top of a tab.
+
+    `prompt_image` takes pictures dropped on a prompt. `token_buttons` are (button, prompt, counter) for the prompt and the negative prompt."""
 
     prompt: gr.Textbox
     negative_prompt: gr.Textbox
@@ -33,7 +35,9 @@ class Toprow:
     paste: gr.Button
     clear_prompt: gr.Button
     apply_styles: gr.Button
+    enqueue: gr.Button
     restore_progress: gr.Button
+    prompt_image: gr.File
     styles: gr.Dropdown
     style_dialog: StyleDialog
     token_counters: tuple[tuple[gr.Textbox, gr.HTML, gr.Button], ...]
@@ -86,6 +90,7 @@ def _tools(tab: str) -> dict[str, gr.Button]:
             "paste": ToolButton(icon_name="paste", elem_id="paste", elem_classes=[f"{tab}-paste"]),
             "clear_prompt": ToolButton(icon_name="trash", elem_id=f"{tab}_clear_prompt"),
             "apply_styles": ToolButton(icon_name="apply", elem_id=f"{tab}_style_apply"),
+            "enqueue": ToolButton(icon_name="enqueue", elem_id=f"{tab}_enqueue"),
             "restore_progress": ToolButton(icon_name="restore", elem_id=f"{tab}_restore_progress", elem_classes=["restore-progress"]),
         }
 
@@ -102,4 +107,6 @@ def create_toprow(tab: str, style_names: Sequence[str]) -> Toprow:
                 )
                 edit_styles = ToolButton(icon_name="edit", elem_id=f"{tab}_styles_edit_button")
     dialog = create_style_dialog(tab, style_names, edit_styles)
-    return Toprow(prompt=prompt, negative_prompt=negative_prompt, styles=styles, style_dialog=dialog, token_counters=token_counters, **buttons)
+    dropped = gr.File(visible="hidden", elem_id=f"{tab}_prompt_image", label="Picture dropped on the prompt", file_count="single")
+    buttons |= {"prompt_image": dropped, "styles": styles, "style_dialog": dialog}
+    return Toprow(prompt=prompt, negative_prompt=negative_prompt, token_counters=token_counters, **buttons)

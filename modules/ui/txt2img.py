@@ -14,6 +14,7 @@ from modules.ui.common import OutputPanel, create_output_panel
 from modules.ui.components import ResizeHandleRow
 from modules.ui.extra_networks_tabs import create_card_tabs
 from modules.ui.gpus import create_gpu_panel
+from modules.ui.part_order import PartOrder
 from modules.ui.paste import PasteTarget
 from modules.ui.scripts import TabScripts, no_scripts
 from modules.ui.sections import (
@@ -72,22 +73,32 @@ def create_txt2img_tab(
     scripts.section("prompt")
     with gr.Tabs(elem_id=f"{TAB}_extra_tabs", elem_classes=["extra-networks"]):
         with gr.Tab("Generation", id=f"{TAB}_generation", elem_id=f"{TAB}_generation_tab"), ResizeHandleRow(elem_classes=["generation-columns"]):
-            with gr.Column(elem_id=f"{TAB}_settings", elem_classes=["settings-column"]):
-                sampler = create_sampler_section(TAB, choices, defaults)
-                scripts.section("sampler")
-                hires_slot = gr.Column(elem_id=f"{TAB}_accordions", elem_classes=["accordions"])
-                with gr.Row(elem_id=f"{TAB}_dimensions", elem_classes=["size-and-batch"]):
-                    size = create_size_section(TAB, defaults)
-                    batch = create_batch_section(TAB)
-                for section in ("dimensions", "batch"):
-                    scripts.section(section)
-                cfg = create_cfg_section(TAB, defaults)
-                scripts.section("cfg")
-                seed_slot = gr.Column(elem_id=f"{TAB}_seed_column", elem_classes=["tight-column"])
-                override_settings = create_override_settings(TAB)
-                scripts.section("override_settings")
-                script_slot = gr.Column(elem_classes=["tight-column"])
-                create_gpu_panel(app, TAB)
+            with gr.Column(elem_id=f"{TAB}_settings", elem_classes=["settings-column"]) as column:
+                order = PartOrder(column)
+                with order.part("sampler"):
+                    sampler = create_sampler_section(TAB, choices, defaults)
+                    scripts.section("sampler")
+                with order.part("accordions"):
+                    hires_slot = gr.Column(elem_id=f"{TAB}_accordions", elem_classes=["accordions"])
+                with order.part("dimensions"):
+                    with gr.Row(elem_id=f"{TAB}_dimensions", elem_classes=["size-and-batch"]):
+                        size = create_size_section(TAB, defaults)
+                        batch = create_batch_section(TAB)
+                    for section in ("dimensions", "batch"):
+                        scripts.section(section)
+                with order.part("cfg"):
+                    cfg = create_cfg_section(TAB, defaults)
+                    scripts.section("cfg")
+                with order.part("seed"):
+                    seed_slot = gr.Column(elem_id=f"{TAB}_seed_column", elem_classes=["tight-column"])
+                with order.part("override_settings"):
+                    override_settings = create_override_settings(TAB)
+                    scripts.section("override_settings")
+                with order.part("scripts"):
+                    script_slot = gr.Column(elem_classes=["tight-column"])
+                with order.part("gpus"):
+                    create_gpu_panel(app, TAB)
+            order.arrange(options.ui_reorder_list)
             output = create_output_panel(TAB, show_folder_button=not app.config.hide_ui_dir_config, gallery_height=options.gallery_height)
         create_card_tabs(TAB, output.gallery)
     task_id = gr.Textbox(visible="hidden", elem_id=f"{TAB}_task_id", label="Task")

@@ -15,7 +15,7 @@ import pytest
 from modules.api.api import create_internal_api
 from modules.application import Application
 from modules.http_edge.server import WebServer, create_fastapi_app, mount_page
-from modules.ui import extra_networks_routes, file_routes
+from modules.ui import choices, extra_networks_routes, file_routes, history_routes, queue_routes
 from modules.ui import page as ui_page
 from modules.ui import tabs as ui
 from tests.browser import actions
@@ -73,7 +73,10 @@ def serve(data_dir: Path, *extensions: str, slots: int = 1) -> Iterator[Site]:
         create_internal_api(app, fastapi_app)
         extra_networks_routes.add_routes(app, fastapi_app)
         file_routes.add_routes(app, fastapi_app)
-        mount_page(fastapi_app, ui.create_ui(app), app.config, ui_page.page_settings(app.config, **files_of_extensions()))
+        history_routes.add_routes(app, fastapi_app)
+        queue_routes.add_routes(app, fastapi_app)
+        settings = ui_page.page_settings(app.config, **files_of_extensions(), localization=choices.localization_table(app))
+        mount_page(fastapi_app, ui.create_ui(app), app.config, settings)
         server = WebServer(app.config)
         server.start(fastapi_app)
         try:

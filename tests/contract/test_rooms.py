@@ -13,7 +13,7 @@ from tests.contract.sources import LAYERS, ROOT_DIR, imported_names, product_sou
 
 ROOMS = (
     *("processing", "prompts", "samplers", "scripts", "ui", "launch", "infotext", "pictures", "checkpoints", "jobs", "settings", "http_edge"),
-    "cluster",
+    *("cluster", "history"),
 )
 PARALLEL_ROOMS = ("planning", "running", "placing", "exchange", "vae")
 PACKAGES = [f"modules/{room}" for room in ROOMS] + ["backend/parallel", *(f"backend/parallel/{room}" for room in PARALLEL_ROOMS)]

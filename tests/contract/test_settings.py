@@ -30,9 +30,9 @@ def test_only_real_settings_are_named_each_once() -> None:
 
 def test_a_changed_setting_without_effect_is_said_with_the_truth() -> None:
     defaults = {key: info.default for key, info in build_option_table({}).items()}
-    said = find_inert({**defaults, "keyedit_move": False, "eta_ddim": 0.5}, defaults)
-    assert said == ["keyedit_move: False has no effect; there are no keys for editing prompt weights."]
-    assert find_inert({**defaults, "keyedit_move": False}, defaults, keys=["eta_ddim"]) == []
+    said = find_inert({**defaults, "temp_dir": "/t", "eta_ddim": 0.5}, defaults)
+    assert said == ["temp_dir: '/t' has no effect; temporary pictures are in the system's temporary folder and are deleted at exit."]
+    assert find_inert({**defaults, "temp_dir": "/t"}, defaults, keys=["eta_ddim"]) == []
 
 
 @pytest.mark.parametrize(

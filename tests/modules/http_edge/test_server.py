@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import socket
 import threading
 import urllib.error
@@ -85,7 +86,7 @@ def test_a_proxy_may_hand_on_its_prefix(tmp_path: Path) -> None:
 def test_other_sites_are_let_in_by_the_flag_alone(tmp_path: Path) -> None:
     closed = create_fastapi_app(config_for_tests(tmp_path))
     opened = create_fastapi_app(config_for_tests(tmp_path, cors_origins=("https://example.org",)))
-    assert (len(closed.user_middleware), len(opened.user_middleware)) == (0, 1)
+    assert (len(closed.user_middleware), len(opened.user_middleware)) == (1, 2)  # one compresses the page
 
 
 def test_routes_added_after_the_page_come_before_it() -> None:
@@ -108,3 +109,21 @@ def test_the_wrapper_leaves_other_messages_alone() -> None:
     with ThreadPoolExecutor(1) as pool:  # a browser test in this process leaves an event loop running in this thread
         pool.submit(lambda: asyncio.run(SubpathApp(app, "/x/")({"type": "lifespan"}, None, None))).result()
     assert seen == [{"type": "lifespan"}]
+
+
+def test_the_page_itself_is_compressed_and_nothing_else_is(server: WebServer, config: AppConfig) -> None:
+    app = create_fastapi_app(config)
+    text = "a control of the page. " * 10_000
+    for path in ("/", "/other"):
+        app.get(path)(lambda: PlainTextResponse(text))
+    server.start(app)
+
+    def ask(path: str, encoding: str) -> tuple[str | None, bytes]:
+        request = urllib.request.Request(f"{server.address}{path}", headers={"Accept-Encoding": encoding})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.headers.get("content-encoding"), answer.read()
+
+    kind, body = ask("/", "gzip, br")
+    assert (kind, gzip.decompress(body).decode()) == ("gzip", text)
+    assert len(body) < len(text) / 50
+    assert ask("/", "identity") == ask("/other", "gzip") == (None, text.encode())

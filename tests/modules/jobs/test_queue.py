@@ -201,3 +201,54 @@ def test_an_abandoned_job_leaves_the_line_or_is_interrupted_and_no_other_is(jobs
     assert last.wait(5) is False
     jobs.abandon(running)
     assert not jobs.state.interrupted
+
+
+def test_people_see_move_end_and_repeat_jobs(jobs: JobQueue) -> None:
+    started, gate, done = threading.Event(), threading.Event(), list[str]()
+
+    def hold() -> None:
+        started.set()
+        gate.wait(5)
+
+    def add(word: str, task_id: str) -> object:
+        return jobs.submit(task_id, "txt2img", lambda: done.append(word), label=word, repeat=lambda again: add(word, again))
+
+    running = jobs.submit(None, "hold", hold)
+    started.wait(5)
+    waiting = {word: add(word, f"task({word})") for word in "abcd"}
+    number = {line.label: line.number for line in jobs.lines()}
+    assert [(line.label, line.state) for line in jobs.lines()] == [("", "running"), *((word, "waiting") for word in "abcd")]
+    assert jobs.move(number["d"], -2)
+    assert jobs.move(number["a"], 99)
+    assert [line.label for line in jobs.lines()][1:] == list("dbca")
+    assert list(jobs.tasks.pending) == [f"task({word})" for word in "dbca"]  # what the page says of the place in line
+    assert jobs.end(number["c"])
+    assert not jobs.end(number["c"])
+    assert not jobs.move(number["c"], 1)
+    repeated = jobs.repeat(number["b"], "task(again)")
+    gate.set()
+    for job in (running, waiting["a"], repeated):
+        job.wait(5)  # type: ignore[attr-defined]
+    assert done == ["d", "b", "a", "b"]
+    assert {line.label: line.state for line in jobs.lines()} == {"": "done", "b": "done", "d": "done", "a": "done", "c": "canceled"}
+    with pytest.raises(RequestError, match="cannot be repeated"):
+        jobs.repeat(running.number, "task(x)")
+    with pytest.raises(RequestError, match="cannot be repeated"):
+        jobs.repeat(10**6, "task(x)")
+
+
+def test_a_failed_and_an_interrupted_job_say_so(jobs: JobQueue) -> None:
+    def fail() -> None:
+        raise RequestError("there is no such thing")
+
+    def until_interrupted() -> None:
+        jobs.end(jobs.lines()[0].number)
+        assert jobs.state.interrupted
+
+    with pytest.raises(RequestError):
+        jobs.run_and_wait(None, "one", fail)
+    jobs.run_and_wait(None, "two", until_interrupted)
+    two, one = jobs.lines()
+    assert (one.state, one.error) == ("failed", "there is no such thing")
+    assert two.state == "interrupted"
+    assert two.seconds is not None

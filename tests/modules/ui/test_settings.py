@@ -8,6 +8,7 @@ import gradio as gr
 import pytest
 
 from modules.application import Application
+from modules.settings.inert import WHAT_IS_TRUE
 from modules.settings.options import OptionHTML, OptionInfo, options_section
 from modules.ui import settings
 from modules.ui.settings import SettingsHandlers, SettingsTab
@@ -34,7 +35,9 @@ def handlers(app: Application, *keys: str) -> SettingsHandlers:
 def test_every_option_with_a_page_has_a_control_with_its_id_and_value(app: Application) -> None:
     tab = build(app)
     for key, info in app.options.data_labels.items():
-        if info.section and info.section[0] is not None and not info.do_not_save and key not in settings.OWNED_BY_QUICK_SETTINGS:
+        if key in WHAT_IS_TRUE:
+            assert key not in tab.components  # a control that does nothing is not shown
+        elif info.section and info.section[0] is not None and not info.do_not_save and key not in settings.OWNED_BY_QUICK_SETTINGS:
             assert tab.components[key].elem_id == f"setting_{key}"
             assert tab.components[key].value == getattr(app.options, key), key
     assert "sd_model_checkpoint" not in tab.components

@@ -89,7 +89,7 @@ def test_ids_that_extensions_and_scripts_know_are_there_once(page: gr.Blocks) ->
 
 def test_tabs_are_those_users_know_in_their_order(page: gr.Blocks) -> None:
     assert [item.label for item in by_id(page, "tabs").children] == [
-        *("Txt2img", "Img2img", "Extras", "PNG Info", "Checkpoint tools"),
+        *("Txt2img", "Img2img", "Extras", "PNG Info", "Checkpoint Merger", "Checkpoint tools", "History", "Queue"),
         *("Settings", "Extensions"),
     ]
 
