@@ -28,6 +28,7 @@ from modules.application import Application
 from modules.scripts.without_page import build_controls
 from tests.support.applications import installed_application
 from tests.support.extensions import import_builtin, loaded_builtin
+from tests.support.flux2_networks import write_flux2
 from tests.support.flux_checkpoints import write_flux
 from tests.support.qwenimage_networks import write_qwenimage
 
@@ -67,6 +68,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     write_flux(folder, "all-in-one", name="canny", in_channels=128, out_channels=64)
     write_flux(folder, "original", name="parts")
     write_qwenimage(folder, "all-in-one", name="qwen_image_edit_2509")
+    write_flux2(folder, "all-in-one", name="klein")
     with installed_application(folder, api=True) as app, loaded_builtin(app, "reference_pictures", "sd_forge_controlnet"):
         app.options.live_previews_enable = False
         build_controls(app)
@@ -129,6 +131,20 @@ def test_the_panel_adds_up_to_four_pictures(site: Site, rows: list[Any]) -> None
     assert references_of(rows[-1]) == [] and not np.array_equal(closed, first)
     site.make("flux1-Kontext-dev", [True, "Automatic", "None", *(png(seed) for seed in (2, 3, 4, 5))], init=png(1))
     assert len(references_of(rows[-1])) == 4
+
+
+def test_klein_reads_the_panel_s_pictures_and_img2img_s_if_it_says_so(site: Site) -> None:
+    """In txt2img and img2img; by itself img2img's picture is where the picture begins, and no reference."""
+    alone, info = site.make("klein")
+    assert "Reference pictures" not in info
+    one, info = site.make("klein", [True, "Automatic", "None", png(1, 320, 256)])
+    assert "Reference pictures: 1" in info and not np.array_equal(alone, one)
+    both, info = site.make("klein", [True, "Automatic", "None", png(1, 320, 256), png(2, 128, 256)])
+    assert "Reference pictures: 2" in info and not np.array_equal(both, one)
+    begun, info = site.make("klein", init=png(1))
+    assert "Reference pictures" not in info
+    read, info = site.make("klein", [True, "Yes"], init=png(1))
+    assert "Reference pictures: 1" in info and not np.array_equal(read, begun)
 
 
 def test_large_references_become_a_megapixel(site: Site) -> None:

@@ -11,10 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
+from torch import Tensor
 
 from backend.parallel.running import status
+from backend.sampling.registry import SamplerSpec
 from modules.application import Application
+from modules.jobs.live_preview import approximate_colors
 from tests.support.applications import installed_application
 from tests.support.chroma_networks import write_chroma
 from tests.support.dit_checkpoints import DitFiles
@@ -80,6 +86,37 @@ def test_jobs_make_pictures(alone: dict[tuple[str, str], np.ndarray], family: st
     assert alone[family, "txt2img"].shape == (2, SIDE_PX, SIDE_PX, 3) and alone[family, "AND"].shape == (1, SIDE_PX, SIDE_PX, 3)
     assert all(alone[family, job].std() > 1 for job in JOBS)
     assert not np.array_equal(alone[family, "txt2img"][0], alone[family, "AND"][0])
+
+
+def test_klein_s_folded_latents_go_through_every_kind_of_job(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second pass at another size, a mask, a preview; each pass with the noise levels that the authors' pipeline has at its size and number of
+    steps."""
+    seen: list[Tensor] = []
+    compute = SamplerSpec.compute_sigmas
+
+    def record(spec: SamplerSpec, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(compute(spec, *args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(SamplerSpec, "compute_sigmas", record)
+    mask = np.zeros((SIDE_PX, SIDE_PX), dtype=np.uint8)
+    mask[16:48, 16:48] = 255
+    hires = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7, "hr_second_pass_steps": 5}
+    inpaint = {"denoising_strength": 0.8, "mask": Image.fromarray(mask), "mask_blur": 0, "inpainting_fill": 1}
+    override = {"override_settings": {"sd_model_checkpoint": "flux2"}}
+    with virtual_fleet(1), installed_application(data_dir) as app:
+        made = run(txt2img(**BASE, **hires, **override))
+        assert pixels(made.images[0]).shape == (96, 96, 3) and pixels(made.images[0]).std() > 1
+        assert [len(levels) - 1 for levels in seen] == [3, 7], "5 steps of the last 0.7 are 7 in all"
+        for levels, tokens in zip(seen, (16, 36), strict=True):
+            steps = len(levels) - 1
+            library = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+            library.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=compute_empirical_mu(tokens, steps))
+            torch.testing.assert_close(levels, library.sigmas, atol=1e-3, rtol=0)
+        changed = np.abs(pixels(run(img2img(**BASE, **inpaint, **override)).images[0]) - pixels(img2img().init_images[0])).mean(axis=2)
+        assert changed[:15].max() == 0 and changed[20:44, 20:44].mean() > 5
+        preview = approximate_colors(app.models.engine, torch.zeros(128, 4, 6))
+        assert preview.shape == (3, 8, 12)
 
 
 def test_sd3_reads_t5_if_the_setting_says_so(data_dir: Path, alone: dict[tuple[str, str], np.ndarray]) -> None:

@@ -11,20 +11,17 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from backend.checkpoint_file import TensorFile
-from backend.checkpoint_prediction import FLOW, PredictionSpec
-from backend.families.family import Family, FoundDenoiser, PageDefaults, PageVariant
-from backend.families.flux import FAMILY as FLUX
+from backend.families.family import Family, PageDefaults, PageVariant
+from backend.families.flow_family import COMPUTE_DTYPES, build_with, flow_predictor, join_original, predict_flow
+from backend.families.flux import TABLE_LENGTH
 from backend.families.flux2.identify import TITLE, identify_flux2
 from backend.families.flux2.key_map import flux2_key_map
 from backend.families.flux2.program import build_flux2_program
 from backend.families.flux2.text import TEXT_ENCODERS, build_text_engines, build_token_counter, encode
 from backend.families.flux2.vae import LATENT, flux2_vae, latent_of_vae
-from backend.families.single_file import VAE_PREFIX, join_parts
-from backend.key_layout import UNET_PREFIX, vae_to_ldm
-from backend.modules.k_prediction import FlowPrediction, mu_of_tokens, shift_from_mu
+from backend.families.single_file import VAE_PREFIX
+from backend.modules.k_prediction import mu_of_tokens, shift_from_mu
 from backend.nn.flux2 import IntegratedFlux2Transformer2DModel
-from backend.state_dict import build_empty
 
 MU = 2.02
 """Where no picture's size is known; the authors' value at 1024x1024 in 50 steps."""
@@ -41,24 +38,12 @@ def mu_of(tokens: int, steps: int) -> float:
     return at_10 + (at_200 - at_10) * (steps - 10) / 190
 
 
-def _build(found: FoundDenoiser) -> nn.Module:
-    return build_empty(lambda: cast("nn.Module", IntegratedFlux2Transformer2DModel(**found.config)))
-
-
-def _find_prediction(file: TensorFile, found: FoundDenoiser, network: nn.Module) -> PredictionSpec:
-    return PredictionSpec(kind=FLOW, shift=shift_from_mu(MU), source="the family's rule")
-
-
 def join_flux2(denoiser: nn.Module, vae: nn.Module, encoders: Sequence[nn.Module]) -> dict[str, Tensor]:
     """An all-in-one file's tensors in the original layout, the statistics of the VAE's latents among them."""
     (qwen3,), own_vae = encoders, cast("Any", vae)
-    return join_parts(
-        {
-            UNET_PREFIX: flux2_key_map(denoiser).to_original(denoiser.state_dict()),
-            VAE_PREFIX: {**vae_to_ldm(vae.state_dict(), own_vae.config), **own_vae.statistics.to_file()},
-            "text_encoders.qwen3_4b.transformer.model.": qwen3.state_dict(),
-        }
-    )
+    texts = {"text_encoders.qwen3_4b.transformer.model.": qwen3.state_dict()}
+    statistics = {"": {VAE_PREFIX + name: tensor for name, tensor in own_vae.statistics.to_file().items()}}
+    return join_original(denoiser, flux2_key_map, vae, {**texts, **statistics})
 
 
 FAMILY = Family(
@@ -67,20 +52,20 @@ FAMILY = Family(
     line=TITLE,
     rank=38,
     identify=identify_flux2,
-    build_denoiser=_build,
+    build_denoiser=build_with(IntegratedFlux2Transformer2DModel),
     key_map=flux2_key_map,
     build_program=build_flux2_program,
     text_encoders=TEXT_ENCODERS,
     vae=flux2_vae(TITLE, "flux2-vae.safetensors (0.34 GB)"),
     latent=LATENT,
     latent_of_vae=latent_of_vae,
-    find_prediction=_find_prediction,
-    make_predictor=lambda prediction: FlowPrediction(shift=prediction.shift, multiplier=1.0, timesteps=10_000),
+    find_prediction=predict_flow(shift_from_mu(MU)),
+    make_predictor=flow_predictor(timesteps=TABLE_LENGTH),
     native_size_px=lambda prediction: 1024,
     build_text_engines=build_text_engines,
     encode=encode,
     join_checkpoint=join_flux2,
-    compute_dtypes=FLUX.compute_dtypes,
+    compute_dtypes=COMPUTE_DTYPES,
     attends_jointly=True,
     build_token_counter=build_token_counter,
     shift_of_tokens=lambda tokens, steps: shift_from_mu(mu_of(tokens, steps)),
