@@ -1,6 +1,6 @@
 """Whole Lumina2 pictures against diffusers' Lumina2Pipeline: same files, same noise, same noise levels, same text features; samplers, CFG, decoder.
 
-The pipeline runs the very networks that the files were written from, without its rescaling of CFG. Text features are our engine's own, which
+The pipeline runs the very networks that the files were written from, with its rescaling of CFG. Text features are our engine's own, which
 tests/backend/families/test_lumina2.py holds to transformers. fp32 throughout.
 """
 
@@ -18,6 +18,7 @@ from backend.checkpoint_file import CheckpointError
 from backend.nn.padded_text import pad_text
 from tests.support.dit_checkpoints import LAYOUTS, DitFiles
 from tests.support.flow_pictures import (
+    ONE_PIXEL_STEP,
     SIDE,
     STEPS,
     Prompts,
@@ -65,7 +66,7 @@ def check_picture(files: DitFiles, sampler: str = "Euler", *, starts_in_the_midd
     check_same(our_picture(engine, sampler, sigmas, start, texts[0], cfg=CFG, uncond=texts[1]), library)
 
 
-def _library_picture(files: DitFiles, sampler: str, texts: Any, sigmas: Tensor, latents: Tensor) -> Tensor:
+def _library_picture(files: DitFiles, sampler: str, texts: Any, sigmas: Tensor, latents: Tensor, **fields: Any) -> Tensor:
     pipeline = Lumina2Pipeline(
         scheduler=make_scheduler(sampler, sigmas), vae=files.vae, transformer=files.transformer, text_encoder=None, tokenizer=None
     )
@@ -75,7 +76,7 @@ def _library_picture(files: DitFiles, sampler: str, texts: Any, sigmas: Tensor, 
     masks = [(torch.arange(longest)[None] < one.shape[1]).long() for one in features]
     return library_picture(
         pipeline, sigmas=sigmas, prompt_embeds=text, prompt_attention_mask=masks[0], negative_prompt_embeds=negative,
-        negative_prompt_attention_mask=masks[1], guidance_scale=CFG, cfg_normalization=False, latents=latents,
+        negative_prompt_attention_mask=masks[1], guidance_scale=CFG, latents=latents, **fields,
     )  # fmt: skip
 
 
@@ -86,6 +87,20 @@ def test_pictures_of_every_layout_are_the_pipeline_s(files: DitFiles) -> None:
 def test_a_multistep_sampler_and_img2img_are_the_pipeline_s(original: DitFiles) -> None:
     check_picture(original, "DPM++ 2M")
     check_picture(original, starts_in_the_middle=True)
+
+
+def test_cfg_is_rescaled_and_truncated_as_the_pipeline_does(original: DitFiles) -> None:
+    """Rescaled by the family; truncated by "Skip Late CFG". Each changes the picture."""
+    engine = load(original.checkpoint, original.modules)
+    prompts = [Prompts(["a red cat"]), Prompts(["dark"])]
+    prompts[1].is_negative_prompt = True
+    texts, sigmas = [engine.get_learned_conditioning(prompt) for prompt in prompts], shifted_sigmas(engine)
+    whole = our_picture(engine, "Euler", sigmas, NOISE, texts[0], cfg=CFG, uncond=texts[1])
+    for ratio in (0.25, 0.5):
+        cut = our_picture(engine, "Euler", sigmas, NOISE, texts[0], cfg=CFG, uncond=texts[1], skipped_late=1 - ratio)
+        check_same(cut, _library_picture(original, "Euler", texts, sigmas, NOISE, cfg_trunc_ratio=ratio))
+        assert (cut - whole).abs().mean() > ONE_PIXEL_STEP
+    assert (_library_picture(original, "Euler", texts, sigmas, NOISE, cfg_normalization=False) - whole).abs().mean() > ONE_PIXEL_STEP
 
 
 def test_what_is_missing_is_said_by_name(original: DitFiles) -> None:

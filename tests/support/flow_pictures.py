@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import UserList
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from backend.loader import load_checkpoint
 from backend.sampling.registry import find_sampler
 from backend.sampling.sampler_types import SamplerSettings
 from backend.sampling.sampling_function import denoise_guided, sampling_cleanup, sampling_prepare
+from modules.samplers.cfg_denoiser import is_truncated
 from tests.backend.sampling.toys import one_stream
 
 CONFIG = BackendConfig()
@@ -89,12 +91,15 @@ def our_latents(
     image_cond: Tensor | None = None,
     cfg: float = 1.0,
     uncond: Any = None,
+    skipped_late: float = 0.0,
 ) -> Tensor:
-    unet = engine.forge_objects.unet
+    """`skipped_late`: the share of the last steps that skip the negative prompt, for samplers with one pass a step."""
+    unet, calls = engine.forge_objects.unet, itertools.count()
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        scale = 1.0 if is_truncated(next(calls), len(sigmas) - 1, skipped_late) else cfg
         return denoise_guided(
-            unet, x, sigma, text_cond=text, text_uncond=uncond or text, cond_scale=cfg, image_cond=image_cond, text_repeats=False
+            unet, x, sigma, text_cond=text, text_uncond=uncond or text, cond_scale=scale, image_cond=image_cond, text_repeats=False
         )[0]  # fmt: skip
 
     sampling_prepare(unet, start)

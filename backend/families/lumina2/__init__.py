@@ -1,6 +1,7 @@
 """Lumina2: Lumina-Image-2.0, Neta Lumina, NetaYume. A transformer with one stream after two refiners, Gemma2-2B, Flux.1's VAE.
 
-Reading order: `identify` (which files), `key_map` (names), `program` (the network in segments), `text` (prompts), and here what they make.
+Reading order: `identify` (which files), `key_map` (names), `program` (the network in segments), `guidance` (what CFG keeps), `text` (prompts), and
+here what they make.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 from diffusers import Lumina2Transformer2DModel
 from torch import Tensor, nn
 
-from backend.families.family import Family, PageDefaults
+from backend.families.family import Family, Guidance, PageDefaults
 from backend.families.flow_family import COMPUTE_DTYPES, build_with, flow_predictor, join_original, predict_flow
 from backend.families.flux import LATENT
 from backend.families.gemma_text import TOKENIZER
+from backend.families.lumina2.guidance import keep_row_lengths
 from backend.families.lumina2.identify import TITLE, identify_lumina2
 from backend.families.lumina2.key_map import lumina2_key_map
 from backend.families.lumina2.program import build_lumina2_program
@@ -53,6 +55,7 @@ FAMILY = Family(
     compute_dtypes=COMPUTE_DTYPES,
     attends_jointly=True,
     default_schedule="simple",
+    guidance=Guidance(rescale=keep_row_lengths),
     defaults=PageDefaults(preset="lumina", sampler="Euler", schedule="Simple", steps=30, cfg=4.0, width_px=1024, height_px=1024),
     denoiser_title="transformer",
 )
