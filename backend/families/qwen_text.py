@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
+from transformers import Qwen3Config
 
 from backend.checkpoint_file import CheckpointError, TensorFile
 from backend.checkpoint_layout import Layout, Part
@@ -24,8 +25,8 @@ from backend.text_processing.sentencepiece_file import CONTROL, UNUSED, USER_DEF
 NAME = "qwen3"
 TITLE = "Qwen3"
 _PREFIXES = (
-    "text_encoders.qwen3_4b.transformer.model.", "text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer.model.",
-    "text_encoders.qwen3_8b.transformer.", "text_encoder.model.", "text_encoder.", "transformer.model.", "model.", "",
+    *(f"text_encoders.qwen3_{size}.transformer.{part}" for size in ("4b", "8b", "06b") for part in ("model.", "")), "text_encoder.model.",
+    "text_encoder.", "transformer.model.", "model.", "",
 )  # fmt: skip
 _MARKS = ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight", "layers.0.mlp.gate_proj.weight")
 VL_NAME, VL_TITLE = "qwen3_vl", "Qwen3-VL"
@@ -78,6 +79,18 @@ def find_qwen3_vl(keys: Collection[str]) -> Sequence[Part]:
 
 def _features_width(shape: Qwen3Shape, reads: LayersRead) -> int:
     return shape.width * len(reads(shape.num_layers))
+
+
+def qwen3_normed(usual_file: str) -> Component:
+    """A Qwen3 of any width, read as it answers: after its last layer and norm."""
+    return replace(
+        qwen3(usual_file),
+        build=lambda file, part: build_empty(lambda: _normed(qwen3_config(read_qwen3_shape(file, part)))),
+    )
+
+
+def _normed(config: Qwen3Config) -> nn.Module:
+    return Qwen3TextEncoder(config, (config.num_hidden_layers,), is_normed=True)
 
 
 def find_qwen3(keys: Collection[str]) -> Sequence[Part]:

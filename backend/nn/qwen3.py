@@ -59,11 +59,12 @@ def qwen3_config(shape: Qwen3Shape) -> Qwen3Config:
 class Qwen3TextEncoder(nn.Module):
     """Token ids (B, L) in, the stream after each layer of `reads` side by side, (B, L, N * D), out. Names are those of transformers' Qwen3Model.
 
-    `reads`: numbers of layers, counted from 1; by default the one before the last.
+    `reads`: numbers of layers, counted from 1; by default the one before the last. `is_normed`: the last norm runs over the stream that is read.
     """
 
-    def __init__(self, config: Qwen3Config, reads: Sequence[int] = ()) -> None:
+    def __init__(self, config: Qwen3Config, reads: Sequence[int] = (), is_normed: bool = False) -> None:
         super().__init__()
+        self.is_normed = is_normed
         self.config = config
         self.reads = tuple(reads) or (config.num_hidden_layers - 1,)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -85,7 +86,8 @@ class Qwen3TextEncoder(nn.Module):
             stream_BLD = run_decoder_layer(layer, stream_BLD, rope, dtype, mask)
             if number in self.reads:
                 read[number] = stream_BLD
-        return torch.cat([read[number] for number in self.reads], dim=-1)
+        found = torch.cat([read[number] for number in self.reads], dim=-1)
+        return self.norm(found) if self.is_normed else found
 
 
 def _readable(attention_mask_BL: Tensor) -> Tensor:

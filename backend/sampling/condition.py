@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from backend.nn.padded_text import TEXT_LENGTHS, pad_text
+from backend.nn.second_text import SECOND_TEXT
 
 Area = tuple[int, int, int, int]
 """(rows, columns, first row, first column) of latents."""
@@ -22,7 +23,7 @@ CompiledCondition = dict[str, Any]
 """`model_conds`: Conditions by the name of the argument they become. The other keys say how the condition applies: `strength`, `area`, `mask`,
 `mask_strength`, `timestep_start`, `timestep_end`, `control`."""
 
-PASSED_ON = ("guidance", TEXT_LENGTHS)
+PASSED_ON = ("guidance", TEXT_LENGTHS, *SECOND_TEXT)
 """Conditions with one row per image that reach the network under their own names."""
 MAX_TOKEN_REPEATS = 4
 """Conditions whose joint length would exceed the shorter one by more than this factor run in separate calls."""

@@ -44,5 +44,6 @@ PRESETS = (
     _square("lumina", cfg=4.0, scheduler="Simple", steps=30),
     _square("qwen", cfg=4.0, scheduler="Simple", steps=50, side_px=1328),
     _square("krea", cfg=1.0, scheduler="Simple", steps=8),
+    _square("anima", cfg=4.0, scheduler="Simple", steps=30),
 )  # fmt: skip
 NAMES = tuple(preset.name for preset in PRESETS)

@@ -21,6 +21,7 @@ from backend.parallel.running import status
 from backend.sampling.registry import SamplerSpec
 from modules.application import Application
 from modules.jobs.live_preview import approximate_colors
+from tests.support.anima_networks import write_anima
 from tests.support.applications import installed_application
 from tests.support.chroma_networks import write_chroma
 from tests.support.dit_checkpoints import DitFiles
@@ -36,7 +37,7 @@ from tests.support.zimage_networks import write_zimage
 SIDE_PX = 64
 WRITERS: dict[str, Callable[..., DitFiles]] = {
     "chroma": write_chroma, "sd3": write_sd3, "flux2": write_flux2, "zimage": write_zimage, "lumina2": write_lumina2,
-    "qwenimage": write_qwenimage, "krea2": write_krea2,
+    "qwenimage": write_qwenimage, "krea2": write_krea2, "anima": write_anima,
 }  # fmt: skip
 BASE: dict[str, Any] = {"cfg_scale": 3.0, "sampler_name": "Euler", "scheduler": "Simple", "do_not_save_grid": True, "negative_prompt": "dark"}
 LONG = "a red cat on a green mat in front of a blue house, [a hat:a bag:0.5] " * 3

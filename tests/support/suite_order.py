@@ -41,7 +41,7 @@ NIGHTLY_VARIANTS = (
     r"parity/test_split_parity\.py::test_units_of_several_rows.*-hires\]",
     r"parity/test_split_parity\.py::test_one_slot_with_both_branches.*\[inpaint\]",
     # the newer families share samplers, conditions and executor: each strategy runs every time with one or two of them
-    r"parity/test_flow_families_application\.py::test_two_slots.*\[(chroma-layers|sd3-layers|sd3-replicas|flux2-replicas|zimage-replicas|lumina2-layers|qwenimage-replicas|krea2-replicas)\]",
+    r"parity/test_flow_families_application\.py::test_two_slots.*\[(chroma-layers|sd3-layers|sd3-replicas|flux2-replicas|zimage-replicas|lumina2-layers|qwenimage-replicas|krea2-replicas|anima-layers)\]",
     # faults during a job: each plan, each slot and each moment every time, not each combination
     r"processing/test_processing_slots\.py::test_out_of_memory_in_the_middle.*-(40-1|150-0)\]",
     r"processing/test_processing_slots\.py::test_a_lost_slot_ends.*\[(0\.0-replicas|replicas-0\.0|0\.4-layers|layers-0\.4)\]",
