@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tools.core_share import CoreShare, measure_core_share, wait_for_quiet
 from tools.development import ROOT_DIR, enter_environment
 from tools.measure import Bench, Samples, measure, raw_lines, report_table
 
@@ -56,8 +57,8 @@ def describe_versions(packages: Sequence[str]) -> str:
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {importlib.metadata.version(name)}" for name in packages)])
 
 
-def write_report(path: Path, theme: str, bench: Bench, samples: Mapping[str, Samples], *, command: str) -> None:
-    """Write the report; preserves the text under "## Reading"."""
+def write_report(path: Path, theme: str, bench: Bench, samples: Mapping[str, Samples], *, command: str, cores: str = "") -> None:
+    """Write the report; preserves the text under "## Reading". `cores`: how much of the machine the bench got."""
     reading = ""
     if path.exists():
         _, mark, reading = path.read_text(encoding="utf-8").partition(READING)
@@ -66,6 +67,7 @@ def write_report(path: Path, theme: str, bench: Bench, samples: Mapping[str, Sam
     lines = [
         *(f"# {theme}", "", bench.question, ""),
         *(f"- command: `{command}`", f"- date: {time.strftime('%Y-%m-%d')}", f"- machine: {describe_machine()}"),
+        *([f"- cores: {cores}"] if cores else []),
         *(f"- versions: {describe_versions(bench.packages)}", f"- {num_rounds} rounds, variants in turns, every other round backwards", ""),
         *(*report_table(bench, samples), "", "Raw, round by round:", "", "```", *raw_lines(samples), "```", ""),
     ]
@@ -78,6 +80,7 @@ def run_benches(argv: Sequence[str], script: str) -> int:
     parser.add_argument("theme", nargs="?", help="a theme; without arguments, all themes are listed")
     parser.add_argument("--rounds", type=int, help="how often each variant is measured")
     parser.add_argument("--print-only", action="store_true", help="write no file")
+    parser.add_argument("--patience", type=float, default=30.0, help="seconds to wait for a quiet machine before measuring anyway")
     arguments = parser.parse_args(argv)
     themes = list_themes()
     if arguments.theme not in themes:
@@ -87,10 +90,17 @@ def run_benches(argv: Sequence[str], script: str) -> int:
         return 2 if arguments.theme else 0
     enter_environment(argv, script)
     bench: Bench = importlib.import_module(f"benchmarks.{arguments.theme}").BENCH
+    before = wait_for_quiet(arguments.patience)
     samples = measure(bench, num_rounds=arguments.rounds)
-    print("\n".join(report_table(bench, samples)))
+    cores = _describe_cores(before, measure_core_share())
+    print("\n".join([*report_table(bench, samples), f"cores: {cores}"]))
     if not arguments.print_only:
         path = BENCH_DIR / f"{arguments.theme}.md"
-        write_report(path, arguments.theme, bench, samples, command=" ".join(["python tools/bench", *argv]))
+        write_report(path, arguments.theme, bench, samples, command=" ".join(["python tools/bench", *argv]), cores=cores)
         print(f"Written: {path.relative_to(ROOT_DIR)}")
     return 0
+
+
+def _describe_cores(before: CoreShare, after: CoreShare) -> str:
+    warning = "" if before.is_quiet and after.is_quiet else "; THE MACHINE WAS BUSY, compare CPU seconds"
+    return f"two threads of matrix products got {before} before and {after} after{warning}"

@@ -1,7 +1,8 @@
 """Measures two or more variants of doing one thing alternately, and formats the results.
 
 Variants alternate within each round, and every other round is reversed, so that a machine that warms up or slows down favors none. A ratio is
-computed within each round, then the median over rounds. Pure except for the clock; `tools/bench` handles the files.
+computed within each round, then the median over rounds. Next to wall seconds, the process's processor seconds are reported: a fairer number on a
+busy machine. Pure except for the clocks; `tools/bench` handles the files.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Metrics = Mapping[str, float]
+CPU_SECONDS = "CPU s"
+Clock = Callable[[], float]
 Variant = Callable[[], Metrics | None]
 
 
@@ -46,8 +49,10 @@ class Samples:
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
 
-def measure(bench: Bench, *, num_rounds: int | None = None, clock: Callable[[], float] = time.perf_counter) -> dict[str, Samples]:
-    """Run the warm-ups and the rounds.
+def measure(
+    bench: Bench, *, num_rounds: int | None = None, clock: Clock = time.perf_counter, cpu_clock: Clock | None = time.process_time
+) -> dict[str, Samples]:
+    """Run the warm-ups and the rounds. `cpu_clock` None: no processor seconds.
 
     Raises:
         ValueError: the baseline is not a variant.
@@ -57,12 +62,12 @@ def measure(bench: Bench, *, num_rounds: int | None = None, clock: Callable[[], 
         raise ValueError(f"the baseline {bench.baseline!r} is not one of the variants: {', '.join(variants)}")
     for _ in range(bench.num_warmups):
         for call in variants.values():
-            _time_call(call, bench.synchronize, clock)
+            _time_call(call, bench.synchronize, clock, cpu_clock)
     samples = {name: Samples() for name in variants}
     for index in range(num_rounds or bench.num_rounds):
         gc.collect()  # between calls, so that no call pays for another's garbage
         for name in order_of_round(list(variants), index):
-            time_s, metrics = _time_call(variants[name], bench.synchronize, clock)
+            time_s, metrics = _time_call(variants[name], bench.synchronize, clock, cpu_clock)
             samples[name].times_s.append(time_s if bench.time_metric is None else metrics[bench.time_metric])
             for key, value in metrics.items():
                 samples[name].metrics.setdefault(key, []).append(value)
@@ -74,12 +79,14 @@ def order_of_round(names: Sequence[str], index: int) -> list[str]:
     return list(names) if index % 2 == 0 else list(reversed(names))
 
 
-def _time_call(call: Variant, synchronize: Callable[[], None] | None, clock: Callable[[], float]) -> tuple[float, Metrics]:
-    began_s = clock()
-    metrics = call()
+def _time_call(call: Variant, synchronize: Callable[[], None] | None, clock: Clock, cpu_clock: Clock | None) -> tuple[float, Metrics]:
+    """The call's time and metrics, among them its processor seconds unless it counts them itself."""
+    began_s, cpu_began_s = clock(), cpu_clock() if cpu_clock is not None else 0.0
+    metrics = call() or {}
     if synchronize is not None:
         synchronize()
-    return clock() - began_s, metrics or {}
+    time_s = clock() - began_s
+    return time_s, metrics if cpu_clock is None else {CPU_SECONDS: cpu_clock() - cpu_began_s, **metrics}
 
 
 def paired_ratio(times_s: Sequence[float], baseline_s: Sequence[float]) -> tuple[float, float, float]:
