@@ -6,7 +6,7 @@ Reading order: `args` (the configuration that it is given) and `devices/` (slots
 (its networks with a job's hooks), `text_processing/` and `sampling/` (a job), `modules/k_model` (one step), `memory_management` and `memory/` (what
 is on which device), `parallel/` (several slots), `profiler`.
 
-Files: `tensor_file` is what every kind of file promises; `mapped_file`, `checkpoint_pickle` with `pickle_scan`, `gguf_file` with `gguf_names`, and
+Files: `tensor_file` is what every kind of file promises; `file_bytes`, `checkpoint_pickle` with `pickle_scan`, `gguf_file` with `gguf_names`, and
 `quantized_file` are the kinds; `checkpoint_identity`, `checkpoint_config`, `checkpoint_prediction`, `key_layout`, `original_config` and
 `foreign_json` say what is in one; `state_dict` fills a network from it; `tensor_writer`, `unfinished_files` and `checkpoint_converter` write;
 `model_folders` lists. Control files: `controlnet_loader`, `control_lora`, `control_dtype`, `ip_adapter`, `clip_vision`. Dtypes: `denoiser_types`.

@@ -1,7 +1,7 @@
 """Opens files of tensors lazily: names, shapes and dtypes at once, each tensor when it is requested.
 
-Does not know what the tensors are for. A `.safetensors` file is memory-mapped, and each tensor goes straight to its target dtype and device; its
-pages are released at once, so that a load never has a second copy of the file in memory. A file's first bytes, not its name, determine its kind.
+Does not know what the tensors are for. Each tensor of a `.safetensors` file is read straight to its target dtype and device, so that a load never
+has a second copy of the file in memory. A file's first bytes, not its name, determine its kind.
 Weights in low bits are packed tensors: GGUF's as they are, others joined from the several tensors they are stored in (`quantized_file`).
 """
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from backend import checkpoint_pickle
+from backend.file_bytes import FileBytes
 from backend.foreign_json import MAX_BYTES, ForeignJsonError, open_file, parse_json
 from backend.gguf_file import MAGIC as GGUF_MAGIC
 from backend.gguf_file import GgufFile
-from backend.mapped_file import MappedFile
 from backend.quantized_file import as_whole_weights
 from backend.tensor_file import REPEAT_DOWNLOAD, TensorInfo, reading, say_mb
 from backend.tensor_file import CheckpointError as CheckpointError
@@ -117,14 +117,14 @@ def _describe_foreign(head: bytes) -> str:
 
 
 class SafetensorsFile:
-    """A `.safetensors` file behind a read-only memory map: tensors are read only when requested, and nothing stays in memory."""
+    """A `.safetensors` file: tensors are read only when requested, and nothing stays in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with reading(path), open_file(path) as stream:
             file_bytes = path.stat().st_size
             header, self._data_start = _read_header(path, stream, stream.read(9), file_bytes)
-            self._mapped = MappedFile(stream)
+            self._bytes = FileBytes(stream)
         self.metadata: Mapping[str, str] = _metadata_of(header)
         self.infos: Mapping[str, TensorInfo] = {key: _info_of(path, key, entry) for key, entry in header.items() if key != "__metadata__"}
         self._starts = {key: header[key]["data_offsets"][0] for key in self.infos}
@@ -144,17 +144,18 @@ class SafetensorsFile:
             )
 
     def read(self, key: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
-        info, start = self.infos[key], self._data_start + self._starts[key]
-        if rows is None:
-            return self._mapped.read(start, info.shape, info.dtype, dtype=dtype, device=device)
-        row_bytes = info.stored_bytes // info.shape[0]
-        return self._mapped.read(start + rows[0] * row_bytes, (rows[1] - rows[0], *info.shape[1:]), info.dtype, dtype=dtype, device=device)
+        info, start, shape = self.infos[key], self._data_start + self._starts[key], self.infos[key].shape
+        if rows is not None:
+            start += rows[0] * (info.stored_bytes // shape[0])
+            shape = (rows[1] - rows[0], *shape[1:])
+        with reading(self.path):
+            return self._bytes.read(start, shape, info.dtype, dtype=dtype, device=device)
 
     def read_stored(self, key: str, *, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
         return self.read(key, device=device, rows=rows)
 
     def close(self) -> None:
-        self._mapped.close()
+        self._bytes.close()
 
 
 def _read_header(path: Path, stream: BinaryIO, head: bytes, file_bytes: int) -> tuple[dict[str, Any], int]:

@@ -1,4 +1,4 @@
-"""GGUF files: their header, checked before anything is believed, and their tensors behind a memory map.
+"""GGUF files: their header, checked before anything is believed, and their tensors, each read when it is requested.
 
 Layout (ggml's docs/gguf.md, versions 2 and 3, little-endian): magic, version, number of tensors, number of entries; entries (key, type, value);
 tensors (name, dims from the innermost, type, offset from the start of the data); padding; data. Not the `gguf` package's reader: it believes every
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backend.file_bytes import FileBytes
 from backend.foreign_json import open_file
 from backend.gguf_names import one_too_large, rename_llama_cpp
-from backend.mapped_file import MappedFile
 from backend.storage.gguf import GgufFormat
 from backend.storage.gguf_blocks import BLOCK_TYPES, TYPE_NAMES
 from backend.storage.kinds import storage_of
@@ -36,6 +36,8 @@ _UNREAD = {4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 31: "Q4_0_4_4", 32: "Q4_
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _MAX_HEADER_BYTES, _MAX_NAME_BYTES, _MAX_DIMS, _MAX_NESTING = 64 * 2**20, 1024, 8, 4
+_WINDOW_BYTES = 2**20
+"""The header consists of many short strings and is read in pieces of this size."""
 _MAX_KEPT_BYTES, _MAX_KEPT_ITEMS = 65536, 16
 """Longer texts and lists are passed over; of a tokenizer's lists the place is kept."""
 _LIST_HEAD_BYTES = 4 + 8
@@ -82,16 +84,16 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with reading(path), open_file(path) as stream:
-            self._mapped = MappedFile(stream)
+            self._bytes = FileBytes(stream)
         try:
-            header = _read_header(path, self._mapped)
+            header = _read_header(path, self._bytes)
             infos = {entry.name: _info_of(path, entry, header.metadata) for entry in header.entries}
             starts = {entry.name: header.data_start + entry.offset for entry in header.entries}
             self._check_extent(infos, starts)
             names = rename_llama_cpp(infos, header.metadata.get(_ARCHITECTURE_KEY, ""))
             self._one_too_large = frozenset(names.get(name, name) for name in one_too_large(infos) if infos[name].packed is None)
         except BaseException:
-            self._mapped.close()
+            self._bytes.close()
             raise
         self.metadata: Mapping[str, str] = header.metadata
         self._lists = header.lists
@@ -100,19 +102,20 @@ class GgufFile:
 
     def _check_extent(self, infos: Mapping[str, TensorInfo], starts: Mapping[str, int]) -> None:
         end = max((starts[name] + info.stored_bytes for name, info in infos.items()), default=0)
-        if end > self._mapped.length:
+        if end > self._bytes.length:
             raise CheckpointError(
-                f"{self.path.name}: is cut short: it has {say_mb(self._mapped.length)}, but its header says {say_mb(end)}. {REPEAT_DOWNLOAD}"
+                f"{self.path.name}: is cut short: it has {say_mb(self._bytes.length)}, but its header says {say_mb(end)}. {REPEAT_DOWNLOAD}"
             )
 
     def read(self, key: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None) -> Tensor:
         info = self.infos[key]
         if info.packed is None:
             shape, start = self._place(key, rows, info.stored_bytes)
-            if key in self._one_too_large:
-                value = self._mapped.read(start, shape, info.dtype, dtype=torch.float32, device=device) - 1
-                return value.to(dtype or info.dtype)
-            return self._mapped.read(start, shape, info.dtype, dtype=dtype, device=device)
+            with reading(self.path):
+                if key in self._one_too_large:
+                    value = self._bytes.read(start, shape, info.dtype, dtype=torch.float32, device=device) - 1
+                    return value.to(dtype or info.dtype)
+                return self._bytes.read(start, shape, info.dtype, dtype=dtype, device=device)
         cut = None if rows is None or can_cut(info.packed, *rows) else rows
         stored = storage_of(self.read_stored(key, device=device, rows=rows if cut is None else None))
         value = stored.dequantize(dtype or torch.float32)
@@ -124,14 +127,15 @@ class GgufFile:
             return self.read(key, device=device, rows=rows)
         _, start = self._place(key, rows, form.num_bytes)
         part = form if rows is None else form.cut(*rows)
-        return PackedTensor(self._mapped.read(start, (part.num_bytes,), torch.uint8, device=device), part)
+        with reading(self.path):
+            return PackedTensor(self._bytes.read(start, (part.num_bytes,), torch.uint8, device=device), part)
 
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of texts among the tokenizer's entries; empty if there is none. Raises: CheckpointError."""
         found = self._lists.get(key)
         if found is None or found.kind != _STRING:
             return ()
-        cursor = _Cursor(self.path, self._mapped, found.start)
+        cursor = _Cursor(self.path, self._bytes, found.start)
         return tuple(cursor.text("a token", _MAX_KEPT_BYTES) for _ in range(found.count))
 
     def numbers(self, key: str) -> tuple[float, ...]:
@@ -141,7 +145,7 @@ class GgufFile:
             return ()
         code = _SCALARS[found.kind]
         num_bytes = found.count * struct.calcsize(code)
-        return struct.unpack(f"<{found.count}{code[1:]}", self._mapped.bytes_at(found.start, found.start + num_bytes))
+        return struct.unpack(f"<{found.count}{code[1:]}", self._bytes.bytes_at(found.start, found.start + num_bytes))
 
     def _place(self, key: str, rows: tuple[int, int] | None, num_bytes: int) -> tuple[tuple[int, ...], int]:
         """Shape and first byte of a tensor or of its rows."""
@@ -149,15 +153,16 @@ class GgufFile:
         return (shape, start) if rows is None else ((rows[1] - rows[0], *shape[1:]), start + rows[0] * (num_bytes // shape[0]))
 
     def close(self) -> None:
-        self._mapped.close()
+        self._bytes.close()
 
 
 class _Cursor:
     """Reads the header in order and never past its limit."""
 
-    def __init__(self, path: Path, mapped: MappedFile, position: int = 0) -> None:
-        self._path, self._mapped, self.position = path, mapped, position
-        self.limit = min(mapped.length, _MAX_HEADER_BYTES)
+    def __init__(self, path: Path, stored: FileBytes, position: int = 0) -> None:
+        self._path, self._bytes, self.position = path, stored, position
+        self.limit = min(stored.length, _MAX_HEADER_BYTES)
+        self._window, self._window_start = b"", 0
 
     def fail(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._path.name}: {what}; the file is damaged. {REPEAT_DOWNLOAD}")
@@ -166,15 +171,15 @@ class _Cursor:
         """The position before `count` bytes, which are passed."""
         start = self.position
         if count > self.limit - start:
-            if self.limit < self._mapped.length:
+            if self.limit < self._bytes.length:
                 raise self.fail(f"its header is longer than {_MAX_HEADER_BYTES // 2**20} MiB")
-            raise CheckpointError(f"{self._path.name}: is cut short inside its header (it has {say_mb(self._mapped.length)}). {REPEAT_DOWNLOAD}")
+            raise CheckpointError(f"{self._path.name}: is cut short inside its header (it has {say_mb(self._bytes.length)}). {REPEAT_DOWNLOAD}")
         self.position = start + count
         return start
 
     def skip_texts(self, count: int) -> None:
         """Pass `count` texts."""
-        position, limit, read = self.position, self.limit, self._mapped.bytes_at
+        position, limit, read = self.position, self.limit, self.bytes_at
         for _ in range(count):
             if position + 8 > limit:
                 break
@@ -186,11 +191,13 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         start = self.skip(count)
-        return self._mapped.bytes_at(start, start + count)
+        return self.bytes_at(start, start + count)
 
     def bytes_at(self, start: int, end: int) -> bytes:
-        """Bytes that were passed before."""
-        return self._mapped.bytes_at(start, end)
+        """Bytes of the file, from a window that moves with them."""
+        if start < self._window_start or end > self._window_start + len(self._window):
+            self._window, self._window_start = self._bytes.bytes_at(start, max(end, start + _WINDOW_BYTES)), start
+        return self._window[start - self._window_start : end - self._window_start]
 
     def number(self, code: str) -> Any:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
@@ -204,13 +211,13 @@ class _Cursor:
     def count(self, what: str, least_bytes: int) -> int:
         """A number of things that take at least `least_bytes` each."""
         count: int = self.number("<Q")
-        if count * least_bytes > self._mapped.length:
+        if count * least_bytes > self._bytes.length:
             raise self.fail(f"its header promises {count} {what}, more than the file has room for")
         return count
 
 
-def _read_header(path: Path, mapped: MappedFile) -> _Header:
-    cursor = _Cursor(path, mapped)
+def _read_header(path: Path, stored: FileBytes) -> _Header:
+    cursor = _Cursor(path, stored)
     cursor.take(len(MAGIC))
     version = cursor.number("<I")
     if version not in _VERSIONS:

@@ -117,7 +117,23 @@ class _Watch(threading.Thread):
             self.peaks = {name: max(value, now[name]) for name, value in self.peaks.items()}
 
 
+def _read_raw(path: Path) -> object:
+    """The file's bytes in new memory, in the pieces and order of its tensors: what any loader that copies must do."""
+    from backend.checkpoint_file import SafetensorsFile
+
+    held, stored = [], SafetensorsFile(path)
+    with path.open("rb", buffering=0) as stream:
+        for key, info in stored.infos.items():
+            tensor = torch.empty(info.stored_bytes, dtype=torch.uint8)
+            stream.seek(stored._data_start + stored._starts[key])
+            stream.readinto(memoryview(tensor.numpy()))
+            held.append(tensor)
+    return held
+
+
 def _load_here(path: Path, how: str) -> object:
+    if how == "raw":
+        return _read_raw(path)
     if how == "safetensors":
         from safetensors.torch import load_file
 
@@ -143,9 +159,9 @@ def _report_from_child(path: Path, how: str) -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark
     watch = _Watch()
     watch.start()
-    began_s = time.perf_counter()
+    began_s, cpu_began_s = time.perf_counter(), time.process_time()
     held = _load_here(path, how)
-    load_s = time.perf_counter() - began_s
+    load_s, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_began_s
     watch.done.set()
     watch.join()
     after = _memory_mb()
@@ -155,6 +171,7 @@ def _report_from_child(path: Path, how: str) -> None:
         json.dumps(
             {
                 "load s": load_s,
+                "CPU s": cpu_s,
                 "peak RSS added MB": peak_mb,
                 "of it file pages MB": watch.peaks["RssFile"] - before["RssFile"],
                 "RSS added after MB": after["VmRSS"] - before["VmRSS"],
@@ -167,7 +184,7 @@ def _report_from_child(path: Path, how: str) -> None:
 
 
 def measure_in_child(path: Path, how: str) -> Mapping[str, float]:
-    """Load `path` in a new process: `how` is "fp16", "fp32" (this loader) or "safetensors" (load_file and a copy of every tensor)."""
+    """Load `path` in a new process: `how` is "fp16" or "fp32" (this loader), "safetensors" (load_file and a copy) or "raw" (only read)."""
     done = subprocess.run([sys.executable, "-m", "benchmarks._checkpoint_files", str(path), how], check=True, capture_output=True, text=True)
     numbers: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return numbers
