@@ -221,7 +221,14 @@ class _Scaled:
         form = self.format if rows is None else self.format.cut(*rows)
         if rows is not None and self.format.num_scales > 1:
             scales = scales[rows[0] : rows[1]]
-        return PackedTensor(join_scaled(scales, file.read(self.key, rows=rows)), form)
+        numbers = file.read(self.key, rows=rows)
+        if _has_e4m3_nan(numbers):
+            raise CheckpointError(f"{file.path.name}: {self.key[:200]} has values that are not numbers; the file is damaged. Download it again.")
+        return PackedTensor(join_scaled(scales, numbers), form)
+
+
+def _has_e4m3_nan(numbers: Tensor) -> bool:
+    return numbers.dtype == torch.float8_e4m3fn and bool((numbers.view(torch.uint8) & 0x7F == 0x7F).any())
 
 
 def _scaled_weight(file: TensorFile, scale: str, described: Mapping[str, Mapping[str, Any]], divisor: float = 1.0) -> _Scaled:
@@ -281,7 +288,10 @@ class _BlockScaled:
         if bool(not_a_number.any()) or not bool(torch.isfinite(scales).all()):
             raise CheckpointError(f"{file.path.name}: the scales of {self.key[:200]} are not numbers; the file is damaged. Download it again.")
         form = self.format if rows is None else self.format.cut(*rows)
-        return PackedTensor(join_block_scaled(scales, blocks if rows is None else blocks[rows[0] : rows[1]], file.read(self.key, rows=rows)), form)
+        numbers = file.read(self.key, rows=rows)
+        if _has_e4m3_nan(numbers):
+            raise CheckpointError(f"{file.path.name}: {self.key[:200]} has values that are not numbers; the file is damaged. Download it again.")
+        return PackedTensor(join_block_scaled(scales, blocks if rows is None else blocks[rows[0] : rows[1]], numbers), form)
 
 
 def _block_scaled_weight(file: TensorFile, scale: str, described: Mapping[str, Mapping[str, Any]]) -> _BlockScaled:

@@ -12,8 +12,12 @@ Shapes: W weights, B blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil, prod
 
 import torch
@@ -21,6 +25,8 @@ from torch import Tensor, nn
 
 from backend.storage.packed import PackedFormat, PackedFormatError, PackedTensor, has_same_rows, say_misfit
 from backend.storage.tables import table_on
+
+logger = logging.getLogger(__name__)
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -65,11 +71,16 @@ class FourBitFormat(PackedFormat):
 
     def dequantize(self, buffer_N: Tensor, out_dtype: torch.dtype) -> Tensor:
         absmax_B1, codes = self.absmax(buffer_N).reshape(-1, 1), buffer_N[self._absmax_bytes :]
+        kernel = find_kernel() if buffer_N.device.type in _KERNEL_DEVICES and not (prod(self.shape) % self.block or self.shape[-1] % 2) else None
+        if kernel is not None:
+            return kernel(codes, absmax_B1.flatten(), self.block, self.kind, list(self.shape), out_dtype)
         pairs = nn.functional.embedding(codes.int(), table_on(_PAIRS[self.kind], buffer_N.device))  # the two weights of each byte
         count = prod(self.shape)
         if count % self.block:
             padded = nn.functional.pad(pairs.flatten()[:count], (0, -count % self.block)).reshape(-1, self.block)
             return (padded * absmax_B1).flatten()[:count].to(out_dtype).reshape(self.shape)
+        if out_dtype == torch.float32:
+            return pairs.reshape(-1, self.block).mul_(absmax_B1).reshape(self.shape)
         value = torch.empty((self.num_blocks, self.block), dtype=out_dtype, device=buffer_N.device)
         return torch.mul(pairs.reshape(-1, self.block), absmax_B1, out=value).reshape(self.shape)
 
@@ -149,6 +160,26 @@ class FourBitFormat(PackedFormat):
         if not has_same_rows(self, shape):
             raise PackedFormatError(say_misfit(self, shape))
         return replace(self, shape=shape)
+
+
+_KERNEL_DEVICES = frozenset({"cpu", "cuda"})
+
+
+@cache
+def find_kernel() -> Callable[..., Tensor] | None:
+    """bitsandbytes' own dequantization, one pass over memory, where the user has installed that package; None without it. Its values are the same.
+
+    Not beside the package `kernels`, with which bitsandbytes fetches code from a hub when it is imported.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None or importlib.util.find_spec("kernels") is not None:
+        return None
+    try:
+        importlib.import_module("bitsandbytes")  # registers torch.ops.bitsandbytes; a second, so only when four bits are first read
+        kernel: Callable[..., Tensor] = torch.ops.bitsandbytes.dequantize_4bit.default
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        logger.warning("bitsandbytes is installed but cannot be used (%s); four-bit weights are dequantized without it.", str(error)[:300])
+        return None
+    return kernel
 
 
 def join_four_bit(absmax: Tensor, codes: Tensor, nested: Sequence[Tensor] = ()) -> Tensor:

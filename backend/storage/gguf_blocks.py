@@ -42,6 +42,8 @@ def dequantize_blocks(kind: BlockType, blocks_BN: Tensor, out_dtype: torch.dtype
     value = torch.empty(codes.shape, dtype=out_dtype, device=blocks_BN.device)
     if minima is None:
         torch.mul(codes, scales, out=value)
+    elif out_dtype == torch.float32:  # without another tensor of that size
+        torch.mul(codes, scales, out=value).sub_(minima)
     else:
         torch.sub(codes * scales, minima, out=value)
     return value.reshape(blocks_BN.shape[0], kind.weights)

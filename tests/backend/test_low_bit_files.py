@@ -27,6 +27,7 @@ from backend.storage.packed import PackedTensor
 from backend.storage.running import set_types
 from tests.support.checkpoints import write_checkpoint
 from tests.support.fleets import virtual_fleet
+from tests.support.flow_pictures import Prompts, cpu_engine, load, our_picture
 from tests.support.flux_checkpoints import write_flux
 from tests.support.flux_networks import make_flux, original_tensors
 from tests.support.low_bits import SPELLINGS, quantize, write_gguf, write_low_bits
@@ -190,6 +191,34 @@ def test_a_whole_model_loads_and_runs_packed(low: str, tmp_path: Path, caplog: p
     (packed_text, packed), (plain_text, plain) = results
     assert all(torch.equal(packed_text[name], plain_text[name]) for name in plain_text) and torch.equal(packed, plain)
     assert f"transformer stored in {'GGUF Q8_0' if low == 'Q8_0' else 'fp8 e4m3 scaled'}" in caplog.text
+
+
+@pytest.mark.parametrize("low", ["scaled_fp8", "nf4", "Q8_0"])
+def test_pictures_are_those_of_the_dequantized_checkpoint(low: str, tmp_path: Path) -> None:
+    files, plain = write_flux(tmp_path, **WIDE), tmp_path / "plain.safetensors"
+    path, tensors = tmp_path / ("low.gguf" if low == "Q8_0" else "low.safetensors"), original_tensors(files.flux)
+    values = write_gguf(path, tensors, low) if low == "Q8_0" else write_low_bits(path, tensors, low)
+    save_file({key: tensor.float().contiguous() for key, tensor in values.items()}, plain)
+    pictures = []
+    with cpu_engine():
+        for checkpoint in (path, plain, files.checkpoint):
+            engine = load(checkpoint, files.modules)
+            text = engine.get_learned_conditioning(Prompts(["a red cube"]))
+            start = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(2))
+            pictures.append(our_picture(engine, "Euler", torch.tensor([1.0, 0.6, 0.0]), start, text))
+            memory_management.unload_all_models()
+    low_bits, dequantized, full = pictures
+    assert torch.equal(low_bits, dequantized) and not torch.equal(low_bits, full) and low_bits.std() > 0.01
+
+
+@pytest.mark.parametrize("spelling", ["scaled_fp8", "comfy"])
+def test_fp8_values_that_are_no_numbers_are_refused(spelling: str, tmp_path: Path) -> None:
+    low = quantize({"a.weight": torch.randn(4, 64)}, "scaled_fp8").tensors if spelling == "scaled_fp8" else _kitchen()
+    key = "a.weight" if spelling == "scaled_fp8" else "mxfp8.weight"
+    low[key].view(torch.uint8)[1, 3] = 0xFF
+    save_file(low, tmp_path / "nan.safetensors")
+    with open_tensor_file(tmp_path / "nan.safetensors") as file, pytest.raises(CheckpointError, match="has values that are not numbers"):
+        file.read_stored(key)
 
 
 def test_the_plan_before_loading_counts_packed_bytes(tmp_path: Path) -> None:

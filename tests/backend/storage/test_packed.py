@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from backend.devices import virtual_gpu
 from backend.memory.module_bytes import count_module_bytes, move_module
 from backend.nn.empty_network import META, copy_without_weights
-from backend.storage import fp8
+from backend.storage import four_bit, fp8
 from backend.storage.block_scaled import BlockScaledFormat
 from backend.storage.four_bit import FourBitFormat, join_four_bit, quantize_four_bit
 from backend.storage.gguf import quantize_gguf
@@ -122,6 +122,28 @@ def _view_without_fp8(view: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return view(tensor, *shape)
 
     return checked
+
+
+def test_e4m3_numbers_are_those_of_torchs_cast_on_a_cpu() -> None:
+    """All of them but NaN, which files may not have."""
+    every = torch.arange(256, dtype=torch.uint8)
+    every = every[every & 0x7F != 0x7F]
+    assert torch.equal(fp8.read_fp8(every, torch.float8_e4m3fn, torch.float32), every.view(torch.float8_e4m3fn).float())
+
+
+def test_an_installed_kernel_dequantizes_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' signature: codes, absmax, block, kind, shape, dtype. Weights that it does not take stay ours."""
+    calls: list[tuple[object, ...]] = []
+
+    def kernel(codes: Tensor, absmax: Tensor, *rest: object) -> Tensor:
+        calls.append((codes.shape, absmax.shape, *rest))
+        return torch.zeros(ROWS, COLUMNS)
+
+    monkeypatch.setattr(four_bit, "find_kernel", lambda: kernel)
+    weight = storage_of(quantize_four_bit(numbers(ROWS, COLUMNS), "nf4"))
+    assert torch.equal(weight.dequantize(torch.float16), torch.zeros(ROWS, COLUMNS))
+    assert calls == [((ROWS * COLUMNS // 2,), (ROWS,), 64, "nf4", [ROWS, COLUMNS], torch.float16)]
+    assert storage_of(quantize_four_bit(numbers(3, 5), "nf4")).dequantize(torch.float32).any() and len(calls) == 1
 
 
 def test_double_quantization_is_read_and_never_written() -> None:
