@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backend.checkpoint_file import TensorFile, open_tensor_file
 from backend.checkpoint_layout import Part
-from backend.checkpoint_merge import NO_CHANGES, InTurn, WeightChange, merge_loras
+from backend.checkpoint_lora import NO_CHANGES, InTurn, WeightChange, merge_loras
 from backend.checkpoint_output import GGUF_SUFFIX, KEEP, PLAIN_TYPES, ConversionError, Entry, Output, is_gguf_type
 from backend.families.family import Component
 from backend.families.registry import all_families, identify

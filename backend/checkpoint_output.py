@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backend.checkpoint_file import TensorFile
-from backend.checkpoint_merge import WeightChange
+from backend.checkpoint_lora import WeightChange
 from backend.storage.block_scaled import BlockScaledFormat, order_scales
 from backend.storage.choices import FORMATS, format_for
 from backend.storage.four_bit import TABLES, FourBitFormat
