@@ -55,8 +55,8 @@ class PaintCanvas {
     }
 
     buildTools() {
-        const button = (name, sign, title, action) => {
-            const made = paintElement("button", {type: "button", className: `paint-${name}`, textContent: sign, title: title});
+        const button = (name, icon, title, action) => {
+            const made = paintElement("button", {type: "button", className: `paint-${name} icon icon-${icon}`, title: title});
             made.setAttribute("aria-label", title);
             made.addEventListener("click", action);
             return made;
@@ -66,10 +66,10 @@ class PaintCanvas {
         this.slider.setAttribute("aria-label", this.slider.title);
         this.slider.addEventListener("input", () => this.setSize(Number(this.slider.value)));
         this.sizeText = paintElement("span", {className: "paint-size-text"});
-        this.brush = button("brush", "✎", "Brush (B)", () => this.setTool("brush"));
-        this.eraser = button("eraser", "⌫", "Eraser (E)", () => this.setTool("eraser"));
-        this.undoButton = button("undo", "↶", "Undo (Ctrl+Z)", () => this.undo());
-        this.redoButton = button("redo", "↷", "Redo (Ctrl+Y)", () => this.redo());
+        this.brush = button("brush", "brush", "Brush (B)", () => this.setTool("brush"));
+        this.eraser = button("eraser", "eraser", "Eraser (E)", () => this.setTool("eraser"));
+        this.undoButton = button("undo", "undo", "Undo (Ctrl+Z)", () => this.undo());
+        this.redoButton = button("redo", "redo", "Redo (Ctrl+Y)", () => this.redo());
         const parts = [this.brush, this.eraser, this.slider, this.sizeText];
         if (!this.isMask) {
             this.colorField = paintElement("input", {type: "color", className: "paint-color", value: this.color, title: "Color"});
@@ -82,11 +82,11 @@ class PaintCanvas {
         parts.push(
             this.undoButton,
             this.redoButton,
-            button("clear", "⌧", "Take all paint away (Delete)", () => this.clearPaint()),
-            button("fit", "▣", "See the whole picture (R)", () => this.fit()),
-            button("large", "⤢", "As large as the window, or as before (F)", () => this.toggleLarge()),
-            button("load", "⤒", "Put a picture here", () => this.file.click()),
-            button("remove", "✕", "Take the picture away", () => this.remove()),
+            button("clear", "trash", "Take all paint away (Delete)", () => this.clearPaint()),
+            button("fit", "fit", "See the whole picture (R)", () => this.fit()),
+            button("large", "large", "As large as the window, or as before (F)", () => this.toggleLarge()),
+            button("load", "picture", "Put a picture here", () => this.file.click()),
+            button("remove", "remove", "Take the picture away", () => this.remove()),
         );
         return paintElement("div", {className: "paint-tools"}, ...parts);
     }
