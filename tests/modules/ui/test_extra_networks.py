@@ -207,3 +207,10 @@ def test_extensions_bring_pages(app: Application) -> None:
     assert [one.title for one in extra_networks.extra_pages].count("Wild Cards") == 1
     html = page("Wild Cards").create_html("img2img")
     assert "cardClicked(&#x27;img2img&#x27;, &quot;__flower__&quot;" in html and "id='img2img_wild_cards_cards'" in html
+
+
+def test_a_card_without_a_picture_shows_the_beginning_of_its_name(app: Application) -> None:
+    cards = page("Lora").create_html("txt2img")
+    assert ">a&#x27;</div>" in cards  # the file with the nasty name
+    assert cards.count("class='blank'") + cards.count("class='preview'") == cards.count("data-name=")
+    assert page("Checkpoints").create_html("txt2img").count("aria-hidden='true'>on</div>") == 1

@@ -118,3 +118,17 @@ def test_parts_and_tabs_are_put_in_the_wanted_order() -> None:
     arrange_tabs(tabs, order=["settings", "B"], hidden=["b", "Settings"])
     assert [(tab.label, tab.visible) for tab in tabs.children] == [("Settings", True), ("B", False), ("A", True)]
     assert tabs.selected == "settings"
+
+
+def test_an_accordion_of_a_script_is_built_open_and_closed_by_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    from modules import scripts
+    from modules.ui.scripts import close_later
+
+    with gr.Blocks(analytics_enabled=False):
+        closed, opened, own = gr.Accordion("a", open=False), gr.Accordion("b", open=True), gr.Accordion("c", open=False)
+    close_later(own)
+    monkeypatch.setattr(scripts, "scripts_current", object())
+    close_later(closed)
+    close_later(opened)
+    assert [block.open for block in (closed, opened, own)] == [True, True, False]
+    assert ["close-at-start" in (block.elem_classes or []) for block in (closed, opened, own)] == [True, False, False]
