@@ -218,7 +218,10 @@ def _connect_generation(app: Application, tab: GenerationTab, handler: GenerateH
         api_visibility="private",
     )
     restored.then(fn=None, js=f"() => {{ taskAnswered('{name}'); }}", show_progress="hidden")
-    tab.toprow.enqueue.click(handler.enqueue, js="enqueueTask", inputs=[tab.task_id, *tab.inputs.values()], outputs=[output.html_log], **QUIET)
+    queued = [tab.task_id, *tab.inputs.values()]
+    tab.toprow.enqueue.click(  # "multiple": a click while the one before is being answered is another job
+        handler.enqueue, js="enqueueTask", inputs=queued, outputs=[output.html_log], trigger_mode="multiple", **QUIET
+    )
     control = JobControl(app)
     tab.toprow.interrupt.click(control.interrupt, js=f"() => interruptPressed('{name}')", inputs=[tab.task_id], **QUIET)
     own_task = {"js": f"() => taskOf('{name}')", "inputs": [tab.task_id], **QUIET}

@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,19 +210,26 @@ def test_two_numbers_pasted_into_width_fill_both(page: Any, site: Site) -> None:
 # ---- queue ----
 
 
-def test_jobs_are_queued_moved_canceled_and_repeated(page: Any, site: Site) -> None:
+@pytest.fixture
+def gate(site: Site) -> Iterator[threading.Event]:
+    """A job runs until it is set, or the test is over."""
     started, gate = threading.Event(), threading.Event()
     site.app.jobs.submit(None, "hold", lambda: (started.set(), gate.wait(60)))
     started.wait(10)
+    yield gate
+    gate.set()
+
+
+def test_jobs_are_queued_moved_canceled_and_repeated(page: Any, site: Site, gate: threading.Event) -> None:
     set_number(page, "txt2img_steps", 1)
     for prompt in ("first in line", "second in line", "third in line"):
         page.fill(PROMPT, prompt)
         page.focus(PROMPT)
         page.keyboard.press("Control+Shift+Enter")
-        expected(page, "#html_log_txt2img").to_contain_text("is in the queue")
         page.wait_for_function(
             "prompt => fetch('./webui_queue/jobs').then(answer => answer.json()).then(({jobs}) => jobs.some(job => job.label === prompt))", arg=prompt
         )
+    expect_text(page, "#html_log_txt2img", "is in the queue")
     show_tab(page, "queue")
     expect_count(page, "#queue_jobs .job-waiting", 3)
     assert page.locator("#queue_jobs .job-waiting td:nth-child(3)").all_inner_texts() == ["first in line", "second in line", "third in line"]
