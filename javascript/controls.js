@@ -84,10 +84,10 @@ onUiLoaded(() => {
 // ---- accordions of scripts: built open, so that their controls exist, and closed at once ----
 
 function closeAccordionsAtStart() {
-    for (const accordion of gradioApp().querySelectorAll(".close-at-start")) {
+    for (const accordion of gradioApp().querySelectorAll(".close-at-start:not([data-closed-at-start])")) {
         const header = accordion.querySelector(":scope > .label-wrap");
         if (header) {
-            accordion.classList.remove("close-at-start");
+            accordion.dataset.closedAtStart = "yes"; // once: the framework writes the classes anew whenever it likes
             if (accordionIsOpen(header)) {
                 header.click();
             }

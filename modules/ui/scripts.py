@@ -14,7 +14,7 @@ import gradio as gr
 from gradio.components import Component
 
 from modules import scripts
-from modules.launch.guest_calls import call_guest
+from modules.launch.guest_calls import call_guest, guest_is_calling
 from modules.pictures.postprocessing_operations import build_runner
 from modules.scripts import callbacks, gradio_compatibility
 from modules.scripts.postprocessing import ScriptPostprocessingRunner
@@ -114,7 +114,7 @@ def _before(component: Any, **kwargs: Any) -> None:
 def close_later(component: Any) -> None:
     """Let an accordion of a script that is to be closed be built open, because the framework draws only what is open, and scripts look for controls
     as soon as the page is there. The page's script closes it (javascript/controls.js)."""
-    if scripts.scripts_current is not None and isinstance(component, gr.Accordion) and component.open is False:
+    if guest_is_calling() and scripts.scripts_current is not None and isinstance(component, gr.Accordion) and component.open is False:
         component.open = True
         component.elem_classes = [*(component.elem_classes or []), "close-at-start"]
 
