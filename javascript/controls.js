@@ -81,25 +81,6 @@ onUiLoaded(() => {
     onUiUpdate(setup);
 });
 
-// ---- accordions of scripts: built open, so that their controls exist, and closed at once ----
-
-function closeAccordionsAtStart() {
-    for (const accordion of gradioApp().querySelectorAll(".close-at-start:not([data-closed-at-start])")) {
-        const header = accordion.querySelector(":scope > .label-wrap");
-        if (header) {
-            accordion.dataset.closedAtStart = "yes"; // once: the framework writes the classes anew whenever it likes
-            if (accordionIsOpen(header)) {
-                header.click();
-            }
-        }
-    }
-}
-
-onUiLoaded(() => {
-    closeAccordionsAtStart();
-    onUiUpdate(closeAccordionsAtStart);
-});
-
 // ---- showing and hiding parts, seeds, negative prompt ----
 
 /** Show or hide the container with the id `elementId`. */

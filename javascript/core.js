@@ -148,6 +148,13 @@ function showHiddenTabsOnce() {
     shown.click();
 }
 
+// Showing another tab may change attributes only, which the observer does not see.
+document.addEventListener("click", (event) => {
+    if (uiIsLoaded && event.target.closest && event.target.closest("[role=tab]")) {
+        setTimeout(() => notifyUiChange([]));
+    }
+});
+
 function watchPage() {
     const observer = new MutationObserver((mutations) => {
         if (!uiIsLoaded && firstTabStands()) {

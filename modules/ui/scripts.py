@@ -14,7 +14,7 @@ import gradio as gr
 from gradio.components import Component
 
 from modules import scripts
-from modules.launch.guest_calls import call_guest, guest_is_calling
+from modules.launch.guest_calls import call_guest
 from modules.pictures.postprocessing_operations import build_runner
 from modules.scripts import callbacks, gradio_compatibility
 from modules.scripts.postprocessing import ScriptPostprocessingRunner
@@ -111,17 +111,8 @@ def _before(component: Any, **kwargs: Any) -> None:
     callbacks.before_component_callback(component, **kwargs)
 
 
-def close_later(component: Any) -> None:
-    """Let an accordion of a script that is to be closed be built open, because the framework draws only what is open, and scripts look for controls
-    as soon as the page is there. The page's script closes it (javascript/controls.js)."""
-    if guest_is_calling() and scripts.scripts_current is not None and isinstance(component, gr.Accordion) and component.open is False:
-        component.open = True
-        component.elem_classes = [*(component.elem_classes or []), "close-at-start"]
-
-
 def _after(component: Any, **kwargs: Any) -> None:
     name_its_kind(component)
-    close_later(component)
     callbacks.after_component_callback(component, **kwargs)
     if scripts.scripts_current is not None:
         scripts.scripts_current.after_component(component, **kwargs)

@@ -118,19 +118,3 @@ def test_parts_and_tabs_are_put_in_the_wanted_order() -> None:
     arrange_tabs(tabs, order=["settings", "B"], hidden=["b", "Settings"])
     assert [(tab.label, tab.visible) for tab in tabs.children] == [("Settings", True), ("B", False), ("A", True)]
     assert tabs.selected == "settings"
-
-
-def test_an_accordion_of_a_script_is_built_open_and_closed_by_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    from modules import scripts
-    from modules.launch.guest_calls import as_guest
-    from modules.ui.scripts import close_later
-
-    with gr.Blocks(analytics_enabled=False):
-        closed, opened, own = gr.Accordion("a", open=False), gr.Accordion("b", open=True), gr.Accordion("c", open=False)
-    monkeypatch.setattr(scripts, "scripts_current", object())
-    close_later(own)  # of the page itself
-    with as_guest():
-        close_later(closed)
-        close_later(opened)
-    assert [block.open for block in (closed, opened, own)] == [True, True, False]
-    assert ["close-at-start" in (block.elem_classes or []) for block in (closed, opened, own)] == [True, False, False]
