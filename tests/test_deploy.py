@@ -218,3 +218,23 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     assert asked - known - slots - times == set()
     assert len(asked) > 10
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["kubernetes/rayservice.yaml", "helm/rayservice.yaml"])
+def test_rays_own_schema_takes_the_serve_config_and_its_application_is_ours(name: str) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (requirements_cluster.txt)")
+    import importlib
+
+    schema = importlib.import_module("ray.serve.schema")
+    (service,) = documents()[name]
+    config = schema.ServeDeploySchema(**yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.external_scaler_enabled is True
+    ray_serve = importlib.import_module("modules.cluster.ray_serve")
+    assert application.name == ray_serve.APP_NAME
+    module, _, attribute = application.import_path.partition(":")
+    built = getattr(importlib.import_module(module), attribute)(application.args)
+    assert built._bound_deployment.name.startswith("engine-")
+    ray = importlib.import_module("ray")
+    assert service["spec"]["rayClusterConfig"]["rayVersion"] == ray.__version__

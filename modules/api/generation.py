@@ -21,8 +21,9 @@ from modules.api.pictures import decode_picture, encode_picture, encode_settings
 from modules.api.pools import decoders, pool_for, run_in
 from modules.api.script_args import build_script_args, find_runner
 from modules.api.settings import check_settings, find_checkpoint
-from modules.api.waiting import wait_for_job
+from modules.api.waiting import current_request, wait_for_job
 from modules.errors import RequestError
+from modules.http_edge.passwords import basic_credentials
 from modules.processing import StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img, process_images
 
 if TYPE_CHECKING:
@@ -94,12 +95,18 @@ class GenerationRoutes:
             runner, script_name=body.script_name, script_args=body.script_args, alwayson_scripts=body.alwayson_scripts
         )
         p = _REQUEST_CLASSES[tab](**fields)
-        p.is_api = True
+        p.is_api, p.user = True, self._user()
         for comment in comments:
             p.comment(comment)
         p.scripts, p.script_args = runner, tuple(script_args)
         p.selected_script = selected
         return p, self._echo(body)
+
+    def _user(self) -> str | None:
+        """Who asks, if the API has a password, which has been checked already."""
+        request = current_request.get()
+        given = basic_credentials(request.headers.get("authorization")) if request is not None and self.app.config.api_auth else None
+        return given[0] if given else None
 
     def _with_native_size(self, body: RequestT, overrides: Mapping[str, Any]) -> RequestT:
         """Round sides down to whole latents. A request without a size gets a small model's native size instead of 512."""

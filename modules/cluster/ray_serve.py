@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -217,8 +219,11 @@ def _connect(address: str) -> None:
     else:
         check_reachable(address)
         options = {"address": address}
+    ending = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level="warning", **options)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ending)  # Ray has set its own, which would not shut this server down cleanly
     except ConnectionError as error:
         remedy = "Start one with `python -m modules.cluster head`, or use --cluster local."
         raise SetupError(f"--cluster {address}: there is no Ray cluster ({_first_line(error)}). {remedy}") from error

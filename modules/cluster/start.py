@@ -29,7 +29,7 @@ def connect_front(app: Application) -> ClusterFront:
         return build_front(app, fleet, versions)
     except OSError as error:
         fleet.close()
-        raise SetupError(f"The file of accepted jobs cannot be opened ({error}). Give a writable folder with --data-dir.") from error
+        raise SetupError(f"The file of accepted jobs cannot be opened ({error}). Give a folder of its own with --data-dir.") from error
 
 
 def build_front(app: Application, fleet: Fleet, versions: dict[str, str]) -> ClusterFront:

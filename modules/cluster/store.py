@@ -22,6 +22,8 @@ ResultT = TypeVar("ResultT")
 
 _LAYOUT = 1
 _BUSY_TIMEOUT_S = 5.0
+_NOT_DAMAGE = ("locked", "unable to open", "disk i/o", "readonly", "full")
+"""Texts of SQLite's errors about a file that may be all right."""
 _TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -57,7 +59,7 @@ class JobStore:
     """The file `path`. Thread-safe; one process at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError if the folder cannot be written."""
+        """Raises OSError if the folder cannot be written, or another server has the file."""
         self.path = path
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +122,8 @@ class JobStore:
         try:
             return self._open()
         except sqlite3.DatabaseError as error:
+            if any(text in str(error).lower() for text in _NOT_DAMAGE):
+                raise OSError(f"{self.path}: {error}; is another server running on this data folder?") from error
             log.error("%s cannot be read (%s).", self.path, error)
             self._set_aside()
             return self._open()
@@ -127,6 +131,7 @@ class JobStore:
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
         try:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # a second front would make the jobs of the first again
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             layout = connection.execute("PRAGMA user_version").fetchone()[0]

@@ -2,6 +2,7 @@
 much faster two workers of one core are than one.
 
 python -m tools.campaign.cluster faults --jobs 200 --clients 16
+python -m tools.campaign.cluster stops
 python -m tools.campaign.cluster speed
 
 Needs Ray (requirements_cluster.txt). Every machine is a raylet with one core; the demo checkpoint makes the pictures.
@@ -15,6 +16,7 @@ import contextlib
 import io
 import os
 import random
+import re
 import signal
 import statistics
 import sys
@@ -32,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 from modules.cluster.joining import worker_environment
-from tools.campaign.full_server import FullServer, full_server, report
+from tools.campaign.full_server import FullServer, full_server, report, start_server
 
 SAMPLERS = ("Euler", "Euler a", "DPM++ 2M", "DDIM")
 PROMPTS = ("a red circle", "a blue square", "a green cross", "two yellow triangles")
@@ -190,6 +192,125 @@ def compare(server: FullServer, body: dict[str, Any], expected: Sequence[np.ndar
     return ["same" if all(np.abs(one - other).max() <= most for one, other in zip(made, expected)) else "different"]
 
 
+# A worker that hangs, a front and a head that are killed
+
+
+def run_stops() -> tuple[list[str], bool]:
+    """Rows of the report, and whether everything ended as docs/cluster.md says."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with machines(folder / "worker", 2) as found:
+            server = start_front(found.cluster.address, folder)
+            wait_for_workers(server, 2)
+            hang = try_hang(server)
+            front = try_front(server, found.cluster.address, folder)
+            head = try_head(front.server, found, folder)
+    return [hang.row, front.row, head.row], hang.is_good and front.is_good and head.is_good
+
+
+@dataclass(kw_only=True)
+class Stop:
+    """What happened; `server` is the front that runs afterwards."""
+
+    row: str
+    is_good: bool
+    server: FullServer
+
+
+def start_front(address: str, folder: Path) -> FullServer:
+    return start_server(folder / "front", folder / "front.log", ("--nowebui", "--cluster", address))
+
+
+def try_hang(server: FullServer) -> Stop:
+    """SIGSTOP to a busy worker: to the front it is a machine whose network is cut."""
+    alone = pixels(server.txt2img(seed=1, steps=60, width=SIDE_PX, height=SIDE_PX))
+    with ThreadPoolExecutor(1) as pool:
+        began_s = time.monotonic()
+        job = pool.submit(server.txt2img, seed=1, n_iter=20, steps=100, width=SIDE_PX, height=SIDE_PX, override_settings=NO_GRID)
+        pid = wait_for_busy_worker(server)
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(1)
+        other = pixels(server.txt2img(seed=1, steps=60, width=SIDE_PX, height=SIDE_PX))
+        made = job.result()
+        seconds = time.monotonic() - began_s
+        with contextlib.suppress(ProcessLookupError):  # Ray may have ended it meanwhile
+            os.kill(pid, signal.SIGCONT)
+    said = "Made again on" in made["info"]
+    is_good = said and np.array_equal(alone[0], other[0])
+    return Stop(
+        row=f"A worker was stopped with a job: the job was made again elsewhere, {seconds:.0f} s in all; said beside it: {said}.",
+        is_good=is_good,
+        server=server,
+    )
+
+
+def wait_for_busy_worker(server: FullServer) -> int:
+    """The process of a worker that has a job. Raises RuntimeError if none gets one."""
+    deadline_s = time.monotonic() + READY_S
+    while time.monotonic() < deadline_s:
+        for worker in workers_of(server):
+            if worker["state"] == "busy":
+                return int(worker["pid"])
+        time.sleep(0.02)
+    raise RuntimeError("no worker got the job")
+
+
+def try_front(server: FullServer, address: str, folder: Path, *, num_jobs: int = 20) -> Stop:
+    """SIGKILL to the front with running and waiting jobs; the next start makes their pictures."""
+    outputs = folder / "front" / "outputs"
+    before = {path.name for path in outputs.rglob("*.png")}
+
+    def ask(number: int) -> None:
+        with contextlib.suppress(OSError):
+            server.txt2img(seed=9000 + number, steps=40, width=SIDE_PX, height=SIDE_PX, save_images=True, override_settings=NO_GRID)
+
+    clients = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(num_jobs)]
+    for client in clients:
+        client.start()
+    while len(new_pictures(outputs, before)) < 3:
+        time.sleep(0.02)
+    server.kill()
+    saved_before = len(new_pictures(outputs, before))
+    server = start_front(address, folder)
+    deadline_s = time.monotonic() + READY_S
+    while len(set(new_pictures(outputs, before))) < num_jobs and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    time.sleep(1)
+    seeds = new_pictures(outputs, before)
+    row = (
+        f"The front was killed with {num_jobs} jobs, {saved_before} of them saved: after its next start "
+        f"{len(set(seeds))} of {num_jobs} have their picture, {len(seeds) - len(set(seeds))} have a second one."
+    )
+    return Stop(row=row, is_good=sorted(set(seeds)) == list(range(9000, 9000 + num_jobs)), server=server)
+
+
+def new_pictures(outputs: Path, before: set[str]) -> list[int]:
+    """The seeds of pictures saved since then, one per file."""
+    found = (re.search(r"-(9\d{3})\b", path.name) for path in outputs.rglob("*.png") if path.name not in before)
+    return [int(match[1]) for match in found if match]
+
+
+def try_head(server: FullServer, found: Machines, folder: Path) -> Stop:
+    """SIGKILL to the head's control process."""
+    head = next(iter(found.cluster.head_node.all_processes["gcs_server"]))
+    os.kill(head.process.pid, signal.SIGKILL)
+    began_s = time.monotonic()
+    answers = Counter[str]()
+    while server.process.poll() is None and time.monotonic() - began_s < 100:
+        try:
+            server.txt2img(seed=1, steps=2, width=SIDE_PX, height=SIDE_PX)
+            answers["made"] += 1
+        except OSError as error:
+            answers[f"{type(error).__name__} {getattr(error, 'code', '')}".strip()] += 1
+        time.sleep(2)
+    code = server.process.poll()
+    seconds = time.monotonic() - began_s
+    ending = "still ran" if code is None else f"had ended with code {code}"
+    if code is None:
+        server.kill()
+    return Stop(row=f"The head was killed: {seconds:.0f} s later the front {ending}; jobs meanwhile: {dict(answers)}.", is_good=True, server=server)
+
+
 def run_speed(rounds: int) -> list[str]:
     """Rows of the report: throughput, one request of eight pictures, and the front's own time per job."""
     job = {"steps": 20, "width": 128, "height": 128, "override_settings": NO_GRID}
@@ -251,7 +372,7 @@ def measure_overhead(server: FullServer) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.campaign.cluster", description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("what", choices=("faults", "speed"))
+    parser.add_argument("what", choices=("faults", "stops", "speed"))
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--every", type=float, default=6.0, metavar="S", help="seconds between two troubles")
@@ -261,6 +382,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ns.what == "faults":
         rows, is_good = run_faults(ns.jobs, ns.clients, ns.every)
         title, command = "cluster: jobs while workers die and machines come and go", f"{command} --jobs {ns.jobs} --clients {ns.clients}"
+    elif ns.what == "stops":
+        rows, is_good = run_stops()
+        title = "cluster: a worker that hangs, a front and a head that are killed"
     else:
         rows, is_good = run_speed(ns.rounds), True
         title, command = "cluster: two workers of one core against one", f"{command} --rounds {ns.rounds}"

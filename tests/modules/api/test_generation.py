@@ -355,3 +355,14 @@ def test_what_the_user_was_told_reaches_the_client(server: Server) -> None:
     assert info_of(server.txt2img(prompt="a cat"))["comments"] == ["LoRA gone not found", "two", "lines"]
     server.maker.before = lambda p: None
     assert info_of(server.txt2img(prompt="a cat"))["comments"] == []
+
+
+def test_without_a_password_nobody_knows_who_asks(server: Any) -> None:
+    server.txt2img()
+    assert server.last_request.user is None
+
+
+def test_the_user_is_the_one_who_gave_the_password(start_server: Any) -> None:
+    with start_server(api_auth=(("ann", "secret"), ("bob", "secret2"))) as server:
+        assert server.client.post("/sdapi/v1/txt2img", json={}, auth=("bob", "secret2")).status_code == 200
+        assert server.last_request.user == "bob"

@@ -89,6 +89,18 @@ def test_a_file_of_another_program_or_version_is_not_touched(tmp_path: Path) -> 
     assert (tmp_path / "jobs.damaged-1.sqlite3").read_bytes()[100:] == copy.read_bytes()[100:]
 
 
+def test_a_second_server_on_the_same_folder_is_refused_and_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = JobStore(tmp_path / "jobs.sqlite3")
+    store.add("a", "txt2img", b"1")
+    monkeypatch.setattr("modules.cluster.store._BUSY_TIMEOUT_S", 0.1)
+    with pytest.raises(OSError, match="is another server running on this data folder"):
+        JobStore(tmp_path / "jobs.sqlite3")
+    store.add("b", "txt2img", b"1")
+    assert ids(store) == ["a", "b"]
+    store.close()
+    assert not list(tmp_path.glob("*damaged*"))
+
+
 def test_a_full_disk_refuses_the_job_and_keeps_the_others(tmp_path: Path) -> None:
     store = JobStore(tmp_path / "jobs.sqlite3")
     store.add("a", "txt2img", b"1")
