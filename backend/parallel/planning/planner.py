@@ -294,7 +294,7 @@ class _Planner:
         for subset in self._distinct(sorted(subsets, key=len, reverse=True)):
             if may_stream and not any(slot.may_stream for slot in subset):
                 continue
-            if self._lower_bound_ms(subset) * (1 + SAME_TIME) < limit_ms:
+            if self._lower_bound_ms((subset,)) * (1 + SAME_TIME) < limit_ms:
                 candidate = self._grouped((subset,), "layers", may_stream=may_stream)
                 if candidate is not None and bool(candidate.streamed) is may_stream:
                     limit_ms = min(limit_ms, candidate.step_ms)
@@ -302,7 +302,7 @@ class _Planner:
 
     def _hybrids(self, limit_ms: float) -> Iterator[_Candidate]:
         for groups in self._groupings():
-            if self._lower_bound_ms(tuple(slot for group in groups for slot in group)) * (1 + SAME_TIME) < limit_ms:
+            if self._lower_bound_ms(groups) * (1 + SAME_TIME) < limit_ms:
                 candidate = self._grouped(groups, "hybrid")
                 if candidate is not None:
                     limit_ms = min(limit_ms, candidate.step_ms)
@@ -361,10 +361,21 @@ class _Planner:
                 dealt[at if turn % 2 == 0 else num_groups - 1 - at].append(slot)
             yield tuple(tuple(sorted(group, key=lambda slot: slot.index)) for group in dealt)
 
-    def _lower_bound_ms(self, slots: Sequence[SlotFacts]) -> float:
-        """Lower bound for any plan on these slots: the work shared perfectly, and one row on the fastest slot."""
+    def _lower_bound_ms(self, groups: Sequence[Sequence[SlotFacts]]) -> float:
+        """Lower bound for copies over these groups: the work shared perfectly, one row on the fastest slot, and the time to launch everything."""
+        slots = [slot for group in groups for slot in group]
         work = self._profile.work_per_row + sum(component.flops_per_row for component in self._job.control_networks)
-        return max(self._job.num_rows * work / sum(slot.speed for slot in slots), work / max(slot.speed for slot in slots))
+        shared_ms, row_ms = self._job.num_rows * work / sum(slot.speed for slot in slots), work / max(slot.speed for slot in slots)
+        return max(shared_ms, row_ms, self._launches_ms(groups, self._deal_to(groups)))
+
+    def _deal_to(self, groups: Sequence[Sequence[SlotFacts]]) -> tuple[int, ...]:
+        """Rows per group, by the speeds of all slots in it."""
+        return deal_by_speed(self._job.num_rows, [sum(slot.speed for slot in group) for group in groups])
+
+    def _launches_ms(self, groups: Sequence[Sequence[SlotFacts]], dealt: Sequence[int]) -> float:
+        """Launch time of all groups together, as they share one interpreter. A stage takes one row at a time, a whole copy several."""
+        ways = [(group, num_rows if len(group) > 1 else len(self._copies.forwards(num_rows))) for group, num_rows in zip(groups, dealt)]
+        return self._profile.num_kernels * sum(num_forwards * max(slot.kernel_ms for slot in group) for group, num_forwards in ways)
 
     # whole copies
 
@@ -442,8 +453,7 @@ class _Planner:
     def _grouped(self, groups: tuple[tuple[SlotFacts, ...], ...], strategy: Strategy, *, may_stream: bool = False) -> _Candidate | None:
         """Copies, each over a group of slots, with rows dealt by each group's throughput. With `may_stream`: one copy, text encoders and VAE left
         out, because they take turns with a network that fills the slots."""
-        speeds = [sum(slot.speed for slot in group) for group in groups]
-        dealt = deal_by_speed(self._job.num_rows, speeds)
+        dealt = self._deal_to(groups)
         if min(dealt) == 0:
             return None
         parts = [self._group(group, rows, place, may_stream) for place, (group, rows) in enumerate(zip(groups, dealt))]
@@ -460,7 +470,7 @@ class _Planner:
             strategy=strategy,
             groups=tuple(tuple(slot.index for slot in group) for group in groups),
             replicas=tuple(part.replicas[0] for part in found),
-            step_ms=max(part.step_ms for part in found),
+            step_ms=max(*(part.step_ms for part in found), self._launches_ms(groups, dealt)),
             peak_bytes=peak_bytes,
             crossing_bytes=sum(part.crossing_bytes for part in found),
             component_slots=component_slots,
@@ -487,7 +497,7 @@ class _Planner:
         )  # fmt: skip
         if found is None or not self._group_fits(group, found.peak_bytes):
             return None
-        kernels_ms = num_rows * self._profile.num_kernels * max(slot.kernel_ms for slot in group)
+        kernels_ms = self._launches_ms((group,), (num_rows,))
         away_ms, away_bytes = self._transfer_to(group[0], num_rows)
         return _Candidate(
             strategy="layers",

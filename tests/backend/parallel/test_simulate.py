@@ -3,9 +3,11 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from backend.parallel.planning import planner
 from backend.parallel.planning.simulation import (
     SimulatedJob,
     SimulationError,
@@ -165,3 +167,17 @@ def test_mixed_cards_are_predicted_within_their_sum() -> None:
     plan = simulate(SimulatedJob(cards=("RTX3090", "RTX4090"), images=4)).plan
     assert 1.3 < plan.predicted_speedup < 1 + find_card("RTX3090").effective_tflops / find_card("RTX4090").effective_tflops + 0.01
     assert math.isfinite(plan.predicted_ms)
+
+
+def test_eight_cards_are_answered_without_searching_cuts_that_cannot_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of all slots share one interpreter, so a cut of eight rows cannot beat eight copies. Searching for one took minutes."""
+    searched, search = [], planner.partition
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        searched.append(args)
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(planner, "partition", note)
+    plan = simulate(SimulatedJob(cards=("RTX4090",) * 8, model="sdxl", images=4)).plan
+    assert plan.strategy == "replicas"
+    assert searched == []
