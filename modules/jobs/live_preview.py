@@ -1,7 +1,7 @@
-"""Previews of the running job, made by the worker from the latents of a step.
+"""Previews of the running job, made from the latents of a step.
 
-"Full" decodes with the VAE. All other methods use a linear map from latent channels to colors, fitted once to the current VAE, so it works for
-any model. Must not know jobs or the page.
+"Full" decodes with the VAE, on the job's thread. All other methods use a linear map from latent channels to colors, fitted once to the current VAE,
+so it works for any model; a thread of its own computes it, and the next step does not wait. Must not know jobs or the page.
 
 Shapes: B pictures, C latent channels, H W latent rows and columns, N samples.
 """
@@ -12,7 +12,8 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -22,6 +23,9 @@ from torch.nn import functional
 from backend import memory_management
 from modules.pictures.grids import choose_num_rows, lay_grid
 from modules.processing.latents import pixels_to_pil
+
+if TYPE_CHECKING:
+    from modules.jobs.state import State
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +38,17 @@ _said: set[str] = set()
 
 
 class PreviewMaker:
-    """Turns latents BCHW into one picture. Runs on the job's thread; `due()` limits its cost as set in the settings."""
+    """Turns latents BCHW into one picture. `due()` limits its cost as set in the settings.
+
+    `shows_parts`: the settings want previews at the end of batches and passes instead of steps.
+    """
 
     def __init__(self, engine: Any, options: Mapping[str, Any], now: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
         self._method = _resolve_method(str(options["show_progress_type"]))
         self._enabled = bool(options["live_previews_enable"])
         self._every_num_steps = int(options["show_progress_every_n_steps"])
+        self.shows_parts = self._every_num_steps < 0
         self._period_s = float(options["live_preview_refresh_period"]) / 1000
         self._whole_batch = bool(options["show_progress_grid"])
         self._now = now
@@ -70,6 +78,11 @@ class PreviewMaker:
             log.info("No preview at this step: not enough memory (%s).", str(error).splitlines()[0])
             return None
 
+    @property
+    def is_light(self) -> bool:
+        """Whether a picture takes no VAE, so that any thread may make it."""
+        return self._method != FULL and _has_projection(self._engine)
+
     def _make(self, latents_BCHW: Tensor) -> Image.Image:
         chosen = latents_BCHW if self._whole_batch else latents_BCHW[:1]
         pictures = [pixels_to_pil(self._pixels(latent_CHW)) for latent_CHW in chosen]
@@ -83,6 +96,43 @@ class PreviewMaker:
         if self._method == FULL:
             return self._engine.decode_first_stage(latent_CHW[None])[0].add(1).div(2)
         return approximate_colors(self._engine, latent_CHW)
+
+
+class PreviewThread:
+    """Makes light previews beside the job. Left out while an earlier one is being made."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._latest: Future[None] | None = None
+
+    def show(self, state: State, maker: PreviewMaker) -> None:
+        """Show the state's current latents soon. Called on the job's thread; heavy previews are made there, at once."""
+        if not maker.is_light:
+            state.do_set_current_image()
+            return
+        if self._latest is not None and not self._latest.done():
+            return
+        self._pool = self._pool or ThreadPoolExecutor(max_workers=1, thread_name_prefix="preview")
+        self._latest = self._pool.submit(_show, state, maker, state.current_latent, state.id_live_preview, state.sampling_step)
+
+    def wait(self) -> None:
+        """Wait for the preview that is being made."""
+        if self._latest is not None:
+            self._latest.result()
+
+
+preview_thread = PreviewThread()
+
+
+@torch.inference_mode()
+def _show(state: State, maker: PreviewMaker, latents_BCHW: Tensor, preview_id: int, step: int) -> None:
+    try:
+        image = maker(latents_BCHW)
+    except RuntimeError as error:  # the job must not end for a preview; a lost device stops the job itself
+        log.warning("No preview at step %d: %s", step, error)
+        return
+    if image is not None:
+        state.assign_preview(image, maker=maker, preview_id=preview_id, step=step)
 
 
 def _resolve_method(name: str) -> str:
@@ -102,6 +152,10 @@ def apply_projection(latent_CHW: Tensor, projection: Tensor) -> Tensor:
     """Colors CHW of latents under a projection (C + 1, 3); its last row is the constant."""
     flat_HWC = latent_CHW.float().cpu().movedim(0, -1)
     return (flat_HWC @ projection[:-1] + projection[-1]).movedim(-1, 0).clamp(0, 1)
+
+
+def _has_projection(engine: Any) -> bool:
+    return getattr(getattr(engine, "latent_format", None), "preview", None) is not None or engine.forge_objects.vae.first_stage_model in _fitted
 
 
 def latent_projection(engine: Any) -> Tensor:

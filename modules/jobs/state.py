@@ -44,6 +44,7 @@ class State:
         self.server_start: float | None = time.time()
         self.need_restart = False
         self.preview_maker: PreviewMaker | None = None
+        self._preview_lock = threading.Lock()
         self._server_command: str | None = None
         self._server_command_changed = threading.Condition()
 
@@ -100,8 +101,9 @@ class State:
         log.info("Stop after the current batch requested.")
 
     def nextjob(self) -> None:
-        """Part of the job (a batch, a pass) is done: show its last preview and advance the counter."""
-        self.do_set_current_image()
+        """Part of the job (a batch, a pass) is done: advance the counter. Shows a preview unless the job's maker shows steps instead."""
+        if getattr(self.preview_maker, "shows_parts", True):
+            self.do_set_current_image()
         self.job_no += 1
         self.sampling_step = 0
         self.current_image_sampling_step = 0
@@ -149,8 +151,17 @@ class State:
 
     def assign_current_image(self, image: Image.Image) -> None:
         """Show `image` as the preview."""
-        self.current_image = image
-        self.id_live_preview += 1
+        with self._preview_lock:
+            self.current_image = image
+            self.id_live_preview += 1
+
+    def assign_preview(self, image: Image.Image, *, maker: PreviewMaker, preview_id: int, step: int) -> None:
+        """Show a preview that was made beside the job, unless the job has ended or has shown something since `preview_id`. Any thread."""
+        with self._preview_lock:
+            if self.preview_maker is maker and self.id_live_preview == preview_id:
+                self.current_image = image
+                self.id_live_preview += 1
+                self.current_image_sampling_step = step
 
     def dict(self) -> StateFields:
         """The part of the state reported by the API."""

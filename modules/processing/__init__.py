@@ -161,6 +161,9 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
         _prepare(p)
         try:
             _run_batches(p, context, collector)
+        except BaseException:
+            collector.saver.wait()
+            raise
         finally:
             deactivate_networks(p)
     processed = collector.finish()

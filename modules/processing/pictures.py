@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backend import profiler
 from modules.pictures import images
 from modules.processing.compositing import apply_color_correction, apply_overlay, uncrop
 from modules.processing.latents import pixels_to_pil
 from modules.processing.result import Processed, create_infotext
-from modules.processing.saving import save_or_comment
+from modules.processing.saving import PictureSaver
 from modules.scripts.hook_arguments import PostprocessBatchListArgs, PostprocessImageArgs, PostProcessMaskOverlayArgs
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ class PictureCollector:
     def __init__(self, p: StableDiffusionProcessing, state: State) -> None:
         self.p = p
         self.state = state
+        self.saver = PictureSaver()
         self.images: list[Image.Image] = []
         self.infotexts: list[str] = []
         self.incomplete: list[int] = []
@@ -77,10 +77,10 @@ class PictureCollector:
             saves = p.options.samples_save and not p.do_not_save_samples and (is_complete or p.options.save_incomplete_images)
         if not is_complete:
             self.incomplete.append(len(self.images))
-        if saves:
-            self._save(image, p.outpath_samples, place, text)
         if p.options.enable_pnginfo:
             image.info["parameters"] = text
+        if saves:
+            self._save(image, p.outpath_samples, place, text)
         self.images.append(image)
         self.infotexts.append(text)
         self.state.assign_current_image(image)
@@ -134,13 +134,13 @@ class PictureCollector:
         p = self.p
         place = min(place, len(p.all_seeds) - 1)
         seed, prompt = p.all_seeds[place], p.all_prompts[place]
-        with profiler.recorder().measure("save", "save a picture"):
-            save_or_comment(p, image, folder, "", seed, prompt, p.options.samples_format, info=text, suffix=suffix)
+        self.saver.save(p, image, folder, "", seed, prompt, p.options.samples_format, info=text, suffix=suffix)
 
     def finish(self) -> Processed:
         """Add the grid and return the result."""
         p = self.p
         self._add_grid()
+        self.saver.wait()
         text = self.infotexts[0] if self.infotexts else self.infotext(0)
         processed = Processed(
             p,
@@ -176,7 +176,7 @@ class PictureCollector:
 
     def _save_grid(self, grid: Image.Image, text: str) -> None:
         p, options = self.p, self.p.options
-        save_or_comment(
+        self.saver.save(
             p,
             grid,
             p.outpath_grids,

@@ -28,7 +28,7 @@ from backend.sampling.sampler_types import OnStep, SamplerSettings, StepInfo
 from backend.sampling.sampling_function import sampling_cleanup, sampling_prepare
 from backend.sampling.schedules import OLD_KARRAS_RANGE, ScheduleSettings, discard_next_to_last_sigma
 from modules.errors import RequestError
-from modules.jobs.live_preview import PreviewMaker
+from modules.jobs.live_preview import PreviewMaker, preview_thread
 from modules.processing.model_facts import always_shifts_by_size, shift_of_size, shifts_its_table_alone_in_forge
 from modules.samplers import schedules as sd_schedulers
 from modules.samplers.cfg_denoiser import CFGDenoiser
@@ -401,7 +401,7 @@ class KDiffusionSampler:
         profiler.meter().num_steps += 1
         profiler.recorder().note_step()
         if self._preview is not None and self._preview.due(index + 1):
-            state.do_set_current_image()
+            preview_thread.show(state, self._preview)
 
 
 def _displaced_after(p: Any, num_steps: int) -> int | None:

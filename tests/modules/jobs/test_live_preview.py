@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from modules.jobs.live_preview import PreviewMaker, apply_projection, fit_projection
+from modules.jobs.live_preview import PreviewMaker, PreviewThread, apply_projection, fit_projection
+from modules.jobs.state import State
 from modules.settings.options import Options
 from modules.settings.table import build_option_table
 
@@ -114,3 +116,91 @@ def test_a_preview_that_fails_otherwise_is_no_shortage(monkeypatch: pytest.Monke
     monkeypatch.setattr(engine, "decode_first_stage", lambda x: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         PreviewMaker(engine, settings(show_progress_type="Full"))(torch.randn(1, 4, 6, 5))
+
+
+class SlowMaker(PreviewMaker):
+    """A maker that waits until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__(Engine(), settings())
+        self.may_go_on, self.threads = threading.Event(), []
+
+    @property
+    def is_light(self) -> bool:
+        return True
+
+    def __call__(self, latents_BCHW: torch.Tensor) -> Image.Image:
+        self.threads.append(threading.current_thread())
+        assert self.may_go_on.wait(60)
+        return Image.new("RGB", (latents_BCHW.shape[-1], 1))
+
+
+def running_state(maker: PreviewMaker) -> State:
+    state = State()
+    state.begin("job")
+    state.preview_maker, state.current_latent = maker, torch.zeros(1, 4, 2, 7)
+    return state
+
+
+def test_a_preview_never_delays_a_step_and_is_left_out_while_one_is_made() -> None:
+    previews, maker = PreviewThread(), SlowMaker()
+    state = running_state(maker)
+    for step in range(1, 4):
+        state.sampling_step = step
+        previews.show(state, maker)  # returns while the first is still being made
+    assert state.current_image is None
+    maker.may_go_on.set()
+    previews.wait()
+    assert state.current_image is not None and state.current_image.size == (7, 1)
+    assert (state.id_live_preview, state.current_image_sampling_step) == (1, 1)
+    assert len(maker.threads) == 1 and maker.threads[0] is not threading.current_thread()
+
+
+@pytest.mark.parametrize("what", ["a finished picture", "the end", "another pass"])
+def test_a_late_preview_does_not_replace_what_came_meanwhile(what: str) -> None:
+    previews, maker = PreviewThread(), SlowMaker()
+    state, finished = running_state(maker), Image.new("RGB", (3, 3))
+    previews.show(state, maker)
+    if what == "a finished picture":
+        state.assign_current_image(finished)
+    elif what == "the end":
+        state.end()
+    else:
+        state.preview_maker = PreviewMaker(Engine(), settings())
+    maker.may_go_on.set()
+    previews.wait()
+    assert state.current_image is (finished if what == "a finished picture" else None)
+
+
+def test_previews_that_take_the_vae_are_made_on_the_jobs_thread() -> None:
+    engine, previews = Engine(), PreviewThread()
+    full, cheap = (PreviewMaker(engine, settings(show_progress_type=name)) for name in ("Full", "Approx cheap"))
+    assert not full.is_light
+    assert not cheap.is_light, "its colors are not fitted yet"
+    state = running_state(cheap)
+    previews.show(state, cheap)
+    assert state.id_live_preview == 1
+    assert cheap.is_light
+
+
+def test_a_preview_that_fails_beside_the_job_does_not_end_it(caplog: pytest.LogCaptureFixture) -> None:
+    engine, previews = Engine(), PreviewThread()
+    maker = PreviewMaker(engine, settings())
+    assert maker(torch.zeros(1, 4, 6, 5)) is not None
+    state = running_state(maker)
+    state.current_latent = torch.zeros(1, 9, 6, 5)
+    previews.show(state, maker)
+    previews.wait()
+    assert state.current_image is None
+    assert "No preview at step" in caplog.text
+
+
+def test_steps_or_parts_are_shown() -> None:
+    assert not PreviewMaker(Engine(), settings()).shows_parts
+    parts = PreviewMaker(Engine(), settings(show_progress_every_n_steps=-1))
+    state = running_state(parts)
+    state.nextjob()
+    assert (parts.shows_parts, state.id_live_preview) == (True, 1)
+    state = running_state(PreviewMaker(Engine(), settings()))
+    state.nextjob()
+    assert state.id_live_preview == 0
