@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 VRAM_MODES = ("auto", "always_gpu", "high", "normal", "low", "no", "cpu")
 STRATEGIES = ("auto", "replicas", "tiles", "layers", "single")
+GRAPH_MODES = ("off", "auto", "on")
 STORAGE_TYPES = ("fp32", "fp16", "bf16", "fp8_e4m3fn", "fp8_e5m2")
 ATTENTION_KINDS = ("auto", "pytorch", "split", "quad", "xformers")
 
@@ -69,12 +70,14 @@ class BackendConfig:
     force_upcast_attention: bool = False
     disable_attention_upcast: bool = False
     deterministic: bool = False
+    cuda_graphs: str = "off"
 
     profile: bool = False
     disable_gpu_warning: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("--multi-gpu-strategy", self.multi_gpu_strategy, STRATEGIES)
+        _check_choice("--cuda-graphs", self.cuda_graphs, GRAPH_MODES)
         _check_choice("the VRAM mode", self.vram_mode, VRAM_MODES)
         _check_choice("the attention kind", self.attention, ATTENTION_KINDS)
         for what, dtype in (("the UNet's type", self.unet_dtype), ("the VAE's type", self.vae_dtype), ("the text encoder's type", self.clip_dtype)):
@@ -169,6 +172,10 @@ def _add_device_arguments(parser: ArgumentParser) -> None:
         "--virtual-gpus", metavar="6GB,4GB", help="simulate GPUs with this much memory each on the CPU, for testing and for trying out plans"
     )
     group.add_argument("--cpu-threads-per-slot", type=int, metavar="N", help="threads of each CPU slot (default: the cores, divided evenly)")
+    group.add_argument(
+        "--cuda-graphs", choices=GRAPH_MODES, default="off",
+        help="record the launches of a step once and replay them (CUDA; auto: where launching takes longer than computing; default: off)",
+    )  # fmt: skip
     group.add_argument("--profile", action="store_true", help="write logs/profile.json: what each device did and when")
     group.add_argument("--disable-gpu-warning", action="store_true", help="do not warn about a GPU with little memory or an idle one")
 
@@ -312,6 +319,7 @@ def backend_config_from_namespace(ns: Namespace) -> BackendConfig:
         all_in=_pick_one(ns, _ALL_IN_FLAGS),
         attention=_pick_attention(ns),
         deterministic=ns.pytorch_deterministic,
+        cuda_graphs=ns.cuda_graphs,
     )
 
 

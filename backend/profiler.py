@@ -324,6 +324,7 @@ class Meter:
     num_steps: int = 0
     sampling_s: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _slot_of_device: dict[torch.device, int | None] = field(default_factory=dict)
 
     def count_stage_run(self, slot: int | None) -> None:
         """Count that a slot ran its part of the network."""
@@ -332,7 +333,9 @@ class Meter:
                 self.stage_runs[slot] += 1
 
     def count_stage_run_on(self, device: torch.device) -> None:
-        self.count_stage_run(_slots_by_device(self.slots).get(canonical_device(device)))
+        if device not in self._slot_of_device:
+            self._slot_of_device[device] = _slots_by_device(self.slots).get(canonical_device(device))
+        self.count_stage_run(self._slot_of_device[device])
 
     @property
     def steps_per_s(self) -> float | None:

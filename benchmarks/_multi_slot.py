@@ -46,10 +46,11 @@ def use_slots(device_ids: tuple[str, ...]) -> None:
     memory_management.configure(config, probe_devices(config))
 
 
-def make_application() -> Application:
-    """An application with a narrow checkpoint in a temporary folder, which exists until the process ends."""
+def make_application(*, base_width: int = WIDTH) -> Application:
+    """An application with a checkpoint of SD1.x's layout in a temporary folder, which exists until the process ends. `base_width`: channels of the
+    UNet's outer level."""
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    write_checkpoint(folder / "models" / "Stable-diffusion" / "narrow.safetensors", "sd15", width=WIDTH)
+    write_checkpoint(folder / "models" / "Stable-diffusion" / "narrow.safetensors", "sd15", width=base_width)
     return install_application(folder)
 
 

@@ -6,12 +6,13 @@ import dataclasses
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from backend.nn.unet_program import Program
+from backend.nn.program import Program
+from backend.nn.unet_program import UNetProgram
 from benchmarks._multi_slot import make_application, run_job
 from modules.application import Application
 from modules.jobs import observer
@@ -30,14 +31,16 @@ class _Clocks:
 
     def __init__(self) -> None:
         self.spent_s: Counter[str] = Counter()
-        run_piece = Program.run_piece
+        Program.run_piece = self._timed(Program.run_piece)  # type: ignore[method-assign]
+        UNetProgram.run_segments = self._timed(UNetProgram.run_segments)  # type: ignore[method-assign]
 
-        def timed(program: Program, piece: Any, state: Any) -> None:
+    def _timed(self, run: Callable[..., None]) -> Any:
+        def timed(program: Program, what: Any, state: Any) -> None:
             began_s = time.perf_counter()
-            run_piece(program, piece, state)
+            run(program, what, state)
             self.spent_s[threading.current_thread().name] += time.perf_counter() - began_s
 
-        Program.run_piece = timed  # type: ignore[method-assign]
+        return timed
 
 
 def make_variants() -> Mapping[str, Variant]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from backend.attention import attention_function
 from backend.patcher.unet import UnetPatcher
-from backend.sampling.sampling_function import COND, UNCOND, calc_cond_uncond_batch
+from backend.sampling.branches import COND, UNCOND
+from backend.sampling.sampling_function import calc_cond_uncond_batch
 
 _WRITING = "reference_writes"
 _LEFT_OUT = ("control", "area", "mask", "mask_strength", "strength")

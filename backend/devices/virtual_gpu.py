@@ -10,7 +10,8 @@ Installation affects the whole process: torch supports only one such device type
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils import backend_registration
 from backend.devices import virtual_tensor
 from backend.devices.virtual_device import Faults as Faults
 from backend.devices.virtual_device import VirtualDevice
+from backend.devices.virtual_tensor import HostReadError as HostReadError
 from backend.devices.virtual_tensor import VirtualTensor as VirtualTensor
 
 DEVICE_TYPE = "vgpu"
@@ -74,6 +76,17 @@ def get_device(device: torch.device | str | int) -> VirtualDevice:
     if index >= len(virtual_tensor.devices):
         raise RuntimeError(f"{device} does not exist; there are {len(virtual_tensor.devices)} virtual GPUs. Name more with --virtual-gpus.")
     return virtual_tensor.devices[index]
+
+
+@contextmanager
+def refusing_host_reads() -> Iterator[None]:
+    """Until the end of the block, what makes the host wait for a virtual GPU raises HostReadError, in every thread: `.item()`, `.cpu()`, `bool(...)`,
+    `torch.tensor(list, device=...)`, results whose shape depends on numbers."""
+    virtual_tensor.host_reads.refused = True
+    try:
+        yield
+    finally:
+        virtual_tensor.host_reads.refused = False
 
 
 def copied_bytes() -> dict[tuple[str, str], int]:

@@ -21,6 +21,26 @@ copies = CopyCounter()
 devices: list[VirtualDevice] = []
 """The virtual GPUs by index; `virtual_gpu.install` fills it."""
 
+
+class HostReadError(RuntimeError):
+    """Something made the host wait for a device while that was refused."""
+
+
+class HostReads:
+    """Whether operations that make the host wait for a device are refused, in all threads."""
+
+    refused = False
+
+    def check(self, what: str) -> None:
+        """Raises: HostReadError while they are refused."""
+        if self.refused:
+            raise HostReadError(
+                f"{what} makes the host wait for the device, which is refused here. Keep the value on the device, or know it on the host."
+            )
+
+
+host_reads = HostReads()
+
 _CPU = torch.device("cpu")
 _MAY_HOLD_TENSORS = (torch.Tensor, list, tuple)
 _charges: dict[int, weakref.ref[_Charge]] = {}
@@ -106,6 +126,7 @@ class VirtualTensor(torch.Tensor):
         return found
 
     def tolist(self) -> Any:
+        host_reads.check(".tolist()")
         return self.cpu_tensor.tolist()
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -234,6 +255,8 @@ def _copy_into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torc
     """`target.copy_(source)` in any direction."""
     target: torch.Tensor = args[0]
     source: torch.Tensor = args[1]
+    if isinstance(source, VirtualTensor) and not isinstance(target, VirtualTensor):
+        host_reads.check("copying to the host")
     _record_copy(source, target.device, target.virtual_device if isinstance(target, VirtualTensor) else None)
     _cpu_tensor_of(target).copy_(_cpu_tensor_of(source))
     return target
@@ -241,6 +264,7 @@ def _copy_into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torc
 
 def copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """`target.copy_(source)` inside `torch.tensor(..., device=)`, where torch bypasses `__torch_dispatch__`."""
+    host_reads.check("torch.tensor(..., device=)")
     return _copy_into(None, (target, source), {})
 
 
@@ -249,6 +273,8 @@ def _convert(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     source: VirtualTensor = args[0]
     target = canonical_device(kwargs["device"]) if kwargs.get("device") is not None else source.device
     virtual_device = source.virtual_device if target == source.device else _virtual_device_of(target)
+    if target.type == "cpu":
+        host_reads.check("copying to the host")
     _record_copy(source, target, virtual_device)
     cpu_kwargs = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory", "non_blocking")}
     if target.type == "meta":
@@ -273,8 +299,16 @@ def _index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     indexed, indices, rest = args[0], args[1], args[2:]
     if not isinstance(indexed, VirtualTensor):
         raise RuntimeError(f"Indices should be either on {indexed.device} or on the CPU: the indexed tensor is on {indexed.device}.")
+    if any(isinstance(index, VirtualTensor) and index.dtype == torch.bool for index in indices):
+        host_reads.check("indexing by a mask")
     on_device = [None if index is None else index.to(indexed.device) for index in indices]
     return _run_on_device(func, (indexed, on_device, *rest), kwargs)
+
+
+def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Operations whose result, or the shape of whose result, depends on numbers on the device: a real device is waited for."""
+    host_reads.check(str(func))
+    return _run_on_device(func, args, kwargs)
 
 
 def _change_shape_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -316,6 +350,10 @@ _OVERLOADS_BY_HANDLER: dict[_Handler, tuple[Any, ...]] = {
     _change_shape_in_place: (
         *(_aten.squeeze_.default, _aten.squeeze_.dim, _aten.squeeze_.dims, _aten.unsqueeze_.default),
         *(_aten.t_.default, _aten.transpose_.default, _aten.as_strided_.default),
+    ),
+    _read: (
+        *(_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default),
+        *(_aten.nonzero.default, _aten.masked_select.default, _aten._unique2.default),
     ),
     _refuse: (_aten.resize_.default, _aten.set_.source_Tensor, _aten.set_.source_Storage, _aten.set_data.default),
     _is_same_kind: (_aten._has_compatible_shallow_copy_type.default,),

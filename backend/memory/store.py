@@ -10,8 +10,9 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -38,6 +39,20 @@ _BUDGET_SLACK = 0.1
 _STREAM_SHARES = (0.5, 0.0)
 
 
+class Spare(Protocol):
+    """Holds memory that work can do without, such as recorded launches."""
+
+    name: str
+
+    def bytes_on(self, device: torch.device) -> int:
+        """Bytes it holds on a device."""
+        ...
+
+    def release(self, device: torch.device) -> int:
+        """Give them back; returns how many."""
+        ...
+
+
 class MemoryStore:
     """The resident models of all devices, most recently used first."""
 
@@ -51,6 +66,7 @@ class MemoryStore:
         self.wants_empty_cache = False
         self.lost_devices: frozenset[torch.device] = frozenset()
         self._in_use: list[LoadedModel] = []
+        self._spares: weakref.WeakSet[Any] = weakref.WeakSet()
         self._held: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._states = {slot.torch_device: self._choose_state(slot) for slot in self.slots}
@@ -78,7 +94,24 @@ class MemoryStore:
                 self._states = chosen
 
     def bytes_of(self, device: torch.device) -> DeviceBytes:
-        return read_device_bytes(device)
+        """Memory of a device now. Idle bytes that only `spares` may use do not count as free."""
+        now = read_device_bytes(device)
+        kept_bytes = min(now.idle_bytes, sum(spare.bytes_on(device) for spare in self.spares))
+        return replace(now, free_bytes=now.free_bytes - kept_bytes, idle_bytes=now.idle_bytes - kept_bytes) if kept_bytes else now
+
+    def add_spare(self, spare: Spare) -> None:
+        """Count what `spare` holds, and take it back before any model is evicted. The store does not keep it alive."""
+        self._spares.add(spare)
+
+    @property
+    def spares(self) -> tuple[Spare, ...]:
+        return tuple(self._spares)
+
+    def _release_spares(self, device: torch.device) -> str:
+        freed_bytes = sum(spare.release(device) for spare in self.spares)
+        if freed_bytes:
+            self.empty_cache(device)
+        return f"{freed_bytes / 2**20:.0f} MiB of recorded launches dropped on {device}" if freed_bytes else ""
 
     def lose(self, device: torch.device) -> None:
         """Drop a dead device and everything on it. The last slot stays, because there must be one."""
@@ -192,6 +225,8 @@ class MemoryStore:
         with self._lock:
             self.drop_dead()
             before = self.bytes_of(device)
+            if before.free_bytes <= need_bytes and self._release_spares(device):
+                before = self.bytes_of(device)
             evict_all = free_all or self.config.always_offload or self.state_of(device) == VRAMState.NO_VRAM
             has_room = not evict_all and before.free_bytes > need_bytes  # usual, and counting bytes takes a walk through every network
             on_device = [] if has_room else [entry for entry in self.residents if entry.device == device]
@@ -263,7 +298,7 @@ class MemoryStore:
         if keep is None:
             keep = [entry for entry in self.residents if entry in self._in_use or self._is_held(entry)]
         streams = [partial(self._stream_more, entry, share) for share in _STREAM_SHARES for entry in keep if entry.device == device]
-        return (partial(self._collect, device), partial(self._evict_others, device, keep), *streams)
+        return (partial(self._collect, device), partial(self._release_spares, device), partial(self._evict_others, device, keep), *streams)
 
     def _collect(self, device: torch.device) -> str:
         before = self.bytes_of(device)
@@ -313,6 +348,7 @@ class MemoryStore:
         for device in dict.fromkeys(slot.torch_device for slot in self.slots):
             now, facts = self.bytes_of(device), self.facts(device)
             holders = tuple((entry.name, entry.inclusive_memory) for entry in self.residents if entry.device == device)
+            holders += tuple((spare.name, held_bytes) for spare in self.spares if (held_bytes := spare.bytes_on(device)))
             rows.append(DeviceRow(device=str(device), name=facts.name, total_bytes=now.total_bytes, free_bytes=now.free_bytes, holders=holders))
         return tuple(rows)
 

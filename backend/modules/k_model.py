@@ -107,7 +107,6 @@ class KModel(nn.Module):
         )
         return empty.train(self.training)
 
-    @torch.no_grad()
     def apply_model(
         self,
         x: Tensor,
@@ -125,27 +124,45 @@ class KModel(nn.Module):
         and sizes. `control`: ControlNet residuals, computed or deferred. Other tensors (Flux's `guidance`) are passed under their own names. The
         network gets the inputs that its program reads.
         """
-        sigma, dtype = t, self.computation_dtype
-        model_input = self.predictor.calculate_input(sigma, x)
+        if torch.is_grad_enabled():  # asked once, because entering the context costs more calls than the rest of this function
+            with torch.no_grad():
+                return self.apply_model(x, t, c_concat, c_crossattn, control, transformer_options, y, **kwargs)
+        sigma, dtype, predictor = t, self.computation_dtype, self.predictor
+        model_input = predictor.calculate_input(sigma, x)
         if c_concat is not None:
             model_input = torch.cat([model_input, c_concat.to(model_input)], dim=1)
         context = None if c_crossattn is None else c_crossattn.to(dtype)
-        known = {"x": model_input.to(dtype), "timesteps": self.predictor.timestep(sigma), "sigma": sigma, "context": context, "y": y}
+        known = {"x": model_input.to(dtype), "timesteps": predictor.timestep(sigma), "sigma": sigma, "context": context, "y": y}
         inputs = {name: tensor for name, tensor in {**kwargs, **known}.items() if isinstance(tensor, Tensor) and name in self.program.reads}
         call = NetworkCall(rows=inputs, control=control, options=with_replaced_views(self.diffusion_model, transformer_options or {}))
-        return self.predictor.calculate_denoised(sigma, self.run_network(call).float(), x)
+        return predictor.calculate_denoised(sigma, self.run_network(call).float(), x)
 
     def run_network(self, call: NetworkCall) -> Tensor:
         """Run all rows of a call according to the plan. The result is on the call's device."""
-        return self.run_here(call) if self.runner is None else self.runner.run(call)
+        runner = self.runner
+        return self.run_here(call) if runner is None else runner.run(call)
 
     def run_here(self, call: NetworkCall) -> Tensor:
         """Run all rows in one pass, on the device of the call and the weights."""
         recorder = profiler.recorder()
-        with recorder.measure("network", "whole network", device=call.device, batch=recorder.next_batch(), rows=call.num_rows):
-            foreign_forward = self.program.foreign_forward()
-            output = self.program.run(call.start(self.program)) if foreign_forward is None else foreign_forward(call.rows)
+        if recorder.is_on:
+            with recorder.measure("network", "whole network", device=call.device, batch=recorder.next_batch(), rows=call.num_rows):
+                output = self._run(call)
+        else:
+            output = self._run(call)
         profiler.meter().count_stage_run_on(call.device)
+        return output
+
+    def _run(self, call: NetworkCall) -> Tensor:
+        program, stages = self.program, current_fleet().recorder
+        foreign_forward = program.foreign_forward()
+        if foreign_forward is not None:
+            return foreign_forward(call.rows)
+        state = call.start(program)
+        if stages is None:
+            return program.run(state)
+        stages.run(program, program.whole_pieces(), state)
+        output: Tensor = state.tensors[program.output]
         return output
 
     def memory_required(self, input_shape: Sequence[int]) -> float:

@@ -144,7 +144,7 @@ class Prediction(AbstractPrediction):
         Source: Karras et al. 2022, appendix C.3.1, with log-linear interpolation instead of rounding.
         """
         table, log_sigma = self.log_sigmas.to(sigma.device), sigma.float().log()
-        high = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, len(table) - 1)
+        high = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, table.shape[0] - 1)
         low_value, high_value = table[high - 1], table[high]
         weight = ((log_sigma - low_value) / (high_value - low_value)).clamp(0, 1)
         if self.quantize_timesteps:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,13 @@ class NetworkCall:
     def __post_init__(self) -> None:
         if "x" not in self.rows:
             raise ValueError(f"A call of the network got {', '.join(self.rows) or 'no inputs'} but no latents. Pass the latents as x.")
-        unlike = {name: tuple(tensor.shape) for name, tensor in self.rows.items() if tensor.ndim == 0 or tensor.shape[0] not in (1, self.num_rows)}
-        if unlike:
-            raise ValueError(
-                f"A call of {self.num_rows} rows got {unlike}. The first dimension of every input must be {self.num_rows}, or 1 if it applies to "
-                "all rows."
-            )
+        allowed = (1, self.rows["x"].shape[0])
+        for name, tensor in self.rows.items():
+            if tensor.ndim == 0 or tensor.shape[0] not in allowed:
+                raise ValueError(
+                    f"A call of {allowed[1]} rows got {name} of shape {tuple(tensor.shape)}. The first dimension of every input must be "
+                    f"{allowed[1]}, or 1 if it applies to all rows."
+                )
 
     @property
     def num_rows(self) -> int:
@@ -51,17 +53,20 @@ class NetworkCall:
 
     def start(self, program: Program) -> ProgramState:
         """The state before the first segment, on the inputs' device. Computes deferred residuals first."""
+        if self.control is None:
+            return program.start(self.rows, options=self.options)
         control = self.control.compute(self.device) if isinstance(self.control, DeferredControl) else self.control
         return program.start(self.rows, residuals=program.name_residuals(control), options=self.options)
 
     def take_rows(self, first: int, end: int) -> NetworkCall:
         """The call for rows [`first`, `end`) only, with options that describe these rows."""
-        if first == 0 and end == self.num_rows:
+        num_rows = self.num_rows
+        if first == 0 and end == num_rows:
             return self
         return NetworkCall(
             rows={name: tensor if tensor.shape[0] == 1 else tensor[first:end] for name, tensor in self.rows.items()},
-            control=_control_rows(self.control, first, end, self.num_rows),
-            options=_options_of_rows(self.options, first, end, self.num_rows),
+            control=None if self.control is None else _control_rows(self.control, first, end, num_rows),
+            options=_options_of_rows(self.options, first, end, num_rows),
         )
 
     def on(self, device: torch.device, send: Callable[[Tensor, torch.device], Tensor]) -> NetworkCall:
@@ -84,9 +89,7 @@ class Runner(Protocol):
         ...
 
 
-def _control_rows(control: ControlLists | DeferredControl | None, first: int, end: int, num_rows: int) -> ControlLists | DeferredControl | None:
-    if control is None:
-        return None
+def _control_rows(control: ControlLists | DeferredControl, first: int, end: int, num_rows: int) -> ControlLists | DeferredControl:
     return control.rows(first, end, num_rows) if isinstance(control, DeferredControl) else residual_rows(control, first, end, num_rows)
 
 
@@ -96,16 +99,22 @@ def _options_of_rows(options: TransformerOptions, first: int, end: int, num_rows
     if not kinds:
         return options
     num_pictures = num_rows // len(kinds)
-    row_kinds = [kinds[row // num_pictures] for row in range(first, end)]
-    aligned = first % num_pictures == 0 and end % num_pictures == 0
-    described = {
-        "cond_or_uncond": kinds[first // num_pictures : end // num_pictures] if aligned else row_kinds,
-        "cond_indices": [row for row, kind in enumerate(row_kinds) if kind == 0],
-        "uncond_indices": [row for row, kind in enumerate(row_kinds) if kind == 1],
-        "picture_indices": [row % num_pictures for row in range(first, end)],
-    }
+    described: dict[str, Any] = {name: list(numbers) for name, numbers in _describe_rows(tuple(kinds), first, end, num_pictures)}
     if isinstance(options.get("cond_mark"), Tensor):
         described["cond_mark"] = options["cond_mark"][first:end]
-    if isinstance(options.get("sigmas"), Tensor) and not aligned:
+    if isinstance(options.get("sigmas"), Tensor) and (first % num_pictures or end % num_pictures):
         described["sigmas"] = options["sigmas"][first % num_pictures :][:1]
     return {**options, **described}
+
+
+@lru_cache(maxsize=256)
+def _describe_rows(kinds: tuple[int, ...], first: int, end: int, num_pictures: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """What the rows are, by the options' names. The same in every step."""
+    row_kinds = [kinds[row // num_pictures] for row in range(first, end)]
+    aligned = first % num_pictures == 0 and end % num_pictures == 0
+    return (
+        ("cond_or_uncond", tuple(kinds[first // num_pictures : end // num_pictures] if aligned else row_kinds)),
+        ("cond_indices", tuple(row for row, kind in enumerate(row_kinds) if kind == 0)),
+        ("uncond_indices", tuple(row for row, kind in enumerate(row_kinds) if kind == 1)),
+        ("picture_indices", tuple(row % num_pictures for row in range(first, end))),
+    )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -35,6 +35,18 @@ TransformerOptions = dict[str, Any]
 NamedLayers = tuple[tuple[str, nn.Module], ...]
 ControlLists = Mapping[str, Sequence[Tensor | None]]
 """Control residuals as ControlNets return them, by kind of place. The last of each list is used first."""
+LAYER_VIEWS = "layer_views"
+"""The option with the views whose `forward` was replaced, by the layer's name (`backend.nn.unet`)."""
+HOOK_OPTIONS = (
+    "patches",
+    "patches_replace",
+    "block_modifiers",
+    "block_inner_modifiers",
+    "group_norm_wrapper",
+    "groupnorm_wrapper",
+    LAYER_VIEWS,
+)
+"""Options that let somebody see or change what is between or inside layers."""
 Told = Literal["halo rows", "norm sums", "keys and values"]
 
 _MISFIT = (
@@ -83,6 +95,10 @@ class ProgramState:
         """Hooks set with `set_model_patch(patch, name)`."""
         found: Sequence[Callable[..., Any]] = self.options.get("patches", {}).get(name, ())
         return found
+
+    def take_facts(self, other: Any) -> None:
+        """Take what another state knows besides tensors, residuals and options; `other` has passed the same segments on the same shapes."""
+        return
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +238,27 @@ class Program(ABC):
 
     def run(self, state: ProgramState) -> Tensor:
         """Run all segments on the state's device. Returns the network's output."""
-        for segment in self.segments:
-            segment(state)
+        self.run_segments(self.segments, state)
         return state.tensors[self.output]
+
+    def run_segments(self, segments: Sequence[Segment], state: Any) -> None:
+        """Advance the state past consecutive segments. A family may do the same with fewer calls in between."""
+        for segment in segments:
+            segment(state)
+
+    def run_pieces(self, pieces: Sequence[Piece], state: Any) -> None:
+        """Advance the state past consecutive pieces. Its tensors must be on their device."""
+        segments = [self.segments[piece.segment] for piece in pieces if piece.first_block == 0 and piece.end_block is None]
+        if len(segments) == len(pieces):
+            self.run_segments(segments, state)
+            return
+        for piece in pieces:
+            self.run_piece(piece, state)
+
+    def facts_of_launches(self, state: Any) -> Hashable | None:
+        """What decides, together with the shapes of the state's tensors, which kernels run from this state on. None: more than that does, such as a
+        hook in Python, so that launches must not be recorded."""
+        return None
 
     def run_piece(self, piece: Piece, state: ProgramState) -> None:
         """Advance the state past one piece. Its tensors must be on the piece's device."""
@@ -243,8 +277,10 @@ class Program(ABC):
     def name_residuals(self, control: ControlLists | None) -> dict[Addition, Tensor]:
         """Residuals by where they are added. Entries that no segment adds are dropped."""
         found: dict[Addition, Tensor] = {}
+        if not control:
+            return found
         for addition in (one for segment in self.segments for one in segment.adds):
-            residuals = (control or {}).get(addition.kind)
+            residuals = control.get(addition.kind)
             if isinstance(residuals, (list, tuple)) and addition.number < len(residuals):
                 residual = residuals[-1 - addition.number]
                 if residual is not None:

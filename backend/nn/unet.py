@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from backend.attention import attention_function
 from backend.nn.layer_names import note_names, running_network
-from backend.nn.program import Segment, TransformerOptions
-from backend.nn.unet_layers import LAYER_VIEWS, run_block, run_transformer
+from backend.nn.program import LAYER_VIEWS, Segment, TransformerOptions
+from backend.nn.unet_layers import run_block, run_transformer
 from backend.nn.unet_state import CONTEXT, HIDDEN, UNetState
 
 
@@ -77,11 +77,6 @@ class LayerView:
 
     def _found_forward(self) -> object:
         return type(self).forward.__get__(self)
-
-    @property
-    def is_replaced(self) -> bool:
-        """Whether this object's or its class's `forward` is not the one defined here."""
-        return "forward" in self.__dict__ or type(self).forward is not _OWN_FORWARD[type(self)]
 
     def walk(self) -> Iterator[LayerView]:
         """This view and all inside it."""
@@ -200,9 +195,10 @@ def attach_views(network: nn.Module, segments: Sequence[Segment]) -> None:
     blocks: dict[str, list[TimestepEmbedSequential]] = {"input": [], "middle": [], "output": [], "last": []}
     for segment in segments:
         blocks[segment.kind].append(TimestepEmbedSequential([_view(network, name, layer) for name, layer in segment.named_layers]))
+    every = tuple(view for segments in blocks.values() for block in segments for outer in block for view in outer.walk())
     network.__dict__.update(
         input_blocks=blocks["input"], middle_block=next(iter(blocks["middle"]), TimestepEmbedSequential(())), output_blocks=blocks["output"],
-        out=blocks["last"][0],
+        out=blocks["last"][0], _every_view=every,
     )  # fmt: skip
 
 
@@ -217,10 +213,13 @@ def _state(x: Tensor, context: Tensor | None, options: TransformerOptions | None
 
 
 def replaced_views(network: nn.Module) -> dict[str, LayerView]:
-    """Views of a network whose `forward` was replaced, by name."""
-    lists = [network.__dict__.get(name, ()) for name in ("input_blocks", "output_blocks")]
-    every = [*(block for blocks in lists for block in blocks), network.__dict__.get("middle_block", ()), network.__dict__.get("out", ())]
-    return {view.name: view for block in every for outer in block for view in outer.walk() if view.is_replaced}
+    """Views of a network whose `forward` was replaced, on the object or on its class, by name. Asked in every step: a plain loop."""
+    own, found = _OWN_FORWARD, {}
+    for view in network.__dict__.get("_every_view", ()):
+        kind = type(view)
+        if "forward" in view.__dict__ or kind.forward is not own[kind]:
+            found[view.name] = view
+    return found
 
 
 def with_replaced_views(network: nn.Module, options: TransformerOptions) -> TransformerOptions:

@@ -19,13 +19,11 @@ from torch import Tensor, nn
 
 from backend.attention import attention_function
 from backend.nn.layer_names import name_of, running
-from backend.nn.program import TransformerOptions
+from backend.nn.program import LAYER_VIEWS, TransformerOptions
 from backend.nn.unet_state import UNetState
 
 NormWrapper = Callable[[nn.Module, Tensor, TransformerOptions], Tensor]
 
-LAYER_VIEWS = "layer_views"
-"""The option with the views whose `forward` was replaced, by the layer's name (`backend.nn.unet`)."""
 _BLOCK_PATCHES = ("attn1_patch", "attn2_patch", "attn1_output_patch", "attn2_output_patch", "middle_patch")
 
 

@@ -14,13 +14,15 @@ network's. Must not know devices, samplers or how a plan places the segments. Sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import (
     CrossAttnDownBlock2D,
@@ -30,11 +32,12 @@ from diffusers.models.unets.unet_2d_blocks import (
     UNetMidBlock2DCrossAttn,
     UpBlock2D,
 )
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
 
 from backend.nn.controlnet import build_for_counting
-from backend.nn.program import Addition, Exchange, NamedLayers, Program, Segment, TransformerOptions
+from backend.nn.program import HOOK_OPTIONS, Addition, Exchange, NamedLayers, Program, Segment, TransformerOptions
 from backend.nn.tiles import Swaps, Tile, TileTraffic
 from backend.nn.unet import attach_views
 from backend.nn.unet_layers import LayerRange, find_norm_wrapper, run_layers
@@ -51,6 +54,11 @@ SAFETY = 2.0
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UNetSegment(Segment):
     """Resnets, transformers and samplers, with Forge's hooks around them."""
+
+    @cached_property
+    def plain_way(self) -> tuple[str | None, str | None, str | None, tuple[nn.Module, ...]]:
+        """(skip to join, skip to keep, skip that an upsampler meets, modules in the order they run), as `UNetProgram.run_segments` needs them."""
+        return None, None, None, self.layers
 
     @property
     def num_blocks(self) -> int:
@@ -117,6 +125,10 @@ class InputSegment(UNetSegment):
 
     skip: str
 
+    @cached_property
+    def plain_way(self) -> tuple[str | None, str | None, str | None, tuple[nn.Module, ...]]:
+        return None, self.skip, None, self.layers
+
     def _leave(self, state: UNetState) -> None:
         for patch in state.patches("input_block_patch"):
             state.hidden_BCHW = patch(state.hidden_BCHW, state.options)
@@ -132,6 +144,10 @@ class OutputSegment(UNetSegment):
 
     skip: str
     next_skip: str | None
+
+    @cached_property
+    def plain_way(self) -> tuple[str | None, str | None, str | None, tuple[nn.Module, ...]]:
+        return self.skip, None, self.next_skip, self.layers
 
     def _enter(self, state: UNetState) -> None:
         skip_BCHW = state.tensors.pop(self.skip)
@@ -183,14 +199,14 @@ class TimeEmbedding:
 
     def __call__(self, timesteps_B: Tensor, y_BV: Tensor | None, dtype: torch.dtype) -> Tensor:
         """`y_BV`: pooled text and embedded sizes concatenated, as the checkpoint's label embedding takes them."""
-        unet = self.unet
-        emb_BE: Tensor = unet.time_embedding(unet.time_proj(timesteps_B).to(dtype))
-        if unet.config.addition_embed_type is None:
+        (_, time_proj), (_, time_embedding), *added = self.named_layers
+        emb_BE: Tensor = time_embedding(time_proj(timesteps_B).to(dtype))
+        if not added:
             return emb_BE
         if y_BV is None:
             raise ValueError("This UNet (SDXL) needs a vector of pooled text and sizes, and got none. Pass it as y, with shape (batch, "
-                             f"{unet.config.projection_class_embeddings_input_dim}).")  # fmt: skip
-        aug_BE: Tensor = unet.add_embedding(y_BV.to(emb_BE.dtype))
+                             f"{self.unet.config.projection_class_embeddings_input_dim}).")  # fmt: skip
+        aug_BE: Tensor = added[0][1](y_BV.to(emb_BE.dtype))
         return emb_BE + aug_BE
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -227,6 +243,36 @@ class UNetProgram(Program):
         if config.addition_embed_type is not None:
             rows["y"] = torch.empty(1, config.projection_class_embeddings_input_dim, device="meta", dtype=dtype)
         return rows
+
+    def facts_of_launches(self, state: UNetState) -> Hashable | None:
+        return None if state.residuals or any(map(state.options.get, HOOK_OPTIONS)) else tuple(state.skip_sizes.items())
+
+    def run_segments(self, segments: Sequence[Segment], state: UNetState) -> None:
+        """Segment by segment if there are hooks or residuals; otherwise only the layers, with the same arithmetic."""
+        if state.residuals or any(map(state.options.get, HOOK_OPTIONS)):
+            super().run_segments(segments, state)
+            return
+        tensors, sizes = state.tensors, state.skip_sizes
+        hidden_BCHW, emb_BE, context_BLD = tensors.pop(HIDDEN), tensors[EMBEDDING], tensors.get(CONTEXT)
+        for segment in cast("Sequence[UNetSegment]", segments):
+            joined, kept, next_skip, layers = segment.plain_way
+            if joined is not None:
+                hidden_BCHW = torch.cat([hidden_BCHW, tensors.pop(joined)], dim=1)
+            for layer in layers:
+                if isinstance(layer, ResnetBlock2D):
+                    hidden_BCHW = layer(hidden_BCHW, emb_BE)
+                elif isinstance(layer, Transformer2DModel):
+                    hidden_BCHW = layer(hidden_BCHW, encoder_hidden_states=context_BLD, return_dict=False)[0]
+                elif isinstance(layer, Upsample2D):
+                    size = None if next_skip is None else sizes[next_skip]
+                    doubled = (2 * hidden_BCHW.shape[-2], 2 * hidden_BCHW.shape[-1])
+                    hidden_BCHW = layer(hidden_BCHW, None if size == doubled else size)
+                else:
+                    hidden_BCHW = layer(hidden_BCHW)
+            if kept is not None:
+                tensors[kept] = hidden_BCHW
+                sizes[kept] = (hidden_BCHW.shape[-2], hidden_BCHW.shape[-1])
+        tensors[HIDDEN] = hidden_BCHW
 
     def build_control_network(self) -> nn.Module:
         return build_for_counting(self.embedding.unet)

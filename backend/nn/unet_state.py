@@ -28,6 +28,9 @@ class UNetState(ProgramState):
 
     skip_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
+    def take_facts(self, other: UNetState) -> None:
+        self.skip_sizes.update(other.skip_sizes)
+
     @property
     def hidden_BCHW(self) -> Tensor:
         return self.tensors[HIDDEN]

@@ -156,8 +156,13 @@ def compile_weighted_conditions(
 
 def _take_rows(cond: Tensor | Mapping[str, Tensor], rows: list[int]) -> Tensor | Mapping[str, Tensor]:
     if isinstance(cond, Tensor):
-        return cond if rows == list(range(cond.shape[0])) else cond[rows]
-    return {key: value if rows == list(range(value.shape[0])) else value[rows] for key, value in cond.items()}
+        return cond if rows == list(range(cond.shape[0])) else _stack_rows(cond, rows)
+    return {key: value if rows == list(range(value.shape[0])) else _stack_rows(value, rows) for key, value in cond.items()}
+
+
+def _stack_rows(tensor: Tensor, rows: list[int]) -> Tensor:
+    """`tensor[rows]` without sending the list to the device."""
+    return torch.stack([tensor[row] for row in rows])
 
 
 def _join_strengths(strengths: list[float]) -> float | Tensor:

@@ -26,7 +26,8 @@ BrownianNoise = Callable[[float, float], Tensor]
 class Denoise(Protocol):
     """x0 (B, C, H, W) of noisy latents at noise levels (B,).
 
-    A denoiser for CFG++ also has `last_uncond_BCHW`: the unconditional x0 of its latest call.
+    A denoiser for CFG++ also has `last_uncond_BCHW`: the unconditional x0 of its latest call. One with a method `note_level` is told the noise
+    level as a number before each call, so that it need not read it from the device.
     """
 
     def __call__(self, x_BCHW: Tensor, sigma_B: Tensor, /) -> Tensor: ...
@@ -93,6 +94,7 @@ class Walk:
         self.sigmas: list[float] = [float(sigma) for sigma in sigmas_T.tolist()]
         self.on_step = on_step
         self._denoise = denoise
+        self._note_level: Callable[[float], None] | None = getattr(denoise, "note_level", None)
         if len(self.sigmas) < 2:
             raise ValueError(f"Sampling needs at least two noise levels, and got {len(self.sigmas)}: {self.sigmas}.")
         if self.sigmas[0] <= 0 or not all(math.isfinite(sigma) for sigma in self.sigmas):
@@ -108,6 +110,8 @@ class Walk:
 
     def denoise(self, x_BCHW: Tensor, sigma: float) -> Tensor:
         """x0 at one noise level for the whole batch."""
+        if self._note_level is not None:
+            self._note_level(sigma)
         return self._denoise(x_BCHW, x_BCHW.new_full((x_BCHW.shape[0],), sigma))
 
     def step(self, index: int, x_BCHW: Tensor, sigma: float) -> Tensor:

@@ -139,7 +139,7 @@ DEVICE_ROWS = (
     Row(_VRAM_FLAGS, lambda f: f.has_only(MPS), ": the GPU shares main memory; weights stay there"),
     Row(("--cuda-stream",), _has_no_cuda, ": no CUDA device is in use; weights are moved when their layer runs"),
     Row(("--compile-dequantization",), _has_no_cuda, ": no CUDA device is in use; weights are dequantized step by step"),
-    Row(("--pin-shared-memory", "--cuda-malloc", "--gpu-device-id"), _has_no_cuda, ": no CUDA device is in use"),
+    Row(("--pin-shared-memory", "--cuda-malloc", "--cuda-graphs", "--gpu-device-id"), _has_no_cuda, ": no CUDA device is in use"),
     Row(("--fast-fp8",), lambda f: "cuda" not in f.kinds, ": no NVIDIA GPU is in use; weights are dequantized"),
     Row(("--disable-gpu-warning",), _has_no_cuda, ": the warning is only about CUDA devices"),
     Row(("--cpu-threads-per-slot",), lambda f: CPU not in f.kinds, ": no slot computes on the CPU"),

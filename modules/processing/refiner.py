@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,7 +111,8 @@ class Refiner:
         p = self.p
         sampler.sd_model = p.sd_model
         sampler._preview = p.context.state.preview_maker = PreviewMaker(p.sd_model, p.options)
-        self._held.enter_context(sampler._network_ready(p, x_BCHW))
+        num_steps = sampler.model_wrap_cfg.steps
+        self._held.enter_context(sampler._network_ready(p, x_BCHW, num_steps, max(1, num_steps - p.context.state.sampling_step)))
 
 
 def completed_share(denoiser: CFGDenoiser, sigma_B: Tensor | None) -> float:
@@ -118,8 +120,15 @@ def completed_share(denoiser: CFGDenoiser, sigma_B: Tensor | None) -> float:
     if sigma_B is None or denoiser.p.options.refiner_switch_by_sample_steps:
         return denoiser.step / max(denoiser.total_steps, 1)
     table = denoiser.sampler.predictor.sigmas
-    timestep = int((table - sigma_B.max().to(table)).abs().argmin())
+    level = float(sigma_B.max()) if denoiser.level is None else denoiser.level
+    timestep = int((_on_host(table) - level).abs().argmin())
     return (len(table) - 1 - timestep) / len(table)
+
+
+@lru_cache(maxsize=2)
+def _on_host(table: Tensor) -> Tensor:
+    """A model's table of noise levels, read from its device once."""
+    return table.detach().cpu()
 
 
 def _check_latents(first: Any, p: StableDiffusionProcessing) -> None:

@@ -199,6 +199,18 @@ def reconstruct_multicond_batch(c: MulticondLearnedConditioning, current_step: i
     return rows_of_picture, _stack_any(conds)
 
 
+def conditions_in_force(c: MulticondLearnedConditioning, uc: Sequence[Sequence[ScheduledPromptConditioning]] | None, current_step: int) -> list[Any]:
+    """The conditions that apply at a step, those of the prompts before those of the negative prompts. The same objects give the same batch."""
+    found = []
+    schedules = [part.schedules for parts in c.batch for part in parts]
+    for schedule in (*schedules, *(uc or ())):
+        for entry in schedule:
+            if current_step <= entry.end_at_step:
+                break
+        found.append(entry.cond)
+    return found
+
+
 def cond_at_step(schedule: Sequence[ScheduledPromptConditioning], current_step: int) -> Any:
     return next((entry.cond for entry in schedule if current_step <= entry.end_at_step), schedule[-1].cond)
 

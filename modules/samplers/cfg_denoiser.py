@@ -7,16 +7,20 @@ Shapes: B pictures, C channels, H W latent rows and columns.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from backend import memory_management
+from backend.sampling.branches import StepMemory
 from backend.sampling.sampling_function import denoise_guided
 from modules import devices
 from modules.processing.model_facts import attends_jointly
 from modules.prompts import schedules as prompt_parser
+from modules.prompts.schedules import conditions_in_force
 from modules.samplers.common import InterruptedException, apply_refiner
 from modules.scripts import callbacks as script_callbacks
 from modules.scripts.hook_arguments import AfterCFGCallbackParams, CFGDenoisedParams, CFGDenoiserParams, MaskBlendArgs
@@ -28,6 +32,14 @@ if TYPE_CHECKING:
 def is_truncated(step: int, num_steps: int, share: float) -> bool:
     """Whether a step, counted from 0, belongs to the last `share` of all. A share of 0.75 is Lumina2's published truncation at 0.25."""
     return (step + 1) / num_steps > 1 - share + 1e-9
+
+
+@dataclass(slots=True)
+class _Levels:
+    """Noise levels as numbers: of the current call, and told for the next one."""
+
+    now: float | None = None
+    told: float | None = None
 
 
 class CFGDenoiser(torch.nn.Module):
@@ -53,6 +65,8 @@ class CFGDenoiser(torch.nn.Module):
         self.own_arguments: dict[str, Any] | None = None
         """Conditions of this denoiser if it covers only part of the sampler's batch."""
         self.picture = 0
+        self._levels = _Levels()
+        self._memory = StepMemory()
 
     @property
     def inner_model(self) -> Any:
@@ -69,53 +83,86 @@ class CFGDenoiser(torch.nn.Module):
         image_cond: Tensor | None = None,
     ) -> Tensor:
         """x0 (B, C, H, W) at noise levels (B,). Without `cond`, uses the sampler's own conditions. Raises InterruptedException."""
-        if self.p.context.state.interrupted or self.p.context.state.skipped:
+        state, levels = self.p.context.state, self._levels
+        if state.interrupted or state.skipped:
             raise InterruptedException
+        levels.now, levels.told = levels.told, None
         apply_refiner(self, x, sigma)
         arguments = self.sampler.sampler_extra_args if self.own_arguments is None else self.own_arguments
         cond, uncond = (arguments["cond"], arguments["uncond"]) if cond is None else (cond, uncond)
         scale = float(arguments["cond_scale"] if cond_scale is None else cond_scale)
-        if self._skips_guidance(sigma, s_min_uncond or arguments["s_min_uncond"]):
+        s_min_uncond = s_min_uncond or arguments["s_min_uncond"]
+        if (s_min_uncond > 0 or any(self._skip_settings[1:])) and self._skips_guidance(sigma, s_min_uncond):
             scale = 1.0
         denoised_BCHW = self._denoise(x, sigma, cond, uncond, scale, arguments["image_cond"] if image_cond is None else image_cond)
         denoised_BCHW = self._tell_guided(self._keep_unmasked(denoised_BCHW, sigma))
-        self.step += 1
+        self.__dict__["step"] += 1  # past nn.Module, which looks for parameters in every assignment
         return denoised_BCHW
+
+    @property
+    def level(self) -> float | None:
+        """The noise level of the current call as the sampler knows it; None if it did not say. Reading it from a tensor waits for the device."""
+        return self._levels.now
+
+    def note_level(self, sigma: float) -> None:
+        """The sampler's next call is at this noise level, for all pictures."""
+        self._levels.told = sigma
+
+    @cached_property
+    def _skip_settings(self) -> tuple[bool, float, float]:
+        """ "NGMS all steps", "Skip Early CFG" and "Skip Late CFG" of the request's settings, read once."""
+        options = self.p.options
+        return bool(options.s_min_uncond_all), float(options.skip_early_cond), float(options.skip_late_cond)
 
     def _skips_guidance(self, sigma: Tensor, s_min_uncond: float) -> bool:
         """Whether this step skips the negative prompt, because of "Negative Guidance minimum sigma", "Skip Early CFG" or "Skip Late CFG"."""
-        options, num_steps = self.p.options, max(self.total_steps, 1)
-        if s_min_uncond > 0 and float(sigma[0]) < s_min_uncond and (self.step % 2 == 1 or options.s_min_uncond_all):
+        at_all_steps, early_share, late_share = self._skip_settings
+        num_steps = max(self.total_steps, 1)
+        if s_min_uncond > 0 and (self.step % 2 == 1 or at_all_steps):
+            level = float(sigma[0]) if self.level is None else self.level
+            if level < s_min_uncond:
+                return True
+        if early_share > 0 and self.step / num_steps <= early_share:
             return True
-        if float(options.skip_early_cond) > 0 and self.step / num_steps <= float(options.skip_early_cond):
-            return True
-        return is_truncated(self.step, num_steps, float(options.skip_late_cond))
+        return is_truncated(self.step, num_steps, late_share)
 
     def _denoise(self, x: Tensor, sigma: Tensor, cond: Any, uncond: Any, scale: float, image_cond: Tensor | None) -> Tensor:
-        composition, cond_rows, uncond_rows = self._choose_prompts(cond, uncond, x.device)
+        is_listened_to = script_callbacks.is_listened_to("cfg_denoiser")
+        composition, cond_rows, uncond_rows = self._prompts_of_step(cond, uncond, x.device, anew=is_listened_to)
         asked = CFGDenoiserParams(x, image_cond, sigma, self.step, self.total_steps, cond_rows, uncond_rows, self)
-        if script_callbacks.is_listened_to("cfg_denoiser"):
+        if is_listened_to:
             asked.sampling_step, asked.total_sampling_steps = self.p.context.state.sampling_step, self.p.context.state.sampling_steps
             script_callbacks.cfg_denoiser_callback(asked)
-
-        def guide() -> tuple[Tensor, Tensor, Tensor]:
-            return denoise_guided(
-                self.sampler.unet,
-                asked.x,
-                asked.sigma,
-                text_cond=asked.text_cond,
-                text_uncond=asked.text_uncond,
-                image_cond=asked.image_cond.to(x) if self.inner_model.is_inpaint and asked.image_cond is not None else None,
-                cond_scale=scale,
-                cond_composition=composition,
-                seed=self.p.seeds[self.picture],
-                on_branches=self._tell_branches if script_callbacks.is_listened_to("cfg_denoised") else None,
-                text_repeats=not attends_jointly(self.inner_model),
-            )
-
-        denoised_BCHW, _, self.last_uncond_BCHW = guide()
+        model = self.inner_model
+        concat = asked.image_cond if model.is_inpaint else None
+        if concat is not None:
+            move = partial(concat.to, x)
+            concat = move() if is_listened_to else self._memory.find("concat", (concat,), (x.dtype, x.device), move)
+        guide = partial(
+            denoise_guided,
+            self.sampler.unet,
+            asked.x,
+            asked.sigma,
+            text_cond=asked.text_cond,
+            text_uncond=asked.text_uncond,
+            image_cond=concat,
+            cond_scale=scale,
+            cond_composition=composition,
+            seed=self.p.seeds[self.picture],
+            on_branches=self._tell_branches if script_callbacks.is_listened_to("cfg_denoised") else None,
+            text_repeats=not attends_jointly(model),
+            memory=self._memory,
+        )
+        denoised_BCHW, _, self.__dict__["last_uncond_BCHW"] = guide()
         devices.test_layers_for_nans(self.sampler.unet.model, denoised_BCHW, guide)
         return denoised_BCHW
+
+    def _prompts_of_step(self, cond: Any, uncond: Any, device: torch.device, *, anew: bool) -> tuple[Any, Any, Any]:
+        """(composition, rows of the prompts, rows of the negative prompts) of this step: the last step's as long as the same parts of the prompts
+        apply, and new tensors with `anew`, because a listener may change them in place."""
+        in_force = conditions_in_force(cond, uncond, self.step)
+        choose = partial(self._choose_prompts, cond, uncond, device)
+        return choose() if anew else self._memory.find("prompts", (cond, uncond, *in_force), (), choose)
 
     def _choose_prompts(self, cond: Any, uncond: Any, device: torch.device) -> tuple[Any, Any, Any]:
         """(composition, rows of the prompts, rows of the negative prompts) of this step. New tensors, which a full device may have no room for."""

@@ -310,16 +310,17 @@ class KDiffusionSampler:
             steps=num_steps,
             calls_per_step=2 if self.options.get("second_order") else 1,
             displaced_after=_displaced_after(p, num_steps),
-            strategy=self._strategy(p),
+            strategy=self._setting_or_flag(p, "multi_gpu_strategy", "auto"),
             asynchronous=bool(p.enable_async_gpu and p.options.enable_async_gpu),
             may_use_lanes=may_use_lanes(self, p, num_pictures),
+            graphs=self._setting_or_flag(p, "cuda_graphs", "flag"),
             is_cancelled=lambda: bool(state.interrupted or state.skipped),
         )
 
-    def _strategy(self, p: Any) -> Any:
-        """The strategy from the setting or, if that leaves it open, from the flag."""
-        chosen = str(p.options.multi_gpu_strategy)
-        return p.context.config.backend.multi_gpu_strategy if chosen == "auto" else chosen
+    def _setting_or_flag(self, p: Any, name: str, open_value: str) -> Any:
+        """The choice from the setting or, if that leaves it open, from the flag of the same name."""
+        chosen = str(p.options[name])
+        return getattr(p.context.config.backend, name) if chosen == open_value else chosen
 
     def _num_branches(self, p: Any) -> int:
         """Conditions per picture and step: the parts of its prompt, plus the negative prompt if it is used."""
@@ -391,13 +392,14 @@ class KDiffusionSampler:
 
     def callback_state(self, d: dict[str, Any]) -> None:
         """Step `i` was made: latents `x` (B, C, H, W) at noise level `sigma` went in, `denoised` came out. Extensions replace this function."""
-        index, state = int(d["i"]), self.p.context.state
+        index, context = int(d["i"]), self.p.context
+        state = context.state
         if self.stop_at is not None and index > self.stop_at:
             raise InterruptedException
         self.last_latent = d["denoised"]
         state.current_latent = d["denoised"]
         state.sampling_step = index + 1
-        self.p.context.job_bar.note_step()
+        context.job_bar.note_step()
         profiler.meter().num_steps += 1
         profiler.recorder().note_step()
         if self._preview is not None and self._preview.due(index + 1):

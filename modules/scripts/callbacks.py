@@ -133,7 +133,7 @@ def ordered_callbacks(category: str) -> list[ScriptCallback]:
 
 def is_listened_to(*events: str) -> bool:
     """Whether any of `events` has a listener."""
-    return any(callback_map[f"callbacks_{event}"] for event in events)
+    return any(map(callback_map.__getitem__, map("callbacks_{}".format, events)))  # asked in every step: no generator
 
 
 def _tell(event: Event, *args: Any, **kwargs: Any) -> list[Any]:

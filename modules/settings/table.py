@@ -381,6 +381,15 @@ def _multi_gpu() -> OptionTable:
             info="displaced: values of the step before, so that no GPU waits; faster, but another picture. Jobs of few steps stay exact",
         ),
         "multi_gpu_exact_steps": slider(4, "Displaced tiles: exact steps first", 1, 50, 1, strict=True),
+        "cuda_graphs": choice(
+            "flag",
+            "Record launches of a step and replay them (CUDA graphs)",
+            "flag",
+            "off",
+            "auto",
+            "on",
+            info="flag: as --cuda-graphs says, which is off by default; auto: where launching takes longer than computing; same pictures",
+        ),
         "enable_async_gpu": option(True, "Copy between GPUs while they compute", info="off gives the same picture, slower"),
     }
 

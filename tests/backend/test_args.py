@@ -50,6 +50,7 @@ def test_the_value_cannot_be_changed() -> None:
         ("--always-offload-from-vram", {"always_offload": True}),
         ("--cpu-offload --pin-shared-memory --cuda-stream", {"cpu_offload": True, "pin_shared_memory": True, "cuda_stream": True}),
         ("--cuda-malloc", {"cuda_malloc": True}),
+        ("--cuda-graphs auto", {"cuda_graphs": "auto"}),
         ("--unet-in-bf16 --vae-in-fp16 --clip-in-fp8-e5m2", {"unet_dtype": "bf16", "vae_dtype": "fp16", "clip_dtype": "fp8_e5m2"}),
         ("--unet-in-fp8-e4m3fn", {"unet_dtype": "fp8_e4m3fn"}),
         ("--no-half-vae", {"vae_dtype": "fp32"}),

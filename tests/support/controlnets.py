@@ -162,15 +162,15 @@ class RunsHere:
 def with_deferred_controlnets(call_model: Any) -> Any:
     """`_call_model` of the sampling function, leaving the ControlNets to whoever runs the rows."""
 
-    def call(model: Any, batch: Any, *args: Any) -> Any:
-        chain, networks = batch[0].control, []
+    def call(model: Any, plan: Any, *args: Any) -> Any:
+        chain, networks = plan.branches[0].control, []
         while chain is not None:
             networks.append(chain.control_model)
             chain = chain.previous_controlnet
         before = model.runner
         model.runner = replace(before or RunsHere(model), deferred_networks=frozenset(networks))
         try:
-            return call_model(model, batch, *args)
+            return call_model(model, plan, *args)
         finally:
             model.runner = before
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 import torch
 
 from backend import memory_management
+from backend.devices.launch_graphs import CudaGraphs, GraphMaker
 from backend.devices.links import Verdicts
 from backend.devices.slot import Slot
 from backend.memory.store import MemoryStore
 from backend.nn.piece import Piece
+from backend.nn.recorded_stages import StageRecorder
 from backend.parallel.exchange.link_speeds import measure_links
 from backend.parallel.exchange.transport import Transport, make_transport
 from backend.parallel.planning.slot_facts import Link
@@ -89,8 +91,12 @@ class Trial:
 class Fleet:
     """The compute slots with their workers. `primary` has the latents and combines what the others compute."""
 
-    def __init__(self, slots: tuple[Slot, ...]) -> None:
+    def __init__(self, slots: tuple[Slot, ...], maker: GraphMaker | None = None) -> None:
+        """`maker`: records launches; by default CUDA graphs."""
         self.slots = slots
+        maker = maker or CudaGraphs()
+        self.recorder = StageRecorder(maker) if any(maker.can_record(slot.torch_device) for slot in slots) else None
+        """Replays the launches of stages; None if no slot's device can."""
         self.speeds = SpeedBook()
         self.pieces = PieceBook()
         self.trials: dict[str, Trial] = {}
@@ -193,4 +199,6 @@ def current_fleet() -> Fleet:
             if _current.fleet is not None:
                 _current.fleet.close()
             _current.fleet, _current.store = Fleet(memory_management.compute_slots()), store
+            if _current.fleet.recorder is not None:
+                store.add_spare(_current.fleet.recorder)
         return _current.fleet

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from backend import profiler
 from backend.nn.network_call import NetworkCall
-from backend.nn.program import Addition
+from backend.nn.program import HOOK_OPTIONS, Addition, ProgramState
 from backend.parallel.exchange.copies import Copiers, LocalTensor, when_arrived
 from backend.parallel.exchange.transport import Transfer
 from backend.parallel.placing.fleet import Fleet
@@ -39,10 +39,11 @@ from backend.parallel.running.routing import Replica as Replica
 from backend.parallel.running.row_batch import RowBatch, Run
 from backend.parallel.running.stopwatch import Stopwatch
 
+DEAL_ALWAYS, DEAL_EVERY = 6, 8
+"""Runs whose rows are dealt by the newest speeds: the first ones, and every so many after them. Dealing asks devices for their free memory."""
 PieceTold = Callable[[int, Piece, float], None]
 """Slot, piece, ms per row."""
 
-_HOOK_OPTIONS = ("patches", "patches_replace", "block_modifiers", "block_inner_modifiers", "group_norm_wrapper", "groupnorm_wrapper")
 _TENSOR_OPTIONS = ("sigmas", "cond_mark")
 
 
@@ -68,16 +69,17 @@ class Executor:
         rows_per_batch: how many rows of a replica's share go through it at once.
         work: the key of measured speeds, which names the model and size.
         asynchronous: copies between slots overlap with computation. If False, each copy is waited for where it starts. The result is the same.
-        is_cancelled: checked before every piece.
+        is_cancelled: checked before every run of pieces that nothing leaves.
         on_piece: called with the ms per row of each finest piece in run number `measured_run` (the first run warms the machine up).
         """
         self._fleet = fleet
         self._routes = tuple(make_route(replica, fleet.device) for replica in replicas)
-        self._deal, self._rows_per_batch = deal, rows_per_batch
+        self._shares_of, self._rows_per_batch = deal, rows_per_batch
         self._work = work
         self._is_cancelled = is_cancelled
         self._on_piece, self._measured_run = on_piece, measured_run
         self._numbers = count()
+        self._dealt: dict[int, tuple[int, list[tuple[Route, int, int]]]] = {}
         self._copiers = Copiers(fleet, asynchronous=asynchronous)
         self._controls = ControlPasses(fleet, self._copiers, is_cancelled)
 
@@ -94,18 +96,27 @@ class Executor:
         """The network's output for all rows, on the call's device. Raises: Cancelled, SlotFailure."""
         recorder = profiler.recorder()
         run = Run(next(self._numbers), recorder.step)
-        batches = [RowBatch(call.take_rows(first, end), route, run, recorder.next_batch()) for route, first, end in self._deal_rows(call.num_rows)]
-        for batch in batches:
+        batches = [RowBatch(call.take_rows(first, end), route, run, recorder.next_batch()) for route, first, end in self._deal(call, run.number)]
+        for batch in batches if call.control is not None else ():
             if len(batch.route.devices) == 1:  # other batches may wait for residuals from this batch's slot, so these passes go first
                 self._controls.start(batch)
         for batch in batches:
             self._start(batch)
         return self._gather(batches, call.device)
 
+    def _deal(self, call: NetworkCall, run_number: int) -> list[tuple[Route, int, int]]:
+        """The rows for each route: dealt anew in the first runs, while speeds are being measured, and from time to time later."""
+        num_rows = call.num_rows
+        dealt_at, dealt = self._dealt.get(num_rows, (-1, []))
+        if dealt_at < 0 or run_number < DEAL_ALWAYS or run_number >= dealt_at + DEAL_EVERY:
+            dealt = self._deal_rows(num_rows)
+            self._dealt[num_rows] = run_number, dealt
+        return dealt
+
     def _deal_rows(self, num_rows: int) -> list[tuple[Route, int, int]]:
         """Assign rows to routes in order, `rows_per_batch` at once."""
         dealt, first = [], 0
-        for route, share in zip(self._routes, self._deal(num_rows)):
+        for route, share in zip(self._routes, self._shares_of(num_rows)):
             step = max(1, self._rows_per_batch(route.replica.plan, share))
             dealt += [(route, start, min(start + step, first + share)) for start in range(first, first + share, step)]
             first += share
@@ -113,11 +124,15 @@ class Executor:
 
     def _gather(self, batches: Sequence[RowBatch], device: torch.device) -> Tensor:
         """Results in row order. All batches have ended when this returns or raises, so nothing keeps running after it."""
-        failures = [failure for failure in (batch.result.exception() for batch in batches) if failure is not None]
+        failures = []
+        for batch in batches:
+            failure = batch.result.exception()
+            if failure is not None:
+                failures.append(failure)
         failures += [as_failure(slot, error) for batch in batches if batch.control is not None for slot, error in batch.control.failures()]
         if failures:
             raise worst_of(failures)
-        outputs = [batch.result.result().receive() for batch in batches]
+        outputs = [batch.take_output() for batch in batches]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     # the path of a batch
@@ -125,17 +140,20 @@ class Executor:
     def _start(self, batch: RowBatch) -> None:
         """Send the inputs to the first stage's device and the residuals to the slots that add them."""
         try:
-            self._controls.start(batch)
-            arriving = batch.call.on(batch.here.device, self._fleet.transport.send)
-            residuals = self._controls.send_ready(batch)
-            self._submit(batch, lambda: self._enter(batch, arriving, residuals))
+            here = batch.here
+            arriving = batch.call if here.device == batch.call.device else batch.call.on(here.device, self._fleet.transport.send)
+            residuals: dict[Addition, Tensor] = {}
+            if batch.call.control is not None:
+                self._controls.start(batch)
+                residuals = self._controls.send_ready(batch)
+            self._submit(batch, partial(self._enter, batch, arriving, residuals))
         except RuntimeError as error:  # out of memory there, or the slot is lost
             batch.fail(batch.here.slot, error)
 
     def _submit(self, batch: RowBatch, task: Callable[[], None]) -> None:
         slot = batch.here.slot
         future = self._fleet.worker(slot).submit(task, priority=(batch.run.number,))
-        future.add_done_callback(lambda done: batch.fail_if_unfinished(slot, done))
+        future.add_done_callback(partial(batch.fail_if_unfinished, slot))
 
     def _submit_or_fail(self, batch: RowBatch, task: Callable[[], None]) -> None:
         try:
@@ -152,8 +170,11 @@ class Executor:
             residuals: those of ControlNets that are there already, by the place that adds them.
         Returns: nothing; the state is in `batch.state`, and the stage's pieces have run.
         """
-        program, route = batch.route.replica.program, batch.route
-        with profiler.recorder().measure("stage", "time embedding", slot=batch.here.slot, device=batch.here.device, **batch.facts()):
+        program, route, recorder = batch.route.replica.program, batch.route, profiler.recorder()
+        if recorder.is_on:
+            with recorder.measure("stage", "time embedding", slot=batch.here.slot, device=batch.here.device, **batch.facts()):
+                state = batch.state = program.start(call.rows, residuals=residuals, options=call.options)
+        else:
             state = batch.state = program.start(call.rows, residuals=residuals, options=call.options)
         if len(route.stages) > 1:
             constants = [Leaving(name, tuple(route.devices), is_read_here=True) for name in program.constants]
@@ -174,7 +195,7 @@ class Executor:
             transfer = batch.transfers.pop((name, here.slot), None) if is_last else batch.transfers.get((name, here.slot))
             if transfer is not None:
                 state.tensors[name] = transfer.receive()
-        if any(state.options.get(name) for name in _HOOK_OPTIONS):
+        if any(state.options.get(name) for name in HOOK_OPTIONS):
             for name in _TENSOR_OPTIONS:
                 if isinstance(state.options.get(name), Tensor):
                     state.options[name] = self._fleet.transport.send(state.options[name], here.device)
@@ -190,8 +211,11 @@ class Executor:
         """
         state, here = batch.state, batch.here
         assert state is not None
-        batch.parts = batch.parts or self._parts_of(batch)
         watch = Stopwatch(here.device)
+        if batch.control is None and not self._is_timed(batch):
+            self._run_whole_stage(batch)
+        else:
+            batch.parts = batch.parts or self._parts_of(batch)
         while batch.parts:
             place, part = batch.parts[0]
             if not self._take_residuals(batch, part):
@@ -200,16 +224,44 @@ class Executor:
                 assert batch.control is not None
                 batch.control.when_ready(lambda: self._submit_or_fail(batch, lambda: self._run_stage(batch)))
                 return
-            if batch.run.has_failed or self._is_cancelled():
-                raise Cancelled
+            self._check_goes_on(batch)
             self._run_part(batch, part)
             del batch.parts[0]
             if batch.parts and batch.parts[0][0] != place:
                 self._send(batch, here.leaves[place], state.tensors)
         ended = watch.stop(partial(self._record, batch, batch.stage))
         batch.note_stage(watch.started, ended)
-        self._send(batch, here.leaves[-1], state.tensors)
+        if here.leaves[-1]:
+            self._send(batch, here.leaves[-1], state.tensors)
         self._leave(batch)
+
+    def _run_whole_stage(self, batch: RowBatch) -> None:
+        """Run a stage that waits for nothing, in as few turns as what it sends allows. Raises: Cancelled; what the device raised."""
+        state = batch.state
+        assert state is not None
+        *runs, (last, _) = batch.route.stages[batch.stage].runs
+        for pieces, leaving in runs:
+            self._check_goes_on(batch)
+            self._run_pieces(batch, pieces, state)
+            self._send(batch, leaving, state.tensors)
+        self._check_goes_on(batch)
+        self._run_pieces(batch, last, state)
+
+    def _run_pieces(self, batch: RowBatch, pieces: Sequence[Piece], state: ProgramState) -> None:
+        """Run pieces; whole copies may replay recorded launches, stages of a cut copy never do."""
+        program, recorder = batch.route.replica.program, self._fleet.recorder
+        if recorder is None or len(batch.route.stages) > 1:
+            program.run_pieces(pieces, state)
+        else:
+            recorder.run(program, pieces, state)
+
+    def _check_goes_on(self, batch: RowBatch) -> None:
+        if batch.run.has_failed or self._is_cancelled():
+            raise Cancelled
+
+    def _is_timed(self, batch: RowBatch) -> bool:
+        """Whether this call is the one whose pieces are measured."""
+        return self._on_piece is not None and batch.run.number == self._measured_run
 
     def _parts_of(self, batch: RowBatch) -> list[tuple[int, Piece]]:
         """The stage's pieces. One that adds a possibly late residual at its end is split into transformer blocks."""
@@ -241,7 +293,7 @@ class Executor:
         """Run one part; while pieces are being measured, block by block and timed."""
         program, state, here = batch.route.replica.program, batch.state, batch.here
         assert state is not None
-        if self._on_piece is None or batch.run.number != self._measured_run:
+        if self._on_piece is None or not self._is_timed(batch):
             program.run_piece(part, state)
             return
         for finest in program.finest_parts(part):
@@ -274,10 +326,10 @@ class Executor:
         """
         state = batch.state
         assert state is not None
-        if batch.is_last_stage:
+        if batch.stage + 1 == len(batch.route.stages):
             output = state.tensors[batch.route.replica.program.output]
             batch.state, batch.transfers = None, {}
-            batch.result.set_result(self._fleet.transport.ship(output, batch.call.device))
+            batch.finish(self._fleet.transport.ship(output, batch.call.device))
             return
         left_slot = batch.here.slot
         state.tensors = {}
@@ -292,9 +344,8 @@ class Executor:
             self._submit_or_fail(batch, lambda: self._resume(batch))
 
     def _record(self, batch: RowBatch, stage: int, busy_ms: float) -> None:
-        here, work = batch.route.stages[stage], batch.route.replica.work_per_row
-        done = batch.call.num_rows * sum(work.get(piece, 0.0) for piece in here.pieces)
-        self._fleet.speeds.record(here.slot, self._work, done, busy_ms + batch.busy_ms)
+        done = batch.call.num_rows * batch.route.work_of_stage(stage)
+        self._fleet.speeds.record(batch.route.stages[stage].slot, self._work, done, busy_ms + batch.busy_ms)
         batch.busy_ms = 0.0
 
 

@@ -47,6 +47,12 @@ class RouteStage:
     pieces: tuple[Piece, ...]
     leaves: tuple[tuple[Leaving, ...], ...]
     reads: Mapping[str, bool]
+    runs: tuple[tuple[tuple[Piece, ...], tuple[Leaving, ...]], ...] = field(init=False)
+    """The pieces in runs of as many as possible, each with what is sent after it: nothing is sent in the middle of a run."""
+
+    def __post_init__(self) -> None:
+        ends = [place + 1 for place, leaving in enumerate(self.leaves) if leaving or place + 1 == len(self.pieces)]
+        object.__setattr__(self, "runs", tuple((self.pieces[first:end], self.leaves[end - 1]) for first, end in zip([0, *ends], ends)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,13 @@ class Route:
     devices: Mapping[int, torch.device]
     start_leaves: tuple[Leaving, ...]
     addition_slots: Mapping[Addition, int]
+    _work: dict[int, float] = field(default_factory=dict)
+
+    def work_of_stage(self, stage: int) -> float:
+        """Work of a row in a stage, as the replica counts it."""
+        if stage not in self._work:
+            self._work[stage] = sum(self.replica.work_per_row.get(piece, 0.0) for piece in self.stages[stage].pieces)
+        return self._work[stage]
 
 
 def make_route(replica: Replica, device_of: Callable[[int], torch.device]) -> Route:

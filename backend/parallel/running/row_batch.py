@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from backend import profiler
 from backend.nn.network_call import NetworkCall
@@ -40,7 +41,8 @@ class RowBatch:
     route: Route
     run: Run
     number: int = -1
-    result: Future[Transfer] = field(default_factory=Future)
+    result: Future[None] = field(default_factory=Future)
+    output: Transfer | None = None
     stage: int = 0
     parts: list[tuple[int, Piece]] = field(default_factory=list)
     busy_ms: float = 0.0
@@ -58,6 +60,17 @@ class RowBatch:
 
     def add_time(self, busy_ms: float) -> None:
         self.busy_ms += busy_ms
+
+    def finish(self, output: Transfer) -> None:
+        """The rows are through; `output` is on its way to the call's device."""
+        self.output = output
+        if not self.result.done():  # else they were failed meanwhile
+            self.result.set_result(None)
+
+    def take_output(self) -> Tensor:
+        """The rows' output, once `result` is there."""
+        assert self.output is not None
+        return self.output.receive()
 
     def fail(self, slot: int, error: BaseException) -> None:
         """End these rows. The other rows of the call stop at their next piece."""
@@ -82,10 +95,13 @@ class RowBatch:
 
     def note_stage(self, started: Mark, ended: Mark) -> None:
         """Count a finished stage, and record it if a recorder is on."""
-        profiler.meter().count_stage_run(self.here.slot)
+        here = self.here
+        profiler.meter().count_stage_run(here.slot)
+        if not profiler.recorder().is_on:
+            return
         count = len(self.route.stages)
         kind, name = ("network", "whole network") if count == 1 else ("stage", f"stage {self.stage + 1} of {count}")
-        self._note(kind, name, self.here.slot, self.here.device, started, ended)
+        self._note(kind, name, here.slot, here.device, started, ended)
 
     def note_part(self, started: Mark, ended: Mark) -> None:
         """Record the part of a stage that ran before its rows waited for residuals."""

@@ -10,25 +10,38 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class RunGate:
-    """Lets several runs in at once, and lets in a change of the plan only while no run is in progress."""
+    """Lets several runs in at once (`with gate:`), and lets in a change of the plan only while no run is in progress."""
 
-    _running: int = 0
-    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _num_running: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _waiting: list[threading.Event] = field(default_factory=list)
+    _changing: threading.Lock = field(default_factory=threading.Lock)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        with self._changed:
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
+    def __enter__(self) -> None:
+        while True:
+            with self._lock:
+                if not self._changing.locked():
+                    self._num_running += 1
+                    return
+            with self._changing:  # wait until the change is done
+                continue
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._num_running -= 1
+            ended = self._waiting if self._num_running == 0 else ()
+            for event in ended:
+                event.set()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Wait for the runs in progress, and keep new ones out."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._running == 0)
+        with self._changing:
+            ended = threading.Event()
+            with self._lock:
+                self._waiting.append(ended)
+                if self._num_running == 0:
+                    ended.set()
+            ended.wait()
+            self._waiting.remove(ended)
             yield

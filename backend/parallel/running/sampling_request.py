@@ -12,6 +12,7 @@ from backend.parallel.planning.planner import WantedStrategy
 class SamplingRequest:
     """`branches`: conditions per picture and step. `strategy`: auto, replicas, tiles, layers, hybrid or single. `displaced_after`: tiles wait for
     each other in so many first steps, and then use what was sent in the step before; None if they always wait. `calls_per_step`: of the network.
+    `graphs`: whether launches of stages are recorded and replayed where a device can, as `--cuda-graphs` says it.
 
     Example: two pictures with CFG (four rows per step) are `SamplingRequest(images=2, branches=2)`.
     """
@@ -24,6 +25,7 @@ class SamplingRequest:
     may_use_lanes: bool = False
     displaced_after: int | None = None
     calls_per_step: int = 1
+    graphs: str = "off"
     is_cancelled: Callable[[], bool] = field(default=lambda: False)
 
     @property

@@ -23,6 +23,7 @@ from backend import memory_management, profiler
 from backend.memory.errors import OutOfMemory
 from backend.nn.network_call import NetworkCall
 from backend.nn.owner import owner_of
+from backend.nn.program import Program
 from backend.parallel.placing.control_networks import ControlLink, place_control_networks
 from backend.parallel.placing.fleet import Fleet, current_fleet
 from backend.parallel.placing.placement import PlacedPlan, place_plan
@@ -141,6 +142,7 @@ class SamplingSession:
             self._placed = self._executor = None
             self._one_slot = OneSlot(self.unet, (*self._extra_models, *(control.patcher for control in planning.control_networks)))
             self._one_slot.place(working_bytes=planning.working_bytes(plan), preserved_bytes=self._preserved_bytes)
+            self._begin_recording(self.unet.model.program)
             return
         controls, control_patchers = (
             place_control_networks(planning.control_networks, plan, self.fleet, planning.control_cost) if planning.control_networks else ((), ())
@@ -156,7 +158,12 @@ class SamplingSession:
             controls=controls,
         )
         self._executor = self._execute_tiles(self._placed) if plan.is_tiled else self._execute_rows(self._placed)
+        self._begin_recording(*(replica.program for replica in self._placed.replicas))
         self.unet.model.runner = self
+
+    def _begin_recording(self, *programs: Program) -> None:
+        for program in programs:
+            begin_recording(program, self.request)
 
     def _execute_tiles(self, placed: PlacedPlan) -> TileExecutor:
         exact_steps = self.request.displaced_after
@@ -203,7 +210,7 @@ class SamplingSession:
         while True:
             generation = self._generation
             try:
-                with self._gate.running():
+                with self._gate:
                     output = self._run_once(call)
                 self._reconsider(generation)
                 self._judge_trial(generation)
@@ -343,6 +350,13 @@ def begin_session(
     owner_of(unet.model).put(session)
     logger.info("%s", session.plan.reason)
     return session
+
+
+def begin_recording(program: Program, request: SamplingRequest) -> None:
+    """A run without a session begins: from now on launches of this program are recorded as the request says, where its device can."""
+    recorder = current_fleet().recorder
+    if recorder is not None:
+        recorder.begin_run(program, request.graphs)
 
 
 def end_session(unet: UnetPatcher) -> None:

@@ -8,6 +8,7 @@ worker use its own stream.
 from __future__ import annotations
 
 import contextvars
+import heapq
 import logging
 import queue
 import threading
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -50,13 +52,45 @@ class _Task:
     future: Future[Any] = field(compare=False)
 
 
+class _Tasks:
+    """Tasks by priority, from any thread to one. Locks and waits in C: with queue.PriorityQueue a task costs twenty calls more."""
+
+    def __init__(self) -> None:
+        self._heap: list[_Task] = []
+        self._lock = threading.Lock()
+        self._signals: queue.SimpleQueue[None] = queue.SimpleQueue()
+        """One for each task in the heap."""
+
+    def put(self, task: _Task) -> None:
+        with self._lock:
+            heapq.heappush(self._heap, task)
+        self._signals.put(None)
+
+    def get(self) -> _Task:
+        """The first task; waits for one."""
+        while True:
+            self._signals.get()
+            with self._lock:
+                if self._heap:
+                    return heapq.heappop(self._heap)
+
+    def drain(self) -> list[_Task]:
+        """All tasks, without waiting."""
+        with self._lock:
+            tasks, self._heap = sorted(self._heap), []
+        return tasks
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+
 @dataclass(slots=True)
 class _State:
     """What the thread and the worker share. The thread has no reference to the worker, so dropping the worker ends the thread."""
 
     slot: Slot
     own_stream: bool
-    tasks: queue.PriorityQueue[_Task] = field(default_factory=queue.PriorityQueue)
+    tasks: _Tasks = field(default_factory=_Tasks)
     lock: threading.Lock = field(default_factory=threading.Lock)
     started: threading.Event = field(default_factory=threading.Event)
     lost: SlotLost | None = None
@@ -88,7 +122,7 @@ class SlotWorker:
     @property
     def num_pending(self) -> int:
         """Tasks that have not started, including cancelled ones."""
-        return self._state.tasks.qsize()
+        return len(self._state.tasks)
 
     @property
     def is_own_thread(self) -> bool:
@@ -102,7 +136,7 @@ class SlotWorker:
         and sees that thread's context variables. Its exceptions go to the future. Raises: SlotLost; RuntimeError after `close`.
         """
         future: Future[Result] = Future()
-        run = _with_state_of_this_thread(self._state, lambda: fn(*args))
+        run = _with_state_of_this_thread(self._state, partial(fn, *args))
         task = _Task(priority, next(self._numbers), run, future)
         with self._state.lock:
             if self._state.lost is not None:
@@ -155,6 +189,7 @@ def _do_tasks(state: _State) -> None:
 
 
 def _set_up_thread(slot: Slot) -> None:
+    torch.set_grad_enabled(False)  # of this thread
     torch.get_num_threads()  # torch sets a new thread's number at the first query, which must come before our own setting
     if slot.cpu_threads is not None:
         torch.set_num_threads(slot.cpu_threads)
@@ -198,7 +233,7 @@ def _lose(state: _State, cause: BaseException) -> SlotLost:
     lost = SlotLost(state.slot, cause)
     with state.lock:
         state.lost = lost
-        pending = _drain(state)
+        pending = state.tasks.drain()
     logger.error("%s", lost)
     for task in pending:
         if task.future.set_running_or_notify_cancel():
@@ -218,20 +253,11 @@ def _end(state: _State) -> None:
 
 def _cancel_pending(state: _State) -> None:
     with state.lock:
-        pending = _drain(state)
+        pending = state.tasks.drain()
         # The thread may be about to wait, and draining removed the task that wakes it: add another.
         state.tasks.put(_Task((), -1, lambda: None, Future()))
     for task in pending:
         task.future.cancel()
-
-
-def _drain(state: _State) -> list[_Task]:
-    tasks: list[_Task] = []
-    while True:
-        try:
-            tasks.append(state.tasks.get_nowait())
-        except queue.Empty:
-            return tasks
 
 
 # what surrounds a task
@@ -243,11 +269,22 @@ def _with_state_of_this_thread(state: _State, run: Callable[[], Result]) -> Call
     inference = torch.is_inference_mode_enabled()
     ready = _mark_stream(state.slot.torch_device) if state.own_stream else None
 
+    if state.slot.torch_device.type != "cuda":
+        return partial(_run_in_mode, inference, context, run)
+
     def run_there() -> Result:
-        with torch.inference_mode() if inference else torch.no_grad(), _on_device(state, ready):
-            return context.run(run)
+        with _on_device(state, ready):
+            return _run_in_mode(inference, context, run)
 
     return run_there
+
+
+def _run_in_mode(inference: bool, context: contextvars.Context, run: Callable[[], Result]) -> Result:
+    """Without gradients, which the thread has off."""
+    if not inference:
+        return context.run(run)
+    with torch.inference_mode():
+        return context.run(run)
 
 
 def _mark_stream(device: torch.device) -> Any:
@@ -260,9 +297,6 @@ def _mark_stream(device: torch.device) -> Any:
 def _on_device(state: _State, ready: Any) -> Iterator[None]:
     """Make the slot's device current. On a separate stream, the task also waits for `ready`, and the default stream then waits for the task."""
     device = state.slot.torch_device
-    if device.type != "cuda":
-        yield
-        return
     with ExitStack() as stack:
         stack.enter_context(torch.cuda.device(device))
         if not state.own_stream:

@@ -15,6 +15,7 @@ from backend.memory.errors import OutOfMemory
 from backend.modules.k_model import KModel
 from backend.modules.k_prediction import Prediction
 from backend.patcher.unet import UnetPatcher
+from backend.sampling.branches import StepMemory
 from backend.sampling.condition import ConditionNoiseShape, compile_conditions, compile_weighted_conditions
 from backend.sampling.sampling_function import (
     calc_cond_uncond_batch,
@@ -220,6 +221,36 @@ def test_conditions_may_act_in_a_part_of_the_picture_and_of_the_way() -> None:
     ):
         result, _ = calc_cond_uncond_batch(FakeModel(), [{**inside, **limits}], None, _x(), SIGMA, {})
         assert _only(result) == (3.0 if acts else 0.0)
+
+
+def test_zeros_stand_for_a_kind_that_does_not_apply_at_this_noise_level() -> None:
+    late = {**compile_conditions(_text(3.0, 3.0))[0], "timestep_start": 1.0}
+    always = compile_conditions(_text(1.0, 1.0))
+    assert [_only(one) for one in calc_cond_uncond_batch(FakeModel(), [late], always, _x(), SIGMA, {})] == [0.0, 1.0]
+    assert [_only(one) for one in calc_cond_uncond_batch(FakeModel(), always, [late], _x(), SIGMA, {})] == [1.0, 0.0]
+
+
+def test_what_a_run_prepared_is_used_again_only_for_the_same_tensors() -> None:
+    model, memory = FakeModel(), StepMemory()
+    cond, uncond, other = (compile_conditions(_text(value, value)) for value in (3.0, 1.0, 5.0))
+
+    def step(*conditions: Any) -> Tensor:
+        result = sampling_function_inner(model, _x(), SIGMA, conditions[1], conditions[0], 2.0, memory=memory)
+        assert isinstance(result, Tensor)
+        return result
+
+    assert [_only(step(cond, uncond)), _only(step(cond, uncond)), _only(step(other, uncond)), _only(step(cond, uncond))] == [5.0, 5.0, 9.0, 5.0]
+    first, second, third, _ = (call["c_crossattn"] for call in model.calls)
+    assert first is second
+    assert third is not first
+
+
+def test_a_run_that_was_short_of_memory_once_goes_on_one_by_one() -> None:
+    model, memory = FakeModel(fails_above=2), StepMemory()
+    cond, uncond = compile_conditions(_text(3.0, 3.0)), compile_conditions(_text(1.0, 1.0))
+    for _ in range(2):
+        sampling_function_inner(model, _x(), SIGMA, uncond, cond, 2.0, memory=memory)
+    assert [call["x"].shape[0] for call in model.calls] == [4, 2, 2, 2, 2]
 
 
 def test_a_mask_of_another_size_is_refused() -> None:

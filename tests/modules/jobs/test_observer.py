@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from backend import memory_management
 from backend.devices import virtual_gpu
 from backend.devices.telemetry import GpuTelemetry
 from backend.memory import current
-from backend.nn.unet_program import Program
+from backend.nn.program import Program
+from backend.nn.unet_program import UNetProgram
 from backend.parallel.placing.fleet import Fleet, current_fleet
 from backend.profiler import Recording
 from modules import processing
@@ -115,19 +116,23 @@ def test_every_piece_runs_inside_a_span_of_its_slot(
     """`benchmarks/profile_clocks.py` compares span lengths with separate clocks: no test asserts time."""
     pieces: list[tuple[str, int, int]] = []
     recordings: list[Recording] = []
-    run_piece, build_job = Program.run_piece, observer.build_job
+    build_job = observer.build_job
 
-    def timed(program: Program, piece: Any, state: Any) -> None:
-        began_ns = time.perf_counter_ns()
-        run_piece(program, piece, state)
-        pieces.append((threading.current_thread().name, began_ns, time.perf_counter_ns()))
+    def timed(run_them: Callable[..., None]) -> Callable[..., None]:
+        def run_timed(program: Program, what: Any, state: Any) -> None:
+            began_ns = time.perf_counter_ns()
+            run_them(program, what, state)
+            pieces.append((threading.current_thread().name, began_ns, time.perf_counter_ns()))
+
+        return run_timed
 
     monkeypatch.setattr(observer, "build_job", lambda recording, facts: recordings.append(recording) or build_job(recording, facts))
     app.models.unload()
     with virtual_fleet(2) if kind == "virtual GPUs" else cpu_fleet(2):
         app.options.set("multi_gpu_strategy", plan)
         run(_request(steps=1))
-        monkeypatch.setattr(Program, "run_piece", timed)
+        monkeypatch.setattr(Program, "run_piece", timed(Program.run_piece))
+        monkeypatch.setattr(UNetProgram, "run_segments", timed(UNetProgram.run_segments))
         pieces.clear()
         run(_request(steps=3))
         app.models.unload()

@@ -44,6 +44,7 @@ DEVICE_CASES: tuple[tuple[str, object, tuple[str, ...], tuple[str, ...]], ...] =
     ("--pin-shared-memory", True, ("virtual",), ("cuda",)),
     ("--cuda-stream", True, ("cpu",), ("virtual", "cuda")),
     ("--cuda-malloc", True, ("xpu",), ("cuda",)),
+    ("--cuda-graphs", "on", ("cpu", "virtual"), ("cuda",)),
     ("--fast-fp8", True, ("rocm", "virtual"), ("cuda",)),
     ("--compile-dequantization", True, ("cpu", "virtual"), ("rocm",)),
     ("--gpu-device-id", 0, ("virtual",), ("cuda",)),
