@@ -1,7 +1,8 @@
 """Families of networks: one folder each, with everything specific to the family. Nothing else knows it.
 
 Reading order: `latent_format` and `key_map` (parts of a description), `family` (the frozen `Family`), `registry` (the known families, in the order in
-which they are tried), `unet_family` (shared by the Stable Diffusion families), then a folder: `sd1` is the shortest.
+which they are tried), `unet_family` (shared by the Stable Diffusion families), `flow_family` and `one_stream` (shared by transformers), then a
+folder: `sd1` is the shortest.
 
 To add a family: a folder here whose `__init__` has `FAMILY`, its test, its row in docs/families.md. Example: a file is opened, `identify(file)` asks
 each family in turn, `sdxl` finds a UNet with a vector of 2816 numbers, and the loader builds what that folder's `FAMILY` describes.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,18 +25,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backend.families.lumina2.identify import CELL
+from backend.families.one_stream import (
+    COSINES,
+    FLOW,
+    IMAGE,
+    LAST,
+    MASK,
+    MODULATION,
+    PLACES,
+    SINES,
+    TEXT,
+    TOKENS,
+    BlockParts,
+    StreamSegment,
+    make_stream_segments,
+)
 from backend.families.zimage.layers import pack, unpack
 from backend.nn.block_segment import BlockSegment
 from backend.nn.padded_text import TEXT_LENGTHS, attention_mask, read_lengths
-from backend.nn.program import Addition, NamedLayers, Program, ProgramState, Segment, TransformerOptions
-from backend.nn.stream_layers import Rope, attend, gated, rms_norm, rotations
-from backend.nn.stream_tiles import Spans, StreamPlace, attend_on_tile, join_spans, share_out, share_rows, spans_of
+from backend.nn.program import Addition, NamedLayers, Program, ProgramState, TransformerOptions
+from backend.nn.stream_layers import rotations
+from backend.nn.stream_tiles import Spans, StreamPlace, join_spans, share_out, share_rows, spans_of
 from backend.nn.tiles import Swaps, Tile, TileTraffic
 
-IMAGE, TEXT, TOKENS, MODULATION, COSINES, SINES, MASK, FLOW = (
-    "image", "text", "tokens", "modulation", "rope cosines", "rope sines", "text mask", "flow",
-)  # fmt: skip
-CONTEXT, NOISE, LAYER, LAST = "context_refiner", "noise_refiner", "layer", "last"
 THETA = 10_000.0
 EXAMPLE_TEXT_TOKENS = 256
 PEAK_NUMBERS = 20
@@ -43,94 +55,16 @@ PEAK_NUMBERS = 20
 SAFETY = 1.5
 _SIZES = "lumina2_sizes"
 """Key of the latents' rows and columns, and of the number of text tokens, in the state's options, which travel with the state."""
-_PLACES = "lumina2_places"
-"""Key of where each stream's tokens are, in the options of a tile's state."""
-Modulation = tuple[Tensor | float, ...]
-"""Scale and gate of attention, scale and gate of the MLP."""
 
 
-def run_block(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
-    """The tokens after a block, which has attention, then an MLP, each between two norms. Its modulation, if any, has the network's dtype."""
-    numbers = _modulate(block, modulation_BD, tokens_BLD.dtype)
-    mixed_BLD = attend(block.attn, _norm_in(block, tokens_BLD, numbers, modulation_BD.dtype), rope, mask)
-    return _finish_block(block, tokens_BLD, mixed_BLD, numbers, modulation_BD.dtype)
-
-
-def run_block_on_tile(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, place: StreamPlace) -> Swaps[Tensor]:
-    """`run_block` for a tile's tokens."""
-    numbers = _modulate(block, modulation_BD, tokens_BLD.dtype)
-    mixed_BLD = yield from attend_on_tile(block.attn, _norm_in(block, tokens_BLD, numbers, modulation_BD.dtype), place)
-    return _finish_block(block, tokens_BLD, mixed_BLD, numbers, modulation_BD.dtype)
-
-
-def _norm_in(block: Any, stream_BLD: Tensor, numbers: Modulation, dtype: torch.dtype) -> Tensor:
-    """What attention reads."""
-    norm = block.norm1.norm if block.modulation else block.norm1
-    return (rms_norm(norm, stream_BLD) * numbers[0]).to(dtype)
-
-
-def _finish_block(block: Any, stream_BLD: Tensor, mixed_BLD: Tensor, numbers: Modulation, dtype: torch.dtype) -> Tensor:
-    """The stream after attention's result and the MLP."""
-    _, attention_gate, mlp_scale, mlp_gate = numbers
-    stream_BLD = stream_BLD + attention_gate * rms_norm(block.norm2, mixed_BLD.to(stream_BLD.dtype))
-    mlp = block.feed_forward
-    inner_BLD = gated(mlp.linear_3, mlp.linear_1, mlp.linear_2, (rms_norm(block.ffn_norm1, stream_BLD) * mlp_scale).to(dtype))
-    return stream_BLD + mlp_gate * rms_norm(block.ffn_norm2, inner_BLD.to(stream_BLD.dtype))
-
-
-def _modulate(block: Any, modulation_BD: Tensor, dtype: torch.dtype) -> Modulation:
-    """Scales and gates of attention and MLP, (B, 1, D) each in the stream's dtype; ones in a block that does not read the time."""
-    if not block.modulation:
-        return 1.0, 1.0, 1.0, 1.0
-    numbers: Tensor = block.norm1.linear(block.norm1.silu(modulation_BD)).unsqueeze(1).to(dtype)
-    attention_scale, attention_gate, mlp_scale, mlp_gate = numbers.chunk(4, dim=2)
-    return 1.0 + attention_scale, attention_gate.tanh(), 1.0 + mlp_scale, mlp_gate.tanh()
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class StreamSegment(BlockSegment):
-    """A block over `stream`; `joins`: it is the first over text and picture. A hook takes and returns "img" (or "txt" in a refiner of text)."""
-
-    stream: str
-    joins: bool = False
-
-    def _run(self, state: ProgramState) -> None:
-        if self.joins:
-            state.tensors[TOKENS] = torch.cat([state.tensors.pop(TEXT), state.tensors.pop(IMAGE)], dim=1)
-        name = "txt" if self.stream == TEXT else "img"
-        args = {name: state.tensors[self.stream], "vec": state.tensors[MODULATION], "pe": self._rope(state)}
-
-        def forward(args: Mapping[str, Any]) -> Mapping[str, Tensor]:
-            return {name: run_block(self.layers[0], args[name], args["vec"], args["pe"], self._mask(state))}
-
-        state.tensors[self.stream] = self.run_or_replace(state, args, forward)[name]
-
-    def run_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
-        """Refiners of the text run whole on every tile: its few tokens cost less than exchanges."""
-        state.options["block"] = self.key
-        if self.stream == TEXT:
-            self._run(state)
-            return
-        if self.joins:
-            text_BLD = state.options[_PLACES][TEXT].take(state.tensors.pop(TEXT), tile.rank)
-            state.tensors[TOKENS] = torch.cat([text_BLD, state.tensors.pop(IMAGE)], dim=1)
-        tokens_BLD, place = state.tensors[self.stream], state.options[_PLACES][self.stream]
-        state.tensors[self.stream] = yield from run_block_on_tile(self.layers[0], tokens_BLD, state.tensors[MODULATION], place)
-
-    def _rope(self, state: ProgramState) -> Rope:
-        cosines, sines = state.tensors[COSINES], state.tensors[SINES]
-        if self.stream == TOKENS:
-            return cosines, sines
-        length = state.tensors[self.stream].shape[1]
-        part = slice(0, length) if self.stream == TEXT else slice(-length, None)
-        return cosines[:, part], sines[:, part]
-
-    def _mask(self, state: ProgramState) -> Tensor | None:
-        """Which keys count: all of the picture's."""
-        mask = state.tensors.get(MASK)
-        if mask is None or self.stream == IMAGE:
-            return None
-        return mask if self.stream == TOKENS else mask[..., : state.tensors[TEXT].shape[1]]
+def parts_of(block: Any) -> BlockParts:
+    """A block's layers in diffusers' class."""
+    norm, mlp = block.norm1, block.feed_forward
+    return BlockParts(
+        attention=block.attn, norm_before=norm.norm if block.modulation else norm, norm_behind=block.norm2, up=mlp.linear_3, gate=mlp.linear_1,
+        down=mlp.linear_2, mlp_norm_before=block.ffn_norm1, mlp_norm_behind=block.ffn_norm2,
+        modulate=(lambda modulation_BT: norm.linear(norm.silu(modulation_BT))) if block.modulation else None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -224,7 +158,7 @@ class Lumina2Program(Program):
         }
         tensors[IMAGE] = spans_of(image).take(tensors[IMAGE], tile.rank)
         own_text = text[tile.rank].stop - text[tile.rank].start
-        state.options |= {_SIZES: (min(CELL * end, height) - CELL * start, width, own_text), _PLACES: places}
+        state.options |= {_SIZES: (min(CELL * end, height) - CELL * start, width, own_text), PLACES: places}
         return state
 
     def example_rows(self, *, latent_height: int, latent_width: int, context_length: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -242,23 +176,12 @@ class Lumina2Program(Program):
 
 def build_lumina2_program(network: Any) -> Lumina2Program:
     """Cut a Lumina2Transformer2DModel into its blocks."""
-    refiners: list[Segment] = [
-        StreamSegment(kind=kind, number=number, named_layers=((f"{kind}.{number}", block),), consumes=(stream,), produces=(stream,), stream=stream)
-        for kind, stream in ((CONTEXT, TEXT), (NOISE, IMAGE))
-        for number, block in enumerate(getattr(network, kind))
-    ]
-    layers: list[Segment] = [
-        StreamSegment(
-            kind=LAYER, number=number, named_layers=((f"layers.{number}", block),), consumes=(TOKENS,) if number else (IMAGE, TEXT),
-            produces=(TOKENS,), stream=TOKENS, joins=number == 0,
-        )
-        for number, block in enumerate(network.layers)
-    ]  # fmt: skip
+    segments = make_stream_segments(network, partial(StreamSegment, parts_of=parts_of, text_first=True))
     ends = (("norm_out", network.norm_out),)
     last = LastSegment(kind=LAST, number=0, named_layers=ends, consumes=(TOKENS,), produces=(FLOW,), network=network)
     return Lumina2Program(
         embedding=Lumina2Embedding(network),
-        segments=(*refiners, *layers, last),
+        segments=(*segments, last),
         reads=("x", "timesteps", "context", TEXT_LENGTHS),
         inputs=(IMAGE, TEXT),
         constants=(MODULATION, COSINES, SINES, MASK),

@@ -15,21 +15,9 @@ import torch
 from diffusers import ZImageControlNetModel
 from torch import Tensor, nn
 
+from backend.families.one_stream import COSINES, IMAGE, MASK, MODULATION, SINES, TEXT
 from backend.families.zimage.identify import CELL, LATENT_CHANNELS
-from backend.families.zimage.layers import (
-    COSINES,
-    IMAGE,
-    MASK,
-    MODULATION,
-    PATCH,
-    SINES,
-    TEXT,
-    ZImageEmbedding,
-    pack,
-    pad_tokens,
-    run_block,
-    start_tensors,
-)
+from backend.families.zimage.layers import PATCH, ZImageEmbedding, pack, pad_tokens, run_block, start_tensors
 from backend.nn.controlnet import repeat_rows
 from backend.nn.padded_text import TEXT_LENGTHS
 from backend.nn.stream_layers import Rope

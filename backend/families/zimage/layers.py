@@ -16,56 +16,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from backend.families.one_stream import COSINES, IMAGE, MASK, MODULATION, SINES, TEXT, BlockParts, run_parts
 from backend.families.zimage.identify import CELL
 from backend.nn.padded_text import TEXT_LENGTHS, read_lengths
 from backend.nn.program import NamedLayers
-from backend.nn.stream_layers import Rope, attend, gated, rms_norm, rotations
-from backend.nn.stream_tiles import StreamPlace, attend_on_tile
-from backend.nn.tiles import Swaps
+from backend.nn.stream_layers import Rope, rotations
 
-IMAGE, TEXT, MODULATION, COSINES, SINES, MASK = "image", "text", "modulation", "rope cosines", "rope sines", "text mask"
 PATCH = "2-1"
 MULTIPLE = 32
 """Numbers of tokens are multiples of this, in training too."""
-Modulation = tuple[Tensor | float, ...]
-"""Scale and gate of attention, scale and gate of the MLP."""
+
+
+def parts_of(block: Any) -> BlockParts:
+    """A block's layers in diffusers' class."""
+    mlp = block.feed_forward
+    return BlockParts(
+        attention=block.attention, norm_before=block.attention_norm1, norm_behind=block.attention_norm2, up=mlp.w3, gate=mlp.w1, down=mlp.w2,
+        mlp_norm_before=block.ffn_norm1, mlp_norm_behind=block.ffn_norm2, modulate=block.adaLN_modulation if block.modulation else None,
+    )  # fmt: skip
 
 
 def run_block(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
-    """The tokens after a block, which has attention, then an MLP, each between two norms. Its modulation, if any, has the network's dtype."""
-    numbers = _modulate(block, modulation_BD, tokens_BLD.dtype)
-    mixed_BLD = attend(block.attention, _norm_in(block, tokens_BLD, numbers, modulation_BD.dtype), rope, mask)
-    return _finish_block(block, tokens_BLD, mixed_BLD, numbers, modulation_BD.dtype)
-
-
-def run_block_on_tile(block: Any, tokens_BLD: Tensor, modulation_BD: Tensor, place: StreamPlace) -> Swaps[Tensor]:
-    """`run_block` for a tile's tokens."""
-    numbers = _modulate(block, modulation_BD, tokens_BLD.dtype)
-    mixed_BLD = yield from attend_on_tile(block.attention, _norm_in(block, tokens_BLD, numbers, modulation_BD.dtype), place)
-    return _finish_block(block, tokens_BLD, mixed_BLD, numbers, modulation_BD.dtype)
-
-
-def _norm_in(block: Any, stream_BLD: Tensor, numbers: Modulation, dtype: torch.dtype) -> Tensor:
-    """What attention reads."""
-    return (rms_norm(block.attention_norm1, stream_BLD) * numbers[0]).to(dtype)
-
-
-def _finish_block(block: Any, stream_BLD: Tensor, mixed_BLD: Tensor, numbers: Modulation, dtype: torch.dtype) -> Tensor:
-    """The stream after attention's result and the MLP."""
-    _, attention_gate, mlp_scale, mlp_gate = numbers
-    stream_BLD = stream_BLD + attention_gate * rms_norm(block.attention_norm2, mixed_BLD.to(stream_BLD.dtype))
-    mlp = block.feed_forward
-    inner_BLD = gated(mlp.w3, mlp.w1, mlp.w2, (rms_norm(block.ffn_norm1, stream_BLD) * mlp_scale).to(dtype))
-    return stream_BLD + mlp_gate * rms_norm(block.ffn_norm2, inner_BLD.to(stream_BLD.dtype))
-
-
-def _modulate(block: Any, modulation_BD: Tensor, dtype: torch.dtype) -> Modulation:
-    """Scales and gates of attention and MLP, (B, 1, D) each in the stream's dtype; ones in a block that does not read the time."""
-    if not block.modulation:
-        return 1.0, 1.0, 1.0, 1.0
-    numbers: Tensor = block.adaLN_modulation(modulation_BD).unsqueeze(1).to(dtype)
-    attention_scale, attention_gate, mlp_scale, mlp_gate = numbers.chunk(4, dim=2)
-    return 1.0 + attention_scale, attention_gate.tanh(), 1.0 + mlp_scale, mlp_gate.tanh()
+    """The tokens after a block. Its modulation, if any, has the network's dtype."""
+    return run_parts(parts_of(block), tokens_BLD, modulation_BD, rope, mask)
 
 
 @dataclass(frozen=True, eq=False)

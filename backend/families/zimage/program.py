@@ -16,39 +16,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from backend.families.zimage.controlnet import build_for_counting
-from backend.families.zimage.identify import CELL
-from backend.families.zimage.layers import (
+from backend.families.one_stream import (
     COSINES,
+    FLOW,
     IMAGE,
+    LAST,
     MASK,
     MODULATION,
-    PATCH,
+    PLACES,
     SINES,
     TEXT,
-    ZImageEmbedding,
-    rounded,
-    run_block,
-    run_block_on_tile,
-    start_tensors,
-    unpack,
+    TOKENS,
+    StreamSegment,
+    make_stream_segments,
 )
+from backend.families.zimage.controlnet import build_for_counting
+from backend.families.zimage.identify import CELL
+from backend.families.zimage.layers import PATCH, ZImageEmbedding, parts_of, rounded, start_tensors, unpack
 from backend.nn.block_segment import BlockSegment, residuals_from_the_first
 from backend.nn.padded_text import TEXT_LENGTHS
-from backend.nn.program import Addition, ControlLists, Program, ProgramState, Segment, TransformerOptions
-from backend.nn.stream_layers import Rope
+from backend.nn.program import Addition, ControlLists, Program, ProgramState, TransformerOptions
 from backend.nn.stream_tiles import Spans, StreamPlace, join_spans, share_out, share_rows, spans_of
 from backend.nn.tiles import Cut, Swaps, Tile, TileTraffic, residual_of_rows
 from backend.nn.transformer_controlnet import as_tokens
 
-TOKENS, FLOW = "tokens", "flow"
-CONTEXT, NOISE, LAYER, LAST = "context_refiner", "noise_refiner", "layer", "last"
 EXAMPLE_TEXT_TOKENS = 128
 """A prompt of a hundred words in its template."""
 PEAK_NUMBERS = 16
@@ -56,49 +54,11 @@ PEAK_NUMBERS = 16
 SAFETY = 1.5
 _SIZES = "zimage_sizes"
 """Key of the latents' rows and columns in the state's options, which travel with the state."""
-_PLACES = "zimage_places"
-"""Key of where each stream's tokens are, in the options of a tile's state."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class StreamSegment(BlockSegment):
-    """A block over `stream`. A replacement hook takes and returns "img" (or "txt" in a refiner of text)."""
-
-    stream: str
-
-    def _run(self, state: ProgramState) -> None:
-        name = "txt" if self.stream == TEXT else "img"
-        args = {name: state.tensors[self.stream], "vec": state.tensors[MODULATION], "pe": self._rope(state)}
-
-        def forward(args: Mapping[str, Any]) -> Mapping[str, Tensor]:
-            return {name: run_block(self.layers[0], args[name], args["vec"], args["pe"], self._mask(state))}
-
-        state.tensors[self.stream] = self.run_or_replace(state, args, forward)[name]
-
-    def run_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
-        """Refiners of the text run whole on every tile: its few tokens cost less than exchanges."""
-        state.options["block"] = self.key
-        if self.stream == TEXT:
-            self._run(state)
-        else:
-            tokens_BLD, place = state.tensors[self.stream], state.options[_PLACES][self.stream]
-            state.tensors[self.stream] = yield from run_block_on_tile(self.layers[0], tokens_BLD, state.tensors[MODULATION], place)
-        self.add_residuals(state, at_end=True)
-
-    def _rope(self, state: ProgramState) -> Rope:
-        cosines, sines = state.tensors[COSINES], state.tensors[SINES]
-        if self.stream == TOKENS:
-            return cosines, sines
-        length = state.tensors[self.stream].shape[1]
-        part = slice(0, length) if self.stream == IMAGE else slice(-length, None)
-        return cosines[:, part], sines[:, part]
-
-    def _mask(self, state: ProgramState) -> Tensor | None:
-        """Which keys count: all of the picture's."""
-        mask = state.tensors.get(MASK)
-        if mask is None or self.stream == IMAGE:
-            return None
-        return mask if self.stream == TOKENS else mask[..., -state.tensors[TEXT].shape[1] :]
+class ZImageSegment(StreamSegment):
+    """A block of Z-Image, after which ControlNets add."""
 
     def add_residuals(self, state: ProgramState, *, at_end: bool) -> None:
         """Add to the picture's tokens, which come first, or to those behind them. A residual may be longer than its rows' text: that is padding."""
@@ -116,24 +76,6 @@ class StreamSegment(BlockSegment):
         if num_after < 0 or residual.shape[-1] != hidden.shape[-1]:
             return self._add(hidden, residual)  # which says that it does not fit
         return hidden + functional.pad(residual.to(hidden), (0, 0, first, num_after))
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class JoinedSegment(StreamSegment):
-    """A block over picture and text; `joins`: it is the first one."""
-
-    joins: bool
-
-    def _run(self, state: ProgramState) -> None:
-        if self.joins:
-            state.tensors[TOKENS] = torch.cat([state.tensors.pop(IMAGE), state.tensors.pop(TEXT)], dim=1)
-        super()._run(state)
-
-    def run_tile(self, state: ProgramState, tile: Tile) -> Swaps[None]:
-        if self.joins:
-            text_BLD = state.options[_PLACES][TEXT].take(state.tensors.pop(TEXT), tile.rank)
-            state.tensors[TOKENS] = torch.cat([state.tensors.pop(IMAGE), text_BLD], dim=1)
-        yield from super().run_tile(state, tile)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -196,7 +138,7 @@ class ZImageProgram(Program):
             TEXT: spans_of(text),
         }
         tensors[IMAGE] = spans_of(image).take(tensors[IMAGE], tile.rank)
-        state.options |= {_SIZES: (min(CELL * end, height) - CELL * start, width), _PLACES: places}
+        state.options |= {_SIZES: (min(CELL * end, height) - CELL * start, width), PLACES: places}
         return state
 
     def residual_of_tile(self, residual: Tensor, cut: Cut, rank: int) -> Tensor | None:
@@ -225,25 +167,16 @@ class ZImageProgram(Program):
 
 def build_zimage_program(network: Any) -> ZImageProgram:
     """Cut a ZImageTransformer2DModel into its blocks."""
-    refiners: list[Segment] = [
-        StreamSegment(
-            kind=kind, number=number, named_layers=((f"{kind}.{number}", block),), consumes=(stream,), produces=(stream,), stream=stream
-        )
-        for kind, stream in ((CONTEXT, TEXT), (NOISE, IMAGE))
-        for number, block in enumerate(getattr(network, kind))
-    ]  # fmt: skip
-    layers: list[Segment] = [
-        JoinedSegment(
-            kind=LAYER, number=number, named_layers=((f"layers.{number}", block),), consumes=(TOKENS,) if number else (IMAGE, TEXT),
-            produces=(TOKENS,), adds=(Addition("input", number, TOKENS), Addition("output", number, TOKENS)), stream=TOKENS, joins=number == 0,
-        )
-        for number, block in enumerate(network.layers)
-    ]  # fmt: skip
+    segments = make_stream_segments(
+        network,
+        partial(ZImageSegment, parts_of=parts_of, text_first=False),
+        lambda number: (Addition("input", number, TOKENS), Addition("output", number, TOKENS)),
+    )
     ends = ((f"all_final_layer.{PATCH}", network.all_final_layer[PATCH]),)
     last = LastSegment(kind=LAST, number=0, named_layers=ends, consumes=(TOKENS,), produces=(FLOW,), network=network)
     return ZImageProgram(
         embedding=ZImageEmbedding(network),
-        segments=(*refiners, *layers, last),
+        segments=(*segments, last),
         reads=("x", "timesteps", "context", TEXT_LENGTHS),
         inputs=(IMAGE, TEXT),
         constants=(MODULATION, COSINES, SINES, MASK),
