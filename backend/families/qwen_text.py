@@ -37,6 +37,8 @@ _VL_PREFIXES = (
 )  # fmt: skip
 _VL_MARK = "deepstack_merger_list."
 """In names of the picture tower, which prompts alone do not need; it tells Qwen3-VL from a Qwen3 of the same shapes."""
+_VL_ARCHITECTURE = "qwen3vl"
+"""In GGUF files."""
 LayersRead = Callable[[int], tuple[int, ...]]
 """Number of layers -> which of them are read, counted from 1."""
 
@@ -65,15 +67,15 @@ def qwen3_vl(usual_file: str, reads: LayersRead) -> Component:
         qwen3(usual_file, reads),
         name=VL_NAME,
         title=VL_TITLE,
-        find=lambda file: find_qwen3_vl(file.infos),
+        find=find_qwen3_vl,
         build=lambda file, part: build_qwen3(file, part, reads, VL_THETA),
     )
 
 
-def find_qwen3_vl(keys: Collection[str]) -> Sequence[Part]:
-    """The first Qwen3-VL in a file: a Qwen3 beside its picture tower, or under the name of one."""
-    has_tower = any(_VL_MARK in key for key in keys)
-    prefixes = _VL_PREFIXES if has_tower else (VL_FILE_PREFIX,)
+def find_qwen3_vl(file: TensorFile) -> Sequence[Part]:
+    """The first Qwen3-VL in a file: a Qwen3 beside its picture tower, or under the name of one; a GGUF file, which has no tower, names its kind."""
+    keys, is_told = file.infos, file.metadata.get("general.architecture") == _VL_ARCHITECTURE
+    prefixes = _VL_PREFIXES if is_told or any(_VL_MARK in key for key in keys) else (VL_FILE_PREFIX,)
     return next(([Part(prefix, Layout.TRANSFORMERS, VL_NAME)] for prefix in prefixes if all(prefix + mark in keys for mark in _MARKS)), [])
 
 

@@ -14,10 +14,11 @@ from backend.checkpoint_file import CheckpointError, TensorFile
 from backend.checkpoint_layout import Layout, Part
 from backend.families.family import Component
 from backend.families.file_shapes import read_part
+from backend.families.qwen_text import read_qwen_tokenizer
 from backend.nn.qwen25_vl import QwenVlShape, QwenVlTextEncoder, VisionShape
 from backend.nn.qwen_vision import HEADS, MERGE
 from backend.state_dict import LoadPlan, build_empty, plan_as_named
-from backend.text_processing.qwen_tokenizer import VOCAB_LENGTH, build_qwen_tokenizer
+from backend.text_processing.qwen_tokenizer import VOCAB_LENGTH
 
 NAME = "qwen25_vl"
 TITLE = "Qwen2.5-VL"
@@ -46,7 +47,7 @@ def qwen25_vl(usual_file: str) -> Component:
         build=build_qwen25_vl,
         plan=plan_qwen25_vl,
         width=lambda file, part: read_shape(file, part).width,
-        make_tokenizer=build_qwen_tokenizer,
+        read_tokenizer=read_qwen_tokenizer,
         usual_file=usual_file,
     )
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from backend.checkpoint_file import CheckpointError, open_tensor_file
 from backend.families.family import Component
 from backend.families.gemma_text import gemma2
-from backend.families.qwen_text import qwen3
+from backend.families.krea2.text import every_third
+from backend.families.qwen_text import qwen3, qwen3_vl
+from backend.families.qwen_vl_text import qwen25_vl
 from backend.families.t5_text import t5xxl
 from backend.state_dict import assign_tensors
 from backend.storage.kinds import has_packed_weights
@@ -28,6 +30,7 @@ from backend.text_processing.qwen_tokenizer import byte_symbols, read_merges
 from backend.text_processing.sentencepiece_file import USER_DEFINED, read_sentencepiece, write_sentencepiece
 from backend.text_processing.t5_tokenizer import build_t5_tokenizer, read_vocabulary
 from tests.support.lumina2_networks import gemma2_encoder, pieces, spiece_model
+from tests.support.qwenimage_networks import qwen_vl
 from tests.support.t5_encoders import t5_encoder, t5_state_dict
 from tests.support.zimage_networks import qwen3_encoder, qwen_tokenizer
 
@@ -106,11 +109,11 @@ def sentencepiece_tokenizer(model: str, found: Sequence[tuple[str, float, int]])
     return add
 
 
-def qwen_vocabulary() -> tuple[list[str], list[int]]:
+def qwen_vocabulary(num_rows: int = 151_936) -> tuple[list[str], list[int]]:
     """Tokens and kinds as llama.cpp writes them: markers as control tokens, and padding up to the table's rows."""
     symbols = [*byte_symbols(), *(merge.replace(" ", "") for merge in read_merges())]
     markers = [token for token, _ in sorted(qwen_tokenizer().get_added_vocab().items(), key=lambda item: item[1])]
-    padding = [f"[PAD{number}]" for number in range(len(symbols) + len(markers), 151_936)]
+    padding = [f"[PAD{number}]" for number in range(len(symbols) + len(markers), num_rows)]
     return [*symbols, *markers, *padding], [1] * len(symbols) + [3] * len(markers) + [5] * len(padding)
 
 
@@ -128,6 +131,30 @@ def test_qwen_gives_transformers_features_and_the_published_ids(tmp_path: Path) 
     for text in TEXTS:
         assert ids_of(tokenizer, text) == ids_of(qwen_tokenizer(), text)
     assert len(tokenizer) == len(qwen_tokenizer()), "padding is no token"
+
+
+def test_qwen25_vl_without_its_tower_gives_transformers_features(tmp_path: Path) -> None:
+    """As for Qwen-Image from prompts; a file with the tower would be another one."""
+    source = qwen_vl().model.language_model
+    tokens, kinds = qwen_vocabulary(152_064)
+    tensors = {f"model.{key}": tensor for key, tensor in source.state_dict().items()}
+    path = write(tmp_path / "qwen.gguf", tensors, gguf.MODEL_ARCH.QWEN2VL, gpt2_tokenizer(tokens, read_merges(), kinds))
+    network, tokenizer = load(path, qwen25_vl("qwen_2.5_vl_7b.safetensors"))
+    ids = torch.tensor([[5, 900, 17, 1, 0, 40_000]])
+    with torch.no_grad():
+        wanted = rounded(source, source.state_dict())(input_ids=ids).last_hidden_state
+    assert has_packed_weights(network)
+    torch.testing.assert_close(network(ids), wanted, rtol=1e-4, atol=1e-4)
+    assert ids_of(tokenizer, TEXTS[2]) == ids_of(qwen_tokenizer(), TEXTS[2])
+
+
+@pytest.mark.parametrize(("arch", "is_found"), [(gguf.MODEL_ARCH.QWEN3VL, True), (gguf.MODEL_ARCH.QWEN3, False)])
+def test_qwen3_vl_is_told_by_the_kind_in_the_file(arch: gguf.MODEL_ARCH, is_found: bool, tmp_path: Path) -> None:
+    """Its shapes are Qwen3's."""
+    tensors = {f"model.{key}": tensor for key, tensor in qwen3_encoder().state_dict().items()}
+    path = write(tmp_path / "qwen.gguf", tensors, arch, lambda writer: None)
+    with open_tensor_file(path) as file:
+        assert bool(qwen3_vl("qwen3vl_4b.safetensors", every_third).find(file)) is is_found
 
 
 def test_gemma_gives_transformers_features_and_its_own_ids(tmp_path: Path) -> None:
