@@ -8,32 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from backend.checkpoint_file import TensorFile
-from backend.checkpoint_prediction import FLOW, PredictionSpec
 from backend.families.anima.identify import TITLE, identify_anima
 from backend.families.anima.key_map import anima_key_map
 from backend.families.anima.program import build_anima_program
 from backend.families.anima.text import TEXT_ENCODERS, build_text_engines, build_token_counter, encode
-from backend.families.family import Family, FoundDenoiser, PageDefaults
+from backend.families.family import Family, PageDefaults
+from backend.families.flow_family import COMPUTE_DTYPES, build_with, flow_predictor, predict_flow
 from backend.families.qwen_vae import LATENT, qwen_vae, vae_to_file
 from backend.families.single_file import VAE_PREFIX, join_parts
 from backend.key_layout import UNET_PREFIX
-from backend.modules.k_prediction import FlowPrediction
 from backend.nn.anima import AnimaTransformer
-from backend.state_dict import build_empty
 
 SHIFT = 3.0
-
-
-def _build(found: FoundDenoiser) -> nn.Module:
-    return build_empty(lambda: cast("nn.Module", AnimaTransformer(**found.config)))
-
-
-def _find_prediction(file: TensorFile, found: FoundDenoiser, network: nn.Module) -> PredictionSpec:
-    return PredictionSpec(kind=FLOW, shift=SHIFT, source="the family's rule")
 
 
 def join_anima(denoiser: nn.Module, vae: nn.Module, encoders: Sequence[nn.Module]) -> dict[str, Tensor]:
@@ -54,19 +42,19 @@ FAMILY = Family(
     line=TITLE,
     rank=36,
     identify=identify_anima,
-    build_denoiser=_build,
+    build_denoiser=build_with(AnimaTransformer),
     key_map=anima_key_map,
     build_program=build_anima_program,
     text_encoders=TEXT_ENCODERS,
     vae=qwen_vae(TITLE),
     latent=LATENT,
-    find_prediction=_find_prediction,
-    make_predictor=lambda prediction: FlowPrediction(shift=prediction.shift, multiplier=1.0, timesteps=1000),
+    find_prediction=predict_flow(SHIFT),
+    make_predictor=flow_predictor(),
     native_size_px=lambda prediction: 1024,
     build_text_engines=build_text_engines,
     encode=encode,
     join_checkpoint=join_anima,
-    compute_dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    compute_dtypes=COMPUTE_DTYPES,
     attends_jointly=True,
     build_token_counter=build_token_counter,
     default_schedule="simple",

@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
 
-from backend.checkpoint_file import TensorFile
-from backend.checkpoint_prediction import FLOW, PredictionSpec
-from backend.families.family import Family, FoundDenoiser, PageDefaults, PageVariant
+from backend.families.family import Family, PageDefaults, PageVariant
+from backend.families.flow_family import COMPUTE_DTYPES, build_with, flow_predictor, predict_flow
 from backend.families.flux import TABLE_LENGTH
 from backend.families.krea2.identify import TITLE, identify_krea2
 from backend.families.krea2.key_map import TABLE, krea2_key_map
@@ -24,21 +22,12 @@ from backend.families.qwen_text import VL_FILE_PREFIX
 from backend.families.qwen_vae import LATENT, qwen_vae, vae_to_file
 from backend.families.single_file import VAE_PREFIX, join_parts
 from backend.key_layout import UNET_PREFIX
-from backend.modules.k_prediction import FlowPrediction, mu_of_tokens, shift_from_mu
-from backend.state_dict import build_empty
+from backend.modules.k_prediction import mu_of_tokens, shift_from_mu
 
 MU = 1.15
 """Turbo's at every size, and other UIs' for both."""
 FEW_TOKENS, MANY_TOKENS = (256, 0.5), (6400, 1.15)
 """The authors' line of mu for Raw."""
-
-
-def _build(found: FoundDenoiser) -> nn.Module:
-    return build_empty(lambda: cast("nn.Module", Krea2Transformer2DModel(**found.config)))
-
-
-def _find_prediction(file: TensorFile, found: FoundDenoiser, network: nn.Module) -> PredictionSpec:
-    return PredictionSpec(kind=FLOW, shift=shift_from_mu(MU), source="the family's rule")
 
 
 def _shift_of_tokens(tokens: int, steps: int) -> float:
@@ -68,19 +57,19 @@ FAMILY = Family(
     line=TITLE,
     rank=33,
     identify=identify_krea2,
-    build_denoiser=_build,
+    build_denoiser=build_with(Krea2Transformer2DModel),
     key_map=krea2_key_map,
     build_program=build_krea2_program,
     text_encoders=TEXT_ENCODERS,
     vae=qwen_vae(TITLE),
     latent=LATENT,
-    find_prediction=_find_prediction,
-    make_predictor=lambda prediction: FlowPrediction(shift=prediction.shift, multiplier=1.0, timesteps=TABLE_LENGTH),
+    find_prediction=predict_flow(shift_from_mu(MU)),
+    make_predictor=flow_predictor(timesteps=TABLE_LENGTH),
     native_size_px=lambda prediction: 1024,
     build_text_engines=build_text_engines,
     encode=encode,
     join_checkpoint=join_krea2,
-    compute_dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    compute_dtypes=COMPUTE_DTYPES,
     attends_jointly=True,
     build_token_counter=build_token_counter,
     shift_of_tokens=_shift_of_tokens,

@@ -13,9 +13,8 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
-from backend.checkpoint_file import TensorFile
-from backend.checkpoint_prediction import FLOW, PredictionSpec
-from backend.families.family import Family, FoundDenoiser, Guidance, PageDefaults, PageVariant
+from backend.families.family import Family, Guidance, PageDefaults, PageVariant
+from backend.families.flow_family import COMPUTE_DTYPES, build_with, flow_predictor, predict_flow
 from backend.families.flux import TABLE_LENGTH
 from backend.families.key_map import KeyMap
 from backend.families.qwen_vae import LATENT, qwen_vae, vae_to_file
@@ -26,21 +25,12 @@ from backend.families.qwenimage.program import build_qwen_program
 from backend.families.qwenimage.text import EDIT_NAMES, TEXT_ENCODERS, build_text_engines, build_token_counter, encode
 from backend.families.single_file import VAE_PREFIX, join_parts
 from backend.key_layout import UNET_PREFIX
-from backend.modules.k_prediction import FlowPrediction, mu_of_tokens, shift_from_mu
-from backend.state_dict import build_empty
+from backend.modules.k_prediction import mu_of_tokens, shift_from_mu
 
 MU = 1.15
 """As other UIs have it, at every size."""
 FEW_TOKENS, MANY_TOKENS = (256, 0.5), (8192, 0.9)
 """The authors' line of mu."""
-
-
-def _build(found: FoundDenoiser) -> nn.Module:
-    return build_empty(lambda: cast("nn.Module", QwenImageTransformer2DModel(**found.config)))
-
-
-def _find_prediction(file: TensorFile, found: FoundDenoiser, network: nn.Module) -> PredictionSpec:
-    return PredictionSpec(kind=FLOW, shift=shift_from_mu(MU), source="the family's rule")
 
 
 def _shift_of_tokens(tokens: int, steps: int) -> float:
@@ -68,19 +58,19 @@ FAMILY = Family(
     line=TITLE,
     rank=37,
     identify=identify_qwenimage,
-    build_denoiser=_build,
+    build_denoiser=build_with(QwenImageTransformer2DModel),
     key_map=lambda network: KeyMap(),
     build_program=build_qwen_program,
     text_encoders=TEXT_ENCODERS,
     vae=qwen_vae(TITLE),
     latent=LATENT,
-    find_prediction=_find_prediction,
-    make_predictor=lambda prediction: FlowPrediction(shift=prediction.shift, multiplier=1.0, timesteps=TABLE_LENGTH),
+    find_prediction=predict_flow(shift_from_mu(MU)),
+    make_predictor=flow_predictor(timesteps=TABLE_LENGTH),
     native_size_px=lambda prediction: 1024,
     build_text_engines=build_text_engines,
     encode=encode,
     join_checkpoint=join_qwenimage,
-    compute_dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    compute_dtypes=COMPUTE_DTYPES,
     attends_jointly=True,
     build_token_counter=build_token_counter,
     shift_of_tokens=_shift_of_tokens,
