@@ -186,6 +186,11 @@ def test_the_bar_between_the_columns_is_dragged_and_put_back(page: Any, site: Si
     assert page.evaluate(width) == pytest.approx(before, abs=2)
 
 
+def test_prompt_to_seed_is_on_screen(page: Any, site: Site) -> None:
+    assert page.evaluate("document.querySelector('#txt2img_prompt').getBoundingClientRect().top") >= 0
+    assert page.evaluate("document.querySelector('#txt2img_seed').getBoundingClientRect().bottom") <= 900
+
+
 def test_controls_say_what_they_do(page: Any, site: Site) -> None:
     for label in ("Sampling steps", "CFG Scale", "Seed", "Batch count"):
         span = page.locator(f"#txt2img_settings span[data-testid=block-info]:text-is('{label}'), #txt2img_settings label > span:text-is('{label}')")
