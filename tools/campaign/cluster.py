@@ -381,7 +381,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = f"python -m tools.campaign.cluster {ns.what}"
     if ns.what == "faults":
         rows, is_good = run_faults(ns.jobs, ns.clients, ns.every)
-        title, command = "cluster: jobs while workers die and machines come and go", f"{command} --jobs {ns.jobs} --clients {ns.clients}"
+        title, command = (
+            "cluster: jobs while workers die and machines come and go",
+            f"{command} --jobs {ns.jobs} --clients {ns.clients} --every {ns.every:g}",
+        )
     elif ns.what == "stops":
         rows, is_good = run_stops()
         title = "cluster: a worker that hangs, a front and a head that are killed"
