@@ -1,6 +1,8 @@
 """Anima. Cosmos-Predict2's image transformer behind a conditioner for text, Qwen3-0.6B and T5's tokens, Qwen-Image's VAE.
 
 Reading order: `identify` (which files), `key_map` (names), `program` (the network in segments), `text` (prompts), and here what they make.
+
+Example: the conditioner reads T5's token numbers and Qwen3's features of the same prompt, and makes the text that the blocks attend to.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Chroma: Chroma1-HD, Chroma1-Base and their fine-tunes. Flux.1's parts with true CFG: one modulation net for all blocks, T5-XXL alone.
 
 Reading order: `identify` (which files), `key_map` (names), `program` (the network in segments), `text` (prompts), and here what they make.
+
+Example: a file has Flux.1's blocks and `distilled_guidance_layer.*`, so it is Chroma. That layer runs once per call, and every block reads its
+modulations from what it gives.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """Flux.1: dev, Krea-dev, Kontext, schnell and Fill. A transformer of double and single blocks, T5-XXL and CLIP-L, latents of 16 channels.
 
-Reading order: `identify` (which files), `key_map` (names), `program` (the network in segments), `text` (prompts), and here what they
-make.
+Reading order: `identify` (which files), `key_map` (names), `program` (the network in segments) with `vector_segments` and `tiles`, `text`
+(prompts), `controlnet_files`, and here what they make.
+
+Example: `double_blocks.0.img_attn.qkv.weight` in a file tells `identify` the width, and by `key_map` it is three matrices of ours. A picture of
+1024x1024 is 4096 tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """Flux.2-klein: 4B and 9B, distilled and base. Flux.1's blocks with shared modulations, Qwen3, and a VAE whose latents are folded and normalized.
 
-Reading order: `identify` (which files), `key_map` (names), `program` (the network in segments), `tiles`, `text` (prompts), `vae` (latents), and here
-what they make.
+Reading order: `identify` (which files), `key_map` (names), `program` (the network in segments), `tiles`, `text` (prompts), `vae` (latents), and
+here what they make.
+
+Example: a picture of 1024x1024 has latents of 32 channels and 128x128, folded to 128 channels and 64x64: 4096 tokens, as many as a reference
+picture of that size adds.
 """
 
 from __future__ import annotations

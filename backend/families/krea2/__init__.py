@@ -1,6 +1,8 @@
 """Krea 2: Raw and Turbo. A transformer with one stream and grouped attention, Qwen3-VL-4B's features of twelve layers, Qwen-Image's VAE.
 
 Reading order: `identify` (which files), `key_map` (names), `program` (the network in segments), `text` (prompts), and here what they make.
+
+Example: a prompt's tokens have the features of twelve of Qwen3-VL's layers, which the transformer's first segments fuse to one text.
 """
 
 from __future__ import annotations

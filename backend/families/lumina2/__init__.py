@@ -2,6 +2,9 @@
 
 Reading order: `identify` (which files), `key_map` (names), `program` (the network in segments), `guidance` (what CFG keeps), `text` (prompts), and
 here what they make.
+
+Example: "a cat" is put behind the published instruction. Two refiners bring text and picture to one width, and the other blocks read both as one
+sequence.
 """
 
 from __future__ import annotations

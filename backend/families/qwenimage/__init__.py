@@ -2,6 +2,9 @@
 
 Reading order: `identify` (which files), `program` (the network in segments), `guidance` (what CFG keeps), `text` (prompts and pictures), and here
 what they make. The original files have diffusers' names, so there is no key map.
+
+Example: with CFG 4, `guidance` adds four times the difference of prompt and negative prompt, and gives every token of the result the length that
+the prompt's had.
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
-"""SD3 medium and SD3.5: medium, large, large-turbo. A transformer of joint blocks, both of SDXL's CLIPs, optionally T5-XXL, latents of 16 channels.
+"""SD3 medium and SD3.5: medium, large, large-turbo. A transformer of joint blocks, both of SDXL's CLIPs, optionally T5-XXL, latents of 16
+channels.
 
-Reading order: `identify` (which files), `key_map` (names), `layers` and `program` (the network in segments), `text` (prompts), and here what they
-make.
+Reading order: `identify` (which files), `key_map` (names), `layers` and `program` (the network in segments) with `tiles`, `latent`, `text`
+(prompts), `controlnet` with `controlnet_files`, and here what they make.
+
+Example: a prompt without T5 is 77 tokens with the features of both CLIPs. Each joint block lets the picture's tokens and the text's attend to one
+another.
 """
 
 from __future__ import annotations

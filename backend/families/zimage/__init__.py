@@ -1,6 +1,9 @@
 """Z-Image and Z-Image-Turbo. A transformer with one stream after two refiners, Qwen3-4B, Flux.1's VAE.
 
-Reading order: `identify` (which files), `key_map` (names), `program` (the network in segments), `text` (prompts), and here what they make.
+Reading order: `identify` (which files), `key_map` (names), `layers` and `program` (the network in segments), `text` (prompts), `controlnet` with
+`controlnet_files`, and here what they make.
+
+Example: "a cat" is asked as a question in a chat, and its tokens are padded to a multiple of 32 with a token that the network has learned.
 """
 
 from __future__ import annotations
