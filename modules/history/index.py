@@ -76,7 +76,8 @@ def match_expression(text: str) -> str:
 
     Words in quotation marks stay together. Nothing that is typed can be an operator.
     """
-    wanted, unwanted = [], []
+    wanted: list[str] = []
+    unwanted: list[str] = []
     for minus, phrase, word in re.findall(r'(-?)(?:"([^"]*)"|(\S+))', text[:MAX_QUERY_CHARACTERS])[:MAX_WORDS]:
         parts = re.findall(r"\w+", (phrase or word).replace("_", " "))
         if parts:
@@ -87,7 +88,7 @@ def match_expression(text: str) -> str:
 
 
 class HistoryIndex:
-    """The table in `file`. A file that is damaged or of another version is made anew; stars are lost then. Thread-safe."""
+    """The table in `file`. A file that is damaged or of another version is rebuilt; stars are lost then. Thread-safe."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

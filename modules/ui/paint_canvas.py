@@ -40,8 +40,8 @@ class PaintCanvas(gr.Textbox, metaclass=_ComponentMetaWithoutStub):
         super().__init__(*args, **kwargs)
         self.loaded: gr.Button | None = None
 
-    def preprocess(self, payload: str | None) -> dict[str, Any] | None:
-        """Raises: gr.Error for a value that the page's script does not make."""
+    def preprocess(self, payload: str | None) -> Any:  # a text box's is a str
+        """{"background", "layers", "composite"} as an image editor has it, or None. Raises: gr.Error for a value not of the page's script."""
         if not payload:
             return None
         try:

@@ -366,7 +366,7 @@ def licenses_html() -> str:
     rows = []
     for found in sorted(importlib.metadata.distributions(), key=lambda one: str(one.metadata["Name"]).lower()):
         facts = found.metadata
-        declared = facts.get("License-Expression") or facts.get("License") or ""
+        declared = next((facts[key] for key in ("License-Expression", "License") if key in facts), "")
         classified = [line.rpartition("::")[2].strip() for line in facts.get_all("Classifier") or [] if line.startswith("License")]
         license_text = declared if declared and len(declared) < MAX_LICENSE_NAME else ", ".join(classified)
         title = f"{facts['Name']} {found.version}"
