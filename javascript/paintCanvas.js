@@ -307,7 +307,7 @@ class PaintCanvas {
         this.touch(Math.min(from.x, to.x) - reach, Math.min(from.y, to.y) - reach, Math.max(from.x, to.x) + reach, Math.max(from.y, to.y) + reach);
     }
 
-    /** Show the paint of this part anew, and remember that the stroke has changed it. */
+    /** Redraw the paint of this part, and remember that the stroke has changed it. */
     touch(left, top, right, bottom) {
         const [x, y] = [Math.max(0, Math.floor(left)), Math.max(0, Math.floor(top))];
         const [endX, endY] = [Math.min(this.layer.width, Math.ceil(right)), Math.min(this.layer.height, Math.ceil(bottom))];

@@ -233,7 +233,7 @@ function pasteSize(event) {
 }
 
 function setupResolutionPasting() {
-    document.addEventListener("paste", pasteSize); // as a whole: the framework makes the fields anew when their bounds change
+    document.addEventListener("paste", pasteSize); // as a whole: the framework rebuilds the fields when their bounds change
 }
 
 setupResolutionPasting();

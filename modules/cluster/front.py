@@ -249,7 +249,7 @@ def work_of(p: StableDiffusionProcessing) -> float:
 
 
 def units_of(p: StableDiffusionProcessing) -> int:
-    """Into how many equal parts a request could be taken apart: its batches, else the pictures of its only batch.
+    """Into how many equal parts a request could be split: its batches, else the pictures of its only batch.
 
     One if its initial pictures or prompts belong to places in a batch.
     """

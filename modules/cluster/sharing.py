@@ -34,7 +34,7 @@ def share_pictures(*, batch_size: int, num_batches: int, speeds: Sequence[float]
     """
     if not speeds:
         raise ValueError("pictures cannot be shared by no workers")
-    unit = batch_size if num_batches > 1 else 1  # a single batch has to be taken apart
+    unit = batch_size if num_batches > 1 else 1  # a single batch has to be split
     counts = share_units(num_batches if num_batches > 1 else batch_size, speeds)
     pieces: list[Piece | None] = []
     first = 0

@@ -109,7 +109,7 @@ class HistoryIndex:
         try:
             return self._prepared()
         except sqlite3.DatabaseError as error:
-            log.warning("%s is damaged (%s); the list of pictures is made anew.", self.file, error)
+            log.warning("%s is damaged (%s); the list of pictures is rebuilt.", self.file, error)
             broken = self.file.with_suffix(".damaged")
             self.file.replace(broken)
             return self._prepared()

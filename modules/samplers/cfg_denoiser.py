@@ -128,7 +128,7 @@ class CFGDenoiser(torch.nn.Module):
 
     def _denoise(self, x: Tensor, sigma: Tensor, cond: Any, uncond: Any, scale: float, image_cond: Tensor | None) -> Tensor:
         is_listened_to = script_callbacks.is_listened_to("cfg_denoiser")
-        composition, cond_rows, uncond_rows = self._prompts_of_step(cond, uncond, x.device, anew=is_listened_to)
+        composition, cond_rows, uncond_rows = self._prompts_of_step(cond, uncond, x.device, fresh=is_listened_to)
         asked = CFGDenoiserParams(x, image_cond, sigma, self.step, self.total_steps, cond_rows, uncond_rows, self)
         if is_listened_to:
             asked.sampling_step, asked.total_sampling_steps = self.p.context.state.sampling_step, self.p.context.state.sampling_steps
@@ -157,12 +157,12 @@ class CFGDenoiser(torch.nn.Module):
         devices.test_layers_for_nans(self.sampler.unet.model, denoised_BCHW, guide)
         return denoised_BCHW
 
-    def _prompts_of_step(self, cond: Any, uncond: Any, device: torch.device, *, anew: bool) -> tuple[Any, Any, Any]:
+    def _prompts_of_step(self, cond: Any, uncond: Any, device: torch.device, *, fresh: bool) -> tuple[Any, Any, Any]:
         """(composition, rows of the prompts, rows of the negative prompts) of this step: the last step's as long as the same parts of the prompts
-        apply, and new tensors with `anew`, because a listener may change them in place."""
+        apply, and new tensors with `fresh`, because a listener may change them in place."""
         in_force = conditions_in_force(cond, uncond, self.step)
         choose = partial(self._choose_prompts, cond, uncond, device)
-        return choose() if anew else self._memory.find("prompts", (cond, uncond, *in_force), (), choose)
+        return choose() if fresh else self._memory.find("prompts", (cond, uncond, *in_force), (), choose)
 
     def _choose_prompts(self, cond: Any, uncond: Any, device: torch.device) -> tuple[Any, Any, Any]:
         """(composition, rows of the prompts, rows of the negative prompts) of this step. New tensors, which a full device may have no room for."""

@@ -146,7 +146,7 @@ class HistoryRoutes:
 
 def add_routes(app: Application, fastapi_app: FastAPI) -> HistoryBrowser:
     """Add the routes to the server. The application closes the browser."""
-    if app.history is None:  # there is one already when the page is built anew
+    if app.history is None:  # there is one already when the page is rebuilt
         app.history = HistoryBrowser(app.config.outputs_dir, app.config.data_dir)
         app.closers.append(app.history.close)
     browser: HistoryBrowser = app.history

@@ -105,7 +105,7 @@ class Executor:
         return self._gather(batches, call.device)
 
     def _deal(self, call: NetworkCall, run_number: int) -> list[tuple[Route, int, int]]:
-        """The rows for each route: dealt anew in the first runs, while speeds are being measured, and from time to time later."""
+        """The rows for each route: dealt again in the first runs, while speeds are being measured, and from time to time later."""
         num_rows = call.num_rows
         dealt_at, dealt = self._dealt.get(num_rows, (-1, []))
         if dealt_at < 0 or run_number < DEAL_ALWAYS or run_number >= dealt_at + DEAL_EVERY:

@@ -99,7 +99,7 @@ def test_no_step_reads_from_the_device_or_uploads_a_list(tmp_path: Path) -> None
 def test_no_step_on_two_slots_reads_from_them(tmp_path: Path, strategy: str) -> None:
     with virtual_fleet(2), narrow_application(tmp_path, "sd15", is_shallow=True) as (app, _):
         app.options.set("multi_gpu_strategy", strategy)
-        run(txt2img(**SMALL, batch_size=2, steps=5))  # its measured times may cut the network anew, which moves weights
+        run(txt2img(**SMALL, batch_size=2, steps=5))  # its measured times may cut the network again, which moves weights
         with refusing_reads():
             run(txt2img(**SMALL, batch_size=2, steps=5))
 
