@@ -76,6 +76,7 @@ class FakeFleet:
     def __init__(self) -> None:
         self.mode, self.bytes, self.speeds = FakeTensorMode(allow_non_fake_inputs=True), DeviceBytes(), SpeedBook()
         self.transport = DeviceTransport({})
+        self.recorder = None
         self._submitted, self._all_started, self._num_rows = 0, threading.Event(), 0
         self._workers: dict[int, _FakeWorker] = {}
         self._turn = threading.RLock()
@@ -141,7 +142,7 @@ class _FakeWorker:
             task, future = entry
             try:
                 future.set_result(self._fleet.run(task))
-            except RuntimeError as error:
+            except BaseException as error:  # an end of this thread would leave the caller waiting
                 future.set_exception(error)
             del entry, task, future
 

@@ -116,9 +116,9 @@ class Guidance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PageVariant:
-    """Models of the family that only their files' names tell, with other values. `names`: a regular expression, searched in the lower-case name."""
+    """Models of the family that only their files' names tell, with other values. `names`: searched in the lower-case name."""
 
-    names: str
+    names: re.Pattern[str]
     steps: int
     cfg: float
 
@@ -139,7 +139,7 @@ class PageDefaults:
 
     def for_name(self, stem: str) -> PageDefaults:
         """The values for a file of this name, itself if it is of the usual kind."""
-        found = next((variant for variant in self.variants if re.search(variant.names, stem.lower())), None)
+        found = next((variant for variant in self.variants if variant.names.search(stem.lower())), None)
         return self if found is None else replace(self, steps=found.steps, cfg=found.cfg)
 
 

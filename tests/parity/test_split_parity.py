@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(request: pytest.FixtureRequest, folder: Path) -> dict[str, list[np.ndarray]]:
     """Pictures of the jobs that this run compares, from one slot that runs every row alone; hires also with the VAE on one slot."""
     params = [item.callspec.params for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
-    wanted = {"txt2img", "AND", *(one["job"] for one in params if one.get("job") in JOBS)}
+    wanted = {"txt2img", "AND", *(one["job"] for one in params if isinstance(one.get("job"), str) and one["job"] in JOBS)}
     with pytest.MonkeyPatch.context() as patch, configured_slots("cpu"), narrow_application(folder / "one", "sd15") as (app, _):
         patch.setattr(sampling_function, "_pick_batch", lambda model, units, device: [units[-1]])
         patch.setattr(sampling_function, "_call_model", _each_row_alone(sampling_function._call_model))

@@ -22,6 +22,8 @@ COLOR = (17, 201, 93)
 SIDE_PX = 24
 CHANGING = ("outputs", "log", "logs", "cache", "params.txt", "config.json", "styles.csv", "styles.csv.bak", "ui-config.json")
 """What a server writes below its data folder. Everything else there must be unchanged at the end."""
+INDEX = "history.sqlite3"
+"""Begins the names of the history's files, which it writes too."""
 
 
 @dataclass(kw_only=True)
@@ -47,7 +49,7 @@ class Bait:
         return [str(path) for path in found if path not in self.files and self.leaks_in(path.read_bytes())]
 
     def _digests(self) -> dict[str, str]:
-        roots = [self.folder, *(path for path in self.data_dir.iterdir() if path.name not in CHANGING)]
+        roots = [self.folder, *(path for path in self.data_dir.iterdir() if path.name not in CHANGING and not path.name.startswith(INDEX))]
         files = [path for root in roots for path in ([root] if root.is_file() else root.rglob("*")) if path.is_file()]
         return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

@@ -190,7 +190,7 @@ def report_lines(findings: list[Finding], rows: list[tuple[str, int]], seconds: 
 def main() -> int:
     """Returns 0 if nothing was found."""
     began_s = time.perf_counter()
-    with tempfile.TemporaryDirectory() as root, running_server(Path(root), share=True, api_server_stop=True) as server:
+    with tempfile.TemporaryDirectory() as root, running_server(Path(root), share=True, disable_extension_access=True, api_server_stop=True) as server:
         findings, rows = attack(server)
     lines = report_lines(findings, rows, time.perf_counter() - began_s)
     REPORT.write_text("\n".join(lines), encoding="utf-8")

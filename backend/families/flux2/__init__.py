@@ -9,6 +9,7 @@ picture of that size adds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -76,7 +77,7 @@ FAMILY = Family(
     default_schedule="simple",
     defaults=PageDefaults(
         preset="klein",
-        variants=(PageVariant(names="base", steps=20, cfg=5.0),),
+        variants=(PageVariant(names=re.compile(r"base"), steps=20, cfg=5.0),),
         sampler="Euler",
         schedule="Simple",
         steps=4,

@@ -7,6 +7,7 @@ Example: a prompt's tokens have the features of twelve of Qwen3-VL's layers, whi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -78,7 +79,7 @@ FAMILY = Family(
     default_schedule="simple",
     defaults=PageDefaults(
         preset="krea",
-        variants=(PageVariant(names="raw", steps=28, cfg=5.5),),
+        variants=(PageVariant(names=re.compile(r"raw"), steps=28, cfg=5.5),),
         sampler="Euler",
         schedule="Simple",
         steps=8,

@@ -9,6 +9,7 @@ the prompt's had.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -82,7 +83,7 @@ FAMILY = Family(
     reads_pictures=True,
     defaults=PageDefaults(
         preset="qwen",
-        variants=(PageVariant(names="lightning", steps=8, cfg=1.0),),
+        variants=(PageVariant(names=re.compile(r"lightning"), steps=8, cfg=1.0),),
         sampler="Euler",
         schedule="Simple",
         steps=50,

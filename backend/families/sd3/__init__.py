@@ -10,6 +10,7 @@ another.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -79,7 +80,7 @@ FAMILY = Family(
     default_schedule="simple",
     defaults=PageDefaults(
         preset="sd3",
-        variants=(PageVariant(names="turbo", steps=4, cfg=1.0), PageVariant(names="medium", steps=20, cfg=5.0)),
+        variants=(PageVariant(names=re.compile(r"turbo"), steps=4, cfg=1.0), PageVariant(names=re.compile(r"medium"), steps=20, cfg=5.0)),
         sampler="Euler",
         schedule="SGM Uniform",
         steps=20,

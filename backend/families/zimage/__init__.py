@@ -8,6 +8,7 @@ Example: "a cat" is asked as a question in a chat, and its tokens are padded to 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from backend.families.zimage.text import TEXT_ENCODERS, build_text_engines, buil
 from backend.nn.zimage import ZImageTransformer
 
 SHIFT = 3.0
-BASE_NAMES = r"base|^z[-_ ]?image([-_ .](bf16|fp16|fp8|q\d|int8).*)?$"
+BASE_NAMES = re.compile(r"base|^z[-_ ]?image(?:$|[-_ .](?:bf16|fp16|fp8|q\d|int8))")
 """Of files that are not Turbo: fine-tunes whose names say nothing are Turbo's."""
 
 

@@ -17,7 +17,7 @@ from tools.campaign.security_sweep import RouteSweep
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     # as with --share: not everyone who reaches the page is its owner
-    with running_server(tmp_path_factory.mktemp("sweep"), share=True, api_server_stop=True) as server:
+    with running_server(tmp_path_factory.mktemp("sweep"), share=True, disable_extension_access=True, api_server_stop=True) as server:
         yield server
 
 
