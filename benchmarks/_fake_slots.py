@@ -142,7 +142,7 @@ class _FakeWorker:
             task, future = entry
             try:
                 future.set_result(self._fleet.run(task))
-            except BaseException as error:  # an end of this thread would leave the caller waiting
+            except (RuntimeError, AttributeError, TypeError, AssertionError) as error:  # an end of this thread would leave the caller waiting
                 future.set_exception(error)
             del entry, task, future
 
