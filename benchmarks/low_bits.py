@@ -98,7 +98,7 @@ def _make_variants() -> Mapping[str, Variant]:
     packed = quantize_as("q8_0", exact)
     assert packed is not None
     patch = LoraPatch(up=torch.randn(SHAPE[0], RANK) * 0.01, down=torch.randn(RANK, SHAPE[1]) * 0.01)
-    variants["GGUF Q8_0, LoRA beside"] = partial(_switch, nn.Sequential(_make_layer(packed)), patch, x)
+    variants["GGUF Q8_0, side-branch LoRA"] = partial(_switch, nn.Sequential(_make_layer(packed)), patch, x)
     return variants
 
 

@@ -25,6 +25,7 @@ from modules.api.waiting import current_request, wait_for_job
 from modules.errors import RequestError
 from modules.http_edge.passwords import basic_credentials
 from modules.processing import StableDiffusionProcessingImg2Img, StableDiffusionProcessingTxt2Img, process_images
+from modules.processing.chosen_script import process_with_scripts
 
 if TYPE_CHECKING:
     from modules.application import Application
@@ -161,12 +162,7 @@ class GenerationRoutes:
     # The job and its result
 
     def _run(self, p: Any) -> Any:
-        selected = p.selected_script
-        if selected is not None:
-            processed = p.scripts.run(p, *p.script_args)
-            if processed is not None:
-                return processed
-        return self.process(p)
+        return process_with_scripts(p, self.process)
 
     def _answer(self, p: Any, body: models.GenerationRequest, parameters: dict[str, Any], processed: Any) -> dict[str, Any]:
         options = p.options

@@ -629,6 +629,9 @@ class _Planner:
             return "there is one slot"
         if wanted == "replicas" and self._job.num_rows == 1:
             return "there is one row a step"
+        fastest, second = sorted(self._slots, key=lambda slot: -slot.speed)[:2]
+        if wanted == "replicas" and 0 in deal_by_speed(self._job.num_rows, [fastest.speed, second.speed]):
+            return f"slot {fastest.index} is so much faster than the others that it gets all {self._job.num_rows} rows"
         if wanted == "hybrid" and len(self._slots) < 3:
             return "there are two slots"
         if wanted == "tiles" and (reason := self._why_no_tiles()) is not None:

@@ -103,3 +103,5 @@ def test_a_server_with_scripts_lists_and_runs_them(server: Server) -> None:
     server.txt2img(script_name="plot", script_args=["x"], steps=1)
     assert runner.ran == [(1, "x", "b", 1, 2, None, "fill", 0.5, -1)]
     assert server.last_request.script_args[0] == 1
+    folder = server.app.options.outdir_grids or server.app.options.outdir_txt2img_grids
+    assert server.last_request.outpath_grids == folder, "where a script saves a grid of its own"

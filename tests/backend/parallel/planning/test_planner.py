@@ -251,6 +251,12 @@ def test_what_cannot_be_forced_says_why(sizes: tuple[float, ...], strategy: str,
     assert words in plan.reason
 
 
+def test_replicas_whose_rows_all_go_to_one_slot_say_so() -> None:
+    plan = plan_for(slots_of(24, 24, speeds=(1.0, 5.0)), "replicas", branches=2)
+    assert plan.strategy == "single"
+    assert "replicas was requested but slot 1 is so much faster than the others that it gets all 2 rows" in plan.reason
+
+
 def test_no_slots_are_refused() -> None:
     with pytest.raises(ValueError, match="over no slots"):
         make_plan(NETWORK, [], (), JobShape())
