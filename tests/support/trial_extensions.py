@@ -167,7 +167,7 @@ KINDS: dict[str, Kind] = {
         files=patching(
             """
             with using_forge_operations(manual_cast_enabled=True):
-                self.net = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1))
+                self.net = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1, bias=False))  # a bias starts at random
             torch.nn.init.constant_(self.net[0].weight, 0.1)
             patcher = unet.add_extra_torch_module_during_sampling(self.net)
             unet.set_model_sampler_post_cfg_function(lambda args: args["denoised"] + self.net(args["denoised"].to(torch.float32)).detach())
