@@ -5,7 +5,7 @@ A family's test gives a `TinyFamily` and calls these checks; only what is its ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from backend.checkpoint_layout import Layout, Part
 from backend.families.family import Family, FoundDenoiser
 from backend.modules.k_model import KModel
 from backend.modules.k_prediction import FlowPrediction
+from backend.nn.padded_text import TEXT_LENGTHS
 from backend.parallel.placing.fleet import Fleet
 from backend.parallel.running.session import SamplingRequest, begin_session, end_session
 from backend.patcher.lora_files import match_lora, parse_lora
@@ -29,6 +30,18 @@ from tests.support.fleets import virtual_fleet
 CPU = torch.device("cpu")
 RANK, ALPHA, STRENGTH = 4, 2.0, 0.75
 ATOL = 2e-5
+
+
+def padded_text_inputs(lengths: Sequence[int], width: int, **more: tuple[int, ...]) -> dict[str, Tensor]:
+    """Inputs of two rows of 8x6 latents whose texts have these lengths, `width` numbers per token; `more`: the shapes of further random tensors."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "x": torch.randn(2, 16, 8, 6, generator=generator),
+        "t": torch.tensor([0.75, 0.75]),
+        "c_crossattn": torch.randn(2, max(lengths), width, generator=generator),
+        TEXT_LENGTHS: torch.tensor(lengths),
+        **{name: torch.randn(shape, generator=generator) for name, shape in more.items()},
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

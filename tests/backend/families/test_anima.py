@@ -27,6 +27,7 @@ from tests.support.tiny_families import (
     check_lora_spelling,
     check_slots,
     identify,
+    padded_text_inputs,
 )
 
 LENGTHS, SECOND = [9, 5], [7, 12]
@@ -34,15 +35,8 @@ LENGTHS, SECOND = [9, 5], [7, 12]
 
 
 def make_inputs() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return {
-        "x": torch.randn(2, 16, 8, 6, generator=generator),
-        "t": torch.tensor([0.75, 0.75]),
-        "c_crossattn": torch.randn(2, max(LENGTHS), SOURCE_WIDTH, generator=generator),
-        TEXT_LENGTHS: torch.tensor(LENGTHS),
-        SECOND_IDS: torch.randint(0, 32128, (2, LEAST_TEXT), generator=generator),
-        SECOND_LENGTHS: torch.tensor(SECOND),
-    }
+    ids = torch.randint(0, 32128, (2, LEAST_TEXT), generator=torch.Generator().manual_seed(5))
+    return {**padded_text_inputs(LENGTHS, SOURCE_WIDTH), SECOND_IDS: ids, SECOND_LENGTHS: torch.tensor(SECOND)}
 
 
 ANIMA = TinyFamily(family=FAMILY, config=CONFIG, make=make_anima, original=original_tensors, inputs=make_inputs)

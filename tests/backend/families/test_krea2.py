@@ -28,6 +28,7 @@ from tests.support.tiny_families import (
     check_lora_spelling,
     check_slots,
     identify,
+    padded_text_inputs,
 )
 
 LENGTHS = [9, 5]
@@ -35,13 +36,7 @@ LENGTHS = [9, 5]
 
 
 def make_inputs() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return {
-        "x": torch.randn(2, 16, 8, 6, generator=generator),
-        "t": torch.tensor([0.75, 0.75]),
-        "c_crossattn": torch.randn(2, max(LENGTHS), len(TAPS) * TEXT_WIDTH, generator=generator),
-        TEXT_LENGTHS: torch.tensor(LENGTHS),
-    }
+    return padded_text_inputs(LENGTHS, len(TAPS) * TEXT_WIDTH)
 
 
 KREA2 = TinyFamily(family=FAMILY, config=CONFIG, make=make_krea2, original=original_tensors, inputs=make_inputs)

@@ -47,19 +47,14 @@ from tests.support.tiny_families import (
     check_lora_spelling,
     check_slots,
     identify,
+    padded_text_inputs,
 )
 
 LENGTHS = [12, 5]
 
 
 def make_inputs() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return {
-        "x": torch.randn(2, 16, 8, 6, generator=generator),
-        "t": torch.tensor([0.75, 0.75]),
-        "c_crossattn": torch.randn(2, max(LENGTHS), TEXT_WIDTH, generator=generator),
-        TEXT_LENGTHS: torch.tensor(LENGTHS),
-    }
+    return padded_text_inputs(LENGTHS, TEXT_WIDTH)
 
 
 LUMINA = TinyFamily(family=FAMILY, config=CONFIG, make=make_lumina2, original=original_tensors, inputs=make_inputs)

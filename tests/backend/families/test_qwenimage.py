@@ -47,6 +47,7 @@ from tests.support.tiny_families import (
     check_lora_spelling,
     check_slots,
     identify,
+    padded_text_inputs,
 )
 
 LENGTHS = [9, 5]
@@ -54,14 +55,7 @@ LENGTHS = [9, 5]
 
 
 def make_inputs() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return {
-        "x": torch.randn(2, 16, 8, 6, generator=generator),
-        "t": torch.tensor([0.75, 0.75]),
-        "c_crossattn": torch.randn(2, max(LENGTHS), TEXT_WIDTH, generator=generator),
-        TEXT_LENGTHS: torch.tensor(LENGTHS),
-        "reference_1": torch.randn(2, 16, 4, 8, generator=generator),
-    }
+    return padded_text_inputs(LENGTHS, TEXT_WIDTH, reference_1=(2, 16, 4, 8))
 
 
 QWEN = TinyFamily(family=FAMILY, config=CONFIG, make=make_qwenimage, original=original_tensors, inputs=make_inputs)
