@@ -19,7 +19,7 @@ from backend.devices.virtual_gpu import Faults
 from backend.memory import current
 from backend.memory.current import current_store
 from backend.memory.errors import OutOfMemory
-from backend.sampling import registry
+from backend.sampling import registry, samplers_one_step
 from modules.application import Application
 from modules.jobs.live_preview import PreviewMaker
 from modules.samplers import schedules
@@ -102,10 +102,27 @@ def assert_next_job_works(app: Application, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("place", [0.02, 0.3, 0.5, 0.98])
 def test_a_shortage_anywhere_in_a_job_changes_no_picture(app: Application, undisturbed: np.ndarray, work: tuple[int, int], place: float) -> None:
-    """In the prompt, in two steps and in the VAE. A step that runs conditions one by one rounds like a batch of one: at most one gray level."""
+    """In the prompt, in two steps' networks and in the VAE. A step that runs conditions one by one rounds like a batch of one: at most one gray level."""
     prepare(app)
     virtual_gpu.get_device(0).set_faults(Faults(out_of_memory_at=frozenset({int(place * work[0])})))
     assert np.abs(pixels(run(txt2img()).images[0]) - undisturbed).max() <= 1
+    assert_next_job_works(app, undisturbed)
+
+
+def test_a_shortage_in_a_samplers_own_arithmetic_fails_the_job_with_the_table(
+    app: Application, undisturbed: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step cannot be made again once its sampler has begun to change the latents. These are its few kilobytes; networks need far more."""
+    prepare(app)
+    plain = samplers_one_step.derivative
+
+    def short(*args: Any) -> Any:
+        virtual_gpu.get_device(0).set_faults(Faults(out_of_memory_at=frozenset({1})))
+        return plain(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(OutOfMemory, match=r"vgpu:0 ran out of memory during making the picture"):
+        patched.setattr(samplers_one_step, "derivative", short)
+        submit(app, txt2img()).wait(timeout_s=300)
     assert_next_job_works(app, undisturbed)
 
 
