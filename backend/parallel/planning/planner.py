@@ -624,14 +624,18 @@ class _Planner:
             return f"its {traffic.length} rows are too few for two tiles of at least {traffic.unit}"
         return None
 
+    def _slot_of_all_rows(self) -> int | None:
+        """The slot that gets all rows even if only the second fastest shares them with it; None if there is none."""
+        fastest, second = sorted(self._slots, key=lambda slot: -slot.speed)[:2]
+        return fastest.index if 0 in deal_by_speed(self._job.num_rows, [fastest.speed, second.speed]) else None
+
     def _why_not(self, wanted: str) -> str:
         if wanted != "single" and len(self._slots) == 1:
             return "there is one slot"
         if wanted == "replicas" and self._job.num_rows == 1:
             return "there is one row a step"
-        fastest, second = sorted(self._slots, key=lambda slot: -slot.speed)[:2]
-        if wanted == "replicas" and 0 in deal_by_speed(self._job.num_rows, [fastest.speed, second.speed]):
-            return f"slot {fastest.index} is so much faster than the others that it gets all {self._job.num_rows} rows"
+        if wanted == "replicas" and (fastest := self._slot_of_all_rows()) is not None:
+            return f"slot {fastest} is so much faster than the others that it gets all {self._job.num_rows} rows"
         if wanted == "hybrid" and len(self._slots) < 3:
             return "there are two slots"
         if wanted == "tiles" and (reason := self._why_no_tiles()) is not None:

@@ -102,7 +102,7 @@ def assert_next_job_works(app: Application, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("place", [0.02, 0.3, 0.5, 0.98])
 def test_a_shortage_anywhere_in_a_job_changes_no_picture(app: Application, undisturbed: np.ndarray, work: tuple[int, int], place: float) -> None:
-    """In the prompt, in two steps' networks and in the VAE. A step that runs conditions one by one rounds like a batch of one: at most one gray level."""
+    """In the prompt, in two steps' networks and in the VAE. A step that runs conditions one by one rounds like one row: at most one gray level."""
     prepare(app)
     virtual_gpu.get_device(0).set_faults(Faults(out_of_memory_at=frozenset({int(place * work[0])})))
     assert np.abs(pixels(run(txt2img()).images[0]) - undisturbed).max() <= 1

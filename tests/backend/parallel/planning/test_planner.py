@@ -242,6 +242,7 @@ def test_forced_strategies_are_honoured() -> None:
         ((24, 24), "replicas", 1, "single", "replicas was requested but there is one row a step"),
         ((6, 6), "replicas", 2, "layers", "replicas was requested but does not fit"),
         ((6, 6), "single", 2, "layers", "single was requested but does not fit"),
+        ((2,), "single", 2, "single", "single was requested but does not fit"),
         ((2, 2), "layers", 2, "single", "layers was requested but does not fit"),
     ],
 )
