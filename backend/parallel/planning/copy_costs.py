@@ -10,13 +10,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations_with_replacement, product
-from typing import TYPE_CHECKING
 
+from backend.parallel.planning.candidate import JobShape
 from backend.parallel.planning.costs import ComponentCost, ModelProfile
 from backend.parallel.planning.slot_facts import LinkTable, SlotFacts
-
-if TYPE_CHECKING:
-    from backend.parallel.planning.planner import JobShape
 
 SharedControls = Mapping[str, SlotFacts]
 """ControlNets that run on one slot for all copies, with that slot. The others are copied with every copy of the network."""

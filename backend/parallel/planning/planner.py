@@ -6,22 +6,23 @@ Measured speeds enter through the facts: the caller keeps a smoothed speed per s
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, combinations
 from typing import Literal
 
 from backend.memory.budget import DEFAULT_INFERENCE_BYTES, partial_load_budget_bytes, reserve_bytes
 from backend.nn.tiles import CannotTile
+from backend.parallel.planning.candidate import LEAST_GAIN, Candidate, JobShape, deal_by_speed
 from backend.parallel.planning.copy_costs import CopyCosts, SharedControls
-from backend.parallel.planning.costs import ComponentCost, ModelProfile, merge_pieces
-from backend.parallel.planning.cut_costs import MOST_IMBALANCE, PartitionJob
+from backend.parallel.planning.costs import ModelProfile, merge_pieces
+from backend.parallel.planning.cut_costs import PartitionJob
 from backend.parallel.planning.cut_search import MOST_NESTED
 from backend.parallel.planning.partition import partition
 from backend.parallel.planning.pipeline import StepRows
-from backend.parallel.planning.plan import HasStrategy, Plan, ReplicaPlan, Strategy, StreamedWeights, TileTeam
+from backend.parallel.planning.plan import Plan, ReplicaPlan, Strategy, StreamedWeights
+from backend.parallel.planning.plan_reasons import PlanReasons
 from backend.parallel.planning.slot_facts import Link as Link
 from backend.parallel.planning.slot_facts import LinkTable
 from backend.parallel.planning.slot_facts import SlotFacts as SlotFacts
@@ -29,105 +30,12 @@ from backend.parallel.planning.tile_costs import Team, TileCosts
 
 WantedStrategy = Literal["auto", "single", "replicas", "tiles", "layers", "hybrid"]
 
-LEAST_GAIN = 1.05
-"""A plan over several slots is used only if it is predicted to be this much faster than one slot."""
 SAME_TIME = 0.01
 _ALL_SUBSETS_UP_TO = 6
 _ALL_GROUPINGS_UP_TO = 4
 _SPEED_STEP = 1.03
 _BYTES_STEP = 2**26
 """Searching cuts over more than two slots takes seconds. Rounding speeds to 3 % and bytes to 64 MiB lets the cache find an earlier search."""
-_GB = 1e9
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobShape:
-    """What a sampling run asks for.
-
-    `branches` per image: 2 with CFG, 1 without. `may_use_lanes`: each image may have its own sampler loop. `components` are networks whose slot
-    the planner chooses; a network that is already placed is part of its slot's `fixed_bytes` instead. A ControlNet among them (`runs_per_row`)
-    is copied with every whole copy or runs on one slot for all of them, whichever is faster. If a copy is cut, the ControlNet runs on
-    `control_slot`, or on the best slot if that is None.
-    `rows_per_forward`: rows that a whole copy takes at once; a stage takes one. Cuts respect `max_crossing_bytes` per step if the other rules
-    allow it. `why_no_tiles`: why rows of this run cannot be cut into tiles; None if they can. `exact_share`: share of the steps in which tiles wait
-    for what they send each other; in the others they use what was sent in the step before.
-    """
-
-    images: int = 1
-    branches: int = 2
-    steps: int = 20
-    may_use_lanes: bool = True
-    components: tuple[ComponentCost, ...] = ()
-    rows_per_forward: int = 2
-    max_crossing_bytes: int | None = None
-    control_slot: int | None = None
-    is_async: bool = True
-    why_no_tiles: str | None = None
-    exact_share: float = 1.0
-
-    @property
-    def num_rows(self) -> int:
-        return self.images * self.branches
-
-    @property
-    def step_rows(self) -> StepRows:
-        return StepRows(images=self.images, branches=self.branches, has_lanes=self.may_use_lanes)
-
-    @property
-    def control_networks(self) -> tuple[ComponentCost, ...]:
-        """Components that run for every row."""
-        return tuple(component for component in self.components if component.runs_per_row)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Candidate(HasStrategy):
-    """One plan that fits."""
-
-    strategy: Strategy
-    groups: tuple[tuple[int, ...], ...]
-    replicas: tuple[ReplicaPlan, ...]
-    step_ms: float
-    peak_bytes: dict[int, int]
-    crossing_bytes: int
-    component_slots: dict[str, int]
-    dealt: tuple[int, ...]
-    control_slots: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    imbalance: float = 0.0
-    tiles: tuple[TileTeam, ...] = ()
-    streamed: Mapping[int, StreamedWeights] = field(default_factory=dict)
-
-    @property
-    def num_slots(self) -> int:
-        return len({slot for group in self.groups for slot in group}.union(*self.control_slots.values()))
-
-    @property
-    def shared_control_slots(self) -> dict[str, int]:
-        """ControlNets that run on one slot for all copies, unless that is the slot of the only copy."""
-        return {name: slots[0] for name, slots in self.control_slots.items() if len(set(slots)) == 1 and (slots[0],) != self.slot_indexes}
-
-    @property
-    def slot_indexes(self) -> tuple[int, ...]:
-        return tuple(sorted(slot for group in self.groups for slot in group))
-
-
-def deal_by_speed(num_rows: int, speeds: Sequence[float], busy_ms: Sequence[float] = ()) -> tuple[int, ...]:
-    """Rows per replica such that the last row is done as early as possible. A tie goes to the lower index.
-
-    `busy_ms`: how long each replica is busy before its first row, in the time unit of 1 / speed. Each row in turn goes to the replica that
-    would finish it first, which is optimal for equal rows at different speeds. Example: 4 rows at speeds 1.0 and 0.6 -> (3, 1).
-    Raises: ValueError without a replica, or for a speed that is not positive.
-    """
-    if not speeds or not all(speed > 0 for speed in speeds):
-        raise ValueError(f"{num_rows} rows cannot be dealt by the speeds {list(speeds)}. Give at least one speed, and only speeds above 0.")
-    dealt = [0] * len(speeds)
-    starts = busy_ms or [0.0] * len(speeds)
-    heap = [(starts[index] + 1.0 / speed, index) for index, speed in enumerate(speeds)]
-    heapq.heapify(heap)
-    for _ in range(num_rows):
-        _, index = heapq.heappop(heap)
-        dealt[index] += 1
-        heapq.heappush(heap, (starts[index] + (dealt[index] + 1) / speeds[index], index))
-    return tuple(dealt)
 
 
 def make_plan(profile: ModelProfile, slots: Sequence[SlotFacts], links: Sequence[Link], job: JobShape, *, strategy: WantedStrategy = "auto") -> Plan:
@@ -152,12 +60,13 @@ class _Planner:
         self._table = LinkTable(links)
         self._primary = slots[0]
         self._copies = CopyCosts(profile, slots, self._table, job)
+        self._reasons = PlanReasons(profile, slots, job, self._streaming_single)
 
     def make(self, wanted: WantedStrategy) -> Plan:
         single = self._best_single()
         if wanted == "auto":
             return self._choose(single, "")
-        makers: dict[str, Callable[[], Iterator[_Candidate]]] = {
+        makers: dict[str, Callable[[], Iterator[Candidate]]] = {
             "single": lambda: iter((single,) if single is not None else ()),
             "replicas": self._replica_sets,
             "tiles": self._tiles,
@@ -168,21 +77,21 @@ class _Planner:
         if found is None and wanted == "layers":
             found = self._best(self._layer_cuts(math.inf, may_stream=True))
         if found is not None:
-            return self._as_plan(found, single, f"{self._describe(found, single)}; {wanted} was requested")
-        return self._choose(single, f"{wanted} was requested but {self._why_not(wanted)}; ")
+            return self._as_plan(found, single, f"{self._reasons.describe(found, single)}; {wanted} was requested")
+        return self._choose(single, f"{wanted} was requested but {self._reasons.why_not(wanted)}; ")
 
     # the choice
 
-    def _choose(self, single: _Candidate | None, prefix: str) -> Plan:
+    def _choose(self, single: Candidate | None, prefix: str) -> Plan:
         best = self._best_of_many(single)
         if single is None:
             best = self._best_without_room(best)
-            return self._as_plan(best, None, f"{prefix}{self._describe(best, None)}")
+            return self._as_plan(best, None, f"{prefix}{self._reasons.describe(best, None)}")
         if best is None or best.step_ms * LEAST_GAIN > single.step_ms:
-            return self._as_plan(single, single, f"{prefix}{self._why_single(single, best)}")
-        return self._as_plan(best, single, f"{prefix}{self._describe(best, single)}")
+            return self._as_plan(single, single, f"{prefix}{self._reasons.why_single(single, best)}")
+        return self._as_plan(best, single, f"{prefix}{self._reasons.describe(best, single)}")
 
-    def _best_single(self) -> _Candidate | None:
+    def _best_single(self) -> Candidate | None:
         """The home slot if it is about as fast as the fastest, else the fastest: moving copies the weights, and measured speeds fluctuate."""
         found = list(self._singles())
         best = self._best(iter(found))
@@ -190,7 +99,7 @@ class _Planner:
         at_home = self._best(candidate for candidate in found if homes.issuperset(candidate.slot_indexes))
         return at_home if best is not None and at_home is not None and at_home.step_ms <= best.step_ms * LEAST_GAIN else best
 
-    def _best_of_many(self, single: _Candidate | None) -> _Candidate | None:
+    def _best_of_many(self, single: Candidate | None) -> Candidate | None:
         """The best plan over several slots. Cuts are searched only if they could beat the best plan found so far."""
         known = self._best(chain(self._replica_sets(), self._singles_with_control_elsewhere()))
         limit_ms = min((candidate.step_ms for candidate in (known, single) if candidate is not None), default=math.inf)
@@ -201,7 +110,7 @@ class _Planner:
         tiles = self._best(self._tiles())
         return tiles if tiles is not None and (best is None or tiles.step_ms * LEAST_GAIN <= best.step_ms) else best
 
-    def _best_without_room(self, resident: _Candidate | None) -> _Candidate:
+    def _best_without_room(self, resident: Candidate | None) -> Candidate:
         """No single slot holds the network. `resident`: the best plan whose weights all stay on their slots.
 
         Streaming is used if it is predicted to be LEAST_GAIN times faster, and over several slots if that is LEAST_GAIN times faster than to one.
@@ -213,7 +122,7 @@ class _Planner:
         cut = self._best(self._layer_cuts(alone.step_ms / LEAST_GAIN, may_stream=True, most_slots=None if resident is None else 2))
         return cut if cut is not None and cut.step_ms * LEAST_GAIN <= alone.step_ms else alone
 
-    def _best(self, candidates: Iterator[_Candidate]) -> _Candidate | None:
+    def _best(self, candidates: Iterator[Candidate]) -> Candidate | None:
         """Least time. Within SAME_TIME: fewer slots, then fewer crossing bytes, then lower slot indexes."""
         pool = list(candidates)
         if not pool:
@@ -224,20 +133,20 @@ class _Planner:
 
     # candidates
 
-    def _singles(self) -> Iterator[_Candidate]:
+    def _singles(self) -> Iterator[Candidate]:
         for slot in self._slots:
             candidate = self._whole_copies((slot,), "single")
             if candidate is not None:
                 yield candidate
 
-    def _replica_sets(self) -> Iterator[_Candidate]:
+    def _replica_sets(self) -> Iterator[Candidate]:
         for subset in self._subsets(2):
             for shared_controls in self._copies.shared_control_places(subset):
                 candidate = self._whole_copies(subset, "replicas", shared_controls)
                 if candidate is not None:
                     yield candidate
 
-    def _singles_with_control_elsewhere(self) -> Iterator[_Candidate]:
+    def _singles_with_control_elsewhere(self) -> Iterator[Candidate]:
         """One copy with ControlNets on other slots."""
         for slot in self._slots:
             for shared_controls in self._copies.shared_control_places((slot,)):
@@ -245,7 +154,7 @@ class _Planner:
                 if candidate is not None:
                     yield candidate
 
-    def _tiles(self) -> Iterator[_Candidate]:
+    def _tiles(self) -> Iterator[Candidate]:
         """Rows in tiles on teams of slots, each slot with a whole copy."""
         if self._profile.tiles is None or self._job.why_no_tiles is not None:
             return
@@ -257,7 +166,7 @@ class _Planner:
                     if candidate is not None:
                         yield candidate
 
-    def _in_tiles(self, costs: TileCosts, teams: tuple[Team, ...]) -> _Candidate | None:
+    def _in_tiles(self, costs: TileCosts, teams: tuple[Team, ...]) -> Candidate | None:
         """These teams' rows, dealt by the teams' speeds; None if they do not fit or the picture has too few rows for so many tiles."""
         try:
             tiles = tuple(costs.plan_team(team) for team in teams)
@@ -271,7 +180,7 @@ class _Planner:
         ends_ms = [costs.team_ms(team, one, rows) for team, one, rows in zip(teams, tiles, dealt)]
         members = tuple(slot.index for team in teams for slot in team)
         shared = costs.shared_controls
-        return _Candidate(
+        return Candidate(
             strategy="tiles",
             groups=tuple(one.slots for one in tiles),
             replicas=tuple(ReplicaPlan(pieces=pieces, slots=(slot.index,) * len(pieces)) for team in teams for slot in team),
@@ -287,7 +196,7 @@ class _Planner:
             tiles=tiles,
         )
 
-    def _layer_cuts(self, limit_ms: float, *, may_stream: bool = False, most_slots: int | None = None) -> Iterator[_Candidate]:
+    def _layer_cuts(self, limit_ms: float, *, may_stream: bool = False, most_slots: int | None = None) -> Iterator[Candidate]:
         """Cuts over sets of slots; with `may_stream` those in which some slot streams."""
         subsets = [subset for subset in self._subsets(2) if len(subset) <= MOST_NESTED or len(self._slots) in (len(subset), len(subset) + 1)]
         subsets = [subset for subset in subsets if most_slots is None or len(subset) <= most_slots]
@@ -300,7 +209,7 @@ class _Planner:
                     limit_ms = min(limit_ms, candidate.step_ms)
                     yield candidate
 
-    def _hybrids(self, limit_ms: float) -> Iterator[_Candidate]:
+    def _hybrids(self, limit_ms: float) -> Iterator[Candidate]:
         for groups in self._groupings():
             if self._lower_bound_ms(groups) * (1 + SAME_TIME) < limit_ms:
                 candidate = self._grouped(groups, "hybrid")
@@ -379,7 +288,7 @@ class _Planner:
 
     # whole copies
 
-    def _whole_copies(self, slots: tuple[SlotFacts, ...], strategy: Strategy, shared_controls: SharedControls | None = None) -> _Candidate | None:
+    def _whole_copies(self, slots: tuple[SlotFacts, ...], strategy: Strategy, shared_controls: SharedControls | None = None) -> Candidate | None:
         costs = self._copies.with_shared_controls(shared_controls or {})
         speeds = [1.0 / costs.copy_ms(slot, 1) for slot in slots]
         dealt = deal_by_speed(self._job.num_rows, speeds, [costs.busy_ms(slot) for slot in slots])
@@ -390,7 +299,7 @@ class _Planner:
             return None
         away = sum(rows for slot, rows in zip(slots, dealt) if self._table.crosses(self._primary, slot))
         pieces = merge_pieces([cost.piece for cost in self._profile.pieces])
-        return _Candidate(
+        return Candidate(
             strategy=strategy,
             groups=tuple((slot.index,) for slot in slots),
             replicas=tuple(ReplicaPlan(pieces=pieces, slots=(slot.index,) * len(pieces)) for slot in slots),
@@ -415,7 +324,7 @@ class _Planner:
 
     # copies that stream
 
-    def _streaming_single(self) -> _Candidate:
+    def _streaming_single(self) -> Candidate:
         """One slot that holds what it can while the rest streams: the fastest, or home if about as fast. The last resort, so it need not fit."""
         slots = [slot for slot in self._slots if slot.may_stream] or self._slots
         found = [self._stream_to(slot) for slot in slots]
@@ -423,7 +332,7 @@ class _Planner:
         homes = [candidate for candidate in found if self._facts[candidate.groups[0][0]].is_home and candidate.step_ms <= best.step_ms * LEAST_GAIN]
         return homes[0] if homes else best
 
-    def _stream_to(self, slot: SlotFacts) -> _Candidate:
+    def _stream_to(self, slot: SlotFacts) -> Candidate:
         """A whole copy on a slot that is too small for it, with the bytes that memory management would leave there."""
         profile, job = self._profile, self._job
         controls_bytes = sum(control.weight_bytes for control in job.control_networks)
@@ -435,7 +344,7 @@ class _Planner:
         num_forwards = len(self._copies.forwards(job.num_rows))
         fetch_ms = num_forwards * float(slot.fetch_ms(streamed.streamed_bytes, forwards_ms / num_forwards))
         pieces = merge_pieces([cost.piece for cost in profile.pieces])
-        return _Candidate(
+        return Candidate(
             strategy="single",
             groups=((slot.index,),),
             replicas=(ReplicaPlan(pieces=pieces, slots=(slot.index,) * len(pieces)),),
@@ -450,7 +359,7 @@ class _Planner:
 
     # copies cut over slots
 
-    def _grouped(self, groups: tuple[tuple[SlotFacts, ...], ...], strategy: Strategy, *, may_stream: bool = False) -> _Candidate | None:
+    def _grouped(self, groups: tuple[tuple[SlotFacts, ...], ...], strategy: Strategy, *, may_stream: bool = False) -> Candidate | None:
         """Copies, each over a group of slots, with rows dealt by each group's throughput. With `may_stream`: one copy, text encoders and VAE left
         out, because they take turns with a network that fills the slots."""
         dealt = self._deal_to(groups)
@@ -466,7 +375,7 @@ class _Planner:
         for part in found:
             peak_bytes.update({index: part.peak_bytes[index] for group in part.groups for index in group})
             component_slots.update(part.component_slots)
-        return _Candidate(
+        return Candidate(
             strategy=strategy,
             groups=tuple(tuple(slot.index for slot in group) for group in groups),
             replicas=tuple(part.replicas[0] for part in found),
@@ -480,7 +389,7 @@ class _Planner:
             streamed={slot: one for part in found for slot, one in part.streamed.items()},
         )
 
-    def _group(self, group: tuple[SlotFacts, ...], num_rows: int, place: int, may_stream: bool) -> _Candidate | None:
+    def _group(self, group: tuple[SlotFacts, ...], num_rows: int, place: int, may_stream: bool) -> Candidate | None:
         """One copy over one group. Components that do not run per row go to the first group's slots."""
         movable = self._job.components if place == 0 and not may_stream else self._job.control_networks
         if len(group) == 1:
@@ -499,7 +408,7 @@ class _Planner:
             return None
         kernels_ms = self._launches_ms((group,), (num_rows,))
         away_ms, away_bytes = self._transfer_to(group[0], num_rows)
-        return _Candidate(
+        return Candidate(
             strategy="layers",
             groups=(tuple(slot.index for slot in group),),
             replicas=(found.replica,),
@@ -531,9 +440,7 @@ class _Planner:
     def _group_fits(self, group: Sequence[SlotFacts], peak_bytes: dict[int, int]) -> bool:
         return self._fits({**{slot.index: slot.fixed_bytes for slot in self._slots}, **peak_bytes}, group)
 
-    # words
-
-    def _as_plan(self, chosen: _Candidate, single: _Candidate | None, reason: str) -> Plan:
+    def _as_plan(self, chosen: Candidate, single: Candidate | None, reason: str) -> Plan:
         return Plan(
             strategy=chosen.strategy,
             replicas=chosen.replicas,
@@ -548,101 +455,6 @@ class _Planner:
             tiles=chosen.tiles,
             streamed=chosen.streamed,
         )
-
-    def _describe(self, chosen: _Candidate, single: _Candidate | None) -> str:
-        if chosen.streamed:
-            return self._describe_streaming(chosen)
-        if chosen.is_single and not chosen.shared_control_slots:
-            return f"slot {chosen.slot_indexes[0]} alone: {chosen.step_ms:.3g} ms predicted a step"
-        if chosen.is_single:
-            what = f"the {self._profile.name} on slot {chosen.slot_indexes[0]}"
-        elif chosen.is_replicated:
-            what = f"{len(chosen.groups)} replicas on {_slots_text(chosen.slot_indexes)}, {self._sharing_text(chosen)}"
-        elif chosen.is_tiled:
-            what = self._tiles_text(chosen)
-        elif chosen.is_one_cut:
-            what = f"layers of one copy over {_slots_text(chosen.slot_indexes)}, {self._shares_text(chosen)}"
-        else:
-            what = f"{len(chosen.groups)} copies on {' / '.join(_slots_text(group) for group in chosen.groups)}, {self._sharing_text(chosen)}"
-        what += "".join(f", {name} on slot {slot}" for name, slot in chosen.shared_control_slots.items())
-        if chosen.imbalance > MOST_IMBALANCE:
-            what += f" ({chosen.imbalance:.0%} apart: of the cuts that fit, none keeps equal slots within {MOST_IMBALANCE:.0%} of each other)"
-        if single is None:
-            return f"{what}, as the {self._profile.name} fits no single slot: {chosen.step_ms:.3g} ms predicted a step"
-        return f"{what}: {single.step_ms / chosen.step_ms:.2f}x predicted of {_slots_text(single.slot_indexes)} alone"
-
-    def _tiles_text(self, chosen: _Candidate) -> str:
-        teams = [f"{_slots_text(team.slots)} ({':'.join(map(str, team.rows))})" for team in chosen.tiles]
-        displaced = 1.0 - self._job.exact_share
-        how = f", displaced in {displaced:.0%} of the steps" if displaced else ""
-        return f"each row in tiles on {' / '.join(teams)}{how}" + (f", {self._sharing_text(chosen)}" if len(teams) > 1 else "")
-
-    def _describe_streaming(self, chosen: _Candidate) -> str:
-        """ "layers of one copy over slots 0 and 1, 0.9 GB and 1.1 GB of whose weights stream ..." """
-        need_bytes = self._profile.weight_bytes + self._profile.working_bytes_per_row() + sum(one.weight_bytes for one in self._job.control_networks)
-        why = f"the {self._profile.name} needs {_gb(need_bytes)} and fits neither one slot nor all of them together"
-        if chosen.is_single:
-            (slot,) = chosen.slot_indexes
-            room = _gb(max(0, self._facts[slot].free_bytes))
-            streams = _gb(chosen.streamed[slot].streamed_bytes)
-            return f"{why}; slot {slot} has room for {room}, so {streams} of the weights stream to it: {chosen.step_ms:.3g} ms predicted a step"
-        amounts = {index: one.streamed_bytes for index, one in sorted(chosen.streamed.items()) if one.streamed_bytes}
-        streams = " and ".join(f"{_gb(num_bytes)} to slot {index}" for index, num_bytes in amounts.items())
-        alone = self._streaming_single()
-        return (
-            f"layers of one copy over {_slots_text(chosen.slot_indexes)}, of whose weights {streams} stream from main memory for every row, as the "
-            f"{self._profile.name} needs {_gb(need_bytes)}, more than these slots have: {chosen.step_ms:.3g} ms predicted a step, "
-            f"{alone.step_ms / chosen.step_ms:.2f}x of streaming to slot {alone.slot_indexes[0]} alone"
-        )
-
-    def _sharing_text(self, chosen: _Candidate) -> str:
-        if self._job.images == 1 and self._job.branches == 2 and chosen.dealt == (1, 1):
-            return "cond and uncond side by side"
-        return f"{self._job.num_rows} rows dealt {':'.join(str(rows) for rows in chosen.dealt)}"
-
-    def _shares_text(self, chosen: _Candidate) -> str:
-        held = " and ".join(_gb(chosen.peak_bytes[index]) for index in chosen.slot_indexes)
-        return f"{held} at the peak"
-
-    def _why_single(self, single: _Candidate, best: _Candidate | None) -> str:
-        alone = f"slot {single.slot_indexes[0]} alone, {single.step_ms:.3g} ms predicted a step"
-        if len(self._slots) == 1:
-            return f"{alone}: it is the only slot"
-        if self._job.num_rows == 1 and best is None:
-            return f"{alone}: one image without CFG is one row, and {self._why_no_tiles() or 'no tiles of it fit'}"
-        if best is None:
-            return f"{alone}: no plan over several slots that fits is predicted to be faster"
-        several = f"{best.strategy} on {_slots_text(best.slot_indexes)}"
-        return f"{alone}: the best over several ({several}) is predicted at {single.step_ms / best.step_ms:.2f}x, below {LEAST_GAIN}x"
-
-    def _why_no_tiles(self) -> str | None:
-        """Why rows cannot be cut into tiles on any slots; None if they can."""
-        traffic = self._profile.tiles
-        if self._job.why_no_tiles is not None or traffic is None:
-            return f"it cannot be cut into tiles: {self._job.why_no_tiles or 'this network has none'}"
-        if traffic.length < 2 * traffic.unit:
-            return f"its {traffic.length} rows are too few for two tiles of at least {traffic.unit}"
-        return None
-
-    def _slot_of_all_rows(self) -> int | None:
-        """The slot that gets all rows even if only the second fastest shares them with it; None if there is none."""
-        fastest, second = sorted(self._slots, key=lambda slot: -slot.speed)[:2]
-        return fastest.index if 0 in deal_by_speed(self._job.num_rows, [fastest.speed, second.speed]) else None
-
-    def _why_not(self, wanted: str) -> str:
-        if wanted != "single" and len(self._slots) == 1:
-            return "there is one slot"
-        if wanted == "replicas" and self._job.num_rows == 1:
-            return "there is one row a step"
-        if wanted == "replicas" and (fastest := self._slot_of_all_rows()) is not None:
-            return f"slot {fastest} is so much faster than the others that it gets all {self._job.num_rows} rows"
-        if wanted == "hybrid" and len(self._slots) < 3:
-            return "there are two slots"
-        if wanted == "tiles" and (reason := self._why_no_tiles()) is not None:
-            return reason
-        need_bytes = self._profile.weight_bytes + self._profile.working_bytes_per_row()
-        rooms = ", ".join(f"slot {slot.index}: {_gb(max(0, slot.free_bytes))}" for slot in self._slots)
-        return f"does not fit ({self._profile.name} {_gb(need_bytes)}; {rooms})"
 
 
 def _rounded(slot: SlotFacts) -> SlotFacts:
@@ -665,13 +477,3 @@ def _set_partitions(slots: tuple[SlotFacts, ...]) -> Iterator[tuple[tuple[SlotFa
         for neighbors in combinations(rest, length):
             for others in _set_partitions(tuple(slot for slot in rest if slot not in neighbors)):
                 yield ((first, *neighbors), *others)
-
-
-def _slots_text(indexes: Sequence[int]) -> str:
-    if len(indexes) == 1:
-        return f"slot {indexes[0]}"
-    return f"slots {', '.join(str(index) for index in indexes[:-1])} and {indexes[-1]}"
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / _GB:.2f} GB" if num_bytes >= 0.1 * _GB else f"{num_bytes / 1e6:.1f} MB"

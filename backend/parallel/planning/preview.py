@@ -14,10 +14,11 @@ from backend.devices.slot import Slot
 from backend.families.family import Family, FoundDenoiser
 from backend.families.registry import identify
 from backend.parallel.placing.fleet import Fleet, current_fleet
+from backend.parallel.planning.candidate import JobShape
 from backend.parallel.planning.costs import ModelProfile
 from backend.parallel.planning.live_facts import fetches_ahead, guess_speed, host_bytes_per_ms
 from backend.parallel.planning.plan import Plan
-from backend.parallel.planning.planner import JobShape, WantedStrategy, make_plan
+from backend.parallel.planning.planner import WantedStrategy, make_plan
 from backend.parallel.planning.profiling import profile_network, with_stored_bytes
 from backend.parallel.planning.slot_facts import Link, SlotFacts
 from backend.state_dict import assign_formats, check_plan, has_packed, matrix_dtypes, plan_denoiser

@@ -13,9 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from backend.parallel.planning.candidate import JobShape
 from backend.parallel.planning.costs import ComponentCost, ModelProfile
 from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan
-from backend.parallel.planning.planner import JobShape, Link, SlotFacts, WantedStrategy, make_plan
+from backend.parallel.planning.planner import Link, SlotFacts, WantedStrategy, make_plan
 from backend.parallel.planning.slot_facts import HOST_BYTES_PER_MS
 
 DATA_DIR = Path(__file__).resolve().parent

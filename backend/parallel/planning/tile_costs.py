@@ -14,16 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from backend.nn.tiles import TileTraffic, divide_into_tiles
+from backend.parallel.planning.candidate import JobShape
 from backend.parallel.planning.copy_costs import CopyCosts, SharedControls
+from backend.parallel.planning.costs import ComponentCost, ModelProfile
 from backend.parallel.planning.plan import TileTeam
 from backend.parallel.planning.slot_facts import LinkTable, SlotFacts
-
-if TYPE_CHECKING:
-    from backend.parallel.planning.costs import ComponentCost, ModelProfile
-    from backend.parallel.planning.planner import JobShape
 
 RESUME_MS = 0.08
 """Time from a message to the work of the tile that waited for it, on the other slot's worker: 54 to 81 us between two CPU slots. A CUDA card

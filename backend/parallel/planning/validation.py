@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from backend.parallel.planning.candidate import JobShape, deal_by_speed
 from backend.parallel.planning.costs import ModelProfile
 from backend.parallel.planning.pipeline import StageTime, StepRows, simulate_pipeline
-from backend.parallel.planning.planner import JobShape, deal_by_speed, make_plan
+from backend.parallel.planning.planner import make_plan
 from backend.parallel.planning.simulation import (
     DATA_DIR,
     SimulatedJob,

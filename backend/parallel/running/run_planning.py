@@ -13,10 +13,11 @@ from backend.nn.owner import owner_of
 from backend.nn.unet import find_forward_binding, replaced_views
 from backend.parallel.placing.control_networks import ControlLink, PlannedControlNetwork, collect_control_networks, control_network_costs
 from backend.parallel.placing.fleet import Fleet
+from backend.parallel.planning.candidate import JobShape, deal_by_speed
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, with_measured_ms
 from backend.parallel.planning.live_facts import assuming_idle_evicted, guess_speed, profile_of, slot_facts, speed_of
 from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan, TileTeam
-from backend.parallel.planning.planner import JobShape, deal_by_speed, make_plan
+from backend.parallel.planning.planner import make_plan
 from backend.parallel.planning.profiling import profile_control_network
 from backend.parallel.planning.tile_costs import TILE_EXTRA
 from backend.parallel.running import status

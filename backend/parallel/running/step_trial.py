@@ -6,7 +6,7 @@ Once per model, size and number of rows. The fleet keeps the result.
 from __future__ import annotations
 
 from backend.parallel.placing.fleet import Fleet, Trial
-from backend.parallel.planning.planner import LEAST_GAIN
+from backend.parallel.planning.candidate import LEAST_GAIN
 
 _TRIAL_CALL = 2
 """The step, counted from 0, that runs on one slot. Step 0 warms the machine up; steps 1 and 3 are compared with it."""

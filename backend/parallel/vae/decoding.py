@@ -25,8 +25,8 @@ from backend.nn.owner import owner_of
 from backend.parallel.exchange.tile_task import Submit
 from backend.parallel.placing.fleet import Fleet, current_fleet
 from backend.parallel.placing.replica_modules import ReplicaModules, ReplicaPatcher
+from backend.parallel.planning.candidate import deal_by_speed
 from backend.parallel.planning.live_facts import guess_speed
-from backend.parallel.planning.planner import deal_by_speed
 from backend.parallel.planning.vae_cost import DecoderSize, LinkCost, decode_macs, divide_rows, worth_splitting
 from backend.parallel.running.lost_slots import drop_dead_slots
 from backend.parallel.running.worker import SlotLost, SlotWorker

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from backend.parallel.planning.candidate import JobShape
 from backend.parallel.planning.cut_costs import MOST_IMBALANCE, MOST_WEIGHT_SHARE, Partition
-from backend.parallel.planning.planner import JobShape, make_plan
+from backend.parallel.planning.planner import make_plan
 from backend.parallel.planning.simulation import card_links, card_slots, component_costs, profile_model
 from benchmarks.full_size_split import CASES, count_case, cut_case
 

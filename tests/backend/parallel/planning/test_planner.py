@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backend.parallel.planning.candidate import LEAST_GAIN, JobShape, deal_by_speed
 from backend.parallel.planning.costs import ComponentCost, ModelProfile, contains
 from backend.parallel.planning.plan import Plan
-from backend.parallel.planning.planner import LEAST_GAIN, JobShape, SlotFacts, deal_by_speed, make_plan
+from backend.parallel.planning.planner import SlotFacts, make_plan
 from tests.support.parallel_costs import GB, ROW_MS, fast_links, make_profile, make_slot
 
 NETWORK = make_profile([1.0] * 12, [GB // 2] * 4 + [GB] * 4 + [GB // 2] * 4)

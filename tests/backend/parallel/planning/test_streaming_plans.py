@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backend.parallel.planning.candidate import JobShape
 from backend.parallel.planning.costs import ComponentCost, ModelProfile
 from backend.parallel.planning.cut_costs import STREAM_SLACK, PartitionJob
 from backend.parallel.planning.partition import partition
 from backend.parallel.planning.pipeline import StepRows
 from backend.parallel.planning.plan import Piece, Plan, ReplicaPlan, StreamedWeights
-from backend.parallel.planning.planner import JobShape, make_plan
+from backend.parallel.planning.planner import make_plan
 from backend.parallel.planning.slot_facts import SlotFacts
 from tests.support.parallel_costs import GB, ROW_MS, fast_links, make_profile, make_slot
 

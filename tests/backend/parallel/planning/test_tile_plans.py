@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from backend.parallel.planning.candidate import JobShape
 from backend.parallel.planning.costs import ComponentCost, ModelProfile
 from backend.parallel.planning.plan import Plan, ReplicaPlan, TileTeam
-from backend.parallel.planning.planner import JobShape, Link, SlotFacts, WantedStrategy, make_plan
+from backend.parallel.planning.planner import Link, SlotFacts, WantedStrategy, make_plan
 from backend.parallel.planning.simulation import component_costs, profile_model
 
 GB = 10**9

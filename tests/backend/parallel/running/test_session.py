@@ -18,7 +18,7 @@ from backend.devices.virtual_gpu import Faults
 from backend.modules.k_model import KModel
 from backend.modules.k_prediction import Prediction
 from backend.parallel.placing.fleet import Fleet, Trial
-from backend.parallel.planning.planner import LEAST_GAIN
+from backend.parallel.planning.candidate import LEAST_GAIN
 from backend.parallel.running.executor import Cancelled, SlotFailure
 from backend.parallel.running.sampling_request import foresee_calls
 from backend.parallel.running.session import SamplingRequest, begin_session, end_session, find_bound_hook
