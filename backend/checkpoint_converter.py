@@ -39,7 +39,7 @@ class Conversion:
     """`sources`: one file, or several whose denoiser, VAE and text encoders are put together. `to`: a key of PLAIN_TYPES, a format with a quantizer
     (`storage.choices.FORMATS`), or KEEP. `part`: one of PARTS; its prefix is taken off. `loras`: files with strengths, merged into the denoiser and
     the text encoders. `vae`: a file whose VAE takes the place of the source's. `leave_out`: patterns (`model_ema.*`) of names that are not written.
-    `metadata`: texts for the header of a .safetensors target, beside the source's modelspec.
+    `metadata`: texts for the header of a .safetensors target, in addition to the source's modelspec.
     """
 
     sources: tuple[Path, ...]

@@ -141,7 +141,7 @@ function pictureByNumber(number) {
     return historyState.pictures.find((picture) => picture.number === number);
 }
 
-/** Select a picture and show it large; with `add` beside those that are selected, or take it out of them. */
+/** Select a picture and show it large; with `add` in addition to those that are selected, or take it out of them. */
 async function selectInHistory(number, add = false) {
     const wasSelected = historyState.selected.includes(number);
     const others = historyState.selected.filter((one) => one !== number);

@@ -73,7 +73,7 @@ def qwen3_vl(usual_file: str, reads: LayersRead) -> Component:
 
 
 def find_qwen3_vl(file: TensorFile) -> Sequence[Part]:
-    """The first Qwen3-VL in a file: a Qwen3 beside its picture tower, or under the name of one; a GGUF file, which has no tower, names its kind."""
+    """The first Qwen3-VL in a file: a Qwen3 with its picture tower, or under the name of one; a GGUF file, which has no tower, names its kind."""
     keys, is_told = file.infos, file.metadata.get("general.architecture") == _VL_ARCHITECTURE
     prefixes = _VL_PREFIXES if is_told or any(_VL_MARK in key for key in keys) else (VL_FILE_PREFIX,)
     return next(([Part(prefix, Layout.TRANSFORMERS, VL_NAME)] for prefix in prefixes if all(prefix + mark in keys for mark in _MARKS)), [])

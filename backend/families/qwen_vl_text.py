@@ -95,7 +95,7 @@ def _read_vision(file: TensorFile, part: Part, out_width: int) -> VisionShape | 
     if channels != 3 or patch_px != patch_columns or width % (4 * HEADS) or merged != MERGE**2 * width:
         raise shapes.refuse(f"{channels} colors, patches of {patch_px}x{patch_columns} and tokens {width} wide, {merged} when merged")
     if shapes.find("merger.mlp.2.weight")[0] != out_width:
-        raise shapes.refuse(f"tokens for a language model {shapes.find('merger.mlp.2.weight')[0]} wide beside one {out_width} wide")
+        raise shapes.refuse(f"tokens for a language model {shapes.find('merger.mlp.2.weight')[0]} wide next to one {out_width} wide")
     return VisionShape(
         width=width,
         inner_width=shapes.find("blocks.0.mlp.gate_proj.weight")[0],

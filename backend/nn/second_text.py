@@ -1,4 +1,4 @@
-"""A second reading of a prompt: token ids that a network embeds itself, beside an encoder's features (Anima). Knows no families.
+"""A second reading of a prompt: token ids that a network embeds itself, in addition to an encoder's features (Anima). Knows no families.
 
 Shapes: B rows, T tokens.
 """

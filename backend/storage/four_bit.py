@@ -169,7 +169,7 @@ _KERNEL_DEVICES = frozenset({"cpu", "cuda"})
 def find_kernel() -> Callable[..., Tensor] | None:
     """bitsandbytes' own dequantization, one pass over memory, where the user has installed that package; None without it. Its values are the same.
 
-    Not beside the package `kernels`, with which bitsandbytes fetches code from a hub when it is imported.
+    Not together with the package `kernels`, with which bitsandbytes fetches code from a hub when it is imported.
     """
     if importlib.util.find_spec("bitsandbytes") is None or importlib.util.find_spec("kernels") is not None:
         return None

@@ -71,7 +71,8 @@ class GenerationRoutes:
     async def _carry_out(self, tab: str, body: models.GenerationRequest) -> tuple[StableDiffusionProcessing, dict[str, Any], Processed]:
         self.app.jobs.check_room()
         p, parameters = await run_in(pool_for(body), self._prepare, tab, body)
-        job = self.app.jobs.submit(body.force_task_id, tab, lambda: self._run(p), request=p)
+        label = "" if self.app.config.api_auth else str(p.prompt)  # who opens the page need not know the API's password
+        job = self.app.jobs.submit(body.force_task_id, tab, lambda: self._run(p), request=p, label=label)
         saves = body.save_images or p.selected_script is not None  # a selected script may save its results
         return p, parameters, await wait_for_job(job, drop_from=None if saves else self.app.jobs)
 

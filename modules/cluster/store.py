@@ -155,7 +155,7 @@ class JobStore:
             self._connection = self._open()
 
     def _set_aside(self) -> None:
-        """Rename the file and what SQLite keeps beside it, so that nothing of it is lost."""
+        """Rename the file and what SQLite keeps next to it, so that nothing of it is lost."""
         number = next(number for number in range(1, 10_000) if not self._aside(number, "").exists())
         for suffix in ("-wal", "-shm", ""):
             part = self.path.with_name(self.path.name + suffix)

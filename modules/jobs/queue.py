@@ -32,6 +32,7 @@ ResultT = TypeVar("ResultT")
 
 MAX_WAITING_JOBS = 256
 ENDED_JOBS_KEPT = 24
+LABEL_CHARACTERS = 200
 
 
 class FIFOLock:
@@ -261,7 +262,7 @@ class JobQueue:
         """
         is_elsewhere = request is not None and self.journal is not None
         job: Job[ResultT] = Job(task_id or create_task_id(name), name, run, owner=getattr(request, "user", None), runs_elsewhere=is_elsewhere)
-        job.label, job.repeat = label, repeat
+        job.label, job.repeat = label[:LABEL_CHARACTERS], repeat
         if threading.current_thread() in self._workers:
             job.carry_out()
             job.finish()

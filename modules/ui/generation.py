@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
-LABEL_CHARACTERS = 200
 PNG_TEXT_KEY = "parameters"
 
 BuildRequest = Callable[[Mapping[str, Any]], Any]
@@ -207,7 +206,7 @@ class GenerateHandler:
             self.tab,
             lambda: self.process(request),
             request=request,
-            label=str(values.get("prompt") or "")[:LABEL_CHARACTERS],
+            label=str(values.get("prompt") or ""),
             repeat=lambda again: self._submit(again, values),
         )
 
@@ -268,5 +267,5 @@ class JobControl:
         self._state(task_id).skip()
 
     def _state(self, task_id: str) -> State:
-        """The state of the page's own job: on the front of a cluster others run beside it."""
+        """The state of the page's own job: on the front of a cluster others run at the same time."""
         return self.app.state.of_job(task_id) if task_id else self.app.state

@@ -58,7 +58,7 @@ QUEUE_HTML = """
     <thead><tr><th>Job</th><th>From</th><th>Prompt</th><th>State</th><th><span class='only-read-aloud'>Actions</span></th></tr></thead>
     <tbody id='queue_jobs'></tbody>
   </table>
-  <p id='queue_nothing'>Nothing waits. Ctrl+Shift+Enter, or the button with the plus sign beside a prompt, puts a job into the queue.</p>
+  <p id='queue_nothing'>Nothing waits. Ctrl+Shift+Enter, or the button with the plus sign next to a prompt, puts a job into the queue.</p>
   <p id='queue_said' role='alert' hidden></p>
 </div>
 """

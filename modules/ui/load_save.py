@@ -72,7 +72,7 @@ class StartValues:
         }
 
     def save(self, values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Write the changes into the file, beside its other entries; returns them. Raises: OSError."""
+        """Write the changes into the file, next to its other entries; returns them. Raises: OSError."""
         changes = self.changes(values)
         if changes:
             entries = {**read_ui_config(self.file), **{f"{key}/value": new for key, (_, new) in changes.items()}}

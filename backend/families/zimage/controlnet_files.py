@@ -3,7 +3,7 @@
 control_all_x_embedder.2-1, control_layers.0.before_proj, control_layers.0.attention.to_q (or .qkv), control_noise_refiner.0 ..
 
 Three kinds. The first refines the control tokens alone. 2.0 (with mask and picture behind the hint's latents) also passes them through its layers
-beside the denoiser's refiners; 2.1 has refiners of its own for that. Reads names, shapes, and one matrix that is zero in 2.0.
+next to the denoiser's refiners; 2.1 has refiners of its own for that. Reads names, shapes, and one matrix that is zero in 2.0.
 """
 
 from __future__ import annotations

@@ -366,3 +366,13 @@ def test_the_user_is_the_one_who_gave_the_password(start_server: Any) -> None:
     with start_server(api_auth=(("ann", "secret"), ("bob", "secret2"))) as server:
         assert server.client.post("/sdapi/v1/txt2img", json={}, auth=("bob", "secret2")).status_code == 200
         assert server.last_request.user == "bob"
+
+
+@pytest.mark.parametrize(("users", "label"), [((), "a red cat" * 22 + "a "), ((("me", "secret"),), "")], ids=["open", "with a password"])
+def test_the_queue_shows_prompts_unless_the_api_has_a_password(start_server: ServerFactory, users: tuple[tuple[str, str], ...], label: str) -> None:
+    """Who opens the page need not know the API's password."""
+    with start_server(api_auth=users) as server:
+        server.client.auth = users[0] if users else None
+        server.txt2img(prompt="a red cat" * 40, steps=1)
+        (line,) = server.app.jobs.lines()
+    assert line.label == label
