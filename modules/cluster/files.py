@@ -112,8 +112,10 @@ class FileCache:
         log.info("Received %s (%.1f MB).", file.name, file.size_bytes / 1e6)
 
     def _have_bytes(self, file: FileName) -> int:
-        part = self._part(file)
-        return part.stat().st_size if part.is_file() else 0
+        try:
+            return self._part(file).stat().st_size
+        except FileNotFoundError:  # nothing has come yet, or another worker of this machine has just finished it
+            return 0
 
     def _place(self, file: FileName) -> Path:
         return self.folder / file.kind / str(file.sha256) / file.name
